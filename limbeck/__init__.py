@@ -1,0 +1,38 @@
+"""Limbeck distils large language models: elicit what a teacher knows, train a student on it, prove what was kept."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.build import methods
+    from limbeck.objectives.divergence import divergence
+    from limbeck.pipeline import check, run
+    from limbeck.recipe import Recipe, load_recipe
+    from limbeck.types import RecipeError, UserError
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "RecipeError", "UserError", "check", "divergence", "load_recipe", "methods", "run"]
+
+_HOMES = {
+    "Recipe": "limbeck.recipe",
+    "RecipeError": "limbeck.types",
+    "UserError": "limbeck.types",
+    "check": "limbeck.pipeline",
+    "divergence": "limbeck.objectives.divergence",
+    "load_recipe": "limbeck.recipe",
+    "methods": "limbeck.build",
+    "run": "limbeck.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `import limbeck` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,5 @@
+"""`python -m limbeck` is the command."""
+
+from limbeck.cli import main
+
+main()

@@ -1,0 +1,21 @@
+"""Where the data that ships with Limbeck lies: recipes and tasks, in the checkout or in the installed package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def folder(kind: str) -> Path:
+    """`recipes` or `tasks`: beside the code when installed, at the top of a checkout."""
+    installed = HERE / kind
+    return installed if installed.is_dir() else HERE.parent / kind
+
+
+def recipe_files() -> dict[str, Path]:
+    return {file.stem: file for file in sorted(folder("recipes").glob("*.yaml"))}
+
+
+def task_folders() -> dict[str, Path]:
+    return {file.parent.name: file.parent for file in sorted(folder("tasks").glob("*/task.yaml"))}

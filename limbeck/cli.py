@@ -1,0 +1,199 @@
+"""The verbs. Each imports what it needs when it is called, so that `limbeck --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from limbeck import console
+
+app = typer.Typer(
+    help="Distil large language models: elicit what a teacher knows, train a student on it, prove what was kept.",
+    epilog="Start with: limbeck run quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.", metavar="RECIPE")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", metavar="RUN")]
+SetOption = Annotated[list[str], typer.Option("--set", help="Replace a setting: a.b=c. May be given again.", metavar="A.B=C")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="The run folder [default: runs/NAME].", metavar="DIR")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def main() -> None:
+    """The command's entry point."""
+    with console.messages():
+        app()
+
+
+@app.command(epilog="Example: limbeck run recipes/quickstart.yaml --set train.lr=1e-4 --out runs/second")
+def run(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, json_: JsonOption = False) -> None:  # noqa: B006
+    """Do all that a recipe asks for and that is not done yet. Kill it and run it again: it goes on."""
+    _stages(recipe, set_, out, json_, ("elicit", "train", "evaluate", "report"))
+
+
+@app.command(epilog="Example: limbeck elicit recipes/quickstart.yaml")
+def elicit(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, json_: JsonOption = False) -> None:  # noqa: B006
+    """Ask the teacher for its text, nothing more."""
+    _stages(recipe, set_, out, json_, ("elicit",))
+
+
+@app.command(epilog="Example: limbeck train recipes/quickstart.yaml --profile")
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = [],  # noqa: B006
+    out: OutOption = None,
+    json_: JsonOption = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Time one step against its FLOP floor instead of training.")] = False,
+) -> None:
+    """Train the student and its control (and elicit first, where text is missing)."""
+    if profile:
+        _profile(recipe, set_, out, json_)
+    else:
+        _stages(recipe, set_, out, json_, ("elicit", "train"))
+
+
+@app.command(epilog="Example: limbeck evaluate recipes/quickstart.yaml")
+def evaluate(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, json_: JsonOption = False) -> None:  # noqa: B006
+    """Measure teacher, controls and student of a trained run, and write its report."""
+    _stages(recipe, set_, out, json_, ("evaluate", "report"))
+
+
+@app.command(epilog="Example: limbeck report runs/quickstart")
+def report(run_folder: RunArgument, json_: JsonOption = False) -> None:
+    """Write report.html again from a run folder."""
+    from limbeck.report.page import write_report
+
+    _result({"report": str(write_report(run_folder))}, json_)
+
+
+@app.command(epilog="Example: limbeck check recipes/quickstart.yaml --set teacher=./my-model")
+def check(recipe: RecipeArgument, set_: SetOption = [], json_: JsonOption = False) -> None:  # noqa: B006
+    """Say what a recipe will cost, and refuse what can't work, before anything is loaded."""
+    from limbeck.pipeline import check as check_recipe
+    from limbeck.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_)
+    plan = check_recipe(loaded)
+    if json_:
+        _result({"recipe": loaded.hash, "plan": plan.as_dict()}, True)
+        return
+    console.out.print(f"[bold]{loaded.name}[/bold] (hash {loaded.hash[:16]}) can run.")
+    for name, value in plan.lines():
+        console.out.print(f"  {name:<26} {value}", markup=False)
+
+
+@app.command(epilog="Example: limbeck methods jsd")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One divergence, loss or recipe.", metavar="NAME")] = None, json_: JsonOption = False
+) -> None:
+    """List the losses, recipes and tasks that can be named."""
+    from limbeck.build import methods as list_methods
+    from limbeck.types import UserError, nearest
+
+    known = list_methods()
+    if name is not None:
+        found = {kind: known[kind][name] for kind in ("divergences", "losses", "recipes") if name in known[kind]}
+        if not found:
+            names = [entry for kind in ("divergences", "losses", "recipes") for entry in known[kind]]
+            raise UserError(f"no method is named {name!r}{nearest(name, names)}")
+        known = found
+    if json_ or name is not None:
+        _result(known, True)
+        return
+    for kind in ("divergences", "losses", "recipes"):
+        console.out.print(f"[bold]{kind}[/bold]")
+        for entry, facts in known[kind].items():
+            console.out.print(f"  {entry:<16} {facts.get('formula') or facts.get('title')}", markup=False)
+    console.out.print("[bold]tasks[/bold]\n  " + ", ".join(known["tasks"]))
+
+
+@app.command(epilog="Example: limbeck models get smollm2-135m-instruct")
+def models(
+    action: Annotated[str | None, typer.Argument(help="`get` fetches and converts a model.", metavar="[get")] = None,
+    name: Annotated[str | None, typer.Argument(help="The model to get.", metavar="NAME]")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """List the models known by name, with licence and terms, and what is cached; or get one."""
+    from limbeck.models.named import NAMED, home, is_fetched
+    from limbeck.types import UserError
+
+    if action is not None and (action != "get" or name is None):
+        raise UserError("say `limbeck models`, or `limbeck models get NAME`")
+    if name is not None:
+        from limbeck.models.load import resolve
+        from limbeck.models.named import fetch
+
+        fetch(name)
+        _result({"model": name, "folder": resolve(name)[0]}, json_)
+        return
+    listed = [
+        {
+            "name": m.name,
+            "title": m.title,
+            "licence": m.licence,
+            "terms": m.terms,
+            "download_mb": m.download_mb,
+            "cached": is_fetched(m.name),
+        }
+        for m in NAMED.values()
+    ]
+    if json_:
+        _result({"models": listed, "cache": str(home())}, True)
+        return
+    for facts in listed:
+        state = "cached" if facts["cached"] else f"not fetched yet ({facts['download_mb']} MB)"
+        console.out.print(f"[bold]{facts['name']}[/bold]  {facts['title']}\n  licence {facts['licence']}; {facts['terms']}; {state}")
+
+
+@app.command(epilog="Example: echo 'Why is the sky blue?' | limbeck chat runs/quickstart")
+def chat(
+    run_folder: RunArgument,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0)] = 0.0,
+) -> None:
+    """Teacher and student answer the same line side by side. An empty line ends."""
+    from limbeck.chat import converse
+
+    converse(run_folder, max_tokens, temperature)
+
+
+def _stages(recipe: str, overrides: list[str], out: Path | None, as_json: bool, stages: tuple[str, ...]) -> None:
+    from limbeck.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from limbeck.pipeline import run as run_recipe
+
+    reporter = console.JsonLines() if as_json else console.Terminal()
+    with console.StopAsked().listening() as stop:
+        try:
+            folder = run_recipe(loaded, out, reporter, stop, stages)
+        finally:
+            reporter.close()
+    result: dict[str, Any] = {"run": str(folder), "stages": list(stages)}
+    if "report" in stages:
+        from limbeck.report.page import verdict
+
+        summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+        result |= {"verdict": verdict(summary), "report": str(folder / "report.html")}
+    _result(result, as_json)
+
+
+def _profile(recipe: str, overrides: list[str], out: Path | None, as_json: bool) -> None:
+    from limbeck.profile import profile
+    from limbeck.recipe import load_recipe
+
+    _result(profile(load_recipe(recipe, overrides), out, console.Terminal()), as_json)
+
+
+def _result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        console.out.print_json(json.dumps(result, ensure_ascii=False))
+        return
+    for name, value in result.items():
+        console.out.print(f"{name.replace('_', ' ')}: {value}", markup=False)

@@ -1,0 +1,239 @@
+"""Load a model with its tokenizer: a Hugging Face directory, a hub id, a GGUF file, or a name that Limbeck knows.
+
+GGUF weights are dequantised once, saved as a Hugging Face directory in the cache, and loaded from there ever after.
+No remote code is run and no pickle is read: safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from limbeck.durable import file_sha256, new_directory, write_json
+from limbeck.models.named import NAMED, fetch, home
+from limbeck.types import Message, UserError, content_hash, nearest
+
+EDGE = 2**20
+LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder, its tokenizer, and `identity`: what a request key names (name and content, not a path)."""
+
+    net: PreTrainedModel
+    tokenizer: Tokenizer
+    identity: str
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, as the tokenizer and the generation settings name them."""
+        named = getattr(self.net.generation_config, "eos_token_id", None)
+        ids = {self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+        return frozenset(token for token in ids if isinstance(token, int))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids as text, without control tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def context(self) -> int:
+        return int(getattr(self.net.config, "max_position_embeddings", 0) or 2**31)
+
+    def prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:
+        """The conversation as token ids, through the model's own (sandboxed) chat template, ready to be answered."""
+        ids: Any = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return list(ids["input_ids"])
+
+
+def hidden_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+    """Last hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal."""
+    hidden_BTD: Tensor = net.get_decoder()(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    return hidden_BTD
+
+
+def head_of(net: PreTrainedModel) -> Tensor:
+    """The output embedding [V, D].
+
+    Raises:
+        UserError: a head that is more than a product with a matrix.
+    """
+    head: Any = net.get_output_embeddings()
+    cap = getattr(net.config, "final_logit_softcapping", None)
+    scale = getattr(net.config, "logit_scale", None) or getattr(net.config, "logits_scaling", None)
+    plain = isinstance(head, nn.Linear) and getattr(head, "bias", None) is None
+    if not plain or cap or scale not in (None, 1, 1.0):
+        raise UserError(f"{net.config.model_type}: heads with a bias, a soft cap or a logit scale are not supported yet")
+    weight_VD: Tensor = head.weight
+    return weight_VD
+
+
+def load_model(source: str, dtype: torch.dtype = torch.float32) -> Model:
+    """Load `source` for inference, in evaluation mode.
+
+    Args:
+        source: a name of `limbeck models`, a directory in Hugging Face form, a `.gguf` file, or a hub id `owner/name`.
+
+    Raises:
+        UserError: nothing there, or something that is not a causal language model; the message says what to do.
+    """
+    folder, label = resolve(source)
+    with quiet():
+        try:
+            net = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=Path(folder).is_dir()
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"can't load the model {source!r}: {str(error).splitlines()[0]}") from error
+    return Model(net.eval(), tokenizer, _identity(folder, label))
+
+
+def model_identity(source: str) -> str:
+    """What `load_model(source).identity` will be, without loading the weights."""
+    return _identity(*resolve(source))
+
+
+def _identity(folder: str, label: str) -> str:
+    return f"{label}@{fingerprint(Path(folder))}" if Path(folder).is_dir() else folder
+
+
+def load_config(source: str) -> Any:
+    """The sizes of a model, for plans and early refusals: no weights are read, and a named model is not fetched.
+
+    Raises:
+        UserError: no such model.
+    """
+    if source in NAMED:
+        return SimpleNamespace(**NAMED[source].config)
+    folder, _ = resolve(source)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read the configuration of {source!r}: {str(error).splitlines()[0]}") from error
+
+
+def resolve(source: str) -> tuple[str, str]:
+    """(directory or hub id, label). Fetches and converts where the source asks for it."""
+    if source in NAMED:
+        if not _converted(source).exists():
+            convert_gguf(fetch(source), _converted(source))
+        return str(_converted(source)), source
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        target = _converted_file(source)
+        if not target.exists():
+            convert_gguf(path, target)
+        return str(target), path.stem
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{source} holds no config.json, so it is not a model in Hugging Face form")
+        return str(path), path.resolve().name
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return source, source
+    raise UserError(
+        f"no model {source!r}: not a directory, not a .gguf file, not a hub id (owner/name), and not a known name{nearest(source, NAMED)}"
+    )
+
+
+def _converted_file(source: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no GGUF file at {source}")
+    return home() / "converted" / file_sha256(path)[:16]
+
+
+def _converted(name: str) -> Path:
+    return home() / "converted" / f"{name}-{NAMED[name].sha256[:16]}"
+
+
+def convert_gguf(path: Path, target: Path) -> None:
+    """Dequantise a GGUF file to fp32 and save it as a Hugging Face directory.
+
+    Raises:
+        UserError: a file that is not a GGUF model of a known architecture.
+    """
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            net = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # the reader raises many kinds on a broken file; the user needs one
+            raise UserError(f"{path} can't be read as a GGUF model: {error}") from error
+        with new_directory(target) as folder:
+            save_model(net, tokenizer, folder)
+
+
+def save_model(net: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a plain Hugging Face directory without traces of this machine. `folder` exists; see `new_directory`."""
+    with quiet():
+        net.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        write_json(folder / name, {key: value for key, value in settings.items() if key not in LOCAL_TRACES})
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits over the configuration, the tokenizer and the edges of every weight file (first and last MiB, size).
+
+    Not a proof against tampering in the middle of a file: it tells models apart, cheaply.
+    """
+    parts: dict[str, Any] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":
+            with file.open("rb") as weights:
+                head = weights.read(EDGE)
+                weights.seek(max(0, file.stat().st_size - EDGE))
+                parts[file.name] = [file.stat().st_size, content_hash([head.hex(), weights.read(EDGE).hex()])]
+        elif file.suffix in {".json", ".jinja", ".model"}:
+            parts[file.name] = file_sha256(file)
+    return content_hash(parts)[:16]
+
+
+def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
+    """Losses over the vocabulary compare token by token, so both must mean the same by every id.
+
+    Raises:
+        UserError: the vocabularies differ; the message shows where.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    raise UserError(
+        f"teacher and student have different vocabularies: {len(different)} tokens differ, for example "
+        f"{different[:3]}; use a student of the teacher's family, or cross_entropy, which needs only the text"
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and notes off the terminal; errors still raise."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)

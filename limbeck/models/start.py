@@ -1,0 +1,79 @@
+"""How a student begins: a pretrained model, the teacher with layers dropped, or random weights; adapters on request."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from limbeck.models.load import Model, load_model
+from limbeck.models.prune import Calibration, Choice, choose_layers, drop_layers
+from limbeck.recipe import Lora, Scratch, Student
+from limbeck.types import RecipeError, nearest
+
+
+def begin(student: Student, teacher: Model, choice: Choice | None, seed: int) -> Model:
+    """The student before training, without adapters. `choice` holds the layers that a pruned student keeps."""
+    start = student.start
+    if start.pretrained is not None:
+        return load_model(start.pretrained)
+    if start.prune is not None:
+        assert choice is not None
+        return Model(drop_layers(teacher.net, choice.kept), teacher.tokenizer, f"{teacher.identity}/pruned")
+    assert start.scratch is not None
+    return Model(_random(start.scratch, teacher.net, seed), teacher.tokenizer, f"{teacher.identity}/scratch")
+
+
+def choose(
+    student: Student,
+    teacher: Model,
+    calibration: Callable[[], Calibration],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Choice | None:
+    """Which layers a pruned student keeps; None for the other starts."""
+    prune = student.start.prune
+    if prune is None:
+        return None
+    count = prune.layers if prune.layers is not None else len(prune.keep)
+    return choose_layers(teacher.net, prune.keep, count, calibration, progress)
+
+
+def _random(scratch: Scratch, like: PreTrainedModel, seed: int) -> PreTrainedModel:
+    config = copy.deepcopy(like.config)
+    for key, value in scratch.config.items():
+        if not hasattr(config, key):
+            raise RecipeError(f"student.start.scratch.config.{key}", f"no such setting{nearest(key, vars(config))}")
+        setattr(config, key, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    net.eval()
+    return net
+
+
+def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
+    """Put low-rank adapters into every linear layer but the head, in place, and freeze all else. B starts at 0."""
+    from peft import LoraConfig, inject_adapter_in_model  # 12 s of imports that only adapters need
+
+    head = net.get_output_embeddings()
+    targets = [name for name, module in net.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merge_adapters(net: PreTrainedModel) -> None:
+    """Fold the adapters into the weights and take them out, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(net.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, module.get_base_layer())
+    net.requires_grad_(True)

@@ -1,0 +1,367 @@
+"""A recipe's stages in order: elicit, begin, train (student and control), evaluate, report. Each is done once.
+
+What a stage finished is found again by the next call: answers by their request keys, trainings by their checkpoints,
+exports and measurements by files that are written whole. `limbeck run` on a killed run just goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from limbeck import build, data
+from limbeck import train as training_loop
+from limbeck.durable import exclusive, new_directory, sweep, write_json, write_text
+from limbeck.elicit.engine import elicit
+from limbeck.elicit.label import label
+from limbeck.elicit.prompts import Prompt
+from limbeck.evaluate.measure import System, measure
+from limbeck.models.load import Model, check_same_vocabulary, load_config, model_identity, save_model
+from limbeck.models.prune import Calibration, Choice
+from limbeck.models.start import add_adapters, begin, choose, merge_adapters
+from limbeck.models.teacher import InProcessTeacher
+from limbeck.objectives.term import Term, make_term
+from limbeck.plan import Plan, Shape, make_plan
+from limbeck.recipe import Recipe
+from limbeck.report.card import model_card
+from limbeck.report.page import write_report
+from limbeck.store import Store
+from limbeck.types import RecipeError, Request, Sample, Sampling, UserError, content_hash
+
+STAGES = ("elicit", "train", "evaluate", "report")
+
+
+class Reporter(Protocol):
+    """Where progress goes: a terminal, JSON lines, or nowhere."""
+
+    def stage(self, title: str) -> None: ...
+
+    def progress(self, done: int, total: int, detail: str = "") -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def stage(self, title: str) -> None:
+        pass
+
+    def progress(self, done: int, total: int, detail: str = "") -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class StoppedError(UserError):
+    """The user asked to stop; what was done is kept."""
+
+
+def check(recipe: Recipe) -> Plan:
+    """Refuse what can't work and say what the rest will cost; no weights are loaded.
+
+    Raises:
+        RecipeError: an impossible combination, with its place in the recipe.
+    """
+    build.validate(recipe)
+    config = load_config(recipe.teacher)
+    teacher = Shape.of(config)
+    start = recipe.student.start
+    student = teacher
+    if start.prune is not None:
+        kept = start.prune.keep if isinstance(start.prune.keep, list) else None
+        layers = start.prune.layers if kept is None else len(kept)
+        assert layers is not None
+        if layers > teacher.layers or (kept and kept[-1] >= teacher.layers):
+            raise RecipeError("student.start.prune", f"the teacher has only {teacher.layers} layers, numbered from 0")
+        student = teacher.with_layers(layers)
+    elif start.pretrained is not None:
+        student = Shape.of(load_config(start.pretrained))
+    longest = max((writer.max_tokens for writer in recipe.writer), default=0)
+    if longest >= config.max_position_embeddings:
+        raise RecipeError("writer.max_tokens", f"{longest} leaves no room for a prompt in a context of {config.max_position_embeddings}")
+    training, held_out = build.prompts(recipe)
+    return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student)
+
+
+@dataclass
+class Run:
+    """One recipe in one folder. The heavy things are loaded when first needed, and once."""
+
+    recipe: Recipe
+    folder: Path
+    reporter: Reporter
+    stop: Callable[[], bool] = lambda: False
+
+    @cached_property
+    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        return build.prompts(self.recipe)
+
+    @cached_property
+    def teacher(self) -> InProcessTeacher:
+        self.reporter.note(f"loading the teacher, {self.recipe.teacher}")
+        return build.teacher(self.recipe)
+
+    @cached_property
+    def teacher_identity(self) -> str:
+        return model_identity(self.recipe.teacher)
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    # Elicitation
+
+    def samples(self) -> tuple[list[Sample], list[Sample]]:
+        """The training and the held-out text, asked for where the store does not hold it yet."""
+        training, held_out = self.prompts
+        written = [(prompt, self._writer_of(prompt)) for prompt in training]
+        asked = [self._request(prompt, sampling) for prompt, sampling in written if sampling is not None]
+        held = [self._request(prompt, self._teacher_sampling()) for prompt in held_out]
+        with Store(self.path("store.sqlite")) as store:
+            began = time.monotonic()
+
+            def progress(done: int, total: int, tokens: int) -> None:
+                rate = tokens / max(1e-9, time.monotonic() - began)
+                self.reporter.progress(done, total, f"{tokens:,} tokens, {rate:.0f} a second" if tokens else "")
+
+            answers = elicit([*asked, *held], store, lambda: self.teacher, progress, self.stop)
+        if len(answers) < len(asked) + len(held):
+            raise StoppedError(
+                f"stopped; {len(answers)} of {len(asked) + len(held)} answers are kept in {self.folder}, run it again to go on"
+            )
+        by_prompt = {sample.meta["prompt_id"]: sample for sample in answers[: len(asked)]}
+        text = [by_prompt[prompt.id] if sampling is not None else _corpus_sample(prompt) for prompt, sampling in written]
+        return text, answers[len(asked) :]
+
+    def _writer_of(self, prompt: Prompt) -> Sampling | None:
+        """How this prompt's text is drawn; None when the corpus wrote it. The choice depends on seed and prompt alone."""
+        point = int(content_hash([self.recipe.train.seed, prompt.id])[:13], 16) / 16**13
+        for writer in self.recipe.writer:
+            point -= writer.share
+            if point < 0:
+                break
+        return Sampling(writer.temperature, writer.top_p, writer.max_tokens) if writer.by == "teacher" else None
+
+    def _teacher_sampling(self) -> Sampling:
+        """How held-out text is drawn: as the teacher's training text, whoever wrote most of that."""
+        by_teacher = [writer for writer in self.recipe.writer if writer.by == "teacher"]
+        writer = by_teacher[0] if by_teacher else self.recipe.writer[0]
+        return Sampling(writer.temperature, writer.top_p, writer.max_tokens)
+
+    def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
+        (request,) = label([prompt], self.teacher_identity, sampling, self.recipe.train.seed)
+        return request
+
+    # The student
+
+    def rows(self, samples: Sequence[Sample], student: Model) -> list[data.Row]:
+        """Samples in the student's ids. Sampled ids are kept when both speak one vocabulary, else the text is encoded."""
+        same = student.tokenizer.get_vocab() == self.teacher.model.tokenizer.get_vocab()
+
+        def response_ids(sample: Sample) -> Sequence[int]:
+            if sample.response_ids is not None and same:
+                return sample.response_ids
+            ids = student.tokenizer(sample.messages[-1]["content"], add_special_tokens=False)["input_ids"]
+            ended = sample.meta.get("finish") != "length"
+            return [*ids, *([student.tokenizer.eos_token_id] if ended else [])]
+
+        return data.make_rows(samples, student.prompt_ids, response_ids, student.context)
+
+    def choice(self) -> Choice | None:
+        """Which layers the student keeps: decided once, kept in `start.json`."""
+        file = self.path("start.json")
+        if file.exists():
+            found = json.loads(file.read_text())
+            return Choice(tuple(found["kept"]), tuple((layer, cost) for layer, cost in found["drops"])) if found else None
+
+        def calibration() -> Calibration:
+            prune = self.recipe.student.start.prune
+            assert prune is not None
+            rows = self.rows(self.samples()[0][: prune.calibration], self.teacher.model)
+            batch = data.make_batch(rows, tuple(range(len(rows))))
+            positions_BT = batch.mask_BT.roll(-1, 1)
+            positions_BT[:, -1] = False
+            return Calibration(batch.tokens_BT, positions_BT)
+
+        def progress(done: int, total: int) -> None:
+            self.reporter.progress(done, total, "choosing which layers to keep")
+
+        chosen = choose(self.recipe.student, self.teacher.model, calibration, progress)
+        write_json(file, asdict(chosen) if chosen else {})
+        if chosen and chosen.drops:
+            self.reporter.note("dropped layers " + ", ".join(f"{layer} ({cost:.2f})" for layer, cost in chosen.drops) + " (KL so far)")
+        return chosen
+
+    def untouched(self) -> Model:
+        """The student before training."""
+        return begin(self.recipe.student, self.teacher.model, self.choice(), self.recipe.train.seed)
+
+    def train(self, name: str) -> None:
+        """Train `student` or `sft_control` unless its export is there already."""
+        home = self.home(name)
+        if self.path(home, "student").exists():
+            return
+        student = self.untouched()
+        job = self.job(name, student)
+        progress = _training_progress(self.reporter)
+        if not training_loop.train(job, progress, self.stop):
+            raise StoppedError(f"stopped; the checkpoint of the last step is in {job.folder / 'checkpoints'}, run it again to go on")
+        if self.recipe.student.lora is not None:
+            merge_adapters(student.net)
+        with new_directory(job.folder / "student") as folder:
+            save_model(student.net, student.tokenizer, folder)
+            write_text(folder / "README.md", model_card(self.recipe, name, self.teacher_identity))
+
+    def job(self, name: str, student: Model) -> training_loop.Job:
+        """The training called `name`, ready to start or to go on."""
+        terms = [make_term("cross_entropy", {}, 1.0)] if name == "sft_control" else build.terms(self.recipe)
+        reads = any("teacher_distribution" in term.reads for term in terms)
+        if reads:
+            check_same_vocabulary(self.teacher.model.tokenizer, student.tokenizer)
+        rows = self.rows(self.samples()[0], student)
+        if self.recipe.student.lora is not None:
+            add_adapters(student.net, self.recipe.student.lora, self.recipe.train.seed)
+        folder = self.path(self.home(name))
+        folder.mkdir(parents=True, exist_ok=True)
+        signal = self.teacher.signal if reads else _no_signal
+        key = f"{self.recipe.hash}/{name}"
+        return training_loop.Job(student.net, rows, terms, signal, self.recipe.train, folder, key)
+
+    def home(self, name: str) -> str:
+        return "." if name == "student" else f"controls/{name}"
+
+    def controls(self) -> list[str]:
+        """The trainings beside the student's. Fine-tuning as its own control would be the same run twice."""
+        wanted = "sft_control" in self.recipe.evaluate.controls
+        return ["sft_control"] if wanted and not _is_fine_tuning(build.terms(self.recipe)) else []
+
+    # Measuring
+
+    def evaluate(self) -> None:
+        """Measure every system on the held-out prompts; writes `evaluation/`."""
+        if self.path("evaluation", "summary.json").exists():
+            return
+        for name in ("student", *self.controls()):
+            if not self.path(self.home(name), "student").exists():
+                raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
+        loaders: dict[str, Callable[[], Model]] = {"teacher": lambda: self.teacher.model}
+        if "untouched" in self.recipe.evaluate.controls:
+            loaders["untouched"] = self.untouched
+        for name in (*self.controls(), "student"):
+            loaders[name] = lambda name=name: build.model(self.path(self.home(name), "student"))  # type: ignore[misc]
+        systems = [System(name, load()) for name, load in loaders.items()]
+        held_out = self.samples()[1]
+        facts = {"recipe": self.recipe.hash, "name": self.recipe.name, "controls": [s.name for s in systems[1:-1]]}
+        measure(
+            self.path("evaluation"),
+            systems,
+            self.teacher,
+            self.rows(held_out, self.teacher.model),
+            {sample.id: sample.meta["prompt_id"] for sample in held_out},
+            self.prompts[1],
+            build.tasks(self.recipe),
+            self.recipe.evaluate.max_tokens,
+            facts | {"held_out": _sampling_facts(held_out, self._teacher_sampling())},
+            self.reporter.progress,
+        )
+
+    def report(self) -> None:
+        """Write `report.html` from the folder alone."""
+        write_report(self.folder)
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    reporter: Reporter | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    stages: Sequence[str] = STAGES,
+) -> Path:
+    """Do all that the recipe asks for and that is not done yet. Returns the run folder.
+
+    Args:
+        out: the run folder; by default runs/NAME.
+        stop: asked between two steps; when true, the state is saved and `StoppedError` raised.
+        stages: which of elicit, train, evaluate, report; each does what it needs of the earlier ones.
+
+    Raises:
+        UserError: the recipe or the folder can't be used; nothing that was done is lost.
+    """
+    check(recipe)
+    reporter = reporter or Silent()
+    folder = build.run_folder(recipe, out)
+    with exclusive(folder / ".lock"):
+        _claim(recipe, folder)
+        job = Run(recipe, folder, reporter, stop)
+        if "elicit" in stages:
+            reporter.stage("Teacher's text")
+            job.samples()
+        if "train" in stages:
+            reporter.stage("Student's start")
+            job.choice()
+            for name in ("student", *job.controls()):
+                reporter.stage(f"Training: {name}")
+                job.train(name)
+        if "evaluate" in stages:
+            reporter.stage("Evaluation")
+            job.evaluate()
+        if "report" in stages:
+            reporter.stage("Report")
+            job.report()
+    return folder
+
+
+def _claim(recipe: Recipe, folder: Path) -> None:
+    """Make the folder this recipe's, or refuse one that is another's."""
+    sweep(folder)
+    file = folder / "recipe.yaml"
+    if file.exists():
+        before = yaml.safe_load(file.read_text())
+        if content_hash(before) != recipe.hash:
+            now = recipe.resolved()
+            changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+            raise UserError(
+                f"{folder} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, or remove the folder"
+            )
+        return
+    if strangers := [entry.name for entry in folder.iterdir() if entry.name != ".lock"]:
+        raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
+    write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+
+
+def _no_signal(_: Any) -> None:
+    return None
+
+
+def _is_fine_tuning(terms: Sequence[Term]) -> bool:
+    return [term.name for term in terms] == ["cross_entropy"]
+
+
+def _corpus_sample(prompt: Prompt) -> Sample:
+    assert prompt.answer is not None
+    message = {"role": "assistant", "content": prompt.answer}
+    return Sample((*prompt.messages, message), "corpus", meta={"prompt_id": prompt.id, "kind": prompt.kind, "finish": "ok"})
+
+
+def _sampling_facts(samples: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:
+    finishes = [str(sample.meta["finish"]) for sample in samples]
+    return {"answers": len(samples), "writer": "teacher", **asdict(sampling), "cut_off": finishes.count("length")}
+
+
+def _training_progress(reporter: Reporter) -> training_loop.Progress:
+    recent: list[tuple[int, float]] = []
+
+    def progress(step: int, steps: int, record: dict[str, Any]) -> None:
+        recent.append((record["tokens"], record["seconds"]))
+        tokens, seconds = (sum(column) for column in zip(*recent[-10:], strict=True))
+        reporter.progress(step, steps, f"loss {record['loss']:.3f} nats, {tokens / seconds:.0f} tokens a second")
+
+    return progress

@@ -1,0 +1,146 @@
+"""What a run will cost, before any of it is spent: requests, tokens, bytes, memory and time on this machine.
+
+Counts of floating-point operations are the floor of dense decoders: 2 per weight and token forward, 4 more backward;
+attention, norms and memory traffic come on top, so times are lower bounds stretched by TYPICAL_OVERHEAD.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from limbeck.elicit.prompts import Prompt
+from limbeck.objectives.term import Term
+from limbeck.recipe import Recipe
+
+TYPICAL_OVERHEAD = 1.7
+CHARS_PER_TOKEN = 4
+TEMPLATE_TOKENS = 30
+ANSWER_SHARE = 0.65
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder that its costs follow from."""
+
+    layers: int
+    layer_parameters: int
+    head_parameters: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        width, heads = config.hidden_size, config.num_attention_heads
+        head_width = getattr(config, "head_dim", None) or width // heads
+        key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_width
+        attention = 2 * width * heads * head_width + 2 * width * key_value
+        layer = attention + 3 * width * config.intermediate_size
+        return cls(config.num_hidden_layers, layer, config.vocab_size * width)
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer_parameters + self.head_parameters
+
+    def with_layers(self, layers: int) -> Shape:
+        return Shape(layers, self.layer_parameters, self.head_parameters)
+
+
+def step_flops(student: Shape, teacher: Shape | None, tokens: int, response_tokens: int) -> float:
+    """Floor of one training step: student forward and backward, teacher forward; heads on response tokens only."""
+    body = 6.0 * student.layers * student.layer_parameters * tokens + 6.0 * student.head_parameters * response_tokens
+    if teacher is not None:
+        body += 2.0 * teacher.layers * teacher.layer_parameters * tokens + 2.0 * teacher.head_parameters * response_tokens
+    return body
+
+
+def forward_flops(shape: Shape, tokens: int, response_tokens: int) -> float:
+    return 2.0 * shape.layers * shape.layer_parameters * tokens + 2.0 * shape.head_parameters * response_tokens
+
+
+def matrix_rate(seconds: float = 0.4, rows: int = 512, inner: int = 576, outer: int = 1536) -> float:
+    """Measured matrix products of this machine in operations per second, fp32, with torch's threads."""
+    a, b = torch.randn(rows, inner), torch.randn(outer, inner)
+    a @ b.T
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        a @ b.T
+        done += 1
+    return 2.0 * rows * inner * outer * done / (time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The bill. Tokens are estimates until the text is written."""
+
+    requests: int
+    teacher_tokens: int
+    trained_tokens: int
+    steps: int
+    trainings: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: dict[str, float]
+
+    def lines(self) -> list[tuple[str, str]]:
+        minutes = {stage: f"{value / 60:.1f} min" for stage, value in self.seconds.items()}
+        return [
+            ("requests to the teacher", f"{self.requests:,}"),
+            ("tokens it will write", f"about {self.teacher_tokens:,}"),
+            ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
+            ("steps of each", f"about {self.steps:,}"),
+            ("trained tokens of each", f"about {self.trained_tokens:,}"),
+            ("disk", f"{self.disk_bytes / GIB:.1f} GiB"),
+            ("peak memory", f"{self.memory_bytes / GIB:.1f} GiB"),
+            *((f"time, {stage}", text) for stage, text in minutes.items()),
+            ("time, all", f"{sum(self.seconds.values()) / 60:.0f} min on this machine (an estimate)"),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()}}
+
+
+def make_plan(
+    recipe: Recipe, terms: Sequence[Term], training: Sequence[Prompt], held_out: Sequence[Prompt], teacher: Shape, student: Shape
+) -> Plan:
+    """Estimate a run from the sizes alone; nothing is loaded."""
+    settings = recipe.train
+    prompt_tokens = sum(len(prompt.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in training)
+    answer = int(sum(w.share * w.max_tokens for w in recipe.writer) * ANSWER_SHARE)
+    response = answer * len(training)
+    by_teacher = sum(w.share for w in recipe.writer if w.by == "teacher")
+    steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
+    epochs = steps * settings.tokens_per_step / response
+    trainings = 1 + ("sft_control" in recipe.evaluate.controls)
+    reads = any("teacher_distribution" in term.reads for term in terms)
+    rate = matrix_rate() / TYPICAL_OVERHEAD
+    tokens = int((prompt_tokens + response) * epochs)
+    trained = int(response * epochs)
+    held = len(held_out) * (answer + TEMPLATE_TOKENS + 20)
+    train = step_flops(student, teacher if reads else None, tokens, trained)
+    if trainings > 1:
+        train += step_flops(student, None, tokens, trained)
+    text = (by_teacher * (prompt_tokens + response) + held) * 1.5
+    evaluated = 2 + len(recipe.evaluate.controls)
+    seconds = {
+        "elicit": forward_flops(teacher, int(text), int(text)) / rate,
+        "train": train / rate,
+        "evaluate": evaluated * 2.5 * forward_flops(teacher, held, held) / rate,
+    }
+    weights = 4 * student.parameters
+    disk = 3 * weights * (checkpoints := 3) + weights * trainings + 2**20 * checkpoints
+    micro = 1024 * (student.layers * student.layer_parameters) ** 0.5 * 60
+    memory = int(4 * teacher.parameters + 4 * weights + micro + 0.9 * GIB)
+    return Plan(
+        requests=round(by_teacher * len(training)) + len(held_out),
+        teacher_tokens=int(by_teacher * response) + answer * len(held_out),
+        trained_tokens=trained,
+        steps=steps,
+        trainings=trainings,
+        disk_bytes=int(disk),
+        memory_bytes=memory,
+        seconds=seconds,
+    )

@@ -1,0 +1,58 @@
+"""Time the training step against its floor: the operations it can't do without, at this machine's measured rate."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from limbeck import build, train
+from limbeck.data import make_batch, steps_of_epoch
+from limbeck.durable import exclusive
+from limbeck.pipeline import Reporter, Run
+from limbeck.plan import Shape, matrix_rate, step_flops
+from limbeck.recipe import Recipe
+
+STEPS = 3
+
+
+def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[str, Any]:
+    """Run STEPS steps (forward, backward, no update) and compare with the floor. Needs the run's text; elicits what is missing.
+
+    The floor is 2 operations per weight and token forward and 4 backward, over every token of the rows without
+    padding, and over the head for response tokens only; its rate is the best of several measurements of an fp32
+    matrix product of the student's own MLP shape.
+    """
+    build.validate(recipe)
+    folder = build.run_folder(recipe, out)
+    with exclusive(folder / ".lock"):
+        run = Run(recipe, folder, reporter)
+        student = run.untouched()
+        job = run.job("student", student)
+    width, inner = student.net.config.hidden_size, student.net.config.intermediate_size
+    content = steps_of_epoch(job.rows, recipe.train.seed, 0, recipe.train.tokens_per_step)
+    reads = any("teacher_distribution" in term.reads for term in job.terms)
+    teacher = Shape.of(run.teacher.model.net.config) if reads else None
+    job.net.train()
+    rates, seconds, floors, tokens = [], [], [], 0
+    for step in content[: STEPS + 1]:
+        rates.append(matrix_rate(rows=512, inner=width, outer=inner))
+        real = sum(len(job.rows[index]) for micro_batch in step for index in micro_batch)
+        response = sum(len(job.rows[index].response_ids) for micro_batch in step for index in micro_batch)
+        floors.append(step_flops(Shape.of(student.net.config), teacher, real, response))
+        began = time.perf_counter()
+        for micro_batch in step:
+            train.backward(job, make_batch(job.rows, micro_batch), [1.0 for _ in job.terms])
+        seconds.append(time.perf_counter() - began)
+        tokens += real
+        job.net.zero_grad(set_to_none=True)
+    rate = max(rates)
+    ratio = [spent / (floor / rate) for spent, floor in zip(seconds[1:] or seconds, floors[1:] or floors, strict=True)]
+    return {
+        "matrix_product_gflop_per_second": round(rate / 1e9, 1),
+        "floor_gflop_per_step": round(statistics.mean(floors) / 1e9, 1),
+        "seconds_per_step": round(statistics.median(seconds), 2),
+        "tokens_per_second": round(tokens / sum(seconds), 1),
+        "times_the_floor": round(statistics.median(ratio), 2),
+    }

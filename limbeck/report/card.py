@@ -1,0 +1,29 @@
+"""The model card of an exported student: what it is, where it comes from, how to load it."""
+
+from __future__ import annotations
+
+import json
+
+from limbeck.recipe import Recipe
+
+
+def model_card(recipe: Recipe, name: str, teacher_identity: str) -> str:
+    """Markdown with the settings that made the model. It claims no quality: the run's report does, with intervals."""
+    what = "the fine-tuning control of" if name == "sft_control" else "the student of"
+    return f"""---
+library_name: transformers
+tags: [distillation, limbeck]
+---
+# {recipe.name}: {what} a Limbeck distillation
+
+Teacher: `{teacher_identity}`. The licence and the terms of the teacher apply to this model and to its text.
+
+Load it with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`; the chat template is the teacher's.
+What was kept of the teacher stands, with confidence intervals, in the run's `evaluation/summary.json`.
+
+The whole recipe (hash `{recipe.hash[:16]}`):
+
+```json
+{json.dumps(recipe.resolved(), indent=1, ensure_ascii=False)}
+```
+"""

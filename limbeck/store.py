@@ -1,0 +1,111 @@
+"""Samples and evidence of a run: one SQLite file, content-addressed, every answer committed before it is acknowledged.
+
+A request is known by its key; asking again for a key that is here costs nothing. Killed at any moment, the file holds
+exactly the answers that were acknowledged (write-ahead log, synchronous=FULL).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from limbeck.types import Evidence, Finish, Request, Sample, UserError, canonical_json
+
+SCHEMA = """
+create table if not exists about (version integer not null);
+create table if not exists samples (id text primary key, body text not null) strict;
+create table if not exists answers (
+    key text primary key, request text not null, finish text not null, sample_id text not null references samples (id)
+) strict;
+create table if not exists evidence (
+    sample_id text not null references samples (id), kind text not null, judge text not null,
+    value text not null, tensor_ref text, primary key (sample_id, kind, judge)
+) strict;
+"""
+VERSION = 1
+
+
+class Store:
+    """Open with a path; use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("pragma journal_mode=wal")
+            self._db.execute("pragma synchronous=full")
+            self._db.executescript(SCHEMA)
+            found = self._db.execute("select version from about").fetchone()
+            if found is None:
+                self._db.execute("insert into about values (?)", (VERSION,))
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path} is not a store of this program ({error}); move it away or choose another --out") from error
+        if found is not None and found[0] != VERSION:
+            raise UserError(f"{path} was written by another version of the store ({found[0]}); choose another --out")
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    def record(self, request: Request, sample: Sample, finish: Finish) -> None:
+        """Keep an answer. When this returns, it survives the process."""
+        body = {
+            "messages": list(sample.messages),
+            "writer": sample.writer,
+            "response_ids": None if sample.response_ids is None else list(sample.response_ids),
+            "parents": list(sample.parents),
+            "meta": sample.meta,
+        }
+        asked = {"model": request.model, "messages": list(request.messages), "seed": request.seed}
+        asked |= {"sampling": vars(request.sampling), "meta": request.meta}
+        self._db.execute("begin immediate")
+        try:
+            self._db.execute("insert or ignore into samples values (?, ?)", (sample.id, canonical_json(body)))
+            self._db.execute(
+                "insert or ignore into answers values (?, ?, ?, ?)",
+                (request.key, canonical_json(asked), finish, sample.id),
+            )
+            self._db.execute("commit")
+        except BaseException:
+            self._db.execute("rollback")
+            raise
+
+    def answered(self, request: Request) -> Sample | None:
+        """The stored answer to this request, if there is one."""
+        row = self._db.execute("select body, finish from answers join samples on id = sample_id where key = ?", (request.key,)).fetchone()
+        return None if row is None else _sample(row[0], row[1])
+
+    def write_evidence(self, evidence: Evidence) -> None:
+        self._db.execute(
+            "insert or replace into evidence values (?, ?, ?, ?, ?)",
+            (evidence.sample_id, evidence.kind, evidence.judge, canonical_json(evidence.value), evidence.tensor_ref),
+        )
+
+    def evidence(self, kind: str) -> Iterator[Evidence]:
+        rows = self._db.execute(
+            "select sample_id, kind, judge, value, tensor_ref from evidence where kind = ? order by sample_id, judge",
+            (kind,),
+        )
+        for sample_id, kind_, judge, value, tensor_ref in rows:
+            yield Evidence(sample_id, kind_, judge, json.loads(value), tensor_ref)
+
+    def count(self) -> dict[str, int]:
+        """How many answers there are of each finish."""
+        return dict(self._db.execute("select finish, count(*) from answers group by finish order by finish"))
+
+
+def _sample(body: str, finish: Finish) -> Sample:
+    data = json.loads(body)
+    ids = data["response_ids"]
+    return Sample(
+        messages=tuple(data["messages"]),
+        writer=data["writer"],
+        response_ids=None if ids is None else tuple(ids),
+        parents=tuple(data["parents"]),
+        meta=data["meta"] | {"finish": finish},
+    )

@@ -1,0 +1,143 @@
+"""The nouns that every floor above shares. Imports nothing of Limbeck and, at run time, nothing heavy.
+
+Shape legend used in the whole package: B rows (sequences), T positions of a row, N response positions of a batch,
+D hidden width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Message = dict[str, str]
+Finish = Literal["ok", "length", "empty"]
+
+NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+
+
+class UserError(ValueError):
+    """What the user can mend: a message that says what is wrong, where, and the remedy. The command exits with 2."""
+
+
+class RecipeError(UserError):
+    """A recipe that can't be run. `path` is the place in the file, such as `loss[0].jsd.teacher_share`."""
+
+    def __init__(self, path: str, message: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {message}" if path else message)
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling for equal values: sorted keys, no spaces, UTF-8. NaN is refused, since it equals nothing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `value`: independent of key order, process and hash seed."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is drawn. `temperature` 0 is greedy. `max_tokens` counts the end-of-sequence token."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to one model. Its `key` makes it idempotent: whoever asks again reads the stored answer."""
+
+    model: str
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    seed: int
+    meta: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        fields = {"model": self.model, "messages": list(self.messages), "seed": self.seed}
+        return content_hash(fields | {"sampling": vars(self.sampling)})
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote: `ids` as sampled (they end with the end-of-sequence token when `finish` is ok)."""
+
+    ids: tuple[int, ...]
+    text: str
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation that a student may train on; the last message is the response.
+
+    `response_ids` are the very tokens the writer sampled; what was sampled is what is trained. They are valid for
+    the tokenizer named by `meta["tokenizer"]` only. A text without ids (a corpus, an API) has None.
+    """
+
+    messages: tuple[Message, ...]
+    writer: str
+    response_ids: tuple[int, ...] | None = None
+    parents: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def id(self) -> str:
+        ids = None if self.response_ids is None else list(self.response_ids)
+        return content_hash({"messages": list(self.messages), "writer": self.writer, "ids": ids})
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a judge wrote beside a sample. `value` is JSON; `tensor_ref` names a tensor in a shard."""
+
+    sample_id: str
+    kind: str
+    judge: str
+    value: Any = None
+    tensor_ref: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, padded on the right. `mask_BT[b, t]` is 1 where `tokens_BT[b, t]` is a response token.
+
+    Position t is predicted from position t - 1: `response_positions` says which hidden states are projected.
+    """
+
+    tokens_BT: Tensor
+    mask_BT: Tensor
+    weight_BT: Tensor
+    sample_ids: tuple[str, ...]
+
+    def response_positions(self) -> tuple[Tensor, Tensor]:
+        """(row_N, position_N) of the hidden states that predict a response token."""
+        rows_N, targets_N = self.mask_BT.nonzero(as_tuple=True)
+        return rows_N, targets_N - 1
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a term returns: the weighted sum of its per-token losses and the sum of those weights. Never a mean."""
+
+    loss: Tensor
+    weight: Tensor
+
+
+def nearest(name: str, legal: Iterable[str]) -> str:
+    """A hint such as `; did you mean 'steps'?`, or the list of legal names when none is close."""
+    names = sorted(legal)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; legal: {', '.join(names)}" if names else ""
