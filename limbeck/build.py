@@ -48,7 +48,7 @@ def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
     source, settings = recipe.prompts.source, recipe.evaluate
     training = load_prompts(source)
     if settings.prompts is not None:
-        held_out = load_prompts(settings.prompts, part="test")
+        held_out = load_prompts(settings.prompts, part="test", path="evaluate.prompts")
     elif source.startswith("builtin/"):
         held_out = load_prompts(source, part="test")
     else:
@@ -65,7 +65,7 @@ def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
 
 def tasks(recipe: Recipe) -> list[Task]:
     """The tasks named beside `fidelity`."""
-    return [load_task(name, "evaluate.metrics") for name in recipe.evaluate.metrics if name != "fidelity"]
+    return [load_task(name) for name in recipe.evaluate.metrics if name != "fidelity"]
 
 
 def validate(recipe: Recipe) -> None:

@@ -42,7 +42,13 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in beside.iterdir()}
         write_json(beside / MANIFEST, {"step": step, "files": files, "state": dict(state)})
     crash_point("checkpoint.before_prune")
-    for _, old in _complete(folder)[:-KEEP]:
+    prune(folder, KEEP)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    found = _complete(folder)
+    for _, old in found[: len(found) - keep]:
         shutil.rmtree(old)
 
 

@@ -63,7 +63,7 @@ def steps_of_epoch(rows: Sequence[Row], seed: int, epoch: int, tokens_per_step: 
     """All steps of one epoch, each of about `tokens_per_step` response tokens.
 
     Rows are shuffled, sorted by length within windows of WINDOW_STEPS steps, cut into micro-batches of at most
-    MICRO_TOKENS padded tokens, shuffled again and dealt out. Every row comes exactly once.
+    MICRO_TOKENS (and of a step) padded tokens, shuffled again and dealt out. Every row comes exactly once.
     """
     noise = random.Random(f"{seed}/{epoch}")  # noqa: S311 (an order, not a secret)
     shuffled = list(range(len(rows)))
@@ -82,7 +82,7 @@ def steps_of_epoch(rows: Sequence[Row], seed: int, epoch: int, tokens_per_step: 
 
 
 def _cut(rows: Sequence[Row], window: list[int], noise: random.Random, tokens_per_step: int) -> list[MicroBatch]:
-    limit = min(MICRO_TOKENS, 2 * tokens_per_step)
+    limit = min(MICRO_TOKENS, tokens_per_step)
     cut: list[list[int]] = []
     for index in sorted(window, key=lambda index: (len(rows[index]), index)):
         if cut and (len(cut[-1]) + 1) * len(rows[index]) <= limit:

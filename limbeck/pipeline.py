@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from limbeck import build, data
+from limbeck import build, checkpoint, data
 from limbeck import train as training_loop
 from limbeck.durable import exclusive, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import elicit
@@ -219,6 +219,7 @@ class Run:
         with new_directory(job.folder / "student") as folder:
             save_model(student.net, student.tokenizer, folder)
             write_text(folder / "README.md", model_card(self.recipe, name, self.teacher_identity))
+        checkpoint.prune(job.folder / "checkpoints", keep=1 if name == "student" else 0)
 
     def job(self, name: str, student: Model) -> training_loop.Job:
         """The training called `name`, ready to start or to go on."""
@@ -299,7 +300,7 @@ def run(
     reporter = reporter or Silent()
     folder = build.run_folder(recipe, out)
     with exclusive(folder / ".lock"):
-        _claim(recipe, folder)
+        claim(recipe, folder)
         job = Run(recipe, folder, reporter, stop)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
@@ -319,7 +320,7 @@ def run(
     return folder
 
 
-def _claim(recipe: Recipe, folder: Path) -> None:
+def claim(recipe: Recipe, folder: Path) -> None:
     """Make the folder this recipe's, or refuse one that is another's."""
     sweep(folder)
     file = folder / "recipe.yaml"

@@ -10,7 +10,7 @@ from typing import Any
 from limbeck import build, train
 from limbeck.data import make_batch, steps_of_epoch
 from limbeck.durable import exclusive
-from limbeck.pipeline import Reporter, Run
+from limbeck.pipeline import Reporter, Run, claim
 from limbeck.plan import Shape, matrix_rate, step_flops
 from limbeck.recipe import Recipe
 
@@ -27,6 +27,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     build.validate(recipe)
     folder = build.run_folder(recipe, out)
     with exclusive(folder / ".lock"):
+        claim(recipe, folder)
         run = Run(recipe, folder, reporter)
         student = run.untouched()
         job = run.job("student", student)

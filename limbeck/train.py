@@ -29,6 +29,7 @@ from limbeck.types import Batch, UserError, canonical_json, content_hash
 
 SignalSource = Callable[[Batch], TeacherSignal | None]
 Progress = Callable[[int, int, dict[str, Any]], None]
+SAVING_SHARE = 0.05  # checkpoints take at most about this share of the time
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,18 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
     optimizer = _optimizer(parameters, settings)
     start = _resume(job, parameters, optimizer)
     job.net.train()
-    saved_at = time.monotonic()
+    saved_at, pause = time.monotonic(), settings.save_seconds
     for step, content in enumerate(steps_from(job.rows, settings.seed, settings.tokens_per_step, start, steps), start):
         record = _step(job, content, step, steps, parameters, optimizer)
         append_json(job.folder / "metrics.jsonl", record)
         progress(step + 1, steps, record)
         crash_point("train.after_step")
         last, stopping = step + 1 == steps, stop()
-        if last or stopping or time.monotonic() - saved_at >= settings.save_seconds:
+        if last or stopping or time.monotonic() - saved_at >= pause:
+            began = time.monotonic()
             _save(job, step + 1, parameters, optimizer)
             saved_at = time.monotonic()
+            pause = max(settings.save_seconds, (saved_at - began) / SAVING_SHARE)
         if stopping and not last:
             return False
     job.net.eval()

@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck.builtin import task_folders
 from limbeck.elicit.verify import parse_check
-from limbeck.types import Message, UserError, nearest
+from limbeck.types import Message, RecipeError, UserError, nearest
 
 BUILTIN = "builtin/"
 
@@ -32,13 +32,13 @@ class Prompt:
         return ({"role": "user", "content": self.text},)
 
 
-def load_prompts(source: str, limit: int | None = None, part: str = "train") -> list[Prompt]:
-    """The prompts of `builtin/NAME` (its training or test part) or of a JSONL file.
+def load_prompts(source: str, part: str = "train", path: str = "prompts.from") -> list[Prompt]:
+    """The prompts of `builtin/NAME` (its training or test part) or of a JSONL file. `path` is where the recipe names it.
 
     Raises:
         UserError: nothing there, nothing in it, or a malformed line, which is named by its number.
     """
-    file = _locate(source, part)
+    file = _locate(source, part, path)
     prompts: list[Prompt] = []
     seen: set[str] = set()
     try:
@@ -53,23 +53,21 @@ def load_prompts(source: str, limit: int | None = None, part: str = "train") -> 
             raise UserError(f"{file}, line {number}: the id {prompt.id!r} stands twice")
         seen.add(prompt.id)
         prompts.append(prompt)
-        if len(prompts) == limit:
-            break
     if not prompts:
         raise UserError(f'{file} holds no prompt; write one JSON object per line, such as {{"prompt": "Why is the sky blue?"}}')
     return prompts
 
 
-def _locate(source: str, part: str) -> Path:
+def _locate(source: str, part: str, path: str) -> Path:
     if source.startswith(BUILTIN):
         tasks = task_folders()
         name = source.removeprefix(BUILTIN)
         if name not in tasks:
-            raise UserError(f"prompts.from: there are no built-in prompts {name!r}{nearest(name, tasks)}")
+            raise RecipeError(path, f"there are no built-in prompts {name!r}{nearest(name, tasks)}")
         return tasks[name] / f"{part}.jsonl"
     file = Path(source).expanduser()
     if not file.is_file():
-        raise UserError(f"prompts.from: there is no file {source!r}; give a JSONL file or builtin/everyday")
+        raise RecipeError(path, f"there is no file {source!r}; give a JSONL file or builtin/everyday")
     return file
 
 

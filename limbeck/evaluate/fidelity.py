@@ -22,6 +22,7 @@ from limbeck.models.load import Model, head_of, hidden_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.divergence import divergence
 from limbeck.objectives.head import chunks
+from limbeck.objectives.precision import full_precision
 from limbeck.types import Batch
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -73,7 +74,7 @@ def _measure(system: Model, batch: Batch, teacher_logits: Callable[[slice], Tens
     targets_N = batch.tokens_BT[rows_N, positions_N + 1].to(device)
     columns: dict[str, list[Tensor]] = {}
     for part in chunks(len(hidden_ND), len(head_VD)):
-        p_CV, q_CV = teacher_logits(part), (hidden_ND[part] @ head_VD.T).float()
+        p_CV, q_CV = teacher_logits(part), full_precision(hidden_ND[part] @ head_VD.T)
         values = {name: divergence(name, p_CV, q_CV) for name in DIVERGENCES}
         values["nll"] = torch.nn.functional.cross_entropy(q_CV, targets_N[part], reduction="none")
         values["teacher_top"], values["student_top"] = p_CV.argmax(-1), q_CV.argmax(-1)

@@ -14,7 +14,7 @@ from limbeck.elicit.verify import verify
 from limbeck.evaluate.statistics import Interval, ratio_interval
 from limbeck.models.generate import Job, generate
 from limbeck.models.load import Model
-from limbeck.types import Sampling, UserError, nearest
+from limbeck.types import RecipeError, Sampling, nearest
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Answer:
     passed: bool | None
 
 
-def load_task(name: str, path: str = "evaluate") -> Task:
+def load_task(name: str, path: str = "evaluate.metrics") -> Task:
     folders = task_folders()
     if name not in folders:
-        raise UserError(f"{path}: no task is named {name!r}{nearest(name, [*folders, 'fidelity'])}")
+        raise RecipeError(path, f"no task is named {name!r}{nearest(name, [*folders, 'fidelity'])}")
     data = yaml.safe_load((folders[name] / "task.yaml").read_text())
     return Task(data["name"], str(data["version"]), data["description"], data["metric"])
 

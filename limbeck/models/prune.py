@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from limbeck.models.load import head_of, hidden_states
 from limbeck.types import UserError
 
-CANDIDATES = 12
+CANDIDATES = 8
 
 
 @dataclass(frozen=True)

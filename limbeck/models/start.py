@@ -16,7 +16,19 @@ from limbeck.types import RecipeError, nearest
 
 
 def begin(student: Student, teacher: Model, choice: Choice | None, seed: int) -> Model:
-    """The student before training, without adapters. `choice` holds the layers that a pruned student keeps."""
+    """The student before training, without adapters. `choice` holds the layers that a pruned student keeps.
+
+    Embeddings lose their `padding_idx`: where the padding token is the end-of-sequence token (SmolLM2, most Llamas),
+    it would silently keep that token's input embedding from learning. Padding needs no such help: no loss reads it.
+    """
+    started = _begin(student, teacher, choice, seed)
+    for module in started.net.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+    return started
+
+
+def _begin(student: Student, teacher: Model, choice: Choice | None, seed: int) -> Model:
     start = student.start
     if start.pretrained is not None:
         return load_model(start.pretrained)

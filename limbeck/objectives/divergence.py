@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from limbeck.objectives.precision import full_precision
 from limbeck.types import RecipeError, nearest
 
 DivergenceFn = Callable[..., Tensor]
@@ -73,7 +74,7 @@ def _register(formula: str, paper: str, **ranges: Range) -> Callable[[Divergence
 
 
 def _log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    logits_NV = full_precision(logits_NV)
     return log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=-1)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from limbeck.objectives.precision import full_precision
 from limbeck.objectives.term import Chunk, Term
 
 CHUNK_ELEMENTS = 8 * 2**20
@@ -83,7 +84,7 @@ class _Fused(torch.autograd.Function):
         grad_VD = torch.zeros_like(head_VD) if needs_head else None
         sums_K = torch.zeros(len(terms), dtype=torch.float64)
         for part in chunks(len(hidden_ND), len(head_VD)):
-            logits_CV = (hidden_ND[part] @ head_VD.T).float() if hidden_ND.dtype != torch.float64 else hidden_ND[part] @ head_VD.T
+            logits_CV = full_precision(hidden_ND[part] @ head_VD.T)
             teacher_CV = teacher.logits(part) if teacher is not None else None
             chunk = Chunk(targets_N[part], teacher_CV)
             with torch.enable_grad():

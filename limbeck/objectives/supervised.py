@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from limbeck.objectives.precision import full_precision
+
 
 def cross_entropy(student_logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     """-log q(target) per position, [C] in nats. The gradient with respect to the logits is q - onehot(target)."""
-    logits_CV = student_logits_CV if student_logits_CV.dtype == torch.float64 else student_logits_CV.float()
-    return torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
+    return torch.nn.functional.cross_entropy(full_precision(student_logits_CV), targets_C, reduction="none")

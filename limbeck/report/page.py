@@ -195,4 +195,4 @@ def _cost(folder: Path) -> list[tuple[str, int, int, float]]:
 
 def _start(folder: Path) -> dict[str, Any]:
     file = folder / "start.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    return {"drops": []} | (json.loads(file.read_text()) if file.exists() else {})

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from limbeck.objectives.precision import full_precision
+
 
 @dataclass(frozen=True)
 class DenseSignal:
@@ -20,5 +22,5 @@ class DenseSignal:
 
     @torch.no_grad()
     def logits(self, positions: slice) -> Tensor:
-        """Teacher logits [C, V] of these positions, in fp32."""
-        return (self.hidden_NE[positions] @ self.head_VE.T).float()
+        """Teacher logits [C, V] of these positions, in fp32 or better."""
+        return full_precision(self.hidden_NE[positions] @ self.head_VE.T)

@@ -1,0 +1,124 @@
+"""The house rules that a program can check: floors, sizes, and what may be imported where."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "limbeck"
+FLOORS = [
+    ["types"],
+    ["builtin", "durable"],
+    ["recipe", "store", "checkpoint", "objectives", "elicit.verify", "evaluate.statistics", "report.page"],
+    ["signals", "report.card", "elicit.prompts", "elicit.label", "elicit.engine", "data", "models.generate", "models.named"],
+    ["models.load"],
+    ["models.prune"],
+    ["models.teacher", "models.start"],
+    ["train", "plan", "evaluate.fidelity", "evaluate.tasks"],
+    ["build", "evaluate.measure"],
+    ["pipeline"],
+    ["console", "profile"],
+    ["chat"],
+    ["cli"],
+    ["__init__", "__main__"],
+]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def floor(name: str) -> int:
+    for number, rooms in enumerate(FLOORS):
+        if any(name == room or name.startswith(room + ".") for room in rooms):
+            return number
+    raise AssertionError(f"{name} has no floor: give it one in {__file__}")
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of ours that a file imports while it is loaded or later; those only for type checkers don't count."""
+    tree = ast.parse(file.read_text())
+    typing_only = {
+        id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "limbeck":
+            inner = node.module.removeprefix("limbeck").lstrip(".")
+            for alias in node.names:
+                candidate = f"{inner}.{alias.name}".lstrip(".")
+                is_module = (PACKAGE / Path(*candidate.split("."))).with_suffix(".py").exists()
+                found.add(candidate if is_module else inner)
+    return found - {""}
+
+
+@pytest.mark.parametrize("file", FILES, ids=module)
+def test_imports_go_down(file):
+    own = floor(module(file))
+    for other in imports(file):
+        assert floor(other) < own or (floor(other) == own and other.split(".")[0] == module(file).split(".")[0]), (
+            f"{module(file)} imports {other}"
+        )
+
+
+def test_no_circle():
+    edges = {module(file): imports(file) for file in FILES}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        for other in edges.get(name, ()):
+            visit(other, (*path, name))
+
+    for name in edges:
+        visit(name, ())
+
+
+def test_losses_know_tensors_only():
+    for file in (PACKAGE / "objectives").glob("*.py"):
+        for other in imports(file):
+            assert other.startswith("objectives") or other == "types", f"{file.name} imports {other}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module)
+def test_sizes(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} is too long"
+
+
+def test_no_room_for_odds_and_ends():
+    assert not [file for file in FILES if file.stem in {"utils", "helpers", "misc", "common"}]
+
+
+@pytest.mark.parametrize("file", FILES, ids=module)
+def test_nothing_that_runs_what_it_reads(file):
+    """No pickle, no eval, one template engine in one file, subprocesses only where weights are fetched."""
+    allowed = {"jinja2": {"report.page"}, "subprocess": {"models.named"}, "pickle": set(), "marshal": set(), "shelve": set()}
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        for name in names:
+            top = name.split(".")[0]
+            assert top not in allowed or module(file) in allowed[top], f"{module(file)} imports {name}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"eval", "exec", "compile", "__import__"}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+            assert ast.unparse(node.func.value) != "torch", "torch.load reads pickles"
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert isinstance(node.value, ast.Constant) and node.value.value is False
+
+
+def test_no_mean_in_a_term():
+    for name in ("term", "divergence", "supervised", "head"):
+        assert ".mean(" not in (PACKAGE / "objectives" / f"{name}.py").read_text()

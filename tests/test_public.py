@@ -1,0 +1,57 @@
+"""The faces that others rely on: Python names, commands and their options, frozen."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import typing
+
+import limbeck
+from limbeck.cli import app
+
+NAMES = ["Recipe", "RecipeError", "UserError", "check", "divergence", "load_recipe", "methods", "run"]
+RUNS = {"recipe", "--set", "--out", "--json"}
+COMMANDS = {
+    "run": RUNS,
+    "elicit": RUNS,
+    "train": RUNS | {"--profile"},
+    "evaluate": RUNS,
+    "report": {"run_folder", "--json"},
+    "check": {"recipe", "--set", "--json"},
+    "methods": {"name", "--json"},
+    "models": {"action", "name", "--json"},
+    "chat": {"run_folder", "--max-tokens", "--temperature"},
+}
+
+
+def test_public_names():
+    assert limbeck.__all__ == NAMES and len(NAMES) <= 15
+    for name in NAMES:
+        assert getattr(limbeck, name).__doc__
+
+
+def test_commands_and_options():
+    found = {}
+    for command in app.registered_commands:
+        options = set()
+        for name, hint in typing.get_type_hints(command.callback, include_extras=True).items():
+            if name == "return":
+                continue
+            (info,) = hint.__metadata__
+            declared = (info.default if isinstance(info.default, str) else None, *(info.param_decls or ()))
+            options |= {flag for flag in declared if flag and flag.startswith("--")} or {name}
+        found[command.name or command.callback.__name__] = options
+        assert command.callback.__doc__ and command.epilog.startswith("Example: ")
+    assert found == COMMANDS
+
+
+def test_importing_the_package_and_the_command_loads_nothing_heavy():
+    code = "import sys, limbeck, limbeck.cli; print([m for m in ('torch', 'transformers', 'pydantic', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_methods_lists_every_divergence_with_formula_and_paper():
+    listed = limbeck.methods()
+    assert {"forward_kl", "reverse_kl", "jsd"} <= set(listed["divergences"])
+    assert all(facts["formula"] and facts["paper"] for facts in listed["divergences"].values())
+    assert "quickstart" in listed["recipes"] and "everyday" in listed["tasks"]
