@@ -26,11 +26,11 @@ LABELS = {
     "student": "Student",
 }
 METRICS = {
-    "forward_kl": ("Forward KL", "nats per token; 0 is the teacher itself", "low"),
-    "reverse_kl": ("Reverse KL", "nats per token", "low"),
-    "jsd": ("Jensen-Shannon", "nats per token, at most 0.69", "low"),
+    "forward_kl": ("Forward KL", "nats a token", "low"),
+    "reverse_kl": ("Reverse KL", "nats a token", "low"),
+    "jsd": ("Jensen-Shannon", "nats, at most 0.69", "low"),
     "top1_agreement": ("Same first choice", "share of tokens", "high"),
-    "perplexity": ("Perplexity", "of the teacher's text", "low"),
+    "perplexity": ("Perplexity", "teacher's text", "low"),
 }
 SATURATED_NATS = 4.0
 CHART = (640, 220, 44)
@@ -76,7 +76,7 @@ def _template() -> Any:
 def _number(value: float) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 20 else f"{value:.3f}"
+    return f"{value:.1f}" if abs(value) >= 20 else f"{round(value, 3) + 0.0:.3f}"
 
 
 def verdict(summary: dict[str, Any]) -> str:
@@ -89,16 +89,17 @@ def verdict(summary: dict[str, Any]) -> str:
     difference = paired.get("student - sft_control", {}).get("forward_kl")
     if difference is None:
         return text + "."
-    size = f"{abs(difference['value']):.3f} nats ({difference['low']:+.3f} to {difference['high']:+.3f})"
-    if difference["high"] < 0:
-        return f"{text}; it is nearer than fine-tuning on the same text by {size}."
-    if difference["low"] > 0:
-        return f"{text}; fine-tuning on the same text came nearer, by {size}."
-    return f"{text}; against fine-tuning on the same text the difference of {size} is within its interval of chance."
+    value, low, high = (difference[key] for key in ("value", "low", "high"))
+    if high < 0:
+        return f"{text}; it is nearer than fine-tuning on the same text by {-value:.3f} nats ({-high:.3f} to {-low:.3f})."
+    if low > 0:
+        return f"{text}; fine-tuning on the same text came nearer, by {value:.3f} nats ({low:.3f} to {high:.3f})."
+    return f"{text}; against fine-tuning on the same text the difference, {value:+.3f} nats ({low:+.3f} to {high:+.3f}), may be chance."
 
 
 def _metric(name: str) -> dict[str, str]:
-    title, unit, good = METRICS.get(name, (name.replace("/", ": ").replace("_", " "), "", "high"))
+    task, _, measure = name.rpartition("/")
+    title, unit, good = METRICS.get(name, (measure.replace("_", " ").capitalize(), f"task {task}", "high"))
     return {"name": name, "title": title, "unit": unit, "good": good}
 
 
