@@ -65,11 +65,19 @@ def evaluate(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None
 
 
 @app.command(epilog="Example: limbeck report runs/quickstart")
-def report(run_folder: RunArgument, json_: JsonOption = False) -> None:
+def report(
+    run_folder: RunArgument,
+    json_: JsonOption = False,
+    table: Annotated[bool, typer.Option("--table", help="Print the result table as Markdown instead.")] = False,
+) -> None:
     """Write report.html again from a run folder."""
-    from limbeck.report.page import write_report
+    from limbeck.report.page import read_summary, write_report
+    from limbeck.report.table import markdown
 
-    _result({"report": str(write_report(run_folder))}, json_)
+    if table:
+        console.out.print(markdown(read_summary(run_folder)), markup=False, end="")
+    else:
+        _result({"report": str(write_report(run_folder))}, json_)
 
 
 @app.command(epilog="Example: limbeck check recipes/quickstart.yaml --set teacher=./my-model")
@@ -130,7 +138,7 @@ def models(
         from limbeck.models.named import fetch
 
         fetch(name)
-        _result({"model": name, "folder": resolve(name)[0]}, json_)
+        _result({"model": name, "folder": str(resolve(name)[0])}, json_)
         return
     listed = [
         {

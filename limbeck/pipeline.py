@@ -23,7 +23,7 @@ from limbeck.elicit.engine import elicit
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate.measure import System, measure
-from limbeck.models.load import Model, check_same_vocabulary, load_config, model_identity, save_model
+from limbeck.models.load import Model, check_same_vocabulary, load_config, load_tokenizer, model_identity, save_model
 from limbeck.models.prune import Calibration, Choice
 from limbeck.models.start import add_adapters, begin, choose, merge_adapters
 from limbeck.models.teacher import InProcessTeacher
@@ -85,6 +85,7 @@ def check(recipe: Recipe) -> Plan:
         student = teacher.with_layers(layers)
     elif start.pretrained is not None:
         student = Shape.of(load_config(start.pretrained))
+        check_same_vocabulary(load_tokenizer(recipe.teacher), load_tokenizer(start.pretrained))
     longest = max((writer.max_tokens for writer in recipe.writer), default=0)
     if longest >= config.max_position_embeddings:
         raise RecipeError("writer.max_tokens", f"{longest} leaves no room for a prompt in a context of {config.max_position_embeddings}")
@@ -116,6 +117,12 @@ class Run:
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
+
+    def progress(self, done: int, total: int, detail: str) -> None:
+        """Tell the reporter, and end here if the user asked to (for stages that keep nothing half-done)."""
+        self.reporter.progress(done, total, detail)
+        if self.stop():
+            raise StoppedError(f"stopped; what was finished is kept in {self.folder}, run it again to go on")
 
     # Elicitation
 
@@ -163,15 +170,13 @@ class Run:
     # The student
 
     def rows(self, samples: Sequence[Sample], student: Model) -> list[data.Row]:
-        """Samples in the student's ids. Sampled ids are kept when both speak one vocabulary, else the text is encoded."""
-        same = student.tokenizer.get_vocab() == self.teacher.model.tokenizer.get_vocab()
+        """Samples in token ids: the sampled ones as they are; a corpus text is encoded, and ends with the end token."""
 
         def response_ids(sample: Sample) -> Sequence[int]:
-            if sample.response_ids is not None and same:
+            if sample.response_ids is not None:
                 return sample.response_ids
             ids = student.tokenizer(sample.messages[-1]["content"], add_special_tokens=False)["input_ids"]
-            ended = sample.meta.get("finish") != "length"
-            return [*ids, *([student.tokenizer.eos_token_id] if ended else [])]
+            return [*ids, student.tokenizer.eos_token_id]
 
         return data.make_rows(samples, student.prompt_ids, response_ids, student.context)
 
@@ -192,7 +197,7 @@ class Run:
             return Calibration(batch.tokens_BT, positions_BT)
 
         def progress(done: int, total: int) -> None:
-            self.reporter.progress(done, total, "choosing which layers to keep")
+            self.progress(done, total, "choosing which layers to keep")
 
         chosen = choose(self.recipe.student, self.teacher.model, calibration, progress)
         write_json(file, asdict(chosen) if chosen else {})
@@ -225,8 +230,6 @@ class Run:
         """The training called `name`, ready to start or to go on."""
         terms = [make_term("cross_entropy", {}, 1.0)] if name == "sft_control" else build.terms(self.recipe)
         reads = any("teacher_distribution" in term.reads for term in terms)
-        if reads:
-            check_same_vocabulary(self.teacher.model.tokenizer, student.tokenizer)
         rows = self.rows(self.samples()[0], student)
         if self.recipe.student.lora is not None:
             add_adapters(student.net, self.recipe.student.lora, self.recipe.train.seed)
@@ -271,7 +274,7 @@ class Run:
             build.tasks(self.recipe),
             self.recipe.evaluate.max_tokens,
             facts | {"held_out": _sampling_facts(held_out, self._teacher_sampling())},
-            self.reporter.progress,
+            self.progress,
         )
 
     def report(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from limbeck.data import MICRO_TOKENS
 from limbeck.elicit.prompts import Prompt
 from limbeck.objectives.term import Term
 from limbeck.recipe import Recipe
@@ -22,6 +23,8 @@ CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
 GIB = 2**30
+ACTIVATION_BYTES = 33  # kept for the backward pass per token and layer, as a multiple of the root of the layer's weights
+BASE_BYTES = 0.9 * GIB  # the libraries, one chunk of logits and its gradients
 
 
 @dataclass(frozen=True)
@@ -131,16 +134,17 @@ def make_plan(
         "evaluate": evaluated * 2.5 * forward_flops(teacher, held, held) / rate,
     }
     weights = 4 * student.parameters
-    disk = 3 * weights * (checkpoints := 3) + weights * trainings + 2**20 * checkpoints
-    micro = 1024 * (student.layers * student.layer_parameters) ** 0.5 * 60
-    memory = int(4 * teacher.parameters + 4 * weights + micro + 0.9 * GIB)
+    disk = 3 * 3 * weights + weights * trainings  # two checkpoints and one being written, each thrice the weights; the exports
+    tokens_together = min(MICRO_TOKENS, settings.tokens_per_step)
+    activations = tokens_together * student.layers * ACTIVATION_BYTES * student.layer_parameters**0.5
+    memory = int(4 * teacher.parameters + 4 * weights + activations + BASE_BYTES)
     return Plan(
         requests=round(by_teacher * len(training)) + len(held_out),
         teacher_tokens=int(by_teacher * response) + answer * len(held_out),
         trained_tokens=trained,
         steps=steps,
         trainings=trainings,
-        disk_bytes=int(disk),
+        disk_bytes=disk,
         memory_bytes=memory,
         seconds=seconds,
     )

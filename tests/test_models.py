@@ -32,7 +32,7 @@ def test_a_missing_model_is_one_clear_message(source, words):
 
 
 def test_a_hub_id_that_can_not_be_reached_is_refused():
-    with pytest.raises(UserError, match="can't load the model 'nobody/nothing'"):
+    with pytest.raises(UserError, match="can't fetch 'nobody/nothing'"):
         load_model("nobody/nothing")
 
 

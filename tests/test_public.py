@@ -16,7 +16,7 @@ COMMANDS = {
     "elicit": RUNS,
     "train": RUNS | {"--profile"},
     "evaluate": RUNS,
-    "report": {"run_folder", "--json"},
+    "report": {"run_folder", "--json", "--table"},
     "check": {"recipe", "--set", "--json"},
     "methods": {"name", "--json"},
     "models": {"action", "name", "--json"},

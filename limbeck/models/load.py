@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -27,6 +28,7 @@ from limbeck.models.named import NAMED, fetch, home
 from limbeck.types import Message, UserError, content_hash, nearest
 
 EDGE = 2**20
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 
 
@@ -94,11 +96,11 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> Model:
     with quiet():
         try:
             net = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=Path(folder).is_dir()
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"can't load the model {source!r}: {str(error).splitlines()[0]}") from error
+        tokenizer = load_tokenizer(source)
     return Model(net.eval(), tokenizer, _identity(folder, label))
 
 
@@ -107,8 +109,25 @@ def model_identity(source: str) -> str:
     return _identity(*resolve(source))
 
 
-def _identity(folder: str, label: str) -> str:
-    return f"{label}@{fingerprint(Path(folder))}" if Path(folder).is_dir() else folder
+def _identity(folder: Path, label: str) -> str:
+    return f"{label}@{fingerprint(folder)}"
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer alone.
+
+    Raises:
+        UserError: no such model, or one without a tokenizer.
+    """
+    folder, _ = resolve(source)
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"can't load the tokenizer of {source!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
+        missing = "end-of-sequence token" if tokenizer.eos_token_id is None else "chat template"
+        raise UserError(f"the tokenizer of {source!r} has no {missing}; use an instruction-tuned model, or add one to its tokenizer")
+    return tokenizer
 
 
 def load_config(source: str) -> Any:
@@ -126,27 +145,36 @@ def load_config(source: str) -> Any:
         raise UserError(f"can't read the configuration of {source!r}: {str(error).splitlines()[0]}") from error
 
 
-def resolve(source: str) -> tuple[str, str]:
-    """(directory or hub id, label). Fetches and converts where the source asks for it."""
+def resolve(source: str) -> tuple[Path, str]:
+    """(directory in Hugging Face form, label). Fetches and converts where the source asks for it."""
     if source in NAMED:
         if not _converted(source).exists():
             convert_gguf(fetch(source), _converted(source))
-        return str(_converted(source)), source
+        return _converted(source), source
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         target = _converted_file(source)
         if not target.exists():
             convert_gguf(path, target)
-        return str(target), path.stem
+        return target, path.stem
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UserError(f"{source} holds no config.json, so it is not a model in Hugging Face form")
-        return str(path), path.resolve().name
+        return path, path.resolve().name
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return source, source
+        return _from_hub(source), source
     raise UserError(
         f"no model {source!r}: not a directory, not a .gguf file, not a hub id (owner/name), and not a known name{nearest(source, NAMED)}"
     )
+
+
+def _from_hub(repository: str) -> Path:
+    """A local snapshot of a hub repository: safetensors, configuration and tokenizer only."""
+    try:
+        return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"can't fetch {repository!r} from the hub: {reason}; give a directory or a .gguf file instead") from error
 
 
 def _converted_file(source: str) -> Path:
@@ -221,7 +249,7 @@ def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
     different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     raise UserError(
         f"teacher and student have different vocabularies: {len(different)} tokens differ, for example "
-        f"{different[:3]}; use a student of the teacher's family, or cross_entropy, which needs only the text"
+        f"{different[:3]}; use a student of the teacher's family (bridges between vocabularies are not built yet)"
     )
 
 

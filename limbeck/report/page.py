@@ -42,10 +42,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder holds no evaluation.
     """
-    summary_file = folder / "evaluation" / "summary.json"
-    if not summary_file.exists():
-        raise UserError(f"{folder} holds no evaluation/summary.json: run `limbeck evaluate` first")
-    summary = json.loads(summary_file.read_text())
+    summary = read_summary(folder)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     page = _template().render(
         recipe=recipe,
@@ -62,6 +59,18 @@ def write_report(folder: Path) -> Path:
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The measurements of a run folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    file = folder / "evaluation" / "summary.json"
+    if not file.exists():
+        raise UserError(f"{folder} holds no evaluation/summary.json: run `limbeck evaluate` first")
+    return dict(json.loads(file.read_text()))
 
 
 def _template() -> Any:

@@ -1,0 +1,25 @@
+"""The README's numbers are the ones that a command of ours wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from limbeck.recipe import load_recipe
+from limbeck.report.page import verdict
+from limbeck.report.table import markdown
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_result_table_is_the_measured_one():
+    summary = json.loads((ROOT / "docs" / "evidence" / "quickstart.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert markdown(summary) in readme and verdict(summary) in " ".join(readme.split())
+    assert summary["recipe"] == load_recipe("quickstart").hash, "measure again: the recipe is not the one that was measured"
+
+
+def test_every_page_of_the_docs_is_on_the_map():
+    readme = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.name}" in readme
