@@ -52,8 +52,9 @@ def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
     elif source.startswith("builtin/"):
         held_out = load_prompts(source, part="test")
     else:
-        held_out = [prompt for prompt in training if int(content_hash(prompt.text)[:8], 16) < HELD_OUT_SHARE * 16**8]
-        training = [prompt for prompt in training if prompt not in held_out]
+        apart = [int(content_hash(prompt.text)[:8], 16) < HELD_OUT_SHARE * 16**8 for prompt in training]
+        held_out = [prompt for prompt, out in zip(training, apart, strict=True) if out]
+        training = [prompt for prompt, out in zip(training, apart, strict=True) if not out]
     training, held_out = training[: recipe.prompts.limit], held_out[: settings.limit]
     for part, path in ((training, "prompts"), (held_out, "evaluate.prompts")):
         if not part:
@@ -65,7 +66,9 @@ def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
 
 def tasks(recipe: Recipe) -> list[Task]:
     """The tasks named beside `fidelity`."""
-    return [load_task(name) for name in recipe.evaluate.metrics if name != "fidelity"]
+    if "fidelity" not in recipe.evaluate.metrics:
+        raise RecipeError("evaluate.metrics", "fidelity is always measured, so list it")
+    return [load_task(name, recipe.evaluate.limit) for name in recipe.evaluate.metrics if name != "fidelity"]
 
 
 def validate(recipe: Recipe) -> None:
@@ -75,8 +78,13 @@ def validate(recipe: Recipe) -> None:
         RecipeError: a term that reads what no writer or teacher gives, an unknown task, prompts that aren't there.
     """
     terms(recipe)
-    tasks(recipe)
     training, _ = prompts(recipe)
+    trained = {prompt.text for prompt in training}
+    for task in tasks(recipe):
+        if leak := [prompt.id for prompt in task.prompts if prompt.text in trained]:
+            raise RecipeError(
+                "evaluate.metrics", f"{len(leak)} prompts of the task {task.name} are training prompts too, such as {leak[0]}"
+            )
     if any(writer.by == "corpus" for writer in recipe.writer):
         for prompt in training:
             if prompt.answer is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from limbeck.durable import crash_point, file_sha256, new_directory, sweep, write_json
+from limbeck.durable import crash_point, file_sha256, full_disk_as_os_error, new_directory, remove_directory, sweep, write_json
 from limbeck.types import UserError
 
 MANIFEST = "manifest.json"
@@ -37,7 +36,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     sweep(folder)
     with new_directory(folder / f"step-{step:08d}") as beside:
         crash_point("checkpoint.before_tensors")
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
+        with full_disk_as_os_error():
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
         crash_point("checkpoint.before_manifest")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in beside.iterdir()}
         write_json(beside / MANIFEST, {"step": step, "files": files, "state": dict(state)})
@@ -49,7 +49,7 @@ def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     found = _complete(folder)
     for _, old in found[: len(found) - keep]:
-        shutil.rmtree(old)
+        remove_directory(old)
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from limbeck.types import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
-USER_ERROR, OUR_ERROR = 2, 1
+USER_ERROR = 2
+STOPPED = "stopped; what was finished is kept, run it again to go on"
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only", errno.EDQUOT: "the disk quota is used up"}
 
 out = Console(highlight=False, soft_wrap=True)
@@ -102,7 +103,7 @@ class StopAsked:
     def listening(self) -> Iterator[StopAsked]:
         def note(*_: object) -> None:
             if self.asked:
-                raise KeyboardInterrupt
+                raise UserError(STOPPED)
             self.asked = True
             err.print("stopping after this step; once more to stop at once", markup=False)
 
@@ -114,15 +115,19 @@ class StopAsked:
                 signal.signal(number, handler)
 
 
+def _interrupted(*_: object) -> None:
+    """Ctrl-C outside the long stages. (A KeyboardInterrupt would be swallowed by the command-line library.)"""
+    raise UserError(STOPPED)
+
+
 @contextlib.contextmanager
 def messages() -> Iterator[None]:
     """Turn what the user can mend into one message and exit status 2; our own faults keep their traceback, status 1."""
     try:
+        signal.signal(signal.SIGINT, _interrupted)
         yield
     except UserError as error:
         raise _end(str(error)) from error
-    except KeyboardInterrupt as error:
-        raise _end("stopped; what was finished is kept, run it again to go on") from error
     except (OSError, sqlite3.OperationalError) as error:
         reason = NO_ROOM.get(getattr(error, "errno", 0) or 0) or ("the disk is full" if "disk is full" in str(error) else None)
         if isinstance(error, PermissionError):

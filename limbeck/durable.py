@@ -11,13 +11,18 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from limbeck.types import UserError
+
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.(?:tmp|old)")
 
 
 def crash_point(name: str) -> None:
@@ -95,10 +100,23 @@ def new_directory(path: Path) -> Iterator[Path]:
     fsync_directory(path.parent)
 
 
+def is_leftover(path: Path) -> bool:
+    """Is this a name that `new_directory` or `write_bytes` gives to what is not whole yet?"""
+    return LEFTOVER.fullmatch(path.name) is not None
+
+
 def sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written in `folder`."""
-    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    """Remove what a killed process of ours left half-written in `folder`; no other name is touched."""
+    for left in folder.iterdir() if folder.is_dir() else []:
+        if is_leftover(left):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Make a folder vanish at once: renamed first, so that a kill half-way leaves no half folder under its name."""
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+    path.rename(old)
+    shutil.rmtree(old)
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
@@ -130,16 +148,30 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
     """One process at a time. The kernel frees the lock when its holder ends, however it ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, and `wait` is false; or a file stands where the folder should be.
     """
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UserError(f"{path.parent} is a file, not a folder: give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{path.parent} is in use by another limbeck process; wait for it or choose another --out") from None
         yield
+
+
+@contextlib.contextmanager
+def full_disk_as_os_error() -> Iterator[None]:
+    """The tensor library has an error of its own for a disk without room; the rest of us knows OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code:
+            raise OSError(int(code[1]), str(error)) from error
+        raise

@@ -18,17 +18,17 @@ import yaml
 
 from limbeck import build, checkpoint, data
 from limbeck import train as training_loop
-from limbeck.durable import exclusive, new_directory, sweep, write_json, write_text
+from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate.measure import System, measure
-from limbeck.models.load import Model, check_same_vocabulary, load_config, load_tokenizer, model_identity, save_model
+from limbeck.models.load import Model, check_head, check_same_vocabulary, is_ready, load_config, load_tokenizer, model_identity, save_model
 from limbeck.models.prune import Calibration, Choice
-from limbeck.models.start import add_adapters, begin, choose, merge_adapters
+from limbeck.models.start import add_adapters, begin, choose, merge_adapters, scratch_config
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.term import Term, make_term
-from limbeck.plan import Plan, Shape, make_plan
+from limbeck.objectives.term import make_term
+from limbeck.plan import Plan, Shape, make_plan, trained_controls
 from limbeck.recipe import Recipe
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
@@ -73,9 +73,9 @@ def check(recipe: Recipe) -> Plan:
     """
     build.validate(recipe)
     config = load_config(recipe.teacher)
-    teacher = Shape.of(config)
-    start = recipe.student.start
-    student = teacher
+    check_head(config)
+    teacher = student = Shape.of(config)
+    start, context = recipe.student.start, config.max_position_embeddings
     if start.prune is not None:
         kept = start.prune.keep if isinstance(start.prune.keep, list) else None
         layers = start.prune.layers if kept is None else len(kept)
@@ -84,11 +84,21 @@ def check(recipe: Recipe) -> Plan:
             raise RecipeError("student.start.prune", f"the teacher has only {teacher.layers} layers, numbered from 0")
         student = teacher.with_layers(layers)
     elif start.pretrained is not None:
-        student = Shape.of(load_config(start.pretrained))
+        other = load_config(start.pretrained)
+        check_head(other)
+        student, context = Shape.of(other), min(context, other.max_position_embeddings)
         check_same_vocabulary(load_tokenizer(recipe.teacher), load_tokenizer(start.pretrained))
-    longest = max((writer.max_tokens for writer in recipe.writer), default=0)
-    if longest >= config.max_position_embeddings:
-        raise RecipeError("writer.max_tokens", f"{longest} leaves no room for a prompt in a context of {config.max_position_embeddings}")
+        if other.vocab_size != config.vocab_size:
+            raise RecipeError("student.start.pretrained", f"its head has {other.vocab_size} rows, the teacher's {config.vocab_size}: "
+                              "padded vocabularies are not supported yet")  # fmt: skip
+    elif start.scratch is not None:
+        student = Shape.of(scratch_config(start.scratch, config))
+    for path, tokens in (
+        ("writer.max_tokens", max(w.max_tokens for w in recipe.writer)),
+        ("evaluate.max_tokens", recipe.evaluate.max_tokens),
+    ):
+        if tokens >= context:
+            raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {context}")
     training, held_out = build.prompts(recipe)
     return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student)
 
@@ -113,6 +123,8 @@ class Run:
 
     @cached_property
     def teacher_identity(self) -> str:
+        if not is_ready(self.recipe.teacher):
+            self.reporter.note(f"fetching and converting {self.recipe.teacher}, once")
         return model_identity(self.recipe.teacher)
 
     def path(self, *parts: str) -> Path:
@@ -144,9 +156,9 @@ class Run:
             raise StoppedError(
                 f"stopped; {len(answers)} of {len(asked) + len(held)} answers are kept in {self.folder}, run it again to go on"
             )
-        by_prompt = {sample.meta["prompt_id"]: sample for sample in answers[: len(asked)]}
-        text = [by_prompt[prompt.id] if sampling is not None else _corpus_sample(prompt) for prompt, sampling in written]
-        return text, answers[len(asked) :]
+        answered = iter(answers)  # in the order asked; a stored answer may have been asked under another prompt's id
+        text = [_corpus_sample(prompt) if sampling is None else next(answered) for prompt, sampling in written]
+        return text, list(answered)
 
     def _writer_of(self, prompt: Prompt) -> Sampling | None:
         """How this prompt's text is drawn; None when the corpus wrote it. The choice depends on seed and prompt alone."""
@@ -212,7 +224,10 @@ class Run:
     def train(self, name: str) -> None:
         """Train `student` or `sft_control` unless its export is there already."""
         home = self.home(name)
+        checkpoints, keep = self.path(home, "checkpoints"), 1 if name == "student" else 0
+        sweep(self.path(home))
         if self.path(home, "student").exists():
+            checkpoint.prune(checkpoints, keep)
             return
         student = self.untouched()
         job = self.job(name, student)
@@ -224,7 +239,7 @@ class Run:
         with new_directory(job.folder / "student") as folder:
             save_model(student.net, student.tokenizer, folder)
             write_text(folder / "README.md", model_card(self.recipe, name, self.teacher_identity))
-        checkpoint.prune(job.folder / "checkpoints", keep=1 if name == "student" else 0)
+        checkpoint.prune(checkpoints, keep)
 
     def job(self, name: str, student: Model) -> training_loop.Job:
         """The training called `name`, ready to start or to go on."""
@@ -244,8 +259,7 @@ class Run:
 
     def controls(self) -> list[str]:
         """The trainings beside the student's. Fine-tuning as its own control would be the same run twice."""
-        wanted = "sft_control" in self.recipe.evaluate.controls
-        return ["sft_control"] if wanted and not _is_fine_tuning(build.terms(self.recipe)) else []
+        return trained_controls(self.recipe, build.terms(self.recipe))
 
     # Measuring
 
@@ -269,7 +283,7 @@ class Run:
             systems,
             self.teacher,
             self.rows(held_out, self.teacher.model),
-            {sample.id: sample.meta["prompt_id"] for sample in held_out},
+            {sample.id: prompt.id for sample, prompt in zip(held_out, self.prompts[1], strict=True)},
             self.prompts[1],
             build.tasks(self.recipe),
             self.recipe.evaluate.max_tokens,
@@ -303,8 +317,8 @@ def run(
     reporter = reporter or Silent()
     folder = build.run_folder(recipe, out)
     with exclusive(folder / ".lock"):
-        claim(recipe, folder)
         job = Run(recipe, folder, reporter, stop)
+        claim(job)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
             job.samples()
@@ -323,11 +337,12 @@ def run(
     return folder
 
 
-def claim(recipe: Recipe, folder: Path) -> None:
-    """Make the folder this recipe's, or refuse one that is another's."""
-    sweep(folder)
+def claim(run: Run) -> None:
+    """Make the folder this recipe's with this text and teacher, or refuse one that is another's."""
+    folder, recipe = run.folder, run.recipe
     file = folder / "recipe.yaml"
     if file.exists():
+        sweep(folder)
         before = yaml.safe_load(file.read_text())
         if content_hash(before) != recipe.hash:
             now = recipe.resolved()
@@ -335,18 +350,21 @@ def claim(recipe: Recipe, folder: Path) -> None:
             raise UserError(
                 f"{folder} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, or remove the folder"
             )
-        return
-    if strangers := [entry.name for entry in folder.iterdir() if entry.name != ".lock"]:
+    elif strangers := [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not is_leftover(entry)]:
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
-    write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+    else:
+        write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+    inputs = {"teacher": run.teacher_identity, "prompts": content_hash([[asdict(prompt) for prompt in part] for part in run.prompts])}
+    known = folder / "inputs.json"
+    if known.exists() and (before := json.loads(known.read_text())) != inputs:
+        changed = sorted(key for key in inputs if before.get(key) != inputs[key])
+        raise UserError(f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out")
+    if not known.exists():
+        write_json(known, inputs)
 
 
 def _no_signal(_: Any) -> None:
     return None
-
-
-def _is_fine_tuning(terms: Sequence[Term]) -> bool:
-    return [term.name for term in terms] == ["cross_entropy"]
 
 
 def _corpus_sample(prompt: Prompt) -> Sample:
@@ -357,7 +375,7 @@ def _corpus_sample(prompt: Prompt) -> Sample:
 
 def _sampling_facts(samples: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:
     finishes = [str(sample.meta["finish"]) for sample in samples]
-    return {"answers": len(samples), "writer": "teacher", **asdict(sampling), "cut_off": finishes.count("length")}
+    return {"answers": len(samples) - finishes.count("empty"), "writer": "teacher", **asdict(sampling), "cut_off": finishes.count("length")}
 
 
 def _training_progress(reporter: Reporter) -> training_loop.Progress:

@@ -17,12 +17,14 @@ from limbeck.data import MICRO_TOKENS
 from limbeck.elicit.prompts import Prompt
 from limbeck.objectives.term import Term
 from limbeck.recipe import Recipe
+from limbeck.types import UserError
 
 TYPICAL_OVERHEAD = 1.7
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
 GIB = 2**30
+SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 ACTIVATION_BYTES = 33  # kept for the backward pass per token and layer, as a multiple of the root of the layer's weights
 BASE_BYTES = 0.9 * GIB  # the libraries, one chunk of logits and its gradients
 
@@ -37,6 +39,11 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
+        missing = [name for name in SIZES if getattr(config, name, None) is None]
+        if missing:
+            raise UserError(
+                f"models of type {getattr(config, 'model_type', '?')!r} are not supported: their configuration has no {missing[0]}"
+            )
         width, heads = config.hidden_size, config.num_attention_heads
         head_width = getattr(config, "head_dim", None) or width // heads
         key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_width
@@ -106,18 +113,24 @@ class Plan:
         return {**vars(self), "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()}}
 
 
+def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
+    """The trainings beside the student's. Fine-tuning as its own control would be the same run twice."""
+    is_fine_tuning = [term.name for term in terms] == ["cross_entropy"]
+    return ["sft_control"] if "sft_control" in recipe.evaluate.controls and not is_fine_tuning else []
+
+
 def make_plan(
     recipe: Recipe, terms: Sequence[Term], training: Sequence[Prompt], held_out: Sequence[Prompt], teacher: Shape, student: Shape
 ) -> Plan:
     """Estimate a run from the sizes alone; nothing is loaded."""
     settings = recipe.train
     prompt_tokens = sum(len(prompt.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in training)
-    answer = int(sum(w.share * w.max_tokens for w in recipe.writer) * ANSWER_SHARE)
+    answer = max(1, int(sum(w.share * w.max_tokens for w in recipe.writer) * ANSWER_SHARE))
     response = answer * len(training)
     by_teacher = sum(w.share for w in recipe.writer if w.by == "teacher")
     steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
     epochs = steps * settings.tokens_per_step / response
-    trainings = 1 + ("sft_control" in recipe.evaluate.controls)
+    trainings = 1 + len(trained_controls(recipe, terms))
     reads = any("teacher_distribution" in term.reads for term in terms)
     rate = matrix_rate() / TYPICAL_OVERHEAD
     tokens = int((prompt_tokens + response) * epochs)

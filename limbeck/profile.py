@@ -27,8 +27,8 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     build.validate(recipe)
     folder = build.run_folder(recipe, out)
     with exclusive(folder / ".lock"):
-        claim(recipe, folder)
         run = Run(recipe, folder, reporter)
+        claim(run)
         student = run.untouched()
         job = run.job("student", student)
     width, inner = student.net.config.hidden_size, student.net.config.intermediate_size

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
@@ -29,6 +29,13 @@ class Prune(_Section):
     layers: Annotated[int, Field(ge=1)] | None = None
     keep: Keep | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "importance"
     calibration: Annotated[int, Field(ge=1)] = 6  # teacher answers to judge layers on
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _not_last(cls, keep: Any) -> Any:
+        if keep == "last":
+            raise ValueError("to drop the last layers, keep the first: write keep: first")
+        return keep
 
     @model_validator(mode="after")
     def _agree(self) -> Prune:
@@ -191,6 +198,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError("", f"{file} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError("", f"{file} must hold a mapping of settings, not {type(data).__name__}")
+    data = _write_out(data)
     for override in overrides:
         _set(data, override)
     return parse(data)

@@ -41,6 +41,8 @@ class Store:
             found = self._db.execute("select version from about").fetchone()
             if found is None:
                 self._db.execute("insert into about values (?)", (VERSION,))
+        except sqlite3.OperationalError:
+            raise  # no room, no permission: the file is not to blame
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path} is not a store of this program ({error}); move it away or choose another --out") from error
         if found is not None and found[0] != VERSION:
@@ -72,7 +74,8 @@ class Store:
             )
             self._db.execute("commit")
         except BaseException:
-            self._db.execute("rollback")
+            if self._db.in_transaction:  # SQLite has rolled back by itself when the disk was full
+                self._db.execute("rollback")
             raise
 
     def answered(self, request: Request) -> Sample | None:

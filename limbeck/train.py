@@ -97,6 +97,7 @@ def _step(
 ) -> dict[str, Any]:
     """One update from the micro-batches of `content`."""
     began = time.perf_counter()
+    torch.manual_seed(job.settings.seed * 2**24 + step)  # dropout, where the model has any: a step is replayed to the bit
     batches = [make_batch(job.rows, micro_batch) for micro_batch in content]
     weight = float(sum(float(batch.weight_BT.sum()) for batch in batches))
     scales = [term.weight / weight for term in job.terms]

@@ -83,8 +83,8 @@ class Generated:
 class Sample:
     """A conversation that a student may train on; the last message is the response.
 
-    `response_ids` are the very tokens the writer sampled; what was sampled is what is trained. They are valid for
-    the tokenizer named by `meta["tokenizer"]` only. A text without ids (a corpus, an API) has None.
+    `response_ids` are the very tokens the writer sampled; what was sampled is what is trained. A text
+    without ids (a corpus, an API) has None.
     """
 
     messages: tuple[Message, ...]
@@ -126,14 +126,6 @@ class Batch:
         """(row_N, position_N) of the hidden states that predict a response token."""
         rows_N, targets_N = self.mask_BT.nonzero(as_tuple=True)
         return rows_N, targets_N - 1
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What a term returns: the weighted sum of its per-token losses and the sum of those weights. Never a mean."""
-
-    loss: Tensor
-    weight: Tensor
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:

@@ -141,6 +141,12 @@ def test_errors_name_the_remedy(name, params, words):
         divergence(name, teacher, student, **params)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_are_refused(bad):
+    with pytest.raises(ValueError, match="finite"):
+        divergence("jsd", torch.tensor([[0.0, bad]]), torch.zeros(1, 2))
+
+
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="vocabulary"):
         divergence("jsd", torch.zeros(2, 5), torch.zeros(2, 6))

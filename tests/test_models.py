@@ -50,6 +50,17 @@ def test_a_broken_gguf_is_refused_and_leaves_nothing(tmp_path, content):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b[:4], lambda b: b"\xff" * 50])
+def test_damaged_weights_are_one_clear_message(tmp_path, tiny_folder, damage):
+    import shutil
+
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(UserError, match="can't load the model"):
+        load_model(str(tmp_path / "model"))
+
+
 def test_remote_code_is_never_run(tmp_path, tiny_folder):
     import json
     import shutil

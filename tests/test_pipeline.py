@@ -128,6 +128,36 @@ def test_a_folder_with_strangers_is_refused(recipe_data, tmp_path):
         limbeck.run(parse(recipe_data), tmp_path / "out")
 
 
+def test_nothing_of_the_users_is_swept_away(recipe_data, tmp_path):
+    out = tmp_path / "out"
+    (out / ".config.old").mkdir(parents=True)
+    (out / ".config.old" / "precious").write_text("mine")
+    with pytest.raises(limbeck.UserError, match="config"):
+        limbeck.run(parse(recipe_data), out)
+    assert (out / ".config.old" / "precious").read_text() == "mine"
+
+
+def test_two_prompts_of_the_same_text_share_one_answer(recipe_data, tmp_path, prompt_file):
+    prompt_file.write_text('{"prompt": "why"}\n{"prompt": "why"}\n{"prompt": "a dog"}\n')
+    limbeck.run(parse(recipe_data), tmp_path / "out", stages=("elicit", "train"))
+    with sqlite3.connect(tmp_path / "out" / "store.sqlite") as db:
+        assert db.execute("select count(*) from answers").fetchone() == (2 + 2,)
+
+
+def test_an_edited_prompt_file_under_a_run_is_noticed(recipe_data, tmp_path, prompt_file):
+    limbeck.run(parse(recipe_data), tmp_path / "out", stages=("elicit",))
+    prompt_file.write_text('{"prompt": "new"}\n' + prompt_file.read_text())
+    with pytest.raises(limbeck.UserError, match="prompts changed"):
+        limbeck.run(parse(recipe_data), tmp_path / "out")
+
+
+def test_a_task_is_scored_on_its_own_prompts(recipe_data, tmp_path):
+    recipe_data["evaluate"]["limit"] = 7
+    limbeck.run(parse(recipe_data), tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "evaluation" / "summary.json").read_text())
+    assert summary["systems"]["student"]["everyday/tokens"]["n"] == 7 and summary["held_out"]["answers"] == 2
+
+
 def test_other_starts_losses_and_writers_run_too(recipe_data, tmp_path, prompt_file, tiny_folder):
     lines = [json.loads(line) for line in prompt_file.read_text().splitlines()]
     prompt_file.write_text("".join(json.dumps(line | {"answer": "the cat sat"}) + "\n" for line in lines))
@@ -182,6 +212,29 @@ def test_a_full_disk_is_one_message(recipe_file, tmp_path):
         [sys.executable, "-c", code, str(recipe_file), str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "the disk is full" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_is_one_message(recipe_file, tmp_path):
+    import signal
+
+    out = tmp_path / "out"
+    assert command("run", recipe_file, "--out", out).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "limbeck", "chat", str(out), "--max-tokens", "2"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    process.stdin.write("why\n")
+    process.stdin.flush()
+    while "student" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "stopped" in said and "Traceback" not in said
 
 
 def test_a_second_process_is_refused(recipe_data, tmp_path):

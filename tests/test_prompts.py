@@ -48,6 +48,8 @@ def test_no_held_out_prompt_resembles_a_training_prompt():
         ("", "holds no prompt"), ("\n \n", "holds no prompt"), ("not json", "line 1: not JSON"), ('{"text": "x"}', 'line 1: needs a non-empty text under "prompt"'),
         ('{"prompt": "a"}\n{"prompt": "  "}', "line 2"), ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "stands twice"),
         ('{"prompt": "a", "check": {"type": "numbr", "answer": 1}}', "number"), ('{"prompt": "a", "check": {"type": "number"}}', "needs 'answer'"),
+        ('{"prompt": "a", "check": {"type": "choice", "labels": ["x"], "answer": "y"}}', "not among the labels"),
+        ('{"prompt": "a", "check": {"type": "contains", "all": [3]}}', "must be text"), ('{"prompt": "a", "check": {"type": "number", "answer": true}}', "a number"),
         ('{"prompt": "a", "answer": 3}', '"answer" must be text'), ("[1]", "line 1"),
     ],
 )  # fmt: skip
@@ -56,6 +58,12 @@ def test_malformed_prompt_files_name_the_line(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(UserError, match=re.escape(message)):
         load_prompts(str(file))
+
+
+def test_line_separators_inside_text_do_not_split_a_line(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "one\u2028two\u0085three"}\n', encoding="utf-8")
+    assert [prompt.text for prompt in load_prompts(str(file))] == ["one\u2028two\u0085three"]
 
 
 def test_bytes_that_are_not_text_are_refused(tmp_path):

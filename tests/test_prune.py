@@ -7,6 +7,7 @@ import torch
 
 from limbeck.models.prune import Calibration, block_influence, choose_layers, drop_layers, layers_of
 from limbeck.types import UserError
+from tests.conftest import make_net
 
 
 @pytest.fixture
@@ -80,6 +81,27 @@ def test_importance_costs_are_the_kl_of_the_pruned_model(tiny, calibration):
     costs = {layer: kl_without(layer) for layer in range(4)}
     assert dropped == min(costs, key=costs.get)
     assert cost == pytest.approx(costs[dropped], rel=1e-4)
+
+
+def test_more_drops_than_candidates(calibration):
+    """The pool of candidates must not run dry: 14 layers to 2 are 12 drops with 8 candidates a round."""
+    net = make_net(layers=14)
+    silence(net, 3)
+    told = []
+    choice = choose_layers(net, "importance", 2, lambda: calibration, lambda done, total: told.append((done, total)))
+    assert len(choice.kept) == 2 and len(choice.drops) == 12 and choice.drops[0][0] == 3
+    assert told[-1][0] == told[-1][1]
+
+
+def test_a_final_norm_of_another_name_is_found_and_none_is_refused(tiny, calibration):
+    decoder = tiny.net.get_decoder()
+    norm = decoder.norm
+    want = block_influence(tiny.net, calibration)
+    decoder.final_layernorm = norm
+    with pytest.raises(UserError, match="final norm"):
+        block_influence(tiny.net, calibration)
+    del decoder.final_layernorm
+    assert block_influence(tiny.net, calibration) == want
 
 
 def test_block_influence_of_an_idle_layer_is_zero(tiny, calibration):

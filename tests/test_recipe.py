@@ -37,6 +37,7 @@ def test_resolved_form_reads_back(recipe_data):
 
 def test_set_replaces_nested_values(file):
     recipe = load_recipe(file, ["train.lr=0.5", "student.lora.rank=4", "train.betas=[0.8, 0.9]"])
+    assert load_recipe(file, ["loss.0.weight=0.5"]).loss[0].weight == 0.5, "short forms can be set into too"
     assert (recipe.train.lr, recipe.student.lora.rank, recipe.train.betas) == (0.5, 4, (0.8, 0.9))
 
 
@@ -57,6 +58,7 @@ def test_bad_set_is_refused(file, override):
         ("name", "../up", "", "name"),
         ("train.epochs", 2, "train", "exactly one of steps and epochs"),
         ("student.start.prune.keep", "importanc", "student.start.prune.keep", "importance"),
+        ("student.start.prune.keep", "last", "student.start.prune.keep", "keep: first"),
         ("student.start.pretrained", "x", "student.start", "exactly one"),
         ("student.start.prune.keep", [3, 1], "student.start.prune", "rising"),
         ("writer", [{"by": "teacher", "share": 0.5}], "", "add up to 0.5"),
@@ -85,7 +87,8 @@ def test_errors_name_place_value_and_cure(recipe_data, path, value, place, words
         ("loss", [{"jsd": {"beta": 0.5}}], "loss[0].jsd.beta", "teacher_share"),
         ("loss", [{"jsd": {"teacher_share": 1}}], "loss[0].jsd.teacher_share", "outside (0, 1)"),
         ("loss", ["jsd", "jsd"], "loss[1]", "twice"),
-        ("evaluate.metrics", ["everyda"], "evaluate.metrics", "everyday"),
+        ("evaluate.metrics", ["everyday"], "evaluate.metrics", "fidelity is always measured"),
+        ("evaluate.metrics", ["fidelity", "everyda"], "evaluate.metrics", "everyday"),
         ("prompts.from", "nowhere.jsonl", "prompts.from", "nowhere.jsonl"),
         ("writer", [{"by": "corpus"}], "writer", "answer"),
     ],
@@ -106,6 +109,29 @@ def test_layers_beyond_the_teacher_are_refused(recipe_data):
     recipe_data["student"]["start"]["prune"]["layers"] = 5
     with pytest.raises(RecipeError, match="only 4 layers"):
         check(parse(recipe_data))
+
+
+@pytest.mark.parametrize(("path", "value"), [("writer", [{"by": "teacher", "max_tokens": 256}]), ("evaluate.max_tokens", 256)])
+def test_answers_that_leave_no_room_for_a_prompt_are_refused_early(recipe_data, path, value):
+    if path == "writer":
+        recipe_data["writer"] = value
+    else:
+        recipe_data["evaluate"]["max_tokens"] = value
+    with pytest.raises(RecipeError, match="context of 256"):
+        check(parse(recipe_data))
+
+
+def test_one_token_answers_have_a_plan_too(recipe_data):
+    recipe_data["writer"][0]["max_tokens"] = 1
+    assert check(parse(recipe_data)).requests == 20
+
+
+def test_training_on_a_tasks_own_prompts_is_refused(recipe_data, tmp_path):
+    from limbeck.builtin import task_folders
+
+    recipe_data["prompts"]["from"] = str(task_folders()["everyday"] / "test.jsonl")
+    with pytest.raises(RecipeError, match="everyday/explain-t01"):
+        validate(parse(recipe_data))
 
 
 def test_held_out_prompts_that_are_trained_on_are_refused(recipe_data):

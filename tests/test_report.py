@@ -103,6 +103,11 @@ def test_without_an_evaluation_the_user_is_told(tmp_path):
 )
 def test_the_verdict_claims_what_the_interval_allows(difference, words):
     systems = {"student": {"forward_kl": interval(0.5, 0.4, 0.6)}, "untouched": {"forward_kl": interval(1.0, 0.9, 1.1)}}
-    summary = {"systems": systems, "paired": {"student - sft_control": {"forward_kl": interval(*difference)}}}
+    nearer = {"student - untouched": {"forward_kl": interval(-0.5, -0.6, -0.4)}}
+    summary = {"systems": systems, "paired": nearer | {"student - sft_control": {"forward_kl": interval(*difference)}}}
     assert words in verdict(summary)
-    assert verdict({"systems": systems, "paired": {}}).endswith("before training.")
+    assert verdict({"systems": systems, "paired": nearer}).endswith("down from 1.00 before training.")
+    farther = {"student - untouched": {"forward_kl": interval(0.5, 0.4, 0.6)}}
+    assert verdict({"systems": systems, "paired": farther}).endswith("up from 1.00 before training.")
+    same = {"student - untouched": {"forward_kl": interval(0.1, -0.4, 0.6)}}
+    assert "no clear change from 1.00" in verdict({"systems": systems, "paired": same})

@@ -38,6 +38,28 @@ def test_an_unknown_setting_names_the_nearest(tiny):
         begin(student(scratch={"config": {"num_hidden_layer": 2}}), tiny, None, 0)
 
 
+def test_scratch_of_a_model_with_settings_per_layer_can_be_exported(tiny, tmp_path):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from limbeck.models.load import Model, load_model, save_model
+
+    config = Qwen3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    assert len(config.layer_types) == 3
+    teacher = Model(Qwen3ForCausalLM(config).eval(), tiny.tokenizer, "q")
+    for layers in (2, 5):
+        net = begin(student(scratch={"config": {"num_hidden_layers": layers}}), teacher, None, 0).net
+        save_model(net, tiny.tokenizer, tmp_path)
+        with torch.inference_mode():
+            assert torch.equal(load_model(str(tmp_path)).net(TOKENS).logits, net(TOKENS).logits)
+
+
+def test_another_vocabulary_is_refused(tiny):
+    with pytest.raises(RecipeError, match="vocabulary"):
+        begin(student(scratch={"config": {"vocab_size": 50}}), tiny, None, 0)
+
+
 def test_pretrained_is_loaded_from_its_directory(tiny, tiny_folder):
     net = begin(student(pretrained=str(tiny_folder)), tiny, None, 0).net
     with torch.inference_mode():

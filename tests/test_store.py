@@ -89,6 +89,21 @@ def test_evidence_round_trip(tmp_path):
         assert list(store.evidence("score")) == []
 
 
+def test_a_full_disk_is_named_and_keeps_what_was_stored(tmp_path):
+    import sqlite3
+
+    stored = 0
+    with Store(tmp_path / "s.sqlite") as store:
+        store._db.execute("pragma max_page_count = 20")
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            for number in range(1000):
+                asked = request(f"{number} " + "x" * 500)
+                store.record(asked, Sample((*asked.messages, {"role": "assistant", "content": "y" * 500}), "m", (1,)), "ok")
+                stored += 1
+    with Store(tmp_path / "s.sqlite") as store:
+        assert 0 < stored == store.count()["ok"]
+
+
 def test_another_file_is_refused_and_left_alone(tmp_path):
     file = tmp_path / "s.sqlite"
     file.write_bytes(b"something else entirely" * 50)

@@ -61,6 +61,24 @@ def test_a_stopped_run_goes_on_to_the_same_losses_bit_for_bit(make_job, stop_aft
         assert torch.equal(value, weights(second)[name]), name
 
 
+def test_dropout_is_replayed_to_the_bit_too(make_job):
+    def run(name, stop_after=99):
+        job, done = make_job(name), []
+        for layer in job.net.model.layers:
+            layer.self_attn.attention_dropout = 0.2
+        train.train(job, progress=lambda step, *_: done.append(step), stop=lambda: len(done) >= stop_after)
+        return job
+
+    straight = run("straight")
+    torch.manual_seed(99)
+    run("broken", stop_after=4)
+    torch.rand(3)
+    assert losses(run("broken")) == losses(straight)
+    plain = make_job("plain")
+    train.train(plain)
+    assert losses(plain) != losses(straight)
+
+
 def test_metrics_beyond_the_checkpoint_are_cut_and_written_again(make_job):
     straight, broken = make_job("straight"), make_job("broken", save_seconds=0.0)
     train.train(straight)

@@ -39,16 +39,17 @@ def load_prompts(source: str, part: str = "train", path: str = "prompts.from") -
         UserError: nothing there, nothing in it, or a malformed line, which is named by its number.
     """
     file = _locate(source, part, path)
+    prefix = f"{source.removeprefix(BUILTIN)}/" if source.startswith(BUILTIN) else ""
     prompts: list[Prompt] = []
     seen: set[str] = set()
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        prompt = _prompt(line, f"{file}, line {number}", number)
+        prompt = _prompt(line, f"{file}, line {number}", number, prefix)
         if prompt.id in seen:
             raise UserError(f"{file}, line {number}: the id {prompt.id!r} stands twice")
         seen.add(prompt.id)
@@ -71,7 +72,7 @@ def _locate(source: str, part: str, path: str) -> Path:
     return file
 
 
-def _prompt(line: str, place: str, number: int) -> Prompt:
+def _prompt(line: str, place: str, number: int, prefix: str) -> Prompt:
     try:
         data = json.loads(line)
     except ValueError as error:
@@ -84,4 +85,4 @@ def _prompt(line: str, place: str, number: int) -> Prompt:
     check = data.get("check")
     if check is not None:
         parse_check(check, place)
-    return Prompt(str(data.get("id", f"line-{number}")), data["prompt"], str(data.get("kind", "")), answer, check)
+    return Prompt(prefix + str(data.get("id", f"line-{number}")), data["prompt"], str(data.get("kind", "")), answer, check)

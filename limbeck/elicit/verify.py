@@ -31,6 +31,13 @@ def parse_check(check: Any, place: str) -> Check:
     for name, types in needed.items():
         if not isinstance(check.get(name), types):
             raise UserError(f"{place}: a check of type {check['type']!r} needs {name!r}")
+    texts = {"choice": "labels", "contains": "all"}.get(check["type"])
+    if texts and not all(isinstance(entry, str) for entry in check[texts]):
+        raise UserError(f"{place}: every entry of {texts!r} must be text")
+    if check["type"] == "choice" and check["answer"] not in check["labels"]:
+        raise UserError(f"{place}: the answer {check['answer']!r} is not among the labels")
+    if check["type"] == "number" and isinstance(check["answer"], bool):
+        raise UserError(f"{place}: the answer of a number check must be a number")
     return check
 
 

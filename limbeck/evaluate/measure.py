@@ -1,6 +1,6 @@
 """Measure several systems on the same held-out text and questions; keep every item, then sum up.
 
-Writes `fidelity.jsonl` and `answers.jsonl` (one record per item and system) and, last, `summary.json`.
+Writes `fidelity.jsonl` and `answers-SYSTEM.jsonl` (one record per item), `lens.jsonl` and, last, `summary.json`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(
         systems: the teacher first, the student last.
         rows: held-out teacher text, one row per prompt that got a non-empty answer.
         prompt_of: the prompt's id for every row's sample id.
-        prompts: the held-out prompts; a task is the verdicts on the answers to them.
+        prompts: the held-out prompts; every system answers them and the tasks' own.
         facts: what else the summary should hold: recipe hash, names, how the text was drawn.
     """
     models = {system.name: system.model for system in systems}
@@ -65,14 +65,14 @@ def measure(
     ]
     write_text(folder / "fidelity.jsonl", "".join(canonical_json(record) + "\n" for record in records))
     summaries: dict[str, dict[str, Any]] = {name: summarise(items) for name, items in found.items()}
-    answers = {system.name: _answers(folder, system, prompts, max_tokens, progress) for system in systems if task_list}
+    asked = list({prompt.id: prompt for prompt in [*prompts, *(p for task in task_list for p in task.prompts)]}.values())
+    answers = {system.name: _answers(folder, system, asked, max_tokens, progress) for system in systems}
     texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.text} for prompt in prompts]
     write_text(folder / "prompts.jsonl", "".join(canonical_json(record) + "\n" for record in texts))
     student = systems[-1]
     shown = {prompt.id for prompt in prompts[:SHOWN]}
     lens = [_lens("teacher", prompt_of[item.sample_id], item, student.model) for item in found[student.name]]
-    if answers:
-        lens += _lens_of_own_answers(student.model, teacher, prompts[:SHOWN], answers[student.name])
+    lens += _lens_of_own_answers(student.model, teacher, prompts[:SHOWN], answers[student.name])
     write_text(folder / "lens.jsonl", "".join(canonical_json(r) + "\n" for r in lens if r["prompt_id"] in shown))
     for task in task_list:
         for name, given in answers.items():
@@ -133,7 +133,9 @@ def _paired(found: dict[str, list[ItemFidelity]], answers: dict[str, list[Answer
                                 ("top1_agreement", "top1"), ("nll", "nll"))
         }  # fmt: skip
         for task in task_list:
-            both = [(a, b) for a, b in zip(answers["student"], answers[name], strict=True) if a.passed is not None]
+            own = {prompt.id for prompt in task.prompts}
+            pairs_of_answers = zip(answers["student"], answers[name], strict=True)
+            both = [(a, b) for a, b in pairs_of_answers if a.passed is not None and a.prompt_id in own]
             if both:
                 first, second = ([float(bool(answer.passed)) for answer in side] for side in zip(*both, strict=True))
                 differences[f"{task.name}/{task.metric}"] = paired_difference(first, second, [1.0] * len(both)).as_dict()

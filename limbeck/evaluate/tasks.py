@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from limbeck.builtin import task_folders
-from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.prompts import Prompt, load_prompts
 from limbeck.elicit.verify import verify
 from limbeck.evaluate.statistics import Interval, ratio_interval
 from limbeck.models.generate import Job, generate
@@ -23,6 +23,7 @@ class Task:
     version: str
     description: str
     metric: str
+    prompts: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,18 @@ class Answer:
     passed: bool | None
 
 
-def load_task(name: str, path: str = "evaluate.metrics") -> Task:
+def load_task(name: str, limit: int | None = None, path: str = "evaluate.metrics") -> Task:
+    """A task with the first `limit` of its own test prompts.
+
+    Raises:
+        RecipeError: no such task.
+    """
     folders = task_folders()
     if name not in folders:
         raise RecipeError(path, f"no task is named {name!r}{nearest(name, [*folders, 'fidelity'])}")
     data = yaml.safe_load((folders[name] / "task.yaml").read_text())
-    return Task(data["name"], str(data["version"]), data["description"], data["metric"])
+    prompts = tuple(load_prompts(f"builtin/{name}", part="test")[:limit])
+    return Task(data["name"], str(data["version"]), data["description"], data["metric"], prompts)
 
 
 def answer_all(
@@ -64,7 +71,9 @@ def answer_all(
 
 
 def summarise(task: Task, answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
-    """The task's metrics with their intervals. A share over no item is left out, never called 0."""
+    """The task's metrics with their intervals, over the answers to its own prompts. A share over no item is left out, never called 0."""
+    own = {prompt.id for prompt in task.prompts}
+    answers = [answer for answer in answers if answer.prompt_id in own]
     judged = [answer for answer in answers if answer.passed is not None]
     found: dict[str, Interval] = {}
     if judged:

@@ -23,6 +23,7 @@ from limbeck.types import Sampling, UserError
 
 COLUMNS_BETWEEN_SHIFTS = 64
 TOP_P_SHORTLIST = 256
+CACHE_BYTES = 3 * 2**29  # fewer rows decode together where their keys and values would take more
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class _Slots:
         answer = max(job.sampling.max_tokens for job in jobs)
         self.model, self.longest, self.at = model, longest, longest
         self.columns = longest + answer + COLUMNS_BETWEEN_SHIFTS
+        size = max(1, min(size, CACHE_BYTES // _row_bytes(model, self.columns)))
         self.rows: list[_Row | None] = [None] * size
         self.layers = [_SlotLayer(self.columns, longest) for _ in range(model.config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
@@ -179,6 +181,14 @@ class _Slots:
         self.mask_BT, self.logits_BV = self.mask_BT[slots], self.logits_BV[slots]
         for layer in self.layers:
             layer.key_buffer, layer.value_buffer = layer.key_buffer[slots], layer.value_buffer[slots]
+
+
+def _row_bytes(model: PreTrainedModel, columns: int) -> int:
+    """Bytes of one row's keys and values over all layers."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * columns * heads * width * model.dtype.itemsize)
 
 
 def pick(logits_BV: Tensor, samplings: Sequence[Sampling], uniform_B: Tensor) -> list[int]:

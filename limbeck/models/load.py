@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from limbeck.durable import file_sha256, new_directory, write_json
+from limbeck.durable import exclusive, file_sha256, full_disk_as_os_error, new_directory, sweep, write_json
 from limbeck.models.named import NAMED, fetch, home
 from limbeck.types import Message, UserError, content_hash, nearest
 
 EDGE = 2**20
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+UNSUPPORTED_HEAD = "heads with a bias, a soft cap or a logit scale are not supported yet; choose another model"
+HUB_METADATA = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 
 
@@ -67,18 +69,27 @@ def hidden_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     return hidden_BTD
 
 
+def check_head(config: Any) -> None:
+    """Refuse, from the configuration alone, a head that is more than a product with a matrix.
+
+    Raises:
+        UserError: a soft cap on the logits, or a logit scale other than 1.
+    """
+    scale = getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None)
+    if getattr(config, "final_logit_softcapping", None) or scale not in (None, 1, 1.0):
+        raise UserError(f"{config.model_type}: {UNSUPPORTED_HEAD}")
+
+
 def head_of(net: PreTrainedModel) -> Tensor:
     """The output embedding [V, D].
 
     Raises:
         UserError: a head that is more than a product with a matrix.
     """
+    check_head(net.config)
     head: Any = net.get_output_embeddings()
-    cap = getattr(net.config, "final_logit_softcapping", None)
-    scale = getattr(net.config, "logit_scale", None) or getattr(net.config, "logits_scaling", None)
-    plain = isinstance(head, nn.Linear) and getattr(head, "bias", None) is None
-    if not plain or cap or scale not in (None, 1, 1.0):
-        raise UserError(f"{net.config.model_type}: heads with a bias, a soft cap or a logit scale are not supported yet")
+    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
+        raise UserError(f"{net.config.model_type}: {UNSUPPORTED_HEAD}")
     weight_VD: Tensor = head.weight
     return weight_VD
 
@@ -98,10 +109,17 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> Model:
             net = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"can't load the model {source!r}: {str(error).splitlines()[0]}") from error
         tokenizer = load_tokenizer(source)
     return Model(net.eval(), tokenizer, _identity(folder, label))
+
+
+def is_ready(source: str) -> bool:
+    """False where a named model or a GGUF file still has to be fetched or converted."""
+    if source in NAMED:
+        return _converted(source).exists()
+    return not source.endswith(".gguf") or _converted_file(source).exists()
 
 
 def model_identity(source: str) -> str:
@@ -119,7 +137,7 @@ def load_tokenizer(source: str) -> Tokenizer:
     Raises:
         UserError: no such model, or one without a tokenizer.
     """
-    folder, _ = resolve(source)
+    folder = _metadata_folder(source)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -138,7 +156,7 @@ def load_config(source: str) -> Any:
     """
     if source in NAMED:
         return SimpleNamespace(**NAMED[source].config)
-    folder, _ = resolve(source)
+    folder = _metadata_folder(source)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -148,30 +166,38 @@ def load_config(source: str) -> Any:
 def resolve(source: str) -> tuple[Path, str]:
     """(directory in Hugging Face form, label). Fetches and converts where the source asks for it."""
     if source in NAMED:
-        if not _converted(source).exists():
-            convert_gguf(fetch(source), _converted(source))
+        _convert_once(lambda: fetch(source), _converted(source))
         return _converted(source), source
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         target = _converted_file(source)
-        if not target.exists():
-            convert_gguf(path, target)
+        _convert_once(lambda: path, target)
         return target, path.stem
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UserError(f"{source} holds no config.json, so it is not a model in Hugging Face form")
         return path, path.resolve().name
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return _from_hub(source), source
+    if _is_hub_id(source):
+        return _from_hub(source, ["*.safetensors", *HUB_METADATA]), source
     raise UserError(
         f"no model {source!r}: not a directory, not a .gguf file, not a hub id (owner/name), and not a known name{nearest(source, NAMED)}"
     )
 
 
-def _from_hub(repository: str) -> Path:
+def _metadata_folder(source: str) -> Path:
+    """Where configuration and tokenizer lie; of a hub repository no weights are fetched for them."""
+    return _from_hub(source, HUB_METADATA) if _is_hub_id(source) else resolve(source)[0]
+
+
+def _is_hub_id(source: str) -> bool:
+    local = source in NAMED or source.endswith(".gguf") or Path(source).expanduser().is_dir()
+    return not local and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def _from_hub(repository: str, files: list[str]) -> Path:
     """A local snapshot of a hub repository: safetensors, configuration and tokenizer only."""
     try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repository, allow_patterns=files))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"can't fetch {repository!r} from the hub: {reason}; give a directory or a .gguf file instead") from error
@@ -186,6 +212,16 @@ def _converted_file(source: str) -> Path:
 
 def _converted(name: str) -> Path:
     return home() / "converted" / f"{name}-{NAMED[name].sha256[:16]}"
+
+
+def _convert_once(weights: Callable[[], Path], target: Path) -> None:
+    """Convert where it was not done before; of two processes at once the second waits for the first."""
+    if target.exists():
+        return
+    with exclusive(home() / ".lock", wait=True):
+        sweep(target.parent)
+        if not target.exists():
+            convert_gguf(weights(), target)
 
 
 def convert_gguf(path: Path, target: Path) -> None:
@@ -213,7 +249,8 @@ def convert_gguf(path: Path, target: Path) -> None:
 def save_model(net: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a plain Hugging Face directory without traces of this machine. `folder` exists; see `new_directory`."""
     with quiet():
-        net.save_pretrained(folder, safe_serialization=True)
+        with full_disk_as_os_error():
+            net.save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
     for name in ("config.json", "tokenizer_config.json"):
         settings = json.loads((folder / name).read_text())

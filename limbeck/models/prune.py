@@ -24,6 +24,7 @@ from limbeck.models.load import head_of, hidden_states
 from limbeck.types import UserError
 
 CANDIDATES = 8
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,13 @@ class _Walk:
 
     def __init__(self, net: PreTrainedModel, calibration: Calibration) -> None:
         self.net, self.calibration, self.layers = net, calibration, layers_of(net)
+        decoder = net.get_decoder()
+        norms = [getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name)]
+        if len(norms) != 1:
+            raise UserError(
+                f"{net.config.model_type}: can't find the decoder's final norm, so layers can't be judged; list them under keep"
+            )
+        self.norm: nn.Module = norms[0]
         self.arguments: list[dict[str, Any]] = []
         self.first: Tensor | None = None
         hooks = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in self.layers]
@@ -120,6 +128,10 @@ class _Walk:
                 hook.remove()
 
     def _record(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) > 1:
+            raise UserError(
+                f"{self.net.config.model_type}: its layers take positional arguments, so they can't be judged; list them under keep"
+            )
         if self.first is None:
             self.first = args[0] if args else kwargs["hidden_states"]
         self.arguments.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
@@ -139,7 +151,7 @@ class _Walk:
         return states
 
     def log_probs(self, state_BTD: Tensor) -> Tensor:
-        picked_ND = self.net.get_decoder().norm(state_BTD[self.calibration.positions_BT])
+        picked_ND = self.norm(state_BTD[self.calibration.positions_BT])
         logits_NV: Tensor = (picked_ND @ head_of(self.net).T).float()
         return logits_NV.log_softmax(-1)
 
@@ -148,28 +160,28 @@ class _Walk:
 def _greedy(net: PreTrainedModel, count: int, calibration: Calibration, progress: Callable[[int, int], None]) -> Choice:
     """Drop, one at a time, the layer whose loss costs the least forward KL to the full model.
 
-    After the first round only the CANDIDATES cheapest layers of the round before are tried again: the others were
-    far from being chosen. The states before the dropped layer are shared by all candidates.
+    After the first round only the CANDIDATES layers that cost least when they were last tried are tried again.
+    The states before the dropped layer are shared by all candidates.
     """
     walk = _Walk(net, calibration)
     kept = list(range(len(walk.layers)))
-    candidates = list(kept)
+    latest = dict.fromkeys(kept, 0.0)  # what each layer's drop cost when it was last tried
     target_NV = walk.log_probs(walk.states(kept)[-1])
     probs_NV = target_NV.exp()
     drops: list[tuple[int, float]] = []
     rounds = len(kept) - count
-    tries, done = len(kept) + max(0, rounds - 1) * min(CANDIDATES, len(kept)), 0
-    for _ in range(rounds):
+    tried = [len(kept), *(min(len(kept) - number, CANDIDATES) for number in range(1, rounds))][:rounds]
+    done, tries = 0, sum(tried)
+    for number in range(rounds):
+        candidates = kept if number == 0 else sorted(kept, key=lambda layer: (latest[layer], layer))[:CANDIDATES]
         before = dict(zip(kept, walk.states(kept), strict=False))
-        costs: dict[int, float] = {}
         for layer in candidates:
             rest = [other for other in kept if other > layer]
             log_q_NV = walk.log_probs(walk.run(before[layer], rest))
-            costs[layer] = float((probs_NV * (target_NV - log_q_NV)).sum(-1).mean())
+            latest[layer] = float((probs_NV * (target_NV - log_q_NV)).sum(-1).mean())
             done += 1
             progress(done, tries)
-        cheapest = min(costs, key=lambda layer: (costs[layer], layer))
-        drops.append((cheapest, costs[cheapest]))
-        kept.remove(cheapest)
-        candidates = [layer for layer in sorted(costs, key=lambda layer: costs[layer]) if layer != cheapest][:CANDIDATES]
+        cheapest = min(candidates, key=lambda layer: (latest[layer], layer))
+        drops.append((cheapest, latest[cheapest]))
+        kept = [layer for layer in kept if layer != cheapest]
     return Choice(tuple(kept), tuple(drops))

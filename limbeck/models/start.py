@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,16 +54,29 @@ def choose(
 
 
 def _random(scratch: Scratch, like: PreTrainedModel, seed: int) -> PreTrainedModel:
-    config = copy.deepcopy(like.config)
-    for key, value in scratch.config.items():
-        if not hasattr(config, key):
-            raise RecipeError(f"student.start.scratch.config.{key}", f"no such setting{nearest(key, vars(config))}")
-        setattr(config, key, value)
+    config = scratch_config(scratch, like.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     net.eval()
     return net
+
+
+def scratch_config(scratch: Scratch, like: Any) -> Any:
+    """The teacher's configuration with some settings replaced; lists with an entry per layer are made anew.
+
+    Raises:
+        RecipeError: a setting that the configuration does not have, or the vocabulary, which is the teacher's.
+    """
+    settings = like.to_dict() if hasattr(like, "to_dict") else dict(vars(like))
+    for key in scratch.config:
+        if key not in settings:
+            raise RecipeError(f"student.start.scratch.config.{key}", f"no such setting{nearest(key, settings)}")
+        if key == "vocab_size":
+            raise RecipeError(f"student.start.scratch.config.{key}", "the student speaks the teacher's vocabulary; leave it out")
+    per_layer = [key for key, value in settings.items() if isinstance(value, list) and len(value) == like.num_hidden_layers]
+    kept = {key: value for key, value in settings.items() if key not in per_layer}
+    return type(like)(**(kept | scratch.config))
 
 
 def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:

@@ -15,8 +15,6 @@ from limbeck.types import Batch, Finish, Generated, Request
 class InProcessTeacher:
     """A `Model` that answers requests and stands beside the student's text with its distribution."""
 
-    can = frozenset({"text", "teacher_distribution"})
-
     def __init__(self, model: Model) -> None:
         self.model = model
         self.identity = model.identity

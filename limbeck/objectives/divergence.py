@@ -79,7 +79,7 @@ def _log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
-    """KL(a || b) per position. A token of probability 0 under a counts 0, whatever b says of it."""
+    """KL(a || b) per position, from finite log-probabilities."""
     return torch.nn.functional.kl_div(log_b_NV, log_a_NV, reduction="none", log_target=True).sum(-1)
 
 
@@ -147,7 +147,7 @@ def divergence(name: str, teacher_logits_NV: Tensor, student_logits_NV: Tensor, 
         params: the divergence's own parameters, such as `teacher_share` of `jsd`.
 
     Raises:
-        ValueError: an unknown name or parameter, a value outside its range, or shapes that differ.
+        ValueError: an unknown name or parameter, a value outside its range, shapes that differ, or logits that are not finite.
     """
     values = checked_params(name, dict(params), name)
     if teacher_logits_NV.shape != student_logits_NV.shape or teacher_logits_NV.ndim != 2:
@@ -155,4 +155,6 @@ def divergence(name: str, teacher_logits_NV: Tensor, student_logits_NV: Tensor, 
             f"{name}: teacher and student logits must both be [positions, vocabulary]; got "
             f"{tuple(teacher_logits_NV.shape)} and {tuple(student_logits_NV.shape)}"
         )
+    if not (torch.isfinite(teacher_logits_NV).all() and torch.isfinite(student_logits_NV).all()):
+        raise ValueError(f"{name}: logits must be finite; give a masked token a large negative logit, such as -1e4, in both models")
     return DIVERGENCES[name].fn(teacher_logits_NV.detach(), student_logits_NV, **values)

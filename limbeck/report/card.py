@@ -9,6 +9,8 @@ from limbeck.recipe import Recipe
 
 def model_card(recipe: Recipe, name: str, teacher_identity: str) -> str:
     """Markdown with the settings that made the model. It claims no quality: the run's report does, with intervals."""
+    resolved = recipe.resolved()
+    settings = {key: resolved[key] for key in ("title", "paper", "writer", "loss", "train")}
     what = "the fine-tuning control of" if name == "sft_control" else "the student of"
     return f"""---
 library_name: transformers
@@ -18,12 +20,12 @@ tags: [distillation, limbeck]
 
 Teacher: `{teacher_identity}`. The licence and the terms of the teacher apply to this model and to its text.
 
-Load it with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`; the chat template is the teacher's.
+Load it with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`; use its own chat template.
 What was kept of the teacher stands, with confidence intervals, in the run's `evaluation/summary.json`.
 
-The whole recipe (hash `{recipe.hash[:16]}`):
+How it was made (recipe hash `{recipe.hash[:16]}`; paths of files are left out):
 
 ```json
-{json.dumps(recipe.resolved(), indent=1, ensure_ascii=False)}
+{json.dumps(settings, indent=1, ensure_ascii=False)}
 ```
 """

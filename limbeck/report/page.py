@@ -94,7 +94,10 @@ def verdict(summary: dict[str, Any]) -> str:
     kl = systems["student"]["forward_kl"]
     text = f"The student stays {kl['value']:.2f} nats per token ({kl['low']:.2f} to {kl['high']:.2f}) from its teacher"
     if "untouched" in systems:
-        text += f", down from {systems['untouched']['forward_kl']['value']:.2f} before training"
+        change = paired["student - untouched"]["forward_kl"]
+        before = f"{systems['untouched']['forward_kl']['value']:.2f}"
+        moved = "down from" if change["high"] < 0 else "up from" if change["low"] > 0 else "with no clear change from"
+        text += f", {moved} {before} before training"
     difference = paired.get("student - sft_control", {}).get("forward_kl")
     if difference is None:
         return text + "."
