@@ -66,9 +66,10 @@ def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
 
 def tasks(recipe: Recipe) -> list[Task]:
     """The tasks named beside `fidelity`."""
-    if "fidelity" not in recipe.evaluate.metrics:
+    found = [load_task(name, recipe.evaluate.limit) for name in recipe.evaluate.metrics if name != "fidelity"]
+    if len(found) == len(recipe.evaluate.metrics):
         raise RecipeError("evaluate.metrics", "fidelity is always measured, so list it")
-    return [load_task(name, recipe.evaluate.limit) for name in recipe.evaluate.metrics if name != "fidelity"]
+    return found
 
 
 def validate(recipe: Recipe) -> None:

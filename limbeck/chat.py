@@ -22,6 +22,8 @@ def converse(folder: Path, max_tokens: int, temperature: float) -> None:
     Raises:
         UserError: the folder holds no finished student.
     """
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}")
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} holds no finished student: run `limbeck run RECIPE --out {folder}` first")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())

@@ -21,7 +21,7 @@ app = typer.Typer(
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.", metavar="RECIPE")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", metavar="RUN")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Replace a setting: a.b=c. May be given again.", metavar="A.B=C")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="The run folder [default: runs/NAME].", metavar="DIR")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME by default.", metavar="DIR")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
@@ -123,8 +123,8 @@ def methods(
 
 @app.command(epilog="Example: limbeck models get smollm2-135m-instruct")
 def models(
-    action: Annotated[str | None, typer.Argument(help="`get` fetches and converts a model.", metavar="[get")] = None,
-    name: Annotated[str | None, typer.Argument(help="The model to get.", metavar="NAME]")] = None,
+    action: Annotated[str | None, typer.Argument(help="`get` fetches and converts a model.", metavar="get")] = None,
+    name: Annotated[str | None, typer.Argument(help="The model to get.", metavar="NAME")] = None,
     json_: JsonOption = False,
 ) -> None:
     """List the models known by name, with licence and terms, and what is cached; or get one."""
@@ -183,7 +183,7 @@ def _stages(recipe: str, overrides: list[str], out: Path | None, as_json: bool, 
             folder = run_recipe(loaded, out, reporter, stop, stages)
         finally:
             reporter.close()
-    result: dict[str, Any] = {"run": str(folder), "stages": list(stages)}
+    result: dict[str, Any] = {"run": str(folder)}
     if "report" in stages:
         from limbeck.report.page import verdict
 

@@ -49,7 +49,7 @@ class Terminal:
         elif now - self.last >= SECONDS_BETWEEN_LINES or done == total:
             self.last = now
             fresh = done - self.first
-            left = f", {(now - self.began) / fresh * (total - done):.0f} s left" if fresh > 0 and done < total else ""
+            left = f", {(now - self.began) / fresh * (total - done):.0f} s left" if fresh > 1 and done < total else ""
             err.print(f"  {done}/{total}{left}{'; ' + detail if detail else ''}", markup=False)
 
     def _draw(self, done: int, total: int, detail: str) -> None:

@@ -103,10 +103,10 @@ class Plan:
             ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
             ("steps of each", f"about {self.steps:,}"),
             ("trained tokens of each", f"about {self.trained_tokens:,}"),
-            ("disk", f"{self.disk_bytes / GIB:.1f} GiB"),
+            ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB"),
             ("peak memory", f"{self.memory_bytes / GIB:.1f} GiB"),
             *((f"time, {stage}", text) for stage, text in minutes.items()),
-            ("time, all", f"{sum(self.seconds.values()) / 60:.0f} min on this machine (an estimate)"),
+            ("time, all", f"{sum(self.seconds.values()) / 60:.0f} min on this machine under its present load (an estimate)"),
         ]
 
     def as_dict(self) -> dict[str, Any]:

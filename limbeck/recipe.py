@@ -196,6 +196,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         data = yaml.load(file.read_text(), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader underneath)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError("", f"{file} is not valid YAML: {error}") from error
+    if data is None:
+        raise RecipeError("", f"{file} is empty; start from a built-in recipe, such as recipes/quickstart.yaml")
     if not isinstance(data, dict):
         raise RecipeError("", f"{file} must hold a mapping of settings, not {type(data).__name__}")
     data = _write_out(data)

@@ -37,8 +37,8 @@ def elicit(
     known = {request.key: sample for request in requests if (sample := store.answered(request))}
     waiting = list({request.key: request for request in requests if request.key not in known}.values())
     total, tokens = len({request.key for request in requests}), 0
-    progress(len(known), total, 0)
     if waiting:
+        progress(len(known), total, 0)
         for request, answer in answerer().answers(waiting, stop):
             message = {"role": "assistant", "content": answer.text}
             sample = Sample((*request.messages, message), request.model, answer.ids, meta=dict(request.meta))

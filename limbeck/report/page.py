@@ -67,6 +67,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there are none.
     """
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}")
     file = folder / "evaluation" / "summary.json"
     if not file.exists():
         raise UserError(f"{folder} holds no evaluation/summary.json: run `limbeck evaluate` first")
