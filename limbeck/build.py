@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from limbeck.builtin import recipe_files, task_folders
+from limbeck.data import BEST, REST
 from limbeck.elicit.prompts import Prompt, load_prompts
 from limbeck.evaluate.tasks import Task, load_task
 from limbeck.models.load import Model, load_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.objectives.term import Term, make_term
+from limbeck.objectives.match import MATCHES
+from limbeck.objectives.parameters import defaults_of
+from limbeck.objectives.policy import POLICIES
+from limbeck.objectives.rank import RANKINGS
+from limbeck.objectives.supervised import cross_entropy
+from limbeck.objectives.term import CROSS_ENTROPY, Term, make_term
 from limbeck.recipe import Recipe, load_recipe
-from limbeck.types import NAME, RecipeError, UserError, content_hash
+from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 HELD_OUT_SHARE = 0.1
+ROLLOUT_COLUMNS = {column for policy in POLICIES.values() for column in policy.reads}
 
 
 def terms(recipe: Recipe) -> list[Term]:
     """The recipe's losses, their parameters checked."""
     built = [make_term(loss.name, loss.params, loss.weight, f"loss[{i}].{loss.name}") for i, loss in enumerate(recipe.loss)]
-    names = [term.name for term in built]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise RecipeError(f"loss[{index}]", f"{name} stands twice; give it once, with the sum of the weights")
+    labels = [term.label for term in built]
+    for index, label in enumerate(labels):
+        if label in labels[:index]:
+            raise RecipeError(f"loss[{index}]", f"{label} stands twice; give it once with the summed weight, or each `on` other text")
     return built
 
 
@@ -78,8 +86,9 @@ def validate(recipe: Recipe) -> None:
     Raises:
         RecipeError: a term that reads what no writer or teacher gives, an unknown task, prompts that aren't there.
     """
-    terms(recipe)
     training, _ = prompts(recipe)
+    for index, term in enumerate(terms(recipe)):
+        _check_evidence(recipe, term, training, f"loss[{index}].{term.name}")
     trained = {prompt.text for prompt in training}
     for task in tasks(recipe):
         if leak := [prompt.id for prompt in task.prompts if prompt.text in trained]:
@@ -88,21 +97,48 @@ def validate(recipe: Recipe) -> None:
             )
     if any(writer.by == "corpus" for writer in recipe.writer):
         for prompt in training:
-            if prompt.answer is None:
+            if not prompt.answers:
                 raise RecipeError("writer", f"a corpus writer needs an answer beside every prompt; {prompt.id!r} has none")
+
+
+def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path: str) -> None:
+    """Refuse a term whose evidence no writer, prompt or teacher gives."""
+    writers = {writer.by for writer in recipe.writer}
+    tags = writers | {prompt.task for prompt in training if prompt.task} | {BEST, REST}
+    if term.on is not None and term.on not in tags:
+        raise RecipeError(f"{path}.on", f"no text is by or for {term.on!r}{nearest(term.on, tags)}")
+    if rollout := sorted(term.reads & ROLLOUT_COLUMNS):
+        raise RecipeError(path, f"{term.name} reads {rollout[0]} of text that the student writes while training; no writer does that yet")
+    if "answers" not in term.reads:
+        return
+    all_answer = len(recipe.writer) > 1 and all(writer.share == 1 for writer in recipe.writer)
+    ranked = writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)
+    if not (all_answer or ranked):
+        raise RecipeError(
+            path,
+            f"{term.name} compares answers to one prompt, and here every prompt has one: let all writers answer every prompt (leave their "
+            "shares out, the preferred writer first), or give a corpus with `answers` or `chosen` and `rejected`",
+        )
 
 
 def methods() -> dict[str, Any]:
     """What can be named in a recipe: divergences, other losses, built-in recipes and tasks."""
     recipes = {name: load_recipe(path) for name, path in recipe_files().items()}
     return {
-        "divergences": {
-            name: {"formula": d.formula, "paper": d.paper, "parameters": d.defaults} for name, d in sorted(DIVERGENCES.items())
+        "divergences": _listed(DIVERGENCES),
+        "losses": {
+            CROSS_ENTROPY: {"formula": "-log q(token)", "paper": "", "parameters": defaults_of(cross_entropy)},
+            **_listed(RANKINGS),
+            **{name: {"formula": kind.formula, "paper": kind.paper, "parameters": dict(kind.defaults)} for name, kind in MATCHES.items()},
+            **_listed(POLICIES),
         },
-        "losses": {"cross_entropy": {"formula": "-log q(token)", "paper": "", "parameters": {}}},
         "recipes": {name: {"title": recipe.title, "paper": recipe.paper} for name, recipe in recipes.items()},
         "tasks": sorted(task_folders()),
     }
+
+
+def _listed(known: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: {"formula": loss.formula, "paper": loss.paper, "parameters": loss.defaults} for name, loss in sorted(known.items())}
 
 
 def run_folder(recipe: Recipe, out: str | Path | None) -> Path:

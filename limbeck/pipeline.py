@@ -7,62 +7,34 @@ exports and measurements by files that are written whole. `limbeck run` on a kil
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from limbeck import build, checkpoint, data
 from limbeck import train as training_loop
 from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
-from limbeck.elicit.engine import elicit
-from limbeck.elicit.label import label
-from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.engine import Answerer
 from limbeck.evaluate.measure import System, measure
-from limbeck.models.load import Model, check_head, check_same_vocabulary, is_ready, load_config, load_tokenizer, model_identity, save_model
+from limbeck.jobs import make_job
+from limbeck.models.load import Model, check_same_vocabulary, is_ready, load_config, load_tokenizer, model_identity, save_model
 from limbeck.models.prune import Calibration, Choice
-from limbeck.models.start import add_adapters, begin, choose, merge_adapters, scratch_config
+from limbeck.models.start import begin, choose, merge_adapters, scratch_config
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
 from limbeck.plan import Plan, Shape, make_plan, trained_controls
+from limbeck.progress import Reporter, Silent, StoppedError
 from limbeck.recipe import Recipe
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
-from limbeck.store import Store
-from limbeck.types import RecipeError, Request, Sample, Sampling, UserError, content_hash
+from limbeck.text import Text
+from limbeck.types import RecipeError, Sample, UserError, content_hash
 
 STAGES = ("elicit", "train", "evaluate", "report")
-
-
-class Reporter(Protocol):
-    """Where progress goes: a terminal, JSON lines, or nowhere."""
-
-    def stage(self, title: str) -> None: ...
-
-    def progress(self, done: int, total: int, detail: str = "") -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def stage(self, title: str) -> None:
-        pass
-
-    def progress(self, done: int, total: int, detail: str = "") -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-class StoppedError(UserError):
-    """The user asked to stop; what was done is kept."""
 
 
 def check(recipe: Recipe) -> Plan:
@@ -73,7 +45,6 @@ def check(recipe: Recipe) -> Plan:
     """
     build.validate(recipe)
     config = load_config(recipe.teacher)
-    check_head(config)
     teacher = student = Shape.of(config)
     start, context = recipe.student.start, config.max_position_embeddings
     if start.prune is not None:
@@ -85,12 +56,8 @@ def check(recipe: Recipe) -> Plan:
         student = teacher.with_layers(layers)
     elif start.pretrained is not None:
         other = load_config(start.pretrained)
-        check_head(other)
         student, context = Shape.of(other), min(context, other.max_position_embeddings)
         check_same_vocabulary(load_tokenizer(recipe.teacher), load_tokenizer(start.pretrained))
-        if other.vocab_size != config.vocab_size:
-            raise RecipeError("student.start.pretrained", f"its head has {other.vocab_size} rows, the teacher's {config.vocab_size}: "
-                              "padded vocabularies are not supported yet")  # fmt: skip
     elif start.scratch is not None:
         student = Shape.of(scratch_config(start.scratch, config))
     for path, tokens in (
@@ -100,6 +67,9 @@ def check(recipe: Recipe) -> Plan:
         if tokens >= context:
             raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {context}")
     training, held_out = build.prompts(recipe)
+    for term in build.terms(recipe):
+        if term.match is not None:
+            term.match.pairs(student.layers, teacher.layers)
     return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student)
 
 
@@ -113,8 +83,13 @@ class Run:
     stop: Callable[[], bool] = lambda: False
 
     @cached_property
-    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        return build.prompts(self.recipe)
+    def text(self) -> Text:
+        writers: dict[str, Callable[[], Answerer]] = {
+            "teacher": lambda: self.teacher,
+            "untouched": lambda: InProcessTeacher(self.untouched()),
+        }
+        identities = {"teacher": lambda: self.teacher_identity, "untouched": lambda: self.untouched_identity}
+        return Text(self.recipe, self.folder, self.reporter, self.stop, writers, identities)
 
     @cached_property
     def teacher(self) -> InProcessTeacher:
@@ -135,49 +110,6 @@ class Run:
         self.reporter.progress(done, total, detail)
         if self.stop():
             raise StoppedError(f"stopped; what was finished is kept in {self.folder}, run it again to go on")
-
-    # Elicitation
-
-    def samples(self) -> tuple[list[Sample], list[Sample]]:
-        """The training and the held-out text, asked for where the store does not hold it yet."""
-        training, held_out = self.prompts
-        written = [(prompt, self._writer_of(prompt)) for prompt in training]
-        asked = [self._request(prompt, sampling) for prompt, sampling in written if sampling is not None]
-        held = [self._request(prompt, self._teacher_sampling()) for prompt in held_out]
-        with Store(self.path("store.sqlite")) as store:
-            began = time.monotonic()
-
-            def progress(done: int, total: int, tokens: int) -> None:
-                rate = tokens / max(1e-9, time.monotonic() - began)
-                self.reporter.progress(done, total, f"{tokens:,} tokens, {rate:.0f} a second" if tokens else "")
-
-            answers = elicit([*asked, *held], store, lambda: self.teacher, progress, self.stop)
-        if len(answers) < len(asked) + len(held):
-            raise StoppedError(
-                f"stopped; {len(answers)} of {len(asked) + len(held)} answers are kept in {self.folder}, run it again to go on"
-            )
-        answered = iter(answers)  # in the order asked; a stored answer may have been asked under another prompt's id
-        text = [_corpus_sample(prompt) if sampling is None else next(answered) for prompt, sampling in written]
-        return text, list(answered)
-
-    def _writer_of(self, prompt: Prompt) -> Sampling | None:
-        """How this prompt's text is drawn; None when the corpus wrote it. The choice depends on seed and prompt alone."""
-        point = int(content_hash([self.recipe.train.seed, prompt.id])[:13], 16) / 16**13
-        for writer in self.recipe.writer:
-            point -= writer.share
-            if point < 0:
-                break
-        return Sampling(writer.temperature, writer.top_p, writer.max_tokens) if writer.by == "teacher" else None
-
-    def _teacher_sampling(self) -> Sampling:
-        """How held-out text is drawn: as the teacher's training text, whoever wrote most of that."""
-        by_teacher = [writer for writer in self.recipe.writer if writer.by == "teacher"]
-        writer = by_teacher[0] if by_teacher else self.recipe.writer[0]
-        return Sampling(writer.temperature, writer.top_p, writer.max_tokens)
-
-    def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
-        (request,) = label([prompt], self.teacher_identity, sampling, self.recipe.train.seed)
-        return request
 
     # The student
 
@@ -202,7 +134,7 @@ class Run:
         def calibration() -> Calibration:
             prune = self.recipe.student.start.prune
             assert prune is not None
-            rows = self.rows(self.samples()[0][: prune.calibration], self.teacher.model)
+            rows = self.rows(self.text.given()[: prune.calibration], self.teacher.model)
             batch = data.make_batch(rows, tuple(range(len(rows))))
             positions_BT = batch.mask_BT.roll(-1, 1)
             positions_BT[:, -1] = False
@@ -220,6 +152,11 @@ class Run:
     def untouched(self) -> Model:
         """The student before training."""
         return begin(self.recipe.student, self.teacher.model, self.choice(), self.recipe.train.seed)
+
+    @cached_property
+    def untouched_identity(self) -> str:
+        """What the student before training is known by; the same weights have the same name."""
+        return self.untouched().identity
 
     def train(self, name: str) -> None:
         """Train `student` or `sft_control` unless its export is there already."""
@@ -243,16 +180,14 @@ class Run:
 
     def job(self, name: str, student: Model) -> training_loop.Job:
         """The training called `name`, ready to start or to go on."""
-        terms = [make_term("cross_entropy", {}, 1.0)] if name == "sft_control" else build.terms(self.recipe)
-        reads = any("teacher_distribution" in term.reads for term in terms)
-        rows = self.rows(self.samples()[0], student)
-        if self.recipe.student.lora is not None:
-            add_adapters(student.net, self.recipe.student.lora, self.recipe.train.seed)
+        terms = [make_term("cross_entropy", {})] if name == "sft_control" else build.terms(self.recipe)
+        rows = self.rows(self.text.training(), student)
+        if name == "sft_control":  # the same prompts' preferred answers, and never the student's own
+            rows = [row for row in rows if data.BEST in row.tags and "untouched" not in row.tags]
         folder = self.path(self.home(name))
         folder.mkdir(parents=True, exist_ok=True)
-        signal = self.teacher.signal if reads else _no_signal
         key = f"{self.recipe.hash}/{name}"
-        return training_loop.Job(student.net, rows, terms, signal, self.recipe.train, folder, key)
+        return make_job(terms, student, rows, lambda: self.teacher, self.recipe, folder, key, self.path("store.sqlite"), self.reporter)
 
     def home(self, name: str) -> str:
         return "." if name == "student" else f"controls/{name}"
@@ -276,18 +211,18 @@ class Run:
         for name in (*self.controls(), "student"):
             loaders[name] = lambda name=name: build.model(self.path(self.home(name), "student"))  # type: ignore[misc]
         systems = [System(name, load()) for name, load in loaders.items()]
-        held_out = self.samples()[1]
+        held_out = self.text.held_out()
         facts = {"recipe": self.recipe.hash, "name": self.recipe.name, "controls": [s.name for s in systems[1:-1]]}
         measure(
             self.path("evaluation"),
             systems,
             self.teacher,
             self.rows(held_out, self.teacher.model),
-            {sample.id: prompt.id for sample, prompt in zip(held_out, self.prompts[1], strict=True)},
-            self.prompts[1],
+            {sample.id: prompt.id for sample, prompt in zip(held_out, self.text.prompts[1], strict=True)},
+            self.text.prompts[1],
             build.tasks(self.recipe),
             self.recipe.evaluate.max_tokens,
-            facts | {"held_out": _sampling_facts(held_out, self._teacher_sampling())},
+            facts | {"held_out": self.text.facts()},
             self.progress,
         )
 
@@ -321,7 +256,8 @@ def run(
         claim(job)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
-            job.samples()
+            job.text.training()
+            job.text.held_out()
         if "train" in stages:
             reporter.stage("Student's start")
             job.choice()
@@ -354,28 +290,13 @@ def claim(run: Run) -> None:
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
     else:
         write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
-    inputs = {"teacher": run.teacher_identity, "prompts": content_hash([[asdict(prompt) for prompt in part] for part in run.prompts])}
+    inputs = {"teacher": run.teacher_identity, "prompts": content_hash([[asdict(prompt) for prompt in part] for part in run.text.prompts])}
     known = folder / "inputs.json"
     if known.exists() and (before := json.loads(known.read_text())) != inputs:
         changed = sorted(key for key in inputs if before.get(key) != inputs[key])
         raise UserError(f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out")
     if not known.exists():
         write_json(known, inputs)
-
-
-def _no_signal(_: Any) -> None:
-    return None
-
-
-def _corpus_sample(prompt: Prompt) -> Sample:
-    assert prompt.answer is not None
-    message = {"role": "assistant", "content": prompt.answer}
-    return Sample((*prompt.messages, message), "corpus", meta={"prompt_id": prompt.id, "kind": prompt.kind, "finish": "ok"})
-
-
-def _sampling_facts(samples: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:
-    finishes = [str(sample.meta["finish"]) for sample in samples]
-    return {"answers": len(samples) - finishes.count("empty"), "writer": "teacher", **asdict(sampling), "cut_off": finishes.count("length")}
 
 
 def _training_progress(reporter: Reporter) -> training_loop.Progress:

@@ -20,6 +20,7 @@ from limbeck.recipe import Recipe
 from limbeck.types import UserError
 
 TYPICAL_OVERHEAD = 1.7
+TEACHER_READS = {"teacher_distribution", "teacher_features"}  # evidence that costs a pass of the teacher at every step
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
@@ -131,7 +132,7 @@ def make_plan(
     steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
     epochs = steps * settings.tokens_per_step / response
     trainings = 1 + len(trained_controls(recipe, terms))
-    reads = any("teacher_distribution" in term.reads for term in terms)
+    reads = any(term.reads & TEACHER_READS for term in terms)
     rate = matrix_rate() / TYPICAL_OVERHEAD
     tokens = int((prompt_tokens + response) * epochs)
     trained = int(response * epochs)

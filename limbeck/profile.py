@@ -10,8 +10,9 @@ from typing import Any
 from limbeck import build, train
 from limbeck.data import make_batch, steps_of_epoch
 from limbeck.durable import exclusive
-from limbeck.pipeline import Reporter, Run, claim
-from limbeck.plan import Shape, matrix_rate, step_flops
+from limbeck.pipeline import Run, claim
+from limbeck.plan import TEACHER_READS, Shape, matrix_rate, step_flops
+from limbeck.progress import Reporter
 from limbeck.recipe import Recipe
 
 STEPS = 3
@@ -32,8 +33,10 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
         student = run.untouched()
         job = run.job("student", student)
     width, inner = student.net.config.hidden_size, student.net.config.intermediate_size
-    content = steps_of_epoch(job.rows, recipe.train.seed, 0, recipe.train.tokens_per_step)
-    reads = any("teacher_distribution" in term.reads for term in job.terms)
+    content = steps_of_epoch(job.rows, recipe.train.seed, 0, recipe.train.tokens_per_step, job.together)
+    terms = [term.settle(0.0, {}) for term in job.terms]
+    reads = any(term.reads & TEACHER_READS for term in job.terms)
+    job.prepare()
     teacher = Shape.of(run.teacher.model.net.config) if reads else None
     job.net.train()
     rates, seconds, floors, tokens = [], [], [], 0
@@ -44,7 +47,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
         floors.append(step_flops(Shape.of(student.net.config), teacher, real, response))
         began = time.perf_counter()
         for micro_batch in step:
-            train.backward(job, make_batch(job.rows, micro_batch), [1.0 for _ in job.terms])
+            train.backward(job, make_batch(job.rows, micro_batch), terms, {term.label: 1.0 for term in job.terms})
         seconds.append(time.perf_counter() - began)
         rates.append((before + matrix_rate(rows=512, inner=width, outer=inner)) / 2)
         tokens += real

@@ -90,9 +90,12 @@ class Prompts(_Section):
 
 
 class Writer(_Section):
-    """Who writes the text the student trains on, and how it is drawn. Shares add up to 1."""
+    """Who writes the text the student trains on, and how it is drawn. `untouched` is the student before training.
 
-    by: Literal["teacher", "corpus"]
+    Shares add up to 1 (each prompt goes to one writer), or are all 1 (each prompt goes to all, the preferred writer first).
+    """
+
+    by: Literal["teacher", "corpus", "untouched"]
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -100,10 +103,10 @@ class Writer(_Section):
 
 
 class Loss(_Section):
-    """One term: its name, its weight and its own parameters."""
+    """One term: its name, its weight (a number or a schedule) and its own parameters."""
 
     name: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0)] | dict[str, Any] = 1.0
     params: dict[str, Any] = {}
 
 
@@ -158,8 +161,10 @@ class Recipe(_Section):
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r} must be lower-case letters, digits, '.', '_' or '-', at most 64")
         total = sum(writer.share for writer in self.writer)
-        if abs(total - 1) > 1e-9:
-            raise ValueError(f"the writers' shares add up to {total:g}, not 1")
+        if abs(total - 1) > 1e-9 and any(writer.share != 1 for writer in self.writer):
+            raise ValueError(f"the writers' shares add up to {total:g}, not 1 (and are not all 1, for every writer to answer every prompt)")
+        if len(set(map(str, self.writer))) < len(self.writer):
+            raise ValueError("two writers are the same in everything, so they would write the same text; change one, or leave it out")
         return self
 
     @property
@@ -168,8 +173,8 @@ class Recipe(_Section):
         return content_hash(self.resolved())
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting with its value, defaults included, as plain data."""
-        return self.model_dump(mode="json", by_alias=True)
+        """Every setting that has a value, defaults included, as plain data."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,7 +1,7 @@
 """The one training loop, blind to methods: terms return sums, the loop divides once and steps.
 
-loss = sum_k weight_k * (sum over response tokens of w * l_k) / (sum of w), the sums taken over the whole step,
-whatever its split into micro-batches. Killed at any moment, a run goes on from its last checkpoint with the same
+loss = sum_k weight_k * (sum of w * l_k) / (sum of w), the sums taken over the step's response tokens (or rows, or groups
+of answers), whatever its split into micro-batches and ranks. Killed at any moment, a run goes on from its last checkpoint with the same
 losses to the bit (same machine, same thread count): the order of the text is a function of the seed alone.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +18,74 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from limbeck import checkpoint
+from limbeck import checkpoint, ranks
 from limbeck.data import Row, Step, make_batch, steps_from, steps_of_epoch
 from limbeck.durable import append_json, crash_point, read_jsonl, write_text
-from limbeck.models.load import head_of, hidden_states
-from limbeck.objectives.head import TeacherSignal, fused_loss
-from limbeck.objectives.term import Term
+from limbeck.models.load import head_of
+from limbeck.models.taps import features
+from limbeck.objectives.match import Match
+from limbeck.objectives.schedule import State
+from limbeck.objectives.term import Settled, Term
+from limbeck.objectives.total import NO_TAPS, Pass, Sums, Taps, TeacherView, total_loss
 from limbeck.recipe import Train
 from limbeck.types import Batch, UserError, canonical_json, content_hash
 
-SignalSource = Callable[[Batch], TeacherSignal | None]
 Progress = Callable[[int, int, dict[str, Any]], None]
 SAVING_SHARE = 0.05  # checkpoints take at most about this share of the time
 
 
-@dataclass(frozen=True)
+def no_teacher(_: Batch) -> TeacherView:
+    """The view of a teacher that no term reads."""
+    return TeacherView()
+
+
+@dataclass
 class Job:
-    """All that one training needs. `folder` receives `checkpoints/` and `metrics.jsonl`; `key` names the job."""
+    """All that one training needs. `folder` receives `checkpoints/` and `metrics.jsonl`; `key` names the job.
+
+    `matches` are the feature terms' learned parts, by term label, and `taps` what they read of the student;
+    `bank_rows` give each sample's place in their banks; `vocabulary` cuts a head that is padded more than the teacher's;
+    `prepare` is called once before the first step of all. `states` of adaptive schedules live in the checkpoint.
+    """
 
     net: PreTrainedModel
     rows: Sequence[Row]
     terms: Sequence[Term]
-    signal: SignalSource
+    teacher: Callable[[Batch], TeacherView]
     settings: Train
     folder: Path
     key: str
+    matches: Mapping[str, Match] = field(default_factory=dict)
+    taps: Taps = NO_TAPS
+    bank_rows: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: int | None = None
+    prepare: Callable[[], None] = lambda: None
+    states: dict[str, State] = field(default_factory=dict)
+
+    @property
+    def together(self) -> bool:
+        """Whether the answers to one prompt must share a micro-batch."""
+        return any(term.unit == "group" for term in self.terms)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """All that is trained: the student's weights and what the feature terms learn."""
+        found: dict[str, Tensor] = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        for label, match in self.matches.items():
+            found |= {f"match.{label}.{name}": p for name, p in match.named_parameters() if p.requires_grad}
+        return found
+
+    def frozen(self) -> dict[str, Tensor]:
+        """What the feature terms hold without training it: filters of the teacher, banks."""
+        held = {f"{label}.{name}": value for label, match in self.matches.items() for name, value in match.state_dict().items()}
+        return {name: value for name, value in held.items() if f"match.{name}" not in self.parameters() and value.numel()}
 
 
-def total_steps(rows: Sequence[Row], settings: Train) -> int:
+def total_steps(rows: Sequence[Row], settings: Train, together: bool = False) -> int:
     """How many updates the settings ask for."""
     if settings.steps is not None:
         return settings.steps
     assert settings.epochs is not None
-    per_epoch = len(steps_of_epoch(rows, settings.seed, 0, settings.tokens_per_step))
+    per_epoch = len(steps_of_epoch(rows, settings.seed, 0, settings.tokens_per_step, together))
     return max(1, round(settings.epochs * per_epoch))
 
 
@@ -69,23 +104,25 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
     Raises:
         UserError: the loss or the gradient is not finite; no update was made from it.
     """
-    settings, steps = job.settings, total_steps(job.rows, job.settings)
-    parameters: dict[str, Tensor] = {name: p for name, p in job.net.named_parameters() if p.requires_grad}
+    settings, steps = job.settings, total_steps(job.rows, job.settings, job.together)
+    parameters = job.parameters()
     optimizer = _optimizer(parameters, settings)
     start = _resume(job, parameters, optimizer)
     job.net.train()
     saved_at, pause = time.monotonic(), settings.save_seconds
-    for step, content in enumerate(steps_from(job.rows, settings.seed, settings.tokens_per_step, start, steps), start):
+    contents = steps_from(job.rows, settings.seed, settings.tokens_per_step, start, steps, job.together)
+    for step, content in enumerate(contents, start):
         record = _step(job, content, step, steps, parameters, optimizer)
-        append_json(job.folder / "metrics.jsonl", record)
+        if ranks.number() == 0:
+            append_json(job.folder / "metrics.jsonl", record)
         progress(step + 1, steps, record)
         crash_point("train.after_step")
-        last, stopping = step + 1 == steps, stop()
-        if last or stopping or time.monotonic() - saved_at >= pause:
+        last, stopping = step + 1 == steps, any(ranks.gather(stop()))
+        if last or stopping or max(ranks.gather(time.monotonic() - saved_at)) >= pause:
             began = time.monotonic()
             _save(job, step + 1, parameters, optimizer)
             saved_at = time.monotonic()
-            pause = max(settings.save_seconds, (saved_at - began) / SAVING_SHARE)
+            pause = max(ranks.gather(max(settings.save_seconds, (saved_at - began) / SAVING_SHARE)))
         if stopping and not last:
             return False
     job.net.eval()
@@ -98,55 +135,70 @@ def _step(
     """One update from the micro-batches of `content`."""
     began = time.perf_counter()
     torch.manual_seed(job.settings.seed * 2**24 + step)  # dropout, where the model has any: a step is replayed to the bit
+    terms = [term.settle(step / steps, job.states) for term in job.terms]
     batches = [make_batch(job.rows, micro_batch) for micro_batch in content]
-    weight = float(sum(float(batch.weight_BT.sum()) for batch in batches))
-    scales = [term.weight / weight for term in job.terms]
-    sums = dict.fromkeys((term.name for term in job.terms), 0.0)
-    for batch in batches:
-        for name, value in backward(job, batch, scales).items():
-            sums[name] += value
-    loss = sum(term.weight * sums[term.name] for term in job.terms) / weight
+    amounts = {t.label: sum(batch.amount(t.term.unit, t.term.on) for batch in batches) for t in terms}
+    sums = Sums()
+    for batch in ranks.share(batches):
+        sums.add(backward(job, batch, terms, amounts, step))
+    ranks.add_gradients(parameters.values())
+    whole = Sums()
+    for part in ranks.gather(sums):
+        whole.add(part)
+    means = {t.label: whole.terms.get(t.label, 0.0) / amounts[t.label] if amounts[t.label] else 0.0 for t in terms}
+    loss = sum(t.weight * means[t.label] for t in terms)
     norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), job.settings.clip))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        samples = [sample_id[:12] for batch in batches for sample_id in batch.sample_ids]
-        raise UserError(
-            f"step {step + 1}: the loss is {loss} and the gradient norm {norm}, so no update was made; samples "
-            f"{', '.join(samples[:4])}...: lower train.lr, or look at those samples' logits"
-        )
+    _check_finite(step, loss, norm, means, batches)
     rate = learning_rate(job.settings, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    for term in job.terms:
+        total, count = whole.measured.get(term.label, (0.0, 0.0))
+        term.after(job.states, (step + 1) / steps, means[term.label], max(0.0, total / count) if count else None)
     return {
         "step": step + 1,
         "loss": loss,
-        "terms": {name: value / weight for name, value in sums.items()},
+        "terms": means,
+        **({"scheduled": moving} if (moving := _moving(terms)) else {}),
         "grad_norm": norm,
         "lr": rate,
-        "response_tokens": int(weight),
+        "response_tokens": int(sum(int(batch.mask_BT.sum()) for batch in batches)),
         "tokens": int(sum(batch.tokens_BT.numel() for batch in batches)),
         "seconds": round(time.perf_counter() - began, 4),
     }
 
 
-def backward(job: Job, batch: Batch, scales: Sequence[float]) -> dict[str, float]:
-    """Forward and backward of one micro-batch; returns each term's sum over its response tokens."""
-    device = job.net.device
-    rows_N, positions_N = batch.response_positions()
-    signal = job.signal(batch)
-    hidden_BTD = hidden_states(job.net, batch.tokens_BT.to(device))
-    projection = fused_loss(
-        hidden_BTD[rows_N, positions_N],
-        head_of(job.net),
-        job.terms,
-        scales,
-        batch.tokens_BT[rows_N, positions_N + 1].to(device),
-        batch.weight_BT[rows_N, positions_N + 1].to(device),
-        signal,
+def _moving(terms: Sequence[Settled]) -> dict[str, float]:
+    """The scheduled numbers of this step, for the metrics."""
+    found = {f"{t.label}.weight": t.weight for t in terms if t.term.weight.shape != "constant"}
+    for t in terms:
+        found |= {f"{t.label}.{key}": t.params[key] for key, schedule in t.term.params.items() if schedule.shape != "constant"}
+    return found
+
+
+def _check_finite(step: int, loss: float, norm: float, means: Mapping[str, float], batches: Sequence[Batch]) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    bad = [label for label, value in means.items() if not math.isfinite(value)] or list(means)
+    samples = [sample_id[:12] for batch in batches for sample_id in batch.sample_ids]
+    raise UserError(
+        f"step {step + 1}: the loss is {loss} and the gradient norm {norm} (from {', '.join(bad)}), so no update was made; samples "
+        f"{', '.join(samples[:4])}...: lower train.lr, or look at those samples' logits"
     )
-    projection.total.backward()
-    return projection.sums
+
+
+def backward(job: Job, batch: Batch, terms: Sequence[Settled], amounts: Mapping[str, float], step: int = 0) -> Sums:
+    """Forward and backward of one micro-batch; returns each term's sum."""
+    view = job.teacher(batch)
+    hidden_BTD, found = features(job.net, batch.tokens_BT.to(job.net.device), *job.taps)
+    head = head_of(job.net)
+    head = head.cut(job.vocabulary or head.vocabulary)
+    data = Pass(batch, hidden_BTD[batch.response_positions()], head, found, view, step, job.bank_rows)
+    loss, sums = total_loss(terms, amounts, job.matches, data)
+    loss.backward()
+    return sums
 
 
 def _optimizer(parameters: dict[str, Tensor], settings: Train) -> torch.optim.AdamW:
@@ -159,11 +211,14 @@ def _optimizer(parameters: dict[str, Tensor], settings: Train) -> torch.optim.Ad
 
 
 def _save(job: Job, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    tensors = {f"weight/{name}": p for name, p in parameters.items()}
-    for name, p in parameters.items():
-        for key, value in optimizer.state[p].items():
-            tensors[f"{key}/{name}"] = value
-    checkpoint.save(job.folder / "checkpoints", step, tensors, {"job": job.key, "rows": _rows_key(job.rows)})
+    if ranks.number() == 0:
+        tensors = {f"weight/{name}": p for name, p in parameters.items()} | {f"frozen/{name}": t for name, t in job.frozen().items()}
+        for name, p in parameters.items():
+            for key, value in optimizer.state[p].items():
+                tensors[f"{key}/{name}"] = value
+        state = {"job": job.key, "rows": _rows_key(job.rows), "schedules": job.states}
+        checkpoint.save(job.folder / "checkpoints", step, tensors, state)
+    ranks.wait()
 
 
 def _resume(job: Job, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
@@ -171,19 +226,32 @@ def _resume(job: Job, parameters: dict[str, Tensor], optimizer: torch.optim.Opti
     metrics = job.folder / "metrics.jsonl"
     found = checkpoint.load_newest(job.folder / "checkpoints")
     step = 0 if found is None else found.step
-    if found is not None:
+    if found is None:
+        job.prepare()
+    else:
         if (found.state["job"], found.state["rows"]) != (job.key, _rows_key(job.rows)):
             raise UserError(f"{job.folder / 'checkpoints'} belongs to other settings or other text; remove it or choose another --out")
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(found.tensors[f"weight/{name}"])
-                optimizer.state[p] = {
-                    key: found.tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-    kept = [record for record in read_jsonl(metrics) if record["step"] <= step]
-    write_text(metrics, "".join(canonical_json(record) + "\n" for record in kept))
+        job.states.update(found.state.get("schedules", {}))
+        _restore(job, found.tensors, parameters, optimizer)
+    if ranks.number() == 0:
+        kept = [record for record in read_jsonl(metrics) if record["step"] <= step]
+        write_text(metrics, "".join(canonical_json(record) + "\n" for record in kept))
+    ranks.wait()
     return step
+
+
+@torch.no_grad()
+def _restore(job: Job, tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    for name, p in parameters.items():
+        p.copy_(tensors[f"weight/{name}"])
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[p] = {key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in keys}
+    for label, match in job.matches.items():
+        prefix = f"frozen/{label}."
+        held = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if "bank_ME" in held:
+            match.bank_ME = held["bank_ME"].to(match.bank_ME.device)
+        match.load_state_dict(held, strict=False)
 
 
 def _rows_key(rows: Sequence[Row]) -> str:

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -114,18 +114,35 @@ class Evidence:
 class Batch:
     """One micro-batch, padded on the right. `mask_BT[b, t]` is 1 where `tokens_BT[b, t]` is a response token.
 
-    Position t is predicted from position t - 1: `response_positions` says which hidden states are projected.
+    Position t is predicted from position t - 1: `response_positions` says which hidden states are projected. `tags` name
+    each row's writer and task; `groups` list the rows that answer one prompt, the best first; `references` hold, by name,
+    the log-probability that a frozen model gives to each row's response.
     """
 
     tokens_BT: Tensor
     mask_BT: Tensor
     weight_BT: Tensor
     sample_ids: tuple[str, ...]
+    tags: tuple[frozenset[str], ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
+    references: Mapping[str, Tensor] = field(default_factory=dict)
 
     def response_positions(self) -> tuple[Tensor, Tensor]:
         """(row_N, position_N) of the hidden states that predict a response token."""
         rows_N, targets_N = self.mask_BT.nonzero(as_tuple=True)
         return rows_N, targets_N - 1
+
+    def rows_on(self, tag: str | None) -> Tensor:
+        """[B], true where a row has the tag; all of them without one."""
+        here = [tag in tags for tags in self.tags] if tag is not None else [True] * len(self.sample_ids)
+        return self.mask_BT.new_tensor(here)
+
+    def amount(self, unit: str, tag: str | None = None) -> float:
+        """What a term of this unit is divided by, summed over a step: token weights, rows, or groups."""
+        if unit == "group":
+            return float(len(self.groups))
+        on_B = self.rows_on(tag)
+        return float(on_B.sum()) if unit == "row" else float((self.weight_BT * self.mask_BT).sum(1)[on_B].sum())
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "limbeck"
 FLOORS = [
     ["types"],
-    ["builtin", "durable"],
+    ["builtin", "durable", "progress", "ranks"],
     ["recipe", "store", "checkpoint", "objectives", "elicit.verify", "evaluate.statistics", "report.page"],
     [
         "signals",
@@ -23,11 +23,12 @@ FLOORS = [
         "models.generate",
         "models.named",
     ],
-    ["models.load"],
+    ["models.load", "models.taps"],
     ["models.prune"],
     ["models.teacher", "models.start"],
-    ["train", "plan", "evaluate.fidelity", "evaluate.tasks"],
+    ["train", "plan", "prepare", "evaluate.fidelity", "evaluate.tasks"],
     ["build", "evaluate.measure"],
+    ["text", "jobs"],
     ["pipeline"],
     ["console", "profile"],
     ["chat"],
@@ -130,5 +131,5 @@ def test_nothing_that_runs_what_it_reads(file):
 
 
 def test_no_mean_in_a_term():
-    for name in ("term", "divergence", "supervised", "head"):
-        assert ".mean(" not in (PACKAGE / "objectives" / f"{name}.py").read_text()
+    for file in (PACKAGE / "objectives").glob("*.py"):
+        assert ".mean(" not in file.read_text(), file.name

@@ -50,7 +50,7 @@ def test_no_held_out_prompt_resembles_a_training_prompt():
         ('{"prompt": "a", "check": {"type": "numbr", "answer": 1}}', "number"), ('{"prompt": "a", "check": {"type": "number"}}', "needs 'answer'"),
         ('{"prompt": "a", "check": {"type": "choice", "labels": ["x"], "answer": "y"}}', "not among the labels"),
         ('{"prompt": "a", "check": {"type": "contains", "all": [3]}}', "must be text"), ('{"prompt": "a", "check": {"type": "number", "answer": true}}', "a number"),
-        ('{"prompt": "a", "answer": 3}', '"answer" must be text'), ("[1]", "line 1"),
+        ('{"prompt": "a", "answer": 3}', '"answer" must be text that is not empty'), ("[1]", "line 1"),
     ],
 )  # fmt: skip
 def test_malformed_prompt_files_name_the_line(tmp_path, content, message):

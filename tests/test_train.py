@@ -17,6 +17,7 @@ from limbeck.models.prune import drop_layers
 from limbeck.models.start import add_adapters, merge_adapters
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
+from limbeck.objectives.total import Sums
 from limbeck.recipe import Lora, Train
 from limbeck.types import UserError
 from tests.conftest import make_net
@@ -34,13 +35,23 @@ def make_job(tiny, tmp_path):
         folder.mkdir(exist_ok=True)
         values = {"steps": 9, "tokens_per_step": 30, "lr": 1e-3, "save_seconds": 1e9, "seed": 1, **settings}
         terms = [make_term(term, {}, 0.5) for term in names]
-        return train.Job(net, ROWS, terms, InProcessTeacher(tiny).signal, Train(**values), folder, "key")
+        return train.Job(net, ROWS, terms, InProcessTeacher(tiny).view, Train(**values), folder, "key")
 
     return make
 
 
 def losses(job):
     return [(json.loads(line)["loss"]).hex() for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def go_backward(job, micro_batches, pad_id=0):
+    """Forward and backward of one whole step, in these micro-batches: each term's mean."""
+    terms, batches = [term.settle(0.0, {}) for term in job.terms], [make_batch(job.rows, micro, pad_id) for micro in micro_batches]
+    amounts = {t.label: sum(batch.amount(t.term.unit, t.term.on) for batch in batches) for t in terms}
+    sums = Sums()
+    for batch in batches:
+        sums.add(train.backward(job, batch, terms, amounts))
+    return {label: value / amounts[label] for label, value in sums.terms.items()}
 
 
 def weights(job):
@@ -96,9 +107,7 @@ def test_gradient_does_not_depend_on_micro_batches_or_padding(make_job, tiny):
 
     def gradient(split):
         job = make_job()
-        weight = sum(len(ROWS[i].response_ids) for micro in split for i in micro)
-        for micro in split:
-            train.backward(job, make_batch(ROWS, micro, pad_id=len(split)), [term.weight / weight for term in job.terms])
+        go_backward(job, split, pad_id=len(split))
         return {name: parameter.grad for name, parameter in job.net.named_parameters()}
 
     whole = gradient([(0, 1, 2, 3, 4, 5)])
@@ -120,7 +129,7 @@ def test_a_student_equal_to_its_teacher_is_not_moved(tiny, tmp_path):
     net = copy.deepcopy(tiny.net)
     (tmp_path / "run").mkdir()
     settings = Train(steps=2, tokens_per_step=30, lr=1e-3)
-    job = train.Job(net, ROWS, [make_term("forward_kl", {}, 1.0)], InProcessTeacher(tiny).signal, settings, tmp_path / "run", "k")
+    job = train.Job(net, ROWS, [make_term("forward_kl", {}, 1.0)], InProcessTeacher(tiny).view, settings, tmp_path / "run", "k")
     train.train(job)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert abs(records[0]["loss"]) < 1e-6 and records[0]["grad_norm"] < 1e-4
@@ -128,15 +137,13 @@ def test_a_student_equal_to_its_teacher_is_not_moved(tiny, tmp_path):
 
 def test_the_first_step_lowers_the_loss_by_the_squared_gradient_times_the_rate(make_job):
     job = make_job(names=("forward_kl",))
-    batch = make_batch(ROWS, tuple(range(8)))
-    scale = [1 / float(batch.weight_BT.sum())]
-    before = train.backward(job, batch, scale)["forward_kl"] * scale[0]
+    before = go_backward(job, [tuple(range(8))])["forward_kl"] * 0.5
     squared = sum(float((p.grad**2).sum()) for p in job.net.parameters())
     rate = 1e-4 * before / squared
     with torch.no_grad():
         for parameter in job.net.parameters():
             parameter -= rate * parameter.grad
-    after = train.backward(job, batch, scale)["forward_kl"] * scale[0]
+    after = go_backward(job, [tuple(range(8))])["forward_kl"] * 0.5
     assert before - after == pytest.approx(rate * squared, rel=0.05)
 
 

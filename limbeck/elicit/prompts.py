@@ -1,6 +1,8 @@
 """Prompts: where a run's questions come from. A file of ours or the user's, one JSON object per line.
 
-A line holds `prompt` and may hold `id`, `kind`, `answer` (a corpus) and `check` (see `verify`).
+A line holds `prompt` and may hold `id`, `kind`, `answer` or `answers` (a corpus: one answer, or several, the best first),
+`chosen` and `rejected` (the same for two), `task` and `weight` (for terms on one task, and for tokens that count more), and
+`check` (see `verify`).
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ class Prompt:
     id: str
     text: str
     kind: str = ""
-    answer: str | None = None
+    answers: tuple[str, ...] = ()
     check: dict[str, Any] | None = None
+    task: str = ""
+    weight: float = 1.0
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -79,10 +83,26 @@ def _prompt(line: str, place: str, number: int, prefix: str) -> Prompt:
         raise UserError(f"{place}: not JSON ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"].strip():
         raise UserError(f'{place}: needs a non-empty text under "prompt"')
-    answer = data.get("answer")
-    if answer is not None and not isinstance(answer, str):
-        raise UserError(f'{place}: "answer" must be text')
     check = data.get("check")
     if check is not None:
         parse_check(check, place)
-    return Prompt(prefix + str(data.get("id", f"line-{number}")), data["prompt"], str(data.get("kind", "")), answer, check)
+    weight = data.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
+        raise UserError(f'{place}: "weight" must be a number above 0')
+    ident = prefix + str(data.get("id", f"line-{number}"))
+    kind, task = str(data.get("kind", "")), str(data.get("task", ""))
+    return Prompt(ident, data["prompt"], kind, _answers(data, place), check, task, float(weight))
+
+
+def _answers(data: dict[str, Any], place: str) -> tuple[str, ...]:
+    """The corpus's answers, the best first."""
+    given = [keys for keys in (("answer",), ("answers",), ("chosen", "rejected")) if any(data.get(key) is not None for key in keys)]
+    if len(given) > 1:
+        raise UserError(f'{place}: give one of "answer", "answers", or "chosen" with "rejected"')
+    if not given:
+        return ()
+    answers = data["answers"] if given[0] == ("answers",) else [data.get(key) for key in given[0]]
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        keys = " and ".join(f'"{key}"' for key in given[0])
+        raise UserError(f"{place}: {keys} must be text that is not empty" + (", in a list" if given[0] == ("answers",) else ""))
+    return tuple(answers)

@@ -20,12 +20,11 @@ from limbeck.data import Row, make_batch
 from limbeck.evaluate.statistics import Interval, ratio_interval
 from limbeck.models.load import Model, head_of, hidden_states
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.divergence import divergence
-from limbeck.objectives.head import chunks
-from limbeck.objectives.precision import full_precision
+from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.head import TeacherSignal, compared
 from limbeck.types import Batch
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+METRICS = ("forward_kl", "reverse_kl", "jsd")
 ROWS_TOGETHER = 8
 
 
@@ -51,36 +50,36 @@ def fidelity(
     (its exponential per token is the perplexity), `top1` counts positions where both most likely tokens agree.
     """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    vocabulary = min(head_of(system.net).vocabulary for system in (*systems.values(), teacher.model))
     found: dict[str, dict[int, ItemFidelity]] = {name: {} for name in systems}
     for start in range(0, len(order), ROWS_TOGETHER):
         picked = tuple(order[start : start + ROWS_TOGETHER])
         batch = make_batch(rows, picked)
-        signal = teacher.signal(batch)
+        signal = teacher.view(batch, vocabulary=vocabulary).signal
+        assert signal is not None
         for name, system in systems.items():
-            columns = _measure(system, batch, signal.logits)
+            columns = _measure(system, batch, signal, vocabulary)
             for index, item in zip(picked, _split(batch, columns), strict=True):
                 found[name][index] = item
         progress(min(start + ROWS_TOGETHER, len(order)), len(order))
     return {name: [items[index] for index in range(len(rows))] for name, items in found.items()}
 
 
-@torch.inference_mode()
-def _measure(system: Model, batch: Batch, teacher_logits: Callable[[slice], Tensor]) -> dict[str, Tensor]:
+@torch.no_grad()
+def _measure(system: Model, batch: Batch, teacher: TeacherSignal, vocabulary: int) -> dict[str, Tensor]:
     """Every metric at every response position, [N] each."""
     device = system.net.device
     rows_N, positions_N = batch.response_positions()
     hidden_ND = hidden_states(system.net, batch.tokens_BT.to(device))[rows_N, positions_N]
-    head_VD = head_of(system.net)
     targets_N = batch.tokens_BT[rows_N, positions_N + 1].to(device)
     columns: dict[str, list[Tensor]] = {}
-    for part in chunks(len(hidden_ND), len(head_VD)):
-        p_CV, q_CV = teacher_logits(part), full_precision(hidden_ND[part] @ head_VD.T)
-        values = {name: divergence(name, p_CV, q_CV) for name in DIVERGENCES}
-        values["nll"] = torch.nn.functional.cross_entropy(q_CV, targets_N[part], reduction="none")
-        values["teacher_top"], values["student_top"] = p_CV.argmax(-1), q_CV.argmax(-1)
+    for part, q, p in compared(hidden_ND, head_of(system.net).cut(vocabulary), teacher):
+        values = {name: DIVERGENCES[name](p, q, DIVERGENCES[name].defaults)[0] for name in METRICS}
+        values["nll"] = -q.log.gather(-1, targets_N[part, None])[:, 0]
+        values["teacher_top"], values["student_top"] = p.logits_RV.argmax(-1), q.logits_RV.argmax(-1)
         values["top1"] = (values["teacher_top"] == values["student_top"]).float()
-        for name, value_C in values.items():
-            columns.setdefault(name, []).append(value_C)
+        for name, value_R in values.items():
+            columns.setdefault(name, []).append(value_R)
     return {name: torch.cat(parts) for name, parts in columns.items()} | {"targets": targets_N}
 
 
@@ -89,7 +88,7 @@ def _split(batch: Batch, columns: dict[str, Tensor]) -> list[ItemFidelity]:
     items, at = [], 0
     for sample_id, count in zip(batch.sample_ids, batch.mask_BT.sum(1).tolist(), strict=True):
         part = slice(at, at + count)
-        sums = {name: float(columns[name][part].double().sum()) for name in (*DIVERGENCES, "nll", "top1")}
+        sums = {name: float(columns[name][part].double().sum()) for name in (*METRICS, "nll", "top1")}
         lens = zip(*(columns[name][part].tolist() for name in ("targets", "forward_kl", "teacher_top", "student_top")), strict=True)
         items.append(ItemFidelity(sample_id, count, sums, [(t, round(max(kl, 0.0), 4), a, b) for t, kl, a, b in lens]))
         at += count
@@ -99,7 +98,7 @@ def _split(batch: Batch, columns: dict[str, Tensor]) -> list[ItemFidelity]:
 def summarise(items: Sequence[ItemFidelity]) -> dict[str, dict[str, Any]]:
     """The fidelity metrics of one system with their intervals over answers."""
     tokens = [item.tokens for item in items]
-    intervals = {name: ratio_interval([item.sums[name] for item in items], tokens) for name in (*DIVERGENCES, "top1", "nll")}
+    intervals = {name: ratio_interval([item.sums[name] for item in items], tokens) for name in (*METRICS, "top1", "nll")}
     nll = intervals.pop("nll")
     intervals["perplexity"] = Interval(math.exp(nll.value), math.exp(nll.low), math.exp(nll.high), nll.n)
     intervals["top1_agreement"] = intervals.pop("top1")

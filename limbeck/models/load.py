@@ -26,10 +26,10 @@ from transformers.utils import logging as transformers_logging
 
 from limbeck.durable import exclusive, file_sha256, full_disk_as_os_error, new_directory, sweep, write_json
 from limbeck.models.named import NAMED, fetch, home
+from limbeck.objectives.head import Head
 from limbeck.types import Message, UserError, content_hash, nearest
 
 EDGE = 2**20
-UNSUPPORTED_HEAD = "heads with a bias, a soft cap or a logit scale are not supported yet; choose another model"
 HUB_METADATA = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 
@@ -69,29 +69,26 @@ def hidden_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     return hidden_BTD
 
 
-def check_head(config: Any) -> None:
-    """Refuse, from the configuration alone, a head that is more than a product with a matrix.
+def head_of(net: PreTrainedModel) -> Head:
+    """The output projection, with the bias, soft cap, logit scale and LoRA adapter that the model has.
 
     Raises:
-        UserError: a soft cap on the logits, or a logit scale other than 1.
+        UserError: a head that is not a linear layer.
     """
-    scale = getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None)
-    if getattr(config, "final_logit_softcapping", None) or scale not in (None, 1, 1.0):
-        raise UserError(f"{config.model_type}: {UNSUPPORTED_HEAD}")
-
-
-def head_of(net: PreTrainedModel) -> Tensor:
-    """The output embedding [V, D].
-
-    Raises:
-        UserError: a head that is more than a product with a matrix.
-    """
-    check_head(net.config)
-    head: Any = net.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
-        raise UserError(f"{net.config.model_type}: {UNSUPPORTED_HEAD}")
-    weight_VD: Tensor = head.weight
-    return weight_VD
+    config: Any = net.config.get_text_config()
+    layer: Any = net.get_output_embeddings()
+    low_rank = None
+    if hasattr(layer, "lora_A"):
+        (name,) = layer.active_adapters
+        if not layer.merged:
+            low_rank = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+        layer = layer.get_base_layer()
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"{net.config.model_type}: its head is not a linear layer; choose another model")
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite divides, Cohere multiplies
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, layer.bias, scale, float(cap) if cap else None, low_rank)
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> Model:

@@ -152,7 +152,7 @@ class _Walk:
 
     def log_probs(self, state_BTD: Tensor) -> Tensor:
         picked_ND = self.norm(state_BTD[self.calibration.positions_BT])
-        logits_NV: Tensor = (picked_ND @ head_of(self.net).T).float()
+        logits_NV = head_of(self.net).logits(picked_ND)
         return logits_NV.log_softmax(-1)
 
 

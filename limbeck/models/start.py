@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from limbeck.models.load import Model, load_model
 from limbeck.models.prune import Calibration, Choice, choose_layers, drop_layers
 from limbeck.recipe import Lora, Scratch, Student
-from limbeck.types import RecipeError, nearest
+from limbeck.types import RecipeError, content_hash, nearest
 
 
 def begin(student: Student, teacher: Model, choice: Choice | None, seed: int) -> Model:
@@ -34,9 +34,15 @@ def _begin(student: Student, teacher: Model, choice: Choice | None, seed: int) -
         return load_model(start.pretrained)
     if start.prune is not None:
         assert choice is not None
-        return Model(drop_layers(teacher.net, choice.kept), teacher.tokenizer, f"{teacher.identity}/pruned")
+        return Model(
+            drop_layers(teacher.net, choice.kept), teacher.tokenizer, f"{teacher.identity}/layers-{content_hash(choice.kept)[:12]}"
+        )
     assert start.scratch is not None
-    return Model(_random(start.scratch, teacher.net, seed), teacher.tokenizer, f"{teacher.identity}/scratch")
+    return Model(
+        _random(start.scratch, teacher.net, seed),
+        teacher.tokenizer,
+        f"{teacher.identity}/scratch-{content_hash([start.scratch.config, seed])[:12]}",
+    )
 
 
 def choose(

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from limbeck.models.generate import Job, generate
-from limbeck.models.load import Model, head_of, hidden_states
+from limbeck.models.load import Model, head_of
+from limbeck.models.taps import features
+from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch, Finish, Generated, Request
 
@@ -28,9 +30,21 @@ class InProcessTeacher:
             finish: Finish = "length" if ids[-1] not in eos else "ok" if text.strip() else "empty"
             yield requests[index], Generated(tuple(ids), text, finish)
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocabulary: int | None = None) -> TeacherView:
+        """The teacher's distribution at the batch's response positions, and the features asked for.
+
+        Args:
+            vocabulary: how many tokens it is cut to, where the student's head is padded less.
+        """
+        net = self.model.net
+        hidden_BTD, found = features(net, batch.tokens_BT.to(net.device), *taps)
+        head = head_of(net)
+        signal = DenseSignal(hidden_BTD[batch.response_positions()], head.cut(vocabulary or head.vocabulary))
+        return TeacherView(signal, found)
+
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's distribution at the batch's response positions."""
-        device = self.model.net.device
-        hidden_BTD = hidden_states(self.model.net, batch.tokens_BT.to(device))
-        return DenseSignal(hidden_BTD[batch.response_positions()], head_of(self.model.net))
+        signal = self.view(batch).signal
+        assert isinstance(signal, DenseSignal)
+        return signal

@@ -1,126 +1,300 @@
-"""Divergences between teacher p and student q over the vocabulary, one value per position, in nats.
+"""Divergences between teacher p and student q over the vocabulary, per position, in nats.
 
-Everything is computed in fp32 (fp64 inputs stay fp64) and in log space; mixtures go through logaddexp, so a
-probability that underflows costs no infinity. A divergence is one function here, registered by its decorator.
+A divergence is one function here, registered by its decorator. It returns its value and, in closed form, its gradient
+with respect to the student's logits, so that the head needs no graph: of a loss D(q), that is q (g - sum q g) with
+g = dD/dq. Logarithms of p and q are taken from log-softmax. Mixtures m are summed as probabilities and then clamped
+above zero: where m underflows, both parts do, and so does all that it is multiplied with.
 
-Shapes: N positions, V vocabulary. Sources and limits stand in each docstring.
+Every divergence but `logit_mse` also takes `temperature` T: T squared times the divergence of p_T and q_T.
+
+Shapes: N or R positions, V outcomes (the vocabulary, or a few tokens and a bucket for the rest).
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
-from limbeck.objectives.precision import full_precision
-from limbeck.types import RecipeError, nearest
+from limbeck.objectives.distribution import Distribution, finite, least_of_mass
+from limbeck.objectives.parameters import Range, checked, defaults_of
+from limbeck.types import RecipeError, UserError, nearest
 
-DivergenceFn = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Range:
-    """The legal values of a parameter: `low` <= value <= `high`, an end left out where it is open."""
-
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
-
-    def check(self, path: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise RecipeError(path, f"{value!r} is not a number; give one in {self}")
-        too_low = value <= self.low if self.open_low else value < self.low
-        too_high = value >= self.high if self.open_high else value > self.high
-        if too_low or too_high:
-            raise RecipeError(path, f"{value} is outside {self}")
-        return float(value)
-
-    def __str__(self) -> str:
-        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+ValueAndGradient = tuple[Tensor, Tensor]
+DivergenceFn = Callable[..., ValueAndGradient]
+TEMPERATURE = Range(0, 1000, open_low=True)
+SHARE = Range(0, 1)
+TINY = 1e-37
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A registered divergence: `fn(teacher_logits_NV, student_logits_NV, **params) -> values_N`."""
+    """A registered divergence: `fn(p, q, **params) -> (values_R, gradient_RV)`, p and q being `Distribution`s.
+
+    `buckets` says whether it is meaningful on a teacher's top tokens with a bucket for the rest; `one_hot` whether it is
+    finite where the teacher gives a token no probability; `targets` whether it reads the token that the text went on with.
+    """
 
     name: str
     fn: DivergenceFn
     formula: str
     paper: str
     ranges: dict[str, Range] = field(default_factory=dict)
+    buckets: bool = True
+    one_hot: bool = True
+    targets: bool = False
+    softens: bool = True
 
     @property
     def defaults(self) -> dict[str, float]:
         """The parameters and their defaults, read from the function's own signature."""
-        parameters = inspect.signature(self.fn).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return defaults_of(self.fn) | ({"temperature": 1.0} if self.softens else {})
+
+    def __call__(self, p: Distribution, q: Distribution, params: Mapping[str, float], targets_R: Tensor | None = None) -> ValueAndGradient:
+        """Values [R] and their gradient for the student's logits [R, V]."""
+        rest = dict(params)
+        t = rest.pop("temperature", 1.0)
+        extra = {"targets_R": targets_R} if self.targets else {}
+        values_R, gradient_RV = self.fn(p.at(t), q.at(t), **extra, **rest)
+        return (values_R, gradient_RV) if t == 1 else (t**2 * values_R, t * gradient_RV)
 
 
 DIVERGENCES: dict[str, Divergence] = {}
 
 
-def _register(formula: str, paper: str, **ranges: Range) -> Callable[[DivergenceFn], DivergenceFn]:
+def _register(
+    formula: str, paper: str, *, buckets: bool = True, one_hot: bool = True, targets: bool = False, softens: bool = True, **ranges: Range
+) -> Callable[[DivergenceFn], DivergenceFn]:
     def add(fn: DivergenceFn) -> DivergenceFn:
-        DIVERGENCES[fn.__name__] = Divergence(fn.__name__, fn, formula, paper, ranges)
+        legal = ranges | ({"temperature": TEMPERATURE} if softens else {})
+        DIVERGENCES[fn.__name__] = Divergence(fn.__name__, fn, formula, paper, legal, buckets, one_hot, targets, softens)
         return fn
 
     return add
 
 
-def _log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    logits_NV = full_precision(logits_NV)
-    return log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=-1)
+def _dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:
+    return (a_RV * b_RV).sum(-1)
 
 
-def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
-    """KL(a || b) per position, from finite log-probabilities."""
-    return torch.nn.functional.kl_div(log_b_NV, log_a_NV, reduction="none", log_target=True).sum(-1)
+def _through_softmax(qg_RV: Tensor, q: Distribution) -> Tensor:
+    """q (g - sum q g) from the product q g."""
+    return qg_RV - q.prob * qg_RV.sum(-1, keepdim=True)
 
 
-TEMPERATURE = Range(0, 1000, open_low=True)
+@_register("sum p log(p / q)", "Hinton et al., arXiv:1503.02531")
+def forward_kl(p: Distribution, q: Distribution) -> ValueAndGradient:
+    """KL(p || q): covers all that the teacher does. Gradient T (q_T - p_T).
 
-
-@_register("T^2 sum_v p_T log(p_T / q_T)", "Hinton et al., arXiv:1503.02531", temperature=TEMPERATURE)
-def forward_kl(teacher_logits_NV: Tensor, student_logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(p || q), scaled by T squared so that the gradient T (q_T - p_T) keeps its size.
-
-    Limits: 0 iff q = p; T to infinity gives half the variance over the vocabulary of the logit difference.
+    Limits: 0 iff q = p; with temperature to infinity, half the variance over the vocabulary of the logit difference.
     """
-    log_p_NV, log_q_NV = _log_probs(teacher_logits_NV, temperature), _log_probs(student_logits_NV, temperature)
-    return temperature**2 * _kl(log_p_NV, log_q_NV)
+    return _dot(p.prob, p.log - q.log), q.prob - p.prob
 
 
-@_register("T^2 sum_v q_T log(q_T / p_T)", "Gu et al., arXiv:2306.08543 (its per-token form)", temperature=TEMPERATURE)
-def reverse_kl(teacher_logits_NV: Tensor, student_logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(q || p): mode-seeking. The gradient with respect to the student's logits is q (log(q / p) - KL) at T = 1.
+@_register("sum q log(q / p)", "Gu et al., arXiv:2306.08543 (its per-token form)", one_hot=False)
+def reverse_kl(p: Distribution, q: Distribution) -> ValueAndGradient:
+    """KL(q || p): keeps to what the teacher does most. Gradient q (log(q / p) - KL) at T = 1.
 
     Not MiniLLM: that is the sequence-level divergence on the student's own text; this is one position's.
     """
-    log_p_NV, log_q_NV = _log_probs(teacher_logits_NV, temperature), _log_probs(student_logits_NV, temperature)
-    return temperature**2 * _kl(log_q_NV, log_p_NV)
+    ratio_RV = q.log - p.log
+    values_R = _dot(q.prob, ratio_RV)
+    return values_R, q.prob * (ratio_RV - values_R[:, None])
 
 
-@_register("b KL(p || m) + (1-b) KL(q || m), m = b p + (1-b) q", "Agarwal et al., arXiv:2306.13649",
+@_register("s KL(p || q) + (1-s) KL(q || p), s = forward_share", "Jeffreys; BitDistiller's CAKLD, arXiv:2402.10631, for a fixed s",
+           one_hot=False, forward_share=SHARE)  # fmt: skip
+def symmetric_kl(p: Distribution, q: Distribution, *, forward_share: float = 0.5) -> ValueAndGradient:
+    """Both directions at once. Limits: 1 gives `forward_kl`, 0 `reverse_kl`."""
+    return _blend(p, q, forward_share, 1 - forward_share)
+
+
+def _blend(p: Distribution, q: Distribution, forward: Tensor | float, reverse: Tensor | float) -> ValueAndGradient:
+    (a_R, a_RV), (b_R, b_RV) = forward_kl(p, q), reverse_kl(p, q)
+    column = [w[:, None] if isinstance(w, Tensor) else w for w in (forward, reverse)]
+    return forward * a_R + reverse * b_R, column[0] * a_RV + column[1] * b_RV
+
+
+def _log_mixture(p: Distribution, q: Distribution, teacher_share: float) -> tuple[Tensor, Tensor]:
+    """m = b p + (1-b) q and its logarithm, for 0 < b < 1."""
+    m_RV = torch.lerp(q.prob, p.prob, teacher_share).clamp_min_(TINY)
+    return m_RV, m_RV.log()
+
+
+@_register("b KL(p || m) + (1-b) KL(q || m), m = b p + (1-b) q, b = teacher_share", "Agarwal et al., arXiv:2306.13649",
            teacher_share=Range(0, 1, open_low=True, open_high=True))  # fmt: skip
-def jsd(teacher_logits_NV: Tensor, student_logits_NV: Tensor, *, teacher_share: float = 0.5) -> Tensor:
+def jsd(p: Distribution, q: Distribution, *, teacher_share: float = 0.5) -> ValueAndGradient:
     """Generalised Jensen-Shannon divergence; b is the teacher's share of the mixture m and of the sum.
 
-    Limits: at most ln 2 for b = 0.5; it vanishes like b FKL for b to 0 and like (1-b) RKL for b to 1, so the ends
-    themselves are refused: name `forward_kl` or `reverse_kl` instead.
+    Limits: at most ln 2 for b = 0.5; it vanishes like b FKL for b to 0 and like (1-b) RKL for b to 1, and with it the
+    gradient (curvature b (1-b) at q = p), so the ends are refused: see `jsd_rescaled`.
     """
-    log_p_NV, log_q_NV = _log_probs(teacher_logits_NV), _log_probs(student_logits_NV)
     b = teacher_share
-    log_m_NV = torch.logaddexp(log_p_NV + math.log(b), log_q_NV + math.log1p(-b))
-    return b * _kl(log_p_NV, log_m_NV) + (1 - b) * _kl(log_q_NV, log_m_NV)
+    _, log_m_RV = _log_mixture(p, q, b)
+    ratio_RV = q.log - log_m_RV
+    student_R = _dot(q.prob, ratio_RV)
+    values_R = b * _dot(p.prob, p.log - log_m_RV) + (1 - b) * student_R
+    return values_R, (1 - b) * q.prob * (ratio_RV - student_R[:, None])
 
 
-def checked_params(name: str, params: dict[str, object], path: str = "") -> dict[str, float]:
+@_register("JSD_b / (b (1-b)), b = teacher_share", "Agarwal et al., arXiv:2306.13649, divided by its curvature",
+           teacher_share=SHARE)  # fmt: skip
+def jsd_rescaled(p: Distribution, q: Distribution, *, teacher_share: float = 0.5) -> ValueAndGradient:
+    """`jsd` with the same curvature at q = p for every b. Continuous at both ends: 0 gives forward KL, 1 reverse KL."""
+    if teacher_share in (0, 1):
+        return forward_kl(p, q) if teacher_share == 0 else reverse_kl(p, q)
+    values_R, gradient_RV = jsd(p, q, teacher_share=teacher_share)
+    scale = 1 / (teacher_share * (1 - teacher_share))
+    return scale * values_R, scale * gradient_RV
+
+
+@_register("1/2 sum |p - q|", "Wen et al., arXiv:2307.15190")
+def tvd(p: Distribution, q: Distribution) -> ValueAndGradient:
+    """Total variation distance. Bounded by 1; its square is at most half the forward KL (Pinsker). Not smooth at q = p."""
+    difference_RV = q.prob - p.prob
+    return 0.5 * difference_RV.abs().sum(-1), _through_softmax(0.5 * difference_RV.sign() * q.prob, q)
+
+
+@_register("1/2 sum (sqrt p - sqrt q)^2", "Hellinger; the alpha = beta = 1/2 case of arXiv:2505.04560 up to a factor 4")
+def hellinger(p: Distribution, q: Distribution) -> ValueAndGradient:
+    """Squared Hellinger distance, between 0 and 1; at most the total variation distance."""
+    root_p_RV, root_q_RV = (0.5 * p.log).exp(), (0.5 * q.log).exp()
+    return 0.5 * (root_p_RV - root_q_RV).square().sum(-1), _through_softmax(-0.5 * root_p_RV * root_q_RV, q)
+
+
+@_register("KL(p || a p + (1-a) q), a = alpha", "Ko et al. (DistiLLM), arXiv:2402.03898", alpha=SHARE)
+def skew_kl(p: Distribution, q: Distribution, *, alpha: float = 0.1) -> ValueAndGradient:
+    """Forward KL to a mixture that contains some teacher, which bounds the gradient where q vanishes.
+
+    Limits: alpha 0 is `forward_kl`, 1 is zero. Curvature (1-a)^2 at q = p.
+    """
+    if alpha == 0:
+        return forward_kl(p, q)
+    m_RV, log_m_RV = _log_mixture(p, q, alpha)
+    return _dot(p.prob, p.log - log_m_RV), _through_softmax((alpha - 1) * p.prob * q.prob / m_RV, q)
+
+
+@_register("KL(q || (1-a) p + a q), a = alpha", "Ko et al. (DistiLLM), arXiv:2402.03898", one_hot=False, alpha=SHARE)
+def skew_reverse_kl(p: Distribution, q: Distribution, *, alpha: float = 0.1) -> ValueAndGradient:
+    """Reverse KL to a mixture that contains some student. Limits: alpha 0 is `reverse_kl`, 1 is zero."""
+    if alpha == 0:
+        return reverse_kl(p, q)
+    m_RV, log_m_RV = _log_mixture(p, q, 1 - alpha)
+    ratio_RV = q.log - log_m_RV
+    return _dot(q.prob, ratio_RV), _through_softmax(q.prob * (ratio_RV - alpha * q.prob / m_RV), q)
+
+
+@_register("KL(q || sg[(1-a) p + a q]), a = alpha", "Ko et al. (DistiLLM-2), arXiv:2503.07067", one_hot=False, alpha=SHARE)
+def skew_reverse_kl_fixed(p: Distribution, q: Distribution, *, alpha: float = 0.1) -> ValueAndGradient:
+    """`skew_reverse_kl` with the mixture held fixed, as DistiLLM-2's published code has it: gradient q (log(q/m) - KL)."""
+    if alpha == 0:
+        return reverse_kl(p, q)
+    ratio_RV = q.log - _log_mixture(p, q, 1 - alpha)[1]
+    values_R = _dot(q.prob, ratio_RV)
+    return values_R, q.prob * (ratio_RV - values_R[:, None])
+
+
+@_register("KL(softmax((1-t) sg[z_q] + t z_p) || q)", "Shing et al. (TAID), arXiv:2501.16937", buckets=False, t=SHARE)
+def taid(p: Distribution, q: Distribution, *, t: float = 0.4) -> ValueAndGradient:
+    """Forward KL to a target between student and teacher, mixed as logits and held fixed. Give t a rising schedule.
+
+    Limits: t = 1 is `forward_kl`; for t to 0 the gradient is t q (d - sum q d) with d = z_q - z_p.
+    """
+    return forward_kl(Distribution(torch.lerp(q.logits_RV, p.logits_RV, t)), q)
+
+
+@_register("g_head / (g_head + g_tail) KL(p || q) + g_tail / (g_head + g_tail) KL(q || p)", "Wu et al. (AKL), arXiv:2404.02657",
+           one_hot=False, mu=Range(0, 1, open_low=True, open_high=True))  # fmt: skip
+def adaptive_kl(p: Distribution, q: Distribution, *, mu: float = 0.5) -> ValueAndGradient:
+    """Forward and reverse KL weighed by where the student is wrong: g = sum |p - q| in the teacher's head and in its tail.
+
+    The head is the smallest set of tokens with mass mu (with the token that crosses mu, and with all that tie with it, so
+    that no order of the vocabulary matters). Weights are held fixed; equal models share them evenly. The authors'
+    published snippet leaves the crossing token out; the paper's text, as we read it, does not.
+    """
+    head_RV = p.prob >= least_of_mass(p.prob, mu)[:, None]
+    gap_RV = (p.prob - q.prob).abs_()
+    all_R, head_R = gap_RV.sum(-1), _dot(gap_RV, head_RV)
+    share_R = torch.where(all_R > 0, head_R / all_R.clamp_min(TINY), 0.5)
+    return _blend(p, q, share_R, 1 - share_R)
+
+
+@_register("alpha KL(p_y || q_y) + beta KL(p_rest || q_rest), y = the target against all others, rest = among the others",
+           "Zhao et al. (DKD), arXiv:2203.08679",
+           buckets=False, one_hot=False, targets=True, alpha=Range(0, 100), beta=Range(0, 100))  # fmt: skip
+def dkd(p: Distribution, q: Distribution, *, alpha: float = 1.0, beta: float = 0.5, targets_R: Tensor | None = None) -> ValueAndGradient:
+    """Decoupled KD: the binary KL of the target token and the KL among all other tokens, weighed apart.
+
+    The target is the token that the text goes on with; where none is given, the teacher's most likely one.
+    Identity: forward KL = binary KL + (1 - p_y) KL among the others. The paper's beta for images is 8; TAID's port
+    for language takes 0.5, our default.
+    """
+    target_R1 = (p.prob.argmax(-1) if targets_R is None else targets_R)[:, None]
+    (rest_p_RV, total_p_R1), (rest_q_RV, total_q_R1) = _without(p.prob, target_R1), _without(q.prob, target_R1)
+    p_y, q_y = p.prob.gather(-1, target_R1), q.prob.gather(-1, target_R1)
+    binary = p_y * (p.log.gather(-1, target_R1) - q.log.gather(-1, target_R1)) + total_p_R1 * (total_p_R1 / total_q_R1).log()
+    p_hat_RV, q_hat_RV = rest_p_RV / total_p_R1, rest_q_RV / total_q_R1
+    among_R = _dot(p_hat_RV, p.log - q.log) - (total_p_R1 / total_q_R1).log()[:, 0]
+    gradient_RV = alpha * (p_y - q_y) * q_hat_RV + beta * (q_hat_RV - p_hat_RV)
+    gradient_RV.scatter_(-1, target_R1, alpha * (q_y - p_y))
+    return alpha * binary[:, 0] + beta * among_R, gradient_RV
+
+
+def _without(prob_RV: Tensor, target_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities with the target's set to 0, and their sum (kept above 0)."""
+    rest_RV = prob_RV.scatter(-1, target_R1, 0)
+    return rest_RV, rest_RV.sum(-1, keepdim=True).clamp_min(TINY)
+
+
+@_register("sum w p log(p/q) + (1-w) q log(q/p), w = sg[p / (p + q)]", "Jung et al. (ToDi), arXiv:2505.16297", one_hot=False)
+def todi(p: Distribution, q: Distribution) -> ValueAndGradient:
+    """Forward KL where the student gives a token too little, reverse KL where too much: w = sigmoid(log p/q), held fixed.
+
+    The weight by the abstract; that it is held fixed is our reading.
+    """
+    ratio_RV = p.log - q.log
+    w_RV = ratio_RV.sigmoid()
+    wp_RV, wq_RV = w_RV * p.prob, (1 - w_RV) * q.prob
+    return _dot(wp_RV - wq_RV, ratio_RV), _through_softmax(wq_RV * (1 - ratio_RV) - wp_RV, q)
+
+
+@_register("-1/(ab) sum p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b), a = alpha, b = beta", "Wang et al. (ABKD), arXiv:2505.04560",
+           one_hot=False, alpha=Range(0, 4), beta=Range(0, 4))  # fmt: skip
+def alpha_beta(p: Distribution, q: Distribution, *, alpha: float = 0.2, beta: float = 0.7) -> ValueAndGradient:
+    """Alpha-beta divergence. Limits: (1, 0) is forward KL, (0, 1) reverse KL, (1/2, 1/2) four times `hellinger`."""
+    a, b = alpha, beta
+    ratio_RV = q.log - p.log
+    q_ab_RV, p_ab_RV = ((a + b) * q.log).exp(), ((a + b) * p.log).exp()
+    qg_RV = q_ab_RV * ratio_RV if a == 0 else (q_ab_RV - (a * p.log + b * q.log).exp()) / a
+    if a == 0 and b == 0:
+        values_R = 0.5 * ratio_RV.square().sum(-1)
+    elif b == 0:
+        values_R = (-a * p_ab_RV * ratio_RV - p_ab_RV + q_ab_RV).sum(-1) / a**2
+    elif a == 0:
+        values_R = (b * q_ab_RV * ratio_RV - q_ab_RV + p_ab_RV).sum(-1) / b**2
+    else:
+        values_R = (a / (a + b) * p_ab_RV + b / (a + b) * q_ab_RV - (a * p.log + b * q.log).exp()).sum(-1) / (a * b)
+    return values_R, _through_softmax(qg_RV, q)
+
+
+@_register("1/2 Var_v(z_q - z_p), over the vocabulary", "the temperature limit in Hinton et al., arXiv:1503.02531",
+           buckets=False, one_hot=False, softens=False)  # fmt: skip
+def logit_mse(p: Distribution, q: Distribution) -> ValueAndGradient:
+    """Mean squared error of logits, each centred over the vocabulary (a shift of logits means nothing): `forward_kl` at
+    infinite temperature. The same, up to a factor, as matching all pairwise differences of logits (arXiv:2509.25837).
+
+    Columns that are masked in both models should be cut off, not masked: their difference counts as 0 here.
+    """
+    size = q.logits_RV.shape[-1]
+    difference_RV = q.logits_RV - p.logits_RV
+    centred_RV = difference_RV - difference_RV.sum(-1, keepdim=True) / size
+    return 0.5 * centred_RV.square().sum(-1) / size, centred_RV / size
+
+
+def checked_params(name: str, params: Mapping[str, object], path: str = "") -> dict[str, float]:
     """The divergence's parameters with defaults filled in.
 
     Raises:
@@ -129,32 +303,50 @@ def checked_params(name: str, params: dict[str, object], path: str = "") -> dict
     if name not in DIVERGENCES:
         raise RecipeError(path, f"no divergence is named {name!r}{nearest(name, DIVERGENCES)}")
     known = DIVERGENCES[name]
-    values = dict(known.defaults)
-    for key, value in params.items():
-        if key not in values:
-            raise RecipeError(f"{path}.{key}".lstrip("."), f"{name} has no such parameter{nearest(key, values)}")
-        values[key] = known.ranges[key].check(f"{path}.{key}".lstrip("."), value)
-    return values
+    return checked(name, known.defaults, known.ranges, params, path)
 
 
-def divergence(name: str, teacher_logits_NV: Tensor, student_logits_NV: Tensor, **params: float) -> Tensor:
+class _Differentiable(torch.autograd.Function):
+    """Hands on the closed-form gradient; there is no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor, known: Divergence, params: Any, targets_N: Tensor | None) -> Tensor:
+        values_N, gradient_NV = known(Distribution(teacher_NV), Distribution(student_NV), params, targets_N)
+        ctx.save_for_backward(gradient_NV.to(student_NV.dtype))
+        return values_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (gradient_NV,) = ctx.saved_tensors
+        return grads[0].to(gradient_NV.dtype)[:, None] * gradient_NV, None, None, None, None
+
+
+def divergence(
+    name: str, teacher_logits_NV: Tensor, student_logits_NV: Tensor, *, targets_N: Tensor | None = None, **params: float
+) -> Tensor:
     """The divergence `name` at every position: values [N] in nats, fp32, differentiable in the student.
 
     Args:
         name: a key of `limbeck.methods()["divergences"]`.
         teacher_logits_NV: unnormalised log-probabilities of the teacher, [N, V]; no gradient flows into them.
-        student_logits_NV: those of the student, same shape and vocabulary.
+        student_logits_NV: those of the student, same shape and vocabulary. A column masked with -inf in both counts for nothing.
+        targets_N: the tokens that the text went on with; only `dkd` reads them.
         params: the divergence's own parameters, such as `teacher_share` of `jsd`.
 
     Raises:
-        ValueError: an unknown name or parameter, a value outside its range, shapes that differ, or logits that are not finite.
+        ValueError: an unknown name or parameter, a value outside its range, shapes that differ, NaN or +inf logits, or a
+            column that is masked in one model only.
     """
     values = checked_params(name, dict(params), name)
     if teacher_logits_NV.shape != student_logits_NV.shape or teacher_logits_NV.ndim != 2:
-        raise ValueError(
-            f"{name}: teacher and student logits must both be [positions, vocabulary]; got "
-            f"{tuple(teacher_logits_NV.shape)} and {tuple(student_logits_NV.shape)}"
+        raise UserError(
+            f"{name}: teacher and student logits must both be [positions, vocabulary]; got {tuple(teacher_logits_NV.shape)} and "
+            f"{tuple(student_logits_NV.shape)}: cut both to the tokens they share"
         )
-    if not (torch.isfinite(teacher_logits_NV).all() and torch.isfinite(student_logits_NV).all()):
-        raise ValueError(f"{name}: logits must be finite; give a masked token a large negative logit, such as -1e4, in both models")
-    return DIVERGENCES[name].fn(teacher_logits_NV.detach(), student_logits_NV, **values)
+    teacher_NV, student_NV = finite(teacher_logits_NV.detach()), finite(student_logits_NV)
+    if not (torch.isfinite(teacher_NV).all() and torch.isfinite(student_NV).all()):
+        raise UserError(f"{name}: logits must be finite, or -inf where a token is masked; found NaN or +inf: look for an overflow in fp16")
+    if not torch.equal(teacher_logits_NV == -torch.inf, student_logits_NV == -torch.inf):
+        raise UserError(f"{name}: a token is masked (-inf) in one model and not in the other; mask it in both")
+    result: Tensor = _Differentiable.apply(student_NV, teacher_NV, DIVERGENCES[name], values, targets_N)
+    return result

@@ -1,112 +1,278 @@
 """The chunked head: losses over the vocabulary without ever holding [positions, vocabulary].
 
-The head walks the response positions in chunks, projects their hidden states to logits, asks every term for its
-values, and takes the gradient of the hidden states and of the head weight in the same pass. Prompt and padding
-positions never get here. Not covered yet: soft-capped or scaled logits, heads with a bias (refused by `head_of`).
+The head walks the response positions in chunks, projects their hidden states to logits, asks every term for its values
+and closed-form gradients in blocks small enough for the processor's cache, and turns those into the gradients of the
+hidden states and of the head in the same pass: no graph, no logits kept. Prompt and padding positions never get here.
 
-Shapes: N response positions, C positions of a chunk, D width of the student, E width of the teacher, V vocabulary.
+Shapes: N response positions, C positions of a chunk, R of a block, D width of the student, V vocabulary, K terms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from limbeck.objectives.distribution import Distribution
+from limbeck.objectives.divergence import Divergence, ValueAndGradient
 from limbeck.objectives.precision import full_precision
-from limbeck.objectives.term import Chunk, Term
 
-CHUNK_ELEMENTS = 8 * 2**20
+CHUNK_ELEMENTS = 16 * 2**20  # logits projected at once: 64 MiB in fp32 for each model
+BLOCK_ELEMENTS = 2**20  # logits a term sees at once on a CPU
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale (W h + B A h) + bias), cap(x) = c tanh(x / c): every part but W optional.
+
+    `softcap` is Gemma's, `scale` Cohere's (Granite's divides: its inverse), `low_rank` a LoRA adapter (A, B, its scaling).
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    low_rank: tuple[Tensor, Tensor, float] | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.weight_VD)
+
+    def cut(self, vocabulary: int) -> Head:
+        """Only the first `vocabulary` tokens: what is left when another model's vocabulary is padded less."""
+        if vocabulary == self.vocabulary:
+            return self
+        low_rank = None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:vocabulary], self.low_rank[2])
+        bias_V = None if self.bias_V is None else self.bias_V[:vocabulary]
+        return Head(self.weight_VD[:vocabulary], bias_V, self.scale, self.softcap, low_rank)
+
+    def products(self, hidden_ND: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(x, W) whose products x W^T add up to the logits before the cap; x is as small as the hidden states."""
+        scaled_ND = hidden_ND if self.scale == 1 else hidden_ND * self.scale
+        parts = [(scaled_ND, self.weight_VD)]
+        if self.low_rank is not None:
+            a_RD, b_VR, scaling = self.low_rank
+            parts.append((scaled_ND @ a_RD.T * scaling, b_VR))
+        if self.bias_V is not None:
+            parts.append((torch.ones_like(hidden_ND[:, :1]), self.bias_V[:, None]))
+        return parts
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] in fp32 or better; for a few positions at a time."""
+        return project(self.products(hidden_ND), self.softcap)
+
+
+def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None) -> Tensor:
+    """cap(sum x W^T) in fp32 or better."""
+    (x_CD, weight_VD), *others = parts
+    logits_CV = full_precision(x_CD @ weight_VD.T)
+    for x, weight in others:
+        logits_CV += x @ weight.T
+    return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
+
+
+class TeacherRows(Protocol):
+    """The teacher's side of a block. `p` is its whole distribution, where the signal has that."""
+
+    @property
+    def p(self) -> Distribution: ...
+
+    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor, /) -> ValueAndGradient: ...
+
+
+class TeacherChunk(Protocol):
+    def rows(self, rows: slice) -> TeacherRows: ...
 
 
 class TeacherSignal(Protocol):
     """The teacher's side of the response positions; `signals/` has the implementations."""
 
-    def logits(self, positions: slice) -> Tensor: ...
+    def chunk(self, positions: slice) -> TeacherChunk: ...
 
 
 @dataclass(frozen=True)
-class Projection:
-    """What a fused pass returns: `total` carries the gradient, `sums` are each term's own weighted sum (detached)."""
+class Block:
+    """What a term over the vocabulary reads at R positions."""
 
-    total: Tensor
+    q: Distribution
+    targets_R: Tensor
+    teacher: TeacherRows | None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class VocabularyTerm(Protocol):
+    """A loss per position from the student's distribution; see `objectives/term.py`."""
+
+    @property
+    def label(self) -> str: ...
+
+    def values(self, block: Block) -> ValueAndGradient: ...
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What stands beside the N response positions: their tokens, the teacher's distribution, and named columns [N]."""
+
+    targets_N: Tensor
+    teacher: TeacherSignal | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def block(self, positions: slice, q: Distribution, teacher: TeacherRows | None) -> Block:
+        return Block(q, self.targets_N[positions], teacher, {name: column[positions] for name, column in self.columns.items()})
+
+
+@dataclass(frozen=True)
+class Total:
+    """A loss to go backward from: `loss` carries the gradient, `sums` are each term's own weighted sum (detached)."""
+
+    loss: Tensor
     sums: dict[str, float]
 
 
-def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    """Slices that keep one chunk of logits within CHUNK_ELEMENTS numbers (32 MiB in fp32)."""
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+def chunks(positions: int, vocabulary: int, elements: int) -> Iterator[slice]:
+    """Slices of the positions that keep one chunk of logits within `elements` numbers."""
+    size = max(1, elements // vocabulary)
     for start in range(0, positions, size):
         yield slice(start, min(start + size, positions))
 
 
 def fused_loss(
-    hidden_ND: Tensor,
-    head_VD: Tensor,
-    terms: Sequence[Term],
-    scales: Sequence[float],
-    targets_N: Tensor,
-    weight_N: Tensor,
-    teacher: TeacherSignal | None,
-) -> Projection:
-    """sum_k scale_k sum_n w_n l_k(n), with its gradient for `hidden_ND` and `head_VD`.
+    hidden_ND: Tensor, head: Head, terms: Sequence[VocabularyTerm], scales: Sequence[float], weight_KN: Tensor, evidence: Evidence
+) -> Total:
+    """sum_k scale_k sum_n w_kn l_k(n), with its gradient for the hidden states and the head.
 
     Args:
         hidden_ND: last hidden states (after the final norm) that predict the response tokens.
-        head_VD: the output embedding; gets a gradient if it requires one (tied embeddings add theirs as usual).
+        head: the output projection; its parts get a gradient where they require one (tied embeddings add theirs as usual).
         terms: what is summed.
         scales: one factor per term: its weight divided by the global weight of its tokens.
-        targets_N: the token that each position predicts.
-        weight_N: a weight per token, in fp32.
-        teacher: needed when a term reads the teacher's distribution.
+        weight_KN: a weight per term and token, in fp32 or better.
+        evidence: tokens, teacher and columns of the same N positions.
     """
-    total, sums_K = _Fused.apply(hidden_ND, head_VD, list(terms), list(scales), targets_N, weight_N, teacher)
-    return Projection(total, {term.name: float(value) for term, value in zip(terms, sums_K.tolist(), strict=True)})
+    parts = head.products(hidden_ND)
+    flat = [tensor for part in parts for tensor in part]
+    loss, sums_K = _Fused.apply(list(terms), list(scales), weight_KN, evidence, head.softcap, *flat)
+    return Total(loss, {term.label: float(value) for term, value in zip(terms, sums_K.tolist(), strict=True)})
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
-        terms: list[Term],
+        terms: list[VocabularyTerm],
         scales: list[float],
-        targets_N: Tensor,
-        weight_N: Tensor,
-        teacher: TeacherSignal | None,
+        weight_KN: Tensor,
+        evidence: Evidence,
+        softcap: float | None,
+        *flat: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        grad_ND = torch.zeros_like(hidden_ND) if needs_hidden else None
-        grad_VD = torch.zeros_like(head_VD) if needs_head else None
-        sums_K = torch.zeros(len(terms), dtype=torch.float64)
-        for part in chunks(len(hidden_ND), len(head_VD)):
-            logits_CV = full_precision(hidden_ND[part] @ head_VD.T)
-            teacher_CV = teacher.logits(part) if teacher is not None else None
-            chunk = Chunk(targets_N[part], teacher_CV)
-            with torch.enable_grad():
-                leaf_CV = logits_CV.requires_grad_(needs_hidden or needs_head)
-                values_KC = torch.stack([term.values(leaf_CV, chunk) for term in terms]) * weight_N[part]
-                loss = (values_KC * values_KC.new_tensor(scales)[:, None]).sum()
-            sums_K += values_KC.detach().double().sum(1).cpu()
-            if needs_hidden or needs_head:
-                (grad_CV,) = torch.autograd.grad(loss, leaf_CV)
-                grad_CV = grad_CV.to(head_VD.dtype)
-                if grad_ND is not None:
-                    grad_ND[part] = grad_CV @ head_VD
-                if grad_VD is not None:
-                    grad_VD.addmm_(grad_CV.T, hidden_ND[part])
-        ctx.grads = grad_ND, grad_VD
-        total = (sums_K * torch.tensor(scales, dtype=torch.float64)).sum()
+        xs, weights = flat[0::2], flat[1::2]
+        grads = [torch.zeros_like(t) if needed else None for t, needed in zip(flat, ctx.needs_input_grad[5:], strict=True)]
+        sums_K = torch.zeros(len(terms), dtype=torch.float64, device=xs[0].device)
+        factors = weight_KN.new_tensor(scales)[:, None]
+        for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
+            grad_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], softcap)
+            teacher = None if evidence.teacher is None else evidence.teacher.chunk(part)
+            for rows in _blocks(grad_CV):
+                here = slice(part.start + rows.start, part.start + rows.stop)
+                block = evidence.block(here, Distribution(grad_CV[rows]), None if teacher is None else teacher.rows(rows))
+                sums_K += _gradient(terms, block, weight_KN[:, here], factors, softcap, out_RV=grad_CV[rows])
+            grad_CV = grad_CV.to(weights[0].dtype)
+            for x, weight, grad_x, grad_weight in zip(xs, weights, grads[0::2], grads[1::2], strict=True):
+                if grad_x is not None:
+                    grad_x[part] = grad_CV @ weight
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_CV.T, x[part].to(grad_CV.dtype))
+        ctx.grads = grads
         ctx.mark_non_differentiable(sums_K)
-        return total.to(hidden_ND.device, weight_N.dtype), sums_K
+        loss = (sums_K * sums_K.new_tensor(scales)).sum()
+        return loss.to(weight_KN.dtype), sums_K
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_ND, grad_VD = ctx.grads
         factor = grads[0]
-        scaled = [None if g is None else g if factor == 1 else g * factor for g in (grad_ND, grad_VD)]
-        return (*scaled, None, None, None, None, None)
+        scaled = [None if g is None else g if factor == 1 else g * factor.to(g.dtype) for g in ctx.grads]
+        return None, None, None, None, None, *scaled
+
+
+def compared(hidden_ND: Tensor, head: Head, teacher: TeacherSignal) -> Iterator[tuple[slice, Distribution, Distribution]]:
+    """(positions, student's q, teacher's p) block by block, for measuring; a signal with whole distributions only."""
+    parts = head.products(hidden_ND)
+    for part in chunks(len(hidden_ND), head.vocabulary, CHUNK_ELEMENTS):
+        logits_CV = project([(x[part], weight) for x, weight in parts], head.softcap)
+        chunk = teacher.chunk(part)
+        for rows in _blocks(logits_CV):
+            here = slice(part.start + rows.start, part.start + rows.stop)
+            yield here, Distribution(logits_CV[rows]), chunk.rows(rows).p
+
+
+def _blocks(logits_CV: Tensor) -> Iterator[slice]:
+    """On a CPU a block stays in the cache while the terms pass over it; elsewhere the whole chunk is one block."""
+    elements = BLOCK_ELEMENTS if logits_CV.device.type == "cpu" else logits_CV.numel()
+    return chunks(len(logits_CV), logits_CV.shape[1], max(1, elements))
+
+
+def _gradient(
+    terms: Sequence[VocabularyTerm], block: Block, weight_KR: Tensor, factors: Tensor, softcap: float | None, out_RV: Tensor
+) -> Tensor:
+    """Each term's weighted sum [K]; the gradient of their whole for the projection goes over the logits in `out_RV`."""
+    slope = None if softcap is None else 1 - (out_RV / softcap).square()
+    sums, total_RV = [], None
+    for term, weight_R, factor_R in zip(terms, weight_KR, factors * weight_KR, strict=True):
+        values_R, gradient_RV = term.values(block)
+        sums.append((values_R * weight_R).double().sum())
+        gradient_RV = gradient_RV.mul_(factor_R[:, None])
+        total_RV = gradient_RV if total_RV is None else total_RV.add_(gradient_RV)
+    assert total_RV is not None
+    torch.mul(total_RV, 1 if slope is None else slope, out=out_RV)
+    return torch.stack(sums)
+
+
+def token_log_probs(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+    """log q(target) per position [N], fp32 or better, differentiable: for losses that are not sums over tokens.
+
+    The backward pass projects the chunks again, so no logits are kept.
+    """
+    parts = head.products(hidden_ND)
+    flat = [tensor for part in parts for tensor in part]
+    result: Tensor = _LogProbs.apply(targets_N, head.softcap, *flat)
+    return result
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, targets_N: Tensor, softcap: float | None, *flat: Tensor) -> Tensor:
+        ctx.save_for_backward(targets_N, *flat)
+        ctx.softcap = softcap
+        xs, weights = flat[0::2], flat[1::2]
+        found = []
+        for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
+            logits_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], softcap)
+            found.append(logits_CV.gather(-1, targets_N[part, None])[:, 0] - logits_CV.logsumexp(-1))
+        return torch.cat(found) if found else full_precision(xs[0].new_zeros(0))
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        targets_N, *flat = ctx.saved_tensors
+        weight_KN, picked = full_precision(outer[0])[None], _Picked()
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(n) for t, n in zip(flat, ctx.needs_input_grad[2:], strict=True)]
+            loss, _ = _Fused.apply([picked], [1.0], weight_KN, Evidence(targets_N), ctx.softcap, *leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = iter(torch.autograd.grad(loss, wanted))
+        return None, None, *(next(grads) if leaf.requires_grad else None for leaf in leaves)
+
+
+class _Picked:
+    """log q(target) as a term."""
+
+    label = "log_prob"
+
+    def values(self, block: Block) -> ValueAndGradient:
+        gradient_RV = block.q.prob.neg()
+        index_R1 = block.targets_R[:, None]
+        gradient_RV.scatter_add_(-1, index_R1, torch.ones_like(index_R1, dtype=gradient_RV.dtype))
+        return block.q.log.gather(-1, index_R1)[:, 0], gradient_RV

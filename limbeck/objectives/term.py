@@ -1,57 +1,150 @@
-"""A loss term: which evidence it reads and its value at every response token. Terms return sums, never means.
+"""A loss term of a recipe: which evidence it reads, what it is normalised by, and its function at a given step.
 
-Shapes: C positions of one chunk, V vocabulary.
+Terms return sums or values, never means: the loop divides each term's sum once, by the global weight of its unit.
+
+Shapes: R positions of a block, V vocabulary, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from limbeck.objectives.divergence import DIVERGENCES, checked_params
+from limbeck.objectives.divergence import DIVERGENCES, Divergence, ValueAndGradient
+from limbeck.objectives.head import Block
+from limbeck.objectives.match import MATCHES, MatchSettings, match_settings
+from limbeck.objectives.parameters import Range, checked, defaults_of
+from limbeck.objectives.policy import POLICIES, Policy
+from limbeck.objectives.rank import RANKINGS, Candidates, Ranking
+from limbeck.objectives.schedule import Schedule, State, make_schedule
 from limbeck.objectives.supervised import cross_entropy
 from limbeck.types import RecipeError, nearest
 
-Column = Literal["tokens", "teacher_distribution"]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The evidence beside C response positions. `teacher_logits_CV` is None where no term reads it."""
-
-    targets_C: Tensor
-    teacher_logits_CV: Tensor | None
+Family = Literal["vocabulary", "ranking", "match"]
+Unit = Literal["token", "row", "group"]
+WEIGHT = Range(0, float("inf"), open_high=True)
+CROSS_ENTROPY = "cross_entropy"
+SMOOTHING = {"label_smoothing": Range(0, 1, open_high=True)}
 
 
 @dataclass(frozen=True)
 class Term:
-    """`values(student_logits_CV, chunk) -> [C]` in nats; the loop weighs, sums and divides."""
+    """A loss with its schedules. `on` limits it to the text of one writer or task; `reads` names its evidence."""
 
     name: str
-    reads: frozenset[Column]
+    family: Family
+    reads: frozenset[str]
+    weight: Schedule
+    params: Mapping[str, Schedule] = field(default_factory=dict)
+    on: str | None = None
+    unit: Unit = "token"
+    match: MatchSettings | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics: two terms of one name differ in what they are on."""
+        return self.name if self.on is None else f"{self.name}@{self.on}"
+
+    def settle(self, progress: float, states: Mapping[str, State]) -> Settled:
+        """The term with this step's weight and parameters."""
+        params = {key: schedule.value(progress, states.get(f"{self.label}.{key}")) for key, schedule in self.params.items()}
+        return Settled(self, self.weight.value(progress, states.get(f"{self.label}.weight")), params)
+
+    def after(self, states: dict[str, State], progress: float, loss: float, measured: float | None) -> None:
+        """Let the adaptive schedules see the step's loss (or the term's measurement); `states` is updated."""
+        for key, schedule in {"weight": self.weight, **self.params}.items():
+            seen = measured if schedule.shape == "measured" else loss
+            if schedule.remembers and seen is not None:
+                name = f"{self.label}.{key}"
+                states[name] = schedule.after(states.get(name), progress, seen)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A term at one step: numbers where the term has schedules."""
+
+    term: Term
     weight: float
-    values: Callable[[Tensor, Chunk], Tensor]
+    params: Mapping[str, float]
+
+    @property
+    def label(self) -> str:
+        return self.term.label
+
+    def values(self, block: Block) -> ValueAndGradient:
+        """Of a term over the vocabulary: values [R] in nats and their gradient for the logits [R, V]."""
+        name = self.term.name
+        if name == CROSS_ENTROPY:
+            return cross_entropy(block.q, block.targets_R, **self.params)
+        if name in DIVERGENCES:
+            assert block.teacher is not None, f"{name} needs the teacher's distribution"
+            return block.teacher.compare(DIVERGENCES[name], self.params, block.q, block.targets_R)
+        return _policy_values(POLICIES[name], block, self.params)
+
+    def group_values(self, candidates: Candidates) -> Tensor:
+        """Of a ranking term: values [G]."""
+        return RANKINGS[self.term.name].fn(candidates, **self.params)
 
 
-def make_term(name: str, params: dict[str, object], weight: float, path: str = "") -> Term:
-    """The term `name` with its parameters checked.
+def _policy_values(policy: Policy, block: Block, params: Mapping[str, float]) -> ValueAndGradient:
+    """A loss on the written token's log-probability; its slope is taken by autograd, the rest is the softmax."""
+    index_R1 = block.targets_R[:, None]
+    with torch.enable_grad():
+        log_prob_R = block.q.log.gather(-1, index_R1)[:, 0].detach().requires_grad_()
+        values_R = policy(log_prob_R, block.columns, params)
+        (slope_R,) = torch.autograd.grad(values_R.sum(), log_prob_R)
+    gradient_RV = block.q.prob * -slope_R[:, None]
+    return values_R.detach(), gradient_RV.scatter_add_(-1, index_R1, slope_R[:, None])
+
+
+def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: str = "") -> Term:
+    """The term `name` with its parameters checked. Any number may be a schedule, `{from: 1, to: 0, shape: linear}`.
 
     Raises:
-        RecipeError: unknown term or parameter, or a value out of range.
+        RecipeError: unknown term or parameter, or a value out of range; `path` is the term's place in the recipe.
     """
-    if name == "cross_entropy":
-        if params:
-            raise RecipeError(f"{path}.{min(params)}".lstrip("."), "cross_entropy has no parameters but weight")
-        return Term(name, frozenset({"tokens"}), weight, lambda logits_CV, chunk: cross_entropy(logits_CV, chunk.targets_C))
-    if name not in DIVERGENCES:
-        raise RecipeError(path, f"no loss is named {name!r}{nearest(name, [*DIVERGENCES, 'cross_entropy'])}")
-    values, fn = checked_params(name, params, path), DIVERGENCES[name].fn
+    rest = dict(params)
+    on = rest.pop("on", None)
+    if on is not None and not isinstance(on, str):
+        raise RecipeError(f"{path}.on".lstrip("."), f"{on!r} is not the name of a writer, such as teacher, or of a task")
+    weighed = make_schedule(weight, f"{path}.weight".lstrip("."), WEIGHT.check)
+    known: Divergence | Policy | Ranking
+    if name in MATCHES:
+        settings, unit = match_settings(name, rest, path)
+        return Term(name, "match", frozenset({"teacher_features"}), weighed, {}, on, unit, settings)
+    if name == CROSS_ENTROPY:
+        schedules = _schedules(name, defaults_of(cross_entropy), SMOOTHING, rest, path)
+        return Term(name, "vocabulary", frozenset({"tokens"}), weighed, schedules, on)
+    if name in DIVERGENCES:
+        known = DIVERGENCES[name]
+        schedules = _schedules(name, known.defaults, known.ranges, rest, path)
+        return Term(name, "vocabulary", frozenset({"teacher_distribution"}), weighed, schedules, on)
+    if name in POLICIES:
+        known = POLICIES[name]
+        return Term(name, "vocabulary", frozenset(known.reads), weighed, _schedules(name, known.defaults, known.ranges, rest, path), on)
+    if name in RANKINGS:
+        known = RANKINGS[name]
+        if on is not None:
+            raise RecipeError(f"{path}.on".lstrip("."), f"{name} compares the answers of all writers, so it can't be on one")
+        schedules = _schedules(name, known.defaults, known.ranges, rest, path)
+        if known.measures is not None and "baseline" not in rest:
+            schedules["baseline"] = Schedule(0.0, 0.0, "measured")
+        reads = frozenset({"answers", *({f"reference_{known.reference}"} if known.reference != "none" else ())})
+        return Term(name, "ranking", reads, weighed, schedules, None, "group")
+    raise RecipeError(path, f"no loss is named {name!r}{nearest(name, [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES, CROSS_ENTROPY])}")
 
-    def term_values(student_logits_CV: Tensor, chunk: Chunk) -> Tensor:
-        assert chunk.teacher_logits_CV is not None, f"{name} needs the teacher's distribution"
-        return fn(chunk.teacher_logits_CV, student_logits_CV, **values)
 
-    return Term(name, frozenset({"teacher_distribution"}), weight, term_values)
+def _schedules(
+    name: str, defaults: Mapping[str, float], ranges: Mapping[str, Range], params: Mapping[str, Any], path: str
+) -> dict[str, Schedule]:
+    """Every parameter as a schedule: constant defaults, and what the recipe says."""
+    constant = {key: value for key, value in params.items() if key not in defaults or not isinstance(value, Mapping)}
+    values = checked(name, defaults, ranges, constant, path)
+    schedules = {key: Schedule(value, value) for key, value in values.items()}
+    for key in params.keys() - constant.keys():
+        schedules[key] = make_schedule(params[key], f"{path}.{key}".lstrip("."), ranges[key].check)
+    return schedules

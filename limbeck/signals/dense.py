@@ -1,16 +1,37 @@
 """The dense signal: the teacher's last hidden states with its own head. Exact over the whole vocabulary.
 
-Shapes: N response positions, E width of the teacher, V vocabulary, C positions of a chunk.
+Shapes: N response positions, E width of the teacher, V vocabulary, C positions of a chunk, R of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from limbeck.objectives.precision import full_precision
+from limbeck.objectives.distribution import Distribution
+from limbeck.objectives.divergence import Divergence, ValueAndGradient
+from limbeck.objectives.head import Head
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Distributions of the teacher, computed once for all terms."""
+
+    p: Distribution
+
+    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor) -> ValueAndGradient:
+        return divergence(self.p, q, params, targets_R)
+
+
+@dataclass(frozen=True)
+class DenseChunk:
+    logits_CV: Tensor
+
+    def rows(self, rows: slice) -> DenseRows:
+        return DenseRows(Distribution(self.logits_CV[rows]))
 
 
 @dataclass(frozen=True)
@@ -18,9 +39,9 @@ class DenseSignal:
     """Holds N x E numbers and projects a chunk at a time; never [N, V]."""
 
     hidden_NE: Tensor
-    head_VE: Tensor
+    head: Head
 
     @torch.no_grad()
-    def logits(self, positions: slice) -> Tensor:
+    def chunk(self, positions: slice) -> DenseChunk:
         """Teacher logits [C, V] of these positions, in fp32 or better."""
-        return full_precision(self.hidden_NE[positions] @ self.head_VE.T)
+        return DenseChunk(self.head.logits(self.hidden_NE[positions]))

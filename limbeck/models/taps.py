@@ -1,0 +1,138 @@
+"""Record hidden states, and attention's queries, keys and values, while a decoder runs once.
+
+Attention is tapped through transformers' AttentionInterface: for one forward pass the decoder's implementation is a
+function that notes its inputs and calls the stock `sdpa`, with the mask that `sdpa` gets. So the results stay the same
+bit for bit. Hidden states come from hooks that live as long as the pass.
+
+Not covered: recordings inside one another, two threads on one model, compiled models, and attention other than `sdpa`.
+
+Shapes: B rows, T positions, D hidden width, H query heads, G key-value heads, A head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from limbeck.objectives.feature import Attention, Features
+from limbeck.types import UserError
+
+NAME = "limbeck_taps"
+
+
+@dataclass
+class _Recorder:
+    wanted: frozenset[int]
+    with_gradient: bool
+    taken: dict[int, Attention] = field(default_factory=dict)
+
+
+_ACTIVE: ContextVar[_Recorder | None] = ContextVar(NAME, default=None)
+
+
+def features(
+    net: PreTrainedModel, tokens_BT: Tensor, hidden_layers: Collection[int] = (), attention_layers: Collection[int] = ()
+) -> tuple[Tensor, Features]:
+    """One pass of the decoder: (last hidden states [B, T, D], what the layers asked for left).
+
+    Layers count from 1; hidden layer 0 is the embeddings, and the last one is taken after the final norm. Gradients flow
+    through all of it, so run a teacher under `torch.no_grad()`. Right padding needs no mask: attention is causal.
+    A query is scaled so that q k / sqrt(A) is the model's own score, also where it divides by another number (Gemma 3).
+
+    Raises:
+        UserError: layers that the model does not have or that have no attention of the usual kind, or a model whose
+            attention is not `sdpa` or does not go through transformers' AttentionInterface.
+    """
+    decoder: Any = net.get_decoder()
+    count: int = decoder.config.num_hidden_layers
+    _check_layers("hidden", hidden_layers, 0, count)
+    _check_layers("attention", attention_layers, 1, count)
+    hidden: dict[int, Tensor] = {}
+    with _tapped(decoder, frozenset(attention_layers)) as recorder, _hooked(decoder, frozenset(hidden_layers), hidden):
+        last_BTD: Tensor = decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    if count in hidden_layers:
+        hidden[count] = last_BTD
+    missing = sorted(recorder.wanted - recorder.taken.keys())
+    if missing:
+        raise UserError(f"{net.config.model_type}: layers {missing} have no queries, keys and values to record; name other layers")
+    return last_BTD, Features(hidden, recorder.taken)
+
+
+def _check_layers(what: str, asked: Collection[int], first: int, last: int) -> None:
+    wrong = sorted(layer for layer in asked if not first <= layer <= last)
+    if wrong:
+        raise UserError(f"{what} layers {wrong} are outside {first} to {last}; name layers that the model has")
+
+
+@contextlib.contextmanager
+def _tapped(decoder: Any, wanted: frozenset[int]) -> Iterator[_Recorder]:
+    """While inside, the wanted layers' attention is recorded; afterwards the model's implementation is what it was."""
+    recorder = _Recorder(wanted, torch.is_grad_enabled())
+    if not wanted:
+        yield recorder
+        return
+    assert _ACTIVE.get() is None, "recordings can't stand inside one another"
+    kind, before = decoder.config.model_type, decoder.config._attn_implementation
+    if before != "sdpa":
+        raise UserError(f"{kind}: attention can be recorded under sdpa only, not {before}; load the model with attn_implementation='sdpa'")
+    AttentionInterface.register(NAME, _recorded_sdpa)
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+    token = _ACTIVE.set(recorder)
+    try:
+        decoder.set_attn_implementation(NAME)
+        if decoder.config._attn_implementation != NAME:
+            raise UserError(f"{kind}: its attention does not go through transformers' AttentionInterface; use losses on hidden states")
+        yield recorder
+    finally:
+        _ACTIVE.reset(token)
+        decoder.set_attn_implementation(before)
+
+
+def _recorded_sdpa(
+    module: Any, query_BHTA: Tensor, key_BGTA: Tensor, value_BGTA: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """The signature and the passing on of `settings` are transformers' contract for an attention function."""
+    recorder, layer = _ACTIVE.get(), module.layer_idx + 1
+    if recorder is not None and layer in recorder.wanted:
+        assert layer not in recorder.taken, f"layer {layer} ran twice in one pass"
+        if recorder.with_gradient and not torch.is_grad_enabled():
+            raise UserError("attention can't be recorded under reentrant gradient checkpointing; set use_reentrant to False")
+        usual = query_BHTA.shape[-1] ** -0.5
+        scaling = settings.get("scaling") or usual
+        same = math.isclose(scaling, usual, rel_tol=1e-9)
+        recorder.taken[layer] = (query_BHTA if same else query_BHTA * (scaling / usual), key_BGTA, value_BGTA)
+    result: tuple[Tensor, None] = AttentionInterface()["sdpa"](module, query_BHTA, key_BGTA, value_BGTA, attention_mask, **settings)
+    return result
+
+
+@contextlib.contextmanager
+def _hooked(decoder: Any, wanted: frozenset[int], hidden: dict[int, Tensor]) -> Iterator[None]:
+    """While inside, hidden states before layer 1 (0) and after layer i (i) are put into `hidden`."""
+    layers = getattr(decoder, "layers", None)
+    if wanted and not isinstance(layers, nn.ModuleList):
+        raise UserError(f"{decoder.config.model_type}: hidden states can be recorded in a decoder with one list of layers only")
+
+    def before_first(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden[0] = positional[0] if positional else named["hidden_states"]
+
+    def after(index: int) -> Any:
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden[index] = output[0] if isinstance(output, tuple) else output
+
+        return note
+
+    handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)] if 0 in wanted and layers else []
+    handles += [layers[index - 1].register_forward_hook(after(index)) for index in sorted(wanted - {0})] if layers else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,71 @@
+"""One model's next-token distributions at some positions, with what losses share computed once.
+
+Shapes: R positions, V outcomes (the vocabulary, or a teacher's top tokens and a bucket for the rest).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from limbeck.objectives.precision import full_precision
+
+IMPOSSIBLE = -1e30  # the logit of an outcome of probability zero: finite, so that 0 log 0 stays 0 and no NaN is born
+
+
+class Distribution:
+    """`log` and `prob` [R, V] of the softmax of `logits_RV`, in fp32 or better; -inf logits have probability 0."""
+
+    def __init__(self, logits_RV: Tensor) -> None:
+        self.logits_RV = full_precision(logits_RV)
+        self._softened: dict[float, Distribution] = {1.0: self}
+
+    @cached_property
+    def log(self) -> Tensor:
+        return log_softmax(self.logits_RV, dim=-1)
+
+    @cached_property
+    def prob(self) -> Tensor:
+        return self.log.exp()
+
+    def at(self, temperature: float) -> Distribution:
+        """The distribution of the logits divided by `temperature`."""
+        if temperature not in self._softened:
+            self._softened[temperature] = Distribution(self.logits_RV / temperature)
+        return self._softened[temperature]
+
+
+def finite(logits: Tensor) -> Tensor:
+    """-inf becomes IMPOSSIBLE; all else stays, so that NaN and +inf are still found."""
+    return torch.where(logits == -torch.inf, IMPOSSIBLE, full_precision(logits))
+
+
+BIN_SHIFT = 20  # keeps 3 bits of a float's mantissa: eight bins from one power of two to the next
+BINS = (0x3F800000 >> BIN_SHIFT) + 1  # up to the bin of 1.0
+
+
+def least_of_mass(prob_RV: Tensor, mass: float) -> Tensor:
+    """The least probability in the smallest set of outcomes that holds `mass`: [R]. Exact, without sorting the vocabulary.
+
+    The bits of a positive float rise with it, so their first few are a histogram's bin; only the bin in which the mass
+    is reached is sorted.
+    """
+    bins_RV = (prob_RV.float().view(torch.int32) >> BIN_SHIFT).clamp_(max=BINS - 1).long()
+    inside_RH = prob_RV.new_zeros(len(prob_RV), BINS).scatter_add_(-1, bins_RV, prob_RV)
+    from_RH = inside_RH.flip(-1).cumsum(-1).flip(-1)  # mass of a bin and all above it
+    bin_R1 = ((from_RH >= mass).sum(-1, keepdim=True) - 1).clamp_min(0)
+    missing_R = (mass - (from_RH - inside_RH).gather(-1, bin_R1))[:, 0]
+    row_S, column_S = (bins_RV == bin_R1).nonzero(as_tuple=True)
+    prob_S, order = prob_RV[row_S, column_S].sort(descending=True)
+    row_S, by_row = row_S[order].sort(stable=True)
+    prob_S = prob_S[by_row]
+    count_R = row_S.bincount(minlength=len(prob_RV))
+    start_R = count_R.cumsum(0) - count_R
+    sum_S = prob_S.double().cumsum(0)
+    before_R = (sum_S - prob_S)[start_R]
+    short_S = sum_S - before_R[row_S] < missing_R[row_S]
+    short_R = torch.zeros_like(count_R).index_add_(0, row_S, short_S.long())
+    return prob_S[start_R + torch.minimum(short_R, count_R - 1)]

@@ -1,0 +1,112 @@
+"""What some terms need before the first step: a frozen model's opinion of the text, learned filters, a bank of states.
+
+Shapes: N response positions, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from limbeck.data import MICRO_TOKENS, MicroBatch, Row, make_batch, steps_of_epoch
+from limbeck.models.load import head_of
+from limbeck.models.taps import features
+from limbeck.objectives.feature import pair_name
+from limbeck.objectives.head import Evidence, fused_loss, token_log_probs
+from limbeck.objectives.match import Match, Place
+from limbeck.objectives.term import make_term
+from limbeck.types import Batch
+
+Progress = Callable[[int, int], None]
+
+
+def even_batches(rows: Sequence[Row]) -> list[MicroBatch]:
+    """All rows, those of like length together."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * len(rows[index]) <= MICRO_TOKENS:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return [tuple(batch) for batch in batches]
+
+
+@torch.no_grad()
+def response_log_probs(net: PreTrainedModel, rows: Sequence[Row], progress: Progress = lambda done, total: None) -> dict[str, float]:
+    """log q(response | prompt) in nats for every row, by sample id."""
+    found: dict[str, float] = {}
+    done = 0
+    for micro_batch in even_batches(rows):
+        batch = make_batch(rows, micro_batch)
+        row_N, position_N = batch.response_positions()
+        hidden_BTD, _ = features(net, batch.tokens_BT.to(net.device))
+        targets_N = batch.tokens_BT[row_N, position_N + 1].to(net.device)
+        log_prob_N = token_log_probs(hidden_BTD[row_N, position_N], head_of(net), targets_N).double().cpu()
+        sums_B = torch.zeros(len(micro_batch), dtype=torch.float64).index_add_(0, row_N, log_prob_N)
+        found |= dict(zip(batch.sample_ids, sums_B.tolist(), strict=True))
+        done += len(micro_batch)
+        progress(done, len(rows))
+    return found
+
+
+def with_reference(rows: Sequence[Row], name: str, log_probs: Mapping[str, float]) -> list[Row]:
+    """The rows with a frozen model's log-probabilities beside them."""
+    return [replace(row, references=(*row.references, (name, log_probs[row.sample_id]))) for row in rows]
+
+
+def learn_filters(
+    match: Match, nets: Sequence[PreTrainedModel], rows: Sequence[Row], tokens_per_step: int, seed: int, progress: Progress
+) -> None:
+    """TED's first stage (arXiv:2210.01351): each layer's filter learns, by cross-entropy, to be read by its model's own head.
+
+    Both models are frozen. The paper reads filtered states by a task head of their own; a language model has its head.
+    """
+    steps = match.settings.values["filter_steps"]
+    for side, (net, name) in enumerate(zip(nets, ("student", "teacher"), strict=True)):
+        filters = match.learned.get_submodule(name)
+        filters.requires_grad_(True)
+        optimizer = torch.optim.Adam(filters.parameters(), lr=match.settings.values["filter_lr"])
+        contents = steps_of_epoch(rows, seed, side, tokens_per_step)
+        for step in range(steps):
+            for micro_batch in contents[step % len(contents)]:
+                _filter_loss(match, filters, net, make_batch(rows, micro_batch), side).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress(side * steps + step + 1, 2 * steps)
+        filters.requires_grad_(name == "student")
+
+
+def _filter_loss(match: Match, filters: torch.nn.Module, net: PreTrainedModel, batch: Batch, side: int) -> Tensor:
+    where = batch.response_positions()
+    with torch.no_grad():
+        _, found = features(net, batch.tokens_BT.to(net.device), *match.taps(side))
+    targets_N = batch.tokens_BT[where[0], where[1] + 1].to(net.device)
+    weight_KN = torch.ones(1, len(targets_N), device=net.device)
+    term = make_term("cross_entropy", {}).settle(0.0, {})
+    head = head_of(net)
+    frozen = replace(head, weight_VD=head.weight_VD.detach())
+    loss = weight_KN.new_zeros(())
+    for pair in match.pairs:
+        filtered_ND = filters.get_submodule(pair_name(pair))(found.hidden[pair[side]][where])
+        loss = loss + fused_loss(filtered_ND, frozen, [term], [1 / max(1, len(targets_N))], weight_KN, Evidence(targets_N)).loss
+    return loss
+
+
+@torch.no_grad()
+def fill_bank(match: Match, teacher: PreTrainedModel, rows: Sequence[Row], bank_rows: Mapping[str, int], progress: Progress) -> None:
+    """The teacher's pooled states of every training text: what `contrast` draws its negatives from."""
+    match.bank_ME = torch.zeros(len(bank_rows), match.bank_ME.shape[1], device=teacher.device)
+    done = 0
+    for micro_batch in even_batches(rows):
+        batch = make_batch(rows, micro_batch)
+        _, found = features(teacher, batch.tokens_BT.to(teacher.device), *match.taps(1))
+        row_N, position_N = batch.response_positions()
+        pooled_BE = match.pooled_teacher(found, Place(row_N, position_N, len(micro_batch)))
+        match.bank_ME[[bank_rows[sample_id] for sample_id in batch.sample_ids]] = pooled_BE
+        done += len(micro_batch)
+        progress(done, len(rows))

@@ -1,0 +1,53 @@
+"""Several processes on one training (`torchrun`): each takes its share of a step's micro-batches, gradients are summed.
+
+With one process everything here does nothing. Sums are exact sums over ranks, so the global division stays the loop's.
+Not covered: sharded weights (every rank holds the whole model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def number() -> int:
+    return distributed.get_rank() if count() > 1 else 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of a step's micro-batches; it may be empty."""
+    return items[number() :: count()]
+
+
+def add_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum every parameter's gradient over the ranks, in place; a rank that saw no micro-batch adds zeros."""
+    if count() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        distributed.all_reduce(parameter.grad)
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's `value`, in the order of the ranks."""
+    if count() == 1:
+        return [value]
+    found: list[T | None] = [None] * count()
+    distributed.all_gather_object(found, value)
+    return found  # type: ignore[return-value]
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if count() > 1:
+        distributed.barrier()

@@ -1,0 +1,129 @@
+"""Signals that hold a few tokens per position: the teacher's top tokens with a bucket for the rest, tokens sampled from
+it, or only the token that was written.
+
+Top tokens and bucket are a distribution over K + 1 outcomes. The student is brought to the same outcomes (the bucket gets
+all that its own softmax gives to other tokens), and any divergence compares the two. Renormalising both sides over the
+top tokens is not offered: it leaves the rest of the vocabulary unpenalised.
+
+Shapes: N response positions, R of a block, K tokens kept per position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limbeck.objectives.distribution import IMPOSSIBLE, Distribution
+from limbeck.objectives.divergence import TINY, Divergence, ValueAndGradient
+from limbeck.types import UserError
+
+PARTIAL = "this signal holds a few tokens of the teacher's distribution only; measure with the teacher itself"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """`ids_NK` (distinct in a row) with the teacher's `log_prob_NK`; the bucket has `rest_N`, else what is left of 1."""
+
+    ids_NK: Tensor
+    log_prob_NK: Tensor
+    rest_N: Tensor | None = None
+
+    def chunk(self, positions: slice) -> TopK:
+        return TopK(self.ids_NK[positions], self.log_prob_NK[positions], None if self.rest_N is None else self.rest_N[positions])
+
+    rows = chunk
+
+    @property
+    def p(self) -> Distribution:
+        raise UserError(PARTIAL)
+
+    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, _: Tensor) -> ValueAndGradient:
+        """The divergence over K + 1 outcomes, and its gradient for all V logits.
+
+        With G the gradient for the outcomes' logits, a kept token's logit gets its own G and every other token v the
+        bucket's, in proportion: q_v / q_bucket G_bucket.
+        """
+        if not divergence.buckets or params.get("temperature", 1) != 1:
+            raise UserError(
+                f"{divergence.name} (temperature {params.get('temperature', 1):g}) needs the teacher's whole distribution, and this signal "
+                "has its top tokens only: use forward_kl, jsd or another divergence at temperature 1, or a dense signal"
+            )
+        log_p_RK, log_q_RK = self.log_prob_NK.to(q.log.dtype), q.log.gather(-1, self.ids_NK)
+        others_RV = q.prob.scatter(-1, self.ids_NK, 0)
+        if log_q_RK.shape[-1] < q.log.shape[-1]:
+            rest_R1 = others_RV.sum(-1, keepdim=True).clamp_min(TINY)
+            log_p_RK, log_q_RK = torch.cat([log_p_RK, self._log_rest(log_p_RK)], -1), torch.cat([log_q_RK, rest_R1.log()], -1)
+            values_R, outcomes_RK = divergence(Distribution(log_p_RK), Distribution(log_q_RK), params)
+            others_RV.mul_(outcomes_RK[:, -1:] / rest_R1)
+            outcomes_RK = outcomes_RK[:, :-1]
+        else:
+            values_R, outcomes_RK = divergence(Distribution(log_p_RK), Distribution(log_q_RK), params)
+        return values_R, others_RV.scatter_(-1, self.ids_NK, outcomes_RK)
+
+    def _log_rest(self, log_p_RK: Tensor) -> Tensor:
+        """log of the bucket's probability [R, 1]. What is left of 1 is never taken for less than a rounding error."""
+        if self.rest_N is None:
+            return (1 - log_p_RK.exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(log_p_RK.dtype).eps).log()
+        rest_R1 = self.rest_N.to(log_p_RK.dtype)[:, None]
+        return torch.where(rest_R1 > 0, rest_R1.clamp_min(TINY).log(), IMPOSSIBLE)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens drawn from the teacher with weights whose expectation, token by token, is p: `counts / draws`.
+
+    Carries forward KL alone, which is linear in p: its gradient is unbiased (arXiv:2503.16870). `entropy_N` is the
+    teacher's entropy; without it the value is the cross-entropy. Tokens may repeat in a row; padding has weight 0.
+    """
+
+    ids_NK: Tensor
+    weight_NK: Tensor
+    entropy_N: Tensor | None = None
+
+    def chunk(self, positions: slice) -> Sampled:
+        return Sampled(self.ids_NK[positions], self.weight_NK[positions], None if self.entropy_N is None else self.entropy_N[positions])
+
+    rows = chunk
+
+    @property
+    def p(self) -> Distribution:
+        raise UserError(PARTIAL)
+
+    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, _: Tensor) -> ValueAndGradient:
+        if divergence.name != "forward_kl" or params.get("temperature", 1) != 1:
+            raise UserError(f"sampled tokens of the teacher carry forward_kl at temperature 1 only, not {divergence.name}")
+        weight_RK = self.weight_NK.to(q.log.dtype)
+        values_R = -(weight_RK * q.log.gather(-1, self.ids_NK)).sum(-1)
+        if self.entropy_N is not None:
+            values_R = values_R - self.entropy_N
+        gradient_RV = q.prob * weight_RK.sum(-1, keepdim=True)
+        return values_R, gradient_RV.scatter_add_(-1, self.ids_NK, -weight_RK)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The text alone: the teacher is taken to be certain of the token that was written.
+
+    Exact for every divergence that is finite there; forward KL becomes the cross-entropy.
+    """
+
+    ids_N: Tensor
+
+    def chunk(self, positions: slice) -> Written:
+        return Written(self.ids_N[positions])
+
+    rows = chunk
+
+    @property
+    def p(self) -> Distribution:
+        raise UserError(PARTIAL)
+
+    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor) -> ValueAndGradient:
+        if not divergence.one_hot:
+            raise UserError(f"{divergence.name} is infinite where the teacher gives a token no probability, as text alone does; use "
+                            "cross_entropy, jsd or tvd, or a teacher's distribution")  # fmt: skip
+        certain = torch.zeros_like(self.ids_N, dtype=q.log.dtype)[:, None]
+        return TopK(self.ids_N[:, None], certain, certain[:, 0]).compare(divergence, params, q, targets_R)

@@ -1,0 +1,120 @@
+"""The text of a run: who answers which prompt, asked for once, read back ever after.
+
+Every prompt goes to one writer (by their shares) or, where all shares are 1, to all of them; then the order of the
+writers is the order of preference that ranking losses read. A corpus may bring several answers, the best first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from limbeck import build
+from limbeck.elicit.engine import Answerer, elicit
+from limbeck.elicit.label import label
+from limbeck.elicit.prompts import Prompt
+from limbeck.progress import Reporter, StoppedError
+from limbeck.recipe import Recipe, Writer
+from limbeck.store import Store
+from limbeck.types import Request, Sample, Sampling, content_hash
+
+
+@dataclass
+class Text:
+    """Reads and fills `store.sqlite` in `folder`. A writer is loaded only when something is left to ask it."""
+
+    recipe: Recipe
+    folder: Path
+    reporter: Reporter
+    stop: Callable[[], bool]
+    writers: dict[str, Callable[[], Answerer]]
+    identities: dict[str, Callable[[], str]]
+
+    @cached_property
+    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """(training prompts, held-out prompts)."""
+        return build.prompts(self.recipe)
+
+    def given(self) -> list[Sample]:
+        """The training text that does not come from the student: what a student's start may be chosen by."""
+        return self._samples([writer for writer in self.recipe.writer if writer.by != "untouched"])
+
+    def training(self) -> list[Sample]:
+        """All training text, prompt by prompt, each prompt's answers in the order of preference."""
+        self.given()  # first, since the student's start may depend on it
+        return self._samples(self.recipe.writer)
+
+    def held_out(self) -> list[Sample]:
+        """The teacher's answers to the held-out prompts."""
+        sampling = self.held_out_sampling()
+        return self._ask([self._request(prompt, "teacher", sampling) for prompt in self.prompts[1]], "teacher")
+
+    def held_out_sampling(self) -> Sampling:
+        """How held-out text is drawn: as the teacher's training text, whoever wrote most of that."""
+        by_teacher = [writer for writer in self.recipe.writer if writer.by == "teacher"]
+        return _sampling(by_teacher[0] if by_teacher else self.recipe.writer[0])
+
+    def facts(self) -> dict[str, Any]:
+        """How the held-out text came about, for the evaluation."""
+        samples = self.held_out()
+        finishes = [str(sample.meta["finish"]) for sample in samples]
+        counts = {"answers": len(samples) - finishes.count("empty"), "writer": "teacher", "cut_off": finishes.count("length")}
+        return counts | asdict(self.held_out_sampling())
+
+    def _samples(self, wanted: Sequence[Writer]) -> list[Sample]:
+        """The answers of these writers to their training prompts; all requests to one model go out together."""
+        turns = [(prompt, place, writer) for prompt in self.prompts[0] for place, writer in self._turns(prompt) if writer in wanted]
+        answered: dict[str, Sample] = {}
+        for by in {writer.by for _, _, writer in turns if writer.by != "corpus"}:
+            requests = [self._request(prompt, by, _sampling(writer)) for prompt, _, writer in turns if writer.by == by]
+            answered |= {request.key: sample for request, sample in zip(requests, self._ask(requests, by), strict=True)}
+        found = []
+        for prompt, place, writer in turns:
+            if writer.by == "corpus":
+                samples = [_corpus_sample(prompt, answer) for answer in prompt.answers]
+            else:
+                samples = [answered[self._request(prompt, writer.by, _sampling(writer)).key]]
+            facts = {"prompt_id": prompt.id, "kind": prompt.kind, "writer": writer.by, "task": prompt.task, "weight": prompt.weight}
+            found += [replace(sample, meta=sample.meta | facts | {"place": place + rank}) for rank, sample in enumerate(samples)]
+        return found
+
+    def _turns(self, prompt: Prompt) -> list[tuple[int, Writer]]:
+        """(place in the order of preference, writer) of those that answer this prompt. A share's draw depends on seed and prompt alone."""
+        writers = self.recipe.writer
+        if len(writers) > 1 and all(writer.share == 1 for writer in writers):
+            return [(place * len(prompt.answers or (1,)), writer) for place, writer in enumerate(writers)]
+        point = int(content_hash([self.recipe.train.seed, prompt.id])[:13], 16) / 16**13
+        for writer in writers:
+            point -= writer.share
+            if point < 0:
+                break
+        return [(0, writer)]
+
+    def _request(self, prompt: Prompt, by: str, sampling: Sampling) -> Request:
+        (request,) = label([prompt], self.identities[by](), sampling, self.recipe.train.seed)
+        return request
+
+    def _ask(self, requests: Sequence[Request], by: str) -> list[Sample]:
+        began = time.monotonic()
+
+        def progress(done: int, total: int, tokens: int) -> None:
+            rate = tokens / max(1e-9, time.monotonic() - began)
+            self.reporter.progress(done, total, f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else "")
+
+        with Store(self.folder / "store.sqlite") as store:
+            answers = elicit(requests, store, self.writers[by], progress, self.stop)
+        if len(answers) < len(requests):
+            raise StoppedError(f"stopped; {len(answers)} of {len(requests)} answers are kept in {self.folder}, run it again to go on")
+        return answers
+
+
+def _sampling(writer: Writer) -> Sampling:
+    return Sampling(writer.temperature, writer.top_p, writer.max_tokens)
+
+
+def _corpus_sample(prompt: Prompt, answer: str) -> Sample:
+    return Sample((*prompt.messages, {"role": "assistant", "content": answer}), "corpus", meta={"finish": "ok"})
