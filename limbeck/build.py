@@ -32,7 +32,7 @@ def terms(recipe: Recipe) -> list[Term]:
     labels = [term.label for term in built]
     for index, label in enumerate(labels):
         if label in labels[:index]:
-            raise RecipeError(f"loss[{index}]", f"{label} stands twice; give it once with the summed weight, or each `on` other text")
+            raise RecipeError(f"loss[{index}]", f"{label} stands twice; give it once with the summed weight, or limit each to other text with `only`")
     return built
 
 
@@ -105,8 +105,8 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
     """Refuse a term whose evidence no writer, prompt or teacher gives."""
     writers = {writer.by for writer in recipe.writer}
     tags = writers | {prompt.task for prompt in training if prompt.task} | {BEST, REST}
-    if term.on is not None and term.on not in tags:
-        raise RecipeError(f"{path}.on", f"no text is by or for {term.on!r}{nearest(term.on, tags)}")
+    if term.only is not None and term.only not in tags:
+        raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
     if rollout := sorted(term.reads & ROLLOUT_COLUMNS):
         raise RecipeError(path, f"{term.name} reads {rollout[0]} of text that the student writes while training; no writer does that yet")
     if "answers" not in term.reads:

@@ -158,7 +158,7 @@ def make_batch(rows: Sequence[Row], micro_batch: MicroBatch, pad_id: int = 0) ->
         tokens_BT[number, : len(row)] = torch.tensor(row.prompt_ids + row.response_ids)
         mask_BT[number, len(row.prompt_ids) : len(row)] = True
         groups.setdefault(row.group, []).append(number)
-    weight_BT = mask_BT * torch.tensor([row.weight for row in chosen])[:, None]
+    weight_BT = mask_BT * torch.tensor([row.weight for row in chosen], dtype=torch.float32)[:, None]
     names = {name for row in chosen for name, _ in row.references}
     references = {name: torch.tensor([dict(row.references)[name] for row in chosen]) for name in sorted(names)}
     ids, tags = tuple(row.sample_id for row in chosen), tuple(row.tags for row in chosen)

@@ -100,13 +100,12 @@ def _filter_loss(match: Match, filters: torch.nn.Module, net: PreTrainedModel, b
 @torch.no_grad()
 def fill_bank(match: Match, teacher: PreTrainedModel, rows: Sequence[Row], bank_rows: Mapping[str, int], progress: Progress) -> None:
     """The teacher's pooled states of every training text: what `contrast` draws its negatives from."""
-    match.bank_ME = torch.zeros(len(bank_rows), match.bank_ME.shape[1], device=teacher.device)
-    done = 0
+    found_E: dict[int, Tensor] = {}
     for micro_batch in even_batches(rows):
         batch = make_batch(rows, micro_batch)
         _, found = features(teacher, batch.tokens_BT.to(teacher.device), *match.taps(1))
         row_N, position_N = batch.response_positions()
         pooled_BE = match.pooled_teacher(found, Place(row_N, position_N, len(micro_batch)))
-        match.bank_ME[[bank_rows[sample_id] for sample_id in batch.sample_ids]] = pooled_BE
-        done += len(micro_batch)
-        progress(done, len(rows))
+        found_E |= dict(zip((bank_rows[sample_id] for sample_id in batch.sample_ids), pooled_BE, strict=True))
+        progress(len(found_E), len(rows))
+    match.bank_ME = torch.stack([found_E[place] for place in range(len(bank_rows))])

@@ -137,7 +137,7 @@ def _step(
     torch.manual_seed(job.settings.seed * 2**24 + step)  # dropout, where the model has any: a step is replayed to the bit
     terms = [term.settle(step / steps, job.states) for term in job.terms]
     batches = [make_batch(job.rows, micro_batch) for micro_batch in content]
-    amounts = {t.label: sum(batch.amount(t.term.unit, t.term.on) for batch in batches) for t in terms}
+    amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
     sums = Sums()
     for batch in ranks.share(batches):
         sums.add(backward(job, batch, terms, amounts, step))

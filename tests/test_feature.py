@@ -132,6 +132,13 @@ def test_equal_hidden_states_give_zero_loss_and_gradient(distance):
     assert value.abs().max() < 1e-14 and gradient.abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("distance", ["squared", "cosine"])
+def test_no_gradient_reaches_the_teachers_hidden_states(distance):
+    student, teacher = noise(1, 5, 4).requires_grad_(), noise(2, 5, 4).requires_grad_()
+    hidden_match(student, teacher, distance=distance).sum().backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
 def test_cosine_is_blind_to_lengths_and_squared_is_not():
     student, teacher = noise(1, 5, 4), noise(2, 5, 4)
     torch.testing.assert_close(hidden_match(3 * student, teacher / 7, distance="cosine"), hidden_match(student, teacher, distance="cosine"))
@@ -229,7 +236,10 @@ def test_a_row_alone_equals_the_row_in_a_padded_batch(loss, content):
     student, teacher = attention(1), attention(5)
     for x in (*student, *teacher):
         x[1, :, 4:] = content
+    student = tuple(x.requires_grad_() for x in student)
     batch = loss(student, teacher, ROW_N, POSITION_N)
+    gradients = torch.autograd.grad(batch.sum(), student, allow_unused=True)
+    assert all(g is None or torch.isfinite(g).all() for g in gradients)
     parts = []
     for row, length in ((0, 7), (1, 4)):
         cut = (tuple(x[row : row + 1, :, :length] for x in model) for model in (student, teacher))
@@ -444,6 +454,8 @@ def test_cka_distance_does_not_change_under_rotation_shift_and_scale():
     turned = cka_distance(1e-3 * student @ rotation(3, 4) + 5, 1e3 * teacher @ rotation(4, 6) - 2, STATES_ROW_N, 3)
     torch.testing.assert_close(turned, want, rtol=1e-8, atol=1e-10)
     assert (cka_distance(student * torch.tensor([9.0, 1, 1, 1]), teacher, STATES_ROW_N, 3) - want).abs().max() > 1e-3
+    small = cka_distance(1e-12 * student.float(), 1e9 * teacher.float(), STATES_ROW_N, 3)
+    torch.testing.assert_close(small.double(), want, rtol=1e-4, atol=1e-6)
     alone = cka_distance(student[9:15], teacher[9:15], torch.zeros(6, dtype=torch.long), 1)
     torch.testing.assert_close(alone, want[1:2], rtol=1e-12, atol=1e-14)
 

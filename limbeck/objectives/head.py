@@ -149,11 +149,12 @@ def fused_loss(
         head: the output projection; its parts get a gradient where they require one (tied embeddings add theirs as usual).
         terms: what is summed.
         scales: one factor per term: its weight divided by the global weight of its tokens.
-        weight_KN: a weight per term and token, in fp32 or better.
+        weight_KN: a weight per term and token.
         evidence: tokens, teacher and columns of the same N positions.
     """
     parts = head.products(hidden_ND)
     flat = [tensor for part in parts for tensor in part]
+    weight_KN = weight_KN.to(torch.promote_types(hidden_ND.dtype, torch.float32))  # integers would round the scales away
     loss, sums_K = _Fused.apply(list(terms), list(scales), weight_KN, evidence, head.softcap, *flat)
     return Total(loss, {term.label: float(value) for term, value in zip(terms, sums_K.tolist(), strict=True)})
 

@@ -51,6 +51,6 @@ def checked(
     for key, value in params.items():
         at = f"{path}.{key}".lstrip(".")
         if key not in values:
-            raise RecipeError(at, f"{name} has no such parameter{nearest(key, values) if values else ': it has none but weight and on'}")
+            raise RecipeError(at, f"{name} has no such parameter{nearest(key, values) if values else ': it has none but weight and only'}")
         values[key] = ranges[key].check(at, value)
     return values

@@ -272,7 +272,7 @@ def pro(candidates: Candidates, *, sft_weight: float = 0.05) -> Tensor:
     paper has it. Its temperatures from gaps between rewards are left out: a ranking has no rewards.
     Limits: two answers and w = 0 equal `simpo` with beta 1 and gamma 0; n equally likely answers give log n!.
     """
-    pairs_G = (candidates.present_GK.sum(-1) - 1).clamp(min=1).square()
+    pairs_G = (candidates.present_GK.sum(-1) - 1).clamp(min=1).square().to(candidates.mean_log_prob_GK.dtype)
     best_G = candidates.best(candidates.where_present(candidates.log_prob_GK))
     return _plackett_luce(candidates.mean_log_prob_GK, candidates.present_GK) - sft_weight * pairs_G * best_G
 

@@ -33,21 +33,21 @@ SMOOTHING = {"label_smoothing": Range(0, 1, open_high=True)}
 
 @dataclass(frozen=True)
 class Term:
-    """A loss with its schedules. `on` limits it to the text of one writer or task; `reads` names its evidence."""
+    """A loss with its schedules. `only` limits it to the text of one writer or task; `reads` names its evidence."""
 
     name: str
     family: Family
     reads: frozenset[str]
     weight: Schedule
     params: Mapping[str, Schedule] = field(default_factory=dict)
-    on: str | None = None
+    only: str | None = None
     unit: Unit = "token"
     match: MatchSettings | None = None
 
     @property
     def label(self) -> str:
-        """Its name in metrics: two terms of one name differ in what they are on."""
-        return self.name if self.on is None else f"{self.name}@{self.on}"
+        """Its name in metrics: two terms of one name differ in the text they are limited to."""
+        return self.name if self.only is None else f"{self.name}@{self.only}"
 
     def settle(self, progress: float, states: Mapping[str, State]) -> Settled:
         """The term with this step's weight and parameters."""
@@ -108,28 +108,28 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         RecipeError: unknown term or parameter, or a value out of range; `path` is the term's place in the recipe.
     """
     rest = dict(params)
-    on = rest.pop("on", None)
-    if on is not None and not isinstance(on, str):
-        raise RecipeError(f"{path}.on".lstrip("."), f"{on!r} is not the name of a writer, such as teacher, or of a task")
+    only = rest.pop("only", None)
+    if only is not None and not isinstance(only, str):
+        raise RecipeError(f"{path}.only".lstrip("."), f"{only!r} is not the name of a writer, such as teacher, or of a task")
     weighed = make_schedule(weight, f"{path}.weight".lstrip("."), WEIGHT.check)
     known: Divergence | Policy | Ranking
     if name in MATCHES:
         settings, unit = match_settings(name, rest, path)
-        return Term(name, "match", frozenset({"teacher_features"}), weighed, {}, on, unit, settings)
+        return Term(name, "match", frozenset({"teacher_features"}), weighed, {}, only, unit, settings)
     if name == CROSS_ENTROPY:
         schedules = _schedules(name, defaults_of(cross_entropy), SMOOTHING, rest, path)
-        return Term(name, "vocabulary", frozenset({"tokens"}), weighed, schedules, on)
+        return Term(name, "vocabulary", frozenset({"tokens"}), weighed, schedules, only)
     if name in DIVERGENCES:
         known = DIVERGENCES[name]
         schedules = _schedules(name, known.defaults, known.ranges, rest, path)
-        return Term(name, "vocabulary", frozenset({"teacher_distribution"}), weighed, schedules, on)
+        return Term(name, "vocabulary", frozenset({"teacher_distribution"}), weighed, schedules, only)
     if name in POLICIES:
         known = POLICIES[name]
-        return Term(name, "vocabulary", frozenset(known.reads), weighed, _schedules(name, known.defaults, known.ranges, rest, path), on)
+        return Term(name, "vocabulary", frozenset(known.reads), weighed, _schedules(name, known.defaults, known.ranges, rest, path), only)
     if name in RANKINGS:
         known = RANKINGS[name]
-        if on is not None:
-            raise RecipeError(f"{path}.on".lstrip("."), f"{name} compares the answers of all writers, so it can't be on one")
+        if only is not None:
+            raise RecipeError(f"{path}.only".lstrip("."), f"{name} compares the answers of all writers, so it can't be limited to one")
         schedules = _schedules(name, known.defaults, known.ranges, rest, path)
         if known.measures is not None and "baseline" not in rest:
             schedules["baseline"] = Schedule(0.0, 0.0, "measured")

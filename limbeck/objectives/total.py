@@ -97,7 +97,7 @@ def _vocabulary(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -
     batch, device = data.batch, data.hidden_ND.device
     row_N, position_N = batch.response_positions()
     weight_N = batch.weight_BT[row_N, position_N + 1]
-    weight_KN = torch.stack([weight_N * batch.rows_on(term.term.on)[row_N] for term in terms]).to(device)
+    weight_KN = torch.stack([weight_N * batch.rows_on(term.term.only)[row_N] for term in terms]).to(device)
     evidence = Evidence(batch.tokens_BT[row_N, position_N + 1].to(device), data.teacher.signal)
     return fused_loss(data.hidden_ND, data.head, terms, scales, weight_KN, evidence)
 
@@ -133,7 +133,7 @@ def _matching(terms: Sequence[Settled], scales: Sequence[float], matches: Mappin
     loss, found = data.hidden_ND.sum() * 0.0, {}
     for term, scale in zip(terms, scales, strict=True):
         values = full_precision(matches[term.label](data.features, data.teacher.features, place))
-        on_B = batch.rows_on(term.term.on).to(device)
+        on_B = batch.rows_on(term.term.only).to(device)
         if term.term.unit == "row":
             weight = on_B.to(values.dtype)
         else:

@@ -1,0 +1,51 @@
+"""Every built-in recipe is short, parses, names its source, and trains a few steps on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from limbeck import load_recipe, run
+from limbeck.build import terms, validate
+from limbeck.builtin import recipe_files
+
+RECIPES = recipe_files()
+
+
+def test_the_recipes_of_the_field_are_there():
+    assert set(RECIPES) >= {
+        "hinton-kd", "seq-kd", "reverse-kl", "jsd", "tvd", "distillm-skew", "akl", "taid", "distillm-2", "dkd", "todi", "abkd", "patient-hints",
+        "tinybert", "minilm-v2", "ted", "codir", "dpo", "ipo", "kto", "orpo", "simpo", "rrhf", "pro",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_at_most_25_lines_and_says_where_it_comes_from(name):
+    recipe = load_recipe(name)
+    assert len(RECIPES[name].read_text().splitlines()) <= 25
+    assert recipe.name == name and recipe.title and recipe.paper
+    validate(recipe)
+
+
+SMALL = [
+    "student={start: {prune: {layers: 3, keep: uniform}}}", "prompts.limit=null", "train.steps=3", "train.epochs=null",
+    "train.tokens_per_step=60", "evaluate={metrics: [fidelity], controls: []}",
+]  # fmt: skip
+OWN = {"ted": ["loss.0.params.layers=uniform", "loss.0.params.filter_steps=2"]}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_a_tiny_student(name, tiny_folder, prompt_file, tmp_path):
+    short = [f"writer.{i}.max_tokens={10 + i}" for i in range(len(load_recipe(name).writer))]
+    recipe = load_recipe(name, [*SMALL, *short, *OWN.get(name, []), f"teacher={tiny_folder}", f"prompts.from={prompt_file}"])
+    folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 3
+    assert set(records[0]["terms"]) == {term.label for term in terms(recipe)}
+    for record in records:
+        assert all(math.isfinite(value) for value in record["terms"].values()) and record["grad_norm"] > 0
+    assert (folder / "student" / "config.json").exists()
+    trained = {key for key in records[-1]["terms"] if records[-1]["terms"][key] != records[0]["terms"][key]}
+    assert trained == set(records[0]["terms"]), "every term moved"
