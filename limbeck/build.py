@@ -32,7 +32,9 @@ def terms(recipe: Recipe) -> list[Term]:
     labels = [term.label for term in built]
     for index, label in enumerate(labels):
         if label in labels[:index]:
-            raise RecipeError(f"loss[{index}]", f"{label} stands twice; give it once with the summed weight, or limit each to other text with `only`")
+            raise RecipeError(
+                f"loss[{index}]", f"{label} stands twice; give it once with the summed weight, or other text to each by `only`"
+            )
     return built
 
 

@@ -274,10 +274,11 @@ def test_near_a_limit_it_is_near_the_other_divergence(name, params, other, facto
 def test_alpha_beta_is_continuous_where_an_exponent_vanishes(alpha, beta, dtype):
     teacher, student = (z.to(dtype) for z in logits(4, 30, seed=8))
     want = value_and_gradient("alpha_beta", teacher, student, alpha=alpha, beta=beta)
+    rounding = 1e-7 if dtype == torch.float64 else 1e-4 if alpha or beta else 5e-3  # with both small, half of fp32's digits go
     for small in (1e-3, 1e-4, 1e-5, 1e-6):
         got = value_and_gradient("alpha_beta", teacher, student, alpha=alpha or small, beta=beta or small)
         for a, b in zip(got, want, strict=True):
-            assert (a - b).abs().max() < (20 * small + (1e-4 if dtype == torch.float32 else 1e-7)) * b.abs().max()
+            assert (a - b).abs().max() < (20 * small + rounding) * b.abs().max()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -351,6 +352,12 @@ def test_least_of_mass_takes_ties_and_exact_hits(dtype):
         prob = counts[:, torch.randperm(64, generator=noise)] / 256
         for mass in (3 / 256, 0.25, 0.5, 0.75, 255 / 256):
             assert least_of_mass(prob, mass).tolist() == [min(row[i] for i in head_of(row, mass)) for row in prob.tolist()]
+
+
+def test_least_of_mass_stops_at_an_exact_hit_between_neighbours():
+    prob = torch.tensor([[101, 100, 321, 100, 101, 100, 101, 100]], dtype=torch.float64) / 1024
+    for held, last in ((321, 321), (322, 101), (422, 101), (624, 101), (625, 100), (724, 100), (1024, 100)):
+        assert least_of_mass(prob, held / 1024).item() == least_of_mass(prob.float(), held / 1024).item() == last / 1024
 
 
 @pytest.mark.parametrize("mass", [1 - 1e-6, 1 - 1e-7, 1 - 1e-9])
@@ -430,22 +437,24 @@ def test_half_precision_is_computed_in_fp32(name):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_models_of_unlike_precision_are_compared_in_the_better_one(name):
+def test_models_of_unlike_precision_can_be_compared(name):
     teacher, student = logits(4, 9, seed=17)
     close(divergence(name, teacher, student.float()).double(), divergence(name, teacher, student.float().double()), rel=1e-5, abs=1e-6)
     close(divergence(name, teacher.float(), student).double(), divergence(name, teacher.float().double(), student), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks for it while it compiles
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_compiled_equals_eager(name):
+def test_compiled_equals_eager():
     torch._dynamo.reset()
     teacher, student = logits(3, 9, seed=18)
-    compiled = torch.compile(lambda t, s: 2 * divergence(name, t, s), backend="aot_eager")
     student.requires_grad_()
-    got, want = compiled(teacher, student), 2 * divergence(name, teacher, student)
-    close(got, want)
-    close(*(torch.autograd.grad(x.sum(), student)[0] for x in (got, want)))
+
+    def every(t: Tensor, s: Tensor) -> list[Tensor]:
+        return [2 * divergence(name, t, s) for name in DIVERGENCES]
+
+    for got, want in zip(torch.compile(every, backend="aot_eager")(teacher, student), every(teacher, student), strict=True):
+        close(got, want)
+        close(*(torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (got, want)))
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.objectives import head as head_module
@@ -195,7 +195,9 @@ def test_weights_of_zero_give_exactly_zero():
 def test_outer_factor_scales_the_gradient():
     hidden, weight, _, targets, weights = setting()
     one, three = (
-        torch.autograd.grad(f * fused_loss(hidden, Head(weight), MIXTURE[2:3], [1.0], weights[None], Evidence(targets)).loss, (hidden, weight))
+        torch.autograd.grad(
+            f * fused_loss(hidden, Head(weight), MIXTURE[2:3], [1.0], weights[None], Evidence(targets)).loss, (hidden, weight)
+        )
         for f in (1, 3)
     )
     for a, b in zip(one, three, strict=True):
@@ -298,7 +300,9 @@ def test_token_log_probs_equal_log_softmax_under_an_outer_function(monkeypatch, 
     got = token_log_probs(hidden, head, targets)
     want = torch.log_softmax(plain_logits(hidden, head), -1).gather(-1, targets[:, None])[:, 0]
     torch.testing.assert_close(got, want, rtol=1e-11, atol=0)
-    grads = (torch.autograd.grad(F.logsigmoid((x * weights).cumsum(0)).sum() + (x[:5].sum() - x[5:].sum()) ** 2, leaves) for x in (got, want))
+    grads = (
+        torch.autograd.grad(F.logsigmoid((x * weights).cumsum(0)).sum() + (x[:5].sum() - x[5:].sum()) ** 2, leaves) for x in (got, want)
+    )
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 

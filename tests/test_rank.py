@@ -15,7 +15,7 @@ from limbeck.objectives.rank import RANKINGS, Candidates, bradley_terry, checked
 CASES = [
     ("dpo", {}), ("dpo", {"beta": 0.7, "label_smoothing": 0.2}), ("robust_dpo", {}), ("robust_dpo", {"beta": 0.5, "noise": 0.3}),
     ("ipo", {"beta": 0.4}), ("ipo_sum", {"beta": 0.4}), ("hinge", {"beta": 0.2}), ("kto", {}),
-    ("kto", {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7, "baseline": 0.8}), ("orpo", {}), ("orpo", {"weight": 2.0}),
+    ("kto", {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7, "baseline": 0.8}), ("orpo", {}), ("orpo", {"odds_weight": 2.0}),
     ("simpo", {}), ("simpo", {"beta": 3.0, "gamma": 0.4}), ("rrhf", {}), ("rrhf", {"sft_weight": 0.0}), ("pro", {}),
     ("pro", {"sft_weight": 0.6}), ("spin", {"beta": 0.3}), ("dpkd", {"beta": 1.3}),
 ]  # fmt: skip
@@ -77,7 +77,7 @@ def expected(name: str, lp: list[float], lengths: list[int], ref: list[float], *
         return loss + sum(given.get("undesirable_weight", 1.0) * (1 - sigmoid(beta * (z - r))) for r in ratio[1:])
     if name == "orpo":
         odds = [math.exp(m) / (1 - math.exp(m)) for m in mean]
-        return -mean[0] - (0 if single else given.get("weight", 0.1) * math.log(sigmoid(math.log(odds[0] / odds[-1]))))
+        return -mean[0] - (0 if single else given.get("odds_weight", 0.1) * math.log(sigmoid(math.log(odds[0] / odds[-1]))))
     if name == "rrhf":
         wrong = sum(max(0.0, mean[j] - mean[i]) for i in range(len(mean)) for j in range(i + 1, len(mean)))
         return wrong - given.get("sft_weight", 1.0) * lp[0]
@@ -281,7 +281,7 @@ def test_orpo_stays_finite_where_an_answer_is_certain(dtype, log_probs):
 
 def test_orpo_is_accurate_near_certainty_in_single_precision():
     c = Candidates(torch.tensor([[-2e-5, -6e-5]]), torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
-    assert value("orpo", c, weight=1.0).item() == pytest.approx(expected("orpo", [-2e-5, -6e-5], [1, 1], [0, 0], weight=1.0), rel=1e-5)
+    assert value("orpo", c, odds_weight=1.0).item() == pytest.approx(expected("orpo", [-2e-5, -6e-5], [1, 1], [0, 0], odds_weight=1.0), rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)

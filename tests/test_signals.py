@@ -192,6 +192,19 @@ def test_repeated_tokens_add_up_and_padding_counts_for_nothing():
         close(got, want)
 
 
+def test_any_weights_give_the_gradient_of_the_value():
+    _, student = logits(3, 6, seed=15)
+    ids, weight = (
+        torch.tensor([[0, 5, 5], [1, 2, 3], [4, 4, 4]]),
+        torch.tensor([[0.5, 2.0, 0.1], [0.0, 0.0, 0.0], [1.0, 1.0, 3.0]]).double(),
+    )
+    value, gradient = compared(Sampled(ids, weight, torch.ones(3)), "forward_kl", {}, student)
+    student.requires_grad_()
+    want = -(weight * torch.log_softmax(student, -1).gather(-1, ids)).sum(-1) - 1
+    close(value, want.detach())
+    close(gradient, torch.autograd.grad(want.sum(), student)[0])
+
+
 def test_without_the_entropy_the_value_is_the_cross_entropy():
     teacher, student = logits(3, 6, seed=10)
     everything = Sampled(torch.arange(6).expand(3, -1), torch.softmax(teacher, -1))

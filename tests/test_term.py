@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES, divergence
@@ -70,10 +70,10 @@ def test_every_parameter_has_a_range_that_holds_its_default(name):
 
 
 @pytest.mark.parametrize("name", [*VOCABULARY, *MATCHES])
-def test_the_label_says_whose_text_it_is_on(name):
-    term = make_term(name, {"on": "student"})
-    assert (term.label, term.on, term.settle(0, {}).label) == (f"{name}@student", "student", f"{name}@student")
-    assert "on" not in term.params
+def test_the_label_says_whose_text_it_is_limited_to(name):
+    term = make_term(name, {"only": "student"})
+    assert (term.label, term.only, term.settle(0, {}).label) == (f"{name}@student", "student", f"{name}@student")
+    assert "only" not in term.params
 
 
 @pytest.mark.parametrize(
@@ -82,16 +82,16 @@ def test_the_label_says_whose_text_it_is_on(name):
         ("forward_lk", {}, 1, "loss[2]", "forward_kl"), ("dpoo", {}, 1, "loss[2]", "dpo"), ("cross_entrop", {}, 1, "loss[2]", "cross_entropy"),
         ("hidden_mach", {}, 1, "loss[2]", "hidden_match"), ("ppo_clipp", {}, 1, "loss[2]", "ppo_clip"),
         ("jsd", {"teacher_shar": 0.5}, 1, "loss[2].teacher_shar", "teacher_share"), ("jsd", {"teacher_share": 1}, 1, "loss[2].teacher_share", "(0, 1)"),
-        ("jsd", {"teacher_share": "half"}, 1, "loss[2].teacher_share", "not a number"), ("logit_mse", {"t": 1}, 1, "loss[2].t", "none but weight and on"),
+        ("jsd", {"teacher_share": "half"}, 1, "loss[2].teacher_share", "not a number"), ("logit_mse", {"t": 1}, 1, "loss[2].t", "none but weight and only"),
         ("jsd", {"teacher_share": {"from": 0.1, "to": 1}}, 1, "loss[2].teacher_share.to", "(0, 1)"),
         ("jsd", {"teacher_shar": {"from": 0.1, "to": 1}}, 1, "loss[2].teacher_shar", "teacher_share"),
         ("taid", {"t": {"from": 0.4, "to": 1, "shape": "adaptiv"}}, 1, "loss[2].t.shape", "adaptive"),
         ("cross_entropy", {"label_smoothing": 1}, 1, "loss[2].label_smoothing", "[0, 1)"), ("cross_entropy", {"smoothing": 0.1}, 1, "loss[2].smoothing", "label_smoothing"),
         ("dpo", {"beta": 0}, 1, "loss[2].beta", "outside"), ("dpo", {"bet": 1}, 1, "loss[2].bet", "beta"),
         ("ppo_clip", {"clip_low": 2}, 1, "loss[2].clip_low", "outside"), ("ppo_clip", {"clip": 0.2}, 1, "loss[2].clip", "clip_low"),
-        ("reinforce", {"beta": 2}, 1, "loss[2].beta", "none but weight and on"),
+        ("reinforce", {"beta": 2}, 1, "loss[2].beta", "none but weight and only"),
         ("hidden_match", {"distance": "far"}, 1, "loss[2].distance", "squared"), ("hidden_match", {"layer": "last"}, 1, "loss[2].layer", "layers"),
-        ("forward_kl", {"on": 3}, 1, "loss[2].on", "writer"), ("dpo", {"on": "teacher"}, 1, "loss[2].on", "all writers"),
+        ("forward_kl", {"only": 3}, 1, "loss[2].only", "writer"), ("dpo", {"only": "teacher"}, 1, "loss[2].only", "all writers"),
         ("forward_kl", {}, -1, "loss[2].weight", "outside"), ("forward_kl", {}, float("inf"), "loss[2].weight", "not a number"),
         ("forward_kl", {}, "much", "loss[2].weight", "not a number"), ("forward_kl", {}, {"from": 1, "to": -1}, "loss[2].weight.to", "outside"),
         ("forward_kl", {}, {"from": 1, "to": 0, "shape": "plateau"}, "loss[2].weight", "rises"),
@@ -121,7 +121,7 @@ def test_what_no_term_measures_cannot_be_a_measured_number(name, params, weight)
 
 
 def test_settling_turns_schedules_into_numbers():
-    term = make_term("jsd", {"teacher_share": {"from": 0.2, "to": 0.6}, "on": "code"}, {"from": 1, "to": 0, "shape": "step", "at": 0.5})
+    term = make_term("jsd", {"teacher_share": {"from": 0.2, "to": 0.6}, "only": "code"}, {"from": 1, "to": 0, "shape": "step", "at": 0.5})
     for progress, weight, share in ((0.0, 1.0, 0.2), (0.25, 1.0, 0.3), (0.5, 0.0, 0.4), (1.0, 0.0, 0.6)):
         settled = term.settle(progress, {})
         assert settled.weight == weight and settled.params == {"teacher_share": pytest.approx(share), "temperature": 1.0}
@@ -129,14 +129,14 @@ def test_settling_turns_schedules_into_numbers():
 
 def test_adaptive_numbers_follow_their_own_state_through_a_checkpoint():
     rises = {"from": 0.0, "to": 1.0, "shape": "plateau", "rise": 0.25, "tolerance": 0.5}
-    term = make_term("taid", {"t": {"from": 0.4, "to": 1.0, "shape": "adaptive", "rate": 0.1}, "on": "teacher"}, rises)
-    other = make_term("taid", {"t": {"from": 0.4, "to": 1.0, "shape": "adaptive", "rate": 0.1}, "on": "student"})
+    term = make_term("taid", {"t": {"from": 0.4, "to": 1.0, "shape": "adaptive", "rate": 0.1}, "only": "teacher"}, rises)
+    other = make_term("taid", {"t": {"from": 0.4, "to": 1.0, "shape": "adaptive", "rate": 0.1}, "only": "student"})
     states: dict = {}
     for step, loss in enumerate([2.0, 1.0, 2.5, 2.6]):
         term.after(states, (step + 1) / 10, loss, None)
         states = json.loads(json.dumps(states))
     settled = term.settle(0.4, states)
-    assert states.keys() == {"taid@teacher.t", "taid@teacher.weight"}
+    assert len(states) == 2 and all(key.startswith("taid@teacher") for key in states)
     assert settled.weight == 0.25 and settled.params["t"] == states["taid@teacher.t"]["value"] > 0.4 + 0.6 * 0.4 - 1e-12
     assert other.settle(0.4, states).params["t"] == 0.4, "another term's state is not its own"
 
@@ -229,7 +229,10 @@ def test_a_policy_term_without_its_columns_says_which(name):
 
 @pytest.mark.parametrize("name", RANKINGS)
 def test_ranking_terms_give_a_value_per_group(name):
-    log_prob, length = randn(4, 3, seed=20).sub(6).requires_grad_(), torch.randint(1, 6, (4, 3), generator=torch.Generator().manual_seed(21))
+    log_prob, length = (
+        randn(4, 3, seed=20).sub(6).requires_grad_(),
+        torch.randint(1, 6, (4, 3), generator=torch.Generator().manual_seed(21)),
+    )
     candidates = Candidates(log_prob, length, torch.ones(4, 3, dtype=torch.bool), randn(4, 3, seed=22) - 6)
     values = make_term(name, {}).settle(0.0, {}).group_values(candidates)
     torch.testing.assert_close(values, RANKINGS[name].fn(candidates))

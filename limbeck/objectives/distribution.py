@@ -21,7 +21,7 @@ class Distribution:
 
     def __init__(self, logits_RV: Tensor) -> None:
         self.logits_RV = full_precision(logits_RV)
-        self._softened: dict[float, Distribution] = {1.0: self}
+        self._softened: dict[float, Distribution] = {}  # not itself: a circle would keep its tensors until the next collection
 
     @cached_property
     def log(self) -> Tensor:
@@ -33,6 +33,8 @@ class Distribution:
 
     def at(self, temperature: float) -> Distribution:
         """The distribution of the logits divided by `temperature`."""
+        if temperature == 1:
+            return self
         if temperature not in self._softened:
             self._softened[temperature] = Distribution(self.logits_RV / temperature)
         return self._softened[temperature]
@@ -54,7 +56,7 @@ def least_of_mass(prob_RV: Tensor, mass: float) -> Tensor:
     is reached is sorted.
     """
     bins_RV = (prob_RV.float().view(torch.int32) >> BIN_SHIFT).clamp_(max=BINS - 1).long()
-    inside_RH = prob_RV.new_zeros(len(prob_RV), BINS).scatter_add_(-1, bins_RV, prob_RV)
+    inside_RH = torch.zeros(len(prob_RV), BINS, dtype=torch.float64, device=prob_RV.device).scatter_add_(-1, bins_RV, prob_RV.double())
     from_RH = inside_RH.flip(-1).cumsum(-1).flip(-1)  # mass of a bin and all above it
     bin_R1 = ((from_RH >= mass).sum(-1, keepdim=True) - 1).clamp_min(0)
     missing_R = (mass - (from_RH - inside_RH).gather(-1, bin_R1))[:, 0]

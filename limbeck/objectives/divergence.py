@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import Distribution, finite, least_of_mass
+from limbeck.objectives.distribution import IMPOSSIBLE, Distribution, finite, least_of_mass
 from limbeck.objectives.parameters import Range, checked, defaults_of
 from limbeck.types import RecipeError, UserError, nearest
 
@@ -28,6 +28,8 @@ DivergenceFn = Callable[..., ValueAndGradient]
 TEMPERATURE = Range(0, 1000, open_low=True)
 SHARE = Range(0, 1)
 TINY = 1e-37
+SMALL_EXPONENT = 0.05
+VANISHING = 1e-30  # below this a sum of probabilities has lost digits: take logarithms instead
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Divergence:
         rest = dict(params)
         t = rest.pop("temperature", 1.0)
         extra = {"targets_R": targets_R} if self.targets else {}
+        if p.logits_RV.dtype != q.logits_RV.dtype:
+            p = Distribution(p.logits_RV.to(q.logits_RV.dtype))
         values_R, gradient_RV = self.fn(p.at(t), q.at(t), **extra, **rest)
         return (values_R, gradient_RV) if t == 1 else (t**2 * values_R, t * gradient_RV)
 
@@ -233,20 +237,24 @@ def dkd(p: Distribution, q: Distribution, *, alpha: float = 1.0, beta: float = 0
     for language takes 0.5, our default.
     """
     target_R1 = (p.prob.argmax(-1) if targets_R is None else targets_R)[:, None]
-    (rest_p_RV, total_p_R1), (rest_q_RV, total_q_R1) = _without(p.prob, target_R1), _without(q.prob, target_R1)
+    (p_hat_RV, log_rest_p), (q_hat_RV, log_rest_q) = _others(p, target_R1), _others(q, target_R1)
     p_y, q_y = p.prob.gather(-1, target_R1), q.prob.gather(-1, target_R1)
-    binary = p_y * (p.log.gather(-1, target_R1) - q.log.gather(-1, target_R1)) + total_p_R1 * (total_p_R1 / total_q_R1).log()
-    p_hat_RV, q_hat_RV = rest_p_RV / total_p_R1, rest_q_RV / total_q_R1
-    among_R = _dot(p_hat_RV, p.log - q.log) - (total_p_R1 / total_q_R1).log()[:, 0]
+    rest = log_rest_p - log_rest_q
+    binary = p_y * (p.log.gather(-1, target_R1) - q.log.gather(-1, target_R1)) + log_rest_p.exp() * rest
+    among_R = _dot(p_hat_RV, p.log - q.log) - rest[:, 0]
     gradient_RV = alpha * (p_y - q_y) * q_hat_RV + beta * (q_hat_RV - p_hat_RV)
     gradient_RV.scatter_(-1, target_R1, alpha * (q_y - p_y))
     return alpha * binary[:, 0] + beta * among_R, gradient_RV
 
 
-def _without(prob_RV: Tensor, target_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """The probabilities with the target's set to 0, and their sum (kept above 0)."""
-    rest_RV = prob_RV.scatter(-1, target_R1, 0)
-    return rest_RV, rest_RV.sum(-1, keepdim=True).clamp_min(TINY)
+def _others(model: Distribution, target_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """The distribution among all tokens but the target, and the logarithm of their whole probability [R, 1]."""
+    rest_RV = model.prob.scatter(-1, target_R1, 0)
+    total_R1 = rest_RV.sum(-1, keepdim=True)
+    if bool((total_R1 > VANISHING).all()):
+        return rest_RV / total_R1, total_R1.log()
+    among = Distribution(model.logits_RV.scatter(-1, target_R1, IMPOSSIBLE))
+    return among.prob, among.logits_RV.logsumexp(-1, keepdim=True) - model.logits_RV.logsumexp(-1, keepdim=True)
 
 
 @_register("sum w p log(p/q) + (1-w) q log(q/p), w = sg[p / (p + q)]", "Jung et al. (ToDi), arXiv:2505.16297", one_hot=False)
@@ -266,9 +274,12 @@ def todi(p: Distribution, q: Distribution) -> ValueAndGradient:
 def alpha_beta(p: Distribution, q: Distribution, *, alpha: float = 0.2, beta: float = 0.7) -> ValueAndGradient:
     """Alpha-beta divergence. Limits: (1, 0) is forward KL, (0, 1) reverse KL, (1/2, 1/2) four times `hellinger`."""
     a, b = alpha, beta
-    ratio_RV = q.log - p.log
-    q_ab_RV, p_ab_RV = ((a + b) * q.log).exp(), ((a + b) * p.log).exp()
-    qg_RV = q_ab_RV * ratio_RV if a == 0 else (q_ab_RV - (a * p.log + b * q.log).exp()) / a
+    small = 0 < min(a or 1, b or 1) < SMALL_EXPONENT  # near a limit, half of fp32's digits cancel
+    log_p_RV, log_q_RV = (p.log.double(), q.log.double()) if small else (p.log, q.log)
+    ratio_RV = log_q_RV - log_p_RV
+    q_ab_RV, p_ab_RV = ((a + b) * log_q_RV).exp(), ((a + b) * log_p_RV).exp()
+    mixed_RV = (a * log_p_RV + b * log_q_RV).exp()
+    qg_RV = q_ab_RV * ratio_RV if a == 0 else (q_ab_RV - mixed_RV) / a
     if a == 0 and b == 0:
         values_R = 0.5 * ratio_RV.square().sum(-1)
     elif b == 0:
@@ -276,8 +287,8 @@ def alpha_beta(p: Distribution, q: Distribution, *, alpha: float = 0.2, beta: fl
     elif a == 0:
         values_R = (b * q_ab_RV * ratio_RV - q_ab_RV + p_ab_RV).sum(-1) / b**2
     else:
-        values_R = (a / (a + b) * p_ab_RV + b / (a + b) * q_ab_RV - (a * p.log + b * q.log).exp()).sum(-1) / (a * b)
-    return values_R, _through_softmax(qg_RV, q)
+        values_R = (a / (a + b) * p_ab_RV + b / (a + b) * q_ab_RV - mixed_RV).sum(-1) / (a * b)
+    return values_R.to(q.log.dtype), _through_softmax(qg_RV.to(q.log.dtype), q)
 
 
 @_register("1/2 Var_v(z_q - z_p), over the vocabulary", "the temperature limit in Hinton et al., arXiv:1503.02531",

@@ -20,8 +20,8 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import Divergence, ValueAndGradient
 from limbeck.objectives.precision import full_precision
 
-CHUNK_ELEMENTS = 16 * 2**20  # logits projected at once: 64 MiB in fp32 for each model
-BLOCK_ELEMENTS = 2**20  # logits a term sees at once on a CPU
+CHUNK_ELEMENTS = 8 * 2**20  # logits projected at once: 32 MiB in fp32 for each model
+BLOCK_ELEMENTS = 2**19  # logits a term sees at once on a CPU
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Head:
         parts = [(scaled_ND, self.weight_VD)]
         if self.low_rank is not None:
             a_RD, b_VR, scaling = self.low_rank
-            parts.append((scaled_ND @ a_RD.T * scaling, b_VR))
+            parts.append((scaled_ND.to(a_RD.dtype) @ a_RD.T * scaling, b_VR))
         if self.bias_V is not None:
             parts.append((torch.ones_like(hidden_ND[:, :1]), self.bias_V[:, None]))
         return parts
@@ -68,9 +68,9 @@ class Head:
 def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None) -> Tensor:
     """cap(sum x W^T) in fp32 or better."""
     (x_CD, weight_VD), *others = parts
-    logits_CV = full_precision(x_CD @ weight_VD.T)
+    logits_CV = full_precision(x_CD.to(weight_VD.dtype) @ weight_VD.T)
     for x, weight in others:
-        logits_CV += x @ weight.T
+        logits_CV += x.to(weight.dtype) @ weight.T
     return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
 
 
@@ -181,12 +181,12 @@ class _Fused(torch.autograd.Function):
                 here = slice(part.start + rows.start, part.start + rows.stop)
                 block = evidence.block(here, Distribution(grad_CV[rows]), None if teacher is None else teacher.rows(rows))
                 sums_K += _gradient(terms, block, weight_KN[:, here], factors, softcap, out_RV=grad_CV[rows])
-            grad_CV = grad_CV.to(weights[0].dtype)
             for x, weight, grad_x, grad_weight in zip(xs, weights, grads[0::2], grads[1::2], strict=True):
+                own_CV = grad_CV.to(weight.dtype)
                 if grad_x is not None:
-                    grad_x[part] = grad_CV @ weight
+                    grad_x[part] = (own_CV @ weight).to(x.dtype)
                 if grad_weight is not None:
-                    grad_weight.addmm_(grad_CV.T, x[part].to(grad_CV.dtype))
+                    grad_weight.addmm_(own_CV.T, x[part].to(weight.dtype))
         ctx.grads = grads
         ctx.mark_non_differentiable(sums_K)
         loss = (sums_K * sums_K.new_tensor(scales)).sum()

@@ -37,6 +37,7 @@ from limbeck.objectives.feature import (
 from limbeck.objectives.parameters import Range
 from limbeck.types import RecipeError, nearest
 
+MOST_LAYERS = 1000
 PARTS = ("query", "key", "value")
 
 
@@ -116,7 +117,7 @@ def match_settings(name: str, params: Mapping[str, Any], path: str) -> tuple[Mat
             raise RecipeError(at, f"{value!r} is not a list of {', '.join(PARTS)}")
         values[key] = value
     settings = MatchSettings(name, values, path)
-    settings.pairs(10**6, 10**6)  # the shape of `layers`; whether the models have them is seen when they are known
+    settings.pairs(MOST_LAYERS, MOST_LAYERS)  # the shape of `layers`; whether the models have them is seen when they are known
     return settings, kind.unit
 
 

@@ -223,8 +223,8 @@ def clamped_baseline(total: Tensor, count: Tensor) -> Tensor:
 
 
 @_register("-lp_best/len + w (-log s(log odds_best - log odds_worst)), odds = P/(1-P), P = exp(lp/len)", "Hong et al., arXiv:2403.07691",
-           "none", weight=NOT_NEGATIVE)  # fmt: skip
-def orpo(candidates: Candidates, *, weight: float = 0.1) -> Tensor:
+           "none", odds_weight=NOT_NEGATIVE)  # fmt: skip
+def orpo(candidates: Candidates, *, odds_weight: float = 0.1) -> Tensor:
     """Odds-ratio preference optimisation: per-token cross-entropy on the best answer, plus the odds ratio's logistic loss.
 
     Limits: the odds part is ln 2 where both answers are equally likely. P = 1 has infinite odds, so a mean log-probability
@@ -234,7 +234,7 @@ def orpo(candidates: Candidates, *, weight: float = 0.1) -> Tensor:
     below_GK = mean_GK - relu(mean_GK + torch.finfo(mean_GK.dtype).eps).detach()
     # log(1 - P) as log(-expm1): exact where P is near 1; where P is small its absolute error is one rounding unit.
     log_odds_GK = below_GK - torch.log(-torch.expm1(below_GK))
-    return candidates.where_paired(-weight * logsigmoid(candidates.margin(log_odds_GK))) - candidates.best(mean_GK)
+    return candidates.where_paired(-odds_weight * logsigmoid(candidates.margin(log_odds_GK))) - candidates.best(mean_GK)
 
 
 @_register("-log s(b (lp_best/len_best - lp_worst/len_worst) - g)", "Meng et al., arXiv:2405.14734", "none",

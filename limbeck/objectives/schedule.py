@@ -103,7 +103,7 @@ def make_schedule(raw: object, path: str, check: Callable[[str, object], float])
         value = check(path, raw)
         return Schedule(value, value)
     shape = raw.get("shape", "linear")
-    legal = tuple(name for name in get_args(Shape) if name != "constant")
+    legal = tuple(name for name in get_args(Shape) if name not in ("constant", "measured"))  # a loss says itself what it measures
     if shape not in legal:
         raise RecipeError(f"{path}.shape", f"no schedule has the shape {shape!r}{nearest(str(shape), legal)}")
     keys = {"from", "to", "shape"} | KEYS[shape]

@@ -122,7 +122,7 @@ class Written:
         raise UserError(PARTIAL)
 
     def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor) -> ValueAndGradient:
-        if not divergence.one_hot:
+        if not divergence.one_hot or params.get("teacher_share") == 1:
             raise UserError(f"{divergence.name} is infinite where the teacher gives a token no probability, as text alone does; use "
                             "cross_entropy, jsd or tvd, or a teacher's distribution")  # fmt: skip
         certain = torch.zeros_like(self.ids_N, dtype=q.log.dtype)[:, None]

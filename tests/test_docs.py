@@ -1,0 +1,92 @@
+"""docs/objectives.md says what the code does: generated blocks, examples, links."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from limbeck.build import terms
+from limbeck.objectives.distribution import Distribution
+from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.match import MATCHES
+from limbeck.objectives.policy import POLICIES
+from limbeck.objectives.rank import RANKINGS
+from limbeck.recipe import load_recipe
+from limbeck.signals.sparse import Sampled, TopK, Written
+from limbeck.types import UserError
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "objectives.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_generated_blocks_are_up_to_date():
+    assert generator().generated(TEXT) == TEXT, "run python docs/generate.py"
+    assert set(re.findall(r"<!-- generated: (\w+) -->", TEXT)) == {"divergences", "ranking", "features", "policy", "head"}
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES])
+def test_every_loss_has_its_row(name):
+    assert f"\n| `{name}` |" in TEXT
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_table_is_right_about_signals(name):
+    """What the columns say is what the signals accept."""
+    q, ids_N = Distribution(torch.linspace(-1, 1, 10).view(2, 5)), torch.tensor([0, 3])
+    ids_NK, share_NK = torch.tensor([[0, 1], [3, 2]]), torch.tensor([[0.5, 0.25], [0.5, 0.25]])
+    found = []
+    for signal in (TopK(ids_NK, share_NK.log()), Sampled(ids_NK, share_NK), Written(ids_N)):
+        try:
+            values_N, _ = signal.compare(DIVERGENCES[name], DIVERGENCES[name].defaults, q, ids_N)
+            found.append("yes" if values_N.isfinite().all() else "no")
+        except UserError:
+            found.append("no")
+    row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}` |"))
+    cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)]
+    assert cells[4:7] == found
+
+
+def test_the_python_example_runs():
+    (code,) = blocks("python")
+    after = "assert values_N.shape == (4,) and (values_N > 0).all() and student.grad.abs().sum() > 0"
+    subprocess.run([sys.executable, "-c", f"{code}\n{after}"], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_the_yaml_examples_are_legal_losses(block):
+    entries = yaml.safe_load(block)["loss"]
+    recipe = load_recipe("quickstart", [f"loss={json.dumps(entries)}"])
+    assert len(terms(recipe)) == len(entries)
+
+
+def test_orpos_own_weight_is_reached_by_the_long_form():
+    (line,) = re.findall(r"`- (\{name: orpo.*?\})`", TEXT)
+    (term,) = terms(load_recipe("quickstart", [f"loss=[{line}]"]))
+    assert term.weight.start == 1.0 and term.params["weight"].start == 0.5
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_every_linked_file_exists(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target and not target.startswith("#"):
+            assert (page.parent / target.partition("#")[0]).exists(), target
