@@ -1,11 +1,11 @@
 """Time and memory of the chunked head against its floor, for every divergence; writes docs/evidence/head.json.
 
-    .venv/bin/python benchmarks/head.py            # all divergences, about a quarter of an hour
+    .venv/bin/python benchmarks/head.py            # all divergences, about a quarter of an hour on two cores
     .venv/bin/python benchmarks/head.py forward_kl jsd
 
 The floor is the four matrix products that no exact loss can do without (student's and teacher's logits, gradient of the
 hidden states, gradient of the head), timed right before each measurement in the same process; the ratio is the median of
-ROUNDS pairs. `naive` is the same loss written with autograd over all logits at once. Memory is the peak of the process
+that many pairs. `naive` is the same loss written with autograd over all logits at once. Memory is the peak of the process
 over what it held before, gradients that are handed back included.
 """
 
@@ -29,7 +29,9 @@ from limbeck.objectives.head import Evidence, Head, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.signals.dense import DenseSignal
 
-VOCABULARY, WIDTH, SIZES, ROUNDS = 49_152, 576, (2048, 8192), 3
+VOCABULARY, WIDTH = 49_152, 576
+ROUNDS = {2048: 3, 8192: 1}  # by number of positions
+LARGE = ("forward_kl", "reverse_kl", "jsd", "adaptive_kl")  # what is measured at 8,192 positions too
 FLOOR_ROWS = 2048
 SHARPNESS = 0.12  # makes the most likely token of a random head about as likely as a language model's
 
@@ -99,10 +101,10 @@ def _status(key: str) -> int:
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1])
 
 
-def measure(run: Callable[[], None], data: dict[str, Tensor], device: str) -> dict[str, Any]:
+def measure(run: Callable[[], None], data: dict[str, Tensor], device: str, rounds: int) -> dict[str, Any]:
     memory = peak_extra(run, device)
     ratios = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         base = seconds(lambda: floor(data), device)
         ratios.append(seconds(run, device) / base)
     facts: dict[str, Any] = {
@@ -119,11 +121,11 @@ def all_of(positions: int, names: list[str], device: str) -> tuple[dict[str, Any
     floor(data)
     base = statistics.median(seconds(lambda: floor(data), device) for _ in range(3))
     runs: dict[str, Callable[[], None]] = {name: partial(fused, data, name) for name in names}
-    if positions == SIZES[0]:
+    if positions == min(ROUNDS):
         runs["naive forward_kl"] = partial(naive, data)
     found = {}
     for name, run in runs.items():
-        found[name] = measure(run, data, device)
+        found[name] = measure(run, data, device, ROUNDS[positions])
         print(positions, name, found[name], flush=True)
     rate = 8 * positions * WIDTH * VOCABULARY / base / 1e9
     return found, {"seconds": round(base, 3), "gflop_per_second": round(rate, 1)}
@@ -133,8 +135,8 @@ def main(names: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {}
     fused(tensors(64, device), names[0])  # libraries allocate their own buffers at the first call
-    for positions in SIZES:
-        found, base = all_of(positions, names, device)
+    for positions in ROUNDS:
+        found, base = all_of(positions, [name for name in names if positions == min(ROUNDS) or name in LARGE], device)
         for name, facts in (found | {"floor": base}).items():
             results.setdefault(name, {})[str(positions)] = facts
     machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "vocabulary": VOCABULARY, "width": WIDTH}

@@ -22,33 +22,21 @@ from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
 from limbeck.recipe import load_recipe
 
-DOCS = Path(__file__).parent
-PAGE = DOCS / "objectives.md"
-HEAD = DOCS / "evidence" / "head.json"
+PAGE = Path(__file__).parent / "objectives.md"
+HEAD = PAGE.parent / "evidence" / "head.json"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; `|` is escaped, which holds inside code spans too."""
-    escaped = [[cell.replace("|", r"\|") for cell in row] for row in (titles, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in (titles, *rows)]
     return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]])
 
 
 def parameters(defaults: Mapping[str, Any], legal: Mapping[str, object]) -> str:
     """Each parameter with its default and, where it has one, its legal range."""
-    cells = [f"`{key}` {_plain(value)}" + (f" in {legal[key]}" if key in legal else "") for key, value in defaults.items()]
-    return ", ".join(cells) or "none"
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return json.dumps(value).replace('"', "")
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+    plain = {key: f"{value:g}" if isinstance(value, float) else json.dumps(value).replace('"', "") for key, value in defaults.items()}
+    return ", ".join(f"`{key}` {value}" + (f" in {legal[key]}" if key in legal else "") for key, value in plain.items()) or "none"
 
 
 def shown_by(name: str) -> str:
@@ -61,9 +49,9 @@ def divergences() -> str:
     rows = []
     for name, known in sorted(DIVERGENCES.items()):
         own = {key: value for key, value in known.defaults.items() if key != "temperature"}
-        carried = [known.buckets, name == "forward_kl", known.buckets and known.one_hot]  # top-k, sampled, text alone: signals/sparse.py
-        yes_or_no = [_yes(carries) for carries in carried]
-        rows.append([f"`{name}`", f"`{known.formula}`", parameters(own, known.ranges), *yes_or_no, known.paper, shown_by(name)])
+        carried = (known.buckets, name == "forward_kl", known.buckets and known.one_hot)  # by top-k, sampled, written: signals/sparse.py
+        words = ["yes" if carries else "no" for carries in carried]
+        rows.append([f"`{name}`", f"`{known.formula}`", parameters(own, known.ranges), *words, known.paper, shown_by(name)])
     hard = ", ".join(f"`{name}`" for name, known in sorted(DIVERGENCES.items()) if not known.softens)
     note = f"Beside their own parameters all but {hard} take `temperature`, 1 in {TEMPERATURE}."
     return table(["name", "formula", "parameters", "top-k", "sampled", "text alone", "paper", "recipes"], rows) + f"\n\n{note}"
@@ -72,14 +60,13 @@ def divergences() -> str:
 def ranking() -> str:
     rows = []
     for name, known in sorted(RANKINGS.items()):
-        defaults = known.defaults | ({} if known.measures is None else {"baseline": "measured, or a number"})
-        cells = [f"`{name}`", f"`{known.formula}`", parameters(defaults, known.ranges), known.reference, known.paper, shown_by(name)]
-        rows.append(cells)
+        taken = parameters(known.defaults | ({"baseline": "measured, or a number"} if known.measures else {}), known.ranges)
+        rows.append([f"`{name}`", f"`{known.formula}`", taken, known.reference, known.paper, shown_by(name)])
     return table(["name", "formula", "parameters", "reference", "paper", "recipes"], rows)
 
 
 def features() -> str:
-    legal: dict[str, object] = {**NUMBERS, **{key: f"{{{', '.join(words)}}}" for key, words in WORDS.items()}}
+    legal = {**NUMBERS, **{key: " or ".join(words) for key, words in WORDS.items()}}
     rows = [
         [f"`{name}`", f"`{kind.formula}`", parameters(kind.defaults, legal), kind.reads, kind.unit, kind.paper, shown_by(name)]
         for name, kind in sorted(MATCHES.items())
@@ -99,15 +86,13 @@ def head() -> str:
     """The measured cost of each divergence, from what benchmarks/head.py wrote."""
     if not HEAD.is_file():
         return "Not measured yet: run python benchmarks/head.py"
-    found = json.loads(HEAD.read_text())
-    results, machine = dict(found["results"]), found["machine"]
-    floor = results.pop("floor")
-    sizes = sorted(floor, key=int)
+    found = json.loads(HEAD.read_text(encoding="utf-8"))
+    floor, sizes = found["results"]["floor"], sorted(found["results"]["floor"], key=int)
     titles = ["loss", *(f"{int(size):,} positions: {what}" for size in sizes for what in ("times the floor", "extra MiB"))]
-    rows = [[name, *(cell for size in sizes for cell in _cost(of.get(size)))] for name, of in results.items()]
+    rows = [[name, *(cell for s in sizes for cell in _cost(of.get(s)))] for name, of in found["results"].items() if name != "floor"]
     floors = [f"{floor[s]['seconds']:g} s at {int(s):,} positions ({floor[s]['gflop_per_second']:g} GFLOP/s)" for s in sizes]
-    facts = ", ".join(f"{key} {value}" for key, value in machine.items())
-    return table(titles, rows) + f"\n\nThe floor itself: {'; '.join(floors)}. Machine: {facts}."
+    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    return table(titles, rows) + f"\n\nThe floor itself: {'; '.join(floors)}. Machine: {machine}."
 
 
 def _cost(facts: Mapping[str, float] | None) -> tuple[str, str]:
@@ -125,16 +110,9 @@ def generated(text: str) -> str:
     return BLOCK.sub(lambda found: f"<!-- generated: {found[1]} -->\n{BLOCKS[found[1]]()}\n<!-- end -->", text)
 
 
-def main(arguments: Sequence[str]) -> int:
+if __name__ == "__main__":
     before = PAGE.read_text(encoding="utf-8")
     after = generated(before)
-    if "--check" in arguments:
-        if before != after:
-            print(f"{PAGE} is stale: run python docs/generate.py", file=sys.stderr)
-        return int(before != after)
+    if "--check" in sys.argv[1:]:
+        sys.exit(None if before == after else f"{PAGE} is stale: run python docs/generate.py")
     PAGE.write_text(after, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -88,6 +88,7 @@ def validate(recipe: Recipe) -> None:
     Raises:
         RecipeError: a term that reads what no writer or teacher gives, an unknown task, prompts that aren't there.
     """
+    _check_writers(recipe)
     training, _ = prompts(recipe)
     for index, term in enumerate(terms(recipe)):
         _check_evidence(recipe, term, training, f"loss[{index}].{term.name}")
@@ -103,19 +104,38 @@ def validate(recipe: Recipe) -> None:
                 raise RecipeError("writer", f"a corpus writer needs an answer beside every prompt; {prompt.id!r} has none")
 
 
+def _all_answer(recipe: Recipe) -> bool:
+    """Whether every prompt goes to all writers."""
+    return len(recipe.writer) > 1 and all(writer.share == 1 for writer in recipe.writer)
+
+
+def _check_writers(recipe: Recipe) -> None:
+    """Refuse text by the untouched student alone where something needs other text."""
+    others = [writer for writer in recipe.writer if writer.by != "untouched"]
+    prune = recipe.student.start.prune
+    if not others and prune is not None and prune.keep in ("importance", "block_influence"):
+        raise RecipeError("writer", f"prune.keep: {prune.keep} is judged on others' text; add a writer, or set keep: uniform")
+    none_preferred = not others or (_all_answer(recipe) and recipe.writer[0].by == "untouched")
+    if "sft_control" in recipe.evaluate.controls and none_preferred:
+        raise RecipeError("evaluate.controls", "fine-tuning needs preferred text of a teacher or corpus; set controls: [untouched]")
+
+
 def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path: str) -> None:
     """Refuse a term whose evidence no writer, prompt or teacher gives."""
     writers = {writer.by for writer in recipe.writer}
-    tags = writers | {prompt.task for prompt in training if prompt.task} | {BEST, REST}
+    several = _all_answer(recipe) or any(len(prompt.answers) > 1 for prompt in training)
+    tags = writers | {prompt.task for prompt in training if prompt.task} | ({BEST, REST} if several else {BEST})
     if term.only is not None and term.only not in tags:
         raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
     if rollout := sorted(term.reads & ROLLOUT_COLUMNS):
         raise RecipeError(path, f"{term.name} reads {rollout[0]} of text that the student writes while training; no writer does that yet")
+    poor = "untouched" in writers or ("corpus" in writers and any(len(prompt.answers) > 1 for prompt in training))
+    if term.name == CROSS_ENTROPY and term.only is None and poor:
+        raise RecipeError(path, "it would also fit answers that are not preferred, or the student's own; limit it, such as {only: best}")
     if "answers" not in term.reads:
         return
-    all_answer = len(recipe.writer) > 1 and all(writer.share == 1 for writer in recipe.writer)
     ranked = writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)
-    if not (all_answer or ranked):
+    if not (_all_answer(recipe) or ranked):
         raise RecipeError(
             path,
             f"{term.name} compares answers to one prompt, and here every prompt has one: let all writers answer every prompt (leave their "
@@ -132,7 +152,7 @@ def methods() -> dict[str, Any]:
             CROSS_ENTROPY: {"formula": "-log q(token)", "paper": "", "parameters": defaults_of(cross_entropy)},
             **_listed(RANKINGS),
             **{name: {"formula": kind.formula, "paper": kind.paper, "parameters": dict(kind.defaults)} for name, kind in MATCHES.items()},
-            **_listed(POLICIES),
+            **{name: facts | {"needs": "text that the student writes; no writer does yet"} for name, facts in _listed(POLICIES).items()},
         },
         "recipes": {name: {"title": recipe.title, "paper": recipe.paper} for name, recipe in recipes.items()},
         "tasks": sorted(task_folders()),

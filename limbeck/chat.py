@@ -43,7 +43,7 @@ def converse(folder: Path, max_tokens: int, temperature: float) -> None:
 def answer(model: Model, question: str, sampling: Sampling, seed: int = 0) -> str:
     """The model's answer to one question, as text."""
     ids = model.prompt_ids(({"role": "user", "content": question},))
-    ((_, sampled),) = generate(model.net, [Job(ids, sampling, seed)], model.eos_ids)
+    ((_, sampled),) = generate(model.net, [Job(ids, sampling, seed)], model.eos_ids, tokens=model.tokens)
     return model.decode(sampled).strip()
 
 

@@ -18,10 +18,11 @@ from limbeck.objectives.term import Term
 from limbeck.objectives.total import Taps
 from limbeck.plan import TEACHER_READS
 from limbeck.prepare import fill_bank, learn_filters, response_log_probs, with_reference
-from limbeck.progress import Reporter
-from limbeck.recipe import Recipe
+from limbeck.recipe import Lora, Train
 from limbeck.store import Store
 from limbeck.types import Evidence, UserError
+
+Progress = Callable[[int, int, str], None]
 
 
 def make_job(
@@ -29,77 +30,88 @@ def make_job(
     student: Model,
     rows: Sequence[Row],
     teacher: Callable[[], InProcessTeacher],
-    recipe: Recipe,
+    lora: Lora | None,
+    settings: Train,
     folder: Path,
     key: str,
     store: Path,
-    reporter: Reporter,
+    progress: Progress = lambda done, total, detail: None,
 ) -> train.Job:
     """The training of `student` (as it is before any training) on `rows`. The teacher is loaded only where a term reads it.
 
     Args:
+        lora: adapters to train instead of all weights; they are added here, after references were scored.
         folder: receives checkpoints and metrics.
         key: names the job in its checkpoints.
         store: where frozen models' opinions of the text are kept.
+
+    Raises:
+        UserError: no text for a term.
     """
     if any(term.unit == "group" for term in terms):
         rows = _whole_groups(rows)
-    for name in sorted({read.removeprefix("reference_") for term in terms for read in term.reads if read.startswith("reference_")}):
+    for term in terms:
+        if term.only is not None and not any(term.only in row.tags for row in rows):
+            raise UserError(f"{term.label}: no text is left by or for {term.only!r} (its answers were empty)")
+    reads = {read for term in terms for read in term.reads}
+    with_teacher = bool(reads & TEACHER_READS) or "reference_teacher" in reads
+    vocabulary = min(head_of(student.net).vocabulary, head_of(teacher().model.net).vocabulary) if with_teacher else None
+    for name in sorted(read.removeprefix("reference_") for read in reads if read.startswith("reference_")):
         judge = student if name == "start" else teacher().model
-        rows = with_reference(rows, name, _known_log_probs(store, judge, rows, reporter))
-    matches = {term.label: _bind(term.match, student.net, teacher().model.net, recipe.train.seed) for term in terms if term.match}
-    if recipe.student.lora is not None:
-        add_adapters(student.net, recipe.student.lora, recipe.train.seed)
-    job = train.Job(student.net, rows, terms, train.no_teacher, recipe.train, folder, key, matches)
-    if any(term.reads & TEACHER_READS for term in terms):
+        rows = with_reference(rows, name, _known_log_probs(store, judge, rows, vocabulary, progress))
+    matches = {term.label: _bind(term.match, student.net, teacher().model.net, settings.seed) for term in terms if term.match}
+    if lora is not None:
+        add_adapters(student.net, lora, settings.seed)
+    job = train.Job(student.net, rows, terms, train.no_teacher, settings, folder, key, matches, vocabulary=vocabulary)
+    if reads & TEACHER_READS:
         view, taps = teacher().view, [Taps(*map(frozenset, wanted(list(matches.values()), side))) for side in (0, 1)]
-        job.vocabulary = min(head_of(student.net).vocabulary, head_of(teacher().model.net).vocabulary)
         job.taps = taps[0]
-        job.teacher = lambda batch: view(batch, taps[1], job.vocabulary)
-        job.bank_rows = {row.sample_id: number for number, row in enumerate(rows)}
-        job.prepare = lambda: _prepare(job, teacher().model.net, reporter)
+        job.teacher = lambda batch: view(batch, taps[1], vocabulary)
+        job.bank_rows = {sample_id: number for number, sample_id in enumerate(dict.fromkeys(row.sample_id for row in rows))}
+        job.prepare = lambda: _prepare(job, teacher().model.net, progress)
     return job
 
 
 def _whole_groups(rows: Sequence[Row]) -> list[Row]:
-    """Only prompts whose preferred answer is there: without it, the next one would pass for the best."""
-    led = {row.group for row in rows if BEST in row.tags}
-    kept = [row for row in rows if row.group in led]
+    """Only prompts whose preferred answer is there and has another beside it; of equal answers the better placed one.
+
+    Without its preferred answer, a prompt's next one would pass for the best; a lone answer is compared with nothing.
+    """
+    groups: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, {}).setdefault(row.sample_id, row)
+    kept = [row for group in groups.values() for row in group.values() if len(group) > 1 and BEST in next(iter(group.values())).tags]
     if not kept:
-        raise UserError("no prompt has its preferred answer (all were empty), so there is nothing to compare; look at the store's answers")
+        raise UserError("no prompt has two different answers with the preferred one among them; look at the store's answers")
     return kept
 
 
-def _known_log_probs(store: Path, judge: Model, rows: Sequence[Row], reporter: Reporter) -> dict[str, float]:
+def _known_log_probs(store: Path, judge: Model, rows: Sequence[Row], vocabulary: int | None, progress: Progress) -> dict[str, float]:
     """log p(response) under a frozen model, from the store or computed now and kept there."""
-
-    def progress(done: int, total: int) -> None:
-        reporter.progress(done, total, "answers scored by the reference")
-
+    kind = "log_prob" if vocabulary is None else f"log_prob of {vocabulary} tokens"
     with Store(store) as opened:
-        known = {e.sample_id: float(e.value) for e in opened.evidence("log_prob") if e.judge == judge.identity}
+        known = {e.sample_id: float(e.value) for e in opened.evidence(kind) if e.judge == judge.identity}
         if missing := [row for row in rows if row.sample_id not in known]:
-            found = response_log_probs(judge.net, missing, progress)
-            for sample_id, value in found.items():
-                opened.write_evidence(Evidence(sample_id, "log_prob", judge.identity, value))
+            found = response_log_probs(judge.net, missing, vocabulary, partial(_tell, progress, "answers scored by the reference"))
+            opened.write_evidence(*(Evidence(sample_id, kind, judge.identity, value) for sample_id, value in found.items()))
             known |= found
     return known
 
 
-def _prepare(job: train.Job, teacher: PreTrainedModel, reporter: Reporter) -> None:
+def _prepare(job: train.Job, teacher: PreTrainedModel, progress: Progress) -> None:
     for label, match in job.matches.items():
-        progress = partial(_tell, reporter, f"{label}: getting ready")
+        tell = partial(_tell, progress, f"{label}: getting ready")
         if match.settings.name == "filtered_match":
-            learn_filters(match, (job.net, teacher), job.rows, job.settings.tokens_per_step, job.settings.seed, progress)
+            learn_filters(match, (job.net, teacher), job.rows, job.settings.tokens_per_step, job.settings.seed, tell)
         if match.settings.name == "contrast":
-            fill_bank(match, teacher, job.rows, job.bank_rows, progress)
+            fill_bank(match, teacher, job.rows, job.bank_rows, tell)
 
 
-def _tell(reporter: Reporter, detail: str, done: int, total: int) -> None:
-    reporter.progress(done, total, detail)
+def _tell(progress: Progress, detail: str, done: int, total: int) -> None:
+    progress(done, total, detail)
 
 
 def _bind(settings: MatchSettings, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> Match:
     ours, theirs = (net.config.get_text_config() for net in (student, teacher))
     layers, widths = (ours.num_hidden_layers, theirs.num_hidden_layers), (ours.hidden_size, theirs.hidden_size)
-    return Match(settings, layers, widths, seed)
+    return Match(settings, layers, widths, seed).to(student.device)

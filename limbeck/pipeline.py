@@ -69,7 +69,7 @@ def check(recipe: Recipe) -> Plan:
     training, held_out = build.prompts(recipe)
     for term in build.terms(recipe):
         if term.match is not None:
-            term.match.pairs(student.layers, teacher.layers)
+            term.match.check(student, teacher)
     return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student)
 
 
@@ -180,14 +180,17 @@ class Run:
 
     def job(self, name: str, student: Model) -> training_loop.Job:
         """The training called `name`, ready to start or to go on."""
-        terms = [make_term("cross_entropy", {})] if name == "sft_control" else build.terms(self.recipe)
+        recipe, terms, settings = self.recipe, build.terms(self.recipe), self.recipe.train
         rows = self.rows(self.text.training(), student)
-        if name == "sft_control":  # the same prompts' preferred answers, and never the student's own
-            rows = [row for row in rows if data.BEST in row.tags and "untouched" not in row.tags]
+        if name == "sft_control":  # the same prompts' preferred answers, never the student's own, for as many steps
+            together = any(term.unit == "group" for term in terms)
+            steps = training_loop.total_steps(rows, settings, together)
+            settings = settings.model_copy(update={"steps": steps, "epochs": None})
+            terms, rows = [make_term("cross_entropy", {})], [r for r in rows if data.BEST in r.tags and "untouched" not in r.tags]
         folder = self.path(self.home(name))
         folder.mkdir(parents=True, exist_ok=True)
-        key = f"{self.recipe.hash}/{name}"
-        return make_job(terms, student, rows, lambda: self.teacher, self.recipe, folder, key, self.path("store.sqlite"), self.reporter)
+        store, key = self.path("store.sqlite"), f"{recipe.hash}/{name}"
+        return make_job(terms, student, rows, lambda: self.teacher, recipe.student.lora, settings, folder, key, store, self.progress)
 
     def home(self, name: str) -> str:
         return "." if name == "student" else f"controls/{name}"

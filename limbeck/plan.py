@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Shape:
     layers: int
     layer_parameters: int
     head_parameters: int
+    width: int = 0
+    heads: int = 0
+    query_width: int = 0
+    key_value_width: int = 0
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -50,14 +54,14 @@ class Shape:
         key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_width
         attention = 2 * width * heads * head_width + 2 * width * key_value
         layer = attention + 3 * width * config.intermediate_size
-        return cls(config.num_hidden_layers, layer, config.vocab_size * width)
+        return cls(config.num_hidden_layers, layer, config.vocab_size * width, width, heads, heads * head_width, key_value)
 
     @property
     def parameters(self) -> int:
         return self.layers * self.layer_parameters + self.head_parameters
 
     def with_layers(self, layers: int) -> Shape:
-        return Shape(layers, self.layer_parameters, self.head_parameters)
+        return replace(self, layers=layers)
 
 
 def step_flops(student: Shape, teacher: Shape | None, tokens: int, response_tokens: int) -> float:
@@ -116,7 +120,8 @@ class Plan:
 
 def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     """The trainings beside the student's. Fine-tuning as its own control would be the same run twice."""
-    is_fine_tuning = [term.name for term in terms] == ["cross_entropy"]
+    plain = [(term.label, {key: schedule.start for key, schedule in term.params.items()}) for term in terms]
+    is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and len(recipe.writer) == 1
     return ["sft_control"] if "sft_control" in recipe.evaluate.controls and not is_fine_tuning else []
 
 
@@ -125,10 +130,13 @@ def make_plan(
 ) -> Plan:
     """Estimate a run from the sizes alone; nothing is loaded."""
     settings = recipe.train
-    prompt_tokens = sum(len(prompt.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in training)
-    answer = max(1, int(sum(w.share * w.max_tokens for w in recipe.writer) * ANSWER_SHARE))
-    response = answer * len(training)
+    answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
+    response = int(sum(w.share * w.max_tokens for w in recipe.writer) * ANSWER_SHARE * len(training))
     by_teacher = sum(w.share for w in recipe.writer if w.by == "teacher")
+    written = sum(w.share for w in recipe.writer if w.by == "untouched")
+    prompt_tokens = int(
+        sum(len(p.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for p in training) * sum(w.share for w in recipe.writer)
+    )  # every answer repeats its prompt
     steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
     epochs = steps * settings.tokens_per_step / response
     trainings = 1 + len(trained_controls(recipe, terms))
@@ -140,10 +148,12 @@ def make_plan(
     train = step_flops(student, teacher if reads else None, tokens, trained)
     if trainings > 1:
         train += step_flops(student, None, tokens, trained)
-    text = (by_teacher * (prompt_tokens + response) + held) * 1.5
+    every = sum(w.share for w in recipe.writer)
+    text = (by_teacher / every * (prompt_tokens + response) + held) * 1.5
+    own_text = written / every * (prompt_tokens + response) * 1.5
     evaluated = 2 + len(recipe.evaluate.controls)
     seconds = {
-        "elicit": forward_flops(teacher, int(text), int(text)) / rate,
+        "elicit": (forward_flops(teacher, int(text), int(text)) + forward_flops(student, int(own_text), int(own_text))) / rate,
         "train": train / rate,
         "evaluate": evaluated * 2.5 * forward_flops(teacher, held, held) / rate,
     }
@@ -154,7 +164,7 @@ def make_plan(
     memory = int(4 * teacher.parameters + 4 * weights + activations + BASE_BYTES)
     return Plan(
         requests=round(by_teacher * len(training)) + len(held_out),
-        teacher_tokens=int(by_teacher * response) + answer * len(held_out),
+        teacher_tokens=int(by_teacher / every * response) + answer * len(held_out),
         trained_tokens=trained,
         steps=steps,
         trainings=trainings,

@@ -19,7 +19,7 @@ from limbeck.objectives.feature import pair_name
 from limbeck.objectives.head import Evidence, fused_loss, token_log_probs
 from limbeck.objectives.match import Match, Place
 from limbeck.objectives.term import make_term
-from limbeck.types import Batch
+from limbeck.types import Batch, UserError
 
 Progress = Callable[[int, int], None]
 
@@ -37,8 +37,14 @@ def even_batches(rows: Sequence[Row]) -> list[MicroBatch]:
 
 
 @torch.no_grad()
-def response_log_probs(net: PreTrainedModel, rows: Sequence[Row], progress: Progress = lambda done, total: None) -> dict[str, float]:
-    """log q(response | prompt) in nats for every row, by sample id."""
+def response_log_probs(
+    net: PreTrainedModel, rows: Sequence[Row], vocabulary: int | None = None, progress: Progress = lambda done, total: None
+) -> dict[str, float]:
+    """log q(response | prompt) in nats for every row, by sample id; the head cut to `vocabulary` as in training.
+
+    Raises:
+        UserError: a response that the model gives no probability, or NaN.
+    """
     found: dict[str, float] = {}
     done = 0
     for micro_batch in even_batches(rows):
@@ -46,9 +52,13 @@ def response_log_probs(net: PreTrainedModel, rows: Sequence[Row], progress: Prog
         row_N, position_N = batch.response_positions()
         hidden_BTD, _ = features(net, batch.tokens_BT.to(net.device))
         targets_N = batch.tokens_BT[row_N, position_N + 1].to(net.device)
-        log_prob_N = token_log_probs(hidden_BTD[row_N, position_N], head_of(net), targets_N).double().cpu()
+        head = head_of(net)
+        log_prob_N = token_log_probs(hidden_BTD[row_N, position_N], head.cut(vocabulary or head.vocabulary), targets_N).double().cpu()
         sums_B = torch.zeros(len(micro_batch), dtype=torch.float64).index_add_(0, row_N, log_prob_N)
         found |= dict(zip(batch.sample_ids, sums_B.tolist(), strict=True))
+        if not bool(sums_B.isfinite().all()):
+            bad = batch.sample_ids[int((~sums_B.isfinite()).nonzero()[0])]
+            raise UserError(f"the reference gives sample {bad[:12]} a log-probability that is not finite; look at that sample")
         done += len(micro_batch)
         progress(done, len(rows))
     return found
@@ -73,15 +83,18 @@ def learn_filters(
         optimizer = torch.optim.Adam(filters.parameters(), lr=match.settings.values["filter_lr"])
         contents = steps_of_epoch(rows, seed, side, tokens_per_step)
         for step in range(steps):
-            for micro_batch in contents[step % len(contents)]:
-                _filter_loss(match, filters, net, make_batch(rows, micro_batch), side).backward()
+            batches = [make_batch(rows, micro_batch) for micro_batch in contents[step % len(contents)]]
+            tokens = int(sum(batch.mask_BT.sum() for batch in batches))
+            for batch in batches:
+                _filter_loss(match, filters, net, batch, side, tokens).backward()
+            net.zero_grad(set_to_none=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress(side * steps + step + 1, 2 * steps)
         filters.requires_grad_(name == "student")
 
 
-def _filter_loss(match: Match, filters: torch.nn.Module, net: PreTrainedModel, batch: Batch, side: int) -> Tensor:
+def _filter_loss(match: Match, filters: torch.nn.Module, net: PreTrainedModel, batch: Batch, side: int, tokens: int) -> Tensor:
     where = batch.response_positions()
     with torch.no_grad():
         _, found = features(net, batch.tokens_BT.to(net.device), *match.taps(side))
@@ -93,7 +106,7 @@ def _filter_loss(match: Match, filters: torch.nn.Module, net: PreTrainedModel, b
     loss = weight_KN.new_zeros(())
     for pair in match.pairs:
         filtered_ND = filters.get_submodule(pair_name(pair))(found.hidden[pair[side]][where])
-        loss = loss + fused_loss(filtered_ND, frozen, [term], [1 / max(1, len(targets_N))], weight_KN, Evidence(targets_N)).loss
+        loss = loss + fused_loss(filtered_ND, frozen, [term], [1 / tokens], weight_KN, Evidence(targets_N)).loss
     return loss
 
 
@@ -104,7 +117,7 @@ def fill_bank(match: Match, teacher: PreTrainedModel, rows: Sequence[Row], bank_
     for micro_batch in even_batches(rows):
         batch = make_batch(rows, micro_batch)
         _, found = features(teacher, batch.tokens_BT.to(teacher.device), *match.taps(1))
-        row_N, position_N = batch.response_positions()
+        row_N, position_N = (index.to(teacher.device) for index in batch.response_positions())
         pooled_BE = match.pooled_teacher(found, Place(row_N, position_N, len(micro_batch)))
         found_E |= dict(zip((bank_rows[sample_id] for sample_id in batch.sample_ids), pooled_BE, strict=True))
         progress(len(found_E), len(rows))

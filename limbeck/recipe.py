@@ -17,6 +17,7 @@ from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 Keep = Literal["importance", "block_influence", "uniform", "first"]
 MAX_BYTES = 256 * 1024
+NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic puts between the keys of a path
 
 
 class _Section(BaseModel):
@@ -168,6 +169,12 @@ class Recipe(_Section):
         return self
 
     @property
+    def held_out_writer(self) -> Writer:
+        """Whose sampling held-out text is drawn with: of the teacher's, the largest share, rather random than greedy."""
+        by_teacher = [writer for writer in self.writer if writer.by == "teacher"] or self.writer
+        return max(by_teacher, key=lambda writer: (writer.share, writer.temperature > 0))
+
+    @property
     def hash(self) -> str:
         """SHA-256 (hex) of the resolved recipe."""
         return content_hash(self.resolved())
@@ -286,7 +293,7 @@ def _set(data: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError) -> RecipeError:
     """The first complaint of pydantic in our words: place, value, what would do."""
     first = error.errors(include_url=False)[0]
-    location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "list[")))]
+    location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith(NOT_KEYS))]
     path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)

@@ -83,11 +83,17 @@ class Store:
         row = self._db.execute("select body, finish from answers join samples on id = sample_id where key = ?", (request.key,)).fetchone()
         return None if row is None else _sample(row[0], row[1])
 
-    def write_evidence(self, evidence: Evidence) -> None:
-        self._db.execute(
-            "insert or replace into evidence values (?, ?, ?, ?, ?)",
-            (evidence.sample_id, evidence.kind, evidence.judge, canonical_json(evidence.value), evidence.tensor_ref),
-        )
+    def write_evidence(self, *evidence: Evidence) -> None:
+        """Keep evidence, all of it or none."""
+        rows = [(e.sample_id, e.kind, e.judge, canonical_json(e.value), e.tensor_ref) for e in evidence]
+        self._db.execute("begin immediate")
+        try:
+            self._db.executemany("insert or replace into evidence values (?, ?, ?, ?, ?)", rows)
+            self._db.execute("commit")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("rollback")
+            raise
 
     def evidence(self, kind: str) -> Iterator[Evidence]:
         rows = self._db.execute(

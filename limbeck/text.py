@@ -54,9 +54,8 @@ class Text:
         return self._ask([self._request(prompt, "teacher", sampling) for prompt in self.prompts[1]], "teacher")
 
     def held_out_sampling(self) -> Sampling:
-        """How held-out text is drawn: as the teacher's training text, whoever wrote most of that."""
-        by_teacher = [writer for writer in self.recipe.writer if writer.by == "teacher"]
-        return _sampling(by_teacher[0] if by_teacher else self.recipe.writer[0])
+        """How held-out text is drawn: as the teacher's training text (see `Recipe.held_out_writer`)."""
+        return _sampling(self.recipe.held_out_writer)
 
     def facts(self) -> dict[str, Any]:
         """How the held-out text came about, for the evaluation."""

@@ -45,7 +45,8 @@ class Job:
 
     `matches` are the feature terms' learned parts, by term label, and `taps` what they read of the student;
     `bank_rows` give each sample's place in their banks; `vocabulary` cuts a head that is padded more than the teacher's;
-    `prepare` is called once before the first step of all. `states` of adaptive schedules live in the checkpoint.
+    `prepare` is called before the first step of all (again, where a run is killed before its first checkpoint). `states`
+    of adaptive schedules live in the checkpoint.
     """
 
     net: PreTrainedModel
@@ -155,6 +156,8 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for term in job.terms:
+        if not amounts[term.label]:
+            continue  # a step without text for this term says nothing to its schedules
         total, count = whole.measured.get(term.label, (0.0, 0.0))
         term.after(job.states, (step + 1) / steps, means[term.label], max(0.0, total / count) if count else None)
     return {
@@ -244,8 +247,9 @@ def _resume(job: Job, parameters: dict[str, Tensor], optimizer: torch.optim.Opti
 def _restore(job: Job, tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     for name, p in parameters.items():
         p.copy_(tensors[f"weight/{name}"])
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[p] = {key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in keys}
+        if f"step/{name}" in tensors:  # a parameter that no loss has reached yet has no state
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[p] = {key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in keys}
     for label, match in job.matches.items():
         prefix = f"frozen/{label}."
         held = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -79,10 +79,14 @@ def test_the_yaml_examples_are_legal_losses(block):
     assert len(terms(recipe)) == len(entries)
 
 
-def test_orpos_own_weight_is_reached_by_the_long_form():
-    (line,) = re.findall(r"`- (\{name: orpo.*?\})`", TEXT)
-    (term,) = terms(load_recipe("quickstart", [f"loss=[{line}]"]))
-    assert term.weight.start == 1.0 and term.params["weight"].start == 0.5
+def test_the_head_table_is_made_from_what_the_benchmark_writes(tmp_path, monkeypatch):
+    module, cost = generator(), {"times_the_floor": 1.5, "lowest": 1.25, "highest": 2.0, "peak_extra_mib": 1234}
+    results = {"jsd": {"2048": cost, "8192": cost}, "naive forward_kl": {"2048": cost}}
+    results["floor"] = {size: {"seconds": 0.5, "gflop_per_second": 80.0} for size in ("2048", "8192")}
+    monkeypatch.setattr(module, "HEAD", tmp_path / "head.json")
+    assert "run python benchmarks/head.py" in module.head()
+    module.HEAD.write_text(json.dumps({"machine": {"device": "cpu"}, "results": results}))
+    assert "| naive forward_kl | 1.50 (1.25 to 2.00) | 1,234 |  |  |" in module.head().splitlines()
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)

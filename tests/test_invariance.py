@@ -156,6 +156,29 @@ def test_answers_to_one_prompt_stay_together():
             assert all(len(group) == 2 and micro_batch[group[0]] % 2 == 0 for group in groups)
 
 
+@pytest.mark.parametrize("mix", ["ranking", "match", "adaptive"])
+def test_a_stopped_run_of_any_family_goes_on_bit_for_bit(tiny, tmp_path, mix):
+    """Measured baselines, adaptive schedules, learned maps, frozen filters and banks all come back from the checkpoint."""
+    MIXES["adaptive"] = [("taid", {"t": {"from": 0.2, "to": 1.0, "shape": "adaptive", "rate": 0.3}}), ("jsd", {"only": "teacher"})]
+
+    def losses(folder, stops=()):
+        for stop_after in (*stops, 99):
+            folder.mkdir(exist_ok=True)
+            job, done = make_job(tiny, mix, folder), []
+            if (folder / "checkpoints").exists():
+                for match in job.matches.values():
+                    match.bank_ME = match.bank_ME[:0]
+                    torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in match.parameters())), match.parameters())
+            train.train(job, progress=lambda step, *_: done.append(step), stop=lambda: len(done) >= stop_after)  # noqa: B023
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(record["loss"].hex(), record.get("scheduled")) for record in records]
+
+    whole = losses(tmp_path / "whole")
+    assert losses(tmp_path / "parts", stops=(1, 2)) == whole and len(whole) == 4
+    moved = [scheduled for _, scheduled in whole if scheduled]
+    assert mix == "match" or len({str(scheduled) for scheduled in moved}) == 4
+
+
 def _train_rank(rank: int, size: int, model: str, folder: str, mix: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)

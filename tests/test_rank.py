@@ -281,7 +281,9 @@ def test_orpo_stays_finite_where_an_answer_is_certain(dtype, log_probs):
 
 def test_orpo_is_accurate_near_certainty_in_single_precision():
     c = Candidates(torch.tensor([[-2e-5, -6e-5]]), torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
-    assert value("orpo", c, odds_weight=1.0).item() == pytest.approx(expected("orpo", [-2e-5, -6e-5], [1, 1], [0, 0], odds_weight=1.0), rel=1e-5)
+    assert value("orpo", c, odds_weight=1.0).item() == pytest.approx(
+        expected("orpo", [-2e-5, -6e-5], [1, 1], [0, 0], odds_weight=1.0), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)

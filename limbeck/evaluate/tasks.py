@@ -62,7 +62,7 @@ def answer_all(
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
     jobs = [Job(system.prompt_ids(prompt.messages), sampling, 0) for prompt in prompts]
     answers: dict[int, Answer] = {}
-    for index, ids in generate(system.net, jobs, system.eos_ids):
+    for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.tokens):
         prompt, text = prompts[index], system.decode(ids)
         passed = verify(prompt.check, text)
         answers[index] = Answer(prompt.id, prompt.kind, text, len(ids), ids[-1] in system.eos_ids, passed)

@@ -233,6 +233,7 @@ def generate(
     eos_ids: frozenset[int],
     batch_rows: int = 64,
     stop: Callable[[], bool] = lambda: False,
+    tokens: int | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue every prompt; yield (index of the job, sampled ids) as each finishes, in order of finishing.
 
@@ -243,6 +244,7 @@ def generate(
         eos_ids: tokens that end an answer.
         batch_rows: rows that decode together.
         stop: asked before every step; when true, unfinished rows are dropped (Ctrl-C between two tokens).
+        tokens: ids from here on are never drawn: a head is often padded beyond its tokenizer.
 
     Raises:
         UserError: a prompt and its answer don't fit the model's context.
@@ -267,7 +269,7 @@ def generate(
             slots.compact()
         running = slots.running()
         uniform_B = torch.stack([row.uniform[len(row.ids)] for _, row in running])
-        logits_BV = slots.logits_BV[[slot for slot, _ in running]]
+        logits_BV = slots.logits_BV[[slot for slot, _ in running], :tokens]
         for (slot, row), token in zip(running, pick(logits_BV, [row.job.sampling for _, row in running], uniform_B), strict=True):
             row.ids.append(token)
             if token in eos_ids or len(row.ids) == row.job.sampling.max_tokens:

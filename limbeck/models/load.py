@@ -49,6 +49,11 @@ class Model:
         ids = {self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
         return frozenset(token for token in ids if isinstance(token, int))
 
+    @property
+    def tokens(self) -> int:
+        """How many ids the tokenizer knows; a head may have more rows."""
+        return len(self.tokenizer)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text, without control tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -79,6 +84,8 @@ def head_of(net: PreTrainedModel) -> Head:
     layer: Any = net.get_output_embeddings()
     low_rank = None
     if hasattr(layer, "lora_A"):
+        if len(layer.active_adapters) != 1 or layer.disable_adapters:
+            raise UserError(f"{net.config.model_type}: its head has several adapters, or a disabled one; merge them first")
         (name,) = layer.active_adapters
         if not layer.merged:
             low_rank = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
@@ -109,7 +116,19 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> Model:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"can't load the model {source!r}: {str(error).splitlines()[0]}") from error
         tokenizer = load_tokenizer(source)
-    return Model(net.eval(), tokenizer, _identity(folder, label))
+    net.eval()
+    _check_head(net, source)
+    return Model(net, tokenizer, _identity(folder, label))
+
+
+@torch.no_grad()
+def _check_head(net: PreTrainedModel, source: str) -> None:
+    """Families scale and cap their logits under many names: losses would silently be another model's if one were missed."""
+    tokens_BT = torch.arange(1, 5, device=net.device)[None]
+    theirs_TV = net(tokens_BT, use_cache=False).logits[0].float()
+    ours_TV = head_of(net).logits(hidden_states(net, tokens_BT)[0]).float()
+    if not torch.allclose(ours_TV, theirs_TV, rtol=1e-2, atol=1e-2 * float(theirs_TV.abs().max())):
+        raise UserError(f"{source}: models of type {net.config.model_type!r} make logits in a way not known here; choose another")
 
 
 def is_ready(source: str) -> bool:

@@ -25,7 +25,7 @@ class InProcessTeacher:
         """Answer every request, each as it finishes. A request's own key seeds its random numbers."""
         eos = self.model.eos_ids
         jobs = [Job(self.model.prompt_ids(r.messages), r.sampling, int(r.key[:15], 16)) for r in requests]
-        for index, ids in generate(self.model.net, jobs, eos, stop=stop):
+        for index, ids in generate(self.model.net, jobs, eos, stop=stop, tokens=self.model.tokens):
             text = self.model.decode(ids)
             finish: Finish = "length" if ids[-1] not in eos else "ok" if text.strip() else "empty"
             yield requests[index], Generated(tuple(ids), text, finish)

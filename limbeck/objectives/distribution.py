@@ -58,8 +58,9 @@ def least_of_mass(prob_RV: Tensor, mass: float) -> Tensor:
     bins_RV = (prob_RV.float().view(torch.int32) >> BIN_SHIFT).clamp_(max=BINS - 1).long()
     inside_RH = torch.zeros(len(prob_RV), BINS, dtype=torch.float64, device=prob_RV.device).scatter_add_(-1, bins_RV, prob_RV.double())
     from_RH = inside_RH.flip(-1).cumsum(-1).flip(-1)  # mass of a bin and all above it
-    bin_R1 = ((from_RH >= mass).sum(-1, keepdim=True) - 1).clamp_min(0)
-    missing_R = (mass - (from_RH - inside_RH).gather(-1, bin_R1))[:, 0]
+    wanted_R1 = from_RH[:, :1].clamp_max(mass)  # rounding may leave the mass out of reach
+    bin_R1 = (from_RH >= wanted_R1).sum(-1, keepdim=True) - 1
+    missing_R = (wanted_R1 - (from_RH - inside_RH).gather(-1, bin_R1))[:, 0]
     row_S, column_S = (bins_RV == bin_R1).nonzero(as_tuple=True)
     prob_S, order = prob_RV[row_S, column_S].sort(descending=True)
     row_S, by_row = row_S[order].sort(stable=True)

@@ -262,10 +262,10 @@ class Contrast(nn.Module):
             raise UserError("contrast needs at least one negative; fill the bank with teacher states first")
         student_BP = normalize(self.student(full_precision(student_BD)), dim=-1)
         teacher_BP = normalize(self.teacher(full_precision(teacher_BE.detach())), dim=-1)
-        bank_MP = normalize(self.teacher(full_precision(bank_ME.detach())), dim=-1)
+        drawn = bank_ME[None] if negatives_BK is None else bank_ME[negatives_BK]  # [1 or B, K, E]
+        drawn_BKP = normalize(self.teacher(full_precision(drawn.detach())), dim=-1)
         match_B1 = (student_BP * teacher_BP).sum(-1, keepdim=True) / self.temperature
-        others_BM = student_BP @ bank_MP.T / self.temperature
-        others_BK = others_BM if negatives_BK is None else others_BM.gather(1, negatives_BK)
+        others_BK = (drawn_BKP * student_BP[:, None]).sum(-1) / self.temperature
         return -log_softmax(torch.cat([match_B1, others_BK], dim=1), dim=1)[:, 0]
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import Distribution
+from limbeck.objectives.distribution import IMPOSSIBLE, Distribution
 from limbeck.objectives.divergence import Divergence, ValueAndGradient
 from limbeck.objectives.precision import full_precision
 
@@ -71,6 +71,8 @@ def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None) -> Te
     logits_CV = full_precision(x_CD.to(weight_VD.dtype) @ weight_VD.T)
     for x, weight in others:
         logits_CV += x.to(weight.dtype) @ weight.T
+    if others:
+        logits_CV.clamp_min_(IMPOSSIBLE)  # a bias may mask tokens with -inf
     return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
 
 

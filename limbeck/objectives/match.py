@@ -8,9 +8,10 @@ Shapes: B rows, N response positions, D width of the student, E of the teacher, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +87,42 @@ class MatchSettings:
     def kind(self) -> Kind:
         return MATCHES[self.name]
 
+    def check(self, student: Sizes, teacher: Sizes) -> None:
+        """Refuse what these two models can't be compared by. RecipeError with the cure."""
+        self.pairs(student.layers, teacher.layers)
+        same_width = student.width == teacher.width
+        if not same_width and (self.values.get("projection") == "none" or self.name == "filtered_match"):
+            cure = "set projection: learned" if self.name == "hidden_match" else "use hidden_match or relations"
+            raise RecipeError(self.path, f"the student's width {student.width} is not the teacher's {teacher.width}; {cure}")
+        if self.name in ATTENTION_LOSSES and student.heads != teacher.heads:
+            raise RecipeError(self.path, f"the student has {student.heads} attention heads, the teacher {teacher.heads}; use relations")
+        if self.name == "relations":
+            heads, of = self.values["relation_heads"], self.values["of"]
+            widths = [model.key_value_width if part != "query" else model.query_width for model in (student, teacher) for part in of]
+            if wrong := [width for width in widths if width % heads]:
+                raise RecipeError(
+                    f"{self.path}.relation_heads", f"{heads} does not divide {wrong[0]}; take a divisor of {math.gcd(*widths)}"
+                )
+
     def pairs(self, student_layers: int, teacher_layers: int) -> tuple[Pair, ...]:
         """Which layers are compared. RecipeError for layers that a model does not have."""
         embeddings = bool(self.values.get("embeddings", False))
         return layer_map(self.values["layers"], student_layers, teacher_layers, embeddings, f"{self.path}.layers".lstrip("."))
+
+
+class Sizes(Protocol):
+    """What of a model decides whether a feature loss fits it."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def query_width(self) -> int: ...
+    @property
+    def key_value_width(self) -> int: ...
 
 
 def match_settings(name: str, params: Mapping[str, Any], path: str) -> tuple[MatchSettings, Literal["token", "row"]]:

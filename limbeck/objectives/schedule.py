@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from limbeck.types import RecipeError, nearest
 
@@ -87,10 +87,6 @@ class Schedule:
         if loss < state["loss"] + self.tolerance:
             return dict(state)
         return {"value": min(self.end, state["value"] + self.rise), "loss": loss}
-
-    def plain(self) -> Any:
-        """As a recipe writes it."""
-        return self.start if self.shape == "constant" else {"from": self.start, "to": self.end, "shape": self.shape}
 
 
 def make_schedule(raw: object, path: str, check: Callable[[str, object], float]) -> Schedule:

@@ -79,7 +79,7 @@ def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: 
         matches: the feature terms' losses, by label.
     """
     scale = {term.label: term.weight / amounts[term.label] if amounts[term.label] else 0.0 for term in terms}
-    loss, sums = data.hidden_ND.sum() * 0.0, Sums()
+    loss, sums = (data.hidden_ND * 0).sum(), Sums()
     families = {family: [term for term in terms if term.term.family == family] for family in ("vocabulary", "ranking", "match")}
     if chosen := families["vocabulary"]:
         part = _vocabulary(chosen, [scale[term.label] for term in chosen], data)
@@ -130,7 +130,7 @@ def _matching(terms: Sequence[Settled], scales: Sequence[float], matches: Mappin
     row_N, position_N = (index.to(device) for index in batch.response_positions())
     own_B = torch.tensor([data.bank_rows.get(sample_id, 0) for sample_id in batch.sample_ids])
     place = Place(row_N, position_N, len(batch.sample_ids), own_B, data.step)
-    loss, found = data.hidden_ND.sum() * 0.0, {}
+    loss, found = (data.hidden_ND * 0).sum(), {}
     for term, scale in zip(terms, scales, strict=True):
         values = full_precision(matches[term.label](data.features, data.teacher.features, place))
         on_B = batch.rows_on(term.term.only).to(device)

@@ -55,7 +55,10 @@ class TopK:
         others_RV = q.prob.scatter(-1, self.ids_NK, 0)
         if log_q_RK.shape[-1] < q.log.shape[-1]:
             rest_R1 = others_RV.sum(-1, keepdim=True).clamp_min(TINY)
-            log_p_RK, log_q_RK = torch.cat([log_p_RK, self._log_rest(log_p_RK)], -1), torch.cat([log_q_RK, rest_R1.log()], -1)
+            log_p_RK, log_q_RK = (
+                torch.cat([log_p_RK, self._log_rest(log_p_RK, divergence.one_hot)], -1),
+                torch.cat([log_q_RK, rest_R1.log()], -1),
+            )
             values_R, outcomes_RK = divergence(Distribution(log_p_RK), Distribution(log_q_RK), params)
             others_RV.mul_(outcomes_RK[:, -1:] / rest_R1)
             outcomes_RK = outcomes_RK[:, :-1]
@@ -63,11 +66,15 @@ class TopK:
             values_R, outcomes_RK = divergence(Distribution(log_p_RK), Distribution(log_q_RK), params)
         return values_R, others_RV.scatter_(-1, self.ids_NK, outcomes_RK)
 
-    def _log_rest(self, log_p_RK: Tensor) -> Tensor:
-        """log of the bucket's probability [R, 1]. What is left of 1 is never taken for less than a rounding error."""
+    def _log_rest(self, log_p_RK: Tensor, may_be_empty: bool) -> Tensor:
+        """log of the bucket's probability [R, 1]. What is left of 1 is never taken for less than a rounding error, nor is
+        a bucket that is said to be empty where the divergence would be infinite."""
+        least = torch.finfo(log_p_RK.dtype).eps
         if self.rest_N is None:
-            return (1 - log_p_RK.exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(log_p_RK.dtype).eps).log()
+            return (1 - log_p_RK.exp().sum(-1, keepdim=True)).clamp_min(least).log()
         rest_R1 = self.rest_N.to(log_p_RK.dtype)[:, None]
+        if not may_be_empty:
+            return rest_R1.clamp_min(least).log()
         return torch.where(rest_R1 > 0, rest_R1.clamp_min(TINY).log(), IMPOSSIBLE)
 
 
