@@ -121,7 +121,9 @@ class Plan:
 def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     """The trainings beside the student's. Fine-tuning as its own control would be the same run twice."""
     plain = [(term.label, {key: schedule.start for key, schedule in term.params.items()}) for term in terms]
-    is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and len(recipe.writer) == 1
+    one_answer_each = len(recipe.writer) == 1 or any(writer.share < 1 for writer in recipe.writer)
+    by_others = all(writer.by != "untouched" for writer in recipe.writer)
+    is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and one_answer_each and by_others
     return ["sft_control"] if "sft_control" in recipe.evaluate.controls and not is_fine_tuning else []
 
 

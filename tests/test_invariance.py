@@ -29,7 +29,7 @@ def row(number: int) -> Row:
     first = number % 2 == 0
     tags = frozenset({"teacher", BEST} if first else {"untouched", REST})
     prompt, response = tuple(range(5, 9 + number // 2 % 4)), (*range(20 + number, 24 + number + number % 3), 0)
-    return Row(f"s{number}", prompt, response, tags, f"p{number // 2}", 1 + number % 3, (("start", -20.0 - number),))
+    return Row(f"s{number}", prompt, response, tags, f"p{number // 2}", 1 + number % 3, (("start", -80.0 - number),))
 
 
 ROWS = [row(number) for number in range(24)]

@@ -40,7 +40,7 @@ def test_the_head_gives_the_models_own_logits(family):
 def test_a_head_with_bias_and_an_adapter_gives_the_models_own_logits():
     torch.manual_seed(0)
     net = make_net(layers=1)
-    net.lm_head = nn.Linear(32, 300)
+    net.lm_head, net.config.tie_word_embeddings = nn.Linear(32, 300), False
     inject_adapter_in_model(LoraConfig(r=3, lora_alpha=5, target_modules=["lm_head"]), net)
     with torch.no_grad():
         net.lm_head.lora_B["default"].weight.normal_()

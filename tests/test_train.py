@@ -47,7 +47,7 @@ def losses(job):
 def go_backward(job, micro_batches, pad_id=0):
     """Forward and backward of one whole step, in these micro-batches: each term's mean."""
     terms, batches = [term.settle(0.0, {}) for term in job.terms], [make_batch(job.rows, micro, pad_id) for micro in micro_batches]
-    amounts = {t.label: sum(batch.amount(t.term.unit, t.term.on) for batch in batches) for t in terms}
+    amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
     sums = Sums()
     for batch in batches:
         sums.add(train.backward(job, batch, terms, amounts))
