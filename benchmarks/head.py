@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from limbeck.memory import keep_freed_memory
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.head import Evidence, Head, fused_loss
 from limbeck.objectives.term import make_term
@@ -134,6 +135,7 @@ def all_of(positions: int, names: list[str], device: str) -> tuple[dict[str, Any
 def main(names: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {}
+    keep_freed_memory()  # as training does
     fused(tensors(64, device), names[0])  # libraries allocate their own buffers at the first call
     for positions in ROUNDS:
         found, base = all_of(positions, [name for name in names if positions == min(ROUNDS) or name in LARGE], device)

@@ -10,6 +10,7 @@ from typing import Any
 from limbeck import build, train
 from limbeck.data import make_batch, steps_of_epoch
 from limbeck.durable import exclusive
+from limbeck.memory import keep_freed_memory
 from limbeck.pipeline import Run, claim
 from limbeck.plan import TEACHER_READS, Shape, matrix_rate, step_flops
 from limbeck.progress import Reporter
@@ -25,6 +26,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     padding, and over the head for response tokens only. Its rate is that of an fp32 matrix product of the student's own
     MLP shape, measured right before and right after each step: a shared machine's speed drifts.
     """
+    keep_freed_memory()
     build.validate(recipe)
     folder = build.run_folder(recipe, out)
     with exclusive(folder / ".lock"):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from limbeck import checkpoint, ranks
 from limbeck.data import Row, Step, make_batch, steps_from, steps_of_epoch
 from limbeck.durable import append_json, crash_point, read_jsonl, write_text
+from limbeck.memory import keep_freed_memory
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.match import Match
@@ -105,6 +106,7 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
     Raises:
         UserError: the loss or the gradient is not finite; no update was made from it.
     """
+    keep_freed_memory()
     settings, steps = job.settings, total_steps(job.rows, job.settings, job.together)
     parameters = job.parameters()
     optimizer = _optimizer(parameters, settings)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "limbeck"
 FLOORS = [
     ["types"],
-    ["builtin", "durable", "progress", "ranks"],
+    ["builtin", "durable", "memory", "progress", "ranks"],
     ["recipe", "store", "checkpoint", "objectives", "elicit.verify", "evaluate.statistics", "report.page"],
     [
         "signals",

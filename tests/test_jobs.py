@@ -167,3 +167,24 @@ def test_a_batch_of_prompts_alone_gives_zero_with_a_gradient_path(job):
     sums = train.backward(made, batch, terms, {term.label: 0.0 for term in terms})
     assert all(value == 0.0 for value in sums.terms.values())
     assert all(not p.grad.any() for p in made.net.parameters() if p.grad is not None)
+
+
+def test_rationales_and_labels_are_two_terms_on_two_tasks(recipe_data, tmp_path):
+    """Distilling step-by-step, arXiv:2305.02301: a L(label) + (1 - a) L(rationale), the task named in the prompt."""
+    lines = [
+        {"prompt": f"{task}: why is the sky {colour}", "answer": answer, "task": task}
+        for colour in ("red", "blue", "old")
+        for task, answer in (("label", "yes"), ("rationale", "the red house sat on the mat"))
+    ]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loss = [{"cross_entropy": {"only": "label", "weight": 0.5}}, {"cross_entropy": {"only": "rationale", "weight": 0.5}}]
+    change = {"prompts": {"from": str(corpus)}, "writer": [{"by": "corpus", "max_tokens": 8}], "loss": loss}
+    train_settings = {"steps": 2, "tokens_per_step": 4096, "lr": 1e-3}
+    start = {"start": {"prune": {"layers": 3, "keep": "uniform"}}}
+    folder = run(parse(recipe_data | change | {"train": train_settings, "student": start}), tmp_path / "run", stages=("train",))
+    record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(record["terms"]) == {"cross_entropy@label", "cross_entropy@rationale"}
+    assert record["loss"] == pytest.approx(sum(0.5 * value for value in record["terms"].values()))
+    with pytest.raises(RecipeError, match="label"):
+        check(parse(recipe_data | change | {"loss": [{"cross_entropy": {"only": "lable"}}]}))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from limbeck.data import Row, make_batch
 from limbeck.evaluate.statistics import Interval, ratio_interval
+from limbeck.memory import keep_freed_memory
 from limbeck.models.load import Model, head_of, hidden_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.divergence import DIVERGENCES
@@ -49,6 +50,7 @@ def fidelity(
     The teacher is run once per batch for all systems. `nll` is the negative log-likelihood of the teacher's text
     (its exponential per token is the perplexity), `top1` counts positions where both most likely tokens agree.
     """
+    keep_freed_memory()
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     vocabulary = min(head_of(system.net).vocabulary for system in (*systems.values(), teacher.model))
     found: dict[str, dict[int, ItemFidelity]] = {name: {} for name in systems}

@@ -46,7 +46,7 @@ def finite(logits: Tensor) -> Tensor:
 
 
 BIN_SHIFT = 20  # keeps 3 bits of a float's mantissa: eight bins from one power of two to the next
-BINS = (0x3F800000 >> BIN_SHIFT) + 1  # up to the bin of 1.0
+BINS = (0x3F800000 >> BIN_SHIFT) + 1  # up to the bin of 1.0 (and of what rounding puts above it)
 
 
 def least_of_mass(prob_RV: Tensor, mass: float) -> Tensor:
@@ -55,13 +55,13 @@ def least_of_mass(prob_RV: Tensor, mass: float) -> Tensor:
     The bits of a positive float rise with it, so their first few are a histogram's bin; only the bin in which the mass
     is reached is sorted.
     """
-    bins_RV = (prob_RV.float().view(torch.int32) >> BIN_SHIFT).clamp_(max=BINS - 1).long()
-    inside_RH = torch.zeros(len(prob_RV), BINS, dtype=torch.float64, device=prob_RV.device).scatter_add_(-1, bins_RV, prob_RV.double())
+    bins_RV = prob_RV.float().view(torch.int32) >> BIN_SHIFT
+    inside_RH = prob_RV.new_zeros(len(prob_RV), BINS).scatter_add_(-1, bins_RV.long(), prob_RV)
     from_RH = inside_RH.flip(-1).cumsum(-1).flip(-1)  # mass of a bin and all above it
     wanted_R1 = from_RH[:, :1].clamp_max(mass)  # rounding may leave the mass out of reach
     bin_R1 = (from_RH >= wanted_R1).sum(-1, keepdim=True) - 1
     missing_R = (wanted_R1 - (from_RH - inside_RH).gather(-1, bin_R1))[:, 0]
-    row_S, column_S = (bins_RV == bin_R1).nonzero(as_tuple=True)
+    row_S, column_S = (bins_RV == bin_R1.int()).nonzero(as_tuple=True)
     prob_S, order = prob_RV[row_S, column_S].sort(descending=True)
     row_S, by_row = row_S[order].sort(stable=True)
     prob_S = prob_S[by_row]

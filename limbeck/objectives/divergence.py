@@ -117,9 +117,15 @@ def symmetric_kl(p: Distribution, q: Distribution, *, forward_share: float = 0.5
 
 
 def _blend(p: Distribution, q: Distribution, forward: Tensor | float, reverse: Tensor | float) -> ValueAndGradient:
-    (a_R, a_RV), (b_R, b_RV) = forward_kl(p, q), reverse_kl(p, q)
-    column = [w[:, None] if isinstance(w, Tensor) else w for w in (forward, reverse)]
-    return forward * a_R + reverse * b_R, column[0] * a_RV + column[1] * b_RV
+    """f KL(p || q) + r KL(q || p) in few passes; the gradient is f (q - p) + r q (log(q/p) - KL(q || p))."""
+    ratio_RV = q.log - p.log
+    forward_R, weighed_RV = -_dot(p.prob, ratio_RV), q.prob * ratio_RV
+    reverse_R = weighed_RV.sum(-1)
+    a_R1, b_R1 = (
+        torch.as_tensor(w, dtype=ratio_RV.dtype, device=ratio_RV.device).expand(len(ratio_RV))[:, None] for w in (forward, reverse)
+    )
+    gradient_RV = weighed_RV.mul_(b_R1).addcmul_(q.prob, a_R1 - b_R1 * reverse_R[:, None]).addcmul_(p.prob, -a_R1)
+    return a_R1[:, 0] * forward_R + b_R1[:, 0] * reverse_R, gradient_RV
 
 
 def _log_mixture(p: Distribution, q: Distribution, teacher_share: float) -> tuple[Tensor, Tensor]:
@@ -219,9 +225,9 @@ def adaptive_kl(p: Distribution, q: Distribution, *, mu: float = 0.5) -> ValueAn
     that no order of the vocabulary matters). Weights are held fixed; equal models share them evenly. The authors'
     published snippet leaves the crossing token out; the paper's text, as we read it, does not.
     """
-    head_RV = p.prob >= least_of_mass(p.prob, mu)[:, None]
+    least_R1 = least_of_mass(p.prob, mu)[:, None]
     gap_RV = (p.prob - q.prob).abs_()
-    all_R, head_R = gap_RV.sum(-1), _dot(gap_RV, head_RV)
+    all_R, head_R = gap_RV.sum(-1), torch.where(p.prob >= least_R1, gap_RV, 0).sum(-1)
     share_R = torch.where(all_R > 0, head_R / all_R.clamp_min(TINY), 0.5)
     return _blend(p, q, share_R, 1 - share_R)
 
