@@ -68,7 +68,7 @@ class Text:
         """The answers of these writers to their training prompts; all requests to one model go out together."""
         turns = [(prompt, place, writer) for prompt in self.prompts[0] for place, writer in self._turns(prompt) if writer in wanted]
         answered: dict[str, Sample] = {}
-        for by in {writer.by for _, _, writer in turns if writer.by != "corpus"}:
+        for by in dict.fromkeys(writer.by for _, _, writer in turns if writer.by != "corpus"):
             requests = [self._request(prompt, by, _sampling(writer)) for prompt, _, writer in turns if writer.by == by]
             answered |= {request.key: sample for request, sample in zip(requests, self._ask(requests, by), strict=True)}
         found = []
