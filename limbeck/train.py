@@ -25,6 +25,7 @@ from limbeck.memory import keep_freed_memory
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.match import Match
+from limbeck.objectives.rank import clamped_baseline
 from limbeck.objectives.schedule import State
 from limbeck.objectives.term import Settled, Term
 from limbeck.objectives.total import NO_TAPS, Pass, Sums, Taps, TeacherView, total_loss
@@ -161,7 +162,7 @@ def _step(
         if not amounts[term.label]:
             continue  # a step without text for this term says nothing to its schedules
         total, count = whole.measured.get(term.label, (0.0, 0.0))
-        term.after(job.states, (step + 1) / steps, means[term.label], max(0.0, total / count) if count else None)
+        term.after(job.states, (step + 1) / steps, means[term.label], clamped_baseline(total, count) if count else None)
     return {
         "step": step + 1,
         "loss": loss,

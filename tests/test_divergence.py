@@ -420,8 +420,9 @@ def test_columns_masked_in_both_count_for_nothing(name, params, dtype):
     masked_teacher, masked_student = (torch.full_like(z, -torch.inf).index_copy(1, keep, z[:, keep]) for z in (teacher, student))
     value, gradient = value_and_gradient(name, masked_teacher, masked_student, **params)
     want_value, want_gradient = value_and_gradient(name, teacher[:, keep], student[:, keep], **params)
-    close(value, want_value, rel=1e-6, abs=1e-6)
-    close(gradient[:, keep], want_gradient, rel=1e-6, abs=1e-6)
+    rel = 1e-6 if dtype == torch.float64 else 4e-6  # sums over 5 and over 8 numbers round apart
+    close(value, want_value, rel=rel, abs=1e-6)
+    close(gradient[:, keep], want_gradient, rel=rel, abs=1e-6)
     assert (gradient[:, [1, 4, 5]] == 0).all()
 
 

@@ -9,7 +9,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from limbeck.objectives.precision import full_precision
 
@@ -24,12 +23,20 @@ class Distribution:
         self._softened: dict[float, Distribution] = {}  # not itself: a circle would keep its tensors until the next collection
 
     @cached_property
-    def log(self) -> Tensor:
-        return log_softmax(self.logits_RV, dim=-1)
+    def _log_and_prob(self) -> tuple[Tensor, Tensor]:
+        """Both from one exponential: all losses need both, and exponentials are most of their time."""
+        log_RV = self.logits_RV - self.logits_RV.amax(-1, keepdim=True)
+        prob_RV = log_RV.exp()
+        total_R1 = prob_RV.sum(-1, keepdim=True)
+        return log_RV.sub_(total_R1.log()), prob_RV.div_(total_R1)
 
-    @cached_property
+    @property
+    def log(self) -> Tensor:
+        return self._log_and_prob[0]
+
+    @property
     def prob(self) -> Tensor:
-        return self.log.exp()
+        return self._log_and_prob[1]
 
     def at(self, temperature: float) -> Distribution:
         """The distribution of the logits divided by `temperature`."""

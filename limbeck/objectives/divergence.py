@@ -227,7 +227,9 @@ def adaptive_kl(p: Distribution, q: Distribution, *, mu: float = 0.5) -> ValueAn
     """
     least_R1 = least_of_mass(p.prob, mu)[:, None]
     gap_RV = (p.prob - q.prob).abs_()
-    all_R, head_R = gap_RV.sum(-1), torch.where(p.prob >= least_R1, gap_RV, 0).sum(-1)
+    below_R1 = torch.nextafter(least_R1, torch.full_like(least_R1, -1))
+    in_head_RV = (p.prob - below_R1).relu_().sign_()  # 1 where p >= least: arithmetic is twice as fast as a comparison
+    all_R, head_R = gap_RV.sum(-1), _dot(in_head_RV, gap_RV)
     share_R = torch.where(all_R > 0, head_R / all_R.clamp_min(TINY), 0.5)
     return _blend(p, q, share_R, 1 - share_R)
 

@@ -217,9 +217,9 @@ def kto_baseline(candidates: Candidates) -> tuple[Tensor, Tensor]:
 RANKINGS["kto"] = replace(RANKINGS["kto"], measures=kto_baseline)
 
 
-def clamped_baseline(total: Tensor, count: Tensor) -> Tensor:
+def clamped_baseline(total: float, count: float) -> float:
     """max(0, total / count), the estimate of KL(student || reference) that `kto` takes; 0 without answers."""
-    return (total / count.clamp(min=1)).clamp(min=0)
+    return max(0.0, total / count) if count else 0.0
 
 
 @_register("-lp_best/len + w (-log s(log odds_best - log odds_worst)), odds = P/(1-P), P = exp(lp/len)", "Hong et al., arXiv:2403.07691",

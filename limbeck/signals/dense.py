@@ -6,14 +6,14 @@ Shapes: N response positions, E width of the teacher, V vocabulary, C positions 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import Divergence, ValueAndGradient
-from limbeck.objectives.head import Head
+from limbeck.objectives.head import Buffer, Head
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class DenseSignal:
 
     hidden_NE: Tensor
     head: Head
+    buffer: Buffer = field(default_factory=Buffer, repr=False, compare=False)
 
     @torch.no_grad()
     def chunk(self, positions: slice) -> DenseChunk:
-        """Teacher logits [C, V] of these positions, in fp32 or better."""
-        return DenseChunk(self.head.logits(self.hidden_NE[positions]))
+        """Teacher logits [C, V] of these positions, in fp32 or better; valid until the next chunk."""
+        return DenseChunk(self.head.logits(self.hidden_NE[positions], self.buffer))
