@@ -63,7 +63,7 @@ class Divergence:
         if p.logits_RV.dtype != q.logits_RV.dtype:
             p = Distribution(p.logits_RV.to(q.logits_RV.dtype))
         values_R, gradient_RV = self.fn(p.at(t), q.at(t), **extra, **rest)
-        return (values_R, gradient_RV) if t == 1 else (t**2 * values_R, t * gradient_RV)
+        return (values_R, gradient_RV) if t == 1 else (t**2 * values_R, gradient_RV.mul_(t))
 
 
 DIVERGENCES: dict[str, Divergence] = {}
@@ -85,8 +85,8 @@ def _dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:
 
 
 def _through_softmax(qg_RV: Tensor, q: Distribution) -> Tensor:
-    """q (g - sum q g) from the product q g."""
-    return qg_RV - q.prob * qg_RV.sum(-1, keepdim=True)
+    """q (g - sum q g) from the product q g, which it overwrites."""
+    return qg_RV.addcmul_(q.prob, qg_RV.sum(-1, keepdim=True), value=-1)
 
 
 @_register("sum p log(p / q)", "Hinton et al., arXiv:1503.02531")
@@ -158,7 +158,7 @@ def jsd_rescaled(p: Distribution, q: Distribution, *, teacher_share: float = 0.5
         return forward_kl(p, q) if teacher_share == 0 else reverse_kl(p, q)
     values_R, gradient_RV = jsd(p, q, teacher_share=teacher_share)
     scale = 1 / (teacher_share * (1 - teacher_share))
-    return scale * values_R, scale * gradient_RV
+    return scale * values_R, gradient_RV.mul_(scale)
 
 
 @_register("1/2 sum |p - q|", "Wen et al., arXiv:2307.15190")
@@ -171,7 +171,7 @@ def tvd(p: Distribution, q: Distribution) -> ValueAndGradient:
 @_register("1/2 sum (sqrt p - sqrt q)^2", "Hellinger; the alpha = beta = 1/2 case of arXiv:2505.04560 up to a factor 4")
 def hellinger(p: Distribution, q: Distribution) -> ValueAndGradient:
     """Squared Hellinger distance, between 0 and 1; at most the total variation distance."""
-    root_p_RV, root_q_RV = (0.5 * p.log).exp(), (0.5 * q.log).exp()
+    root_p_RV, root_q_RV = p.prob.sqrt(), q.prob.sqrt()
     return 0.5 * (root_p_RV - root_q_RV).square().sum(-1), _through_softmax(-0.5 * root_p_RV * root_q_RV, q)
 
 
@@ -284,18 +284,20 @@ def alpha_beta(p: Distribution, q: Distribution, *, alpha: float = 0.2, beta: fl
     a, b = alpha, beta
     small = 0 < min(a or 1, b or 1) < SMALL_EXPONENT  # near a limit, half of fp32's digits cancel
     log_p_RV, log_q_RV = (p.log.double(), q.log.double()) if small else (p.log, q.log)
-    ratio_RV = log_q_RV - log_p_RV
-    q_ab_RV, p_ab_RV = ((a + b) * log_q_RV).exp(), ((a + b) * log_p_RV).exp()
-    mixed_RV = (a * log_p_RV + b * log_q_RV).exp()
-    qg_RV = q_ab_RV * ratio_RV if a == 0 else (q_ab_RV - mixed_RV) / a
-    if a == 0 and b == 0:
-        values_R = 0.5 * ratio_RV.square().sum(-1)
-    elif b == 0:
-        values_R = (-a * p_ab_RV * ratio_RV - p_ab_RV + q_ab_RV).sum(-1) / a**2
-    elif a == 0:
-        values_R = (b * q_ab_RV * ratio_RV - q_ab_RV + p_ab_RV).sum(-1) / b**2
+    q_ab_RV, p_ab_RV = ((a + b) * log_q_RV).exp_(), ((a + b) * log_p_RV).exp_()
+    mixed_RV = (a * log_p_RV).add_(log_q_RV, alpha=b).exp_()
+    if a > 0 and b > 0:
+        qg_RV = (q_ab_RV - mixed_RV).div_(a)
+        values_R = p_ab_RV.mul_(a / (a + b)).add_(q_ab_RV, alpha=b / (a + b)).sub_(mixed_RV).sum(-1) / (a * b)
     else:
-        values_R = (a / (a + b) * p_ab_RV + b / (a + b) * q_ab_RV - mixed_RV).sum(-1) / (a * b)
+        ratio_RV = log_q_RV - log_p_RV
+        qg_RV = q_ab_RV * ratio_RV if a == 0 else (q_ab_RV - mixed_RV) / a
+        if a == 0 and b == 0:
+            values_R = 0.5 * ratio_RV.square().sum(-1)
+        elif b == 0:
+            values_R = (-a * p_ab_RV * ratio_RV - p_ab_RV + q_ab_RV).sum(-1) / a**2
+        else:
+            values_R = (b * q_ab_RV * ratio_RV - q_ab_RV + p_ab_RV).sum(-1) / b**2
     return values_R.to(q.log.dtype), _through_softmax(qg_RV.to(q.log.dtype), q)
 
 
