@@ -2,16 +2,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BROWSER = $(firstword $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name) 2>/dev/null)))
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test browser lint clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/limbeck run recipes/quickstart.yaml
 
-test: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(DEV) browser
+	$(if $(BROWSER),,@echo "No Chromium: the pages are not tested in a browser. Install the Debian package chromium.")
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(BROWSER),,-m "not browser")
+
+# The pages are tested in a real browser; where there is none and we may, it is installed.
+browser:
+	$(if $(BROWSER),,@[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || true)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

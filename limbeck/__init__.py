@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from limbeck.build import methods
+    from limbeck.comparison import compare
     from limbeck.objectives.divergence import divergence
     from limbeck.pipeline import check, run
     from limbeck.recipe import Recipe, load_recipe
     from limbeck.types import RecipeError, UserError
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "RecipeError", "UserError", "check", "divergence", "load_recipe", "methods", "run"]
+__all__ = ["Recipe", "RecipeError", "UserError", "check", "compare", "divergence", "load_recipe", "methods", "run"]
 
 _HOMES = {
     "Recipe": "limbeck.recipe",
     "RecipeError": "limbeck.types",
     "UserError": "limbeck.types",
     "check": "limbeck.pipeline",
+    "compare": "limbeck.comparison",
     "divergence": "limbeck.objectives.divergence",
     "load_recipe": "limbeck.recipe",
     "methods": "limbeck.build",

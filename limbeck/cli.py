@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from limbeck import console
+from limbeck.progress import Reporter
+
+if TYPE_CHECKING:
+    from limbeck.recipe import Recipe
 
 app = typer.Typer(
     help="Distil large language models: elicit what a teacher knows, train a student on it, prove what was kept.",
@@ -22,6 +28,9 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name 
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", metavar="RUN")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Replace a setting: a.b=c. May be given again.", metavar="A.B=C")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME by default.", metavar="DIR")]
+TrackOption = Annotated[
+    str | None, typer.Option("--track", help="Tell a tracker too: tensorboard, trackio, wandb or mlflow.", metavar="TRACKER")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
@@ -32,9 +41,15 @@ def main() -> None:
 
 
 @app.command(epilog="Example: limbeck run recipes/quickstart.yaml --set train.lr=1e-4 --out runs/second")
-def run(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, json_: JsonOption = False) -> None:  # noqa: B006
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = [],  # noqa: B006
+    out: OutOption = None,
+    json_: JsonOption = False,
+    track: TrackOption = None,
+) -> None:
     """Do all that a recipe asks for and that is not done yet. Kill it and run it again: it goes on."""
-    _stages(recipe, set_, out, json_, ("elicit", "train", "evaluate", "report"))
+    _stages(recipe, set_, out, json_, ("elicit", "train", "evaluate", "report"), track)
 
 
 @app.command(epilog="Example: limbeck elicit recipes/quickstart.yaml")
@@ -50,12 +65,13 @@ def train(
     out: OutOption = None,
     json_: JsonOption = False,
     profile: Annotated[bool, typer.Option("--profile", help="Time one step against its FLOP floor instead of training.")] = False,
+    track: TrackOption = None,
 ) -> None:
     """Train the student and its control (and elicit first, where text is missing)."""
     if profile:
         _profile(recipe, set_, out, json_)
     else:
-        _stages(recipe, set_, out, json_, ("elicit", "train"))
+        _stages(recipe, set_, out, json_, ("elicit", "train"), track)
 
 
 @app.command(epilog="Example: limbeck evaluate recipes/quickstart.yaml")
@@ -71,13 +87,46 @@ def report(
     table: Annotated[bool, typer.Option("--table", help="Print the result table as Markdown instead.")] = False,
 ) -> None:
     """Write report.html again from a run folder."""
-    from limbeck.report.page import read_summary, write_report
-    from limbeck.report.table import markdown
+    from limbeck.report.page import read_comparison, read_summary, write_report
+    from limbeck.report.table import compare_markdown, markdown
 
     if table:
-        console.out.print(markdown(read_summary(run_folder)), markup=False, end="")
+        compared = (run_folder / "comparison.json").exists()
+        text = compare_markdown(read_comparison(run_folder)) if compared else markdown(read_summary(run_folder))
+        console.out.print(text, markup=False, end="")
     else:
         _result({"report": str(write_report(run_folder))}, json_)
+
+
+@app.command(epilog="Example: limbeck compare seq-kd forward-kl reverse-kl --like quickstart --seeds 3")
+def compare(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes; only their writers and losses are their own.", metavar="RECIPE...")],
+    like: Annotated[
+        str | None,
+        typer.Option("--like", help="Whose teacher, student, prompts and training all take; else the first's.", metavar="RECIPE"),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="How often each is trained.", min=1)] = 3,
+    base: Annotated[str | None, typer.Option("--base", help="What the others are held against; else the first.", metavar="NAME")] = None,
+    set_: SetOption = [],  # noqa: B006
+    out: OutOption = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep every trained student, not only each method's first.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Train recipes under the same conditions and show what may be said of their differences. Kill it: it goes on."""
+    from limbeck.comparison import compare as compare_recipes
+
+    reporter = console.JsonLines() if json_ else console.Terminal()
+    with console.StopAsked().listening() as stop:
+        try:
+            folder = compare_recipes(
+                recipes, out, like=like, seeds=seeds, base=base, overrides=set_, keep=keep, reporter=reporter, stop=stop
+            )
+        finally:
+            reporter.close()
+    from limbeck.report.verdict import compare_verdict
+
+    comparison = json.loads((folder / "comparison.json").read_text())
+    _result({"comparison": str(folder), "verdict": compare_verdict(comparison), "report": str(folder / "report.html")}, json_)
 
 
 @app.command(epilog="Example: limbeck check recipes/quickstart.yaml --set teacher=./my-model")
@@ -171,7 +220,57 @@ def chat(
     converse(run_folder, max_tokens, temperature)
 
 
-def _stages(recipe: str, overrides: list[str], out: Path | None, as_json: bool, stages: tuple[str, ...]) -> None:
+@app.command(epilog="Example: limbeck watch runs/quickstart")
+def watch(
+    run_folder: RunArgument,
+    once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
+) -> None:
+    """Show how a run goes, anew every second: losses, rate, time left. Ctrl-C ends the watching, not the run."""
+    from limbeck.watch import watch as watch_run
+
+    watch_run(run_folder, console.out, once)
+
+
+@app.command(epilog="Example: limbeck harness runs/quickstart --task arc_easy --task my-task.yaml --limit 100")
+def harness(
+    where: Annotated[
+        str, typer.Argument(help="A run folder, a model, or with --base-url the server's name of its model.", metavar="WHERE")
+    ],
+    task: Annotated[
+        list[str], typer.Option("--task", help="A task's name, a YAML file, or a task folder. May be given again.", metavar="TASK")
+    ],
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many items of each task.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A JSON file; RUN/evaluation/harness.json of a run.", metavar="FILE")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    base_url: Annotated[
+        str | None, typer.Option("--base-url", help="An OpenAI-compatible server; its key comes from OPENAI_API_KEY.", metavar="URL")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Whose tokenizer the served model has; to score given text.", metavar="MODEL")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Run tasks of EleutherAI's lm-evaluation-harness on a student, a model or a server."""
+    from limbeck.harness.run import harness as run_harness
+
+    def note(text: str) -> None:
+        console.err.print(text, markup=False)
+
+    found = run_harness(where, task, out, limit=limit, chat=chat, base_url=base_url, tokenizer=tokenizer, note=note)
+    if json_:
+        _result(found, True)
+        return
+    for name, entry in found["tasks"].items():
+        for metric, result in entry["results"].items():
+            shown = "not a number" if result["value"] is None else f"{result['value']:.4f}"
+            error = "" if result["stderr"] is None else f" +- {result['stderr']:.4f}"
+            console.out.print(f"{name} {metric}: {shown}{error}", markup=False)
+    console.out.print(f"results: {found['file']}", markup=False)
+
+
+def _stages(
+    recipe: str, overrides: list[str], out: Path | None, as_json: bool, stages: tuple[str, ...], tracker: str | None = None
+) -> None:
     from limbeck.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -180,7 +279,8 @@ def _stages(recipe: str, overrides: list[str], out: Path | None, as_json: bool, 
     reporter = console.JsonLines() if as_json else console.Terminal()
     with console.StopAsked().listening() as stop:
         try:
-            folder = run_recipe(loaded, out, reporter, stop, stages)
+            with _tracked(reporter, loaded, out, tracker) as told:
+                folder = run_recipe(loaded, out, told, stop, stages)
         finally:
             reporter.close()
     result: dict[str, Any] = {"run": str(folder)}
@@ -190,6 +290,22 @@ def _stages(recipe: str, overrides: list[str], out: Path | None, as_json: bool, 
         summary = json.loads((folder / "evaluation" / "summary.json").read_text())
         result |= {"verdict": verdict(summary), "report": str(folder / "report.html")}
     _result(result, as_json)
+
+
+@contextlib.contextmanager
+def _tracked(reporter: Reporter, recipe: Recipe, out: Path | None, tracker: str | None) -> Iterator[Reporter]:
+    """The reporter, or one that tells a tracker too."""
+    if tracker is None:
+        yield reporter
+        return
+    from limbeck.build import run_folder
+    from limbeck.track import Tracked
+
+    tracked = Tracked(reporter, run_folder(recipe, out), tracker)
+    try:
+        yield tracked
+    finally:
+        tracked.close()
 
 
 def _profile(recipe: str, overrides: list[str], out: Path | None, as_json: bool) -> None:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from limbeck import build, checkpoint, data
+from limbeck import build, checkpoint, controls, data, evaluation
 from limbeck import train as training_loop
 from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import Answerer
-from limbeck.evaluate.measure import System, measure
 from limbeck.jobs import make_job
 from limbeck.models.load import Model, check_same_vocabulary, is_ready, load_config, load_tokenizer, model_identity, save_model
 from limbeck.models.prune import Calibration, Choice
@@ -75,12 +74,16 @@ def check(recipe: Recipe) -> Plan:
 
 @dataclass
 class Run:
-    """One recipe in one folder. The heavy things are loaded when first needed, and once."""
+    """One recipe in one folder. The heavy things are loaded when first needed, and once.
+
+    Runs of one comparison share the teacher and the text of the run that they stand `beside`.
+    """
 
     recipe: Recipe
     folder: Path
     reporter: Reporter
     stop: Callable[[], bool] = lambda: False
+    beside: Run | None = None
 
     @cached_property
     def text(self) -> Text:
@@ -89,10 +92,17 @@ class Run:
             "untouched": lambda: InProcessTeacher(self.untouched()),
         }
         identities = {"teacher": lambda: self.teacher_identity, "untouched": lambda: self.untouched_identity}
-        return Text(self.recipe, self.folder, self.reporter, self.stop, writers, identities)
+        return Text(self.recipe, self.library, self.reporter, self.stop, writers, identities)
+
+    @property
+    def library(self) -> Path:
+        """The folder whose `store.sqlite` holds the text."""
+        return self.beside.library if self.beside else self.folder
 
     @cached_property
     def teacher(self) -> InProcessTeacher:
+        if self.beside:
+            return self.beside.teacher
         self.reporter.note(f"loading the teacher, {self.recipe.teacher}")
         return build.teacher(self.recipe)
 
@@ -182,15 +192,21 @@ class Run:
         """The training called `name`, ready to start or to go on."""
         recipe, terms, settings = self.recipe, build.terms(self.recipe), self.recipe.train
         rows = self.rows(self.text.training(), student)
-        if name == "sft_control":  # the same prompts' preferred answers, never the student's own, for as many steps
-            together = any(term.unit == "group" for term in terms)
-            steps = training_loop.total_steps(rows, settings, together)
+        if name != "student":  # for as many steps
+            steps = training_loop.total_steps(rows, settings, any(term.unit == "group" for term in terms))
             settings = settings.model_copy(update={"steps": steps, "epochs": None})
-            terms, rows = [make_term("cross_entropy", {})], [r for r in rows if data.BEST in r.tags and "untouched" not in r.tags]
+            terms, rows = [make_term("cross_entropy", {})], self.control_rows(name, rows, student)
         folder = self.path(self.home(name))
         folder.mkdir(parents=True, exist_ok=True)
-        store, key = self.path("store.sqlite"), f"{recipe.hash}/{name}"
+        store, key = self.library / "store.sqlite", f"{recipe.hash}/{name}"
         return make_job(terms, student, rows, lambda: self.teacher, recipe.student.lora, settings, folder, key, store, self.progress)
+
+    def control_rows(self, name: str, rows: list[data.Row], student: Model) -> list[data.Row]:
+        """What a control is fine-tuned on; `rows` is the student's own training text."""
+        if name == "gold_control":
+            return self.rows(controls.gold_samples(self.text.prompts[0]), student)
+        answers = controls.preferred(rows)
+        return controls.shuffled(answers, self.recipe.text_seed) if name == "shuffled_control" else answers
 
     def home(self, name: str) -> str:
         return "." if name == "student" else f"controls/{name}"
@@ -208,26 +224,24 @@ class Run:
         for name in ("student", *self.controls()):
             if not self.path(self.home(name), "student").exists():
                 raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
-        loaders: dict[str, Callable[[], Model]] = {"teacher": lambda: self.teacher.model}
+        bench = evaluation.bench(self.recipe, self.path("evaluation"), self.teacher, self.text, self.held_out_rows(), self.progress)
+        systems = {"teacher": [bench.measure("teacher", lambda: self.teacher.model)]}
         if "untouched" in self.recipe.evaluate.controls:
-            loaders["untouched"] = self.untouched
+            systems["untouched"] = [bench.measure("untouched", self.untouched)]
         for name in (*self.controls(), "student"):
-            loaders[name] = lambda name=name: build.model(self.path(self.home(name), "student"))  # type: ignore[misc]
-        systems = [System(name, load()) for name, load in loaders.items()]
-        held_out = self.text.held_out()
-        facts = {"recipe": self.recipe.hash, "name": self.recipe.name, "controls": [s.name for s in systems[1:-1]]}
-        measure(
-            self.path("evaluation"),
-            systems,
-            self.teacher,
-            self.rows(held_out, self.teacher.model),
-            {sample.id: prompt.id for sample, prompt in zip(held_out, self.text.prompts[1], strict=True)},
-            self.text.prompts[1],
-            build.tasks(self.recipe),
-            self.recipe.evaluate.max_tokens,
-            facts | {"held_out": self.text.facts()},
-            self.progress,
-        )
+            systems[name] = [bench.measure(name, lambda name=name: self.trained(name), lens=name == "student")]  # type: ignore[misc]
+        evaluation.write_summary(self.recipe, bench, self.text, systems)
+
+    def trained(self, name: str) -> Model:
+        """The exported student, or a trained control."""
+        return build.model(self.path(self.home(name), "student"))
+
+    def held_out_rows(self) -> list[data.Row]:
+        """The teacher's answers to the held-out prompts; each row's id is its prompt's."""
+        samples = self.text.held_out()
+        rows = {row.sample_id: row for row in self.rows(samples, self.teacher.model)}
+        pairs = zip(samples, self.text.prompts[1], strict=True)
+        return [replace(rows[sample.id], sample_id=prompt.id) for sample, prompt in pairs if sample.id in rows]
 
     def report(self) -> None:
         """Write `report.html` from the folder alone."""

@@ -124,7 +124,7 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     one_answer_each = len(recipe.writer) == 1 or any(writer.share < 1 for writer in recipe.writer)
     by_others = all(writer.by != "untouched" for writer in recipe.writer)
     is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and one_answer_each and by_others
-    return ["sft_control"] if "sft_control" in recipe.evaluate.controls and not is_fine_tuning else []
+    return [name for name in recipe.evaluate.controls if name != "untouched" and not (name == "sft_control" and is_fine_tuning)]
 
 
 def make_plan(

@@ -84,10 +84,14 @@ class Student(_Section):
 
 
 class Prompts(_Section):
-    """`from` is `builtin/NAME` or a JSONL file with a `prompt` (and, for a corpus, an `answer`) on every line."""
+    """`from` is `builtin/NAME` or a JSONL file with a `prompt` (and, for a corpus, an `answer`) on every line.
+
+    `seed` draws the text; left out, it is the training's. With a seed of its own the text stays while the training varies.
+    """
 
     source: str = Field(alias="from")
     limit: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
 
 
 class Writer(_Section):
@@ -134,13 +138,19 @@ class Train(_Section):
 
 
 class Evaluate(_Section):
-    """What is measured: `fidelity` to the teacher, and tasks by name. `limit` bounds the held-out prompts."""
+    """What is measured: `fidelity` to the teacher, and tasks by name. `limit` bounds the held-out prompts.
+
+    Every system also writes text of its own to the first `own_prompts` of them (left out: OWN_PROMPTS). Controls that are trained:
+    `sft_control` on the teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's text with
+    the answers dealt to other prompts; all for as many steps and tokens as the student.
+    """
 
     metrics: list[str] = ["fidelity"]
     prompts: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] = 96
-    controls: list[Literal["untouched", "sft_control"]] = ["untouched", "sft_control"]
+    own_prompts: Annotated[int, Field(ge=1)] | None = None
+    controls: list[Literal["untouched", "sft_control", "gold_control", "shuffled_control"]] = ["untouched", "sft_control"]
 
 
 class Recipe(_Section):
@@ -167,6 +177,11 @@ class Recipe(_Section):
         if len(set(map(str, self.writer))) < len(self.writer):
             raise ValueError("two writers are the same in everything, so they would write the same text; change one, or leave it out")
         return self
+
+    @property
+    def text_seed(self) -> int:
+        """What prompts, writers and answers are drawn with."""
+        return self.train.seed if self.prompts.seed is None else self.prompts.seed
 
     @property
     def held_out_writer(self) -> Writer:

@@ -86,7 +86,7 @@ class Text:
         writers = self.recipe.writer
         if len(writers) > 1 and all(writer.share == 1 for writer in writers):
             return [(place * len(prompt.answers or (1,)), writer) for place, writer in enumerate(writers)]
-        point = int(content_hash([self.recipe.train.seed, prompt.id])[:13], 16) / 16**13
+        point = int(content_hash([self.recipe.text_seed, prompt.id])[:13], 16) / 16**13
         for writer in writers:
             point -= writer.share
             if point < 0:
@@ -94,7 +94,7 @@ class Text:
         return [(0, writer)]
 
     def _request(self, prompt: Prompt, by: str, sampling: Sampling) -> Request:
-        (request,) = label([prompt], self.identities[by](), sampling, self.recipe.train.seed)
+        (request,) = label([prompt], self.identities[by](), sampling, self.recipe.text_seed)
         return request
 
     def _ask(self, requests: Sequence[Request], by: str) -> list[Sample]:

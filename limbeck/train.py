@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from limbeck import checkpoint, ranks
 from limbeck.data import Row, Step, make_batch, steps_from, steps_of_epoch
 from limbeck.durable import append_json, crash_point, read_jsonl, write_text
-from limbeck.memory import keep_freed_memory
+from limbeck.memory import forget_peak, keep_freed_memory, peak_mib
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.match import Match
@@ -108,6 +108,7 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
         UserError: the loss or the gradient is not finite; no update was made from it.
     """
     keep_freed_memory()
+    forget_peak()
     settings, steps = job.settings, total_steps(job.rows, job.settings, job.together)
     parameters = job.parameters()
     optimizer = _optimizer(parameters, settings)
@@ -165,6 +166,7 @@ def _step(
         term.after(job.states, (step + 1) / steps, means[term.label], clamped_baseline(total, count) if count else None)
     return {
         "step": step + 1,
+        "steps": steps,
         "loss": loss,
         "terms": means,
         **({"scheduled": moving} if (moving := _moving(terms)) else {}),
@@ -173,6 +175,7 @@ def _step(
         "response_tokens": int(sum(int(batch.mask_BT.sum()) for batch in batches)),
         "tokens": int(sum(batch.tokens_BT.numel() for batch in batches)),
         "seconds": round(time.perf_counter() - began, 4),
+        "memory_mib": peak_mib(),
     }
 
 

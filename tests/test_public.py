@@ -9,17 +9,20 @@ import typing
 import limbeck
 from limbeck.cli import app
 
-NAMES = ["Recipe", "RecipeError", "UserError", "check", "divergence", "load_recipe", "methods", "run"]
+NAMES = ["Recipe", "RecipeError", "UserError", "check", "compare", "divergence", "load_recipe", "methods", "run"]
 RUNS = {"recipe", "--set", "--out", "--json"}
 COMMANDS = {
-    "run": RUNS,
+    "run": RUNS | {"--track"},
     "elicit": RUNS,
-    "train": RUNS | {"--profile"},
+    "train": RUNS | {"--profile", "--track"},
     "evaluate": RUNS,
     "report": {"run_folder", "--json", "--table"},
+    "compare": {"recipes", "--like", "--seeds", "--base", "--set", "--out", "--keep", "--json"},
     "check": {"recipe", "--set", "--json"},
     "methods": {"name", "--json"},
     "models": {"action", "name", "--json"},
+    "watch": {"run_folder", "--once"},
+    "harness": {"where", "--task", "--limit", "--out", "--chat", "--base-url", "--tokenizer", "--json"},
     "chat": {"run_folder", "--max-tokens", "--temperature"},
 }
 

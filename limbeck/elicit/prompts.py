@@ -69,7 +69,11 @@ def _locate(source: str, part: str, path: str) -> Path:
         name = source.removeprefix(BUILTIN)
         if name not in tasks:
             raise RecipeError(path, f"there are no built-in prompts {name!r}{nearest(name, tasks)}")
-        return tasks[name] / f"{part}.jsonl"
+        file = tasks[name] / f"{part}.jsonl"
+        if part == "train" and not file.is_file():
+            having = [known for known, folder in tasks.items() if (folder / "train.jsonl").is_file()]
+            raise RecipeError(path, f"the task {name} has nothing to train on, only to be measured by; take {' or '.join(having)}")
+        return file
     file = Path(source).expanduser()
     if not file.is_file():
         raise RecipeError(path, f"there is no file {source!r}; give a JSONL file or builtin/everyday")

@@ -1,107 +1,252 @@
-"""Fidelity: how near a student's next-token distribution is to the teacher's, on held-out teacher text.
+"""Fidelity: how near a system's next-token distribution is to the teacher's, at every token of some text.
 
-Full vocabulary, nats per response token, teacher-forced: every system reads the same prefixes. Not covered: text that
-the student itself wrote (its own prefixes), where the distance is usually larger.
+Full vocabulary, nats per response token. All read the same prefixes: held-out text of the teacher, or text that the
+system itself wrote, where what it does differently adds up (exposure bias).
 
-Shapes: N response positions of a batch, V vocabulary.
+Shapes: N response positions of a batch, R of a block, V vocabulary, K choices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from limbeck.data import Row, make_batch
+from limbeck.data import MicroBatch, Row, make_batch
+from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.statistics import Interval, ratio_interval
 from limbeck.memory import keep_freed_memory
 from limbeck.models.load import Model, head_of, hidden_states
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.objectives.head import TeacherSignal, compared
+from limbeck.objectives.distribution import Distribution
+from limbeck.objectives.divergence import TINY
+from limbeck.objectives.head import Head, compared
+from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch
 
-METRICS = ("forward_kl", "reverse_kl", "jsd")
+SUMMED = (
+    "forward_kl", "reverse_kl", "jsd", "tvd", "nll", "teacher_nll", "entropy", "top1", "top5", "wrong", "same_wrong",
+)  # fmt: skip
+CHOICES = 5
+SHOWN_CHOICES = 3
 ROWS_TOGETHER = 8
+KEPT_BYTES = 2**30  # of the teacher's hidden states, so that a second system costs no second pass of the teacher
+LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024)
+Progress = Callable[[int, int], None]
+Choices = list[tuple[int, float]]
 
 
 @dataclass
 class ItemFidelity:
-    """Sums over one answer's tokens; `lens` holds per token [id, forward KL, teacher's and student's top choice]."""
+    """Sums over one answer's tokens.
+
+    `lengths` holds [nats of forward KL, tokens] among the tokens before each position of LENGTHS (and after the one before),
+    `classes` the same by class of token, `lens` per token (id, forward KL, the teacher's choices, the system's choices),
+    for the answers that are shown.
+    """
 
     sample_id: str
     tokens: int = 0
     sums: dict[str, float] = field(default_factory=dict)
-    lens: list[tuple[int, float, int, int]] = field(default_factory=list)
+    lengths: dict[str, tuple[float, int]] = field(default_factory=dict)
+    classes: dict[str, tuple[float, int]] = field(default_factory=dict)
+    reliability: Reliability | None = None
+    lens: list[tuple[int, float, Choices, Choices]] = field(default_factory=list)
 
 
-def fidelity(
-    systems: dict[str, Model],
-    teacher: InProcessTeacher,
-    rows: Sequence[Row],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[ItemFidelity]]:
-    """Per-item sums of every fidelity metric for every system, in the order of `rows`.
+class Text:
+    """Rows with the teacher's distribution at their response tokens, computed once for all systems that read them."""
 
-    The teacher is run once per batch for all systems. `nll` is the negative log-likelihood of the teacher's text
-    (its exponential per token is the perplexity), `top1` counts positions where both most likely tokens agree.
-    """
-    keep_freed_memory()
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    vocabulary = min(head_of(system.net).vocabulary for system in (*systems.values(), teacher.model))
-    found: dict[str, dict[int, ItemFidelity]] = {name: {} for name in systems}
-    for start in range(0, len(order), ROWS_TOGETHER):
-        picked = tuple(order[start : start + ROWS_TOGETHER])
-        batch = make_batch(rows, picked)
-        signal = teacher.view(batch, vocabulary=vocabulary).signal
-        assert signal is not None
-        for name, system in systems.items():
-            columns = _measure(system, batch, signal, vocabulary)
-            for index, item in zip(picked, _split(batch, columns), strict=True):
-                found[name][index] = item
-        progress(min(start + ROWS_TOGETHER, len(order)), len(order))
-    return {name: [items[index] for index in range(len(rows))] for name, items in found.items()}
+    def __init__(self, rows: Sequence[Row], teacher: InProcessTeacher) -> None:
+        self.rows, self.teacher = rows, teacher
+        self.vocabulary = min(head_of(teacher.model.net).vocabulary, teacher.model.tokens)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        self.picks: list[MicroBatch] = [tuple(order[start : start + ROWS_TOGETHER]) for start in range(0, len(order), ROWS_TOGETHER)]
+        self._kept: dict[int, DenseSignal] = {}
+
+    def batches(self) -> Iterator[tuple[MicroBatch, Batch, DenseSignal]]:
+        """(places of the rows, batch, the teacher's side), the shortest rows first."""
+        width = self.teacher.model.net.config.hidden_size
+        keep = sum(len(row.response_ids) for row in self.rows) * width * 4 <= KEPT_BYTES
+        for number, picked in enumerate(self.picks):
+            batch = make_batch(self.rows, picked)
+            signal = self._kept.get(number)
+            if signal is None:
+                found = self.teacher.view(batch, vocabulary=self.vocabulary).signal
+                assert isinstance(found, DenseSignal)
+                signal = found
+            if keep:
+                self._kept[number] = signal
+            yield picked, batch, signal
 
 
 @torch.no_grad()
-def _measure(system: Model, batch: Batch, teacher: TeacherSignal, vocabulary: int) -> dict[str, Tensor]:
-    """Every metric at every response position, [N] each."""
-    device = system.net.device
-    rows_N, positions_N = batch.response_positions()
-    hidden_ND = hidden_states(system.net, batch.tokens_BT.to(device))[rows_N, positions_N]
-    targets_N = batch.tokens_BT[rows_N, positions_N + 1].to(device)
-    columns: dict[str, list[Tensor]] = {}
-    for part, q, p in compared(hidden_ND, head_of(system.net).cut(vocabulary), teacher):
-        values = {name: DIVERGENCES[name](p, q, DIVERGENCES[name].defaults)[0] for name in METRICS}
-        values["nll"] = -q.log.gather(-1, targets_N[part, None])[:, 0]
-        values["teacher_top"], values["student_top"] = p.logits_RV.argmax(-1), q.logits_RV.argmax(-1)
-        values["top1"] = (values["teacher_top"] == values["student_top"]).float()
-        for name, value_R in values.items():
-            columns.setdefault(name, []).append(value_R)
-    return {name: torch.cat(parts) for name, parts in columns.items()} | {"targets": targets_N}
+def fidelity(system: Model, text: Text, shown: Collection[str] = (), progress: Progress = lambda done, total: None) -> list[ItemFidelity]:
+    """One record per row, in the order of the rows.
+
+    Args:
+        shown: sample ids whose single tokens are recorded too.
+    """
+    keep_freed_memory()
+    found: dict[int, ItemFidelity] = {}
+    classes = TokenClasses(system.tokenizer)
+    head = head_of(system.net)
+    for picked, batch, signal in text.batches():
+        rows_N, positions_N = batch.response_positions()
+        if system is text.teacher.model:
+            hidden_ND = signal.hidden_NE
+        else:
+            hidden_ND = hidden_states(system.net, batch.tokens_BT.to(system.net.device))[rows_N, positions_N]
+        targets_N = batch.tokens_BT[rows_N, positions_N + 1].to(hidden_ND.device)
+        columns = _columns(hidden_ND, head.cut(min(text.vocabulary, head.vocabulary)), signal, targets_N)
+        at = 0
+        for index, sample_id, count in zip(picked, batch.sample_ids, batch.mask_BT.sum(1).tolist(), strict=True):
+            part = {name: column[at : at + count] for name, column in columns.items()}
+            found[index] = _item(sample_id, part, classes, sample_id in shown)
+            at += count
+        progress(len(found), len(text.rows))
+    return [found[index] for index in range(len(text.rows))]
 
 
-def _split(batch: Batch, columns: dict[str, Tensor]) -> list[ItemFidelity]:
-    """Cut the columns of a batch into its rows (response positions run row by row)."""
-    items, at = [], 0
-    for sample_id, count in zip(batch.sample_ids, batch.mask_BT.sum(1).tolist(), strict=True):
-        part = slice(at, at + count)
-        sums = {name: float(columns[name][part].double().sum()) for name in (*METRICS, "nll", "top1")}
-        lens = zip(*(columns[name][part].tolist() for name in ("targets", "forward_kl", "teacher_top", "student_top")), strict=True)
-        items.append(ItemFidelity(sample_id, count, sums, [(t, round(max(kl, 0.0), 4), a, b) for t, kl, a, b in lens]))
-        at += count
-    return items
+def _columns(hidden_ND: Tensor, head: Head, signal: DenseSignal, targets_N: Tensor) -> dict[str, Tensor]:
+    """Every measure at every response position: [N], choices [N, K]."""
+    parts: dict[str, list[Tensor]] = {}
+    for part, q, p in compared(hidden_ND, head, signal):
+        for name, value in _measures(p, q, targets_N[part, None]).items():
+            parts.setdefault(name, []).append(value)
+    return {name: torch.cat(values).cpu() for name, values in parts.items()} | {"targets": targets_N.cpu()}
 
 
-def summarise(items: Sequence[ItemFidelity]) -> dict[str, dict[str, Any]]:
+def _measures(p: Distribution, q: Distribution, target_R1: Tensor) -> dict[str, Tensor]:
+    """All measures of a block in one go: `limbeck.divergence` would take its gradient each time, too."""
+
+    def dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:
+        return (a_RV * b_RV).sum(-1)
+
+    ratio_RV = p.log - q.log
+    log_m_RV = (0.5 * (p.prob + q.prob)).clamp_min_(TINY).log_()
+    teacher, student = (model.prob.topk(min(CHOICES, model.prob.shape[-1])) for model in (p, q))
+    first_R, theirs_R, target_R = student.indices[:, 0], teacher.indices[:, 0], target_R1[:, 0]
+    common_R = (student.indices[:, :, None] == teacher.indices[:, None]).any(-1).float().mean(-1)
+    return {
+        "forward_kl": dot(p.prob, ratio_RV),
+        "reverse_kl": -dot(q.prob, ratio_RV),
+        "jsd": 0.5 * (dot(p.prob, p.log - log_m_RV) + dot(q.prob, q.log - log_m_RV)),
+        "tvd": 0.5 * (p.prob - q.prob).abs_().sum(-1),
+        "nll": -q.log.gather(-1, target_R1)[:, 0],
+        "teacher_nll": -p.log.gather(-1, target_R1)[:, 0],
+        "entropy": -dot(q.prob, q.log),
+        "top1": (first_R == theirs_R).float(),
+        "top5": common_R,
+        "wrong": (first_R != target_R).float(),
+        "same_wrong": ((first_R != target_R) & (first_R == theirs_R)).float(),
+        "confidence": student.values[:, 0],
+        "teacher_choices": teacher.indices[:, :SHOWN_CHOICES],
+        "teacher_shares": teacher.values[:, :SHOWN_CHOICES],
+        "student_choices": student.indices[:, :SHOWN_CHOICES],
+        "student_shares": student.values[:, :SHOWN_CHOICES],
+    }
+
+
+def _item(sample_id: str, part: Mapping[str, Tensor], classes: TokenClasses, shown: bool) -> ItemFidelity:
+    """One answer's record from its positions' measures."""
+    targets, nats = part["targets"].tolist(), part["forward_kl"].double().tolist()
+    item = ItemFidelity(sample_id, len(targets), {name: float(part[name].double().sum()) for name in SUMMED})
+    for position, (token, value) in enumerate(zip(targets, nats, strict=True)):
+        length = str(next((length for length in LENGTHS if position < length), "longer"))
+        for table, key in ((item.lengths, length), (item.classes, classes.of(token))):
+            total, count = table.get(key, (0.0, 0))
+            table[key] = (total + value, count + 1)
+    item.reliability = Reliability.of(part["confidence"].numpy(), 1 - part["wrong"].numpy())
+    if shown:
+        teachers, students = (_choices(part[f"{who}_choices"], part[f"{who}_shares"]) for who in ("teacher", "student"))
+        item.lens = [(t, round(max(kl, 0.0), 4), a, b) for t, kl, a, b in zip(targets, nats, teachers, students, strict=True)]
+    return item
+
+
+def _choices(ids_NK: Tensor, shares_NK: Tensor) -> list[Choices]:
+    return [list(zip(ids, shares, strict=True)) for ids, shares in zip(ids_NK.tolist(), shares_NK.tolist(), strict=True)]
+
+
+class TokenClasses:
+    """What kind of token an id is, by its text: where does a student lose most?"""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self._known = tokenizer, dict[int, str]()
+
+    def of(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._look(token)
+        return self._known[token]
+
+    def _look(self, token: int) -> str:
+        if token in self.tokenizer.all_special_ids:
+            return "end of answer"
+        text = str(self.tokenizer.decode([token]))
+        bare = text.strip()
+        if not bare:
+            return "white space"
+        if any(letter.isdigit() for letter in bare):
+            return "number"
+        if not any(letter.isalpha() for letter in bare):
+            return "punctuation"
+        return "start of a word" if text[0].isspace() else "inside a word"
+
+
+def summarise(items: Sequence[ItemFidelity]) -> dict[str, Interval]:
     """The fidelity metrics of one system with their intervals over answers."""
     tokens = [item.tokens for item in items]
-    intervals = {name: ratio_interval([item.sums[name] for item in items], tokens) for name in (*METRICS, "top1", "nll")}
-    nll = intervals.pop("nll")
-    intervals["perplexity"] = Interval(math.exp(nll.value), math.exp(nll.low), math.exp(nll.high), nll.n)
-    intervals["top1_agreement"] = intervals.pop("top1")
-    return {name: interval.as_dict() for name, interval in intervals.items()}
+
+    def per_token(name: str) -> Interval:
+        return ratio_interval([item.sums[name] for item in items], tokens)
+
+    found = {name: per_token(name) for name in ("forward_kl", "reverse_kl", "jsd", "tvd", "entropy")}
+    found |= {"top1_agreement": per_token("top1"), "top5_overlap": per_token("top5")}
+    nll = per_token("nll")
+    found["perplexity"] = Interval(math.exp(nll.value), math.exp(nll.low), math.exp(nll.high), nll.n)
+    wrong = [item.sums["wrong"] for item in items]
+    if sum(wrong) > 0:
+        found["agree_when_wrong"] = ratio_interval([item.sums["same_wrong"] for item in items], wrong)
+    return found
+
+
+def by_class(items: Sequence[ItemFidelity]) -> dict[str, dict[str, float]]:
+    """Per class of token: how many, the mean forward KL in nats, and the share of all nats; the largest share first."""
+    totals: dict[str, tuple[float, int]] = {}
+    for item in items:
+        for name, (nats, count) in item.classes.items():
+            before = totals.get(name, (0.0, 0))
+            totals[name] = (before[0] + nats, before[1] + count)
+    whole = sum(nats for nats, _ in totals.values())
+    ordered = sorted(totals.items(), key=lambda entry: -entry[1][0])
+    return {
+        name: {"tokens": count, "forward_kl": nats / count, "share_of_loss": nats / whole if whole > 0 else 0.0}
+        for name, (nats, count) in ordered
+    }
+
+
+def exposure(own: Sequence[ItemFidelity], given: Sequence[ItemFidelity]) -> list[dict[str, float]]:
+    """Excess accumulated error in per cent, up to each length: 100 (R(l) - l e(l)) / (l e(l)) (Arora et al., arXiv:2204.01171).
+
+    R(l) is the forward KL summed over the first l tokens after prefixes that the system wrote (`own`), l e(l) the same after the
+    teacher's (`given`), each as the sum of the mean per position bucket. Ends where either has no tokens. 0: no exposure bias.
+    """
+    found, here, there, done = [], 0.0, 0.0, 0
+    for length in LENGTHS:
+        means = []
+        for items in (own, given):
+            pairs = [item.lengths[str(length)] for item in items if str(length) in item.lengths]
+            count = sum(n for _, n in pairs)
+            means.append(sum(nats for nats, _ in pairs) / count if count else None)
+        if means[0] is None or means[1] is None:
+            break
+        here += means[0] * (length - done)
+        there += means[1] * (length - done)
+        done = length
+        if there > 0:
+            found.append({"upto": length, "value": 100 * (here - there) / there})
+    return found

@@ -1,148 +1,178 @@
-"""Measure several systems on the same held-out text and questions; keep every item, then sum up.
+"""Measure systems one by one on the same held-out text and questions; keep every item. Summaries are made from the items alone.
 
-Writes `fidelity.jsonl` and `answers-SYSTEM.jsonl` (one record per item), `lens.jsonl` and, last, `summary.json`.
+Files, each written whole, so that a killed evaluation goes on where it was: `fidelity-SYSTEM.jsonl`, `own-SYSTEM.jsonl` (text
+that the system wrote itself), `answers-SYSTEM.jsonl`, `task-TASK-SYSTEM.jsonl`, `efficiency-SYSTEM.json`, `lens.jsonl`.
 """
 
 from __future__ import annotations
 
-import platform
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from limbeck.data import Row
 from limbeck.durable import read_jsonl, write_json, write_text
 from limbeck.elicit.prompts import Prompt
-from limbeck.evaluate import tasks
-from limbeck.evaluate.fidelity import ItemFidelity, fidelity, summarise
-from limbeck.evaluate.statistics import paired_difference
-from limbeck.evaluate.tasks import Answer, Task
+from limbeck.evaluate import wording
+from limbeck.evaluate.calibration import Reliability
+from limbeck.evaluate.efficiency import efficiency
+from limbeck.evaluate.fidelity import Choices, ItemFidelity, Text, fidelity
+from limbeck.evaluate.tasks import Answer, Scored, Task, answer_all, run_task
+from limbeck.models.generate import Job, generate
 from limbeck.models.load import Model
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.types import canonical_json
+from limbeck.types import Sampling, canonical_json, content_hash
 
 SHOWN = 24
+OWN_FACTS = ("tokens", "text", "finished", "repetition")
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class System:
-    name: str
-    model: Model
+class Protocol:
+    """What every system is measured on.
 
-
-def measure(
-    folder: Path,
-    systems: Sequence[System],
-    teacher: InProcessTeacher,
-    rows: Sequence[Row],
-    prompt_of: dict[str, str],
-    prompts: Sequence[Prompt],
-    task_list: Sequence[Task],
-    max_tokens: int,
-    facts: dict[str, Any],
-    progress: Progress = lambda done, total, detail: None,
-) -> dict[str, Any]:
-    """Every system's fidelity and task results, with intervals and paired differences.
-
-    Args:
-        folder: where records and summary are written.
-        systems: the teacher first, the student last.
-        rows: held-out teacher text, one row per prompt that got a non-empty answer.
-        prompt_of: the prompt's id for every row's sample id.
-        prompts: the held-out prompts; every system answers them and the tasks' own.
-        facts: what else the summary should hold: recipe hash, names, how the text was drawn.
+    `rows` is held-out teacher text (one row per prompt that got an answer, named by its id); all systems answer
+    `prompts` greedily, and write their own text at temperature 1 to the first `own_prompts` of them.
     """
-    models = {system.name: system.model for system in systems}
-    found = fidelity(models, teacher, rows, lambda done, total: progress(done, total, "fidelity on held-out text"))
-    records = [
-        {"system": name, "prompt_id": prompt_of[item.sample_id], "tokens": item.tokens, "sums": item.sums}
-        for name, items in found.items()
-        for item in items
-    ]
-    write_text(folder / "fidelity.jsonl", "".join(canonical_json(record) + "\n" for record in records))
-    summaries: dict[str, dict[str, Any]] = {name: summarise(items) for name, items in found.items()}
-    asked = list({prompt.id: prompt for prompt in [*prompts, *(p for task in task_list for p in task.prompts)]}.values())
-    answers = {system.name: _answers(folder, system, asked, max_tokens, progress) for system in systems}
-    texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.text} for prompt in prompts]
-    write_text(folder / "prompts.jsonl", "".join(canonical_json(record) + "\n" for record in texts))
-    student = systems[-1]
-    shown = {prompt.id for prompt in prompts[:SHOWN]}
-    lens = [_lens("teacher", prompt_of[item.sample_id], item, student.model) for item in found[student.name]]
-    lens += _lens_of_own_answers(student.model, teacher, prompts[:SHOWN], answers[student.name])
-    write_text(folder / "lens.jsonl", "".join(canonical_json(r) + "\n" for r in lens if r["prompt_id"] in shown))
-    for task in task_list:
-        for name, given in answers.items():
-            summaries[name] |= tasks.summarise(task, given)
-    summary = {
-        **facts,
-        "systems": summaries,
-        "paired": _paired(found, answers, task_list),
-        "tasks": {task.name: {"version": task.version, "decoding": "greedy", "max_tokens": max_tokens} for task in task_list},
-        "sizes": {system.name: _size(system.model) for system in systems},
-        "machine": {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+
+    rows: Sequence[Row]
+    prompts: Sequence[Prompt]
+    tasks: Sequence[Task]
+    max_tokens: int
+    own_prompts: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Every item of one system. `own_text` stands beside `own`: tokens, whether it ended, repetition, text."""
+
+    name: str
+    fidelity: list[ItemFidelity]
+    own: list[ItemFidelity]
+    own_text: list[dict[str, Any]]
+    answers: list[Answer]
+    tasks: dict[str, list[Scored]]
+    efficiency: dict[str, Any]
+
+
+class Bench:
+    """Measures into a folder; what is there already is read back, and a system all of whose files are there is not loaded."""
+
+    def __init__(self, folder: Path, teacher: InProcessTeacher, protocol: Protocol, progress: Progress = lambda done, total, detail: None):
+        self.folder, self.teacher, self.protocol, self.progress = folder, teacher, protocol, progress
+        self.held_out = Text(protocol.rows, teacher)
+        self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
+        texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.text} for prompt in protocol.prompts]
+        write_text(folder / "prompts.jsonl", _lines(texts))
+
+    def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> Measured:
+        """All of one system's records. `lens` keeps single tokens of the first answers, too."""
+        model = cache(load)
+        held_out = self._fidelity(name, model, lens)
+        own, own_text = self._own(name, model, lens)
+        answers = self._answers(name, model)
+        scored = {task.name: self._task(task, name, model, answers) for task in self.protocol.tasks}
+        return Measured(name, held_out, own, own_text, answers, scored, self._efficiency(name, model))
+
+    def _fidelity(self, name: str, model: Callable[[], Model], lens: bool) -> list[ItemFidelity]:
+        file = self.folder / f"fidelity-{name}.jsonl"
+        if not file.exists():
+            shown = self.shown if lens else set()
+            items = fidelity(model(), self.held_out, shown, partial(self._told, f"fidelity of {name}"))
+            if lens:
+                records = [_lens("teacher", item, model()) for item in items if item.lens]
+                write_text(self.folder / "lens.jsonl", _lines(records))
+            write_text(file, _lines([_record(item) for item in items]))
+        return [_item(record) for record in read_jsonl(file)]
+
+    def _own(self, name: str, model: Callable[[], Model], lens: bool) -> tuple[list[ItemFidelity], list[dict[str, Any]]]:
+        """Text that the system draws itself, and its distance from the teacher there."""
+        file = self.folder / f"own-{name}.jsonl"
+        if not file.exists():
+            system = model()
+            rows = self._write(name, system)
+            shown = {row.sample_id for row in rows[:SHOWN]} if lens else set[str]()
+            items = fidelity(system, Text(rows, self.teacher), shown, partial(self._told, f"own text of {name}"))
+            if lens:
+                kept = [record for record in read_jsonl(self.folder / "lens.jsonl") if record["writer"] != "student"]
+                kept += [_lens("student", item, system) for item in items if item.lens]
+                write_text(self.folder / "lens.jsonl", _lines(kept))
+            texts = [(system.decode(row.response_ids), row.response_ids[-1] in system.eos_ids) for row in rows]
+            facts = [{"text": text, "finished": ended, "repetition": wording.repetition(text)} for text, ended in texts]
+            write_text(file, _lines([_record(item) | extra for item, extra in zip(items, facts, strict=True)]))
+        records = read_jsonl(file)
+        return [_item(record) for record in records], [{key: record[key] for key in OWN_FACTS} for record in records]
+
+    def _write(self, name: str, system: Model) -> list[Row]:
+        """The system's own answers to the first held-out prompts, in the ids that were drawn."""
+        prompts = list(self.protocol.prompts[: self.protocol.own_prompts])
+        sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=self.protocol.max_tokens)
+        jobs = [
+            Job(system.prompt_ids(prompt.messages), sampling, int(content_hash([self.protocol.seed, prompt.id])[:15], 16))
+            for prompt in prompts
+        ]
+        rows: dict[int, Row] = {}
+        for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.tokens):
+            rows[index] = Row(prompts[index].id, tuple(jobs[index].prompt_ids), tuple(ids))
+            self.progress(len(rows), len(jobs), f"{name} writes")
+        return [rows[index] for index in range(len(jobs))]
+
+    def _answers(self, name: str, model: Callable[[], Model]) -> list[Answer]:
+        file = self.folder / f"answers-{name}.jsonl"
+        if not file.exists():
+            prompts = self.protocol.prompts
+            found = answer_all(model(), prompts, self.protocol.max_tokens, partial(self._told, f"answers of {name}"))
+            write_text(file, _lines([vars(answer) for answer in found]))
+        return [Answer(**record) for record in read_jsonl(file)]
+
+    def _task(self, task: Task, name: str, model: Callable[[], Model], answers: Sequence[Answer]) -> list[Scored]:
+        file = self.folder / f"task-{task.name}-{name}.jsonl"
+        if not file.exists():
+            given = {answer.prompt_id: answer for answer in answers}
+            told = partial(self._told, f"{task.name}: {name}")
+            found = run_task(task, model(), told, given, self.protocol.max_tokens)
+            write_text(file, _lines([vars(scored) for scored in found]))
+        return [Scored(**record) for record in read_jsonl(file)]
+
+    def _told(self, detail: str, done: int, total: int) -> None:
+        self.progress(done, total, detail)
+
+    def _efficiency(self, name: str, model: Callable[[], Model]) -> dict[str, Any]:
+        file = self.folder / f"efficiency-{name}.json"
+        if not file.exists():
+            system = model()
+            write_json(file, efficiency(system, [system.prompt_ids(prompt.messages) for prompt in self.protocol.prompts[:SHOWN]]))
+        return dict(json.loads(file.read_text()))
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> str:
+    return "".join(canonical_json(record) + "\n" for record in records)
+
+
+def _record(item: ItemFidelity) -> dict[str, Any]:
+    kept = {key: value for key, value in vars(item).items() if key not in ("lens", "reliability", "sample_id")}
+    return {"prompt_id": item.sample_id, **kept, "bins": item.reliability.rows() if item.reliability else []}
+
+
+def _item(record: dict[str, Any]) -> ItemFidelity:
+    lengths, classes = ({name: (nats, count) for name, (nats, count) in record[key].items()} for key in ("lengths", "classes"))
+    return ItemFidelity(record["prompt_id"], record["tokens"], record["sums"], lengths, classes, Reliability.from_rows(record["bins"]))
+
+
+def _lens(writer: str, item: ItemFidelity, system: Model) -> dict[str, Any]:
+    """Tokens as text with the divergence at each: [text, nats, the teacher's first choices, the system's]."""
+    text = cache(lambda token: system.tokenizer.decode([token]))
+
+    def choices(found: Choices) -> list[list[Any]]:
+        return [[text(token), round(share, 4)] for token, share in found]
+
+    return {
+        "writer": writer,
+        "prompt_id": item.sample_id,
+        "tokens": [[text(t), nats, choices(a), choices(b)] for t, nats, a, b in item.lens],
     }
-    write_json(folder / "summary.json", summary)
-    return summary
-
-
-def _answers(folder: Path, system: System, prompts: Sequence[Prompt], max_tokens: int, progress: Progress) -> list[Answer]:
-    """The system's answers, generated unless its whole file is there from an earlier call."""
-    file = folder / f"answers-{system.name}.jsonl"
-    known = [Answer(**record) for record in read_jsonl(file)]
-    if [answer.prompt_id for answer in known] != [prompt.id for prompt in prompts]:
-        known = tasks.answer_all(system.model, prompts, max_tokens, lambda done, total: progress(done, total, f"answers of {system.name}"))
-        write_text(file, "".join(canonical_json(vars(answer)) + "\n" for answer in known))
-    return known
-
-
-def _lens_of_own_answers(
-    student: Model, teacher: InProcessTeacher, prompts: Sequence[Prompt], answers: Sequence[Answer]
-) -> list[dict[str, Any]]:
-    """Where the student leaves the teacher on text that the student itself wrote."""
-    rows = []
-    for prompt, answer in zip(prompts, answers, strict=False):
-        ids = student.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-        if ids:
-            rows.append(Row(prompt.id, tuple(student.prompt_ids(prompt.messages)), tuple(ids)))
-    items = fidelity({"student": student}, teacher, rows)["student"] if rows else []
-    return [_lens("student", item.sample_id, item, student) for item in items]
-
-
-def _lens(writer: str, prompt_id: str, item: ItemFidelity, student: Model) -> dict[str, Any]:
-    """Tokens as text with the divergence at each: [text, nats, teacher's top choice, student's top choice]."""
-    decode = student.tokenizer.decode
-    tokens = [[decode([t]), nats, decode([a]), decode([b])] for t, nats, a, b in item.lens]
-    return {"writer": writer, "prompt_id": prompt_id, "tokens": tokens}
-
-
-def _paired(found: dict[str, list[ItemFidelity]], answers: dict[str, list[Answer]], task_list: Sequence[Task]) -> dict[str, dict[str, Any]]:
-    """student minus each control on the same items; for divergences below 0 favours the student."""
-    pairs: dict[str, dict[str, Any]] = {}
-    student = found["student"]
-    tokens = [item.tokens for item in student]
-    for name, items in found.items():
-        if name in ("student", "teacher"):
-            continue
-        differences = {
-            metric: paired_difference([a.sums[key] for a in student], [b.sums[key] for b in items], tokens).as_dict()
-            for metric, key in (("forward_kl", "forward_kl"), ("reverse_kl", "reverse_kl"), ("jsd", "jsd"),
-                                ("top1_agreement", "top1"), ("nll", "nll"))
-        }  # fmt: skip
-        for task in task_list:
-            own = {prompt.id for prompt in task.prompts}
-            pairs_of_answers = zip(answers["student"], answers[name], strict=True)
-            both = [(a, b) for a, b in pairs_of_answers if a.passed is not None and a.prompt_id in own]
-            if both:
-                first, second = ([float(bool(answer.passed)) for answer in side] for side in zip(*both, strict=True))
-                differences[f"{task.name}/{task.metric}"] = paired_difference(first, second, [1.0] * len(both)).as_dict()
-        pairs[f"student - {name}"] = differences
-    return pairs
-
-
-def _size(model: Model) -> dict[str, int]:
-    parameters = sum(parameter.numel() for parameter in model.net.parameters())
-    return {"layers": model.net.config.num_hidden_layers, "parameters": parameters}

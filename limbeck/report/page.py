@@ -1,63 +1,51 @@
-"""One self-contained HTML page from a run folder: no script, no network, every text escaped.
+"""One self-contained HTML page from the folder of a run or a comparison: no network, every text escaped.
 
-Reads files only; imports nothing that trains. Text that a model wrote reaches the page through the template engine's
-escaping and nowhere else; colours are numbers made here.
+Reads files only; imports nothing that trains. Text that a model or a user wrote reaches the page through the template
+engine's escaping, through the SVG serialiser, or as JSON that the script shows as text; nowhere else. The page's policy
+allows the one script and the one style sheet of this folder, by their hashes. Without scripts the page still holds the
+tables, the plots and the first answers.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from limbeck.durable import read_jsonl, write_text
+from limbeck.durable import write_bytes
+from limbeck.report.compare import comparison_content
+from limbeck.report.excerpt import Excerpt, embedded
+from limbeck.report.metrics import number, percent, signed
+from limbeck.report.run import run_content
+from limbeck.report.verdict import compare_verdict, leaks_left_out, verdict
 from limbeck.types import UserError
 
-LABELS = {
-    "teacher": "Teacher",
-    "untouched": "Student before training",
-    "sft_control": "Fine-tuning control",
-    "student": "Student",
-}
-METRICS = {
-    "forward_kl": ("Forward KL", "nats a token", "low"),
-    "reverse_kl": ("Reverse KL", "nats a token", "low"),
-    "jsd": ("Jensen-Shannon", "nats, at most 0.69", "low"),
-    "top1_agreement": ("Same first choice", "share of tokens", "high"),
-    "perplexity": ("Perplexity", "teacher's text", "low"),
-}
-SATURATED_NATS = 4.0
-CHART = (640, 220, 44)
+__all__ = ["compare_verdict", "read_comparison", "read_summary", "verdict", "write_report"]
+
+HERE = Path(__file__).parent
+MOST_LEAKS = 50
 
 
 def write_report(folder: Path) -> Path:
-    """Build `report.html` in a run folder.
+    """Build `report.html` in the folder of a run, or of a comparison (one that holds `comparison.json`).
 
     Raises:
         UserError: the folder holds no evaluation.
     """
-    summary = read_summary(folder)
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    page = _template().render(
-        recipe=recipe,
-        recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        summary=summary,
-        labels=LABELS,
-        verdict=verdict(summary),
-        table=_table(summary),
-        differences=_differences(summary),
-        chart=_chart(folder),
-        answers=_answers(folder),
-        cost=_cost(folder),
-        start=_start(folder),
-    )
-    write_text(folder / "report.html", page)
+    if (folder / "comparison.json").exists():
+        comparison = read_comparison(folder)
+        page = _render("compare.html.jinja", comparison_content(folder, comparison), comparison)
+    else:
+        summary = read_summary(folder)
+        page = _render("run.html.jinja", run_content(folder, summary), summary)
+    write_bytes(folder / "report.html", page.encode(errors="replace"))
     return folder / "report.html"
 
 
@@ -75,139 +63,72 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-def _template() -> Any:
+def read_comparison(folder: Path) -> dict[str, Any]:
+    """The measurements of a comparison folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    file = folder / "comparison.json"
+    if not file.exists():
+        raise UserError(f"{folder} holds no comparison.json: run `limbeck compare` first")
+    return dict(json.loads(file.read_text()))
+
+
+def _render(template: str, content: dict[str, Any], summary: dict[str, Any]) -> str:
+    style, script = (HERE / "page.css").read_text(), (HERE / "page.js").read_text()
+    leaks = summary.get("leaks") or []
+    excerpt = content["excerpt"]
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            **content,
+            style=style,
+            script=script,
+            policy=_policy(style, script),
+            leaks=leaks[:MOST_LEAKS],
+            leaks_in_all=len(leaks),
+            leaks_left_out=leaks_left_out(leaks),
+            warnings=summary.get("warnings") or [],
+            data=embedded(_data(excerpt, content)) if excerpt else "",
+            first=excerpt.first(content["shown"]) if excerpt else [],
+        )
+    )
+
+
+@cache
+def _templates() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["number"] = _number
-    return environment.get_template("page.html.jinja")
+    environment.filters |= {"number": _minus(number), "signed": _minus(signed), "percent": percent, "span": _span}
+    return environment
 
 
-def _number(value: float) -> str:
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 20 else f"{round(value, 3) + 0.0:.3f}"
+def _minus(written: Callable[[float], str]) -> Callable[[float], str]:
+    """The same number with a true minus sign."""
+    return lambda value: written(value).replace("-", "−")
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """One sentence that claims no more than the paired interval allows."""
-    systems, paired = summary["systems"], summary["paired"]
-    kl = systems["student"]["forward_kl"]
-    text = f"The student stays {kl['value']:.2f} nats per token ({kl['low']:.2f} to {kl['high']:.2f}) from its teacher"
-    if "untouched" in systems:
-        change = paired["student - untouched"]["forward_kl"]
-        before = f"{systems['untouched']['forward_kl']['value']:.2f}"
-        moved = "down from" if change["high"] < 0 else "up from" if change["low"] > 0 else "with no clear change from"
-        text += f", {moved} {before} before training"
-    difference = paired.get("student - sft_control", {}).get("forward_kl")
-    if difference is None:
-        return text + "."
-    value, low, high = (difference[key] for key in ("value", "low", "high"))
-    if high < 0:
-        return f"{text}; it is nearer than fine-tuning on the same text by {-value:.3f} nats ({-high:.3f} to {-low:.3f})."
-    if low > 0:
-        return f"{text}; fine-tuning on the same text came nearer, by {value:.3f} nats ({low:.3f} to {high:.3f})."
-    return f"{text}; against fine-tuning on the same text the difference, {value:+.3f} nats ({low:+.3f} to {high:+.3f}), may be chance."
+def _span(interval: dict[str, float]) -> str:
+    """An interval as "low–high", or in words where a minus sign would be mistaken for the dash."""
+    low, high = (_minus(number)(interval[side]) for side in ("low", "high"))
+    return f"{low} to {high}" if interval["low"] < 0 else f"{low}–{high}"
 
 
-def _metric(name: str) -> dict[str, str]:
-    task, _, measure = name.rpartition("/")
-    title, unit, good = METRICS.get(name, (measure.replace("_", " ").capitalize(), f"task {task}", "high"))
-    return {"name": name, "title": title, "unit": unit, "good": good}
+def _policy(style: str, script: str) -> str:
+    """The content security policy: nothing but this script and this style sheet; no element made from a string."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    return (
+        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
 
 
-def _table(summary: dict[str, Any]) -> dict[str, Any]:
-    names = list(dict.fromkeys(metric for system in summary["systems"].values() for metric in system))
-    ordered = [name for name in METRICS if name in names] + [name for name in names if name not in METRICS]
-    rows = [(name, [summary["systems"][name].get(metric) for metric in ordered]) for name in summary["systems"]]
-    return {"metrics": [_metric(name) for name in ordered], "rows": rows}
-
-
-def _differences(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per pair and metric the difference, and whether its interval leaves 0 out, and on which side."""
-    found = []
-    for pair, metrics in summary["paired"].items():
-        against = pair.removeprefix("student - ")
-        for name, interval in metrics.items():
-            lower_is_better = name == "nll" or _metric(name)["good"] == "low"
-            better = interval["high"] < 0 if lower_is_better else interval["low"] > 0
-            worse = interval["low"] > 0 if lower_is_better else interval["high"] < 0
-            title = "Negative log-likelihood" if name == "nll" else _metric(name)["title"]
-            found.append({"against": against, "title": title, "interval": interval,
-                          "verdict": "better" if better else "worse" if worse else "no clear difference"})  # fmt: skip
-    return found
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve as SVG points, with its last value."""
-
-    label: str
-    points: str
-    last: float
-
-
-def _chart(folder: Path) -> dict[str, Any] | None:
-    """The training losses by step. Each has its own unit (its own objective), so only the falling is comparable."""
-    series = {}
-    for name, place in (("student", folder), ("sft_control", folder / "controls" / "sft_control")):
-        records = read_jsonl(place / "metrics.jsonl")
-        if len(records) > 1:
-            series[name] = [(record["step"], record["loss"]) for record in records]
-    if not series:
-        return None
-    width, height, margin = CHART
-    right = max(step for points in series.values() for step, _ in points)
-    top = max(loss for points in series.values() for _, loss in points) * 1.05
-
-    def place_point(step: float, loss: float) -> str:
-        x = margin + (width - margin - 10) * (step - 1) / max(1, right - 1)
-        return f"{x:.1f},{10 + (height - 40) * (1 - loss / top):.1f}"
-
-    lines = [Line(name, " ".join(place_point(*p) for p in points), points[-1][1]) for name, points in series.items()]
-    ticks = [(round(top * share, 2), 10 + (height - 40) * (1 - share)) for share in (0, 0.25, 0.5, 0.75, 1)]
-    return {"width": width, "height": height, "margin": margin, "lines": lines, "ticks": ticks, "steps": right}
-
-
-def _answers(folder: Path) -> list[dict[str, Any]]:
-    """The held-out questions that the lens was taken of, with every system's answer."""
-    lens: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for record in read_jsonl(folder / "evaluation" / "lens.jsonl"):
-        lens.setdefault(record["prompt_id"], {})[record["writer"]] = [_token(*token) for token in record["tokens"]]
-    by_system = {
-        name: {record["prompt_id"]: record for record in read_jsonl(folder / "evaluation" / f"answers-{name}.jsonl")} for name in LABELS
-    }
-    texts = {record["prompt_id"]: record["prompt"] for record in read_jsonl(folder / "evaluation" / "prompts.jsonl")}
-    return [
-        {
-            "id": prompt_id,
-            "prompt": texts.get(prompt_id, prompt_id),
-            "systems": [(name, given[prompt_id]) for name, given in by_system.items() if prompt_id in given],
-            "lens": found,
-        }
-        for prompt_id, found in lens.items()
-    ]
-
-
-def _token(text: str, nats: float, teacher: str, student: str) -> dict[str, Any]:
-    """A token with its share of the colour scale: 0 at no divergence, 1 at SATURATED_NATS and above."""
-    strength = min(1.0, (nats / SATURATED_NATS) ** 0.5) if nats > 0 else 0.0
-    title = f"{nats:.2f} nats; teacher's first choice {teacher!r}, student's {student!r}"
-    return {"text": text, "percent": round(100 * strength), "title": title}
-
-
-def _cost(folder: Path) -> list[tuple[str, int, int, float]]:
-    """(system, trained tokens, steps, minutes) of every training."""
-    found: list[tuple[str, int, int, float]] = []
-    for name, place in (("student", folder), ("sft_control", folder / "controls" / "sft_control")):
-        records: Sequence[dict[str, Any]] = read_jsonl(place / "metrics.jsonl")
-        if records:
-            tokens = sum(record["response_tokens"] for record in records)
-            found.append((name, tokens, len(records), round(sum(record["seconds"] for record in records) / 60, 1)))
-    return found
-
-
-def _start(folder: Path) -> dict[str, Any]:
-    file = folder / "start.json"
-    return {"drops": []} | (json.loads(file.read_text()) if file.exists() else {})
+def _data(excerpt: Excerpt, content: dict[str, Any]) -> dict[str, Any]:
+    """What the script shows: the excerpt, and which systems it begins with."""
+    systems = [{"label": content["names"].get(name, name), "shown": name in content["shown"]} for name in excerpt.systems]
+    subject = excerpt.systems.index(content["subject"]) if content["subject"] in excerpt.systems else 0
+    teacher = excerpt.systems.index("teacher") if "teacher" in excerpt.systems else -1
+    return {"systems": systems, "subject": subject, "teacher": teacher, "items": excerpt.items}

@@ -1,0 +1,349 @@
+"""The items of evaluation tasks, the protocols they are asked by, and how both are read. No model in here.
+
+An items file holds one JSON object per line. Every kind of task has a parser that takes such an object and refuses what
+is missing, unknown or of the wrong type, naming the file and the line. `{name}` in a template is replaced by the item's
+text of that name, once and literally: a template is no program.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.verify import parse_check
+from limbeck.types import UserError, nearest
+
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One system's result on one item.
+
+    `scores` holds the item's value of every metric that applies to it, `weights` its weight where that is not 1: a metric
+    is the sum of scores divided by the sum of weights. `text` is what the system wrote or chose, `facts` the rest of the
+    evidence as plain data.
+    """
+
+    item: str
+    scores: dict[str, float]
+    weights: dict[str, float] = field(default_factory=dict)
+    text: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ChoiceItem:
+    """A question with `choices`, of which number `answer` (from 0) is right. `fields` are the texts that the template names."""
+
+    id: str
+    fields: Mapping[str, str]
+    choices: tuple[str, ...]
+    answer: int
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.fields.values())
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text whose every token is scored."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RankingItem:
+    """A query and documents with graded relevance (0 for none)."""
+
+    id: str
+    query: str
+    documents: tuple[str, ...]
+    relevances: tuple[float, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join((self.query, *self.documents))
+
+
+Item = Prompt | ChoiceItem | Passage | RankingItem
+
+
+class Settings(BaseModel):
+    """How a task is asked, as `settings` of task.yaml says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Wording(Settings):
+    """What stands before the continuation that is scored or written.
+
+    `plain` is the template alone, `chat` the template as a user's message in the model's own chat template. `delimiter`
+    is put before a scored continuation, as part of it: by default a space in plain text, nothing in a chat.
+    """
+
+    format: Literal["plain", "chat"] = "plain"
+    template: str = "{text}"
+    delimiter: str | None = None
+
+    @property
+    def joint(self) -> str:
+        if self.delimiter is not None:
+            return self.delimiter
+        return " " if self.format == "plain" else ""
+
+    @property
+    def placeholders(self) -> list[str]:
+        return list(dict.fromkeys(PLACEHOLDER.findall(self.template)))
+
+    def fill(self, fields: Mapping[str, str]) -> str:
+        return PLACEHOLDER.sub(lambda found: fields[found[1]], self.template)
+
+    def _demand(self, *names: str) -> None:
+        if sorted(self.placeholders) != sorted(names):
+            wanted = " and ".join(f"{{{name}}}" for name in names)
+            raise ValueError(f"template must name {wanted} and nothing else; got {self.template!r}")
+
+
+class GenerationSettings(Wording):
+    """Greedy (temperature 0) unless sampled: one answer for each of `seeds`, or `samples` of them (seeds 0, 1, ...).
+
+    `pass_at` asks for pass@k over the samples. Without `max_tokens`, the run's own limit holds. `stemmer` is ROUGE's.
+    """
+
+    format: Literal["plain", "chat"] = "chat"
+    template: str = "{prompt}"
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    samples: Count | None = None
+    pass_at: tuple[Count, ...] = ()
+    max_tokens: Count | None = None
+    stemmer: bool = True
+
+    @model_validator(mode="after")
+    def _agree(self) -> GenerationSettings:
+        self._demand("prompt")
+        if self.seeds is not None and self.samples is not None:
+            raise ValueError("give seeds or samples, not both")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed stands twice in seeds, so its answer would count twice")
+        if self.temperature == 0 and self.draws != (0,):
+            raise ValueError("at temperature 0 every answer is the same; set a temperature above 0, or leave seeds and samples out")
+        if any(k > len(self.draws) for k in self.pass_at):
+            raise ValueError(f"pass_at {max(self.pass_at)} needs as many answers; there are {len(self.draws)}: raise samples")
+        return self
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """One seed per answer to a prompt."""
+        return self.seeds or tuple(range(self.samples or 1))
+
+    @property
+    def shares_answers(self) -> bool:
+        """True where the answers are the plain greedy ones that any held-out prompt gets."""
+        return self.temperature == 0 and self.format == "chat" and self.template == "{prompt}" and self.max_tokens is None
+
+
+class ChoiceSettings(Wording):
+    """Every field that the template names must stand in every item."""
+
+    template: str = "Question: {question}\nAnswer:"
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChoiceSettings:
+        if not self.placeholders:
+            raise ValueError("template must name a field of the items, such as {question}")
+        if taken := {"id", "kind", "choices", "answer"} & set(self.placeholders):
+            raise ValueError(f"template can't name {min(taken)}: it is no text of the question")
+        return self
+
+
+class LabelSettings(Wording):
+    """The labels are the choices of every item, in this order."""
+
+    template: str = "Text: {text}\nLabel:"
+    labels: Annotated[tuple[Text, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _agree(self) -> LabelSettings:
+        self._demand("text")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("a label stands twice in labels")
+        return self
+
+
+class RankingSettings(Wording):
+    """The query is scored as the continuation of a document; `k` are the cut-offs of nDCG@k."""
+
+    template: str = "{document}\nQuestion:"
+    k: Annotated[tuple[Count, ...], Field(min_length=1)] = (10,)
+
+    @model_validator(mode="after")
+    def _agree(self) -> RankingSettings:
+        self._demand("document")
+        return self
+
+
+class PassageSettings(Settings):
+    """Tokens of a window (at most the model's context) and by how many it moves on (half a window by default)."""
+
+    window: Annotated[int, Field(ge=2)] = 1024
+    stride: Count | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> PassageSettings:
+        if self.stride is not None and self.stride >= self.window:
+            raise ValueError(f"stride {self.stride} must be below the window of {self.window}, so that every token has some context")
+        return self
+
+
+def parse_prompt(data: dict[str, Any], ident: str, place: str, _: Settings) -> Prompt:
+    """A prompt with a `check`, `references`, both, or neither; the references become the prompt's answers."""
+    _refuse_others(data, ("prompt", "check", "references"), place)
+    check = data.get("check")
+    if check is not None:
+        parse_check(check, place)
+    references = _texts(data, "references", place) if "references" in data else ()
+    return Prompt(ident, _text(data, "prompt", place), str(data.get("kind", "")), references, check)
+
+
+def parse_choice(data: dict[str, Any], ident: str, place: str, settings: Settings) -> ChoiceItem:
+    assert isinstance(settings, ChoiceSettings)
+    names = settings.placeholders
+    _refuse_others(data, (*names, "choices", "answer"), place)
+    choices = _texts(data, "choices", place)
+    if len(choices) < 2 or len(set(choices)) < len(choices):
+        raise UserError(f'{place}: "choices" must be at least two different texts')
+    answer = data.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise UserError(f'{place}: "answer" must be the place of the right choice, 0 to {len(choices) - 1}; got {answer!r}')
+    return ChoiceItem(ident, {name: _text(data, name, place) for name in names}, choices, answer)
+
+
+def parse_label(data: dict[str, Any], ident: str, place: str, settings: Settings) -> ChoiceItem:
+    assert isinstance(settings, LabelSettings)
+    _refuse_others(data, ("text", "label"), place)
+    label = data.get("label")
+    if label not in settings.labels:
+        raise UserError(f"{place}: {label!r} is not one of the task's labels{nearest(str(label), settings.labels)}")
+    return ChoiceItem(ident, {"text": _text(data, "text", place)}, settings.labels, settings.labels.index(label))
+
+
+def parse_passage(data: dict[str, Any], ident: str, place: str, _: Settings) -> Passage:
+    _refuse_others(data, ("text",), place)
+    return Passage(ident, _text(data, "text", place))
+
+
+def parse_ranking(data: dict[str, Any], ident: str, place: str, _: Settings) -> RankingItem:
+    """`documents` is a list of {"text": ..., "relevance": number}; nDCG needs two different relevances to be worth anything."""
+    _refuse_others(data, ("query", "documents"), place)
+    documents = data.get("documents")
+    if not isinstance(documents, list) or not all(isinstance(document, dict) for document in documents):
+        raise UserError(f'{place}: "documents" must be a list such as [{{"text": "...", "relevance": 1}}, ...]')
+    relevances = []
+    for document in documents:
+        _refuse_others(document, ("text", "relevance"), place)
+        grade = document.get("relevance")
+        if isinstance(grade, bool) or not isinstance(grade, int | float) or not math.isfinite(grade) or not 0 <= grade <= 32:
+            raise UserError(f'{place}: "relevance" must be a number from 0 to 32; got {grade!r}')
+        relevances.append(float(grade))
+    if len(set(relevances)) < 2:
+        raise UserError(f"{place}: the documents need at least two different relevances, or every order would be as good")
+    texts = tuple(_text(document, "text", place) for document in documents)
+    return RankingItem(ident, _text(data, "query", place), texts, tuple(relevances))
+
+
+Parser = Callable[[dict[str, Any], str, str, Settings], Item]
+
+
+def read_items(file: Path, prefix: str, parser: Parser, settings: Settings, references: Path | None = None) -> list[Item]:
+    """The items of a JSONL file; their ids are `prefix` and the line's `id`, or its number.
+
+    Args:
+        references: a file with one list of texts (or one text) for each item, in the same order.
+
+    Raises:
+        UserError: a file that is missing, empty or malformed, ids given twice, or lists of different lengths.
+    """
+    items: list[Item] = []
+    lines = read_lines(file)
+    if references is not None:
+        beside = read_lines(references)
+        if len(beside) != len(lines):
+            raise UserError(
+                f"{references} holds references for {len(beside)} items, {file} holds {len(lines)}: give one line for each item"
+            )
+        lines = [(number, _with_references(line, given, references)) for (number, line), given in zip(lines, beside, strict=True)]
+    seen: set[str] = set()
+    for number, data in lines:
+        place = f"{file}, line {number}"
+        if not isinstance(data, dict):
+            raise UserError(f"{place}: must be a JSON object, such as {{...}}")
+        ident = f"{prefix}{data.get('id', f'line-{number}')}"
+        if ident in seen:
+            raise UserError(f"{place}: the id {data.get('id')!r} stands twice")
+        seen.add(ident)
+        items.append(parser(data, ident, place, settings))
+    if not items:
+        raise UserError(f"{file} holds no item, and nothing can be measured on none; write one JSON object per line")
+    return items
+
+
+def read_lines(file: Path) -> list[tuple[int, Any]]:
+    """(number of the line, its JSON value) of every line that is not blank."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UserError(f"can't read {file}: {error.strerror}; put it there, or name another file in task.yaml") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file}, line {number}: not JSON ({error})") from error
+    return found
+
+
+def _with_references(data: Any, given: tuple[int, Any], file: Path) -> Any:
+    number, texts = given
+    if not isinstance(texts, str | list):
+        raise UserError(f"{file}, line {number}: must be a text or a list of texts")
+    if isinstance(data, dict) and "references" in data:
+        raise UserError(f'{file}, line {number}: its item has "references" of its own; give them in one place')
+    return {**data, "references": [texts] if isinstance(texts, str) else texts} if isinstance(data, dict) else data
+
+
+def _refuse_others(data: dict[str, Any], legal: Collection[str], place: str) -> None:
+    for key in data:
+        if key not in legal and key not in ("id", "kind"):
+            raise UserError(f"{place}: unknown key {key!r}{nearest(str(key), legal)}")
+
+
+def _text(data: dict[str, Any], key: str, place: str) -> str:
+    text = data.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{place}: needs a non-empty text under "{key}"')
+    return text
+
+
+def _texts(data: dict[str, Any], key: str, place: str) -> tuple[str, ...]:
+    texts = data.get(key)
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f'{place}: needs a list of texts that are not empty under "{key}"')
+    return tuple(texts)

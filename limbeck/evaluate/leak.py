@@ -1,0 +1,248 @@
+"""Decontamination: does an item of an evaluation stand in the training text?
+
+Both sides are reduced to words: NFKC, lower case, letters and numbers only (`1,000` is 1000, `5km` is two words), one word
+per character of Chinese and Japanese. Four kinds of leak, the strongest first:
+
+- `exact`: the training text is the item.
+- `contained`: the whole item stands in a longer training text, from word to word; for items of at least 4 words.
+- `overlap`: both share a run of `n` words (13, as in GPT-3, Brown et al. 2020, and lm-evaluation-harness). Items of `small_n`
+  to n - 1 words: a run of `small_n` (8, as in Tulu 3, Lambert et al. 2024), two thirds of the item or more. Shorter: none.
+- `same_but_for_numbers`: the whole item stands there, but with other numbers. For items of at least 4 words besides
+  numbers. It's weaker: a task made from a template shows it by design.
+
+A run that more than 10 different items have is the wording of their task, and no overlap. Not covered: paraphrases,
+translations, numbers written as words.
+
+Items are indexed once by hashes of runs; the training text streams past in blocks, and every hit is compared word by word.
+Time is linear in the training text and in what is found: about 1 second per million words.
+
+Shapes: N words of a block or item, P positions of runs, H of them with a hit.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from limbeck.types import UserError
+
+Kind = Literal["exact", "contained", "overlap", "same_but_for_numbers"]
+Texts = Sequence[tuple[str, str]]
+
+CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"\d+(?:\.\d+)?|[{CHARACTER}]|[^\W\d_{CHARACTER}]+")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+LEAST_WORDS = 4
+COMMON = 10
+EXCERPT_WORDS = 40
+BLOCK = 2000
+OTHER, NUMBER = 0, 1  # ids of words that no item has, and of numbers that no item has; the items' own words follow
+SIEVE_BITS = 22
+BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Leak:
+    """An item that stands in a training text.
+
+    `share` is the part of the item's words that the text repeats in runs, 0 to 1 (of `same_but_for_numbers`: the part that
+    is no number). `excerpt` is the text's matching stretch as words, the first 40.
+    """
+
+    item: str
+    training: str
+    kind: Kind
+    share: float
+    excerpt: str
+
+
+def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> list[Leak]:
+    """Every pair of item and training text with a leak, in the order of the items.
+
+    Of the last kind an item has at most one leak, with the first text that shows it, and none beside an exact or contained
+    one. An item without words leaks nowhere.
+
+    Args:
+        training, items: (id, text).
+
+    Raises:
+        UserError: n-gram lengths other than 4 <= small_n <= n.
+    """
+    if not LEAST_WORDS <= small_n <= n:
+        raise UserError(f"n={n}, small_n={small_n}: leaks need {LEAST_WORDS} <= small_n <= n")
+    vocabulary = _Vocabulary()
+    ids = [vocabulary.learn(_words(text)) for _, text in items]
+    is_number, codes = vocabulary.tables()
+    plain = _Index({place: own_N for place, own_N in enumerate(ids) if len(own_N)}, codes, n, small_n)
+    skeletons = {place: np.where(is_number[own_N], NUMBER, own_N).astype(np.int32) for place, own_N in enumerate(ids)}
+    masked = _Index({p: own_N for p, own_N in skeletons.items() if _has_skeleton(own_N)}, codes, n, small_n, anchors_only=True)
+    found: dict[tuple[int, int], Leak] = {}
+    first_of: dict[int, tuple[str, str]] = {}
+    for first in range(0, len(training), BLOCK):
+        block = _Block(training[first : first + BLOCK], vocabulary)
+        for match in plain.search(block.ids_N, block):
+            for place in plain.places[match.entry]:
+                found[place, first + match.text] = _leak(block, match, items[place][0])
+        for match in masked.search(np.where(is_number[block.ids_N], NUMBER, block.ids_N).astype(np.int32), block):
+            first_of.setdefault(match.entry, (block.names[match.text], block.excerpt(match)))
+    strong = {place for (place, _), leak in found.items() if leak.kind != "overlap"}
+    for entry, (name, excerpt) in first_of.items():
+        for place in set(masked.places[entry]) - strong:
+            share = float((skeletons[place] != NUMBER).mean())
+            found[place, len(training)] = Leak(items[place][0], name, "same_but_for_numbers", share, excerpt)
+    return [found[key] for key in sorted(found)]
+
+
+def _words(text: str) -> list[str]:
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return WORD.findall(THOUSANDS.sub("", plain).casefold())
+
+
+def _has_skeleton(own_N: np.ndarray) -> bool:
+    """Are there a number and enough words around it?"""
+    numbers = int((own_N == NUMBER).sum())
+    return numbers > 0 and len(own_N) - numbers >= LEAST_WORDS
+
+
+@dataclass(frozen=True)
+class _Match:
+    """An entry in a text of the block: all of it, or runs that repeat a share of its words. `start` counts in the block."""
+
+    text: int
+    entry: int
+    start: int
+    length: int
+    whole: bool
+    share: float = 1.0
+
+
+def _leak(block: _Block, match: _Match, item: str) -> Leak:
+    all_of_text = len(block.words[match.text]) == match.length
+    kind: Kind = "overlap" if not match.whole else "exact" if all_of_text else "contained"
+    return Leak(item, block.names[match.text], kind, match.share, block.excerpt(match))
+
+
+class _Vocabulary(dict[str, int]):
+    """Ids of the items' words; any other word is OTHER or NUMBER."""
+
+    def __missing__(self, word: str) -> int:
+        return NUMBER if word[0].isdecimal() else OTHER
+
+    def learn(self, words: Sequence[str]) -> np.ndarray:
+        return np.array([self.setdefault(word, len(self) + 2) for word in words], np.int32)
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """By id: is it a number, and its random 64 bits."""
+        is_number = np.array([False, True, *(word[0].isdecimal() for word in self)])
+        return is_number, np.random.default_rng(0).integers(0, 2**64, len(is_number), np.uint64)
+
+
+class _Block:
+    """Some training texts as one row of word ids, with OTHER after each, so that no run crosses from one to the next."""
+
+    def __init__(self, texts: Texts, vocabulary: _Vocabulary) -> None:
+        self.names = [name for name, _ in texts]
+        self.words = [_words(text) for _, text in texts]
+        ids = [vocabulary[word] for words in self.words for word in (*words, "_")]
+        self.ids_N = np.array(ids, np.int32)
+        self.starts = np.cumsum([0, *(len(words) + 1 for words in self.words)])
+
+    def excerpt(self, match: _Match) -> str:
+        start = match.start - int(self.starts[match.text])
+        return " ".join(self.words[match.text][start : start + min(match.length, EXCERPT_WORDS)])
+
+
+class _Index:
+    """Different items (entries) by the hashes of their runs.
+
+    An entry's runs are n words long, or small_n, or the whole of it, whatever fits first. Runs that are not COMMON find
+    overlaps. An entry all of whose runs are common is found by the rarest of them, but only as a whole.
+    """
+
+    def __init__(self, ids: dict[int, np.ndarray], codes: np.ndarray, n: int, small_n: int, anchors_only: bool = False) -> None:
+        self.codes, self.small_n = codes, small_n
+        by_content: dict[bytes, list[int]] = {}
+        for place, own_N in ids.items():
+            by_content.setdefault(own_N.tobytes(), []).append(place)
+        self.places = list(by_content.values())
+        self.entries = [ids[places[0]] for places in self.places]
+        self.short: dict[bytes, int] = {}
+        self.tables: dict[int, dict[int, list[tuple[int, int, bool]]]] = {}
+        hashes: dict[int, list[int]] = {}
+        for entry, own_N in enumerate(self.entries):
+            if len(own_N) < LEAST_WORDS:
+                self.short[own_N.tobytes()] = entry
+            else:
+                hashes[entry] = _hashes(codes[own_N], self._width(entry, n)).tolist()
+        shared = Counter(key for own in hashes.values() for key in set(own))
+        for entry, own in hashes.items():
+            table = self.tables.setdefault(self._width(entry, n), {})
+            rare = [] if anchors_only else [start for start, key in enumerate(own) if shared[key] <= COMMON]
+            for start in rare or [min(range(len(own)), key=lambda start: shared[own[start]])]:
+                table.setdefault(own[start], []).append((entry, start, bool(rare)))
+        self.sieves = {width: _sieve(table) for width, table in self.tables.items()}
+
+    def _width(self, entry: int, n: int) -> int:
+        size = len(self.entries[entry])
+        return n if size >= n else self.small_n if size >= self.small_n else size
+
+    def search(self, ids_N: np.ndarray, block: _Block) -> Iterator[_Match]:
+        """At most one match per text and entry: the whole of it before runs."""
+        if self.short:
+            for text, words in enumerate(block.words):
+                start = int(block.starts[text])
+                entry = self.short.get(ids_N[start : start + len(words)].tobytes()) if len(words) < LEAST_WORDS else None
+                if entry is not None:
+                    yield _Match(text, entry, start, len(words), whole=True)
+        for width in self.tables:
+            whole: set[tuple[int, int]] = set()
+            runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            for text, position, entry, start, counts in self._hits(ids_N, block, width):
+                if (text, entry) in whole:
+                    continue
+                own_N, begin = self.entries[entry], position - start
+                if begin >= 0 and ids_N[begin : begin + len(own_N)].tobytes() == own_N.tobytes():
+                    whole.add((text, entry))
+                    yield _Match(text, entry, begin, len(own_N), whole=True)
+                elif counts and ids_N[position : position + width].tobytes() == own_N[start : start + width].tobytes():
+                    runs.setdefault((text, entry), []).append((position, start))
+            yield from (self._overlap(text, entry, width, own) for (text, entry), own in runs.items() if (text, entry) not in whole)
+
+    def _hits(self, ids_N: np.ndarray, block: _Block, width: int) -> Iterator[tuple[int, int, int, int, bool]]:
+        """(text, position in the block, entry, position in the entry, does it count as overlap) of all runs with equal hashes."""
+        hash_P = _hashes(self.codes[ids_N], width)
+        at_H = np.flatnonzero(self.sieves[width][hash_P >> np.uint64(64 - SIEVE_BITS)])
+        text_H = np.searchsorted(block.starts, at_H, "right") - 1
+        for text, position, key in zip(text_H.tolist(), at_H.tolist(), hash_P[at_H].tolist(), strict=True):
+            for entry, start, counts in self.tables[width].get(key, ()):
+                yield text, position, entry, start, counts
+
+    def _overlap(self, text: int, entry: int, width: int, runs: list[tuple[int, int]]) -> _Match:
+        """The excerpt goes from the first to the last of the runs that stand in the text as they do in the item."""
+        covered = {place for _, start in runs for place in range(start, start + width)}
+        (shift, _), *_ = Counter(position - start for position, start in runs).most_common(1)
+        stretch = [position for position, start in runs if position - start == shift]
+        share = len(covered) / len(self.entries[entry])
+        return _Match(text, entry, min(stretch), max(stretch) - min(stretch) + width, whole=False, share=share)
+
+
+def _hashes(codes_N: np.ndarray, width: int) -> np.ndarray:
+    """[N - width + 1], a polynomial hash (mod 2^64) of every run of that many words; empty where there are fewer."""
+    count = max(0, len(codes_N) - width + 1)
+    hash_P = np.zeros(count, np.uint64)
+    for place in range(width):
+        hash_P = hash_P * BASE + codes_N[place : place + count]
+    return hash_P
+
+
+def _sieve(table: dict[int, list[tuple[int, int, bool]]]) -> np.ndarray:
+    """Which leading bits any hash of the table has: one look-up that drops nearly all runs of the training text."""
+    sieve = np.zeros(2**SIEVE_BITS, bool)
+    sieve[np.array(list(table), np.uint64) >> np.uint64(64 - SIEVE_BITS)] = True
+    return sieve

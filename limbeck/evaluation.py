@@ -1,0 +1,81 @@
+"""A run's evaluation: what is asked of its systems, and the summary that its page is made from."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck import build
+from limbeck.data import Row
+from limbeck.durable import write_json
+from limbeck.evaluate.fidelity import by_class
+from limbeck.evaluate.leak import Leak, find_leaks
+from limbeck.evaluate.measure import Bench, Measured, Protocol
+from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
+from limbeck.models.teacher import InProcessTeacher
+from limbeck.recipe import Recipe
+from limbeck.text import Text
+
+OWN_PROMPTS = 24
+Progress = Callable[[int, int, str], None]
+
+
+def bench(recipe: Recipe, folder: Path, teacher: InProcessTeacher, text: Text, rows: Sequence[Row], progress: Progress) -> Bench:
+    """Where systems are measured: on the held-out prompts and tasks, without those that the training text gives away.
+
+    Args:
+        rows: held-out teacher text, one row per answered prompt, named by its prompt's id.
+    """
+    leaked = {leak.item for leak in leaks(recipe, text) if leak.kind != "same_but_for_numbers"}
+    prompts = [prompt for prompt in text.prompts[1] if prompt.id not in leaked]
+    kept = [row for row in rows if row.sample_id not in leaked]
+    own = recipe.evaluate.own_prompts or OWN_PROMPTS
+    tasks = [replace(task, items=tuple(item for item in task.items if item.id not in leaked)) for task in build.tasks(recipe)]
+    return Bench(folder, teacher, Protocol(kept, prompts, tasks, recipe.evaluate.max_tokens, own, recipe.text_seed), progress)
+
+
+def leaks(recipe: Recipe, text: Text) -> list[Leak]:
+    """Held-out prompts and task items that stand in the training text."""
+    training = [(prompt.id, prompt.text) for prompt in text.prompts[0]]
+    training += [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
+    items = {prompt.id: prompt.text for prompt in text.prompts[1]}
+    for task in build.tasks(recipe):
+        items |= dict(task.texts)
+    return find_leaks(training, list(items.items()))
+
+
+def write_summary(recipe: Recipe, bench: Bench, text: Text, systems: dict[str, list[Measured]]) -> dict[str, Any]:
+    """`summary.json` of a run: the teacher first, the student last."""
+    tasks = bench.protocol.tasks
+    against = [name for name in systems if name not in ("teacher", "student")]
+    summary = {
+        "name": recipe.name,
+        "recipe": recipe.hash,
+        "controls": against,
+        **summarise(systems, tasks, [("student", name) for name in against]),
+        **facts(recipe, bench, text),
+    }
+    if "untouched" in systems:
+        summary["recovered"] = recovery(systems["student"], systems["untouched"], systems["teacher"], tasks)
+    summary["by_kind"] = by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks)
+    summary["by_token_class"] = by_class(systems["student"][0].fidelity)
+    summary["warnings"] = warnings(systems, summary, ["student"])
+    write_json(bench.folder / "summary.json", summary)
+    return summary
+
+
+def facts(recipe: Recipe, bench: Bench, text: Text) -> dict[str, Any]:
+    """How the figures came about: held-out text, tasks with their settings, leaks, machine."""
+    tasks = bench.protocol.tasks
+    return {
+        "held_out": text.facts() | {"answers": len(bench.protocol.rows)},
+        "own_text": {"prompts": bench.protocol.own_prompts, "temperature": 1.0, "top_p": 1.0, "max_tokens": recipe.evaluate.max_tokens},
+        "tasks": {task.name: {"version": task.version, "kind": task.kind, "settings": task.settings} for task in tasks},
+        "leaks": [vars(leak) for leak in leaks(recipe, text)],
+        "machine": {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+    }

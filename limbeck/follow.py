@@ -1,0 +1,95 @@
+"""A run folder as it grows: the steps of its trainings, read while another process may be writing them. Nothing is written here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class Metrics:
+    """A `metrics.jsonl` that another process appends to, and writes anew when a training goes on from a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[Record] = []
+        self._file, self._offset = -1, 0
+
+    def update(self) -> list[Record]:
+        """All records of the file as it is now; only what is new is read. A half-written last line waits for its end."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            self.records, self._offset = [], 0
+            return self.records
+        with file:
+            facts = os.fstat(file.fileno())
+            if facts.st_ino != self._file or facts.st_size < self._offset:
+                self.records, self._file, self._offset = [], facts.st_ino, 0
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        self.records += [record for line in whole.splitlines() if (record := _record(line)) is not None]
+        return self.records
+
+
+def _record(line: bytes) -> Record | None:
+    """A step's record, or None for a line that is none (a damaged disk; a write that was cut off)."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def trainings(folder: Path) -> dict[str, Path]:
+    """The folder of every training that has begun, by name: the student's first, then those of its controls."""
+    controls = folder / "controls"
+    found = {"student": folder} | {path.name: path for path in (sorted(controls.iterdir()) if controls.is_dir() else [])}
+    return {name: path for name, path in found.items() if (path / "metrics.jsonl").exists()}
+
+
+def evaluation(folder: Path) -> dict[str, dict[str, float]]:
+    """Every system's measured values by metric; empty as long as the run is not measured."""
+    summary = read_json(folder / "evaluation" / "summary.json")
+    systems = summary.get("systems", {}) if summary else {}
+    return {
+        name: {metric: interval["value"] for metric, interval in metrics.items() if is_number(interval.get("value"))}
+        for name, metrics in systems.items()
+    }
+
+
+def read_json(file: Path) -> Record | None:
+    """The object in a file of ours; None where there is no file or no object in it."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of a file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def values_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one step by name; what is no finite number is left out.
+
+    loss and `terms/NAME` in nats per response token (or per the term's own unit), `scheduled/NAME`, lr, grad_norm, memory_mib, and
+    tokens_per_second over all tokens of the step, prompts and padding included.
+    """
+    found = {name: record.get(name) for name in ("loss", "lr", "grad_norm", "memory_mib")}
+    for group in ("terms", "scheduled"):
+        part = record.get(group)
+        found |= {f"{group}/{name}": value for name, value in part.items()} if isinstance(part, dict) else {}
+    tokens, seconds = record.get("tokens"), record.get("seconds")
+    if is_number(tokens) and is_number(seconds) and seconds:
+        found["tokens_per_second"] = tokens / seconds
+    return {name: float(value) for name, value in found.items() if value is not None and is_number(value)}

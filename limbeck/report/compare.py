@@ -1,0 +1,78 @@
+"""What the page of a comparison shows, gathered from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from limbeck.report import figures, grids
+from limbeck.report.excerpt import read_excerpt
+from limbeck.report.metrics import LABELS, headline, label, metrics_of
+from limbeck.report.table import paired_table, systems_tables
+from limbeck.report.verdict import against_base, compare_verdict
+
+MOST_COLUMNS = 6
+
+
+def comparison_content(folder: Path, comparison: dict[str, Any]) -> dict[str, Any]:
+    """The values that `compare.html.jinja` needs.
+
+    Args:
+        folder: the comparison folder; its `evaluation` may hold answers of METHOD-sSEED, teacher and untouched.
+        comparison: its `comparison.json`.
+    """
+    names = {name: label(name) for name in comparison["systems"]}
+    rows = against_base(comparison)
+    metrics = metrics_of(comparison)
+    metric = headline(metrics, rows.values()) or headline(metrics, comparison["systems"].values())
+    base = names.get(comparison["base"], comparison["base"])
+    against, differences = paired_table(comparison)
+    curves = [figures.calibration_figure(comparison), figures.exposure_figure(comparison)]
+    runs = _runs(comparison, names)
+    excerpt = read_excerpt(folder / "evaluation", ["teacher", "untouched", *runs])
+    shown = _shown(comparison, excerpt.systems if excerpt else [])
+    return {
+        "comparison": comparison,
+        "names": names | LABELS | runs,
+        "base": base,
+        "verdict": compare_verdict(comparison),
+        "methods": grids.methods_grid(comparison),
+        "tables": systems_tables(comparison),
+        "against": against,
+        "differences": differences,
+        "forests": figures.forest_figures(list(metrics.values()), rows, names, base),
+        "pareto": figures.pareto_figures(comparison, metric, names) if metric else [],
+        "wording": grids.wording_grid(comparison, names),
+        "curves": [figure for figure in curves if figure],
+        "kinds": grids.kinds_grid(comparison, next(iter(rows), comparison["base"]), names),
+        "seeds": grids.seeds_grid(comparison, metric, names),
+        "spent": grids.spent_grid(comparison, names),
+        "efficiency": grids.efficiency_grid(comparison, names),
+        "held_out": comparison.get("held_out") or {},
+        "cards": _cards(comparison),
+        "source": grids.facts(comparison.get("machine") or {}),
+        "excerpt": excerpt,
+        "shown": shown,
+        "subject": next((name for name in shown if name in runs and not name.startswith(f"{comparison['base']}-s")), shown[-1:]),
+    }
+
+
+def _runs(comparison: dict[str, Any], names: dict[str, str]) -> dict[str, str]:
+    """The systems of the answer files, METHOD-sSEED, with what to call them."""
+    methods = comparison.get("methods") or comparison.get("by_seed") or {}
+    return {f"{method}-s{seed}": f"{names.get(method, method)}, seed {seed}" for method in methods for seed in comparison.get("seeds", [])}
+
+
+def _shown(comparison: dict[str, Any], systems: list[str]) -> list[str]:
+    """The answers that are shown before the reader chooses: the teacher's and each method's with the first seed."""
+    first = [f"-s{seed}" for seed in comparison.get("seeds", [])[:1]]
+    chosen = [name for name in systems if name == "teacher" or any(name.endswith(tail) for tail in first)]
+    return (chosen or systems)[:MOST_COLUMNS]
+
+
+def _cards(comparison: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The data card: the settings that all methods share, what was held out, and the settings of each task."""
+    cards = [("Common settings", grids.facts(comparison["settings"]))] if comparison.get("settings") else []
+    if comparison.get("held_out"):
+        cards.append(("Held-out text", grids.facts(comparison["held_out"])))
+    return cards + [(f"Task {name}", grids.facts(task)) for name, task in (comparison.get("tasks") or {}).items()]

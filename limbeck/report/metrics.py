@@ -1,0 +1,125 @@
+"""What metrics and systems are called, which way is better, and how their numbers are written.
+
+A summary describes its metrics itself (`summary["metrics"]`); summaries of older runs don't, and get the titles here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+LABELS = {
+    "teacher": "Teacher",
+    "untouched": "Student before training",
+    "sft_control": "Fine-tuning control",
+    "student": "Student",
+}
+FIDELITY = "Fidelity on held-out text"
+KNOWN = {
+    "forward_kl": ("Forward KL", "nats a token", "low"),
+    "reverse_kl": ("Reverse KL", "nats a token", "low"),
+    "jsd": ("Jensen-Shannon", "nats, at most 0.69", "low"),
+    "top1_agreement": ("Same first choice", "share of tokens", "high"),
+    "perplexity": ("Perplexity", "teacher's text", "low"),
+    "nll": ("Negative log-likelihood", "nats a token", "low"),
+}
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of a table; `better` is "low", "high", or "none" where neither way is better."""
+
+    name: str
+    title: str
+    unit: str
+    better: str
+    group: str
+
+
+def metrics_of(summary: dict[str, Any]) -> dict[str, Metric]:
+    """Every metric that a system or a paired difference holds: those the summary describes first, in its order."""
+    described = summary.get("metrics", {})
+    tables = [*summary["systems"].values(), *summary.get("paired", {}).values()]
+    present = dict.fromkeys(name for table in tables for name in table)
+    order = dict.fromkeys([*(name for name in described if name in present), *(name for name in KNOWN if name in present), *present])
+    return {name: _described(name, described[name]) if name in described else _named(name) for name in order}
+
+
+def _described(name: str, facts: dict[str, str]) -> Metric:
+    return Metric(name, facts.get("title", name), facts.get("unit", ""), facts.get("better", "none"), facts.get("group", ""))
+
+
+def _named(name: str) -> Metric:
+    """A metric of an older summary. Of a task's metrics only the pass rate has a better side."""
+    if name in KNOWN:
+        return Metric(name, *KNOWN[name], FIDELITY)
+    task, _, measure = name.rpartition("/")
+    better = "high" if measure == "pass_rate" else "none"
+    return Metric(name, name.replace("/", " ").replace("_", " "), "", better, f"Task {task}" if task else "Other")
+
+
+def grouped(metrics: Iterable[Metric]) -> list[tuple[str, list[Metric]]]:
+    """The metrics by group, both in the order of first appearance."""
+    groups: dict[str, list[Metric]] = {}
+    for metric in metrics:
+        groups.setdefault(metric.group, []).append(metric)
+    return list(groups.items())
+
+
+def headline(metrics: dict[str, Metric], systems: Iterable[dict[str, Any]]) -> Metric | None:
+    """The metric that a verdict speaks of: the forward KL, else the first with a better side, measured for all `systems`."""
+    measured = [metric for name, metric in metrics.items() if metric.better != "none" and all(system.get(name) for system in systems)]
+    return next((metric for metric in measured if metric.name == "forward_kl"), measured[0] if measured else None)
+
+
+def is_clear(difference: dict[str, Any], comparisons: int = 1) -> bool:
+    """Does a difference stand? Its interval leaves out 0 and its p value, where given, is below 0.05.
+
+    Args:
+        comparisons: how many differences were looked at together. With more than one, only a difference with a
+            Holm-adjusted p value can be clear.
+    """
+    if difference["low"] <= 0 <= difference["high"]:
+        return False
+    p = difference.get("p_holm", difference.get("p") if comparisons == 1 else None)
+    return bool(p < LEVEL) if p is not None else comparisons == 1
+
+
+def mark(metric: Metric, difference: dict[str, Any], comparisons: int = 1) -> str:
+    """"better", "worse", or "unclear"; "higher" or "lower" where neither side is better."""  # fmt: skip
+    if not is_clear(difference, comparisons):
+        return "unclear"
+    if metric.better == "none":
+        return "higher" if difference["low"] > 0 else "lower"
+    return "better" if (difference["high"] < 0) == (metric.better == "low") else "worse"
+
+
+def label(name: str) -> str:
+    return LABELS.get(name, name)
+
+
+def number(value: float) -> str:
+    """Three decimals for small numbers, none for large ones."""
+    if not math.isfinite(value):
+        return "not finite"
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 20 else f"{round(value, 3) + 0.0:.3f}"
+
+
+def signed(value: float) -> str:
+    """The same with its sign, for differences."""
+    return number(value) if value < 0 or not math.isfinite(value) else f"+{number(value)}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:,.0f} %"
+
+
+def p_text(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

@@ -1,0 +1,73 @@
+"""What the page of a run shows, gathered from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.report import figures, grids
+from limbeck.report.excerpt import read_excerpt
+from limbeck.report.metrics import LABELS, label
+from limbeck.report.table import paired_table, systems_tables
+from limbeck.report.verdict import verdict
+
+
+def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The values that `run.html.jinja` needs. Missing files and keys make a shorter page, never an error.
+
+    Args:
+        folder: the run folder, with `recipe.yaml`.
+        summary: its `evaluation/summary.json`.
+    """
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    against, differences = paired_table(summary)
+    curves = [figures.calibration_figure(summary), figures.exposure_figure(summary)]
+    sizes = {name: size for name, size in (summary.get("efficiency") or summary.get("sizes") or {}).items() if size.get("parameters")}
+    return {
+        "recipe": recipe,
+        "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        "summary": summary,
+        "names": {name: label(name) for name in summary["systems"]} | LABELS,
+        "sizes": sizes,
+        "verdict": verdict(summary),
+        "tables": systems_tables(summary),
+        "against": against,
+        "differences": differences,
+        "wording": grids.wording_grid(summary, {}),
+        "curves": [figure for figure in curves if figure],
+        "kinds": grids.kinds_grid(summary, "student", {}),
+        "classes": grids.classes_grid(summary),
+        "class_figure": figures.token_class_figure(summary),
+        "losses": figures.loss_figures(folder),
+        "training": grids.training_grid(folder),
+        "drops": _json(folder / "start.json").get("drops", []),
+        "efficiency": grids.efficiency_grid(summary, {}),
+        "held_out": summary.get("held_out") or {},
+        "cards": _cards(summary, recipe),
+        "source": _source(folder, summary),
+        "excerpt": (excerpt := read_excerpt(folder / "evaluation", list(LABELS))),
+        "shown": [name for name in LABELS if excerpt and name in excerpt.systems] or (excerpt.systems[:4] if excerpt else []),
+        "subject": "student",
+    }
+
+
+def _cards(summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The data card: what was trained on, what was held out, and the settings of each task."""
+    cards = []
+    if isinstance(recipe.get("prompts"), dict):
+        cards.append(("Prompts trained on", grids.facts(recipe["prompts"])))
+    if summary.get("held_out"):
+        cards.append(("Held-out text", grids.facts(summary["held_out"])))
+    return cards + [(f"Task {name}", grids.facts(task)) for name, task in (summary.get("tasks") or {}).items()]
+
+
+def _source(folder: Path, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    inputs = [(f"input: {name}", value) for name, value in grids.facts(_json(folder / "inputs.json"))]
+    return [("recipe hash", str(summary.get("recipe", ""))), *inputs, *grids.facts(summary.get("machine") or {})]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text())) if file.exists() else {}
