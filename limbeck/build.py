@@ -9,6 +9,7 @@ from typing import Any
 from limbeck.builtin import recipe_files, task_folders
 from limbeck.data import BEST, REST
 from limbeck.elicit.prompts import Prompt, load_prompts
+from limbeck.evaluate.perturb import perturbed
 from limbeck.evaluate.tasks import Task, load_task
 from limbeck.models.load import Model, load_model
 from limbeck.models.teacher import InProcessTeacher
@@ -75,8 +76,14 @@ def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def tasks(recipe: Recipe) -> list[Task]:
-    """The tasks named beside `fidelity`."""
-    found = [load_task(name, recipe.evaluate.limit) for name in recipe.evaluate.metrics if name != "fidelity"]
+    """The tasks named beside `fidelity`; `NAME@HOW` is the task NAME asked in another way."""
+    found = []
+    for name in (name for name in recipe.evaluate.metrics if name != "fidelity"):
+        plain, _, how = name.partition("@")
+        task = load_task(plain, recipe.evaluate.limit)
+        found.append(perturbed(task, how) if how else task)
+    if twice := {task.name for task in found if [other.name for other in found].count(task.name) > 1}:
+        raise RecipeError("evaluate.metrics", f"the task {min(twice)} stands twice; leave one out")
     if len(found) == len(recipe.evaluate.metrics):
         raise RecipeError("evaluate.metrics", "fidelity is always measured, so list it")
     return found
@@ -94,10 +101,10 @@ def validate(recipe: Recipe) -> None:
         _check_evidence(recipe, term, training, f"loss[{index}].{term.name}")
     trained = {prompt.text for prompt in training}
     for task in tasks(recipe):
-        if leak := [prompt.id for prompt in task.prompts if prompt.text in trained]:
-            raise RecipeError(
-                "evaluate.metrics", f"{len(leak)} prompts of the task {task.name} are training prompts too, such as {leak[0]}"
-            )
+        if leak := [name for name, text in task.texts if text in trained]:
+            raise RecipeError("evaluate.metrics", f"{len(leak)} items of the task {task.name} are training prompts too, such as {leak[0]}")
+    if "gold_control" in recipe.evaluate.controls and not any(prompt.answers for prompt in training):
+        raise RecipeError("evaluate.controls", "gold_control needs an answer beside the training prompts, and none has one; leave it out")
     if any(writer.by == "corpus" for writer in recipe.writer):
         for prompt in training:
             if not prompt.answers:
@@ -116,7 +123,7 @@ def _check_writers(recipe: Recipe) -> None:
     if not others and prune is not None and prune.keep in ("importance", "block_influence"):
         raise RecipeError("writer", f"prune.keep: {prune.keep} is judged on others' text; add a writer, or set keep: uniform")
     none_preferred = not others or (_all_answer(recipe) and recipe.writer[0].by == "untouched")
-    if "sft_control" in recipe.evaluate.controls and none_preferred:
+    if {"sft_control", "shuffled_control"} & set(recipe.evaluate.controls) and none_preferred:
         raise RecipeError("evaluate.controls", "fine-tuning needs preferred text of a teacher or corpus; set controls: [untouched]")
 
 

@@ -20,6 +20,7 @@ from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.recipe import Recipe
 from limbeck.text import Text
+from limbeck.types import UserError
 
 OWN_PROMPTS = 24
 Progress = Callable[[int, int, str], None]
@@ -34,6 +35,10 @@ def bench(recipe: Recipe, folder: Path, teacher: InProcessTeacher, text: Text, r
     leaked = {leak.item for leak in leaks(recipe, text) if leak.kind != "same_but_for_numbers"}
     prompts = [prompt for prompt in text.prompts[1] if prompt.id not in leaked]
     kept = [row for row in rows if row.sample_id not in leaked]
+    if not kept:
+        raise UserError(
+            "no held-out answer is left to measure on: the training text holds all held-out prompts; give others in evaluate.prompts"
+        )
     own = recipe.evaluate.own_prompts or OWN_PROMPTS
     tasks = [replace(task, items=tuple(item for item in task.items if item.id not in leaked)) for task in build.tasks(recipe)]
     return Bench(folder, teacher, Protocol(kept, prompts, tasks, recipe.evaluate.max_tokens, own, recipe.text_seed), progress)

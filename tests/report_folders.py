@@ -119,6 +119,7 @@ def make_run(folder, text="", prompts=12, words=20):
         "calibration": {name: curve("calibration", 1 + n / 4) for n, name in enumerate(systems)},
         "exposure": {name: curve("exposure", n) for n, name in enumerate(systems) if n},
         "by_kind": {kind + text: {name: {"forward_kl": around(0.4 + n / 10, 0.2, 15)} for name in systems} for n, kind in enumerate(KINDS)},
+        "robustness": {f"everyday@typos{text}/pass_rate": {name: around(0.2, 0.1, 26) for name in systems}},
         "by_token_class": {name + text: {"tokens": 900 // n, "forward_kl": 0.4 * n, "share_of_loss": 0.4 / n} for n, name in enumerate(("word start", "digits", "end of text"), 1)},
         "wording": {name: {"distinct_1": 0.41, "distinct_2": 0.83, "self_bleu": None} for name in systems},
         "leaks": [
@@ -166,6 +167,7 @@ def make_comparison(folder, text="", prompts=12, words=20, seeds=(7, 8, 9)):
         "recovered": {name: {"forward_kl": interval(0.5, 0.4, 0.6), "jsd": None} for name in factors},
         "cost": {name: {"teacher_tokens": 7523, "trained_tokens": 22569.5, "steps": 45, "seconds": 90.0 * (n + 1), "peak_memory_mib": 1500 + 220 * n} for n, name in enumerate(factors)},
         "by_kind": {kind + text: {name: {"forward_kl": around(0.4 + n / 10, 0.2, 15)} for name in systems} for n, kind in enumerate(KINDS)},
+        "robustness": {f"everyday@typos{text}/pass_rate": {name: around(0.2, 0.1, 26) for name in systems}},
         "efficiency": {"teacher": efficiency(30), "untouched": efficiency(24)}, "calibration": {"teacher": curve("calibration", 1)},
         "held_out": {"answers": 60, "writer": "teacher", "temperature": 0.7, "top_p": 0.95, "max_tokens": 80, "cut_off": 29},
         "tasks": {"everyday" + text: {"version": "1.0" + text}}, "leaks": [], "warnings": ["A note." + text],

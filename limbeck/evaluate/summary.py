@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,7 @@ def summarise(systems: Systems, task_list: Sequence[Task], pairs: Sequence[tuple
         "exposure": {name: fidelity.exposure(*_both(seeds)) for name, seeds in systems.items() if name != "teacher"},
         "wording": {name: _wording(seeds) for name, seeds in systems.items()},
         "efficiency": {name: seeds[0].efficiency for name, seeds in systems.items()},
+        "robustness": robustness(systems, task_list),
     }
 
 
@@ -189,6 +190,30 @@ def _wording(seeds: Sequence[Measured]) -> dict[str, float | None]:
         "distinct_2": wording.distinct_n(texts, 2),
         "self_bleu": wording.self_bleu(texts),
     }
+
+
+def robustness(systems: Systems, task_list: Sequence[Task]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{TASK@HOW/METRIC: {SYSTEM: relative drop}}: 1 - perturbed / plain, over the same items, for metrics that should be high.
+
+    A system that scores nothing on the plain task has no drop and is left out.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in (task for task in task_list if "@" in task.name):
+        plain = task.name.partition("@")[0]
+        for name, seeds in systems.items():
+            known = _aligned([columns(one, task_list) for one in seeds])
+            for metric in (metric for metric in task.metrics if task.better(metric) == "high"):
+                asked, before = known.get(f"{task.name}/{metric}"), known.get(f"{plain}/{metric}")
+                if asked is None or before is None:
+                    continue
+                renamed = [replace(column, ids=tuple(id_.rpartition("@")[0] for id_ in column.ids)) for column in asked]
+                both = _common([*renamed, *before])
+                after, base = both[: len(asked)], both[len(asked) :]
+                if both[0].ids and all(column.values.sum() > 0 for column in base):
+                    left = nested_interval([c.values for c in after], [c.values for c in base])
+                    drop = Interval(1 - left.value, 1 - left.high, 1 - left.low, left.n)
+                    found.setdefault(f"{task.name}/{metric}", {})[name] = drop.as_dict()
+    return found
 
 
 def by_kind(systems: Systems, kinds: Mapping[str, str], task_list: Sequence[Task]) -> dict[str, dict[str, dict[str, Any]]]:

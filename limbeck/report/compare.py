@@ -42,6 +42,7 @@ def comparison_content(folder: Path, comparison: dict[str, Any]) -> dict[str, An
         "differences": differences,
         "forests": figures.forest_figures(list(metrics.values()), rows, names, base),
         "pareto": figures.pareto_figures(comparison, metric, names) if metric else [],
+        "robustness": grids.robustness_grid(comparison, names),
         "wording": grids.wording_grid(comparison, names),
         "curves": [figure for figure in curves if figure],
         "kinds": grids.kinds_grid(comparison, next(iter(rows), comparison["base"]), names),

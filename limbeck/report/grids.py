@@ -112,6 +112,15 @@ def wording_grid(summary: dict[str, Any], names: dict[str, str]) -> Grid | None:
     return _measured("System", WORDING, summary.get("wording") or {}, names)
 
 
+def robustness_grid(summary: dict[str, Any], names: dict[str, str]) -> Grid | None:
+    """By how much each system's results fall when a task is asked in another way."""
+    drops = summary.get("robustness") or {}
+    systems = [name for name in summary["systems"] if any(name in found for found in drops.values())]
+    rows = [(task, [found.get(name) for name in systems]) for task, found in drops.items()]
+    note = "1 - perturbed / plain, over the same items; below 0, it does better."
+    return Grid("Task and metric", [(names.get(name, label(name)), "") for name in systems], rows, note) if rows else None
+
+
 def classes_grid(summary: dict[str, Any]) -> Grid | None:
     """How far student and teacher are apart on each class of tokens, and the share of the whole that is."""
     classes = summary.get("by_token_class") or {}

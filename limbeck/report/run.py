@@ -36,6 +36,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "tables": systems_tables(summary),
         "against": against,
         "differences": differences,
+        "robustness": grids.robustness_grid(summary, {}),
         "wording": grids.wording_grid(summary, {}),
         "curves": [figure for figure in curves if figure],
         "kinds": grids.kinds_grid(summary, "student", {}),
