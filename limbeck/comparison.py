@@ -52,6 +52,10 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{twice[0]!r} stands twice; a comparison needs recipes of different names")
+    if reserved := sorted({"teacher", "untouched"} & set(names)):
+        raise UserError(
+            f"a method can't be called {reserved[0]!r}, which is what every comparison measures beside the methods; rename the recipe"
+        )
     if len(recipes) < 2:
         raise UserError("a comparison needs at least two recipes, such as `limbeck compare seq-kd forward-kl --like quickstart`")
     drawn = like.held_out_writer.model_dump(include={"temperature", "top_p", "max_tokens"})
@@ -63,9 +67,16 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
         own = recipe.resolved()
         if any(writer.by == "corpus" for writer in recipe.writer) != any(writer.by == "corpus" for writer in like.writer):
             raise UserError(f"{recipe.name} and {like.name} differ in whether a corpus writes; compare recipes of one kind")
-        writers = [writer | (drawn if writer["by"] != "corpus" else {}) for writer in own["writer"]]
+        writers = [writer | _drawn(writer, drawn) for writer in own["writer"]]
         found.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
     return found
+
+
+def _drawn(writer: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """How a writer of a method draws: the sampling teacher as the common recipe's; a greedy one stays greedy; all answers are as long."""
+    if writer["by"] == "corpus":
+        return {}
+    return like if writer["by"] == "teacher" and writer["temperature"] > 0 else {"max_tokens": like["max_tokens"]}
 
 
 @dataclass
@@ -128,6 +139,7 @@ class Comparison:
             if not run.path("measured").exists():
                 run.train("student")
             systems.setdefault(method, []).append(bench.measure(f"{method}-s{seed}", lambda run=run: run.trained("student")))  # type: ignore[misc]
+            shutil.rmtree(run.path("checkpoints"), ignore_errors=True)
             if not self.keep and seed != self.seeds[0]:  # half a gigabyte each; the first seed's student stays
                 write_text(run.path("measured"), "the student was measured and removed; `--keep` keeps it\n")
                 shutil.rmtree(run.path("student"), ignore_errors=True)
@@ -202,7 +214,7 @@ def compare(
 
     Args:
         recipes: files, names of built-in recipes, or recipes. Only their writers and losses are their own.
-        out: the folder; by default runs/compare-NAMES.
+        out: the folder; by default runs/compare- and a hash of the recipes, so that more seeds go on in the same folder.
         like: whose teacher, student, prompts, training and evaluation all take; by default the first recipe.
         seeds: how many (counted from the common recipe's own), or which. They vary the training, not the text.
         base: the method that the others are held against; by default the first recipe.
@@ -245,12 +257,8 @@ def _common(loaded: Sequence[Recipe], like: str | Path | Recipe | None, override
 def _claim(comparison: Comparison) -> None:
     """Make the folder this comparison's, or refuse one that is another's."""
     claim(comparison.common)
-    facts = {
-        "methods": {entry.name: entry.recipe.hash for entry in comparison.entries},
-        "seeds": list(comparison.seeds),
-        "base": comparison.base,
-    }
+    facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
     file = comparison.folder / "comparison.yaml"
     if file.exists() and yaml.safe_load(file.read_text()) != facts:
-        raise UserError(f"{comparison.folder} holds another comparison (other recipes, seeds or base): give another --out, or remove it")
+        raise UserError(f"{comparison.folder} holds another comparison (of other recipes): give another --out, or remove it")
     write_text(file, yaml.safe_dump(facts, sort_keys=False))

@@ -18,8 +18,10 @@ def preferred(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if BEST in row.tags and UNTOUCHED not in row.tags]
 
 
-def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
+def shuffled(rows: Sequence[Row], seed: int, context: int) -> list[Row]:
     """The same prompts and the same answers, each answer to a prompt that is not its own: what is learnt without knowing the question.
+
+    A row that would be longer than `context` tokens is left out.
 
     Raises:
         UserError: fewer than two rows.
@@ -29,7 +31,8 @@ def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
     order = list(range(len(rows)))
     random.Random(f"{seed}/shuffled").shuffle(order)  # noqa: S311 (an order, not a secret)
     taken = {place: order[(at + 1) % len(order)] for at, place in enumerate(order)}  # one cycle: none keeps its own
-    return [replace(row, response_ids=rows[taken[place]].response_ids, references=()) for place, row in enumerate(rows)]
+    dealt = [replace(row, response_ids=rows[taken[place]].response_ids, references=()) for place, row in enumerate(rows)]
+    return [row for row in dealt if len(row) <= context]
 
 
 def gold_samples(prompts: Sequence[Prompt]) -> list[Sample]:

@@ -23,6 +23,7 @@ from limbeck.text import Text
 from limbeck.types import UserError
 
 OWN_PROMPTS = 24
+LEAK_KINDS = ("exact", "contained", "overlap", "same_but_for_numbers")  # the strongest first
 Progress = Callable[[int, int, str], None]
 
 
@@ -33,25 +34,33 @@ def bench(recipe: Recipe, folder: Path, teacher: InProcessTeacher, text: Text, r
         rows: held-out teacher text, one row per answered prompt, named by its prompt's id.
     """
     leaked = {leak.item for leak in leaks(recipe, text) if leak.kind != "same_but_for_numbers"}
-    prompts = [prompt for prompt in text.prompts[1] if prompt.id not in leaked]
-    kept = [row for row in rows if row.sample_id not in leaked]
+    first = {prompt.text: prompt.id for prompt in reversed(text.prompts[1])}  # a text that stands twice is one item
+    prompts = [prompt for prompt in text.prompts[1] if prompt.id not in leaked and first[prompt.text] == prompt.id]
+    kept = [row for row in rows if row.sample_id in {prompt.id for prompt in prompts}]
     if not kept:
         raise UserError(
             "no held-out answer is left to measure on: the training text holds all held-out prompts; give others in evaluate.prompts"
         )
     own = recipe.evaluate.own_prompts or OWN_PROMPTS
-    tasks = [replace(task, items=tuple(item for item in task.items if item.id not in leaked)) for task in build.tasks(recipe)]
+    tasks = [
+        replace(task, items=tuple(item for item in task.items if item.id.partition("@")[0] not in leaked)) for task in build.tasks(recipe)
+    ]
     return Bench(folder, teacher, Protocol(kept, prompts, tasks, recipe.evaluate.max_tokens, own, recipe.text_seed), progress)
 
 
 def leaks(recipe: Recipe, text: Text) -> list[Leak]:
-    """Held-out prompts and task items that stand in the training text."""
+    """Held-out prompts and task items that stand in the training text: per item the strongest leak, with one text that shows it."""
     training = [(prompt.id, prompt.text) for prompt in text.prompts[0]]
     training += [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
-    items = {prompt.id: prompt.text for prompt in text.prompts[1]}
-    for task in build.tasks(recipe):
-        items |= dict(task.texts)
-    return find_leaks(training, list(items.items()))
+    if "gold_control" in recipe.evaluate.controls:
+        training += [(prompt.id, answer) for prompt in text.prompts[0] for answer in prompt.answers]
+    items = {(prompt.id, prompt.text) for prompt in text.prompts[1]}
+    items |= {pair for task in build.tasks(recipe) if "@" not in task.name for pair in task.texts}
+    found: dict[str, Leak] = {}
+    for leak in find_leaks(training, sorted(items)):
+        if leak.item not in found or LEAK_KINDS.index(leak.kind) < LEAK_KINDS.index(found[leak.item].kind):
+            found[leak.item] = leak
+    return list(found.values())
 
 
 def write_summary(recipe: Recipe, bench: Bench, text: Text, systems: dict[str, list[Measured]]) -> dict[str, Any]:

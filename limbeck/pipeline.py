@@ -206,7 +206,7 @@ class Run:
         if name == "gold_control":
             return self.rows(controls.gold_samples(self.text.prompts[0]), student)
         answers = controls.preferred(rows)
-        return controls.shuffled(answers, self.recipe.text_seed) if name == "shuffled_control" else answers
+        return controls.shuffled(answers, self.recipe.text_seed, student.context) if name == "shuffled_control" else answers
 
     def home(self, name: str) -> str:
         return "." if name == "student" else f"controls/{name}"

@@ -19,13 +19,15 @@ def test_fine_tuning_takes_the_preferred_answers_of_others():
 
 def test_shuffling_deals_every_answer_to_another_prompt():
     for seed in range(20):
-        dealt = shuffled(ROWS, seed)
+        dealt = shuffled(ROWS, seed, 99)
         assert [row.prompt_ids for row in dealt] == [row.prompt_ids for row in ROWS]
         assert sorted(row.response_ids for row in dealt) == sorted(row.response_ids for row in ROWS)
         assert all(a.response_ids != b.response_ids for a, b in zip(dealt, ROWS, strict=True))
-    assert shuffled(ROWS, 1) == shuffled(ROWS, 1) != shuffled(ROWS, 2)
+    assert shuffled(ROWS, 1, 99) == shuffled(ROWS, 1, 99) != shuffled(ROWS, 2, 99)
+    long = [*ROWS, Row("long", tuple(range(8)), (1, 2, 3, 4, 0), frozenset({"teacher", BEST}), "p")]
+    assert all(len(row) <= 9 for row in shuffled(long, 0, 9)) and len(shuffled(long, 0, 9)) == 7
     with pytest.raises(UserError, match="at least two"):
-        shuffled(ROWS[:1], 0)
+        shuffled(ROWS[:1], 0, 99)
 
 
 def test_gold_is_the_prompts_own_first_answer():

@@ -33,7 +33,7 @@ def measured(name, nats, own=(), **sums):
     """A system with these nats on answers a, b, c ... of 2, 4, 6 ... tokens, and its own texts (text, finished)."""
     given = [item(chr(97 + place), 2 * place + 2, value, **sums) for place, value in enumerate(nats)]
     texts = [{"tokens": 5, "text": text, "finished": ended, "repetition": None if len(text) < 5 else 0.5} for text, ended in own]
-    return Measured(name, given, [item(chr(97 + n), 5, 1.0) for n in range(len(texts))], texts, [], {}, {"layers": 2})
+    return Measured(name, given, [item(chr(97 + n), 5, 1.0) for n in range(len(texts))], texts, [], [], {}, {"layers": 2})
 
 
 def test_values_are_sums_over_items_by_sums_of_tokens_and_pool_the_seeds():
@@ -60,6 +60,23 @@ def test_differences_are_of_the_items_that_both_have():
     found = summarise({"a": [measured("a", [1.0, 3.0, 100.0])], "b": [short]}, [], [("a", "b")])
     facts = found["paired"]["a - b"]["forward_kl"]
     assert facts["value"] == pytest.approx((4 - 2) / 6) and facts["n"] == 2
+
+
+def test_a_metric_that_no_item_has_under_every_seed_is_left_out():
+    first, second = (
+        measured("s1", [1.0], own=[("a text of words", True), ("x", True)]),
+        measured("s2", [1.0], own=[("x", True), ("a text of words", True)]),
+    )
+    found = summarise({"teacher": [measured("t", [0])], "m": [first, second]}, [], [])["systems"]["m"]
+    assert "own_repetition" not in found and "own_finished" in found
+
+
+def test_few_items_prove_nothing():
+    few = summarise({"a": [measured("a", [1.0] * 9)], "b": [measured("b", [2.0] * 9)]}, [], [("a", "b")])["paired"]["a - b"]["forward_kl"]
+    many = summarise({"a": [measured("a", [1.0] * 10)], "b": [measured("b", [2.0] * 10)]}, [], [("a", "b")])["paired"]["a - b"][
+        "forward_kl"
+    ]
+    assert few["p"] == 1 and many["p"] < 0.01
 
 
 def test_what_was_recovered():
@@ -156,6 +173,19 @@ def test_a_stopped_evaluation_goes_on_and_loads_only_what_is_left(recipe_data, t
     monkeypatch.setattr("limbeck.evaluate.measure.answer_all", lambda *_: pytest.fail("answered again"))
     monkeypatch.setattr("limbeck.build.model", lambda *_: pytest.fail("loaded again"))
     limbeck.run(recipe, out, stages=("evaluate",))
+
+
+def test_records_of_other_questions_are_not_taken_for_these(recipe_data, tmp_path):
+    folder, out = tmp_path / "mytask", tmp_path / "out"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("{name: mytask, version: 1, kind: multiple_choice, description: mine, test: test.jsonl}")
+    (folder / "test.jsonl").write_text('{"question": "the cat?", "choices": ["sat", "ran"], "answer": 0}\n')
+    recipe_data["evaluate"]["metrics"] = ["fidelity", str(folder)]
+    limbeck.run(parse(recipe_data), out)
+    (out / "evaluation" / "summary.json").unlink()
+    (folder / "test.jsonl").write_text('{"question": "the cat?", "choices": ["sat", "ran"], "answer": 1}\n')
+    with pytest.raises(UserError, match="other questions"):
+        limbeck.run(parse(recipe_data), out)
 
 
 def test_own_text_is_trained_on_by_nobody_and_measured_in_its_own_ids(recipe_data, tmp_path, monkeypatch):

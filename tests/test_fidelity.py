@@ -106,15 +106,16 @@ def item(values, sample_id="x"):
 
 
 def test_exposure_bias_is_the_excess_over_the_same_length_of_given_text():
-    given, own = [item([0.5] * 20)], [item([0.5] * 8 + [1.0] * 12)]
+    given, own = [item([0.5] * 33)], [item([0.5] * 8 + [1.0] * 30)]
     found = exposure(own, given)
-    assert [point["upto"] for point in found] == [8, 16, 32]
+    assert [point["upto"] for point in found] == [8, 16, 32], "the bucket up to 64 is not full"
     assert found[0]["value"] == pytest.approx(0)
     assert found[1]["value"] == pytest.approx(100 * (12 - 8) / 8)
     assert all(point["value"] == 0 for point in exposure(given, given))
     # Answers of unequal length: each position's mean is over the answers that reach it.
     assert exposure([item([1.0] * 8), item([1.0] * 16)], [item([0.5] * 16)])[1]["value"] == pytest.approx(100)
-    assert exposure([item([1.0] * 3)], [item([0.0] * 3)]) == [], "no error to exceed: undefined, not infinite"
+    assert exposure([item([1.0] * 8)], [item([0.0] * 8)]) == [], "no error to exceed: undefined, not infinite"
+    assert exposure([], given) == []
 
 
 def test_token_classes(tiny):

@@ -48,7 +48,7 @@ def test_relative_drop_is_over_the_same_items():
     def system(before, after):
         scored = {task.name: [Scored(item.id, {"acc": float(value)}) for item, value in zip(task.items, values, strict=False)]
                   for task, values in ((plain, before), (asked, after))}  # fmt: skip
-        return [Measured("m", [], [], [], [], scored, {})]
+        return [Measured("m", [], [], [], [], [], scored, {})]
 
     found = robustness(
         {"a": system([1, 1, 1, 1], [1, 0, 1, 1]), "b": system([0, 0, 0, 0], [1, 1, 0, 0]), "c": system([1, 1], [0, 1, 1, 1])},

@@ -41,7 +41,7 @@ def test_the_built_in_tasks_are_what_they_claim():
     for name, task in tasks.items():
         assert task.name == name and task.version and task.description and "licence" in (task_folders()[name] / "task.yaml").read_text()
         assert all(item.id.startswith(f"{name}/") for item in task.items)
-        assert len({text for _, text in task.texts}) == len(task.items)
+        assert len({item.text for item in task.items}) == len(task.items) and all(text for _, text in task.texts)
         assert all(task.title(metric) and task.better(metric) in ("low", "high", "none") for metric in task.metrics)
         assert json.loads(canonical_json(task.settings)) == task.settings
     assert Counter(item.answer for item in tasks["choices"].items) == dict.fromkeys(range(4), 12)

@@ -30,18 +30,19 @@ def efficiency(model: Model, prompts: Sequence[Sequence[int]]) -> dict[str, Any]
     net = model.net
     found: dict[str, Any] = sizes(model)
     picked = [list(ids) for ids in prompts[:ROUNDS]]
+    decoded = max(2, min(DECODED, model.context - max(map(len, picked), default=0)))
     on_gpu = net.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(net.device)
     first, every, prefill = [], [], []
     filler = torch.tensor([token for ids in picked for token in ids] or [0])
-    filler = filler.repeat(-(-PREFILL_TOKENS // len(filler)))[:PREFILL_TOKENS][None].to(net.device)
+    filler = filler.repeat(-(-PREFILL_TOKENS // len(filler)))[: min(PREFILL_TOKENS, model.context)][None].to(net.device)
     with torch.inference_mode():
         for ids in picked:
             first.append(_seconds(model, ids, 1))
-            every.append((_seconds(model, ids, DECODED) - first[-1]) / (DECODED - 1))
+            every.append((_seconds(model, ids, decoded) - first[-1]) / (decoded - 1))
             began = time.perf_counter()
-            hidden_states(net, filler[:, : model.context]).sum().item()
+            hidden_states(net, filler).sum().item()
             prefill.append(filler.shape[1] / (time.perf_counter() - began))
     found |= {
         "first_token_ms": round(1000 * statistics.median(first), 1),

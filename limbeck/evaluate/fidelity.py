@@ -8,7 +8,6 @@ Shapes: N response positions of a batch, R of a block, V vocabulary, K choices.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from limbeck.models.load import Model, head_of, hidden_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import TINY
-from limbeck.objectives.head import Head, compared
+from limbeck.objectives.head import Buffer, Head, compared
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch
 
@@ -66,7 +65,8 @@ class Text:
         self.vocabulary = min(head_of(teacher.model.net).vocabulary, teacher.model.tokens)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         self.picks: list[MicroBatch] = [tuple(order[start : start + ROWS_TOGETHER]) for start in range(0, len(order), ROWS_TOGETHER)]
-        self._kept: dict[int, DenseSignal] = {}
+        self._kept: dict[int, Tensor] = {}
+        self._buffer = Buffer()
 
     def batches(self) -> Iterator[tuple[MicroBatch, Batch, DenseSignal]]:
         """(places of the rows, batch, the teacher's side), the shortest rows first."""
@@ -74,14 +74,12 @@ class Text:
         keep = sum(len(row.response_ids) for row in self.rows) * width * 4 <= KEPT_BYTES
         for number, picked in enumerate(self.picks):
             batch = make_batch(self.rows, picked)
-            signal = self._kept.get(number)
-            if signal is None:
-                found = self.teacher.view(batch, vocabulary=self.vocabulary).signal
-                assert isinstance(found, DenseSignal)
-                signal = found
+            hidden_NE = self._kept.get(number)
+            if hidden_NE is None:
+                hidden_NE = self.teacher.signal(batch).hidden_NE
             if keep:
-                self._kept[number] = signal
-            yield picked, batch, signal
+                self._kept[number] = hidden_NE
+            yield picked, batch, DenseSignal(hidden_NE, head_of(self.teacher.model.net).cut(self.vocabulary), self._buffer)
 
 
 @torch.no_grad()
@@ -206,8 +204,7 @@ def summarise(items: Sequence[ItemFidelity]) -> dict[str, Interval]:
 
     found = {name: per_token(name) for name in ("forward_kl", "reverse_kl", "jsd", "tvd", "entropy")}
     found |= {"top1_agreement": per_token("top1"), "top5_overlap": per_token("top5")}
-    nll = per_token("nll")
-    found["perplexity"] = Interval(math.exp(nll.value), math.exp(nll.low), math.exp(nll.high), nll.n)
+    found["perplexity"] = per_token("nll").exponential()
     wrong = [item.sums["wrong"] for item in items]
     if sum(wrong) > 0:
         found["agree_when_wrong"] = ratio_interval([item.sums["same_wrong"] for item in items], wrong)
@@ -233,10 +230,12 @@ def exposure(own: Sequence[ItemFidelity], given: Sequence[ItemFidelity]) -> list
     """Excess accumulated error in per cent, up to each length: 100 (R(l) - l e(l)) / (l e(l)) (Arora et al., arXiv:2204.01171).
 
     R(l) is the forward KL summed over the first l tokens after prefixes that the system wrote (`own`), l e(l) the same after the
-    teacher's (`given`), each as the sum of the mean per position bucket. Ends where either has no tokens. 0: no exposure bias.
+    teacher's (`given`), each as the sum of the mean per position bucket. Both must be drawn in the same way, to the same prompts. Ends
+    where no answer of either fills the bucket. 0: no exposure bias.
     """
     found, here, there, done = [], 0.0, 0.0, 0
-    for length in LENGTHS:
+    longest = min(max((item.tokens for item in items), default=0) for items in (own, given))
+    for length in (length for length in LENGTHS if length <= longest):
         means = []
         for items in (own, given):
             pairs = [item.lengths[str(length)] for item in items if str(length) in item.lengths]

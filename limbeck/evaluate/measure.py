@@ -1,14 +1,15 @@
 """Measure systems one by one on the same held-out text and questions; keep every item. Summaries are made from the items alone.
 
-Files, each written whole, so that a killed evaluation goes on where it was: `fidelity-SYSTEM.jsonl`, `own-SYSTEM.jsonl` (text
-that the system wrote itself), `answers-SYSTEM.jsonl`, `task-TASK-SYSTEM.jsonl`, `efficiency-SYSTEM.json`, `lens.jsonl`.
+Files, each written whole, so that a killed evaluation goes on where it was: `fidelity-SYSTEM.jsonl`, `own-SYSTEM.jsonl` (text that
+the system wrote itself), `free-SYSTEM.jsonl` (text that the teacher wrote in the same way), `answers-SYSTEM.jsonl`,
+`task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json`, `lens.jsonl`; `protocol.json` knows what was asked.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from limbeck.evaluate.tasks import Answer, Scored, Task, answer_all, run_task
 from limbeck.models.generate import Job, generate
 from limbeck.models.load import Model
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.types import Sampling, canonical_json, content_hash
+from limbeck.types import Sampling, UserError, canonical_json, content_hash
 
 SHOWN = 24
 OWN_FACTS = ("tokens", "text", "finished", "repetition")
@@ -49,12 +50,14 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measured:
-    """Every item of one system. `own_text` stands beside `own`: tokens, whether it ended, repetition, text."""
+    """Every item of one system. `own_text` stands beside `own`: tokens, whether it ended, repetition, text. `free` is its distance
+    from the teacher on what the teacher itself wrote to the same prompts in the same way (temperature 1)."""
 
     name: str
     fidelity: list[ItemFidelity]
     own: list[ItemFidelity]
     own_text: list[dict[str, Any]]
+    free: list[ItemFidelity]
     answers: list[Answer]
     tasks: dict[str, list[Scored]]
     efficiency: dict[str, Any]
@@ -66,18 +69,34 @@ class Bench:
     def __init__(self, folder: Path, teacher: InProcessTeacher, protocol: Protocol, progress: Progress = lambda done, total, detail: None):
         self.folder, self.teacher, self.protocol, self.progress = folder, teacher, protocol, progress
         self.held_out = Text(protocol.rows, teacher)
+        self.free: Text | None = None
         self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
+        self._claim()
         texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.text} for prompt in protocol.prompts]
         write_text(folder / "prompts.jsonl", _lines(texts))
+
+    def _claim(self) -> None:
+        """Refuse a folder whose records answer other questions."""
+        asked = self.protocol
+        tasks = [
+            {"name": t.name, "metrics": t.metrics, "settings": t.settings, "items": [asdict(item) for item in t.items]} for t in asked.tasks
+        ]
+        facts = {"prompts": [asdict(prompt) for prompt in asked.prompts], "max_tokens": asked.max_tokens, "own_prompts": asked.own_prompts}
+        print_ = content_hash(facts | {"tasks": tasks, "rows": [row.response_ids for row in asked.rows], "seed": asked.seed})
+        file = self.folder / "protocol.json"
+        if file.exists() and json.loads(file.read_text())["hash"] != print_:
+            raise UserError(f"{self.folder} holds answers to other questions (tasks or prompts changed since): remove it to measure anew")
+        write_json(file, {"hash": print_})
 
     def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> Measured:
         """All of one system's records. `lens` keeps single tokens of the first answers, too."""
         model = cache(load)
         held_out = self._fidelity(name, model, lens)
         own, own_text = self._own(name, model, lens)
+        free = self._free(name, model)
         answers = self._answers(name, model)
         scored = {task.name: self._task(task, name, model, answers) for task in self.protocol.tasks}
-        return Measured(name, held_out, own, own_text, answers, scored, self._efficiency(name, model))
+        return Measured(name, held_out, own, own_text, free, answers, scored, self._efficiency(name, model))
 
     def _fidelity(self, name: str, model: Callable[[], Model], lens: bool) -> list[ItemFidelity]:
         file = self.folder / f"fidelity-{name}.jsonl"
@@ -103,10 +122,32 @@ class Bench:
                 kept += [_lens("student", item, system) for item in items if item.lens]
                 write_text(self.folder / "lens.jsonl", _lines(kept))
             texts = [(system.decode(row.response_ids), row.response_ids[-1] in system.eos_ids) for row in rows]
-            facts = [{"text": text, "finished": ended, "repetition": wording.repetition(text)} for text, ended in texts]
+            facts = [
+                {
+                    "text": text,
+                    "finished": ended,
+                    "repetition": wording.repetition(text),
+                    "prompt_ids": row.prompt_ids,
+                    "ids": row.response_ids,
+                }
+                for row, (text, ended) in zip(rows, texts, strict=True)
+            ]
             write_text(file, _lines([_record(item) | extra for item, extra in zip(items, facts, strict=True)]))
         records = read_jsonl(file)
         return [_item(record) for record in records], [{key: record[key] for key in OWN_FACTS} for record in records]
+
+    def _free(self, name: str, model: Callable[[], Model]) -> list[ItemFidelity]:
+        """Distance from the teacher on the teacher's own text at temperature 1: what a system's own text is held against."""
+        file = self.folder / f"free-{name}.jsonl"
+        if not file.exists():
+            if self.free is None:
+                self._own("teacher", lambda: self.teacher.model, False)
+                records = read_jsonl(self.folder / "own-teacher.jsonl")
+                rows = [Row(record["prompt_id"], tuple(record["prompt_ids"]), tuple(record["ids"])) for record in records]
+                self.free = Text(rows, self.teacher)
+            items = fidelity(model(), self.free, (), partial(self._told, f"{name} on the teacher's free text"))
+            write_text(file, _lines([_record(item) for item in items]))
+        return [_item(record) for record in read_jsonl(file)]
 
     def _write(self, name: str, system: Model) -> list[Row]:
         """The system's own answers to the first held-out prompts, in the ids that were drawn."""
@@ -131,7 +172,7 @@ class Bench:
         return [Answer(**record) for record in read_jsonl(file)]
 
     def _task(self, task: Task, name: str, model: Callable[[], Model], answers: Sequence[Answer]) -> list[Scored]:
-        file = self.folder / f"task-{task.name}-{name}.jsonl"
+        file = self.folder / f"task-{task.name}+{name}.jsonl"
         if not file.exists():
             given = {answer.prompt_id: answer for answer in answers}
             told = partial(self._told, f"{task.name}: {name}")

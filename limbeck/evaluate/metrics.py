@@ -40,7 +40,10 @@ METRICS = {
     "own_finished": Metric("Finished", "share of answers", "none", OWN),
     "own_repetition": Metric("Repetition", "share of 4-grams", "low", OWN),
 }
-NLL = Metric("Negative log-likelihood", "nats a token", "low", HELD_OUT)  # what perplexity is compared by
+NLLS = {  # what perplexities are compared by
+    "nll": Metric("Negative log-likelihood", "nats a token", "low", HELD_OUT),
+    "own_teacher_nll": Metric("Teacher's negative log-likelihood", "nats a token", "low", OWN),
+}
 
 
 def described(names: Sequence[str], tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
@@ -50,7 +53,7 @@ def described(names: Sequence[str], tasks: Sequence[Task]) -> dict[str, dict[str
     for name in names:
         task_name, _, measure = name.rpartition("/")
         task = by_name.get(task_name)
-        metric = METRICS.get(name, NLL if name == "nll" else None)
+        metric = METRICS.get(name) or NLLS.get(name)
         if metric is None:
             better = task.better(measure) if task else "none"
             title = task.title(measure) if task else measure.replace("_", " ").capitalize()

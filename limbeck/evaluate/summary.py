@@ -72,7 +72,7 @@ def summarise(systems: Systems, task_list: Sequence[Task], pairs: Sequence[tuple
     """Values of every system, differences of every (first, second) pair, and what stands beside them."""
     known = {name: [columns(one, task_list) for one in seeds] for name, seeds in systems.items()}
     values = {name: _values(systems[name], known[name], task_list) for name in systems}
-    metrics = list(dict.fromkeys([*(metric for found in values.values() for metric in found), "nll"]))
+    metrics = list(dict.fromkeys([*(metric for found in values.values() for metric in found), *SHOWN_AS]))
     return {
         "systems": values,
         "metrics": described(metrics, task_list),
@@ -91,7 +91,7 @@ def _values(seeds: Sequence[Measured], known: Sequence[dict[str, Column]], task_
         interval = nested_interval([column.values for column in by_seed], [column.weights for column in by_seed])
         shown = SHOWN_AS.get(name)
         if shown:
-            interval = Interval(math.exp(interval.value), math.exp(interval.low), math.exp(interval.high), interval.n)
+            interval = interval.exponential()
         found[shown or name] = interval.as_dict()
     found["ece"] = calibration.ece_interval(_tables(seeds)).as_dict()
     for task in task_list:  # a task's own figures that are no means over items, such as macro F1
@@ -100,14 +100,23 @@ def _values(seeds: Sequence[Measured], known: Sequence[dict[str, Column]], task_
     return found
 
 
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # a diverged model's perplexity is past what a float holds
+
+
 def _aligned(known: Sequence[dict[str, Column]]) -> dict[str, list[Column]]:
     """Per metric the columns of all seeds, over the items that every seed has."""
     found = {}
     for name in known[0]:
         by_seed = [columns[name] for columns in known if name in columns]
-        if len(by_seed) == len(known):
-            found[name] = _common(by_seed)
+        common = _common(by_seed) if len(by_seed) == len(known) else []
+        if common and _measurable(common):
+            found[name] = common
     return found
+
+
+def _measurable(by_seed: Sequence[Column]) -> bool:
+    return bool(by_seed[0].ids) and all(column.weights.sum() > 0 for column in by_seed)
 
 
 def _common(by_seed: Sequence[Column]) -> list[Column]:
@@ -128,7 +137,7 @@ def _differences(first: Sequence[dict[str, Column]], second: Sequence[dict[str, 
     ours, theirs = _aligned(first), _aligned(second)
     for name in (name for name in ours if name in theirs):
         both = _common([*ours[name], *theirs[name]])
-        if not both[0].ids or any(column.weights.sum() <= 0 for column in both):
+        if not _measurable(both):
             continue
         a, b = both[: len(ours[name])], both[len(ours[name]) :]
         found[name] = nested_difference([c.values for c in a], [c.weights for c in a], [c.values for c in b], [c.weights for c in b])
@@ -142,11 +151,13 @@ def recovery(
     sides = [_aligned([columns(one, task_list) for one in seeds]) for seeds in (student, untouched, teacher)]
     found: dict[str, dict[str, Any] | None] = {}
     for name, facts in described([name for name in sides[0] if all(name in side for side in sides)], task_list).items():
-        if facts["better"] != "none" or name == "nll":
+        if facts["better"] != "none":
             parts = [_pooled(side[name]) for side in sides]
-            s, u, t = _common(parts)
-            interval = recovered((s.values, s.weights), (u.values, u.weights), (t.values, t.weights))
-            found[SHOWN_AS.get(name, name) if name != "nll" else name] = interval.as_dict() if interval else None
+            s, u, t = both = _common(parts)
+            interval = None
+            if _measurable(both):
+                interval = recovered((s.values, s.weights), (u.values, u.weights), (t.values, t.weights))
+            found[SHOWN_AS.get(name, name)] = interval.as_dict() if interval else None
     return found
 
 
@@ -160,7 +171,7 @@ def values_by_seed(seeds: Sequence[int], measured: Sequence[Measured], task_list
     found = {}
     for seed, one in zip(seeds, measured, strict=True):
         known = {name: float(c.values.sum() / c.weights.sum()) for name, c in columns(one, task_list).items()}
-        found[str(seed)] = {SHOWN_AS.get(name, name): math.exp(value) if name in SHOWN_AS else value for name, value in known.items()}
+        found[str(seed)] = {SHOWN_AS.get(name, name): _exp(value) if name in SHOWN_AS else value for name, value in known.items()}
     return found
 
 
@@ -179,17 +190,19 @@ def _tables(seeds: Sequence[Measured]) -> list[calibration.Reliability]:
 
 
 def _both(seeds: Sequence[Measured]) -> tuple[list[Any], list[Any]]:
-    return [item for one in seeds for item in one.own], [item for one in seeds for item in one.fidelity]
+    return [item for one in seeds for item in one.own], [item for one in seeds for item in one.free]
 
 
 def _wording(seeds: Sequence[Measured]) -> dict[str, float | None]:
-    """Properties of the system's own texts as a set; they are no means over items and have no interval."""
-    texts = [facts["text"] for one in seeds for facts in one.own_text]
-    return {
-        "distinct_1": wording.distinct_n(texts, 1),
-        "distinct_2": wording.distinct_n(texts, 2),
-        "self_bleu": wording.self_bleu(texts),
+    """Properties of the system's own texts as a set, the mean over seeds; they are no means over items and have no interval."""
+    sets = [[facts["text"] for facts in one.own_text] for one in seeds]
+    found: dict[str, list[float | None]] = {
+        "distinct_1": [wording.distinct_n(texts, 1) for texts in sets],
+        "distinct_2": [wording.distinct_n(texts, 2) for texts in sets],
+        "self_bleu": [wording.self_bleu(texts) for texts in sets],
     }
+    known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: sum(values) / len(values) if len(values) == len(seeds) else None for name, values in known.items()}
 
 
 def robustness(systems: Systems, task_list: Sequence[Task]) -> dict[str, dict[str, dict[str, Any]]]:

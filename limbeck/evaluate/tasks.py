@@ -106,7 +106,8 @@ class Task:
     @property
     def texts(self) -> list[tuple[str, str]]:
         """(id, text) of every item without its solution, to be looked for in training text."""
-        return [(item.id, item.text) for item in self.items]
+        parts = ((item.id, (item.query, *item.documents) if isinstance(item, RankingItem) else (item.text,)) for item in self.items)
+        return [(name, text) for name, texts in parts for text in texts]
 
     def better(self, metric: str) -> Better:
         return TITLES.get(metric.partition("@")[0], ("", "none"))[1]

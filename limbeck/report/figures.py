@@ -12,8 +12,15 @@ from limbeck.report.metrics import Metric, is_clear, number, percent
 from limbeck.report.plots import Series, Spot, Text, Whisker, bars, curves, forest, scatter
 
 STYLES = {"student": "accent", "teacher": "ink", "sft_control": "grey", "untouched": "dash"}
-SHORT = {"teacher": "Teacher", "untouched": "Before training", "sft_control": "Fine-tuning", "student": "Student"}
-TRAININGS = {"student": "", "sft_control": "controls/sft_control"}
+SHORT = {
+    "teacher": "Teacher",
+    "untouched": "Before training",
+    "sft_control": "Fine-tuning",
+    "gold_control": "Gold",
+    "shuffled_control": "Shuffled",
+    "student": "Student",
+}
+TRAININGS = {"student": ""} | {name: f"controls/{name}" for name in ("sft_control", "gold_control", "shuffled_control")}
 COSTS = {
     "seconds": ("Training time", "minutes of training", 1 / 60),
     "teacher_tokens": ("Teacher tokens", "tokens that the teacher wrote", 1.0),
@@ -38,7 +45,7 @@ def loss_figures(folder: Path) -> list[Figure]:
         records = read_jsonl(folder / place / "metrics.jsonl")
         if len(records) < 2:
             continue
-        lines = [Series("loss", [(r["step"], r["loss"]) for r in records], STYLES[name])]
+        lines = [Series("loss", [(r["step"], r["loss"]) for r in records], STYLES.get(name, "grey"))]
         terms = records[-1].get("terms", {})
         if len(terms) > 1:
             parts = [Series(term, [(r["step"], r["terms"][term]) for r in records if term in r.get("terms", {})], "dash") for term in terms]

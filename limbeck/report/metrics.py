@@ -14,6 +14,8 @@ LABELS = {
     "teacher": "Teacher",
     "untouched": "Student before training",
     "sft_control": "Fine-tuning control",
+    "gold_control": "Fine-tuning on gold",
+    "shuffled_control": "Fine-tuning on shuffled answers",
     "student": "Student",
 }
 FIDELITY = "Fidelity on held-out text"
@@ -26,6 +28,7 @@ KNOWN = {
     "nll": ("Negative log-likelihood", "nats a token", "low"),
 }
 LEVEL = 0.05
+LEAST_ITEMS = 10  # fewer can't tell two systems apart; as in evaluate/statistics.py
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,13 @@ def headline(metrics: dict[str, Metric], systems: Iterable[dict[str, Any]]) -> M
 
 
 def is_clear(difference: dict[str, Any], comparisons: int = 1) -> bool:
-    """Does a difference stand? Its interval leaves out 0 and its p value, where given, is below 0.05.
+    """Does a difference stand? It is over LEAST_ITEMS items, its interval leaves out 0 and its p value, where given, is below 0.05.
 
     Args:
         comparisons: how many differences were looked at together. With more than one, only a difference with a
             Holm-adjusted p value can be clear.
     """
-    if difference["low"] <= 0 <= difference["high"]:
+    if difference["low"] <= 0 <= difference["high"] or difference.get("n", LEAST_ITEMS) < LEAST_ITEMS:
         return False
     p = difference.get("p_holm", difference.get("p") if comparisons == 1 else None)
     return bool(p < LEVEL) if p is not None else comparisons == 1
