@@ -19,7 +19,7 @@ from limbeck.durable import read_jsonl, write_json, write_text
 from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate import wording
 from limbeck.evaluate.calibration import Reliability
-from limbeck.evaluate.efficiency import efficiency
+from limbeck.evaluate.efficiency import efficiency, sizes
 from limbeck.evaluate.fidelity import Choices, ItemFidelity, Text, fidelity
 from limbeck.evaluate.tasks import Answer, Scored, Task, answer_all, run_task
 from limbeck.models.generate import Job, generate
@@ -184,10 +184,15 @@ class Bench:
         self.progress(done, total, detail)
 
     def _efficiency(self, name: str, model: Callable[[], Model]) -> dict[str, Any]:
+        """Speeds are measured once per shape: systems that differ in their weights alone run alike; timing each only adds noise."""
         file = self.folder / f"efficiency-{name}.json"
         if not file.exists():
             system = model()
-            write_json(file, efficiency(system, [system.prompt_ids(prompt.messages) for prompt in self.protocol.prompts[:SHOWN]]))
+            shape = sizes(system)
+            known = [json.loads(other.read_text()) for other in sorted(self.folder.glob("efficiency-*.json"))]
+            same = [facts for facts in known if shape.items() <= facts.items()]
+            prompts = [system.prompt_ids(prompt.messages) for prompt in self.protocol.prompts[:SHOWN]]
+            write_json(file, same[0] if same else efficiency(system, prompts))
         return dict(json.loads(file.read_text()))
 
 
