@@ -85,9 +85,9 @@ def write_summary(recipe: Recipe, bench: Bench, text: Text, systems: dict[str, l
 
 def facts(recipe: Recipe, bench: Bench, text: Text) -> dict[str, Any]:
     """How the figures came about: held-out text, tasks with their settings, leaks, machine."""
-    tasks = bench.protocol.tasks
+    tasks, rows, ends = bench.protocol.tasks, bench.protocol.rows, bench.teacher.model.eos_ids
     return {
-        "held_out": text.facts() | {"answers": len(bench.protocol.rows)},
+        "held_out": text.facts() | {"answers": len(rows), "cut_off": sum(row.response_ids[-1] not in ends for row in rows)},
         "own_text": {"prompts": bench.protocol.own_prompts, "temperature": 1.0, "top_p": 1.0, "max_tokens": recipe.evaluate.max_tokens},
         "tasks": {task.name: {"version": task.version, "kind": task.kind, "settings": task.settings} for task in tasks},
         "leaks": [vars(leak) for leak in leaks(recipe, text)],

@@ -494,3 +494,18 @@ def test_shapes_that_differ_are_refused():
     for teacher, student in ((torch.zeros(2, 5), torch.zeros(2, 6)), (torch.zeros(5), torch.zeros(5))):
         with pytest.raises(limbeck.UserError, match="vocabulary"):
             divergence("jsd", teacher, student)
+
+
+def test_what_is_no_target_or_no_tensor_is_refused():
+    teacher, student = logits(3, 5, seed=40)
+    good = torch.tensor([0, 4, 2])
+    assert divergence("dkd", teacher, student, targets_N=good).shape == (3,)
+    for bad in (torch.tensor([0, 5, 2]), torch.tensor([0, -100, 2]), torch.tensor([0, 1]), torch.tensor([0.0, 1.0, 2.0]), [0, 1, 2]):
+        with pytest.raises(ValueError, match="dkd: targets_N must be a long tensor of 3 token ids"):
+            divergence("dkd", teacher, student, targets_N=bad)
+    with pytest.raises(ValueError, match="must be torch tensors"):
+        divergence("jsd", teacher.tolist(), student.tolist())
+    nothing = teacher.index_fill(0, torch.tensor([1]), -torch.inf)
+    with pytest.raises(ValueError, match="every token is masked"):
+        divergence("jsd", nothing, nothing)
+    assert divergence("jsd", teacher[:0], student[:0]).shape == (0,)

@@ -148,7 +148,7 @@ def test_leaks_and_warnings_stand_before_the_results(tmp_path):
     ("difference", "words"),
     [
         ((-0.1, -0.2, -0.05), "it is nearer than fine-tuning"),
-        ((0.1, 0.05, 0.2), "fine-tuning on the same text came nearer"),
+        ((0.1, 0.05, 0.2), "fine-tuning on the teacher's text came nearer"),
         ((-0.1, -0.2, 0.01), "may be chance"),
     ],
 )
@@ -160,6 +160,8 @@ def test_the_verdict_claims_what_the_interval_allows(difference, words):
     assert verdict({"systems": systems, "paired": nearer}).endswith("down from 1.00 before training.")
     farther = {"student - untouched": {"forward_kl": interval(0.5, 0.4, 0.6)}}
     assert verdict({"systems": systems, "paired": farther}).endswith("up from 1.00 before training.")
+    few = {"student - untouched": {"forward_kl": interval(-0.5, -0.6, -0.4) | {"n": 9}}}
+    assert "no clear change from 1.00" in verdict({"systems": systems, "paired": few})
     same = {"student - untouched": {"forward_kl": interval(0.1, -0.4, 0.6)}}
     assert "no clear change from 1.00" in verdict({"systems": systems, "paired": same})
 

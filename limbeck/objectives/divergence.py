@@ -216,7 +216,7 @@ def taid(p: Distribution, q: Distribution, *, t: float = 0.4) -> ValueAndGradien
     return forward_kl(Distribution(torch.lerp(q.logits_RV, p.logits_RV, t)), q)
 
 
-@_register("g_head / (g_head + g_tail) KL(p || q) + g_tail / (g_head + g_tail) KL(q || p)", "Wu et al. (AKL), arXiv:2404.02657",
+@_register("w KL(p || q) + (1-w) KL(q || p), w = sg[g_head / (g_head + g_tail)]", "Wu et al. (AKL), arXiv:2404.02657",
            one_hot=False, mu=Range(0, 1, open_low=True, open_high=True))  # fmt: skip
 def adaptive_kl(p: Distribution, q: Distribution, *, mu: float = 0.5) -> ValueAndGradient:
     """Forward and reverse KL weighed by where the student is wrong: g = sum |p - q| in the teacher's head and in its tail.
@@ -350,15 +350,18 @@ def divergence(
     Args:
         name: a key of `limbeck.methods()["divergences"]`.
         teacher_logits_NV: unnormalised log-probabilities of the teacher, [N, V]; no gradient flows into them.
-        student_logits_NV: those of the student, same shape and vocabulary. A column masked with -inf in both counts for nothing.
+        student_logits_NV: those of the student, same shape and vocabulary. A column masked with -inf in both counts for nothing
+            (but for `logit_mse`, which still counts it in the size of the vocabulary).
         targets_N: the tokens that the text went on with; only `dkd` reads them.
         params: the divergence's own parameters, such as `teacher_share` of `jsd`.
 
     Raises:
-        ValueError: an unknown name or parameter, a value outside its range, shapes that differ, NaN or +inf logits, or a
-            column that is masked in one model only.
+        ValueError: an unknown name or parameter, a value outside its range, shapes that differ, NaN or +inf logits, a
+            column that is masked in one model only, a position where all are masked, or targets that are no tokens.
     """
     values = checked_params(name, dict(params), name)
+    if not (isinstance(teacher_logits_NV, Tensor) and isinstance(student_logits_NV, Tensor)):
+        raise UserError(f"{name}: logits must be torch tensors [positions, vocabulary]; convert them with torch.as_tensor")
     if teacher_logits_NV.shape != student_logits_NV.shape or teacher_logits_NV.ndim != 2:
         raise UserError(
             f"{name}: teacher and student logits must both be [positions, vocabulary]; got {tuple(teacher_logits_NV.shape)} and "
@@ -369,5 +372,19 @@ def divergence(
         raise UserError(f"{name}: logits must be finite, or -inf where a token is masked; found NaN or +inf: look for an overflow in fp16")
     if not torch.equal(teacher_logits_NV == -torch.inf, student_logits_NV == -torch.inf):
         raise UserError(f"{name}: a token is masked (-inf) in one model and not in the other; mask it in both")
+    if len(teacher_NV) and (teacher_logits_NV == -torch.inf).all(-1).any():
+        raise UserError(f"{name}: at some position every token is masked (-inf); leave that position out")
+    if targets_N is not None:
+        _check_targets(name, targets_N, teacher_logits_NV)
     result: Tensor = _Differentiable.apply(student_NV, teacher_NV, DIVERGENCES[name], values, targets_N)
     return result
+
+
+def _check_targets(name: str, targets_N: Tensor, logits_NV: Tensor) -> None:
+    positions, vocabulary = logits_NV.shape
+    whole = isinstance(targets_N, Tensor) and targets_N.shape == (positions,) and targets_N.dtype == torch.long
+    if not whole or not ((targets_N >= 0) & (targets_N < vocabulary)).all():
+        raise UserError(
+            f"{name}: targets_N must be a long tensor of {positions} token ids from 0 to {vocabulary - 1}; leave positions without a "
+            "target (such as -100) out"
+        )

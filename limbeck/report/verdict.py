@@ -12,7 +12,7 @@ LEFT_OUT = ("exact", "contained", "overlap")
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """How near the student is to its teacher, and whether distilling beat fine-tuning on the same text."""
+    """How near the student is to its teacher, and whether distilling beat fine-tuning on the teacher's text."""
     return _run_sentence(summary) + _leaks(summary)
 
 
@@ -28,17 +28,18 @@ def _run_sentence(summary: dict[str, Any]) -> str:
     change = paired.get("student - untouched", {}).get("forward_kl")
     if change and "forward_kl" in systems.get("untouched", {}):
         before = f"{systems['untouched']['forward_kl']['value']:.2f}"
-        moved = "down from" if change["high"] < 0 else "up from" if change["low"] > 0 else "with no clear change from"
+        moved = "with no clear change from" if not is_clear(change) else "down from" if change["high"] < 0 else "up from"
         text += f", {moved} {before} before training"
     difference = paired.get("student - sft_control", {}).get("forward_kl")
     if difference is None:
         return text + "."
     value, low, high = (difference[key] for key in ("value", "low", "high"))
     if not is_clear(difference):
-        return f"{text}; against fine-tuning on the same text the difference, {value:+.3f} nats ({low:+.3f} to {high:+.3f}), may be chance."
+        change = f"{value:+.3f} nats ({low:+.3f} to {high:+.3f})"
+        return f"{text}; against fine-tuning on the teacher's text the difference, {change}, may be chance."
     if high < 0:
-        return f"{text}; it is nearer than fine-tuning on the same text by {-value:.3f} nats ({-high:.3f} to {-low:.3f})."
-    return f"{text}; fine-tuning on the same text came nearer, by {value:.3f} nats ({low:.3f} to {high:.3f})."
+        return f"{text}; it is nearer than fine-tuning on the teacher's text by {-value:.3f} nats ({-high:.3f} to {-low:.3f})."
+    return f"{text}; fine-tuning on the teacher's text came nearer, by {value:.3f} nats ({low:.3f} to {high:.3f})."
 
 
 def _other_metric(metric: Metric, systems: dict[str, Any], paired: dict[str, Any]) -> str:
