@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from limbeck.memory import keep_freed_memory
+from limbeck.memory import forget_peak, keep_freed_memory, peak_mib
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.head import Evidence, Head, fused_loss
 from limbeck.objectives.term import make_term
@@ -93,16 +93,13 @@ def peak_extra(run: Callable[[], None], device: str) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)  # else memory kept from the run before would hide this one's
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        run()
-        return (_status("VmHWM") - before) / 1024
     except (OSError, AttributeError):
         return None
-
-
-def _status(key: str) -> int:
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1])
+    forget_peak()
+    before = peak_mib()
+    run()
+    after = peak_mib()
+    return None if before is None or after is None else after - before
 
 
 def measure(run: Callable[[], None], data: dict[str, Tensor], device: str, rounds: int) -> dict[str, Any]:
