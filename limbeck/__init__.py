@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from limbeck.build import methods
     from limbeck.comparison import compare
-    from limbeck.objectives.divergence import divergence
+    from limbeck.objectives.on_logits import divergence
     from limbeck.pipeline import check, run
     from limbeck.recipe import Recipe, load_recipe
     from limbeck.types import RecipeError, UserError
@@ -22,7 +22,7 @@ _HOMES = {
     "UserError": "limbeck.types",
     "check": "limbeck.pipeline",
     "compare": "limbeck.comparison",
-    "divergence": "limbeck.objectives.divergence",
+    "divergence": "limbeck.objectives.on_logits",
     "load_recipe": "limbeck.recipe",
     "methods": "limbeck.build",
     "run": "limbeck.pipeline",

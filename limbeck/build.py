@@ -11,20 +11,25 @@ from limbeck.data import BEST, REST
 from limbeck.elicit.prompts import Prompt, load_prompts
 from limbeck.evaluate.perturb import perturbed
 from limbeck.evaluate.tasks import Task, load_task
-from limbeck.models.load import Model, load_model
+from limbeck.models.context import Sight
+from limbeck.models.generate import Joint
+from limbeck.models.joint import Mixture, Speculation
+from limbeck.models.load import Model, load_model, model_identity
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.match import MATCHES
-from limbeck.objectives.parameters import defaults_of
+from limbeck.objectives.parameters import Range, defaults_of
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
+from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.supervised import cross_entropy
-from limbeck.objectives.term import CROSS_ENTROPY, Term, make_term
+from limbeck.objectives.term import CROSS_ENTROPY, WRITTEN, Term, make_term
 from limbeck.recipe import Recipe, load_recipe
+from limbeck.settings import Joint as JointSettings
+from limbeck.settings import Rollout
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 HELD_OUT_SHARE = 0.1
-ROLLOUT_COLUMNS = {column for policy in POLICIES.values() for column in policy.reads}
 
 
 def terms(recipe: Recipe) -> list[Term]:
@@ -40,7 +45,24 @@ def terms(recipe: Recipe) -> list[Term]:
 
 
 def teacher(recipe: Recipe) -> InProcessTeacher:
-    return InProcessTeacher(load_model(recipe.teacher))
+    return InProcessTeacher(load_model(recipe.teacher.model).seeing(sight(recipe)))
+
+
+def sight(recipe: Recipe) -> Sight | None:
+    """What the teacher is shown beside the prompts."""
+    context = recipe.teacher.context
+    if context is None:
+        return None
+    fields = {}
+    for prompt in (prompt for part in prompts(recipe) for prompt in part):
+        known = {"answer": prompt.answers[0] if prompt.answers else "", "feedback": prompt.feedback}
+        fields[prompt.text] = {name: text for name, text in known.items() if text}
+    return Sight(context.system, context.user, fields)
+
+
+def teacher_identity(recipe: Recipe) -> str:
+    """What `teacher(recipe).identity` will be, without loading the weights."""
+    return Model.named(model_identity(recipe.teacher.model), sight(recipe))
 
 
 def model(path: Path) -> Model:
@@ -97,6 +119,8 @@ def validate(recipe: Recipe) -> None:
     """
     _check_writers(recipe)
     training, _ = prompts(recipe)
+    _check_student_writer(recipe)
+    _check_teacher(recipe, training)
     for index, term in enumerate(terms(recipe)):
         _check_evidence(recipe, term, training, f"loss[{index}].{term.name}")
     trained = {prompt.text for prompt in training}
@@ -111,18 +135,13 @@ def validate(recipe: Recipe) -> None:
                 raise RecipeError("writer", f"a corpus writer needs an answer beside every prompt; {prompt.id!r} has none")
 
 
-def _all_answer(recipe: Recipe) -> bool:
-    """Whether every prompt goes to all writers."""
-    return len(recipe.writer) > 1 and all(writer.share == 1 for writer in recipe.writer)
-
-
 def _check_writers(recipe: Recipe) -> None:
     """Refuse text by the untouched student alone where something needs other text."""
-    others = [writer for writer in recipe.writer if writer.by != "untouched"]
+    others = [writer for writer in recipe.writer if writer.by != "untouched"]  # beside a student alone, the teacher writes for these
     prune = recipe.student.start.prune
     if not others and prune is not None and prune.keep in ("importance", "block_influence"):
         raise RecipeError("writer", f"prune.keep: {prune.keep} is judged on others' text; add a writer, or set keep: uniform")
-    none_preferred = not others or (_all_answer(recipe) and recipe.writer[0].by == "untouched")
+    none_preferred = not others or (recipe.all_answer and recipe.writer[0].by in ("untouched", "student"))
     if {"sft_control", "shuffled_control"} & set(recipe.evaluate.controls) and none_preferred:
         raise RecipeError("evaluate.controls", "fine-tuning needs preferred text of a teacher or corpus; set controls: [untouched]")
 
@@ -130,24 +149,104 @@ def _check_writers(recipe: Recipe) -> None:
 def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path: str) -> None:
     """Refuse a term whose evidence no writer, prompt or teacher gives."""
     writers = {writer.by for writer in recipe.writer}
-    several = _all_answer(recipe) or any(len(prompt.answers) > 1 for prompt in training)
+    several = recipe.all_answer or any(len(prompt.answers) > 1 for prompt in training)
     tags = writers | {prompt.task for prompt in training if prompt.task} | ({BEST, REST} if several else {BEST})
     if term.only is not None and term.only not in tags:
         raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
-    if rollout := sorted(term.reads & ROLLOUT_COLUMNS):
-        raise RecipeError(path, f"{term.name} reads {rollout[0]} of text that the student writes while training; no writer does that yet")
-    poor = "untouched" in writers or ("corpus" in writers and any(len(prompt.answers) > 1 for prompt in training))
+    _check_written(recipe, term, path)
+    poor = {"untouched", WRITTEN} & writers or ("corpus" in writers and any(len(prompt.answers) > 1 for prompt in training))
     if term.name == CROSS_ENTROPY and term.only is None and poor:
         raise RecipeError(path, "it would also fit answers that are not preferred, or the student's own; limit it, such as {only: best}")
     if "answers" not in term.reads:
         return
+    if WRITTEN in writers and any(read.startswith("reference_") for read in term.reads):
+        raise RecipeError(path, f"{term.name} compares with a frozen model's opinion, which text written while training does not have")
     ranked = writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)
-    if not (_all_answer(recipe) or ranked):
+    if not (recipe.all_answer or ranked):
         raise RecipeError(
             path,
             f"{term.name} compares answers to one prompt, and here every prompt has one: let all writers answer every prompt (leave their "
             "shares out, the preferred writer first), or give a corpus with `answers` or `chosen` and `rejected`",
         )
+
+
+def _check_written(recipe: Recipe, term: Term, path: str) -> None:
+    """Refuse a term that speaks of the student's own text where there is none, or of numbers that nobody writes beside it."""
+    if WRITTEN in term.reads and recipe.student_writer is None:
+        raise RecipeError(path, f"{term.name} reads text that the student writes while it trains; add a writer {{by: student}}")
+    if missing := sorted(term.reads & {"advantage", "reference_log_prob", "importance_weight"}):
+        raise RecipeError(path, f"{term.name} reads {missing[0]}, which comes from rewards, and nothing gives rewards yet")
+    policies = [POLICIES[other.name] for other in terms(recipe) if other.name in POLICIES]
+    made = {column for policy in policies if policy.prepare for column in policy.reads}
+    if term.by is not None and term.by not in made:
+        makers = [name for name, policy in POLICIES.items() if policy.prepare and term.by in policy.reads]
+        raise RecipeError(f"{path}.by", f"nothing writes {term.by} beside the tokens; add the loss {' or '.join(makers)}")
+    other_prompts = recipe.teacher.context is not None
+    if other_prompts and term.match is not None:
+        raise RecipeError(path, f"{term.name} compares position by position, and this teacher is shown other prompts; use a divergence")
+    if term.name == "contrast" and recipe.student_writer is not None:
+        raise RecipeError(path, "its bank holds texts that are there before the training; leave the student out of the writers")
+    if recipe.teacher.weights != "own" and "reference_teacher" in term.reads:
+        raise RecipeError(path, f"{term.name} compares with a frozen teacher, and this student teaches itself")
+
+
+SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
+
+
+def shares(recipe: Recipe) -> tuple[Schedule, Schedule]:
+    """(the student's share of the text, and how much of that is written anew) as schedules."""
+    writer, replay = recipe.student_writer, (recipe.rollout or Rollout()).replay
+    assert writer is not None
+    at = f"writer[{recipe.writer.index(writer)}].share"
+    share = make_schedule(writer.share, at, Range(0, 1).check)
+    fresh = make_schedule(replay.fresh if replay else 1.0, "rollout.replay.fresh", Range(0, 1).check)
+    for path, schedule, shapes in ((at, share, SHARE_SHAPES), ("rollout.replay.fresh", fresh, SHARE_SHAPES[:-1])):
+        if schedule.shape not in shapes:
+            raise RecipeError(f"{path}.shape", f"{schedule.shape} is not possible here; legal: {', '.join(shapes[1:])}")
+    return share, fresh
+
+
+def joint(settings: JointSettings) -> Joint:
+    """How two models write one text."""
+    if settings.teacher_share is not None:
+        return Mixture(settings.teacher_share, settings.teacher_temperature)
+    assert settings.teacher_top_k is not None
+    return Speculation(settings.teacher_top_k, settings.teacher_temperature)
+
+
+def _check_student_writer(recipe: Recipe) -> None:
+    """Refuse what the student can't write, or the loop can't train."""
+    writer, settings = recipe.student_writer, recipe.rollout or Rollout()
+    if writer is None:
+        return
+    at, fixed = f"writer[{recipe.writer.index(writer)}]", recipe.fixed_writers
+    share, _ = shares(recipe)
+    if not fixed and recipe.train.steps is None:
+        raise RecipeError("train.epochs", "how long the student's answers will be is not known before; give train.steps")
+    if share.shape == "plateau" and not fixed:
+        raise RecipeError(f"{at}.share", "an adaptive share moves between the student's text and other text; add a writer")
+    if recipe.all_answer and fixed and (settings.ahead > 1 or settings.replay is not None):
+        raise RecipeError("rollout", "where every writer answers every prompt, the student writes at each step: leave ahead and replay out")
+    if settings.joint is not None and (writer.top_p < 1 or writer.temperature == 0):
+        raise RecipeError("rollout.joint", f"two models write one text from whole distributions; set {at}.top_p: 1.0 and a temperature")
+    if settings.joint is not None and recipe.teacher.weights != "own":
+        raise RecipeError("rollout.joint", "a student that teaches itself can't write beside itself; leave it out, or name a teacher")
+
+
+def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
+    """Refuse a teacher that can't see what it is to be shown, or a student that teaches itself and is not itself."""
+    teacher = recipe.teacher
+    if teacher.weights != "own" and recipe.student.start.pretrained != teacher.model:
+        raise RecipeError(
+            "teacher.weights", f"{teacher.weights} weights are the student's own: set student.start.pretrained: {teacher.model}"
+        )
+    for name in teacher.context.reads if teacher.context else []:
+        lacking = [prompt.id for prompt in training if not (prompt.answers if name == "answer" else prompt.feedback)]
+        if lacking:
+            raise RecipeError(
+                "teacher.context.user", f"{{{name}}} stands in it, and {len(lacking)} prompts have none, such as {lacking[0]!r}; "
+                "give prompts that all have one"
+            )  # fmt: skip
 
 
 def methods() -> dict[str, Any]:
@@ -159,11 +258,18 @@ def methods() -> dict[str, Any]:
             CROSS_ENTROPY: {"formula": "-log q(token)", "paper": "", "parameters": defaults_of(cross_entropy)},
             **_listed(RANKINGS),
             **{name: {"formula": kind.formula, "paper": kind.paper, "parameters": dict(kind.defaults)} for name, kind in MATCHES.items()},
-            **{name: facts | {"needs": "text that the student writes; no writer does yet"} for name, facts in _listed(POLICIES).items()},
+            **{name: facts | {"needs": _needs(name)} for name, facts in _listed(POLICIES).items()},
         },
         "recipes": {name: {"title": recipe.title, "paper": recipe.paper} for name, recipe in recipes.items()},
         "tasks": sorted(task_folders()),
     }
+
+
+def _needs(policy: str) -> str:
+    """What must be there for a policy gradient."""
+    gradient = make_term(policy, {})
+    unmet = gradient.reads & {"advantage", "reference_log_prob", "importance_weight"}
+    return "rewards, which nothing gives yet" if unmet else "text that the student writes: a writer {by: student}"
 
 
 def _listed(known: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Comparison:
     def settled(self) -> list[Entry]:
         """The entries with what only the text can tell written out: which layers the student keeps, and how many steps there are."""
         choice = self.common.choice()
-        rows = self.common.rows(self.common.text.training(), self.common.teacher.model)
+        rows = self.common.rows(self.common.text.training(), self.common.teacher.model) if self.like.fixed_writers else []
         steps = total_steps(rows, self.like.train, False)
         train = self.like.train.model_copy(update={"steps": steps, "epochs": None})
         found = []

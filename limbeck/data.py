@@ -7,10 +7,13 @@ data is one integer, the step.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from limbeck.types import Batch, Message, Sample, UserError
 
@@ -28,7 +31,8 @@ class Row:
 
     `tags` are its writer, its task, and whether it is the `best` answer or one of the `rest`; `group` is the prompt it
     answers, `weight` that of each of its tokens, `references` the log-probabilities of the response under frozen models.
-    Rows of a group stand in the order of their rank, the best first.
+    Rows of a group stand in the order of their rank, the best first. `teacher_prompt_ids` is the prompt as the teacher sees it,
+    where that is another; `columns` hold numbers that stand beside each response token, such as its log-probability when drawn.
     """
 
     sample_id: str
@@ -38,6 +42,8 @@ class Row:
     group: str = ""
     weight: float = 1.0
     references: tuple[tuple[str, float], ...] = ()
+    teacher_prompt_ids: tuple[int, ...] | None = None
+    columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -48,8 +54,9 @@ def make_rows(
     prompt_ids: Callable[[tuple[Message, ...]], list[int]],
     response_ids: Callable[[Sample], Sequence[int]],
     context: int,
+    teacher_prompt_ids: Callable[[tuple[Message, ...]], list[int]] | None = None,
 ) -> list[Row]:
-    """Samples as token rows; empty answers are left out.
+    """Samples as token rows; empty answers are left out. `teacher_prompt_ids` is given where the teacher sees another prompt.
 
     Raises:
         UserError: a row longer than the student's context, or no row at all.
@@ -59,8 +66,10 @@ def make_rows(
         meta = sample.meta
         tags = frozenset({*(str(meta[key]) for key in ("writer", "task") if meta.get(key)), REST if meta.get("place", 0) else BEST})
         group, weight = str(meta.get("prompt_id", sample.id)), float(meta.get("weight", 1.0))
-        row = Row(sample.id, tuple(prompt_ids(sample.messages[:-1])), tuple(response_ids(sample)), tags, group, weight)
-        if len(row) > context:
+        seen = None if teacher_prompt_ids is None else tuple(teacher_prompt_ids(sample.messages[:-1]))
+        ids = tuple(prompt_ids(sample.messages[:-1])), tuple(response_ids(sample))
+        row = Row(sample.id, *ids, tags, group, weight, teacher_prompt_ids=seen)
+        if max(len(row), len(seen or ()) + len(row.response_ids)) > context:
             raise UserError(
                 f"the prompt {sample.messages[0]['content'][:60]!r}... and its answer take {len(row)} tokens, more than the "
                 f"student's context of {context}: shorten it, or lower writer.max_tokens"
@@ -136,30 +145,97 @@ def _deal(rows: Sequence[Row], micro_batches: list[MicroBatch], tokens_per_step:
     return steps
 
 
-def steps_from(rows: Sequence[Row], seed: int, tokens_per_step: int, start: int, stop: int, together: bool = False) -> Iterator[Step]:
-    """Steps number `start` to `stop` - 1 of the endless sequence of epochs."""
-    step, epoch = 0, 0
-    while step < stop:
-        for content in steps_of_epoch(rows, seed, epoch, tokens_per_step, together):
-            if start <= step < stop:
-                yield content
-            step += 1
-        epoch += 1
+@dataclass(frozen=True)
+class Turn:
+    """A step's text in micro-batches, and what the metrics shall say of it."""
+
+    micro_batches: list[list[Row]]
+    facts: dict[str, float] = field(default_factory=dict)
 
 
-def make_batch(rows: Sequence[Row], micro_batch: MicroBatch, pad_id: int = 0) -> Batch:
-    """The rows of a micro-batch as tensors, padded on the right."""
-    chosen = [rows[index] for index in micro_batch]
-    width = max(len(row) for row in chosen)
-    tokens_BT = torch.full((len(chosen), width), pad_id, dtype=torch.long)
-    mask_BT = torch.zeros(len(chosen), width, dtype=torch.bool)
+class Source(Protocol):
+    """Where the text of a step comes from."""
+
+    def turn(self, step: int, progress: float, states: dict[str, dict[str, float]], /) -> Turn:
+        """The text of step number `step`, asked for in order; `progress` is the part of the training that is done."""
+
+    def state(self) -> dict[str, Any]:
+        """What it must know to go on after the last turn, as plain data for the checkpoint."""
+
+    def restore(self, state: Mapping[str, Any], /) -> None: ...
+
+
+class FixedText:
+    """Text that is there before the training: every step is a function of the seed and its number."""
+
+    def __init__(self, rows: Sequence[Row], seed: int, tokens_per_step: int, together: bool = False) -> None:
+        self.rows = rows
+        self._epochs = partial(steps_of_epoch, rows, seed, tokens_per_step=tokens_per_step, together=together)
+        self._epoch, self._first, self._contents = -1, 0, list[Step]()
+
+    def step(self, number: int) -> list[list[Row]]:
+        """The micro-batches of step `number`, counted from 0."""
+        if number < self._first:
+            self._epoch, self._first, self._contents = -1, 0, []
+        while number >= self._first + len(self._contents):
+            self._first += len(self._contents)
+            self._epoch += 1
+            self._contents = self._epochs(epoch=self._epoch)
+        return [[self.rows[index] for index in micro_batch] for micro_batch in self._contents[number - self._first]]
+
+    def turn(self, step: int, _: float, __: Mapping[str, Any]) -> Turn:
+        return Turn(self.step(step))
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, _: Mapping[str, Any]) -> None:
+        pass
+
+
+def cut(rows: Sequence[Row], seed: str, tokens_per_step: int, together: bool = False) -> list[list[Row]]:
+    """Rows of one step in micro-batches, those of like length together."""
+    noise = random.Random(seed)  # noqa: S311 (an order, not a secret)
+    micro_batches = _cut(rows, units_of(rows, together), noise, tokens_per_step)
+    return [[rows[index] for index in micro_batch] for micro_batch in micro_batches]
+
+
+def make_batch(rows: Sequence[Row], micro_batch: MicroBatch | None = None, pad_id: int = 0) -> Batch:
+    """The rows of a micro-batch (all of them by default) as tensors, padded on the right."""
+    chosen = list(rows) if micro_batch is None else [rows[index] for index in micro_batch]
+    tokens_BT, mask_BT = _padded([(row.prompt_ids, row.response_ids) for row in chosen], pad_id)
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(chosen):
-        tokens_BT[number, : len(row)] = torch.tensor(row.prompt_ids + row.response_ids)
-        mask_BT[number, len(row.prompt_ids) : len(row)] = True
         groups.setdefault(row.group, []).append(number)
     weight_BT = mask_BT * torch.tensor([row.weight for row in chosen], dtype=torch.float32)[:, None]
     names = {name for row in chosen for name, _ in row.references}
     references = {name: torch.tensor([dict(row.references)[name] for row in chosen]) for name in sorted(names)}
     ids, tags = tuple(row.sample_id for row in chosen), tuple(row.tags for row in chosen)
-    return Batch(tokens_BT, mask_BT, weight_BT, ids, tags, tuple(tuple(group) for group in groups.values()), references)
+    seen = None
+    if any(row.teacher_prompt_ids is not None for row in chosen):
+        seen = _padded([(row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids) for row in chosen])
+    together = tuple(tuple(group) for group in groups.values())
+    return Batch(tokens_BT, mask_BT, weight_BT, ids, tags, together, references, _columns(chosen, mask_BT), seen)
+
+
+def _padded(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """(tokens [B, T], which are response tokens) of (prompt, response) pairs."""
+    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    tokens_BT = torch.full((len(pairs), width), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros(len(pairs), width, dtype=torch.bool)
+    for number, (prompt, response) in enumerate(pairs):
+        tokens_BT[number, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        mask_BT[number, len(prompt) : len(prompt) + len(response)] = True
+    return tokens_BT, mask_BT
+
+
+def _columns(rows: Sequence[Row], mask_BT: Tensor) -> dict[str, Tensor]:
+    """Every column that some row has, [B, T]: 0 outside the responses, and where a row does not have it."""
+    found = {}
+    for name in sorted({name for row in rows for name in row.columns}):
+        column_BT = torch.zeros(mask_BT.shape)
+        for number, row in enumerate(rows):
+            if name in row.columns:
+                column_BT[number, len(row.prompt_ids) : len(row)] = torch.tensor(row.columns[name])
+        found[name] = column_BT
+    return found

@@ -8,17 +8,24 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from limbeck import train
-from limbeck.data import BEST, Row
+from limbeck import build, ranks, train
+from limbeck.data import BEST, REST, FixedText, Row, make_batch
+from limbeck.models import generate as generation
+from limbeck.models.generate import Beside, Written, write
 from limbeck.models.load import Model, head_of
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.monitor import teachers_view
 from limbeck.objectives.match import Match, MatchSettings, wanted
-from limbeck.objectives.term import Term
+from limbeck.objectives.policy import POLICIES
+from limbeck.objectives.term import WRITTEN, Term
 from limbeck.objectives.total import Taps
 from limbeck.plan import TEACHER_READS
-from limbeck.prepare import fill_bank, learn_filters, response_log_probs, with_reference
-from limbeck.recipe import Lora, Train
+from limbeck.prepare import Remembered, even_batches, fill_bank, learn_filters, response_log_probs, with_columns, with_reference
+from limbeck.progress import StoppedError
+from limbeck.recipe import Recipe
+from limbeck.rollout import Rollouts
+from limbeck.settings import Lora, Rollout, Train
 from limbeck.store import Store
 from limbeck.types import Evidence, UserError
 
@@ -36,10 +43,12 @@ def make_job(
     key: str,
     store: Path,
     progress: Progress = lambda done, total, detail: None,
+    student_writes: bool = False,
 ) -> train.Job:
     """The training of `student` (as it is before any training) on `rows`. The teacher is loaded only where a term reads it.
 
     Args:
+        student_writes: whether the student will write text, too (see `let_write`).
         lora: adapters to train instead of all weights; they are added here, after references were scored.
         folder: receives checkpoints and metrics.
         key: names the job in its checkpoints.
@@ -48,13 +57,19 @@ def make_job(
     Raises:
         UserError: no text for a term.
     """
-    if any(term.unit == "group" for term in terms):
+    if any(term.unit == "group" for term in terms) and not student_writes:
         rows = _whole_groups(rows)
     for term in terms:
-        if term.only is not None and not any(term.only in row.tags for row in rows):
+        of_the_student = student_writes and term.only in (WRITTEN, BEST, REST)
+        if term.only is not None and not of_the_student and not any(term.only in row.tags for row in rows):
             raise UserError(f"{term.label}: no text is left by or for {term.only!r} (its answers were empty)")
     reads = {read for term in terms for read in term.reads}
     with_teacher = bool(reads & TEACHER_READS) or "reference_teacher" in reads
+    if with_teacher and (missing := sorted((reads & TEACHER_READS) - teacher().can)):
+        raise UserError(
+            f"the teacher {teacher().identity} can't give {missing[0].replace('_', ' ')}, which a loss reads: choose losses on text "
+            "(cross_entropy), or a teacher that runs in process"
+        )
     vocabulary = min(head_of(student.net).vocabulary, head_of(teacher().model.net).vocabulary) if with_teacher else None
     for name in sorted(read.removeprefix("reference_") for read in reads if read.startswith("reference_")):
         judge = student if name == "start" else teacher().model
@@ -70,6 +85,75 @@ def make_job(
         job.bank_rows = {sample_id: number for number, sample_id in enumerate(dict.fromkeys(row.sample_id for row in rows))}
         job.prepare = lambda: _prepare(job, teacher().model.net, progress)
     return job
+
+
+def let_write(
+    job: train.Job,
+    student: Model,
+    slots: Sequence[Row],
+    recipe: Recipe,
+    teacher: Callable[[], InProcessTeacher],
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Let the student write its share of the job's text.
+
+    Args:
+        slots: the training prompts as rows without a response.
+        teacher: whose model joins in, where the recipe has two write one text.
+
+    Raises:
+        UserError: a prompt that leaves no room for an answer, or too little other text for an adaptive share to watch.
+    """
+    writer, settings = recipe.student_writer, recipe.rollout or Rollout()
+    assert writer is not None
+    _check_room(slots, writer.max_tokens, student.context)
+    share, fresh = build.shares(recipe)
+    watched = None
+    if share.shape == "plateau":
+        held = settings.validation.prompts
+        if len(job.rows) < 2 * held:
+            raise UserError(f"an adaptive share watches {held} answers of other text, and there are {len(job.rows)}: add prompts")
+        kept, job.rows = job.rows[:held], job.rows[held:]
+        watched = partial(train.loss_on, job, [make_batch(kept, micro_batch) for micro_batch in even_batches(kept)])
+    fixed = None
+    if job.rows:
+        fixed = FixedText(job.rows, job.settings.seed, job.settings.tokens_per_step, job.together and not recipe.all_answer)
+    policies = [(POLICIES[t.name], {key: s.start for key, s in t.params.items()}) for t in job.terms if t.name in POLICIES]
+    spanning = [(policy, params) for policy, params in policies if policy.prepare is not None]
+    columns: Callable[[list[Row]], list[Row]] = lambda rows: rows  # noqa: E731 (the default)
+    if spanning:
+        remembered = Remembered(job.teacher)
+        job.teacher, columns = remembered, partial(with_columns, teacher=remembered, policies=spanning)
+    beside = None if settings.joint is None else Beside(teacher().model.net, build.joint(settings.joint))
+    preferred = recipe.writer.index(writer) == 0 or not recipe.all_answer
+    job.source = Rollouts(
+        slots, fixed, partial(_ask, student, settings.rows, beside, stop), writer, settings, share, fresh, job.settings.seed,
+        job.settings.tokens_per_step, student.eos_ids, recipe.all_answer, BEST if preferred else REST, columns, watched,
+    )  # fmt: skip
+    job.monitor = teachers_view
+
+
+def _ask(student: Model, rows: int, beside: Beside | None, stop: Callable[[], bool], jobs: Sequence[generation.Job]) -> list[Written]:
+    """The student's answers, in the order of the jobs; each rank writes its part."""
+    mine, training = jobs[ranks.number() :: ranks.count()], student.net.training
+    student.net.eval()
+    asked_to_stop = stop if ranks.count() == 1 else lambda: False
+    found = {t.index: t for t in write(student.net, mine, student.eos_ids, rows, asked_to_stop, student.tokens, True, beside)}
+    student.net.train(training)
+    if len(found) < len(mine):
+        raise StoppedError("stopped while the student wrote; the step has not begun")
+    parts = [iter(part) for part in ranks.gather([found[index] for index in range(len(mine))])]
+    return [next(parts[number % len(parts)]) for number in range(len(jobs))]
+
+
+def _check_room(slots: Sequence[Row], max_tokens: int, context: int) -> None:
+    for slot in slots:
+        longest = max(len(slot.prompt_ids), len(slot.teacher_prompt_ids or ()))
+        if longest + max_tokens > context:
+            raise UserError(
+                f"the prompt {slot.group!r} takes {longest} tokens and leaves no room for {max_tokens} more in a context of {context}: "
+                "shorten it, or lower the student's max_tokens"
+            )
 
 
 def _whole_groups(rows: Sequence[Row]) -> list[Row]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,18 @@ from limbeck import build, checkpoint, controls, data, evaluation
 from limbeck import train as training_loop
 from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import Answerer
-from limbeck.jobs import make_job
-from limbeck.models.load import Model, check_same_vocabulary, is_ready, load_config, load_tokenizer, model_identity, save_model
+from limbeck.jobs import let_write, make_job
+from limbeck.models.load import (
+    Model,
+    check_same_template,
+    check_same_vocabulary,
+    is_ready,
+    load_config,
+    load_tokenizer,
+    save_model,
+)
 from limbeck.models.prune import Calibration, Choice
+from limbeck.models.self_teacher import Average, adapters_off, self_teacher
 from limbeck.models.start import begin, choose, merge_adapters, scratch_config
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
@@ -43,7 +53,7 @@ def check(recipe: Recipe) -> Plan:
         RecipeError: an impossible combination, with its place in the recipe.
     """
     build.validate(recipe)
-    config = load_config(recipe.teacher)
+    config = load_config(recipe.teacher.model)
     teacher = student = Shape.of(config)
     start, context = recipe.student.start, config.max_position_embeddings
     if start.prune is not None:
@@ -56,7 +66,9 @@ def check(recipe: Recipe) -> Plan:
     elif start.pretrained is not None:
         other = load_config(start.pretrained)
         student, context = Shape.of(other), min(context, other.max_position_embeddings)
-        check_same_vocabulary(load_tokenizer(recipe.teacher), load_tokenizer(start.pretrained))
+        speaking = load_tokenizer(recipe.teacher.model), load_tokenizer(start.pretrained)
+        check_same_vocabulary(*speaking)
+        check_same_template(*speaking)
     elif start.scratch is not None:
         student = Shape.of(scratch_config(start.scratch, config))
     for path, tokens in (
@@ -103,14 +115,14 @@ class Run:
     def teacher(self) -> InProcessTeacher:
         if self.beside:
             return self.beside.teacher
-        self.reporter.note(f"loading the teacher, {self.recipe.teacher}")
+        self.reporter.note(f"loading the teacher, {self.recipe.teacher.model}")
         return build.teacher(self.recipe)
 
     @cached_property
     def teacher_identity(self) -> str:
-        if not is_ready(self.recipe.teacher):
-            self.reporter.note(f"fetching and converting {self.recipe.teacher}, once")
-        return model_identity(self.recipe.teacher)
+        if not is_ready(self.recipe.teacher.model):
+            self.reporter.note(f"fetching and converting {self.recipe.teacher.model}, once")
+        return build.teacher_identity(self.recipe)
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
@@ -132,7 +144,20 @@ class Run:
             ids = student.tokenizer(sample.messages[-1]["content"], add_special_tokens=False)["input_ids"]
             return [*ids, student.tokenizer.eos_token_id]
 
-        return data.make_rows(samples, student.prompt_ids, response_ids, student.context)
+        sight = build.sight(self.recipe)
+        seen = None if sight is None else student.seeing(sight).prompt_ids
+        return data.make_rows(samples, student.seeing(None).prompt_ids, response_ids, student.context, seen)
+
+    def slots(self, student: Model) -> list[data.Row]:
+        """The training prompts as rows that wait for the student's answer."""
+        sight = build.sight(self.recipe)
+        return [
+            data.Row(
+                prompt.id, tuple(student.prompt_ids(prompt.messages)), (), frozenset({prompt.task} - {""}), prompt.id, prompt.weight,
+                teacher_prompt_ids=None if sight is None else tuple(student.seeing(sight).prompt_ids(prompt.messages)),
+            )
+            for prompt in self.text.prompts[0]
+        ]  # fmt: skip
 
     def choice(self) -> Choice | None:
         """Which layers the student keeps: decided once, kept in `start.json`."""
@@ -144,7 +169,7 @@ class Run:
         def calibration() -> Calibration:
             prune = self.recipe.student.start.prune
             assert prune is not None
-            rows = self.rows(self.text.given()[: prune.calibration], self.teacher.model)
+            rows = self.rows(self.text.by_others(prune.calibration), self.teacher.model)
             batch = data.make_batch(rows, tuple(range(len(rows))))
             positions_BT = batch.mask_BT.roll(-1, 1)
             positions_BT[:, -1] = False
@@ -191,7 +216,7 @@ class Run:
     def job(self, name: str, student: Model) -> training_loop.Job:
         """The training called `name`, ready to start or to go on."""
         recipe, terms, settings = self.recipe, build.terms(self.recipe), self.recipe.train
-        rows = self.rows(self.text.training(), student)
+        rows = self.rows(self.text.training(), student) if recipe.fixed_writers else []
         if name != "student":  # for as many steps
             steps = training_loop.total_steps(rows, settings, any(term.unit == "group" for term in terms))
             settings = settings.model_copy(update={"steps": steps, "epochs": None})
@@ -199,13 +224,33 @@ class Run:
         folder = self.path(self.home(name))
         folder.mkdir(parents=True, exist_ok=True)
         store, key = self.library / "store.sqlite", f"{recipe.hash}/{name}"
-        return make_job(terms, student, rows, lambda: self.teacher, recipe.student.lora, settings, folder, key, store, self.progress)
+        average = Average(recipe.teacher.decay) if recipe.teacher.weights == "average" and name == "student" else None
+        teacher = partial(self.taught_by, student, average)
+        writes = name == "student" and recipe.student_writer is not None
+        job = make_job(terms, student, rows, teacher, recipe.student.lora, settings, folder, key, store, self.progress, writes)
+        if average is not None:
+            average.start(student.net)
+            job.average = average
+        if writes:
+            let_write(job, student, self.slots(student), recipe, teacher, self.stop)
+        return job
+
+    def taught_by(self, student: Model, average: Average | None) -> InProcessTeacher:
+        """Who teaches `student` while it trains: the teacher, or the student's own modules with other numbers in them."""
+        recipe, sight = self.recipe, build.sight(self.recipe)
+        if recipe.teacher.weights == "live":
+            return self_teacher(student, sight, nullcontext)
+        if average is not None:
+            return self_teacher(student, sight, average.in_place)
+        if recipe.student.lora is not None and recipe.student.start.pretrained == recipe.teacher.model:
+            return self_teacher(student, sight, partial(adapters_off, student.net))  # the same weights, and no second copy of them
+        return self.teacher
 
     def control_rows(self, name: str, rows: list[data.Row], student: Model) -> list[data.Row]:
         """What a control is fine-tuned on; `rows` is the student's own training text."""
         if name == "gold_control":
             return self.rows(controls.gold_samples(self.text.prompts[0]), student)
-        answers = controls.preferred(rows)
+        answers = controls.preferred(rows) if rows else self.rows(self.text.by_others(), student)
         return controls.shuffled(answers, self.recipe.text_seed, student.context) if name == "shuffled_control" else answers
 
     def home(self, name: str) -> str:
@@ -274,6 +319,8 @@ def run(
         if "elicit" in stages:
             reporter.stage("Teacher's text")
             job.text.training()
+            if not recipe.fixed_writers and job.controls():
+                job.text.by_others()
             job.text.held_out()
         if "train" in stages:
             reporter.stage("Student's start")
@@ -320,6 +367,8 @@ def _training_progress(reporter: Reporter) -> training_loop.Progress:
     recent: list[tuple[int, float]] = []
 
     def progress(step: int, steps: int, record: dict[str, Any]) -> None:
+        for advice in record.get("rollout", {}).get("advice", ()):
+            reporter.note(f"step {step}: {advice}")
         recent.append((record["tokens"], record["seconds"]))
         tokens, seconds = (sum(column) for column in zip(*recent[-10:], strict=True))
         reporter.progress(step, steps, f"loss {record['loss']:.3f} nats, {tokens / seconds:.0f} tokens a second")

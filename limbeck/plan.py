@@ -121,9 +121,8 @@ class Plan:
 def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     """The trainings beside the student's. Fine-tuning as its own control would be the same run twice."""
     plain = [(term.label, {key: schedule.start for key, schedule in term.params.items()}) for term in terms]
-    one_answer_each = len(recipe.writer) == 1 or any(writer.share < 1 for writer in recipe.writer)
-    by_others = all(writer.by != "untouched" for writer in recipe.writer)
-    is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and one_answer_each and by_others
+    by_others = all(writer.by not in ("untouched", "student") for writer in recipe.writer)
+    is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and not recipe.all_answer and by_others
     return [name for name in recipe.evaluate.controls if name != "untouched" and not (name == "sft_control" and is_fine_tuning)]
 
 
@@ -133,12 +132,14 @@ def make_plan(
     """Estimate a run from the sizes alone; nothing is loaded."""
     settings = recipe.train
     answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
-    response = int(sum(w.share * w.max_tokens for w in recipe.writer) * ANSWER_SHARE * len(training))
-    by_teacher = sum(w.share for w in recipe.writer if w.by == "teacher")
-    written = sum(w.share for w in recipe.writer if w.by == "untouched")
-    prompt_tokens = int(
-        sum(len(p.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for p in training) * sum(w.share for w in recipe.writer)
-    )  # every answer repeats its prompt
+    fixed, own = recipe.fixed_writers, recipe.student_writer
+    by_teacher = sum(w.fixed_share for w in fixed if w.by == "teacher")
+    written = sum(w.fixed_share for w in fixed if w.by == "untouched")
+    answering = {w.by: w.fixed_share for w in fixed} if fixed else {"student": 1.0}
+    every = sum(answering.values())
+    longest = sum(w.fixed_share * w.max_tokens for w in fixed) if fixed else own.max_tokens if own else 0
+    response = int(longest * ANSWER_SHARE * len(training))
+    prompt_tokens = int(sum(len(p.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for p in training) * every)  # every answer repeats its prompt
     steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
     epochs = steps * settings.tokens_per_step / response
     trainings = 1 + len(trained_controls(recipe, terms))
@@ -150,13 +151,14 @@ def make_plan(
     train = step_flops(student, teacher if reads else None, tokens, trained)
     if trainings > 1:
         train += step_flops(student, None, tokens, trained)
-    every = sum(w.share for w in recipe.writer)
-    text = (by_teacher / every * (prompt_tokens + response) + held) * 1.5
+    text_of_controls = 0.0 if fixed or trainings == 1 else float(prompt_tokens + response)
+    drawn = recipe.written_share * (tokens + trained)
+    text = (by_teacher / every * (prompt_tokens + response) + text_of_controls + held) * 1.5
     own_text = written / every * (prompt_tokens + response) * 1.5
     evaluated = 2 + len(recipe.evaluate.controls)
     seconds = {
         "elicit": (forward_flops(teacher, int(text), int(text)) + forward_flops(student, int(own_text), int(own_text))) / rate,
-        "train": train / rate,
+        "train": (train + 1.5 * forward_flops(student, int(drawn), int(drawn))) / rate,
         "evaluate": evaluated * 2.5 * forward_flops(teacher, held, held) / rate,
     }
     weights = 4 * student.parameters
@@ -165,7 +167,7 @@ def make_plan(
     activations = tokens_together * student.layers * ACTIVATION_BYTES * student.layer_parameters**0.5
     memory = int(4 * teacher.parameters + 4 * weights + activations + BASE_BYTES)
     return Plan(
-        requests=round(by_teacher * len(training)) + len(held_out),
+        requests=round(by_teacher * len(training)) + len(held_out) + (len(training) if text_of_controls else 0),
         teacher_tokens=int(by_teacher / every * response) + answer * len(held_out),
         trained_tokens=trained,
         steps=steps,

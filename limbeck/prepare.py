@@ -16,9 +16,12 @@ from limbeck.data import MICRO_TOKENS, MicroBatch, Row, make_batch, steps_of_epo
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.feature import pair_name
-from limbeck.objectives.head import Evidence, fused_loss, token_log_probs
+from limbeck.objectives.head import Evidence, Head, fused_loss, token_log_probs
 from limbeck.objectives.match import Match, Place
+from limbeck.objectives.policy import Policy, Responses
 from limbeck.objectives.term import make_term
+from limbeck.objectives.total import TeacherView
+from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch, UserError
 
 Progress = Callable[[int, int], None]
@@ -67,6 +70,53 @@ def response_log_probs(
 def with_reference(rows: Sequence[Row], name: str, log_probs: Mapping[str, float]) -> list[Row]:
     """The rows with a frozen model's log-probabilities beside them."""
     return [replace(row, references=(*row.references, (name, log_probs[row.sample_id]))) for row in rows]
+
+
+class Remembered:
+    """A teacher's view that scores a step's rows once and hands the same hidden states on when they are trained."""
+
+    def __init__(self, view: Callable[[Batch], TeacherView]) -> None:
+        self.view = view
+        self._hidden: dict[str, Tensor] = {}
+        self._head: Head | None = None
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Row]) -> list[Tensor]:
+        """log p of every response token, one tensor per row, in nats. What was remembered before is forgotten."""
+        self._hidden, found = {}, dict[str, Tensor]()
+        for micro_batch in even_batches(rows):
+            batch = make_batch(rows, micro_batch)
+            signal = self.view(batch).signal
+            assert isinstance(signal, DenseSignal)
+            row_N, position_N = batch.response_positions()
+            targets_N = batch.tokens_BT[row_N, position_N + 1].to(signal.hidden_NE.device)
+            log_prob_N = token_log_probs(signal.hidden_NE, signal.head, targets_N).cpu()
+            counts = batch.mask_BT.sum(1).tolist()
+            found |= dict(zip(batch.sample_ids, log_prob_N.split(counts), strict=True))
+            self._hidden |= dict(zip(batch.sample_ids, signal.hidden_NE.split(counts), strict=True))
+            self._head = signal.head
+        return [found[row.sample_id] for row in rows]
+
+    def __call__(self, batch: Batch) -> TeacherView:
+        if self._head is None or not all(sample_id in self._hidden for sample_id in batch.sample_ids):
+            return self.view(batch)
+        return TeacherView(DenseSignal(torch.cat([self._hidden[sample_id] for sample_id in batch.sample_ids]), self._head))
+
+
+def with_columns(rows: list[Row], teacher: Remembered, policies: Sequence[tuple[Policy, Mapping[str, float]]]) -> list[Row]:
+    """The student's rows with what the policies read of whole responses: the teacher's log-probabilities, advantages, weights."""
+    if not rows:
+        return rows
+    scores = [tuple(score.tolist()) for score in teacher.score(rows)]
+    rows = [replace(row, columns={**row.columns, "teacher_log_prob": score}) for row, score in zip(rows, scores, strict=True)]
+    batch = make_batch(rows)
+    log_prob_BT, sampler_BT, teacher_BT = (batch.columns[name] for name in ("log_prob", "old_log_prob", "teacher_log_prob"))
+    responses = Responses(log_prob_BT, sampler_BT, teacher_BT, batch.mask_BT)
+    for policy, params in policies:
+        for name, column_BT in policy.columns(responses, params).items():
+            values = [tuple(column_BT[number][batch.mask_BT[number]].tolist()) for number in range(len(rows))]
+            rows = [replace(row, columns={**row.columns, name: value}) for row, value in zip(rows, values, strict=True)]
+    return rows
 
 
 def learn_filters(

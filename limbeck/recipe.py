@@ -8,161 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
+from limbeck.settings import Evaluate, Loss, Prompts, Rollout, Section, Student, Teacher, Train, Writer, check_shares
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
-Keep = Literal["importance", "block_influence", "uniform", "first"]
 MAX_BYTES = 256 * 1024
 NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic puts between the keys of a path
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Prune(_Section):
-    """Start as the teacher with `layers` layers left; `keep` chooses them (or lists them: `keep: [0, 1, 29]`)."""
-
-    layers: Annotated[int, Field(ge=1)] | None = None
-    keep: Keep | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "importance"
-    calibration: Annotated[int, Field(ge=1)] = 6  # teacher answers to judge layers on
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _not_last(cls, keep: Any) -> Any:
-        if keep == "last":
-            raise ValueError("to drop the last layers, keep the first: write keep: first")
-        return keep
-
-    @model_validator(mode="after")
-    def _agree(self) -> Prune:
-        if isinstance(self.keep, list):
-            if self.keep != sorted(set(self.keep)):
-                raise ValueError(f"keep must list rising layer numbers, each once; got {self.keep}")
-            if self.layers not in (None, len(self.keep)):
-                raise ValueError(f"layers is {self.layers}, but keep lists {len(self.keep)}; leave layers out")
-        elif self.layers is None:
-            raise ValueError("layers is missing: how many layers should the student have?")
-        return self
-
-
-class Scratch(_Section):
-    """Start from random weights in the teacher's shape, with these settings of its configuration replaced."""
-
-    config: dict[str, int | float | bool] = {}
-
-
-class Lora(_Section):
-    """Train low-rank adapters (arXiv:2106.09685) instead of all weights; they are merged on export."""
-
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[int, Field(ge=1)] = 32
-
-
-class Start(_Section):
-    """How the student begins: exactly one of the three."""
-
-    pretrained: str | None = None
-    prune: Prune | None = None
-    scratch: Scratch | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Start:
-        given = [name for name in ("pretrained", "prune", "scratch") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of pretrained, prune, scratch; got {given or 'none'}")
-        return self
-
-
-class Student(_Section):
-    start: Start
-    lora: Lora | None = None
-
-
-class Prompts(_Section):
-    """`from` is `builtin/NAME` or a JSONL file with a `prompt` (and, for a corpus, an `answer`) on every line.
-
-    `seed` draws the text; left out, it is the training's. With a seed of its own the text stays while the training varies.
-    """
-
-    source: str = Field(alias="from")
-    limit: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-
-
-class Writer(_Section):
-    """Who writes the text the student trains on, and how it is drawn. `untouched` is the student before training.
-
-    Shares add up to 1 (each prompt goes to one writer), or are all 1 (each prompt goes to all, the preferred writer first).
-    """
-
-    by: Literal["teacher", "corpus", "untouched"]
-    share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    max_tokens: Annotated[int, Field(ge=1)] = 128
-
-
-class Loss(_Section):
-    """One term: its name, its weight (a number or a schedule) and its own parameters."""
-
-    name: str
-    weight: Annotated[float, Field(gt=0)] | dict[str, Any] = 1.0
-    params: dict[str, Any] = {}
-
-
-class Train(_Section):
-    """`steps` updates of about `tokens_per_step` response tokens; AdamW, warm-up, cosine to `final_lr` x lr."""
-
-    steps: Annotated[int, Field(ge=1)] | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    tokens_per_step: Annotated[int, Field(ge=1)] = 1024
-    lr: Annotated[float, Field(gt=0)] = 2.0e-4
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    save_seconds: Annotated[float, Field(ge=0)] = 60.0
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
-
-    @model_validator(mode="after")
-    def _length(self) -> Train:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
-        return self
-
-
-class Evaluate(_Section):
-    """What is measured: `fidelity` to the teacher, and tasks by name. `limit` bounds the held-out prompts.
-
-    Every system also writes text of its own to the first `own_prompts` of them (left out: OWN_PROMPTS). Controls that are trained:
-    `sft_control` on the teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's text with
-    the answers dealt to other prompts; all for as many steps and tokens as the student.
-    """
-
-    metrics: list[str] = ["fidelity"]
-    prompts: str | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] = 96
-    own_prompts: Annotated[int, Field(ge=1)] | None = None
-    controls: list[Literal["untouched", "sft_control", "gold_control", "shuffled_control"]] = ["untouched", "sft_control"]
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """One distillation, whole. Equal recipes have equal hashes, whatever the order of their keys."""
 
     name: str
     title: str = ""
     paper: str = ""
-    teacher: str
+    teacher: Teacher
     student: Student
     prompts: Prompts
-    writer: Annotated[list[Writer], Field(min_length=1)] = [Writer(by="teacher")]
+    writer: Annotated[list[Writer], Field(min_length=1, default_factory=lambda: [Writer(by="teacher")])]
+    rollout: Rollout | None = None
     loss: Annotated[list[Loss], Field(min_length=1)]
     train: Train
     evaluate: Evaluate = Evaluate()
@@ -171,12 +39,50 @@ class Recipe(_Section):
     def _check(self) -> Recipe:
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r} must be lower-case letters, digits, '.', '_' or '-', at most 64")
-        total = sum(writer.share for writer in self.writer)
-        if abs(total - 1) > 1e-9 and any(writer.share != 1 for writer in self.writer):
-            raise ValueError(f"the writers' shares add up to {total:g}, not 1 (and are not all 1, for every writer to answer every prompt)")
         if len(set(map(str, self.writer))) < len(self.writer):
             raise ValueError("two writers are the same in everything, so they would write the same text; change one, or leave it out")
+        check_shares(self.writer)
+        if self.rollout is not None and self.student_writer is None:
+            raise ValueError("rollout says how the student writes, and no writer is the student; add {by: student}, or leave it out")
         return self
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _by_its_model(cls, teacher: Any) -> Any:
+        return {"model": teacher} if isinstance(teacher, str) else teacher
+
+    @field_serializer("teacher")
+    def _plainly(self, teacher: Teacher) -> Any:
+        """A teacher that is nothing but a model is written as its name."""
+        written = teacher.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        return teacher.model if set(written) == {"model"} else written
+
+    @property
+    def student_writer(self) -> Writer | None:
+        """The student as a writer, where it is one."""
+        return next((writer for writer in self.writer if writer.by == "student"), None)
+
+    @property
+    def written_share(self) -> float:
+        """The part of the trained text that the student writes, about: of a schedule the mean of its ends."""
+        share = self.student_writer.share if self.student_writer is not None else 0.0
+        if self.all_answer and share:
+            return 1 / len(self.writer)
+        return (share["from"] + share["to"]) / 2 if isinstance(share, dict) else share
+
+    @property
+    def fixed_writers(self) -> list[Writer]:
+        """The writers whose text is there before the training, with what each has of it: shares that add up to 1, or are all 1."""
+        fixed = [writer for writer in self.writer if writer.by != "student"]
+        if self.student_writer is None or all(writer.share == 1 for writer in fixed):
+            return fixed
+        total = sum(writer.fixed_share for writer in fixed)
+        return [writer.model_copy(update={"share": writer.fixed_share / total}) for writer in fixed]
+
+    @property
+    def all_answer(self) -> bool:
+        """Whether every prompt goes to all writers."""
+        return len(self.writer) > 1 and all(writer.share == 1 for writer in self.writer)
 
     @property
     def text_seed(self) -> int:
@@ -186,8 +92,9 @@ class Recipe(_Section):
     @property
     def held_out_writer(self) -> Writer:
         """Whose sampling held-out text is drawn with: of the teacher's, the largest share, rather random than greedy."""
-        by_teacher = [writer for writer in self.writer if writer.by == "teacher"] or self.writer
-        return max(by_teacher, key=lambda writer: (writer.share, writer.temperature > 0))
+        by_teacher = [writer for writer in self.fixed_writers if writer.by == "teacher"]
+        others = self.fixed_writers or [Writer(by="teacher", max_tokens=self.writer[0].max_tokens)]
+        return max(by_teacher or others, key=lambda writer: (writer.share, writer.temperature > 0))
 
     @property
     def hash(self) -> str:
@@ -339,7 +246,7 @@ def _legal_keys(location: Sequence[str | int]) -> list[str]:
 
 
 def _section_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, _Section):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     for inner in getattr(annotation, "__args__", ()):
         if found := _section_in(inner):

@@ -18,7 +18,8 @@ from limbeck.elicit.engine import Answerer, elicit
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
 from limbeck.progress import Reporter, StoppedError
-from limbeck.recipe import Recipe, Writer
+from limbeck.recipe import Recipe
+from limbeck.settings import Writer
 from limbeck.store import Store
 from limbeck.types import Request, Sample, Sampling, content_hash
 
@@ -41,12 +42,21 @@ class Text:
 
     def given(self) -> list[Sample]:
         """The training text that does not come from the student: what a student's start may be chosen by."""
-        return self._samples([writer for writer in self.recipe.writer if writer.by != "untouched"])
+        return self._samples([writer for writer in self.recipe.fixed_writers if writer.by != "untouched"])
 
     def training(self) -> list[Sample]:
-        """All training text, prompt by prompt, each prompt's answers in the order of preference."""
+        """All text that is there before the training, prompt by prompt, each prompt's answers in the order of preference."""
         self.given()  # first, since the student's start may depend on it
-        return self._samples(self.recipe.writer)
+        return self._samples(self.recipe.fixed_writers)
+
+    def by_others(self, limit: int | None = None) -> list[Sample]:
+        """The text of others, which the controls and a student's start are made from: where only the student writes, what the teacher
+        answers to the training prompts (the first `limit` of them)."""
+        if self.recipe.fixed_writers:
+            return self.given()[:limit]
+        writer, prompts = self.recipe.held_out_writer, self.prompts[0][:limit]
+        samples = self._ask([self._request(prompt, "teacher", _sampling(writer)) for prompt in prompts], "teacher")
+        return [self._described(sample, prompt, "teacher", 0) for prompt, sample in zip(prompts, samples, strict=True)]
 
     def held_out(self) -> list[Sample]:
         """The teacher's answers to the held-out prompts."""
@@ -77,18 +87,23 @@ class Text:
                 samples = [_corpus_sample(prompt, answer) for answer in prompt.answers]
             else:
                 samples = [answered[self._request(prompt, writer.by, _sampling(writer)).key]]
-            facts = {"prompt_id": prompt.id, "kind": prompt.kind, "writer": writer.by, "task": prompt.task, "weight": prompt.weight}
-            found += [replace(sample, meta=sample.meta | facts | {"place": place + rank}) for rank, sample in enumerate(samples)]
+            found += [self._described(sample, prompt, writer.by, place + rank) for rank, sample in enumerate(samples)]
         return found
+
+    @staticmethod
+    def _described(sample: Sample, prompt: Prompt, by: str, place: int) -> Sample:
+        facts = {"prompt_id": prompt.id, "kind": prompt.kind, "writer": by, "task": prompt.task, "weight": prompt.weight}
+        return replace(sample, meta=sample.meta | facts | {"place": place})
 
     def _turns(self, prompt: Prompt) -> list[tuple[int, Writer]]:
         """(place in the order of preference, writer) of those that answer this prompt. A share's draw depends on seed and prompt alone."""
-        writers = self.recipe.writer
-        if len(writers) > 1 and all(writer.share == 1 for writer in writers):
-            return [(place * len(prompt.answers or (1,)), writer) for place, writer in enumerate(writers)]
+        writers = self.recipe.fixed_writers
+        if self.recipe.all_answer:
+            places = {writer: place for place, writer in enumerate(self.recipe.writer)}
+            return [(places[writer] * len(prompt.answers or (1,)), writer) for writer in writers]
         point = int(content_hash([self.recipe.text_seed, prompt.id])[:13], 16) / 16**13
         for writer in writers:
-            point -= writer.share
+            point -= writer.fixed_share
             if point < 0:
                 break
         return [(0, writer)]

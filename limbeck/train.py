@@ -19,17 +19,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck import checkpoint, ranks
-from limbeck.data import Row, Step, make_batch, steps_from, steps_of_epoch
+from limbeck.data import FixedText, Row, Source, Turn, make_batch, steps_of_epoch
 from limbeck.durable import append_json, crash_point, read_jsonl, write_text
 from limbeck.memory import forget_peak, keep_freed_memory, peak_mib
 from limbeck.models.load import head_of
+from limbeck.models.self_teacher import Average
 from limbeck.models.taps import features
 from limbeck.objectives.match import Match
 from limbeck.objectives.rank import clamped_baseline
 from limbeck.objectives.schedule import State
 from limbeck.objectives.term import Settled, Term
 from limbeck.objectives.total import NO_TAPS, Pass, Sums, Taps, TeacherView, total_loss
-from limbeck.recipe import Train
+from limbeck.progress import StoppedError
+from limbeck.settings import Train
 from limbeck.types import Batch, UserError, canonical_json, content_hash
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -48,7 +50,8 @@ class Job:
     `matches` are the feature terms' learned parts, by term label, and `taps` what they read of the student;
     `bank_rows` give each sample's place in their banks; `vocabulary` cuts a head that is padded more than the teacher's;
     `prepare` is called before the first step of all (again, where a run is killed before its first checkpoint). `states`
-    of adaptive schedules live in the checkpoint.
+    of adaptive schedules live in the checkpoint. `source` gives the steps' text, where that is not just `rows`; `average` is
+    the student's moving average where it teaches; `monitor` looks at a micro-batch that the student wrote.
     """
 
     net: PreTrainedModel
@@ -64,6 +67,16 @@ class Job:
     vocabulary: int | None = None
     prepare: Callable[[], None] = lambda: None
     states: dict[str, State] = field(default_factory=dict)
+    source: Source | None = None
+    average: Average | None = None
+    monitor: Callable[[Pass], dict[str, tuple[float, float]]] | None = None
+
+    @property
+    def text(self) -> Source:
+        """Where the steps' text comes from."""
+        if self.source is None:
+            self.source = FixedText(self.rows, self.settings.seed, self.settings.tokens_per_step, self.together)
+        return self.source
 
     @property
     def together(self) -> bool:
@@ -115,9 +128,12 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
     start = _resume(job, parameters, optimizer)
     job.net.train()
     saved_at, pause = time.monotonic(), settings.save_seconds
-    contents = steps_from(job.rows, settings.seed, settings.tokens_per_step, start, steps, job.together)
-    for step, content in enumerate(contents, start):
-        record = _step(job, content, step, steps, parameters, optimizer)
+    for step in range(start, steps):
+        try:
+            record = _step(job, step, steps, parameters, optimizer)
+        except StoppedError:  # while the student wrote: the step has not begun
+            _save(job, step, parameters, optimizer)
+            return False
         if ranks.number() == 0:
             append_json(job.folder / "metrics.jsonl", record)
         progress(step + 1, steps, record)
@@ -134,14 +150,13 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
     return True
 
 
-def _step(
-    job: Job, content: Step, step: int, steps: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """One update from the micro-batches of `content`."""
+def _step(job: Job, step: int, steps: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """One update from the text of step number `step`."""
     began = time.perf_counter()
+    turn = job.text.turn(step, step / steps, job.states)
     torch.manual_seed(job.settings.seed * 2**24 + step)  # dropout, where the model has any: a step is replayed to the bit
     terms = [term.settle(step / steps, job.states) for term in job.terms]
-    batches = [make_batch(job.rows, micro_batch) for micro_batch in content]
+    batches = [make_batch(micro_batch) for micro_batch in turn.micro_batches]
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
     sums = Sums()
     for batch in ranks.share(batches):
@@ -159,6 +174,8 @@ def _step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if job.average is not None:
+        job.average.update()
     for term in job.terms:
         if not amounts[term.label]:
             continue  # a step without text for this term says nothing to its schedules
@@ -170,6 +187,7 @@ def _step(
         "loss": loss,
         "terms": means,
         **({"scheduled": moving} if (moving := _moving(terms)) else {}),
+        **({"rollout": told} if (told := _told(turn, whole)) else {}),
         "grad_norm": norm,
         "lr": rate,
         "response_tokens": int(sum(int(batch.mask_BT.sum()) for batch in batches)),
@@ -177,6 +195,11 @@ def _step(
         "seconds": round(time.perf_counter() - began, 4),
         "memory_mib": peak_mib(),
     }
+
+
+def _told(turn: Turn, whole: Sums) -> dict[str, float]:
+    """What the source and the monitor say of the text that the student wrote."""
+    return turn.facts | {name: total / count for name, (total, count) in whole.seen.items() if count}
 
 
 def _moving(terms: Sequence[Settled]) -> dict[str, float]:
@@ -198,15 +221,30 @@ def _check_finite(step: int, loss: float, norm: float, means: Mapping[str, float
     )
 
 
-def backward(job: Job, batch: Batch, terms: Sequence[Settled], amounts: Mapping[str, float], step: int = 0) -> Sums:
-    """Forward and backward of one micro-batch; returns each term's sum."""
+@torch.no_grad()
+def loss_on(job: Job, batches: Sequence[Batch], progress: float) -> float:
+    """The weighted loss of all terms on this text, without a step: what is watched, not trained."""
+    terms = [term.settle(progress, job.states) for term in job.terms]
+    amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
+    return float(sum(float(total_loss(terms, amounts, job.matches, _pass(job, batch, 0))[0]) for batch in batches))
+
+
+def _pass(job: Job, batch: Batch, step: int) -> Pass:
+    """The teacher's view of a micro-batch, and the student's forward pass."""
     view = job.teacher(batch)
     hidden_BTD, found = features(job.net, batch.tokens_BT.to(job.net.device), *job.taps)
     head = head_of(job.net)
     head = head.cut(job.vocabulary or head.vocabulary)
-    data = Pass(batch, hidden_BTD[batch.response_positions()], head, found, view, step, job.bank_rows)
+    return Pass(batch, hidden_BTD[batch.response_positions()], head, found, view, step, job.bank_rows)
+
+
+def backward(job: Job, batch: Batch, terms: Sequence[Settled], amounts: Mapping[str, float], step: int = 0) -> Sums:
+    """Forward and backward of one micro-batch; returns each term's sum."""
+    data = _pass(job, batch, step)
     loss, sums = total_loss(terms, amounts, job.matches, data)
     loss.backward()
+    if job.monitor is not None:
+        sums.seen = job.monitor(data)
     return sums
 
 
@@ -225,7 +263,9 @@ def _save(job: Job, step: int, parameters: dict[str, Tensor], optimizer: torch.o
         for name, p in parameters.items():
             for key, value in optimizer.state[p].items():
                 tensors[f"{key}/{name}"] = value
-        state = {"job": job.key, "rows": _rows_key(job.rows), "schedules": job.states}
+        if job.average is not None:
+            tensors |= {f"average/{name}": tensor for name, tensor in job.average.tensors.items()}
+        state = {"job": job.key, "rows": _rows_key(job.rows), "schedules": job.states, "text": job.text.state()}
         checkpoint.save(job.folder / "checkpoints", step, tensors, state)
     ranks.wait()
 
@@ -241,6 +281,7 @@ def _resume(job: Job, parameters: dict[str, Tensor], optimizer: torch.optim.Opti
         if (found.state["job"], found.state["rows"]) != (job.key, _rows_key(job.rows)):
             raise UserError(f"{job.folder / 'checkpoints'} belongs to other settings or other text; remove it or choose another --out")
         job.states.update(found.state.get("schedules", {}))
+        job.text.restore(found.state.get("text", {}))
         _restore(job, found.tensors, parameters, optimizer)
     if ranks.number() == 0:
         kept = [record for record in read_jsonl(metrics) if record["step"] <= step]
@@ -256,6 +297,8 @@ def _restore(job: Job, tensors: Mapping[str, Tensor], parameters: dict[str, Tens
         if f"step/{name}" in tensors:  # a parameter that no loss has reached yet has no state
             keys = ("step", "exp_avg", "exp_avg_sq")
             optimizer.state[p] = {key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in keys}
+    if job.average is not None:
+        job.average.restore({name: tensors[f"average/{name}"] for name in job.average.tensors})
     for label, match in job.matches.items():
         prefix = f"frozen/{label}."
         held = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

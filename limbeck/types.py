@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ class Batch:
 
     Position t is predicted from position t - 1: `response_positions` says which hidden states are projected. `tags` name
     each row's writer and task; `groups` list the rows that answer one prompt, the best first; `references` hold, by name,
-    the log-probability that a frozen model gives to each row's response.
+    the log-probability that a frozen model gives to each row's response, `columns` [B, T] what stands beside each response token.
+    `seen` is (tokens, mask) as the teacher sees the same responses, where it sees other prompts.
     """
 
     tokens_BT: Tensor
@@ -126,6 +127,12 @@ class Batch:
     tags: tuple[frozenset[str], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     references: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    seen: tuple[Tensor, Tensor] | None = None
+
+    def seen_by_teacher(self) -> Batch:
+        """The same responses after the prompts that the teacher sees; the n-th response position of both is the same token's."""
+        return self if self.seen is None else replace(self, tokens_BT=self.seen[0], mask_BT=self.seen[1], seen=None)
 
     def response_positions(self) -> tuple[Tensor, Tensor]:
         """(row_N, position_N) of the hidden states that predict a response token."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from limbeck.models.generate import Job, _from_nucleus, generate, pick
+from limbeck.models.generate import Job, generate
+from limbeck.models.sample import _from_nucleus, draw
 from limbeck.types import Sampling, UserError
 from tests.conftest import PROMPTS
 
@@ -68,7 +69,7 @@ def test_draws_follow_the_distribution(top_p):
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     n = 20_000
     uniform = torch.rand(n, generator=noise, dtype=torch.float64)
-    drawn = torch.tensor(pick(logits.expand(n, -1), [Sampling(0.7, top_p)] * n, uniform))
+    drawn = draw(logits.expand(n, -1), [Sampling(0.7, top_p)] * n, uniform).token_B
     p = (logits / 0.7).softmax(0)
     order = p.argsort(descending=True)
     kept = int((p[order].cumsum(0) < top_p).sum()) + 1
@@ -83,10 +84,11 @@ def test_a_short_list_gives_the_same_draws_as_the_whole_vocabulary():
     noise = torch.Generator().manual_seed(2)
     logits = 3 * torch.randn(50, 400, generator=noise)
     top_p, uniform = torch.full((50,), 0.9, dtype=torch.float64), torch.rand(50, generator=noise, dtype=torch.float64)
-    assert torch.equal(_from_nucleus(logits, top_p, uniform, shortlist=16), _from_nucleus(logits, top_p, uniform, shortlist=400))
+    short, whole = (_from_nucleus(logits, top_p, uniform, shortlist=size) for size in (16, 400))
+    assert torch.equal(short[0], whole[0]) and torch.equal(short[1], whole[1])
 
 
 def test_temperature_zero_is_the_argmax_beside_sampled_rows():
     logits = torch.tensor([[0.0, 3.0, 1.0]] * 3)
-    drawn = pick(logits, [Sampling(0.0), Sampling(1.0, 1.0), Sampling(1.0, 0.5)], torch.tensor([0.999, 0.0, 0.999], dtype=torch.float64))
-    assert drawn == [1, 0, 1]
+    drawn = draw(logits, [Sampling(0.0), Sampling(1.0, 1.0), Sampling(1.0, 0.5)], torch.tensor([0.999, 0.0, 0.999], dtype=torch.float64))
+    assert drawn.token_B.tolist() == [1, 0, 1] and drawn.log_prob_B[0] == 0

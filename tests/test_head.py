@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.objectives import head as head_module
-from limbeck.objectives.divergence import DIVERGENCES, divergence
+from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.head import Evidence, Head, compared, fused_loss, token_log_probs
+from limbeck.objectives.on_logits import divergence
 from limbeck.objectives.term import Settled, make_term
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.sparse import TopK

@@ -20,7 +20,7 @@ from limbeck.objectives.match import Match, wanted
 from limbeck.objectives.term import make_term
 from limbeck.objectives.total import Sums, Taps
 from limbeck.prepare import fill_bank
-from limbeck.recipe import Train
+from limbeck.settings import Train
 from limbeck.signals.dense import DenseSignal
 
 

@@ -19,7 +19,8 @@ from limbeck.objectives.head import Evidence, Head, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.pipeline import check
 from limbeck.prepare import response_log_probs
-from limbeck.recipe import Train, parse
+from limbeck.recipe import parse
+from limbeck.settings import Train
 from limbeck.signals.dense import DenseSignal
 from limbeck.store import Store
 from tests.conftest import make_net

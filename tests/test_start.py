@@ -9,7 +9,7 @@ from limbeck import RecipeError
 from limbeck.models.load import hidden_states
 from limbeck.models.prune import Choice
 from limbeck.models.start import begin
-from limbeck.recipe import Student
+from limbeck.settings import Student
 
 TOKENS = torch.tensor([[5, 0, 7, 0, 9]])
 

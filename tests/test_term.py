@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES, divergence
+from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.head import Block
 from limbeck.objectives.match import MATCHES
+from limbeck.objectives.on_logits import divergence
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS, Candidates
 from limbeck.objectives.supervised import cross_entropy

@@ -18,7 +18,7 @@ from limbeck.models.start import add_adapters, merge_adapters
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
 from limbeck.objectives.total import Sums
-from limbeck.recipe import Lora, Train
+from limbeck.settings import Lora, Train
 from limbeck.types import UserError
 from tests.conftest import make_net
 

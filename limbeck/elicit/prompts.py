@@ -1,8 +1,8 @@
 """Prompts: where a run's questions come from. A file of ours or the user's, one JSON object per line.
 
 A line holds `prompt` and may hold `id`, `kind`, `answer` or `answers` (a corpus: one answer, or several, the best first),
-`chosen` and `rejected` (the same for two), `task` and `weight` (for terms on one task, and for tokens that count more), and
-`check` (see `verify`).
+`chosen` and `rejected` (the same for two), `task` and `weight` (for terms on one task, and for tokens that count more), `check`
+(see `verify`), and `feedback` (on an earlier answer, for a teacher that is shown it).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Prompt:
     check: dict[str, Any] | None = None
     task: str = ""
     weight: float = 1.0
+    feedback: str = ""
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -95,7 +96,10 @@ def _prompt(line: str, place: str, number: int, prefix: str) -> Prompt:
         raise UserError(f'{place}: "weight" must be a number above 0')
     ident = prefix + str(data.get("id", f"line-{number}"))
     kind, task = str(data.get("kind", "")), str(data.get("task", ""))
-    return Prompt(ident, data["prompt"], kind, _answers(data, place), check, task, float(weight))
+    feedback = data.get("feedback", "")
+    if not isinstance(feedback, str):
+        raise UserError(f'{place}: "feedback" must be text')
+    return Prompt(ident, data["prompt"], kind, _answers(data, place), check, task, float(weight), feedback)
 
 
 def _answers(data: dict[str, Any], place: str) -> tuple[str, ...]:

@@ -12,36 +12,73 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from limbeck.models.sample import Drawn, draw, log_prob_of
 from limbeck.types import Sampling, UserError
 
 COLUMNS_BETWEEN_SHIFTS = 64
-TOP_P_SHORTLIST = 256
 CACHE_BYTES = 3 * 2**29  # fewer rows decode together where their keys and values would take more
 
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt to continue. `seed` alone decides its random numbers."""
+    """A prompt to continue. `seed` alone decides its random numbers. `beside_ids` is the prompt as the model beside sees it, where
+    that is another."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     seed: int
+    beside_ids: Sequence[int] | None = None
+
+
+@dataclass
+class Written:
+    """What became of a job: `ids` as they were drawn, the end-of-sequence token among them when the model wrote one.
+
+    Where it was asked for, `log_prob` holds each token's log-probability under the model (temperature 1, whole vocabulary) and
+    `sampler_log_prob` that under what it was drawn from, in nats; `own` counts the tokens that the model itself proposed.
+    """
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    log_prob: list[float] = field(default_factory=list)
+    sampler_log_prob: list[float] = field(default_factory=list)
+    own: int = 0
+
+
+class Joint(Protocol):
+    """How two models write one text: a token for each row, from both their logits and two random numbers."""
+
+    def __call__(self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor) -> Drawn: ...
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A second model that reads along with a cache of its own, and how it joins in."""
+
+    model: PreTrainedModel
+    joint: Joint
 
 
 @dataclass
 class _Row:
-    index: int
     job: Job
-    start: int
-    uniform: Tensor  # one number per token to come, drawn from the row's own seed
-    ids: list[int] = field(default_factory=list)
+    uniform_T2: Tensor  # two numbers per token to come, drawn from the row's own seed
+    written: Written
+
+    @classmethod
+    def begin(cls, index: int, job: Job, second: bool) -> _Row:
+        noise = torch.Generator().manual_seed(job.seed)
+        uniform_T2 = torch.rand(job.sampling.max_tokens, 1, generator=noise, dtype=torch.float64)
+        if second:  # after all of the first, so that those are the same with and without it
+            uniform_T2 = torch.cat([uniform_T2, torch.rand(uniform_T2.shape, generator=noise, dtype=torch.float64)], dim=1)
+        return cls(job, uniform_T2, Written(index))
 
 
 class _SlotLayer(DynamicLayer):
@@ -89,40 +126,31 @@ class _SlotLayer(DynamicLayer):
 
 
 class _Slots:
-    """The running batch: rows, the shared cache and the column where the next token goes.
+    """One model's side of the running batch: the shared cache and the column where the next token goes.
 
-    A finished row stays as a dead slot (None) until a new prompt takes its place or `compact` drops it: copying the
-    cache for every finished row would cost more than the dead row's arithmetic.
+    A finished row stays as a dead slot until a new prompt takes its place or `compact` drops it: copying the cache for
+    every finished row would cost more than the dead row's arithmetic.
     """
 
-    def __init__(self, model: PreTrainedModel, jobs: Sequence[Job], size: int) -> None:
-        longest = max(len(job.prompt_ids) for job in jobs)
-        answer = max(job.sampling.max_tokens for job in jobs)
-        self.model, self.longest, self.at = model, longest, longest
-        self.columns = longest + answer + COLUMNS_BETWEEN_SHIFTS
-        size = max(1, min(size, CACHE_BYTES // _row_bytes(model, self.columns)))
-        self.rows: list[_Row | None] = [None] * size
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], answer: int, size: int) -> None:
+        longest = max(len(prompt) for prompt in prompts)
+        self.model, self.longest, self.at, self.size = model, longest, longest, size
+        self.columns = columns_of(longest, answer)
+        self.starts = [0] * size
         self.layers = [_SlotLayer(self.columns, longest) for _ in range(model.config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
         self.mask_BT = torch.zeros(size, self.columns, dtype=torch.long, device=model.device)
         self.logits_BV = torch.zeros(size, model.config.vocab_size, device=model.device)
 
-    def free(self) -> list[int]:
-        return [slot for slot, row in enumerate(self.rows) if row is None]
-
-    def running(self) -> list[tuple[int, _Row]]:
-        return [(slot, row) for slot, row in enumerate(self.rows) if row is not None]
-
-    @torch.inference_mode()
-    def admit(self, waiting: Sequence[tuple[int, Job]]) -> None:
-        """Prefill new rows together and put them into free slots."""
-        width = max(len(job.prompt_ids) for _, job in waiting)
+    def admit(self, slots: list[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Prefill new rows together and put them into these slots."""
+        width = max(len(prompt) for prompt in prompts)
         device = self.model.device
-        tokens_BT = torch.zeros(len(waiting), width, dtype=torch.long)
-        mask_BT = torch.zeros(len(waiting), width, dtype=torch.long)
-        for row, (_, job) in enumerate(waiting):
-            tokens_BT[row, width - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
-            mask_BT[row, width - len(job.prompt_ids) :] = 1
+        tokens_BT = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask_BT = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens_BT[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask_BT[row, width - len(prompt) :] = 1
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
         fresh = [_SlotLayer(width, 0) for _ in self.layers]
         logits_B1V = self.model(
@@ -133,29 +161,24 @@ class _Slots:
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        slots = self.free()[: len(waiting)]
         left = self.at - width
         self.mask_BT[slots] = 0
         self.mask_BT[slots, left : self.at] = mask_BT.to(device)
         self.logits_BV[slots] = logits_B1V[:, -1].float()
         for layer, new in zip(self.layers, fresh, strict=True):
-            layer.place(slots, left, new, len(self.rows))
-        for slot, (index, job) in zip(slots, waiting, strict=True):
-            noise = torch.Generator().manual_seed(job.seed)
-            uniform = torch.rand(job.sampling.max_tokens, generator=noise, dtype=torch.float64)
-            self.rows[slot] = _Row(index, job, self.at - len(job.prompt_ids), uniform)
+            layer.place(slots, left, new, self.size)
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.starts[slot] = self.at - len(prompt)
 
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Feed every running row its last token."""
+    def step(self, last: Sequence[int | None]) -> None:
+        """Feed every running row its last token; None stands for a dead slot."""
         if self.at == self.columns:
-            self._shift()
+            self._shift([slot for slot, token in enumerate(last) if token is not None])
         self.mask_BT[:, self.at] = 1
         device = self.model.device
-        tokens = [row.ids[-1] if row else 0 for row in self.rows]
-        starts_B = torch.tensor([row.start if row else 0 for row in self.rows], device=device)
+        starts_B = torch.tensor([0 if token is None else self.starts[slot] for slot, token in enumerate(last)], device=device)
         self.logits_BV = self.model(
-            input_ids=torch.tensor(tokens, device=device)[:, None],
+            input_ids=torch.tensor([token or 0 for token in last], device=device)[:, None],
             attention_mask=self.mask_BT[:, : self.at + 1],
             position_ids=(self.at - starts_B)[:, None],
             past_key_values=self.cache,
@@ -163,24 +186,73 @@ class _Slots:
         ).logits[:, -1].float()  # fmt: skip
         self.at += 1
 
-    def _shift(self) -> None:
+    def _shift(self, running: Sequence[int]) -> None:
         """Move what is still read to the left, so that the write column has room again."""
-        by = self.at - max(self.longest, *(self.at - row.start for _, row in self.running()))
+        by = self.at - max(self.longest, *(self.at - self.starts[slot] for slot in running))
         assert by > 0, "the cache has no column that every row has left behind"
-        self.mask_BT = torch.cat([self.mask_BT[:, by:], self.mask_BT.new_zeros(len(self.rows), by)], dim=1)
+        self.mask_BT = torch.cat([self.mask_BT[:, by:], self.mask_BT.new_zeros(self.size, by)], dim=1)
         for layer in self.layers:
             layer.shift(by)
-        for _, row in self.running():
-            row.start -= by
+        for slot in running:
+            self.starts[slot] -= by
         self.at -= by
+
+    def keep(self, slots: list[int]) -> None:
+        """Drop all other slots."""
+        self.starts, self.size = [self.starts[slot] for slot in slots], len(slots)
+        self.mask_BT, self.logits_BV = self.mask_BT[slots], self.logits_BV[slots]
+        for layer in self.layers:
+            layer.key_buffer, layer.value_buffer = layer.key_buffer[slots], layer.value_buffer[slots]
+
+
+class _Batch:
+    """The running rows, and each model's side of them in step."""
+
+    def __init__(self, model: PreTrainedModel, jobs: Sequence[Job], rows: int, beside: Beside | None) -> None:
+        answer = max(job.sampling.max_tokens for job in jobs)
+        sides = [(model, [job.prompt_ids for job in jobs])]
+        if beside is not None:
+            sides.append((beside.model, [_beside_ids(job) for job in jobs]))
+        bytes_each = sum(_row_bytes(net, columns_of(max(map(len, prompts)), answer)) for net, prompts in sides)
+        size = max(1, min(rows, len(jobs), CACHE_BYTES // bytes_each))
+        self.sides = [_Slots(net, prompts, answer, size) for net, prompts in sides]
+        self.rows: list[_Row | None] = [None] * size
+
+    def free(self) -> list[int]:
+        return [slot for slot, row in enumerate(self.rows) if row is None]
+
+    def running(self) -> list[tuple[int, _Row]]:
+        return [(slot, row) for slot, row in enumerate(self.rows) if row is not None]
+
+    @torch.inference_mode()
+    def admit(self, waiting: Sequence[tuple[int, Job]]) -> None:
+        slots = self.free()[: len(waiting)]
+        for slot, (index, job) in zip(slots, waiting, strict=True):
+            self.rows[slot] = _Row.begin(index, job, len(self.sides) > 1)
+        for side, ids in zip(self.sides, (lambda job: job.prompt_ids, _beside_ids), strict=False):
+            side.admit(slots, [ids(job) for _, job in waiting])
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        last = [row.written.ids[-1] if row else None for row in self.rows]
+        for side in self.sides:
+            side.step(last)
 
     def compact(self) -> None:
         """Drop the dead slots."""
         slots = [slot for slot, _ in self.running()]
         self.rows = [self.rows[slot] for slot in slots]
-        self.mask_BT, self.logits_BV = self.mask_BT[slots], self.logits_BV[slots]
-        for layer in self.layers:
-            layer.key_buffer, layer.value_buffer = layer.key_buffer[slots], layer.value_buffer[slots]
+        for side in self.sides:
+            side.keep(slots)
+
+
+def _beside_ids(job: Job) -> Sequence[int]:
+    return job.prompt_ids if job.beside_ids is None else job.beside_ids
+
+
+def columns_of(longest: int, answer: int) -> int:
+    """Columns of the cache for prompts of at most `longest` tokens and answers of at most `answer`."""
+    return longest + answer + COLUMNS_BETWEEN_SHIFTS
 
 
 def _row_bytes(model: PreTrainedModel, columns: int) -> int:
@@ -191,42 +263,6 @@ def _row_bytes(model: PreTrainedModel, columns: int) -> int:
     return int(2 * config.num_hidden_layers * columns * heads * width * model.dtype.itemsize)
 
 
-def pick(logits_BV: Tensor, samplings: Sequence[Sampling], uniform_B: Tensor) -> list[int]:
-    """One token per row by inverse transform: the first whose cumulative probability exceeds the row's uniform number.
-
-    Temperature 0 takes the most likely token. `top_p` < 1 keeps the smallest set of tokens with at least that mass,
-    counted most likely first; with `top_p` 1 the whole vocabulary is drawn from.
-    """
-    chosen_B = logits_BV.argmax(-1)
-    temperature_B = torch.tensor([sampling.temperature for sampling in samplings], device=logits_BV.device)
-    top_p_B = torch.tensor([sampling.top_p for sampling in samplings], dtype=torch.float64, device=logits_BV.device)
-    uniform_B = uniform_B.to(logits_BV.device)
-    for rows, draw in ((top_p_B < 1, _from_nucleus), (top_p_B >= 1, _from_all)):
-        at = (rows & (temperature_B > 0)).nonzero()[:, 0]
-        if len(at):
-            scaled_BV = logits_BV[at].float() / temperature_B[at, None]
-            chosen_B[at] = draw(scaled_BV, top_p_B[at], uniform_B[at])
-    return [int(token) for token in chosen_B.tolist()]
-
-
-def _from_all(scaled_BV: Tensor, _: Tensor, uniform_B: Tensor) -> Tensor:
-    mass_BV = scaled_BV.softmax(-1).double().cumsum(-1)
-    at_B1 = torch.searchsorted(mass_BV, (uniform_B * mass_BV[:, -1])[:, None], right=True)
-    return at_B1[:, 0].clamp(max=scaled_BV.shape[1] - 1)
-
-
-def _from_nucleus(scaled_BV: Tensor, top_p_B: Tensor, uniform_B: Tensor, shortlist: int = TOP_P_SHORTLIST) -> Tensor:
-    size = min(shortlist, scaled_BV.shape[1])
-    top_BK, ids_BK = scaled_BV.topk(size)
-    mass_BK = (top_BK - scaled_BV.logsumexp(-1, keepdim=True)).exp().double().cumsum(-1)
-    if size < scaled_BV.shape[1] and bool((mass_BK[:, -1] < top_p_B).any()):
-        return _from_nucleus(scaled_BV, top_p_B, uniform_B, shortlist=scaled_BV.shape[1])
-    last_B1 = (mass_BK < top_p_B[:, None]).sum(-1, keepdim=True).clamp(max=size - 1)
-    kept_B1 = mass_BK.gather(1, last_B1)
-    at_B1 = torch.searchsorted(mass_BK, uniform_B[:, None] * kept_B1, right=True)
-    return ids_BK.gather(1, torch.minimum(at_B1, last_B1))[:, 0]
-
-
 def generate(
     model: PreTrainedModel,
     jobs: Sequence[Job],
@@ -235,9 +271,22 @@ def generate(
     stop: Callable[[], bool] = lambda: False,
     tokens: int | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Continue every prompt; yield (index of the job, sampled ids) as each finishes, in order of finishing.
+    """`write` for those who want the ids alone: (index of the job, sampled ids)."""
+    for written in write(model, jobs, eos_ids, batch_rows, stop, tokens):
+        yield written.index, written.ids
 
-    The ids hold the end-of-sequence token when the model wrote one; a row without it ran to `max_tokens`.
+
+def write(
+    model: PreTrainedModel,
+    jobs: Sequence[Job],
+    eos_ids: frozenset[int],
+    batch_rows: int = 64,
+    stop: Callable[[], bool] = lambda: False,
+    tokens: int | None = None,
+    record: bool = False,
+    beside: Beside | None = None,
+) -> Iterator[Written]:
+    """Continue every prompt; yield each as it finishes. A row without an end-of-sequence token ran to `max_tokens`.
 
     Args:
         model: a decoder in evaluation mode.
@@ -245,35 +294,59 @@ def generate(
         batch_rows: rows that decode together.
         stop: asked before every step; when true, unfinished rows are dropped (Ctrl-C between two tokens).
         tokens: ids from here on are never drawn: a head is often padded beyond its tokenizer.
+        record: keep log-probabilities.
+        beside: a second model that writes along.
 
     Raises:
-        UserError: a prompt and its answer don't fit the model's context.
+        UserError: a prompt and its answer don't fit the context of a model that writes.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
     for job in jobs:
-        if context and len(job.prompt_ids) + job.sampling.max_tokens > context:
-            raise UserError(
-                f"a prompt of {len(job.prompt_ids)} tokens leaves no room for {job.sampling.max_tokens} more in a "
-                f"context of {context}: shorten the prompt or lower max_tokens"
-            )
+        _check_room(model, len(job.prompt_ids), job.sampling)
+        if beside is not None:
+            _check_room(beside.model, len(_beside_ids(job)), job.sampling)
     if not jobs:
         return
     order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].prompt_ids))
     waiting = deque((index, jobs[index]) for index in order)
-    slots = _Slots(model, jobs, min(batch_rows, len(jobs)))
-    while (waiting or slots.running()) and not stop():
-        free = slots.free()
-        if waiting and (len(free) >= max(1, len(slots.rows) // 8) or len(free) == len(slots.rows)):
-            slots.admit([waiting.popleft() for _ in range(min(len(free), len(waiting)))])
-        elif not waiting and len(free) >= max(1, len(slots.rows) // 4):
-            slots.compact()
-        running = slots.running()
-        uniform_B = torch.stack([row.uniform[len(row.ids)] for _, row in running])
-        logits_BV = slots.logits_BV[[slot for slot, _ in running], :tokens]
-        for (slot, row), token in zip(running, pick(logits_BV, [row.job.sampling for _, row in running], uniform_B), strict=True):
-            row.ids.append(token)
-            if token in eos_ids or len(row.ids) == row.job.sampling.max_tokens:
-                slots.rows[slot] = None
-                yield row.index, row.ids
-        if slots.running():
-            slots.step()
+    batch = _Batch(model, jobs, batch_rows, beside)
+    while (waiting or batch.running()) and not stop():
+        free = batch.free()
+        if waiting and (len(free) >= max(1, len(batch.rows) // 8) or len(free) == len(batch.rows)):
+            batch.admit([waiting.popleft() for _ in range(min(len(free), len(waiting)))])
+        elif not waiting and len(free) >= max(1, len(batch.rows) // 4):
+            batch.compact()
+        running = batch.running()
+        _write_one(batch, running, tokens, record, beside)
+        for slot, row in running:
+            if row.written.ids[-1] in eos_ids or len(row.written.ids) == row.job.sampling.max_tokens:
+                batch.rows[slot] = None
+                yield row.written
+        if batch.running():
+            batch.step()
+
+
+@torch.inference_mode()
+def _write_one(batch: _Batch, running: Sequence[tuple[int, _Row]], tokens: int | None, record: bool, beside: Beside | None) -> None:
+    """Every running row's next token, and what was asked for of it."""
+    slots, samplings = [slot for slot, _ in running], [row.job.sampling for _, row in running]
+    own_BV, *others = (side.logits_BV[slots, :tokens] for side in batch.sides)
+    uniform_B2 = torch.stack([row.uniform_T2[len(row.written.ids)] for _, row in running])
+    joint = None if beside is None else beside.joint
+    drawn = joint(own_BV, others[0], samplings, uniform_B2) if joint else draw(own_BV, samplings, uniform_B2[:, 0])
+    log_probs = log_prob_of(own_BV, drawn.token_B).tolist() if record else None
+    columns = zip(running, drawn.token_B.tolist(), drawn.log_prob_B.tolist(), drawn.own_B.tolist(), strict=True)
+    for number, ((_, row), token, log_prob, own) in enumerate(columns):
+        row.written.ids.append(token)
+        row.written.own += own
+        if log_probs is not None:
+            row.written.log_prob.append(log_probs[number])
+            row.written.sampler_log_prob.append(log_prob)
+
+
+def _check_room(model: PreTrainedModel, prompt: int, sampling: Sampling) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and prompt + sampling.max_tokens > context:
+        raise UserError(
+            f"a prompt of {prompt} tokens leaves no room for {sampling.max_tokens} more in a "
+            f"context of {context}: shorten the prompt or lower max_tokens"
+        )

@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from limbeck.durable import exclusive, file_sha256, full_disk_as_os_error, new_directory, sweep, write_json
+from limbeck.models.context import Sight
 from limbeck.models.named import NAMED, fetch, home
 from limbeck.objectives.head import Head
 from limbeck.types import Message, UserError, content_hash, nearest
@@ -36,11 +37,15 @@ LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder, its tokenizer, and `identity`: what a request key names (name and content, not a path)."""
+    """A decoder, its tokenizer, and `identity`: what a request key names (name and content, not a path).
+
+    `sight` is what it is shown beside the prompt, where that is something.
+    """
 
     net: PreTrainedModel
     tokenizer: Tokenizer
     identity: str
+    sight: Sight | None = None
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -64,8 +69,18 @@ class Model:
 
     def prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:
         """The conversation as token ids, through the model's own (sandboxed) chat template, ready to be answered."""
-        ids: Any = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        seen = messages if self.sight is None else self.sight(messages)
+        ids: Any = self.tokenizer.apply_chat_template(list(seen), add_generation_prompt=True, return_dict=True)
         return list(ids["input_ids"])
+
+    def seeing(self, sight: Sight | None) -> Model:
+        """The same model shown something else beside the prompt: another teacher, with a name of its own."""
+        return replace(self, sight=sight, identity=self.named(self.identity.partition("+sight-")[0], sight))
+
+    @staticmethod
+    def named(identity: str, sight: Sight | None) -> str:
+        """The identity of a model that is shown something."""
+        return identity if sight is None else f"{identity}+sight-{sight.name}"
 
 
 def hidden_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
@@ -304,6 +319,32 @@ def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
         f"teacher and student have different vocabularies: {len(different)} tokens differ, for example "
         f"{different[:3]}; use a student of the teacher's family (bridges between vocabularies are not built yet)"
     )
+
+
+PROBE = ({"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Three?"})
+
+
+def check_same_template(teacher: Tokenizer, student: Tokenizer) -> None:
+    """The teacher judges the student's very tokens, so both must frame a conversation, and end an answer, alike.
+
+    Raises:
+        UserError: chat templates that render differently, or different end-of-sequence tokens.
+    """
+    if teacher.eos_token != student.eos_token:
+        raise UserError(
+            f"teacher and student end an answer with different tokens, {teacher.eos_token!r} and {student.eos_token!r}: give the "
+            "student the teacher's tokenizer (copy its tokenizer files into the student's folder)"
+        )
+    ours, theirs = (
+        str(tokenizer.apply_chat_template(list(PROBE), add_generation_prompt=True, tokenize=False)) for tokenizer in (student, teacher)
+    )
+    if ours != theirs:
+        at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+        raise UserError(
+            f"teacher and student frame a conversation differently (chat templates): {theirs[at : at + 40]!r} of the teacher is "
+            f"{ours[at : at + 40]!r} of the student, so the teacher would judge prompts that it does not know; give the student the "
+            "teacher's chat template"
+        )
 
 
 @contextlib.contextmanager

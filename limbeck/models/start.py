@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.models.load import Model, load_model
 from limbeck.models.prune import Calibration, Choice, choose_layers, drop_layers
-from limbeck.recipe import Lora, Scratch, Student
+from limbeck.settings import Lora, Scratch, Student
 from limbeck.types import RecipeError, content_hash, nearest
 
 

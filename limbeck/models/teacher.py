@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -13,12 +14,20 @@ from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch, Finish, Generated, Request
 
+Weights = Callable[[], AbstractContextManager[None]]
+
 
 class InProcessTeacher:
-    """A `Model` that answers requests and stands beside the student's text with its distribution."""
+    """A `Model` that answers requests and stands beside the student's text with its distribution.
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    `weights` is entered around every pass: a student that teaches itself has other weights, or no adapters, inside. `can` is
+    what it can give; a teacher behind an interface that returns text alone could do less.
+    """
+
+    can = frozenset({"text", "teacher_distribution", "teacher_features", "log_probs"})
+
+    def __init__(self, model: Model, weights: Weights = nullcontext) -> None:
+        self.model, self.weights = model, weights
         self.identity = model.identity
 
     def answers(self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Request, Generated]]:
@@ -37,10 +46,11 @@ class InProcessTeacher:
         Args:
             vocabulary: how many tokens it is cut to, where the student's head is padded less.
         """
-        net = self.model.net
-        hidden_BTD, found = features(net, batch.tokens_BT.to(net.device), *taps)
-        head = head_of(net)
-        signal = DenseSignal(hidden_BTD[batch.response_positions()], head.cut(vocabulary or head.vocabulary))
+        net, seen = self.model.net, batch.seen_by_teacher()
+        with self.weights():
+            hidden_BTD, found = features(net, seen.tokens_BT.to(net.device), *taps)
+            head = head_of(net).detached()
+        signal = DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocabulary or head.vocabulary))
         return TeacherView(signal, found)
 
     def signal(self, batch: Batch) -> DenseSignal:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import IMPOSSIBLE, Distribution, finite, least_of_mass
+from limbeck.objectives.distribution import IMPOSSIBLE, Distribution, least_of_mass
 from limbeck.objectives.parameters import Range, checked, defaults_of
-from limbeck.types import RecipeError, UserError, nearest
+from limbeck.types import RecipeError, nearest
 
 ValueAndGradient = tuple[Tensor, Tensor]
 DivergenceFn = Callable[..., ValueAndGradient]
@@ -315,6 +314,18 @@ def logit_mse(p: Distribution, q: Distribution) -> ValueAndGradient:
     return 0.5 * centred_RV.square().sum(-1) / size, centred_RV / size
 
 
+@_register("KL(q || p) + w 1[H(p) > threshold] KL(p || q)", "Jin et al. (entropy-aware OPD), arXiv:2603.07079",
+           buckets=False, one_hot=False, threshold=Range(0, 1000), forward_weight=Range(0, 1000))  # fmt: skip
+def entropy_aware_kl(p: Distribution, q: Distribution, *, threshold: float = 0.8, forward_weight: float = 1.0) -> ValueAndGradient:
+    """Reverse KL, and forward KL beside it where the teacher has many ways to go on (entropy in nats above `threshold`).
+
+    Limits: `reverse_kl` for a threshold above log V; the sum of both KLs (w = 1) at 0. That forward KL is added where the teacher's
+    entropy is high is the paper's abstract; threshold and weight were not confirmed there.
+    """
+    forward_R = forward_weight * (-_dot(p.prob, p.log) > threshold).to(q.log.dtype)
+    return _blend(p, q, forward_R, 1.0)
+
+
 def checked_params(name: str, params: Mapping[str, object], path: str = "") -> dict[str, float]:
     """The divergence's parameters with defaults filled in.
 
@@ -325,66 +336,3 @@ def checked_params(name: str, params: Mapping[str, object], path: str = "") -> d
         raise RecipeError(path, f"no divergence is named {name!r}{nearest(name, DIVERGENCES)}")
     known = DIVERGENCES[name]
     return checked(name, known.defaults, known.ranges, params, path)
-
-
-class _Differentiable(torch.autograd.Function):
-    """Hands on the closed-form gradient; there is no second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor, known: Divergence, params: Any, targets_N: Tensor | None) -> Tensor:
-        values_N, gradient_NV = known(Distribution(teacher_NV), Distribution(student_NV), params, targets_N)
-        ctx.save_for_backward(gradient_NV.to(student_NV.dtype))
-        return values_N
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (gradient_NV,) = ctx.saved_tensors
-        return grads[0].to(gradient_NV.dtype)[:, None] * gradient_NV, None, None, None, None
-
-
-def divergence(
-    name: str, teacher_logits_NV: Tensor, student_logits_NV: Tensor, *, targets_N: Tensor | None = None, **params: float
-) -> Tensor:
-    """The divergence `name` at every position: values [N] in nats, fp32, differentiable in the student.
-
-    Args:
-        name: a key of `limbeck.methods()["divergences"]`.
-        teacher_logits_NV: unnormalised log-probabilities of the teacher, [N, V]; no gradient flows into them.
-        student_logits_NV: those of the student, same shape and vocabulary. A column masked with -inf in both counts for nothing
-            (but for `logit_mse`, which still counts it in the size of the vocabulary).
-        targets_N: the tokens that the text went on with; only `dkd` reads them.
-        params: the divergence's own parameters, such as `teacher_share` of `jsd`.
-
-    Raises:
-        ValueError: an unknown name or parameter, a value outside its range, shapes that differ, NaN or +inf logits, a
-            column that is masked in one model only, a position where all are masked, or targets that are no tokens.
-    """
-    values = checked_params(name, dict(params), name)
-    if not (isinstance(teacher_logits_NV, Tensor) and isinstance(student_logits_NV, Tensor)):
-        raise UserError(f"{name}: logits must be torch tensors [positions, vocabulary]; convert them with torch.as_tensor")
-    if teacher_logits_NV.shape != student_logits_NV.shape or teacher_logits_NV.ndim != 2:
-        raise UserError(
-            f"{name}: teacher and student logits must both be [positions, vocabulary]; got {tuple(teacher_logits_NV.shape)} and "
-            f"{tuple(student_logits_NV.shape)}: cut both to the tokens they share"
-        )
-    teacher_NV, student_NV = finite(teacher_logits_NV.detach()), finite(student_logits_NV)
-    if not (torch.isfinite(teacher_NV).all() and torch.isfinite(student_NV).all()):
-        raise UserError(f"{name}: logits must be finite, or -inf where a token is masked; found NaN or +inf: look for an overflow in fp16")
-    if not torch.equal(teacher_logits_NV == -torch.inf, student_logits_NV == -torch.inf):
-        raise UserError(f"{name}: a token is masked (-inf) in one model and not in the other; mask it in both")
-    if len(teacher_NV) and (teacher_logits_NV == -torch.inf).all(-1).any():
-        raise UserError(f"{name}: at some position every token is masked (-inf); leave that position out")
-    if targets_N is not None:
-        _check_targets(name, targets_N, teacher_logits_NV)
-    result: Tensor = _Differentiable.apply(student_NV, teacher_NV, DIVERGENCES[name], values, targets_N)
-    return result
-
-
-def _check_targets(name: str, targets_N: Tensor, logits_NV: Tensor) -> None:
-    positions, vocabulary = logits_NV.shape
-    whole = isinstance(targets_N, Tensor) and targets_N.shape == (positions,) and targets_N.dtype == torch.long
-    if not whole or not ((targets_N >= 0) & (targets_N < vocabulary)).all():
-        raise UserError(
-            f"{name}: targets_N must be a long tensor of {positions} token ids from 0 to {vocabulary - 1}; leave positions without a "
-            "target (such as -100) out"
-        )

@@ -49,6 +49,11 @@ class Head:
         bias_V = None if self.bias_V is None else self.bias_V[:vocabulary]
         return Head(self.weight_VD[:vocabulary], bias_V, self.scale, self.softcap, low_rank)
 
+    def detached(self) -> Head:
+        """The same numbers without a gradient, and these numbers even if the model's parameters are given others."""
+        low_rank = None if self.low_rank is None else (self.low_rank[0].detach(), self.low_rank[1].detach(), self.low_rank[2])
+        return Head(self.weight_VD.detach(), None if self.bias_V is None else self.bias_V.detach(), self.scale, self.softcap, low_rank)
+
     def products(self, hidden_ND: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(x, W) whose products x W^T add up to the logits before the cap; x is as small as the hidden states."""
         scaled_ND = hidden_ND if self.scale == 1 else hidden_ND * self.scale

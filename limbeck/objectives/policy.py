@@ -24,6 +24,7 @@ from limbeck.objectives.precision import full_precision
 from limbeck.types import RecipeError, UserError, nearest
 
 Columns = Mapping[str, Tensor]
+SWITCH = Range(0, 1)
 LOG_CAP = 20.0  # log-ratios are held below this before exp, so that fp32 stays finite; a token held there has no gradient
 K1_REMEDY = (
     "k1 = log q - log p differentiated on sampled tokens trains nothing on average (its expected gradient is 0); use k2, "
@@ -32,8 +33,25 @@ K1_REMEDY = (
 
 
 @dataclass(frozen=True)
+class Responses:
+    """The whole responses of a step that the student wrote, [B, T], 0 where `mask_BT` is: the log-probability of each token under
+    the student that wrote it, under what it was drawn from (another temperature, a mixture), and under the teacher."""
+
+    log_prob_BT: Tensor
+    sampler_log_prob_BT: Tensor
+    teacher_log_prob_BT: Tensor
+    mask_BT: Tensor
+
+
+Prepare = Callable[..., dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class Policy:
-    """A registered loss: `fn(log_prob_N, columns, **params) -> values_N`. It reads `reads`, and `optional` where written."""
+    """A registered loss: `fn(log_prob_N, columns, **params) -> values_N`. It reads `reads`, and `optional` where written.
+
+    `prepare(responses, **params)` makes those of its columns that span a response, before the step is cut into micro-batches.
+    """
 
     name: str
     fn: Callable[..., Tensor]
@@ -41,11 +59,18 @@ class Policy:
     paper: str
     reads: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    prepare: Prepare | None = None
     ranges: dict[str, Range] = field(default_factory=dict)
 
     @property
     def defaults(self) -> dict[str, float]:
-        return defaults_of(self.fn)
+        return defaults_of(self.fn) | (defaults_of(self.prepare) if self.prepare else {})
+
+    def columns(self, responses: Responses, params: Mapping[str, float]) -> dict[str, Tensor]:
+        """The columns [B, T] that it makes of whole responses."""
+        if self.prepare is None:
+            return {}
+        return self.prepare(responses, **{name: params[name] for name in defaults_of(self.prepare)})
 
     def __call__(self, log_prob_N: Tensor, columns: Columns, params: Mapping[str, float]) -> Tensor:
         """Values [N], from parameters that are checked already and columns that are checked here."""
@@ -56,17 +81,17 @@ class Policy:
         for column, tensor in read.items():
             if tensor.shape != log_prob_N.shape:
                 raise UserError(f"{self.name}: {column!r} is {tuple(tensor.shape)}, the tokens are {tuple(log_prob_N.shape)}")
-        return self.fn(full_precision(log_prob_N), read, **params)
+        return self.fn(full_precision(log_prob_N), read, **{name: params[name] for name in defaults_of(self.fn)})
 
 
 POLICIES: dict[str, Policy] = {}
 
 
 def _register(
-    formula: str, paper: str, reads: tuple[str, ...], optional: tuple[str, ...] = (), **ranges: Range
+    formula: str, paper: str, reads: tuple[str, ...], optional: tuple[str, ...] = (), prepare: Prepare | None = None, **ranges: Range
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     def add(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        POLICIES[fn.__name__] = Policy(fn.__name__, fn, formula, paper, reads, optional, ranges)
+        POLICIES[fn.__name__] = Policy(fn.__name__, fn, formula, paper, reads, optional, prepare, ranges)
         return fn
 
     return add
@@ -108,13 +133,125 @@ def on_policy_distillation(log_prob_N: Tensor, columns: Columns, *, coefficient:
     return coefficient * (fixed_N - columns["teacher_log_prob"].detach()) * ratio_N
 
 
-@_register("-w A log q(y)", "Gu et al., arXiv:2306.08543 (its long term)", ("advantage", "importance_weight"))
+def importance_weights(log_prob_BT: Tensor, sampler_log_prob_BT: Tensor, mask_BT: Tensor, mode: str = "token") -> Tensor:
+    """q / sampler at each response token, 0 elsewhere, without gradient. Padding on either side.
+
+    token   the current token alone: MiniLLM's approximation. Little variance, but biased: prefixes keep the sampler's rate,
+            and on the single-step term it is no weight at all, since it averages to 1 over the token.
+    prefix  the product over the response up to and including the token (the paper before it approximates). Unbiased for
+            what depends on these tokens only, such as the single-step term; for the long term the future must be weighted
+            too: give the token weights to `minillm_returns`. Its variance grows exponentially with the length.
+
+    Log-weights above 20 are held at 20.
+    """
+    if mode not in ("token", "prefix"):
+        raise UserError(f"no importance weight is named {mode!r}; legal: token, prefix")
+    mask_BT = mask_BT.bool()
+    log_ratio_BT = torch.where(mask_BT, full_precision(log_prob_BT.detach()) - full_precision(sampler_log_prob_BT.detach()), 0.0)
+    log_weight_BT = log_ratio_BT.cumsum(1) if mode == "prefix" else log_ratio_BT
+    return torch.where(mask_BT, log_weight_BT.clamp(max=LOG_CAP).exp(), 0.0)
+
+
+@dataclass(frozen=True)
+class ReturnForm:
+    """How MiniLLM's returns are made: divide by `reward_scale`, clip, sum, divide by the count if `length_norm`, whiten."""
+
+    own_token: bool = False
+    gamma: float = 1.0
+    length_norm: bool = True
+    reward_scale: float = 1.0
+    clip: float = math.inf
+    whiten: bool = False
+
+
+RETURN_FORMS = {"paper": ReturnForm(), "code": ReturnForm(own_token=True, gamma=0.95, reward_scale=0.5, clip=100.0, whiten=True)}
+
+
+def whiten(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean 0 and (population) variance 1 over the response tokens only; 0 elsewhere."""
+    mask_BT = mask_BT.bool()
+    values_BT, count = torch.where(mask_BT, full_precision(values_BT.detach()), 0.0), mask_BT.sum().clamp(min=1)
+    centred_BT = torch.where(mask_BT, values_BT - values_BT.sum() / count, 0.0)
+    return centred_BT * torch.rsqrt(centred_BT.square().sum() / count + 1e-8)
+
+
+def minillm_returns(
+    log_ratio_BT: Tensor, mask_BT: Tensor, form: str | ReturnForm = "paper", *, token_weight_BT: Tensor | None = None
+) -> Tensor:
+    """R_t from rewards r_t = log p(y_t) - log q(y_t), without gradient, 0 where masked: the advantage of `minillm_long`.
+
+        paper  R_t = sum_{t' > t} gamma^(t'-t) r_t' / (number of terms), gamma 1: the single-step term covers r_t
+        code   R_t = sum_{t' >= t} gamma^(t'-t) r_t' / (number of terms), gamma 0.95, r / 0.5 clipped to +-100, whitened
+
+    Change a part with `dataclasses.replace(RETURN_FORMS["paper"], length_norm=False)`: with that, y ~ q and the
+    single-step term, the expected gradient is exactly the sequence-level reverse KL's. Length normalisation, gamma < 1,
+    the clip and whitening each change it. The code form beside the single-step term counts r_t twice, as their code does.
+    Masked positions are skipped: padding on either side or inside changes nothing. `token_weight_BT` (`importance_weights`,
+    mode token) weights each later reward by the tokens up to it: with prefix weights the expectation is then exact under
+    any sampler. The sum is a backward recursion.
+    """
+    if isinstance(form, str) and form not in RETURN_FORMS:
+        raise UserError(f"no form of MiniLLM's returns is named {form!r}{nearest(form, RETURN_FORMS)}")
+    how, mask_BT = RETURN_FORMS[form] if isinstance(form, str) else form, mask_BT.bool()
+    reward_BT = torch.where(mask_BT, full_precision(log_ratio_BT.detach()) / how.reward_scale, 0.0).clamp(-how.clip, how.clip)
+    weight_BT = torch.ones_like(reward_BT) if token_weight_BT is None else full_precision(token_weight_BT.detach())
+    sum_BT, total_B = torch.zeros_like(reward_BT), torch.zeros_like(reward_BT[:, 0])
+    for t in reversed(range(reward_BT.shape[1])):
+        future_B = how.gamma * total_B
+        sum_BT[:, t] = future_B + reward_BT[:, t] if how.own_token else future_B
+        total_B = torch.where(mask_BT[:, t], weight_BT[:, t] * (reward_BT[:, t] + future_B), total_B)
+    if how.length_norm:
+        terms_BT = mask_BT.flip(1).cumsum(1).flip(1) - (0 if how.own_token else mask_BT.long())
+        sum_BT = sum_BT / terms_BT.clamp(min=1)
+    sum_BT = torch.where(mask_BT, sum_BT, 0.0)
+    return whiten(sum_BT, mask_BT) if how.whiten else sum_BT
+
+
+def _minillm_columns(
+    responses: Responses,
+    *,
+    gamma: float = 1.0,
+    own_token: float = 0.0,
+    length_norm: float = 1.0,
+    reward_scale: float = 1.0,
+    clip: float = 1e6,
+    whiten: float = 0.0,
+) -> dict[str, Tensor]:
+    form = ReturnForm(bool(own_token), gamma, bool(length_norm), reward_scale, clip, bool(whiten))
+    log_ratio_BT = responses.teacher_log_prob_BT - responses.log_prob_BT
+    weight_BT = importance_weights(responses.log_prob_BT, responses.sampler_log_prob_BT, responses.mask_BT)
+    return {"advantage": minillm_returns(log_ratio_BT, responses.mask_BT, form), "importance_weight": weight_BT}
+
+
+@_register("-w A log q(y)", "Gu et al., arXiv:2306.08543 (its long term)", ("advantage", "importance_weight"), prepare=_minillm_columns,
+           gamma=Range(0, 1), own_token=SWITCH, length_norm=SWITCH, reward_scale=Range(0, 1000, open_low=True),
+           clip=Range(0, 1e6, open_low=True), whiten=SWITCH)  # fmt: skip
 def minillm_long(log_prob_N: Tensor, columns: Columns) -> Tensor:
     """MiniLLM's long term: reinforce on `minillm_returns` as advantage, weighted by `importance_weights`.
 
-    With the "paper" form add `reverse_kl` per token, weighted by w as well: the single-step term.
+    With the "paper" form (the defaults) add `reverse_kl` per token, weighted by w as well: the single-step term. The other
+    parameters are those of `ReturnForm`; switches are 0 or 1.
     """
     return columns["importance_weight"].detach() * reinforce(log_prob_N, columns)
+
+
+def _position_weights(responses: Responses, *, boost: float = 0.5) -> dict[str, Tensor]:
+    gap_BT = torch.where(responses.mask_BT.bool(), responses.log_prob_BT - responses.teacher_log_prob_BT, 0.0).abs()
+    before_BT = gap_BT.cumsum(1) - gap_BT
+    share_BT = before_BT / gap_BT.sum(1, keepdim=True).clamp(min=1e-12)
+    return {"position_weight": torch.where(responses.mask_BT.bool(), 1 + boost * (1 - share_BT), 0.0)}
+
+
+@_register("-w r A, A as in on_policy_distillation, w = 1 + boost (1 - sum of |A| before the token / sum of |A|)",
+           "Xie et al., arXiv:2606.22600 (IW-OPD)", ("teacher_log_prob", "position_weight"), ("old_log_prob",),
+           prepare=_position_weights, coefficient=Range(0, 1000), boost=Range(0, 1000))  # fmt: skip
+def iw_on_policy_distillation(log_prob_N: Tensor, columns: Columns, *, coefficient: float = 1.0) -> Tensor:
+    """`on_policy_distillation` with more weight on early tokens: 1 + boost at the first, 1 where all of the gap lies behind.
+
+    Limit: on_policy_distillation with boost 0. The weight's form was taken from a reading of its implementation in TRL, not
+    confirmed in the paper.
+    """
+    return columns["position_weight"].detach() * on_policy_distillation(log_prob_N, columns, coefficient=coefficient)
 
 
 def _k1_k2_k3(log_prob_N: Tensor, reference_N: Tensor, estimator: str) -> Tensor:
@@ -254,77 +391,3 @@ def teacher_mixed(teacher_logits: Tensor, student_logits: Tensor, alpha: float =
     log_p, log_q = (log_softmax(full_precision(x.detach()), dim=-1) for x in (teacher_logits, student_logits))
     log_alpha = math.log(alpha) if alpha else -math.inf
     return torch.logaddexp(log_p + log_alpha, log_q + (math.log1p(-alpha) if alpha < 1 else -math.inf))
-
-
-def importance_weights(log_prob_BT: Tensor, sampler_log_prob_BT: Tensor, mask_BT: Tensor, mode: str = "token") -> Tensor:
-    """q / sampler at each response token, 0 elsewhere, without gradient. Padding on either side.
-
-    token   the current token alone: MiniLLM's approximation. Little variance, but biased: prefixes keep the sampler's rate,
-            and on the single-step term it is no weight at all, since it averages to 1 over the token.
-    prefix  the product over the response up to and including the token (the paper before it approximates). Unbiased for
-            what depends on these tokens only, such as the single-step term; for the long term the future must be weighted
-            too: give the token weights to `minillm_returns`. Its variance grows exponentially with the length.
-
-    Log-weights above 20 are held at 20.
-    """
-    if mode not in ("token", "prefix"):
-        raise UserError(f"no importance weight is named {mode!r}; legal: token, prefix")
-    mask_BT = mask_BT.bool()
-    log_ratio_BT = torch.where(mask_BT, full_precision(log_prob_BT.detach()) - full_precision(sampler_log_prob_BT.detach()), 0.0)
-    log_weight_BT = log_ratio_BT.cumsum(1) if mode == "prefix" else log_ratio_BT
-    return torch.where(mask_BT, log_weight_BT.clamp(max=LOG_CAP).exp(), 0.0)
-
-
-@dataclass(frozen=True)
-class ReturnForm:
-    """How MiniLLM's returns are made: divide by `reward_scale`, clip, sum, divide by the count if `length_norm`, whiten."""
-
-    own_token: bool = False
-    gamma: float = 1.0
-    length_norm: bool = True
-    reward_scale: float = 1.0
-    clip: float = math.inf
-    whiten: bool = False
-
-
-RETURN_FORMS = {"paper": ReturnForm(), "code": ReturnForm(own_token=True, gamma=0.95, reward_scale=0.5, clip=100.0, whiten=True)}
-
-
-def whiten(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean 0 and (population) variance 1 over the response tokens only; 0 elsewhere."""
-    mask_BT = mask_BT.bool()
-    values_BT, count = torch.where(mask_BT, full_precision(values_BT.detach()), 0.0), mask_BT.sum().clamp(min=1)
-    centred_BT = torch.where(mask_BT, values_BT - values_BT.sum() / count, 0.0)
-    return centred_BT * torch.rsqrt(centred_BT.square().sum() / count + 1e-8)
-
-
-def minillm_returns(
-    log_ratio_BT: Tensor, mask_BT: Tensor, form: str | ReturnForm = "paper", *, token_weight_BT: Tensor | None = None
-) -> Tensor:
-    """R_t from rewards r_t = log p(y_t) - log q(y_t), without gradient, 0 where masked: the advantage of `minillm_long`.
-
-        paper  R_t = sum_{t' > t} gamma^(t'-t) r_t' / (number of terms), gamma 1: the single-step term covers r_t
-        code   R_t = sum_{t' >= t} gamma^(t'-t) r_t' / (number of terms), gamma 0.95, r / 0.5 clipped to +-100, whitened
-
-    Change a part with `dataclasses.replace(RETURN_FORMS["paper"], length_norm=False)`: with that, y ~ q and the
-    single-step term, the expected gradient is exactly the sequence-level reverse KL's. Length normalisation, gamma < 1,
-    the clip and whitening each change it. The code form beside the single-step term counts r_t twice, as their code does.
-    Masked positions are skipped: padding on either side or inside changes nothing. `token_weight_BT` (`importance_weights`,
-    mode token) weights each later reward by the tokens up to it: with prefix weights the expectation is then exact under
-    any sampler. The sum is a backward recursion.
-    """
-    if isinstance(form, str) and form not in RETURN_FORMS:
-        raise UserError(f"no form of MiniLLM's returns is named {form!r}{nearest(form, RETURN_FORMS)}")
-    how, mask_BT = RETURN_FORMS[form] if isinstance(form, str) else form, mask_BT.bool()
-    reward_BT = torch.where(mask_BT, full_precision(log_ratio_BT.detach()) / how.reward_scale, 0.0).clamp(-how.clip, how.clip)
-    weight_BT = torch.ones_like(reward_BT) if token_weight_BT is None else full_precision(token_weight_BT.detach())
-    sum_BT, total_B = torch.zeros_like(reward_BT), torch.zeros_like(reward_BT[:, 0])
-    for t in reversed(range(reward_BT.shape[1])):
-        future_B = how.gamma * total_B
-        sum_BT[:, t] = future_B + reward_BT[:, t] if how.own_token else future_B
-        total_B = torch.where(mask_BT[:, t], weight_BT[:, t] * (reward_BT[:, t] + future_B), total_B)
-    if how.length_norm:
-        terms_BT = mask_BT.flip(1).cumsum(1).flip(1) - (0 if how.own_token else mask_BT.long())
-        sum_BT = sum_BT / terms_BT.clamp(min=1)
-    sum_BT = torch.where(mask_BT, sum_BT, 0.0)
-    return whiten(sum_BT, mask_BT) if how.whiten else sum_BT

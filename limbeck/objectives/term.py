@@ -28,12 +28,17 @@ Family = Literal["vocabulary", "ranking", "match"]
 Unit = Literal["token", "row", "group"]
 WEIGHT = Range(0, float("inf"), open_high=True)
 CROSS_ENTROPY = "cross_entropy"
+WRITTEN = "student"  # the tag of text that the student writes while it trains: what a policy gradient speaks of
+BY = ("importance_weight", "position_weight")
 SMOOTHING = {"label_smoothing": Range(0, 1, open_high=True)}
 
 
 @dataclass(frozen=True)
 class Term:
-    """A loss with its schedules. `only` limits it to the text of one writer or task; `reads` names its evidence."""
+    """A loss with its schedules. `only` limits it to the text of one writer or task; `reads` names its evidence.
+
+    `by` names a column whose numbers multiply its values, such as an importance weight; its divisor stays what it is.
+    """
 
     name: str
     family: Family
@@ -41,6 +46,7 @@ class Term:
     weight: Schedule
     params: Mapping[str, Schedule] = field(default_factory=dict)
     only: str | None = None
+    by: str | None = None
     unit: Unit = "token"
     match: MatchSettings | None = None
 
@@ -77,6 +83,13 @@ class Settled:
 
     def values(self, block: Block) -> ValueAndGradient:
         """Of a term over the vocabulary: values [R] in nats and their gradient for the logits [R, V]."""
+        values_R, gradient_RV = self._values(block)
+        if self.term.by is None:
+            return values_R, gradient_RV
+        by_R = block.columns[self.term.by].to(values_R.dtype)
+        return values_R * by_R, gradient_RV.mul_(by_R[:, None])
+
+    def _values(self, block: Block) -> ValueAndGradient:
         name = self.term.name
         if name == CROSS_ENTROPY:
             return cross_entropy(block.q, block.targets_R, **self.params)
@@ -92,10 +105,12 @@ class Settled:
 
 def _policy_values(policy: Policy, block: Block, params: Mapping[str, float]) -> ValueAndGradient:
     """A loss on the written token's log-probability; its slope is taken by autograd, the rest is the softmax."""
-    index_R1 = block.targets_R[:, None]
+    index_R1, columns = block.targets_R[:, None], dict(block.columns)
+    if "teacher_log_prob" in policy.reads and "teacher_log_prob" not in columns and block.teacher is not None:
+        columns["teacher_log_prob"] = block.teacher.p.log.gather(-1, index_R1)[:, 0]
     with torch.enable_grad():
         log_prob_R = block.q.log.gather(-1, index_R1)[:, 0].detach().requires_grad_()
-        values_R = policy(log_prob_R, block.columns, params)
+        values_R = policy(log_prob_R, columns, params)
         (slope_R,) = torch.autograd.grad(values_R.sum(), log_prob_R)
     gradient_RV = block.q.prob * -slope_R[:, None]
     return values_R.detach(), gradient_RV.scatter_add_(-1, index_R1, slope_R[:, None])
@@ -112,20 +127,26 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
     if only is not None and not isinstance(only, str):
         raise RecipeError(f"{path}.only".lstrip("."), f"{only!r} is not the name of a writer, such as teacher, or of a task")
     weighed = make_schedule(weight, f"{path}.weight".lstrip("."), WEIGHT.check)
+    by = rest.pop("by", None)
+    if by is not None and (by not in BY or name in MATCHES or name in RANKINGS):
+        raise RecipeError(f"{path}.by".lstrip("."), f"{by!r} is no number beside every token for {name}; legal: {', '.join(BY)}")
     known: Divergence | Policy | Ranking
     if name in MATCHES:
         settings, unit = match_settings(name, rest, path)
-        return Term(name, "match", frozenset({"teacher_features"}), weighed, {}, only, unit, settings)
+        return Term(name, "match", frozenset({"teacher_features"}), weighed, {}, only, None, unit, settings)
     if name == CROSS_ENTROPY:
         schedules = _schedules(name, defaults_of(cross_entropy), SMOOTHING, rest, path)
-        return Term(name, "vocabulary", frozenset({"tokens"}), weighed, schedules, only)
+        return Term(name, "vocabulary", frozenset({"tokens"}), weighed, schedules, only, by)
     if name in DIVERGENCES:
         known = DIVERGENCES[name]
         schedules = _schedules(name, known.defaults, known.ranges, rest, path)
-        return Term(name, "vocabulary", frozenset({"teacher_distribution"}), weighed, schedules, only)
+        return Term(name, "vocabulary", frozenset({"teacher_distribution"}), weighed, schedules, only, by)
     if name in POLICIES:
         known = POLICIES[name]
-        return Term(name, "vocabulary", frozenset(known.reads), weighed, _schedules(name, known.defaults, known.ranges, rest, path), only)
+        made = {"teacher_log_prob", *(known.reads if known.prepare else ())}
+        reads = frozenset(known.reads) - made | ({"teacher_distribution"} if made & set(known.reads) else frozenset())
+        schedules = _schedules(name, known.defaults, known.ranges, rest, path)
+        return Term(name, "vocabulary", reads | {WRITTEN}, weighed, schedules, only or WRITTEN, by)
     if name in RANKINGS:
         known = RANKINGS[name]
         if only is not None:
@@ -134,7 +155,7 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         if known.measures is not None and "baseline" not in rest:
             schedules["baseline"] = Schedule(0.0, 0.0, "measured")
         reads = frozenset({"answers", *({f"reference_{known.reference}"} if known.reference != "none" else ())})
-        return Term(name, "ranking", reads, weighed, schedules, None, "group")
+        return Term(name, "ranking", reads, weighed, schedules, None, None, "group")
     raise RecipeError(path, f"no loss is named {name!r}{nearest(name, [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES, CROSS_ENTROPY])}")
 
 

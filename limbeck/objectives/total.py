@@ -57,17 +57,20 @@ class Pass:
 
 @dataclass
 class Sums:
-    """Each term's weighted sum over a step, and what terms measured for their own parameters as (sum, count)."""
+    """Each term's weighted sum over a step; as (sum, count), what terms `measured` for their own parameters, and what a monitor has
+    `seen` of the text."""
 
     terms: dict[str, float] = field(default_factory=dict)
     measured: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seen: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, other: Sums) -> None:
         for label, value in other.terms.items():
             self.terms[label] = self.terms.get(label, 0.0) + value
-        for label, (total, count) in other.measured.items():
-            before = self.measured.get(label, (0.0, 0.0))
-            self.measured[label] = (before[0] + total, before[1] + count)
+        for mine, theirs in ((self.measured, other.measured), (self.seen, other.seen)):
+            for label, (total, count) in theirs.items():
+                before = mine.get(label, (0.0, 0.0))
+                mine[label] = (before[0] + total, before[1] + count)
 
 
 def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: Mapping[str, Match], data: Pass) -> tuple[Tensor, Sums]:
@@ -97,9 +100,14 @@ def _vocabulary(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -
     batch, device = data.batch, data.hidden_ND.device
     row_N, position_N = batch.response_positions()
     weight_N = batch.weight_BT[row_N, position_N + 1]
-    weight_KN = torch.stack([weight_N * batch.rows_on(term.term.only)[row_N] for term in terms]).to(device)
-    evidence = Evidence(batch.tokens_BT[row_N, position_N + 1].to(device), data.teacher.signal)
-    return fused_loss(data.hidden_ND, data.head, terms, scales, weight_KN, evidence)
+    weights = [weight_N * batch.rows_on(term.term.only)[row_N] for term in terms]
+    here = [number for number, weight_N in enumerate(weights) if weight_N.any()]  # a term without text in this micro-batch reads nothing
+    if not here:
+        return Total((data.hidden_ND * 0).sum(), {})
+    weight_KN = torch.stack([weights[number] for number in here]).to(device)
+    columns = {name: column_BT[row_N, position_N + 1].to(device) for name, column_BT in batch.columns.items()}
+    evidence = Evidence(batch.tokens_BT[row_N, position_N + 1].to(device), data.teacher.signal, columns)
+    return fused_loss(data.hidden_ND, data.head, [terms[n] for n in here], [scales[n] for n in here], weight_KN, evidence)
 
 
 def _ranking(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> tuple[Total, dict[str, tuple[float, float]]]:

@@ -1,0 +1,69 @@
+"""Two models write one text: the teacher mixed into the student's distribution, or put in its place where the student strays.
+
+Shapes: B rows, V vocabulary, K the teacher's likeliest tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limbeck.models.sample import Drawn, draw, log_prob_of
+from limbeck.types import Sampling
+
+
+def _softened(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """log-probabilities at each row's temperature."""
+    temperature_B1 = torch.tensor([[sampling.temperature] for sampling in samplings], device=logits_BV.device)
+    return (logits_BV.float() / temperature_B1).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Each token is drawn from `teacher_share` p + (1 - `teacher_share`) q (MiniLLM, arXiv:2306.08543: 0.2).
+
+    q is the student at the rows' temperature, p the teacher at its own. Limits: the student alone at 0, the teacher alone at 1.
+    """
+
+    teacher_share: float
+    teacher_temperature: float = 1.0
+
+    def __call__(self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor) -> Drawn:
+        parts = []
+        if self.teacher_share < 1:
+            parts.append(_softened(own_BV, samplings) + math.log1p(-self.teacher_share))
+        if self.teacher_share > 0:
+            teacher = [Sampling(self.teacher_temperature)] * len(samplings)
+            parts.append(_softened(beside_BV, teacher) + math.log(self.teacher_share))
+        mixed_BV = parts[0] if len(parts) == 1 else torch.logaddexp(*parts)
+        return draw(mixed_BV, [Sampling(1.0)] * len(samplings), uniform_B2[:, 0])
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """The student's token stays where it is among the teacher's `top_k` likeliest; else the teacher draws one in its place
+    (speculative knowledge distillation, arXiv:2410.11325: 25). That drafts are checked several at a time there changes the speed,
+    not the text. Limits: the student alone with the whole vocabulary; the teacher's greedy text with 1 and temperature 0.
+    """
+
+    top_k: int
+    teacher_temperature: float = 1.0
+
+    def __call__(self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor) -> Drawn:
+        teacher = [Sampling(self.teacher_temperature)] * len(samplings)
+        proposed, other = draw(own_BV, samplings, uniform_B2[:, 0]), draw(beside_BV, teacher, uniform_B2[:, 1])
+        top_BK = beside_BV.topk(min(self.top_k, beside_BV.shape[1])).indices
+        kept_B = (top_BK == proposed.token_B[:, None]).any(-1)
+        token_B = torch.where(kept_B, proposed.token_B, other.token_B)
+        log_q_BV = _softened(own_BV, samplings)
+        replaced_B = torch.log1p(-log_q_BV.gather(1, top_BK).exp().sum(-1).clamp(max=1.0))  # log of how often a token is replaced
+        if self.teacher_temperature > 0:
+            by_teacher_B = log_prob_of(beside_BV / self.teacher_temperature, token_B)
+        else:
+            by_teacher_B = torch.where(token_B == beside_BV.argmax(-1), 0.0, -math.inf)
+        own_B = torch.where((top_BK == token_B[:, None]).any(-1), log_q_BV.gather(1, token_B[:, None])[:, 0], -math.inf)
+        return Drawn(token_B, torch.logaddexp(own_B, replaced_B + by_teacher_B), kept_B)

@@ -1,0 +1,84 @@
+"""The student as its own teacher: its weights as they were before the training, as they are, or their moving average.
+
+No second copy of a model is loaded: around the teacher's pass the student's own modules run with other numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from limbeck.models.context import Sight
+from limbeck.models.load import Model
+from limbeck.models.teacher import InProcessTeacher
+
+
+class Average:
+    """An exponential moving average of parameters: `decay` of itself and the rest of the new at every step. Starts as they are."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    def start(self, net: nn.Module) -> None:
+        """Begin with what is trained of `net`, as it is."""
+        self.parameters = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+        self.tensors = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, parameter in self.parameters.items():
+            self.tensors[name].lerp_(parameter.detach(), 1 - self.decay)
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.tensors[name].copy_(tensor)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the parameters hold the average. No graph may be alive across the border."""
+        live = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.tensors[name]
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = live[name]
+
+
+@contextmanager
+def adapters_off(net: PreTrainedModel) -> Iterator[None]:
+    """Inside, the low-rank adapters add nothing: the model is what it was before they were put in, to the bit."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in net.modules() if isinstance(module, LoraLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def self_teacher(student: Model, sight: Sight | None, inside: Callable[[], AbstractContextManager[None]]) -> InProcessTeacher:
+    """The student's modules as a teacher that is shown `sight`; `inside` puts the teacher's numbers in place."""
+
+    @contextmanager
+    def as_teacher() -> Iterator[None]:
+        training = student.net.training
+        student.net.eval()  # a teacher has no dropout
+        try:
+            with inside():
+                yield
+        finally:
+            student.net.train(training)
+
+    return InProcessTeacher(student.seeing(sight), as_teacher)

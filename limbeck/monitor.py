@@ -1,0 +1,126 @@
+"""Is the student's own text still worth learning from? Measured at every step, with advice when it drifts.
+
+Shapes: N response positions of a micro-batch, P of them that are looked at, V vocabulary, K likeliest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from limbeck.objectives.distribution import Distribution
+from limbeck.objectives.head import Buffer
+from limbeck.objectives.term import WRITTEN
+from limbeck.objectives.total import Pass
+from limbeck.signals.dense import DenseSignal
+
+PLACES = 16  # positions of a micro-batch that are looked at: projecting all of them again would cost a pass of the head
+TOP = 16  # likeliest tokens whose overlap is counted (arXiv:2604.13016)
+GRAM = 4
+Facts = dict[str, float]
+
+
+def facts_of(answers: Sequence[tuple[Sequence[int], int, int]], ends: Collection[int]) -> Facts:
+    """Of answers (ids, how many of them the student itself proposed, steps since it was written): their number, mean length in
+    tokens, share that ended by themselves, share of repeated 4-grams, distinct 2-grams, mean age in steps, share of own tokens."""
+    tokens = sum(len(ids) for ids, _, _ in answers)
+    grams = [[tuple(ids[at : at + GRAM]) for at in range(len(ids) - GRAM + 1)] for ids, _, _ in answers]
+    pairs = [pair for ids, _, _ in answers for pair in pairwise(ids)]
+    count = sum(map(len, grams))
+    return {
+        "answers": len(answers),
+        "tokens": tokens,
+        "length": round(tokens / len(answers), 2),
+        "finished": round(sum(ids[-1] in ends for ids, _, _ in answers) / len(answers), 4),
+        "repetition": round(1 - sum(len(set(each)) for each in grams) / count, 4) if count else 0.0,
+        "distinct_2": round(len(set(pairs)) / len(pairs), 4) if pairs else 1.0,
+        "age": round(sum(age for _, _, age in answers) / len(answers), 3),
+        "own": round(sum(own for _, own, _ in answers) / tokens, 4),
+    }
+
+
+@torch.no_grad()
+def teachers_view(data: Pass) -> dict[str, tuple[float, float]]:
+    """(sum, count) over a few positions of the student's text: log p and log q of the token (nats), overlap of the likeliest tokens,
+    both entropies. Empty where the teacher has no distribution to show, or the student wrote nothing here."""
+    row_N, position_N = data.batch.response_positions()
+    at_P = data.batch.rows_on(WRITTEN)[row_N].nonzero()[:, 0]
+    signal, device = data.teacher.signal, data.hidden_ND.device
+    if not isinstance(signal, DenseSignal) or not len(at_P):
+        return {}
+    at_P = at_P[:: max(1, len(at_P) // PLACES)][:PLACES]
+    target_P1 = data.batch.tokens_BT[row_N[at_P], position_N[at_P] + 1][:, None].to(device)
+    logits_PV = data.head.logits(data.hidden_ND[at_P.to(device)].detach(), Buffer())
+    q, p = Distribution(logits_PV), Distribution(signal.head.logits(signal.hidden_NE[at_P.to(device)], Buffer()))
+    k = min(TOP, logits_PV.shape[1])
+    ours_PK, theirs_PK = q.log.topk(k).indices, p.log.topk(k).indices
+    values = {
+        "teacher_log_prob": p.log.gather(1, target_P1),
+        "student_log_prob": q.log.gather(1, target_P1),
+        "overlap": (ours_PK[:, :, None] == theirs_PK[:, None, :]).any(-1).float().mean(-1),
+        "entropy": -(q.prob * q.log).sum(-1),
+        "teacher_entropy": -(p.prob * p.log).sum(-1),
+    }
+    return {name: (float(value.double().sum()), float(len(at_P))) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is said when `key` is on the wrong side of `limit` and has moved by `factor` since the first steps."""
+
+    key: str
+    below: bool
+    limit: float
+    factor: float
+    text: str
+
+
+COLD_START = "give the student a cold start, lower its share, or raise max_tokens"
+RULES = (
+    Rule("finished", True, 0.5, 0.7, f"more and more answers run into max_tokens: {COLD_START}"),
+    Rule("repetition", False, 0.3, 1.5, "the student repeats itself: lower its share, or let the teacher join in (rollout.joint)"),
+    Rule("length", True, 1e9, 0.5, "answers have become half as long: add text of the teacher, or lower train.lr"),
+    Rule("length", False, 0.0, 2.0, "answers have become twice as long: add text of the teacher, or lower train.lr"),
+    Rule("distinct_2", True, 0.3, 0.7, "answers are becoming alike: add text of the teacher, or a divergence that covers (forward_kl)"),
+)
+FIRST_STEPS = 3
+RECENT = 0.7  # weight of what was seen before in the running mean that rules look at
+
+
+@dataclass
+class Advice:
+    """Watches the facts of the steps; every rule speaks once."""
+
+    first: Facts = field(default_factory=dict)
+    recent: Facts = field(default_factory=dict)
+    steps: int = 0
+    said: list[int] = field(default_factory=list)
+
+    def on(self, facts: Mapping[str, float]) -> dict[str, Any]:
+        """What to say after this step: {"advice": [...]}, or nothing."""
+        self.steps += 1
+        for key in {rule.key for rule in RULES}:
+            value = float(facts[key])
+            if self.steps <= FIRST_STEPS:
+                self.first[key] = self.first.get(key, 0.0) + value / FIRST_STEPS
+            self.recent[key] = RECENT * self.recent.get(key, value) + (1 - RECENT) * value
+        if self.steps <= FIRST_STEPS:
+            return {}
+        new = [number for number, rule in enumerate(RULES) if number not in self.said and self._broken(rule)]
+        self.said += new
+        return {"advice": [RULES[number].text for number in new]} if new else {}
+
+    def _broken(self, rule: Rule) -> bool:
+        now, then = self.recent[rule.key], self.first[rule.key]
+        return now < min(rule.limit, rule.factor * then) if rule.below else now > max(rule.limit, rule.factor * then)
+
+    def state(self) -> dict[str, Any]:
+        return {"first": self.first, "recent": self.recent, "steps": self.steps, "said": self.said}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.first, self.recent = dict(state["first"]), dict(state["recent"])
+        self.steps, self.said = state["steps"], list(state["said"])

@@ -1,0 +1,75 @@
+"""`limbeck.divergence`: a divergence on logits that somebody has, checked and differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.objectives.distribution import Distribution, finite
+from limbeck.objectives.divergence import DIVERGENCES, Divergence, checked_params
+from limbeck.types import UserError
+
+
+class _Differentiable(torch.autograd.Function):
+    """Hands on the closed-form gradient; there is no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor, known: Divergence, params: Any, targets_N: Tensor | None) -> Tensor:
+        values_N, gradient_NV = known(Distribution(teacher_NV), Distribution(student_NV), params, targets_N)
+        ctx.save_for_backward(gradient_NV.to(student_NV.dtype))
+        return values_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (gradient_NV,) = ctx.saved_tensors
+        return grads[0].to(gradient_NV.dtype)[:, None] * gradient_NV, None, None, None, None
+
+
+def divergence(
+    name: str, teacher_logits_NV: Tensor, student_logits_NV: Tensor, *, targets_N: Tensor | None = None, **params: float
+) -> Tensor:
+    """The divergence `name` at every position: values [N] in nats, fp32, differentiable in the student.
+
+    Args:
+        name: a key of `limbeck.methods()["divergences"]`.
+        teacher_logits_NV: unnormalised log-probabilities of the teacher, [N, V]; no gradient flows into them.
+        student_logits_NV: those of the student, same shape and vocabulary. A column masked with -inf in both counts for nothing
+            (but for `logit_mse`, which still counts it in the size of the vocabulary).
+        targets_N: the tokens that the text went on with; only `dkd` reads them.
+        params: the divergence's own parameters, such as `teacher_share` of `jsd`.
+
+    Raises:
+        ValueError: an unknown name or parameter, a value outside its range, shapes that differ, NaN or +inf logits, a
+            column that is masked in one model only, a position where all are masked, or targets that are no tokens.
+    """
+    values = checked_params(name, dict(params), name)
+    if not (isinstance(teacher_logits_NV, Tensor) and isinstance(student_logits_NV, Tensor)):
+        raise UserError(f"{name}: logits must be torch tensors [positions, vocabulary]; convert them with torch.as_tensor")
+    if teacher_logits_NV.shape != student_logits_NV.shape or teacher_logits_NV.ndim != 2:
+        raise UserError(
+            f"{name}: teacher and student logits must both be [positions, vocabulary]; got {tuple(teacher_logits_NV.shape)} and "
+            f"{tuple(student_logits_NV.shape)}: cut both to the tokens they share"
+        )
+    teacher_NV, student_NV = finite(teacher_logits_NV.detach()), finite(student_logits_NV)
+    if not (torch.isfinite(teacher_NV).all() and torch.isfinite(student_NV).all()):
+        raise UserError(f"{name}: logits must be finite, or -inf where a token is masked; found NaN or +inf: look for an overflow in fp16")
+    if not torch.equal(teacher_logits_NV == -torch.inf, student_logits_NV == -torch.inf):
+        raise UserError(f"{name}: a token is masked (-inf) in one model and not in the other; mask it in both")
+    if len(teacher_NV) and (teacher_logits_NV == -torch.inf).all(-1).any():
+        raise UserError(f"{name}: at some position every token is masked (-inf); leave that position out")
+    if targets_N is not None:
+        _check_targets(name, targets_N, teacher_logits_NV)
+    result: Tensor = _Differentiable.apply(student_NV, teacher_NV, DIVERGENCES[name], values, targets_N)
+    return result
+
+
+def _check_targets(name: str, targets_N: Tensor, logits_NV: Tensor) -> None:
+    positions, vocabulary = logits_NV.shape
+    whole = isinstance(targets_N, Tensor) and targets_N.shape == (positions,) and targets_N.dtype == torch.long
+    if not whole or not ((targets_N >= 0) & (targets_N < vocabulary)).all():
+        raise UserError(
+            f"{name}: targets_N must be a long tensor of {positions} token ids from 0 to {vocabulary - 1}; leave positions without a "
+            "target (such as -100) out"
+        )
