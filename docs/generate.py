@@ -1,4 +1,4 @@
-"""Rewrites the generated blocks of docs/objectives.md from the code, the recipes and docs/evidence/head.json.
+"""Rewrites the generated blocks of the docs from the code, the recipes and what the benchmarks wrote into docs/evidence.
 
     .venv/bin/python docs/generate.py            # rewrite them in place
     .venv/bin/python docs/generate.py --check    # exit status 1 when they are stale
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +23,9 @@ from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
 from limbeck.recipe import load_recipe
 
-PAGE = Path(__file__).parent / "objectives.md"
-HEAD = PAGE.parent / "evidence" / "head.json"
+DOCS = Path(__file__).parent
+PAGES = (DOCS / "objectives.md", DOCS / "writers.md")
+HEAD, ON_POLICY = DOCS / "evidence" / "head.json", DOCS / "evidence" / "on-policy.json"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -102,7 +104,23 @@ def _cost(facts: Mapping[str, float] | None) -> tuple[str, str]:
     return f"{facts['times_the_floor']:.2f} ({facts['lowest']:.2f} to {facts['highest']:.2f})", extra
 
 
-BLOCKS: dict[str, Callable[[], str]] = {make.__name__: make for make in (divergences, ranking, features, policy, head)}
+def on_policy() -> str:
+    """On-policy training beside other libraries, from what benchmarks/on_policy.py wrote: each figure the median of its runs."""
+    if not ON_POLICY.is_file():
+        return "Not measured yet: run python benchmarks/on_policy.py"
+    found = json.loads(ON_POLICY.read_text(encoding="utf-8"))
+    rows = []
+    for name, runs in found["results"].items():
+        trained, real, writing, memory = (sorted(run[key] for run in runs) for key in ("trained", "real", "writing", "peak_mib"))
+        share = f"{100 * statistics.median(writing):.0f} %" if any(writing) else ""
+        spread = f"{statistics.median(trained):.0f} ({trained[0]:.0f} to {trained[-1]:.0f})"
+        rows.append([name, spread, f"{statistics.median(real):.0f}", share, f"{statistics.median(memory):,.0f}"])
+    about = ", ".join(f"{key} {value}" for key, value in found["about"].items())
+    titles = ["system", "trained tokens a second", "real tokens a second", "time writing", "peak memory, MiB"]
+    return table(titles, rows) + f"\n\n{about}."
+
+
+BLOCKS: dict[str, Callable[[], str]] = {make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy)}
 
 
 def generated(text: str) -> str:
@@ -111,8 +129,10 @@ def generated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    before = PAGE.read_text(encoding="utf-8")
-    after = generated(before)
-    if "--check" in sys.argv[1:]:
-        sys.exit(None if before == after else f"{PAGE} is stale: run python docs/generate.py")
-    PAGE.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = generated(before)
+        if "--check" not in sys.argv[1:]:
+            page.write_text(after, encoding="utf-8")
+        elif before != after:
+            sys.exit(f"{page} is stale: run python docs/generate.py")

@@ -151,9 +151,9 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
     writers = {writer.by for writer in recipe.writer}
     several = recipe.all_answer or any(len(prompt.answers) > 1 for prompt in training)
     tags = writers | {prompt.task for prompt in training if prompt.task} | ({BEST, REST} if several else {BEST})
+    _check_written(recipe, term, path)
     if term.only is not None and term.only not in tags:
         raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
-    _check_written(recipe, term, path)
     poor = {"untouched", WRITTEN} & writers or ("corpus" in writers and any(len(prompt.answers) > 1 for prompt in training))
     if term.name == CROSS_ENTROPY and term.only is None and poor:
         raise RecipeError(path, "it would also fit answers that are not preferred, or the student's own; limit it, such as {only: best}")

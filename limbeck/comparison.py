@@ -28,6 +28,7 @@ from limbeck.train import total_steps
 from limbeck.types import UserError, content_hash
 
 SEEDS = 3
+ROLLOUT_FACTS = ("length", "finished", "repetition", "overlap", "entropy", "teacher_log_prob")
 COMMON = ("teacher", "student", "prompts", "train", "evaluate")
 
 
@@ -164,6 +165,7 @@ class Comparison:
             "recovered": {method: recovery(systems[method], systems["untouched"], systems["teacher"], tasks) for method in methods},
             "by_kind": by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks),
             "cost": {method: self._cost([run for name, _, run in runs if name == method]) for method in methods},
+            "rollout": _written({method: [run for name, _, run in runs if name == method] for method in methods}),
             "warnings": warnings(systems, summary, methods),
             "settings": {key: self.settled[0].recipe.resolved()[key] for key in COMMON},
         }
@@ -180,8 +182,25 @@ class Comparison:
             "steps": sum(len(each) for each in records) / len(runs),
             "seconds": sum(record["seconds"] for each in records for record in each) / len(runs),
         }
+        if writing := sum(record.get("rollout", {}).get("seconds", 0.0) for each in records for record in each):
+            found["writing_share"] = writing / len(runs) / found["seconds"]
         peaks = [record["memory_mib"] for each in records for record in each if record.get("memory_mib")]
         return found | ({"peak_memory_mib": max(peaks)} if peaks else {})
+
+
+def _written(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
+    """What the student's own text was like while it trained: means over the last third of the steps, and over the seeds."""
+    found: dict[str, dict[str, float]] = {}
+    for method, each in runs.items():
+        facts = []
+        for run in each:
+            records = read_jsonl(run.path("metrics.jsonl"))
+            facts += [record["rollout"] for record in records[2 * len(records) // 3 :] if "answers" in record.get("rollout", {})]
+        for key in ROLLOUT_FACTS if facts else ():
+            values = [fact[key] for fact in facts if key in fact]
+            if values:
+                found.setdefault(method, {})[key] = sum(values) / len(values)
+    return found
 
 
 def _method(entry: Entry) -> dict[str, Any]:

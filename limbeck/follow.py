@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 Record = dict[str, Any]
 
@@ -74,7 +74,27 @@ def read_json(file: Path) -> Record | None:
     return found if isinstance(found, dict) else None
 
 
-def is_number(value: Any) -> bool:
+def rollout_of(record: Mapping[str, Any]) -> Record:
+    """What a step's record says of the text that the student wrote; empty where it wrote none."""
+    part = record.get("rollout")
+    return part if isinstance(part, dict) else {}
+
+
+def mean_of(records: Sequence[Mapping[str, Any]], fact: str) -> float | None:
+    """The mean of a fact of the student's text over the steps that have it; None where none has."""
+    values = [value for record in records if is_number(value := rollout_of(record).get(fact))]
+    return sum(values) / len(values) if values else None
+
+
+def writing_share(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """The part (0 to 1) of these steps' time in which the student wrote; None where no time was noted."""
+    timed = [record for record in records if is_number(record.get("seconds"))]
+    total = sum(record["seconds"] for record in timed)
+    writing = [seconds for record in timed if is_number(seconds := rollout_of(record).get("seconds"))]
+    return sum(writing) / total if total > 0 else None
+
+
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value out of a file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

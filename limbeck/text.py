@@ -76,6 +76,8 @@ class Text:
 
     def _samples(self, wanted: Sequence[Writer]) -> list[Sample]:
         """The answers of these writers to their training prompts; all requests to one model go out together."""
+        if not wanted:
+            return []
         turns = [(prompt, place, writer) for prompt in self.prompts[0] for place, writer in self._turns(prompt) if writer in wanted]
         answered: dict[str, Sample] = {}
         for by in dict.fromkeys(writer.by for _, _, writer in turns if writer.by != "corpus"):

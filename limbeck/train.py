@@ -191,7 +191,8 @@ def _step(job: Job, step: int, steps: int, parameters: dict[str, Tensor], optimi
         "grad_norm": norm,
         "lr": rate,
         "response_tokens": int(sum(int(batch.mask_BT.sum()) for batch in batches)),
-        "tokens": int(sum(batch.tokens_BT.numel() for batch in batches)),
+        "tokens": (tokens := int(sum(batch.tokens_BT.numel() for batch in batches))),
+        "padding": tokens - sum(len(row) for micro_batch in turn.micro_batches for row in micro_batch),
         "seconds": round(time.perf_counter() - began, 4),
         "memory_mib": peak_mib(),
     }

@@ -22,19 +22,32 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from limbeck.follow import Metrics, Record, evaluation, is_number, trainings, values_of
+from limbeck.follow import Metrics, Record, evaluation, is_number, mean_of, rollout_of, trainings, values_of, writing_share
 from limbeck.types import UserError
 
 SECONDS_BETWEEN = 1.0
-RECENT_STEPS = 10  # the rate and the time left are over these
+RECENT_STEPS = 10  # the rate, the time left and what the student writes are over these
 BARS = "▁▂▃▄▅▆▇█"
 BAR_COUNT = 32
 SHOWN = ("forward_kl", "reverse_kl", "jsd", "top1_agreement", "perplexity")
 
 
 @dataclass(frozen=True)
+class Written:
+    """The student's own text in the recent steps: tokens an answer, shares (0 to 1) of answers that ended by themselves, of likeliest
+    tokens shared with the teacher, and of the time spent writing; None where no recent step tells. `advice` is the latest of all."""
+
+    length: float | None
+    finished: float | None
+    overlap: float | None
+    time: float | None
+    advice: str
+
+
+@dataclass(frozen=True)
 class Training:
-    """What one training's records say. `steps` is None where the folder does not tell how many there will be."""
+    """What one training's records say. `steps` is None where the folder does not tell how many there will be; `written` is None where
+    the student has written nothing."""
 
     name: str
     step: int
@@ -44,6 +57,7 @@ class Training:
     tokens_per_second: float | None
     seconds_left: float | None
     finished: bool
+    written: Written | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,18 @@ def summary(name: str, records: Sequence[Record], finished: bool, steps: int | N
         tokens_per_second=sum(record["tokens"] for record in recent) / seconds if recent else None,
         seconds_left=max(0.0, left) if left is not None else None,
         finished=finished,
+        written=written(records),
     )
+
+
+def written(records: Sequence[Record]) -> Written | None:
+    """What the recent steps tell of the student's own text; None where no step tells anything."""
+    if not any(map(rollout_of, records)):
+        return None
+    recent = records[-RECENT_STEPS:]
+    given = [f"step {record['step']:,}: {words}" for record in records for words in rollout_of(record).get("advice", ())]
+    length, finished, overlap = (mean_of(recent, fact) for fact in ("length", "finished", "overlap"))
+    return Written(length, finished, overlap, writing_share(recent), given[-1] if given else "")
 
 
 def count_answers(store: Path) -> dict[str, int]:
@@ -151,6 +176,7 @@ def draw(view: View) -> Group:
         parts.append(Text(f"answers stored: {counts}"))
     if view.trainings:
         parts.append(_training_table(view.trainings))
+        parts += [line for training in view.trainings if training.written for line in _own_text(training.name, training.written)]
     if view.measured:
         parts.append(_evaluation_table(view.measured))
     return Group(*parts)
@@ -173,6 +199,21 @@ def _training_table(found: Sequence[Training]) -> Table:
     return table
 
 
+def _own_text(name: str, written: Written) -> list[Text]:
+    """A line on what the student writes, and one with the latest advice."""
+    told = [
+        (written.length, 1, "{:,.0f} tokens an answer"),
+        (written.finished, 100, "{:.0f} % ended"),
+        (written.overlap, 100, "overlap {:.0f} %"),
+        (written.time, 100, "{:.0f} % of the time"),
+    ]
+    words = ", ".join(form.format(factor * value) for value, factor, form in told if value is not None)
+    if written.length is None:
+        words = f"nothing in the last {RECENT_STEPS} steps"
+    advice = [Text(f"advice, {_plain(written.advice, 300)}")] if written.advice else []
+    return [Text(f"{_plain(name)} writes: {words}"), *advice]
+
+
 def _evaluation_table(measured: dict[str, dict[str, float]]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("evaluation", no_wrap=True)
@@ -184,8 +225,8 @@ def _evaluation_table(measured: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def _plain(text: str) -> str:
-    return "".join(character for character in text if character.isprintable())[:60]
+def _plain(text: str, most: int = 60) -> str:
+    return "".join(character for character in text if character.isprintable())[:most]
 
 
 def _number(value: float | None) -> str:

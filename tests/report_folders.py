@@ -98,6 +98,16 @@ def write_answers(folder, systems, prompts, words, text):
     write_lines(folder / "lens.jsonl", lens)
 
 
+def rollout(step, text=""):
+    """What a step's record says of the student's text: answers become shorter, and end more often, from step to step."""
+    facts = {
+        "seconds": 0.6, "written": 8, "answers": 8, "tokens": 400 - step, "length": 80.0 - step, "finished": round(0.5 + step / 100, 4), "repetition": 0.3 - step / 200,
+        "distinct_2": 0.8, "age": 0.0, "own": 1.0, "teacher_log_prob": -2.0 + step / 40, "student_log_prob": -1.5, "overlap": 0.4 + step / 100,
+        "entropy": 1.2, "teacher_entropy": 1.5,
+    }  # fmt: skip
+    return facts | ({"advice": ["the student repeats itself: lower its share" + text]} if step == 13 else {})
+
+
 def efficiency(layers):
     return {"layers": layers, "parameters": layers * 4_500_000, "bytes": layers * 18_000_000, "prefill_tokens_per_second": 9000.0 / layers,
             "decode_tokens_per_second": 900.0 / layers, "first_token_ms": 3.1 * layers}  # fmt: skip
@@ -133,14 +143,15 @@ def make_run(folder, text="", prompts=12, words=20):
     }  # fmt: skip
     (folder / "evaluation").mkdir(parents=True)
     (folder / "evaluation" / "summary.json").write_text(json.dumps(summary))
-    recipe = {"name": "run" + text, "title": "Forward-KL distillation of a small model" + text, "paper": "arXiv:1503.02531" + text, "teacher": "smollm2" + text,
+    recipe = {"name": "run" + text, "title": "Forward-KL distillation of a small model" + text, "paper": "arXiv:1503.02531" + text,
+              "teacher": {"model": "smollm2" + text, "context": {"system": "Answer in one short sentence." + text, "user": "{prompt} Think first." + text}},
               "prompts": {"from": "builtin/everyday" + text, "limit": 144}}  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     write_answers(folder / "evaluation", list(systems), prompts, words, text)
     for place, start in ((folder, 1.1), (folder / "controls" / "sft_control", 2.3)):
         write_lines(place / "metrics.jsonl", [
             {"step": n, "loss": start / math.sqrt(n), "terms": {"forward_kl": start / n, "cross_entropy" + text: start / math.sqrt(n)},
-             "response_tokens": 512, "seconds": 1.5} for n in range(1, 40)
+             "response_tokens": 512, "seconds": 1.5, **({"rollout": rollout(n, text)} if place == folder and n % 3 else {})} for n in range(1, 40)
         ])  # fmt: skip
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')
@@ -165,13 +176,14 @@ def make_comparison(folder, text="", prompts=12, words=20, seeds=(7, 8, 9)):
         "methods": {name: {"title": name.replace("-", " ").capitalize() + text, "paper": "arXiv:2306.13649" + text, "loss": [name + text], "recipe": "b" * 64} for name in factors},
         "by_seed": {name: {str(seed): {metric: x["value"] + seed / 900 for metric, x in systems[name].items()} for seed in seeds} for name in factors},
         "recovered": {name: {"forward_kl": interval(0.5, 0.4, 0.6), "jsd": None} for name in factors},
-        "cost": {name: {"teacher_tokens": 7523, "trained_tokens": 22569.5, "steps": 45, "seconds": 90.0 * (n + 1), "peak_memory_mib": 1500 + 220 * n} for n, name in enumerate(factors)},
+        "cost": {name: {"teacher_tokens": 7523, "trained_tokens": 22569.5, "steps": 45, "seconds": 90.0 * (n + 1), "peak_memory_mib": 1500 + 220 * n, "writing_share": 0.213 * n} for n, name in enumerate(factors)},
+        "rollout": {name: {"length": 61.5, "finished": 0.934, "overlap": 0.71, "entropy": 1.25, "repetition": 0.004} for name in ("forward-kl", "jsd")},
         "by_kind": {kind + text: {name: {"forward_kl": around(0.4 + n / 10, 0.2, 15)} for name in systems} for n, kind in enumerate(KINDS)},
         "robustness": {f"everyday@typos{text}/pass_rate": {name: around(0.2, 0.1, 26) for name in systems}},
         "efficiency": {"teacher": efficiency(30), "untouched": efficiency(24)}, "calibration": {"teacher": curve("calibration", 1)},
         "held_out": {"answers": 60, "writer": "teacher", "temperature": 0.7, "top_p": 0.95, "max_tokens": 80, "cut_off": 29},
         "tasks": {"everyday" + text: {"version": "1.0" + text}}, "leaks": [], "warnings": ["A note." + text],
-        "machine": {"python": "3.11.7" + text}, "settings": {"teacher": "smollm2" + text, "train": {"lr": 0.0002, "note": text}},
+        "machine": {"python": "3.11.7" + text}, "settings": {"teacher": {"model": "smollm2" + text, "weights": "average", "context": {"system": "Be brief." + text}}, "train": {"lr": 0.0002, "note": text}},
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_text(json.dumps(comparison))

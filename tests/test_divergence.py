@@ -84,6 +84,11 @@ def todi(p: Numbers, q: Numbers) -> Any:
     return sum(w * a * log(a / b) + (1 - w) * b * log(b / a) for w, a, b in zip(weights, p, q, strict=True))
 
 
+def entropy_aware_kl(p: Numbers, q: Numbers, threshold: float = 0.8, forward_weight: float = 1.0) -> Any:
+    entropy = -sum(a * log(a) for a in p)
+    return kl(q, p) + (forward_weight * kl(p, q) if float(entropy) > threshold else 0.0)
+
+
 def alpha_beta(p: Numbers, q: Numbers, alpha: float = 0.2, beta: float = 0.7) -> Any:
     a, b, both, ratios = alpha, beta, alpha + beta, [log(y / x) for x, y in zip(p, q, strict=True)]
     if both == 0:
@@ -109,6 +114,7 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "skew_kl": lambda p, q, alpha=0.1: kl(p, mix(alpha, p, q)), "skew_reverse_kl": lambda p, q, alpha=0.1: kl(q, mix(1 - alpha, p, q)),
     "skew_reverse_kl_fixed": lambda p, q, alpha=0.1: kl(q, [fixed(m) for m in mix(1 - alpha, p, q)]),
     "taid": taid, "dkd": dkd, "todi": todi, "alpha_beta": alpha_beta, "logit_mse": logit_mse,
+    "entropy_aware_kl": entropy_aware_kl,
 }  # fmt: skip
 AT_ONE: list[tuple[str, dict[str, float]]] = [
     *((name, {}) for name in DIVERGENCES), ("symmetric_kl", {"forward_share": 0.8}), ("jsd", {"teacher_share": 0.1}),
@@ -118,6 +124,7 @@ AT_ONE: list[tuple[str, dict[str, float]]] = [
     ("taid", {"t": 0.9}), ("adaptive_kl", {"mu": 0.2}), ("adaptive_kl", {"mu": 0.9}), ("dkd", {"alpha": 0.5, "beta": 8}),
     ("alpha_beta", {"alpha": 0, "beta": 0.6}), ("alpha_beta", {"alpha": 0.6, "beta": 0}), ("alpha_beta", {"alpha": 0, "beta": 0}),
     ("alpha_beta", {"alpha": 2, "beta": 1.5}), ("alpha_beta", {"alpha": 1, "beta": 0}), ("alpha_beta", {"alpha": 0, "beta": 1}),
+    ("entropy_aware_kl", {"threshold": 0}), ("entropy_aware_kl", {"threshold": 1000}), ("entropy_aware_kl", {"forward_weight": 0.3}),
 ]  # fmt: skip
 CASES = AT_ONE + [(n, {**params, "temperature": t}) for n, params in AT_ONE for t in (2.5, 0.5) if DIVERGENCES[n].softens]
 STOPPED = {"taid", "adaptive_kl", "todi", "skew_reverse_kl_fixed"}  # part of their definition is held fixed
@@ -296,7 +303,7 @@ CURVATURE = [
     ("forward_kl", {}, 1), ("reverse_kl", {}, 1), ("symmetric_kl", {"forward_share": 0.3}, 1), ("adaptive_kl", {}, 1), ("todi", {}, 2),
     ("jsd", {}, 0.25), ("jsd", {"teacher_share": 0.9}, 0.09), ("jsd_rescaled", {"teacher_share": 0.9}, 1), ("hellinger", {}, 0.25),
     ("skew_kl", {}, 0.81), ("skew_reverse_kl", {}, 0.81), ("skew_reverse_kl_fixed", {}, 0.81), ("skew_kl", {"alpha": 0.5}, 0.25),
-    ("taid", {"t": 0.4}, 0.16), ("alpha_beta", {"alpha": 0.3, "beta": 0.7}, 1), ("alpha_beta", {"alpha": 0, "beta": 1}, 1),
+    ("entropy_aware_kl", {"threshold": 0}, 2), ("taid", {"t": 0.4}, 0.16), ("alpha_beta", {"alpha": 0.3, "beta": 0.7}, 1), ("alpha_beta", {"alpha": 0, "beta": 1}, 1),
 ]  # fmt: skip
 
 

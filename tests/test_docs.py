@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from limbeck import check
 from limbeck.build import terms
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES
@@ -40,7 +41,8 @@ def blocks(language):
 
 
 def test_the_generated_blocks_are_up_to_date():
-    assert generator().generated(TEXT) == TEXT, "run python docs/generate.py"
+    for page in generator().PAGES:
+        assert generator().generated(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), "run python docs/generate.py"
     assert set(re.findall(r"<!-- generated: (\w+) -->", TEXT)) == {"divergences", "ranking", "features", "policy", "head"}
 
 
@@ -87,6 +89,20 @@ def test_the_head_table_is_made_from_what_the_benchmark_writes(tmp_path, monkeyp
     assert "run python benchmarks/head.py" in module.head()
     module.HEAD.write_text(json.dumps({"machine": {"device": "cpu"}, "results": results}))
     assert "| naive forward_kl | 1.50 (1.25 to 2.00) | 1,234 |  |  |" in module.head().splitlines()
+
+
+def test_the_on_policy_table_is_made_from_what_the_benchmark_writes(tmp_path, monkeypatch):
+    module, run = generator(), {"trained": 100.4, "real": 200.0, "writing": 0.25, "peak_mib": 2345}
+    monkeypatch.setattr(module, "ON_POLICY", tmp_path / "on-policy.json")
+    assert "run python benchmarks/on_policy.py" in module.on_policy()
+    module.ON_POLICY.write_text(json.dumps({"about": {"rows": 8}, "results": {"limbeck": [run, run | {"trained": 110.4}]}}))
+    assert "| limbeck | 105 (100 to 110) | 200 | 25 % | 2,345 |" in module.on_policy().splitlines()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "writers.md").read_text(), re.DOTALL))
+def test_the_yaml_examples_of_writers_are_legal(block):
+    settings = [f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(block).items()]
+    check(load_recipe("quickstart", settings))
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from limbeck.models.generate import Job, generate
+from limbeck.models.generate import Beside, Job, generate, write
+from limbeck.models.joint import Mixture, Speculation
+from limbeck.models.prune import drop_layers
 from limbeck.models.sample import _from_nucleus, draw
 from limbeck.types import Sampling, UserError
 from tests.conftest import PROMPTS
@@ -92,3 +94,100 @@ def test_temperature_zero_is_the_argmax_beside_sampled_rows():
     logits = torch.tensor([[0.0, 3.0, 1.0]] * 3)
     drawn = draw(logits, [Sampling(0.0), Sampling(1.0, 1.0), Sampling(1.0, 0.5)], torch.tensor([0.999, 0.0, 0.999], dtype=torch.float64))
     assert drawn.token_B.tolist() == [1, 0, 1] and drawn.log_prob_B[0] == 0
+
+
+# Log-probabilities, and two models that write one text
+
+
+def exact_log_probs(net, prompt, ids, temperature=1.0):
+    logits = net(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.7, 0.8)])
+def test_recorded_log_probs_are_those_of_one_pass_over_the_text(tiny, temperature, top_p):
+    jobs = [Job(ids, Sampling(temperature, top_p, 9), number) for number, ids in enumerate(prompts(tiny, 6))]
+    for text in write(tiny.net, jobs, frozenset(), 4, record=True):
+        prompt = jobs[text.index].prompt_ids
+        torch.testing.assert_close(torch.tensor(text.log_prob), exact_log_probs(tiny.net, prompt, text.ids), rtol=1e-4, atol=1e-4)
+        drawn_from = exact_log_probs(tiny.net, prompt, text.ids, temperature)
+        if top_p == 1:
+            torch.testing.assert_close(torch.tensor(text.sampler_log_prob), drawn_from, rtol=1e-4, atol=1e-4)
+        else:
+            assert (torch.tensor(text.sampler_log_prob) >= drawn_from - 1e-4).all() and max(text.sampler_log_prob) <= 1e-6
+
+
+@pytest.fixture
+def student(tiny):
+    return drop_layers(tiny.net, [0, 3])
+
+
+def drawn(net, jobs, beside=None, rows=4):
+    return {text.index: text for text in write(net, jobs, frozenset(), rows, record=True, beside=beside)}
+
+
+def jobs_of(tiny, temperature=1.0):
+    return [Job(ids, Sampling(temperature, 1.0, 12), number) for number, ids in enumerate(prompts(tiny, 7))]
+
+
+def test_speculation_over_the_whole_vocabulary_is_the_student_alone(tiny, student):
+    jobs = jobs_of(tiny)
+    alone = drawn(student, jobs)
+    both = drawn(student, jobs, Beside(tiny.net, Speculation(10**6)))
+    for index, text in alone.items():
+        assert both[index].ids == text.ids and both[index].own == 12
+        torch.testing.assert_close(torch.tensor(both[index].sampler_log_prob), torch.tensor(text.sampler_log_prob), rtol=1e-4, atol=1e-4)
+
+
+def test_speculation_with_1_and_a_greedy_teacher_is_the_teachers_greedy_text(tiny, student):
+    jobs = jobs_of(tiny)
+    greedy = dict(generate(tiny.net, [Job(job.prompt_ids, Sampling(0.0, 1.0, 12), 0) for job in jobs], frozenset()))
+    both = drawn(student, jobs, Beside(tiny.net, Speculation(1, 0.0)))
+    assert {index: text.ids for index, text in both.items()} == greedy
+    assert any(text.own < 12 for text in both.values())
+
+
+def test_every_token_of_speculation_is_among_the_teachers_likeliest_or_its_own(tiny, student):
+    jobs, k = jobs_of(tiny), 5
+    accepted = []
+    for wide in (2, k, 40):
+        both = drawn(student, jobs, Beside(tiny.net, Speculation(wide)))
+        accepted.append(sum(text.own for text in both.values()))
+        if wide == k:
+            for index, text in both.items():
+                logits = tiny.net(torch.tensor([[*jobs[index].prompt_ids, *text.ids]])).logits[0, len(jobs[index].prompt_ids) - 1 : -1]
+                rank = (logits > logits.gather(1, torch.tensor(text.ids)[:, None])).sum(-1)
+                assert int((rank < k).sum()) >= text.own
+    assert accepted[0] < accepted[1] < accepted[2] <= 12 * len(jobs)
+
+
+@pytest.mark.parametrize("joint", [Mixture(0.3), Mixture(0.6, 0.7), Speculation(3), Speculation(2, 0.5)])
+def test_draws_of_two_models_follow_the_distribution_they_report(joint):
+    noise, n = torch.Generator().manual_seed(3), 20_000
+    own, other = 2 * torch.randn(2, 6, generator=noise)
+    uniform = torch.rand(n, 2, generator=noise, dtype=torch.float64)
+    found = joint(own.expand(n, -1), other.expand(n, -1), [Sampling(1.0)] * n, uniform)
+    want = torch.zeros(6)
+    want[found.token_B] = found.log_prob_B.exp()
+    assert want.sum() == pytest.approx(1, abs=1e-4), "all six were drawn at some time, and their probabilities add up"
+    got = torch.bincount(found.token_B, minlength=6) / n
+    assert ((got - want).abs() < 4 * (want * (1 - want) / n).sqrt() + 1e-9).all()
+
+
+def test_the_mixture_has_both_models_at_its_ends(tiny, student):
+    jobs = jobs_of(tiny)
+    assert {i: t.ids for i, t in drawn(student, jobs, Beside(tiny.net, Mixture(0.0))).items()} == {
+        i: t.ids for i, t in drawn(student, jobs).items()
+    }
+    assert {i: t.ids for i, t in drawn(student, jobs, Beside(tiny.net, Mixture(1.0))).items()} == {
+        i: t.ids for i, t in drawn(tiny.net, jobs).items()
+    }
+
+
+def test_the_model_beside_may_see_another_prompt(tiny, student):
+    """With the whole mixture, what is written is what the model beside writes after the prompt that it sees."""
+    jobs = jobs_of(tiny)
+    longer = [(*jobs[0].prompt_ids, *job.prompt_ids) for job in jobs]
+    pairs = [Job(job.prompt_ids, job.sampling, job.seed, other) for job, other in zip(jobs, longer, strict=True)]
+    alone = drawn(tiny.net, [Job(other, job.sampling, job.seed) for job, other in zip(jobs, longer, strict=True)])
+    assert {i: t.ids for i, t in drawn(student, pairs, Beside(tiny.net, Mixture(1.0))).items()} == {i: t.ids for i, t in alone.items()}

@@ -172,6 +172,21 @@ def test_text_has_enough_contrast_and_nothing_sticks_out(browser, run_page, comp
             assert page.evaluate("document.documentElement.scrollWidth") <= 420
 
 
+@pytest.mark.parametrize("width", [420, 1200])
+@pytest.mark.parametrize("media", ["screen", "print"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_section_on_the_students_text_fits_and_shows(browser, run_page, width, media, scheme):
+    with opened(browser, run_page, color_scheme=scheme, viewport={"width": width, "height": 900}) as page:
+        page.emulate_media(media=media)
+        section = page.locator("section:has(> #rollouts)")
+        assert section.locator("svg").count() == 5 and section.locator("aside").is_visible() and section.locator("table").is_visible()
+        assert section.locator("svg").evaluate_all("all => all.every((one) => one.getBoundingClientRect().width > 250)")
+        if media == "screen":
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.locator("nav a[href='#rollouts']").click()
+            expect(section.locator("h2")).to_be_in_viewport()
+
+
 def test_landmarks_headers_and_captions_are_there(browser, run_page, comparison_page):
     for file in (run_page, comparison_page):
         with opened(browser, file) as page:
@@ -197,6 +212,9 @@ def test_without_scripts_everything_but_the_tools_is_there(browser, run_page):
             "Fidelity on held-out text",
             "Question 0: why does bread rise?",
             "The first 24 prompts",
+            "The student's own text",
+            "Step 13: the student repeats itself",
+            "Log-probability of the student's text",
         ):
             assert words in text
         assert page.locator("article").count() == 24 and page.locator("svg").count() > 3

@@ -14,6 +14,7 @@ from limbeck.objectives import policy
 from limbeck.objectives.policy import (
     POLICIES,
     RETURN_FORMS,
+    Responses,
     checked_params,
     grpo,
     importance_weights,
@@ -40,7 +41,8 @@ def gradient(loss: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 def columns(n: int, seed: int) -> dict[str, torch.Tensor]:
     names = ("advantage", "old_log_prob", "teacher_log_prob", "reference_log_prob", "importance_weight")
     values = {name: randn(n, seed=seed + i) for i, name in enumerate(names)}
-    return values | {name: -values[name].abs() for name in names[1:4]} | {"importance_weight": values["importance_weight"].exp()}
+    positive = {"importance_weight": values["importance_weight"].exp(), "position_weight": 1 + randn(n, seed=seed + 9).abs()}
+    return values | {name: -values[name].abs() for name in names[1:4]} | positive
 
 
 # -- the losses, token by token ----------------------------------------------------------------------------------------
@@ -58,8 +60,9 @@ def reference(name: str, x: float, c: dict[str, float], params: dict[str, float]
         clipped = min(max(ratio, low), high)
         alive = ratio * a <= clipped * a
         return -min(ratio * a, clipped * a), -a * ratio if alive else 0.0
-    if name == "on_policy_distillation":
+    if name in ("on_policy_distillation", "iw_on_policy_distillation"):
         a = -params.get("coefficient", 1.0) * (x - c["teacher_log_prob"])
+        a *= c["position_weight"] if name.startswith("iw") else 1.0
         return -a * ratio, -a * ratio
     d = x - c["reference_log_prob"]
     if name == "kl_penalty_k2":
@@ -452,3 +455,34 @@ def test_no_mean_in_a_term():
     from pathlib import Path
 
     assert ".mean(" not in Path(policy.__file__).read_text()
+
+
+# -- what is made of whole responses -----------------------------------------------------------------------------------
+
+
+def responses(b=3, t=5):
+    lengths = [t, 3, 1][:b]
+    mask = torch.tensor([[float(at < n) for at in range(t)] for n in lengths], dtype=torch.float64)
+    log_q, log_p = (-randn(b, t, seed=s).abs() * mask for s in (31, 32))
+    return Responses(log_q, (log_q + 0.3 * randn(b, t, seed=33)) * mask, log_p, mask)
+
+
+def test_minillms_columns_are_its_returns_and_weights():
+    text, known = responses(), POLICIES["minillm_long"]
+    columns = known.columns(text, known.defaults)
+    ratio = text.teacher_log_prob_BT - text.log_prob_BT
+    torch.testing.assert_close(columns["advantage"], minillm_returns(ratio, text.mask_BT, "paper"))
+    torch.testing.assert_close(columns["importance_weight"], importance_weights(text.log_prob_BT, text.sampler_log_prob_BT, text.mask_BT))
+    code = known.defaults | {"own_token": 1.0, "gamma": 0.95, "reward_scale": 0.5, "clip": 100.0, "whiten": 1.0}
+    torch.testing.assert_close(known.columns(text, code)["advantage"], minillm_returns(ratio, text.mask_BT, "code"))
+
+
+def test_position_weights_fall_from_1_plus_boost_to_1_with_the_gap_behind():
+    text, known = responses(), POLICIES["iw_on_policy_distillation"]
+    got = known.columns(text, known.defaults | {"boost": 0.5})["position_weight"]
+    for row in range(3):
+        length = int(text.mask_BT[row].sum())
+        gaps = [abs(float(text.log_prob_BT[row, t] - text.teacher_log_prob_BT[row, t])) for t in range(length)]
+        want = [1 + 0.5 * (1 - sum(gaps[:t]) / sum(gaps)) for t in range(length)] + [0.0] * (5 - length)
+        assert got[row].tolist() == pytest.approx(want)
+    assert (known.columns(text, known.defaults | {"boost": 0.0})["position_weight"] == text.mask_BT).all()

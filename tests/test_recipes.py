@@ -17,7 +17,9 @@ RECIPES = recipe_files()
 def test_the_recipes_of_the_field_are_there():
     assert set(RECIPES) >= {
         "hinton-kd", "seq-kd", "reverse-kl", "jsd", "tvd", "distillm-skew", "akl", "taid", "distillm-2", "dkd", "todi", "abkd", "patient-hints",
-        "tinybert", "minilm-v2", "ted", "codir", "dpo", "ipo", "kto", "orpo", "simpo", "rrhf", "pro",
+        "tinybert", "minilm-v2", "ted", "codir", "dpo", "ipo", "kto", "orpo", "simpo", "rrhf", "pro", "gkd", "imitkd", "minillm", "distillm",
+        "on-policy-distillation", "speculative-kd", "f-distill-js", "f-distill-tvd", "opd-entropy-aware", "iw-opd", "prompt-baking", "sdft",
+        "opsd",
     }  # fmt: skip
 
 
@@ -33,13 +35,27 @@ SMALL = [
     "student={start: {prune: {layers: 3, keep: uniform}}}", "prompts.limit=null", "train.steps=3", "train.epochs=null",
     "train.tokens_per_step=60", "evaluate={metrics: [fidelity], controls: []}",
 ]  # fmt: skip
-OWN = {"ted": ["loss.0.params.layers=uniform", "loss.0.params.filter_steps=2"]}
+OWN = {
+    "ted": ["loss.0.params.layers=uniform", "loss.0.params.filter_steps=2"],
+    "distillm": ["rollout.validation={prompts: 4, every: 1}", "rollout.replay.size=4"],
+}
+
+
+def the_same_model(name, folder):
+    """The teacher and the student's start; a student that teaches itself, or learns a context, starts as the teacher."""
+    recipe = load_recipe(name)
+    if recipe.teacher.context is None:
+        return [f"teacher={folder}"]
+    lora = "" if recipe.student.lora is None else ", lora: {rank: 2, alpha: 4}"
+    return [f"teacher.model={folder}", f"student={{start: {{pretrained: {folder}}}{lora}}}"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_a_tiny_student(name, tiny_folder, prompt_file, tmp_path):
     short = [f"writer.{i}.max_tokens={10 + i}" for i in range(len(load_recipe(name).writer))]
-    recipe = load_recipe(name, [*SMALL, *short, *OWN.get(name, []), f"teacher={tiny_folder}", f"prompts.from={prompt_file}"])
+    solved = tmp_path / "solved.jsonl"
+    solved.write_text("".join(json.dumps(json.loads(line) | {"answer": "a mat"}) + "\n" for line in prompt_file.read_text().splitlines()))
+    recipe = load_recipe(name, [*SMALL, *short, *OWN.get(name, []), *the_same_model(name, tiny_folder), f"prompts.from={solved}"])
     folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3

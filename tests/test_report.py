@@ -12,16 +12,20 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from limbeck.recipe import parse
 from limbeck.report import excerpt as excerpts
+from limbeck.report.card import model_card
 from limbeck.report.excerpt import embedded, read_excerpt
 from limbeck.report.figures import pareto_figures
-from limbeck.report.grids import facts, kinds_grid, seeds_grid
+from limbeck.report.grids import facts, kinds_grid, seeds_grid, spent_grid, training_grid
 from limbeck.report.metrics import Metric, is_clear, mark, metrics_of
 from limbeck.report.page import compare_verdict, read_comparison, read_summary, verdict, write_report
 from limbeck.report.plots import MOST_POINTS, Scale, Series, Spot, Text, Whisker, bars, curves, forest, scatter, spread, thinned
+from limbeck.report.rollouts import own_text_grid, own_texts
 from limbeck.report.table import compare_markdown, markdown, paired_table, systems_tables
+from limbeck.report.teacher import teacher_aside, teacher_facts, teacher_name
 from limbeck.types import UserError
-from tests.report_folders import KINDS, PAYLOADS, interval, make_comparison, make_run, write_lines
+from tests.report_folders import KINDS, PAYLOADS, interval, make_comparison, make_run, rollout, write_lines
 
 TEXT = Text("key", "A title", "What it shows", "x", "y")
 LOW = Metric("forward_kl", "Forward KL", "nats", "low", "")
@@ -351,6 +355,17 @@ def test_plots_are_well_formed_and_say_what_they_show():
     assert curves(TEXT, [Series("one", [(1, 1)])]) == scatter(TEXT, []) == forest(TEXT, []) == bars(TEXT, []) == ""
 
 
+@pytest.mark.parametrize(("values", "top", "bottom"), [((-1.5, -0.5), "0", "−1.5"), ((-0.2, 0.4), "0.4", "−0.2"), ((1.0, 2.0), "2", "0")])
+def test_curves_stay_inside_their_axes_on_either_side_of_zero(values, top, bottom):
+    root = ElementTree.fromstring(curves(TEXT, [Series("s", list(enumerate(values)))]))
+    places = [float(place.split(",")[1]) for place in root.find("polyline").get("points").split()]
+    assert 34 <= min(places) < max(places) <= 280 - 46
+    ticks = {
+        text.text: float(text.get("y")) for text in root.findall("text") if text.get("class") == "tick" and text.get("text-anchor") == "end"
+    }
+    assert min(ticks, key=ticks.get) == top and max(ticks, key=ticks.get) == bottom and "0" in ticks
+
+
 def test_the_frontier_joins_what_no_other_beats(tmp_path):
     comparison = read_comparison(make_comparison(tmp_path / "comparison"))
     seconds, memory = pareto_figures(comparison, metrics_of(comparison)["forward_kl"], {})
@@ -376,3 +391,162 @@ def test_facts_are_written_one_by_one():
     assert facts({"top_p": 0.95, "gpu": None, "settings": {"decoding": "greedy", "n": 12_000}, "on": True, "list": [1]}) == [
         ("top p", "0.95"), ("gpu", "none"), ("settings: decoding", "greedy"), ("settings: n", "12,000"), ("on", "yes"), ("list", "[1]"),
     ]  # fmt: skip
+
+
+# The student's own text
+
+
+def test_a_run_whose_student_wrote_has_a_section_on_it(tmp_path):
+    folder = make_run(tmp_path / "run", prompts=3)
+    (own,) = own_texts(folder)
+    assert own.told == (
+        "The student wrote 208 answers; text of its own was trained on in 26 of 39 steps. Writing took 27 % of the training's time."
+    )
+    assert [figure.title for figure in own.figures] == [
+        "Length of an answer", "Endings and repetition", "Log-probability of the student's text", "Likeliest tokens shared", "Entropy on the student's text",
+    ]  # fmt: skip
+    endings = ElementTree.fromstring(own.figures[1].svg)
+    ends = [float(line.get("points").split()[-1].split(",")[1]) for line in endings.findall("polyline")]
+    assert len(ends) == 3 and ends[0] < ends[1] < ends[2], "0.88 ended, 0.8 distinct and 0.11 repeated, from above"
+    assert own.grid.columns == [("First third", "steps 1 to 13"), ("Last third", "steps 27 to 39")]
+    rows = dict(own.grid.rows)
+    first, last = [1, 2, 4, 5, 7, 8, 10, 11, 13], [28, 29, 31, 32, 34, 35, 37, 38]
+    assert rows["Length, tokens an answer"] == [f"{80 - sum(part) / len(part):.1f}" for part in (first, last)] == ["73.2", "47.0"]
+    assert rows["Ended by itself, % of answers"] == ["56.8", "83.0"] and rows["Likeliest tokens shared, % of 16"] == ["46.8", "73.0"]
+    assert rows["Teacher's log-probability, nats a token"] == ["−1.831", "−1.175"]
+    assert rows["Time writing, % of the training"] == [f"{100 * 0.6 * len(part) / (1.5 * 13):.1f}" for part in (first, last)]
+    page = parsed(write_report(folder))
+    assert ("a", "href", "#rollouts") in page.attributes and ("h2", "id", "rollouts") in page.attributes
+    text = "".join(page.text)
+    assert text.index("Step 13: the student repeats itself") > text.index("What each training cost")
+
+
+def test_a_run_whose_student_wrote_nothing_has_no_such_section(tmp_path):
+    folder = make_run(tmp_path / "run", prompts=3)
+    records = [{"step": n, "loss": 1.0, "response_tokens": 9, "seconds": 1.0} for n in range(1, 5)]
+    write_lines(folder / "metrics.jsonl", records)
+    page = parsed(write_report(folder))
+    assert own_texts(folder) == [] and "rollouts" not in {value.lstrip("#") for _, _, value in page.attributes}
+    assert "Time writing" not in [title for title, _ in training_grid(folder).columns]
+    write_lines(folder / "metrics.jsonl", [records[0], records[1] | {"rollout": {"seconds": 0.5, "written": 1}}])
+    (own,) = own_texts(folder)
+    assert own.figures == [] and own.told.startswith(
+        "The student wrote 1 answer; text of its own was trained on in 0 of 2 steps. Writing took 25 %"
+    )
+    assert [name for name, _ in own.grid.rows] == ["Time writing, % of the training"]
+    grid = training_grid(folder)
+    assert grid.columns[3] == ("Time writing", "% of the training")
+    assert {name: cells[3] for name, cells in grid.rows} == {"Student": "25.0", "Fine-tuning control": "0"}
+
+
+def test_what_only_some_trainings_tell_is_shown_where_it_says_something(tmp_path):
+    def titles(**more):
+        write_lines(
+            tmp_path / "metrics.jsonl",
+            [{"step": n, "seconds": 1.0, "rollout": rollout(n) | {k: v[n - 1] for k, v in more.items()}} for n in (1, 2, 3)],
+        )
+        (own,) = own_texts(tmp_path)
+        return {figure.title for figure in own.figures}, dict(own.grid.rows)
+
+    plain, rows = titles()
+    for facts_, title, row, cells in (
+        ({"age": [0.0, 1.5, 2.5]}, "Age of the text", "Age, steps", ["0.000", "2.500"]),
+        ({"own": [1.0, 0.9, 0.75]}, "Tokens of the student's own", "Student's own tokens, % of tokens", ["100.0", "75.0"]),
+        ({"validation_loss": [2.0, None, 1.0]}, "Validation loss", "Validation loss", ["2.000", "1.000"]),
+        ({"share": [0.1, float("nan"), 0.5]}, "The student's share", "Student's share, % of the text", ["10.0", "50.0"]),
+    ):
+        assert title not in plain and row not in rows
+        found, told = titles(**facts_)
+        assert found - plain == {title} and told[row] == cells
+    assert rows["Student's entropy, nats"] == ["1.200", "1.200"]
+
+
+def test_two_trainings_that_wrote_stand_apart(tmp_path):
+    folder = make_run(tmp_path / "run", prompts=3)
+    (folder / "controls" / "gold_control").mkdir()
+    (folder / "controls" / "gold_control" / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text())
+    page = parsed(write_report(folder))
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(set(ids)) == len(ids) and {"advice-student", "advice-gold_control"} < set(ids)
+    named = {name for _, key, value in page.attributes if key == "aria-labelledby" for name in value.split()}
+    assert named <= set(ids) and [one.title for one in own_texts(folder)] == ["Student", "Fine-tuning on gold"]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_advice_and_the_teachers_context_are_written_out_as_they_are(tmp_path, payload):
+    text = "".join(parsed(write_report(make_run(tmp_path / "run", payload, prompts=1, words=1))).text)
+    for words in ("lower its share", "Answer in one short sentence.", "Think first."):
+        assert words + payload in text
+
+
+def test_the_comparison_tells_of_the_text_and_of_the_time_it_took(tmp_path):
+    comparison = read_comparison(make_comparison(tmp_path / "comparison", prompts=3))
+    spent = spent_grid(comparison, {})
+    place = spent.columns.index(("Time writing", "% of the training"))
+    assert [cells[place] for _, cells in spent.rows] == ["0", "21.3", "42.6", "63.9"]
+    own = own_text_grid(comparison, {"jsd": "JSD"})
+    assert [title for title, _ in own.columns] == [
+        "Length",
+        "Ended by itself",
+        "Repetition",
+        "Likeliest tokens shared",
+        "Student's entropy",
+    ]
+    assert own.rows == [("forward-kl", ["61.5", "93.4", "0.4", "71.0", "1.250"]), ("JSD", ["61.5", "93.4", "0.4", "71.0", "1.250"])]
+    assert "not here was trained on text of others" in own.note
+    comparison["rollout"] = {name: {"length": 5, "overlap": None} for name in comparison["methods"]}
+    own = own_text_grid(comparison, {})
+    assert own.columns == [("Length", "tokens an answer")] and "not here" not in own.note
+    page = parsed(write_report(tmp_path / "comparison"))
+    assert ("a", "href", "#rollouts") in page.attributes and "The student's own text while it trained" in "".join(page.text)
+    for cost in comparison["cost"].values():
+        cost["writing_share"] = 0.0
+    del comparison["rollout"]
+    (tmp_path / "comparison" / "comparison.json").write_text(json.dumps(comparison))
+    page = parsed(write_report(tmp_path / "comparison"))
+    assert ("a", "href", "#rollouts") not in page.attributes and "Time writing" not in "".join(page.text)
+    assert own_text_grid(comparison, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("teacher", "head", "words"),
+    [
+        ("smollm2", "smollm2", []),
+        ({"model": "m"}, "m", [("model", "m"), ("shown", "the prompt alone, as the student is")]),
+        (
+            {"model": "m", "weights": "average"}, "m, with weights of the student's own",
+            [("model", "m"), ("weights", "a moving average of the student's own, which keeps 0.95 of itself at every step"), ("shown", "the prompt alone, as the student is")],
+        ),
+        (
+            {"model": "m", "weights": "live", "context": {"system": "Be brief.", "user": "{prompt} It is {answer}."}},
+            "m, with weights of the student's own, shown another prompt than the student",
+            [("model", "m"), ("weights", "the student's own, as they are at each step"), ("shown as a system message", "Be brief."),
+             ("shown in place of the prompt", "{prompt} It is {answer}."), ("where", "{prompt} stands for the prompt; {answer} stands for the prompt's known answer"),
+             ("shown to the student", "the prompt alone")],
+        ),
+        ({"model": "m", "context": {"system": "Be brief."}}, "m, shown another prompt than the student",
+         [("model", "m"), ("shown as a system message", "Be brief."), ("shown to the student", "the prompt alone")]),
+    ],
+)  # fmt: skip
+def test_the_teacher_is_a_name_or_a_record_and_the_page_says_what_it_was_shown(tmp_path, teacher, head, words):
+    assert teacher_name(teacher) + teacher_aside(teacher) == head and teacher_facts(teacher) == words
+    folder = make_old_run(tmp_path / "run", "hello")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"teacher": teacher}))
+    text = "".join(parsed(write_report(folder)).text)
+    name, _, aside = head.partition(",")
+    assert f"Teacher: {name} (3 layers, 0 million parameters){',' if aside else ''}{aside}." in text
+    source = text[text.rindex("Data and source") :]
+    assert all(name + said in source for name, said in words)
+
+
+def test_a_model_card_says_what_the_teacher_was_shown_and_no_path(recipe_data):
+    def settings_of(card):
+        return json.loads(card.split("```json")[1].split("```")[0])
+
+    assert not settings_of(model_card(parse(recipe_data), "student", "tiny@1")).keys() & {"teacher", "rollout"}
+    writes = {"writer": [{"by": "student"}], "rollout": {"ahead": 4}}
+    path = recipe_data["teacher"]
+    shown = model_card(parse(recipe_data | writes | {"teacher": {"model": path, "context": {"system": "Be brief."}}}), "student", "tiny@1")
+    settings = settings_of(shown)
+    assert settings["teacher"] == {"context": {"system": "Be brief."}} and settings["rollout"]["ahead"] == 4 and path not in shown

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import limbeck
-from limbeck.follow import Metrics, values_of
+from limbeck.follow import Metrics, mean_of, values_of, writing_share
 from limbeck.recipe import parse
 from limbeck.types import UserError
 from limbeck.watch import BARS, Watcher, draw, sparkline, watch
@@ -160,6 +160,44 @@ def test_the_page_shows_numbers_curve_and_no_control_characters(folder):
     for words in ("training: student", "10 of 20", "2.00e-04", "2,000", "5 s", "x[2J[bold]"):
         assert words in text, text
     assert "\x1b" not in text and BARS[-1] in text and BARS[0] in text
+
+
+def wrote(number, **more):
+    facts = {"seconds": 0.2, "written": 4, "length": 50.0 + number, "finished": 0.9, "overlap": 0.75}
+    return step(number, rollout=facts | more)
+
+
+def test_what_the_student_writes_has_a_line_of_its_own(folder):
+    write(folder / "metrics.jsonl", [step(1)])
+    assert "writes" not in shown(folder) and Watcher(folder).look().trainings[0].written is None
+    advice = "more and more answers run into max_tokens: give the student a cold start, lower its share, or raise\x1b[2J max_tokens"
+    records = [
+        wrote(2, advice=["the first"]),
+        wrote(3, finished=0.1, advice=["the second", advice]),
+        *(wrote(n) for n in range(4, 13)),
+        step(13),
+    ]
+    write(folder / "metrics.jsonl", records)
+    (student,) = Watcher(folder).look().trainings
+    assert student.written.length == pytest.approx(58.0) and student.written.finished == pytest.approx(0.9)
+    assert student.written.time == pytest.approx(0.2 * 9 / (0.5 * 10)), "of ten recent steps, in nine of which it wrote"
+    lines = shown(folder, width=200).splitlines()
+    assert "student writes: 58 tokens an answer, 90 % ended, overlap 75 %, 36 % of the time" in lines
+    assert f"advice, step 3: {advice}".replace("\x1b", "") in lines and "the first" not in "".join(lines)
+
+
+def test_a_student_that_wrote_long_ago_or_with_few_facts(folder):
+    write(folder / "metrics.jsonl", [wrote(1), *(step(n) for n in range(2, 12))])
+    assert "student writes: nothing in the last 10 steps" in shown(folder)
+    write(folder / "metrics.jsonl", [step(12, rollout={"length": 7.0})])
+    assert "student writes: 7 tokens an answer, 0 % of the time\n" in shown(folder).replace(" \n", "\n")
+
+
+def test_means_and_shares_of_what_was_written():
+    records = [wrote(1), step(2), wrote(3, overlap=math.nan), {"step": 4, "seconds": None, "rollout": 7}]
+    assert mean_of(records, "length") == 52.0 and mean_of(records, "overlap") == 0.75 and mean_of(records, "none") is None
+    assert writing_share(records) == pytest.approx(0.4 / 1.5) and writing_share(records[1:2]) == 0 and writing_share([]) is None
+    assert writing_share([step(1, seconds=0)]) is None
 
 
 def test_sparkline():

@@ -17,6 +17,7 @@ from limbeck.elicit.verify import parse_check
 from limbeck.types import Message, RecipeError, UserError, nearest
 
 BUILTIN = "builtin/"
+LISTS = (("answers",), ("references",))  # a task's items name what they are held against "references"
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,14 @@ def _prompt(line: str, place: str, number: int, prefix: str) -> Prompt:
 
 def _answers(data: dict[str, Any], place: str) -> tuple[str, ...]:
     """The corpus's answers, the best first."""
-    given = [keys for keys in (("answer",), ("answers",), ("chosen", "rejected")) if any(data.get(key) is not None for key in keys)]
+    given = [keys for keys in (*LISTS, ("answer",), ("chosen", "rejected")) if any(data.get(key) is not None for key in keys)]
     if len(given) > 1:
-        raise UserError(f'{place}: give one of "answer", "answers", or "chosen" with "rejected"')
+        raise UserError(f'{place}: give one of "answer", "answers" (or "references"), or "chosen" with "rejected"')
     if not given:
         return ()
-    answers = data["answers"] if given[0] == ("answers",) else [data.get(key) for key in given[0]]
+    listed = given[0] in LISTS
+    answers = data[given[0][0]] if listed else [data.get(key) for key in given[0]]
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         keys = " and ".join(f'"{key}"' for key in given[0])
-        raise UserError(f"{place}: {keys} must be text that is not empty" + (", in a list" if given[0] == ("answers",) else ""))
+        raise UserError(f"{place}: {keys} must be text that is not empty" + (", in a list" if listed else ""))
     return tuple(answers)

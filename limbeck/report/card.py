@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from limbeck.recipe import Recipe
 
@@ -10,7 +11,9 @@ from limbeck.recipe import Recipe
 def model_card(recipe: Recipe, name: str, teacher_identity: str) -> str:
     """Markdown with the settings that made the model. It claims no quality: the run's report does, with intervals."""
     resolved = recipe.resolved()
-    settings = {key: resolved[key] for key in ("title", "paper", "writer", "loss", "train")}
+    settings: dict[str, Any] = {key: resolved[key] for key in ("title", "paper", "writer", "rollout", "loss", "train") if key in resolved}
+    if isinstance(resolved["teacher"], dict):  # weights that are the student's own, and what it was shown; its model may be a path
+        settings["teacher"] = {key: value for key, value in resolved["teacher"].items() if key != "model"}
     what = "the fine-tuning control of" if name == "sft_control" else "the student of"
     return f"""---
 library_name: transformers

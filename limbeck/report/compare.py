@@ -8,7 +8,9 @@ from typing import Any
 from limbeck.report import figures, grids
 from limbeck.report.excerpt import read_excerpt
 from limbeck.report.metrics import LABELS, headline, label, metrics_of
+from limbeck.report.rollouts import own_text_grid
 from limbeck.report.table import paired_table, systems_tables
+from limbeck.report.teacher import teacher_facts
 from limbeck.report.verdict import against_base, compare_verdict
 
 MOST_COLUMNS = 6
@@ -48,6 +50,7 @@ def comparison_content(folder: Path, comparison: dict[str, Any]) -> dict[str, An
         "kinds": grids.kinds_grid(comparison, next(iter(rows), comparison["base"]), names),
         "seeds": grids.seeds_grid(comparison, metric, names),
         "spent": grids.spent_grid(comparison, names),
+        "own_text": own_text_grid(comparison, names),
         "efficiency": grids.efficiency_grid(comparison, names),
         "held_out": comparison.get("held_out") or {},
         "cards": _cards(comparison),
@@ -73,7 +76,10 @@ def _shown(comparison: dict[str, Any], systems: list[str]) -> list[str]:
 
 def _cards(comparison: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The data card: the settings that all methods share, what was held out, and the settings of each task."""
-    cards = [("Common settings", grids.facts(comparison["settings"]))] if comparison.get("settings") else []
+    settings = comparison.get("settings") or {}
+    taught = teacher_facts(settings.get("teacher"))
+    rest = {key: value for key, value in settings.items() if key != "teacher" or not taught}
+    cards = [(title, facts) for title, facts in (("Teacher", taught), ("Common settings", grids.facts(rest))) if facts]
     if comparison.get("held_out"):
         cards.append(("Held-out text", grids.facts(comparison["held_out"])))
     return cards + [(f"Task {name}", grids.facts(task)) for name, task in (comparison.get("tasks") or {}).items()]

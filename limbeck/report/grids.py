@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.durable import read_jsonl
+from limbeck.follow import writing_share
 from limbeck.report.figures import TRAININGS
 from limbeck.report.metrics import Metric, headline, label, metrics_of, number, percent
 
@@ -26,6 +27,7 @@ SPENT = {
     "trained_tokens": ("Trained tokens", "", 1),
     "steps": ("Steps", "", 1),
     "seconds": ("Minutes", "of training", 1 / 60),
+    "writing_share": ("Time writing", "% of the training", 100.0),
     "peak_memory_mib": ("Peak memory", "MiB", 1.0),
 }
 WORDING = {
@@ -57,7 +59,7 @@ def efficiency_grid(summary: dict[str, Any], names: dict[str, str]) -> Grid | No
 
 def spent_grid(comparison: dict[str, Any], names: dict[str, str]) -> Grid | None:
     """What each method cost, as means over its seeds."""
-    return _measured("Method", SPENT, comparison.get("cost") or {}, names)
+    return _spent("Method", comparison.get("cost") or {}, names)
 
 
 def training_grid(folder: Path) -> Grid | None:
@@ -67,8 +69,15 @@ def training_grid(folder: Path) -> Grid | None:
         records = read_jsonl(folder / place / "metrics.jsonl")
         if records:
             trained = sum(record["response_tokens"] for record in records)
-            facts[name] = {"steps": len(records), "trained_tokens": trained, "seconds": sum(record["seconds"] for record in records)}
-    return _measured("Training", SPENT, facts, {})
+            seconds = sum(record["seconds"] for record in records)
+            facts[name] = {"steps": len(records), "trained_tokens": trained, "seconds": seconds, "writing_share": writing_share(records)}
+    return _spent("Training", facts, {})
+
+
+def _spent(corner: str, facts: dict[str, Any], names: dict[str, str]) -> Grid | None:
+    """The time spent writing is a column only where a student wrote."""
+    writes = any(values.get("writing_share") for values in facts.values())
+    return _measured(corner, {key: measure for key, measure in SPENT.items() if writes or key != "writing_share"}, facts, names)
 
 
 def _measured(corner: str, measures: dict[str, tuple[str, str, float]], facts: dict[str, Any], names: dict[str, str]) -> Grid | None:

@@ -89,7 +89,7 @@ class Scale:
 def curves(
     text: Text, series: Sequence[Series], x_limits: Point | None = None, y_limits: Point | None = None, diagonal: bool = False
 ) -> str:
-    """Lines over a common x axis, each labelled at its end. The y axis begins at 0 unless `y_limits` says otherwise.
+    """Lines over a common x axis, each labelled at its end. The y axis holds 0 unless `y_limits` says otherwise.
 
     Args:
         diagonal: draw the line y = x too, which a calibrated model follows.
@@ -103,7 +103,7 @@ def curves(
         return ""
     xs, ys = zip(*(point for s in drawn for point in s.points), strict=True)
     x_low, x_high = x_limits or (min(xs), max(xs))
-    y_low, y_high = y_limits or (min(0.0, *ys), (max(ys) * 1.05) or 1.0)
+    y_low, y_high = y_limits or _around(ys)
     room = max(len(_short(s.label)) for s in drawn) * LETTER + 14
     x, y = Scale(x_low, x_high, LEFT, WIDTH - room), Scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
     svg = _svg(text, HEIGHT)
@@ -207,6 +207,13 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     run = math.ceil(len(points) / (MOST_POINTS - 1))
     parts = [points[n : n + run] for n in range(0, len(points), run)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts] + [points[-1]]
+
+
+def _around(values: Sequence[float]) -> Point:
+    """Limits that hold 0 and all values, with a rim beyond those on either side of 0."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    rim = 0.05 * (high - low)
+    return (low - rim if low else 0.0, high + rim if high else 0.0) if rim else (0.0, 1.0)
 
 
 def _svg(text: Text, height: float) -> ElementTree.Element:

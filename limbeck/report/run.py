@@ -11,7 +11,9 @@ import yaml
 from limbeck.report import figures, grids
 from limbeck.report.excerpt import read_excerpt
 from limbeck.report.metrics import LABELS, label
+from limbeck.report.rollouts import own_texts
 from limbeck.report.table import paired_table, systems_tables
+from limbeck.report.teacher import teacher_aside, teacher_facts, teacher_name
 from limbeck.report.verdict import verdict
 
 
@@ -29,6 +31,8 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        "teacher": teacher_name(recipe.get("teacher")),
+        "teacher_aside": teacher_aside(recipe.get("teacher")),
         "summary": summary,
         "names": {name: label(name) for name in summary["systems"]} | LABELS,
         "sizes": sizes,
@@ -44,6 +48,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "class_figure": figures.token_class_figure(summary),
         "losses": figures.loss_figures(folder),
         "training": grids.training_grid(folder),
+        "own_texts": own_texts(folder),
         "drops": _json(folder / "start.json").get("drops", []),
         "efficiency": grids.efficiency_grid(summary, {}),
         "held_out": summary.get("held_out") or {},
@@ -56,8 +61,8 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cards(summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The data card: what was trained on, what was held out, and the settings of each task."""
-    cards = []
+    """The data card: what the teacher was shown, what was trained on, what was held out, and the settings of each task."""
+    cards = [("Teacher", facts)] if (facts := teacher_facts(recipe.get("teacher"))) else []
     if isinstance(recipe.get("prompts"), dict):
         cards.append(("Prompts trained on", grids.facts(recipe["prompts"])))
     if summary.get("held_out"):
