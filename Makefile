@@ -6,7 +6,7 @@ BROWSER = $(firstword $(foreach name,chromium chromium-browser google-chrome goo
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: quickstart test browser lint clean
+.PHONY: quickstart test browser lint evidence evidence-on-policy clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/limbeck run recipes/quickstart.yaml
@@ -24,6 +24,25 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What the README and docs/comparison.md say of methods: two measurements of an hour or so each on two cores. Killed, they go on.
+METHODS := seq-kd forward-kl reverse-kl jsd distillm-skew taid akl tvd
+ON_POLICY := seq-kd forward-kl reverse-kl gkd minillm distillm on-policy-distillation
+EVIDENCE := docs/evidence
+
+evidence: $(RUNTIME)
+	$(BIN)/limbeck compare $(METHODS) --like quickstart --seeds 3 --out runs/methods
+	cp runs/methods/comparison.json $(EVIDENCE)/methods.json
+	cp runs/methods/report.html $(EVIDENCE)/methods.html
+	$(BIN)/python docs/generate.py
+
+evidence-on-policy: $(RUNTIME)
+	$(BIN)/limbeck run seq-kd --set train.epochs=2 --set evaluate.controls=[] --out runs/cold
+	$(BIN)/limbeck compare $(ON_POLICY) --like quickstart --set 'student.start={pretrained: runs/cold/student}' \
+		--set train.epochs=2 --set train.lr=5.0e-5 --seeds 3 --out runs/on-policy
+	cp runs/on-policy/comparison.json $(EVIDENCE)/on-policy-methods.json
+	cp runs/on-policy/report.html $(EVIDENCE)/on-policy-methods.html
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -186,6 +186,8 @@ def _check_written(recipe: Recipe, term: Term, path: str) -> None:
         raise RecipeError(path, f"{term.name} compares position by position, and this teacher is shown other prompts; use a divergence")
     if term.name == "contrast" and recipe.student_writer is not None:
         raise RecipeError(path, "its bank holds texts that are there before the training; leave the student out of the writers")
+    if term.name == "filtered_match" and not recipe.fixed_writers:
+        raise RecipeError(path, "its filters are learned from text that is there before the training; add a writer")
     if recipe.teacher.weights != "own" and "reference_teacher" in term.reads:
         raise RecipeError(path, f"{term.name} compares with a frozen teacher, and this student teaches itself")
 

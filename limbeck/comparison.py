@@ -20,6 +20,7 @@ from limbeck.durable import exclusive, read_jsonl, write_json, write_text
 from limbeck.evaluate.measure import Bench, Measured
 from limbeck.evaluate.statistics import holm
 from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_seed, warnings
+from limbeck.follow import mean_of, writing_share
 from limbeck.pipeline import Run, check, claim
 from limbeck.progress import Reporter, Silent
 from limbeck.recipe import Recipe, load_recipe, parse
@@ -182,8 +183,8 @@ class Comparison:
             "steps": sum(len(each) for each in records) / len(runs),
             "seconds": sum(record["seconds"] for each in records for record in each) / len(runs),
         }
-        if writing := sum(record.get("rollout", {}).get("seconds", 0.0) for each in records for record in each):
-            found["writing_share"] = writing / len(runs) / found["seconds"]
+        if writing := writing_share([record for each in records for record in each]):
+            found["writing_share"] = writing
         peaks = [record["memory_mib"] for each in records for record in each if record.get("memory_mib")]
         return found | ({"peak_memory_mib": max(peaks)} if peaks else {})
 
@@ -192,14 +193,11 @@ def _written(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
     """What the student's own text was like while it trained: means over the last third of the steps, and over the seeds."""
     found: dict[str, dict[str, float]] = {}
     for method, each in runs.items():
-        facts = []
-        for run in each:
-            records = read_jsonl(run.path("metrics.jsonl"))
-            facts += [record["rollout"] for record in records[2 * len(records) // 3 :] if "answers" in record.get("rollout", {})]
-        for key in ROLLOUT_FACTS if facts else ():
-            values = [fact[key] for fact in facts if key in fact]
-            if values:
-                found.setdefault(method, {})[key] = sum(values) / len(values)
+        records = [read_jsonl(run.path("metrics.jsonl")) for run in each]
+        late = [record for each in records for record in each[2 * len(each) // 3 :]]
+        means = {fact: mean_of(late, fact) for fact in ROLLOUT_FACTS}
+        if told := {fact: mean for fact, mean in means.items() if mean is not None}:
+            found[method] = told
     return found
 
 

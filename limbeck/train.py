@@ -225,9 +225,12 @@ def _check_finite(step: int, loss: float, norm: float, means: Mapping[str, float
 @torch.no_grad()
 def loss_on(job: Job, batches: Sequence[Batch], progress: float) -> float:
     """The weighted loss of all terms on this text, without a step: what is watched, not trained."""
-    terms = [term.settle(progress, job.states) for term in job.terms]
+    terms, training = [term.settle(progress, job.states) for term in job.terms], job.net.training
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
-    return float(sum(float(total_loss(terms, amounts, job.matches, _pass(job, batch, 0))[0]) for batch in batches))
+    job.net.eval()
+    losses = [float(total_loss(terms, amounts, job.matches, _pass(job, batch, 0))[0]) for batch in batches]
+    job.net.train(training)
+    return sum(losses)
 
 
 def _pass(job: Job, batch: Batch, step: int) -> Pass:

@@ -143,3 +143,17 @@ def test_a_stopped_run_with_an_average_goes_on_to_the_bit(itself, recipe_data, t
     assert losses(broken) == losses(straight) and done < 6
     ours, theirs = weights(broken), weights(straight)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_whole_run_measures_against_the_teacher_with_its_context(recipe_data, tiny_folder, tmp_path):
+    recipe_data |= {"teacher": {"model": str(tiny_folder), "context": {"system": "the red house"}}, "loss": ["forward_kl"]}
+    recipe_data["student"] = {"start": {"pretrained": str(tiny_folder)}, "lora": {"rank": 4, "alpha": 8}}
+    recipe_data["train"] |= {"steps": 20, "lr": 5e-3, "tokens_per_step": 80}
+    out = tmp_path / "out"
+    limbeck.run(parse(recipe_data), out)
+    systems = json.loads((out / "evaluation" / "summary.json").read_text())["systems"]
+    kl = {name: metrics["forward_kl"]["value"] for name, metrics in systems.items()}
+    assert kl["teacher"] == pytest.approx(0, abs=1e-6) and kl["untouched"] > 0.01, "the start is the teacher without its context"
+    assert kl["student"] < kl["untouched"]
+    own = systems["teacher"]["own_reverse_kl"]["value"], systems["untouched"]["own_reverse_kl"]["value"]
+    assert own[0] == pytest.approx(0, abs=1e-6) and own[1] > 0.01

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from limbeck.models.states import shared_states
 from limbeck.objectives.feature import Attention, Features
 from limbeck.types import UserError
 
@@ -51,6 +52,8 @@ def features(
         UserError: layers that the model does not have or that have no attention of the usual kind, or a model whose
             attention is not `sdpa` or does not go through transformers' AttentionInterface.
     """
+    if not hidden_layers and not attention_layers:
+        return shared_states(net, tokens_BT), Features()
     decoder: Any = net.get_decoder()
     count: int = decoder.config.num_hidden_layers
     _check_layers("hidden", hidden_layers, 0, count)

@@ -1,0 +1,55 @@
+"""Last hidden states of a batch, what all rows begin with computed once.
+
+Attention is causal, so the states of a common beginning are the same in every row: a chat template's first lines need one
+pass, not one per row. Exact, with gradients; up to the rounding of the matrix products.
+
+Shapes: B rows, T positions, P positions of the common beginning, D hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+LEAST = 8  # a shorter beginning is not worth a second pass
+
+
+def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+    """Last hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal.
+
+    Models with other than full attention, with dropout or gradient checkpointing go through as they are.
+    """
+    decoder: Any = net.get_decoder()
+    shared = common_beginning(tokens_BT) if _may_share(decoder) else 0
+    if shared < LEAST:
+        whole_BTD: Tensor = decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        return whole_BTD
+    cache = DynamicCache()
+    first_1PD: Tensor = decoder(input_ids=tokens_BT[:1, :shared], past_key_values=cache, use_cache=True).last_hidden_state
+    rows = len(tokens_BT)
+    for layer in cache.layers:
+        layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values))
+    rest_BTD: Tensor = decoder(input_ids=tokens_BT[:, shared:], past_key_values=cache, use_cache=True).last_hidden_state
+    return torch.cat([first_1PD.expand(rows, -1, -1), rest_BTD], dim=1)
+
+
+def common_beginning(tokens_BT: Tensor) -> int:
+    """How many tokens all rows begin with; never all of them, and 0 for a single row."""
+    rows, width = tokens_BT.shape
+    if rows < 2:
+        return 0
+    different_T = (tokens_BT != tokens_BT[:1]).any(0).nonzero()
+    return min(int(different_T[0, 0]) if len(different_T) else width, width - 1)
+
+
+def _may_share(decoder: Any) -> bool:
+    config = decoder.config
+    kinds = getattr(config, "layer_types", None)
+    full = all(kind == "full_attention" for kind in kinds) if kinds else not getattr(config, "sliding_window", None)
+    attends = hasattr(config, "num_attention_heads") and config._attn_implementation in ("sdpa", "eager")
+    dropout = decoder.training and float(getattr(config, "attention_dropout", 0.0) or 0.0) > 0
+    checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+    return full and attends and not dropout and not checkpointing
