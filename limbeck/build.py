@@ -69,6 +69,15 @@ def model(path: Path) -> Model:
     return load_model(str(path))
 
 
+def judge(source: str) -> Model:
+    return load_model(source)
+
+
+def judge_identity(source: str) -> str:
+    """What `judge(source).identity` will be, without loading the weights."""
+    return model_identity(source)
+
+
 def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, held-out prompts), the two without a common text.
 
@@ -231,6 +240,12 @@ def _check_student_writer(recipe: Recipe) -> None:
         raise RecipeError("rollout", "where every writer answers every prompt, the student writes at each step: leave ahead and replay out")
     if settings.joint is not None and (writer.top_p < 1 or writer.temperature == 0):
         raise RecipeError("rollout.joint", f"two models write one text from whole distributions; set {at}.top_p: 1.0 and a temperature")
+    if settings.through is not None and settings.joint is not None:
+        raise RecipeError("rollout.through", "two models write one text in process only; leave joint or through out")
+    if settings.through is not None and writer.temperature != 0 and (writer.temperature, writer.top_p) != (1.0, 1.0):
+        raise RecipeError(
+            "rollout.through", f"a server gives the log-probabilities of plain draws only; set {at}'s temperature and top_p to 1"
+        )
     if settings.joint is not None and recipe.teacher.weights != "own":
         raise RecipeError("rollout.joint", "a student that teaches itself can't write beside itself; leave it out, or name a teacher")
 

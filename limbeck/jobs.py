@@ -15,6 +15,7 @@ from limbeck.models.generate import Beside, Written, write
 from limbeck.models.load import Model, head_of
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.models.vllm import VllmWriter
 from limbeck.monitor import teachers_view
 from limbeck.objectives.match import Match, MatchSettings, wanted
 from limbeck.objectives.policy import POLICIES
@@ -25,7 +26,7 @@ from limbeck.prepare import Remembered, even_batches, fill_bank, learn_filters, 
 from limbeck.progress import StoppedError
 from limbeck.recipe import Recipe
 from limbeck.rollout import Rollouts
-from limbeck.settings import Lora, Rollout, Train
+from limbeck.settings import Lora, Rollout, Server, Train
 from limbeck.store import Store
 from limbeck.types import Evidence, UserError
 
@@ -125,9 +126,16 @@ def let_write(
         remembered = Remembered(job.teacher)
         job.teacher, columns = remembered, partial(with_columns, teacher=remembered, policies=spanning)
     beside = None if settings.joint is None else Beside(teacher().model.net, build.joint(settings.joint))
+    ask = partial(_ask, student, settings.rows, beside, stop)
+    if settings.through is not None:
+        server = _server(settings.through, student, job.folder / "vllm", settings.rows)
+        if ranks.number() == 0:  # so that a server that can't do it is found out now
+            server.sync(student.net, student.tokenizer)
+            server.probe(student.net, slots[0].prompt_ids)
+        ask = partial(_ask_server, student, server, stop)
     preferred = recipe.writer.index(writer) == 0 or not recipe.all_answer
     job.source = Rollouts(
-        slots, fixed, partial(_ask, student, settings.rows, beside, stop), writer, settings, share, fresh, job.settings.seed,
+        slots, fixed, ask, writer, settings, share, fresh, job.settings.seed,
         job.settings.tokens_per_step, student.eos_ids, recipe.all_answer, BEST if preferred else REST, columns, watched,
     )  # fmt: skip
     job.monitor = teachers_view
@@ -144,6 +152,23 @@ def _ask(student: Model, rows: int, beside: Beside | None, stop: Callable[[], bo
         raise StoppedError("stopped while the student wrote; the step has not begun")
     parts = [iter(part) for part in ranks.gather([found[index] for index in range(len(mine))])]
     return [next(parts[number % len(parts)]) for number in range(len(jobs))]
+
+
+def _server(through: Server, student: Model, folder: Path, rows: int) -> VllmWriter:
+    known = head_of(student.net).vocabulary
+    return VllmWriter(through.vllm, folder, student.eos_ids, student.tokens, known, through.model, through.folder_there, rows)
+
+
+def _ask_server(student: Model, server: VllmWriter, stop: Callable[[], bool], jobs: Sequence[generation.Job]) -> list[Written]:
+    """The same from a server that is given the student's weights first; the first rank asks for all."""
+    found: list[Written] = []
+    if ranks.number() == 0:
+        server.sync(student.net, student.tokenizer)
+        found = server.write(jobs, stop)
+    found = ranks.gather(found)[0]
+    if len(found) < len(jobs):
+        raise StoppedError("stopped while the student wrote; the step has not begun")
+    return found
 
 
 def _check_room(slots: Sequence[Row], max_tokens: int, context: int) -> None:

@@ -176,11 +176,20 @@ class Validation(Section):
     every: Annotated[int, Field(ge=1)] = 10
 
 
+class Server(Section):
+    """A vLLM server that writes for the student; `model` is its name there, `folder_there` the server's path to the run's `vllm/`."""
+
+    vllm: str
+    model: str | None = None
+    folder_there: str | None = None
+
+
 class Rollout(Section):
     """How the student writes while it trains: who writes is drawn per `sample` or per `batch` (a whole step), text for `ahead` steps
-    is written at once, `rows` answers together."""
+    is written at once, `rows` answers together, in process or `through` a server."""
 
     per: Literal["sample", "batch"] = "sample"
+    through: Server | None = None
     ahead: Annotated[int, Field(ge=1)] = 1
     rows: Annotated[int, Field(ge=1)] = 64
     joint: Joint | None = None
@@ -223,7 +232,8 @@ class Evaluate(Section):
 
     Every system also writes text of its own to the first `own_prompts` of them (left out: OWN_PROMPTS). Controls that are trained:
     `sft_control` on the teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's text with
-    the answers dealt to other prompts; all for as many steps and tokens as the student.
+    the answers dealt to other prompts; all for as many steps and tokens as the student. `judge` is a model that compares the student's
+    answers with every other system's.
     """
 
     metrics: list[str] = ["fidelity"]
@@ -232,6 +242,7 @@ class Evaluate(Section):
     max_tokens: Annotated[int, Field(ge=1)] = 96
     own_prompts: Annotated[int, Field(ge=1)] | None = None
     controls: list[Literal["untouched", "sft_control", "gold_control", "shuffled_control"]] = ["untouched", "sft_control"]
+    judge: str | None = None
 
 
 def check_shares(writers: Sequence[Writer]) -> None:

@@ -19,7 +19,8 @@ from limbeck.data import MicroBatch, Row, make_batch
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.statistics import Interval, ratio_interval
 from limbeck.memory import keep_freed_memory
-from limbeck.models.load import Model, head_of, hidden_states
+from limbeck.models.load import Model, head_of
+from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import TINY
@@ -98,7 +99,7 @@ def fidelity(system: Model, text: Text, shown: Collection[str] = (), progress: P
         if system is text.teacher.model:
             hidden_ND = signal.hidden_NE
         else:
-            hidden_ND = hidden_states(system.net, batch.tokens_BT.to(system.net.device))[rows_N, positions_N]
+            hidden_ND = shared_states(system.net, batch.tokens_BT.to(system.net.device))[rows_N, positions_N]
         targets_N = batch.tokens_BT[rows_N, positions_N + 1].to(hidden_ND.device)
         columns = _columns(hidden_ND, head.cut(min(text.vocabulary, head.vocabulary)), signal, targets_N)
         at = 0

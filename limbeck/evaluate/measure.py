@@ -127,7 +127,6 @@ class Bench:
                     "text": text,
                     "finished": ended,
                     "repetition": wording.repetition(text),
-                    "prompt_ids": row.prompt_ids,
                     "ids": row.response_ids,
                 }
                 for row, (text, ended) in zip(rows, texts, strict=True)
@@ -143,7 +142,8 @@ class Bench:
             if self.free is None:
                 self._own("teacher", lambda: self.teacher.model, False)
                 records = read_jsonl(self.folder / "own-teacher.jsonl")
-                rows = [Row(record["prompt_id"], tuple(record["prompt_ids"]), tuple(record["ids"])) for record in records]
+                prompts = {prompt.id: prompt for prompt in self.protocol.prompts}
+                rows = [self._row(prompts[record["prompt_id"]], record["ids"]) for record in records]
                 self.free = Text(rows, self.teacher)
             items = fidelity(model(), self.free, (), partial(self._told, f"{name} on the teacher's free text"))
             write_text(file, _lines([_record(item) for item in items]))
@@ -159,9 +159,15 @@ class Bench:
         ]
         rows: dict[int, Row] = {}
         for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.tokens):
-            rows[index] = Row(prompts[index].id, tuple(jobs[index].prompt_ids), tuple(ids))
+            rows[index] = self._row(prompts[index], ids)
             self.progress(len(rows), len(jobs), f"{name} writes")
         return [rows[index] for index in range(len(jobs))]
+
+    def _row(self, prompt: Prompt, ids: Sequence[int]) -> Row:
+        """An answer after the prompt as the students see it, and as the teacher does where that is another."""
+        teacher = self.teacher.model
+        seen = None if teacher.sight is None else tuple(teacher.prompt_ids(prompt.messages))
+        return Row(prompt.id, tuple(teacher.seeing(None).prompt_ids(prompt.messages)), tuple(ids), teacher_prompt_ids=seen)
 
     def _answers(self, name: str, model: Callable[[], Model]) -> list[Answer]:
         file = self.folder / f"answers-{name}.jsonl"
