@@ -31,6 +31,7 @@ from limbeck.types import UserError, content_hash
 SEEDS = 3
 ROLLOUT_FACTS = ("length", "finished", "repetition", "overlap", "entropy", "teacher_log_prob")
 COMMON = ("teacher", "student", "prompts", "train", "evaluate")
+UNJUDGED: dict[str, Any] = {"controls": ["untouched"], "judge": None}  # methods are held against each other, and no judge is asked
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
     drawn = like.held_out_writer.model_dump(include={"temperature", "top_p", "max_tokens"})
     common = {key: like.resolved()[key] for key in COMMON}
     common["prompts"] = common["prompts"] | {"seed": like.text_seed}
-    common["evaluate"] = common["evaluate"] | {"controls": ["untouched"]}
+    common["evaluate"] = common["evaluate"] | UNJUDGED
     found = []
     for recipe in recipes:
         own = recipe.resolved()
@@ -268,7 +269,7 @@ def _common(loaded: Sequence[Recipe], like: str | Path | Recipe | None, override
     common = loaded[0] if like is None else like if isinstance(like, Recipe) else load_recipe(like, overrides)
     if overrides and (like is None or isinstance(like, Recipe)):
         raise UserError("--set changes the common settings, so say whose they are: --like RECIPE")
-    return common.model_copy(update={"evaluate": common.evaluate.model_copy(update={"controls": ["untouched"]})})
+    return common.model_copy(update={"evaluate": common.evaluate.model_copy(update=UNJUDGED)})
 
 
 def _claim(comparison: Comparison) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from limbeck import build
 from limbeck.data import Row
 from limbeck.durable import write_json
 from limbeck.evaluate.fidelity import by_class
+from limbeck.evaluate.judge import MAX_TOKENS, kept_verdicts, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
 from limbeck.evaluate.measure import Bench, Measured, Protocol
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
@@ -79,8 +81,56 @@ def write_summary(recipe: Recipe, bench: Bench, text: Text, systems: dict[str, l
     summary["by_kind"] = by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks)
     summary["by_token_class"] = by_class(systems["student"][0].fidelity)
     summary["warnings"] = warnings(systems, summary, ["student"])
+    if recipe.evaluate.judge is not None:
+        summary["judge"] = judged(recipe.evaluate.judge, bench, {name: seeds[0] for name, seeds in systems.items()})
+        summary["warnings"] += judge_warnings(summary["judge"])
     write_json(bench.folder / "summary.json", summary)
     return summary
+
+
+def judged(source: str, bench: Bench, systems: Mapping[str, Measured]) -> dict[str, Any]:
+    """What a judge says of the student's greedy answers against those of each control and of the teacher.
+
+    `judge-SYSTEM.jsonl` holds every verdict, written once. The judge is loaded where one is missing; where it is the teacher, there is no
+    second copy of it.
+    """
+    teacher = bench.teacher.model.seeing(None)  # a judge is shown the pair alone, whatever the teacher is shown beside a prompt
+    identity = build.judge_identity(source)
+    is_teacher = _weights(identity) == _weights(teacher.identity)
+    load = cache(lambda: teacher if is_teacher else build.judge(source))
+    answers = {name: {answer.prompt_id: answer.text for answer in one.answers} for name, one in systems.items()}
+    pairs = {}
+    for name in sorted((name for name in systems if name != "student"), key=lambda name: name == "teacher"):
+        file, told = bench.folder / f"judge-{name}.jsonl", partial(_told, bench.progress, f"the judge: student and {name}")
+        verdicts = kept_verdicts(file, load, identity, bench.protocol.prompts, answers["student"], answers[name], told)
+        pairs[f"student - {name}"] = summarise_verdicts(verdicts, is_teacher)
+    return {"model": identity, "max_tokens": MAX_TOKENS, "pairs": pairs}
+
+
+def _weights(identity: str) -> str:
+    """The part of an identity that names the weights: a copy in another folder is the same model."""
+    return identity.rpartition("@")[2]
+
+
+def _told(progress: Progress, detail: str, done: int, total: int) -> None:
+    progress(done, total, detail)
+
+
+def judge_warnings(found: dict[str, Any]) -> list[str]:
+    """What a reader should know before believing the judge."""
+    pairs, told = found["pairs"], []
+    if any(pair["judge_is_teacher"] for pair in pairs.values()):
+        told.append("The judge is the teacher itself: it may favour its own manner of writing, and whoever writes like it.")
+    mute = [name.removeprefix("student - ") for name, pair in pairs.items() if (pair["unparsable_share"] or 0) > 0.5]
+    if mute:
+        told.append(
+            f"More than half of what the judge says of the student against {', '.join(mute)} can't be read: this model can't judge; "
+            "name another in evaluate.judge."
+        )
+    if left_out := sum(pair["outcomes"]["too_long"] for pair in pairs.values()):
+        every = sum(sum(pair["outcomes"].values()) for pair in pairs.values())
+        told.append(f"The judge's context has no room for {left_out} of {every} pairs of answers, which were left out.")
+    return told
 
 
 def facts(recipe: Recipe, bench: Bench, text: Text) -> dict[str, Any]:

@@ -81,7 +81,19 @@ def check(recipe: Recipe) -> Plan:
     for term in build.terms(recipe):
         if term.match is not None:
             term.match.check(student, teacher)
-    return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student)
+    judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
+    return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student, judge)
+
+
+def _judge_shape(source: str) -> Shape:
+    """A judge that is no model, or none that can be asked, is refused here: the evaluation, hours later, would be too late."""
+    try:
+        shape = Shape.of(load_config(source))
+        if is_ready(source):
+            load_tokenizer(source)
+        return shape
+    except UserError as error:
+        raise RecipeError("evaluate.judge", str(error)) from error
 
 
 @dataclass

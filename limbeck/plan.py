@@ -24,6 +24,7 @@ TEACHER_READS = {"teacher_distribution", "teacher_features"}  # evidence that co
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
+QUESTION_TOKENS, VERDICT_TOKENS = 400, 100  # what a judge reads beside two answers and writes, about
 GIB = 2**30
 SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 ACTIVATION_BYTES = 33  # kept for the backward pass per token and layer, as a multiple of the root of the layer's weights
@@ -74,6 +75,11 @@ def step_flops(student: Shape, teacher: Shape | None, tokens: int, response_toke
 
 def forward_flops(shape: Shape, tokens: int, response_tokens: int) -> float:
     return 2.0 * shape.layers * shape.layer_parameters * tokens + 2.0 * shape.head_parameters * response_tokens
+
+
+def judging_flops(judge: Shape, questions: int, answer: int) -> float:
+    """Floor of so many verdicts, each on two answers of `answer` tokens; written text counts half more, as that of the teacher."""
+    return 1.5 * forward_flops(judge, questions * (QUESTION_TOKENS + 2 * answer), questions * VERDICT_TOKENS)
 
 
 def matrix_rate(seconds: float = 0.4, rows: int = 512, inner: int = 576, outer: int = 1536) -> float:
@@ -127,7 +133,13 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
 
 
 def make_plan(
-    recipe: Recipe, terms: Sequence[Term], training: Sequence[Prompt], held_out: Sequence[Prompt], teacher: Shape, student: Shape
+    recipe: Recipe,
+    terms: Sequence[Term],
+    training: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    teacher: Shape,
+    student: Shape,
+    judge: Shape | None = None,
 ) -> Plan:
     """Estimate a run from the sizes alone; nothing is loaded."""
     settings = recipe.train
@@ -161,11 +173,14 @@ def make_plan(
         "train": (train + 1.5 * forward_flops(student, int(drawn), int(drawn))) / rate,
         "evaluate": evaluated * 2.5 * forward_flops(teacher, held, held) / rate,
     }
+    if judge is not None:  # each pair in both orders, against every system but the student
+        seconds["judge"] = judging_flops(judge, 2 * (evaluated - 1) * len(held_out), answer) / rate
+    beside = 4 * judge.parameters if judge is not None and recipe.evaluate.judge != recipe.teacher.model else 0
     weights = 4 * student.parameters
     disk = 3 * 3 * weights + weights * trainings  # two checkpoints and one being written, each thrice the weights; the exports
     tokens_together = min(MICRO_TOKENS, settings.tokens_per_step)
     activations = tokens_together * student.layers * ACTIVATION_BYTES * student.layer_parameters**0.5
-    memory = int(4 * teacher.parameters + 4 * weights + activations + BASE_BYTES)
+    memory = int(4 * teacher.parameters + max(4 * weights + activations, beside) + BASE_BYTES)
     return Plan(
         requests=round(by_teacher * len(training)) + len(held_out) + (len(training) if text_of_controls else 0),
         teacher_tokens=int(by_teacher / every * response) + answer * len(held_out),

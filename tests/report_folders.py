@@ -113,6 +113,17 @@ def efficiency(layers):
             "decode_tokens_per_second": 900.0 / layers, "first_token_ms": 3.1 * layers}  # fmt: skip
 
 
+def judged_pair(outcomes, **more):
+    """What a summary says of a judge that held the student against one system; `outcomes` are wins, ties, losses, unparsable."""
+    read = sum(outcomes[:3])
+    return {
+        "win_rate": around((outcomes[0] + outcomes[1] / 2) / read, n=read) if read else None,
+        "outcomes": dict(zip(("first", "tie", "second", "unparsable", "too_long"), (*outcomes, 0), strict=True)),
+        "unparsable_share": outcomes[3] / sum(outcomes), "swap_consistency": 0.8, "first_position_share": 0.52, "longer_wins": 0.55,
+        "length_correlation": 0.1, "judge_is_teacher": False, "undefined": "",
+    } | more  # fmt: skip
+
+
 def make_run(folder, text="", prompts=12, words=20):
     """A finished run's folder with every file and key that a report reads."""
     systems = {"teacher": values(0.0), "untouched": values(1.7), "sft_control": values(1.2), "student": values(1.0)}
@@ -136,6 +147,10 @@ def make_run(folder, text="", prompts=12, words=20):
             {"item": f"everyday/{n}{text}", "training": "p7" + text, "kind": kind, "excerpt": "why does bread rise" + text}
             for n, kind in enumerate(("exact", "overlap", "same_but_for_numbers", "exact" + text if text else "contained"))
         ],
+        "judge": {"model": "judge@0123456789abcdef" + text, "max_tokens": 256, "pairs": {
+            "student - untouched": judged_pair((30, 10, 15, 5)), "student - sft_control" + text: judged_pair((20, 18, 20, 2), swap_consistency=0.41),
+            "student - teacher": judged_pair((9, 12, 36, 3), length_correlation=-0.624),
+        }},
         "warnings": ["Only 12 held-out answers: intervals are wide." + text],
         "held_out": {"answers": 60, "writer": "teacher" + text, "temperature": 0.7, "top_p": 0.95, "max_tokens": 80, "cut_off": 29},
         "tasks": {"everyday" + text: {"version": "1.0" + text, "kind": "generate" + text, "settings": {"decoding": "greedy" + text, "max_tokens": 64}}},

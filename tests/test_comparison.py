@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import limbeck
-from limbeck.comparison import entries
+from limbeck.comparison import _common, entries
 from limbeck.durable import read_jsonl
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.progress import StoppedError
@@ -117,6 +117,18 @@ def test_what_cannot_be_compared_is_refused(methods, tmp_path, recipe_data):
     with pytest.raises(UserError, match="whether a corpus writes"):
         entries([made[0], corpus], common)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_judge_is_left_out_of_a_comparison(methods, recipe_data):
+    common, made = methods
+    recipe_data["evaluate"]["judge"] = "./nowhere"
+    with_judge = parse(recipe_data)
+    assert with_judge.hash != common.hash and _common([with_judge], None, ()).hash == _common([common], None, ()).hash
+    judged = [recipe.model_copy(update={"evaluate": with_judge.evaluate}) for recipe in made]
+    found = entries(judged, with_judge)
+    assert [entry.recipe.hash for entry in found] == [entry.recipe.hash for entry in entries(made, common)]
+    for entry in found:
+        limbeck.check(entry.recipe)
 
 
 def test_a_folder_of_another_comparison_is_refused(methods, compared):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import limbeck
 from limbeck.durable import read_jsonl
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.fidelity import ItemFidelity
+from limbeck.evaluate.items import ChoiceSettings, Scored
 from limbeck.evaluate.measure import Measured
+from limbeck.evaluate.statistics import mcnemar
 from limbeck.evaluate.summary import by_kind, columns, recovery, summarise, values_by_seed, warnings
+from limbeck.evaluate.tasks import Task
 from limbeck.models.load import Model
 from limbeck.progress import StoppedError
 from limbeck.recipe import parse
@@ -77,6 +81,43 @@ def test_few_items_prove_nothing():
         "forward_kl"
     ]
     assert few["p"] == 1 and many["p"] < 0.01
+
+
+QUIZ = Task("quiz", "1", "", "multiple_choice", ("acc", "probability"), ChoiceSettings(), ())
+
+
+def quizzed(name, right, weight=1.0):
+    """A system with these scores on the items of a task."""
+    weights = {} if weight == 1 else {"acc": weight}
+    scored = [Scored(f"q{n}", {"acc": float(score), "probability": 0.5 + score / 4}, weights) for n, score in enumerate(right)]
+    return replace(measured(name, [1.0] * 12), tasks={"quiz": scored})
+
+
+def test_right_and_wrong_answers_of_two_trainings_are_told_apart_by_mcnemar():
+    ours, theirs = [1] * 7 + [0] + [1] * 4, [0] * 7 + [1] + [1] * 4
+    paired = summarise({"a": [quizzed("a", ours)], "b": [quizzed("b", theirs)]}, [QUIZ], [("a", "b")])["paired"]["a - b"]
+    acc, other = paired["quiz/acc"], paired["quiz/probability"]
+    assert acc["p"] == mcnemar(ours, theirs).p == pytest.approx(2 * (1 + 8) / 2**8) and acc["test"] == "mcnemar"
+    assert set(other) == set(paired["forward_kl"]) == {"value", "low", "high", "n", "p"} and other["p"] != acc["p"]
+    assert acc["value"] == pytest.approx(0.5)
+    assert (acc["low"], acc["high"]) == pytest.approx((4 * other["low"], 4 * other["high"])), "the interval stays the bootstrap's"
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([quizzed("a", [1] * 9)], [quizzed("b", [0] * 9)]),
+        ([quizzed("a", [1] * 11 + [0.5])], [quizzed("b", [0] * 12)]),
+        ([quizzed("a", [1] * 12, 2.0)], [quizzed("b", [0] * 12, 2.0)]),
+        ([quizzed("a", [1] * 12)] * 2, [quizzed("b", [0] * 12)] * 2),
+        ([quizzed("a", [1] * 12)] * 2, [quizzed("b", [0] * 12)]),
+    ],
+    ids=["few items", "a share", "weights", "seeds", "seeds against one"],
+)
+def test_the_bootstrap_tests_what_mcnemar_cannot(a, b):
+    acc = summarise({"a": a, "b": b}, [QUIZ], [("a", "b")])["paired"]["a - b"]["quiz/acc"]
+    assert set(acc) == {"value", "low", "high", "n", "p"}
+    assert acc["p"] == (1 if acc["n"] < 10 else pytest.approx(2 / 2001))
 
 
 def test_what_was_recovered():

@@ -215,6 +215,8 @@ def test_without_scripts_everything_but_the_tools_is_there(browser, run_page):
             "The student's own text",
             "Step 13: the student repeats itself",
             "Log-probability of the student's text",
+            "What a judge says",
+            "How far it can be believed: with care",
         ):
             assert words in text
         assert page.locator("article").count() == 24 and page.locator("svg").count() > 3

@@ -12,20 +12,22 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from limbeck.evaluate import statistics
 from limbeck.recipe import parse
 from limbeck.report import excerpt as excerpts
 from limbeck.report.card import model_card
 from limbeck.report.excerpt import embedded, read_excerpt
 from limbeck.report.figures import pareto_figures
 from limbeck.report.grids import facts, kinds_grid, seeds_grid, spent_grid, training_grid
-from limbeck.report.metrics import Metric, is_clear, mark, metrics_of
+from limbeck.report.judge import judged
+from limbeck.report.metrics import LEAST_ITEMS, Metric, is_clear, mark, metrics_of
 from limbeck.report.page import compare_verdict, read_comparison, read_summary, verdict, write_report
 from limbeck.report.plots import MOST_POINTS, Scale, Series, Spot, Text, Whisker, bars, curves, forest, scatter, spread, thinned
 from limbeck.report.rollouts import own_text_grid, own_texts
 from limbeck.report.table import compare_markdown, markdown, paired_table, systems_tables
 from limbeck.report.teacher import teacher_aside, teacher_facts, teacher_name
 from limbeck.types import UserError
-from tests.report_folders import KINDS, PAYLOADS, interval, make_comparison, make_run, rollout, write_lines
+from tests.report_folders import KINDS, PAYLOADS, interval, judged_pair, make_comparison, make_run, rollout, write_lines
 
 TEXT = Text("key", "A title", "What it shows", "x", "y")
 LOW = Metric("forward_kl", "Forward KL", "nats", "low", "")
@@ -206,6 +208,10 @@ def test_a_run_without_divergences_is_judged_by_its_task():
 def test_a_difference_is_clear_by_its_interval_and_among_several_by_its_adjusted_p(difference, comparisons, clear):
     assert is_clear(difference, comparisons) is clear
     assert (mark(LOW, difference, comparisons) == "better") is clear
+
+
+def test_page_and_reckoning_agree_on_how_few_items_prove_nothing():
+    assert LEAST_ITEMS == statistics.LEAST_ITEMS, "floors keep the page from importing it"
 
 
 def test_marks_follow_the_better_side():
@@ -550,3 +556,70 @@ def test_a_model_card_says_what_the_teacher_was_shown_and_no_path(recipe_data):
     shown = model_card(parse(recipe_data | writes | {"teacher": {"model": path, "context": {"system": "Be brief."}}}), "student", "tiny@1")
     settings = settings_of(shown)
     assert settings["teacher"] == {"context": {"system": "Be brief."}} and settings["rollout"]["ahead"] == 4 and path not in shown
+
+
+# The judge
+
+
+def of_judge(**pairs):
+    return judged({"judge": {"model": "judge@1", "pairs": {f"student - {name}": pair for name, pair in pairs.items()}}})
+
+
+def test_what_a_judge_says_stands_in_a_table_with_how_far_to_believe_it(tmp_path):
+    folder = make_run(tmp_path / "run", prompts=3)
+    found = judged(read_summary(folder))
+    assert [title for title, _ in found.grid.columns] == [
+        "Win rate", "Wins", "Ties", "Losses", "Unparsable", "Agreement", "First place", "Longer wins", "Length",
+    ]  # fmt: skip
+    rows = dict(found.grid.rows)
+    assert list(rows) == ["Student before training", "Fine-tuning control", "Teacher"]
+    assert rows["Teacher"][1:] == ["9", "12", "36", "3", "80 %", "52 %", "55 %", "−0.62"] and rows["Teacher"][0]["n"] == 57
+    assert found.belief == (
+        "How far it can be believed: with care, since when the answers change places it keeps to too few of its verdicts against the "
+        "fine-tuning control (41 %); its verdicts go with length against the teacher (correlation −0.62)."
+    )
+    page = parsed(write_report(folder))
+    assert ("a", "href", "#judge") in page.attributes and ("h2", "id", "judge") in page.attributes
+    text = "".join(page.text)
+    assert found.belief in text and found.told in text and "judge@0123456789abcdef" in text
+    assert text.index("The student against each control") < text.index("Verdicts on the held-out prompts")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"judge_is_teacher": True}, "it is the teacher itself and may favour its own manner"),
+        ({"swap_consistency": 0.59}, "keeps to too few of its verdicts against the fine-tuning control (59 %)"),
+        ({"length_correlation": 0.51}, "go with length against the fine-tuning control (correlation 0.51)"),
+        ({"length_correlation": -0.51}, "(correlation −0.51)"),
+        ({"unparsable_share": 0.6}, "can't be read against the fine-tuning control (60 %)"),
+        ({"win_rate": interval(1, 1, 1, 9)}, "few pairs could be read against the fine-tuning control (9)"),
+    ],
+)
+def test_every_reason_to_doubt_a_judge_is_named(more, words):
+    good = {"swap_consistency": 0.6, "length_correlation": 0.5}
+    assert "with care" not in of_judge(sft_control=judged_pair((9, 1, 5, 0), **good)).belief
+    found = of_judge(sft_control=judged_pair((9, 1, 5, 0), **good | more), teacher=judged_pair((9, 1, 5, 0), **good))
+    assert found.belief.startswith("How far it can be believed: with care, since ") and words in found.belief
+    both = of_judge(sft_control=judged_pair((9, 1, 5, 0), **good | more), untouched=judged_pair((9, 1, 5, 0), **good | more)).belief
+    assert ") and the student before training (" in both or "teacher itself" in both
+
+
+def test_a_judge_that_said_nothing_is_believed_nothing():
+    nothing = {"win_rate": None, "swap_consistency": None, "first_position_share": None, "longer_wins": None, "length_correlation": None}
+    mute = of_judge(untouched=judged_pair((0, 0, 0, 5), **nothing))
+    assert mute.belief == "It gave no verdict that can be read, so nothing follows from it."
+    assert mute.grid.rows == [("Student before training", [None, "0", "0", "0", "5", "", "", "", ""])]
+    long = judged_pair((8, 2, 2, 0))
+    found = of_judge(teacher=long | {"outcomes": long["outcomes"] | {"too_long": 3}})
+    assert found.grid.columns[5] == ("Too long", "not asked") and found.grid.rows[0][1][5] == "3"
+    assert judged({}) is judged({"judge": {}}) is judged({"judge": {"model": "m", "pairs": {}}}) is None
+
+
+def test_a_run_without_a_judge_has_no_such_section(tmp_path):
+    folder = make_run(tmp_path / "run", prompts=3)
+    file = folder / "evaluation" / "summary.json"
+    summary = json.loads(file.read_text())
+    del summary["judge"]
+    file.write_text(json.dumps(summary))
+    assert "judge" not in {value.lstrip("#") for _, _, value in parsed(write_report(folder)).attributes}

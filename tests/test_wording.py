@@ -9,7 +9,7 @@ import pytest
 import sacrebleu
 
 from limbeck.evaluate import wording
-from limbeck.evaluate.wording import distinct_n, length, repetition, rouge_l, rouge_l_each, self_bleu, words
+from limbeck.evaluate.wording import distinct_n, repetition, rouge_l, self_bleu, words
 from limbeck.types import UserError
 
 
@@ -18,7 +18,6 @@ def test_words():
     assert words("snake_case and 'quoted'") == ["snake", "case", "and", "quoted"]
     assert words("\u4eca\u65e5\u306f ok") == ["\u4eca", "\u65e5", "\u306f", "ok"]
     assert words("Stra\u00dfe") == ["strasse"] and words("?! ...") == []
-    assert length("one two, three") == 3
 
 
 def test_distinct_n_by_hand():
@@ -88,12 +87,6 @@ def test_rouge_l_where_it_is_undefined():
     for references in ([], "a plain string"):
         with pytest.raises(UserError, match="list"):
             rouge_l("anything", references)
-
-
-def test_references_are_never_cut_to_the_shorter_length():
-    assert rouge_l_each(["yes", "no"], [["yes"], ["yes", "no"]]) == [1.0, 1.0]
-    with pytest.raises(UserError, match="2 predictions for 1"):
-        rouge_l_each(["yes", "no"], [["yes"]])
 
 
 def test_a_missing_package_is_named(monkeypatch):

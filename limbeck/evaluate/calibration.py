@@ -137,24 +137,6 @@ def brier(prob_IC: np.ndarray, answer_I: np.ndarray) -> float:
     return float(((prob_IC - np.eye(prob_IC.shape[1])[answer_I]) ** 2).sum(1).mean())
 
 
-def brier_binary(prob_I: np.ndarray, correct_I: np.ndarray) -> float:
-    """The mean of (probability - outcome)^2, 0 to 1: half of what `brier` says of the same forecast with two choices.
-
-    Args:
-        prob_I: the probability that the outcome is 1.
-        correct_I: the outcome, 1 or True, 0 or False.
-
-    Raises:
-        UserError: no item, other lengths, or a number that is no probability or no outcome.
-    """
-    prob_I, outcome_I = np.asarray(prob_I, float), np.asarray(correct_I, float)
-    if prob_I.ndim != 1 or not prob_I.size or prob_I.shape != outcome_I.shape:
-        raise UserError(f"probabilities of shape {prob_I.shape} for outcomes of shape {outcome_I.shape}: give one of each per item")
-    if not ((prob_I >= 0) & (prob_I <= 1)).all() or not np.isin(outcome_I, (0, 1)).all():
-        raise UserError("a probability must lie in 0 to 1 and an outcome be 0 or 1")
-    return float(((prob_I - outcome_I) ** 2).mean())
-
-
 def _stacked(tables: Sequence[Reliability]) -> np.ndarray:
     """[I, B, 3]: counts, confidences, number right."""
     if len({len(table.count) for table in tables}) != 1:

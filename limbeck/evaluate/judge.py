@@ -2,7 +2,8 @@
 
 The verdict is a value: the first, the second, a tie, or unparsable. A judge that changes its mind with the order has
 called a tie; one that can't be understood in either order has called nothing, and the pair is counted apart, never
-averaged in (MT-Bench's protocol, Zheng et al. 2306.05685). Judges favour long answers and their own: both are reported.
+averaged in (MT-Bench's protocol, Zheng et al. 2306.05685); nor is a pair that leaves a judge no room to reply, which is not asked.
+Judges favour long answers and their own: both are reported.
 
 Prompt and answers are data for the judge: every line of theirs stands behind a bar, so that no text can close its
 fence, and control tokens in them are broken, so that none can end the message.
@@ -13,18 +14,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from limbeck.durable import read_jsonl, write_text
 from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.models.generate import Job, generate
 from limbeck.models.load import Model
-from limbeck.types import Message, Sampling, UserError
+from limbeck.types import Message, Sampling, UserError, canonical_json, content_hash
 
-Ruling = Literal["first", "second", "tie", "unparsable"]
+Ruling = Literal["first", "second", "tie", "unparsable", "too_long"]
 Ask = Callable[[list[tuple[Message, ...]]], list[str]]
+Progress = Callable[[int, int], None]
 VERDICT = re.compile(r"verdict:[ \t]*(a|b|tie)\.?", re.IGNORECASE)
 CONTROL = re.compile(r"<\|[^\s|<>]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?(?:INST|SYSTEM_PROMPT)\]|</?think>")
 MAX_TOKENS = 256
@@ -54,7 +58,8 @@ VERDICT: TIE"""
 class Verdict:
     """What the judge said of one pair. `forward` had the first answer as A, `backward` as B; both name the systems' answers.
 
-    `first_length` and `second_length` are characters of the answers; the replies are kept as they came.
+    `first_length` and `second_length` are characters of the answers; the replies are kept as they came. A pair that was too long to be
+    asked has empty ones.
     """
 
     prompt_id: str
@@ -67,7 +72,7 @@ class Verdict:
     @property
     def parsed(self) -> bool:
         """Both orders gave a verdict that can be read."""
-        return "unparsable" not in (self.forward, self.backward)
+        return not {"unparsable", "too_long"} & {self.forward, self.backward}
 
     @property
     def consistent(self) -> bool | None:
@@ -77,7 +82,7 @@ class Verdict:
     @property
     def outcome(self) -> Ruling:
         if not self.parsed:
-            return "unparsable"
+            return "too_long" if self.forward == "too_long" else "unparsable"
         return self.forward if self.forward == self.backward else "tie"
 
 
@@ -87,12 +92,15 @@ def judge_pairs(
     first: Mapping[str, str],
     second: Mapping[str, str],
     max_tokens: int = MAX_TOKENS,
+    progress: Progress = lambda done, total: None,
 ) -> list[Verdict]:
     """Every pair of answers judged in both orders, in the order of the prompts.
 
     Args:
         judge: a model, which answers greedily, or a function from conversations to replies, one each.
         first, second: the systems' answers by prompt id.
+        max_tokens: of a model's reply; a pair that leaves no room for it in the model's context is too long, and is not asked.
+        progress: told of a model's replies.
 
     Raises:
         UserError: an answer is missing, or there is another number of replies than of questions.
@@ -107,14 +115,46 @@ def judge_pairs(
     for prompt in prompts:
         one, two = first[prompt.id], second[prompt.id]
         questions += [question(prompt.text, one, two, control), question(prompt.text, two, one, control)]
-    replies = _answered(judge, questions, max_tokens) if isinstance(judge, Model) else judge(questions)
+    replies = _answered(judge, questions, max_tokens, progress) if isinstance(judge, Model) else judge(questions)
     if len(replies) != len(questions):
         raise UserError(f"the judge gave {len(replies)} replies to {len(questions)} questions; it must give one each, in order")
     verdicts = []
     for prompt, forward, backward in zip(prompts, replies[0::2], replies[1::2], strict=True):
         lengths = len(first[prompt.id]), len(second[prompt.id])
-        verdicts.append(Verdict(prompt.id, read_verdict(forward, "ab"), read_verdict(backward, "ba"), *lengths, (forward, backward)))
+        if forward is None or backward is None:
+            verdicts.append(Verdict(prompt.id, "too_long", "too_long", *lengths, ("", "")))
+        else:
+            verdicts.append(Verdict(prompt.id, read_verdict(forward, "ab"), read_verdict(backward, "ba"), *lengths, (forward, backward)))
     return verdicts
+
+
+def kept_verdicts(
+    file: Path,
+    judge: Callable[[], Model],
+    identity: str,
+    prompts: Sequence[Prompt],
+    first: Mapping[str, str],
+    second: Mapping[str, str],
+    progress: Progress = lambda done, total: None,
+) -> list[Verdict]:
+    """`judge_pairs` once: the verdicts go whole to `file`, and are read from there ever after; then the judge is not loaded.
+
+    Args:
+        identity: the judge's. Each record's key tells whom was asked what.
+
+    Raises:
+        UserError: the file holds another judge's verdicts, or some on other answers.
+    """
+    asked = [[identity, INSTRUCTION, MAX_TOKENS, prompt.text, first.get(prompt.id), second.get(prompt.id)] for prompt in prompts]
+    keys = [content_hash(each) for each in asked]
+    if not file.exists():
+        verdicts = judge_pairs(judge(), prompts, first, second, MAX_TOKENS, progress)
+        records = [{"key": key, **vars(verdict)} for key, verdict in zip(keys, verdicts, strict=True)]
+        write_text(file, "".join(canonical_json(record) + "\n" for record in records))
+    found = read_jsonl(file)
+    if [record.pop("key") for record in found] != keys:
+        raise UserError(f"{file} holds another judge's verdicts, or some on other answers: remove it to ask again")
+    return [Verdict(**record | {"replies": tuple(record["replies"])}) for record in found]
 
 
 def question(prompt: str, a: str, b: str, control: Collection[str] = ()) -> tuple[Message, ...]:
@@ -147,10 +187,17 @@ def read_verdict(reply: str, order: Literal["ab", "ba"]) -> Ruling:
     return "first" if found[0] == order[0] else "second"
 
 
-def _answered(judge: Model, questions: Sequence[tuple[Message, ...]], max_tokens: int) -> list[str]:
-    jobs = [Job(judge.prompt_ids(messages), Sampling(temperature=0.0, max_tokens=max_tokens), 0) for messages in questions]
-    replies = {index: judge.decode(ids) for index, ids in generate(judge.net, jobs, judge.eos_ids, tokens=judge.tokens)}
-    return [replies[index] for index in range(len(jobs))]
+def _answered(judge: Model, questions: Sequence[tuple[Message, ...]], max_tokens: int, progress: Progress) -> list[str | None]:
+    """A reply to every question; None to both of a pair, which are neighbours, where either leaves no room for the reply."""
+    prompts = [judge.prompt_ids(messages) for messages in questions]
+    fits = [len(ids) + max_tokens <= judge.context for ids in prompts]
+    asked = [place for place in range(len(prompts)) if fits[place] and fits[place ^ 1]]
+    jobs = [Job(prompts[place], Sampling(temperature=0.0, max_tokens=max_tokens), 0) for place in asked]
+    replies: list[str | None] = [None] * len(questions)
+    for done, (index, ids) in enumerate(generate(judge.net, jobs, judge.eos_ids, tokens=judge.tokens), 1):
+        replies[asked[index]] = judge.decode(ids)
+        progress(done, len(jobs))
+    return replies
 
 
 def summarise_verdicts(verdicts: Sequence[Verdict], judge_is_teacher: bool) -> dict[str, Any]:
@@ -158,8 +205,8 @@ def summarise_verdicts(verdicts: Sequence[Verdict], judge_is_teacher: bool) -> d
 
     Returns, as plain data:
         win_rate: of the first system, a tie counted as half, over the pairs that could be read, with its interval.
-        outcomes: how many pairs ended as first, second, tie and unparsable.
-        unparsable_share: over all pairs.
+        outcomes: how many pairs ended as first, second, tie and unparsable, and how many were too_long to be asked.
+        unparsable_share: over all pairs that were asked.
         swap_consistency: share of readable pairs where both orders agree.
         first_position_share: of the single verdicts that are no tie, how many went to the answer shown as A; a fair judge
             that sees every pair in both orders gives half.
@@ -169,7 +216,8 @@ def summarise_verdicts(verdicts: Sequence[Verdict], judge_is_teacher: bool) -> d
         judge_is_teacher: the judge is the teacher of one of the systems, and may favour its own manner.
         undefined: why there is no win rate, where there is none.
     """
-    counts = {name: sum(verdict.outcome == name for verdict in verdicts) for name in ("first", "second", "tie", "unparsable")}
+    counts = {name: sum(verdict.outcome == name for verdict in verdicts) for name in get_args(Ruling)}
+    asked = len(verdicts) - counts["too_long"]
     read = [verdict for verdict in verdicts if verdict.parsed]
     value_I = np.array([{"first": 1.0, "second": -1.0}.get(verdict.outcome, 0.0) for verdict in read])
     margin_I = np.array([np.log1p(verdict.first_length) - np.log1p(verdict.second_length) for verdict in read])
@@ -184,14 +232,18 @@ def summarise_verdicts(verdicts: Sequence[Verdict], judge_is_teacher: bool) -> d
     return {
         "win_rate": ratio_interval(((value_I + 1) / 2).tolist(), [1.0] * len(read)).as_dict() if read else None,
         "outcomes": counts,
-        "unparsable_share": counts["unparsable"] / len(verdicts) if verdicts else None,
+        "unparsable_share": counts["unparsable"] / asked if asked else None,
         "swap_consistency": _share([bool(verdict.consistent) for verdict in read]),
         "first_position_share": _share(in_front),
         "longer_wins": _share((value_I * margin_I > 0)[decided_I].tolist()),
         "length_correlation": float(np.corrcoef(value_I, margin_I)[0, 1]) if defined else None,
         "judge_is_teacher": judge_is_teacher,
-        "undefined": "" if read else "no verdict of the judge could be read" if verdicts else "there was nothing to judge",
+        "undefined": "" if read else "no verdict of the judge could be read" if asked else _not_asked(verdicts),
     }
+
+
+def _not_asked(verdicts: Sequence[Verdict]) -> str:
+    return "every pair was too long for the judge's context" if verdicts else "there was nothing to judge"
 
 
 def _share(flags: Sequence[bool]) -> float | None:

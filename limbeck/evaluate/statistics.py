@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Interval:
     high: float
     n: int
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def exponential(self) -> Interval:
@@ -53,9 +54,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A difference with its 95 % interval over `n` items and the two-sided p-value of no difference."""
+    """A difference with its 95 % interval over `n` items and the two-sided p-value of no difference.
+
+    `test` names what p comes from, where that is not the bootstrap.
+    """
 
     p: float
+    test: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "test" or value}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from limbeck.evaluate import calibration, fidelity, tasks, wording
 from limbeck.evaluate.measure import Measured
 from limbeck.evaluate.metrics import described
-from limbeck.evaluate.statistics import Difference, Interval, nested_difference, nested_interval, recovered
+from limbeck.evaluate.statistics import LEAST_ITEMS, Difference, Interval, mcnemar, nested_difference, nested_interval, recovered
 from limbeck.evaluate.tasks import Task
 
 Systems = Mapping[str, Sequence[Measured]]
@@ -43,6 +43,11 @@ class Column:
     @classmethod
     def of(cls, ids: Sequence[str], values: Sequence[float], weights: Sequence[float] | None = None) -> Column:
         return cls(tuple(ids), np.asarray(values, float), np.ones(len(ids)) if weights is None else np.asarray(weights, float))
+
+    @property
+    def right_or_wrong(self) -> bool:
+        """Whether every item is 0 or 1 and counts once."""
+        return bool(np.isin(self.values, (0, 1)).all() and (self.weights == 1).all())
 
 
 def columns(found: Measured, task_list: Sequence[Task]) -> dict[str, Column]:
@@ -132,7 +137,11 @@ def _common(by_seed: Sequence[Column]) -> list[Column]:
 
 
 def _differences(first: Sequence[dict[str, Column]], second: Sequence[dict[str, Column]]) -> dict[str, Difference]:
-    """first - second on the items that both have, seed by seed."""
+    """first - second on the items that both have, seed by seed.
+
+    Of two single trainings on a task's metric that is right or wrong item by item (accuracy, a pass rate of one draw) p is McNemar's,
+    which is exact, in place of the bootstrap's; the interval stays the bootstrap's, and under LEAST_ITEMS items p stays 1.
+    """
     found = {}
     ours, theirs = _aligned(first), _aligned(second)
     for name in (name for name in ours if name in theirs):
@@ -141,6 +150,9 @@ def _differences(first: Sequence[dict[str, Column]], second: Sequence[dict[str, 
             continue
         a, b = both[: len(ours[name])], both[len(ours[name]) :]
         found[name] = nested_difference([c.values for c in a], [c.weights for c in a], [c.values for c in b], [c.weights for c in b])
+        single = len(a) == len(b) == 1 and len(both[0].ids) >= LEAST_ITEMS
+        if single and "/" in name and all(column.right_or_wrong for column in both):
+            found[name] = replace(found[name], p=mcnemar(a[0].values == 1, b[0].values == 1).p, test="mcnemar")
     return found
 
 

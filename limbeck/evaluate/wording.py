@@ -1,4 +1,4 @@
-"""Properties of texts as strings of words: length, variety, repetition, likeness to each other and to references.
+"""Properties of texts as strings of words: variety, repetition, likeness to each other and to references.
 
 A word is a run of letters and digits, lower case, with apostrophes inside it; in Chinese and Japanese script every
 character is one. Scripts without spaces other than these (Thai, say) are not covered: a whole phrase is one word there.
@@ -30,11 +30,6 @@ Gram = tuple[str, ...]
 def words(text: str) -> list[str]:
     """The text's words, lower case, without punctuation."""
     return WORD.findall(text.casefold())
-
-
-def length(text: str) -> int:
-    """How many words the text has."""
-    return len(words(text))
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float | None:
@@ -99,17 +94,6 @@ def rouge_l(prediction: str, references: Sequence[str], stemmer: bool = True) ->
     known = [reference for reference in references if re.search(r"[a-z0-9]", reference.lower())]
     scorer = _rouge(stemmer)
     return max((float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference in known), default=None)
-
-
-def rouge_l_each(predictions: Sequence[str], references: Sequence[Sequence[str]], stemmer: bool = True) -> list[float | None]:
-    """`rouge_l` of every prediction against its own references.
-
-    Raises:
-        UserError: as `rouge_l`, or not one list of references per prediction. Nothing is cut to the shorter length.
-    """
-    if len(predictions) != len(references):
-        raise UserError(f"{len(predictions)} predictions for {len(references)} lists of references: give one list per prediction")
-    return [rouge_l(prediction, own, stemmer) for prediction, own in zip(predictions, references, strict=True)]
 
 
 def _grams(tokens: Sequence[str], n: int) -> zip[Gram]:

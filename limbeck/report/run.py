@@ -10,6 +10,7 @@ import yaml
 
 from limbeck.report import figures, grids
 from limbeck.report.excerpt import read_excerpt
+from limbeck.report.judge import judged
 from limbeck.report.metrics import LABELS, label
 from limbeck.report.rollouts import own_texts
 from limbeck.report.table import paired_table, systems_tables
@@ -40,6 +41,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "tables": systems_tables(summary),
         "against": against,
         "differences": differences,
+        "judge": judged(summary),
         "robustness": grids.robustness_grid(summary, {}),
         "wording": grids.wording_grid(summary, {}),
         "curves": [figure for figure in curves if figure],
