@@ -22,9 +22,15 @@ from limbeck.objectives.match import MATCHES, NUMBERS, WORDS
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
 from limbeck.recipe import load_recipe
+from limbeck.report.verdict import compare_verdict
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS / "objectives.md", DOCS / "writers.md")
+PAGES = (DOCS / "objectives.md", DOCS / "writers.md", DOCS / "comparison.md", DOCS.parent / "README.md")
+METHODS = DOCS / "evidence" / "methods.json"
+SHOWN = {
+    "forward_kl": "forward KL", "own_reverse_kl": "reverse KL on own text", "top1_agreement": "same first choice",
+    "perplexity": "perplexity", "ece": "calibration error",
+}  # fmt: skip
 HEAD, ON_POLICY = DOCS / "evidence" / "head.json", DOCS / "evidence" / "on-policy.json"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -120,7 +126,24 @@ def on_policy() -> str:
     return table(titles, rows) + f"\n\n{about}."
 
 
-BLOCKS: dict[str, Callable[[], str]] = {make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy)}
+def methods() -> str:
+    """The comparison in short: values with intervals, and what may be said of the differences."""
+    if not METHODS.is_file():
+        return "Not measured yet: run make evidence"
+    found = json.loads(METHODS.read_text(encoding="utf-8"))
+    rows = []
+    for name, values in found["systems"].items():
+        cells = [f"{values[key]['value']:.3f} ({values[key]['low']:.3f} to {values[key]['high']:.3f})" for key in SHOWN]
+        rows.append([name, *cells, f"{found['cost'][name]['trained_tokens']:,.0f}" if name in found["cost"] else ""])
+    facts = found["held_out"]
+    about = (
+        f"{facts['answers']} held-out answers, seeds {', '.join(map(str, found['seeds']))}; 95 % intervals over seeds and answers; "
+        "divergences in nats per token over the full vocabulary."
+    )
+    return table(["system", *SHOWN.values(), "trained tokens"], rows) + f"\n\n{compare_verdict(found)}\n\n{about}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, methods)}
 
 
 def generated(text: str) -> str:

@@ -56,7 +56,11 @@ def sight(recipe: Recipe) -> Sight | None:
     fields = {}
     for prompt in (prompt for part in prompts(recipe) for prompt in part):
         known = {"answer": prompt.answers[0] if prompt.answers else "", "feedback": prompt.feedback}
-        fields[prompt.text] = {name: text for name, text in known.items() if text}
+        shown = {name: text for name, text in known.items() if text and name in context.reads}
+        if fields.setdefault(prompt.text, shown) != shown:
+            raise RecipeError(
+                "prompts.from", f"the prompt of {prompt.id!r} stands twice with other things to show the teacher; leave one out"
+            )
     return Sight(context.system, context.user, fields)
 
 
@@ -146,7 +150,8 @@ def validate(recipe: Recipe) -> None:
 
 def _check_writers(recipe: Recipe) -> None:
     """Refuse text by the untouched student alone where something needs other text."""
-    others = [writer for writer in recipe.writer if writer.by != "untouched"]  # beside a student alone, the teacher writes for these
+    beside_untouched = [writer for writer in recipe.fixed_writers if writer.by != "untouched"]
+    others = beside_untouched if recipe.fixed_writers else recipe.writer  # for a student alone the teacher writes what these need
     prune = recipe.student.start.prune
     if not others and prune is not None and prune.keep in ("importance", "block_influence"):
         raise RecipeError("writer", f"prune.keep: {prune.keep} is judged on others' text; add a writer, or set keep: uniform")
@@ -163,7 +168,12 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
     _check_written(recipe, term, path)
     if term.only is not None and term.only not in tags:
         raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
-    poor = {"untouched", WRITTEN} & writers or ("corpus" in writers and any(len(prompt.answers) > 1 for prompt in training))
+    if term.name == CROSS_ENTROPY and WRITTEN in writers:
+        legal = writers - {WRITTEN} | ({BEST} if recipe.writer[0].by != WRITTEN and recipe.fixed_writers else set())
+        if term.only not in legal:
+            how = f"limit it, such as {{only: {min(writers - {WRITTEN})}}}" if writers != {WRITTEN} else "choose a divergence"
+            raise RecipeError(path, f"it would teach the student its own text, and so to stay as it is; {how}")
+    poor = "untouched" in writers or ("corpus" in writers and any(len(prompt.answers) > 1 for prompt in training))
     if term.name == CROSS_ENTROPY and term.only is None and poor:
         raise RecipeError(path, "it would also fit answers that are not preferred, or the student's own; limit it, such as {only: best}")
     if "answers" not in term.reads:
@@ -187,6 +197,14 @@ def _check_written(recipe: Recipe, term: Term, path: str) -> None:
         raise RecipeError(path, f"{term.name} reads {missing[0]}, which comes from rewards, and nothing gives rewards yet")
     policies = [POLICIES[other.name] for other in terms(recipe) if other.name in POLICIES]
     made = {column for policy in policies if policy.prepare for column in policy.reads}
+    if term.by is not None and term.only != WRITTEN and recipe.fixed_writers:
+        raise RecipeError(f"{path}.by", f"{term.by} stands beside the student's tokens alone; limit it: only: student")
+    if term.name in POLICIES and POLICIES[term.name].prepare and recipe.rollout and (recipe.rollout.ahead > 1 or recipe.rollout.replay):
+        raise RecipeError(
+            path, f"{term.name} reads what the student thought when it wrote, so its text must be new: leave ahead and replay out"
+        )
+    if term.name in POLICIES and recipe.student_writer is not None and recipe.student_writer.temperature == 0:
+        raise RecipeError(path, f"{term.name} is right in expectation over drawn text, and this student draws none; give it a temperature")
     if term.by is not None and term.by not in made:
         makers = [name for name, policy in POLICIES.items() if policy.prepare and term.by in policy.reads]
         raise RecipeError(f"{path}.by", f"nothing writes {term.by} beside the tokens; add the loss {' or '.join(makers)}")
@@ -232,6 +250,10 @@ def _check_student_writer(recipe: Recipe) -> None:
         return
     at, fixed = f"writer[{recipe.writer.index(writer)}]", recipe.fixed_writers
     share, _ = shares(recipe)
+    if fixed and not recipe.all_answer and all(term.only == WRITTEN for term in terms(recipe)):
+        raise RecipeError(
+            "loss", f"no loss reads the text of the {fixed[0].by}, so its steps would teach nothing; add one, or leave it out"
+        )
     if not fixed and recipe.train.steps is None:
         raise RecipeError("train.epochs", "how long the student's answers will be is not known before; give train.steps")
     if share.shape == "plateau" and not fixed:

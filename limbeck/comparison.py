@@ -70,6 +70,11 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
         own = recipe.resolved()
         if any(writer.by == "corpus" for writer in recipe.writer) != any(writer.by == "corpus" for writer in like.writer):
             raise UserError(f"{recipe.name} and {like.name} differ in whether a corpus writes; compare recipes of one kind")
+        if (recipe.teacher.context, recipe.teacher.weights) != (like.teacher.context, like.teacher.weights):
+            raise UserError(
+                f"{recipe.name} has a teacher that is shown more, or is the student itself, and {like.name} has another: methods are "
+                "compared under one teacher, so give a --like that has this one"
+            )
         writers = [writer | _drawn(writer, drawn) for writer in own["writer"]]
         found.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
     return found
@@ -251,8 +256,9 @@ def compare(
     against = base or found[0].name
     if against not in {entry.name for entry in found}:
         raise UserError(f"the base {against!r} is none of the recipes: {', '.join(entry.name for entry in found)}")
-    for entry in found:
-        check(entry.recipe)
+    for entry in found:  # how many steps there will be is known once the text is there
+        length = {"steps": entry.recipe.train.steps or 1, "epochs": None} if common.fixed_writers else {}
+        check(entry.recipe.model_copy(update={"train": entry.recipe.train.model_copy(update=length)}))
     folder = Path(out) if out is not None else Path("runs") / f"compare-{content_hash([entry.recipe.hash for entry in found])[:8]}"
     with exclusive(folder / ".lock"):
         comparison = Comparison(folder, common, found, numbers, against, reporter or Silent(), stop, keep)

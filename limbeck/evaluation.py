@@ -81,6 +81,7 @@ def write_summary(recipe: Recipe, bench: Bench, text: Text, systems: dict[str, l
     summary["by_kind"] = by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks)
     summary["by_token_class"] = by_class(systems["student"][0].fidelity)
     summary["warnings"] = warnings(systems, summary, ["student"])
+    summary["warnings"] += teacher_warnings(recipe, text)
     if recipe.evaluate.judge is not None:
         summary["judge"] = judged(recipe.evaluate.judge, bench, {name: seeds[0] for name, seeds in systems.items()})
         summary["warnings"] += judge_warnings(summary["judge"])
@@ -131,6 +132,23 @@ def judge_warnings(found: dict[str, Any]) -> list[str]:
         every = sum(sum(pair["outcomes"].values()) for pair in pairs.values())
         told.append(f"The judge's context has no room for {left_out} of {every} pairs of answers, which were left out.")
     return told
+
+
+def teacher_warnings(recipe: Recipe, text: Text) -> list[str]:
+    """What to know of a teacher that is shown more than the students, or is the student itself, before believing its figures."""
+    found, context = [], recipe.teacher.context
+    for name in context.reads if context else []:
+        known = [prompt.answers if name == "answer" else prompt.feedback for prompt in text.prompts[1]]
+        having = sum(map(bool, known))
+        found.append(
+            f"The teacher was shown the {name} of {having} of {len(text.prompts[1])} held-out prompts: there its figures are no ceiling "
+            "that a student could reach, and shares of its lead mean little."
+        )
+    if recipe.teacher.weights != "own":
+        found.append(
+            f"The teacher measured here has the start's weights; while training it had the student's own ({recipe.teacher.weights})."
+        )
+    return found
 
 
 def facts(recipe: Recipe, bench: Bench, text: Text) -> dict[str, Any]:

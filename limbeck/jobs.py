@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from limbeck import build, ranks, train
-from limbeck.data import BEST, REST, FixedText, Row, make_batch
+from limbeck.data import BEST, FixedText, Row, make_batch
 from limbeck.models import generate as generation
 from limbeck.models.generate import Beside, Written, write
 from limbeck.models.load import Model, head_of
@@ -19,7 +20,7 @@ from limbeck.models.vllm import VllmWriter
 from limbeck.monitor import teachers_view
 from limbeck.objectives.match import Match, MatchSettings, wanted
 from limbeck.objectives.policy import POLICIES
-from limbeck.objectives.term import WRITTEN, Term
+from limbeck.objectives.term import Term
 from limbeck.objectives.total import Taps
 from limbeck.plan import TEACHER_READS
 from limbeck.prepare import Remembered, even_batches, fill_bank, learn_filters, response_log_probs, with_columns, with_reference
@@ -28,7 +29,7 @@ from limbeck.recipe import Recipe
 from limbeck.rollout import Rollouts
 from limbeck.settings import Lora, Rollout, Server, Train
 from limbeck.store import Store
-from limbeck.types import Evidence, UserError
+from limbeck.types import Evidence, UserError, content_hash
 
 Progress = Callable[[int, int, str], None]
 
@@ -44,12 +45,12 @@ def make_job(
     key: str,
     store: Path,
     progress: Progress = lambda done, total, detail: None,
-    student_writes: bool = False,
+    written: Collection[str] = (),
 ) -> train.Job:
     """The training of `student` (as it is before any training) on `rows`. The teacher is loaded only where a term reads it.
 
     Args:
-        student_writes: whether the student will write text, too (see `let_write`).
+        written: the tags of what the student will write, where it does (see `let_write`).
         lora: adapters to train instead of all weights; they are added here, after references were scored.
         folder: receives checkpoints and metrics.
         key: names the job in its checkpoints.
@@ -58,11 +59,10 @@ def make_job(
     Raises:
         UserError: no text for a term.
     """
-    if any(term.unit == "group" for term in terms) and not student_writes:
-        rows = _whole_groups(rows)
+    if any(term.unit == "group" for term in terms):
+        rows = _whole_groups(rows, least=1 if written else 2, without_preferred=BEST in written)
     for term in terms:
-        of_the_student = student_writes and term.only in (WRITTEN, BEST, REST)
-        if term.only is not None and not of_the_student and not any(term.only in row.tags for row in rows):
+        if term.only is not None and term.only not in written and not any(term.only in row.tags for row in rows):
             raise UserError(f"{term.label}: no text is left by or for {term.only!r} (its answers were empty)")
     reads = {read for term in terms for read in term.reads}
     with_teacher = bool(reads & TEACHER_READS) or "reference_teacher" in reads
@@ -74,7 +74,8 @@ def make_job(
     vocabulary = min(head_of(student.net).vocabulary, head_of(teacher().model.net).vocabulary) if with_teacher else None
     for name in sorted(read.removeprefix("reference_") for read in reads if read.startswith("reference_")):
         judge = student if name == "start" else teacher().model
-        rows = with_reference(rows, name, _known_log_probs(store, judge, rows, vocabulary, progress))
+        read = rows if name == "start" else [_as_the_teacher_sees(row) for row in rows]
+        rows = with_reference(rows, name, _known_log_probs(store, judge, read, vocabulary, progress))
     matches = {term.label: _bind(term.match, student.net, teacher().model.net, settings.seed) for term in terms if term.match}
     if lora is not None:
         add_adapters(student.net, lora, settings.seed)
@@ -88,43 +89,37 @@ def make_job(
     return job
 
 
+def _as_the_teacher_sees(row: Row) -> Row:
+    return row if row.teacher_prompt_ids is None else replace(row, prompt_ids=row.teacher_prompt_ids, teacher_prompt_ids=None)
+
+
 def let_write(
     job: train.Job,
     student: Model,
     slots: Sequence[Row],
     recipe: Recipe,
     teacher: Callable[[], InProcessTeacher],
+    context: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Let the student write its share of the job's text.
 
     Args:
         slots: the training prompts as rows without a response.
-        teacher: whose model joins in, where the recipe has two write one text.
+        teacher: the frozen teacher, whose model joins in where the recipe has two write one text.
+        context: how many tokens student and teacher both can read.
 
     Raises:
         UserError: a prompt that leaves no room for an answer, or too little other text for an adaptive share to watch.
     """
     writer, settings = recipe.student_writer, recipe.rollout or Rollout()
     assert writer is not None
-    _check_room(slots, writer.max_tokens, student.context)
+    _check_room(slots, writer.max_tokens, context)
     share, fresh = build.shares(recipe)
-    watched = None
-    if share.shape == "plateau":
-        held = settings.validation.prompts
-        if len(job.rows) < 2 * held:
-            raise UserError(f"an adaptive share watches {held} answers of other text, and there are {len(job.rows)}: add prompts")
-        kept, job.rows = job.rows[:held], job.rows[held:]
-        watched = partial(train.loss_on, job, [make_batch(kept, micro_batch) for micro_batch in even_batches(kept)])
-    fixed = None
+    watched, slots = _watched(job, slots, settings.validation.prompts) if share.shape == "plateau" else (None, slots)
+    fixed, part = None, len(recipe.fixed_writers) / len(recipe.writer) if recipe.all_answer else 1.0  # the student's text is the rest
     if job.rows:
-        fixed = FixedText(job.rows, job.settings.seed, job.settings.tokens_per_step, job.together and not recipe.all_answer)
-    policies = [(POLICIES[t.name], {key: s.start for key, s in t.params.items()}) for t in job.terms if t.name in POLICIES]
-    spanning = [(policy, params) for policy, params in policies if policy.prepare is not None]
-    columns: Callable[[list[Row]], list[Row]] = lambda rows: rows  # noqa: E731 (the default)
-    if spanning:
-        remembered = Remembered(job.teacher)
-        job.teacher, columns = remembered, partial(with_columns, teacher=remembered, policies=spanning)
+        fixed = FixedText(job.rows, job.settings.seed, max(1, round(part * job.settings.tokens_per_step)), recipe.all_answer)
     beside = None if settings.joint is None else Beside(teacher().model.net, build.joint(settings.joint))
     ask = partial(_ask, student, settings.rows, beside, stop)
     if settings.through is not None:
@@ -133,12 +128,40 @@ def let_write(
             server.sync(student.net, student.tokenizer)
             server.probe(student.net, slots[0].prompt_ids)
         ask = partial(_ask_server, student, server, stop)
-    preferred = recipe.writer.index(writer) == 0 or not recipe.all_answer
+    order = [each.by for each in recipe.writer] if recipe.all_answer else []
     job.source = Rollouts(
         slots, fixed, ask, writer, settings, share, fresh, job.settings.seed,
-        job.settings.tokens_per_step, student.eos_ids, recipe.all_answer, BEST if preferred else REST, columns, watched,
+        job.settings.tokens_per_step, student.eos_ids, order, _columns(job), watched,
     )  # fmt: skip
     job.monitor = teachers_view
+
+
+def _watched(job: train.Job, slots: Sequence[Row], prompts: int) -> tuple[Callable[[float], float], list[Row]]:
+    """The loss on the text of so many prompts, which neither the job's rows nor the slots hold from here on."""
+    groups = sorted({row.group for row in job.rows}, key=lambda group: content_hash([job.settings.seed, "watched", group]))
+    if len(groups) < 2 * prompts:
+        raise UserError(f"an adaptive share watches the text of {prompts} prompts, and there are {len(groups)}: add prompts")
+    held = set(groups[:prompts])
+    steps = train.total_steps(job.rows, job.settings, job.together)  # as many as without watching
+    job.settings = job.settings.model_copy(update={"steps": steps, "epochs": None})
+    kept, job.rows = [row for row in job.rows if row.group in held], [row for row in job.rows if row.group not in held]
+    batches = [make_batch(kept, micro_batch) for micro_batch in even_batches(kept)]
+    return partial(train.loss_on, job, batches), [slot for slot in slots if slot.group not in held]
+
+
+def _columns(job: train.Job) -> Callable[[list[Row], float], list[Row]]:
+    """Adds what the job's policies read of whole responses."""
+    spanning = [(POLICIES[term.name], term) for term in job.terms if term.name in POLICIES and POLICIES[term.name].prepare is not None]
+    if not spanning:
+        return lambda rows, _: rows
+    remembered = Remembered(job.teacher)
+    if not job.matches:  # which read more of the teacher than is remembered
+        job.teacher = remembered
+
+    def columns(rows: list[Row], progress: float) -> list[Row]:
+        return with_columns(rows, remembered, [(policy, term.settle(progress, job.states).params) for policy, term in spanning])
+
+    return columns
 
 
 def _ask(student: Model, rows: int, beside: Beside | None, stop: Callable[[], bool], jobs: Sequence[generation.Job]) -> list[Written]:
@@ -181,15 +204,17 @@ def _check_room(slots: Sequence[Row], max_tokens: int, context: int) -> None:
             )
 
 
-def _whole_groups(rows: Sequence[Row]) -> list[Row]:
-    """Only prompts whose preferred answer is there and has another beside it; of equal answers the better placed one.
+def _whole_groups(rows: Sequence[Row], least: int = 2, without_preferred: bool = False) -> list[Row]:
+    """Only prompts whose preferred answer is there and has another beside it; of equal answers the better placed one. Where the
+    student will write the other one, or the preferred one (`without_preferred`), that may lack.
 
     Without its preferred answer, a prompt's next one would pass for the best; a lone answer is compared with nothing.
     """
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(row.group, {}).setdefault(row.sample_id, row)
-    kept = [row for group in groups.values() for row in group.values() if len(group) > 1 and BEST in next(iter(group.values())).tags]
+    whole = [each for each in groups.values() if len(each) >= least and (without_preferred or BEST in next(iter(each.values())).tags)]
+    kept = [row for group in whole for row in group.values()]
     if not kept:
         raise UserError("no prompt has two different answers with the preferred one among them; look at the store's answers")
     return kept

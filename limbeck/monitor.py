@@ -52,7 +52,7 @@ def teachers_view(data: Pass) -> dict[str, tuple[float, float]]:
     signal, device = data.teacher.signal, data.hidden_ND.device
     if not isinstance(signal, DenseSignal) or not len(at_P):
         return {}
-    at_P = at_P[:: max(1, len(at_P) // PLACES)][:PLACES]
+    at_P = at_P[torch.linspace(0, len(at_P) - 1, min(PLACES, len(at_P))).round().long()]
     target_P1 = data.batch.tokens_BT[row_N[at_P], position_N[at_P] + 1][:, None].to(device)
     logits_PV = data.head.logits(data.hidden_ND[at_P.to(device)].detach(), Buffer())
     q, p = Distribution(logits_PV), Distribution(signal.head.logits(signal.hidden_NE[at_P.to(device)], Buffer()))

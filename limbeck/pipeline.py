@@ -18,6 +18,7 @@ import yaml
 
 from limbeck import build, checkpoint, controls, data, evaluation
 from limbeck import train as training_loop
+from limbeck.data import BEST, REST
 from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import Answerer
 from limbeck.jobs import let_write, make_job
@@ -25,6 +26,7 @@ from limbeck.models.load import (
     Model,
     check_same_template,
     check_same_vocabulary,
+    check_takes_system,
     is_ready,
     load_config,
     load_tokenizer,
@@ -34,7 +36,7 @@ from limbeck.models.prune import Calibration, Choice
 from limbeck.models.self_teacher import Average, adapters_off, self_teacher
 from limbeck.models.start import begin, choose, merge_adapters, scratch_config
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.term import make_term
+from limbeck.objectives.term import WRITTEN, make_term
 from limbeck.plan import Plan, Shape, make_plan, trained_controls
 from limbeck.progress import Reporter, Silent, StoppedError
 from limbeck.recipe import Recipe
@@ -77,6 +79,8 @@ def check(recipe: Recipe) -> Plan:
     ):
         if tokens >= context:
             raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {context}")
+    if recipe.teacher.context is not None and recipe.teacher.context.system is not None:
+        check_takes_system(load_tokenizer(recipe.teacher.model))
     training, held_out = build.prompts(recipe)
     for term in build.terms(recipe):
         if term.match is not None:
@@ -198,7 +202,7 @@ class Run:
 
     def untouched(self) -> Model:
         """The student before training."""
-        return begin(self.recipe.student, self.teacher.model, self.choice(), self.recipe.train.seed)
+        return begin(self.recipe.student, lambda: self.teacher.model, self.choice(), self.recipe.train.seed)
 
     @cached_property
     def untouched_identity(self) -> str:
@@ -238,13 +242,17 @@ class Run:
         store, key = self.library / "store.sqlite", f"{recipe.hash}/{name}"
         average = Average(recipe.teacher.decay) if recipe.teacher.weights == "average" and name == "student" else None
         teacher = partial(self.taught_by, student, average)
-        writes = name == "student" and recipe.student_writer is not None
-        job = make_job(terms, student, rows, teacher, recipe.student.lora, settings, folder, key, store, self.progress, writes)
+        slots = self.slots(student) if name == "student" and recipe.student_writer is not None else []
+        written = {tag for slot in slots for tag in slot.tags} | {WRITTEN} if slots else set()
+        if slots and recipe.all_answer:
+            written |= {BEST if recipe.writer[0].by == WRITTEN else REST}
+        job = make_job(terms, student, rows, teacher, recipe.student.lora, settings, folder, key, store, self.progress, written)
         if average is not None:
             average.start(student.net)
             job.average = average
-        if writes:
-            let_write(job, student, self.slots(student), recipe, teacher, self.stop)
+        if slots:
+            context = min(student.context, load_config(recipe.teacher.model).max_position_embeddings)
+            let_write(job, student, slots, recipe, lambda: self.teacher, context, self.stop)
         return job
 
     def taught_by(self, student: Model, average: Average | None) -> InProcessTeacher:
@@ -255,7 +263,9 @@ class Run:
         if average is not None:
             return self_teacher(student, sight, average.in_place)
         if recipe.student.lora is not None and recipe.student.start.pretrained == recipe.teacher.model:
-            return self_teacher(student, sight, partial(adapters_off, student.net))  # the same weights, and no second copy of them
+            if self.beside is None:
+                self.__dict__.pop("teacher", None)  # what was loaded to write text; from here on no second copy of its weights is held
+            return self_teacher(student, sight, partial(adapters_off, student.net))
         return self.teacher
 
     def control_rows(self, name: str, rows: list[data.Row], student: Model) -> list[data.Row]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from limbeck import ranks
 from limbeck.data import BEST, REST, FixedText, Row, Turn, cut
 from limbeck.models.generate import Job, Written
 from limbeck.monitor import Advice, facts_of
@@ -22,6 +23,7 @@ from limbeck.types import Sampling, UserError, content_hash
 
 SHARE = "student.share"  # what the state of an adaptive share is called
 FIRST_GUESS = 0.65  # of max_tokens: how long an answer is expected to be before any was written
+ENOUGH = 8  # answers that are nothing but their end, before the student is given up
 MEMORY = 0.5  # of what answers were expected to be, after each batch of new ones
 ALONE = (
     "the student answers with nothing but the end token, so there is nothing to learn from: give it a cold start (fine-tune it on the "
@@ -44,10 +46,11 @@ class Answer:
 
 @dataclass
 class Memory:
-    """What the writer must know to go on: how many answers it asked for, tokens it still owes, how long answers are expected to be,
-    answers that wait for their step, and those that may be read again, the oldest first."""
+    """What the writer must know to go on: how many answers it asked for, how many were more than their end, tokens it still owes, how
+    long answers are expected to be, answers that wait for their step, and those that may be read again, the oldest first."""
 
     asked: int = 0
+    spoken: int = 0
     owed: float = 0.0
     expected: float = 0.0
     waiting: list[Answer] = field(default_factory=list)
@@ -68,9 +71,10 @@ class Rollouts:
         fixed: the other text.
         write: asks the student, in the order of the jobs.
         share, fresh: part of the text that is the student's, and part of that which is written anew.
-        columns: adds what terms read of whole responses.
+        columns: adds what terms read of whole responses, at this part of the training.
         watched: the loss that an adaptive share looks at.
         ends: the ids that end an answer.
+        order: the writers' names, the preferred first, where every prompt has the text of all.
     """
 
     slots: Sequence[Row]
@@ -83,14 +87,14 @@ class Rollouts:
     seed: int
     tokens_per_step: int
     ends: frozenset[int]
-    beside: bool = False
-    place: str = BEST
-    columns: Callable[[list[Row]], list[Row]] = lambda rows: rows
+    order: Sequence[str] = ()
+    columns: Callable[[list[Row], float], list[Row]] = lambda rows, _: rows
     watched: Callable[[float], float] | None = None
     memory: Memory = field(default_factory=Memory)
     advice: Advice = field(default_factory=Advice)
 
     def __post_init__(self) -> None:
+        self.beside = bool(self.order)
         lengths = [len(row.response_ids) for row in self.fixed.rows] if self.fixed else []
         self.memory.expected = sum(lengths) / len(lengths) if lengths else max(1.0, FIRST_GUESS * self.writer.max_tokens)
         self._slot_of = {slot.group: number for number, slot in enumerate(self.slots)}
@@ -112,20 +116,25 @@ class Rollouts:
             answers, kept = self._ask(prompts, step), rows
         else:
             tokens = sum(len(rows[index].response_ids) for index in taken) if self.fixed else self.tokens_per_step
-            answers = self._answers(step, progress, tokens)
             kept = [row for index, row in enumerate(rows) if index not in taken]
+            answers = self._answers(step, progress, tokens, bool(kept))
         facts |= {"seconds": round(time.perf_counter() - began, 4), "written": self.memory.asked - before}
-        facts |= facts_of([(answer.ids, answer.own, step - answer.born) for answer in answers], self.ends)
-        own = self.columns([self._row(answer) for answer in answers])
-        facts |= self.advice.on(facts)
-        every = [*own, *kept] if self.place == BEST else [*kept, *own]  # of answers to one prompt the preferred one first
+        own = self.columns([self._row(answer) for answer in answers], progress)
+        if answers:
+            facts |= facts_of([(answer.ids, answer.own, step - answer.born) for answer in answers], self.ends)
+            facts |= self.advice.on(facts)
+        every = sorted([*kept, *own], key=self._rank) if self.beside else [*kept, *own]
         return Turn(cut(every, f"{self.seed}/{step}/rows", self.tokens_per_step, self.beside), facts)
+
+    def _rank(self, row: Row) -> int:
+        """The place of a row's writer in the order of preference; answers of one writer stay in theirs."""
+        return min(place for place, name in enumerate(self.order) if name in row.tags)
 
     def _watch(self, step: int, progress: float, states: dict[str, State]) -> dict[str, float]:
         """Let an adaptive share see the loss it watches."""
         if self.watched is None or step == 0 or step % self.settings.validation.every:
             return {}
-        seen = self.watched(progress)
+        seen = ranks.gather(self.watched(progress))[0]  # a last bit's difference must not part the ranks
         states[SHARE] = self.share.after(states.get(SHARE), progress, seen)
         return {"validation_loss": seen, "share": self.share.value(progress, states[SHARE])}
 
@@ -138,16 +147,19 @@ class Rollouts:
             return set(range(len(rows))) if draw.random() < share else set()
         return {index for index in range(len(rows)) if draw.random() < share}
 
-    def _answers(self, step: int, progress: float, tokens: int) -> list[Answer]:
-        """Answers of about as many tokens as the student owes now."""
+    def _answers(self, step: int, progress: float, tokens: int, others: bool) -> list[Answer]:
+        """Answers of about as many tokens as the student owes now; none, where it has written ahead of its share and `others` wrote."""
         replay, memory, owed = self.settings.replay, self.memory, self.memory.owed + tokens
+        if owed <= 0 and others:
+            memory.owed = owed
+            return []
         draw = random.Random(f"{self.seed}/{step}/again")  # noqa: S311 (a draw, not a secret)
         if replay and len(memory.buffer) >= replay.size and draw.random() >= self.fresh.value(progress):
             found = self._again(draw, owed)
         else:
             found = self._new(step, owed, tokens)
             memory.buffer = [*memory.buffer, *found][-replay.size :] if replay else []
-        memory.owed = owed - sum(len(answer.ids) for answer in found)
+        memory.owed = min(owed - sum(len(answer.ids) for answer in found), float(tokens))  # a small buffer's debt makes no giant step
         return found
 
     def _again(self, draw: random.Random, owed: float) -> list[Answer]:
@@ -179,9 +191,10 @@ class Rollouts:
 
     def _ask(self, slots: Sequence[int], step: int) -> list[Answer]:
         sampling, asked = Sampling(self.writer.temperature, self.writer.top_p, self.writer.max_tokens), self.memory.asked
+        together = self.settings.joint is not None
         names = [content_hash([self.seed, WRITTEN, asked + n, self.slots[slot].group]) for n, slot in enumerate(slots)]
         jobs = [
-            Job(self.slots[slot].prompt_ids, sampling, int(name[:15], 16), self.slots[slot].teacher_prompt_ids)
+            Job(self.slots[slot].prompt_ids, sampling, int(name[:15], 16), self.slots[slot].teacher_prompt_ids if together else None)
             for slot, name in zip(slots, names, strict=True)
         ]
         written = self.write(jobs)
@@ -189,9 +202,10 @@ class Rollouts:
             Answer(slot, tuple(text.ids), tuple(text.log_prob), tuple(text.sampler_log_prob), step, text.own, name)
             for slot, name, text in zip(slots, names, written, strict=True)
         ]
-        if asked == 0 and all(len(answer.ids) == 1 and answer.ids[0] in self.ends for answer in found):
+        spoken = self.memory.spoken + sum(len(answer.ids) > 1 or answer.ids[0] not in self.ends for answer in found)
+        if not spoken and asked + len(found) >= ENOUGH:
             raise UserError(ALONE)
-        self.memory.asked += len(found)
+        self.memory.asked, self.memory.spoken = asked + len(found), spoken
         mean = sum(len(answer.ids) for answer in found) / len(found)
         self.memory.expected = MEMORY * self.memory.expected + (1 - MEMORY) * mean
         return found
@@ -200,7 +214,8 @@ class Rollouts:
         """The answer as a row: the slot's prompt, the very ids that were drawn, their log-probabilities beside them."""
         slot = self.slots[answer.slot]
         columns = {"log_prob": answer.log_prob, "old_log_prob": answer.sampler_log_prob}
-        tags = slot.tags - {BEST, REST} | {WRITTEN, self.place}
+        place = {BEST if self.order[0] == WRITTEN else REST} if self.beside else set()
+        tags = slot.tags | {WRITTEN} | place
         return replace(slot, sample_id=answer.name, response_ids=answer.ids, tags=frozenset(tags), columns=columns)
 
     # Going on
@@ -210,7 +225,7 @@ class Rollouts:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         kept = {key: [_answer(record) for record in state[key]] for key in ("waiting", "buffer")}
-        self.memory = Memory(state["asked"], state["owed"], state["expected"], kept["waiting"], kept["buffer"])
+        self.memory = Memory(**{name: state[name] for name in ("asked", "spoken", "owed", "expected")}, **kept)
         self.advice.restore(state["advice"])
 
 

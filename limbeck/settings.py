@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+FIELDS = ("prompt", "answer", "feedback")  # what a teacher can be shown of a prompt's line
 Keep = Literal["importance", "block_influence", "uniform", "first"]
 
 
@@ -99,6 +102,9 @@ class Context(Section):
             raise ValueError("give system, user, or both, such as {system: Answer in one short sentence.}")
         if self.user is not None and "{prompt}" not in self.user:
             raise ValueError("user must hold {prompt}, and may hold {answer} and {feedback}")
+        for name in re.findall(r"\{([a-z]+)\}", self.user or ""):
+            if name not in FIELDS and (close := difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.6)):
+                raise ValueError(f"{{{name}}} in user is not filled in; did you mean {{{close[0]}}}?")
         return self
 
     @property
@@ -108,14 +114,13 @@ class Context(Section):
 
 
 class Teacher(Section):
-    """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches itself:
-
-    at its `start`, `live` (at this step), or their moving `average`, which keeps `decay` of itself at every step.
+    """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches itself: `live` (at
+    this step), or their moving `average`, which keeps `decay` of itself at every step.
     """
 
     model: str
     context: Context | None = None
-    weights: Literal["own", "start", "live", "average"] = "own"
+    weights: Literal["own", "live", "average"] = "own"
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
@@ -158,6 +163,8 @@ class Joint(Section):
     def _one(self) -> Joint:
         if (self.teacher_share is None) == (self.teacher_top_k is None):
             raise ValueError("give exactly one of teacher_share and teacher_top_k")
+        if self.teacher_share is not None and self.teacher_temperature == 0:
+            raise ValueError("a mixture needs the teacher's distribution; give a teacher_temperature above 0")
         return self
 
 

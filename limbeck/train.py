@@ -185,7 +185,7 @@ def _step(job: Job, step: int, steps: int, parameters: dict[str, Tensor], optimi
         "step": step + 1,
         "steps": steps,
         "loss": loss,
-        "terms": means,
+        "terms": {label: mean for label, mean in means.items() if amounts[label]},  # a term without text has no value
         **({"scheduled": moving} if (moving := _moving(terms)) else {}),
         **({"rollout": told} if (told := _told(turn, whole)) else {}),
         "grad_norm": norm,

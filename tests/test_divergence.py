@@ -124,7 +124,7 @@ AT_ONE: list[tuple[str, dict[str, float]]] = [
     ("taid", {"t": 0.9}), ("adaptive_kl", {"mu": 0.2}), ("adaptive_kl", {"mu": 0.9}), ("dkd", {"alpha": 0.5, "beta": 8}),
     ("alpha_beta", {"alpha": 0, "beta": 0.6}), ("alpha_beta", {"alpha": 0.6, "beta": 0}), ("alpha_beta", {"alpha": 0, "beta": 0}),
     ("alpha_beta", {"alpha": 2, "beta": 1.5}), ("alpha_beta", {"alpha": 1, "beta": 0}), ("alpha_beta", {"alpha": 0, "beta": 1}),
-    ("entropy_aware_kl", {"threshold": 0}), ("entropy_aware_kl", {"threshold": 1000}), ("entropy_aware_kl", {"forward_weight": 0.3}),
+    ("entropy_aware_kl", {"threshold": 0.01}), ("entropy_aware_kl", {"threshold": 1000}), ("entropy_aware_kl", {"forward_weight": 0.3}),
 ]  # fmt: skip
 CASES = AT_ONE + [(n, {**params, "temperature": t}) for n, params in AT_ONE for t in (2.5, 0.5) if DIVERGENCES[n].softens]
 STOPPED = {"taid", "adaptive_kl", "todi", "skew_reverse_kl_fixed"}  # part of their definition is held fixed

@@ -363,6 +363,37 @@ def test_a_server_that_scores_text_gives_our_numbers(tmp_path, tiny, tiny_folder
         assert [answer[0] for answer in sample["filtered_resps"]] == pytest.approx(scored.facts["log_probs"], abs=1e-4)
 
 
+def by_token(model):
+    """A server like llama.cpp's: no log-probabilities of a given prompt, but the likeliest next tokens from its own /completion."""
+
+    def answer(path, body):
+        if path == "/v1/completions":
+            return 200, {"choices": [{"index": 0, "text": " x", "logprobs": None}]}
+        assert path == "/completion" and body["n_predict"] == 1 and body["post_sampling_probs"] is False
+        with torch.no_grad():
+            likely = model.net(torch.tensor([body["prompt"]])).logits[0, -1].log_softmax(-1).topk(min(body["n_probs"], model.tokens))
+        tops = [{"id": i, "token": "?", "logprob": v} for v, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)]
+        return 200, {"content": "x", "completion_probabilities": [{**tops[0], "top_logprobs": tops}]}
+
+    return answer
+
+
+@pytest.mark.parametrize("likeliest", [3, 1000])
+def test_a_server_that_names_next_tokens_scores_text_token_by_token(tmp_path, tiny, tiny_folder, monkeypatch, likeliest):
+    from limbeck.harness import models
+
+    monkeypatch.setattr(models, "LIKELIEST", likeliest)
+    task_folder, out = choice_task(tmp_path / "pick"), tmp_path / "harness.json"
+    with server(by_token(tiny)) as (url, asked):
+        entry = harness("m", [str(task_folder)], out, base_url=url + "/v1", tokenizer=str(tiny_folder), limit=3)["tasks"]["pick"]
+    task = tasks.load_task(str(task_folder))
+    ours = tasks.run_task(task, tiny)[:3]
+    assert entry["results"]["acc"]["value"] == sum(scored.scores["acc"] for scored in ours) / 3
+    for sample, scored in zip(samples(out, "pick"), ours, strict=True):
+        assert [answer[0] for answer in sample["filtered_resps"]] == pytest.approx(scored.facts["log_probs"], abs=1e-4)
+    assert any(body.get("n_probs") == models.ALL_TOKENS for _, body, _ in asked) == (likeliest == 3), "asked again where it was not named"
+
+
 def test_a_server_that_cannot_score_text_is_refused_before_any_item(tmp_path, tiny_folder):
     task_folder, out = str(choice_task(tmp_path / "pick")), tmp_path / "out.json"
     without_echo = {"choices": [{"index": 0, "text": " x", "logprobs": {"token_logprobs": [-1.0], "top_logprobs": [{"x": -1.0}]}}]}
@@ -372,7 +403,7 @@ def test_a_server_that_cannot_score_text_is_refused_before_any_item(tmp_path, ti
         assert not asked
         with pytest.raises(UserError, match="does not return the log-probabilities of a given prompt"):
             harness("m", [task_folder], out, base_url=url, tokenizer=str(tiny_folder))
-        assert len(asked) == 1 and asked[0][1]["echo"] is True
+        assert [path for path, *_ in asked] == ["/v1/completions", "/completion"] and asked[0][1]["echo"] is True
     with pytest.raises(UserError, match="no answer from"):
         harness("m", [task_folder], out, base_url=url, tokenizer=str(tiny_folder))
     assert not out.exists()

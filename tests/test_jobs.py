@@ -52,7 +52,7 @@ def job(tiny, tmp_path):
     ("change", "path", "words"),
     [
         ({"loss": ["dpo"]}, "loss[0].dpo", "every prompt has one"),
-        ({"loss": ["reinforce"]}, "loss[0].reinforce", "while training"),
+        ({"loss": ["reinforce"]}, "loss[0].reinforce", "while it trains"),
         ({"loss": [{"forward_kl": {"only": "techer"}}]}, "loss[0].forward_kl.only", "teacher"),
         ({"loss": [{"forward_kl": {"only": "rest"}}]}, "loss[0].forward_kl.only", "rest"),
         ({"loss": ["cross_entropy"], "writer": BOTH}, "loss[0].cross_entropy", "only: best"),

@@ -59,9 +59,10 @@ def test_a_recipe_trains_a_tiny_student(name, tiny_folder, prompt_file, tmp_path
     folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3
-    assert set(records[0]["terms"]) == {term.label for term in terms(recipe)}
+    assert set().union(*(record["terms"] for record in records)) <= {term.label for term in terms(recipe)}
     for record in records:
         assert all(math.isfinite(value) for value in record["terms"].values()) and record["grad_norm"] > 0
     assert (folder / "student" / "config.json").exists()
-    trained = {key for key in records[-1]["terms"] if records[-1]["terms"][key] != records[0]["terms"][key]}
-    assert trained == set(records[0]["terms"]), "every term moved"
+    for term in terms(recipe):
+        values = [record["terms"][term.label] for record in records if term.label in record["terms"]]
+        assert len(set(values)) == len(values) > 0, "every term is there, and moves"

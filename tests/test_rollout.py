@@ -20,6 +20,7 @@ from limbeck.settings import Rollout, Writer
 from limbeck.types import RecipeError, UserError
 from tests.test_pipeline import command
 
+HALF = {"share": 0.5}
 TEACHER, STUDENT = {"by": "teacher", "temperature": 1.0, "top_p": 1.0, "max_tokens": 12}, {"by": "student", "max_tokens": 12}
 
 
@@ -110,15 +111,15 @@ def test_a_student_that_is_its_teacher_has_no_loss_on_its_own_text(trained, tiny
 
 
 @pytest.mark.parametrize(
-    ("writer", "rollout"),
+    ("writer", "rollout", "loss"),
     [
-        ([STUDENT], {"ahead": 3}),
-        ([TEACHER, STUDENT | {"share": 0.6}], {"replay": {"size": 6, "fresh": {"from": 1.0, "to": 0.0}}, "per": "batch"}),
-        ([STUDENT], {"joint": {"teacher_share": 0.2}}),
+        ([STUDENT], {"ahead": 3}, ["on_policy_distillation"]),
+        ([TEACHER, STUDENT | {"share": 0.6}], {"replay": {"size": 6, "fresh": {"from": 1.0, "to": 0.0}}, "per": "batch"}, ["jsd"]),
+        ([STUDENT], {"joint": {"teacher_share": 0.2}}, ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}]),
     ],
 )
-def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, writer, rollout):
-    data = recipe_data | {"writer": writer, "rollout": rollout, "loss": [{"minillm_long": {}}, {"reverse_kl": {"only": "student"}}]}
+def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, writer, rollout, loss):
+    data = recipe_data | {"writer": writer, "rollout": rollout, "loss": loss}
     data["train"] |= {"save_seconds": 0, "steps": 7}
     data["student"], data["evaluate"] = (
         {"start": {"prune": {"layers": 3, "keep": "uniform"}}},
@@ -164,12 +165,12 @@ def schedule(raw):
     return make_schedule(raw, "", Range(0, 1).check)
 
 
-def rollouts(write, share=1.0, fresh=1.0, fixed=None, tokens=20, beside=False, watched=None, place="best", **settings):
+def rollouts(write, share=1.0, fresh=1.0, fixed=None, tokens=20, order=(), watched=None, **settings):
     writer = Writer(by="student", max_tokens=16)
+    places = frozenset({EOS}), order
     return Rollouts(
-        slots(), fixed, write, writer, Rollout(**settings), schedule(share), schedule(fresh), 7, tokens, frozenset({EOS}), beside, place,
-        watched=watched,
-    )  # fmt: skip
+        slots(), fixed, write, writer, Rollout(**settings), schedule(share), schedule(fresh), 7, tokens, *places, watched=watched
+    )
 
 
 def turns(source, steps, states=None):
@@ -194,7 +195,7 @@ def test_the_ids_drawn_are_the_ids_trained_and_tokens_keep_to_their_number(ahead
     written = sum(len(row.response_ids) for turn in found for row in rows_of(turn))
     assert written == pytest.approx(40 * 20, abs=8), "what one step lacks or has too much, others make up for"
     for row in rows_of(found[3]):
-        assert row.prompt_ids == (1, 2, 3 + int(row.group[1:])) and row.response_ids[-1] == EOS and row.tags == {"student", "best"}
+        assert row.prompt_ids == (1, 2, 3 + int(row.group[1:])) and row.response_ids[-1] == EOS and row.tags == {"student"}
         assert row.columns["log_prob"] == (-1.0,) * len(row.response_ids) and row.columns["old_log_prob"][0] == -1.5
     ages = [turn.facts["age"] for turn in found]
     assert max(ages) == 0 if ahead == 1 else 0 < max(ages) <= ahead
@@ -226,20 +227,17 @@ def test_per_sample_the_share_holds_on_average_and_follows_its_schedule():
     assert own[0] == 0
 
 
-def test_beside_every_prompt_has_both_texts_the_preferred_first():
-    for place, first in (("rest", "teacher"), ("best", "student")):
-        for turn in turns(rollouts(script(), fixed=fixed_text(), beside=True, place=place), 5):
-            groups = {}
-            for row in rows_of(turn):
-                groups.setdefault(row.group, []).append(row)
-            for rows in groups.values():
-                assert (
-                    len(rows) == 2
-                    and first in rows[0].tags
-                    and rows[0].tags & {"teacher", "student"} != rows[1].tags & {"teacher", "student"}
-                )
+def test_where_all_answer_every_prompt_has_all_texts_the_preferred_first():
+    for order in (("teacher", "student"), ("student", "teacher")):
+        for turn in turns(rollouts(script(), fixed=fixed_text(), order=order), 5):
             for micro_batch in turn.micro_batches:
-                assert all(len([r for r in micro_batch if r.group == row.group]) == 2 for row in micro_batch), "never parted"
+                groups = {}
+                for row in micro_batch:
+                    groups.setdefault(row.group, []).append(row)
+                for rows in groups.values():
+                    assert [min(row.tags & {"teacher", "student"}) for row in rows] == list(order), "never parted, in their order"
+                    own = rows[order.index("student")]
+                    assert own.tags == {"student", "best" if order[0] == "student" else "rest"}
 
 
 def test_the_buffer_is_first_in_first_out_and_read_again_as_its_schedule_says():
@@ -290,7 +288,7 @@ def test_state_goes_through_json_and_the_text_after_it_is_the_same():
 
 def test_a_student_that_only_ends_is_refused_at_once_with_the_cure():
     with pytest.raises(UserError, match=r"nothing but the end token.*cold start"):
-        rollouts(script(lambda _: 1)).turn(0, 0.0, {})
+        turns(rollouts(script(lambda _: 1)), 5)
 
 
 def test_drifts_are_told_once_with_advice():
@@ -303,6 +301,25 @@ def test_drifts_are_told_once_with_advice():
     }
     steady = Advice()
     assert not any(steady.on(steps[0]) for _ in range(20))
+
+
+def test_a_student_whose_answers_are_long_keeps_to_its_share():
+    """Where it has written ahead of its share it writes nothing, until the steps have caught up."""
+    found = turns(rollouts(script(lambda _: 15), share=0.1, fixed=fixed_text()), 200)
+    own = sum(len(row.response_ids) for turn in found for row in rows_of(turn) if "student" in row.tags)
+    every = sum(len(row.response_ids) for turn in found for row in rows_of(turn))
+    assert every == pytest.approx(200 * 15, rel=0.02) and own / every == pytest.approx(0.1, abs=0.03)
+
+
+def test_a_small_buffer_makes_no_giant_steps():
+    found = turns(rollouts(script(lambda _: 5), fresh=0.5, tokens=100, replay={"size": 8, "fresh": 0.5}), 40)
+    assert max(sum(len(row.response_ids) for row in rows_of(turn)) for turn in found) <= 205
+
+
+def test_one_answer_that_only_ends_does_not_end_the_run():
+    lengths = iter([1, *[5] * 100])
+    source = rollouts(script(lambda _: next(lengths)), share=0.3, fixed=fixed_text())
+    assert turns(source, 10) and source.memory.spoken == source.memory.asked - 1
 
 
 def test_facts_of_text_count_what_they_say():
@@ -327,7 +344,25 @@ def test_facts_of_text_count_what_they_say():
             "add the loss minillm_long",
         ),
         ({"writer": [STUDENT], "loss": [{"reverse_kl": {"by": "weight"}}]}, "loss[0].reverse_kl.by", "importance_weight"),
-        ({"writer": [TEACHER, STUDENT], "loss": ["cross_entropy"]}, "loss[0]", "the student's own"),
+        ({"writer": [TEACHER, STUDENT], "loss": ["cross_entropy"]}, "loss[0]", "its own text"),
+        ({"writer": [TEACHER | HALF, STUDENT | HALF], "loss": [{"cross_entropy": {"only": "best"}}]}, "loss[0]", "{only: teacher}"),
+        ({"writer": [TEACHER, STUDENT], "loss": [{"cross_entropy": {"only": "student"}}]}, "loss[0]", "{only: teacher}"),
+        ({"writer": [STUDENT], "loss": ["cross_entropy"]}, "loss[0]", "choose a divergence"),
+        ({"writer": [STUDENT], "loss": [{"on_policy_distillation": {"only": "best"}}]}, "loss[0]", "leave `only` out"),
+        (
+            {"writer": [TEACHER, STUDENT | {"share": 0.5}], "loss": ["on_policy_distillation"]},
+            "loss",
+            "no loss reads the text of the teacher",
+        ),
+        ({"writer": [STUDENT | {"temperature": 0}], "loss": ["on_policy_distillation"]}, "loss[0]", "draws none"),
+        ({"writer": [STUDENT], "loss": ["minillm_long"], "rollout": {"ahead": 2}}, "loss[0]", "leave ahead and replay out"),
+        (
+            {"writer": [TEACHER, STUDENT], "loss": ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}]},
+            "loss[1].reverse_kl.by",
+            "only: student",
+        ),
+        ({"writer": [STUDENT], "rollout": {"joint": {"teacher_share": 0.2, "teacher_temperature": 0}}}, "rollout.joint", "above 0"),
+        ({"teacher": {"model": "TINY", "context": {"user": "{prompt} {anwser}"}}}, "teacher.context", "did you mean {answer}"),
         ({"writer": [TEACHER, STUDENT], "loss": ["dpo"]}, "loss[0]", "frozen model's opinion"),
         ({"writer": [TEACHER | {"share": 0.5}, STUDENT]}, "", "add up to 1.5"),
         ({"writer": [TEACHER | {"share": {"from": 0, "to": 1}}]}, "", "only the student's share"),

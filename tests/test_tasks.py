@@ -32,7 +32,7 @@ def write(folder, yaml, *lines, references=None):
     return str(folder)
 
 
-SIZES = {"everyday": 72, "choices": 48, "topics": 48, "passages": 14, "lookup": 18}
+SIZES = {"everyday": 72, "choices": 48, "topics": 48, "passages": 14, "lookup": 18, "sums": 24}
 
 
 def test_the_built_in_tasks_are_what_they_claim():

@@ -47,7 +47,8 @@ def test_no_two_losses_share_a_name():
 def test_every_name_makes_a_term_with_its_defaults(name):
     term = make_term(name, {})
     settled = term.settle(0.5, {})
-    assert term.name == term.label == settled.label == name and settled.weight == 1.0
+    assert term.name == name and term.label == settled.label == (f"{name}@student" if name in POLICIES else name)
+    assert settled.weight == 1.0
     if name in MATCHES:
         assert (term.family, term.unit, term.match.values) == ("match", MATCHES[name].unit, MATCHES[name].defaults)
         assert term.reads == {"teacher_features"} and not settled.params
@@ -59,7 +60,12 @@ def test_every_name_makes_a_term_with_its_defaults(name):
         assert (term.family, term.unit) == ("vocabulary", "token")
         known = DIVERGENCES.get(name) or POLICIES.get(name)
         assert settled.params == (known.defaults if known else {"label_smoothing": 0.0})
-        assert term.reads == set(POLICIES[name].reads if name in POLICIES else ["tokens" if known is None else "teacher_distribution"])
+        if name in POLICIES:  # the teacher's log-probability, and what is made of whole responses, come from its distribution
+            made = {"teacher_log_prob"} | (set(known.reads) if known.prepare else set())
+            taught = {"teacher_distribution"} if made & set(known.reads) else set()
+            assert term.reads == set(known.reads) - made | taught | {"student"}
+        else:
+            assert term.reads == {"tokens" if known is None else "teacher_distribution"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -202,7 +208,7 @@ def test_the_gradient_is_the_callers_to_overwrite(name):
 
 
 def columns(n: int) -> dict[str, Tensor]:
-    names = ("advantage", "old_log_prob", "teacher_log_prob", "reference_log_prob", "importance_weight")
+    names = ("advantage", "old_log_prob", "teacher_log_prob", "reference_log_prob", "importance_weight", "position_weight")
     return {name: randn(n, seed=10 + i) * (1 if name == "advantage" else -1) for i, name in enumerate(names)}
 
 
@@ -223,8 +229,15 @@ def test_policy_terms_equal_autograd_on_the_logits(name, given):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_term_without_its_columns_says_which(name):
+    """The teacher's log-probability is taken from its distribution, where no column holds it."""
     b, _, _ = block()
-    with pytest.raises(UserError, match=POLICIES[name].reads[0]):
+    lacking = [column for column in POLICIES[name].reads if column != "teacher_log_prob"]
+    if not lacking:
+        values, _ = make_term(name, {}).settle(0.0, {}).values(b)
+        p, q = b.teacher.p.log, b.q.log
+        torch.testing.assert_close(values, (q - p).gather(1, b.targets_R[:, None])[:, 0])
+        return
+    with pytest.raises(UserError, match=lacking[0]):
         make_term(name, {}).settle(0.0, {}).values(b)
 
 

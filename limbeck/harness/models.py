@@ -6,6 +6,7 @@ Importing this file imports that program. Keys come from OPENAI_API_KEY, which i
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import requests
@@ -18,6 +19,7 @@ from limbeck.types import UserError
 ROWS_TOGETHER = 8
 SECONDS_TO_ANSWER = 300
 PROBE_SECONDS = 60
+LIKELIEST, ALL_TOKENS = 256, 1_000_000  # how many next tokens are asked for: most choices are among the first
 
 
 class Loaded(HFLM):  # type: ignore[misc]
@@ -71,6 +73,52 @@ class ServedText(LocalCompletionsAPI):  # type: ignore[misc]
         return [_text(choice, "text") for choice in _choices(outputs)]
 
 
+class ServedByToken(ServedText):
+    """llama.cpp's server, which returns no log-probabilities of a given prompt: its own /completion says how likely each next token
+    is, so a choice is scored token by token. The prompt stays in its cache; one request costs one token."""
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """Per request ((context, choice), context ids, choice ids): (log p(choice | context) in nats, whether it is the greedy text)."""
+        found = []
+        for _, context, continuation in requests:
+            steps = [self._next(context + continuation[:at], token) for at, token in enumerate(continuation)]
+            found.append((sum(log_prob for log_prob, _ in steps), all(first for _, first in steps)))
+        return found
+
+    def _next(self, ids: list[int], token: int) -> tuple[float, bool]:
+        """log p(token | ids), and whether it is the likeliest."""
+        for count in (LIKELIEST, ALL_TOKENS):
+            likely = next_tokens(self.base_url.removesuffix("/v1/completions"), ids, count)
+            if token in likely:
+                return likely[token], max(likely, key=lambda id_: likely[id_]) == token
+        raise UserError(f"the server names {len(likely)} tokens that may come next, and token {token} is none: is --tokenizer its model's?")
+
+
+def next_tokens(root: str, ids: list[int], count: int) -> dict[int, float]:
+    """The log-probabilities (nats, before temperature) of the `count` likeliest next tokens, from llama.cpp's /completion.
+
+    Raises:
+        UserError: it doesn't answer, or names none.
+    """
+    asked = {"prompt": ids, "n_predict": 1, "n_probs": count, "temperature": 0, "cache_prompt": True, "post_sampling_probs": False}
+    reply = _posted(f"{root}/completion", asked)
+    steps = reply.get("completion_probabilities") if isinstance(reply, dict) else None
+    tops = steps[0].get("top_logprobs") if isinstance(steps, list) and steps and isinstance(steps[0], dict) else None
+    if not isinstance(tops, list) or not tops or not all(isinstance(top, dict) and "id" in top and "logprob" in top for top in tops):
+        raise UserError(f"the server at {root} names no next tokens with their log-probabilities")
+    return {int(top["id"]): float(top["logprob"]) for top in tops}
+
+
+def _posted(url: str, asked: dict[str, Any]) -> Any:
+    key = os.environ.get("OPENAI_API_KEY", "")
+    try:
+        return requests.post(
+            url, json=asked, timeout=PROBE_SECONDS, headers={"Authorization": f"Bearer {key}"}, allow_redirects=False
+        ).json()
+    except requests.RequestException as error:
+        raise UserError(f"no answer from {url}: {type(error).__name__}; is the server running?") from error
+
+
 def _choices(outputs: Any) -> list[dict[str, Any]]:
     """The choices of a reply, in order. An answer that is none must not be scored as an empty one."""
     replies = outputs if isinstance(outputs, list) else [outputs]
@@ -92,31 +140,35 @@ def _text(part: Any, key: str) -> str:
     return text
 
 
-def check_scores_text(model: str, base_url: str, prompt: list[int]) -> None:
-    """Ask the server for the log-probabilities of a given prompt, and refuse one that doesn't return them.
+def scorer(model: str, base_url: str, prompt: list[int]) -> type[ServedText]:
+    """How this server scores given text: by the log-probabilities of a given prompt (`echo`), or, as llama.cpp's, token by token.
 
     Args:
         prompt: token ids, at least two of them.
 
     Raises:
-        UserError: it doesn't, or it doesn't answer.
+        UserError: in neither way, or it doesn't answer.
     """
-    asked: dict[str, Any] = {"model": model, "prompt": [prompt], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    key = os.environ.get("OPENAI_API_KEY", "")
+    if _echoes(model, base_url, prompt):
+        return ServedText
     try:
-        response = requests.post(
-            f"{base_url}/completions", json=asked, timeout=PROBE_SECONDS, headers={"Authorization": f"Bearer {key}"}, allow_redirects=False
-        )
-        reply = response.json()
-    except requests.RequestException as error:
-        raise UserError(f"no answer from {base_url}/completions: {type(error).__name__}; is the server running?") from error
+        next_tokens(base_url.removesuffix("/v1"), prompt, 1)
+    except UserError as error:
+        raise UserError(
+            f"the server at {base_url} does not return the log-probabilities of a given prompt (echo with logprobs), which multiple-choice "
+            "and likelihood tasks need, nor those of the next token (llama.cpp's /completion): use a server that does, such as vLLM's or "
+            "llama.cpp's, or give the model's folder instead of --base-url"
+        ) from error
+    return ServedByToken
+
+
+def _echoes(model: str, base_url: str, prompt: list[int]) -> bool:
+    """Whether the server returns the log-probabilities of a given prompt."""
+    asked: dict[str, Any] = {"model": model, "prompt": [prompt], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    reply = _posted(f"{base_url}/completions", asked)
     choices = reply.get("choices") if isinstance(reply, dict) else None
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     found = first.get("logprobs")
     values = found.get("token_logprobs") if isinstance(found, dict) else None
     tops = found.get("top_logprobs") if isinstance(found, dict) else None
-    if not (response.ok and isinstance(values, list) and isinstance(tops, list) and len(values) == len(tops) == len(prompt) + 1):
-        raise UserError(
-            f"the server at {base_url} does not return the log-probabilities of a given prompt (echo with logprobs), which multiple-choice "
-            "and likelihood tasks need: use a server that does, such as vLLM's, or give the model's folder instead of --base-url"
-        )
+    return isinstance(values, list) and isinstance(tops, list) and len(values) == len(tops) == len(prompt) + 1

@@ -249,15 +249,16 @@ def _speaker(subject: Subject, parts: Sequence[Part]) -> Any:
             f"{scored[0]} scores given text, which a chat server can't: say --tokenizer MODEL (whose tokenizer the served model has), and "
             "use a server that returns a prompt's log-probabilities; or give the model's folder instead of --base-url"
         )
+    served = models.ServedText
     if scored and subject.tokenizer:
         ids = load_tokenizer(subject.tokenizer)(PROBE_TEXT, add_special_tokens=False)["input_ids"]
-        models.check_scores_text(subject.where, subject.base_url, list(ids))
+        served = models.scorer(subject.where, subject.base_url, list(ids))
 
     def speak(part: Part) -> Any:
         assert subject.base_url is not None
         if part.chat and folder is None:
             return models.ServedChat(subject.where, subject.base_url)
-        return models.ServedText(subject.where, subject.base_url, folder, part.apart)
+        return served(subject.where, subject.base_url, folder, part.apart)
 
     return speak
 

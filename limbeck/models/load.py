@@ -321,6 +321,22 @@ def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
     )
 
 
+def check_takes_system(tokenizer: Tokenizer) -> None:
+    """Refuse a chat template that has no place for a system message.
+
+    Raises:
+        UserError: it refuses one, or leaves it out.
+    """
+    marked = [{"role": "system", "content": "limbeck-probe"}, PROBE[0]]
+    none = "the teacher's chat template has no place for a system message; put it into teacher.context.user instead"
+    try:
+        shown = str(tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template raises whatever it likes
+        raise UserError(none) from error
+    if "limbeck-probe" not in shown:
+        raise UserError(none)
+
+
 PROBE = ({"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Three?"})
 
 

@@ -15,8 +15,9 @@ from limbeck.settings import Lora, Scratch, Student
 from limbeck.types import RecipeError, content_hash, nearest
 
 
-def begin(student: Student, teacher: Model, choice: Choice | None, seed: int) -> Model:
-    """The student before training, without adapters. `choice` holds the layers that a pruned student keeps.
+def begin(student: Student, teacher: Callable[[], Model], choice: Choice | None, seed: int) -> Model:
+    """The student before training, without adapters. `choice` holds the layers that a pruned student keeps. The teacher is loaded
+    only where the student is made from it.
 
     Embeddings lose their `padding_idx`: where the padding token is the end-of-sequence token (SmolLM2, most Llamas),
     it would silently keep that token's input embedding from learning. Padding needs no such help: no loss reads it.
@@ -28,21 +29,17 @@ def begin(student: Student, teacher: Model, choice: Choice | None, seed: int) ->
     return started
 
 
-def _begin(student: Student, teacher: Model, choice: Choice | None, seed: int) -> Model:
+def _begin(student: Student, teacher: Callable[[], Model], choice: Choice | None, seed: int) -> Model:
     start = student.start
     if start.pretrained is not None:
         return load_model(start.pretrained)
+    like = teacher().seeing(None)
     if start.prune is not None:
         assert choice is not None
-        return Model(
-            drop_layers(teacher.net, choice.kept), teacher.tokenizer, f"{teacher.identity}/layers-{content_hash(choice.kept)[:12]}"
-        )
+        return Model(drop_layers(like.net, choice.kept), like.tokenizer, f"{like.identity}/layers-{content_hash(choice.kept)[:12]}")
     assert start.scratch is not None
-    return Model(
-        _random(start.scratch, teacher.net, seed),
-        teacher.tokenizer,
-        f"{teacher.identity}/scratch-{content_hash([start.scratch.config, seed])[:12]}",
-    )
+    made = _random(start.scratch, like.net, seed)
+    return Model(made, like.tokenizer, f"{like.identity}/scratch-{content_hash([start.scratch.config, seed])[:12]}")
 
 
 def choose(

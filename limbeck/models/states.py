@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 LEAST = 8  # a shorter beginning is not worth a second pass
 
@@ -31,6 +32,7 @@ def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     first_1PD: Tensor = decoder(input_ids=tokens_BT[:1, :shared], past_key_values=cache, use_cache=True).last_hidden_state
     rows = len(tokens_BT)
     for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values))
     rest_BTD: Tensor = decoder(input_ids=tokens_BT[:, shared:], past_key_values=cache, use_cache=True).last_hidden_state
     return torch.cat([first_1PD.expand(rows, -1, -1), rest_BTD], dim=1)
@@ -50,6 +52,9 @@ def _may_share(decoder: Any) -> bool:
     kinds = getattr(config, "layer_types", None)
     full = all(kind == "full_attention" for kind in kinds) if kinds else not getattr(config, "sliding_window", None)
     attends = hasattr(config, "num_attention_heads") and config._attn_implementation in ("sdpa", "eager")
-    dropout = decoder.training and float(getattr(config, "attention_dropout", 0.0) or 0.0) > 0
+    drops = float(getattr(config, "attention_dropout", 0.0) or 0.0) > 0 or any(
+        isinstance(m, nn.Dropout) and m.p > 0 for m in decoder.modules()
+    )
+    dropout = decoder.training and drops
     checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)
     return full and attends and not dropout and not checkpointing

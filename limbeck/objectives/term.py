@@ -143,6 +143,10 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         return Term(name, "vocabulary", frozenset({"teacher_distribution"}), weighed, schedules, only, by)
     if name in POLICIES:
         known = POLICIES[name]
+        if only not in (None, WRITTEN):
+            raise RecipeError(
+                f"{path}.only".lstrip("."), f"{name} speaks of text that the student writes while it trains; leave `only` out"
+            )
         made = {"teacher_log_prob", *(known.reads if known.prepare else ())}
         reads = frozenset(known.reads) - made | ({"teacher_distribution"} if made & set(known.reads) else frozenset())
         schedules = _schedules(name, known.defaults, known.ranges, rest, path)
