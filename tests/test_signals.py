@@ -94,7 +94,7 @@ def test_fewer_outcomes_are_never_further_apart(name, params):
         assert (values >= last - 1e-12).all()
         last = values
     full, _ = whole(name, params, teacher, student)
-    assert (last <= full + 1e-12).all()
+    assert (last <= full + 1e-10).all(), "up to the rounding of the bucket, which is 1 less a sum and here as small as 3e-5"
     close(last, full)  # 11 tokens and a bucket of one are all there is
 
 
