@@ -53,7 +53,7 @@ def sight(recipe: Recipe) -> Sight | None:
     context = recipe.teacher.context
     if context is None:
         return None
-    fields = {}
+    fields: dict[str, dict[str, str]] = {}
     for prompt in (prompt for part in prompts(recipe) for prompt in part):
         known = {"answer": prompt.answers[0] if prompt.answers else "", "feedback": prompt.feedback}
         shown = {name: text for name, text in known.items() if text and name in context.reads}

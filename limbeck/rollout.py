@@ -224,8 +224,8 @@ class Rollouts:
         return asdict(self.memory) | {"advice": self.advice.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        kept = {key: [_answer(record) for record in state[key]] for key in ("waiting", "buffer")}
-        self.memory = Memory(**{name: state[name] for name in ("asked", "spoken", "owed", "expected")}, **kept)
+        waiting, buffer = ([_answer(record) for record in state[key]] for key in ("waiting", "buffer"))
+        self.memory = Memory(state["asked"], state["spoken"], state["owed"], state["expected"], waiting, buffer)
         self.advice.restore(state["advice"])
 
 

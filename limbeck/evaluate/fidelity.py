@@ -24,7 +24,7 @@ from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import TINY
-from limbeck.objectives.head import Buffer, Head, compared
+from limbeck.objectives.head import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Buffer, Head, chunks, compared
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch
 
@@ -114,10 +114,20 @@ def fidelity(system: Model, text: Text, shown: Collection[str] = (), progress: P
 def _columns(hidden_ND: Tensor, head: Head, signal: DenseSignal, targets_N: Tensor) -> dict[str, Tensor]:
     """Every measure at every response position: [N], choices [N, K]."""
     parts: dict[str, list[Tensor]] = {}
-    for part, q, p in compared(hidden_ND, head, signal):
+    pairs = _teacher_alone(signal) if hidden_ND is signal.hidden_NE else compared(hidden_ND, head, signal)
+    for part, q, p in pairs:
         for name, value in _measures(p, q, targets_N[part, None]).items():
             parts.setdefault(name, []).append(value)
     return {name: torch.cat(values).cpu() for name, values in parts.items()} | {"targets": targets_N.cpu()}
+
+
+def _teacher_alone(signal: DenseSignal) -> Iterator[tuple[slice, Distribution, Distribution]]:
+    """As `compared`, of the teacher with itself: its logits are projected once."""
+    for part in chunks(len(signal.hidden_NE), signal.head.vocabulary, CHUNK_ELEMENTS):
+        chunk = signal.chunk(part)
+        for rows in chunks(part.stop - part.start, signal.head.vocabulary, BLOCK_ELEMENTS):
+            p = chunk.rows(rows).p
+            yield slice(part.start + rows.start, part.start + rows.stop), p, p
 
 
 def _measures(p: Distribution, q: Distribution, target_R1: Tensor) -> dict[str, Tensor]:
@@ -126,16 +136,22 @@ def _measures(p: Distribution, q: Distribution, target_R1: Tensor) -> dict[str, 
     def dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:
         return (a_RV * b_RV).sum(-1)
 
-    ratio_RV = p.log - q.log
-    log_m_RV = (0.5 * (p.prob + q.prob)).clamp_min_(TINY).log_()
-    teacher, student = (model.prob.topk(min(CHOICES, model.prob.shape[-1])) for model in (p, q))
+    teacher = p.prob.topk(min(CHOICES, p.prob.shape[-1]))
+    student = teacher if q is p else q.prob.topk(min(CHOICES, q.prob.shape[-1]))
+    apart = dict.fromkeys(("forward_kl", "reverse_kl", "jsd", "tvd"), torch.zeros_like(teacher.values[:, 0]))
+    if q is not p:
+        ratio_RV = p.log - q.log
+        log_m_RV = (0.5 * (p.prob + q.prob)).clamp_min_(TINY).log_()
+        apart = {
+            "forward_kl": dot(p.prob, ratio_RV),
+            "reverse_kl": -dot(q.prob, ratio_RV),
+            "jsd": 0.5 * (dot(p.prob, p.log - log_m_RV) + dot(q.prob, q.log - log_m_RV)),
+            "tvd": 0.5 * (p.prob - q.prob).abs_().sum(-1),
+        }
     first_R, theirs_R, target_R = student.indices[:, 0], teacher.indices[:, 0], target_R1[:, 0]
     common_R = (student.indices[:, :, None] == teacher.indices[:, None]).any(-1).float().mean(-1)
     return {
-        "forward_kl": dot(p.prob, ratio_RV),
-        "reverse_kl": -dot(q.prob, ratio_RV),
-        "jsd": 0.5 * (dot(p.prob, p.log - log_m_RV) + dot(q.prob, q.log - log_m_RV)),
-        "tvd": 0.5 * (p.prob - q.prob).abs_().sum(-1),
+        **apart,
         "nll": -q.log.gather(-1, target_R1)[:, 0],
         "teacher_nll": -p.log.gather(-1, target_R1)[:, 0],
         "entropy": -dot(q.prob, q.log),
