@@ -26,10 +26,14 @@ from limbeck.report.verdict import compare_verdict
 
 DOCS = Path(__file__).parent
 PAGES = (DOCS / "objectives.md", DOCS / "writers.md", DOCS / "comparison.md", DOCS.parent / "README.md")
-METHODS = DOCS / "evidence" / "methods.json"
+METHODS, ON_POLICY_METHODS = (DOCS / "evidence" / f"{name}.json" for name in ("methods", "on-policy-methods"))
 SHOWN = {
     "forward_kl": "forward KL", "own_reverse_kl": "reverse KL on own text", "top1_agreement": "same first choice",
     "perplexity": "perplexity", "ece": "calibration error",
+}  # fmt: skip
+SHOWN_ON_POLICY = {
+    "forward_kl": "forward KL", "reverse_kl": "reverse KL", "own_reverse_kl": "reverse KL on own text", "entropy": "entropy",
+    "own_tokens": "length of own text",
 }  # fmt: skip
 HEAD, ON_POLICY = DOCS / "evidence" / "head.json", DOCS / "evidence" / "on-policy.json"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -128,22 +132,30 @@ def on_policy() -> str:
 
 def methods() -> str:
     """The comparison in short: values with intervals, and what may be said of the differences."""
-    if not METHODS.is_file():
-        return "Not measured yet: run make evidence"
-    found = json.loads(METHODS.read_text(encoding="utf-8"))
+    return _compared(METHODS, SHOWN) if METHODS.is_file() else "Not measured yet: run make evidence"
+
+
+def on_policy_methods() -> str:
+    """The same for methods in which the student writes."""
+    return _compared(ON_POLICY_METHODS, SHOWN_ON_POLICY) if ON_POLICY_METHODS.is_file() else "Not measured yet: run make evidence-on-policy"
+
+
+def _compared(file: Path, shown: Mapping[str, str]) -> str:
+    found = json.loads(file.read_text(encoding="utf-8"))
     rows = []
     for name, values in found["systems"].items():
-        cells = [f"{values[key]['value']:.3f} ({values[key]['low']:.3f} to {values[key]['high']:.3f})" for key in SHOWN]
+        known = [values.get(key) for key in shown]
+        cells = [f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})" if each else "" for each in known]
         rows.append([name, *cells, f"{found['cost'][name]['trained_tokens']:,.0f}" if name in found["cost"] else ""])
     facts = found["held_out"]
     about = (
         f"{facts['answers']} held-out answers, seeds {', '.join(map(str, found['seeds']))}; 95 % intervals over seeds and answers; "
         "divergences in nats per token over the full vocabulary."
     )
-    return table(["system", *SHOWN.values(), "trained tokens"], rows) + f"\n\n{compare_verdict(found)}\n\n{about}"
+    return table(["system", *shown.values(), "trained tokens"], rows) + f"\n\n{compare_verdict(found)}\n\n{about}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, methods)}
+BLOCKS: dict[str, Callable[[], str]] = {make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, methods, on_policy_methods)}
 
 
 def generated(text: str) -> str:

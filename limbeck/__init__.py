@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from limbeck.build import methods
     from limbeck.comparison import compare
     from limbeck.objectives.on_logits import divergence
-    from limbeck.pipeline import check, run
+    from limbeck.pipeline import run
+    from limbeck.preflight import check
     from limbeck.recipe import Recipe, load_recipe
     from limbeck.types import RecipeError, UserError
 
@@ -20,7 +21,7 @@ _HOMES = {
     "Recipe": "limbeck.recipe",
     "RecipeError": "limbeck.types",
     "UserError": "limbeck.types",
-    "check": "limbeck.pipeline",
+    "check": "limbeck.preflight",
     "compare": "limbeck.comparison",
     "divergence": "limbeck.objectives.on_logits",
     "load_recipe": "limbeck.recipe",

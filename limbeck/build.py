@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from pydantic import ValidationError
 
 from limbeck.builtin import recipe_files, task_folders
 from limbeck.data import BEST, REST
+from limbeck.elicit.flow import Step
 from limbeck.elicit.prompts import Prompt, load_prompts
+from limbeck.elicit.steps import STEPS
 from limbeck.evaluate.perturb import perturbed
 from limbeck.evaluate.tasks import Task, load_task
 from limbeck.models.context import Sight
@@ -24,7 +28,7 @@ from limbeck.objectives.rank import RANKINGS
 from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.supervised import cross_entropy
 from limbeck.objectives.term import CROSS_ENTROPY, WRITTEN, Term, make_term
-from limbeck.recipe import Recipe, load_recipe
+from limbeck.recipe import Recipe, explain, load_recipe
 from limbeck.settings import Joint as JointSettings
 from limbeck.settings import Rollout
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
@@ -42,6 +46,21 @@ def terms(recipe: Recipe) -> list[Term]:
                 f"loss[{index}]", f"{label} stands twice; give it once with the summed weight, or other text to each by `only`"
             )
     return built
+
+
+def steps(recipe: Recipe) -> list[tuple[str, Step]]:
+    """The recipe's steps of elicitation by name, their settings checked."""
+    found = []
+    for index, entry in enumerate(recipe.elicit or ()):
+        path = f"elicit[{index}].{entry.name}"
+        if entry.name not in STEPS:
+            raise RecipeError(f"elicit[{index}]", f"there is no step {entry.name!r}{nearest(entry.name, STEPS)}")
+        kind = STEPS[entry.name]
+        try:
+            found.append((entry.name, cast(Step, kind.model_validate(entry.params))))
+        except ValidationError as error:
+            raise explain(error, kind, path) from None
+    return found
 
 
 def teacher(recipe: Recipe) -> InProcessTeacher:
@@ -131,6 +150,7 @@ def validate(recipe: Recipe) -> None:
         RecipeError: a term that reads what no writer or teacher gives, an unknown task, prompts that aren't there.
     """
     _check_writers(recipe)
+    steps(recipe)
     training, _ = prompts(recipe)
     _check_student_writer(recipe)
     _check_teacher(recipe, training)
@@ -166,7 +186,7 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
     several = recipe.all_answer or any(len(prompt.answers) > 1 for prompt in training)
     tags = writers | {prompt.task for prompt in training if prompt.task} | ({BEST, REST} if several else {BEST})
     _check_written(recipe, term, path)
-    if term.only is not None and term.only not in tags:
+    if term.only is not None and term.only not in tags and recipe.elicit is None:  # steps give tags of their own
         raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
     if term.name == CROSS_ENTROPY and WRITTEN in writers:
         legal = writers - {WRITTEN} | ({BEST} if recipe.writer[0].by != WRITTEN and recipe.fixed_writers else set())

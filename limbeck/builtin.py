@@ -1,4 +1,4 @@
-"""Where the data that ships with Limbeck lies: recipes and tasks, in the checkout or in the installed package."""
+"""Where the data that ships with Limbeck lies: recipes, tasks and seeds, in the checkout or in the installed package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 
 
 def folder(kind: str) -> Path:
-    """`recipes` or `tasks`: beside the code when installed, at the top of a checkout."""
+    """`recipes`, `tasks` or `seeds`: beside the code when installed, at the top of a checkout."""
     installed = HERE / kind
     return installed if installed.is_dir() else HERE.parent / kind
 
@@ -19,3 +19,8 @@ def recipe_files() -> dict[str, Path]:
 
 def task_folders() -> dict[str, Path]:
     return {file.parent.name: file.parent for file in sorted(folder("tasks").glob("*/task.yaml"))}
+
+
+def seed_files() -> dict[str, Path]:
+    """What elicitation can begin from: instructions, documents, personas, topics, words, code."""
+    return {file.stem: file for file in sorted(folder("seeds").glob("*.jsonl"))}

@@ -132,7 +132,7 @@ def compare(
 @app.command(epilog="Example: limbeck check recipes/quickstart.yaml --set teacher=./my-model")
 def check(recipe: RecipeArgument, set_: SetOption = [], json_: JsonOption = False) -> None:  # noqa: B006
     """Say what a recipe will cost, and refuse what can't work, before anything is loaded."""
-    from limbeck.pipeline import check as check_recipe
+    from limbeck.preflight import check as check_recipe
     from limbeck.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_)

@@ -21,7 +21,8 @@ from limbeck.evaluate.measure import Bench, Measured
 from limbeck.evaluate.statistics import holm
 from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_seed, warnings
 from limbeck.follow import mean_of, writing_share
-from limbeck.pipeline import Run, check, claim
+from limbeck.pipeline import Run, claim
+from limbeck.preflight import check
 from limbeck.progress import Reporter, Silent
 from limbeck.recipe import Recipe, load_recipe, parse
 from limbeck.report.page import write_report

@@ -22,82 +22,23 @@ from limbeck.data import BEST, REST
 from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import Answerer
 from limbeck.jobs import let_write, make_job
-from limbeck.models.load import (
-    Model,
-    check_same_template,
-    check_same_vocabulary,
-    check_takes_system,
-    is_ready,
-    load_config,
-    load_tokenizer,
-    save_model,
-)
+from limbeck.models.load import Model, is_ready, load_config, save_model
 from limbeck.models.prune import Calibration, Choice
 from limbeck.models.self_teacher import Average, adapters_off, self_teacher
-from limbeck.models.start import begin, choose, merge_adapters, scratch_config
+from limbeck.models.start import begin, choose, merge_adapters
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import WRITTEN, make_term
-from limbeck.plan import Plan, Shape, make_plan, trained_controls
+from limbeck.plan import trained_controls
+from limbeck.preflight import check
 from limbeck.progress import Reporter, Silent, StoppedError
 from limbeck.recipe import Recipe
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
+from limbeck.scorer import ModelScorer
 from limbeck.text import Text
-from limbeck.types import RecipeError, Sample, UserError, content_hash
+from limbeck.types import Sample, UserError, content_hash
 
 STAGES = ("elicit", "train", "evaluate", "report")
-
-
-def check(recipe: Recipe) -> Plan:
-    """Refuse what can't work and say what the rest will cost; no weights are loaded.
-
-    Raises:
-        RecipeError: an impossible combination, with its place in the recipe.
-    """
-    build.validate(recipe)
-    config = load_config(recipe.teacher.model)
-    teacher = student = Shape.of(config)
-    start, context = recipe.student.start, config.max_position_embeddings
-    if start.prune is not None:
-        kept = start.prune.keep if isinstance(start.prune.keep, list) else None
-        layers = start.prune.layers if kept is None else len(kept)
-        assert layers is not None
-        if layers > teacher.layers or (kept and kept[-1] >= teacher.layers):
-            raise RecipeError("student.start.prune", f"the teacher has only {teacher.layers} layers, numbered from 0")
-        student = teacher.with_layers(layers)
-    elif start.pretrained is not None:
-        other = load_config(start.pretrained)
-        student, context = Shape.of(other), min(context, other.max_position_embeddings)
-        speaking = load_tokenizer(recipe.teacher.model), load_tokenizer(start.pretrained)
-        check_same_vocabulary(*speaking)
-        check_same_template(*speaking)
-    elif start.scratch is not None:
-        student = Shape.of(scratch_config(start.scratch, config))
-    for path, tokens in (
-        ("writer.max_tokens", max(w.max_tokens for w in recipe.writer)),
-        ("evaluate.max_tokens", recipe.evaluate.max_tokens),
-    ):
-        if tokens >= context:
-            raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {context}")
-    if recipe.teacher.context is not None and recipe.teacher.context.system is not None:
-        check_takes_system(load_tokenizer(recipe.teacher.model))
-    training, held_out = build.prompts(recipe)
-    for term in build.terms(recipe):
-        if term.match is not None:
-            term.match.check(student, teacher)
-    judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
-    return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student, judge)
-
-
-def _judge_shape(source: str) -> Shape:
-    """A judge that is no model, or none that can be asked, is refused here: the evaluation, hours later, would be too late."""
-    try:
-        shape = Shape.of(load_config(source))
-        if is_ready(source):
-            load_tokenizer(source)
-        return shape
-    except UserError as error:
-        raise RecipeError("evaluate.judge", str(error)) from error
 
 
 @dataclass
@@ -120,7 +61,9 @@ class Run:
             "untouched": lambda: InProcessTeacher(self.untouched()),
         }
         identities = {"teacher": lambda: self.teacher_identity, "untouched": lambda: self.untouched_identity}
-        return Text(self.recipe, self.library, self.reporter, self.stop, writers, identities)
+        identities |= {"scorer": lambda: self.teacher_identity}
+        scorer = lambda: ModelScorer(self.teacher.model)  # noqa: E731
+        return Text(self.recipe, self.library, self.reporter, self.stop, writers, identities, scorer, lambda: self.teacher.model.header)
 
     @property
     def library(self) -> Path:
@@ -152,13 +95,13 @@ class Run:
     # The student
 
     def rows(self, samples: Sequence[Sample], student: Model) -> list[data.Row]:
-        """Samples in token ids: the sampled ones as they are; a corpus text is encoded, and ends with the end token."""
+        """Samples in token ids: the sampled ones as they are; a text is encoded, and ends with the end token unless it was cut off."""
 
         def response_ids(sample: Sample) -> Sequence[int]:
             if sample.response_ids is not None:
                 return sample.response_ids
-            ids = student.tokenizer(sample.messages[-1]["content"], add_special_tokens=False)["input_ids"]
-            return [*ids, student.tokenizer.eos_token_id]
+            ids = student.text_ids(sample.messages[-1]["content"])
+            return ids if sample.meta.get("finish") == "length" else [*ids, student.tokenizer.eos_token_id]
 
         sight = build.sight(self.recipe)
         seen = None if sight is None else student.seeing(sight).prompt_ids
@@ -376,7 +319,10 @@ def claim(run: Run) -> None:
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
     else:
         write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
-    inputs = {"teacher": run.teacher_identity, "prompts": content_hash([[asdict(prompt) for prompt in part] for part in run.text.prompts])}
+    inputs = {
+        "teacher": run.teacher_identity,
+        "prompts": content_hash([[prompt.facts for prompt in part] for part in run.text.given_prompts]),
+    }
     known = folder / "inputs.json"
     if known.exists() and (before := json.loads(known.read_text())) != inputs:
         changed = sorted(key for key in inputs if before.get(key) != inputs[key])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from limbeck.data import MICRO_TOKENS
+from limbeck.elicit.flow import Bill
 from limbeck.elicit.prompts import Prompt
 from limbeck.objectives.term import Term
 from limbeck.recipe import Recipe
@@ -25,6 +26,7 @@ CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
 QUESTION_TOKENS, VERDICT_TOKENS = 400, 100  # what a judge reads beside two answers and writes, about
+ASKED_TOKENS, SCORED_TOKENS = 200, 200  # what a question of an elicitation's step holds, and a text that is scored, about
 GIB = 2**30
 SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 ACTIVATION_BYTES = 33  # kept for the backward pass per token and layer, as a multiple of the root of the layer's weights
@@ -132,6 +134,16 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     return [name for name in recipe.evaluate.controls if name != "untouched" and not (name == "sft_control" and is_fine_tuning)]
 
 
+def _prompt_tokens(prompts: Sequence[Prompt]) -> float:
+    """The mean length of a prompt in its template, about."""
+    return sum(len(prompt.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in prompts) / len(prompts)
+
+
+def _elicited(bills: Sequence[Bill]) -> float:
+    """Tokens that the steps of elicitation have a model read and write."""
+    return sum(bill.tokens + ASKED_TOKENS * bill.requests + SCORED_TOKENS * bill.scores for bill in bills)
+
+
 def make_plan(
     recipe: Recipe,
     terms: Sequence[Term],
@@ -140,9 +152,10 @@ def make_plan(
     teacher: Shape,
     student: Shape,
     judge: Shape | None = None,
+    bills: Sequence[Bill] = (),
 ) -> Plan:
-    """Estimate a run from the sizes alone; nothing is loaded."""
-    settings = recipe.train
+    """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for."""
+    settings, count = recipe.train, bills[-1].given if bills else len(training)
     answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
     fixed, own = recipe.fixed_writers, recipe.student_writer
     by_teacher = sum(w.fixed_share for w in fixed if w.by == "teacher")
@@ -150,8 +163,8 @@ def make_plan(
     answering = {w.by: w.fixed_share for w in fixed} if fixed else {"student": 1.0}
     every = sum(answering.values())
     longest = sum(w.fixed_share * w.max_tokens for w in fixed) if fixed else own.max_tokens if own else 0
-    response = int(longest * ANSWER_SHARE * len(training))
-    prompt_tokens = int(sum(len(p.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for p in training) * every)  # every answer repeats its prompt
+    response = max(1, int(longest * ANSWER_SHARE * count))
+    prompt_tokens = int(_prompt_tokens(training) * count * every)  # every answer repeats its prompt
     steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
     epochs = steps * settings.tokens_per_step / response
     trainings = 1 + len(trained_controls(recipe, terms))
@@ -165,7 +178,7 @@ def make_plan(
         train += step_flops(student, None, tokens, trained)
     text_of_controls = 0.0 if fixed or trainings == 1 else float(prompt_tokens + response)
     drawn = recipe.written_share * (tokens + trained)
-    text = (by_teacher / every * (prompt_tokens + response) + text_of_controls + held) * 1.5
+    text = (by_teacher / every * (prompt_tokens + response) + text_of_controls + held + _elicited(bills)) * 1.5
     own_text = written / every * (prompt_tokens + response) * 1.5
     evaluated = 2 + len(recipe.evaluate.controls)
     seconds = {
@@ -182,8 +195,8 @@ def make_plan(
     activations = tokens_together * student.layers * ACTIVATION_BYTES * student.layer_parameters**0.5
     memory = int(4 * teacher.parameters + max(4 * weights + activations, beside) + BASE_BYTES)
     return Plan(
-        requests=round(by_teacher * len(training)) + len(held_out) + (len(training) if text_of_controls else 0),
-        teacher_tokens=int(by_teacher / every * response) + answer * len(held_out),
+        requests=round(by_teacher * count) + len(held_out) + (count if text_of_controls else 0) + sum(b.requests for b in bills),
+        teacher_tokens=int(by_teacher / every * response) + answer * len(held_out) + sum(b.tokens for b in bills),
         trained_tokens=trained,
         steps=steps,
         trainings=trainings,

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
-from limbeck.settings import Evaluate, Loss, Prompts, Rollout, Section, Student, Teacher, Train, Writer, check_shares
+from limbeck.settings import Elicit, Evaluate, Loss, Prompts, Rollout, Section, Student, Teacher, Train, Writer, check_shares
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
@@ -29,6 +29,7 @@ class Recipe(Section):
     teacher: Teacher
     student: Student
     prompts: Prompts
+    elicit: Annotated[list[Elicit], Field(min_length=1)] | None = None
     writer: Annotated[list[Writer], Field(min_length=1, default_factory=lambda: [Writer(by="teacher")])]
     rollout: Rollout | None = None
     loss: Annotated[list[Loss], Field(min_length=1)]
@@ -42,6 +43,12 @@ class Recipe(Section):
         if len(set(map(str, self.writer))) < len(self.writer):
             raise ValueError("two writers are the same in everything, so they would write the same text; change one, or leave it out")
         check_shares(self.writer)
+        if any(writer.by == "elicited" for writer in self.writer) and not self.elicit:
+            raise ValueError(
+                "an elicited writer is whoever answered in the steps of `elicit`, and there are none; add some, or name another"
+            )
+        if any(writer.by == "corpus" for writer in self.writer) and self.elicit:
+            raise ValueError("with steps under `elicit` the text is {by: elicited}: a corpus's own answers go through the steps, too")
         if self.rollout is not None and self.student_writer is None:
             raise ValueError("rollout says how the student writes, and no writer is the student; add {by: student}, or leave it out")
         return self
@@ -156,34 +163,48 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def parse(data: Mapping[str, Any]) -> Recipe:
-    """Plain data to a Recipe. Short forms are written out first: `- forward_kl`, `evaluate: [fidelity]`."""
+    """Plain data to a Recipe. Short forms are written out first: `- forward_kl`, `evaluate: [fidelity]`, `elicit: [- answer: {n: 4}]`."""
     try:
         return Recipe.model_validate(_write_out(dict(data)))
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error, Recipe) from None
 
 
 def _write_out(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(data.get("loss"), list):
         data["loss"] = [_loss(entry, f"loss[{index}]") for index, entry in enumerate(data["loss"])]
+    if isinstance(data.get("elicit"), list):
+        data["elicit"] = [_step(entry, f"elicit[{index}]") for index, entry in enumerate(data["elicit"])]
+        if data["elicit"] and "writer" not in data:
+            data["writer"] = [{"by": "elicited"}]
     if isinstance(data.get("evaluate"), list):
         data["evaluate"] = {"metrics": data["evaluate"]}
     return data
 
 
 def _loss(entry: Any, path: str) -> Any:
+    named = _named(entry, path, "loss", "- jsd: {teacher_share: 0.5}")
+    if named is not entry and "weight" in named["params"]:
+        named["weight"] = named["params"].pop("weight")
+    return named
+
+
+def _step(entry: Any, path: str) -> Any:
+    return _named(entry, path, "step", "- answer: {temperature: 0.7}")
+
+
+def _named(entry: Any, path: str, what: str, example: str) -> Any:
+    """`NAME`, or `NAME: {its parameters}`, with both under keys of their own."""
     if isinstance(entry, str):
-        return {"name": entry}
-    if isinstance(entry, dict) and "name" not in entry:
-        if len(entry) != 1:
-            raise RecipeError(path, f"one loss per list entry, such as `- jsd: {{teacher_share: 0.5}}`; got {entry!r}")
-        ((name, params),) = entry.items()
-        if not isinstance(params, dict | None):
-            raise RecipeError(f"{path}.{name}", f"its parameters must be a mapping; got {params!r}")
-        rest = dict(params or {})
-        weight = {"weight": rest.pop("weight")} if "weight" in rest else {}
-        return {"name": name, "params": rest, **weight}
-    return entry
+        return {"name": entry, "params": {}}
+    if not isinstance(entry, dict) or "name" in entry:
+        return entry
+    if len(entry) != 1:
+        raise RecipeError(path, f"one {what} per list entry, such as `{example}`; got {entry!r}")
+    ((name, params),) = entry.items()
+    if not isinstance(params, dict | None):
+        raise RecipeError(f"{path}.{name}", f"its parameters must be a mapping; got {params!r}")
+    return {"name": name, "params": dict(params or {})}
 
 
 def _set(data: dict[str, Any], override: str) -> None:
@@ -212,16 +233,15 @@ def _set(data: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {path}: {last!r} can't be set there")
 
 
-def _explain(error: ValidationError) -> RecipeError:
-    """The first complaint of pydantic in our words: place, value, what would do."""
+def explain(error: ValidationError, root: type[Section], path: str = "") -> RecipeError:
+    """The first complaint of pydantic about a section that stands at `path`, in our words: place, value, what would do."""
     first = error.errors(include_url=False)[0]
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith(NOT_KEYS))]
-    path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     kind, value = first["type"], first.get("input")
     if kind == "extra_forbidden":
-        return RecipeError(path, f"unknown key{nearest(str(location[-1]), _legal_keys(location[:-1]))}")
+        return RecipeError(path, f"unknown key{nearest(str(location[-1]), _legal_keys(root, location[:-1]))}")
     if kind == "missing":
         return RecipeError(path, "is required")
     if kind == "literal_error":
@@ -232,9 +252,9 @@ def _explain(error: ValidationError) -> RecipeError:
     return RecipeError(path, message if kind == "value_error" else f"{message}; got {value!r}")
 
 
-def _legal_keys(location: Sequence[str | int]) -> list[str]:
+def _legal_keys(root: type[Section], location: Sequence[str | int]) -> list[str]:
     """The keys of the section that `location` leads to."""
-    section: Any = Recipe
+    section: Any = root
     for part in location:
         if isinstance(part, int):
             continue

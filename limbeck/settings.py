@@ -124,15 +124,22 @@ class Teacher(Section):
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
+class Elicit(Section):
+    """One step of the elicitation: its name and its own settings (see `limbeck methods`)."""
+
+    name: str
+    params: dict[str, Any] = {}
+
+
 class Writer(Section):
     """Who writes the text the student trains on, and how it is drawn. `untouched` is the student before training, `student` the
-    student at this step.
+    student at this step, `elicited` whoever answered in the steps of `elicit`.
 
     Shares add up to 1 (each prompt goes to one writer), or are all 1 (each prompt goes to all, the preferred writer first). The
     student's may be a schedule; the others then share the rest.
     """
 
-    by: Literal["teacher", "corpus", "untouched", "student"]
+    by: Literal["teacher", "corpus", "elicited", "untouched", "student"]
     share: Annotated[float, Field(ge=0, le=1)] | dict[str, Any] = 1.0
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from limbeck.types import Evidence, Finish, Request, Sample, UserError, canonical_json
+from limbeck.types import Evidence, Finish, LogProb, Request, Sample, UserError, canonical_json
 
 SCHEMA = """
 create table if not exists about (version integer not null);
 create table if not exists samples (id text primary key, body text not null) strict;
 create table if not exists answers (
     key text primary key, request text not null, finish text not null, sample_id text not null references samples (id)
+) strict;
+create table if not exists bodies (key text primary key, raw text not null) strict;
+create table if not exists scores (judge text not null, name text not null, nats real not null, tokens integer not null,
+    primary key (judge, name)
 ) strict;
 create table if not exists evidence (
     sample_id text not null references samples (id), kind text not null, judge text not null,
@@ -54,8 +59,8 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._db.close()
 
-    def record(self, request: Request, sample: Sample, finish: Finish) -> None:
-        """Keep an answer. When this returns, it survives the process."""
+    def record(self, request: Request, sample: Sample, finish: Finish, raw: str | None = None) -> None:
+        """Keep an answer, and the body it came in where that is given. When this returns, it survives the process."""
         body = {
             "messages": list(sample.messages),
             "writer": sample.writer,
@@ -63,15 +68,21 @@ class Store:
             "parents": list(sample.parents),
             "meta": sample.meta,
         }
-        asked = {"model": request.model, "messages": list(request.messages), "seed": request.seed}
-        asked |= {"sampling": vars(request.sampling), "meta": request.meta}
-        self._db.execute("begin immediate")
-        try:
+        asked = request.asked | {"meta": request.meta}
+        with self._all_or_none():
             self._db.execute("insert or ignore into samples values (?, ?)", (sample.id, canonical_json(body)))
             self._db.execute(
                 "insert or ignore into answers values (?, ?, ?, ?)",
                 (request.key, canonical_json(asked), finish, sample.id),
             )
+            if raw is not None:
+                self._db.execute("insert or ignore into bodies values (?, ?)", (request.key, raw))
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        self._db.execute("begin immediate")
+        try:
+            yield
             self._db.execute("commit")
         except BaseException:
             if self._db.in_transaction:  # SQLite has rolled back by itself when the disk was full
@@ -86,14 +97,8 @@ class Store:
     def write_evidence(self, *evidence: Evidence) -> None:
         """Keep evidence, all of it or none."""
         rows = [(e.sample_id, e.kind, e.judge, canonical_json(e.value), e.tensor_ref) for e in evidence]
-        self._db.execute("begin immediate")
-        try:
+        with self._all_or_none():
             self._db.executemany("insert or replace into evidence values (?, ?, ?, ?, ?)", rows)
-            self._db.execute("commit")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("rollback")
-            raise
 
     def evidence(self, kind: str) -> Iterator[Evidence]:
         rows = self._db.execute(
@@ -102,6 +107,22 @@ class Store:
         )
         for sample_id, kind_, judge, value, tensor_ref in rows:
             yield Evidence(sample_id, kind_, judge, json.loads(value), tensor_ref)
+
+    def write_scores(self, judge: str, scores: Mapping[str, LogProb]) -> None:
+        """Keep how likely a model finds answers, all of them or none."""
+        rows = [(judge, name, found.nats, found.tokens) for name, found in scores.items()]
+        with self._all_or_none():
+            self._db.executemany("insert or replace into scores values (?, ?, ?, ?)", rows)
+
+    def scores(self, judge: str) -> dict[str, LogProb]:
+        """How likely this model finds answers, by the question's name."""
+        rows = self._db.execute("select name, nats, tokens from scores where judge = ?", (judge,))
+        return {name: LogProb(nats, tokens) for name, nats, tokens in rows}
+
+    def body(self, key: str) -> str | None:
+        """The body that an answer came in, where it was kept."""
+        row = self._db.execute("select raw from bodies where key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
 
     def count(self) -> dict[str, int]:
         """How many answers there are of each finish."""

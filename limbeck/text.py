@@ -1,7 +1,8 @@
 """The text of a run: who answers which prompt, asked for once, read back ever after.
 
-Every prompt goes to one writer (by their shares) or, where all shares are 1, to all of them; then the order of the
-writers is the order of preference that ranking losses read. A corpus may bring several answers, the best first.
+The prompts are given, or made of given ones by the steps under `elicit`, which may answer them, too. Every prompt goes to one writer
+(by their shares) or, where all shares are 1, to all of them; then the order of the writers is the order of preference that ranking
+losses read. A corpus may bring several answers, the best first.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from limbeck import build
-from limbeck.elicit.engine import Answerer, elicit
+from limbeck.elicit.engine import Answerer, Desk, Scorer, StoppedEarlyError, elicit
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicitation import Elicitation, prompts_of
 from limbeck.progress import Reporter, StoppedError
 from limbeck.recipe import Recipe
 from limbeck.settings import Writer
@@ -34,11 +36,32 @@ class Text:
     stop: Callable[[], bool]
     writers: dict[str, Callable[[], Answerer]]
     identities: dict[str, Callable[[], str]]
+    scorer: Callable[[], Scorer]
+    header: Callable[[], str | None]
 
     @cached_property
-    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        """(training prompts, held-out prompts)."""
+    def given_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """(training prompts as they are given, held-out prompts)."""
         return build.prompts(self.recipe)
+
+    @property
+    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """(training prompts, held-out prompts); where there are steps of elicitation, what they made of the training prompts."""
+        given, held_out = self.given_prompts
+        return (self._elicited[0] if self.recipe.elicit else given), held_out
+
+    @cached_property
+    def _elicited(self) -> tuple[list[Prompt], dict[str, list[Sample]]]:
+        """The prompts that the steps under `elicit` left, and the answers to each by its id."""
+        work = Elicitation(self.recipe, *self.given_prompts, self.folder, self.identities["teacher"](), self.header)
+        began = time.monotonic()
+        with Store(self.folder / "store.sqlite") as store:
+            told = partial(self._tell, "teacher", began)
+            desk = Desk(store, self.writers["teacher"], self.scorer, self.identities["scorer"], told, self.stop)
+            try:
+                return prompts_of(work.run(desk, self.reporter.stage))
+            except StoppedEarlyError as error:
+                raise self._stopped(error.there, error.wanted) from None
 
     def given(self) -> list[Sample]:
         """The training text that does not come from the student: what a student's start may be chosen by."""
@@ -80,11 +103,14 @@ class Text:
             return []
         turns = [(prompt, place, writer) for prompt in self.prompts[0] for place, writer in self._turns(prompt) if writer in wanted]
         answered: dict[str, Sample] = {}
-        for by in dict.fromkeys(writer.by for _, _, writer in turns if writer.by != "corpus"):
+        for by in dict.fromkeys(writer.by for _, _, writer in turns if writer.by not in ("corpus", "elicited")):
             requests = [self._request(prompt, by, _sampling(writer)) for prompt, _, writer in turns if writer.by == by]
             answered |= {request.key: sample for request, sample in zip(requests, self._ask(requests, by), strict=True)}
         found = []
         for prompt, place, writer in turns:
+            if writer.by == "elicited":
+                found += [self._elicited_sample(sample, prompt, place) for sample in self._elicited[1].get(prompt.id, ())]
+                continue
             if writer.by == "corpus":
                 samples = [_corpus_sample(prompt, answer) for answer in prompt.answers]
             else:
@@ -96,6 +122,14 @@ class Text:
     def _described(sample: Sample, prompt: Prompt, by: str, place: int) -> Sample:
         facts = {"prompt_id": prompt.id, "kind": prompt.kind, "writer": by, "task": prompt.task, "weight": prompt.weight}
         return replace(sample, meta=sample.meta | facts | {"place": place})
+
+    @staticmethod
+    def _elicited_sample(sample: Sample, prompt: Prompt, place: int) -> Sample:
+        """A sample of the pool with what is known of its prompt, and its own task and weight. Answers to one prompt are equals, unless a
+        step said which is preferred (`place`)."""
+        own = {name: sample.meta[name] for name in ("kind", "task", "weight", "finish") if name in sample.meta}
+        facts = {"prompt_id": prompt.id, "kind": prompt.kind, "writer": "elicited", "task": "", "weight": 1.0, "finish": "ok"} | own
+        return replace(sample, meta=facts | {"place": place + int(sample.meta.get("place", 0))})
 
     def _turns(self, prompt: Prompt) -> list[tuple[int, Writer]]:
         """(place in the order of preference, writer) of those that answer this prompt. A share's draw depends on seed and prompt alone."""
@@ -115,17 +149,18 @@ class Text:
         return request
 
     def _ask(self, requests: Sequence[Request], by: str) -> list[Sample]:
-        began = time.monotonic()
-
-        def progress(done: int, total: int, tokens: int) -> None:
-            rate = tokens / max(1e-9, time.monotonic() - began)
-            self.reporter.progress(done, total, f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else "")
-
         with Store(self.folder / "store.sqlite") as store:
-            answers = elicit(requests, store, self.writers[by], progress, self.stop)
+            answers = elicit(requests, store, self.writers[by], partial(self._tell, by, time.monotonic()), self.stop)
         if len(answers) < len(requests):
-            raise StoppedError(f"stopped; {len(answers)} of {len(requests)} answers are kept in {self.folder}, run it again to go on")
+            raise self._stopped(len(answers), len(requests))
         return answers
+
+    def _tell(self, by: str, began: float, done: int, total: int, tokens: int) -> None:
+        rate = tokens / max(1e-9, time.monotonic() - began)
+        self.reporter.progress(done, total, f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else "")
+
+    def _stopped(self, there: int, wanted: int) -> StoppedError:
+        return StoppedError(f"stopped; {there} of {wanted} answers are kept in {self.folder}, run it again to go on")
 
 
 def _sampling(writer: Writer) -> Sampling:

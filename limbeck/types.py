@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Message = dict[str, str]
-Finish = Literal["ok", "length", "empty"]
+Finish = Literal["ok", "length", "empty", "filtered", "malformed", "refused", "error"]
+
+OLDEST = ("temperature", "top_p", "max_tokens")  # settings of a draw that every request key has held from the first version on
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
@@ -47,36 +49,61 @@ def content_hash(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn. `temperature` 0 is greedy. `max_tokens` counts the end-of-sequence token."""
+    """How text is drawn. `temperature` 0 is greedy. `max_tokens` counts the end-of-sequence token. Text ends before the first of `stop`;
+    a token that was written before loses `presence_penalty` of its logit."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to one model. Its `key` makes it idempotent: whoever asks again reads the stored answer."""
+    """One question to one model. Its `key` makes it idempotent: whoever asks again reads the stored answer.
+
+    A `raw` request has the model continue that very text, control tokens and all, without a chat template; `messages` are then what
+    the answer is filed under. With `against`, every token is drawn from log p(token | messages) - `contrast` * log p(token | against).
+    """
 
     model: str
     messages: tuple[Message, ...]
     sampling: Sampling
     seed: int
     meta: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+    raw: str | None = None
+    against: tuple[Message, ...] | None = None
+    contrast: float = 0.0
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What its answer depends on, as plain data. What is left at its default has no part in it, so that old keys stay."""
+        sampling = {name: value for name, value in vars(self.sampling).items() if name in OLDEST or value != getattr(Sampling, name)}
+        fields: dict[str, Any] = {"model": self.model, "messages": list(self.messages), "seed": self.seed, "sampling": sampling}
+        if self.raw is not None:
+            fields["raw"] = self.raw
+        if self.against is not None:
+            fields |= {"against": list(self.against), "contrast": self.contrast}
+        return fields
 
     @property
     def key(self) -> str:
-        fields = {"model": self.model, "messages": list(self.messages), "seed": self.seed}
-        return content_hash(fields | {"sampling": vars(self.sampling)})
+        return content_hash(self.asked)
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote: `ids` as sampled (they end with the end-of-sequence token when `finish` is ok)."""
+    """What a model wrote: `ids` as sampled (they end with the end-of-sequence token when `finish` is ok), None where only text is known.
 
-    ids: tuple[int, ...]
+    `raw` is the body of a server's answer, kept for audit; `usage` its bill in tokens, (read, written).
+    """
+
+    ids: tuple[int, ...] | None
     text: str
     finish: Finish
+    raw: str | None = None
+    usage: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +135,14 @@ class Evidence:
     judge: str
     value: Any = None
     tensor_ref: str | None = None
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """log p(answer | messages) in nats, its end token not counted, and the answer's number of tokens."""
+
+    nats: float
+    tokens: int
 
 
 @dataclass(frozen=True)

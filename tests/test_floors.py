@@ -10,14 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "limbeck"
 FLOORS = [
     ["types"],
-    ["builtin", "durable", "follow", "memory", "progress", "ranks", "settings"],
-    ["recipe", "store", "checkpoint", "objectives", "elicit.verify", "track", "watch"],
+    ["builtin", "durable", "follow", "memory", "progress", "ranks", "sandbox", "settings"],
+    ["recipe", "store", "checkpoint", "objectives", "elicit.checks", "elicit.verify", "net", "track", "watch"],
     ["evaluate.statistics", "evaluate.calibration", "evaluate.wording", "evaluate.leak", "report"],
     [
         "signals",
         "elicit.prompts",
-        "elicit.label",
-        "elicit.engine",
+        "elicit",
         "data",
         "models.sample",
         "models.named",
@@ -31,6 +30,7 @@ FLOORS = [
     ["plan", "prepare", "controls", "evaluate", "monitor"],
     ["train", "rollout"],
     ["build"],
+    ["elicitation", "preflight", "scorer"],
     ["text", "jobs"],
     ["evaluation"],
     ["pipeline"],

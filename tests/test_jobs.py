@@ -17,7 +17,7 @@ from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import Evidence, Head, fused_loss
 from limbeck.objectives.term import make_term
-from limbeck.pipeline import check
+from limbeck.preflight import check
 from limbeck.prepare import response_log_probs
 from limbeck.recipe import parse
 from limbeck.settings import Train

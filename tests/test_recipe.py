@@ -10,7 +10,7 @@ import yaml
 from limbeck import RecipeError, UserError, load_recipe
 from limbeck.build import terms, validate
 from limbeck.builtin import recipe_files
-from limbeck.pipeline import check
+from limbeck.preflight import check
 from limbeck.recipe import parse
 
 

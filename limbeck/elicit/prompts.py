@@ -8,11 +8,11 @@ A line holds `prompt` and may hold `id`, `kind`, `answer` or `answers` (a corpus
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.builtin import task_folders
+from limbeck.builtin import seed_files, task_folders
 from limbeck.elicit.verify import parse_check
 from limbeck.types import Message, RecipeError, UserError, nearest
 
@@ -22,7 +22,7 @@ LISTS = (("answers",), ("references",))  # a task's items name what they are hel
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question; `check` is None where no program can judge the answer."""
+    """One question; `check` is None where no program can judge the answer. `before` is the conversation that it comes at the end of."""
 
     id: str
     text: str
@@ -32,14 +32,21 @@ class Prompt:
     task: str = ""
     weight: float = 1.0
     feedback: str = ""
+    before: tuple[Message, ...] = ()
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        return ({"role": "user", "content": self.text},)
+        return (*self.before, {"role": "user", "content": self.text})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As plain data, to be hashed and kept."""
+        facts = asdict(self)
+        return facts if self.before else {name: value for name, value in facts.items() if name != "before"}
 
 
 def load_prompts(source: str, part: str = "train", path: str = "prompts.from") -> list[Prompt]:
-    """The prompts of `builtin/NAME` (its training or test part) or of a JSONL file. `path` is where the recipe names it.
+    """The prompts of `builtin/NAME` (seeds, or a task's training or test part) or of a JSONL file. `path` is where the recipe names it.
 
     Raises:
         UserError: nothing there, nothing in it, or a malformed line, which is named by its number.
@@ -67,10 +74,14 @@ def load_prompts(source: str, part: str = "train", path: str = "prompts.from") -
 
 def _locate(source: str, part: str, path: str) -> Path:
     if source.startswith(BUILTIN):
-        tasks = task_folders()
+        tasks, seeds = task_folders(), seed_files()
         name = source.removeprefix(BUILTIN)
+        if name in seeds and part == "train":
+            return seeds[name]
+        if name in seeds:
+            raise RecipeError(path, f"the seeds {name} have no held-out part; set evaluate.prompts: builtin/everyday, or another task's")
         if name not in tasks:
-            raise RecipeError(path, f"there are no built-in prompts {name!r}{nearest(name, tasks)}")
+            raise RecipeError(path, f"there are no built-in prompts {name!r}{nearest(name, (*tasks, *seeds))}")
         file = tasks[name] / f"{part}.jsonl"
         if part == "train" and not file.is_file():
             having = [known for known, folder in tasks.items() if (folder / "train.jsonl").is_file()]

@@ -21,6 +21,7 @@ from limbeck.evaluate import wording
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.efficiency import efficiency, sizes
 from limbeck.evaluate.fidelity import Choices, ItemFidelity, Text, fidelity
+from limbeck.evaluate.items import Item
 from limbeck.evaluate.tasks import Answer, Scored, Task, answer_all, run_task
 from limbeck.models.generate import Job, generate
 from limbeck.models.load import Model
@@ -79,9 +80,9 @@ class Bench:
         """Refuse a folder whose records answer other questions."""
         asked = self.protocol
         tasks = [
-            {"name": t.name, "metrics": t.metrics, "settings": t.settings, "items": [asdict(item) for item in t.items]} for t in asked.tasks
+            {"name": t.name, "metrics": t.metrics, "settings": t.settings, "items": [_facts(item) for item in t.items]} for t in asked.tasks
         ]
-        facts = {"prompts": [asdict(prompt) for prompt in asked.prompts], "max_tokens": asked.max_tokens, "own_prompts": asked.own_prompts}
+        facts = {"prompts": [prompt.facts for prompt in asked.prompts], "max_tokens": asked.max_tokens, "own_prompts": asked.own_prompts}
         print_ = content_hash(facts | {"tasks": tasks, "rows": [row.response_ids for row in asked.rows], "seed": asked.seed})
         file = self.folder / "protocol.json"
         if file.exists() and json.loads(file.read_text())["hash"] != print_:
@@ -200,6 +201,10 @@ class Bench:
             prompts = [system.prompt_ids(prompt.messages) for prompt in self.protocol.prompts[:SHOWN]]
             write_json(file, same[0] if same else efficiency(system, prompts))
         return dict(json.loads(file.read_text()))
+
+
+def _facts(item: Item) -> dict[str, Any]:
+    return item.facts if isinstance(item, Prompt) else asdict(item)
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:

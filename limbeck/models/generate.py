@@ -2,7 +2,7 @@
 
 Every row keeps its own random numbers, so an answer does not depend on who shares its batch (up to the rounding of
 the matrix products). A finished row leaves its slot to the next prompt at once; the cache is written in place.
-Not covered: sliding-window or recurrent caches, beam search, repetition penalties.
+Not covered: sliding-window or recurrent caches, beam search.
 
 Shapes: B slots, T columns of the cache, V vocabulary, H key-value heads, D head width.
 """
@@ -270,9 +270,11 @@ def generate(
     batch_rows: int = 64,
     stop: Callable[[], bool] = lambda: False,
     tokens: int | None = None,
+    beside: Beside | None = None,
+    ended: Callable[[Sampling, Sequence[int]], bool] = lambda sampling, ids: False,
 ) -> Iterator[tuple[int, list[int]]]:
     """`write` for those who want the ids alone: (index of the job, sampled ids)."""
-    for written in write(model, jobs, eos_ids, batch_rows, stop, tokens):
+    for written in write(model, jobs, eos_ids, batch_rows, stop, tokens, beside=beside, ended=ended):
         yield written.index, written.ids
 
 
@@ -285,8 +287,9 @@ def write(
     tokens: int | None = None,
     record: bool = False,
     beside: Beside | None = None,
+    ended: Callable[[Sampling, Sequence[int]], bool] = lambda sampling, ids: False,
 ) -> Iterator[Written]:
-    """Continue every prompt; yield each as it finishes. A row without an end-of-sequence token ran to `max_tokens`.
+    """Continue every prompt; yield each as it finishes. A row without an end-of-sequence token ran to `max_tokens`, or was `ended`.
 
     Args:
         model: a decoder in evaluation mode.
@@ -296,6 +299,7 @@ def write(
         tokens: ids from here on are never drawn: a head is often padded beyond its tokenizer.
         record: keep log-probabilities.
         beside: a second model that writes along.
+        ended: whether what was written is all that is wanted; asked after every token.
 
     Raises:
         UserError: a prompt and its answer don't fit the context of a model that writes.
@@ -318,7 +322,8 @@ def write(
         running = batch.running()
         _write_one(batch, running, tokens, record, beside)
         for slot, row in running:
-            if row.written.ids[-1] in eos_ids or len(row.written.ids) == row.job.sampling.max_tokens:
+            ids, sampling = row.written.ids, row.job.sampling
+            if ids[-1] in eos_ids or len(ids) == sampling.max_tokens or ended(sampling, ids):
                 batch.rows[slot] = None
                 yield row.written
         if batch.running():
@@ -330,6 +335,9 @@ def _write_one(batch: _Batch, running: Sequence[tuple[int, _Row]], tokens: int |
     """Every running row's next token, and what was asked for of it."""
     slots, samplings = [slot for slot, _ in running], [row.job.sampling for _, row in running]
     own_BV, *others = (side.logits_BV[slots, :tokens] for side in batch.sides)
+    for number, (_, row) in enumerate(running):
+        if row.job.sampling.presence_penalty:
+            own_BV[number, sorted(set(row.written.ids))] -= row.job.sampling.presence_penalty
     uniform_B2 = torch.stack([row.uniform_T2[len(row.written.ids)] for _, row in running])
     joint = None if beside is None else beside.joint
     drawn = joint(own_BV, others[0], samplings, uniform_B2) if joint else draw(own_BV, samplings, uniform_B2[:, 0])

@@ -1,4 +1,5 @@
-"""Two models write one text: the teacher mixed into the student's distribution, or put in its place where the student strays.
+"""Two models write one text: the teacher mixed into the student's distribution, or put in its place where the student strays; or one
+model writes against itself, shown something else.
 
 Shapes: B rows, V vocabulary, K the teacher's likeliest tokens.
 """
@@ -67,3 +68,20 @@ class Speculation:
             by_teacher_B = torch.where(token_B == beside_BV.argmax(-1), 0.0, -math.inf)
         own_B = torch.where((top_BK == token_B[:, None]).any(-1), log_q_BV.gather(1, token_B[:, None])[:, 0], -math.inf)
         return Drawn(token_B, torch.logaddexp(own_B, replaced_B + by_teacher_B), kept_B)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Each token is drawn by log p(token) - `strength` * log p(token | the other prompt), at the rows' temperature: what follows from this
+    prompt and not from the other (contrastive decoding as in SCOTT, arXiv:2305.01879). Limit: the model alone at 0.
+
+    Not covered: a bar for tokens that are unlikely under both.
+    """
+
+    strength: float
+
+    def __call__(self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor) -> Drawn:
+        contrast_BV = own_BV.float().log_softmax(-1)
+        if self.strength:
+            contrast_BV = contrast_BV - self.strength * beside_BV.float().log_softmax(-1)
+        return draw(contrast_BV, samplings, uniform_B2[:, 0])

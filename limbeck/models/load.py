@@ -73,6 +73,22 @@ class Model:
         ids: Any = self.tokenizer.apply_chat_template(list(seen), add_generation_prompt=True, return_dict=True)
         return list(ids["input_ids"])
 
+    def text_ids(self, text: str) -> list[int]:
+        """A text as token ids, nothing added; what looks like a control token in it is text."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def raw_ids(self, text: str) -> list[int]:
+        """A text as token ids, its control tokens taken as such: for texts of ours in the model's own format, never for content."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def header(self) -> str | None:
+        """The text before a user's first message in the chat template; None where the template puts other things around it."""
+        mark = "USER MESSAGE"
+        text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+        before, found, _ = text.partition(mark)
+        return before if found and before else None
+
     def seeing(self, sight: Sight | None) -> Model:
         """The same model shown something else beside the prompt: another teacher, with a name of its own."""
         return replace(self, sight=sight, identity=self.named(self.identity.partition("+sight-")[0], sight))

@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from limbeck.models.generate import Job, generate
+from limbeck.models.generate import Beside, Job, generate
+from limbeck.models.joint import Contrast
 from limbeck.models.load import Model, head_of
 from limbeck.models.taps import features
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
-from limbeck.types import Batch, Finish, Generated, Request
+from limbeck.types import Batch, Finish, Generated, Request, Sampling
 
 Weights = Callable[[], AbstractContextManager[None]]
 
@@ -24,7 +25,7 @@ class InProcessTeacher:
     what it can give; a teacher behind an interface that returns text alone could do less.
     """
 
-    can = frozenset({"text", "teacher_distribution", "teacher_features", "log_probs"})
+    can = frozenset({"text", "raw", "contrast", "teacher_distribution", "teacher_features", "log_probs"})
 
     def __init__(self, model: Model, weights: Weights = nullcontext) -> None:
         self.model, self.weights = model, weights
@@ -32,12 +33,36 @@ class InProcessTeacher:
 
     def answers(self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Request, Generated]]:
         """Answer every request, each as it finishes. A request's own key seeds its random numbers."""
-        eos = self.model.eos_ids
-        jobs = [Job(self.model.prompt_ids(r.messages), r.sampling, int(r.key[:15], 16)) for r in requests]
-        for index, ids in generate(self.model.net, jobs, eos, stop=stop, tokens=self.model.tokens):
-            text = self.model.decode(ids)
-            finish: Finish = "length" if ids[-1] not in eos else "ok" if text.strip() else "empty"
-            yield requests[index], Generated(tuple(ids), text, finish)
+        kinds: dict[float | None, list[Request]] = {}  # those of one strength of contrast decode together
+        for request in requests:
+            kinds.setdefault(None if request.against is None else request.contrast, []).append(request)
+        for strength, alike in kinds.items():
+            beside = None if strength is None else Beside(self.model.net, Contrast(strength))
+            jobs = [self._job(request) for request in alike]
+            net, eos = self.model.net, self.model.eos_ids
+            for index, ids in generate(net, jobs, eos, stop=stop, tokens=self.model.tokens, beside=beside, ended=self._ended):
+                yield alike[index], self._generated(alike[index], ids)
+
+    def _job(self, request: Request) -> Job:
+        model = self.model
+        beside = None if request.against is None else model.prompt_ids(request.against)
+        ids = model.prompt_ids(request.messages) if request.raw is None else model.raw_ids(request.raw)
+        return Job(ids, request.sampling, int(request.key[:15], 16), beside)
+
+    def _ended(self, sampling: Sampling, ids: Sequence[int]) -> bool:
+        """Whether a text that ends the answer stands at its end. Only its last tokens are looked at: each of them is a byte or more."""
+        if not sampling.stop:
+            return False
+        last = self.model.decode(ids[-max(map(len, sampling.stop)) * 4 :])
+        return any(stop in last for stop in sampling.stop)
+
+    def _generated(self, request: Request, ids: Sequence[int]) -> Generated:
+        """The answer, cut before the first text that ends it. Ids that say more than the text are left out."""
+        text = self.model.decode(ids)
+        found = [text.find(stop) for stop in request.sampling.stop if stop in text]
+        kept, whole = (text[: min(found)], True) if found else (text, ids[-1] in self.model.eos_ids)
+        finish: Finish = "length" if not whole else "ok" if kept.strip() else "empty"
+        return Generated(None if found else tuple(ids), kept, finish)
 
     @torch.no_grad()
     def view(self, batch: Batch, taps: Taps = NO_TAPS, vocabulary: int | None = None) -> TeacherView:

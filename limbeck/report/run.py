@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from limbeck.report import figures, grids
+from limbeck.report.elicited import elicited
 from limbeck.report.excerpt import read_excerpt
 from limbeck.report.judge import judged
 from limbeck.report.metrics import LABELS, label
@@ -48,6 +49,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "kinds": grids.kinds_grid(summary, "student", {}),
         "classes": grids.classes_grid(summary),
         "class_figure": figures.token_class_figure(summary),
+        "elicited": elicited(folder),
         "losses": figures.loss_figures(folder),
         "training": grids.training_grid(folder),
         "own_texts": own_texts(folder),

@@ -1,0 +1,224 @@
+"""The steps of `elicit:` from a recipe to trained text: the same pool whoever answers first, everything left out counted, going on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar
+
+import pytest
+from pydantic import Field
+
+from limbeck.elicit import steps
+from limbeck.elicit.engine import Desk, StoppedEarlyError, elicit
+from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Score, Tally, answered, ask, finished, prompt_of, score, scored
+from limbeck.elicitation import Elicitation, prompts_of
+from limbeck.pipeline import run
+from limbeck.preflight import check
+from limbeck.recipe import parse
+from limbeck.settings import Section
+from limbeck.store import Store
+from limbeck.types import Generated, LogProb, RecipeError, Request, Sample, Sampling, UserError
+
+
+class Say(Section):
+    """Asks every prompt `n` times, then scores the answers."""
+
+    kind: ClassVar[Kind] = "label"
+    paper: ClassVar[str] = "none"
+    needs: ClassVar[frozenset[str]] = frozenset({"text", "log_probs"})
+    n: Annotated[int, Field(ge=1)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] = 8
+
+    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
+        turns = [(sample, number) for sample in pool for number in range(self.n)]
+        sampling = Sampling(1.0, 1.0, self.max_tokens)
+        replies = yield from ask([scene.request(sample.messages, sampling, number) for sample, number in turns])
+        kept = [
+            answered(sample, reply)
+            for (sample, _), reply, whole in zip(turns, replies, finished(replies, tally), strict=True)
+            if whole or reply.meta["finish"] == "length"
+        ]
+        found = yield from score([Score(sample.messages[:-1], sample.messages[-1]["content"]) for sample in kept])
+        return [scored(sample, nats=one.nats) for sample, one in zip(kept, found, strict=True)]
+
+    def bill(self, taken: int) -> Bill:
+        return Bill(taken * self.n, taken * self.n * self.max_tokens, taken * self.n, taken * self.n)
+
+
+class Backwards:
+    """Answers with the question's last word, the last request first; fails for some."""
+
+    identity = "backwards@1"
+
+    def __init__(self, broken: Sequence[str] = ()) -> None:
+        self.asked: list[Request] = []
+        self.broken = broken
+
+    def answers(self, requests: Sequence[Request], stop=lambda: False) -> Iterator[tuple[Request, Generated]]:
+        for request in reversed(requests):
+            if stop():
+                return
+            self.asked.append(request)
+            word = request.messages[-1]["content"].split()[-1]
+            broken = word in self.broken
+            yield request, Generated(None, "" if broken else word, "error" if broken else "ok", usage=(3, 1))
+
+
+class ByLength:
+    identity = "length@1"
+    asked = 0
+
+    def log_probs(self, questions: Sequence[Score]) -> list[LogProb]:
+        self.asked += len(questions)
+        return [LogProb(-float(len(question.answer)), len(question.answer)) for question in questions]
+
+
+def pool_of(*texts: str) -> Pool:
+    return [Sample(({"role": "user", "content": text},), "corpus", meta={"prompt_id": text}) for text in texts]
+
+
+def desk(store: Store, writer: Backwards, scorer: ByLength | None = None, stop=lambda: False) -> Desk:
+    judge = scorer or ByLength()
+    return Desk(store, lambda: writer, lambda: judge, lambda: judge.identity, stop=stop)
+
+
+def test_answers_come_in_the_order_of_the_questions_and_are_paid_once(tmp_path):
+    writer, scorer, tally = Backwards(), ByLength(), Tally("say")
+    pool = pool_of("say one", "say two", "say three")
+    with Store(tmp_path / "s.sqlite") as store:
+        first = desk(store, writer, scorer).drive(Say(n=2).run(pool, Scene(writer.identity, 7, "0/say"), tally))
+        again = desk(store, writer, scorer).drive(Say(n=2).run(pool, Scene(writer.identity, 7, "0/say"), Tally("say")))
+    assert [sample.messages[-1]["content"] for sample in first] == ["one", "one", "two", "two", "three", "three"]
+    assert [sample.meta["scores"] for sample in first] == [{"nats": -float(n)} for n in (3, 3, 3, 3, 5, 5)]
+    assert first == again and len(writer.asked) == 6 and scorer.asked == 3  # equal answers are one question
+    assert first[0].parents[0] == pool[0].id and first[0].meta["prompt_id"] == "say one"
+
+
+def test_what_failed_is_asked_again_and_what_was_answered_is_not(tmp_path):
+    writer = Backwards(broken=["two"])
+    requests = [Scene("m", 7, "0/x").request(sample.messages, Sampling()) for sample in pool_of("say one", "say two")]
+    with Store(tmp_path / "s.sqlite") as store:
+        found = elicit(requests, store, lambda: writer)
+        assert [sample.meta["finish"] for sample in found] == ["ok", "error"]
+        writer.broken = []
+        assert [sample.meta["finish"] for sample in elicit(requests, store, lambda: writer)] == ["ok", "ok"]
+        assert store.count() == {"ok": 2}
+    assert len(writer.asked) == 3
+
+
+def test_a_stop_keeps_what_was_answered(tmp_path):
+    writer, pool = Backwards(), pool_of("say one", "say two", "say three")
+    with Store(tmp_path / "s.sqlite") as store:
+        with pytest.raises(StoppedEarlyError) as stopped:
+            plan = Say().run(pool, Scene(writer.identity, 7, "0/say"), Tally("say"))
+            desk(store, writer, stop=lambda: len(writer.asked) == 2).drive(plan)
+        assert (stopped.value.there, stopped.value.wanted) == (2, 3)
+        desk(store, writer).drive(Say().run(pool, Scene(writer.identity, 7, "0/say"), Tally("say")))
+    assert len(writer.asked) == 3
+
+
+def test_an_answer_stands_after_its_prompt_whatever_else_the_writer_was_shown():
+    prompt = pool_of("why")[0]
+    reply = Sample(({"role": "system", "content": "Be brief."}, *prompt.messages, {"role": "assistant", "content": "so"}), "m", (5, 0))
+    sample = answered(prompt, reply, extra=1)
+    assert [message["role"] for message in sample.messages] == ["user", "assistant"]
+    assert sample.response_ids == (5, 0) and sample.meta["extra"] == 1 and sample.parents == (prompt.id, reply.id)
+    assert answered(prompt, reply, "thus").response_ids is None
+
+
+def test_request_keys_of_the_new_kinds_differ_and_the_old_ones_stay():
+    scene, messages = Scene("m", 7, "0/x"), ({"role": "user", "content": "q"},)
+    plain = scene.request(messages, Sampling())
+    others = [
+        scene.request(messages, Sampling(), 1), scene.request(messages, Sampling(stop=("\n",))), scene.request((), Sampling(), raw="q"),
+        scene.request(messages, Sampling(presence_penalty=2.0)), scene.request(messages, Sampling(), against=(), contrast=0.5),
+        scene.request(messages, Sampling(), against=(), contrast=0.25),
+    ]  # fmt: skip
+    assert len({request.key for request in (plain, *others)}) == 7
+    assert plain.key == Request("m", messages, Sampling(), 7).key and set(plain.asked["sampling"]) == {"temperature", "top_p", "max_tokens"}
+
+
+def test_samples_that_ask_different_things_are_different_prompts():
+    one, two = pool_of("a", "b")
+    same = [Sample((*one.messages, {"role": "assistant", "content": text}), "m", meta={"prompt_id": "p"}) for text in ("x", "y")]
+    other = Sample((*two.messages, {"role": "assistant", "content": "z"}), "m", meta={"prompt_id": "p", "task": "label", "weight": 2.0})
+    prompts, answers = prompts_of([*same, other, one])
+    assert [prompt.text for prompt in prompts] == ["a", "b"] and prompts[0].id == "p" != prompts[1].id
+    assert answers[prompts[0].id] == same and answers[prompts[1].id] == [other]
+    assert (prompts[1].task, prompts[1].weight) == ("label", 2.0)
+    turns = Sample((*one.messages, {"role": "assistant", "content": "x"}, *two.messages, {"role": "assistant", "content": "y"}), "m")
+    (prompt,), _ = prompts_of([turns])
+    assert prompt.messages == turns.messages[:-1]
+
+
+@pytest.fixture
+def saying(monkeypatch):
+    monkeypatch.setitem(steps.STEPS, "say", Say)
+
+
+def recipe_of(recipe_data, elicit, **changes):
+    return parse(
+        {**recipe_data, "elicit": elicit, "writer": [{"by": "elicited"}], "evaluate": {"metrics": ["fidelity"], "controls": []}, **changes}
+    )
+
+
+def test_a_recipe_with_steps_runs_to_its_report(recipe_data, saying, tmp_path):
+    recipe = recipe_of(recipe_data, [{"say": {"n": 2}}], loss=["cross_entropy"])
+    plan = check(recipe)
+    folder = run(recipe, tmp_path / "run")
+    samples = [json.loads(line) for line in (folder / "elicited.jsonl").read_text().splitlines()]
+    account = json.loads((folder / "elicitation.json").read_text())
+    (step,) = account["steps"]
+    assert step["given"] == len(samples) and step["taken"] * 2 == sum(step["answers"].values()) <= plan.requests
+    assert {record["writer"] for record in samples} == {account["writer"]} and all(record["response_ids"] for record in samples)
+    assert "What say left out" in (folder / "report.html").read_text() or not step["dropped"]
+    before = {name: (folder / name).read_bytes() for name in ("elicited.jsonl", "elicitation.json", "report.html")}
+    run(recipe, folder)
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    (folder / "elicited.jsonl").unlink()
+    (folder / "elicitation.json").unlink()
+    run(recipe, folder, stages=("elicit",))  # from the stored answers alone
+    assert (folder / "elicited.jsonl").read_bytes() == before["elicited.jsonl"]
+
+
+def test_a_held_out_prompt_is_never_trained_on(recipe_data, saying, tmp_path):
+    recipe = recipe_of(recipe_data, ["say"])
+
+    def elicitation(held_out):
+        return Elicitation(recipe, prompts, held_out, tmp_path, "backwards@1", lambda: None)
+
+    from limbeck.elicit.prompts import Prompt
+
+    prompts = [Prompt(str(n), text) for n, text in enumerate(("say one", "say two"))]
+    with Store(tmp_path / "s.sqlite") as store:
+        pool = elicitation([Prompt("h", "Say  TWO")]).run(desk(store, Backwards()))
+        assert [prompt_of(sample) for sample in pool] == ["say one"]
+        account = json.loads((tmp_path / "elicitation.json").read_text())
+        assert account["steps"][-1]["dropped"] == {"asks a held-out prompt": 1}
+        with pytest.raises(UserError, match=r"left no sample.*held-out prompt \(2\)"):
+            elicitation([Prompt("h", "say two"), Prompt("i", "say one")]).run(desk(store, Backwards()))
+
+
+@pytest.mark.parametrize(
+    ("elicit", "match"),
+    [
+        ([{"sayy": {}}], r"elicit\[0\]: there is no step 'sayy'; did you mean 'say'"),
+        ([{"say": {"m": 2}}], r"elicit\[0\].say.m: unknown key"),
+        ([{"say": {"n": 0}}], r"elicit\[0\].say.n: "),
+        ([{"say": {}, "given": {}}], r"elicit\[0\]: one step per list entry"),
+    ],
+)
+def test_a_wrong_step_is_refused_with_its_place(recipe_data, saying, elicit, match):
+    with pytest.raises(RecipeError, match=match):
+        check(recipe_of(recipe_data, elicit))
+
+
+def test_who_writes_must_fit_the_steps(recipe_data):
+    with pytest.raises(RecipeError, match="elicited writer is whoever answered"):
+        parse({**recipe_data, "writer": [{"by": "elicited"}]})
+    with pytest.raises(RecipeError, match="by: elicited"):
+        parse({**recipe_data, "elicit": ["given"], "writer": [{"by": "corpus"}]})
+    assert [
+        writer.by for writer in parse({key: value for key, value in recipe_data.items() if key != "writer"} | {"elicit": ["given"]}).writer
+    ] == ["elicited"]
