@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.builtin import recipe_files
+from limbeck.elicit.steps import STEPS
 from limbeck.objectives.divergence import DIVERGENCES, TEMPERATURE
 from limbeck.objectives.match import MATCHES, NUMBERS, WORDS
 from limbeck.objectives.policy import POLICIES
@@ -25,7 +26,7 @@ from limbeck.recipe import load_recipe
 from limbeck.report.verdict import compare_verdict
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS / "objectives.md", DOCS / "writers.md", DOCS / "comparison.md", DOCS.parent / "README.md")
+PAGES = (DOCS / "objectives.md", DOCS / "writers.md", DOCS / "elicitation.md", DOCS / "comparison.md", DOCS.parent / "README.md")
 METHODS, ON_POLICY_METHODS = (DOCS / "evidence" / f"{name}.json" for name in ("methods", "on-policy-methods"))
 SHOWN = {
     "forward_kl": "forward KL", "own_reverse_kl": "reverse KL on own text", "top1_agreement": "same first choice",
@@ -35,6 +36,7 @@ SHOWN_ON_POLICY = {
     "forward_kl": "forward KL", "reverse_kl": "reverse KL", "own_reverse_kl": "reverse KL on own text", "entropy": "entropy",
     "own_tokens": "length of own text",
 }  # fmt: skip
+KINDS, MOST_CHARS = ("expand", "curate", "label", "verify", "select", "transform"), 60
 HEAD, ON_POLICY = DOCS / "evidence" / "head.json", DOCS / "evidence" / "on-policy.json"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -130,6 +132,21 @@ def on_policy() -> str:
     return table(titles, rows) + f"\n\n{about}."
 
 
+def steps() -> str:
+    """The steps of elicitation with their settings."""
+    rows = []
+    for name, step in sorted(STEPS.items(), key=lambda entry: (KINDS.index(entry[1].kind), entry[0])):
+        settings = ", ".join(f"`{key}` {_default(field.default)}" for key, field in step.model_fields.items()) or "none"
+        first = " ".join((step.__doc__ or "").split("\n\n")[0].split())
+        rows.append([f"`{name}`", step.kind, first, settings, ", ".join(sorted(step.needs)), step.paper])
+    return table(["step", "kind", "what it does", "settings", "needs", "paper"], rows)
+
+
+def _default(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]}…"
+
+
 def methods() -> str:
     """The comparison in short: values with intervals, and what may be said of the differences."""
     return _compared(METHODS, SHOWN) if METHODS.is_file() else "Not measured yet: run make evidence"
@@ -155,7 +172,7 @@ def _compared(file: Path, shown: Mapping[str, str]) -> str:
     return table(["system", *shown.values(), "trained tokens"], rows) + f"\n\n{compare_verdict(found)}\n\n{about}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, methods, on_policy_methods)}
+BLOCKS: dict[str, Callable[[], str]] = {make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, steps, methods, on_policy_methods)}
 
 
 def generated(text: str) -> str:

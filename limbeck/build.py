@@ -9,7 +9,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from limbeck.builtin import recipe_files, task_folders
-from limbeck.data import BEST, REST
+from limbeck.data import BEST, MIXED, REST
 from limbeck.elicit.flow import Step
 from limbeck.elicit.prompts import Prompt, load_prompts
 from limbeck.elicit.steps import STEPS
@@ -30,7 +30,7 @@ from limbeck.objectives.supervised import cross_entropy
 from limbeck.objectives.term import CROSS_ENTROPY, WRITTEN, Term, make_term
 from limbeck.recipe import Recipe, explain, load_recipe
 from limbeck.settings import Joint as JointSettings
-from limbeck.settings import Rollout
+from limbeck.settings import Rollout, Validation
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 HELD_OUT_SHARE = 0.1
@@ -185,6 +185,7 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
     writers = {writer.by for writer in recipe.writer}
     several = recipe.all_answer or any(len(prompt.answers) > 1 for prompt in training)
     tags = writers | {prompt.task for prompt in training if prompt.task} | ({BEST, REST} if several else {BEST})
+    tags |= {MIXED} if recipe.train.mixup is not None else set()
     _check_written(recipe, term, path)
     if term.only is not None and term.only not in tags and recipe.elicit is None:  # steps give tags of their own
         raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
@@ -193,6 +194,8 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
         if term.only not in legal:
             how = f"limit it, such as {{only: {min(writers - {WRITTEN})}}}" if writers != {WRITTEN} else "choose a divergence"
             raise RecipeError(path, f"it would teach the student its own text, and so to stay as it is; {how}")
+    if recipe.train.mixup is not None:
+        _check_mixed(recipe, term, path)
     poor = "untouched" in writers or ("corpus" in writers and any(len(prompt.answers) > 1 for prompt in training))
     if term.name == CROSS_ENTROPY and term.only is None and poor:
         raise RecipeError(path, "it would also fit answers that are not preferred, or the student's own; limit it, such as {only: best}")
@@ -207,6 +210,16 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
             f"{term.name} compares answers to one prompt, and here every prompt has one: let all writers answer every prompt (leave their "
             "shares out, the preferred writer first), or give a corpus with `answers` or `chosen` and `rejected`",
         )
+
+
+def _check_mixed(recipe: Recipe, term: Term, path: str) -> None:
+    """Refuse what a mixture of two texts can't teach."""
+    if recipe.student_writer is not None or recipe.all_answer or recipe.teacher.context is not None:
+        raise RecipeError("train.mixup", "only text that is there before the training is mixed, and a teacher that sees the same prompts reads it")
+    if "answers" in term.reads:
+        raise RecipeError(path, f"{term.name} compares answers to one prompt, and a mixed text answers none; leave train.mixup out")
+    if term.only in (None, MIXED) and "teacher_distribution" not in term.reads:
+        raise RecipeError(path, f"a mixed text has no label but the teacher's distribution, which {term.name} doesn't read; limit it to a writer")
 
 
 def _check_written(recipe: Recipe, term: Term, path: str) -> None:
@@ -278,6 +291,8 @@ def _check_student_writer(recipe: Recipe) -> None:
         raise RecipeError("train.epochs", "how long the student's answers will be is not known before; give train.steps")
     if share.shape == "plateau" and not fixed:
         raise RecipeError(f"{at}.share", "an adaptive share moves between the student's text and other text; add a writer")
+    if share.shape != "plateau" and settings.validation != Validation():
+        raise RecipeError("rollout.validation", f"only an adaptive share looks at it; set {at}.share.shape: plateau, or leave it out")
     if recipe.all_answer and fixed and (settings.ahead > 1 or settings.replay is not None):
         raise RecipeError("rollout", "where every writer answers every prompt, the student writes at each step: leave ahead and replay out")
     if settings.joint is not None and (writer.top_p < 1 or writer.temperature == 0):

@@ -19,6 +19,7 @@ from limbeck.types import Batch, Message, Sample, UserError
 
 MICRO_TOKENS = 1024
 BEST, REST = "best", "rest"
+MIXED = "mixed"  # the tag of a row whose embeddings are mixed with another's
 WINDOW_STEPS = 8
 
 MicroBatch = tuple[int, ...]
@@ -33,6 +34,7 @@ class Row:
     answers, `weight` that of each of its tokens, `references` the log-probabilities of the response under frozen models.
     Rows of a group stand in the order of their rank, the best first. `teacher_prompt_ids` is the prompt as the teacher sees it,
     where that is another; `columns` hold numbers that stand beside each response token, such as its log-probability when drawn.
+    `mixed` is (another row, this row's own weight) where their embeddings are mixed, position by position.
     """
 
     sample_id: str
@@ -44,6 +46,7 @@ class Row:
     references: tuple[tuple[str, float], ...] = ()
     teacher_prompt_ids: tuple[int, ...] | None = None
     columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    mixed: tuple[Row, float] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -215,7 +218,21 @@ def make_batch(rows: Sequence[Row], micro_batch: MicroBatch | None = None, pad_i
     if any(row.teacher_prompt_ids is not None for row in chosen):
         seen = _padded([(row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids) for row in chosen])
     together = tuple(tuple(group) for group in groups.values())
-    return Batch(tokens_BT, mask_BT, weight_BT, ids, tags, together, references, _columns(chosen, mask_BT), seen)
+    return Batch(tokens_BT, mask_BT, weight_BT, ids, tags, together, references, _columns(chosen, mask_BT), seen, _mixed(chosen, tokens_BT))
+
+
+def _mixed(rows: Sequence[Row], tokens_BT: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(the tokens that each row is mixed with [B, T], the weight of its own [B, T]): 1 where the other row has no token."""
+    if all(row.mixed is None for row in rows):
+        return None
+    other_BT, weight_BT = tokens_BT.clone(), torch.ones(tokens_BT.shape)
+    for number, row in enumerate(rows):
+        if row.mixed is not None:
+            other, own = row.mixed
+            ids = (other.prompt_ids + other.response_ids)[: len(row)]
+            other_BT[number, : len(ids)] = torch.tensor(ids)
+            weight_BT[number, : len(ids)] = own
+    return other_BT, weight_BT
 
 
 def _padded(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int = 0) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import yaml
 
 from limbeck import build, checkpoint, controls, data, evaluation
 from limbeck import train as training_loop
-from limbeck.data import BEST, REST
+from limbeck.data import BEST, MIXED, REST
 from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import Answerer
 from limbeck.jobs import let_write, make_job
@@ -176,9 +176,9 @@ class Run:
         """The training called `name`, ready to start or to go on."""
         recipe, terms, settings = self.recipe, build.terms(self.recipe), self.recipe.train
         rows = self.rows(self.text.training(), student) if recipe.fixed_writers else []
-        if name != "student":  # for as many steps
+        if name != "student":  # for as many steps, and plainly
             steps = training_loop.total_steps(rows, settings, any(term.unit == "group" for term in terms))
-            settings = settings.model_copy(update={"steps": steps, "epochs": None})
+            settings = settings.model_copy(update={"steps": steps, "epochs": None, "mixup": None})
             terms, rows = [make_term("cross_entropy", {})], self.control_rows(name, rows, student)
         folder = self.path(self.home(name))
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,6 +189,7 @@ class Run:
         written = {tag for slot in slots for tag in slot.tags} | {WRITTEN} if slots else set()
         if slots and recipe.all_answer:
             written |= {BEST if recipe.writer[0].by == WRITTEN else REST}
+        written |= {MIXED} if settings.mixup is not None else set()
         job = make_job(terms, student, rows, teacher, recipe.student.lora, settings, folder, key, store, self.progress, written)
         if average is not None:
             average.start(student.net)

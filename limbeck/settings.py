@@ -220,7 +220,11 @@ class Loss(Section):
 
 
 class Train(Section):
-    """`steps` updates of about `tokens_per_step` response tokens; AdamW, warm-up, cosine to `final_lr` x lr."""
+    """`steps` updates of about `tokens_per_step` response tokens; AdamW, warm-up, cosine to `final_lr` x lr.
+
+    With `mixup`, every micro-batch is followed by its rows mixed with others of the step in their embeddings (MixKD, arXiv:2011.00593),
+    with weights from Beta(mixup, mixup); a loss sees them under `only: mixed`.
+    """
 
     steps: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -231,6 +235,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     clip: Annotated[float, Field(gt=0)] = 1.0
+    mixup: Annotated[float, Field(gt=0, le=100)] | None = None
     save_seconds: Annotated[float, Field(ge=0)] = 60.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
 

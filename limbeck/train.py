@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from limbeck import checkpoint, ranks
 from limbeck.data import FixedText, Row, Source, Turn, make_batch, steps_of_epoch
 from limbeck.durable import append_json, crash_point, read_jsonl, write_text
+from limbeck.mixup import Mixed
 from limbeck.memory import forget_peak, keep_freed_memory, peak_mib
 from limbeck.models.load import head_of
 from limbeck.models.self_teacher import Average
@@ -75,7 +76,8 @@ class Job:
     def text(self) -> Source:
         """Where the steps' text comes from."""
         if self.source is None:
-            self.source = FixedText(self.rows, self.settings.seed, self.settings.tokens_per_step, self.together)
+            text = FixedText(self.rows, self.settings.seed, self.settings.tokens_per_step, self.together)
+            self.source = text if self.settings.mixup is None else Mixed(text, self.settings.seed, self.settings.mixup)
         return self.source
 
     @property
@@ -236,7 +238,7 @@ def loss_on(job: Job, batches: Sequence[Batch], progress: float) -> float:
 def _pass(job: Job, batch: Batch, step: int) -> Pass:
     """The teacher's view of a micro-batch, and the student's forward pass."""
     view = job.teacher(batch)
-    hidden_BTD, found = features(job.net, batch.tokens_BT.to(job.net.device), *job.taps)
+    hidden_BTD, found = features(job.net, batch.tokens_BT.to(job.net.device), *job.taps, mixed=batch.mixed)
     head = head_of(job.net)
     head = head.cut(job.vocabulary or head.vocabulary)
     return Pass(batch, hidden_BTD[batch.response_positions()], head, found, view, step, job.bank_rows)

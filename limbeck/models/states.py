@@ -18,6 +18,20 @@ from transformers.cache_utils import DynamicLayer
 LEAST = 8  # a shorter beginning is not worth a second pass
 
 
+def decoded(net: PreTrainedModel, tokens_BT: Tensor, mixed: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Last hidden states [B, T, D] after the final norm, every row by itself; of mixed embeddings where other tokens and the weight of
+    the own ones are given, both [B, T]."""
+    decoder: Any = net.get_decoder()
+    if mixed is None:
+        states_BTD: Tensor = decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        return states_BTD
+    embed: Any = net.get_input_embeddings()
+    own_BT1 = mixed[1].to(tokens_BT.device)[..., None]
+    embedded_BTD = own_BT1 * embed(tokens_BT) + (1 - own_BT1) * embed(mixed[0].to(tokens_BT.device))
+    mixed_BTD: Tensor = decoder(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+    return mixed_BTD
+
+
 def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     """Last hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal.
 
@@ -26,8 +40,7 @@ def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     decoder: Any = net.get_decoder()
     shared = common_beginning(tokens_BT) if _may_share(decoder) else 0
     if shared < LEAST:
-        whole_BTD: Tensor = decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
-        return whole_BTD
+        return decoded(net, tokens_BT)
     cache = DynamicCache()
     first_1PD: Tensor = decoder(input_ids=tokens_BT[:1, :shared], past_key_values=cache, use_cache=True).last_hidden_state
     rows = len(tokens_BT)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from limbeck.models.states import shared_states
+from limbeck.models.states import decoded, shared_states
 from limbeck.objectives.feature import Attention, Features
 from limbeck.types import UserError
 
@@ -40,27 +40,31 @@ _ACTIVE: ContextVar[_Recorder | None] = ContextVar(NAME, default=None)
 
 
 def features(
-    net: PreTrainedModel, tokens_BT: Tensor, hidden_layers: Collection[int] = (), attention_layers: Collection[int] = ()
+    net: PreTrainedModel,
+    tokens_BT: Tensor,
+    hidden_layers: Collection[int] = (),
+    attention_layers: Collection[int] = (),
+    mixed: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Features]:
     """One pass of the decoder: (last hidden states [B, T, D], what the layers asked for left).
 
     Layers count from 1; hidden layer 0 is the embeddings, and the last one is taken after the final norm. Gradients flow
     through all of it, so run a teacher under `torch.no_grad()`. Right padding needs no mask: attention is causal.
-    A query is scaled so that q k / sqrt(A) is the model's own score, also where it divides by another number (Gemma 3).
+    With `mixed`, other tokens [B, T] and the weight of the own ones [B, T], the embeddings of both are mixed first. A query is scaled so that q k / sqrt(A) is the model's own score, also where it divides by another number (Gemma 3).
 
     Raises:
         UserError: layers that the model does not have or that have no attention of the usual kind, or a model whose
             attention is not `sdpa` or does not go through transformers' AttentionInterface.
     """
     if not hidden_layers and not attention_layers:
-        return shared_states(net, tokens_BT), Features()
+        return (shared_states(net, tokens_BT) if mixed is None else decoded(net, tokens_BT, mixed)), Features()
     decoder: Any = net.get_decoder()
     count: int = decoder.config.num_hidden_layers
     _check_layers("hidden", hidden_layers, 0, count)
     _check_layers("attention", attention_layers, 1, count)
     hidden: dict[int, Tensor] = {}
     with _tapped(decoder, frozenset(attention_layers)) as recorder, _hooked(decoder, frozenset(hidden_layers), hidden):
-        last_BTD: Tensor = decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        last_BTD = decoded(net, tokens_BT, mixed)
     if count in hidden_layers:
         hidden[count] = last_BTD
     missing = sorted(recorder.wanted - recorder.taken.keys())

@@ -73,7 +73,7 @@ class InProcessTeacher:
         """
         net, seen = self.model.net, batch.seen_by_teacher()
         with self.weights():
-            hidden_BTD, found = features(net, seen.tokens_BT.to(net.device), *taps)
+            hidden_BTD, found = features(net, seen.tokens_BT.to(net.device), *taps, mixed=seen.mixed)
             head = head_of(net).detached()
         signal = DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocabulary or head.vocabulary))
         return TeacherView(signal, found)
