@@ -36,7 +36,9 @@ TOKENS_PER_STEP = 480  # about what ROWS answers of at most LENGTH tokens come t
 OURS = {
     "limbeck": {},
     "limbeck, text for 4 steps at once": {"ahead": 4},
+    "limbeck, for 4 steps at once in bfloat16": {"ahead": 4, "dtype": "bfloat16"},
     "limbeck, half of the text read again": {"replay": {"size": 8, "fresh": 0.5}},
+    "limbeck, half read again, for 4 steps at once in bfloat16": {"ahead": 4, "dtype": "bfloat16", "replay": {"size": 32, "fresh": 0.5}},
 }
 THEIRS = ("trl GKDTrainer", "trl DistillationTrainer")
 

@@ -172,7 +172,9 @@ def _compared(file: Path, shown: Mapping[str, str]) -> str:
     return table(["system", *shown.values(), "trained tokens"], rows) + f"\n\n{compare_verdict(found)}\n\n{about}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, steps, methods, on_policy_methods)}
+BLOCKS: dict[str, Callable[[], str]] = {
+    make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, steps, methods, on_policy_methods)
+}
 
 
 def generated(text: str) -> str:

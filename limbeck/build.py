@@ -215,11 +215,15 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
 def _check_mixed(recipe: Recipe, term: Term, path: str) -> None:
     """Refuse what a mixture of two texts can't teach."""
     if recipe.student_writer is not None or recipe.all_answer or recipe.teacher.context is not None:
-        raise RecipeError("train.mixup", "only text that is there before the training is mixed, and a teacher that sees the same prompts reads it")
+        raise RecipeError(
+            "train.mixup", "only text that is there before the training is mixed, and a teacher that sees the same prompts reads it"
+        )
     if "answers" in term.reads:
         raise RecipeError(path, f"{term.name} compares answers to one prompt, and a mixed text answers none; leave train.mixup out")
     if term.only in (None, MIXED) and "teacher_distribution" not in term.reads:
-        raise RecipeError(path, f"a mixed text has no label but the teacher's distribution, which {term.name} doesn't read; limit it to a writer")
+        raise RecipeError(
+            path, f"a mixed text has no label but the teacher's distribution, which {term.name} doesn't read; limit it to a writer"
+        )
 
 
 def _check_written(recipe: Recipe, term: Term, path: str) -> None:
@@ -236,6 +240,8 @@ def _check_written(recipe: Recipe, term: Term, path: str) -> None:
         raise RecipeError(
             path, f"{term.name} reads what the student thought when it wrote, so its text must be new: leave ahead and replay out"
         )
+    if term.name in POLICIES and POLICIES[term.name].prepare and recipe.rollout and recipe.rollout.dtype:
+        raise RecipeError(path, f"{term.name} takes the student itself to be the one that wrote, and its copy is another: leave dtype out")
     if term.name in POLICIES and recipe.student_writer is not None and recipe.student_writer.temperature == 0:
         raise RecipeError(path, f"{term.name} is right in expectation over drawn text, and this student draws none; give it a temperature")
     if term.by is not None and term.by not in made:
@@ -297,6 +303,8 @@ def _check_student_writer(recipe: Recipe) -> None:
         raise RecipeError("rollout", "where every writer answers every prompt, the student writes at each step: leave ahead and replay out")
     if settings.joint is not None and (writer.top_p < 1 or writer.temperature == 0):
         raise RecipeError("rollout.joint", f"two models write one text from whole distributions; set {at}.top_p: 1.0 and a temperature")
+    if settings.through is not None and settings.dtype is not None:
+        raise RecipeError("rollout.dtype", "a server writes in the precision it was started with; leave dtype or through out")
     if settings.through is not None and settings.joint is not None:
         raise RecipeError("rollout.through", "two models write one text in process only; leave joint or through out")
     if settings.through is not None and writer.temperature != 0 and (writer.temperature, writer.top_p) != (1.0, 1.0):

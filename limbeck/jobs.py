@@ -7,11 +7,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from limbeck import build, ranks, train
 from limbeck.data import BEST, FixedText, Row, make_batch
 from limbeck.models import generate as generation
+from limbeck.models.copy import Copy
 from limbeck.models.generate import Beside, Written, write
 from limbeck.models.load import Model, head_of
 from limbeck.models.start import add_adapters
@@ -121,7 +123,8 @@ def let_write(
     if job.rows:
         fixed = FixedText(job.rows, job.settings.seed, max(1, round(part * job.settings.tokens_per_step)), recipe.all_answer)
     beside = None if settings.joint is None else Beside(teacher().model.net, build.joint(settings.joint))
-    ask = partial(_ask, student, settings.rows, beside, stop)
+    copy = None if settings.dtype is None else Copy(student.net, getattr(torch, settings.dtype))
+    ask = partial(_ask, student, settings.rows, beside, copy, stop)
     if settings.through is not None:
         server = _server(settings.through, student, job.folder / "vllm", settings.rows)
         if ranks.number() == 0:  # so that a server that can't do it is found out now
@@ -164,12 +167,15 @@ def _columns(job: train.Job) -> Callable[[list[Row], float], list[Row]]:
     return columns
 
 
-def _ask(student: Model, rows: int, beside: Beside | None, stop: Callable[[], bool], jobs: Sequence[generation.Job]) -> list[Written]:
+def _ask(
+    student: Model, rows: int, beside: Beside | None, copy: Copy | None, stop: Callable[[], bool], jobs: Sequence[generation.Job]
+) -> list[Written]:
     """The student's answers, in the order of the jobs; each rank writes its part."""
     mine, training = jobs[ranks.number() :: ranks.count()], student.net.training
     student.net.eval()
+    net = student.net if copy is None else copy.now()
     asked_to_stop = stop if ranks.count() == 1 else lambda: False
-    found = {t.index: t for t in write(student.net, mine, student.eos_ids, rows, asked_to_stop, student.tokens, True, beside)}
+    found = {t.index: t for t in write(net, mine, student.eos_ids, rows, asked_to_stop, student.tokens, True, beside)}
     student.net.train(training)
     if len(found) < len(mine):
         raise StoppedError("stopped while the student wrote; the step has not begun")

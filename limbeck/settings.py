@@ -200,9 +200,11 @@ class Server(Section):
 
 class Rollout(Section):
     """How the student writes while it trains: who writes is drawn per `sample` or per `batch` (a whole step), text for `ahead` steps
-    is written at once, `rows` answers together, in process or `through` a server."""
+    is written at once, `rows` answers together, in process or `through` a server. With `dtype: bfloat16` a copy of the student in that
+    precision writes: text of a student that differs from it by rounding, whose own log-probabilities stand beside it."""
 
     per: Literal["sample", "batch"] = "sample"
+    dtype: Literal["bfloat16"] | None = None
     through: Server | None = None
     ahead: Annotated[int, Field(ge=1)] = 1
     rows: Annotated[int, Field(ge=1)] = 64

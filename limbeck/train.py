@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from limbeck import checkpoint, ranks
 from limbeck.data import FixedText, Row, Source, Turn, make_batch, steps_of_epoch
 from limbeck.durable import append_json, crash_point, read_jsonl, write_text
-from limbeck.mixup import Mixed
 from limbeck.memory import forget_peak, keep_freed_memory, peak_mib
+from limbeck.mixup import Mixed
 from limbeck.models.load import head_of
 from limbeck.models.self_teacher import Average
 from limbeck.models.taps import features

@@ -21,6 +21,7 @@ FLOORS = [
         "models.sample",
         "models.named",
         "models.context",
+        "models.copy",
         "models.states",
     ],
     ["models.generate", "models.joint", "models.load", "models.taps"],

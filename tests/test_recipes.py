@@ -10,6 +10,11 @@ import pytest
 from limbeck import load_recipe, run
 from limbeck.build import terms, validate
 from limbeck.builtin import recipe_files
+from limbeck.models.load import save_model
+from limbeck.models.teacher import InProcessTeacher
+from limbeck.scorer import ModelScorer
+from tests import plausible
+from tests.conftest import make_net, make_tokenizer
 
 RECIPES = recipe_files()
 
@@ -19,7 +24,8 @@ def test_the_recipes_of_the_field_are_there():
         "hinton-kd", "seq-kd", "reverse-kl", "jsd", "tvd", "distillm-skew", "akl", "taid", "distillm-2", "dkd", "todi", "abkd", "patient-hints",
         "tinybert", "minilm-v2", "ted", "codir", "dpo", "ipo", "kto", "orpo", "simpo", "rrhf", "pro", "gkd", "imitkd", "minillm", "distillm",
         "on-policy-distillation", "speculative-kd", "f-distill-js", "f-distill-tvd", "opd-entropy-aware", "iw-opd", "prompt-baking", "sdft",
-        "opsd",
+        "opsd", "mixkd", "alpaca", "self-instruct", "evol-instruct", "magpie", "orca", "distilling-step-by-step", "fine-tune-cot", "scott",
+        "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
     }  # fmt: skip
 
 
@@ -50,12 +56,36 @@ def the_same_model(name, folder):
     return [f"teacher.model={folder}", f"student={{start: {{pretrained: {folder}}}{lora}}}"]
 
 
+def elicited_from(folder, monkeypatch):
+    """Prompts that every step can do something with, a teacher with a long context, and answers that pass."""
+    tokenizer = make_tokenizer()
+    net = make_net(vocabulary=len(tokenizer))
+    net.config.max_position_embeddings = 4096
+    save_model(net, tokenizer, folder / "roomy")
+    kinds, check = ("noun", "verb", "adjective", "maths"), {"type": "number", "answer": 4}
+    lines = [
+        {"prompt": f"{word} 2 and 2 of {word * 2}?" if kinds[n % 4] == "maths" else word, "answer": f"{word} 4", "kind": kinds[n % 4], "check": check}
+        for n, word in enumerate("abc def ghi jkl mno pqr stu vwx bcd efg hij klm nop qrs tuv wxy cde fgh ijk lmn".split())
+    ]  # fmt: skip
+    (folder / "seeds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "held.jsonl").write_text('{"prompt": "held out"}\n')
+    monkeypatch.setattr(InProcessTeacher, "answers", plausible.answers)
+    monkeypatch.setattr(ModelScorer, "log_probs", plausible.log_probs)
+    evaluate = f"evaluate={{metrics: [fidelity], controls: [], prompts: {folder / 'held.jsonl'}}}"
+    return [f"teacher={folder / 'roomy'}", f"prompts.from={folder / 'seeds.jsonl'}", evaluate]
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_a_tiny_student(name, tiny_folder, prompt_file, tmp_path):
+def test_a_recipe_trains_a_tiny_student(name, tiny_folder, prompt_file, tmp_path, monkeypatch):
     short = [f"writer.{i}.max_tokens={10 + i}" for i in range(len(load_recipe(name).writer))]
     solved = tmp_path / "solved.jsonl"
     solved.write_text("".join(json.dumps(json.loads(line) | {"answer": "a mat"}) + "\n" for line in prompt_file.read_text().splitlines()))
-    recipe = load_recipe(name, [*SMALL, *short, *OWN.get(name, []), *the_same_model(name, tiny_folder), f"prompts.from={solved}"])
+    changes = [*SMALL, *short, *OWN.get(name, []), f"prompts.from={solved}"]
+    if load_recipe(name).elicit:  # a tiny model's answers would pass no filter: the writer is played, and long texts need room
+        changes += elicited_from(tmp_path, monkeypatch)
+    else:
+        changes += the_same_model(name, tiny_folder)
+    recipe = load_recipe(name, changes)
     folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3

@@ -6,18 +6,20 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 
 import limbeck
 from limbeck.data import FixedText, Row
-from limbeck.models.generate import Written
+from limbeck.models.copy import Copy
+from limbeck.models.generate import Job, Written, write
 from limbeck.monitor import Advice, facts_of
 from limbeck.objectives.parameters import Range
 from limbeck.objectives.schedule import make_schedule
 from limbeck.recipe import parse
 from limbeck.rollout import SHARE, Rollouts
 from limbeck.settings import Rollout, Writer
-from limbeck.types import RecipeError, UserError
+from limbeck.types import RecipeError, Sampling, UserError
 from tests.test_pipeline import command
 
 TEACHER, STUDENT = {"by": "teacher", "temperature": 1.0, "top_p": 1.0, "max_tokens": 12}, {"by": "student", "max_tokens": 12}
@@ -106,6 +108,22 @@ def test_a_student_that_is_its_teacher_has_no_loss_on_its_own_text(trained, tiny
     assert abs(records(out)[0]["loss"]) < 1e-6
 
 
+def test_a_copy_in_another_precision_follows_the_student(tiny):
+    copy = Copy(tiny.net, torch.bfloat16)
+    first = copy.now()
+    assert first.dtype == torch.bfloat16 and not first.training and tiny.net.dtype == torch.float32
+    with torch.no_grad():
+        for parameter in tiny.net.parameters():
+            parameter.add_(0.5)
+    assert copy.now() is first
+    assert all(torch.equal(own, theirs.bfloat16()) for own, theirs in zip(first.parameters(), tiny.net.parameters(), strict=True))
+    job = Job(tiny.prompt_ids(({"role": "user", "content": "why is the sky blue"},)), Sampling(1.0, 1.0, 12), 3)
+    (text,) = write(copy.now(), [job], tiny.eos_ids, record=True)
+    for place, token in enumerate(text.ids):
+        logits = first(torch.tensor([[*job.prompt_ids, *text.ids[:place]]])).logits[0, -1].float()
+        assert text.sampler_log_prob[place] == pytest.approx(float(logits.log_softmax(-1)[token]), abs=0.05)
+
+
 # Going on
 
 
@@ -113,6 +131,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_on_its_own_text(trained, tiny
     ("writer", "rollout", "loss"),
     [
         ([STUDENT], {"ahead": 3}, ["on_policy_distillation"]),
+        ([STUDENT], {"ahead": 2, "dtype": "bfloat16"}, ["on_policy_distillation"]),
         ([TEACHER, STUDENT | {"share": 0.6}], {"replay": {"size": 6, "fresh": {"from": 1.0, "to": 0.0}}, "per": "batch"}, ["jsd"]),
         ([STUDENT], {"joint": {"teacher_share": 0.2}}, ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}]),
     ],
@@ -368,6 +387,12 @@ def test_facts_of_text_count_what_they_say():
         ({"writer": [TEACHER | {"share": {"from": 0, "to": 1}}]}, "", "only the student's share"),
         ({"writer": [STUDENT, STUDENT | {"temperature": 0.5}]}, "", "only one writer can be the student"),
         ({"rollout": {"ahead": 2}}, "", "no writer is the student"),
+        ({"writer": [STUDENT], "loss": ["minillm_long"], "rollout": {"dtype": "bfloat16"}}, "loss[0]", "its copy is another"),
+        (
+            {"writer": [STUDENT], "rollout": {"dtype": "bfloat16", "through": {"vllm": "http://x"}}},
+            "rollout.dtype",
+            "leave dtype or through",
+        ),
         ({"writer": [STUDENT], "rollout": {"validation": {"prompts": 4}}}, "rollout.validation", "only an adaptive share"),
         ({"writer": [STUDENT], "rollout": {"joint": {}}}, "rollout.joint", "exactly one of"),
         ({"writer": [STUDENT | {"top_p": 0.9}], "rollout": {"joint": {"teacher_share": 0.2}}}, "rollout.joint", "top_p: 1.0"),

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-from limbeck.elicit import given
+from limbeck.elicit import (
+    answer,
+    choices,
+    curate,
+    dialogue,
+    evolve,
+    expand,
+    given,
+    imagine,
+    merit,
+    mosaic,
+    rationale,
+    rewrite,
+    select,
+    transform,
+    verified,
+)
 from limbeck.settings import Section
 
-STEPS: dict[str, type[Section]] = {**given.STEPS}
+HOMES = (
+    expand, evolve, imagine, curate, dialogue, rewrite, choices, answer, rationale, given, verified, select, merit, transform, mosaic,
+)  # fmt: skip
+STEPS: dict[str, type[Section]] = {name: step for home in HOMES for name, step in home.STEPS.items()}

