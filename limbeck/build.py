@@ -15,6 +15,7 @@ from limbeck.elicit.prompts import Prompt, load_prompts
 from limbeck.elicit.steps import STEPS
 from limbeck.evaluate.perturb import perturbed
 from limbeck.evaluate.tasks import Task, load_task
+from limbeck.models.api import ApiTeacher
 from limbeck.models.context import Sight
 from limbeck.models.generate import Joint
 from limbeck.models.joint import Mixture, Speculation
@@ -65,6 +66,11 @@ def steps(recipe: Recipe) -> list[tuple[str, Step]]:
 
 def teacher(recipe: Recipe) -> InProcessTeacher:
     return InProcessTeacher(load_model(recipe.teacher.model).seeing(sight(recipe)))
+
+
+def served(recipe: Recipe) -> ApiTeacher | None:
+    """The server that writes the teacher's text, where the recipe names one."""
+    return None if recipe.teacher.server is None else ApiTeacher(recipe.teacher.server)
 
 
 def sight(recipe: Recipe) -> Sight | None:
@@ -318,6 +324,11 @@ def _check_student_writer(recipe: Recipe) -> None:
 def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
     """Refuse a teacher that can't see what it is to be shown, or a student that teaches itself and is not itself."""
     teacher = recipe.teacher
+    if teacher.server is not None and (teacher.context is not None or teacher.weights != "own"):
+        raise RecipeError("teacher.server", "a server has the model's own weights and sees the prompt alone; leave context and weights out")
+    for index, (name, step) in enumerate(steps(recipe)):
+        if teacher.server is not None and "contrast" in step.needs:
+            raise RecipeError(f"elicit[{index}].{name}", "it writes against another prompt, which a server can't; leave teacher.server out")
     if teacher.weights != "own" and recipe.student.start.pretrained != teacher.model:
         raise RecipeError(
             "teacher.weights", f"{teacher.weights} weights are the student's own: set student.start.pretrained: {teacher.model}"

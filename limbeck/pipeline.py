@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -21,8 +21,10 @@ from limbeck import train as training_loop
 from limbeck.data import BEST, MIXED, REST
 from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import Answerer
+from limbeck.follow import read_json
 from limbeck.jobs import let_write, make_job
-from limbeck.models.load import Model, is_ready, load_config, save_model
+from limbeck.models.api import ApiTeacher
+from limbeck.models.load import Model, header_of, is_ready, load_config, load_tokenizer, save_model
 from limbeck.models.prune import Calibration, Choice
 from limbeck.models.self_teacher import Average, adapters_off, self_teacher
 from limbeck.models.start import begin, choose, merge_adapters
@@ -57,13 +59,14 @@ class Run:
     @cached_property
     def text(self) -> Text:
         writers: dict[str, Callable[[], Answerer]] = {
-            "teacher": lambda: self.teacher,
+            "teacher": lambda: self.served or self.teacher,
             "untouched": lambda: InProcessTeacher(self.untouched()),
         }
-        identities = {"teacher": lambda: self.teacher_identity, "untouched": lambda: self.untouched_identity}
+        identities = {"teacher": lambda: self.writer_identity, "untouched": lambda: self.untouched_identity}
         identities |= {"scorer": lambda: self.teacher_identity}
         scorer = lambda: ModelScorer(self.teacher.model)  # noqa: E731
-        return Text(self.recipe, self.library, self.reporter, self.stop, writers, identities, scorer, lambda: self.teacher.model.header)
+        header = lambda: header_of(load_tokenizer(self.recipe.teacher.model))  # noqa: E731
+        return Text(self.recipe, self.library, self.reporter, self.stop, writers, identities, scorer, header)
 
     @property
     def library(self) -> Path:
@@ -76,6 +79,26 @@ class Run:
             return self.beside.teacher
         self.reporter.note(f"loading the teacher, {self.recipe.teacher.model}")
         return build.teacher(self.recipe)
+
+    @cached_property
+    def served(self) -> ApiTeacher | None:
+        """The server that writes the teacher's text, where there is one."""
+        if self.beside:
+            return self.beside.served
+        server = build.served(self.recipe)
+        if server is not None and server.identity != self.writer_identity:
+            raise UserError(f"the server's model is {server.identity}, and this run's text is {self.writer_identity}'s: give another --out")
+        return server
+
+    @cached_property
+    def writer_identity(self) -> str:
+        """Who writes the teacher's text; a server is asked once, so that a run whose text is there needs it no more."""
+        if self.beside:
+            return self.beside.writer_identity
+        if self.recipe.teacher.server is None:
+            return self.teacher_identity
+        known = read_json(self.path("inputs.json")) or {}
+        return str(known["server"]) if "server" in known else cast(ApiTeacher, build.served(self.recipe)).identity
 
     @cached_property
     def teacher_identity(self) -> str:
@@ -324,6 +347,8 @@ def claim(run: Run) -> None:
         "teacher": run.teacher_identity,
         "prompts": content_hash([[prompt.facts for prompt in part] for part in run.text.given_prompts]),
     }
+    if recipe.teacher.server is not None:
+        inputs["server"] = run.writer_identity
     known = folder / "inputs.json"
     if known.exists() and (before := json.loads(known.read_text())) != inputs:
         changed = sorted(key for key in inputs if before.get(key) != inputs[key])

@@ -113,12 +113,46 @@ class Context(Section):
         return [name for name in ("answer", "feedback") if self.user is not None and f"{{{name}}}" in self.user]
 
 
+class Price(Section):
+    """Money per million tokens, read and written, in any currency."""
+
+    input: Annotated[float, Field(ge=0)] = 0.0
+    output: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Limits(Section):
+    """Ceilings that are never passed: requests (tries count), tokens (read and written), money (by the price)."""
+
+    requests: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    money: Annotated[float, Field(gt=0)] | None = None
+
+
+class Served(Section):
+    """An OpenAI-compatible server that writes the teacher's text: its address (up to `/v1`), the model's `name` there, and the environment
+    variable that holds its key. `concurrency` requests are under way at once; one answer may take `timeout` seconds and be asked for
+    `retries` times more."""
+
+    url: str
+    name: str
+    key: str = Field(default="LIMBECK_API_KEY", pattern=r"^[A-Z][A-Z0-9_]*$")
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = 4
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    timeout: Annotated[float, Field(gt=0)] = 300.0
+    retries: Annotated[int, Field(ge=0, le=20)] = 5
+    price: Price | None = None
+    limits: Limits = Limits()
+
+
 class Teacher(Section):
     """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches itself: `live` (at
-    this step), or their moving `average`, which keeps `decay` of itself at every step.
+    this step), or their moving `average`, which keeps `decay` of itself at every step. With a `server` its text comes from there, and
+    only what text can't say from the model here.
     """
 
     model: str
+    server: Served | None = None
     context: Context | None = None
     weights: Literal["own", "live", "average"] = "own"
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95

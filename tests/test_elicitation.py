@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar
 
 import pytest
+import yaml
 from pydantic import Field
 
 from limbeck.elicit import steps
@@ -19,6 +20,7 @@ from limbeck.recipe import parse
 from limbeck.settings import Section
 from limbeck.store import Store
 from limbeck.types import Generated, LogProb, RecipeError, Request, Sample, Sampling, UserError
+from tests.scripted_server import Scripted, answer
 
 
 class Say(Section):
@@ -222,3 +224,45 @@ def test_who_writes_must_fit_the_steps(recipe_data):
     assert [
         writer.by for writer in parse({key: value for key, value in recipe_data.items() if key != "writer"} | {"elicit": ["given"]}).writer
     ] == ["elicited"]
+
+
+def test_a_served_teacher_writes_the_text_and_is_not_needed_again(recipe_data, saying, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIMBECK_API_KEY", "sk-canary-4711")
+    facts = {"id": "toy", "meta": {"n_params": 1}}
+    with Scripted(lambda number, body: answer("the cat " + body["messages"][-1]["content"]), [facts]) as server:
+        teacher = {"model": recipe_data["teacher"], "server": {"url": server.url, "name": "toy"}}
+        recipe = recipe_of(recipe_data, ["say"], loss=["cross_entropy"], teacher=teacher)
+        folder = run(recipe, tmp_path / "run")
+        asked = len(server.seen)
+    assert asked == len(server.bills) > 10
+    samples = [json.loads(line) for line in (folder / "elicited.jsonl").read_text().splitlines()]
+    assert all(sample["messages"][-1]["content"].startswith("the cat") and sample["response_ids"] is None for sample in samples)
+    assert {sample["writer"] for sample in samples} == {json.loads((folder / "inputs.json").read_text())["server"]}
+    assert "served:toy-" in samples[0]["writer"] and "sk-canary" not in "".join(
+        f.read_text(errors="ignore") for f in folder.rglob("*") if f.is_file()
+    )
+    report = (folder / "report.html").read_bytes()
+    run(recipe, folder)  # the server is gone, and nothing is asked of it
+    assert (folder / "report.html").read_bytes() == report
+    with Scripted(models=[facts | {"meta": {"n_params": 2}}]) as server:
+        teacher["server"]["url"] = server.url
+        other = recipe_of(recipe_data, ["say"], loss=["cross_entropy"], teacher=teacher)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(other.resolved()))
+        (folder / "elicitation.json").unlink()
+        (folder / "store.sqlite").unlink()
+        with pytest.raises(UserError, match="give another --out"):
+            run(other, folder, stages=("elicit",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"elicit": ["contrastive"]}, r"elicit\[0\].contrastive: it writes against another prompt"),
+        ({"teacher": {"context": {"system": "x"}}}, "teacher.server: a server has the model's own weights"),
+        ({"teacher": {"server": {"url": "http://x/v1", "name": "m", "key": "sk-123"}}}, "teacher.server.key"),
+    ],
+)
+def test_what_a_server_can_not_do_is_refused(recipe_data, changes, match):
+    teacher = {"model": recipe_data["teacher"], "server": {"url": "http://127.0.0.1:1/v1", "name": "toy"}} | changes.pop("teacher", {})
+    with pytest.raises(RecipeError, match=match):
+        check(recipe_of(recipe_data, changes.get("elicit", ["given"]), teacher=teacher))

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "limbeck"
 FLOORS = [
     ["types"],
-    ["builtin", "durable", "follow", "memory", "progress", "ranks", "sandbox", "settings"],
-    ["recipe", "store", "checkpoint", "objectives", "elicit.checks", "elicit.verify", "net", "track", "watch"],
+    ["builtin", "durable", "follow", "memory", "progress", "ranks", "settings"],
+    ["recipe", "store", "checkpoint", "objectives", "elicit.verify", "track", "watch"],
     ["evaluate.statistics", "evaluate.calibration", "evaluate.wording", "evaluate.leak", "report"],
     [
         "signals",
@@ -20,6 +20,7 @@ FLOORS = [
         "data",
         "models.sample",
         "models.named",
+        "models.api",
         "models.context",
         "models.copy",
         "models.states",

@@ -20,7 +20,8 @@ SCORES_TOGETHER = 64  # answers whose likelihood is computed, and kept, in one g
 class Answerer(Protocol):
     """Whoever can answer: a model in process, or a server."""
 
-    identity: str
+    @property
+    def identity(self) -> str: ...
 
     def answers(self, requests: Sequence[Request], stop: Callable[[], bool] = ...) -> Iterator[tuple[Request, Generated]]: ...
 

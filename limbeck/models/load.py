@@ -81,14 +81,6 @@ class Model:
         """A text as token ids, its control tokens taken as such: for texts of ours in the model's own format, never for content."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    @property
-    def header(self) -> str | None:
-        """The text before a user's first message in the chat template; None where the template puts other things around it."""
-        mark = "USER MESSAGE"
-        text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
-        before, found, _ = text.partition(mark)
-        return before if found and before else None
-
     def seeing(self, sight: Sight | None) -> Model:
         """The same model shown something else beside the prompt: another teacher, with a name of its own."""
         return replace(self, sight=sight, identity=self.named(self.identity.partition("+sight-")[0], sight))
@@ -97,6 +89,13 @@ class Model:
     def named(identity: str, sight: Sight | None) -> str:
         """The identity of a model that is shown something."""
         return identity if sight is None else f"{identity}+sight-{sight.name}"
+
+
+def header_of(tokenizer: Tokenizer) -> str | None:
+    """The text before a user's first message in the chat template; None where the template puts other things around it."""
+    mark = "USER MESSAGE"
+    before, found, _ = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)).partition(mark)
+    return before if found and before else None
 
 
 def hidden_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
