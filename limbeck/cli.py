@@ -231,6 +231,25 @@ def watch(
     watch_run(run_folder, console.out, once)
 
 
+@app.command(epilog="Example: limbeck serve qwen2.5-coder-1.5b-instruct --port 8080")
+def serve(
+    model: Annotated[str, typer.Argument(help="A name of `limbeck models`, or a GGUF file.", metavar="MODEL")],
+    port: Annotated[int, typer.Option("--port", help="0 for any that is free.", min=0, max=65535)] = 8080,
+    context: Annotated[int, typer.Option("--context", help="Tokens of a prompt and its answer together.", min=64)] = 4096,
+    slots: Annotated[int, typer.Option("--slots", help="Requests that are answered at once.", min=1)] = 4,
+    threads: Annotated[int | None, typer.Option("--threads", help="One less than there are cores, unless set.", min=1)] = None,
+) -> None:
+    """Serve a model on loopback with the packaged llama.cpp server; its key comes from LIMBECK_API_KEY, or is made up and shown once."""
+    from limbeck.serve import KEY, wait
+    from limbeck.serve import serve as start
+
+    serving = start(model, port, context, slots, threads)
+    if serving.made:
+        console.err.print(f"export {KEY}={serving.key}", markup=False)
+    console.out.print(f"teacher.server: {{url: {serving.url}, name: {serving.name}}}", markup=False)
+    wait()
+
+
 @app.command(epilog="Example: limbeck harness runs/quickstart --task arc_easy --task my-task.yaml --limit 100")
 def harness(
     where: Annotated[

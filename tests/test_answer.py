@@ -47,7 +47,7 @@ def test_explanations_draw_a_message_for_each_prompt_and_erase_it():
 @pytest.mark.parametrize(
     ("text", "final"),
     [
-        ("So the answer is 12.", "12"), ("The answer is: **42**", "42"), ("Answer: blue\n", "blue"), ("the final answer is $3.50.", "3.50"),
+        ("So the answer is 12.", "12"), ("The answer is: **42**", "42"), ("Answer: blue\n", "blue"), ("The answer is \\(\\boxed{28}\\).", "28"), ("the final answer is $3.50.", "3.50"),
         ("The answer is 1. No, the answer is 2.", "2"), ("I don't know", None), ("The answer is", None), ("The answer is " + "x" * 300, None),
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ FLOORS = [
     ["evaluation"],
     ["pipeline"],
     ["comparison"],
-    ["console", "profile", "harness"],
+    ["console", "profile", "harness", "serve"],
     ["chat"],
     ["cli"],
     ["__init__", "__main__"],

@@ -23,6 +23,7 @@ COMMANDS = {
     "models": {"action", "name", "--json"},
     "watch": {"run_folder", "--once"},
     "harness": {"where", "--task", "--limit", "--out", "--chat", "--base-url", "--tokenizer", "--json"},
+    "serve": {"model", "--port", "--context", "--slots", "--threads"},
     "chat": {"run_folder", "--max-tokens", "--temperature"},
 }
 

@@ -22,13 +22,17 @@ THINK = "{prompt}\n\nLet's think step by step."
 CONCLUDE = "Therefore, the answer is"
 IN_ONE = "{prompt}\n\nThink step by step, and end with a line of the form: The answer is ..."
 SAYS = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is|:)\s*[:*]*[ \t]*", re.IGNORECASE)
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 LONGEST_FINAL = 200
 
 
 def final_of(text: str) -> str | None:
     """What stands after the last "the answer is" (or "answer:"), without the closing period; None where nothing does."""
     found = list(SAYS.finditer(text))
-    last = re.sub(r"[\s.*$]+$", "", text[found[-1].end() :].partition("\n")[0].strip("*$ ")) if found else ""
+    last = text[found[-1].end() :].partition("\n")[0] if found else ""
+    if boxed := BOXED.search(last):
+        last = boxed[1]
+    last = re.sub(r"[\s.*$]+$", "", last.strip("*$ "))
     return last if last and len(last) <= LONGEST_FINAL else None
 
 
