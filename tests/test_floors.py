@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "limbeck"
 FLOORS = [
     ["types"],
     ["builtin", "durable", "follow", "memory", "progress", "ranks", "settings"],
-    ["recipe", "store", "checkpoint", "objectives", "elicit.verify", "track", "watch"],
+    ["recipe", "store", "checkpoint", "objectives", "elicit.checks", "elicit.verify", "track", "watch"],
     ["evaluate.statistics", "evaluate.calibration", "evaluate.wording", "evaluate.leak", "report"],
     [
         "signals",

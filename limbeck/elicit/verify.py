@@ -1,6 +1,6 @@
 """Verifiers: small programs that judge an answer. A verdict is True, False or None (no verifier, or none applies).
 
-Not covered yet: unit tests of generated code, mathematical equivalence, citations.
+Not covered yet: unit tests of generated code, mathematical equivalence, JSON Schema.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from limbeck.elicit import checks
 from limbeck.types import UserError, nearest
 
 Check = dict[str, Any]
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+STATED = re.compile(r"####|answer is", re.IGNORECASE)
 MAX_CHARS = 100_000
 
 
@@ -31,7 +33,9 @@ def parse_check(check: Any, place: str) -> Check:
     for name, types in needed.items():
         if not isinstance(check.get(name), types):
             raise UserError(f"{place}: a check of type {check['type']!r} needs {name!r}")
-    texts = {"choice": "labels", "contains": "all"}.get(check["type"])
+    if check["type"] in _FURTHER:
+        _FURTHER[check["type"]](check, place)
+    texts = {"choice": "labels", "contains": "all", "set": "items", "citations": "passages"}.get(check["type"])
     if texts and not all(isinstance(entry, str) for entry in check[texts]):
         raise UserError(f"{place}: every entry of {texts!r} must be text")
     if check["type"] == "choice" and check["answer"] not in check["labels"]:
@@ -42,8 +46,10 @@ def parse_check(check: Any, place: str) -> Check:
 
 
 def _number(check: Check, answer: str) -> bool:
-    """The last number in the answer is the right one."""
-    found = NUMBER.findall(answer)
+    """The last number in the answer is the right one; with `strict`, the first one after the last "####" or "answer is"."""
+    if check.get("strict"):
+        *_, answer = re.split(r"####|answer is", answer, flags=re.IGNORECASE) if STATED.search(answer) else ("",)
+    found = NUMBER.findall(answer)[: 1 if check.get("strict") else None]
     return bool(found) and float(found[-1].replace(",", "")) == float(check["answer"])
 
 
@@ -94,4 +100,13 @@ _CHECKS: dict[str, tuple[dict[str, Any], Callable[[Check, str], bool]]] = {
     "json": ({"equals": dict}, _json),
     "order": ({"items": list}, _order),
     "contains": ({"all": list}, _contains),
+    "exact": ({"answer": str | list}, checks.exact),
+    "set": ({"items": list}, checks.items),
+    "pattern": ({"pattern": str}, checks.pattern),
+    "tool_call": ({"calls": list}, checks.called),
+    "citations": ({"passages": list}, checks.citations),
+    "instructions": ({"rules": dict}, checks.instructions),
 }
+_FURTHER: dict[str, Callable[[Check, str], None]] = {
+    "pattern": checks.check_pattern, "tool_call": checks.check_calls, "instructions": checks.check_rules,
+}  # fmt: skip

@@ -1,0 +1,109 @@
+"""Verifiers: what passes, what doesn't, what is refused as a check, and patterns that would run for ever."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from limbeck.elicit.checks import RULES, normalised, tool_calls
+from limbeck.elicit.verify import parse_check, verify
+from limbeck.types import UserError
+
+PASSAGES = ["The mill was built in 1820.", "It ground corn for a century.", "Bees live there now."]
+CALL = {"name": "weather", "arguments": {"city": ["Oslo", "oslo, norway"], "days": [1, 2, None]}}
+
+
+@pytest.mark.parametrize(
+    ("check", "passes", "fails"),
+    [
+        ({"type": "number", "answer": 12}, ["It is 12.", "3 x 4 = 12"], ["12 or 13", "none"]),
+        ({"type": "number", "answer": 12, "strict": True}, ["so #### 12", "The answer is 12 of 30"], ["it is 12", "The answer is 30, not 12"]),
+        ({"type": "exact", "answer": ["The Nile", "Nile river"]}, ["the  nile.", "A Nile River!"], ["The Nile river in Egypt", ""]),
+        ({"type": "exact", "answer": "No", "normalise": False}, [" No\n"], ["no", "No."]),
+        ({"type": "set", "items": ["red", "Blue"]}, ["blue, red", "- Red\n- blue", "red and blue"], ["red", "red, blue, green", "red, blue, red", ""]),
+        ({"type": "pattern", "pattern": r"\d{5}"}, ["in 12345 Town"], ["1234"]),
+        ({"type": "pattern", "pattern": r"\d{5}", "whole": True}, [" 12345 "], ["in 12345"]),
+        (
+            {"type": "tool_call", "calls": [CALL]},
+            ['{"name": "weather", "arguments": {"city": "OSLO"}}', '<tool_call>{"name": "weather", "arguments": {"city": "oslo", "days": 2}}</tool_call>'],
+            [
+                '{"name": "weather", "arguments": {"city": "Rome"}}', '{"name": "weather", "arguments": {}}', "call weather", '{"name": "news", "arguments": {"city": "Oslo"}}',
+                '{"name": "weather", "arguments": {"city": "Oslo", "unit": "C"}}', '{"name": "weather", "arguments": {"city": "Oslo", "days": true}}',
+                '[{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "weather", "arguments": {"city": "Oslo"}}]', '{"name": "weather", "argum',
+            ],
+        ),
+        (
+            {"type": "citations", "passages": PASSAGES, "gold": [1, 2]},
+            ["In 1820 [1].", 'It "ground corn" [2], built in 1820 [1].'],
+            ["In 1820.", "In 1820 [3].", "In 1820 [1][7].", 'It "burned down" [1].'],
+        ),
+        ({"type": "citations", "passages": PASSAGES, "gold": [1, 2], "all": True}, ["So [1] and [2]."], ["So [1]."]),
+        ({"type": "citations", "passages": PASSAGES, "answerable": False}, ["The passages do not say."], ["They do not say [1].", "In 1820."]),
+    ],
+)  # fmt: skip
+def test_answers_pass_or_fail(check, passes, fails):
+    parse_check(json.loads(json.dumps(check)), "here")
+    assert [verify(check, answer) for answer in passes] == [True] * len(passes)
+    assert [verify(check, answer) for answer in fails] == [False] * len(fails)
+
+
+def test_calls_in_any_order_and_in_theirs():
+    one, two = {"name": "a", "arguments": {"x": [1]}}, {"name": "b"}
+    answer = '[{"name": "b"}, {"name": "a", "arguments": {"x": 1}}]'
+    assert not verify({"type": "tool_call", "calls": [one, two]}, answer)
+    assert verify({"type": "tool_call", "calls": [one, two], "any_order": True}, answer)
+    assert tool_calls("no call") is None and tool_calls("[1]") is None and tool_calls("{" * 9999) is None
+
+
+FOLLOWED = {
+    "words": ({"least": 2, "most": 3}, "two words", "one"), "sentences": (2, "One. Two!", "One."), "paragraphs": (2, "a\n\nb", "a\nb"),
+    "bullets": (2, "- a\n* b", "- a"), "numbered": ({"least": 2}, "1. a\n2) b", "1. a"), "with": (["red"], "a Red car", "a reddish car"),
+    "without": (["red"], "a reddish car", "RED!"), "letter": ({"letter": "e", "least": 2}, "Eel", "egg"), "word": ({"word": "so", "most": 1}, "so also", "so so"),
+    "capitals": (1, "the BBC I", "none"), "case": ("lower", "all low 1", "All low"), "commas": (0, "none here", "one, here"), "begins": ("Dear", "dear all", "Hi"),
+    "ends": ("Yours.", "Bye. yours.", "Yours. Bye"), "quoted": (True, '"so"', "so"), "json": (True, '```json\n{"a": 1}\n```', "{a}"),
+    "title": (True, "<<A title>>\ntext", "A title"), "highlighted": ({"least": 2}, "*a* and **b**", "*a*"), "placeholders": (1, "Dear [name]", "Dear name"),
+    "postscript": ("P.S.", "text\nP.S. more", "text P.S."), "sections": ({"named": "Part", "least": 2}, "Part 1\nx\nPart 2", "Part 1"),
+    "parts": (2, "a ****** b", "a"), "repeats": ("Say it", "Say it: done", "done: Say it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_is_followed_or_not(name):
+    rule, good, bad = FOLLOWED[name]
+    check = parse_check({"type": "instructions", "rules": {name: rule}}, "here")
+    assert verify(check, good) is True and verify(check, bad) is False and verify(check, "  ") is False
+
+
+def test_a_loose_reading_forgives_first_and_last_lines_and_asterisks():
+    check = {"type": "instructions", "rules": {"begins": "Dear", "commas": 0}}
+    answer = "Sure, here it is:\n**Dear all** hello\nHope that helps, bye"
+    assert verify(check, answer) is False and verify(check | {"loose": True}, answer) is True
+    assert verify(check | {"loose": True}, "Sure, no\nDear, x\nbye") is False
+
+
+def test_a_pattern_that_would_run_for_ever_has_not_passed():
+    began = time.process_time()
+    assert verify({"type": "pattern", "pattern": r"^(a+)+$"}, "a" * 60 + "b") is False
+    assert verify({"type": "pattern", "pattern": r"^(a|aa)+$"}, "a" * 5000 + "b") is False
+    assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize(
+    ("check", "words"),
+    [
+        ({"type": "pattern", "pattern": "("}, "no regular expression"), ({"type": "pattern", "pattern": "a" * 501}, "make it shorter"),
+        ({"type": "tool_call", "calls": [{"arguments": {}}]}, "a call needs a name"), ({"type": "tool_call", "calls": [{"name": "f", "arguments": {"x": 1}}]}, "list of values"),
+        ({"type": "instructions", "rules": {"wrods": 3}}, "did you mean 'words'"), ({"type": "instructions", "rules": {"with": 3}}, "can't be 3"),
+        ({"type": "set", "items": [1]}, "must be text"), ({"type": "exact"}, "needs 'answer'"), ({"type": "citations", "passages": [1]}, "must be text"),
+    ],
+)  # fmt: skip
+def test_a_malformed_check_is_refused_with_its_place(check, words):
+    with pytest.raises(UserError, match=words) as caught:
+        parse_check(check, "items.jsonl, line 3")
+    assert str(caught.value).startswith("items.jsonl, line 3: ")
+
+
+def test_answers_are_compared_as_squad_does():
+    assert normalised(" The  U.S.'s  an apple! ") == "u s s apple"
