@@ -54,11 +54,11 @@ class Elicitation:
             return None
         return [_sample(record) for record in read_jsonl(self.folder / POOL)]
 
-    def run(self, desk: Desk, begin: Callable[[str], None] = lambda step: None) -> Pool:
+    def run(self, desk: Desk, begin: Callable[[str], None] = lambda step: None, told: Callable[[str], None] = lambda text: None) -> Pool:
         """All steps, unless they are done.
 
         Args:
-            begin: told each step's name before it starts.
+            begin, told: hear each step's name before it starts, and what it did.
 
         Raises:
             UserError: nothing is left to train on.
@@ -73,6 +73,7 @@ class Elicitation:
             pool = desk.drive(step.run(pool, Scene(self.identity, self.recipe.text_seed, f"{index}/{name}", header), tally))
             tally.given = len(pool)
             tallies.append((step.kind, tally, desk.finishes - before))
+            told(_in_words(tally))
         pool, last = self._without_held_out(pool)
         if last.dropped:
             tallies.append(("select", last, desk.finishes - desk.finishes))
@@ -118,6 +119,12 @@ def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
         if answer_of(sample) is not None:
             answers.setdefault(names[asked], []).append(sample)
     return list(prompts.values()), answers
+
+
+def _in_words(tally: Tally) -> str:
+    lost = "; ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common(3))
+    more = ", and others" if len(tally.dropped) > 3 else ""
+    return f"{tally.step}: {tally.taken:,} in, {tally.given:,} out" + (f" (left out: {lost}{more})" if lost else "")
 
 
 def _plain(text: str) -> str:

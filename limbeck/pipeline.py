@@ -66,7 +66,7 @@ class Run:
         identities |= {"scorer": lambda: self.teacher_identity}
         scorer = lambda: ModelScorer(self.teacher.model)  # noqa: E731
         header = lambda: header_of(load_tokenizer(self.recipe.teacher.model))  # noqa: E731
-        return Text(self.recipe, self.library, self.reporter, self.stop, writers, identities, scorer, header)
+        return Text(self.recipe, self.library, self.folder, self.reporter, self.stop, writers, identities, scorer, header)
 
     @property
     def library(self) -> Path:

@@ -28,10 +28,12 @@ from limbeck.types import Request, Sample, Sampling, content_hash
 
 @dataclass
 class Text:
-    """Reads and fills `store.sqlite` in `folder`. A writer is loaded only when something is left to ask it."""
+    """Reads and fills `store.sqlite` in `folder`; what steps of elicitation made of it goes to `home`. A writer is loaded only when
+    something is left to ask it."""
 
     recipe: Recipe
     folder: Path
+    home: Path
     reporter: Reporter
     stop: Callable[[], bool]
     writers: dict[str, Callable[[], Answerer]]
@@ -53,13 +55,13 @@ class Text:
     @cached_property
     def _elicited(self) -> tuple[list[Prompt], dict[str, list[Sample]]]:
         """The prompts that the steps under `elicit` left, and the answers to each by its id."""
-        work = Elicitation(self.recipe, *self.given_prompts, self.folder, self.identities["teacher"](), self.header)
+        work = Elicitation(self.recipe, *self.given_prompts, self.home, self.identities["teacher"](), self.header)
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
             told = partial(self._tell, "teacher", began)
             desk = Desk(store, self.writers["teacher"], self.scorer, self.identities["scorer"], told, self.stop)
             try:
-                return prompts_of(work.run(desk, self.reporter.stage))
+                return prompts_of(work.run(desk, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:
                 raise self._stopped(error.there, error.wanted) from None
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import Field
 
+import limbeck
 from limbeck.elicit import steps
 from limbeck.elicit.engine import Desk, StoppedEarlyError, elicit
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Score, Tally, answered, ask, finished, prompt_of, score, scored
@@ -266,3 +267,14 @@ def test_what_a_server_can_not_do_is_refused(recipe_data, changes, match):
     teacher = {"model": recipe_data["teacher"], "server": {"url": "http://127.0.0.1:1/v1", "name": "toy"}} | changes.pop("teacher", {})
     with pytest.raises(RecipeError, match=match):
         check(recipe_of(recipe_data, changes.get("elicit", ["given"]), teacher=teacher))
+
+
+def test_recipes_that_elicit_other_text_are_compared_at_equal_steps(recipe_data, saying, tmp_path):
+    made = [recipe_of(recipe_data, [{"say": {"n": n}}], loss=["cross_entropy"], name=f"say-{n}") for n in (1, 2)]
+    folder = limbeck.compare(made, tmp_path / "cmp", seeds=1)
+    found = json.loads((folder / "comparison.json").read_text())
+    assert found["cost"]["say-1"]["steps"] == found["cost"]["say-2"]["steps"]
+    given = [json.loads((folder / "runs" / f"say-{n}-s3" / "elicitation.json").read_text())["steps"][0] for n in (1, 2)]
+    assert sum(given[1]["answers"].values()) == 2 * sum(given[0]["answers"].values())
+    with Store(folder / "store.sqlite") as store:  # the first answer to each prompt is the same question in both
+        assert sum(store.count().values()) == sum(given[1]["answers"].values()) + 2  # and the held-out answers
