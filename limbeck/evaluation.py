@@ -136,7 +136,12 @@ def judge_warnings(found: dict[str, Any]) -> list[str]:
 
 def teacher_warnings(recipe: Recipe, text: Text) -> list[str]:
     """What to know of a teacher that is shown more than the students, or is the student itself, before believing its figures."""
-    found, context = [], recipe.teacher.context
+    found, context, server = [], recipe.teacher.context, recipe.teacher.server
+    if server is not None:
+        found.append(
+            f"The teacher's text was written by {server.name} behind a server; what is measured as the teacher here, its distribution and "
+            f"its answers, is {recipe.teacher.model} in process."
+        )
     for name in context.reads if context else []:
         known = [prompt.answers if name == "answer" else prompt.feedback for prompt in text.prompts[1]]
         having = sum(map(bool, known))

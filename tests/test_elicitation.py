@@ -244,6 +244,7 @@ def test_a_served_teacher_writes_the_text_and_is_not_needed_again(recipe_data, s
         f.read_text(errors="ignore") for f in folder.rglob("*") if f.is_file()
     )
     report = (folder / "report.html").read_bytes()
+    assert b"written by toy behind a server" in report
     run(recipe, folder)  # the server is gone, and nothing is asked of it
     assert (folder / "report.html").read_bytes() == report
     with Scripted(models=[facts | {"meta": {"n_params": 2}}]) as server:

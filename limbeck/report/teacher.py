@@ -24,6 +24,7 @@ def teacher_aside(teacher: Any) -> str:
     if not isinstance(teacher, dict):
         return ""
     own = ", with weights of the student's own" if teacher.get("weights") in WEIGHTS else ""
+    own += f", its text by {teacher['server'].get('name', '')} behind a server" if teacher.get("server") else ""
     return own + (", shown another prompt than the student" if teacher.get("context") else "")
 
 
@@ -32,6 +33,8 @@ def teacher_facts(teacher: Any) -> list[tuple[str, str]]:
     if not isinstance(teacher, dict):
         return []
     found = [("model", teacher_name(teacher))]
+    if server := teacher.get("server"):
+        found.append(("text written by", f"{server.get('name', '')} behind a server"))
     if words := WEIGHTS.get(teacher.get("weights", "own")):
         found.append(("weights", words.format(decay=teacher.get("decay", Teacher.model_fields["decay"].default))))
     context = teacher.get("context") or {}
