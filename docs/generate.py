@@ -136,7 +136,8 @@ def steps() -> str:
     """The steps of elicitation with their settings."""
     rows = []
     for name, step in sorted(STEPS.items(), key=lambda entry: (KINDS.index(entry[1].kind), entry[0])):
-        settings = ", ".join(f"`{key}` {_default(field.default)}" for key, field in step.model_fields.items()) or "none"
+        fields = step.model_fields.items()
+        settings = ", ".join(f"`{key}` {'required' if field.is_required() else _default(field.default)}" for key, field in fields) or "none"
         first = " ".join((step.__doc__ or "").split("\n\n")[0].split())
         rows.append([f"`{name}`", step.kind, first, settings, ", ".join(sorted(step.needs)), step.paper])
     return table(["step", "kind", "what it does", "settings", "needs", "paper"], rows)

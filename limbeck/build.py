@@ -343,7 +343,7 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
 
 
 def methods() -> dict[str, Any]:
-    """What can be named in a recipe: divergences, other losses, built-in recipes and tasks."""
+    """What can be named in a recipe: divergences, other losses, steps of elicitation, built-in recipes and tasks."""
     recipes = {name: load_recipe(path) for name, path in recipe_files().items()}
     return {
         "divergences": _listed(DIVERGENCES),
@@ -353,8 +353,21 @@ def methods() -> dict[str, Any]:
             **{name: {"formula": kind.formula, "paper": kind.paper, "parameters": dict(kind.defaults)} for name, kind in MATCHES.items()},
             **{name: facts | {"needs": _needs(name)} for name, facts in _listed(POLICIES).items()},
         },
+        "steps": {name: _step(step) for name, step in sorted(STEPS.items())},
         "recipes": {name: {"title": recipe.title, "paper": recipe.paper} for name, recipe in recipes.items()},
         "tasks": sorted(task_folders()),
+    }
+
+
+def _step(step: Any) -> dict[str, Any]:
+    fields = step.model_fields.items()
+    settings = {name: "required" if field.is_required() else field.default for name, field in fields}
+    return {
+        "kind": step.kind,
+        "what": " ".join(step.__doc__.split()),
+        "settings": settings,
+        "needs": sorted(step.needs),
+        "paper": step.paper,
     }
 
 

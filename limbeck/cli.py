@@ -34,6 +34,9 @@ TrackOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
+KINDS = ("divergences", "losses", "steps", "recipes")  # of what `limbeck methods` lists
+
+
 def main() -> None:
     """The command's entry point."""
     with console.messages():
@@ -147,26 +150,27 @@ def check(recipe: RecipeArgument, set_: SetOption = [], json_: JsonOption = Fals
 
 @app.command(epilog="Example: limbeck methods jsd")
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One divergence, loss or recipe.", metavar="NAME")] = None, json_: JsonOption = False
+    name: Annotated[str | None, typer.Argument(help="One divergence, loss, step or recipe.", metavar="NAME")] = None,
+    json_: JsonOption = False,
 ) -> None:
-    """List the losses, recipes and tasks that can be named."""
+    """List the losses, steps of elicitation, recipes and tasks that can be named."""
     from limbeck.build import methods as list_methods
     from limbeck.types import UserError, nearest
 
     known = list_methods()
     if name is not None:
-        found = {kind: known[kind][name] for kind in ("divergences", "losses", "recipes") if name in known[kind]}
+        found = {kind: known[kind][name] for kind in KINDS if name in known[kind]}
         if not found:
-            names = [entry for kind in ("divergences", "losses", "recipes") for entry in known[kind]]
+            names = [entry for kind in KINDS for entry in known[kind]]
             raise UserError(f"no method is named {name!r}{nearest(name, names)}")
         known = found
     if json_ or name is not None:
         _result(known, True)
         return
-    for kind in ("divergences", "losses", "recipes"):
+    for kind in KINDS:
         console.out.print(f"[bold]{kind}[/bold]")
         for entry, facts in known[kind].items():
-            console.out.print(f"  {entry:<16} {facts.get('formula') or facts.get('title')}", markup=False)
+            console.out.print(f"  {entry:<16} {facts.get('formula') or facts.get('title') or facts.get('kind')}", markup=False)
     console.out.print("[bold]tasks[/bold]\n  " + ", ".join(known["tasks"]))
 
 

@@ -58,4 +58,6 @@ def test_methods_lists_every_divergence_with_formula_and_paper():
     listed = limbeck.methods()
     assert {"forward_kl", "reverse_kl", "jsd"} <= set(listed["divergences"])
     assert all(facts["formula"] and facts["paper"] for facts in listed["divergences"].values())
+    assert listed["steps"]["self_instruct"]["settings"]["threshold"] == 0.7 and listed["steps"]["magpie"]["needs"] == ["raw", "text"]
+    assert all(facts["what"] and facts["kind"] for facts in listed["steps"].values())
     assert "quickstart" in listed["recipes"] and "everyday" in listed["tasks"]
