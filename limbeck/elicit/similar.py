@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 TOKEN = re.compile(r"[a-z0-9]+|[^\W\d_]", re.UNICODE)
 PERMUTATIONS, SHINGLE, SHORT = 128, 5, 20
-MATCHES = 4
+MATCHES = 6
 DIMENSIONS = 2**12
 Floats = NDArray[np.float32]
 
