@@ -67,7 +67,7 @@ class Tally:
         self.dropped[reason] += 1
         shown = self.examples.setdefault(reason, [])
         if text and len(shown) < KEPT_EXAMPLES:
-            shown.append(text[:EXAMPLE_CHARS])
+            shown.append(text if len(text) <= EXAMPLE_CHARS else f"{text[:EXAMPLE_CHARS]}…")
 
     def add(self, fact: str, by: float = 1) -> None:
         self.facts[fact] = self.facts.get(fact, 0) + by

@@ -44,7 +44,11 @@ def elicited(folder: Path) -> Elicited | None:
         for step in steps
     ]
     left_out = [(step["step"], _reasons(step)) for step in steps if step["dropped"]]
-    facts = [(step["step"], [(name, number(value)) for name, value in step["facts"].items()]) for step in steps if step["facts"]]
+    facts = [
+        (step["step"], [(name.replace("_", " "), number(value)) for name, value in step["facts"].items()])
+        for step in steps
+        if step["facts"]
+    ]
     return Elicited(told, Grid("Step", columns, rows), left_out, facts)
 
 
