@@ -3,22 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BROWSER = $(firstword $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name) 2>/dev/null)))
+SANDBOX = $(shell command -v bwrap 2>/dev/null)
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: quickstart test browser lint evidence evidence-on-policy clean
+.PHONY: quickstart test system lint evidence evidence-on-policy clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/limbeck run recipes/quickstart.yaml
 
-test: $(DEV) browser
+test: $(DEV) system
 	$(if $(BROWSER),,@echo "No Chromium: the pages are not tested in a browser. Install the Debian package chromium.")
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(BROWSER),,-m "not browser")
 
-# The pages are tested in a real browser; where there is none and we may, it is installed.
-browser:
-	$(if $(BROWSER),,@[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || true)
+# The pages are tested in a real browser, programs that models wrote in bubblewrap; where there is none and we may, they are installed.
+system:
+	$(if $(and $(BROWSER),$(SANDBOX)),,@[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium bubblewrap >/dev/null; } || true)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

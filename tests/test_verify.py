@@ -7,10 +7,18 @@ import time
 
 import pytest
 
+from limbeck.elicit import equivalence
 from limbeck.elicit.checks import RULES, normalised, tool_calls
 from limbeck.elicit.verify import parse_check, verify
 from limbeck.types import UserError
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "pattern": "^[A-Z]"}, "age": {"type": "integer", "minimum": 0}},
+    "patternProperties": {"^x_": {"type": "boolean"}},
+    "additionalProperties": False,
+    "required": ["name"],
+}
 PASSAGES = ["The mill was built in 1820.", "It ground corn for a century.", "Bees live there now."]
 CALL = {"name": "weather", "arguments": {"city": ["Oslo", "oslo, norway"], "days": [1, 2, None]}}
 
@@ -20,6 +28,15 @@ CALL = {"name": "weather", "arguments": {"city": ["Oslo", "oslo, norway"], "days
     [
         ({"type": "number", "answer": 12}, ["It is 12.", "3 x 4 = 12"], ["12 or 13", "none"]),
         ({"type": "number", "answer": 12, "strict": True}, ["so #### 12", "The answer is 12 of 30"], ["it is 12", "The answer is 30, not 12"]),
+        ({"type": "math", "answer": "\\frac{1}{2}"}, ["The answer is 0.5.", "So it is $\\frac{2}{4}$", "\\boxed{1/2}"], ["The answer is 2.", "", "half of it"]),
+        ({"type": "math", "answer": "x^2+2x+1"}, ["$(x+1)^2$", "\\boxed{(1 + x)(x + 1)}"], ["$(x+1)^3$", "x"]),
+        ({"type": "math", "answer": "12"}, ["First 3, then 12", "\\boxed{12.0}"], ["12 and then 13", "__import__('os')._exit(0)"]),
+        (
+            {"type": "json_schema", "schema": SCHEMA},
+            ['{"name": "Ada", "age": 36}', 'Here:\n```json\n{"name": "Ada", "x_b": true}\n```'],
+            ['{"name": "ada"}', '{"name": "Ada", "age": -1}', '{"name": "Ada", "x_b": 1}', '{"name": "Ada", "more": 1}', '{"age": 3}', '{"name": "Ada"', "Ada", '{"name": "Ada", "age": NaN}'],
+        ),
+        ({"type": "json_schema", "schema": {"$defs": {"n": {"type": "integer"}}, "type": "array", "items": {"$ref": "#/$defs/n"}}}, ["[1, 2]", "[]"], ["[1.5]", "{}", "[" * 5000]),
         ({"type": "exact", "answer": ["The Nile", "Nile river"]}, ["the  nile.", "A Nile River!"], ["The Nile river in Egypt", ""]),
         ({"type": "exact", "answer": "No", "normalise": False}, [" No\n"], ["no", "No."]),
         ({"type": "set", "items": ["red", "Blue"]}, ["blue, red", "- Red\n- blue", "red and blue"], ["red", "red, blue, green", "red, blue, red", ""]),
@@ -90,12 +107,35 @@ def test_a_pattern_that_would_run_for_ever_has_not_passed():
     assert time.process_time() - began < 3
 
 
+def test_a_schemas_pattern_that_would_run_for_ever_has_not_passed():
+    check = {"type": "json_schema", "schema": {"type": "string", "pattern": "(a+)+$"}}
+    began = time.monotonic()
+    assert verify(check, json.dumps("a" * 40 + "b")) is False
+    assert time.monotonic() - began < 5
+
+
+def test_algebra_without_an_end_is_ended_and_the_next_question_answered(monkeypatch):
+    """The process that does the algebra is replaced, and no part of an answer is run as a program."""
+    monkeypatch.setattr(equivalence, "SECONDS", 3.0)
+    assert verify({"type": "math", "answer": "10"}, "The answer is 9^9^9^9^9^9") is False
+    monkeypatch.undo()
+    assert verify({"type": "math", "answer": "10"}, "The answer is 10") is True
+
+
+def test_without_its_library_a_mathematical_check_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(equivalence.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="limbeck\\[math\\]"):
+        parse_check({"type": "math", "answer": "1"}, "here")
+
+
 @pytest.mark.parametrize(
     ("check", "words"),
     [
         ({"type": "pattern", "pattern": "("}, "no regular expression"), ({"type": "pattern", "pattern": "a" * 501}, "make it shorter"),
         ({"type": "tool_call", "calls": [{"arguments": {}}]}, "a call needs a name"), ({"type": "tool_call", "calls": [{"name": "f", "arguments": {"x": 1}}]}, "list of values"),
         ({"type": "instructions", "rules": {"wrods": 3}}, "did you mean 'words'"), ({"type": "instructions", "rules": {"with": 3}}, "can't be 3"),
+        ({"type": "json_schema", "schema": {"type": "thing"}}, "no JSON Schema"), ({"type": "json_schema", "schema": {"pattern": "("}}, "is not a 'regex'"),
+        ({"type": "json_schema", "schema": {"$ref": "https://example.org/schema"}}, "nothing is fetched"), ({"type": "math", "answer": "\\frac{"}, "can't be read"),
         ({"type": "set", "items": [1]}, "must be text"), ({"type": "exact"}, "needs 'answer'"), ({"type": "citations", "passages": [1]}, "must be text"),
     ],
 )  # fmt: skip

@@ -1,7 +1,4 @@
-"""Verifiers: small programs that judge an answer. A verdict is True, False or None (no verifier, or none applies).
-
-Not covered yet: unit tests of generated code, mathematical equivalence, JSON Schema.
-"""
+"""Verifiers: small programs that judge an answer. A verdict is True, False or None (no verifier, or none applies)."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from limbeck.elicit import checks
+from limbeck.elicit import checks, equivalence, sandbox, schema
 from limbeck.types import UserError, nearest
 
 Check = dict[str, Any]
@@ -89,6 +86,11 @@ def _order(check: Check, answer: str) -> bool:
     return True
 
 
+def _unit_tests(check: Check, answer: str) -> bool:
+    """The program in the answer passes the tests, in the sandbox."""
+    return sandbox.passes(sandbox.program_in(answer), check["tests"]).passed
+
+
 def _contains(check: Check, answer: str) -> bool:
     """All given texts appear, ignoring case."""
     return all(text.casefold() in answer.casefold() for text in check["all"])
@@ -106,7 +108,11 @@ _CHECKS: dict[str, tuple[dict[str, Any], Callable[[Check, str], bool]]] = {
     "tool_call": ({"calls": list}, checks.called),
     "citations": ({"passages": list}, checks.citations),
     "instructions": ({"rules": dict}, checks.instructions),
+    "math": ({"answer": str}, equivalence.equivalent),
+    "json_schema": ({"schema": dict}, schema.conforms),
+    "unit_tests": ({"tests": str}, _unit_tests),
 }
 _FURTHER: dict[str, Callable[[Check, str], None]] = {
     "pattern": checks.check_pattern, "tool_call": checks.check_calls, "instructions": checks.check_rules,
+    "math": equivalence.check_answer, "json_schema": schema.check_schema, "unit_tests": lambda check, place: sandbox.require(place),
 }  # fmt: skip

@@ -1,0 +1,87 @@
+"""A verifier: JSON that conforms to a JSON Schema (draft 2020-12, or the draft that the schema names).
+
+A schema is data: no reference is fetched from anywhere, and its patterns run for half a second at most.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import regex
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, ValidationError
+from jsonschema.validators import extend, validator_for
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from limbeck.types import UserError
+
+PATTERN_SECONDS = 0.5
+FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+
+
+def conforms(check: dict[str, Any], answer: str) -> bool:
+    """The whole answer, or its first fenced block, is JSON that conforms to `schema`."""
+    inside = FENCED.search(answer)
+    try:
+        found = json.loads(inside[1] if inside else answer, parse_constant=_refuse)
+        return bool(_validator(check["schema"]).is_valid(found))
+    except (ValueError, RecursionError, TimeoutError):
+        return False
+
+
+def check_schema(check: dict[str, Any], place: str) -> None:
+    """Refuse what isn't a schema, and one that points elsewhere."""
+    schema = check["schema"]
+    try:
+        validator_for(schema, Draft202012Validator).check_schema(schema)
+        list(_validator(schema).iter_errors({}))
+    except SchemaError as error:
+        raise UserError(f"{place}: this is no JSON Schema: {error.message}") from error
+    except (Unresolvable, RecursionError) as error:
+        raise UserError(f"{place}: the schema points to what is not in it; nothing is fetched: {error}") from error
+
+
+def _validator(schema: dict[str, Any]) -> Any:
+    bounded = extend(
+        validator_for(schema, Draft202012Validator), {"pattern": _pattern, "patternProperties": _named, "additionalProperties": _others}
+    )
+    return bounded(schema, registry=Registry())
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _found(pattern: str, text: str) -> bool:
+    return regex.search(pattern, text, timeout=PATTERN_SECONDS) is not None
+
+
+def _pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[ValidationError]:
+    if isinstance(instance, str) and not _found(pattern, instance):
+        yield ValidationError(f"does not match {pattern!r}")
+
+
+def _named(validator: Any, patterns: dict[str, Any], instance: Any, _: Any) -> Iterator[ValidationError]:
+    if isinstance(instance, dict):
+        for pattern, part in patterns.items():
+            for name, value in instance.items():
+                if _found(pattern, name):
+                    yield from validator.descend(value, part, path=name, schema_path=pattern)
+
+
+def _others(validator: Any, allowed: Any, instance: Any, schema: dict[str, Any]) -> Iterator[ValidationError]:
+    """`additionalProperties`: what neither a name nor a pattern names."""
+    if not isinstance(instance, dict):
+        return
+    named, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    for name, value in instance.items():
+        if name in named or any(_found(pattern, name) for pattern in patterns):
+            continue
+        if isinstance(allowed, dict):
+            yield from validator.descend(value, allowed, path=name)
+        elif allowed is False:
+            yield ValidationError(f"{name!r} is not allowed")
