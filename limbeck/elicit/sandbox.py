@@ -5,8 +5,8 @@ missing or its self-test fails; there is no way to run without it.
 
 The program sees its own namespaces only (processes, network without any interface, mounts, users), no variable of our environment, a
 read-only Python with nothing but the standard library, and 16 MiB of its own in /tmp. It has no /proc and no device but null, zero and
-bound in seconds, processor seconds, memory, processes, file size and what it may print. Started by root, it runs under a user
-number that nobody has, drawn for it alone; started by another user, as that user in a user namespace where it is nobody.
+urandom. It is bound in seconds, processor seconds, memory, processes, file size and what it may print. Started by root, it runs under a
+user number that nobody has, drawn for it alone; started by another user, as that user in a user namespace where it is nobody.
 
 What this does not do: it does not filter system calls, so a hole in the kernel is open to it (run hostile code in a virtual machine);
 and a program that wants to can forge its verdict, since its tests run in its own process. It can't by leaving early, printing, or
