@@ -27,7 +27,9 @@ def converse(folder: Path, max_tokens: int, temperature: float) -> None:
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} holds no finished student: run `limbeck run RECIPE --out {folder}` first")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    speakers = {"teacher": load_model(recipe["teacher"]), "student": load_model(str(folder / "student"))}
+    teacher = recipe["teacher"] if isinstance(recipe["teacher"], str) else recipe["teacher"].get("model")
+    speakers = {"teacher": load_model(teacher)} if teacher else {}  # a server's answers are not asked for here
+    speakers["student"] = load_model(str(folder / "student"))
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     while True:
         line = _ask()

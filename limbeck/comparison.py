@@ -110,7 +110,7 @@ class Comparison:
     def settled(self) -> list[Entry]:
         """The entries with what only the text can tell written out: which layers the student keeps, and how many steps there are."""
         choice = self.common.choice()
-        rows = self.common.rows(self.common.text.training(), self.common.teacher.model) if self.like.fixed_writers else []
+        rows = self.common.rows(self.common.text.training(), self.common.reader) if self.like.fixed_writers else []
         steps = total_steps(rows, self.like.train, False)
         train = self.like.train.model_copy(update={"steps": steps, "epochs": None})
         found = []
@@ -131,8 +131,7 @@ class Comparison:
         return [(entry.name, seed, run(entry, seed)) for seed in self.seeds for entry in self.settled]
 
     def bench(self) -> Bench:
-        common = self.common
-        return evaluation.bench(self.like, self.folder / "evaluation", common.teacher, common.text, common.held_out_rows(), common.progress)
+        return self.common.bench(self.folder / "evaluation")
 
     def train_and_measure(self) -> dict[str, list[Measured]]:
         """Every system's records: teacher, untouched, then the methods with one entry per seed."""
@@ -141,7 +140,7 @@ class Comparison:
         for _, _, run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
             claim(run)
-        systems = {"teacher": [bench.measure("teacher", lambda: self.common.teacher.model)]}
+        systems = {"teacher": [self.common.measured_teacher(bench)]}
         systems["untouched"] = [bench.measure("untouched", runs[0][2].untouched)]
         for number, (method, seed, run) in enumerate(runs):
             self.reporter.stage(f"{method}, seed {seed} ({number + 1} of {len(runs)})")

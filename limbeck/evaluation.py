@@ -19,6 +19,7 @@ from limbeck.evaluate.judge import MAX_TOKENS, kept_verdicts, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
 from limbeck.evaluate.measure import Bench, Measured, Protocol
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
+from limbeck.models.load import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.recipe import Recipe
 from limbeck.text import Text
@@ -29,10 +30,14 @@ LEAK_KINDS = ("exact", "contained", "overlap", "same_but_for_numbers")  # the st
 Progress = Callable[[int, int, str], None]
 
 
-def bench(recipe: Recipe, folder: Path, teacher: InProcessTeacher, text: Text, rows: Sequence[Row], progress: Progress) -> Bench:
+def bench(
+    recipe: Recipe, folder: Path, teacher: InProcessTeacher | None, reader: Model, text: Text, rows: Sequence[Row], progress: Progress
+) -> Bench:
     """Where systems are measured: on the held-out prompts and tasks, without those that the training text gives away.
 
     Args:
+        teacher: None where its weights are not here.
+        reader: in whose tokens the rows are.
         rows: held-out teacher text, one row per answered prompt, named by its prompt's id.
     """
     leaked = {leak.item for leak in leaks(recipe, text) if leak.kind != "same_but_for_numbers"}
@@ -47,7 +52,7 @@ def bench(recipe: Recipe, folder: Path, teacher: InProcessTeacher, text: Text, r
     tasks = [
         replace(task, items=tuple(item for item in task.items if item.id.partition("@")[0] not in leaked)) for task in build.tasks(recipe)
     ]
-    return Bench(folder, teacher, Protocol(kept, prompts, tasks, recipe.evaluate.max_tokens, own, recipe.text_seed), progress)
+    return Bench(folder, teacher, reader, Protocol(kept, prompts, tasks, recipe.evaluate.max_tokens, own, recipe.text_seed), progress)
 
 
 def leaks(recipe: Recipe, text: Text) -> list[Leak]:
@@ -95,10 +100,10 @@ def judged(source: str, bench: Bench, systems: Mapping[str, Measured]) -> dict[s
     `judge-SYSTEM.jsonl` holds every verdict, written once. The judge is loaded where one is missing; where it is the teacher, there is no
     second copy of it.
     """
-    teacher = bench.teacher.model.seeing(None)  # a judge is shown the pair alone, whatever the teacher is shown beside a prompt
+    teacher = None if bench.teacher is None else bench.teacher.model.seeing(None)  # a judge is shown the pair alone
     identity = build.judge_identity(source)
-    is_teacher = _weights(identity) == _weights(teacher.identity)
-    load = cache(lambda: teacher if is_teacher else build.judge(source))
+    is_teacher = teacher is not None and _weights(identity) == _weights(teacher.identity)
+    load = cache(lambda: teacher if is_teacher and teacher is not None else build.judge(source))
     answers = {name: {answer.prompt_id: answer.text for answer in one.answers} for name, one in systems.items()}
     pairs = {}
     for name in sorted((name for name in systems if name != "student"), key=lambda name: name == "teacher"):
@@ -137,7 +142,12 @@ def judge_warnings(found: dict[str, Any]) -> list[str]:
 def teacher_warnings(recipe: Recipe, text: Text) -> list[str]:
     """What to know of a teacher that is shown more than the students, or is the student itself, before believing its figures."""
     found, context, server = [], recipe.teacher.context, recipe.teacher.server
-    if server is not None:
+    if server is not None and recipe.teacher.model is None:
+        found.append(
+            f"The teacher, {server.name}, is behind a server and gives text alone: how near a student's distribution is to its own "
+            "is not known; perplexity is how likely the student finds the teacher's held-out text."
+        )
+    elif server is not None:
         found.append(
             f"The teacher's text was written by {server.name} behind a server; what is measured as the teacher here, its distribution and "
             f"its answers, is {recipe.teacher.model} in process."
@@ -158,7 +168,7 @@ def teacher_warnings(recipe: Recipe, text: Text) -> list[str]:
 
 def facts(recipe: Recipe, bench: Bench, text: Text) -> dict[str, Any]:
     """How the figures came about: held-out text, tasks with their settings, leaks, machine."""
-    tasks, rows, ends = bench.protocol.tasks, bench.protocol.rows, bench.teacher.model.eos_ids
+    tasks, rows, ends = bench.protocol.tasks, bench.protocol.rows, bench.reader.eos_ids
     return {
         "held_out": text.facts() | {"answers": len(rows), "cut_off": sum(row.response_ids[-1] not in ends for row in rows)},
         "own_text": {"prompts": bench.protocol.own_prompts, "temperature": 1.0, "top_p": 1.0, "max_tokens": recipe.evaluate.max_tokens},

@@ -21,6 +21,7 @@ from limbeck import train as training_loop
 from limbeck.data import BEST, MIXED, REST
 from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import Answerer
+from limbeck.evaluate.measure import Bench, Measured
 from limbeck.follow import read_json
 from limbeck.jobs import let_write, make_job
 from limbeck.models.api import ApiTeacher
@@ -65,7 +66,7 @@ class Run:
         identities = {"teacher": lambda: self.writer_identity, "untouched": lambda: self.untouched_identity}
         identities |= {"scorer": lambda: self.teacher_identity}
         scorer = lambda: ModelScorer(self.teacher.model)  # noqa: E731
-        header = lambda: header_of(load_tokenizer(self.recipe.teacher.model))  # noqa: E731
+        header = lambda: header_of(load_tokenizer(self.recipe.speaker))  # noqa: E731
         return Text(self.recipe, self.library, self.folder, self.reporter, self.stop, writers, identities, scorer, header)
 
     @property
@@ -79,6 +80,16 @@ class Run:
             return self.beside.teacher
         self.reporter.note(f"loading the teacher, {self.recipe.teacher.model}")
         return build.teacher(self.recipe)
+
+    @property
+    def bench_teacher(self) -> InProcessTeacher | None:
+        """Whom systems are measured against; None where its weights are not here."""
+        return None if self.recipe.teacher.model is None else self.teacher
+
+    @cached_property
+    def reader(self) -> Model:
+        """In whose tokens the held-out text is."""
+        return self.untouched() if self.recipe.teacher.model is None else self.teacher.model
 
     @cached_property
     def served(self) -> ApiTeacher | None:
@@ -102,6 +113,8 @@ class Run:
 
     @cached_property
     def teacher_identity(self) -> str:
+        if self.recipe.teacher.model is None:
+            return self.writer_identity
         if not is_ready(self.recipe.teacher.model):
             self.reporter.note(f"fetching and converting {self.recipe.teacher.model}, once")
         return build.teacher_identity(self.recipe)
@@ -160,7 +173,7 @@ class Run:
         def progress(done: int, total: int) -> None:
             self.progress(done, total, "choosing which layers to keep")
 
-        chosen = choose(self.recipe.student, self.teacher.model, calibration, progress)
+        chosen = choose(self.recipe.student, lambda: self.teacher.model, calibration, progress)
         write_json(file, asdict(chosen) if chosen else {})
         if chosen and chosen.drops:
             self.reporter.note("dropped layers " + ", ".join(f"{layer} ({cost:.2f})" for layer, cost in chosen.drops) + " (KL so far)")
@@ -218,7 +231,7 @@ class Run:
             average.start(student.net)
             job.average = average
         if slots:
-            context = min(student.context, load_config(recipe.teacher.model).max_position_embeddings)
+            context = min(student.context, load_config(recipe.speaker).max_position_embeddings)
             let_write(job, student, slots, recipe, lambda: self.teacher, context, self.stop)
         return job
 
@@ -258,13 +271,23 @@ class Run:
         for name in ("student", *self.controls()):
             if not self.path(self.home(name), "student").exists():
                 raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
-        bench = evaluation.bench(self.recipe, self.path("evaluation"), self.teacher, self.text, self.held_out_rows(), self.progress)
-        systems = {"teacher": [bench.measure("teacher", lambda: self.teacher.model)]}
+        bench = self.bench(self.path("evaluation"))
+        systems = {"teacher": [self.measured_teacher(bench)]}
         if "untouched" in self.recipe.evaluate.controls:
             systems["untouched"] = [bench.measure("untouched", self.untouched)]
         for name in (*self.controls(), "student"):
             systems[name] = [bench.measure(name, lambda name=name: self.trained(name), lens=name == "student")]  # type: ignore[misc]
         evaluation.write_summary(self.recipe, bench, self.text, systems)
+
+    def bench(self, folder: Path) -> Bench:
+        """Where systems are measured, and their records kept."""
+        return evaluation.bench(self.recipe, folder, self.bench_teacher, self.reader, self.text, self.held_out_rows(), self.progress)
+
+    def measured_teacher(self, bench: Bench) -> Measured:
+        """The teacher as a system: in process, or by what its server says."""
+        if self.recipe.teacher.model is None:
+            return bench.by_text("teacher", self.text.said)
+        return bench.measure("teacher", lambda: self.teacher.model)
 
     def trained(self, name: str) -> Model:
         """The exported student, or a trained control."""
@@ -273,7 +296,7 @@ class Run:
     def held_out_rows(self) -> list[data.Row]:
         """The teacher's answers to the held-out prompts; each row's id is its prompt's."""
         samples = self.text.held_out()
-        rows = {row.sample_id: row for row in self.rows(samples, self.teacher.model)}
+        rows = {row.sample_id: row for row in self.rows(samples, self.reader)}
         pairs = zip(samples, self.text.prompts[1], strict=True)
         return [replace(rows[sample.id], sample_id=prompt.id) for sample, prompt in pairs if sample.id in rows]
 

@@ -79,6 +79,10 @@ def forward_flops(shape: Shape, tokens: int, response_tokens: int) -> float:
     return 2.0 * shape.layers * shape.layer_parameters * tokens + 2.0 * shape.head_parameters * response_tokens
 
 
+def _forward(shape: Shape | None, tokens: int) -> float:
+    return 0.0 if shape is None else forward_flops(shape, tokens, tokens)
+
+
 def judging_flops(judge: Shape, questions: int, answer: int) -> float:
     """Floor of so many verdicts, each on two answers of `answer` tokens; written text counts half more, as that of the teacher."""
     return 1.5 * forward_flops(judge, questions * (QUESTION_TOKENS + 2 * answer), questions * VERDICT_TOKENS)
@@ -144,17 +148,24 @@ def _elicited(bills: Sequence[Bill]) -> float:
     return sum(bill.tokens + ASKED_TOKENS * bill.requests + SCORED_TOKENS * bill.scores for bill in bills)
 
 
+def _training_bytes(student: Shape, tokens_per_step: int) -> float:
+    """Weights, gradients and Adam's two moments in fp32, and what a micro-batch keeps for its backward pass."""
+    together = min(MICRO_TOKENS, tokens_per_step)
+    return 4 * 4 * student.parameters + together * student.layers * ACTIVATION_BYTES * student.layer_parameters**0.5
+
+
 def make_plan(
     recipe: Recipe,
     terms: Sequence[Term],
     training: Sequence[Prompt],
     held_out: Sequence[Prompt],
-    teacher: Shape,
+    teacher: Shape | None,
     student: Shape,
     judge: Shape | None = None,
     bills: Sequence[Bill] = (),
 ) -> Plan:
-    """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for."""
+    """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for. Where there is no
+    `teacher`, its text costs no time here."""
     settings, count = recipe.train, bills[-1].given if bills else len(training)
     answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
     fixed, own = recipe.fixed_writers, recipe.student_writer
@@ -182,18 +193,16 @@ def make_plan(
     own_text = written / every * (prompt_tokens + response) * 1.5
     evaluated = 2 + len(recipe.evaluate.controls)
     seconds = {
-        "elicit": (forward_flops(teacher, int(text), int(text)) + forward_flops(student, int(own_text), int(own_text))) / rate,
+        "elicit": (_forward(teacher, int(text)) + forward_flops(student, int(own_text), int(own_text))) / rate,
         "train": (train + 1.5 * forward_flops(student, int(drawn), int(drawn))) / rate,
-        "evaluate": evaluated * 2.5 * forward_flops(teacher, held, held) / rate,
+        "evaluate": evaluated * 2.5 * forward_flops(teacher or student, held, held) / rate,
     }
     if judge is not None:  # each pair in both orders, against every system but the student
         seconds["judge"] = judging_flops(judge, 2 * (evaluated - 1) * len(held_out), answer) / rate
     beside = 4 * judge.parameters if judge is not None and recipe.evaluate.judge != recipe.teacher.model else 0
     weights = 4 * student.parameters
     disk = 3 * 3 * weights + weights * trainings  # two checkpoints and one being written, each thrice the weights; the exports
-    tokens_together = min(MICRO_TOKENS, settings.tokens_per_step)
-    activations = tokens_together * student.layers * ACTIVATION_BYTES * student.layer_parameters**0.5
-    memory = int(4 * teacher.parameters + max(4 * weights + activations, beside) + BASE_BYTES)
+    memory = int(4 * (teacher.parameters if teacher else 0) + max(_training_bytes(student, settings.tokens_per_step), beside) + BASE_BYTES)
     return Plan(
         requests=round(by_teacher * count) + len(held_out) + (count if text_of_controls else 0) + sum(b.requests for b in bills),
         teacher_tokens=int(by_teacher / every * response) + answer * len(held_out) + sum(b.tokens for b in bills),

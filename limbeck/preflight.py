@@ -9,6 +9,7 @@ from limbeck.models.start import scratch_config
 from limbeck.plan import Plan, Shape, make_plan
 from limbeck.recipe import Recipe
 from limbeck.types import RecipeError, UserError
+from limbeck.validate import validate
 
 
 def check(recipe: Recipe) -> Plan:
@@ -17,21 +18,21 @@ def check(recipe: Recipe) -> Plan:
     Raises:
         RecipeError: an impossible combination, with its place in the recipe.
     """
-    build.validate(recipe)
-    config = load_config(recipe.teacher.model)
-    teacher = student = Shape.of(config)
+    validate(recipe)
+    config = load_config(recipe.speaker)
+    teacher, student = None if recipe.teacher.model is None else Shape.of(config), Shape.of(config)
     start, context = recipe.student.start, config.max_position_embeddings
     if start.prune is not None:
         kept = start.prune.keep if isinstance(start.prune.keep, list) else None
         layers = start.prune.layers if kept is None else len(kept)
         assert layers is not None
-        if layers > teacher.layers or (kept and kept[-1] >= teacher.layers):
-            raise RecipeError("student.start.prune", f"the teacher has only {teacher.layers} layers, numbered from 0")
-        student = teacher.with_layers(layers)
-    elif start.pretrained is not None:
+        if layers > student.layers or (kept and kept[-1] >= student.layers):
+            raise RecipeError("student.start.prune", f"the teacher has only {student.layers} layers, numbered from 0")
+        student = student.with_layers(layers)
+    elif start.pretrained is not None and recipe.teacher.model is not None:
         other = load_config(start.pretrained)
         student, context = Shape.of(other), min(context, other.max_position_embeddings)
-        speaking = load_tokenizer(recipe.teacher.model), load_tokenizer(start.pretrained)
+        speaking = load_tokenizer(recipe.speaker), load_tokenizer(start.pretrained)
         check_same_vocabulary(*speaking)
         check_same_template(*speaking)
     elif start.scratch is not None:
@@ -43,10 +44,10 @@ def check(recipe: Recipe) -> Plan:
         if tokens >= context:
             raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {context}")
     if recipe.teacher.context is not None and recipe.teacher.context.system is not None:
-        check_takes_system(load_tokenizer(recipe.teacher.model))
+        check_takes_system(load_tokenizer(recipe.speaker))
     training, held_out = build.prompts(recipe)
     for term in build.terms(recipe):
-        if term.match is not None:
+        if term.match is not None and teacher is not None:
             term.match.check(student, teacher)
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
     return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student, judge, _bills(recipe, len(training)))

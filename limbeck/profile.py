@@ -15,6 +15,7 @@ from limbeck.pipeline import Run, claim
 from limbeck.plan import TEACHER_READS, Shape, matrix_rate, step_flops
 from limbeck.progress import Reporter
 from limbeck.recipe import Recipe
+from limbeck.validate import validate
 
 STEPS = 3
 
@@ -27,7 +28,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     MLP shape, measured right before and right after each step: a shared machine's speed drifts.
     """
     keep_freed_memory()
-    build.validate(recipe)
+    validate(recipe)
     folder = build.run_folder(recipe, out)
     with exclusive(folder / ".lock"):
         run = Run(recipe, folder, reporter)

@@ -65,6 +65,11 @@ class Recipe(Section):
         return teacher.model if set(written) == {"model"} else written
 
     @property
+    def speaker(self) -> str:
+        """Whose tokens and template all text is in: the teacher's, or where its weights are not here, the student's start."""
+        return str(self.teacher.model or self.student.start.pretrained)
+
+    @property
     def student_writer(self) -> Writer | None:
         """The student as a writer, where it is one."""
         return next((writer for writer in self.writer if writer.by == "student"), None)

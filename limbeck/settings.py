@@ -148,14 +148,25 @@ class Served(Section):
 class Teacher(Section):
     """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches itself: `live` (at
     this step), or their moving `average`, which keeps `decay` of itself at every step. With a `server` its text comes from there, and
-    only what text can't say from the model here.
+    only what text can't say from the model here; without a `model`, its text is all there is.
     """
 
-    model: str
+    model: str | None = None
     server: Served | None = None
     context: Context | None = None
     weights: Literal["own", "live", "average"] = "own"
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+    @model_validator(mode="after")
+    def _someone(self) -> Teacher:
+        if self.model is None and self.server is None:
+            raise ValueError("name a model, a server that writes its text, or both")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.model or (self.server.name if self.server is not None else "")
 
 
 class Elicit(Section):

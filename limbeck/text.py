@@ -85,8 +85,12 @@ class Text:
 
     def held_out(self) -> list[Sample]:
         """The teacher's answers to the held-out prompts."""
-        sampling = self.held_out_sampling()
-        return self._ask([self._request(prompt, "teacher", sampling) for prompt in self.prompts[1]], "teacher")
+        return self.said([(prompt, 0) for prompt in self.prompts[1]], self.held_out_sampling())
+
+    def said(self, asked: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
+        """What the teacher says to these (prompt, seed), in their order; seed 0 is the text's own."""
+        requests = [replace(request := self._request(prompt, "teacher", sampling), seed=request.seed + seed) for prompt, seed in asked]
+        return self._ask(requests, "teacher")
 
     def held_out_sampling(self) -> Sampling:
         """How held-out text is drawn: as the teacher's training text (see `Recipe.held_out_writer`)."""

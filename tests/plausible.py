@@ -32,6 +32,8 @@ def plausible(request):
         "In other words:": f"{said}: " + text.partition("Problem: ")[2].partition("\n")[0],
         "\nStatement:": "It takes 2 and 2 to make 4.",
         "Write three wrong": "one\n2. two\n3. three",
+        "Task: (the task)": f"Task: Tell {said}\nAnswer: {text.splitlines()[1]}",
+        "Problem: (everything": f"Problem: Print {said}\nSolution: so\n```python\nprint('{said}')\n```",
         "\nUser:": f"And {said}?",
     }.items():
         if mark in text:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from limbeck.build import validate
 from limbeck.data import FixedText, Row, make_batch
 from limbeck.mixup import Mixed
 from limbeck.models.load import Model, head_of
@@ -17,6 +16,7 @@ from limbeck.models.teacher import InProcessTeacher
 from limbeck.pipeline import run
 from limbeck.recipe import parse
 from limbeck.types import RecipeError
+from limbeck.validate import validate
 from tests.conftest import make_net, make_tokenizer
 
 ROWS = [Row(f"s{n}", (3, 4, 5 + n), tuple(range(10 + n, 14 + 2 * n)), frozenset({"teacher"}), f"g{n}") for n in range(6)]

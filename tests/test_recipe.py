@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from limbeck import RecipeError, UserError, load_recipe
-from limbeck.build import terms, validate
+from limbeck.build import terms
 from limbeck.builtin import recipe_files
 from limbeck.preflight import check
 from limbeck.recipe import parse
+from limbeck.validate import validate
 
 
 @pytest.fixture

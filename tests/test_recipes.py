@@ -8,11 +8,12 @@ import math
 import pytest
 
 from limbeck import load_recipe, run
-from limbeck.build import terms, validate
+from limbeck.build import terms
 from limbeck.builtin import recipe_files
 from limbeck.models.load import save_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.scorer import ModelScorer
+from limbeck.validate import validate
 from tests import plausible
 from tests.conftest import make_net, make_tokenizer
 
@@ -26,6 +27,7 @@ def test_the_recipes_of_the_field_are_there():
         "on-policy-distillation", "speculative-kd", "f-distill-js", "f-distill-tvd", "opd-entropy-aware", "iw-opd", "prompt-baking", "sdft",
         "opsd", "mixkd", "alpaca", "self-instruct", "evol-instruct", "magpie", "orca", "distilling-step-by-step", "fine-tune-cot", "scott",
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
+        "bonito", "oss-instruct",
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ Shapes: N response positions of a batch, R of a block, V vocabulary, K choices.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,18 +60,22 @@ class ItemFidelity:
 
 
 class Text:
-    """Rows with the teacher's distribution at their response tokens, computed once for all systems that read them."""
+    """Rows with the teacher's distribution at their response tokens, computed once for all systems that read them; without it where the
+    teacher's weights are not here."""
 
-    def __init__(self, rows: Sequence[Row], teacher: InProcessTeacher) -> None:
+    def __init__(self, rows: Sequence[Row], teacher: InProcessTeacher | None) -> None:
         self.rows, self.teacher = rows, teacher
-        self.vocabulary = min(head_of(teacher.model.net).vocabulary, teacher.model.tokens)
+        self.vocabulary = sys.maxsize if teacher is None else min(head_of(teacher.model.net).vocabulary, teacher.model.tokens)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         self.picks: list[MicroBatch] = [tuple(order[start : start + ROWS_TOGETHER]) for start in range(0, len(order), ROWS_TOGETHER)]
         self._kept: dict[int, Tensor] = {}
         self._buffer = Buffer()
 
-    def batches(self) -> Iterator[tuple[MicroBatch, Batch, DenseSignal]]:
+    def batches(self) -> Iterator[tuple[MicroBatch, Batch, DenseSignal | None]]:
         """(places of the rows, batch, the teacher's side), the shortest rows first."""
+        if self.teacher is None:
+            yield from ((picked, make_batch(self.rows, picked), None) for picked in self.picks)
+            return
         width = self.teacher.model.net.config.hidden_size
         keep = sum(len(row.response_ids) for row in self.rows) * width * 4 <= KEPT_BYTES
         for number, picked in enumerate(self.picks):
@@ -96,7 +101,7 @@ def fidelity(system: Model, text: Text, shown: Collection[str] = (), progress: P
     head = head_of(system.net)
     for picked, batch, signal in text.batches():
         rows_N, positions_N = batch.response_positions()
-        if system is text.teacher.model:
+        if signal is not None and text.teacher is not None and system is text.teacher.model:
             hidden_ND = signal.hidden_NE
         else:
             hidden_ND = shared_states(system.net, batch.tokens_BT.to(system.net.device))[rows_N, positions_N]
@@ -111,18 +116,22 @@ def fidelity(system: Model, text: Text, shown: Collection[str] = (), progress: P
     return [found[index] for index in range(len(text.rows))]
 
 
-def _columns(hidden_ND: Tensor, head: Head, signal: DenseSignal, targets_N: Tensor) -> dict[str, Tensor]:
+def _columns(hidden_ND: Tensor, head: Head, signal: DenseSignal | None, targets_N: Tensor) -> dict[str, Tensor]:
     """Every measure at every response position: [N], choices [N, K]."""
     parts: dict[str, list[Tensor]] = {}
-    pairs = _teacher_alone(signal) if hidden_ND is signal.hidden_NE else compared(hidden_ND, head, signal)
+    pairs: Iterator[tuple[slice, Distribution, Distribution | None]]
+    if signal is None:
+        pairs = ((part, q, None) for part, q, _ in _alone(DenseSignal(hidden_ND, head)))
+    else:
+        pairs = _alone(signal) if hidden_ND is signal.hidden_NE else compared(hidden_ND, head, signal)
     for part, q, p in pairs:
         for name, value in _measures(p, q, targets_N[part, None]).items():
             parts.setdefault(name, []).append(value)
     return {name: torch.cat(values).cpu() for name, values in parts.items()} | {"targets": targets_N.cpu()}
 
 
-def _teacher_alone(signal: DenseSignal) -> Iterator[tuple[slice, Distribution, Distribution]]:
-    """As `compared`, of the teacher with itself: its logits are projected once."""
+def _alone(signal: DenseSignal) -> Iterator[tuple[slice, Distribution, Distribution]]:
+    """As `compared`, of a model with itself: its logits are projected once."""
     for part in chunks(len(signal.hidden_NE), signal.head.vocabulary, CHUNK_ELEMENTS):
         chunk = signal.chunk(part)
         for rows in chunks(part.stop - part.start, signal.head.vocabulary, BLOCK_ELEMENTS):
@@ -130,14 +139,19 @@ def _teacher_alone(signal: DenseSignal) -> Iterator[tuple[slice, Distribution, D
             yield slice(part.start + rows.start, part.start + rows.stop), p, p
 
 
-def _measures(p: Distribution, q: Distribution, target_R1: Tensor) -> dict[str, Tensor]:
-    """All measures of a block in one go: `limbeck.divergence` would take its gradient each time, too."""
+def _measures(p: Distribution | None, q: Distribution, target_R1: Tensor) -> dict[str, Tensor]:
+    """All measures of a block in one go: `limbeck.divergence` would take its gradient each time, too. Without `p`, those of q alone."""
 
     def dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:
         return (a_RV * b_RV).sum(-1)
 
-    teacher = p.prob.topk(min(CHOICES, p.prob.shape[-1]))
-    student = teacher if q is p else q.prob.topk(min(CHOICES, q.prob.shape[-1]))
+    student = q.prob.topk(min(CHOICES, q.prob.shape[-1]))
+    first_R, target_R = student.indices[:, 0], target_R1[:, 0]
+    alone = {"nll": -q.log.gather(-1, target_R1)[:, 0], "entropy": -dot(q.prob, q.log), "wrong": (first_R != target_R).float(),
+             "confidence": student.values[:, 0]}  # fmt: skip
+    if p is None:
+        return alone
+    teacher = student if q is p else p.prob.topk(min(CHOICES, p.prob.shape[-1]))
     apart = dict.fromkeys(("forward_kl", "reverse_kl", "jsd", "tvd"), torch.zeros_like(teacher.values[:, 0]))
     if q is not p:
         ratio_RV = p.log - q.log
@@ -148,18 +162,15 @@ def _measures(p: Distribution, q: Distribution, target_R1: Tensor) -> dict[str, 
             "jsd": 0.5 * (dot(p.prob, p.log - log_m_RV) + dot(q.prob, q.log - log_m_RV)),
             "tvd": 0.5 * (p.prob - q.prob).abs_().sum(-1),
         }
-    first_R, theirs_R, target_R = student.indices[:, 0], teacher.indices[:, 0], target_R1[:, 0]
+    theirs_R = teacher.indices[:, 0]
     common_R = (student.indices[:, :, None] == teacher.indices[:, None]).any(-1).float().mean(-1)
     return {
+        **alone,
         **apart,
-        "nll": -q.log.gather(-1, target_R1)[:, 0],
         "teacher_nll": -p.log.gather(-1, target_R1)[:, 0],
-        "entropy": -dot(q.prob, q.log),
         "top1": (first_R == theirs_R).float(),
         "top5": common_R,
-        "wrong": (first_R != target_R).float(),
         "same_wrong": ((first_R != target_R) & (first_R == theirs_R)).float(),
-        "confidence": student.values[:, 0],
         "teacher_choices": teacher.indices[:, :SHOWN_CHOICES],
         "teacher_shares": teacher.values[:, :SHOWN_CHOICES],
         "student_choices": student.indices[:, :SHOWN_CHOICES],
@@ -169,14 +180,17 @@ def _measures(p: Distribution, q: Distribution, target_R1: Tensor) -> dict[str, 
 
 def _item(sample_id: str, part: Mapping[str, Tensor], classes: TokenClasses, shown: bool) -> ItemFidelity:
     """One answer's record from its positions' measures."""
-    targets, nats = part["targets"].tolist(), part["forward_kl"].double().tolist()
-    item = ItemFidelity(sample_id, len(targets), {name: float(part[name].double().sum()) for name in SUMMED})
+    targets = part["targets"].tolist()
+    item = ItemFidelity(sample_id, len(targets), {name: float(part[name].double().sum()) for name in SUMMED if name in part})
+    item.reliability = Reliability.of(part["confidence"].numpy(), 1 - part["wrong"].numpy())
+    if "forward_kl" not in part:
+        return item
+    nats = part["forward_kl"].double().tolist()
     for position, (token, value) in enumerate(zip(targets, nats, strict=True)):
         length = str(next((length for length in LENGTHS if position < length), "longer"))
         for table, key in ((item.lengths, length), (item.classes, classes.of(token))):
             total, count = table.get(key, (0.0, 0))
             table[key] = (total + value, count + 1)
-    item.reliability = Reliability.of(part["confidence"].numpy(), 1 - part["wrong"].numpy())
     if shown:
         teachers, students = (_choices(part[f"{who}_choices"], part[f"{who}_shares"]) for who in ("teacher", "student"))
         item.lens = [(t, round(max(kl, 0.0), 4), a, b) for t, kl, a, b in zip(targets, nats, teachers, students, strict=True)]

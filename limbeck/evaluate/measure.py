@@ -9,28 +9,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from limbeck.data import Row
 from limbeck.durable import read_jsonl, write_json, write_text
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.verify import verify
 from limbeck.evaluate import wording
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.efficiency import efficiency, sizes
 from limbeck.evaluate.fidelity import Choices, ItemFidelity, Text, fidelity
-from limbeck.evaluate.items import Item
-from limbeck.evaluate.tasks import Answer, Scored, Task, answer_all, run_task
+from limbeck.evaluate.items import GenerationSettings, Item
+from limbeck.evaluate.tasks import Answer, Asked, Scored, Task, answer_all, run_task, score_written
 from limbeck.models.generate import Job, generate
 from limbeck.models.load import Model
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.types import Sampling, UserError, canonical_json, content_hash
+from limbeck.types import Sample, Sampling, UserError, canonical_json, content_hash
 
 SHOWN = 24
 OWN_FACTS = ("tokens", "text", "finished", "repetition")
 Progress = Callable[[int, int, str], None]
+Says = Callable[[Sequence[Asked], Sampling], Sequence[Sample]]  # what a server answers to (prompt, seed), in their order
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,21 @@ class Measured:
 
 
 class Bench:
-    """Measures into a folder; what is there already is read back, and a system all of whose files are there is not loaded."""
+    """Measures into a folder; what is there already is read back, and a system all of whose files are there is not loaded.
 
-    def __init__(self, folder: Path, teacher: InProcessTeacher, protocol: Protocol, progress: Progress = lambda done, total, detail: None):
-        self.folder, self.teacher, self.protocol, self.progress = folder, teacher, protocol, progress
+    Without a `teacher` (its weights are not here) no distance from its distribution is measured. `reader` is whose tokens the held-out text
+    is in: the teacher, or else the student.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: InProcessTeacher | None,
+        reader: Model,
+        protocol: Protocol,
+        progress: Progress = lambda done, total, detail: None,
+    ) -> None:
+        self.folder, self.teacher, self.reader, self.protocol, self.progress = folder, teacher, reader, protocol, progress
         self.held_out = Text(protocol.rows, teacher)
         self.free: Text | None = None
         self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
@@ -98,6 +112,39 @@ class Bench:
         answers = self._answers(name, model)
         scored = {task.name: self._task(task, name, model, answers) for task in self.protocol.tasks}
         return Measured(name, held_out, own, own_text, free, answers, scored, self._efficiency(name, model))
+
+    def by_text(self, name: str, says: Says) -> Measured:
+        """What can be measured of a system that gives text alone: its greedy answers, and the tasks that it answers in a chat."""
+        greedy = Sampling(temperature=0.0, max_tokens=self.protocol.max_tokens)
+        answers = self._kept(f"answers-{name}.jsonl", Answer, lambda: self._said(says, [(p, 0) for p in self.protocol.prompts], greedy))
+        given, scored = {answer.prompt_id: answer for answer in answers}, {}
+        for task in self.protocol.tasks:
+            scored[task.name] = self._kept(f"task-{task.name}+{name}.jsonl", Scored, partial(self._scored, task, says, given))
+        return Measured(name, [], [], [], [], answers, scored, {})
+
+    def _scored(self, task: Task, says: Says, given: dict[str, Answer]) -> list[Scored]:
+        settings = task.protocol
+        if not isinstance(settings, GenerationSettings) or settings.format != "chat":
+            return []
+
+        def write(asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
+            return self._said(says, [(replace(p, text=settings.fill({"prompt": p.text})), seed) for p, seed in asked], sampling)
+
+        return score_written(task, write, given, self.protocol.max_tokens)
+
+    def _said(self, says: Says, asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
+        found = []
+        for (prompt, _), reply in zip(asked, says(asked, sampling), strict=True):
+            text, whole = reply.messages[-1]["content"], reply.meta.get("finish") != "length"
+            tokens = len(self.reader.text_ids(text)) + whole
+            found.append(Answer(prompt.id, prompt.kind, text, tokens, whole, verify(prompt.check, text)))
+        return found
+
+    def _kept(self, name: str, kind: type[T], make: Callable[[], Sequence[T]]) -> list[T]:
+        """The records of a file, which is written once."""
+        if not (self.folder / name).exists():
+            write_text(self.folder / name, _lines([vars(record) for record in make()]))
+        return [kind(**record) for record in read_jsonl(self.folder / name)]
 
     def _fidelity(self, name: str, model: Callable[[], Model], lens: bool) -> list[ItemFidelity]:
         file = self.folder / f"fidelity-{name}.jsonl"
@@ -138,10 +185,13 @@ class Bench:
 
     def _free(self, name: str, model: Callable[[], Model]) -> list[ItemFidelity]:
         """Distance from the teacher on the teacher's own text at temperature 1: what a system's own text is held against."""
+        if self.teacher is None:
+            return []
+        teacher = self.teacher.model
         file = self.folder / f"free-{name}.jsonl"
         if not file.exists():
             if self.free is None:
-                self._own("teacher", lambda: self.teacher.model, False)
+                self._own("teacher", lambda: teacher, False)
                 records = read_jsonl(self.folder / "own-teacher.jsonl")
                 prompts = {prompt.id: prompt for prompt in self.protocol.prompts}
                 rows = [self._row(prompts[record["prompt_id"]], record["ids"]) for record in records]
@@ -166,26 +216,18 @@ class Bench:
 
     def _row(self, prompt: Prompt, ids: Sequence[int]) -> Row:
         """An answer after the prompt as the students see it, and as the teacher does where that is another."""
-        teacher = self.teacher.model
-        seen = None if teacher.sight is None else tuple(teacher.prompt_ids(prompt.messages))
-        return Row(prompt.id, tuple(teacher.seeing(None).prompt_ids(prompt.messages)), tuple(ids), teacher_prompt_ids=seen)
+        reader = self.reader
+        seen = None if reader.sight is None else tuple(reader.prompt_ids(prompt.messages))
+        return Row(prompt.id, tuple(reader.seeing(None).prompt_ids(prompt.messages)), tuple(ids), teacher_prompt_ids=seen)
 
     def _answers(self, name: str, model: Callable[[], Model]) -> list[Answer]:
-        file = self.folder / f"answers-{name}.jsonl"
-        if not file.exists():
-            prompts = self.protocol.prompts
-            found = answer_all(model(), prompts, self.protocol.max_tokens, partial(self._told, f"answers of {name}"))
-            write_text(file, _lines([vars(answer) for answer in found]))
-        return [Answer(**record) for record in read_jsonl(file)]
+        told, asked = partial(self._told, f"answers of {name}"), self.protocol
+        return self._kept(f"answers-{name}.jsonl", Answer, lambda: answer_all(model(), asked.prompts, asked.max_tokens, told))
 
     def _task(self, task: Task, name: str, model: Callable[[], Model], answers: Sequence[Answer]) -> list[Scored]:
-        file = self.folder / f"task-{task.name}+{name}.jsonl"
-        if not file.exists():
-            given = {answer.prompt_id: answer for answer in answers}
-            told = partial(self._told, f"{task.name}: {name}")
-            found = run_task(task, model(), told, given, self.protocol.max_tokens)
-            write_text(file, _lines([vars(scored) for scored in found]))
-        return [Scored(**record) for record in read_jsonl(file)]
+        given = {answer.prompt_id: answer for answer in answers}
+        told, most = partial(self._told, f"{task.name}: {name}"), self.protocol.max_tokens
+        return self._kept(f"task-{task.name}+{name}.jsonl", Scored, lambda: run_task(task, model(), told, given, most))
 
     def _told(self, detail: str, done: int, total: int) -> None:
         self.progress(done, total, detail)

@@ -55,15 +55,16 @@ def columns(found: Measured, task_list: Sequence[Task]) -> dict[str, Column]:
     result: dict[str, Column] = {}
     for items, names in ((found.fidelity, PER_TOKEN), (found.own, OWN_PER_TOKEN)):
         ids, tokens = [item.sample_id for item in items], [item.tokens for item in items]
-        result |= {name: Column.of(ids, [item.sums[key] for item in items], tokens) for name, key in names.items()}
-    wrong = [item for item in found.fidelity if item.sums["wrong"] > 0]
+        known = {name: key for name, key in names.items() if all(key in item.sums for item in items)}
+        result |= {name: Column.of(ids, [item.sums[key] for item in items], tokens) for name, key in known.items()}
+    wrong = [item for item in found.fidelity if item.sums["wrong"] > 0 and "same_wrong" in item.sums]
     result["agree_when_wrong"] = Column.of(
         [item.sample_id for item in wrong], [item.sums["same_wrong"] for item in wrong], [item.sums["wrong"] for item in wrong]
     )
     own_ids = [item.sample_id for item in found.own]
     for name, key in (("own_tokens", "tokens"), ("own_finished", "finished"), ("own_repetition", "repetition")):
-        known = [(id_, facts[key]) for id_, facts in zip(own_ids, found.own_text, strict=True) if facts[key] is not None]
-        result[name] = Column.of([id_ for id_, _ in known], [float(value) for _, value in known])
+        known_ids = [(id_, facts[key]) for id_, facts in zip(own_ids, found.own_text, strict=True) if facts[key] is not None]
+        result[name] = Column.of([id_ for id_, _ in known_ids], [float(value) for _, value in known_ids])
     for task in task_list:
         scored = found.tasks[task.name]
         for metric in dict.fromkeys(metric for item in scored for metric in item.scores):
@@ -82,10 +83,10 @@ def summarise(systems: Systems, task_list: Sequence[Task], pairs: Sequence[tuple
         "systems": values,
         "metrics": described(metrics, task_list),
         "paired": {f"{a} - {b}": {m: d.as_dict() for m, d in _differences(known[a], known[b]).items()} for a, b in pairs},
-        "calibration": {name: calibration.curve(_reliability(seeds)) for name, seeds in systems.items()},
-        "exposure": {name: fidelity.exposure(*_both(seeds)) for name, seeds in systems.items() if name != "teacher"},
-        "wording": {name: _wording(seeds) for name, seeds in systems.items()},
-        "efficiency": {name: seeds[0].efficiency for name, seeds in systems.items()},
+        "calibration": {name: calibration.curve(_reliability(seeds)) for name, seeds in systems.items() if seeds[0].fidelity},
+        "exposure": {name: fidelity.exposure(*_both(seeds)) for name, seeds in systems.items() if name != "teacher" and seeds[0].free},
+        "wording": {name: _wording(seeds) for name, seeds in systems.items() if seeds[0].own_text},
+        "efficiency": {name: seeds[0].efficiency for name, seeds in systems.items() if seeds[0].efficiency},
         "robustness": robustness(systems, task_list),
     }
 
@@ -98,7 +99,8 @@ def _values(seeds: Sequence[Measured], known: Sequence[dict[str, Column]], task_
         if shown:
             interval = interval.exponential()
         found[shown or name] = interval.as_dict()
-    found["ece"] = calibration.ece_interval(_tables(seeds)).as_dict()
+    if seeds[0].fidelity:
+        found["ece"] = calibration.ece_interval(_tables(seeds)).as_dict()
     for task in task_list:  # a task's own figures that are no means over items, such as macro F1
         if len(seeds) == 1:
             found |= {name: v for name, v in tasks.summarise(task, seeds[0].tasks[task.name]).items() if name not in found}
@@ -258,13 +260,14 @@ def by_kind(systems: Systems, kinds: Mapping[str, str], task_list: Sequence[Task
 def warnings(systems: Systems, summary: Mapping[str, Any], trained: Sequence[str], shorten: Callable[[str], str] = str) -> list[str]:
     """What a reader should know before believing a figure."""
     found = []
-    items = len(next(iter(systems.values()))[0].fidelity)
+    items = max(len(seeds[0].fidelity) for seeds in systems.values())
     if items < FEW_ITEMS:
         found.append(f"Only {items} held-out answers: intervals are wide and may be too narrow for what they claim.")
     for name in trained:
         own = summary["systems"][name]
-        if (finished := own.get("own_finished")) and finished["value"] < 0.5 * summary["systems"]["teacher"]["own_finished"]["value"]:
-            found.append(f"{shorten(name)} ends {finished['value']:.0%} of its own answers, far fewer than the teacher.")
+        ended, teachers = own.get("own_finished"), summary["systems"]["teacher"].get("own_finished")
+        if ended and teachers and ended["value"] < 0.5 * teachers["value"]:
+            found.append(f"{shorten(name)} ends {ended['value']:.0%} of its own answers, far fewer than the teacher.")
         if (repeats := own.get("own_repetition")) and repeats["value"] > 0.3:
             found.append(f"{shorten(name)} repeats itself: {repeats['value']:.0%} of the 4-grams of its own text stood there before.")
     return found

@@ -225,6 +225,9 @@ def _possible(kind: Kind, protocol: Settings, items: Sequence[Item]) -> list[str
     return ["acc", "macro_f1", "probability", "brier"] if kind == "classification" else ["acc", "acc_norm", "probability", "brier"]
 
 
+Asked = tuple[Prompt, int]
+
+
 @dataclass(frozen=True)
 class Answer:
     """One system's answer to one prompt; `passed` is None where no verifier applies. `tokens` count the end-of-sequence token."""
@@ -271,37 +274,53 @@ def run_task(
     """
     protocol, items = task.protocol, task.items
     if isinstance(protocol, GenerationSettings):
-        scored = _score_written(task, protocol, system, progress, given or {}, max_tokens)
-    elif isinstance(protocol, ChoiceSettings | LabelSettings):
+
+        def write(asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
+            jobs = [
+                Job(prompt_ids(system, protocol, {"prompt": prompt.text}), sampling, int(content_hash([prompt.id, seed])[:15], 16))
+                for prompt, seed in asked
+            ]
+            return _written(system, [prompt for prompt, _ in asked], jobs, progress)
+
+        return score_written(task, write, given or {}, max_tokens)
+    if isinstance(protocol, ChoiceSettings | LabelSettings):
         scored = score_choices([item for item in items if isinstance(item, ChoiceItem)], protocol, system, progress)
     elif isinstance(protocol, RankingSettings):
         scored = score_rankings([item for item in items if isinstance(item, RankingItem)], protocol, system, progress)
     else:
         assert isinstance(protocol, PassageSettings)
         scored = score_passages([item for item in items if isinstance(item, Passage)], protocol, system, progress)
+    return _asked_for(task, scored)
+
+
+def _asked_for(task: Task, scored: list[Scored]) -> list[Scored]:
+    """The results with the task's own metrics alone."""
     for item in scored:
         for metric in item.scores.keys() - set(task.metrics):
             del item.scores[metric]
     return scored
 
 
-def _score_written(
-    task: Task, settings: GenerationSettings, system: Model, progress: Progress, given: Mapping[str, Answer], max_tokens: int
+def score_written(
+    task: Task, write: Callable[[Sequence[Asked], Sampling], Sequence[Answer]], given: Mapping[str, Answer], max_tokens: int
 ) -> list[Scored]:
-    """One result per prompt, the mean over its draws, so that resampling items keeps the draws of a prompt together."""
+    """One result per prompt, the mean over its draws, so that resampling items keeps the draws of a prompt together.
+
+    Args:
+        write: the answers to (prompt, seed) in their order; the prompt's text is still to be put into the task's wording.
+        given, max_tokens: as for `run_task`.
+    """
+    settings = task.protocol
+    assert isinstance(settings, GenerationSettings)
     if "rouge_l" in task.metrics:
         rouge_l("a word", ["a word"])  # a missing package is told before anything is written
     known = given if task.shares_answers else {}
     asked = [(prompt, seed) for prompt in task.prompts if prompt.id not in known for seed in settings.draws]
-    sampling = Sampling(settings.temperature, settings.top_p, settings.max_tokens or max_tokens)
-    jobs = [
-        Job(prompt_ids(system, settings, {"prompt": prompt.text}), sampling, int(content_hash([prompt.id, seed])[:15], 16))
-        for prompt, seed in asked
-    ]
     new: dict[str, list[Answer]] = {}
-    for answer in _written(system, [prompt for prompt, _ in asked], jobs, progress):
+    for answer in write(asked, Sampling(settings.temperature, settings.top_p, settings.max_tokens or max_tokens)):
         new.setdefault(answer.prompt_id, []).append(answer)
-    return [_scored_prompt(prompt, new.get(prompt.id) or [known[prompt.id]], settings, task.metrics) for prompt in task.prompts]
+    scored = [_scored_prompt(prompt, new.get(prompt.id) or [known[prompt.id]], settings, task.metrics) for prompt in task.prompts]
+    return _asked_for(task, scored)
 
 
 def _scored_prompt(prompt: Prompt, answers: Sequence[Answer], settings: GenerationSettings, metrics: Sequence[str]) -> Scored:

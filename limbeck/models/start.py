@@ -44,7 +44,7 @@ def _begin(student: Student, teacher: Callable[[], Model], choice: Choice | None
 
 def choose(
     student: Student,
-    teacher: Model,
+    teacher: Callable[[], Model],
     calibration: Callable[[], Calibration],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Choice | None:
@@ -53,7 +53,7 @@ def choose(
     if prune is None:
         return None
     count = prune.layers if prune.layers is not None else len(prune.keep)
-    return choose_layers(teacher.net, prune.keep, count, calibration, progress)
+    return choose_layers(teacher().net, prune.keep, count, calibration, progress)
 
 
 def _random(scratch: Scratch, like: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -15,8 +15,8 @@ PLACES = {"prompt": "the prompt", "answer": "the prompt's known answer", "feedba
 
 
 def teacher_name(teacher: Any) -> str:
-    """Its model. A recipe names a teacher by that alone, or by a record with a context, weights and decay."""
-    return str(teacher.get("model", "")) if isinstance(teacher, dict) else str(teacher)
+    """Its model, or its name behind a server. A recipe names a teacher by its model alone, or by a record."""
+    return str(teacher.get("model") or (teacher.get("server") or {}).get("name", "")) if isinstance(teacher, dict) else str(teacher)
 
 
 def teacher_aside(teacher: Any) -> str:
@@ -24,7 +24,8 @@ def teacher_aside(teacher: Any) -> str:
     if not isinstance(teacher, dict):
         return ""
     own = ", with weights of the student's own" if teacher.get("weights") in WEIGHTS else ""
-    own += f", its text by {teacher['server'].get('name', '')} behind a server" if teacher.get("server") else ""
+    if teacher.get("server"):
+        own += f", its text by {teacher['server'].get('name', '')} behind a server" if teacher.get("model") else ", behind a server"
     return own + (", shown another prompt than the student" if teacher.get("context") else "")
 
 
