@@ -15,6 +15,7 @@ from limbeck.elicit.steps import STEPS
 from limbeck.evaluate.perturb import perturbed
 from limbeck.evaluate.tasks import Task, load_task
 from limbeck.models.api import ApiTeacher
+from limbeck.models.batch import BatchTeacher
 from limbeck.models.context import Sight
 from limbeck.models.generate import Joint
 from limbeck.models.joint import Mixture, Speculation
@@ -71,7 +72,8 @@ def teacher(recipe: Recipe) -> InProcessTeacher:
 
 def served(recipe: Recipe) -> ApiTeacher | None:
     """The server that writes the teacher's text, where the recipe names one."""
-    return None if recipe.teacher.server is None else ApiTeacher(recipe.teacher.server)
+    server = recipe.teacher.server
+    return None if server is None else BatchTeacher(server) if server.batch else ApiTeacher(server)
 
 
 def sight(recipe: Recipe) -> Sight | None:

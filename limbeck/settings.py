@@ -131,7 +131,7 @@ class Limits(Section):
 class Served(Section):
     """An OpenAI-compatible server that writes the teacher's text: its address (up to `/v1`), the model's `name` there, and the environment
     variable that holds its key. `concurrency` requests are under way at once; one answer may take `timeout` seconds and be asked for
-    `retries` times more."""
+    `retries` times more. With `batch` the requests go through its batch interface: within a day, at half the price where there is one."""
 
     url: str
     name: str
@@ -141,6 +141,7 @@ class Served(Section):
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
     timeout: Annotated[float, Field(gt=0)] = 300.0
     retries: Annotated[int, Field(ge=0, le=20)] = 5
+    batch: bool = False
     price: Price | None = None
     limits: Limits = Limits()
 

@@ -33,6 +33,7 @@ FLOORS = [
         "models.sample",
         "models.named",
         "models.api",
+        "models.batch",
         "models.context",
         "models.copy",
         "models.states",

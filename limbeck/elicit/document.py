@@ -34,8 +34,9 @@ ABOUT = (
     "Task: (the task)\nAnswer: (the answer)"
 )
 INSPIRED = (
-    "Here is a piece of code:\n```\n{code}\n```\n\nLet it inspire you to a programming problem of your own that can be solved in one file. "
-    "Write exactly two parts, one after the other:\nProblem: (everything that one needs to know to solve it; the piece of code is not shown)\n"
+    "Here is a piece of code:\n```\n{code}\n```\n\nLet it inspire you to a programming problem of your own that can be solved in one "
+    "file. Write exactly two parts, one after the other:\n"
+    "Problem: (everything that one needs to know to solve it; the piece of code is not shown)\n"
     "Solution: (a correct program in a fenced block, explained in a few words)"
 )
 FENCE = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)

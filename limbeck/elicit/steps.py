@@ -23,6 +23,7 @@ from limbeck.elicit import (
 from limbeck.settings import Section
 
 HOMES = (
-    expand, evolve, imagine, curate, document, dialogue, rewrite, choices, answer, rationale, given, verified, select, merit, transform, mosaic,
+    expand, evolve, imagine, curate, document, dialogue, rewrite, choices,
+    answer, rationale, given, verified, select, merit, transform, mosaic,
 )  # fmt: skip
 STEPS: dict[str, type[Section]] = {name: step for home in HOMES for name, step in home.STEPS.items()}

@@ -95,7 +95,7 @@ class ApiTeacher:
                 raise UserError(f"no answer from {self._url}: {type(error).__name__}; is the server running?") from None
         if status != 200:
             raise UserError(f"{self._url}/models answers {status}: look at {STOPS.get(status, 'the server')}")
-        read = _json(body)
+        read = read_json(body)
         listed = read.get("data") if isinstance(read, dict) else None
         known = {str(one.get("id")): one for one in listed if isinstance(one, dict)} if isinstance(listed, list) else {}
         if self.settings.name not in known:
@@ -154,7 +154,7 @@ class ApiTeacher:
 
     def _check_ceilings(self, request: Request) -> None:
         """Refuse a try that might pass a ceiling if all that are under way write as much as they may."""
-        limits, flying = self.settings.limits, sum(self._flying.values()) + _most_tokens(request)
+        limits, flying = self.settings.limits, sum(self._flying.values()) + most_tokens(request)
         dearest = max(self._price(1, 0), self._price(0, 1))
         for ceiling, there, what in (
             (limits.requests, self.spent.sent + 1, "requests"),
@@ -196,9 +196,9 @@ class ApiTeacher:
         body, path = self._body(request), "/completions" if request.raw is not None else "/chat/completions"
         last = b""
         for attempt in range(self.settings.retries + 1):
-            await self._turn(_most_tokens(request))
+            await self._turn(most_tokens(request))
             self._check_ceilings(request)
-            self._flying[id(request)] = _most_tokens(request)
+            self._flying[id(request)] = most_tokens(request)
             self.spent.sent += 1
             self.spent.again += attempt > 0
             wait: float | None = None
@@ -215,7 +215,7 @@ class ApiTeacher:
                 return self._generated(request, status, last)
             if status in STOPS or 300 <= status < 400:
                 raise UserError(
-                    f"{self._url} answers {status}: look at {STOPS.get(status, 'the address, which leads elsewhere')}. {_said(last)}"
+                    f"{self._url} answers {status}: look at {STOPS.get(status, 'the address, which leads elsewhere')}. {said(last)}"
                 )
             if status in AGAIN:
                 wait = _retry_after(headers.get("retry-after"))
@@ -226,7 +226,7 @@ class ApiTeacher:
                 told = status if status > 0 else "no answer" if status else "no connection"
                 raise UserError(
                     f"{self._url} failed {self._failures} times in a row (last: {told}): look at the server, then run it again to go on. "
-                    + _said(last)
+                    + said(last)
                 )
             if attempt < self.settings.retries:
                 await self._pause(wait if wait is not None else min(LONGEST_PAUSE, 0.5 * 2**attempt) * self._noise.uniform(0.5, 1.5))
@@ -267,7 +267,7 @@ class ApiTeacher:
     def _generated(self, request: Request, status: int, body: bytes) -> Generated:
         if status != 200:
             return Generated(None, "", "error", _kept(body))  # this request's own fault, such as a prompt that is too long
-        data = _json(body) if len(body) <= MOST_BYTES else None
+        data = read_json(body) if len(body) <= MOST_BYTES else None
         usage = _usage(data)
         if usage is not None:
             self.spent.read += usage[0]
@@ -307,7 +307,7 @@ async def _next(stream: AsyncGenerator[tuple[Request, Generated]]) -> tuple[Requ
     return await anext(stream, None)
 
 
-def _most_tokens(request: Request) -> int:
+def most_tokens(request: Request) -> int:
     """What a request may cost in tokens, about."""
     asked = len(request.raw or "") + sum(len(message["content"]) for message in request.messages)
     return asked // CHARS_PER_TOKEN + request.sampling.max_tokens
@@ -320,7 +320,7 @@ def _usage(data: Any) -> tuple[int, int] | None:
     return (counts[0], counts[1]) if len(counts) == 2 else None
 
 
-def _json(body: bytes) -> Any:
+def read_json(body: bytes) -> Any:
     """The body as JSON; None where it is none, holds no number where one stands (NaN), or a key twice."""
 
     def refuse(text: str) -> Any:
@@ -348,7 +348,7 @@ def _retry_after(value: str | None) -> float | None:
     return min(LONGEST_PAUSE, max(0.0, seconds))
 
 
-def _said(body: bytes) -> str:
+def said(body: bytes) -> str:
     return f"It says: {body[:200].decode('utf-8', 'replace')!r}" if body else ""
 
 
