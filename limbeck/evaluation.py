@@ -166,10 +166,21 @@ def teacher_warnings(recipe: Recipe, text: Text) -> list[str]:
     return found
 
 
+def bill(recipe: Recipe, text: Text) -> dict[str, Any]:
+    """What the teacher's server was paid for, where there is one: answers, tokens, and by the recipe's price money."""
+    if recipe.teacher.server is None:
+        return {}
+    answers, read, written = text.bill()
+    found: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
+    if (money := text.money()) is not None:
+        found["money"] = money
+    return {"bill": found}
+
+
 def facts(recipe: Recipe, bench: Bench, text: Text) -> dict[str, Any]:
     """How the figures came about: held-out text, tasks with their settings, leaks, machine."""
     tasks, rows, ends = bench.protocol.tasks, bench.protocol.rows, bench.reader.eos_ids
-    return {
+    return bill(recipe, text) | {
         "held_out": text.facts() | {"answers": len(rows), "cut_off": sum(row.response_ids[-1] not in ends for row in rows)},
         "own_text": {"prompts": bench.protocol.own_prompts, "temperature": 1.0, "top_p": 1.0, "max_tokens": recipe.evaluate.max_tokens},
         "tasks": {task.name: {"version": task.version, "kind": task.kind, "settings": task.settings} for task in tasks},

@@ -99,6 +99,8 @@ class Run:
         server = build.served(self.recipe)
         if server is not None and server.identity != self.writer_identity:
             raise UserError(f"the server's model is {server.identity}, and this run's text is {self.writer_identity}'s: give another --out")
+        if server is not None:
+            server.begin_with(*self.text.bill())
         return server
 
     @cached_property

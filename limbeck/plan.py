@@ -151,7 +151,7 @@ def _elicited(bills: Sequence[Bill]) -> float:
 def _training_bytes(student: Shape, tokens_per_step: int) -> float:
     """Weights, gradients and Adam's two moments in fp32, and what a micro-batch keeps for its backward pass."""
     together = min(MICRO_TOKENS, tokens_per_step)
-    return 4 * 4 * student.parameters + together * student.layers * ACTIVATION_BYTES * student.layer_parameters**0.5
+    return 16.0 * student.parameters + together * student.layers * ACTIVATION_BYTES * float(student.layer_parameters) ** 0.5
 
 
 def make_plan(

@@ -20,6 +20,7 @@ create table if not exists samples (id text primary key, body text not null) str
 create table if not exists answers (
     key text primary key, request text not null, finish text not null, sample_id text not null references samples (id)
 ) strict;
+create table if not exists bills (key text primary key, writer text not null, read integer not null, written integer not null) strict;
 create table if not exists bodies (key text primary key, raw text not null) strict;
 create table if not exists scores (judge text not null, name text not null, nats real not null, tokens integer not null,
     primary key (judge, name)
@@ -59,8 +60,11 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._db.close()
 
-    def record(self, request: Request, sample: Sample, finish: Finish, raw: str | None = None) -> None:
-        """Keep an answer, and the body it came in where that is given. When this returns, it survives the process."""
+    def record(
+        self, request: Request, sample: Sample, finish: Finish, raw: str | None = None, usage: tuple[int, int] | None = None
+    ) -> None:
+        """Keep an answer, and where they are given the body it came in and the tokens it was billed for (read, written). When this
+        returns, it survives the process."""
         body = {
             "messages": list(sample.messages),
             "writer": sample.writer,
@@ -77,6 +81,8 @@ class Store:
             )
             if raw is not None:
                 self._db.execute("insert or ignore into bodies values (?, ?)", (request.key, raw))
+            if usage is not None:
+                self._db.execute("insert or ignore into bills values (?, ?, ?, ?)", (request.key, sample.writer, *usage))
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
@@ -123,6 +129,14 @@ class Store:
         """The body that an answer came in, where it was kept."""
         row = self._db.execute("select raw from bodies where key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
+
+    def bill(self, writer: str) -> tuple[int, int, int]:
+        """What the kept answers of this writer cost: how many they are, and the tokens read and written for them, as it said itself."""
+        found = self._db.execute(
+            "select count(*), coalesce(sum(read), 0), coalesce(sum(written), 0) from bills where writer = ?", (writer,)
+        )
+        answers, read, written = found.fetchone()
+        return int(answers), int(read), int(written)
 
     def count(self) -> dict[str, int]:
         """How many answers there are of each finish."""

@@ -96,6 +96,19 @@ class Text:
         """How held-out text is drawn: as the teacher's training text (see `Recipe.held_out_writer`)."""
         return _sampling(self.recipe.held_out_writer)
 
+    def bill(self) -> tuple[int, int, int]:
+        """Answers that the teacher's server was paid for, and the tokens read and written for them."""
+        with Store(self.folder / "store.sqlite") as store:
+            return store.bill(self.identities["teacher"]())
+
+    def money(self) -> float | None:
+        """What the answers cost so far by the recipe's price; None without one."""
+        server = self.recipe.teacher.server
+        if server is None or server.price is None:
+            return None
+        _, read, written = self.bill()
+        return (read * server.price.input + written * server.price.output) / 1e6
+
     def facts(self) -> dict[str, Any]:
         """How the held-out text came about, for the evaluation."""
         samples = self.held_out()
@@ -163,7 +176,9 @@ class Text:
 
     def _tell(self, by: str, began: float, done: int, total: int, tokens: int) -> None:
         rate = tokens / max(1e-9, time.monotonic() - began)
-        self.reporter.progress(done, total, f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else "")
+        told = f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else ""
+        money = self.money() if by == "teacher" else None
+        self.reporter.progress(done, total, told if money is None or not told else f"{told}, {money:.4g} spent")
 
     def _stopped(self, there: int, wanted: int) -> StoppedError:
         return StoppedError(f"stopped; {there} of {wanted} answers are kept in {self.folder}, run it again to go on")

@@ -15,8 +15,9 @@ from limbeck.evaluate.fidelity import Text, fidelity
 from limbeck.evaluate.tasks import load_task
 from limbeck.pipeline import run
 from limbeck.preflight import check
+from limbeck.progress import Silent
 from limbeck.recipe import parse
-from limbeck.types import RecipeError
+from limbeck.types import RecipeError, UserError
 from tests.scripted_server import Scripted, answer
 
 CHECKS = {prompt.text: prompt.check for prompt in load_task("everyday").prompts}
@@ -63,6 +64,8 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     assert "toy, behind a server" in page and "gives text alone" in page and "Forward KL" not in page
     assert json.loads((folder / "inputs.json").read_text())["teacher"].startswith("served:toy-")
     assert "served:toy-" in (folder / "student" / "README.md").read_text()
+    assert summary["bill"] == {"answers": asked, "tokens_read": 5 * asked, "tokens_written": 3 * asked}
+    assert "Bill of the teacher" in page
     run(served(server.url), folder)  # the server is gone, and nothing is asked of it
     assert (folder / "report.html").read_text() == page
     (folder / "evaluation" / "summary.json").unlink()
@@ -70,6 +73,23 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     assert json.loads((folder / "evaluation" / "summary.json").read_text())["systems"] == summary["systems"]
     prompts = build.prompts(served(server.url))
     assert asked == len(prompts[0]) + 2 * len(prompts[1]) + len(task.prompts)  # held-out ones are asked as training ones, and greedily
+
+
+def test_ceilings_are_a_runs_and_not_a_processs(served, tmp_path):
+    """Started again, a run counts what it paid for before; what it paid is told while it goes on."""
+    told = []
+
+    class Told(Silent):
+        def progress(self, done, total, detail):
+            told.append(detail)
+
+    with Scripted(say) as server:
+        teacher = {"server": {"url": server.url, "name": "toy", "price": {"input": 1000.0, "output": 1000.0}, "limits": {"requests": 3}}}
+        for _ in range(2):
+            with pytest.raises(UserError, match="ceiling of 3 requests"):
+                run(served(server.url, teacher=teacher), tmp_path / "run", Told(), stages=("elicit",))
+        assert len(server.seen) == 3
+    assert any("0.024 spent" in detail for detail in told)  # 3 answers of 8 tokens each, a thousandth a token
 
 
 def test_methods_are_compared_by_what_text_can_say(served, tmp_path):

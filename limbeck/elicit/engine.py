@@ -68,7 +68,7 @@ def elicit(
             sample = Sample((*request.messages, message), request.model, answer.ids, meta=dict(request.meta))
             crash_point("elicit.before_record")
             if answer.finish != "error":
-                store.record(request, sample, answer.finish, answer.raw)
+                store.record(request, sample, answer.finish, answer.raw, answer.usage)
             known[request.key] = replace(sample, meta=sample.meta | {"finish": answer.finish})
             tokens += answer.usage[1] if answer.usage else len(answer.ids or ())
             progress(len(known), total, tokens)

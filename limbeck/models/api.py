@@ -42,8 +42,8 @@ certificates = cache(ssl.create_default_context)
 
 @dataclass
 class Spent:
-    """What was asked of the server in this process: tries sent, those asked again, those possibly billed without an answer, and the bill as
-    far as the server told it."""
+    """What was asked of the server: tries sent, those asked again, those possibly billed without an answer, and the bill as far as the
+    server told it. Of earlier processes their kept answers alone are counted."""
 
     sent: int = 0
     again: int = 0
@@ -63,6 +63,10 @@ class ApiTeacher:
     spent: Spent = field(default_factory=Spent)
 
     can = frozenset({"text", "raw"})
+
+    def begin_with(self, answers: int, read: int, written: int) -> None:
+        """Count what earlier processes got, so that ceilings are a run's and not a process's."""
+        self.spent = Spent(sent=answers, read=read, written=written, money=self.price(read, written))
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.settings.url)
@@ -155,7 +159,7 @@ class ApiTeacher:
     def _check_ceilings(self, request: Request) -> None:
         """Refuse a try that might pass a ceiling if all that are under way write as much as they may."""
         limits, flying = self.settings.limits, sum(self._flying.values()) + most_tokens(request)
-        dearest = max(self._price(1, 0), self._price(0, 1))
+        dearest = max(self.price(1, 0), self.price(0, 1))
         for ceiling, there, what in (
             (limits.requests, self.spent.sent + 1, "requests"),
             (limits.tokens, self.spent.read + self.spent.written + flying, "tokens, counting what is under way,"),
@@ -166,7 +170,8 @@ class ApiTeacher:
                     f"the ceiling of {ceiling} {what} is reached; what was answered is kept: raise teacher.server.limits and run it again"
                 )
 
-    def _price(self, read: int, written: int) -> float:
+    def price(self, read: int, written: int) -> float:
+        """What so many tokens cost, in the currency of the recipe's price."""
         price = self.settings.price
         return (read * price.input + written * price.output) / 1e6 if price else 0.0
 
@@ -272,9 +277,9 @@ class ApiTeacher:
         if usage is not None:
             self.spent.read += usage[0]
             self.spent.written += usage[1]
-            self.spent.money += self._price(*usage)
+            self.spent.money += self.price(*usage)
         text, finish = read_answer(data, self.settings.name, request.raw is not None, request.sampling.max_tokens, usage)
-        return Generated(None, text, finish, None if finish == "ok" else _kept(body), usage)
+        return Generated(None, text, finish, None if finish == "ok" else _kept(body), usage or (0, 0))  # a bill that was not told
 
 
 def read_answer(data: Any, model: str, raw: bool, max_tokens: int, usage: tuple[int, int] | None) -> tuple[str, Finish]:

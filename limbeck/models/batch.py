@@ -81,8 +81,8 @@ class BatchTeacher(ApiTeacher):
         after, seen = "", set[str]()
         for _ in range(PAGES):
             page = await self._get(client, f"/batches?limit={PAGE}{after}")
-            listed = page.get("data") if isinstance(page.get("data"), list) else []
-            for record in (record for record in listed if isinstance(record, dict)):
+            listed = [record for record in page.get("data") or () if isinstance(record, dict)]
+            for record in listed:
                 if record.get("metadata") != self._mark or record.get("status") == "failed" or not _name(record.get("input_file_id")):
                     continue
                 lines = _lines(await self._file(client, record["input_file_id"]))

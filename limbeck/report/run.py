@@ -69,6 +69,8 @@ def _cards(summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, l
     cards = [("Teacher", facts)] if (facts := teacher_facts(recipe.get("teacher"))) else []
     if isinstance(recipe.get("prompts"), dict):
         cards.append(("Prompts trained on", grids.facts(recipe["prompts"])))
+    if summary.get("bill"):
+        cards.append(("Bill of the teacher's server", grids.facts(summary["bill"])))
     if summary.get("held_out"):
         cards.append(("Held-out text", grids.facts(summary["held_out"])))
     return cards + [(f"Task {name}", grids.facts(task)) for name, task in (summary.get("tasks") or {}).items()]
