@@ -6,6 +6,7 @@ attention, norms and memory traffic come on top, so times are lower bounds stret
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +152,7 @@ def _elicited(bills: Sequence[Bill]) -> float:
 def _training_bytes(student: Shape, tokens_per_step: int) -> float:
     """Weights, gradients and Adam's two moments in fp32, and what a micro-batch keeps for its backward pass."""
     together = min(MICRO_TOKENS, tokens_per_step)
-    return 16.0 * student.parameters + together * student.layers * ACTIVATION_BYTES * float(student.layer_parameters) ** 0.5
+    return 16.0 * student.parameters + together * student.layers * ACTIVATION_BYTES * math.sqrt(student.layer_parameters)
 
 
 def make_plan(

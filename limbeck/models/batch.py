@@ -81,7 +81,8 @@ class BatchTeacher(ApiTeacher):
         after, seen = "", set[str]()
         for _ in range(PAGES):
             page = await self._get(client, f"/batches?limit={PAGE}{after}")
-            listed = [record for record in page.get("data") or () if isinstance(record, dict)]
+            data = page.get("data")
+            listed = [record for record in data if isinstance(record, dict)] if isinstance(data, list) else []
             for record in listed:
                 if record.get("metadata") != self._mark or record.get("status") == "failed" or not _name(record.get("input_file_id")):
                     continue
