@@ -66,9 +66,8 @@ def measured(name: str, served: dict[str, Any] | None, model: str) -> dict[str, 
     folder = run(recipe, RUNS / name, Terminal())
     facts: dict[str, Any] = {"teacher": model, "served": served is not None, "seconds": round(time.perf_counter() - began)}
     if (file := folder / "elicitation.json").exists():
-        facts["steps"] = [
-            {key: value for key, value in step.items() if key != "examples"} for step in json.loads(file.read_text())["steps"]
-        ]
+        told = json.loads(file.read_text())["steps"]
+        facts["steps"] = [{key: value for key, value in step.items() if key != "examples"} for step in told]
     facts["trained_tokens"] = sum(json.loads(line)["response_tokens"] for line in (folder / "metrics.jsonl").read_text().splitlines())
     facts["page"] = (folder / "report.html").stat().st_size
     return facts
