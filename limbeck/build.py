@@ -21,6 +21,8 @@ from limbeck.models.generate import Joint
 from limbeck.models.joint import Mixture, Speculation
 from limbeck.models.load import Model, load_model, model_identity
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.objectives import consistency
+from limbeck.objectives.consistency import CONSISTENCY
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.match import MATCHES
 from limbeck.objectives.parameters import Range, defaults_of
@@ -185,6 +187,7 @@ def methods() -> dict[str, Any]:
         "losses": {
             CROSS_ENTROPY: {"formula": "-log q(token)", "paper": "", "parameters": defaults_of(cross_entropy)},
             **_listed(RANKINGS),
+            CONSISTENCY: {"formula": consistency.FORMULA, "paper": consistency.PAPER, "parameters": consistency.DEFAULTS},
             **{name: {"formula": kind.formula, "paper": kind.paper, "parameters": dict(kind.defaults)} for name, kind in MATCHES.items()},
             **{name: facts | {"needs": _needs(name)} for name, facts in _listed(POLICIES).items()},
         },

@@ -61,7 +61,7 @@ def make_job(
     Raises:
         UserError: no text for a term.
     """
-    if any(term.unit == "group" for term in terms):
+    if any(term.family == "ranking" for term in terms):
         rows = _whole_groups(rows, least=1 if written else 2, without_preferred=BEST in written)
     for term in terms:
         if term.only is not None and term.only not in written and not any(term.only in row.tags for row in rows):

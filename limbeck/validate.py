@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from limbeck import build
 from limbeck.data import BEST, MIXED, REST
 from limbeck.elicit.prompts import Prompt
+from limbeck.objectives.consistency import CONSISTENCY
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.term import CROSS_ENTROPY, WRITTEN, Term
 from limbeck.plan import TEACHER_READS
@@ -75,6 +76,10 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
         return
     if WRITTEN in writers and any(read.startswith("reference_") for read in term.reads):
         raise RecipeError(path, f"{term.name} compares with a frozen model's opinion, which text written while training does not have")
+    if term.name == CONSISTENCY:
+        if recipe.elicit is None and not several:
+            raise RecipeError(path, f"{term.name} compares answers to one prompt, and here every prompt has one: elicit several of them")
+        return
     ranked = writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)
     if not (recipe.all_answer or ranked):
         raise RecipeError(

@@ -110,8 +110,8 @@ def _in_two(sample: Sample, reply: Sample, end: Sample, tally: Tally) -> Sample 
 
 class DiverseRationales(Section):
     """Several different rationales a question (MCC-KD): of `n` samples those that are right, by the prompt's check where it has one, and no
-    two of which share more than `similar` of their `gram`-grams (Jaccard); the first `keep` are kept. The loss that makes the student
-    consistent over them compares answer spans of two rationales and is not here: train on them by cross-entropy."""
+    two of which share more than `similar` of their `gram`-grams (Jaccard); the first `keep` are kept. The loss `consistency` lets the
+    student predict the answer alike after each of them."""
 
     kind: ClassVar[Kind] = "label"
     paper: ClassVar[str] = "Chen et al., arXiv:2310.14747"

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from limbeck.objectives import consistency
+from limbeck.objectives.consistency import CONSISTENCY
 from limbeck.objectives.divergence import DIVERGENCES, Divergence, ValueAndGradient
 from limbeck.objectives.head import Block
 from limbeck.objectives.match import MATCHES, MatchSettings, match_settings
@@ -24,7 +26,7 @@ from limbeck.objectives.schedule import Schedule, State, make_schedule
 from limbeck.objectives.supervised import cross_entropy
 from limbeck.types import RecipeError, nearest
 
-Family = Literal["vocabulary", "ranking", "match"]
+Family = Literal["vocabulary", "ranking", "match", "consistency"]
 Unit = Literal["token", "row", "group"]
 WEIGHT = Range(0, float("inf"), open_high=True)
 CROSS_ENTROPY = "cross_entropy"
@@ -128,7 +130,7 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         raise RecipeError(f"{path}.only".lstrip("."), f"{only!r} is not the name of a writer, such as teacher, or of a task")
     weighed = make_schedule(weight, f"{path}.weight".lstrip("."), WEIGHT.check)
     by = rest.pop("by", None)
-    if by is not None and (by not in BY or name in MATCHES or name in RANKINGS):
+    if by is not None and (by not in BY or name in MATCHES or name in RANKINGS or name == CONSISTENCY):
         raise RecipeError(f"{path}.by".lstrip("."), f"{by!r} is no number beside every token for {name}; legal: {', '.join(BY)}")
     known: Divergence | Policy | Ranking
     if name in MATCHES:
@@ -151,6 +153,11 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         reads = frozenset(known.reads) - made | ({"teacher_distribution"} if made & set(known.reads) else frozenset())
         schedules = _schedules(name, known.defaults, known.ranges, rest, path)
         return Term(name, "vocabulary", reads | {WRITTEN}, weighed, schedules, only or WRITTEN, by)
+    if name == CONSISTENCY:
+        if only is not None:
+            raise RecipeError(f"{path}.only".lstrip("."), f"{name} compares all answers to a prompt, so it can't be limited to one kind")
+        schedules = _schedules(name, consistency.DEFAULTS, consistency.RANGES, rest, path)
+        return Term(name, "consistency", frozenset({"answers"}), weighed, schedules, None, None, "group")
     if name in RANKINGS:
         known = RANKINGS[name]
         if only is not None:
@@ -160,7 +167,9 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
             schedules["baseline"] = Schedule(0.0, 0.0, "measured")
         reads = frozenset({"answers", *({f"reference_{known.reference}"} if known.reference != "none" else ())})
         return Term(name, "ranking", reads, weighed, schedules, None, None, "group")
-    raise RecipeError(path, f"no loss is named {name!r}{nearest(name, [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES, CROSS_ENTROPY])}")
+    raise RecipeError(
+        path, f"no loss is named {name!r}{nearest(name, [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES, CONSISTENCY, CROSS_ENTROPY])}"
+    )
 
 
 def _schedules(

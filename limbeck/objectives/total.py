@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from limbeck.objectives.consistency import common_ends, consistency
 from limbeck.objectives.feature import Features
 from limbeck.objectives.head import Evidence, Head, TeacherSignal, Total, fused_loss, token_log_probs
 from limbeck.objectives.match import Match, Place
@@ -83,7 +84,9 @@ def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: 
     """
     scale = {term.label: term.weight / amounts[term.label] if amounts[term.label] else 0.0 for term in terms}
     loss, sums = (data.hidden_ND * 0).sum(), Sums()
-    families = {family: [term for term in terms if term.term.family == family] for family in ("vocabulary", "ranking", "match")}
+    families = {
+        family: [term for term in terms if term.term.family == family] for family in ("vocabulary", "ranking", "match", "consistency")
+    }
     if chosen := families["vocabulary"]:
         part = _vocabulary(chosen, [scale[term.label] for term in chosen], data)
         loss, sums.terms = loss + part.loss, sums.terms | part.sums
@@ -92,6 +95,9 @@ def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: 
         loss, sums.terms = loss + part.loss, sums.terms | part.sums
     if chosen := families["match"]:
         part = _matching(chosen, [scale[term.label] for term in chosen], matches, data)
+        loss, sums.terms = loss + part.loss, sums.terms | part.sums
+    if chosen := families["consistency"]:
+        part = _consistent(chosen, [scale[term.label] for term in chosen], data)
         loss, sums.terms = loss + part.loss, sums.terms | part.sums
     return loss, sums
 
@@ -131,6 +137,15 @@ def _ranking(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> t
             total, count = measure(candidates)
             measured[term.label] = (float(total), float(count))
     return Total(loss, found), measured
+
+
+def _consistent(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> Total:
+    ends, loss, found = common_ends(data.batch), (data.hidden_ND * 0).sum(), {}
+    for term, scale in zip(terms, scales, strict=True):
+        total = consistency(data.hidden_ND, data.head, ends, **term.params).sum()
+        loss = loss + scale * total
+        found[term.label] = float(total.detach().double())
+    return Total(loss, found)
 
 
 def _matching(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[str, Match], data: Pass) -> Total:

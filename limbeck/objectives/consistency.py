@@ -1,0 +1,69 @@
+"""Consistency: answers to one prompt that end alike should be predicted alike there, whatever reasons led to them.
+
+Chen et al., arXiv:2310.14747 (MCC-KD): beside cross-entropy on several rationales, the Kullback-Leibler divergence between the predictions
+of the answer after two of them. Here the answer is what two responses have in common at their end, token for token, so that nothing need be
+marked; both directions count (recalled, not confirmed), and every pair of a group's responses.
+
+Shapes: N response positions, G groups, P pairs, S tokens that a pair ends with, U positions that some pair reads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from limbeck.objectives.head import Head
+from limbeck.objectives.parameters import Range
+from limbeck.types import Batch
+
+CONSISTENCY = "consistency"
+LONGEST = 16  # tokens of a common end that are looked at
+FORMULA = "mean over pairs and their common last tokens of (KL(q_i || q_j) + KL(q_j || q_i)) / 2"
+PAPER = "Chen et al., arXiv:2310.14747"
+DEFAULTS = {"temperature": 1.0}
+RANGES = {"temperature": Range(0, float("inf"), open_low=True, open_high=True)}
+Ends = Sequence[Sequence[tuple[range, range]]]
+
+
+def common_ends(batch: Batch) -> Ends:
+    """For every group, for every pair of its responses that end alike: where, as places among the N response positions."""
+    responses = [batch.tokens_BT[row][mask].tolist() for row, mask in enumerate(batch.mask_BT)]
+    ends = torch.tensor([len(response) for response in responses]).cumsum(0).tolist()
+    found = []
+    for group in batch.groups:
+        pairs = []
+        for one, other in combinations(group, 2):
+            same = zip(reversed(responses[one][-LONGEST:]), reversed(responses[other][-LONGEST:]), strict=False)
+            size = next((number for number, (a, b) in enumerate(same) if a != b), min(len(responses[one]), len(responses[other]), LONGEST))
+            if size:
+                pairs.append((range(ends[one] - size, ends[one]), range(ends[other] - size, ends[other])))
+        found.append(pairs)
+    return found
+
+
+def consistency(hidden_ND: Tensor, head: Head, ends: Ends, temperature: float = 1.0) -> Tensor:
+    """Nats [G], differentiable, in fp32 or better: how differently each group's responses predict their common ends. 0 for a group
+    without a pair.
+
+    Args:
+        hidden_ND: the student's hidden states at the response positions.
+        ends: see `common_ends`.
+    """
+    places = sorted({place for pairs in ends for pair in pairs for part in pair for place in part})
+    if not places:
+        return (hidden_ND * 0).sum().expand(len(ends))
+    log_UV = (head.logits(hidden_ND[torch.tensor(places, device=hidden_ND.device)]) / temperature).log_softmax(-1)
+    row = {place: number for number, place in enumerate(places)}
+    values = []
+    for pairs in ends:
+        apart = [_apart(*(log_UV[[row[place] for place in part]] for part in pair)) for pair in pairs]
+        values.append(torch.stack(apart).mean() if apart else log_UV.new_zeros(()))
+    return torch.stack(values)
+
+
+def _apart(one_SV: Tensor, other_SV: Tensor) -> Tensor:
+    """(KL(q_i || q_j) + KL(q_j || q_i)) / 2, the mean over the tokens."""
+    return 0.5 * ((one_SV.exp() - other_SV.exp()) * (one_SV - other_SV)).sum(-1).mean()
