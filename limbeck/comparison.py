@@ -173,7 +173,7 @@ class Comparison:
             "by_kind": by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks),
             "cost": {method: self._cost([run for name, _, run in runs if name == method]) for method in methods},
             "rollout": _written({method: [run for name, _, run in runs if name == method] for method in methods}),
-            "warnings": warnings(systems, summary, methods),
+            "warnings": [*warnings(systems, summary, methods), *evaluation.teacher_warnings(self.like, self.common.text)],
             "settings": {key: self.settled[0].recipe.resolved()[key] for key in COMMON},
         }
         write_json(self.folder / "comparison.json", comparison)
