@@ -57,7 +57,7 @@ def test_values_and_gradient_are_the_definitions(temperature, softcap):
         for one, other in ends[group]:
             each = []
             for i, j in zip(one, other, strict=True):
-                logits = [hidden[place] @ weight.T for place in (i, j)]
+                logits = [hidden[place].detach() @ weight.detach().T for place in (i, j)]
                 capped = [z if softcap is None else softcap * torch.tanh(z / softcap) for z in logits]
                 p, q = (torch.softmax(z / temperature, -1) for z in capped)
                 each.append((float((p * (p / q).log()).sum()) + float((q * (q / p).log()).sum())) / 2)

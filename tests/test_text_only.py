@@ -75,6 +75,20 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     assert asked == len(prompts[0]) + 2 * len(prompts[1]) + len(task.prompts)  # held-out ones are asked as training ones, and greedily
 
 
+def test_an_answer_that_failed_is_not_measured_as_one(served, tmp_path):
+    """Text that is missing from the training goes with its reason; an evaluation waits for the server to answer."""
+    broken = [True]
+
+    def some(number, body):
+        return ("status", 400) if broken[0] and body["temperature"] == 0 else say(number, body)
+
+    with Scripted(some) as server:
+        with pytest.raises(UserError, match=r"the server failed for .* prompts of the evaluation, such as 'h1'"):
+            run(served(server.url), tmp_path / "run")
+        broken[0] = False
+        assert (run(served(server.url), tmp_path / "run") / "report.html").exists()
+
+
 def test_ceilings_are_a_runs_and_not_a_processs(served, tmp_path):
     """Started again, a run counts what it paid for before; what it paid is told while it goes on."""
     told = []

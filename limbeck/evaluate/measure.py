@@ -133,8 +133,13 @@ class Bench:
         return score_written(task, write, given, self.protocol.max_tokens)
 
     def _said(self, says: Says, asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
-        found = []
-        for (prompt, _), reply in zip(asked, says(asked, sampling), strict=True):
+        found, replies = [], says(asked, sampling)
+        if lost := [prompt.id for (prompt, _), reply in zip(asked, replies, strict=True) if reply.meta.get("finish") == "error"]:
+            raise UserError(
+                f"the server failed for {len(lost)} prompts of the evaluation, such as {lost[0]!r}: look at it and run this again, or "
+                "leave them out of evaluate.prompts"
+            )
+        for (prompt, _), reply in zip(asked, replies, strict=True):
             text, whole = reply.messages[-1]["content"], reply.meta.get("finish") != "length"
             tokens = len(self.reader.text_ids(text)) + whole
             found.append(Answer(prompt.id, prompt.kind, text, tokens, whole, verify(prompt.check, text)))
