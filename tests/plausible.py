@@ -32,7 +32,7 @@ def plausible(request):
         "In other words:": f"{said}: " + text.partition("Problem: ")[2].partition("\n")[0],
         "\nStatement:": "It takes 2 and 2 to make 4.",
         "Write three wrong": "one\n2. two\n3. three",
-        "Task: (the task)": f"Task: Tell {said}\nAnswer: {text.splitlines()[1]}",
+        "Task: (the task)": f"Task: Tell {said}\nAnswer: {text.partition(chr(10))[2].partition(chr(10))[0]}",
         "Problem: (everything": f"Problem: Print {said}\nSolution: so\n```python\nprint('{said}')\n```",
         "\nUser:": f"And {said}?",
     }.items():

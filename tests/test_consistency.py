@@ -66,7 +66,9 @@ def test_values_and_gradient_are_the_definitions(temperature, softcap):
 
     found = consistency(hidden, Head(weight, softcap=softcap), ends, temperature)
     assert found.tolist() == pytest.approx([slow(0), 0.0, 0.0], rel=1e-10) and found[0] > 0.01
-    assert torch.autograd.gradcheck(lambda h, w: consistency(h, Head(w, softcap=softcap), ends, temperature).sum(), (hidden, weight))
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    for given in ((hidden, weight), (hidden, weight, bias)):
+        assert torch.autograd.gradcheck(lambda h, *parts: consistency(h, Head(*parts, softcap=softcap), ends, temperature).sum(), given)
 
 
 def test_equal_predictions_cost_nothing_and_a_distance_is_the_normal_ones():

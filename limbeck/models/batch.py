@@ -197,7 +197,7 @@ class BatchTeacher(ApiTeacher):
     def _record(self, path: str, status: int, body: bytes) -> dict[str, Any]:
         found = read_json(body)
         if status != 200 or not isinstance(found, dict):
-            where = STOPS.get(status, "whether it has a batch interface; without, leave teacher.server.batch out")
+            where = STOPS[401] if status == 401 else "whether it has a batch interface; without, leave teacher.server.batch out"
             raise UserError(
                 f"{self._url}{path.partition('?')[0]} answers {status}: look at {where}. {body[:200].decode('utf-8', 'replace')}"
             )

@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from limbeck.objectives.head import Head
+from limbeck.objectives.head import Head, project
 from limbeck.objectives.parameters import Range
 from limbeck.types import Batch
 
@@ -55,15 +55,18 @@ def consistency(hidden_ND: Tensor, head: Head, ends: Ends, temperature: float = 
     places = sorted({place for pairs in ends for pair in pairs for part in pair for place in part})
     if not places:
         return (hidden_ND * 0).sum().expand(len(ends))
-    log_UV = (head.logits(hidden_ND[torch.tensor(places, device=hidden_ND.device)]) / temperature).log_softmax(-1)
+    logits_UV = project(head.products(hidden_ND[torch.tensor(places, device=hidden_ND.device)]), None)
+    if head.softcap is not None:  # not in place, as the chunked head does it, which takes no gradient through it
+        logits_UV = head.softcap * torch.tanh(logits_UV / head.softcap)
+    log_UV = (logits_UV / temperature).log_softmax(-1)
     row = {place: number for number, place in enumerate(places)}
     values = []
     for pairs in ends:
         apart = [_apart(*(log_UV[[row[place] for place in part]] for part in pair)) for pair in pairs]
-        values.append(torch.stack(apart).mean() if apart else log_UV.new_zeros(()))
+        values.append(torch.stack(apart).sum() / len(apart) if apart else log_UV.new_zeros(()))
     return torch.stack(values)
 
 
 def _apart(one_SV: Tensor, other_SV: Tensor) -> Tensor:
     """(KL(q_i || q_j) + KL(q_j || q_i)) / 2, the mean over the tokens."""
-    return 0.5 * ((one_SV.exp() - other_SV.exp()) * (one_SV - other_SV)).sum(-1).mean()
+    return 0.5 * ((one_SV.exp() - other_SV.exp()) * (one_SV - other_SV)).sum() / len(one_SV)
