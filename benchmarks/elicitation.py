@@ -80,7 +80,7 @@ def main() -> None:
         names = [name for name in wanted if (name in REASONING) == (model == LARGE)]
         if not names:
             continue
-        serving = serve(model, slots=8, context=2048, threads=os.cpu_count())
+        serving = serve(model, slots=8, context=2048)
         os.environ["LIMBECK_API_KEY"] = serving.key
         served = {"url": serving.url, "name": serving.name, "concurrency": 8}
         for name in names:

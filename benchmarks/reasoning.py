@@ -29,7 +29,7 @@ SETTINGS = (
 
 
 def main() -> None:
-    serving = serve(TEACHER, slots=8, context=1024, threads=os.cpu_count())
+    serving = serve(TEACHER, slots=8, context=1024)
     os.environ["LIMBECK_API_KEY"] = serving.key
     teacher = {"server": {"url": serving.url, "name": serving.name, "concurrency": 8}}
     if (known := RUN / "recipe.yaml").exists():  # the port is another at every start, and says nothing of the model

@@ -37,6 +37,7 @@ SHOWN_ON_POLICY = {
     "own_tokens": "length of own text",
 }  # fmt: skip
 KINDS, MOST_CHARS = ("expand", "curate", "label", "verify", "select", "transform"), 60
+ELICITED = DOCS / "evidence" / "elicitation.json"
 HEAD, ON_POLICY = DOCS / "evidence" / "head.json", DOCS / "evidence" / "on-policy.json"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -173,8 +174,22 @@ def _compared(file: Path, shown: Mapping[str, str]) -> str:
     return table(["system", *shown.values(), "trained tokens"], rows) + f"\n\n{compare_verdict(found)}\n\n{about}"
 
 
+def elicited() -> str:
+    """What the steps of every eliciting recipe took, gave and left out, against a served model."""
+    if not ELICITED.is_file():
+        return "Not measured yet: run python benchmarks/elicitation.py"
+    rows = []
+    for name, facts in json.loads(ELICITED.read_text(encoding="utf-8")).items():
+        for step in facts.get("steps", ()):
+            ranked = sorted(step["dropped"].items(), key=lambda entry: (-entry[1], entry[0]))
+            lost = ", ".join(f"{count:,} {reason}" for reason, count in ranked[:4]) + (", and others" if len(ranked) > 4 else "")
+            asked = f"{sum(step['answers'].values()):,}" if step["answers"] else ""
+            rows.append([f"[{name}](../recipes/{name}.yaml)", step["step"], f"{step['taken']:,}", asked, f"{step['given']:,}", lost])
+    return table(["recipe", "step", "in", "answers asked", "out", "left out"], rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, steps, methods, on_policy_methods)
+    make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, steps, elicited, methods, on_policy_methods)
 }
 
 
