@@ -22,6 +22,7 @@ from limbeck.builtin import recipe_files
 from limbeck.console import Terminal
 from limbeck.durable import write_json
 from limbeck.serve import serve
+from limbeck.types import UserError
 
 HERE = Path(__file__).parent.parent
 OUT, RUNS = HERE / "docs" / "evidence" / "elicitation.json", HERE / "runs" / "elicitation"
@@ -63,11 +64,18 @@ def measured(name: str, served: dict[str, Any] | None, model: str) -> dict[str, 
         teacher = {"server": served}  # text alone, from a model that speaks other tokens
     began = time.perf_counter()
     recipe = load_recipe(name, [*TINY, *SIZES.get(name, ()), f"teacher={json.dumps(teacher)}"])
-    folder = run(recipe, RUNS / name, Terminal())
+    folder = RUNS / name
+    try:
+        run(recipe, folder, Terminal())
+    except UserError:  # where nothing is left to train on, that is the result
+        if not (folder / "elicitation.json").exists():
+            raise
     facts: dict[str, Any] = {"teacher": model, "served": served is not None, "seconds": round(time.perf_counter() - began)}
     if (file := folder / "elicitation.json").exists():
         told = json.loads(file.read_text())["steps"]
         facts["steps"] = [{key: value for key, value in step.items() if key != "examples"} for step in told]
+    if not (folder / "report.html").exists():
+        return facts
     facts["trained_tokens"] = sum(json.loads(line)["response_tokens"] for line in (folder / "metrics.jsonl").read_text().splitlines())
     facts["page"] = (folder / "report.html").stat().st_size
     return facts
