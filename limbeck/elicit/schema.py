@@ -17,9 +17,9 @@ from jsonschema.validators import extend, validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from limbeck.elicit.checks import PATTERN_SECONDS
 from limbeck.types import UserError
 
-PATTERN_SECONDS = 0.5
 FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
