@@ -27,6 +27,7 @@ from limbeck.types import UserError
 HERE = Path(__file__).parent.parent
 OUT, RUNS = HERE / "docs" / "evidence" / "elicitation.json", HERE / "runs" / "elicitation"
 SMALL, LARGE = "smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct"
+PORT = 18391  # the address is part of the recipe, so that a run that was killed goes on only at the same one
 IN_PROCESS = ("scott", "mixkd")  # contrast and mixing need the weights
 TINY = (
     "train.steps=2", "train.epochs=null", "train.tokens_per_step=256", "evaluate.metrics=[fidelity]", "evaluate.limit=4",
@@ -39,7 +40,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "magpie": ("elicit.0.params.count=30",),
     "orca": ("prompts.limit=24",),
     "scott": ("prompts.limit=12",),
-    "tinystories": ("elicit.0.params.count=12",),
+    "tinystories": ("elicit.0.params.count=12", "elicit.0.params.max_tokens=400"),
     "ultrachat": ("prompts.limit=8",),
     "mixkd": ("prompts.limit=24",),
     "superfiltering": ("prompts.limit=60",),
@@ -88,7 +89,7 @@ def main() -> None:
         names = [name for name in wanted if (name in REASONING) == (model == LARGE)]
         if not names:
             continue
-        serving = serve(model, slots=8, context=2048)
+        serving = serve(model, PORT, context=2048, slots=8)
         os.environ["LIMBECK_API_KEY"] = serving.key
         served = {"url": serving.url, "name": serving.name, "concurrency": 8}
         for name in names:

@@ -22,6 +22,7 @@ from limbeck.serve import serve
 HERE = Path(__file__).parent.parent
 OUT, RUN = HERE / "docs" / "evidence", HERE / "runs" / "reasoning"
 TEACHER, METHODS = "qwen2.5-coder-1.5b-instruct", ("label-only", "distilling-step-by-step")
+PORT = 18392  # the address is part of the recipe, so that a comparison that was killed goes on only at the same one
 SETTINGS = (
     "prompts.limit=60", "elicit.0.params.n=2", "train.epochs=null", "train.steps=40", "train.tokens_per_step=256",
     "evaluate.limit=24", "evaluate.max_tokens=96", "evaluate.own_prompts=8",
@@ -29,13 +30,9 @@ SETTINGS = (
 
 
 def main() -> None:
-    serving = serve(TEACHER, slots=8, context=1024)
+    serving = serve(TEACHER, PORT, context=1024, slots=8)
     os.environ["LIMBECK_API_KEY"] = serving.key
     teacher = {"server": {"url": serving.url, "name": serving.name, "concurrency": 8}}
-    if (known := RUN / "recipe.yaml").exists():  # the port is another at every start, and says nothing of the model
-        import yaml
-
-        teacher["server"]["url"] = yaml.safe_load(known.read_text())["teacher"]["server"]["url"]
     settings = [*SETTINGS, f"teacher={json.dumps(teacher)}"]
     recipes = [load_recipe(name, ["elicit.0.params.n=2"]) for name in METHODS]
     folder = compare(recipes, RUN, like=load_recipe("distilling-step-by-step", settings), seeds=3, reporter=Terminal())

@@ -26,7 +26,14 @@ from limbeck.recipe import load_recipe
 from limbeck.report.verdict import compare_verdict
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS / "objectives.md", DOCS / "writers.md", DOCS / "elicitation.md", DOCS / "comparison.md", DOCS.parent / "README.md")
+PAGES = (
+    DOCS / "objectives.md",
+    DOCS / "writers.md",
+    DOCS / "elicitation.md",
+    DOCS / "signals.md",
+    DOCS / "comparison.md",
+    DOCS.parent / "README.md",
+)
 METHODS, ON_POLICY_METHODS = (DOCS / "evidence" / f"{name}.json" for name in ("methods", "on-policy-methods"))
 SHOWN = {
     "forward_kl": "forward KL", "own_reverse_kl": "reverse KL on own text", "top1_agreement": "same first choice",
@@ -38,7 +45,7 @@ SHOWN_ON_POLICY = {
 }  # fmt: skip
 KINDS, MOST_CHARS = ("expand", "curate", "label", "verify", "select", "transform"), 60
 ELICITED = DOCS / "evidence" / "elicitation.json"
-HEAD, ON_POLICY = DOCS / "evidence" / "head.json", DOCS / "evidence" / "on-policy.json"
+HEAD, ON_POLICY, KEPT = (DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache"))
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -188,8 +195,34 @@ def elicited() -> str:
     return table(["recipe", "step", "in", "answers asked", "out", "left out"], rows)
 
 
+def kept() -> str:
+    """What each form of a kept teacher takes, how wrong it is, and what it saves."""
+    if not KEPT.is_file():
+        return "Not measured yet: run python benchmarks/cache.py"
+    found, rows = json.loads(KEPT.read_text(encoding="utf-8")), []
+    for facts in found["forms"]:
+        ((form, settings),) = facts["form"].items()
+        size = "" if facts["bytes_per_token"] is None else f"{facts['bytes_per_token']:,.0f}"
+        about = ", ".join(f"{key} {value}" for key, value in settings.items())
+        bias = f"{facts['kl_bias']:+.4f} ± {1.96 * facts['kl_bias_se']:.4f}"
+        rows.append([f"`{form}`, {about}", size, f"{facts['kl']:.4f}", bias, f"{100 * facts['gradient_error']:.2g} %"])
+    lines = [table(["form", "bytes a token", "forward KL", "its bias, nats", "error of the gradient"], rows)]
+    for facts in (facts for facts in found["forms"] if "rounds" in facts):
+        errors = ", ".join(f"{100 * error:.1f} % ({2**power})" for power, error in enumerate(facts["rounds"]))
+        lines.append(f"The gradient of {facts['form']['sampled']['draws']} draws, averaged over so many caches, is off by {errors}.")
+    speed = found["speed"]
+    times = ", ".join(f"{name} {ratio:.2f} times" for name, ratio in speed["times_faster_than_live"].items())
+    reading = ", ".join(
+        f"{name} {speed['seconds'][name] / speed['seconds']['reading ' + name]:.0f} times" for name in speed["times_faster_than_live"]
+    )
+    lines.append(f"Forward and backward over {speed['tokens']:,} tokens, as fast as with the live teacher: {times}.")
+    lines.append(f"Reading what was kept alone is faster than that training: {reading}.")
+    return "\n\n".join(lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    make.__name__: make for make in (divergences, ranking, features, policy, head, on_policy, steps, elicited, methods, on_policy_methods)
+    make.__name__: make
+    for make in (divergences, ranking, features, policy, head, on_policy, steps, elicited, kept, methods, on_policy_methods)
 }
 
 

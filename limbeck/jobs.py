@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from limbeck import build, ranks, train
 from limbeck.data import BEST, FixedText, Row, make_batch
+from limbeck.durable import exclusive
 from limbeck.models import generate as generation
 from limbeck.models.copy import Copy
 from limbeck.models.generate import Beside, Written, write
@@ -23,15 +24,17 @@ from limbeck.monitor import teachers_view
 from limbeck.objectives.match import Match, MatchSettings, wanted
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.term import Term
-from limbeck.objectives.total import Taps
+from limbeck.objectives.total import Taps, TeacherView
 from limbeck.plan import TEACHER_READS
-from limbeck.prepare import Remembered, even_batches, fill_bank, learn_filters, response_log_probs, with_columns, with_reference
+from limbeck.prepare import Remembered, even_batches, fill_bank, fill_cache, learn_filters, response_log_probs, with_columns, with_reference
 from limbeck.progress import StoppedError
 from limbeck.recipe import Recipe
 from limbeck.rollout import Rollouts
+from limbeck.settings import Cache as CacheForm
 from limbeck.settings import Lora, Rollout, Server, Train
+from limbeck.signals.cache import Cache
 from limbeck.store import Store
-from limbeck.types import Evidence, UserError, content_hash
+from limbeck.types import Batch, Evidence, UserError, content_hash
 
 Progress = Callable[[int, int, str], None]
 
@@ -48,6 +51,7 @@ def make_job(
     store: Path,
     progress: Progress = lambda done, total, detail: None,
     written: Collection[str] = (),
+    cache: CacheForm | None = None,
 ) -> train.Job:
     """The training of `student` (as it is before any training) on `rows`. The teacher is loaded only where a term reads it.
 
@@ -57,6 +61,7 @@ def make_job(
         folder: receives checkpoints and metrics.
         key: names the job in its checkpoints.
         store: where frozen models' opinions of the text are kept.
+        cache: the form in which the teacher's distributions are kept beside it, where they are.
 
     Raises:
         UserError: no text for a term.
@@ -85,10 +90,24 @@ def make_job(
     if reads & TEACHER_READS:
         view, taps = teacher().view, [Taps(*map(frozenset, wanted(list(matches.values()), side))) for side in (0, 1)]
         job.taps = taps[0]
-        job.teacher = lambda batch: view(batch, taps[1], vocabulary)
+        live = partial(view, taps=taps[1], vocabulary=vocabulary)
+        job.teacher = live if cache is None else _cached(cache, teacher(), live, rows, vocabulary, store.parent, student, progress)
         job.bank_rows = {sample_id: number for number, sample_id in enumerate(dict.fromkeys(row.sample_id for row in rows))}
         job.prepare = lambda: _prepare(job, teacher().model.net, progress)
     return job
+
+
+def _cached(
+    form: CacheForm, teacher: InProcessTeacher, live: Callable[[Batch], TeacherView], rows: Sequence[Row], vocabulary: int | None,
+    home: Path, student: Model, progress: Progress,
+) -> Callable[[Batch], TeacherView]:  # fmt: skip
+    """The teacher's side of a batch as it was kept; what is not there yet is computed now."""
+    assert vocabulary is not None
+    folder = home / "signals" if form.folder is None else Path(form.folder).expanduser()
+    with exclusive(folder / "lock", wait=True):  # runs that share it fill it one after the other
+        cache = Cache(folder, teacher.identity, vocabulary, form, student.net.device)
+        fill_cache(cache, live, rows, lambda done, total: progress(done, total, "keeping what the teacher knows of the text"))
+    return cache.view
 
 
 def _as_the_teacher_sees(row: Row) -> Row:

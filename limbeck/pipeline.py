@@ -228,7 +228,9 @@ class Run:
         if slots and recipe.all_answer:
             written |= {BEST if recipe.writer[0].by == WRITTEN else REST}
         written |= {MIXED} if settings.mixup is not None else set()
-        job = make_job(terms, student, rows, teacher, recipe.student.lora, settings, folder, key, store, self.progress, written)
+        job = make_job(
+            terms, student, rows, teacher, recipe.student.lora, settings, folder, key, store, self.progress, written, recipe.teacher.cache
+        )
         if average is not None:
             average.start(student.net)
             job.average = average

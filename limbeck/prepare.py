@@ -21,6 +21,7 @@ from limbeck.objectives.match import Match, Place
 from limbeck.objectives.policy import Policy, Responses
 from limbeck.objectives.term import make_term
 from limbeck.objectives.total import TeacherView
+from limbeck.signals.cache import Cache, texts_of
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch, UserError
 
@@ -65,6 +66,21 @@ def response_log_probs(
         done += len(micro_batch)
         progress(done, len(rows))
     return found
+
+
+@torch.no_grad()
+def fill_cache(cache: Cache, view: Callable[[Batch], TeacherView], rows: Sequence[Row], progress: Progress) -> None:
+    """The teacher's distributions over all rows that the cache does not hold yet."""
+    for number, micro_batch in enumerate(batches := even_batches(rows)):
+        batch = make_batch(rows, micro_batch)
+        keys, lengths = zip(*texts_of(batch), strict=True)
+        if not all(key in cache for key in keys):
+            row_N, position_N = batch.response_positions()
+            signal = view(batch).signal
+            assert isinstance(signal, DenseSignal)
+            cache.add(keys, signal, batch.tokens_BT[row_N, position_N + 1].to(signal.hidden_NE.device), lengths)
+        progress(number + 1, len(batches))
+    cache.flush()
 
 
 def with_reference(rows: Sequence[Row], name: str, log_probs: Mapping[str, float]) -> list[Row]:

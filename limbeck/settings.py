@@ -146,14 +146,60 @@ class Served(Section):
     limits: Limits = Limits()
 
 
+class CachedHidden(Section):
+    """Its last hidden states, with its head once: the whole distribution, exactly in float32."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class CachedTop(Section):
+    """Its `k` likeliest tokens, or as few of them as together have `mass`, and what is left in one number. A log-probability is kept in
+    `bits` bits, evenly from 0 to the smallest of its position."""
+
+    k: Annotated[int, Field(ge=1, le=65535)] = 256
+    mass: Annotated[float, Field(gt=0, lt=1)] | None = None
+    bits: Literal[8, 16] = 8
+
+
+class CachedSamples(Section):
+    """Tokens drawn from its distribution at `temperature`, weighted so that their expectation is the distribution (arXiv:2503.16870)."""
+
+    draws: Annotated[int, Field(ge=1, le=65535)] = 50
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+
+
+class Cache(Section):
+    """What of the teacher is computed once and kept beside the text: exactly one of the three. `folder` is where, and may be shared by
+    runs; left out, the run's `signals/`."""
+
+    hidden: CachedHidden | None = None
+    top_k: CachedTop | None = None
+    sampled: CachedSamples | None = None
+    folder: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Cache:
+        given = [name for name in ("hidden", "top_k", "sampled") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of hidden, top_k, sampled, such as {{top_k: {{k: 64}}}}; got {given or 'none'}")
+        return self
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What is kept, as plain data: two caches of one form hold the same."""
+        return self.model_dump(mode="json", exclude_none=True, exclude={"folder"})
+
+
 class Teacher(Section):
     """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches itself: `live` (at
     this step), or their moving `average`, which keeps `decay` of itself at every step. With a `server` its text comes from there, and
-    only what text can't say from the model here; without a `model`, its text is all there is.
+    only what text can't say from the model here; without a `model`, its text is all there is. With a `cache` its distributions over
+    the training text are computed once, and read by every epoch and every run after.
     """
 
     model: str | None = None
     server: Served | None = None
+    cache: Cache | None = None
     context: Context | None = None
     weights: Literal["own", "live", "average"] = "own"
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95

@@ -8,11 +8,12 @@ from limbeck import build
 from limbeck.data import BEST, MIXED, REST
 from limbeck.elicit.prompts import Prompt
 from limbeck.objectives.consistency import CONSISTENCY
+from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.term import CROSS_ENTROPY, WRITTEN, Term
 from limbeck.plan import TEACHER_READS
 from limbeck.recipe import Recipe
-from limbeck.settings import Rollout, Validation
+from limbeck.settings import Cache, Rollout, Validation
 from limbeck.types import RecipeError, nearest
 
 
@@ -182,6 +183,8 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
         raise RecipeError(
             "teacher.weights", f"{teacher.weights} weights are the student's own: set student.start.pretrained: {teacher.model}"
         )
+    if teacher.cache is not None:
+        _check_cache(recipe, teacher.cache)
     for name in teacher.context.reads if teacher.context else []:
         lacking = [prompt.id for prompt in training if not (prompt.answers if name == "answer" else prompt.feedback)]
         if lacking:
@@ -189,6 +192,30 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
                 "teacher.context.user", f"{{{name}}} stands in it, and {len(lacking)} prompts have none, such as {lacking[0]!r}; "
                 "give prompts that all have one"
             )  # fmt: skip
+
+
+def _check_cache(recipe: Recipe, cache: Cache) -> None:
+    """Refuse what can't be kept before the training, and losses that read more than the form holds."""
+    path = "teacher.cache"
+    if recipe.student_writer is not None:
+        raise RecipeError(path, "text that the student writes while it trains can't be kept before; leave the cache or that writer out")
+    if recipe.teacher.weights != "own" or recipe.train.mixup is not None:
+        raise RecipeError(path, "a teacher that changes, or one that reads mixed text, is asked at every step; leave the cache out")
+    read = False
+    for index, term in enumerate(build.terms(recipe)):
+        at = f"loss[{index}].{term.name}"
+        if term.match is not None:
+            raise RecipeError(at, "it reads the teacher's layers, and the cache keeps its last distribution; leave teacher.cache out")
+        if "teacher_distribution" not in term.reads:
+            continue
+        read, loss, name = True, DIVERGENCES[term.name], term.name
+        soft = any(getattr(term.params.get("temperature"), end, 1) != 1 for end in ("start", "end"))
+        if cache.sampled is not None and (name != "forward_kl" or soft):
+            raise RecipeError(at, "sampled tokens carry forward_kl at temperature 1 alone: use it, or keep {hidden: {}}")
+        if cache.top_k is not None and (not loss.buckets or soft):
+            raise RecipeError(at, f"{name} (or its temperature) needs whole distributions, and top tokens are not: keep {{hidden: {{}}}}")
+    if not read:
+        raise RecipeError(path, "no loss reads the teacher's distribution, so nothing would be kept; leave it out")
 
 
 def _check_text_only(recipe: Recipe) -> None:

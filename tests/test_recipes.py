@@ -27,7 +27,7 @@ def test_the_recipes_of_the_field_are_there():
         "on-policy-distillation", "speculative-kd", "f-distill-js", "f-distill-tvd", "opd-entropy-aware", "iw-opd", "prompt-baking", "sdft",
         "opsd", "mixkd", "alpaca", "self-instruct", "evol-instruct", "magpie", "orca", "distilling-step-by-step", "fine-tune-cot", "scott",
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
-        "bonito", "oss-instruct",
+        "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
     }  # fmt: skip
 
 

@@ -25,16 +25,25 @@ PARTIAL = "this signal holds a few tokens of the teacher's distribution only; me
 
 @dataclass(frozen=True)
 class TopK:
-    """`ids_NK` (distinct in a row) with the teacher's `log_prob_NK`; the bucket has `rest_N`, else what is left of 1."""
+    """`ids_NK` (distinct in a row) with the teacher's `log_prob_NK`; the bucket has `rest_N`, else what is left of 1.
+
+    Where rows keep different numbers of tokens, `count_N` (1 or more) says how many; the columns after them are not looked at.
+    """
 
     ids_NK: Tensor
     log_prob_NK: Tensor
     rest_N: Tensor | None = None
+    count_N: Tensor | None = None
 
     def chunk(self, positions: slice) -> TopK:
-        return TopK(self.ids_NK[positions], self.log_prob_NK[positions], None if self.rest_N is None else self.rest_N[positions])
+        optional = (None if column_N is None else column_N[positions] for column_N in (self.rest_N, self.count_N))
+        return TopK(self.ids_NK[positions], self.log_prob_NK[positions], *optional)
 
     rows = chunk
+
+    def to(self, device: torch.device | str) -> TopK:
+        optional = (None if column_N is None else column_N.to(device) for column_N in (self.rest_N, self.count_N))
+        return TopK(self.ids_NK.to(device), self.log_prob_NK.to(device), *optional)
 
     @property
     def p(self) -> Distribution:
@@ -51,9 +60,12 @@ class TopK:
                 f"{divergence.name} (temperature {params.get('temperature', 1):g}) needs the teacher's whole distribution, and this signal "
                 "has its top tokens only: use forward_kl, jsd or another divergence at temperature 1, or a dense signal"
             )
-        log_p_RK, log_q_RK = self.log_prob_NK.to(q.log.dtype), q.log.gather(-1, self.ids_NK)
-        others_RV = q.prob.scatter(-1, self.ids_NK, 0)
-        if log_q_RK.shape[-1] < q.log.shape[-1]:
+        ids_RK, log_p_RK, unused_RK = self._kept(q.log.dtype)
+        log_q_RK = q.log.gather(-1, ids_RK)
+        if unused_RK is not None:  # an outcome that neither side gives anything adds nothing
+            log_q_RK = log_q_RK.masked_fill(unused_RK, IMPOSSIBLE)
+        others_RV = q.prob.scatter(-1, ids_RK, 0)
+        if unused_RK is not None or log_q_RK.shape[-1] < q.log.shape[-1]:
             rest_R1 = others_RV.sum(-1, keepdim=True).clamp_min(TINY)
             log_p_RK, log_q_RK = (
                 torch.cat([log_p_RK, self._log_rest(log_p_RK, divergence.one_hot)], -1),
@@ -64,7 +76,17 @@ class TopK:
             outcomes_RK = outcomes_RK[:, :-1]
         else:
             values_R, outcomes_RK = divergence(Distribution(log_p_RK), Distribution(log_q_RK), params)
-        return values_R, others_RV.scatter_(-1, self.ids_NK, outcomes_RK)
+        if unused_RK is not None:  # their ids repeat the first one's, and so must what is written there
+            outcomes_RK = torch.where(unused_RK, outcomes_RK[:, :1], outcomes_RK)
+        return values_R, others_RV.scatter_(-1, ids_RK, outcomes_RK)
+
+    def _kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(ids, log p, which columns are not used), the unused ones with the first column's id and no probability."""
+        log_p_RK = self.log_prob_NK.to(dtype)
+        if self.count_N is None:
+            return self.ids_NK, log_p_RK, None
+        unused_RK = torch.arange(self.ids_NK.shape[1], device=self.ids_NK.device) >= self.count_N[:, None]
+        return torch.where(unused_RK, self.ids_NK[:, :1], self.ids_NK), log_p_RK.masked_fill(unused_RK, IMPOSSIBLE), unused_RK
 
     def _log_rest(self, log_p_RK: Tensor, may_be_empty: bool) -> Tensor:
         """log of the bucket's probability [R, 1]. What is left of 1 is never taken for less than a rounding error, nor is
@@ -94,6 +116,9 @@ class Sampled:
         return Sampled(self.ids_NK[positions], self.weight_NK[positions], None if self.entropy_N is None else self.entropy_N[positions])
 
     rows = chunk
+
+    def to(self, device: torch.device | str) -> Sampled:
+        return Sampled(self.ids_NK.to(device), self.weight_NK.to(device), None if self.entropy_N is None else self.entropy_N.to(device))
 
     @property
     def p(self) -> Distribution:

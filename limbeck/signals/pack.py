@@ -1,0 +1,120 @@
+"""One text's teacher distributions in few bytes, and back: what `signals/cache.py` keeps.
+
+Shapes: N response positions, E width of the teacher, V vocabulary, C positions of a chunk, K tokens kept at a position, M of all positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limbeck.objectives.distribution import Distribution
+from limbeck.objectives.head import CHUNK_ELEMENTS, chunks
+from limbeck.settings import Cache, CachedSamples, CachedTop
+from limbeck.signals.dense import DenseSignal
+from limbeck.signals.sparse import Sampled, TopK
+
+Packed = dict[str, Tensor]  # by name: numbers per position, per kept token, or (`ids`) packed bits; each of one dimension but `hidden`
+LEVELS = {8: torch.uint8, 16: torch.uint16}
+
+
+def pack(signal: DenseSignal, targets_N: Tensor, form: Cache, seed: int) -> Packed:
+    """What is kept of the distributions at N positions; `target` [N] is log p of the written token, for finding rows that have moved.
+
+    Args:
+        seed: of the draws of a `sampled` form; one text has the same draws wherever it is packed.
+    """
+    if form.hidden is not None:
+        dtype = getattr(torch, form.hidden.dtype)
+        parts = [{"target": _target(signal, part, targets_N)} for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS)]
+        return {"hidden": signal.hidden_NE.to(dtype).contiguous(), "target": torch.cat([part["target"] for part in parts])}
+    noise, parts = torch.Generator().manual_seed(seed), []
+    for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS):
+        p = Distribution(signal.chunk(part).logits_CV)
+        columns = _top(p, form.top_k) if form.top_k is not None else _drawn(p, form.sampled or CachedSamples(), noise)
+        parts.append(columns | {"target": p.log.gather(-1, targets_N[part, None])[:, 0].half()})
+    packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return packed | {"ids": pack_bits(packed["ids"], width(signal.head.vocabulary))}
+
+
+def _target(signal: DenseSignal, part: slice, targets_N: Tensor) -> Tensor:
+    return Distribution(signal.chunk(part).logits_CV).log.gather(-1, targets_N[part, None])[:, 0].half()
+
+
+def _top(p: Distribution, settings: CachedTop) -> Packed:
+    log_CK, ids_CK = p.log.topk(min(settings.k, p.log.shape[-1]))
+    count_C = torch.full((len(log_CK),), log_CK.shape[-1])
+    if settings.mass is not None:
+        count_C = ((log_CK.exp().cumsum(-1) < settings.mass).sum(-1) + 1).clamp_max(log_CK.shape[-1])
+    kept_CK = torch.arange(log_CK.shape[-1]) < count_C[:, None]
+    others_CV = p.log.scatter(-1, torch.where(kept_CK, ids_CK, ids_CK[:, :1]), -math.inf)
+    lowest_C1 = log_CK.gather(-1, count_C[:, None] - 1).mul(1 + 2**-10).half()  # away from 0, so that no level is passed
+    most = 2**settings.bits - 1
+    level_CK = (log_CK / lowest_C1.float().clamp_max(-1e-6) * most).round().clamp(0, most)
+    return {
+        "count": count_C.to(torch.uint16),
+        "ids": ids_CK[kept_CK],
+        "level": level_CK[kept_CK].to(torch.int32).to(LEVELS[settings.bits]),
+        "lowest": lowest_C1[:, 0],
+        "rest": others_CV.logsumexp(-1).half(),  # -inf where all tokens are kept
+    }
+
+
+def _drawn(p: Distribution, settings: CachedSamples, noise: torch.Generator) -> Packed:
+    """The tokens drawn, each once, with weight times its draws / all draws x p / proposal."""
+    proposal = p.at(settings.temperature)
+    counts, ids, weights = [], [], []
+    drawn_CS = torch.multinomial(proposal.prob, settings.draws, replacement=True, generator=noise)
+    for row, drawn_S in enumerate(drawn_CS):
+        found, times = drawn_S.unique(return_counts=True)
+        counts.append(len(found))
+        ids.append(found)
+        weights.append(times / settings.draws * (p.log[row, found] - proposal.log[row, found]).exp())
+    return {
+        "count": torch.tensor(counts).to(torch.uint16),
+        "ids": torch.cat(ids),
+        "weight": torch.cat(weights).float(),
+        "entropy": -(p.prob * p.log).sum(-1).half(),
+    }
+
+
+def unpack(texts: Sequence[Mapping[str, Tensor]], form: Cache, vocabulary: int) -> TopK | Sampled:
+    """The signal of several texts' positions, one after the other; of a `hidden` form the cache makes it, which has the head."""
+    joined = {name: torch.cat([text[name] for text in texts]) for name in texts[0] if name != "ids"}
+    bits, count_N = width(vocabulary), joined["count"].to(torch.int64)
+    amounts = [int(text["count"].to(torch.int64).sum()) for text in texts]
+    ids_M = torch.cat([unpack_bits(text["ids"], bits, amount) for text, amount in zip(texts, amounts, strict=True)])
+    used_NK = torch.arange(int(count_N.max())) < count_N[:, None]
+    ids_NK = torch.zeros(used_NK.shape, dtype=torch.int64).masked_scatter_(used_NK, ids_M)
+    if form.top_k is None:
+        weight_NK = torch.zeros(used_NK.shape).masked_scatter_(used_NK, joined["weight"])
+        return Sampled(ids_NK, weight_NK, joined["entropy"].float())
+    most, lowest_N = 2**form.top_k.bits - 1, joined["lowest"].float().clamp_max(-1e-6)
+    level_NK = torch.zeros(used_NK.shape).masked_scatter_(used_NK, joined["level"].to(torch.int32).float())
+    log_NK = (level_NK / most * lowest_N[:, None]).masked_fill(~used_NK, -math.inf)
+    log_rest_N = joined["rest"].float()
+    whole_N = torch.cat([log_NK, log_rest_N[:, None]], -1).logsumexp(-1)  # rounding leaves it beside 0
+    even = bool(used_NK.all())
+    return TopK(ids_NK, log_NK - whole_N[:, None], (log_rest_N - whole_N).exp(), None if even else count_N)
+
+
+def width(vocabulary: int) -> int:
+    """Bits that a token id takes."""
+    return max(1, math.ceil(math.log2(vocabulary)))
+
+
+def pack_bits(ids_M: Tensor, bits: int) -> Tensor:
+    """Numbers below 2^bits, `bits` bits each, as bytes [ceil(M bits / 8)]."""
+    octets_M4 = ids_M.numpy().astype(">u4").view(np.uint8).reshape(-1, 4)
+    return torch.from_numpy(np.packbits(np.unpackbits(octets_M4, axis=1)[:, 32 - bits :].reshape(-1)))
+
+
+def unpack_bits(octets: Tensor, bits: int, amount: int) -> Tensor:
+    """The first `amount` numbers of `pack_bits` [amount]."""
+    all_bits = np.unpackbits(octets.numpy(), count=amount * bits).reshape(amount, bits)
+    padded = np.concatenate([np.zeros((amount, 32 - bits), np.uint8), all_bits], axis=1)
+    return torch.from_numpy(np.packbits(padded, axis=1).view(">u4")[:, 0].astype(np.int64))
