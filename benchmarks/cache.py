@@ -161,7 +161,9 @@ def epoch_step(net: Any, signal: Any, batch: Any, term: Any) -> None:
 
 def main() -> None:
     parts = sys.argv[1:] or ["forms", "speed"]
-    run = Run(load_recipe("forward-kl", SIZES), RUN, Terminal())
+    reporter = Terminal()
+    reporter.stage("The text and the student's start")
+    run = Run(load_recipe("forward-kl", SIZES), RUN, reporter)
     student = run.untouched()
     rows = run.rows(run.text.training(), student)
     vocabulary = min(head_of(student.net).vocabulary, head_of(run.teacher.model.net).vocabulary)

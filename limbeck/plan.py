@@ -19,6 +19,7 @@ from limbeck.elicit.flow import Bill
 from limbeck.elicit.prompts import Prompt
 from limbeck.objectives.term import Term
 from limbeck.recipe import Recipe
+from limbeck.settings import Cache
 from limbeck.types import UserError
 
 TYPICAL_OVERHEAD = 1.7
@@ -155,6 +156,19 @@ def _training_bytes(student: Shape, tokens_per_step: int) -> float:
     return 16.0 * student.parameters + together * student.layers * ACTIVATION_BYTES * math.sqrt(student.layer_parameters)
 
 
+def _kept_bytes(cache: Cache | None, teacher: Shape | None, tokens: int) -> float:
+    """What a kept teacher takes at most: an id with its bits and a number for every token kept, 8 bytes a position, and a head."""
+    if cache is None or teacher is None:
+        return 0.0
+    id_bits = math.log2(max(2, teacher.head_parameters // max(1, teacher.width)))
+    if cache.hidden is not None:
+        return (2.0 if cache.hidden.dtype == "bfloat16" else 4.0) * teacher.width * tokens + 4.0 * teacher.head_parameters
+    if cache.top_k is not None:
+        return (cache.top_k.k * (id_bits + cache.top_k.bits) / 8 + 8) * tokens
+    assert cache.sampled is not None
+    return (cache.sampled.draws * (id_bits / 8 + 4) + 8) * tokens
+
+
 def make_plan(
     recipe: Recipe,
     terms: Sequence[Term],
@@ -180,14 +194,14 @@ def make_plan(
     steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
     epochs = steps * settings.tokens_per_step / response
     trainings = 1 + len(trained_controls(recipe, terms))
-    reads = any(term.reads & TEACHER_READS for term in terms)
-    rate = matrix_rate() / TYPICAL_OVERHEAD
+    reads, rate = any(term.reads & TEACHER_READS for term in terms), matrix_rate() / TYPICAL_OVERHEAD
     tokens = int((prompt_tokens + response) * epochs)
     trained = int(response * epochs)
     held = len(held_out) * (answer + TEMPLATE_TOKENS + 20)
-    train = step_flops(student, teacher if reads else None, tokens, trained)
-    if trainings > 1:
-        train += step_flops(student, None, tokens, trained)
+    cache = recipe.teacher.cache if teacher is not None else None
+    train = step_flops(student, teacher if reads and cache is None else None, tokens, trained)
+    train += step_flops(student, None, tokens, trained) if trainings > 1 else 0.0
+    train += _forward(teacher, prompt_tokens + response) if cache is not None else 0.0  # once, whatever the number of epochs
     text_of_controls = 0.0 if fixed or trainings == 1 else float(prompt_tokens + response)
     drawn = recipe.written_share * (tokens + trained)
     text = (by_teacher / every * (prompt_tokens + response) + text_of_controls + held + _elicited(bills)) * 1.5
@@ -201,8 +215,8 @@ def make_plan(
     if judge is not None:  # each pair in both orders, against every system but the student
         seconds["judge"] = judging_flops(judge, 2 * (evaluated - 1) * len(held_out), answer) / rate
     beside = 4 * judge.parameters if judge is not None and recipe.evaluate.judge != recipe.teacher.model else 0
-    weights = 4 * student.parameters
-    disk = 3 * 3 * weights + weights * trainings  # two checkpoints and one being written, each thrice the weights; the exports
+    weights = 4 * student.parameters  # two checkpoints and one being written, each thrice the weights; the exports
+    disk = int(_kept_bytes(cache, teacher, response)) + 3 * 3 * weights + weights * trainings
     memory = int(4 * (teacher.parameters if teacher else 0) + max(_training_bytes(student, settings.tokens_per_step), beside) + BASE_BYTES)
     return Plan(
         requests=round(by_teacher * count) + len(held_out) + (count if text_of_controls else 0) + sum(b.requests for b in bills),

@@ -21,7 +21,7 @@ from limbeck.objectives.match import Match, Place
 from limbeck.objectives.policy import Policy, Responses
 from limbeck.objectives.term import make_term
 from limbeck.objectives.total import TeacherView
-from limbeck.signals.cache import Cache, texts_of
+from limbeck.signals.cache import Cache, text_key, texts_of
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch, UserError
 
@@ -70,15 +70,16 @@ def response_log_probs(
 
 @torch.no_grad()
 def fill_cache(cache: Cache, view: Callable[[Batch], TeacherView], rows: Sequence[Row], progress: Progress) -> None:
-    """The teacher's distributions over all rows that the cache does not hold yet."""
-    for number, micro_batch in enumerate(batches := even_batches(rows)):
-        batch = make_batch(rows, micro_batch)
+    """The teacher's distributions over all rows that the cache does not hold yet, each text once."""
+    texts = {text_key(row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids): row for row in rows}
+    missing = [row for key, row in texts.items() if key not in cache]
+    for number, micro_batch in enumerate(batches := even_batches(missing)):
+        batch = make_batch(missing, micro_batch)
         keys, lengths = zip(*texts_of(batch), strict=True)
-        if not all(key in cache for key in keys):
-            row_N, position_N = batch.response_positions()
-            signal = view(batch).signal
-            assert isinstance(signal, DenseSignal)
-            cache.add(keys, signal, batch.tokens_BT[row_N, position_N + 1].to(signal.hidden_NE.device), lengths)
+        row_N, position_N = batch.response_positions()
+        signal = view(batch).signal
+        assert isinstance(signal, DenseSignal)
+        cache.add(keys, signal, batch.tokens_BT[row_N, position_N + 1].to(signal.hidden_NE.device), lengths)
         progress(number + 1, len(batches))
     cache.flush()
 

@@ -297,6 +297,45 @@ def test_a_text_under_other_tokens_or_another_mask_is_not_taken_for_it(other, ti
         cache.view(make_batch([other]))
 
 
+def test_a_shard_of_another_teacher_is_refused_even_without_its_description(tiny, tmp_path):
+    v = vocabulary_of(tiny)
+    filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocabulary=v)
+    (tmp_path / "a" / "about.json").unlink()
+    with pytest.raises(UserError, match="of another teacher"):
+        Cache(tmp_path / "a", "another", v, Form(top_k={"k": 4}))
+
+
+def test_a_missing_head_says_so(tiny, tmp_path):
+    cache = filled(tmp_path / "a", tiny, {"hidden": {}}, vocabulary=vocabulary_of(tiny))
+    next((tmp_path / "a").glob("head-*")).unlink()
+    with pytest.raises(UserError, match="head is missing"):
+        cache.view(make_batch(rows()))
+
+
+def test_the_same_text_is_kept_once(tiny, tmp_path):
+    cache = filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, [*rows(), *rows()], vocabulary_of(tiny))
+    assert len(cache) == 6 and sum(len(cache.text(key)["target"]) for key, _ in texts_of(make_batch(rows()))) == sum(
+        len(row.response_ids) for row in rows()
+    )
+    before = cache.bytes
+    assert filled(tmp_path / "b", tiny, {"top_k": {"k": 4}}, rows(), vocabulary_of(tiny)).bytes == before
+
+
+def test_a_teacher_that_is_shown_more_is_kept_as_it_sees_the_text(tiny, tmp_path):
+    v, seen = vocabulary_of(tiny), [Row("s", (5, 6), (20, 21, 0), teacher_prompt_ids=(9, 9, 5, 6))]
+    cache, live = filled(tmp_path / "a", tiny, {"hidden": {"dtype": "float32"}}, seen, v), InProcessTeacher(tiny)
+    want = live.view(make_batch(seen), vocabulary=v).signal
+    torch.testing.assert_close(cache.view(make_batch(seen)).signal.hidden_NE, want.hidden_NE)
+    plain = live.view(make_batch([Row("s", (5, 6), (20, 21, 0))]), vocabulary=v).signal
+    assert not torch.allclose(plain.hidden_NE, want.hidden_NE, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=json.dumps)
+def test_a_recipe_with_a_cache_reads_back_as_itself(form, recipe_data):
+    recipe = cached(recipe_data, form)
+    assert parse(recipe.resolved()) == recipe and recipe.resolved()["teacher"]["cache"].keys() == form.keys()
+
+
 def test_a_damaged_description_says_so(tmp_path):
     (tmp_path / "about.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
@@ -340,6 +379,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_what_was_kept(r
     student = {"start": {"pretrained": recipe_data["teacher"]}}
     folder = run(cached(recipe_data, {"top_k": {"k": 300, "bits": 16}}, student=student), tmp_path / "run", stages=("elicit", "train"))
     assert abs(losses(folder)[0]) < 1e-4
+
+
+def test_the_plan_counts_the_teacher_once_and_what_is_kept(recipe_data):
+    live = check(parse({**recipe_data, "evaluate": {"metrics": ["fidelity"], "controls": []}}))
+    small, large = (check(cached(recipe_data, {"top_k": {"k": k}})) for k in (1, 300))
+    states = check(cached(recipe_data, {"hidden": {}}))
+    assert live.disk_bytes < small.disk_bytes < large.disk_bytes and live.disk_bytes < states.disk_bytes
+    assert large.steps == live.steps and large.trained_tokens == live.trained_tokens
 
 
 def test_a_damaged_cache_stops_the_run_before_a_step(recipe_data, tmp_path):

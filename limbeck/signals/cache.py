@@ -79,6 +79,8 @@ class Cache:
         if file_sha256(shard)[:32] != shard.stem.removeprefix("shard-"):
             raise UserError(f"{shard} was cut short or has changed since it was written; remove it, and what it held is computed again")
         opened = safe_open(str(shard), framework="pt")
+        if json.loads(opened.metadata()["about"]) != self._about:
+            raise UserError(f"{shard} is of another teacher, vocabulary or form than its folder says; remove it")
         self._open[shard] = opened
         for key, places in json.loads(opened.metadata()["texts"]).items():
             self._places[key] = shard, {name: (start, stop) for name, (start, stop) in places.items()}
@@ -159,7 +161,9 @@ class Cache:
     def head(self) -> Head:
         """The teacher's head, of a `hidden` form."""
         if self._head is None:
-            (file,) = self.folder.glob("head-*.safetensors")
+            file = next(self.folder.glob("head-*.safetensors"), None)
+            if file is None:
+                raise UserError(f"the teacher's head is missing in {self.folder}; remove the folder, and what it held is computed again")
             if file_sha256(file)[:32] != file.stem.removeprefix("head-"):
                 raise UserError(f"{file} was cut short or has changed since it was written; remove {self.folder}")
             opened = safe_open(str(file), framework="pt")
@@ -180,9 +184,14 @@ def _plain_head(head: Head) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def texts_of(batch: Batch) -> Iterator[tuple[str, int]]:
-    """(key, number of response tokens) of each row: the key is a hash of its tokens, prompt and response apart."""
+    """(key, number of response tokens) of each row."""
     seen = batch.seen_by_teacher()
     for tokens_T, mask_T in zip(seen.tokens_BT, seen.mask_BT, strict=True):
         answer = mask_T.nonzero()[:, 0].tolist()
         ids = tokens_T[: answer[-1] + 1].tolist()
-        yield content_hash([ids[: answer[0]], ids[answer[0] :]]), len(answer)
+        yield text_key(ids[: answer[0]], ids[answer[0] :]), len(answer)
+
+
+def text_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+    """What a text is known by."""
+    return content_hash([[*prompt_ids], [*response_ids]])

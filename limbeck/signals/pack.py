@@ -30,27 +30,28 @@ def pack(signal: DenseSignal, targets_N: Tensor, form: Cache, seed: int) -> Pack
     """
     if form.hidden is not None:
         dtype = getattr(torch, form.hidden.dtype)
-        parts = [{"target": _target(signal, part, targets_N)} for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS)]
-        return {"hidden": signal.hidden_NE.to(dtype).contiguous(), "target": torch.cat([part["target"] for part in parts])}
+        found = [_target(signal, part, targets_N) for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS)]
+        return {"hidden": signal.hidden_NE.to("cpu", dtype).contiguous(), "target": torch.cat(found)}
     noise, parts = torch.Generator().manual_seed(seed), []
     for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS):
         p = Distribution(signal.chunk(part).logits_CV)
         columns = _top(p, form.top_k) if form.top_k is not None else _drawn(p, form.sampled or CachedSamples(), noise)
-        parts.append(columns | {"target": p.log.gather(-1, targets_N[part, None])[:, 0].half()})
+        columns["target"] = p.log.gather(-1, targets_N[part, None])[:, 0].half()
+        parts.append({name: column.cpu() for name, column in columns.items()})
     packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return packed | {"ids": pack_bits(packed["ids"], width(signal.head.vocabulary))}
 
 
 def _target(signal: DenseSignal, part: slice, targets_N: Tensor) -> Tensor:
-    return Distribution(signal.chunk(part).logits_CV).log.gather(-1, targets_N[part, None])[:, 0].half()
+    return Distribution(signal.chunk(part).logits_CV).log.gather(-1, targets_N[part, None])[:, 0].half().cpu()
 
 
 def _top(p: Distribution, settings: CachedTop) -> Packed:
     log_CK, ids_CK = p.log.topk(min(settings.k, p.log.shape[-1]))
-    count_C = torch.full((len(log_CK),), log_CK.shape[-1])
+    count_C = torch.full((len(log_CK),), log_CK.shape[-1], device=log_CK.device)
     if settings.mass is not None:
         count_C = ((log_CK.exp().cumsum(-1) < settings.mass).sum(-1) + 1).clamp_max(log_CK.shape[-1])
-    kept_CK = torch.arange(log_CK.shape[-1]) < count_C[:, None]
+    kept_CK = torch.arange(log_CK.shape[-1], device=log_CK.device) < count_C[:, None]
     others_CV = p.log.scatter(-1, torch.where(kept_CK, ids_CK, ids_CK[:, :1]), -math.inf)
     lowest_C1 = log_CK.gather(-1, count_C[:, None] - 1).mul(1 + 2**-10).half()  # away from 0, so that no level is passed
     most = 2**settings.bits - 1
@@ -68,12 +69,13 @@ def _drawn(p: Distribution, settings: CachedSamples, noise: torch.Generator) -> 
     """The tokens drawn, each once, with weight times its draws / all draws x p / proposal."""
     proposal = p.at(settings.temperature)
     counts, ids, weights = [], [], []
-    drawn_CS = torch.multinomial(proposal.prob, settings.draws, replacement=True, generator=noise)
+    log_ratio_CV = (p.log - proposal.log).cpu()
+    drawn_CS = torch.multinomial(proposal.prob.cpu(), settings.draws, replacement=True, generator=noise)
     for row, drawn_S in enumerate(drawn_CS):
         found, times = drawn_S.unique(return_counts=True)
         counts.append(len(found))
         ids.append(found)
-        weights.append(times / settings.draws * (p.log[row, found] - proposal.log[row, found]).exp())
+        weights.append(times / settings.draws * log_ratio_CV[row, found].exp())
     return {
         "count": torch.tensor(counts).to(torch.uint16),
         "ids": torch.cat(ids),
