@@ -11,7 +11,6 @@ stands beside them. Then the same steps with the teacher live and kept, in turns
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -160,22 +159,16 @@ def epoch_step(net: Any, signal: Any, batch: Any, term: Any) -> None:
 
 
 def main() -> None:
-    parts = sys.argv[1:] or ["forms", "speed"]
     reporter = Terminal()
     reporter.stage("The text and the student's start")
     run = Run(load_recipe("forward-kl", SIZES), RUN, reporter)
     student = run.untouched()
     rows = run.rows(run.text.training(), student)
     vocabulary = min(head_of(student.net).vocabulary, head_of(run.teacher.model.net).vocabulary)
-    known: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if "forms" in parts:
-            known["forms"] = forms(run, Measure(run, rows[:TEXTS], vocabulary), Path(folder))
-            known["tokens"] = sum(len(row.response_ids) for row in rows[:TEXTS])
-        if "speed" in parts:
-            known["speed"] = speed(run, rows, vocabulary, Path(folder))
-            print(known["speed"])
-    write_json(OUT, known)
+        found = forms(run, Measure(run, rows[:TEXTS], vocabulary), Path(folder))
+        tokens = sum(len(row.response_ids) for row in rows[:TEXTS])
+        write_json(OUT, {"forms": found, "tokens": tokens, "speed": speed(run, rows, vocabulary, Path(folder))})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from limbeck.signals.cache import Cache, texts_of
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.pack import pack, pack_bits, unpack, unpack_bits, width
 from limbeck.signals.sparse import Sampled, TopK
-from limbeck.store import Store
 
 EMPTY = torch.empty(0, dtype=torch.long)
 V, N, E = 40, 7, 16
@@ -394,8 +393,6 @@ def test_a_damaged_cache_stops_the_run_before_a_step(recipe_data, tmp_path):
     folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
     shard = shard_of(folder / "signals")
     shard.write_bytes(shard.read_bytes()[:-1])
-    with Store(tmp_path / "run" / "store.sqlite"):
-        pass
     other = cached(recipe_data, {"top_k": {"k": 8}, "folder": str(folder / "signals")})
     with pytest.raises(UserError, match="cut short"):
         run(other, tmp_path / "other", stages=("elicit", "train"))

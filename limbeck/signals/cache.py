@@ -76,9 +76,7 @@ class Cache:
 
     def _add(self, shard: Path) -> None:
         """Take up a shard that is whole; its name says what its bytes must be."""
-        if file_sha256(shard)[:32] != shard.stem.removeprefix("shard-"):
-            raise UserError(f"{shard} was cut short or has changed since it was written; remove it, and what it held is computed again")
-        opened = safe_open(str(shard), framework="pt")
+        opened = _opened(shard, shard)
         if json.loads(opened.metadata()["about"]) != self._about:
             raise UserError(f"{shard} is of another teacher, vocabulary or form than its folder says; remove it")
         self._open[shard] = opened
@@ -164,13 +162,18 @@ class Cache:
             file = next(self.folder.glob("head-*.safetensors"), None)
             if file is None:
                 raise UserError(f"the teacher's head is missing in {self.folder}; remove the folder, and what it held is computed again")
-            if file_sha256(file)[:32] != file.stem.removeprefix("head-"):
-                raise UserError(f"{file} was cut short or has changed since it was written; remove {self.folder}")
-            opened = safe_open(str(file), framework="pt")
+            opened = _opened(file, self.folder)
             told = json.loads(opened.metadata()["head"])
             bias_V = opened.get_tensor("bias").to(self.device) if "bias" in opened.keys() else None  # noqa: SIM118 (it is no dictionary)
             self._head = Head(opened.get_tensor("weight").to(self.device), bias_V, told["scale"], told["softcap"])
         return self._head
+
+
+def _opened(file: Path, remove: Path) -> Any:
+    """A file whose bytes are what its name says they must be; what to `remove` where they are not."""
+    if file_sha256(file)[:32] != file.stem.partition("-")[2]:
+        raise UserError(f"{file} was cut short or has changed since it was written; remove {remove}, and what it held is computed again")
+    return safe_open(str(file), framework="pt")
 
 
 def _plain_head(head: Head) -> tuple[dict[str, Tensor], dict[str, str]]:
