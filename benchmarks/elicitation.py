@@ -27,7 +27,7 @@ from limbeck.types import UserError
 HERE = Path(__file__).parent.parent
 OUT, RUNS = HERE / "docs" / "evidence" / "elicitation.json", HERE / "runs" / "elicitation"
 SMALL, LARGE = "smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct"
-PORT = 18391  # the address is part of the recipe, so that a run that was killed goes on only at the same one
+PORTS = {SMALL: 18391, LARGE: 18393}  # the address is part of the recipe, so that a run that was killed goes on only at the same one
 IN_PROCESS = ("scott", "mixkd")  # contrast and mixing need the weights
 TINY = (
     "train.steps=2", "train.epochs=null", "train.tokens_per_step=256", "evaluate.metrics=[fidelity]", "evaluate.limit=4",
@@ -48,12 +48,12 @@ SIZES: dict[str, tuple[str, ...]] = {
     "few-shot-mcqa": ("elicit.0.params.count=20",),
     "bonito": ("elicit.0.params.each=3",),
     "oss-instruct": ("elicit.0.params.each=1", "elicit.0.params.max_tokens=384"),
-    "distilling-step-by-step": ("prompts.limit=16", "elicit.0.params.n=2"),
+    "distilling-step-by-step": ("prompts.limit=16", "elicit.0.params.n=2", "elicit.0.params.max_tokens=320"),
     "fine-tune-cot": ("prompts.limit=12", "elicit.0.params.n=2"),
-    "mcc-kd": ("prompts.limit=8", "elicit.0.params.n=4"),
+    "mcc-kd": ("prompts.limit=8", "elicit.0.params.n=4", "elicit.0.params.max_tokens=320"),
     "metamath": ("prompts.limit=8", "elicit.1.params.n=1"),
-    "equation-reasoner": ("prompts.limit=16", "elicit.0.params.n=2"),
-    "label-only": ("prompts.limit=16", "elicit.0.params.n=2"),
+    "equation-reasoner": ("prompts.limit=16", "elicit.0.params.n=2", "elicit.0.params.max_tokens=320"),
+    "label-only": ("prompts.limit=16", "elicit.0.params.n=2", "elicit.0.params.max_tokens=320"),
 }
 REASONING = ("distilling-step-by-step", "fine-tune-cot", "mcc-kd", "metamath", "equation-reasoner", "label-only")
 
@@ -89,7 +89,7 @@ def main() -> None:
         names = [name for name in wanted if (name in REASONING) == (model == LARGE)]
         if not names:
             continue
-        serving = serve(model, PORT, context=2048, slots=8)
+        serving = serve(model, PORTS[model], context=2048, slots=8)
         os.environ["LIMBECK_API_KEY"] = serving.key
         served = {"url": serving.url, "name": serving.name, "concurrency": 8}
         for name in names:

@@ -23,9 +23,10 @@ HERE = Path(__file__).parent.parent
 OUT, RUN = HERE / "docs" / "evidence", HERE / "runs" / "reasoning"
 TEACHER, METHODS = "qwen2.5-coder-1.5b-instruct", ("label-only", "distilling-step-by-step")
 PORT = 18392  # the address is part of the recipe, so that a comparison that was killed goes on only at the same one
+ELICITED = ("elicit.0.params.n=2", "elicit.0.params.max_tokens=320")
 SETTINGS = (
-    "prompts.limit=60", "elicit.0.params.n=2", "train.epochs=null", "train.steps=40", "train.tokens_per_step=256",
-    "evaluate.limit=24", "evaluate.max_tokens=96", "evaluate.own_prompts=8",
+    *ELICITED, "train.epochs=null", "train.steps=40", "train.tokens_per_step=256", "evaluate.limit=24", "evaluate.max_tokens=256",
+    "evaluate.own_prompts=8",
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     os.environ["LIMBECK_API_KEY"] = serving.key
     teacher = {"server": {"url": serving.url, "name": serving.name, "concurrency": 8}}
     settings = [*SETTINGS, f"teacher={json.dumps(teacher)}"]
-    recipes = [load_recipe(name, ["elicit.0.params.n=2"]) for name in METHODS]
+    recipes = [load_recipe(name, [*ELICITED]) for name in METHODS]
     folder = compare(recipes, RUN, like=load_recipe("distilling-step-by-step", settings), seeds=3, reporter=Terminal())
     shutil.copy(folder / "comparison.json", OUT / "reasoning.json")
     shutil.copy(folder / "report.html", OUT / "reasoning.html")

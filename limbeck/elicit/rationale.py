@@ -27,9 +27,10 @@ LONGEST_FINAL = 200
 
 
 def final_of(text: str) -> str | None:
-    """What stands after the last "the answer is" (or "answer:"), without the closing period; None where nothing does."""
-    found = list(SAYS.finditer(text))
-    last = text[found[-1].end() :].partition("\n")[0] if found else ""
+    """What stands after the last "the answer is" (or "answer:"), without the closing period, or in the last box of a text that says neither;
+    None where nothing does."""
+    found, boxes = list(SAYS.finditer(text)), BOXED.findall(text)
+    last = text[found[-1].end() :].partition("\n")[0] if found else boxes[-1] if boxes else ""
     if boxed := BOXED.search(last):
         last = boxed[1]
     last = re.sub(r"[\s.*$]+$", "", last.strip("*$ "))
@@ -93,7 +94,8 @@ def _in_one(sample: Sample, reply: Sample, tally: Tally) -> Sample | None:
     if final is None:
         tally.drop("no answer at the end of the reasons", text)
         return None
-    reasons = text[: list(SAYS.finditer(text))[-1].start()].strip()
+    said = list(SAYS.finditer(text))
+    reasons = text[: said[-1].start()].strip() if said else text
     return with_reasons(sample, reply, text, reasons or text, final)
 
 
