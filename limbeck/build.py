@@ -19,7 +19,8 @@ from limbeck.models.batch import BatchTeacher
 from limbeck.models.context import Sight
 from limbeck.models.generate import Joint
 from limbeck.models.joint import Mixture, Speculation
-from limbeck.models.load import Model, load_model, model_identity
+from limbeck.models.load import Model, load_model, load_tokenizer, model_identity
+from limbeck.models.score import Scorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives import consistency
 from limbeck.objectives.consistency import CONSISTENCY
@@ -76,6 +77,14 @@ def served(recipe: Recipe) -> ApiTeacher | None:
     """The server that writes the teacher's text, where the recipe names one."""
     server = recipe.teacher.server
     return None if server is None else BatchTeacher(server) if server.batch else ApiTeacher(server)
+
+
+def scorer(recipe: Recipe, api: ApiTeacher) -> Scorer | None:
+    """The server as one that scores the training text, where the recipe keeps what it says of it and has no weights of it."""
+    cache = recipe.teacher.cache
+    if recipe.teacher.model is not None or cache is None or cache.top_k is None:
+        return None
+    return Scorer(api, cache.top_k.k, load_tokenizer(recipe.speaker))
 
 
 def sight(recipe: Recipe) -> Sight | None:

@@ -17,6 +17,7 @@ from limbeck.models import generate as generation
 from limbeck.models.copy import Copy
 from limbeck.models.generate import Beside, Written, write
 from limbeck.models.load import Model, head_of
+from limbeck.models.score import Scorer
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.vllm import VllmWriter
@@ -37,13 +38,14 @@ from limbeck.store import Store
 from limbeck.types import Batch, Evidence, UserError, content_hash
 
 Progress = Callable[[int, int, str], None]
+Teacher = InProcessTeacher | Scorer
 
 
 def make_job(
     terms: Sequence[Term],
     student: Model,
     rows: Sequence[Row],
-    teacher: Callable[[], InProcessTeacher],
+    teacher: Callable[[], Teacher],
     lora: Lora | None,
     settings: Train,
     folder: Path,
@@ -78,12 +80,12 @@ def make_job(
             f"the teacher {teacher().identity} can't give {missing[0].replace('_', ' ')}, which a loss reads: choose losses on text "
             "(cross_entropy), or a teacher that runs in process"
         )
-    vocabulary = min(head_of(student.net).vocabulary, head_of(teacher().model.net).vocabulary) if with_teacher else None
+    vocabulary = min(head_of(student.net).vocabulary, teacher().vocabulary) if with_teacher else None
     for name in sorted(read.removeprefix("reference_") for read in reads if read.startswith("reference_")):
-        judge = student if name == "start" else teacher().model
+        judge = student if name == "start" else _weights(teacher)
         read = rows if name == "start" else [_as_the_teacher_sees(row) for row in rows]
         rows = with_reference(rows, name, _known_log_probs(store, judge, read, vocabulary, progress))
-    matches = {term.label: _bind(term.match, student.net, teacher().model.net, settings.seed) for term in terms if term.match}
+    matches = {term.label: _bind(term.match, student.net, _weights(teacher).net, settings.seed) for term in terms if term.match}
     if lora is not None:
         add_adapters(student.net, lora, settings.seed)
     job = train.Job(student.net, rows, terms, train.no_teacher, settings, folder, key, matches, vocabulary=vocabulary)
@@ -93,12 +95,19 @@ def make_job(
         live = partial(view, taps=taps[1], vocabulary=vocabulary)
         job.teacher = live if cache is None else _cached(cache, teacher(), live, rows, vocabulary, store.parent, student, progress)
         job.bank_rows = {sample_id: number for number, sample_id in enumerate(dict.fromkeys(row.sample_id for row in rows))}
-        job.prepare = lambda: _prepare(job, teacher().model.net, progress)
+        job.prepare = lambda: _prepare(job, teacher, progress)
     return job
 
 
+def _weights(teacher: Callable[[], Teacher]) -> Model:
+    """The teacher's model; `can` and `validate` saw to it that it is here."""
+    found = teacher()
+    assert isinstance(found, InProcessTeacher)
+    return found.model
+
+
 def _cached(
-    form: CacheForm, teacher: InProcessTeacher, live: Callable[[Batch], TeacherView], rows: Sequence[Row], vocabulary: int | None,
+    form: CacheForm, teacher: Teacher, live: Callable[[Batch], TeacherView], rows: Sequence[Row], vocabulary: int | None,
     home: Path, student: Model, progress: Progress,
 ) -> Callable[[Batch], TeacherView]:  # fmt: skip
     """The teacher's side of a batch as it was kept; what is not there yet is computed now."""
@@ -257,13 +266,13 @@ def _known_log_probs(store: Path, judge: Model, rows: Sequence[Row], vocabulary:
     return known
 
 
-def _prepare(job: train.Job, teacher: PreTrainedModel, progress: Progress) -> None:
+def _prepare(job: train.Job, teacher: Callable[[], Teacher], progress: Progress) -> None:
     for label, match in job.matches.items():
         tell = partial(_tell, progress, f"{label}: getting ready")
         if match.settings.name == "filtered_match":
-            learn_filters(match, (job.net, teacher), job.rows, job.settings.tokens_per_step, job.settings.seed, tell)
+            learn_filters(match, (job.net, _weights(teacher).net), job.rows, job.settings.tokens_per_step, job.settings.seed, tell)
         if match.settings.name == "contrast":
-            fill_bank(match, teacher, job.rows, job.bank_rows, tell)
+            fill_bank(match, _weights(teacher).net, job.rows, job.bank_rows, tell)
 
 
 def _tell(progress: Progress, detail: str, done: int, total: int) -> None:

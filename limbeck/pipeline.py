@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import yaml
 
@@ -23,17 +23,18 @@ from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_
 from limbeck.elicit.engine import Answerer
 from limbeck.evaluate.measure import Bench, Measured
 from limbeck.follow import read_json
-from limbeck.jobs import let_write, make_job
+from limbeck.jobs import Teacher, let_write, make_job
 from limbeck.models.api import ApiTeacher
 from limbeck.models.load import Model, header_of, is_ready, load_config, load_tokenizer, save_model
 from limbeck.models.prune import Calibration, Choice
+from limbeck.models.score import Scorer
 from limbeck.models.self_teacher import Average, adapters_off, self_teacher
 from limbeck.models.start import begin, choose, merge_adapters
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import WRITTEN, make_term
 from limbeck.plan import trained_controls
 from limbeck.preflight import check
-from limbeck.progress import Reporter, Silent, StoppedError
+from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.recipe import Recipe
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
@@ -102,6 +103,11 @@ class Run:
         if server is not None:
             server.begin_with(*self.text.bill())
         return server
+
+    @cached_property
+    def scorer(self) -> Scorer | None:
+        """The server as one that scores text, where that is all there is of the teacher's distribution."""
+        return None if self.served is None else build.scorer(self.recipe, self.served)
 
     @cached_property
     def writer_identity(self) -> str:
@@ -200,7 +206,7 @@ class Run:
             return
         student = self.untouched()
         job = self.job(name, student)
-        progress = _training_progress(self.reporter)
+        progress = training_progress(self.reporter)
         if not training_loop.train(job, progress, self.stop):
             raise StoppedError(f"stopped; the checkpoint of the last step is in {job.folder / 'checkpoints'}, run it again to go on")
         if self.recipe.student.lora is not None:
@@ -239,7 +245,7 @@ class Run:
             let_write(job, student, slots, recipe, lambda: self.teacher, context, self.stop)
         return job
 
-    def taught_by(self, student: Model, average: Average | None) -> InProcessTeacher:
+    def taught_by(self, student: Model, average: Average | None) -> Teacher:
         """Who teaches `student` while it trains: the teacher, or the student's own modules with other numbers in them."""
         recipe, sight = self.recipe, build.sight(self.recipe)
         if recipe.teacher.weights == "live":
@@ -250,7 +256,7 @@ class Run:
             if self.beside is None:
                 self.__dict__.pop("teacher", None)  # what was loaded to write text; from here on no second copy of its weights is held
             return self_teacher(student, sight, partial(adapters_off, student.net))
-        return self.teacher
+        return self.scorer or self.teacher
 
     def control_rows(self, name: str, rows: list[data.Row], student: Model) -> list[data.Row]:
         """What a control is fine-tuned on; `rows` is the student's own training text."""
@@ -381,17 +387,6 @@ def claim(run: Run) -> None:
         changed = sorted(key for key in inputs if before.get(key) != inputs[key])
         raise UserError(f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out")
     if not known.exists():
+        if run.scorer is not None:
+            run.scorer.probe()
         write_json(known, inputs)
-
-
-def _training_progress(reporter: Reporter) -> training_loop.Progress:
-    recent: list[tuple[int, float]] = []
-
-    def progress(step: int, steps: int, record: dict[str, Any]) -> None:
-        for advice in record.get("rollout", {}).get("advice", ()):
-            reporter.note(f"step {step}: {advice}")
-        recent.append((record["tokens"], record["seconds"]))
-        tokens, seconds = (sum(column) for column in zip(*recent[-10:], strict=True))
-        reporter.progress(step, steps, f"loss {record['loss']:.3f} nats, {tokens / seconds:.0f} tokens a second")
-
-    return progress

@@ -199,6 +199,7 @@ def make_plan(
     trained = int(response * epochs)
     held = len(held_out) * (answer + TEMPLATE_TOKENS + 20)
     cache = recipe.teacher.cache if teacher is not None else None
+    scored = response if teacher is None and recipe.teacher.cache else 0  # by a llama.cpp server; vLLM is asked once for each text
     train = step_flops(student, teacher if reads and cache is None else None, tokens, trained)
     train += step_flops(student, None, tokens, trained) if trainings > 1 else 0.0
     train += _forward(teacher, prompt_tokens + response) if cache is not None else 0.0  # once, whatever the number of epochs
@@ -219,7 +220,7 @@ def make_plan(
     disk = int(_kept_bytes(cache, teacher, response)) + 3 * 3 * weights + weights * trainings
     memory = int(4 * (teacher.parameters if teacher else 0) + max(_training_bytes(student, settings.tokens_per_step), beside) + BASE_BYTES)
     return Plan(
-        requests=round(by_teacher * count) + len(held_out) + (count if text_of_controls else 0) + sum(b.requests for b in bills),
+        requests=round(by_teacher * count) + len(held_out) + (count if text_of_controls else 0) + sum(b.requests for b in bills) + scored,
         teacher_tokens=int(by_teacher / every * response) + answer * len(held_out) + sum(b.tokens for b in bills),
         trained_tokens=trained,
         steps=steps,

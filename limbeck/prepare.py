@@ -23,6 +23,7 @@ from limbeck.objectives.term import make_term
 from limbeck.objectives.total import TeacherView
 from limbeck.signals.cache import Cache, text_key, texts_of
 from limbeck.signals.dense import DenseSignal
+from limbeck.signals.sparse import TopK
 from limbeck.types import Batch, UserError
 
 Progress = Callable[[int, int], None]
@@ -78,8 +79,9 @@ def fill_cache(cache: Cache, view: Callable[[Batch], TeacherView], rows: Sequenc
         keys, lengths = zip(*texts_of(batch), strict=True)
         row_N, position_N = batch.response_positions()
         signal = view(batch).signal
-        assert isinstance(signal, DenseSignal)
-        cache.add(keys, signal, batch.tokens_BT[row_N, position_N + 1].to(signal.hidden_NE.device), lengths)
+        assert isinstance(signal, DenseSignal | TopK)
+        device = signal.hidden_NE.device if isinstance(signal, DenseSignal) else signal.ids_NK.device
+        cache.add(keys, signal, batch.tokens_BT[row_N, position_N + 1].to(device), lengths)
         progress(number + 1, len(batches))
     cache.flush()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from limbeck.types import UserError
 
@@ -32,3 +33,17 @@ class Silent:
 
 class StoppedError(UserError):
     """The user asked to stop; what was done is kept."""
+
+
+def training_progress(reporter: Reporter) -> Callable[[int, int, dict[str, Any]], None]:
+    """What the reporter is told after every step: the loss, and the speed of the last ten."""
+    recent: list[tuple[int, float]] = []
+
+    def progress(step: int, steps: int, record: dict[str, Any]) -> None:
+        for advice in record.get("rollout", {}).get("advice", ()):
+            reporter.note(f"step {step}: {advice}")
+        recent.append((record["tokens"], record["seconds"]))
+        tokens, seconds = (sum(column) for column in zip(*recent[-10:], strict=True))
+        reporter.progress(step, steps, f"loss {record['loss']:.3f} nats, {tokens / seconds:.0f} tokens a second")
+
+    return progress

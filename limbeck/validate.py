@@ -173,7 +173,7 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
     """Refuse a teacher that can't see what it is to be shown, or a student that teaches itself and is not itself."""
     teacher = recipe.teacher
     if teacher.model is None:
-        _check_text_only(recipe)
+        _check_text_only(recipe, teacher.cache)
     if teacher.server is not None and (teacher.context is not None or teacher.weights != "own"):
         raise RecipeError("teacher.server", "a server has the model's own weights and sees the prompt alone; leave context and weights out")
     for index, (name, step) in enumerate(build.steps(recipe)):
@@ -218,15 +218,23 @@ def _check_cache(recipe: Recipe, cache: Cache) -> None:
         raise RecipeError(path, "no loss reads the teacher's distribution, so nothing would be kept; leave it out")
 
 
-def _check_text_only(recipe: Recipe) -> None:
-    """Refuse what needs the weights of a teacher that is behind a server alone."""
+def _check_text_only(recipe: Recipe, cache: Cache | None) -> None:
+    """Refuse what needs the weights of a teacher that is behind a server alone. Its likeliest tokens it may give, where they are kept."""
     cure = "or name the same model's weights in teacher.model"
+    if cache is not None and cache.top_k is None:
+        raise RecipeError("teacher.cache", f"a server names its likeliest tokens at most: keep {{top_k: {{k: 20}}}}, {cure}")
+    if cache is not None and recipe.teacher.server is not None and recipe.teacher.server.batch:
+        raise RecipeError("teacher.server.batch", f"text is scored by requests of their own: leave batch or the cache out, {cure}")
+    given = {"teacher_distribution"} if cache is not None else set()
     if recipe.student.start.pretrained is None:
         raise RecipeError("student.start", f"nothing can be made of a teacher whose weights are not here: give pretrained, {cure}")
     for index, term in enumerate(build.terms(recipe)):
-        if missing := sorted(term.reads & (TEACHER_READS | {"reference_teacher"})):
+        if missing := sorted(term.reads & (TEACHER_READS | {"reference_teacher"}) - given):
             what = missing[0].replace("_", " ")
-            raise RecipeError(f"loss[{index}].{term.name}", f"it reads the {what}, and a server gives text: use cross_entropy, {cure}")
+            hint = "keep what it says of the text (teacher.cache: {top_k: {k: 20}}), " if missing == ["teacher_distribution"] else ""
+            raise RecipeError(
+                f"loss[{index}].{term.name}", f"it reads the {what}, and a server gives text: use cross_entropy, {hint}{cure}"
+            )
     for index, (name, step) in enumerate(build.steps(recipe)):
         if missing := sorted(step.needs - {"text"}):
             what = missing[0].replace("_", " ")

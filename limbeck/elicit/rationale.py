@@ -27,8 +27,8 @@ LONGEST_FINAL = 200
 
 
 def final_of(text: str) -> str | None:
-    """What stands after the last "the answer is" (or "answer:"), without the closing period, or in the last box of a text that says neither;
-    None where nothing does."""
+    """What stands after the last "the answer is" (or "answer:"), without the closing period, or in the last box of a text that says
+    neither; None where nothing does."""
     found, boxes = list(SAYS.finditer(text)), BOXED.findall(text)
     last = text[found[-1].end() :].partition("\n")[0] if found else boxes[-1] if boxes else ""
     if boxed := BOXED.search(last):

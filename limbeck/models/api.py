@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
@@ -38,6 +38,7 @@ CONTROL = re.compile(r"<\|[a-z_]{2,32}\|>|</?s>|<(?:start|end)_of_turn>")
 CHARS_PER_TOKEN = 3
 IN_A_ROW = 10  # failures, and two for each request under way, before the server is given up
 certificates = cache(ssl.create_default_context)
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -92,7 +93,7 @@ class ApiTeacher:
         return self._identity
 
     async def _ask_identity(self) -> str:
-        async with self._client() as client:
+        async with self.client() as client:
             try:
                 status, _, body = await self._sent(client, "GET", "/models", None, "")
             except (httpx2.HTTPError, TimeoutError) as error:
@@ -129,7 +130,7 @@ class ApiTeacher:
 
     async def _stream(self, requests: Sequence[Request], stop: Callable[[], bool]) -> AsyncGenerator[tuple[Request, Generated]]:
         waiting, tasks, error = deque(requests), dict[asyncio.Task[Generated], Request](), None
-        async with self._client() as client:
+        async with self.client() as client:
             try:
                 while (waiting or tasks) and not stop():
                     while waiting and not error and len(tasks) < self.settings.concurrency:
@@ -156,9 +157,9 @@ class ApiTeacher:
 
     # Limits
 
-    def _check_ceilings(self, request: Request) -> None:
-        """Refuse a try that might pass a ceiling if all that are under way write as much as they may."""
-        limits, flying = self.settings.limits, sum(self._flying.values()) + most_tokens(request)
+    def _check_ceilings(self, tokens: int) -> None:
+        """Refuse a try of so many tokens that might pass a ceiling if all that are under way write as much as they may."""
+        limits, flying = self.settings.limits, sum(self._flying.values()) + tokens
         dearest = max(self.price(1, 0), self.price(0, 1))
         for ceiling, there, what in (
             (limits.requests, self.spent.sent + 1, "requests"),
@@ -194,30 +195,61 @@ class ApiTeacher:
         if seconds > 0:
             await self.sleep(seconds)
 
+    # Other things than answers
+
+    def wait(self, ask: Callable[[httpx2.AsyncClient], Awaitable[Found]]) -> Found:
+        """What `ask` finds out with a connection of its own."""
+
+        async def asked() -> Found:
+            async with self.client() as client:
+                return await ask(client)
+
+        return asyncio.run(asked())
+
+    async def peek(self, client: httpx2.AsyncClient, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """(status, what the server says as JSON or None) of one request that costs nothing; status 0 where there is no answer."""
+        try:
+            status, _, content = await self._sent(client, method, path, body, "")
+        except (httpx2.HTTPError, TimeoutError):
+            return 0, None
+        return status, read_json(content)
+
     # One request
 
     async def _answer(self, client: httpx2.AsyncClient, request: Request) -> Generated:
         """The answer, asked for as often as it takes and may."""
-        body, path = self._body(request), "/completions" if request.raw is not None else "/chat/completions"
-        last = b""
+        path = "/completions" if request.raw is not None else "/chat/completions"
+        status, body = await self.tried(client, path, self._body(request), request.key, most_tokens(request))
+        return self._generated(request, status, body) if status else Generated(None, "", "error", _kept(body))
+
+    async def tried(self, client: httpx2.AsyncClient, path: str, body: Any, key: str, tokens: int) -> tuple[int, bytes]:
+        """(status, what the server says) of one request, asked as often as it takes and may; status 0 where every try failed.
+
+        Args:
+            tokens: what it may cost.
+
+        Raises:
+            UserError: the server refuses all alike, fails again and again, or a ceiling is reached.
+        """
+        last, flying = b"", object()
         for attempt in range(self.settings.retries + 1):
-            await self._turn(most_tokens(request))
-            self._check_ceilings(request)
-            self._flying[id(request)] = most_tokens(request)
+            await self._turn(tokens)
+            self._check_ceilings(tokens)
+            self._flying[id(flying)] = tokens
             self.spent.sent += 1
             self.spent.again += attempt > 0
             wait: float | None = None
             try:
-                status, headers, last = await self._sent(client, "POST", path, body, request.key)
+                status, headers, last = await self._sent(client, "POST", path, body, key)
             except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout):
                 status = 0
             except (httpx2.HTTPError, TimeoutError):
                 status = -1
             finally:
-                self._flying.pop(id(request), None)
+                self._flying.pop(id(flying), None)
             if status == 200 or (400 <= status < 500 and status not in (*AGAIN, *STOPS, 408, 409)):
                 self._failures = 0
-                return self._generated(request, status, last)
+                return status, last
             if status in STOPS or 300 <= status < 400:
                 raise UserError(
                     f"{self._url} answers {status}: look at {STOPS.get(status, 'the address, which leads elsewhere')}. {said(last)}"
@@ -235,7 +267,7 @@ class ApiTeacher:
                 )
             if attempt < self.settings.retries:
                 await self._pause(wait if wait is not None else min(LONGEST_PAUSE, 0.5 * 2**attempt) * self._noise.uniform(0.5, 1.5))
-        return Generated(None, "", "error", _kept(last))
+        return 0, last
 
     def _body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
@@ -251,11 +283,13 @@ class ApiTeacher:
         return body
 
     async def _sent(self, client: httpx2.AsyncClient, method: str, path: str, body: Any, key: str) -> tuple[int, httpx2.Headers, bytes]:
-        """(status, headers, the first bytes of the answer without the key); everything within the time that one answer may take."""
+        """(status, headers, the first bytes of the answer without the key); everything within the time that one answer may take. A path
+        that begins with two slashes is the server's own, beside `/v1`."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         if key:
             headers["Idempotency-Key"] = key
-        async with asyncio.timeout(self.settings.timeout), client.stream(method, self._url + path, json=body, headers=headers) as reply:
+        address = self._url.removesuffix("/v1") + path[1:] if path.startswith("//") else self._url + path
+        async with asyncio.timeout(self.settings.timeout), client.stream(method, address, json=body, headers=headers) as reply:
             found = bytearray()
             async for part in reply.aiter_bytes():
                 found += part
@@ -264,7 +298,8 @@ class ApiTeacher:
             plain = bytes(found)
             return reply.status_code, reply.headers, plain.replace(self._key.encode(), b"[key]") if self._key else plain
 
-    def _client(self) -> httpx2.AsyncClient:
+    def client(self) -> httpx2.AsyncClient:
+        """A connection pool that knows neither proxies nor redirects."""
         verify: Any = certificates() if self._url.startswith("https") else False
         limit = httpx2.Timeout(self.settings.timeout, connect=min(CONNECT_SECONDS, self.settings.timeout))
         return httpx2.AsyncClient(timeout=limit, follow_redirects=False, verify=verify, trust_env=False)

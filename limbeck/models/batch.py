@@ -66,7 +66,7 @@ class BatchTeacher(ApiTeacher):
         """Batches that hold all these requests: those that are there already, and new ones for the rest."""
         wanted = {request.key: request for request in requests}
         found: list[Batch] = []
-        async with self._client() as client:
+        async with self.client() as client:
             if adopt:
                 found = [batch async for batch in self._known(client, wanted)]
             there = {key for batch in found for key in batch.keys}
@@ -115,7 +115,7 @@ class BatchTeacher(ApiTeacher):
     async def _new(self, client: httpx2.AsyncClient, part: Sequence[tuple[Request, bytes]], raw: bool) -> Batch:
         """Upload the requests and have them answered. A file without a batch costs nothing, so a kill between the two is harmless."""
         for request, _ in part:
-            self._check_ceilings(request)
+            self._check_ceilings(most_tokens(request))
             self._flying[id(request)] = most_tokens(request)
             self.spent.sent += 1
         content = b"".join(line for _, line in part)
@@ -146,11 +146,11 @@ class BatchTeacher(ApiTeacher):
         await self.sleep(seconds)
 
     async def _look(self, batch: Batch) -> dict[str, Any]:
-        async with self._client() as client:
+        async with self.client() as client:
             return await self._get(client, f"/batches/{batch.id}")
 
     async def _harvest(self, batch: Batch, record: dict[str, Any], wanted: dict[str, Request]) -> list[tuple[str, Generated]]:
-        async with self._client() as client:
+        async with self.client() as client:
             found = await self._harvest_in(client, record, wanted, count=True)
         for key in batch.keys & wanted.keys():
             self._flying.pop(id(wanted[key]), None)

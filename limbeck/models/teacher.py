@@ -31,6 +31,11 @@ class InProcessTeacher:
         self.model, self.weights = model, weights
         self.identity = model.identity
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens its distributions are over."""
+        return head_of(self.model.net).vocabulary
+
     def answers(self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Request, Generated]]:
         """Answer every request, each as it finishes. A request's own key seeds its random numbers."""
         kinds: dict[float | None, list[Request]] = {}  # those of one strength of contrast decode together

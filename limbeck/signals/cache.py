@@ -26,6 +26,7 @@ from limbeck.objectives.total import TeacherView
 from limbeck.settings import Cache as Form
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.pack import Packed, pack, unpack
+from limbeck.signals.sparse import TopK
 from limbeck.types import Batch, UserError, content_hash
 
 VERSION = 1
@@ -95,17 +96,19 @@ class Cache:
         """What its shards take on the disk; a head is not counted."""
         return sum(shard.stat().st_size for shard in self._open)
 
-    def add(self, keys: Sequence[str], signal: DenseSignal, targets_N: Tensor, lengths: Sequence[int]) -> None:
-        """Keep the distributions of some texts, whose positions follow each other in `signal`; written once enough have come together."""
+    def add(self, keys: Sequence[str], signal: DenseSignal | TopK, targets_N: Tensor, lengths: Sequence[int]) -> None:
+        """Keep the distributions of some texts, whose positions follow each other in `signal`; written once enough have come together, and
+        at once where a server gave them."""
         start = 0
         if self.form.hidden is not None and not list(self.folder.glob("head-*.safetensors")):
+            assert isinstance(signal, DenseSignal)
             self._write("head", *_plain_head(signal.head))
         for key, length in zip(keys, lengths, strict=True):
             part = slice(start, start + length)
-            hidden_NE = signal.hidden_NE[part]
-            self._waiting[key] = pack(DenseSignal(hidden_NE, signal.head, signal.buffer), targets_N[part], self.form, int(key[:15], 16))
+            own = signal.chunk(part) if isinstance(signal, TopK) else DenseSignal(signal.hidden_NE[part], signal.head, signal.buffer)
+            self._waiting[key] = pack(own, targets_N[part], self.form, int(key[:15], 16), self.vocabulary)
             start += length
-        if sum(len(text["target"]) for text in self._waiting.values()) >= SHARD_TOKENS:
+        if isinstance(signal, TopK) or sum(len(text["target"]) for text in self._waiting.values()) >= SHARD_TOKENS:
             self.flush()
 
     def flush(self) -> None:

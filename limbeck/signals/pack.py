@@ -20,14 +20,20 @@ from limbeck.signals.sparse import Sampled, TopK
 
 Packed = dict[str, Tensor]  # by name: numbers per position, per kept token, or (`ids`) packed bits; each of one dimension but `hidden`
 LEVELS = {8: torch.uint8, 16: torch.uint16}
+LEAST_REST = 1e-6  # what is left of 1 beside a server's tokens is never taken for less: its numbers are rounded
 
 
-def pack(signal: DenseSignal, targets_N: Tensor, form: Cache, seed: int) -> Packed:
-    """What is kept of the distributions at N positions; `target` [N] is log p of the written token, for finding rows that have moved.
+def pack(signal: DenseSignal | TopK, targets_N: Tensor, form: Cache, seed: int, vocabulary: int) -> Packed:
+    """What is kept of the distributions at N positions; `target` [N] is log p of the written token, for finding rows that have moved; NaN
+    where it is not among the tokens that a server names.
 
     Args:
+        signal: whole distributions, or, for a `top_k` form alone, a server's likeliest tokens.
         seed: of the draws of a `sampled` form; one text has the same draws wherever it is packed.
     """
+    if isinstance(signal, TopK):
+        assert form.top_k is not None
+        return _closed(_named(signal, targets_N, form.top_k), vocabulary)
     if form.hidden is not None:
         dtype = getattr(torch, form.hidden.dtype)
         found = [_target(signal, part, targets_N) for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS)]
@@ -38,8 +44,11 @@ def pack(signal: DenseSignal, targets_N: Tensor, form: Cache, seed: int) -> Pack
         columns = _top(p, form.top_k) if form.top_k is not None else _drawn(p, form.sampled or CachedSamples(), noise)
         columns["target"] = p.log.gather(-1, targets_N[part, None])[:, 0].half()
         parts.append({name: column.cpu() for name, column in columns.items()})
-    packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return packed | {"ids": pack_bits(packed["ids"], width(signal.head.vocabulary))}
+    return _closed({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, vocabulary)
+
+
+def _closed(packed: Packed, vocabulary: int) -> Packed:
+    return packed | {"ids": pack_bits(packed["ids"], width(vocabulary))}
 
 
 def _target(signal: DenseSignal, part: slice, targets_N: Tensor) -> Tensor:
@@ -48,20 +57,41 @@ def _target(signal: DenseSignal, part: slice, targets_N: Tensor) -> Tensor:
 
 def _top(p: Distribution, settings: CachedTop) -> Packed:
     log_CK, ids_CK = p.log.topk(min(settings.k, p.log.shape[-1]))
-    count_C = torch.full((len(log_CK),), log_CK.shape[-1], device=log_CK.device)
-    if settings.mass is not None:
-        count_C = ((log_CK.exp().cumsum(-1) < settings.mass).sum(-1) + 1).clamp_max(log_CK.shape[-1])
-    kept_CK = torch.arange(log_CK.shape[-1], device=log_CK.device) < count_C[:, None]
+    count_C, kept_CK = _enough(log_CK, settings.mass)
     others_CV = p.log.scatter(-1, torch.where(kept_CK, ids_CK, ids_CK[:, :1]), -math.inf)
+    return _levels(log_CK, ids_CK, count_C, kept_CK, others_CV.logsumexp(-1), settings.bits)  # -inf where all tokens are kept
+
+
+def _named(signal: TopK, targets_N: Tensor, settings: CachedTop) -> Packed:
+    """What a server named, the likeliest first; the rest is what is left of 1."""
+    log_NK, order_NK = signal.log_prob_NK.float().sort(-1, descending=True)
+    ids_NK = signal.ids_NK.gather(-1, order_NK)
+    count_N, kept_NK = _enough(log_NK, settings.mass)
+    rest_N = 1 - log_NK.double().exp().masked_fill(~kept_NK, 0).sum(-1)
+    log_rest_N = rest_N.clamp_min(LEAST_REST).log().float()
+    is_target_NK = ids_NK == targets_N[:, None]
+    target_N = torch.where(is_target_NK.any(-1), log_NK.masked_fill(~is_target_NK, 0).sum(-1), math.nan)
+    return _levels(log_NK, ids_NK, count_N, kept_NK, log_rest_N, settings.bits) | {"target": target_N.half()}
+
+
+def _enough(log_CK: Tensor, mass: float | None) -> tuple[Tensor, Tensor]:
+    """How many of the tokens [C], the likeliest first, are kept, and which [C, K]: all, or as few as have the mass."""
+    count_C = torch.full((len(log_CK),), log_CK.shape[-1], device=log_CK.device)
+    if mass is not None:
+        count_C = ((log_CK.exp().cumsum(-1) < mass).sum(-1) + 1).clamp_max(log_CK.shape[-1])
+    return count_C, torch.arange(log_CK.shape[-1], device=log_CK.device) < count_C[:, None]
+
+
+def _levels(log_CK: Tensor, ids_CK: Tensor, count_C: Tensor, kept_CK: Tensor, log_rest_C: Tensor, bits: int) -> Packed:
     lowest_C1 = log_CK.gather(-1, count_C[:, None] - 1).mul(1 + 2**-10).half()  # away from 0, so that no level is passed
-    most = 2**settings.bits - 1
+    most = 2**bits - 1
     level_CK = (log_CK / lowest_C1.float().clamp_max(-1e-6) * most).round().clamp(0, most)
     return {
         "count": count_C.to(torch.uint16),
         "ids": ids_CK[kept_CK],
-        "level": level_CK[kept_CK].to(torch.int32).to(LEVELS[settings.bits]),
+        "level": level_CK[kept_CK].to(torch.int32).to(LEVELS[bits]),
         "lowest": lowest_C1[:, 0],
-        "rest": others_CV.logsumexp(-1).half(),  # -inf where all tokens are kept
+        "rest": log_rest_C.half(),
     }
 
 
