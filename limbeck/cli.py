@@ -148,6 +148,25 @@ def check(recipe: RecipeArgument, set_: SetOption = [], json_: JsonOption = Fals
         console.out.print(f"  {name:<26} {value}", markup=False)
 
 
+@app.command(epilog="Example: limbeck doctor recipes/offline-top-k.yaml")
+def doctor(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, json_: JsonOption = False) -> None:  # noqa: B006
+    """Ask the teacher a few texts and look for what silently ruins a distillation; exit status 2 where there is a fault."""
+    from limbeck.doctor import as_data, examine
+    from limbeck.recipe import load_recipe
+
+    findings = examine(load_recipe(recipe, set_), out, lambda name: console.err.print(f"[dim]{name} ...[/dim]"))
+    found = as_data(findings)
+    if json_:
+        _result(found, True)
+    else:
+        for one in findings:
+            colour = {"fine": "green", "fault": "red"}.get(one.verdict, "dim")
+            console.out.print(f"[{colour}]{one.verdict:<13}[/{colour}]", end=" ")
+            console.out.print(f"{one.name}: {one.seen}", markup=False, soft_wrap=True)
+    if found["faults"]:
+        raise typer.Exit(2)
+
+
 @app.command(epilog="Example: limbeck methods jsd")
 def methods(
     name: Annotated[str | None, typer.Argument(help="One divergence, loss, step or recipe.", metavar="NAME")] = None,

@@ -57,7 +57,7 @@ def targets() -> Tensor:
 
 def kept(signal: DenseSignal, **form) -> TopK | Sampled:
     settings = Form(**form)
-    return unpack([pack(signal, targets(), settings, 1)], settings, V)
+    return unpack([pack(signal, targets(), settings, 1, V)], settings, V)
 
 
 # -- forms --------------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_draws_are_the_distribution_in_the_mean(temperature):
     signal, settings, rounds = dense(7, 0.3), Form(sampled={"draws": 50, "temperature": temperature}), 400
     total = torch.zeros(N, V, dtype=torch.float64)
     for seed in range(rounds):
-        got = unpack([pack(signal, targets(), settings, seed)], settings, V)
+        got = unpack([pack(signal, targets(), settings, seed, V)], settings, V)
         total.scatter_add_(-1, got.ids_NK, got.weight_NK.double())
     p = log_p(signal).exp()
     proposal = torch.softmax(log_p(signal) / temperature, -1)
@@ -142,7 +142,7 @@ def test_draws_are_the_distribution_in_the_mean(temperature):
 
 
 def test_the_draws_of_a_text_are_its_own_wherever_it_is_packed():
-    first, again, other = (pack(dense(8), targets(), Form(sampled={"draws": 5}), seed) for seed in (1, 1, 2))
+    first, again, other = (pack(dense(8), targets(), Form(sampled={"draws": 5}), seed, V) for seed in (1, 1, 2))
     assert torch.equal(first["ids"], again["ids"]) and not torch.equal(first["ids"], other["ids"])
 
 

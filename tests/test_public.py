@@ -16,6 +16,7 @@ COMMANDS = {
     "elicit": RUNS,
     "train": RUNS | {"--profile", "--track"},
     "evaluate": RUNS,
+    "doctor": RUNS,
     "report": {"run_folder", "--json", "--table"},
     "compare": {"recipes", "--like", "--seeds", "--base", "--set", "--out", "--keep", "--json"},
     "check": {"recipe", "--set", "--json"},

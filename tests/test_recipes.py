@@ -10,12 +10,13 @@ import pytest
 from limbeck import load_recipe, run
 from limbeck.build import terms
 from limbeck.builtin import recipe_files
-from limbeck.models.load import save_model
+from limbeck.models.load import load_model, save_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.scorer import ModelScorer
 from limbeck.validate import validate
 from tests import plausible
 from tests.conftest import make_net, make_tokenizer
+from tests.scoring_server import ScoringServer
 
 RECIPES = recipe_files()
 
@@ -28,6 +29,7 @@ def test_the_recipes_of_the_field_are_there():
         "opsd", "mixkd", "alpaca", "self-instruct", "evol-instruct", "magpie", "orca", "distilling-step-by-step", "fine-tune-cot", "scott",
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
+        "api-top-logprobs",
     }  # fmt: skip
 
 
@@ -77,14 +79,25 @@ def elicited_from(folder, monkeypatch):
     return [f"teacher={folder / 'roomy'}", f"prompts.from={folder / 'seeds.jsonl'}", evaluate]
 
 
+@pytest.fixture(scope="module")
+def server(tiny_folder):
+    """A teacher behind a server alone: the student's tokens, other weights."""
+    model = load_model(str(tiny_folder))
+    model.net.load_state_dict(make_net(seed=5, vocabulary=len(model.tokenizer)).state_dict())
+    with ScoringServer(model) as serving:
+        yield serving
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_a_tiny_student(name, tiny_folder, prompt_file, tmp_path, monkeypatch):
+def test_a_recipe_trains_a_tiny_student(name, server, tiny_folder, prompt_file, tmp_path, monkeypatch):
     short = [f"writer.{i}.max_tokens={10 + i}" for i in range(len(load_recipe(name).writer))]
     solved = tmp_path / "solved.jsonl"
     solved.write_text("".join(json.dumps(json.loads(line) | {"answer": "a mat"}) + "\n" for line in prompt_file.read_text().splitlines()))
     changes = [*SMALL, *short, *OWN.get(name, []), f"prompts.from={solved}"]
     if load_recipe(name).elicit:  # a tiny model's answers would pass no filter: the writer is played, and long texts need room
         changes += elicited_from(tmp_path, monkeypatch)
+    elif load_recipe(name).teacher.model is None:
+        changes += [f"teacher.server={{url: {server.url}, name: toy}}", f"student={{start: {{pretrained: {tiny_folder}}}}}"]
     else:
         changes += the_same_model(name, tiny_folder)
     recipe = load_recipe(name, changes)

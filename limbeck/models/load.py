@@ -156,6 +156,8 @@ def _check_head(net: PreTrainedModel, source: str) -> None:
     """Families scale and cap their logits under many names: losses would silently be another model's if one were missed."""
     tokens_BT = torch.arange(1, 5, device=net.device)[None]
     theirs_TV = net(tokens_BT, use_cache=False).logits[0].float()
+    if not bool(theirs_TV.isfinite().all()):
+        raise UserError(f"{source}: its logits are NaN or infinite: its weights are damaged, or overflow in {net.dtype}; fetch it again")
     ours_TV = head_of(net).logits(hidden_states(net, tokens_BT)[0]).float()
     if not torch.allclose(ours_TV, theirs_TV, rtol=1e-2, atol=1e-2 * float(theirs_TV.abs().max())):
         raise UserError(f"{source}: models of type {net.config.model_type!r} make logits in a way not known here; choose another")

@@ -79,6 +79,13 @@ class Scorer:
             )
         self.score([(mine, [own[0]])])
 
+    def room(self) -> int | None:
+        """How many tokens a prompt with its answer may have, where the server says it (llama.cpp's does)."""
+        _, data = self.api.wait(lambda client: self.api.peek(client, "GET", "//props"))
+        settings = data.get("default_generation_settings") if isinstance(data, dict) else None
+        found = settings.get("n_ctx") if isinstance(settings, dict) else None
+        return found if type(found) is int else None
+
     def framed(self) -> list[int]:
         """A short conversation in the server's chat template, as token ids."""
         return self.api.wait(self._framed_there)
