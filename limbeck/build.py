@@ -21,6 +21,7 @@ from limbeck.models.generate import Joint
 from limbeck.models.joint import Mixture, Speculation
 from limbeck.models.load import Model, load_model, load_tokenizer, model_identity
 from limbeck.models.score import Scorer
+from limbeck.models.several import SeveralTeachers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives import consistency
 from limbeck.objectives.consistency import CONSISTENCY
@@ -71,6 +72,16 @@ def teacher(recipe: Recipe) -> InProcessTeacher:
     """The teacher in process; `validate` saw to it that nobody asks for one whose weights are not here."""
     assert recipe.teacher.model is not None
     return InProcessTeacher(load_model(recipe.teacher.model).seeing(sight(recipe)))
+
+
+def several(recipe: Recipe, first: InProcessTeacher) -> InProcessTeacher | SeveralTeachers:
+    """The teacher with those that stand beside it, where there are any."""
+    settings = recipe.teacher
+    if not settings.beside:
+        return first
+    others = [InProcessTeacher(load_model(other.model).seeing(sight(recipe))) for other in settings.beside]
+    weights = [settings.weight, *(other.weight for other in settings.beside)]
+    return SeveralTeachers([first, *others], weights, [None, *(other.only for other in settings.beside)], settings.together)
 
 
 def served(recipe: Recipe) -> ApiTeacher | None:

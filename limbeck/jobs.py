@@ -18,6 +18,7 @@ from limbeck.models.copy import Copy
 from limbeck.models.generate import Beside, Written, write
 from limbeck.models.load import Model, head_of
 from limbeck.models.score import Scorer
+from limbeck.models.several import SeveralTeachers
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.vllm import VllmWriter
@@ -38,7 +39,7 @@ from limbeck.store import Store
 from limbeck.types import Batch, Evidence, UserError, content_hash
 
 Progress = Callable[[int, int, str], None]
-Teacher = InProcessTeacher | Scorer
+Teacher = InProcessTeacher | SeveralTeachers | Scorer
 
 
 def make_job(
@@ -102,7 +103,7 @@ def make_job(
 def _weights(teacher: Callable[[], Teacher]) -> Model:
     """The teacher's model; `can` and `validate` saw to it that it is here."""
     found = teacher()
-    assert isinstance(found, InProcessTeacher)
+    assert not isinstance(found, Scorer)
     return found.model
 
 

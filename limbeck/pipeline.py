@@ -82,6 +82,11 @@ class Run:
         self.reporter.note(f"loading the teacher, {self.recipe.teacher.model}")
         return build.teacher(self.recipe)
 
+    @cached_property
+    def teachers(self) -> Teacher:
+        """The teacher with those beside it."""
+        return self.beside.teachers if self.beside else build.several(self.recipe, self.teacher)
+
     @property
     def bench_teacher(self) -> InProcessTeacher | None:
         """Whom systems are measured against; None where its weights are not here."""
@@ -256,7 +261,7 @@ class Run:
             if self.beside is None:
                 self.__dict__.pop("teacher", None)  # what was loaded to write text; from here on no second copy of its weights is held
             return self_teacher(student, sight, partial(adapters_off, student.net))
-        return self.scorer or self.teacher
+        return self.scorer or self.teachers
 
     def control_rows(self, name: str, rows: list[data.Row], student: Model) -> list[data.Row]:
         """What a control is fine-tuned on; `rows` is the student's own training text."""

@@ -65,6 +65,12 @@ class Shape:
     def parameters(self) -> int:
         return self.layers * self.layer_parameters + self.head_parameters
 
+    def joined(self, others: Sequence[Shape]) -> Shape:
+        """All of them as one, for counting: a single layer with the weights of all."""
+        every = (self, *others)
+        layer, head = (sum(s.layers * s.layer_parameters for s in every), sum(s.head_parameters for s in every))
+        return replace(self, layers=1, layer_parameters=layer, head_parameters=head) if others else self
+
     def with_layers(self, layers: int) -> Shape:
         return replace(self, layers=layers)
 
@@ -169,6 +175,17 @@ def _kept_bytes(cache: Cache | None, teacher: Shape | None, tokens: int) -> floa
     return (cache.sampled.draws * (id_bits / 8 + 4) + 8) * tokens
 
 
+def _disk_bytes(student: Shape, trainings: int) -> int:
+    """Two checkpoints and one being written, each thrice the weights; and the exports."""
+    return 4 * student.parameters * (3 * 3 + trainings)
+
+
+def _memory_bytes(teachers: Sequence[Shape | None], student: Shape, judge: Shape | None, tokens_per_step: int) -> int:
+    """The teachers, and beside them the training or a judge."""
+    beside = max(_training_bytes(student, tokens_per_step), 4 * judge.parameters if judge else 0)
+    return int(4 * sum(teacher.parameters for teacher in teachers if teacher) + beside + BASE_BYTES)
+
+
 def make_plan(
     recipe: Recipe,
     terms: Sequence[Term],
@@ -178,9 +195,10 @@ def make_plan(
     student: Shape,
     judge: Shape | None = None,
     bills: Sequence[Bill] = (),
+    others: Sequence[Shape] = (),
 ) -> Plan:
-    """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for. Where there is no
-    `teacher`, its text costs no time here."""
+    """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for, `others` the teachers
+    beside the first. Where there is no `teacher`, its text costs no time here."""
     settings, count = recipe.train, bills[-1].given if bills else len(training)
     answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
     fixed, own = recipe.fixed_writers, recipe.student_writer
@@ -200,7 +218,7 @@ def make_plan(
     held = len(held_out) * (answer + TEMPLATE_TOKENS + 20)
     cache = recipe.teacher.cache if teacher is not None else None
     scored = response if teacher is None and recipe.teacher.cache else 0  # by a llama.cpp server; vLLM is asked once for each text
-    train = step_flops(student, teacher if reads and cache is None else None, tokens, trained)
+    train = step_flops(student, teacher.joined(others) if teacher and reads and cache is None else None, tokens, trained)
     train += step_flops(student, None, tokens, trained) if trainings > 1 else 0.0
     train += _forward(teacher, prompt_tokens + response) if cache is not None else 0.0  # once, whatever the number of epochs
     text_of_controls = 0.0 if fixed or trainings == 1 else float(prompt_tokens + response)
@@ -215,17 +233,14 @@ def make_plan(
     }
     if judge is not None:  # each pair in both orders, against every system but the student
         seconds["judge"] = judging_flops(judge, 2 * (evaluated - 1) * len(held_out), answer) / rate
-    beside = 4 * judge.parameters if judge is not None and recipe.evaluate.judge != recipe.teacher.model else 0
-    weights = 4 * student.parameters  # two checkpoints and one being written, each thrice the weights; the exports
-    disk = int(_kept_bytes(cache, teacher, response)) + 3 * 3 * weights + weights * trainings
-    memory = int(4 * (teacher.parameters if teacher else 0) + max(_training_bytes(student, settings.tokens_per_step), beside) + BASE_BYTES)
+    judging = judge if recipe.evaluate.judge != recipe.teacher.model else None
     return Plan(
         requests=round(by_teacher * count) + len(held_out) + (count if text_of_controls else 0) + sum(b.requests for b in bills) + scored,
         teacher_tokens=int(by_teacher / every * response) + answer * len(held_out) + sum(b.tokens for b in bills),
         trained_tokens=trained,
         steps=steps,
         trainings=trainings,
-        disk_bytes=disk,
-        memory_bytes=memory,
+        disk_bytes=int(_kept_bytes(cache, teacher, response)) + _disk_bytes(student, trainings),
+        memory_bytes=_memory_bytes((teacher, *others), student, judging, settings.tokens_per_step),
         seconds=seconds,
     )

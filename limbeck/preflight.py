@@ -45,12 +45,25 @@ def check(recipe: Recipe) -> Plan:
             raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {context}")
     if recipe.teacher.context is not None and recipe.teacher.context.system is not None:
         check_takes_system(load_tokenizer(recipe.speaker))
+    others = [_beside(recipe, n) for n in range(len(recipe.teacher.beside))]
     training, held_out = build.prompts(recipe)
     for term in build.terms(recipe):
         if term.match is not None and teacher is not None:
             term.match.check(student, teacher)
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
-    return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student, judge, _bills(recipe, len(training)))
+    return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student, judge, _bills(recipe, len(training)), others)
+
+
+def _beside(recipe: Recipe, number: int) -> Shape:
+    """A teacher beside the first: it reads the same tokens, so they must mean the same to it."""
+    source = recipe.teacher.beside[number].model
+    try:
+        first, other = load_tokenizer(recipe.speaker), load_tokenizer(source)
+        check_same_vocabulary(first, other)
+        check_same_template(first, other)
+        return Shape.of(load_config(source))
+    except UserError as error:
+        raise RecipeError(f"teacher.beside[{number}].model", str(error)) from error
 
 
 def _bills(recipe: Recipe, prompts: int) -> list[Bill]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 FIELDS = ("prompt", "answer", "feedback")  # what a teacher can be shown of a prompt's line
 Keep = Literal["importance", "block_influence", "uniform", "first"]
+Together = Literal["mean", "least_cross_entropy", "uncertainty"]
 
 
 class Section(BaseModel):
@@ -190,17 +191,32 @@ class Cache(Section):
         return self.model_dump(mode="json", exclude_none=True, exclude={"folder"})
 
 
+class Other(Section):
+    """One more teacher, with its weight beside the others'; with `only` it teaches the text of that tag, and alone."""
+
+    model: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    only: str | None = None
+
+
 class Teacher(Section):
     """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches itself: `live` (at
     this step), or their moving `average`, which keeps `decay` of itself at every step. With a `server` its text comes from there, and
     only what text can't say from the model here; without a `model`, its text is all there is. With a `cache` its distributions over
     the training text are computed once, and read by every epoch and every run after.
+
+    With others `beside` it (same tokens and template), what is taught is the `mean` of all distributions by weight, the one that finds a
+    text likeliest (`least_cross_entropy`), or the large model's where the student is sure and the small one's, which stands beside it, as
+    far as it is not (`uncertainty`).
     """
 
     model: str | None = None
     server: Served | None = None
     cache: Cache | None = None
     context: Context | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    beside: list[Other] = []
+    together: Together = "mean"
     weights: Literal["own", "live", "average"] = "own"
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
 

@@ -185,6 +185,8 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
         )
     if teacher.cache is not None:
         _check_cache(recipe, teacher.cache)
+    if teacher.beside or teacher.together != "mean" or teacher.weight != 1:
+        _check_several(recipe)
     for name in teacher.context.reads if teacher.context else []:
         lacking = [prompt.id for prompt in training if not (prompt.answers if name == "answer" else prompt.feedback)]
         if lacking:
@@ -192,6 +194,23 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
                 "teacher.context.user", f"{{{name}}} stands in it, and {len(lacking)} prompts have none, such as {lacking[0]!r}; "
                 "give prompts that all have one"
             )  # fmt: skip
+
+
+def _check_several(recipe: Recipe) -> None:
+    """Refuse teachers that can't be one, and losses that read one teacher's."""
+    teacher, path = recipe.teacher, "teacher.beside"
+    if not teacher.beside or teacher.model is None:
+        raise RecipeError(path, "weight and together speak of several teachers whose weights are here: name them, or leave those out")
+    if teacher.weights != "own" or teacher.cache is not None:
+        raise RecipeError(path, "several teachers are asked at every step, each with its own weights; leave weights and cache out")
+    if teacher.together == "uncertainty" and (len(teacher.beside) != 1 or teacher.beside[0].only is not None):
+        raise RecipeError(path, "uncertainty moves between two teachers: name one small model beside the large one, without `only`")
+    for index, term in enumerate(build.terms(recipe)):
+        policy = POLICIES.get(term.name)
+        if policy is not None and "teacher_distribution" in term.reads and (policy.prepare or teacher.together == "uncertainty"):
+            raise RecipeError(f"loss[{index}].{term.name}", "it reads one teacher's opinion of the text; use a divergence, or one teacher")
+    if not any("teacher_distribution" in term.reads for term in build.terms(recipe)):
+        raise RecipeError(path, "no loss reads the teachers' distribution, so those beside would teach nothing; leave them out")
 
 
 def _check_cache(recipe: Recipe, cache: Cache) -> None:

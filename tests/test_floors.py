@@ -41,7 +41,7 @@ FLOORS = [
     ["models.generate", "models.joint", "models.load", "models.taps"],
     ["models.prune"],
     ["models.teacher", "models.start", "models.score"],
-    ["models.self_teacher", "models.vllm"],
+    ["models.self_teacher", "models.several", "models.vllm"],
     ["plan", "prepare", "controls", "evaluate", "monitor", "mixup"],
     ["train", "rollout"],
     ["build"],

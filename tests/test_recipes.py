@@ -29,7 +29,7 @@ def test_the_recipes_of_the_field_are_there():
         "opsd", "mixkd", "alpaca", "self-instruct", "evol-instruct", "magpie", "orca", "distilling-step-by-step", "fine-tune-cot", "scott",
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
-        "api-top-logprobs",
+        "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd",
     }  # fmt: skip
 
 
@@ -54,6 +54,8 @@ OWN = {
 def the_same_model(name, folder):
     """The teacher and the student's start; a student that teaches itself, or learns a context, starts as the teacher."""
     recipe = load_recipe(name)
+    if recipe.teacher.beside:
+        return [f"teacher.model={folder}", *(f"teacher.beside.{n}.model={folder}" for n in range(len(recipe.teacher.beside)))]
     if recipe.teacher.context is None:
         return [f"teacher={folder}"]
     lora = "" if recipe.student.lora is None else ", lora: {rank: 2, alpha: 4}"
