@@ -20,6 +20,7 @@ from torch import Tensor
 
 from limbeck import build
 from limbeck.data import Row, make_batch
+from limbeck.jobs import common_vocabulary
 from limbeck.models.load import Model, head_of
 from limbeck.models.score import Scorer
 from limbeck.models.teacher import InProcessTeacher
@@ -260,8 +261,7 @@ def _kept(patient: Patient) -> str:
     if not (home / "about.json").exists():
         raise NothingToSeeError(f"{home} is empty yet")
     teacher: InProcessTeacher | Scorer = patient.scorer if patient.recipe.teacher.model is None else patient.teacher
-    known = min(teacher.vocabulary, head_of(patient.run.untouched().net).vocabulary)
-    cache = Cache(home, teacher.identity, known, form)
+    cache = Cache(home, teacher.identity, common_vocabulary(patient.run.untouched(), teacher), form)
     rows = [row for row in patient.stored if text_key(row.teacher_prompt_ids or row.prompt_ids, row.response_ids) in cache]
     if not rows:
         raise NothingToSeeError(f"{home} holds {len(cache)} texts, none of this run's text")

@@ -81,7 +81,7 @@ def make_job(
             f"the teacher {teacher().identity} can't give {missing[0].replace('_', ' ')}, which a loss reads: choose losses on text "
             "(cross_entropy), or a teacher that runs in process"
         )
-    vocabulary = min(head_of(student.net).vocabulary, teacher().vocabulary) if with_teacher else None
+    vocabulary = common_vocabulary(student, teacher()) if with_teacher else None
     for name in sorted(read.removeprefix("reference_") for read in reads if read.startswith("reference_")):
         judge = student if name == "start" else _weights(teacher)
         read = rows if name == "start" else [_as_the_teacher_sees(row) for row in rows]
@@ -98,6 +98,11 @@ def make_job(
         job.bank_rows = {sample_id: number for number, sample_id in enumerate(dict.fromkeys(row.sample_id for row in rows))}
         job.prepare = lambda: _prepare(job, teacher, progress)
     return job
+
+
+def common_vocabulary(student: Model, teacher: Teacher) -> int:
+    """How many tokens are compared: those that have a name. What a head is padded with means nothing, in either model."""
+    return min(head_of(student.net).vocabulary, teacher.vocabulary, student.tokens)
 
 
 def _weights(teacher: Callable[[], Teacher]) -> Model:

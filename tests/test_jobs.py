@@ -189,3 +189,18 @@ def test_rationales_and_labels_are_two_terms_on_two_tasks(recipe_data, tmp_path)
     assert record["loss"] == pytest.approx(sum(0.5 * value for value in record["terms"].values()))
     with pytest.raises(RecipeError, match="label"):
         check(parse(recipe_data | change | {"loss": [{"cross_entropy": {"only": "lable"}}]}))
+
+
+def test_what_a_head_is_padded_with_changes_nothing(tiny, job):
+    """Both models' heads have rows for ids that no token has, which two sizes of one family fill differently."""
+    named, losses = len(tiny.tokenizer), []
+    for rows_more in (0, 24):
+        net = drop_layers(tiny.net, [0, 1, 3])
+        if rows_more:
+            net.resize_token_embeddings(named + rows_more, mean_resizing=False)
+            with torch.no_grad():
+                net.get_output_embeddings().weight[named:] = 50.0 * net.get_output_embeddings().weight[:rows_more]
+        made = job([("forward_kl", {}), ("jsd", {"teacher_share": 0.5})], net=net, folder=f"run{rows_more}")
+        assert made.vocabulary == named
+        losses.append(train.loss_on(made, [make_batch(made.rows, tuple(range(4)))], 0.0))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
