@@ -35,7 +35,13 @@ from tests.scoring_server import ScoringServer
 
 Signal = Callable[[Batch], object]
 NAMES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
-TEXTS = [("why is the sky blue", "the sky is blue"), ("count", "one two three four"), ("a dog", "ran"), ("the cat", "sat on the red mat")]
+TEXTS = [
+    ("why is the sky blue", "the sky is blue"),
+    ("count", "one two three four"),
+    ("a dog", "ran"),
+    ("the cat", "sat on the red mat"),
+    ("Zürich", "日本語 🙂 naïve"),
+]
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ BACK_ENDS = {
     "vLLM's protocol, 16 tokens": BackEnd(served("vLLM", 16), 2e-5, 16),
     "a server, kept": BackEnd(served_and_kept("vLLM"), 2e-3),
     "several that are one": BackEnd(several, 2e-6),
-    "the real llama.cpp server": BackEnd(real_server, 0.2, 64),
+    "the real llama.cpp server": BackEnd(real_server, 0.1, 64),
 }
 
 
@@ -212,7 +218,7 @@ def test_values_are_the_oracles(name, case):
     assert float(want_N.min()) > 1e-3, "there is something to measure"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tvd"])  # whose kinks a difference may step over
 def test_gradients_are_of_these_values(name, case):
     """Along a random direction, by central differences in float64 of the back end's own value."""
     direction = torch.randn(case.student_NV.shape, generator=torch.Generator().manual_seed(5)).double()
@@ -264,7 +270,7 @@ def test_a_student_that_is_the_teacher_has_no_loss(case):
 def test_draws_are_unbiased_and_renormalised_tokens_are_not(model_of, tmp_path):
     """The mean gradient of many draws is the whole distribution's, within five standard errors of each entry."""
     model = model_of("in process")
-    teacher, batch = InProcessTeacher(model), make_batch(rows_of(model), (0, 1, 2, 3))
+    teacher, batch = InProcessTeacher(model), make_batch(rows_of(model), (0, 1, 2, 3, 4))
     dense = teacher.signal(batch).chunk(slice(None)).logits_CV.log_softmax(-1)
     student = Distribution(make_net(seed=2, vocabulary=model.tokens).lm_head.weight.detach()[: len(dense)] @ torch.randn(32, model.tokens))
     draws = 20000

@@ -132,9 +132,12 @@ class Scorer:
 
     async def _by_position(self, client: httpx2.AsyncClient, prompt: list[int], response: list[int]) -> list[Named]:
         found = []
+        # A token that is part of a character is held back, and its log-probabilities with it: so a whole one is drawn, come what may. What
+        # the bias does to the draw it does not do to the log-probabilities.
+        drawn = [[int(self.tokenizer("a", add_special_tokens=False)["input_ids"][0]), 1000.0]]
         for place in range(len(response)):
             ids = prompt + response[:place]
-            body = {"prompt": ids, "n_predict": 1, "n_probs": self.k, "cache_prompt": True, "temperature": 0.0, "return_tokens": True}
+            body = {"prompt": ids, "n_predict": 1, "n_probs": self.k, "cache_prompt": True, "temperature": 0.0, "logit_bias": drawn}
             data = await self._asked(client, "//completion", body, len(ids) + 1)
             if data.get("truncated") or data.get("tokens_evaluated", len(ids)) != len(ids):
                 raise UserError(f"the server read {data.get('tokens_evaluated')} of {len(ids)} tokens: give it a larger context")
