@@ -65,10 +65,9 @@ class Run:
             "untouched": lambda: InProcessTeacher(self.untouched()),
         }
         identities = {"teacher": lambda: self.writer_identity, "untouched": lambda: self.untouched_identity}
-        identities |= {"scorer": lambda: self.teacher_identity}
-        scorer = lambda: ModelScorer(self.teacher.model)  # noqa: E731
+        scorer = lambda by: ModelScorer({"": lambda: self.teacher.model, "untouched": self.untouched}.get(by, lambda: build.judge(by))())  # noqa: E731
         header = lambda: header_of(load_tokenizer(self.recipe.speaker))  # noqa: E731
-        return Text(self.recipe, self.library, self.folder, self.reporter, self.stop, writers, identities, scorer, header)
+        return Text(self.recipe, self.library, self.folder, self.reporter, self.stop, writers, identities, scorer, self.judge, header)
 
     @property
     def library(self) -> Path:
@@ -131,6 +130,10 @@ class Run:
         if not is_ready(self.recipe.teacher.model):
             self.reporter.note(f"fetching and converting {self.recipe.teacher.model}, once")
         return build.teacher_identity(self.recipe)
+
+    def judge(self, by: str) -> str:
+        """The identity of whom `Score.by` names."""
+        return self.teacher_identity if not by else self.untouched_identity if by == "untouched" else build.judge_identity(by)
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)

@@ -38,7 +38,8 @@ class Text:
     stop: Callable[[], bool]
     writers: dict[str, Callable[[], Answerer]]
     identities: dict[str, Callable[[], str]]
-    scorer: Callable[[], Scorer]
+    scorer: Callable[[str], Scorer]
+    judge: Callable[[str], str]
     header: Callable[[], str | None]
 
     @cached_property
@@ -59,7 +60,7 @@ class Text:
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
             told = partial(self._tell, "teacher", began)
-            desk = Desk(store, self.writers["teacher"], self.scorer, self.identities["scorer"], told, self.stop)
+            desk = Desk(store, self.writers["teacher"], self.scorer, self.judge, told, self.stop)
             try:
                 return prompts_of(work.run(desk, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:

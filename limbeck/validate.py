@@ -176,7 +176,13 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
         _check_text_only(recipe, teacher.cache)
     if teacher.server is not None and (teacher.context is not None or teacher.weights != "own"):
         raise RecipeError("teacher.server", "a server has the model's own weights and sees the prompt alone; leave context and weights out")
+    prune = recipe.student.start.prune
     for index, (name, step) in enumerate(build.steps(recipe)):
+        if getattr(step, "reference", "") == "untouched" and prune is not None and prune.keep in ("importance", "block_influence"):
+            path = f"elicit[{index}].{name}.reference"
+            raise RecipeError(
+                path, f"prune.keep: {prune.keep} is judged on the text that this step selects; set keep: uniform, or name a model"
+            )
         if teacher.server is not None and "contrast" in step.needs:
             raise RecipeError(f"elicit[{index}].{name}", "it writes against another prompt, which a server can't; leave teacher.server out")
     if teacher.weights != "own" and recipe.student.start.pretrained != teacher.model:

@@ -84,7 +84,18 @@ def pool_of(*texts: str) -> Pool:
 
 def desk(store: Store, writer: Backwards, scorer: ByLength | None = None, stop=lambda: False) -> Desk:
     judge = scorer or ByLength()
-    return Desk(store, lambda: writer, lambda: judge, lambda: judge.identity, stop=stop)
+    return Desk(store, lambda: writer, lambda by: judge, lambda by: f"{judge.identity}{by}", stop=stop)
+
+
+def test_another_model_is_asked_and_its_opinion_kept_under_its_own_name(tmp_path):
+    first, other = ByLength(), ByLength()
+    with Store(tmp_path / "store.sqlite") as store:
+        both = Desk(store, lambda: Backwards(), lambda by: other if by == "small" else first, lambda by: f"length@1{by}")
+        for by in ("", "small", "", "small"):
+            both.drive(score([Score((), "a text", by)]))
+        assert (first.asked, other.asked) == (1, 1) and len(store.scores("length@1small")) == 1
+        with pytest.raises(AssertionError, match="all to one model"):
+            both.drive(score([Score((), "a text"), Score((), "a text", "small")]))
 
 
 def test_answers_come_in_the_order_of_the_questions_and_are_paid_once(tmp_path):

@@ -63,6 +63,15 @@ def job(tiny, tmp_path):
         ({"loss": [{"forward_kl": {"weight": -1}}]}, "loss[0].weight", "greater"),
         ({"loss": [{"taid": {"t": {"from": 0, "to": 2}}}]}, "loss[0].taid.t.to", "outside"),
         ({"writer": [BOTH[0], BOTH[0]]}, "", "same in everything"),
+        (
+            {
+                "elicit": [{"given": {}}, {"difference": {}}],
+                "student": {"start": {"prune": {"layers": 3, "keep": "importance"}}},
+                "loss": ["cross_entropy"],
+            },
+            "elicit[1].difference.reference",
+            "keep: uniform",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_spent(recipe_data, change, path, words):

@@ -29,7 +29,7 @@ def test_the_recipes_of_the_field_are_there():
         "opsd", "mixkd", "alpaca", "self-instruct", "evol-instruct", "magpie", "orca", "distilling-step-by-step", "fine-tune-cot", "scott",
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
-        "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd",
+        "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm",
     }  # fmt: skip
 
 

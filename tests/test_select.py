@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from limbeck.elicit.flow import scored
-from limbeck.elicit.merit import DIGITS, Deita, Difficulty, Ifd, expected
+from limbeck.elicit.merit import DIGITS, Deita, Difference, Difficulty, Ifd, expected
 from limbeck.elicit.select import Bins, Deduplicate, Diverse, Length, Limit, Novel, Refusals, Repetitive, Script, Top, Without
 from limbeck.elicit.verified import BestOf, Verify, Vote, final_answer
 from limbeck.types import LogProb
@@ -122,6 +122,24 @@ def test_the_majority_needs_no_gold():
 )  # fmt: skip
 def test_what_an_answer_comes_to(text, rule, final):
     assert final_answer(answers(("p", text))[0], rule) == final
+
+
+def test_the_difference_keeps_what_the_scoring_model_alone_foresees():
+    """Three kinds of text: noise (bad for both), boilerplate (good for both), and what only the large model knows."""
+    nats = {"xq zv kw": (-30.0, -31.0), "see above": (-2.0, -2.5), "the Rhine": (-3.0, -20.0), "Marie Curie": (-2.0, -30.0)}
+    pool = answers(*((f"question {n}", text) for n, text in enumerate(nats)), ("question 9", " "))
+
+    def score(question):
+        return nats[question.answer][question.by == "small"]
+
+    found, tally, _ = drive(Difference(reference="small", share=0.5), pool, score=score)
+    assert [text for _, text in texts(found)] == ["the Rhine", "Marie Curie"]
+    assert tally.dropped == {"no answer": 1, "the reference finds it as likely": 2}
+    assert found[0].meta["scores"]["difference"] == pytest.approx((20 - 3) / len("the Rhine"))
+    shifted, _, _ = drive(Difference(reference="small", share=0.5), pool, score=lambda one: score(one) - 0.3 * len(one.answer))
+    assert texts(shifted) == texts(found), "as much worse for both, and the same is chosen"
+    everything, _, _ = drive(Difference(share=1.0), pool, score=score)
+    assert len(everything) == 4
 
 
 def test_ifd_is_the_ratio_of_both_perplexities():

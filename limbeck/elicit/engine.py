@@ -95,13 +95,13 @@ def score(
 
 @dataclass
 class Desk:
-    """Where a plan's questions are answered: one writer, one `judge` of how likely a text is, one store. `finishes` counts what became of
-    every answer, known ones too."""
+    """Where a plan's questions are answered: one writer, one store, and by `Score.by` a `scorer` of how likely a text is, whose identity is
+    `judge`. `finishes` counts what became of every answer, known ones too."""
 
     store: Store
     answerer: Callable[[], Answerer]
-    scorer: Callable[[], Scorer]
-    judge: Callable[[], str]
+    scorer: Callable[[str], Scorer]
+    judge: Callable[[str], str]
     progress: Progress = lambda done, total, tokens: None
     stop: Callable[[], bool] = lambda: False
     finishes: Counter[str] = field(default_factory=Counter)
@@ -124,7 +124,9 @@ class Desk:
         requests = [question for question in questions if isinstance(question, Request)]
         if not requests:
             scores = [question for question in questions if isinstance(question, Score)]
-            return score(scores, self.store, self.scorer, self.judge(), self.progress, self.stop)
+            by = scores[0].by if scores else ""
+            assert all(question.by == by for question in scores), "questions that are asked together are all to one model"
+            return score(scores, self.store, lambda: self.scorer(by), self.judge(by), self.progress, self.stop)
         assert len(requests) == len(questions), "a batch of questions is all requests or all scores"
         samples = elicit(requests, self.store, self.answerer, self.progress, self.stop)
         if len(samples) < len(requests):

@@ -27,10 +27,12 @@ Kind = Literal["expand", "curate", "label", "verify", "select", "transform"]
 
 @dataclass(frozen=True)
 class Score:
-    """How likely does the writer find this answer? Answered by a `LogProb`. Without messages, it is a plain text without a template."""
+    """How likely does the scoring model find this answer? Answered by a `LogProb`. Without messages, it is a plain text without a template.
+    `by` names another model, or `untouched`, the student before training; questions that are asked together are all to one."""
 
     messages: tuple[Message, ...]
     answer: str
+    by: str = ""
 
     @property
     def name(self) -> str:

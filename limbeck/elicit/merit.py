@@ -88,6 +88,38 @@ class Ifd(Section):
         return Bill(scores=2 * taken, given=max(1, round(self.share * taken)))
 
 
+class Difference(Section):
+    """Difference sampling (MiniPLM): the `share` of samples stays that the scoring model finds likelier than a small `reference` does by
+    most, in nats per byte of the answer, so that length and tokenizer have no part in it. What both find easy goes, and what neither
+    foresees. The reference is a model's name, or `untouched`, the student before training. The paper compares equally long pieces of a
+    pre-training corpus by their sums, with a 104M reference trained on 5B tokens of it; here answers are compared after their prompts."""
+
+    kind: ClassVar[Kind] = "select"
+    paper: ClassVar[str] = "Gu et al., arXiv:2410.17215"
+    needs: ClassVar[frozenset[str]] = frozenset({"log_probs"})
+    reference: str = "untouched"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
+        kept = answered_only(pool, tally)
+        texts = [(asked_of(sample), answer_of(sample) or "") for sample in kept]
+        large = yield from score([Score(asked, text) for asked, text in texts])
+        small = yield from score([Score(asked, text, self.reference) for asked, text in texts])
+        rated = [
+            scored(sample, difference=(one.nats - other.nats) / len(text.encode()))
+            for sample, (_, text), one, other in zip(kept, texts, large, small, strict=True)
+        ]
+        count = max(1, round(self.share * len(rated)))
+        best = {id(sample) for sample in sorted(rated, key=lambda sample: -sample.meta["scores"]["difference"])[:count]}
+        for sample in rated:
+            if id(sample) not in best:
+                tally.drop("the reference finds it as likely", prompt_of(sample))
+        return [sample for sample in rated if id(sample) in best]
+
+    def bill(self, taken: int) -> Bill:
+        return Bill(scores=2 * taken, given=max(1, round(self.share * taken)))
+
+
 class Deita(Section):
     """Complexity times quality, then variety: samples are taken in the order of the product of both scores, one at a time, unless the
     cosine with one that was taken is `similar` or more, until there are `count`. A score is the expected digit from 1 to 6 under the
@@ -133,4 +165,4 @@ def expected(log_probs: list[float]) -> float:
     return sum(number * weight for number, weight in enumerate(weights, 1)) / sum(weights)
 
 
-STEPS: dict[str, type[Section]] = {"difficulty": Difficulty, "ifd": Ifd, "deita": Deita}
+STEPS: dict[str, type[Section]] = {"difficulty": Difficulty, "ifd": Ifd, "difference": Difference, "deita": Deita}
