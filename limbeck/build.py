@@ -93,7 +93,7 @@ def served(recipe: Recipe) -> ApiTeacher | None:
 def scorer(recipe: Recipe, api: ApiTeacher) -> Scorer | None:
     """The server as one that scores the training text, where the recipe keeps what it says of it and has no weights of it."""
     cache = recipe.teacher.cache
-    if recipe.teacher.model is not None or cache is None or cache.top_k is None:
+    if cache is None or cache.top_k is None:
         return None
     return Scorer(api, cache.top_k.k, load_tokenizer(recipe.speaker))
 

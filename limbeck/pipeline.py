@@ -111,7 +111,7 @@ class Run:
     @cached_property
     def scorer(self) -> Scorer | None:
         """The server as one that scores text, where that is all there is of the teacher's distribution."""
-        return None if self.served is None else build.scorer(self.recipe, self.served)
+        return None if self.recipe.teacher.model is not None or self.served is None else build.scorer(self.recipe, self.served)
 
     @cached_property
     def writer_identity(self) -> str:
@@ -260,7 +260,7 @@ class Run:
             return self_teacher(student, sight, nullcontext)
         if average is not None:
             return self_teacher(student, sight, average.in_place)
-        if recipe.student.lora is not None and recipe.student.start.pretrained == recipe.teacher.model:
+        if recipe.student.lora is not None and recipe.student.start.pretrained == recipe.teacher.model and not recipe.teacher.beside:
             if self.beside is None:
                 self.__dict__.pop("teacher", None)  # what was loaded to write text; from here on no second copy of its weights is held
             return self_teacher(student, sight, partial(adapters_off, student.net))

@@ -192,7 +192,7 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
     if teacher.cache is not None:
         _check_cache(recipe, teacher.cache)
     if teacher.beside or teacher.together != "mean" or teacher.weight != 1:
-        _check_several(recipe)
+        _check_several(recipe, training)
     for name in teacher.context.reads if teacher.context else []:
         lacking = [prompt.id for prompt in training if not (prompt.answers if name == "answer" else prompt.feedback)]
         if lacking:
@@ -202,8 +202,8 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
             )  # fmt: skip
 
 
-def _check_several(recipe: Recipe) -> None:
-    """Refuse teachers that can't be one, and losses that read one teacher's."""
+def _check_several(recipe: Recipe, training: Sequence[Prompt]) -> None:
+    """Refuse teachers that can't be one, one that has no text, and losses that read one teacher's."""
     teacher, path = recipe.teacher, "teacher.beside"
     if not teacher.beside or teacher.model is None:
         raise RecipeError(path, "weight and together speak of several teachers whose weights are here: name them, or leave those out")
@@ -211,6 +211,10 @@ def _check_several(recipe: Recipe) -> None:
         raise RecipeError(path, "several teachers are asked at every step, each with its own weights; leave weights and cache out")
     if teacher.together == "uncertainty" and (len(teacher.beside) != 1 or teacher.beside[0].only is not None):
         raise RecipeError(path, "uncertainty moves between two teachers: name one small model beside the large one, without `only`")
+    tags = {writer.by for writer in recipe.writer} | {prompt.task for prompt in training} | {BEST, REST}
+    for number, other in enumerate(teacher.beside):
+        if other.only is not None and other.only not in tags and recipe.elicit is None:
+            raise RecipeError(f"{path}[{number}].only", f"no text is by or for {other.only!r}{nearest(other.only, tags - {''})}")
     for index, term in enumerate(build.terms(recipe)):
         policy = POLICIES.get(term.name)
         if policy is not None and "teacher_distribution" in term.reads and (policy.prepare or teacher.together == "uncertainty"):

@@ -228,3 +228,16 @@ def test_a_recipe_asks_a_server_for_what_it_can_give(change, says, recipe_data, 
     data = {**recipe_data, "teacher": teacher, "student": {"start": {"pretrained": str(tiny_folder)}}, "loss": ["forward_kl"]}
     with pytest.raises(RecipeError, match=says):
         validate(parse(data))
+
+
+def test_a_server_that_only_wrote_the_text_is_not_asked_again(tiny, tiny_folder, recipe_data, tmp_path):
+    """Its weights are here too, so once the text is there the training needs no server."""
+    with ScoringServer(tiny) as server:
+        teacher = {"model": str(tiny_folder), "server": {"url": server.url, "name": "toy", "retries": 0}}
+        evaluate = {**recipe_data["evaluate"], "metrics": ["fidelity"], "limit": 2}
+        recipe = parse({**recipe_data, "teacher": teacher, "loss": ["forward_kl"], "evaluate": evaluate})
+        folder = run(recipe, tmp_path / "run", stages=("elicit",))
+        asked = [path for path, _, _ in server.seen]
+    assert set(asked) == {"/v1/chat/completions"}
+    run(recipe, folder, stages=("train",))
+    assert (folder / "student" / "config.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,19 +10,20 @@ import pytest
 import torch
 
 from limbeck.data import Row, make_batch
-from limbeck.models.load import Model
+from limbeck.models.load import Model, save_model
 from limbeck.models.several import SeveralTeachers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES, checked_params
 from limbeck.objectives.head import Head
+from limbeck.pipeline import run
 from limbeck.preflight import check
 from limbeck.recipe import parse
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.several import GatedSignal, MixedSignal
 from limbeck.types import RecipeError, UserError
 from limbeck.validate import validate
-from tests.conftest import make_net
+from tests.conftest import make_net, make_tokenizer
 
 N, V, E = 6, 19, 8
 
@@ -143,6 +145,7 @@ def test_a_recipe_says_what_several_teachers_cannot(recipe_data, tiny_folder):
         ({"together": "uncertainty"}, "speak of several teachers"),
         ({"beside": beside, "cache": {"hidden": {}}}, "asked at every step"),
         ({"beside": [*beside, *beside], "together": "uncertainty"}, "between two teachers"),
+        ({"beside": [{"model": model, "only": "techer"}]}, "did you mean 'teacher'"),
     ):
         with pytest.raises(RecipeError, match=says):
             validate(parse({**base, "teacher": {"model": model, **change}}))
@@ -152,3 +155,19 @@ def test_a_recipe_says_what_several_teachers_cannot(recipe_data, tiny_folder):
         check(parse({**base, "teacher": {"model": model, "beside": [{"model": "./nowhere"}]}}))
     one, two = (check(parse({**base, "teacher": {"model": model, "beside": beside * n}})) for n in (0, 1))
     assert two.memory_bytes > one.memory_bytes and replace(two, memory_bytes=one.memory_bytes).trained_tokens == one.trained_tokens
+
+
+def test_an_adapted_student_of_several_teachers_has_them_all(recipe_data, tiny_folder, prompt_file, tmp_path):
+    """Alone, a teacher whose weights are the student's start would be the student without its adapters."""
+    student = {"start": {"pretrained": str(tiny_folder)}, "lora": {"rank": 2, "alpha": 4}}
+    save_model(make_net(seed=6, vocabulary=len(make_tokenizer())), make_tokenizer(), tmp_path / "other")
+    values = []
+    for name, beside in (("alone", []), ("both", [{"model": str(tmp_path / "other")}])):
+        teacher = {"model": str(tiny_folder), **({"beside": beside} if beside else {})}
+        folder = run(
+            parse({**recipe_data, "teacher": teacher, "student": student, "loss": ["forward_kl"]}),
+            tmp_path / name,
+            stages=("elicit", "train"),
+        )
+        values.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["terms"]["forward_kl"])
+    assert abs(values[0]) < 1e-6 and values[1] > 0.01
