@@ -44,7 +44,7 @@ SHOWN_ON_POLICY = {
     "own_tokens": "length of own text",
 }  # fmt: skip
 KINDS, MOST_CHARS = ("expand", "curate", "label", "verify", "select", "transform"), 60
-ELICITED = DOCS / "evidence" / "elicitation.json"
+ELICITED, REASONING = (DOCS / "evidence" / f"{name}.json" for name in ("elicitation", "reasoning"))
 HEAD, ON_POLICY, KEPT = (DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache"))
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -168,17 +168,22 @@ def on_policy_methods() -> str:
 
 def _compared(file: Path, shown: Mapping[str, str]) -> str:
     found = json.loads(file.read_text(encoding="utf-8"))
-    rows = []
-    for name, values in found["systems"].items():
-        known = [values.get(key) for key in shown]
-        cells = [f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})" if each else "" for each in known]
-        rows.append([name, *cells, f"{found['cost'][name]['trained_tokens']:,.0f}" if name in found["cost"] else ""])
     facts = found["held_out"]
     about = (
         f"{facts['answers']} held-out answers, seeds {', '.join(map(str, found['seeds']))}; 95 % intervals over seeds and answers; "
         "divergences in nats per token over the full vocabulary."
     )
-    return table(["system", *shown.values(), "trained tokens"], rows) + f"\n\n{compare_verdict(found)}\n\n{about}"
+    return f"{_rows(found, shown)}\n\n{compare_verdict(found)}\n\n{about}"
+
+
+def _rows(found: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+    """Every system's values with their intervals, and how many tokens it was trained on."""
+    rows = []
+    for name, values in found["systems"].items():
+        known = [values.get(key) for key in shown]
+        cells = [f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})" if each else "" for each in known]
+        rows.append([name, *cells, f"{found['cost'][name]['trained_tokens']:,.0f}" if name in found["cost"] else ""])
+    return table(["system", *shown.values(), "trained tokens"], rows)
 
 
 def elicited() -> str:
@@ -193,6 +198,27 @@ def elicited() -> str:
             asked = f"{sum(step['answers'].values()):,}" if step["answers"] else ""
             rows.append([f"[{name}](../recipes/{name}.yaml)", step["step"], f"{step['taken']:,}", asked, f"{step['given']:,}", lost])
     return table(["recipe", "step", "in", "answers asked", "out", "left out"], rows)
+
+
+def reasoning() -> str:
+    """Verified reasons and labels against labels alone: right answers on held-out problems, and the difference."""
+    if not REASONING.is_file():
+        return "Not measured yet: run python benchmarks/reasoning.py"
+    found = json.loads(REASONING.read_text(encoding="utf-8"))
+    shown = {
+        "sums/pass_rate": "right number",
+        "sums/finished": "finished",
+        "sums/tokens": "tokens of an answer",
+        "perplexity": "perplexity",
+    }
+    ((pair, differences),) = found["paired"].items()
+    difference = differences["sums/pass_rate"]
+    value, low, high = (f"{100 * difference[key]:+.1f}" for key in ("value", "low", "high"))
+    told = f"Right numbers, {pair}: {value} points ({low} to {high}; p = {difference['p']:.2g}), {difference['n']} held-out problems."
+    seeds = (
+        f"Seeds {', '.join(map(str, found['seeds']))}; 95 % intervals over seeds and problems; perplexity of the teacher's held-out text."
+    )
+    return f"{_rows(found, shown)}\n\n{told}\n\n{seeds}"
 
 
 def kept() -> str:
@@ -222,7 +248,7 @@ def kept() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     make.__name__: make
-    for make in (divergences, ranking, features, policy, head, on_policy, steps, elicited, kept, methods, on_policy_methods)
+    for make in (divergences, ranking, features, policy, head, on_policy, steps, elicited, reasoning, kept, methods, on_policy_methods)
 }
 
 

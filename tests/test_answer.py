@@ -48,7 +48,7 @@ def test_explanations_draw_a_message_for_each_prompt_and_erase_it():
     ("text", "final"),
     [
         ("So the answer is 12.", "12"), ("The answer is: **42**", "42"), ("Answer: blue\n", "blue"), ("The answer is \\(\\boxed{28}\\).", "28"), ("the final answer is $3.50.", "3.50"),
-        ("The answer is 1. No, the answer is 2.", "2"), ("I don't know", None), ("The answer is", None), ("The answer is " + "x" * 300, None),
+        ("The answer is 1. No, the answer is 2.", "2"), ("I don't know", None), ("The answer is", None), ("First \\boxed{1}, so each basket has \\(\\boxed{6}\\).", "6"), ("\\boxed{7} it seems. The answer is 8.", "8"), ("\\boxed{}", None), ("The answer is " + "x" * 300, None),
     ],
 )  # fmt: skip
 def test_the_final_answer_is_what_the_text_says_last(text, final):
