@@ -57,7 +57,7 @@ def run(
 
 @app.command(epilog="Example: limbeck elicit recipes/quickstart.yaml")
 def elicit(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, json_: JsonOption = False) -> None:  # noqa: B006
-    """Ask the teacher for its text, nothing more."""
+    """Ask the teacher for its text (and for its distributions, where they are kept), nothing more."""
     _stages(recipe, set_, out, json_, ("elicit",))
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import yaml
 
 from limbeck import evaluation
+from limbeck.claim import claim
 from limbeck.durable import exclusive, read_jsonl, write_json, write_text
 from limbeck.evaluate.measure import Bench, Measured
 from limbeck.evaluate.statistics import holm
 from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_seed, warnings
 from limbeck.follow import mean_of, writing_share
-from limbeck.pipeline import Run, claim
+from limbeck.pipeline import Run
 from limbeck.preflight import check
 from limbeck.progress import Reporter, Silent
 from limbeck.recipe import Recipe, load_recipe, parse

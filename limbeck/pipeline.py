@@ -14,12 +14,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
 
-import yaml
-
 from limbeck import build, checkpoint, controls, data, evaluation
 from limbeck import train as training_loop
+from limbeck.claim import claim
 from limbeck.data import BEST, MIXED, REST
-from limbeck.durable import exclusive, is_leftover, new_directory, sweep, write_json, write_text
+from limbeck.durable import exclusive, new_directory, sweep, write_json, write_text
 from limbeck.elicit.engine import Answerer
 from limbeck.evaluate.measure import Bench, Measured
 from limbeck.follow import read_json
@@ -40,7 +39,7 @@ from limbeck.report.card import model_card
 from limbeck.report.page import write_report
 from limbeck.scorer import ModelScorer
 from limbeck.text import Text
-from limbeck.types import Sample, UserError, content_hash
+from limbeck.types import Sample, UserError
 
 STAGES = ("elicit", "train", "evaluate", "report")
 
@@ -224,6 +223,11 @@ class Run:
             write_text(folder / "README.md", model_card(self.recipe, name, self.teacher_identity))
         checkpoint.prune(checkpoints, keep)
 
+    def keep(self) -> None:
+        """Have the teacher's distributions over the training text computed and kept, where the recipe keeps them."""
+        if not self.path("student").exists():
+            self.job("student", self.untouched())
+
     def job(self, name: str, student: Model) -> training_loop.Job:
         """The training called `name`, ready to start or to go on."""
         recipe, terms, settings = self.recipe, build.terms(self.recipe), self.recipe.train
@@ -352,6 +356,9 @@ def run(
             if not recipe.fixed_writers and job.controls():
                 job.text.by_others()
             job.text.held_out()
+            if recipe.teacher.cache is not None and "train" not in stages:  # a training does it itself
+                reporter.stage("Teacher's distributions")
+                job.keep()
         if "train" in stages:
             reporter.stage("Student's start")
             job.choice()
@@ -365,36 +372,3 @@ def run(
             reporter.stage("Report")
             job.report()
     return folder
-
-
-def claim(run: Run) -> None:
-    """Make the folder this recipe's with this text and teacher, or refuse one that is another's."""
-    folder, recipe = run.folder, run.recipe
-    file = folder / "recipe.yaml"
-    if file.exists():
-        sweep(folder)
-        before = yaml.safe_load(file.read_text())
-        if content_hash(before) != recipe.hash:
-            now = recipe.resolved()
-            changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
-            raise UserError(
-                f"{folder} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, or remove the folder"
-            )
-    elif strangers := [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not is_leftover(entry)]:
-        raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
-    else:
-        write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
-    inputs = {
-        "teacher": run.teacher_identity,
-        "prompts": content_hash([[prompt.facts for prompt in part] for part in run.text.given_prompts]),
-    }
-    if recipe.teacher.server is not None:
-        inputs["server"] = run.writer_identity
-    known = folder / "inputs.json"
-    if known.exists() and (before := json.loads(known.read_text())) != inputs:
-        changed = sorted(key for key in inputs if before.get(key) != inputs[key])
-        raise UserError(f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out")
-    if not known.exists():
-        if run.scorer is not None:
-            run.scorer.probe()
-        write_json(known, inputs)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import build, train
+from limbeck.claim import claim
 from limbeck.data import make_batch, steps_of_epoch
 from limbeck.durable import exclusive
 from limbeck.memory import keep_freed_memory
-from limbeck.pipeline import Run, claim
+from limbeck.pipeline import Run
 from limbeck.plan import TEACHER_READS, Shape, matrix_rate, step_flops
 from limbeck.progress import Reporter
 from limbeck.recipe import Recipe

@@ -48,7 +48,7 @@ FLOORS = [
     ["elicitation", "scorer", "validate"],
     ["preflight"],
     ["text", "jobs"],
-    ["evaluation"],
+    ["claim", "evaluation"],
     ["pipeline"],
     ["comparison", "doctor"],
     ["console", "profile", "harness", "serve"],

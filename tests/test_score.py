@@ -95,7 +95,11 @@ def test_a_run_reads_what_a_server_says_of_its_text(protocol, tiny, tiny_folder,
             "evaluate": evaluate,
         }
         assert check(parse(data)).requests > 0
-        folder = run(parse(data), tmp_path / "run", stages=("elicit", "train"))
+        folder = run(parse(data), tmp_path / "run", stages=("elicit",))
+        assert list((tmp_path / "kept").glob("shard-*")), "eliciting keeps what is to be kept"
+        asked = len(server.seen)
+        run(parse(data), folder, stages=("train",))
+        assert len(server.seen) == asked, "and the training asks for none of it again"
         scored = len([path for path, _, _ in server.seen if path in ("/completion", "/v1/completions")])
         again = run(parse({**data, "name": "again", "loss": ["jsd"]}), tmp_path / "again", stages=("elicit", "train"))
         later = len([path for path, _, _ in server.seen if path in ("/completion", "/v1/completions")])
