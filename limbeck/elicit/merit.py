@@ -38,6 +38,16 @@ def per_token(found: LogProb) -> float:
     return -found.nats / max(1, found.tokens)
 
 
+def _highest(rated: Pool, name: str, share: float, tally: Tally, reason: str) -> Pool:
+    """The `share` of the samples with the highest score of this name, in their own order; the others go, for this reason."""
+    count = max(1, round(share * len(rated)))
+    best = {id(sample) for sample in sorted(rated, key=lambda sample: -sample.meta["scores"][name])[:count]}
+    for sample in rated:
+        if id(sample) not in best:
+            tally.drop(reason, prompt_of(sample))
+    return [sample for sample in rated if id(sample) in best]
+
+
 class Difficulty(Section):
     """Scores how hard an answer is to foresee: `difficulty`, its mean negative log-likelihood under the scoring model, in nats per token.
     Nothing is left out but samples without an answer: `bins` and `top` select by it."""
@@ -77,12 +87,7 @@ class Ifd(Section):
                 tally.drop("the prompt does not help with the answer", prompt_of(sample))
             else:
                 below.append(scored(sample, ifd=ifd))
-        count = max(1, round(self.share * len(below)))
-        best = {id(sample) for sample in sorted(below, key=lambda sample: -sample.meta["scores"]["ifd"])[:count]}
-        for sample in below:
-            if id(sample) not in best:
-                tally.drop("the prompt helps too much", prompt_of(sample))
-        return [sample for sample in below if id(sample) in best]
+        return _highest(below, "ifd", self.share, tally, "the prompt helps too much")
 
     def bill(self, taken: int) -> Bill:
         return Bill(scores=2 * taken, given=max(1, round(self.share * taken)))
@@ -109,12 +114,7 @@ class Difference(Section):
             scored(sample, difference=(one.nats - other.nats) / len(text.encode()))
             for sample, (_, text), one, other in zip(kept, texts, large, small, strict=True)
         ]
-        count = max(1, round(self.share * len(rated)))
-        best = {id(sample) for sample in sorted(rated, key=lambda sample: -sample.meta["scores"]["difference"])[:count]}
-        for sample in rated:
-            if id(sample) not in best:
-                tally.drop("the reference finds it as likely", prompt_of(sample))
-        return [sample for sample in rated if id(sample) in best]
+        return _highest(rated, "difference", self.share, tally, "the reference finds it as likely")
 
     def bill(self, taken: int) -> Bill:
         return Bill(scores=2 * taken, given=max(1, round(self.share * taken)))

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.api import ApiTeacher, read_json, said
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
+from limbeck.signals.cache import ids_of
 from limbeck.signals.sparse import TopK
 from limbeck.types import Batch, UserError
 
@@ -98,12 +99,7 @@ class Scorer:
             UserError: what the server says is not what was asked for.
         """
         assert taps == NO_TAPS and vocabulary in (None, self.vocabulary), "a server has no layers, and its tokens are the student's"
-        texts = []
-        for tokens_T, mask_T in zip(batch.tokens_BT, batch.mask_BT, strict=True):
-            answer = mask_T.nonzero()[:, 0].tolist()
-            ids = tokens_T[: answer[-1] + 1].tolist()
-            texts.append((ids[: answer[0]], ids[answer[0] :]))
-        named = [position for text in self.score(texts) for position in text]
+        named = [position for text in self.score(list(ids_of(batch))) for position in text]
         ids_NK, log_NK = (torch.tensor([position[side] for position in named]) for side in (0, 1))
         return TeacherView(TopK(ids_NK, log_NK))
 

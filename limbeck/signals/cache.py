@@ -191,11 +191,17 @@ def _plain_head(head: Head) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def texts_of(batch: Batch) -> Iterator[tuple[str, int]]:
     """(key, number of response tokens) of each row."""
+    for prompt_ids, response_ids in ids_of(batch):
+        yield text_key(prompt_ids, response_ids), len(response_ids)
+
+
+def ids_of(batch: Batch) -> Iterator[tuple[list[int], list[int]]]:
+    """(prompt, response) of each row in token ids, as the teacher sees it."""
     seen = batch.seen_by_teacher()
     for tokens_T, mask_T in zip(seen.tokens_BT, seen.mask_BT, strict=True):
         answer = mask_T.nonzero()[:, 0].tolist()
         ids = tokens_T[: answer[-1] + 1].tolist()
-        yield text_key(ids[: answer[0]], ids[answer[0] :]), len(answer)
+        yield ids[: answer[0]], ids[answer[0] :]
 
 
 def text_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
