@@ -32,9 +32,9 @@ from limbeck.objectives.head import Evidence, chunks, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.pipeline import Run
 from limbeck.prepare import even_batches, fill_cache
-from limbeck.settings import Cache as Form
 from limbeck.signals.cache import Cache
 from limbeck.signals.pack import pack, unpack
+from limbeck.teacher_settings import Cache as Form
 
 HERE = Path(__file__).parent.parent
 OUT, RUN = HERE / "docs" / "evidence" / "cache.json", HERE / "runs" / "cache"

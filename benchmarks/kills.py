@@ -34,7 +34,7 @@ from pathlib import Path
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import Scene, user
 from limbeck.models.api import ApiTeacher
-from limbeck.settings import Served
+from limbeck.teacher_settings import Served
 from limbeck.store import Store
 from limbeck.types import Sampling
 

@@ -16,6 +16,7 @@ from limbeck.evaluate.perturb import perturbed
 from limbeck.evaluate.tasks import Task, load_task
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
+from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.context import Sight
 from limbeck.models.generate import Joint
 from limbeck.models.joint import Mixture, Speculation
@@ -23,7 +24,7 @@ from limbeck.models.load import Model, load_model, load_tokenizer, model_identit
 from limbeck.models.score import Scorer
 from limbeck.models.several import SeveralTeachers
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives import consistency
+from limbeck.objectives import consistency, dual
 from limbeck.objectives.consistency import CONSISTENCY
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.match import MATCHES
@@ -82,6 +83,20 @@ def several(recipe: Recipe, first: InProcessTeacher) -> InProcessTeacher | Sever
     others = [InProcessTeacher(load_model(other.model).seeing(sight(recipe))) for other in settings.beside]
     weights = [settings.weight, *(other.weight for other in settings.beside)]
     return SeveralTeachers([first, *others], weights, [None, *(other.only for other in settings.beside)], settings.together)
+
+
+def bridged(recipe: Recipe, teacher: InProcessTeacher, student: Model) -> BridgedTeacher:
+    """The teacher as one that reads the student's text in its own tokens."""
+    assert recipe.teacher.bridge is not None
+    return BridgedTeacher(teacher, student, recipe.teacher.bridge)
+
+
+def other_tokens(recipe: Recipe) -> bool:
+    """Whether the teacher, read through a bridge, has other tokens or another template than the student."""
+    if recipe.teacher.bridge is None or recipe.teacher.model is None:
+        return False
+    theirs, ours = load_tokenizer(recipe.teacher.model), load_tokenizer(str(recipe.student.start.pretrained))
+    return theirs.get_vocab() != ours.get_vocab() or theirs.chat_template != ours.chat_template
 
 
 def served(recipe: Recipe) -> ApiTeacher | None:
@@ -208,6 +223,7 @@ def methods() -> dict[str, Any]:
             CROSS_ENTROPY: {"formula": "-log q(token)", "paper": "", "parameters": defaults_of(cross_entropy)},
             **_listed(RANKINGS),
             CONSISTENCY: {"formula": consistency.FORMULA, "paper": consistency.PAPER, "parameters": consistency.DEFAULTS},
+            dual.DUAL_SPACE: {"formula": dual.FORMULA, "paper": dual.PAPER, "parameters": {"divergence": "forward_kl"}},
             **{name: {"formula": kind.formula, "paper": kind.paper, "parameters": dict(kind.defaults)} for name, kind in MATCHES.items()},
             **{name: facts | {"needs": _needs(name)} for name, facts in _listed(POLICIES).items()},
         },

@@ -73,6 +73,8 @@ class Patient:
     def teacher(self) -> InProcessTeacher:
         if self.recipe.teacher.model is None:
             raise NothingToSeeError("the teacher's weights are not here")
+        if self.run.other_tokens:
+            raise NothingToSeeError("the teacher has tokens of its own")
         return self.run.teacher
 
     @cached_property
@@ -147,8 +149,9 @@ def _recipe(patient: Patient) -> str:
 def _weights(patient: Patient) -> str:
     model = patient.model  # loading it looks for NaN, and for a head that makes logits in an unknown way
     dtype = str(head_of(model.net).weight_VD.dtype).removeprefix("torch.")
-    if patient.recipe.teacher.model is None:
-        return f"the student's are sound, in {dtype}; the teacher's are not here"
+    if patient.recipe.teacher.model is None or patient.run.other_tokens:
+        where = "are not here" if patient.recipe.teacher.model is None else "are over other tokens"
+        return f"the student's are sound, in {dtype}; the teacher's {where}"
     nats = float(-patient.log_probs.gather(-1, _targets(patient.texts)[:, None]).mean())
     guessing = math.log(head_of(model.net).vocabulary)
     return f"sound, in {dtype}; plain text costs the teacher {nats:.2f} nats a token, and guessing would cost {guessing:.2f}"

@@ -147,6 +147,11 @@ def teacher_warnings(recipe: Recipe, text: Text) -> list[str]:
             f"The teacher, {server.name}, is behind a server and gives text alone: how near a student's distribution is to its own "
             "is not known; perplexity is how likely the student finds the teacher's held-out text."
         )
+    elif build.other_tokens(recipe):
+        found.append(
+            "Teacher and student have other tokens, so they are compared by their text: perplexity is how likely the student finds the "
+            "teacher's held-out text, in its own tokens."
+        )
     elif server is not None:
         found.append(
             f"The teacher's text was written by {server.name} behind a server; what is measured as the teacher here, its distribution and "

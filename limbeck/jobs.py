@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from limbeck import build, ranks, train
 from limbeck.data import BEST, FixedText, Row, make_batch
 from limbeck.durable import exclusive
 from limbeck.models import generate as generation
+from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.copy import Copy
 from limbeck.models.generate import Beside, Written, write
 from limbeck.models.load import Model, head_of
@@ -23,23 +25,25 @@ from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.vllm import VllmWriter
 from limbeck.monitor import teachers_view
-from limbeck.objectives.match import Match, MatchSettings, wanted
+from limbeck.objectives.dual import DualSpace
+from limbeck.objectives.match import Match, wanted
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.term import Term
-from limbeck.objectives.total import Taps, TeacherView
+from limbeck.objectives.total import Learned, Taps, TeacherView
 from limbeck.plan import TEACHER_READS
 from limbeck.prepare import Remembered, even_batches, fill_bank, fill_cache, learn_filters, response_log_probs, with_columns, with_reference
 from limbeck.progress import StoppedError
 from limbeck.recipe import Recipe
 from limbeck.rollout import Rollouts
-from limbeck.settings import Cache as CacheForm
 from limbeck.settings import Lora, Rollout, Server, Train
 from limbeck.signals.cache import Cache
+from limbeck.signals.dense import DenseSignal
 from limbeck.store import Store
+from limbeck.teacher_settings import Cache as CacheForm
 from limbeck.types import Batch, Evidence, UserError, content_hash
 
 Progress = Callable[[int, int, str], None]
-Teacher = InProcessTeacher | SeveralTeachers | Scorer
+Teacher = InProcessTeacher | SeveralTeachers | Scorer | BridgedTeacher
 
 
 def make_job(
@@ -86,7 +90,9 @@ def make_job(
         judge = student if name == "start" else _weights(teacher)
         read = rows if name == "start" else [_as_the_teacher_sees(row) for row in rows]
         rows = with_reference(rows, name, _known_log_probs(store, judge, read, vocabulary, progress))
-    matches = {term.label: _bind(term.match, student.net, _weights(teacher).net, settings.seed) for term in terms if term.match}
+    matches = {
+        term.label: _bind(term, student.net, _weights(teacher).net, settings.seed) for term in terms if term.match or term.divergence
+    }
     if lora is not None:
         add_adapters(student.net, lora, settings.seed)
     job = train.Job(student.net, rows, terms, train.no_teacher, settings, folder, key, matches, vocabulary=vocabulary)
@@ -274,6 +280,8 @@ def _known_log_probs(store: Path, judge: Model, rows: Sequence[Row], vocabulary:
 
 def _prepare(job: train.Job, teacher: Callable[[], Teacher], progress: Progress) -> None:
     for label, match in job.matches.items():
+        if not isinstance(match, Match):
+            continue
         tell = partial(_tell, progress, f"{label}: getting ready")
         if match.settings.name == "filtered_match":
             learn_filters(match, (job.net, _weights(teacher).net), job.rows, job.settings.tokens_per_step, job.settings.seed, tell)
@@ -285,7 +293,11 @@ def _tell(progress: Progress, detail: str, done: int, total: int) -> None:
     progress(done, total, detail)
 
 
-def _bind(settings: MatchSettings, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> Match:
+def _bind(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> Learned:
+    """What the term learns beside the student."""
     ours, theirs = (net.config.get_text_config() for net in (student, teacher))
     layers, widths = (ours.num_hidden_layers, theirs.num_hidden_layers), (ours.hidden_size, theirs.hidden_size)
-    return Match(settings, layers, widths, seed).to(student.device)
+    if term.match is not None:
+        return Match(term.match, layers, widths, seed).to(student.device)
+    embed: Any = student.get_input_embeddings()
+    return DualSpace(widths, term.divergence, seed, lambda token_N: embed(token_N).detach(), DenseSignal).to(student.device)

@@ -39,7 +39,7 @@ from limbeck.report.card import model_card
 from limbeck.report.page import write_report
 from limbeck.scorer import ModelScorer
 from limbeck.text import Text
-from limbeck.types import Sample, UserError
+from limbeck.types import Message, Sample, UserError
 
 STAGES = ("elicit", "train", "evaluate", "report")
 
@@ -87,13 +87,18 @@ class Run:
 
     @property
     def bench_teacher(self) -> InProcessTeacher | None:
-        """Whom systems are measured against; None where its weights are not here."""
-        return None if self.recipe.teacher.model is None else self.teacher
+        """Whom systems are measured against; None where its weights are not here, or it has tokens of its own."""
+        return None if self.recipe.teacher.model is None or self.other_tokens else self.teacher
+
+    @cached_property
+    def other_tokens(self) -> bool:
+        """Whether the teacher has tokens of its own, so that student and teacher share text alone."""
+        return build.other_tokens(self.recipe)
 
     @cached_property
     def reader(self) -> Model:
         """In whose tokens the held-out text is."""
-        return self.untouched() if self.recipe.teacher.model is None else self.teacher.model
+        return self.teacher.model if self.bench_teacher else self.untouched()
 
     @cached_property
     def served(self) -> ApiTeacher | None:
@@ -149,22 +154,27 @@ class Run:
         """Samples in token ids: the sampled ones as they are; a text is encoded, and ends with the end token unless it was cut off."""
 
         def response_ids(sample: Sample) -> Sequence[int]:
-            if sample.response_ids is not None:
+            if sample.response_ids is not None and (not self.other_tokens or sample.writer == self.untouched_identity):
                 return sample.response_ids
             ids = student.text_ids(sample.messages[-1]["content"])
             return ids if sample.meta.get("finish") == "length" else [*ids, student.tokenizer.eos_token_id]
 
+        return data.make_rows(samples, student.seeing(None).prompt_ids, response_ids, student.context, self.shown(student))
+
+    def shown(self, student: Model) -> Callable[[tuple[Message, ...]], list[int]] | None:
+        """The prompt as the teacher sees it, in its tokens; None where that is as the student sees it."""
+        if self.other_tokens:
+            return self.teacher.model.prompt_ids
         sight = build.sight(self.recipe)
-        seen = None if sight is None else student.seeing(sight).prompt_ids
-        return data.make_rows(samples, student.seeing(None).prompt_ids, response_ids, student.context, seen)
+        return None if sight is None else student.seeing(sight).prompt_ids
 
     def slots(self, student: Model) -> list[data.Row]:
         """The training prompts as rows that wait for the student's answer."""
-        sight = build.sight(self.recipe)
+        shown = self.shown(student)
         return [
             data.Row(
                 prompt.id, tuple(student.prompt_ids(prompt.messages)), (), frozenset({prompt.task} - {""}), prompt.id, prompt.weight,
-                teacher_prompt_ids=None if sight is None else tuple(student.seeing(sight).prompt_ids(prompt.messages)),
+                teacher_prompt_ids=None if shown is None else tuple(shown(prompt.messages)),
             )
             for prompt in self.text.prompts[0]
         ]  # fmt: skip
@@ -260,6 +270,8 @@ class Run:
     def taught_by(self, student: Model, average: Average | None) -> Teacher:
         """Who teaches `student` while it trains: the teacher, or the student's own modules with other numbers in them."""
         recipe, sight = self.recipe, build.sight(self.recipe)
+        if recipe.teacher.bridge is not None:
+            return self.over_the_bridge(student)
         if recipe.teacher.weights == "live":
             return self_teacher(student, sight, nullcontext)
         if average is not None:
@@ -269,6 +281,17 @@ class Run:
                 self.__dict__.pop("teacher", None)  # what was loaded to write text; from here on no second copy of its weights is held
             return self_teacher(student, sight, partial(adapters_off, student.net))
         return self.scorer or self.teachers
+
+    def over_the_bridge(self, student: Model) -> Teacher:
+        """The teacher as one that reads the student's text in its own tokens; how much the two share is told, and kept in `bridge.json`."""
+        bridged, rows = build.bridged(self.recipe, self.teacher, student), []
+        if self.recipe.fixed_writers:
+            rows = self.rows(self.text.training(), student)
+        facts = bridged.facts([row.response_ids for row in rows])
+        write_json(self.path("bridge.json"), facts)
+        text = f"; of the text's tokens {facts['aligned_share']:.1%} are aligned, {facts['single_share']:.1%} one in both" if rows else ""
+        self.reporter.note(f"{facts['common_tokens']:,} of {facts['student_tokens']:,} tokens are the teacher's, too{text}")
+        return bridged
 
     def control_rows(self, name: str, rows: list[data.Row], student: Model) -> list[data.Row]:
         """What a control is fine-tuned on; `rows` is the student's own training text."""
@@ -307,7 +330,7 @@ class Run:
 
     def measured_teacher(self, bench: Bench) -> Measured:
         """The teacher as a system: in process, or by what its server says."""
-        if self.recipe.teacher.model is None:
+        if self.bench_teacher is None:
             return bench.by_text("teacher", self.text.said)
         return bench.measure("teacher", lambda: self.teacher.model)
 

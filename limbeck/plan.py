@@ -19,11 +19,11 @@ from limbeck.elicit.flow import Bill
 from limbeck.elicit.prompts import Prompt
 from limbeck.objectives.term import Term
 from limbeck.recipe import Recipe
-from limbeck.settings import Cache
+from limbeck.teacher_settings import Cache
 from limbeck.types import UserError
 
 TYPICAL_OVERHEAD = 1.7
-TEACHER_READS = {"teacher_distribution", "teacher_features"}  # evidence that costs a pass of the teacher at every step
+TEACHER_READS = {"teacher_distribution", "teacher_features", "teacher_states"}  # evidence that costs a pass of the teacher at every step
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65

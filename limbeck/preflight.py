@@ -33,8 +33,9 @@ def check(recipe: Recipe) -> Plan:
         other = load_config(start.pretrained)
         student, context = Shape.of(other), min(context, other.max_position_embeddings)
         speaking = load_tokenizer(recipe.speaker), load_tokenizer(start.pretrained)
-        check_same_vocabulary(*speaking)
-        check_same_template(*speaking)
+        if recipe.teacher.bridge is None:
+            check_same_vocabulary(*speaking)
+            check_same_template(*speaking)
     elif start.scratch is not None:
         student = Shape.of(scratch_config(start.scratch, config))
     for path, tokens in (

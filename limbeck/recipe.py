@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
-from limbeck.settings import Elicit, Evaluate, Loss, Prompts, Rollout, Section, Student, Teacher, Train, Writer, check_shares
+from limbeck.settings import Elicit, Evaluate, Loss, Prompts, Rollout, Section, Student, Train, Writer, check_shares
+from limbeck.teacher_settings import Teacher
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024

@@ -26,11 +26,10 @@ from limbeck.mixup import Mixed
 from limbeck.models.load import head_of
 from limbeck.models.self_teacher import Average
 from limbeck.models.taps import features
-from limbeck.objectives.match import Match
 from limbeck.objectives.rank import clamped_baseline
 from limbeck.objectives.schedule import State
 from limbeck.objectives.term import Settled, Term
-from limbeck.objectives.total import NO_TAPS, Pass, Sums, Taps, TeacherView, total_loss
+from limbeck.objectives.total import NO_TAPS, Learned, Pass, Sums, Taps, TeacherView, total_loss
 from limbeck.progress import StoppedError
 from limbeck.settings import Train
 from limbeck.types import Batch, UserError, canonical_json, content_hash
@@ -48,7 +47,7 @@ def no_teacher(_: Batch) -> TeacherView:
 class Job:
     """All that one training needs. `folder` receives `checkpoints/` and `metrics.jsonl`; `key` names the job.
 
-    `matches` are the feature terms' learned parts, by term label, and `taps` what they read of the student;
+    `matches` are what terms learn beside the student, by term label, and `taps` what they read of the student;
     `bank_rows` give each sample's place in their banks; `vocabulary` cuts a head that is padded more than the teacher's;
     `prepare` is called before the first step of all (again, where a run is killed before its first checkpoint). `states`
     of adaptive schedules live in the checkpoint. `source` gives the steps' text, where that is not just `rows`; `average` is
@@ -62,7 +61,7 @@ class Job:
     settings: Train
     folder: Path
     key: str
-    matches: Mapping[str, Match] = field(default_factory=dict)
+    matches: Mapping[str, Learned] = field(default_factory=dict)
     taps: Taps = NO_TAPS
     bank_rows: Mapping[str, int] = field(default_factory=dict)
     vocabulary: int | None = None
@@ -309,7 +308,7 @@ def _restore(job: Job, tensors: Mapping[str, Tensor], parameters: dict[str, Tens
         prefix = f"frozen/{label}."
         held = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         if "bank_ME" in held:
-            match.bank_ME = held["bank_ME"].to(match.bank_ME.device)
+            match.register_buffer("bank_ME", held["bank_ME"].to(job.net.device))
         match.load_state_dict(held, strict=False)
 
 

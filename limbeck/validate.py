@@ -13,7 +13,8 @@ from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.term import CROSS_ENTROPY, WRITTEN, Term
 from limbeck.plan import TEACHER_READS
 from limbeck.recipe import Recipe
-from limbeck.settings import Cache, Rollout, Validation
+from limbeck.settings import Rollout, Validation
+from limbeck.teacher_settings import Bridge, Cache
 from limbeck.types import RecipeError, nearest
 
 
@@ -189,6 +190,8 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
         raise RecipeError(
             "teacher.weights", f"{teacher.weights} weights are the student's own: set student.start.pretrained: {teacher.model}"
         )
+    if teacher.bridge is not None:
+        _check_bridge(recipe, teacher.bridge)
     if teacher.cache is not None:
         _check_cache(recipe, teacher.cache)
     if teacher.beside or teacher.together != "mean" or teacher.weight != 1:
@@ -200,6 +203,36 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
                 "teacher.context.user", f"{{{name}}} stands in it, and {len(lacking)} prompts have none, such as {lacking[0]!r}; "
                 "give prompts that all have one"
             )  # fmt: skip
+
+
+def _check_bridge(recipe: Recipe, bridge: Bridge) -> None:
+    """Refuse what a teacher with other tokens can't give."""
+    teacher, path, rollout = recipe.teacher, "teacher.bridge", recipe.rollout
+    if teacher.model is None or teacher.beside or teacher.cache is not None or teacher.weights != "own":
+        raise RecipeError(path, "one teacher whose weights are here is read through it, at every step; leave beside, cache and weights out")
+    if recipe.student.start.pretrained is None:
+        raise RecipeError("student.start", "a student made of the teacher has its tokens and needs no bridge: give pretrained")
+    if recipe.train.mixup is not None or (rollout is not None and rollout.joint is not None):
+        raise RecipeError(path, "texts are mixed, and written by two models, in one vocabulary only; leave train.mixup and joint out")
+    read = False
+    for index, term in enumerate(build.terms(recipe)):
+        at = f"loss[{index}].{term.name}"
+        if term.match is not None or "reference_teacher" in term.reads or (term.name in POLICIES and "teacher_distribution" in term.reads):
+            raise RecipeError(at, "it reads the teacher token by token, and this one has other tokens; use a divergence, uld or dual_space")
+        read = read or bool(term.reads & TEACHER_READS)
+        if "teacher_distribution" not in term.reads:
+            continue
+        loss = DIVERGENCES[term.name]
+        if not loss.sorts and (not loss.buckets or _softened(term)):
+            raise RecipeError(at, f"{term.name} (or its temperature) needs one vocabulary; use forward_kl, jsd or uld")
+        if bridge.others == "written" and not loss.one_hot:
+            raise RecipeError(at, f"{term.name} is infinite against the text alone, which others: written teaches; use forward_kl or jsd")
+    if not read:
+        raise RecipeError(path, "no loss reads the teacher's distribution or states; leave it out")
+
+
+def _softened(term: Term) -> bool:
+    return any(getattr(term.params.get("temperature"), end, 1) != 1 for end in ("start", "end"))
 
 
 def _check_several(recipe: Recipe, training: Sequence[Prompt]) -> None:
@@ -233,12 +266,12 @@ def _check_cache(recipe: Recipe, cache: Cache) -> None:
     read = False
     for index, term in enumerate(build.terms(recipe)):
         at = f"loss[{index}].{term.name}"
-        if term.match is not None:
+        if term.match is not None or term.divergence:
             raise RecipeError(at, "it reads the teacher's layers, and the cache keeps its last distribution; leave teacher.cache out")
         if "teacher_distribution" not in term.reads:
             continue
         read, loss, name = True, DIVERGENCES[term.name], term.name
-        soft = any(getattr(term.params.get("temperature"), end, 1) != 1 for end in ("start", "end"))
+        soft = _softened(term)
         if cache.sampled is not None and (name != "forward_kl" or soft):
             raise RecipeError(at, "sampled tokens carry forward_kl at temperature 1 alone: use it, or keep {hidden: {}}")
         if cache.top_k is not None and (not loss.buckets or soft):

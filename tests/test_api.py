@@ -16,8 +16,8 @@ import pytest
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import Scene, user
 from limbeck.models.api import MOST_BYTES, ApiTeacher, _retry_after, read_answer
-from limbeck.settings import Served
 from limbeck.store import Store
+from limbeck.teacher_settings import Served
 from limbeck.types import Sampling, UserError
 from tests.scripted_server import MODEL, Scripted, answer
 
@@ -265,7 +265,7 @@ from pathlib import Path
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import Scene, user
 from limbeck.models.api import ApiTeacher
-from limbeck.settings import Served
+from limbeck.teacher_settings import Served
 from limbeck.store import Store
 from limbeck.types import Sampling
 

@@ -10,7 +10,7 @@ import pytest
 from limbeck import run
 from limbeck.models.batch import BatchTeacher
 from limbeck.recipe import parse
-from limbeck.settings import Served
+from limbeck.teacher_settings import Served
 from limbeck.types import Request, Sampling, UserError
 from tests.scripted_server import MODEL, Handler, Scripted, answer
 

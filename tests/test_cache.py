@@ -23,11 +23,11 @@ from limbeck.objectives.term import make_term
 from limbeck.preflight import check
 from limbeck.prepare import fill_cache
 from limbeck.recipe import parse
-from limbeck.settings import Cache as Form
 from limbeck.signals.cache import Cache, texts_of
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.pack import pack, pack_bits, unpack, unpack_bits, width
 from limbeck.signals.sparse import Sampled, TopK
+from limbeck.teacher_settings import Cache as Form
 
 EMPTY = torch.empty(0, dtype=torch.long)
 V, N, E = 40, 7, 16

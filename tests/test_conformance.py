@@ -26,9 +26,9 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES, checked_params
 from limbeck.prepare import fill_cache
 from limbeck.serve import serve
-from limbeck.settings import Cache as Form
-from limbeck.settings import Served
 from limbeck.signals.cache import Cache
+from limbeck.teacher_settings import Cache as Form
+from limbeck.teacher_settings import Served
 from limbeck.types import Batch
 from tests.conftest import make_net
 from tests.scoring_server import ScoringServer

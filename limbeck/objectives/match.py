@@ -241,7 +241,13 @@ ATTENTION_LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def wanted(matches: Sequence[Match], side: int) -> tuple[set[int], set[int]]:
+class Tapping(Protocol):
+    """What reads inner layers, or none."""
+
+    def taps(self, side: int, /) -> tuple[set[int], set[int]]: ...
+
+
+def wanted(matches: Sequence[Tapping], side: int) -> tuple[set[int], set[int]]:
     """The layers that all terms together read of one model."""
     taps = [match.taps(side) for match in matches]
     return set().union(*(hidden for hidden, _ in taps)), set().union(*(attention for _, attention in taps))

@@ -17,6 +17,7 @@ from torch import Tensor
 from limbeck.objectives import consistency
 from limbeck.objectives.consistency import CONSISTENCY
 from limbeck.objectives.divergence import DIVERGENCES, Divergence, ValueAndGradient
+from limbeck.objectives.dual import DUAL_SPACE
 from limbeck.objectives.head import Block
 from limbeck.objectives.match import MATCHES, MatchSettings, match_settings
 from limbeck.objectives.parameters import Range, checked, defaults_of
@@ -26,7 +27,7 @@ from limbeck.objectives.schedule import Schedule, State, make_schedule
 from limbeck.objectives.supervised import cross_entropy
 from limbeck.types import RecipeError, nearest
 
-Family = Literal["vocabulary", "ranking", "match", "consistency"]
+Family = Literal["vocabulary", "ranking", "match", "consistency", "dual"]
 Unit = Literal["token", "row", "group"]
 WEIGHT = Range(0, float("inf"), open_high=True)
 CROSS_ENTROPY = "cross_entropy"
@@ -51,6 +52,7 @@ class Term:
     by: str | None = None
     unit: Unit = "token"
     match: MatchSettings | None = None
+    divergence: str = ""  # of a loss in two spaces
 
     @property
     def label(self) -> str:
@@ -130,7 +132,7 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         raise RecipeError(f"{path}.only".lstrip("."), f"{only!r} is not the name of a writer, such as teacher, or of a task")
     weighed = make_schedule(weight, f"{path}.weight".lstrip("."), WEIGHT.check)
     by = rest.pop("by", None)
-    if by is not None and (by not in BY or name in MATCHES or name in RANKINGS or name == CONSISTENCY):
+    if by is not None and (by not in BY or name in MATCHES or name in RANKINGS or name in (CONSISTENCY, DUAL_SPACE)):
         raise RecipeError(f"{path}.by".lstrip("."), f"{by!r} is no number beside every token for {name}; legal: {', '.join(BY)}")
     known: Divergence | Policy | Ranking
     if name in MATCHES:
@@ -139,6 +141,8 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
     if name == CROSS_ENTROPY:
         schedules = _schedules(name, defaults_of(cross_entropy), SMOOTHING, rest, path)
         return Term(name, "vocabulary", frozenset({"tokens"}), weighed, schedules, only, by)
+    if name == DUAL_SPACE:
+        return Term(name, "dual", frozenset({"teacher_states"}), weighed, only=only, divergence=_divergence(rest, path))
     if name in DIVERGENCES:
         known = DIVERGENCES[name]
         schedules = _schedules(name, known.defaults, known.ranges, rest, path)
@@ -168,8 +172,19 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         reads = frozenset({"answers", *({f"reference_{known.reference}"} if known.reference != "none" else ())})
         return Term(name, "ranking", reads, weighed, schedules, None, None, "group")
     raise RecipeError(
-        path, f"no loss is named {name!r}{nearest(name, [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES, CONSISTENCY, CROSS_ENTROPY])}"
+        path,
+        f"no loss is named {name!r}{nearest(name, [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES, CONSISTENCY, DUAL_SPACE, CROSS_ENTROPY])}",
     )
+
+
+def _divergence(params: Mapping[str, Any], path: str) -> str:
+    """The one setting of a loss in two spaces: which divergence."""
+    if unknown := sorted(params.keys() - {"divergence"}):
+        raise RecipeError(f"{path}.{unknown[0]}".lstrip("."), f"{DUAL_SPACE} has no such parameter{nearest(unknown[0], ['divergence'])}")
+    name = params.get("divergence", "forward_kl")
+    if name not in DIVERGENCES:
+        raise RecipeError(f"{path}.divergence".lstrip("."), f"no divergence is named {name!r}{nearest(str(name), DIVERGENCES)}")
+    return str(name)
 
 
 def _schedules(

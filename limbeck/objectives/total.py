@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives.consistency import common_ends, consistency
+from limbeck.objectives.dual import DualSpace, TeacherStates
 from limbeck.objectives.feature import Features
 from limbeck.objectives.head import Evidence, Head, TeacherSignal, Total, fused_loss, token_log_probs
 from limbeck.objectives.match import Match, Place
@@ -41,6 +42,7 @@ class TeacherView:
 
     signal: TeacherSignal | None = None
     features: Features = field(default_factory=Features)
+    states: TeacherStates | None = None
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,22 @@ class Sums:
                 mine[label] = (before[0] + total, before[1] + count)
 
 
-def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: Mapping[str, Match], data: Pass) -> tuple[Tensor, Sums]:
+Learned = Match | DualSpace
+
+
+def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: Mapping[str, Learned], data: Pass) -> tuple[Tensor, Sums]:
     """sum_k weight_k sum_n w_n l_k(n) / amount_k, ready for `backward`, and the sums.
 
     Args:
         terms: the step's terms.
         amounts: by term label, the global weight of its unit over the step. A term whose amount is 0 adds nothing.
-        matches: the feature terms' losses, by label.
+        matches: the losses that learn parts of their own, by label.
     """
     scale = {term.label: term.weight / amounts[term.label] if amounts[term.label] else 0.0 for term in terms}
     loss, sums = (data.hidden_ND * 0).sum(), Sums()
     families = {
-        family: [term for term in terms if term.term.family == family] for family in ("vocabulary", "ranking", "match", "consistency")
+        family: [term for term in terms if term.term.family == family]
+        for family in ("vocabulary", "ranking", "match", "consistency", "dual")
     }
     if chosen := families["vocabulary"]:
         part = _vocabulary(chosen, [scale[term.label] for term in chosen], data)
@@ -98,6 +104,9 @@ def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: 
         loss, sums.terms = loss + part.loss, sums.terms | part.sums
     if chosen := families["consistency"]:
         part = _consistent(chosen, [scale[term.label] for term in chosen], data)
+        loss, sums.terms = loss + part.loss, sums.terms | part.sums
+    if chosen := families["dual"]:
+        part = _dual(chosen, [scale[term.label] for term in chosen], matches, data)
         loss, sums.terms = loss + part.loss, sums.terms | part.sums
     return loss, sums
 
@@ -148,7 +157,21 @@ def _consistent(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -
     return Total(loss, found)
 
 
-def _matching(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[str, Match], data: Pass) -> Total:
+def _dual(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[str, Learned], data: Pass) -> Total:
+    assert data.teacher.states is not None
+    row_N, position_N = data.batch.response_positions()
+    weight_N = data.batch.weight_BT[row_N, position_N + 1]
+    loss, found = (data.hidden_ND * 0).sum(), {}
+    for term, scale in zip(terms, scales, strict=True):
+        on_N = (weight_N * data.batch.rows_on(term.term.only)[row_N]).to(data.hidden_ND.device)
+        learned = matches[term.label]
+        assert isinstance(learned, DualSpace)
+        part, found[term.label] = learned(data.batch, data.hidden_ND, data.head, data.teacher.states, on_N, scale)
+        loss = loss + part
+    return Total(loss, found)
+
+
+def _matching(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[str, Learned], data: Pass) -> Total:
     batch, device = data.batch, data.hidden_ND.device
     row_N, position_N = (index.to(device) for index in batch.response_positions())
     own_B = torch.tensor([data.bank_rows.get(sample_id, 0) for sample_id in batch.sample_ids])

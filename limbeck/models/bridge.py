@@ -1,0 +1,244 @@
+"""A teacher with tokens and a template of its own beside a student's text: the response is put into its tokens and the two are aligned.
+
+Shapes: N response positions of the student, M of the teacher, E width of the teacher.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from rapidfuzz import process
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+
+from limbeck.models.load import Model, head_of
+from limbeck.models.states import shared_states
+from limbeck.models.teacher import InProcessTeacher
+from limbeck.objectives.dual import TeacherStates
+from limbeck.objectives.head import token_log_probs
+from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
+from limbeck.signals.bridged import BridgedSignal, Pairs, Places
+from limbeck.spans import Tokens, segments, tokens_of
+from limbeck.teacher_settings import Bridge as Settings
+from limbeck.types import Batch, UserError, content_hash
+
+REMEMBERED = 50_000  # responses whose alignment is kept
+SPREAD = 256  # tokens whose embeddings tell how large embeddings are
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A response in the teacher's tokens. For each of the student's tokens: the place of the teacher's token that begins at the same byte
+    (-1 for none), and the number of teacher's tokens that it takes to cover it. `single` counts the student's tokens that are one token
+    in both."""
+
+    ids: tuple[int, ...]
+    at: tuple[int, ...]
+    cover: tuple[int, ...]
+    single: int
+
+
+class Vocabularies:
+    """Two tokenizers: which tokens stand for the same, and one's responses in the other's tokens.
+
+    Args:
+        ours: the student's tokenizer; theirs: the teacher's.
+        our_ends, their_end: the tokens that end an answer.
+        sizes: how many ids both can say, ours and theirs.
+    """
+
+    def __init__(self, ours: Any, theirs: Any, our_ends: frozenset[int], their_end: int, sizes: tuple[int, int], nearest: bool) -> None:
+        self.theirs, self.our_ends, self.their_end, self.sizes, self.by_spelling = theirs, our_ends, their_end, sizes, nearest
+        self.same = ours.get_vocab() == theirs.get_vocab()
+        self._tokens: tuple[Tokens, Tokens] | None = None if self.same else (tokens_of(ours), tokens_of(theirs))
+        self._our_end = ours.eos_token_id
+        self._our_texts = {number: ours.convert_ids_to_tokens(number) for number in ours.all_special_ids}
+        self.align = lru_cache(REMEMBERED)(self._align)
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Tokens of the same bytes, and the two ends of an answer."""
+        ours, theirs = self.sizes
+        if self._tokens is None:
+            every = torch.arange(min(ours, theirs))
+            found = dict(zip(every.tolist(), every.tolist(), strict=True))
+        else:
+            (mine, other), found = self._tokens, {}
+            for value, number in mine.ids.items():
+                if number < ours and (there := other.ids.get(value)) is not None and there < theirs:
+                    found[number] = there
+            found[self._our_end] = self.their_end
+        ours_K = torch.tensor(sorted(found))
+        theirs_K = torch.tensor([found[number] for number in ours_K.tolist()])
+        ours_W = torch.full((theirs,), -1).index_copy_(0, theirs_K, ours_K)
+        nearest = self._nearest() if self.by_spelling else None
+        return Pairs(ours_K, theirs_K, _without(ours, ours_K), _without(theirs, theirs_K), ours_W, nearest)
+
+    def _nearest(self) -> Callable[[int], int | None]:
+        """The student's token with the least edit distance to a teacher's, in bytes; the first of equals."""
+        if self._tokens is None:
+            return lambda token: None
+        mine, other = self._tokens
+        spelled = {number: value.decode("latin-1") for number, value in enumerate(mine.bytes_of) if value and number < self.sizes[0]}
+
+        @lru_cache(None)
+        def near(token: int) -> int | None:
+            value = other.bytes_of[token]
+            if not value:
+                return None
+            return int(process.extractOne(value.decode("latin-1"), spelled, scorer=Levenshtein.distance)[2])
+
+        return near
+
+    def _align(self, response: tuple[int, ...], equal_only: bool) -> Aligned:
+        """A response of the student in the teacher's tokens.
+
+        Args:
+            equal_only: only tokens that are one token in both are aligned.
+        """
+        if self._tokens is None:
+            return Aligned(response, tuple(range(len(response))), (1,) * len(response), len(response))
+        mine, other = self._tokens
+        ended = bool(response) and response[-1] in self.our_ends
+        said = response[:-1] if ended else response
+        ours = [self._bytes(mine, token) for token in said]
+        text = b"".join(ours)
+        ids = self._their_ids(text.decode("utf-8", errors="replace"))
+        theirs = [other.bytes_of[token] or b"" for token in ids]
+        if theirs and b"".join(theirs).startswith(b" ") and not text.startswith(b" "):
+            theirs[0] = theirs[0].removeprefix(b" ")  # a tokenizer that puts a space before every text
+        at, cover, single = [-1] * len(response), [0] * len(response), 0
+        done = 0
+        for segment in segments(ours, theirs):
+            done, single = segment.ours.stop, single + segment.single
+            if equal_only and not segment.single:
+                continue
+            first, size, taken = segment.ours.start, 0, 0
+            while size < len(ours[first]):
+                size += len(theirs[segment.theirs.start + taken])
+                taken += 1
+            at[first], cover[first] = segment.theirs.start, max(1, taken)
+        if ended:
+            if done == len(said):
+                at[-1], cover[-1], single = len(ids), 1, single + 1
+            ids = [*ids, self.their_end]
+        return Aligned(tuple(ids), tuple(at), tuple(cover), single)
+
+    def _bytes(self, tokens: Tokens, token: int) -> bytes:
+        known = tokens.bytes_of[token] if token < len(tokens.bytes_of) else None
+        return known if known is not None else str(self._our_texts.get(token, "\ufffd")).encode()
+
+    def _their_ids(self, text: str) -> list[int]:
+        return list(self.theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) if text else []
+
+
+class BridgedTeacher:
+    """A teacher beside a student with another tokenizer. Rows carry the prompt in the teacher's tokens (`teacher_prompt_ids`).
+
+    Raises:
+        UserError: a tokenizer of an unknown kind, or two that share nothing.
+    """
+
+    can = frozenset({"text", "raw", "teacher_distribution", "teacher_states"})
+    vocabulary = sys.maxsize  # a bridge leaves out nothing of the student's
+
+    def __init__(self, teacher: InProcessTeacher, student: Model, settings: Settings) -> None:
+        self.model, self.settings = teacher.model, settings
+        net = self.model.net
+        sizes = (min(head_of(student.net).vocabulary, student.tokens), min(head_of(net).vocabulary, self.model.tokens))
+        end = self.model.tokenizer.eos_token_id
+        edits = settings.match == "edits"
+        self.between = Vocabularies(student.tokenizer, self.model.tokenizer, student.eos_ids, end, sizes, edits)
+        self.identity = f"{teacher.identity}+bridge-{content_hash([settings.model_dump(), student.identity])[:16]}"
+        pairs = self.between.pairs
+        if len(pairs.ours_K) < 2:
+            raise UserError(
+                f"no token of {teacher.identity} is one of the student's, so there is nothing to compare; choose another teacher"
+            )
+        self.pairs = pairs.to(net.device)
+
+    def align(self, response: Sequence[int]) -> Aligned:
+        """The response in the teacher's tokens."""
+        return self.between.align(tuple(response), self.settings.spans == "equal")
+
+    def facts(self, responses: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """How much the two have in common: tokens of the vocabularies, and of these responses the shares that are aligned and that are
+        one token in both."""
+        found = [self.align(response) for response in responses]
+        tokens = sum(len(one.at) for one in found)
+        return {
+            "student_tokens": self.between.sizes[0],
+            "teacher_tokens": self.between.sizes[1],
+            "common_tokens": len(self.pairs.ours_K),
+            "aligned_share": sum(place >= 0 for one in found for place in one.at) / max(1, tokens),
+            "single_share": sum(one.single for one in found) / max(1, tokens),
+            "tokens_per_student_token": sum(len(one.ids) for one in found) / max(1, tokens),
+        }
+
+    @torch.no_grad()
+    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocabulary: int | None = None) -> TeacherView:  # noqa: ARG002 (as of every teacher)
+        """The teacher's distributions at the student's response positions, and its states at its own."""
+        assert not any(taps), "validate refuses layers of a teacher with other tokens"
+        net, device = self.model.net, self.model.net.device
+        texts = [self.align(ids) for ids in _responses(batch)]
+        tokens_BT, mask_BT = self._tokens(batch, texts)
+        hidden_BTE = shared_states(net, tokens_BT.to(device))
+        row_M, target_M = mask_BT.nonzero(as_tuple=True)
+        hidden_ME, head = hidden_BTE[row_M, target_M - 1], head_of(net).detached()
+        head = head.cut(min(head.vocabulary, self.between.sizes[1]))
+        said_M = tokens_BT[row_M, target_M].to(device)
+        places = self._places(batch, texts, hidden_ME, head, said_M)
+        signal = BridgedSignal(hidden_ME, head, self.pairs, places, self.settings.rest, self.settings.others)
+        embed: Any = net.get_input_embeddings()
+        spread = embed(torch.arange(SPREAD, device=device)).std()
+        before_ME = embed(tokens_BT[row_M, target_M - 1].to(device)) / spread
+        embedded = None if self.between.same else (before_ME, embed(said_M) / spread)
+        return TeacherView(signal, states=TeacherStates(hidden_ME, head, row_M.to(device), embedded))
+
+    def _tokens(self, batch: Batch, texts: Sequence[Aligned]) -> tuple[Tensor, Tensor]:
+        """(tokens [B, T], which are response tokens) in the teacher's tokens."""
+        seen = batch.seen_by_teacher()
+        prompts = [row[: int(mask.nonzero()[0, 0])].tolist() for row, mask in zip(seen.tokens_BT, seen.mask_BT, strict=True)]
+        rows = [(prompt, text.ids) for prompt, text in zip(prompts, texts, strict=True)]
+        width = max(len(prompt) + len(ids) for prompt, ids in rows)
+        if width > self.model.context:
+            raise UserError(f"a text takes {width} of the teacher's tokens, more than its context of {self.model.context}: shorten it")
+        tokens_BT, mask_BT = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.bool)
+        for number, (prompt, ids) in enumerate(rows):
+            tokens_BT[number, : len(prompt) + len(ids)] = torch.tensor([*prompt, *ids])
+            mask_BT[number, len(prompt) : len(prompt) + len(ids)] = True
+        return tokens_BT, mask_BT
+
+    def _places(self, batch: Batch, texts: Sequence[Aligned], hidden_ME: Tensor, head: Any, said_M: Tensor) -> Places:
+        device = hidden_ME.device
+        starts = torch.tensor([0, *(len(text.ids) for text in texts)]).cumsum(0)
+        at = [place + int(start) if place >= 0 else -1 for text, start in zip(texts, starts, strict=False) for place in text.at]
+        at_N = torch.tensor(at, device=device)
+        cover_N = torch.tensor([count for text in texts for count in text.cover], device=device) * (at_N >= 0)
+        row_N, position_N = batch.response_positions()
+        written_N = batch.tokens_BT[row_N, position_N + 1].to(device)
+        first_N = said_M[at_N.clamp_min(0)]
+        moved_N = (self.pairs.ours_W[first_N] != written_N) & (at_N >= 0)
+        log_cover_N = hidden_ME.new_zeros(len(at_N), dtype=torch.promote_types(hidden_ME.dtype, torch.float32))
+        if bool(moved_N.any()):
+            covered = [range(int(a), int(a) + int(c)) for a, c in zip(at_N[moved_N], cover_N[moved_N], strict=True)]
+            owner = torch.tensor([number for number, each in enumerate(covered) for _ in each], device=device)
+            where = torch.tensor([place for each in covered for place in each], device=device)
+            log_prob = token_log_probs(hidden_ME[where], head, said_M[where])
+            log_cover_N[moved_N] = torch.zeros(len(covered), dtype=log_prob.dtype, device=device).index_add_(0, owner, log_prob)
+        return Places(at_N, first_N, log_cover_N, written_N)
+
+
+def _without(size: int, known: Tensor) -> Tensor:
+    """The ids below `size` that are not among the known."""
+    return torch.ones(size, dtype=torch.bool).index_fill_(0, known, False).nonzero()[:, 0]
+
+
+def _responses(batch: Batch) -> list[list[int]]:
+    """Each row's response in the student's tokens."""
+    return [row[mask].tolist() for row, mask in zip(batch.tokens_BT, batch.mask_BT, strict=True)]
