@@ -106,7 +106,12 @@ def logit_mse(p: Numbers, q: Numbers) -> Any:
     return 0.5 * sum((d - mean) ** 2 for d in difference) / len(difference)
 
 
+def uld(p: Numbers, q: Numbers) -> Any:
+    return sum(abs(a - b) for a, b in zip(sorted(p, reverse=True), sorted(q, reverse=True), strict=True))
+
+
 DEFINITIONS: dict[str, Callable[..., Any]] = {
+    "uld": uld,
     "forward_kl": kl, "reverse_kl": lambda p, q: kl(q, p), "jsd": jsd, "jsd_rescaled": jsd_rescaled, "adaptive_kl": adaptive_kl,
     "symmetric_kl": lambda p, q, forward_share=0.5: forward_share * kl(p, q) + (1 - forward_share) * kl(q, p),
     "tvd": lambda p, q: 0.5 * sum(abs(a - b) for a, b in zip(p, q, strict=True)),

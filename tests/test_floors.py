@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "limbeck"
 FLOORS = [
     ["types"],
-    ["builtin", "durable", "follow", "memory", "progress", "ranks", "settings", "spans", "teacher_settings"],
+    ["builtin", "durable", "follow", "memory", "progress", "ranks", "settings", "spans"],
+    ["teacher_settings"],
     [
         "recipe",
         "store",

@@ -29,7 +29,7 @@ def test_the_recipes_of_the_field_are_there():
         "opsd", "mixkd", "alpaca", "self-instruct", "evol-instruct", "magpie", "orca", "distilling-step-by-step", "fine-tune-cot", "scott",
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
-        "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm",
+        "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd",
     }  # fmt: skip
 
 
@@ -56,6 +56,8 @@ def the_same_model(name, folder):
     recipe = load_recipe(name)
     if recipe.teacher.beside:
         return [f"teacher.model={folder}", *(f"teacher.beside.{n}.model={folder}" for n in range(len(recipe.teacher.beside)))]
+    if recipe.teacher.bridge is not None:
+        return [f"teacher.model={folder}", f"student={{start: {{pretrained: {folder}}}}}"]
     if recipe.teacher.context is None:
         return [f"teacher={folder}"]
     lora = "" if recipe.student.lora is None else ", lora: {rank: 2, alpha: 4}"

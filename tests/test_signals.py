@@ -45,7 +45,7 @@ def top(teacher: Tensor, k: int) -> TopK:
 
 
 def test_every_divergence_either_has_a_bucket_or_says_what_to_use():
-    assert {name for name, known in DIVERGENCES.items() if not known.buckets} == {"taid", "dkd", "logit_mse", "entropy_aware_kl"}
+    assert {name for name, known in DIVERGENCES.items() if not known.buckets} == {"taid", "dkd", "logit_mse", "entropy_aware_kl", "uld"}
 
 
 @pytest.mark.parametrize(("name", "params"), BUCKETED)
