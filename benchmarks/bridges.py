@@ -48,7 +48,7 @@ WAYS: dict[str, tuple[list[tuple[str, float]], Bridge]] = {
 
 
 def text(folder: Path) -> tuple[Run, list[Row], list[Row], int]:
-    """(the run that holds it, training rows, held-out rows, bytes of the held-out answers): what the teacher answers to built-in prompts."""
+    """(the run that holds it, training rows, held-out rows, bytes of the held-out answers): what the teacher answers to prompts."""
     changes = [f"teacher.model={TEACHER}", "writer.0.max_tokens=64", f"evaluate.limit={HELD_OUT}"]
     holder = Run(build.load_recipe("uld", changes), folder, JsonLines())
     folder.mkdir(parents=True, exist_ok=True)

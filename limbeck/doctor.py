@@ -42,6 +42,7 @@ ANSWERS = ("Air scatters blue light more than red light.", "An apple, a pear and
 NAMED = 20  # tokens that a server is asked for at each position
 MEAN_KL, LARGEST_KL = 0.02, 0.2  # nats between weights here and served ones; 4-bit weights in llama.cpp's own arithmetic stay within 0.01
 KEPT_TEXTS, KEPT_NATS = 4, 0.05  # texts of a cache that are looked at, and how far a kept log-probability may be off on average
+LEAST_ALIGNED = 0.5
 ZERO = 1e-4
 
 
@@ -87,6 +88,8 @@ class Patient:
         api = build.served(self.recipe)
         if api is None:
             raise NothingToSeeError("the recipe names no server")
+        if self.run.other_tokens:
+            raise NothingToSeeError("the server writes text in tokens of its own")
         cache = self.recipe.teacher.cache
         return Scorer(api, cache.top_k.k if self.recipe.teacher.model is None and cache and cache.top_k else NAMED, self.model.tokenizer)
 
@@ -143,6 +146,8 @@ def as_data(findings: Sequence[Finding]) -> dict[str, Any]:
 
 def _recipe(patient: Patient) -> str:
     check(patient.recipe)
+    if patient.run.other_tokens:
+        return "its parts fit together; teacher and student have other tokens, with a bridge between them"
     return "its parts fit together; teacher and student have one vocabulary, one template and one end of an answer"
 
 
@@ -173,6 +178,25 @@ def _tokens(patient: Patient) -> str:
             "tokenizer beside the weights"
         )
     return f"texts come back as they were; {len(model.tokenizer):,} tokens, {rows:,} rows in the model"
+
+
+def _bridge(patient: Patient) -> str:
+    """That the two tokenizers have enough in common for a loss to say something."""
+    if not patient.run.other_tokens:
+        raise NothingToSeeError("teacher and student have the same tokens")
+    bridged = build.bridged(patient.recipe, patient.run.teacher, patient.model)
+    try:
+        rows = [row.response_ids for row in patient.stored]
+    except NothingToSeeError:
+        rows = [tuple(row[mask].tolist()) for row, mask in zip(patient.texts.tokens_BT, patient.texts.mask_BT, strict=True)]
+    facts = bridged.facts(rows)
+    told = (
+        f"{facts['common_tokens']:,} of the student's {facts['student_tokens']:,} tokens are the teacher's, too; of {len(rows)} answers' "
+        f"tokens {facts['aligned_share']:.0%} begin with one of the teacher's, {facts['single_share']:.0%} are one in both"
+    )
+    if facts["aligned_share"] < LEAST_ALIGNED:
+        raise UserError(f"{told}: most of the text would teach nothing; choose another teacher, or teach its text with others: written")
+    return told
 
 
 def _end(patient: Patient) -> str:
@@ -342,6 +366,6 @@ def _bucketed_kl(own_NK: Tensor, served_NK: Tensor) -> Tensor:
 
 
 LOOKS: dict[str, Callable[[Patient], str]] = {
-    "recipe": _recipe, "weights": _weights, "tokens": _tokens, "end of an answer": _end, "repeatable": _repeatable, "server": _server,
-    "served weights": _served, "cache": _kept, "zero at the teacher": _zero,
+    "recipe": _recipe, "weights": _weights, "tokens": _tokens, "bridge": _bridge, "end of an answer": _end, "repeatable": _repeatable,
+    "server": _server, "served weights": _served, "cache": _kept, "zero at the teacher": _zero,
 }  # fmt: skip

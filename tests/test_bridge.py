@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,16 +15,20 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from limbeck.data import Row, make_batch
+from limbeck.doctor import examine
+from limbeck.jobs import _bind
 from limbeck.models.bridge import BridgedTeacher, Vocabularies
-from limbeck.models.load import Model, save_model
+from limbeck.models.load import Model, head_of, hidden_states, save_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES, checked_params, sorted_distance
 from limbeck.objectives.dual import DualSpace, TeacherStates
 from limbeck.objectives.head import Evidence, Head, fused_loss
 from limbeck.objectives.term import make_term
+from limbeck.objectives.total import Pass, total_loss
 from limbeck.pipeline import run
 from limbeck.preflight import check
+from limbeck.progress import StoppedError
 from limbeck.recipe import parse
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.signals.dense import DenseSignal
@@ -100,7 +105,7 @@ def test_an_unknown_kind_of_tokenizer_is_refused():
 
 def cut(data, places):
     ends = sorted({place % (len(data) + 1) for place in places} | {0, len(data)})
-    return [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(ends)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -175,7 +180,7 @@ def played(rest="bucket", others="skip", nearest=None):
 def outcomes(p, first, written, amount):
     """The teacher's distribution over outcomes named by the student's tokens, ALONE for what has no counterpart."""
     student_of = {3: 0, 4: 1, 0: 2, 7: 4}
-    found = {number: 0.0 for number in (0, 1, 2, 4)} | {"ALONE": 0.0}
+    found = dict.fromkeys((0, 1, 2, 4), 0.0) | {"ALONE": 0.0}
     for token in range(W):
         found[student_of.get(token, "ALONE")] += float(p[token])
     if student_of.get(first) != written:
@@ -371,10 +376,6 @@ def test_no_split_into_micro_batches_changes_a_bridged_loss(loss, tiny, other):
 
 
 def whole_loss(name, batches, student, bridged):
-    from limbeck.jobs import _bind
-    from limbeck.models.load import head_of, hidden_states
-    from limbeck.objectives.total import Pass, total_loss
-
     term = make_term(name, {})
     matches = {term.label: _bind(term, student.net, bridged.model.net, 1)} if term.divergence else {}
     student.net.zero_grad()
@@ -466,21 +467,16 @@ def test_a_run_over_a_bridge_learns_and_says_how_much_is_shared(pair, tmp_path, 
     assert 0 < facts["aligned_share"] <= 1 and facts["student_tokens"] > facts["common_tokens"] > 50
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     assert any("other tokens" in warning for warning in summary["warnings"])
-    assert (folder / "report.html").exists()
+    assert "Bridge between the vocabularies" in (folder / "report.html").read_text()
 
 
 def test_a_killed_run_over_two_spaces_goes_on_as_if_it_had_not_been(pair, tmp_path):
     pair["loss"], pair["train"] = ["cross_entropy", "dual_space"], pair["train"] | {"steps": 4, "save_seconds": 0}
     whole = run(parse(pair), tmp_path / "whole", stages=("elicit", "train"))
     asked = iter([False] * 2 + [True] * 99)
-    from limbeck.progress import StoppedError
-
-    try:
-        run(parse(pair), tmp_path / "parts", stages=("elicit",))
+    run(parse(pair), tmp_path / "parts", stages=("elicit",))
+    with pytest.raises(StoppedError):
         run(parse(pair), tmp_path / "parts", stop=lambda: next(asked), stages=("train",))
-        pytest.fail("it was to stop")
-    except StoppedError:
-        pass
     again = run(parse(pair), tmp_path / "parts", stages=("train",))
     values = [[json.loads(line)["terms"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, again)]
     assert values[0] == values[1]
@@ -491,6 +487,19 @@ def test_a_student_that_writes_is_read_over_the_bridge(pair, tmp_path):
     pair["train"] |= {"steps": 2}
     folder = run(parse(pair), tmp_path / "run", stages=("train",))
     assert all(json.loads(line)["grad_norm"] > 0 for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def test_the_doctor_looks_at_the_bridge(pair, tmp_path):
+    found = {one.name: one for one in examine(parse(pair), tmp_path / "run")}
+    assert found["bridge"].verdict == "fine" and "tokens are the teacher's, too" in found["bridge"].seen
+    assert not [one for one in found.values() if one.verdict == "fault"]
+    assert found["zero at the teacher"].verdict == "not looked at"
+
+
+def test_the_doctor_warns_of_tokenizers_with_little_in_common(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("limbeck.doctor.LEAST_ALIGNED", 1.0)
+    found = {one.name: one for one in examine(parse(pair), tmp_path / "run")}
+    assert found["bridge"].verdict == "fault" and "others: written" in found["bridge"].seen
 
 
 def test_without_a_bridge_other_tokens_are_refused_with_the_cure(pair):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from limbeck.data import Row, make_batch
 from limbeck.models.api import ApiTeacher
+from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.load import Model, load_model
 from limbeck.models.score import Scorer
 from limbeck.models.several import SeveralTeachers
@@ -27,8 +28,8 @@ from limbeck.objectives.divergence import DIVERGENCES, checked_params
 from limbeck.prepare import fill_cache
 from limbeck.serve import serve
 from limbeck.signals.cache import Cache
+from limbeck.teacher_settings import Bridge, Served
 from limbeck.teacher_settings import Cache as Form
-from limbeck.teacher_settings import Served
 from limbeck.types import Batch
 from tests.conftest import make_net
 from tests.scoring_server import ScoringServer
@@ -111,6 +112,15 @@ def real_server(teacher, folder):
     yield lambda batch: scorer.view(batch).signal
 
 
+def bridged(**settings):
+    @contextmanager
+    def open_(teacher, _):
+        bridge = BridgedTeacher(teacher, teacher.model, Bridge(**settings))
+        yield lambda batch: bridge.view(batch).signal
+
+    return open_
+
+
 BACK_ENDS = {
     "in process": BackEnd(live, 2e-6),
     "hidden, float32": BackEnd(cached(hidden={"dtype": "float32"}), 2e-6),
@@ -124,6 +134,9 @@ BACK_ENDS = {
     "vLLM's protocol, 16 tokens": BackEnd(served("vLLM", 16), 2e-5, 16),
     "a server, kept": BackEnd(served_and_kept("vLLM"), 2e-3),
     "several that are one": BackEnd(several, 2e-6),
+    "a bridge between equal tokens": BackEnd(bridged(), 2e-6),
+    "a bridge, the rest sorted": BackEnd(bridged(rest="sorted"), 2e-6),
+    "a bridge by edits": BackEnd(bridged(match="edits", spans="equal", others="written"), 2e-6),
     "the real llama.cpp server": BackEnd(real_server, 0.1, 64),
 }
 

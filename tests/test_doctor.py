@@ -51,7 +51,7 @@ def test_what_is_sound_has_no_fault(protocol, tiny, recipe_of, tmp_path):
         told = []
         findings = examine(recipe_of(server=served(server)), tmp_path / "run", told.append)
     assert not said(findings) and told == [one.name for one in findings]
-    assert set(said(findings, "not looked at")) == {"cache"}
+    assert set(said(findings, "not looked at")) == {"bridge", "cache"}
     seen = said(findings, "fine")
     assert "0.0000 nats apart" in seen["served weights"] and "20.0 of 20 shared" in seen["served weights"]
     assert not (tmp_path / "run").exists(), "it writes nothing"
@@ -104,7 +104,7 @@ def kept(recipe_of, prompt_file, tmp_path):
     recipe = parse(plain.resolved() | {"writer": [{"by": "corpus"}]})
     folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
     assert not said(findings := examine(recipe, folder)), "it is sound before a fault is planted"
-    assert set(said(findings, "not looked at")) == {"server", "served weights"}
+    assert set(said(findings, "not looked at")) == {"bridge", "server", "served weights"}
     (shard,) = (folder / "signals").glob("shard-*.safetensors")
     return recipe, folder, shard
 
@@ -193,7 +193,9 @@ COMPARING = [name for name in recipe_files() if any(term.name in DIVERGENCES for
 @pytest.mark.parametrize("name", [name for name in COMPARING if load_recipe(name).teacher.model])
 def test_every_recipes_losses_are_zero_for_a_student_that_is_the_teacher(name, tiny_folder, tmp_path):
     recipe = load_recipe(name)
-    recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": str(tiny_folder), "context": None})})
+    recipe = recipe.model_copy(
+        update={"teacher": recipe.teacher.model_copy(update={"model": str(tiny_folder), "context": None, "bridge": None})}
+    )
     assert "gradient are 0" in _zero(Patient(recipe, tmp_path))
 
 

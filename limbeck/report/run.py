@@ -56,7 +56,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "drops": _json(folder / "start.json").get("drops", []),
         "efficiency": grids.efficiency_grid(summary, {}),
         "held_out": summary.get("held_out") or {},
-        "cards": _cards(summary, recipe),
+        "cards": _cards(folder, summary, recipe),
         "source": _source(folder, summary),
         "excerpt": (excerpt := read_excerpt(folder / "evaluation", list(LABELS))),
         "shown": [name for name in LABELS if excerpt and name in excerpt.systems] or (excerpt.systems[:4] if excerpt else []),
@@ -64,11 +64,13 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cards(summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _cards(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The data card: what the teacher was shown, what was trained on, what was held out, and the settings of each task."""
     cards = [("Teacher", facts)] if (facts := teacher_facts(recipe.get("teacher"))) else []
     if isinstance(recipe.get("prompts"), dict):
         cards.append(("Prompts trained on", grids.facts(recipe["prompts"])))
+    if bridge := _json(folder / "bridge.json"):
+        cards.append(("Bridge between the vocabularies", grids.facts(bridge)))
     if summary.get("bill"):
         cards.append(("Bill of the teacher's server", grids.facts(summary["bill"])))
     if summary.get("held_out"):
