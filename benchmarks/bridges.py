@@ -1,16 +1,17 @@
 """A real pair with two tokenizers: Gemma 3 270M teaches SmolLM2-135M-Instruct over each bridge.
 
-For every bridge, the same answers of the teacher to built-in prompts are trained on for the same few steps from the same start; measured
-before and after on held-out answers: the bridge's own loss, how likely the student finds the text (nats a byte, so that tokens don't
+For every bridge, the same worked answers (grade-school problems, one JSON object a line with `question` and `answer`) are trained on for
+the same few steps from the same start; measured before and after on held-out answers: the bridge's own loss, how likely the student finds the text (nats a byte, so that tokens don't
 matter), and how near it is to the teacher (forward KL over common tokens and a bucket, at aligned positions). Fine-tuning on the text
 alone is the row to compare with. Writes docs/evidence/bridges.json; killed, it goes on at the next bridge.
 
-    python benchmarks/bridges.py docs/evidence/bridges.json
+    python benchmarks/bridges.py docs/evidence/bridges.json gsm8k/train.jsonl
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -19,8 +20,6 @@ from typing import Any
 
 import torch
 
-from limbeck import build
-from limbeck.console import JsonLines
 from limbeck.data import Row, make_batch
 from limbeck.durable import write_json
 from limbeck.jobs import make_job
@@ -28,14 +27,13 @@ from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.load import Model, load_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
-from limbeck.pipeline import Run
 from limbeck.prepare import even_batches, response_log_probs
 from limbeck.settings import Train
 from limbeck.teacher_settings import Bridge
 from limbeck.train import loss_on, train
 
 TEACHER, STUDENT = "gemma-3-270m", "smollm2-135m-instruct"
-STEPS, TOKENS, HELD_OUT, LR = 30, 512, 40, 5e-5
+STEPS, TOKENS, TRAINED, HELD_OUT, LR = 30, 512, 120, 40, 5e-5
 COMMON = ("forward_kl", Bridge())
 WAYS: dict[str, tuple[list[tuple[str, float]], Bridge]] = {
     "text alone": ([("cross_entropy", 1.0)], Bridge()),
@@ -47,15 +45,18 @@ WAYS: dict[str, tuple[list[tuple[str, float]], Bridge]] = {
 }
 
 
-def text(folder: Path) -> tuple[Run, list[Row], list[Row], int]:
-    """(the run that holds it, training rows, held-out rows, bytes of the held-out answers): what the teacher answers to prompts."""
-    changes = [f"teacher.model={TEACHER}", "writer.0.max_tokens=64", f"evaluate.limit={HELD_OUT}"]
-    holder = Run(build.load_recipe("uld", changes), folder, JsonLines())
-    folder.mkdir(parents=True, exist_ok=True)
-    training = holder.rows(holder.text.training(), holder.untouched())
-    said = [sample for sample in holder.text.held_out() if sample.messages[-1]["content"].strip()]
-    held = holder.rows(said, holder.untouched())
-    return holder, training, held, sum(len(sample.messages[-1]["content"].encode()) for sample in said)
+def rows_of(file: Path, student: Model, teacher: Model) -> tuple[list[Row], list[Row], int]:
+    """(training rows, held-out rows, bytes of the held-out answers) of the first problems of a file, in both models' tokens."""
+    found, size = [], 0
+    for number, line in enumerate(file.read_text().splitlines()[: TRAINED + HELD_OUT]):
+        problem = json.loads(line)
+        asked = ({"role": "user", "content": str(problem["question"])},)
+        said = re.sub(r"<<[^>]*>>", "", str(problem["answer"]))
+        ids = (*student.text_ids(said), student.tokenizer.eos_token_id)
+        shown = tuple(teacher.prompt_ids(asked))
+        found.append(Row(str(number), tuple(student.prompt_ids(asked)), ids, group=str(number), teacher_prompt_ids=shown))
+        size += len(said.encode()) if number >= TRAINED else 0
+    return found[:TRAINED], found[TRAINED:], size
 
 
 def measured(job: Any, student: Model, teacher: BridgedTeacher, held: list[Row], size: int) -> dict[str, float]:
@@ -87,19 +88,27 @@ def one(name: str, teacher: InProcessTeacher, rows: tuple[list[Row], list[Row], 
     return {"before": before, "after": after, "seconds_per_step": seconds / STEPS, "shared": facts, "losses": losses, "rows": len(training)}
 
 
-def main(out: Path) -> None:
+def main(out: Path, problems: Path) -> None:
     torch.manual_seed(0)
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"ways": {}}
-    holder, *rows = text(Path("runs/bridges"))
-    teacher = holder.teacher
+    teacher = InProcessTeacher(load_model(TEACHER))
+    rows = rows_of(problems, load_model(STUDENT), teacher.model)
     for name in WAYS:
         if name in found["ways"]:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            found["ways"][name] = one(name, teacher, (rows[0], rows[1], rows[2]), Path(folder))
-        found |= {"teacher": TEACHER, "student": STUDENT, "steps": STEPS, "tokens_per_step": TOKENS, "held_out": HELD_OUT, "lr": LR}
+            found["ways"][name] = one(name, teacher, rows, Path(folder))
+        found |= {
+            "teacher": TEACHER,
+            "student": STUDENT,
+            "steps": STEPS,
+            "tokens_per_step": TOKENS,
+            "held_out": HELD_OUT,
+            "problems": problems.name,
+            "lr": LR,
+        }
         write_json(out, found)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

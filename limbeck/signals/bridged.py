@@ -91,22 +91,29 @@ class BridgedSignal:
 
     @torch.no_grad()
     def chunk(self, positions: slice) -> BridgedChunk:
-        return BridgedChunk(self, self.places.part(positions))
+        """Teacher logits of the aligned ones among these positions; valid until the next chunk."""
+        places = self.places.part(positions)
+        at_A = places.at_N[places.at_N >= 0]
+        return BridgedChunk(self, places, self.head.logits(self.hidden_ME[at_A], self.buffer))
 
 
 @dataclass(frozen=True)
 class BridgedChunk:
     signal: BridgedSignal
     places: Places
+    logits_AW: Tensor
 
     def rows(self, rows: slice) -> BridgedRows:
-        return BridgedRows(self.signal, self.places.part(rows))
+        aligned_C = self.places.at_N >= 0
+        first, count = int(aligned_C[: rows.start].sum()), int(aligned_C[rows].sum())
+        return BridgedRows(self.signal, self.places.part(rows), self.logits_AW[first : first + count])
 
 
 @dataclass(frozen=True)
 class BridgedRows:
     signal: BridgedSignal
     places: Places
+    logits_AW: Tensor
 
     @property
     def p(self) -> Distribution:
@@ -130,8 +137,7 @@ class BridgedRows:
         return values_R, gradient_RV
 
     def _aligned(self, places: Places, divergence: Divergence, params: Mapping[str, float], q: Distribution) -> ValueAndGradient:
-        signal, pairs = self.signal, self.signal.pairs
-        p = Distribution(signal.head.logits(signal.hidden_ME[places.at_N], signal.buffer).to(q.log.dtype))
+        pairs, p = self.signal.pairs, Distribution(self.logits_AW.to(q.log.dtype))
         if divergence.sorts:
             return divergence(p, q, params)
         if not divergence.buckets or params.get("temperature", 1) != 1:
