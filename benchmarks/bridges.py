@@ -1,9 +1,10 @@
 """A real pair with two tokenizers: Gemma 3 270M teaches SmolLM2-135M-Instruct over each bridge.
 
 For every bridge, the same worked answers (grade-school problems, one JSON object a line with `question` and `answer`) are trained on for
-the same few steps from the same start; measured before and after on held-out answers: the bridge's own loss, how likely the student finds the text (nats a byte, so that tokens don't
-matter), and how near it is to the teacher (forward KL over common tokens and a bucket, at aligned positions). Fine-tuning on the text
-alone is the row to compare with. Writes docs/evidence/bridges.json; killed, it goes on at the next bridge.
+the same few steps from the same start; measured before and after on held-out answers: the bridge's own loss, how likely the student finds
+the text (nats a byte, so that tokens don't matter), and how near it is to the teacher (forward KL over common tokens and a bucket, at
+aligned positions). Fine-tuning on the text alone is the row to compare with. Writes docs/evidence/bridges.json; killed, it goes on at the
+next bridge.
 
     python benchmarks/bridges.py docs/evidence/bridges.json gsm8k/train.jsonl
 """
@@ -33,7 +34,7 @@ from limbeck.teacher_settings import Bridge
 from limbeck.train import loss_on, train
 
 TEACHER, STUDENT = "gemma-3-270m", "smollm2-135m-instruct"
-STEPS, TOKENS, TRAINED, HELD_OUT, LR = 30, 512, 120, 40, 5e-5
+STEPS, TOKENS, TRAINED, HELD_OUT, LR = 16, 512, 120, 40, 5e-5
 COMMON = ("forward_kl", Bridge())
 WAYS: dict[str, tuple[list[tuple[str, float]], Bridge]] = {
     "text alone": ([("cross_entropy", 1.0)], Bridge()),
@@ -98,15 +99,8 @@ def main(out: Path, problems: Path) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             found["ways"][name] = one(name, teacher, rows, Path(folder))
-        found |= {
-            "teacher": TEACHER,
-            "student": STUDENT,
-            "steps": STEPS,
-            "tokens_per_step": TOKENS,
-            "held_out": HELD_OUT,
-            "problems": problems.name,
-            "lr": LR,
-        }
+        facts = {"steps": STEPS, "tokens_per_step": TOKENS, "held_out": HELD_OUT, "problems": problems.name, "lr": LR}
+        found |= {"teacher": TEACHER, "student": STUDENT, **facts}
         write_json(out, found)
 
 
