@@ -167,6 +167,28 @@ def doctor(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, 
         raise typer.Exit(2)
 
 
+@app.command(epilog="Example: limbeck cache recipes/offline-top-k.yaml --import vllm.jsonl")
+def cache(
+    recipe: RecipeArgument,
+    import_: Annotated[Path | None, typer.Option("--import", help="Another tool's log-probabilities, put into the cache.")] = None,
+    export: Annotated[Path | None, typer.Option("--export", help="A file to write for another tool.")] = None,
+    set_: SetOption = [],  # noqa: B006
+    out: OutOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Exchange the teacher's distributions over a recipe's text with other tools: vLLM's and axolotl's columns, in JSON lines."""
+    from limbeck.build import run_folder
+    from limbeck.exchange import bring_in, take_out
+    from limbeck.recipe import load_recipe
+    from limbeck.types import UserError
+
+    loaded = load_recipe(recipe, set_)
+    folder = run_folder(loaded, out)
+    if (import_ is None) == (export is None):
+        raise UserError("give exactly one of --import FILE and --export FILE")
+    _result(bring_in(loaded, folder, import_) if import_ else take_out(loaded, folder, export or Path()), json_)
+
+
 @app.command(epilog="Example: limbeck methods jsd")
 def methods(
     name: Annotated[str | None, typer.Argument(help="One divergence, loss, step or recipe.", metavar="NAME")] = None,

@@ -51,7 +51,7 @@ FLOORS = [
     ["text", "jobs"],
     ["claim", "evaluation"],
     ["pipeline"],
-    ["comparison", "doctor"],
+    ["comparison", "doctor", "exchange"],
     ["console", "profile", "harness", "serve"],
     ["chat"],
     ["cli"],

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": RUNS | {"--profile", "--track"},
     "evaluate": RUNS,
     "doctor": RUNS,
+    "cache": RUNS | {"--import", "--export"},
     "report": {"run_folder", "--json", "--table"},
     "compare": {"recipes", "--like", "--seeds", "--base", "--set", "--out", "--keep", "--json"},
     "check": {"recipe", "--set", "--json"},
