@@ -45,7 +45,7 @@ SHOWN_ON_POLICY = {
 }  # fmt: skip
 KINDS, MOST_CHARS = ("expand", "curate", "label", "verify", "select", "transform"), 60
 ELICITED, REASONING = (DOCS / "evidence" / f"{name}.json" for name in ("elicitation", "reasoning"))
-HEAD, ON_POLICY, KEPT = (DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache"))
+HEAD, ON_POLICY, KEPT, BRIDGES = (DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges"))
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -246,9 +246,46 @@ def kept() -> str:
     return "\n\n".join(lines)
 
 
+def bridges() -> str:
+    """What each bridge of the real pair shares, and what training over it did to the held-out text."""
+    if not BRIDGES.is_file():
+        return "Not measured yet: run python benchmarks/bridges.py"
+    found, rows = json.loads(BRIDGES.read_text(encoding="utf-8")), []
+    for name, facts in found["ways"].items():
+        losses = " + ".join(f"{weight:g} {loss}" for loss, weight in facts["losses"])
+        moved = [
+            f"{facts['before'][key]:.{digits}f} → {facts['after'][key]:.{digits}f}"
+            for key, digits in (("loss", 3), ("nats_per_byte", 4), ("common_kl", 3))
+        ]
+        rows.append([name, f"`{losses}`", *moved, f"{facts['seconds_per_step']:.0f}"])
+    shared = next(iter(found["ways"].values()))["shared"]
+    told = (
+        f"{shared['common_tokens']:,} of the student's {shared['student_tokens']:,} tokens are among the teacher's "
+        f"{shared['teacher_tokens']:,}; of the training text's tokens {shared['aligned_share']:.1%} begin where one of the teacher's does, and "
+        f"{shared['single_share']:.1%} are one in both. {found['steps']} steps of {found['tokens_per_step']} tokens at {found['lr']:g}; losses are "
+        f"those of {found['held_out']} held-out answers, before and after; the time of a step was taken beside other work."
+    )
+    titles = ["over", "trained on", "own loss", "nats a byte of the text", "forward KL over common tokens", "seconds a step"]
+    return f"{told}\n\n{table(titles, rows)}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     make.__name__: make
-    for make in (divergences, ranking, features, policy, head, on_policy, steps, elicited, reasoning, kept, methods, on_policy_methods)
+    for make in (
+        divergences,
+        ranking,
+        features,
+        policy,
+        head,
+        on_policy,
+        steps,
+        elicited,
+        reasoning,
+        kept,
+        bridges,
+        methods,
+        on_policy_methods,
+    )
 }
 
 
