@@ -261,9 +261,9 @@ def bridges() -> str:
     shared = next(iter(found["ways"].values()))["shared"]
     told = (
         f"{shared['common_tokens']:,} of the student's {shared['student_tokens']:,} tokens are among the teacher's "
-        f"{shared['teacher_tokens']:,}; of the training text's tokens {shared['aligned_share']:.1%} begin where one of the teacher's does, and "
-        f"{shared['single_share']:.1%} are one in both. {found['steps']} steps of {found['tokens_per_step']} tokens at {found['lr']:g}; losses are "
-        f"those of {found['held_out']} held-out answers, before and after; the time of a step was taken beside other work."
+        f"{shared['teacher_tokens']:,}; of the training text's tokens {shared['aligned_share']:.1%} begin where one of the teacher's does, "
+        f"and {shared['single_share']:.1%} are one in both. {found['steps']} steps of {found['tokens_per_step']} tokens at "
+        f"{found['lr']:g}; losses are those of {found['held_out']} held-out answers, before and after; a step was timed beside other work."
     )
     titles = ["over", "trained on", "own loss", "nats a byte of the text", "forward KL over common tokens", "seconds a step"]
     return f"{told}\n\n{table(titles, rows)}"

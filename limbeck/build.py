@@ -106,11 +106,11 @@ def served(recipe: Recipe) -> ApiTeacher | None:
 
 
 def scorer(recipe: Recipe, api: ApiTeacher) -> Scorer | None:
-    """The server as one that scores the training text, where the recipe keeps what it says of it and has no weights of it."""
-    cache = recipe.teacher.cache
-    if cache is None or cache.top_k is None:
-        return None
-    return Scorer(api, cache.top_k.k, load_tokenizer(recipe.speaker))
+    """The server as one that scores the training text, where the recipe reads that and has no weights of it."""
+    cache, server = recipe.teacher.cache, recipe.teacher.server
+    named = cache.top_k.k if cache is not None and cache.top_k is not None else server.names if server is not None else None
+    reads_written = any(term.name in POLICIES and "teacher_distribution" in term.reads for term in terms(recipe))
+    return None if named is None else Scorer(api, named, load_tokenizer(recipe.speaker), reads_written)
 
 
 def sight(recipe: Recipe) -> Sight | None:

@@ -91,7 +91,8 @@ class Patient:
         if self.run.other_tokens:
             raise NothingToSeeError("the server writes text in tokens of its own")
         cache = self.recipe.teacher.cache
-        return Scorer(api, cache.top_k.k if self.recipe.teacher.model is None and cache and cache.top_k else NAMED, self.model.tokenizer)
+        read = cache.top_k.k if cache and cache.top_k else api.settings.names
+        return Scorer(api, read if self.recipe.teacher.model is None and read else NAMED, self.model.tokenizer)
 
     @cached_property
     def texts(self) -> Batch:

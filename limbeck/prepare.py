@@ -16,14 +16,14 @@ from limbeck.data import MICRO_TOKENS, MicroBatch, Row, make_batch, steps_of_epo
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.feature import pair_name
-from limbeck.objectives.head import Evidence, Head, fused_loss, token_log_probs
+from limbeck.objectives.head import Evidence, fused_loss, token_log_probs
 from limbeck.objectives.match import Match, Place
 from limbeck.objectives.policy import Policy, Responses
 from limbeck.objectives.term import make_term
 from limbeck.objectives.total import TeacherView
 from limbeck.signals.cache import Cache, text_key, texts_of
 from limbeck.signals.dense import DenseSignal
-from limbeck.signals.sparse import TopK
+from limbeck.signals.sparse import TopK, joined
 from limbeck.types import Batch, UserError
 
 Progress = Callable[[int, int], None]
@@ -92,34 +92,41 @@ def with_reference(rows: Sequence[Row], name: str, log_probs: Mapping[str, float
 
 
 class Remembered:
-    """A teacher's view that scores a step's rows once and hands the same hidden states on when they are trained."""
+    """A teacher's view that scores a step's rows once and hands the same on when they are trained."""
 
     def __init__(self, view: Callable[[Batch], TeacherView]) -> None:
         self.view = view
-        self._hidden: dict[str, Tensor] = {}
-        self._head: Head | None = None
+        self._known: dict[str, TopK | DenseSignal] = {}
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row]) -> list[Tensor]:
         """log p of every response token, one tensor per row, in nats. What was remembered before is forgotten."""
-        self._hidden, found = {}, dict[str, Tensor]()
+        self._known, found = {}, dict[str, Tensor]()
         for micro_batch in even_batches(rows):
             batch = make_batch(rows, micro_batch)
             signal = self.view(batch).signal
-            assert isinstance(signal, DenseSignal)
+            assert isinstance(signal, DenseSignal | TopK)
             row_N, position_N = batch.response_positions()
-            targets_N = batch.tokens_BT[row_N, position_N + 1].to(signal.hidden_NE.device)
-            log_prob_N = token_log_probs(signal.hidden_NE, signal.head, targets_N).cpu()
-            counts = batch.mask_BT.sum(1).tolist()
-            found |= dict(zip(batch.sample_ids, log_prob_N.split(counts), strict=True))
-            self._hidden |= dict(zip(batch.sample_ids, signal.hidden_NE.split(counts), strict=True))
-            self._head = signal.head
+            if isinstance(signal, TopK):
+                log_prob_N = signal.log_prob(row_N)
+            else:
+                targets_N = batch.tokens_BT[row_N, position_N + 1].to(signal.hidden_NE.device)
+                log_prob_N = token_log_probs(signal.hidden_NE, signal.head, targets_N).cpu()
+            ends = batch.mask_BT.sum(1).cumsum(0).tolist()
+            for sample_id, start, end in zip(batch.sample_ids, [0, *ends], ends, strict=False):
+                part = slice(start, end)
+                found[sample_id] = log_prob_N[part]
+                own = signal.chunk(part) if isinstance(signal, TopK) else DenseSignal(signal.hidden_NE[part], signal.head)
+                self._known[sample_id] = own
         return [found[row.sample_id] for row in rows]
 
     def __call__(self, batch: Batch) -> TeacherView:
-        if self._head is None or not all(sample_id in self._hidden for sample_id in batch.sample_ids):
+        known = [self._known[sample_id] for sample_id in batch.sample_ids if sample_id in self._known]
+        if len(known) < len(batch.sample_ids):
             return self.view(batch)
-        return TeacherView(DenseSignal(torch.cat([self._hidden[sample_id] for sample_id in batch.sample_ids]), self._head))
+        if dense := [one for one in known if isinstance(one, DenseSignal)]:
+            return TeacherView(DenseSignal(torch.cat([one.hidden_NE for one in dense]), dense[0].head))
+        return TeacherView(joined([one for one in known if isinstance(one, TopK)]))
 
 
 def with_columns(rows: list[Row], teacher: Remembered, policies: Sequence[tuple[Policy, Mapping[str, float]]]) -> list[Row]:

@@ -59,7 +59,8 @@ class Limits(Section):
 class Served(Section):
     """An OpenAI-compatible server that writes the teacher's text: its address (up to `/v1`), the model's `name` there, and the environment
     variable that holds its key. `concurrency` requests are under way at once; one answer may take `timeout` seconds and be asked for
-    `retries` times more. With `batch` the requests go through its batch interface: within a day, at half the price where there is one."""
+    `retries` times more. With `batch` the requests go through its batch interface: within a day, at half the price where there is one.
+    It `names` so many of its likeliest tokens at each position of every step's text, which the student may write."""
 
     url: str
     name: str
@@ -70,6 +71,7 @@ class Served(Section):
     timeout: Annotated[float, Field(gt=0)] = 300.0
     retries: Annotated[int, Field(ge=0, le=20)] = 5
     batch: bool = False
+    names: Annotated[int, Field(ge=1, le=65535)] | None = None
     price: Price | None = None
     limits: Limits = Limits()
 

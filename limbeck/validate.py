@@ -287,13 +287,17 @@ def _check_text_only(recipe: Recipe, cache: Cache | None) -> None:
         raise RecipeError("teacher.cache", f"a server names its likeliest tokens at most: keep {{top_k: {{k: 20}}}}, {cure}")
     if cache is not None and recipe.teacher.server is not None and recipe.teacher.server.batch:
         raise RecipeError("teacher.server.batch", f"text is scored by requests of their own: leave batch or the cache out, {cure}")
-    given = {"teacher_distribution"} if cache is not None else set()
+    named = recipe.teacher.server.names if recipe.teacher.server is not None else None
+    if named is not None and cache is not None:
+        raise RecipeError("teacher.server.names", "what a cache keeps is asked for once; leave names or the cache out")
+    given = {"teacher_distribution"} if cache is not None or named is not None else set()
     if recipe.student.start.pretrained is None:
         raise RecipeError("student.start", f"nothing can be made of a teacher whose weights are not here: give pretrained, {cure}")
     for index, term in enumerate(build.terms(recipe)):
         if missing := sorted(term.reads & (TEACHER_READS | {"reference_teacher"}) - given):
             what = missing[0].replace("_", " ")
-            hint = "keep what it says of the text (teacher.cache: {top_k: {k: 20}}), " if missing == ["teacher_distribution"] else ""
+            kept = "keep what it says of the text (teacher.cache: {top_k: {k: 20}}), or ask it at every step (teacher.server.names: 20), "
+            hint = kept if missing == ["teacher_distribution"] else ""
             raise RecipeError(
                 f"loss[{index}].{term.name}", f"it reads the {what}, and a server gives text: use cross_entropy, {hint}{cure}"
             )

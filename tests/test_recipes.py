@@ -29,7 +29,7 @@ def test_the_recipes_of_the_field_are_there():
         "opsd", "mixkd", "alpaca", "self-instruct", "evol-instruct", "magpie", "orca", "distilling-step-by-step", "fine-tune-cot", "scott",
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
-        "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd",
+        "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd", "minillm-from-server",
     }  # fmt: skip
 
 
@@ -84,16 +84,16 @@ def elicited_from(folder, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def server(tiny_folder):
-    """A teacher behind a server alone: the student's tokens, other weights."""
+def servers(tiny_folder):
+    """A teacher behind servers alone: the student's tokens, other weights."""
     model = load_model(str(tiny_folder))
     model.net.load_state_dict(make_net(seed=5, vocabulary=len(model.tokenizer)).state_dict())
-    with ScoringServer(model) as serving:
-        yield serving
+    with ScoringServer(model) as one, ScoringServer(model, "vLLM") as other:
+        yield {"llama.cpp": one, "vLLM": other}
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_a_tiny_student(name, server, tiny_folder, prompt_file, tmp_path, monkeypatch):
+def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file, tmp_path, monkeypatch):
     short = [f"writer.{i}.max_tokens={10 + i}" for i in range(len(load_recipe(name).writer))]
     solved = tmp_path / "solved.jsonl"
     solved.write_text("".join(json.dumps(json.loads(line) | {"answer": "a mat"}) + "\n" for line in prompt_file.read_text().splitlines()))
@@ -101,7 +101,12 @@ def test_a_recipe_trains_a_tiny_student(name, server, tiny_folder, prompt_file, 
     if load_recipe(name).elicit:  # a tiny model's answers would pass no filter: the writer is played, and long texts need room
         changes += elicited_from(tmp_path, monkeypatch)
     elif load_recipe(name).teacher.model is None:
-        changes += [f"teacher.server={{url: {server.url}, name: toy}}", f"student={{start: {{pretrained: {tiny_folder}}}}}"]
+        names = load_recipe(name).teacher.server.names
+        url = servers["llama.cpp" if names is None else "vLLM"].url
+        changes += [
+            f"teacher.server={{url: {url}, name: toy, names: {names or 'null'}}}",
+            f"student={{start: {{pretrained: {tiny_folder}}}}}",
+        ]
     else:
         changes += the_same_model(name, tiny_folder)
     recipe = load_recipe(name, changes)

@@ -10,7 +10,7 @@ import torch
 
 from limbeck.data import Row, make_batch
 from limbeck.models.api import ApiTeacher
-from limbeck.models.load import load_model
+from limbeck.models.load import load_model, save_model
 from limbeck.models.score import Scorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import Evidence, fused_loss
@@ -245,3 +245,50 @@ def test_a_server_that_only_wrote_the_text_is_not_asked_again(tiny, tiny_folder,
     assert set(asked) == {"/v1/chat/completions"}
     run(recipe, folder, stages=("train",))
     assert (folder / "student" / "config.json").exists()
+
+
+def on_its_own_text(server, names, loss="minillm_long"):
+    """A student that writes, and a teacher behind a server that says how likely that is."""
+    return {
+        "teacher": {"server": {"url": server.url, "name": "toy", "retries": 0, "names": names}},
+        "writer": [{"by": "student", "max_tokens": 8}],
+        "loss": [{"reverse_kl": {"by": "importance_weight"}}, loss] if loss == "minillm_long" else [loss],
+    }
+
+
+@pytest.mark.parametrize("loss", ["minillm_long", "on_policy_distillation"])
+def test_a_vllm_server_teaches_the_students_own_text_as_the_model_in_process_does(loss, tiny_folder, recipe_data, tmp_path):
+    model = load_model(str(tiny_folder))
+    model.net.load_state_dict(make_net(seed=5, vocabulary=len(model.tokenizer)).state_dict())
+    (made := tmp_path / "teacher").mkdir()
+    save_model(model.net, model.tokenizer, made)
+    recipe_data |= {"student": {"start": {"pretrained": str(tiny_folder)}}, "evaluate": {**recipe_data["evaluate"], "controls": []}}
+    with ScoringServer(model, "vLLM") as server:
+        served = recipe_data | on_its_own_text(server, len(model.tokenizer), loss)
+        recipe_data |= {"train": served["train"] | {"steps": 3}}
+        served |= {"train": recipe_data["train"]}
+        one = run(parse(served), tmp_path / "served", stages=("train",))
+    here = parse(served | {"teacher": str(made)})
+    two = run(here, tmp_path / "here", stages=("train",))
+    records = [[json.loads(line)["terms"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)]
+    assert len(records[0]) == 3
+    for ours, theirs in zip(*records, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-4)
+
+
+def test_a_llama_cpp_server_is_refused_where_every_written_token_is_read(tiny, tiny_folder, recipe_data, tmp_path):
+    recipe_data |= {"student": {"start": {"pretrained": str(tiny_folder)}}, "evaluate": {**recipe_data["evaluate"], "controls": []}}
+    with ScoringServer(tiny) as server:
+        with pytest.raises(UserError, match="need a vLLM server"):
+            run(parse(recipe_data | on_its_own_text(server, 16)), tmp_path / "run", stages=("train",))
+        folder = run(parse(recipe_data | on_its_own_text(server, 16, "jsd")), tmp_path / "bucket", stages=("train",))
+    assert (folder / "student").exists(), "a bucket needs no more than the likeliest"
+
+
+def test_what_a_server_names_at_every_step_is_not_kept_too(tiny, tiny_folder, recipe_data):
+    recipe_data |= {"student": {"start": {"pretrained": str(tiny_folder)}}, "loss": ["jsd"]}
+    server = {"url": "http://127.0.0.1:1/v1", "name": "toy", "names": 4}
+    with pytest.raises(RecipeError, match="leave names or the cache out"):
+        validate(parse(recipe_data | {"teacher": {"server": server, "cache": {"top_k": {}}}}))
+    with pytest.raises(RecipeError, match=r"teacher.server.names: 20"):
+        validate(parse(recipe_data | {"teacher": {"server": server | {"names": None}}}))

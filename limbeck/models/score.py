@@ -29,7 +29,7 @@ from limbeck.signals.sparse import TopK
 from limbeck.types import Batch, UserError
 
 Protocol = Literal["llama.cpp", "vLLM"]
-Named = tuple[list[int], list[float]]  # ids and log-probabilities of the likeliest tokens at one position, the likeliest first
+Named = tuple[list[int], list[float], float]  # at one position: ids and log-probabilities of the likeliest tokens, and log p of the written
 ODD = "Zwölf Boxkämpfer, 12.5 % naïve 日本語 🙂\n\tdef f(x): return x  # <b>"  # what tokenizers differ in
 ASKED = ({"role": "user", "content": "Is it 1, or 2?"},)
 ROUNDING = 1e-3  # by how much probabilities in a server's float32 may pass 1
@@ -42,12 +42,13 @@ class Scorer:
         api: how the server is reached, with its limits and retries.
         k: how many tokens are wanted at every position.
         tokenizer: the student's, in whose ids the text is.
+        written: whether log p of every written token is needed, too.
     """
 
     can = frozenset({"text", "teacher_distribution"})
 
-    def __init__(self, api: ApiTeacher, k: int, tokenizer: Tokenizer) -> None:
-        self.api, self.tokenizer = api, tokenizer
+    def __init__(self, api: ApiTeacher, k: int, tokenizer: Tokenizer, written: bool = False) -> None:
+        self.api, self.tokenizer, self.written = api, tokenizer, written
         self.vocabulary = len(tokenizer)
         self.k = min(k, self.vocabulary)
         self._protocol: Protocol | None = None
@@ -63,6 +64,11 @@ class Scorer:
             UserError: it can't score, means other tokens by the ids, frames a conversation otherwise, or names fewer tokens than asked for.
         """
         self._protocol = self.api.wait(self._find_protocol)
+        if self.written and self._protocol != "vLLM":
+            raise UserError(
+                "a llama.cpp server names its likeliest tokens, and what the student writes may not be among them: this recipe's losses on "
+                "the student's own text need a vLLM server, or divergences with a bucket (jsd, reverse_kl)"
+            )
         told = self.api.wait(lambda client: self._tokens_of(client, ODD))
         own = list(self.tokenizer(ODD, add_special_tokens=False)["input_ids"])
         if told != own:
@@ -100,8 +106,8 @@ class Scorer:
         """
         assert taps == NO_TAPS and vocabulary in (None, self.vocabulary), "a server has no layers, and its tokens are the student's"
         named = [position for text in self.score(list(ids_of(batch))) for position in text]
-        ids_NK, log_NK = (torch.tensor([position[side] for position in named]) for side in (0, 1))
-        return TeacherView(TopK(ids_NK, log_NK))
+        ids_NK, log_NK, written_N = (torch.tensor([position[side] for position in named]) for side in (0, 1, 2))
+        return TeacherView(TopK(ids_NK, log_NK, written_N=None if bool(written_N.isnan().any()) else written_N))
 
     def score(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[Named]]:
         """The likeliest tokens at every position of each (prompt, response), which are token ids."""
@@ -142,7 +148,7 @@ class Scorer:
                 raise UserError("the server gave no log-probabilities; it must be a llama.cpp server that knows n_probs")
             entries = listed[0].get("top_logprobs")
             pairs = [(one.get("id"), one.get("logprob")) for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
-            found.append(self._checked(pairs))
+            found.append(self._checked(pairs, response[place]))
         return found
 
     async def _at_once(self, client: httpx2.AsyncClient, prompt: list[int], response: list[int]) -> list[Named]:
@@ -154,7 +160,7 @@ class Scorer:
         if not isinstance(listed, list) or len(listed) != len(ids):
             told = f"{len(listed)} rows" if isinstance(listed, list) else "no log-probabilities"
             raise UserError(f"the server gave {told} for a text of {len(ids)} tokens; it must be a vLLM server that knows prompt_logprobs")
-        return [self._checked(_vllm_pairs(listed[place], ids[place])) for place in range(len(prompt), len(ids))]
+        return [self._checked(_vllm_pairs(listed[place], ids[place]), ids[place]) for place in range(len(prompt), len(ids))]
 
     async def _asked(self, client: httpx2.AsyncClient, path: str, body: Any, tokens: int) -> dict[str, Any]:
         status, content = await self.api.tried(client, path, body, "", tokens)
@@ -166,8 +172,8 @@ class Scorer:
             raise UserError(f"the answer is of the model {named[:80]!r}, and {self.api.settings.name!r} was asked")
         return data
 
-    def _checked(self, pairs: Sequence[tuple[Any, Any]]) -> Named:
-        """The `k` likeliest, once they are tokens with probabilities."""
+    def _checked(self, pairs: Sequence[tuple[Any, Any]], written: int) -> Named:
+        """The `k` likeliest, once they are tokens with probabilities, and the written one's, NaN where it is not named."""
         good = [(n, x) for n, x in pairs if type(n) is int and 0 <= n < self.vocabulary and type(x) in (int, float) and not math.isnan(x)]
         if len(good) < len(pairs):
             raise UserError(f"the server names {len(pairs) - len(good)} tokens that are none of the student's, or have no log-probability")
@@ -181,7 +187,7 @@ class Scorer:
         good.sort(key=lambda pair: -pair[1])
         if (total := sum(math.exp(x) for _, x in good)) > 1 + ROUNDING:
             raise UserError(f"the probabilities that the server gives add up to {total:.3f}: they are no softmax")
-        return [n for n, _ in good[: self.k]], [float(x) for _, x in good[: self.k]]
+        return [n for n, _ in good[: self.k]], [float(x) for _, x in good[: self.k]], float(dict(good).get(written, math.nan))
 
     # What is probed
 

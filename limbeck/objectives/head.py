@@ -97,10 +97,12 @@ def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None, buffe
 
 
 class TeacherRows(Protocol):
-    """The teacher's side of a block. `p` is its whole distribution, where the signal has that."""
+    """The teacher's side of a block. `p` is its whole distribution, where the signal has that; `log_prob` that of the written tokens."""
 
     @property
     def p(self) -> Distribution: ...
+
+    def log_prob(self, targets_R: Tensor, /) -> Tensor: ...
 
     def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor, /) -> ValueAndGradient: ...
 

@@ -111,7 +111,7 @@ def _policy_values(policy: Policy, block: Block, params: Mapping[str, float]) ->
     """A loss on the written token's log-probability; its slope is taken by autograd, the rest is the softmax."""
     index_R1, columns = block.targets_R[:, None], dict(block.columns)
     if "teacher_log_prob" in policy.reads and "teacher_log_prob" not in columns and block.teacher is not None:
-        columns["teacher_log_prob"] = block.teacher.p.log.gather(-1, index_R1)[:, 0]
+        columns["teacher_log_prob"] = block.teacher.log_prob(block.targets_R)
     with torch.enable_grad():
         log_prob_R = block.q.log.gather(-1, index_R1)[:, 0].detach().requires_grad_()
         values_R = policy(log_prob_R, columns, params)

@@ -119,6 +119,9 @@ class BridgedRows:
     def p(self) -> Distribution:
         raise UserError(NO_P)
 
+    def log_prob(self, _: Tensor) -> Tensor:
+        raise UserError(NO_P)
+
     def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, _: Tensor) -> ValueAndGradient:
         """The divergence at aligned positions; elsewhere 0, or that to the written token."""
         on_R = self.places.at_N >= 0

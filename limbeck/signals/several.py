@@ -72,6 +72,9 @@ class GatedRows:
     def p(self) -> Distribution:
         raise UserError("which of two teachers is followed depends on the student, so there is no one distribution; use a divergence")
 
+    def log_prob(self, _: Tensor) -> Tensor:
+        return self.p.log  # which is refused
+
     def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor) -> ValueAndGradient:
         share_R = (-(q.prob * q.log).sum(-1) / math.log(q.log.shape[-1])).clamp(0, 1)
         values_R, gradient_RV = self.small.compare(divergence, params, q, targets_R)

@@ -10,7 +10,7 @@ Shapes: N response positions, R of a block, K tokens kept per position, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,22 +28,38 @@ class TopK:
     """`ids_NK` (distinct in a row) with the teacher's `log_prob_NK`; the bucket has `rest_N`, else what is left of 1.
 
     Where rows keep different numbers of tokens, `count_N` (1 or more) says how many; the columns after them are not looked at.
+    `written_N` is log p of the tokens that the text went on with, where those are known beside the likeliest.
     """
 
     ids_NK: Tensor
     log_prob_NK: Tensor
     rest_N: Tensor | None = None
     count_N: Tensor | None = None
+    written_N: Tensor | None = None
 
     def chunk(self, positions: slice) -> TopK:
-        optional = (None if column_N is None else column_N[positions] for column_N in (self.rest_N, self.count_N))
+        optional = (None if column_N is None else column_N[positions] for column_N in self._optional)
         return TopK(self.ids_NK[positions], self.log_prob_NK[positions], *optional)
 
     rows = chunk
 
     def to(self, device: torch.device | str) -> TopK:
-        optional = (None if column_N is None else column_N.to(device) for column_N in (self.rest_N, self.count_N))
+        optional = (None if column_N is None else column_N.to(device) for column_N in self._optional)
         return TopK(self.ids_NK.to(device), self.log_prob_NK.to(device), *optional)
+
+    @property
+    def _optional(self) -> tuple[Tensor | None, ...]:
+        return self.rest_N, self.count_N, self.written_N
+
+    def log_prob(self, _: Tensor) -> Tensor:
+        """log p of the written tokens [N].
+
+        Raises:
+            UserError: only the likeliest are known.
+        """
+        if self.written_N is None:
+            raise UserError(PARTIAL)
+        return self.written_N
 
     @property
     def p(self) -> Distribution:
@@ -100,6 +116,12 @@ class TopK:
         return torch.where(rest_R1 > 0, rest_R1.clamp_min(TINY).log(), IMPOSSIBLE)
 
 
+def joined(signals: Sequence[TopK]) -> TopK:
+    """Positions one after the other, of signals that keep equally many tokens at each and know the written ones."""
+    ids_NK, log_NK = (torch.cat([getattr(signal, name) for signal in signals]) for name in ("ids_NK", "log_prob_NK"))
+    return TopK(ids_NK, log_NK, written_N=torch.cat([signal.log_prob(signal.ids_NK) for signal in signals]))
+
+
 @dataclass(frozen=True)
 class Sampled:
     """Tokens drawn from the teacher with weights whose expectation, token by token, is p: `counts / draws`.
@@ -122,6 +144,9 @@ class Sampled:
 
     @property
     def p(self) -> Distribution:
+        raise UserError(PARTIAL)
+
+    def log_prob(self, _: Tensor) -> Tensor:
         raise UserError(PARTIAL)
 
     def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, _: Tensor) -> ValueAndGradient:
@@ -151,6 +176,9 @@ class Written:
 
     @property
     def p(self) -> Distribution:
+        raise UserError(PARTIAL)
+
+    def log_prob(self, _: Tensor) -> Tensor:
         raise UserError(PARTIAL)
 
     def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor) -> ValueAndGradient:
