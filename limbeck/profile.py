@@ -41,7 +41,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     terms = [term.settle(0.0, {}) for term in job.terms]
     reads = any(term.reads & TEACHER_READS for term in job.terms)
     job.prepare()
-    teacher = Shape.of(run.teacher.model.net.config) if reads else None
+    teacher = Shape.of(run.teacher.model.net.config) if reads and run.recipe.teacher.model is not None else None
     job.net.train()
     rates, seconds, floors, tokens = [], [], [], 0
     for step in content[: STEPS + 1]:

@@ -225,8 +225,8 @@ def _check_bridge(recipe: Recipe, bridge: Bridge) -> None:
         loss = DIVERGENCES[term.name]
         if not loss.sorts and (not loss.buckets or _softened(term)):
             raise RecipeError(at, f"{term.name} (or its temperature) needs one vocabulary; use forward_kl, jsd or uld")
-        if bridge.others == "written" and not loss.one_hot:
-            raise RecipeError(at, f"{term.name} is infinite against the text alone, which others: written teaches; use forward_kl or jsd")
+        if bridge.others == "written" and not (loss.one_hot and loss.buckets):
+            raise RecipeError(at, f"{term.name} says nothing of the text alone, which others: written teaches; use forward_kl or jsd")
     if not read:
         raise RecipeError(path, "no loss reads the teacher's distribution or states; leave it out")
 

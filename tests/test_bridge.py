@@ -146,6 +146,15 @@ def test_a_response_is_aligned_to_its_last_byte(text, ended):
     assert sum(at >= 0 for at in equal.at) == found.single == equal.single
 
 
+@pytest.mark.parametrize("text", ["the cat", " the cat", "a"])
+def test_a_space_that_a_tokenizer_puts_before_every_text_is_none_of_the_texts(text):
+    ours, theirs = make_tokenizer(), other_tokenizer()
+    before = theirs.backend_tokenizer.normalizer
+    theirs.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), before])
+    found = vocabularies(ours, theirs).align(tuple(ours(text, add_special_tokens=False)["input_ids"]), False)
+    assert found.at[0] == 0 and sum(at >= 0 for at in found.at) > len(found.at) / 2
+
+
 def test_text_cut_within_a_character_is_aligned_up_to_it():
     ours, theirs = make_tokenizer(), other_tokenizer()
     ids = ours("a🙂", add_special_tokens=False)["input_ids"]
@@ -515,7 +524,8 @@ def test_without_a_bridge_other_tokens_are_refused_with_the_cure(pair):
         ({"loss": ["dkd"]}, "one vocabulary"),
         ({"loss": [{"forward_kl": {"temperature": 2}}]}, "one vocabulary"),
         ({"loss": ["hidden_match"]}, "token by token"),
-        ({"loss": ["reverse_kl"], "teacher": {"bridge": {"others": "written"}}}, "infinite"),
+        ({"loss": ["reverse_kl"], "teacher": {"bridge": {"others": "written"}}}, "text alone"),
+        ({"loss": ["uld"], "teacher": {"bridge": {"others": "written"}}}, "text alone"),
         ({"teacher": {"cache": {"top_k": {}}}}, "at every step"),
         ({"student": {"start": {"prune": {"layers": 2, "keep": "uniform"}}}}, "needs no bridge"),
         ({"train": {"mixup": 0.4}, "loss": ["forward_kl"]}, "one vocabulary"),

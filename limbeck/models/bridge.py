@@ -27,6 +27,7 @@ from limbeck.spans import Tokens, segments, tokens_of
 from limbeck.teacher_settings import Bridge as Settings
 from limbeck.types import Batch, UserError, content_hash
 
+BEGINNING = 8  # bytes by which it is seen whether a tokenizer puts a space before every text
 REMEMBERED = 50_000  # responses whose alignment is kept
 SPREAD = 256  # tokens whose embeddings tell how large embeddings are
 
@@ -110,7 +111,8 @@ class Vocabularies:
         text = b"".join(ours)
         ids = self._their_ids(text.decode("utf-8", errors="replace"))
         theirs = [other.bytes_of[token] or b"" for token in ids]
-        if theirs and b"".join(theirs).startswith(b" ") and not text.startswith(b" "):
+        joined, beginning = b"".join(theirs), text[:BEGINNING]
+        if not joined.startswith(beginning) and joined.startswith(b" " + beginning):
             theirs[0] = theirs[0].removeprefix(b" ")  # a tokenizer that puts a space before every text
         at, cover, single = [-1] * len(response), [0] * len(response), 0
         done = 0
