@@ -72,10 +72,11 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
         own = recipe.resolved()
         if any(writer.by == "corpus" for writer in recipe.writer) != any(writer.by == "corpus" for writer in like.writer):
             raise UserError(f"{recipe.name} and {like.name} differ in whether a corpus writes; compare recipes of one kind")
-        if (recipe.teacher.context, recipe.teacher.weights) != (like.teacher.context, like.teacher.weights):
+        sees, seen = ((one.context, one.weights, one.bridge) for one in (recipe.teacher, like.teacher))
+        if sees != seen:
             raise UserError(
-                f"{recipe.name} has a teacher that is shown more, or is the student itself, and {like.name} has another: methods are "
-                "compared under one teacher, so give a --like that has this one"
+                f"{recipe.name} has a teacher that is shown more, is the student itself or is read over a bridge, and {like.name} has "
+                "another: methods are compared under one teacher, so give a --like that has this one"
             )
         writers = [writer | _drawn(writer, drawn) for writer in own["writer"]]
         found.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
