@@ -155,6 +155,15 @@ def test_a_space_that_a_tokenizer_puts_before_every_text_is_none_of_the_texts(te
     assert found.at[0] == 0 and sum(at >= 0 for at in found.at) > len(found.at) / 2
 
 
+def test_equal_tokens_with_other_ends_have_their_ends_paired():
+    ours, theirs = make_tokenizer(), make_tokenizer()
+    theirs.eos_token = "<|user|>"
+    between = vocabularies(ours, theirs)
+    ids = (*ours("the cat", add_special_tokens=False)["input_ids"], ours.eos_token_id)
+    assert between.align(ids, False).ids == (*ids[:-1], theirs.eos_token_id)
+    assert int(between.pairs.ours_W[theirs.eos_token_id]) == ours.eos_token_id
+
+
 def test_text_cut_within_a_character_is_aligned_up_to_it():
     ours, theirs = make_tokenizer(), other_tokenizer()
     ids = ours("a🙂", add_special_tokens=False)["input_ids"]

@@ -55,7 +55,7 @@ class Vocabularies:
 
     def __init__(self, ours: Any, theirs: Any, our_ends: frozenset[int], their_end: int, sizes: tuple[int, int], nearest: bool) -> None:
         self.theirs, self.our_ends, self.their_end, self.sizes, self.by_spelling = theirs, our_ends, their_end, sizes, nearest
-        self.same = ours.get_vocab() == theirs.get_vocab()
+        self.same = ours.get_vocab() == theirs.get_vocab() and their_end in our_ends
         self._tokens: tuple[Tokens, Tokens] | None = None if self.same else (tokens_of(ours), tokens_of(theirs))
         self._our_end = ours.eos_token_id
         self._our_texts = {number: ours.convert_ids_to_tokens(number) for number in ours.all_special_ids}
