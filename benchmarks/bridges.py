@@ -36,6 +36,7 @@ from limbeck.train import loss_on, train
 TEACHER, STUDENT = "gemma-3-270m", "smollm2-135m-instruct"
 STEPS, TOKENS, TRAINED, HELD_OUT, LR = 16, 512, 120, 40, 5e-5
 COMMON = ("forward_kl", Bridge())
+PARAMS = {"dual_space": {"projection_rate": 20}}
 WAYS: dict[str, tuple[list[tuple[str, float]], Bridge]] = {
     "text alone": ([("cross_entropy", 1.0)], Bridge()),
     "bucket": ([("cross_entropy", 0.5), ("forward_kl", 0.5)], Bridge()),
@@ -78,7 +79,7 @@ def one(name: str, teacher: InProcessTeacher, rows: tuple[list[Row], list[Row], 
     losses, settings = WAYS[name]
     student, (training, held, size) = load_model(STUDENT), rows
     bridged, common = BridgedTeacher(teacher, student, settings), BridgedTeacher(teacher, student, COMMON[1])
-    terms = [make_term(loss, {}, weight) for loss, weight in losses]
+    terms = [make_term(loss, PARAMS.get(loss, {}), weight) for loss, weight in losses]
     how = Train(steps=STEPS, tokens_per_step=TOKENS, lr=LR, seed=7, save_seconds=10_000)
     job = make_job(terms, student, training, lambda: bridged, None, how, folder / name.replace(" ", "-"), name, folder / "store.sqlite")
     before, began = measured(job, student, common, held, size), time.monotonic()

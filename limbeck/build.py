@@ -223,7 +223,7 @@ def methods() -> dict[str, Any]:
             CROSS_ENTROPY: {"formula": "-log q(token)", "paper": "", "parameters": defaults_of(cross_entropy)},
             **_listed(RANKINGS),
             CONSISTENCY: {"formula": consistency.FORMULA, "paper": consistency.PAPER, "parameters": consistency.DEFAULTS},
-            dual.DUAL_SPACE: {"formula": dual.FORMULA, "paper": dual.PAPER, "parameters": {"divergence": "forward_kl"}},
+            dual.DUAL_SPACE: {"formula": dual.FORMULA, "paper": dual.PAPER, "parameters": dual.DEFAULTS},
             **{name: {"formula": kind.formula, "paper": kind.paper, "parameters": dict(kind.defaults)} for name, kind in MATCHES.items()},
             **{name: facts | {"needs": _needs(name)} for name, facts in _listed(POLICIES).items()},
         },

@@ -300,4 +300,5 @@ def _bind(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, seed: 
     if term.match is not None:
         return Match(term.match, layers, widths, seed).to(student.device)
     embed: Any = student.get_input_embeddings()
-    return DualSpace(widths, term.divergence, seed, lambda token_N: embed(token_N).detach(), DenseSignal).to(student.device)
+    dual = DualSpace(widths, term.divergence, term.projection_rate, seed, lambda token_N: embed(token_N).detach(), DenseSignal)
+    return dual.to(student.device)

@@ -91,6 +91,10 @@ class Job:
             found |= {f"match.{label}.{name}": p for name, p in match.named_parameters() if p.requires_grad}
         return found
 
+    def times(self, name: str) -> float:
+        """How many times as fast as the student this parameter is trained."""
+        return next((learned.times for label, learned in self.matches.items() if name.startswith(f"match.{label}.")), 1.0)
+
     def frozen(self) -> dict[str, Tensor]:
         """What the feature terms hold without training it: filters of the teacher, banks."""
         held = {f"{label}.{name}": value for label, match in self.matches.items() for name, value in match.state_dict().items()}
@@ -125,7 +129,7 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
     forget_peak()
     settings, steps = job.settings, total_steps(job.rows, job.settings, job.together)
     parameters = job.parameters()
-    optimizer = _optimizer(parameters, settings)
+    optimizer = _optimizer(job, parameters)
     start = _resume(job, parameters, optimizer)
     job.net.train()
     saved_at, pause = time.monotonic(), settings.save_seconds
@@ -172,7 +176,7 @@ def _step(job: Job, step: int, steps: int, parameters: dict[str, Tensor], optimi
     _check_finite(step, loss, norm, means, batches)
     rate = learning_rate(job.settings, step, steps)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["times"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if job.average is not None:
@@ -253,13 +257,16 @@ def backward(job: Job, batch: Batch, terms: Sequence[Settled], amounts: Mapping[
     return sums
 
 
-def _optimizer(parameters: dict[str, Tensor], settings: Train) -> torch.optim.AdamW:
-    """AdamW; weight decay for matrices only."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=True)
+def _optimizer(job: Job, parameters: dict[str, Tensor]) -> torch.optim.AdamW:
+    """AdamW; weight decay for matrices only. What a term learns may go `times` as fast as the student."""
+    settings, groups = job.settings, dict[tuple[float, bool], dict[str, Any]]()
+    for matrices in (True, False):
+        for name, p in parameters.items():
+            if (p.ndim >= 2) == matrices:
+                times, decay = job.times(name), settings.weight_decay if matrices else 0.0
+                group = groups.setdefault((times, matrices), {"params": [], "weight_decay": decay, "times": times})
+                group["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def _save(job: Job, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,10 +31,12 @@ from limbeck.pipeline import run
 from limbeck.preflight import check
 from limbeck.progress import StoppedError
 from limbeck.recipe import parse
+from limbeck.settings import Train
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.signals.dense import DenseSignal
 from limbeck.spans import segments, tokens_of
 from limbeck.teacher_settings import Bridge
+from limbeck.train import Job, _optimizer
 from limbeck.types import RecipeError, UserError
 from limbeck.validate import validate
 from tests.conftest import CORPUS, make_net, make_tokenizer
@@ -412,7 +415,7 @@ def whole_loss(name, batches, student, bridged):
 
 def dual_of(widths, seed=2):
     table = noise(V, widths[0], seed=8)
-    return DualSpace(widths, "forward_kl", seed, lambda token_N: table[token_N], DenseSignal).double(), table
+    return DualSpace(widths, "forward_kl", 2.0, seed, lambda token_N: table[token_N], DenseSignal).double(), table
 
 
 @pytest.mark.parametrize("crossed", [False, True])
@@ -453,6 +456,21 @@ def test_dual_space_from_its_formula(crossed):
     got, slopes = torch.autograd.grad(loss, learned, retain_graph=True), torch.autograd.grad(0.25 * want, learned)
     for one, two in zip(got, slopes, strict=True):
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-8)
+
+
+def test_projections_are_trained_at_a_rate_of_their_own(tiny, other):
+    term = make_term("dual_space", {"projection_rate": 7})
+    dual = _bind(term, tiny.net, other.net, 1)
+    job = Job(tiny.net, [], [term], lambda batch: None, Train(steps=1), Path(), "k", {"dual_space": dual})
+    found = {id(p): group["times"] for group in _optimizer(job, job.parameters()).param_groups for p in group["params"]}
+    assert {found[id(p)] for p in dual.parameters()} == {7.0} and {found[id(p)] for p in tiny.net.parameters()} == {1.0}
+    for params, words in (
+        ({"projection_rate": 0}, "projection_rate"),
+        ({"rate": 2}, "no such parameter"),
+        ({"divergence": "kl"}, "no divergence"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            make_term("dual_space", params)
 
 
 # In recipes

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from limbeck.objectives.supervised import cross_entropy
 from limbeck.types import Batch
 
 DUAL_SPACE = "dual_space"
+DEFAULTS: dict[str, Any] = {"divergence": "forward_kl", "projection_rate": 2.0}
 FORMULA = "-log t2s(token) + D(t2s, q) + KL(p || s2t)"
 PAPER = "Zhang et al. (DSKD), arXiv:2406.17328"
 
@@ -47,6 +49,7 @@ class DualSpace(nn.Module):
     Args:
         widths: of student and teacher.
         divergence: D, by its name, with its own defaults.
+        times: how many times as fast as the student the projections are trained.
         embed: the student's embeddings of tokens, without gradient.
         dense: a signal from states and a head.
     """
@@ -55,6 +58,7 @@ class DualSpace(nn.Module):
         self,
         widths: tuple[int, int],
         divergence: str,
+        times: float,
         seed: int,
         embed: Callable[[Tensor], Tensor],
         dense: Callable[[Tensor, Head], TeacherSignal],
@@ -62,7 +66,7 @@ class DualSpace(nn.Module):
         super().__init__()
         ours, theirs = widths
         noise = torch.Generator().manual_seed(seed)
-        self.divergence, self.embed, self.dense = divergence, embed, dense
+        self.divergence, self.times, self.embed, self.dense = divergence, times, embed, dense
         self.to_student = _linear(theirs, ours, noise)
         self.to_teacher = _linear(ours, theirs, noise)
         self.query = _linear(2 * ours, 2 * theirs, noise)

@@ -169,6 +169,7 @@ class Match(nn.Module):
     """A feature term bound to two models. `forward` gives a value per token [N], or per row [B] (see `kind.unit`)."""
 
     bank_ME: Tensor
+    times = 1.0  # as fast as the student
 
     def __init__(self, settings: MatchSettings, layers: tuple[int, int], widths: tuple[int, int], seed: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from limbeck.objectives import consistency
+from limbeck.objectives import consistency, dual
 from limbeck.objectives.consistency import CONSISTENCY
 from limbeck.objectives.divergence import DIVERGENCES, Divergence, ValueAndGradient
 from limbeck.objectives.dual import DUAL_SPACE
@@ -52,7 +52,8 @@ class Term:
     by: str | None = None
     unit: Unit = "token"
     match: MatchSettings | None = None
-    divergence: str = ""  # of a loss in two spaces
+    divergence: str = ""  # of a loss in two spaces, and how many times as fast as the student its projections are trained
+    projection_rate: float = 1.0
 
     @property
     def label(self) -> str:
@@ -142,7 +143,9 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         schedules = _schedules(name, defaults_of(cross_entropy), SMOOTHING, rest, path)
         return Term(name, "vocabulary", frozenset({"tokens"}), weighed, schedules, only, by)
     if name == DUAL_SPACE:
-        return Term(name, "dual", frozenset({"teacher_states"}), weighed, only=only, divergence=_divergence(rest, path))
+        divergence, times = _two_spaces(rest, path)
+        reads = frozenset({"teacher_states"})
+        return Term(name, "dual", reads, weighed, only=only, divergence=divergence, projection_rate=times)
     if name in DIVERGENCES:
         known = DIVERGENCES[name]
         schedules = _schedules(name, known.defaults, known.ranges, rest, path)
@@ -177,14 +180,16 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
     )
 
 
-def _divergence(params: Mapping[str, Any], path: str) -> str:
-    """The one setting of a loss in two spaces: which divergence."""
-    if unknown := sorted(params.keys() - {"divergence"}):
-        raise RecipeError(f"{path}.{unknown[0]}".lstrip("."), f"{DUAL_SPACE} has no such parameter{nearest(unknown[0], ['divergence'])}")
-    name = params.get("divergence", "forward_kl")
+def _two_spaces(params: Mapping[str, Any], path: str) -> tuple[str, float]:
+    """The settings of a loss in two spaces: (which divergence, how fast its projections are trained)."""
+    values = dual.DEFAULTS | dict(params)
+    if unknown := sorted(values.keys() - dual.DEFAULTS.keys()):
+        raise RecipeError(f"{path}.{unknown[0]}".lstrip("."), f"{DUAL_SPACE} has no such parameter{nearest(unknown[0], dual.DEFAULTS)}")
+    name = values["divergence"]
     if name not in DIVERGENCES:
         raise RecipeError(f"{path}.divergence".lstrip("."), f"no divergence is named {name!r}{nearest(str(name), DIVERGENCES)}")
-    return str(name)
+    Range(0, 1000, open_low=True).check(f"{path}.projection_rate".lstrip("."), values["projection_rate"])
+    return str(name), float(values["projection_rate"])
 
 
 def _schedules(
