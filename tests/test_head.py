@@ -351,7 +351,7 @@ PINNED = {
     "symmetric_kl": 16.928193878, "jsd_rescaled": 9.7232490842, "tvd": 4.6144235793, "hellinger": 2.943206022,
     "skew_kl": 8.0304591934, "skew_reverse_kl": 8.2917880897, "skew_reverse_kl_fixed": 8.2917880897, "taid": 2.846197434,
     "adaptive_kl": 17.027164881, "dkd": 9.6913882435, "todi": 33.856387756, "alpha_beta": 18.081160376,
-    "logit_mse": 28.926914204, "entropy_aware_kl": 33.222628176,
+    "logit_mse": 28.926914204, "entropy_aware_kl": 33.222628176, "uld": 4.0638151489,
 }  # fmt: skip
 
 
