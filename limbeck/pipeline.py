@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import cast
 
@@ -250,7 +250,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         store, key = self.library / "store.sqlite", f"{recipe.hash}/{name}"
         average = Average(recipe.teacher.decay) if recipe.teacher.weights == "average" and name == "student" else None
-        teacher = partial(self.taught_by, student, average)
+        teacher = cache(lambda: self.taught_by(student, average))
         slots = self.slots(student) if name == "student" and recipe.student_writer is not None else []
         written = {tag for slot in slots for tag in slot.tags} | {WRITTEN} if slots else set()
         if slots and recipe.all_answer:

@@ -29,7 +29,7 @@ from limbeck.objectives.term import make_term
 from limbeck.objectives.total import Pass, total_loss
 from limbeck.pipeline import run
 from limbeck.preflight import check
-from limbeck.progress import StoppedError
+from limbeck.progress import Silent, StoppedError
 from limbeck.recipe import parse
 from limbeck.settings import Train
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
@@ -493,10 +493,22 @@ def folders(tmp_path):
         (tmp_path / name).mkdir()
 
 
+class Notes(Silent):
+    """Remembers what it was told."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
 @pytest.mark.parametrize("loss", ["forward_kl", "uld", "dual_space"])
 def test_a_run_over_a_bridge_learns_and_says_how_much_is_shared(pair, tmp_path, loss):
     pair["loss"], pair["train"] = [loss], pair["train"] | {"steps": 25, "lr": 3e-3, "tokens_per_step": 200}
-    folder = run(parse(pair), tmp_path / "run")
+    told = Notes()
+    folder = run(parse(pair), tmp_path / "run", told)
+    assert sum("tokens are the teacher's, too" in note for note in told.notes) == 1
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(r["terms"][loss] for r in records[-3:]) < sum(r["terms"][loss] for r in records[:3])
     facts = json.loads((folder / "bridge.json").read_text())
