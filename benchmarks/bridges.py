@@ -21,17 +21,17 @@ from typing import Any
 
 import torch
 
-from limbeck.data import Row, make_batch
-from limbeck.durable import write_json
-from limbeck.jobs import make_job
+from limbeck.config.sections import Train
+from limbeck.config.teacher import Bridge
+from limbeck.data.batches import Row, make_batch
 from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.load import Model, load_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
-from limbeck.prepare import even_batches, response_log_probs
-from limbeck.settings import Train
-from limbeck.teacher_settings import Bridge
-from limbeck.train import loss_on, train
+from limbeck.storage.files import write_json
+from limbeck.training.loop import loss_on, train
+from limbeck.training.prepare import even_batches, response_log_probs
+from limbeck.training.setup import make_job
 
 TEACHER, STUDENT = "gemma-3-270m", "smollm2-135m-instruct"
 STEPS, TOKENS, TRAINED, HELD_OUT, LR = 16, 512, 120, 40, 5e-5

@@ -21,20 +21,20 @@ import torch
 from torch import Tensor
 
 from limbeck import load_recipe
-from limbeck.console import Terminal
-from limbeck.data import Row, make_batch
-from limbeck.durable import write_json
+from limbeck.commands.console import Terminal
+from limbeck.config.teacher import Cache as Form
+from limbeck.data.batches import Row, make_batch
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.head import Evidence, chunks, fused_loss
 from limbeck.objectives.term import make_term
-from limbeck.pipeline import Run
-from limbeck.prepare import even_batches, fill_cache
+from limbeck.runs.pipeline import Run
 from limbeck.signals.cache import Cache
 from limbeck.signals.pack import pack, unpack
-from limbeck.teacher_settings import Cache as Form
+from limbeck.storage.files import write_json
+from limbeck.training.prepare import even_batches, fill_cache
 
 HERE = Path(__file__).parent.parent
 OUT, RUN = HERE / "docs" / "evidence" / "cache.json", HERE / "runs" / "cache"

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import load_recipe, run
-from limbeck.builtin import recipe_files
-from limbeck.console import Terminal
-from limbeck.durable import write_json
-from limbeck.serve import serve
+from limbeck.commands.console import Terminal
+from limbeck.commands.serve import serve
+from limbeck.config.builtin import recipe_files
+from limbeck.storage.files import write_json
 from limbeck.types import UserError
 
 HERE = Path(__file__).parent.parent

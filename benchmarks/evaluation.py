@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from limbeck.data import Row, make_batch
-from limbeck.durable import write_json
+from limbeck.data.batches import Row, make_batch
 from limbeck.elicit.prompts import load_prompts
 from limbeck.evaluate.fidelity import Text, fidelity
-from limbeck.memory import keep_freed_memory
 from limbeck.models.generate import Job, generate
 from limbeck.models.load import Model, head_of, hidden_states, load_model
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import CHUNK_ELEMENTS, Buffer, chunks
+from limbeck.storage.files import write_json
+from limbeck.training.memory import keep_freed_memory
 from limbeck.types import Sampling
 
 OUT = Path(__file__).parent.parent / "docs" / "evidence" / "evaluation.json"

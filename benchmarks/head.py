@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from limbeck.memory import forget_peak, keep_freed_memory, peak_mib
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.head import Evidence, Head, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.signals.dense import DenseSignal
+from limbeck.training.memory import forget_peak, keep_freed_memory, peak_mib
 
 VOCABULARY, WIDTH = 49_152, 576
 ROUNDS = {2048: 2, 8192: 1}  # by number of positions

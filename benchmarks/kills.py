@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from limbeck.durable import write_json
-from limbeck.store import Store
+from limbeck.storage.files import write_json
+from limbeck.storage.store import Store
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
@@ -34,8 +34,8 @@ from pathlib import Path
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import Scene, user
 from limbeck.models.api import ApiTeacher
-from limbeck.teacher_settings import Served
-from limbeck.store import Store
+from limbeck.config.teacher import Served
+from limbeck.storage.store import Store
 from limbeck.types import Sampling
 
 url, folder = sys.argv[1:]

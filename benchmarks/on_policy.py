@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from limbeck import load_recipe, run
-from limbeck.durable import read_jsonl, write_json
 from limbeck.elicit.prompts import load_prompts
-from limbeck.memory import peak_mib
 from limbeck.models.load import load_model, resolve, save_model
 from limbeck.models.prune import drop_layers
+from limbeck.storage.files import read_jsonl, write_json
+from limbeck.training.memory import peak_mib
 
 OUT = Path(__file__).parent.parent / "docs" / "evidence" / "on-policy.json"
 TEACHER, LAYERS = "smollm2-135m-instruct", 24

@@ -16,8 +16,8 @@ import shutil
 from pathlib import Path
 
 from limbeck import compare, load_recipe
-from limbeck.console import Terminal
-from limbeck.serve import serve
+from limbeck.commands.console import Terminal
+from limbeck.commands.serve import serve
 
 HERE = Path(__file__).parent.parent
 OUT, RUN = HERE / "docs" / "evidence", HERE / "runs" / "reasoning"

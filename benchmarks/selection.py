@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from limbeck.durable import write_json
 from limbeck.elicit.similar import Novelty, near_duplicates
-from limbeck.memory import peak_mib
+from limbeck.storage.files import write_json
+from limbeck.training.memory import peak_mib
 
 OUT = Path(__file__).parent.parent / "docs" / "evidence" / "selection.json"
 COUNT, WORDS, VARIANT = 50_000, 20_000, 0.2

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.builtin import recipe_files
+from limbeck.config.builtin import recipe_files
+from limbeck.config.recipe import load_recipe
 from limbeck.elicit.steps import STEPS
 from limbeck.objectives.divergence import DIVERGENCES, TEMPERATURE
 from limbeck.objectives.match import MATCHES, NUMBERS, WORDS
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
-from limbeck.recipe import load_recipe
 from limbeck.report.verdict import compare_verdict
 
 DOCS = Path(__file__).parent

@@ -6,27 +6,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from limbeck.build import methods
-    from limbeck.comparison import compare
+    from limbeck.config.recipe import Recipe, load_recipe
     from limbeck.objectives.on_logits import divergence
-    from limbeck.pipeline import run
-    from limbeck.preflight import check
-    from limbeck.recipe import Recipe, load_recipe
+    from limbeck.runs.build import methods
+    from limbeck.runs.compare import compare
+    from limbeck.runs.pipeline import run
+    from limbeck.runs.preflight import check
     from limbeck.types import RecipeError, UserError
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "RecipeError", "UserError", "check", "compare", "divergence", "load_recipe", "methods", "run"]
 
 _HOMES = {
-    "Recipe": "limbeck.recipe",
+    "Recipe": "limbeck.config.recipe",
     "RecipeError": "limbeck.types",
     "UserError": "limbeck.types",
-    "check": "limbeck.preflight",
-    "compare": "limbeck.comparison",
+    "check": "limbeck.runs.preflight",
+    "compare": "limbeck.runs.compare",
     "divergence": "limbeck.objectives.on_logits",
-    "load_recipe": "limbeck.recipe",
-    "methods": "limbeck.build",
-    "run": "limbeck.pipeline",
+    "load_recipe": "limbeck.config.recipe",
+    "methods": "limbeck.runs.build",
+    "run": "limbeck.runs.pipeline",
 }
 
 

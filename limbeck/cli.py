@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from limbeck import console
+from limbeck.commands import console
 from limbeck.progress import Reporter
 
 if TYPE_CHECKING:
-    from limbeck.recipe import Recipe
+    from limbeck.config.recipe import Recipe
 
 app = typer.Typer(
     help="Distil large language models: elicit what a teacher knows, train a student on it, prove what was kept.",
@@ -116,7 +116,7 @@ def compare(
     json_: JsonOption = False,
 ) -> None:
     """Train recipes under the same conditions and show what may be said of their differences. Kill it: it goes on."""
-    from limbeck.comparison import compare as compare_recipes
+    from limbeck.runs.compare import compare as compare_recipes
 
     reporter = console.JsonLines() if json_ else console.Terminal()
     with console.StopAsked().listening() as stop:
@@ -135,8 +135,8 @@ def compare(
 @app.command(epilog="Example: limbeck check recipes/quickstart.yaml --set teacher=./my-model")
 def check(recipe: RecipeArgument, set_: SetOption = [], json_: JsonOption = False) -> None:  # noqa: B006
     """Say what a recipe will cost, and refuse what can't work, before anything is loaded."""
-    from limbeck.preflight import check as check_recipe
-    from limbeck.recipe import load_recipe
+    from limbeck.config.recipe import load_recipe
+    from limbeck.runs.preflight import check as check_recipe
 
     loaded = load_recipe(recipe, set_)
     plan = check_recipe(loaded)
@@ -151,8 +151,8 @@ def check(recipe: RecipeArgument, set_: SetOption = [], json_: JsonOption = Fals
 @app.command(epilog="Example: limbeck doctor recipes/offline-top-k.yaml")
 def doctor(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, json_: JsonOption = False) -> None:  # noqa: B006
     """Ask the teacher a few texts and look for what silently ruins a distillation; exit status 2 where there is a fault."""
-    from limbeck.doctor import as_data, examine
-    from limbeck.recipe import load_recipe
+    from limbeck.commands.doctor import as_data, examine
+    from limbeck.config.recipe import load_recipe
 
     findings = examine(load_recipe(recipe, set_), out, lambda name: console.err.print(f"[dim]{name} ...[/dim]"))
     found = as_data(findings)
@@ -177,9 +177,9 @@ def cache(
     json_: JsonOption = False,
 ) -> None:
     """Exchange the teacher's distributions over a recipe's text with other tools: vLLM's and axolotl's columns, in JSON lines."""
-    from limbeck.build import run_folder
-    from limbeck.exchange import bring_in, take_out
-    from limbeck.recipe import load_recipe
+    from limbeck.commands.exchange import bring_in, take_out
+    from limbeck.config.recipe import load_recipe
+    from limbeck.runs.build import run_folder
     from limbeck.types import UserError
 
     loaded = load_recipe(recipe, set_)
@@ -195,7 +195,7 @@ def methods(
     json_: JsonOption = False,
 ) -> None:
     """List the losses, steps of elicitation, recipes and tasks that can be named."""
-    from limbeck.build import methods as list_methods
+    from limbeck.runs.build import methods as list_methods
     from limbeck.types import UserError, nearest
 
     known = list_methods()
@@ -260,7 +260,7 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0)] = 0.0,
 ) -> None:
     """Teacher and student answer the same line side by side. An empty line ends."""
-    from limbeck.chat import converse
+    from limbeck.commands.chat import converse
 
     converse(run_folder, max_tokens, temperature)
 
@@ -271,7 +271,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
 ) -> None:
     """Show how a run goes, anew every second: losses, rate, time left. Ctrl-C ends the watching, not the run."""
-    from limbeck.watch import watch as watch_run
+    from limbeck.commands.watch import watch as watch_run
 
     watch_run(run_folder, console.out, once)
 
@@ -285,8 +285,8 @@ def serve(
     threads: Annotated[int | None, typer.Option("--threads", help="One less than there are cores, unless set.", min=1)] = None,
 ) -> None:
     """Serve a model on loopback with the packaged llama.cpp server; its key comes from LIMBECK_API_KEY, or is made up and shown once."""
-    from limbeck.serve import KEY, wait
-    from limbeck.serve import serve as start
+    from limbeck.commands.serve import KEY, wait
+    from limbeck.commands.serve import serve as start
 
     serving = start(model, port, context, slots, threads)
     if serving.made:
@@ -315,7 +315,7 @@ def harness(
     json_: JsonOption = False,
 ) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness on a student, a model or a server."""
-    from limbeck.harness.run import harness as run_harness
+    from limbeck.commands.harness.run import harness as run_harness
 
     def note(text: str) -> None:
         console.err.print(text, markup=False)
@@ -335,10 +335,10 @@ def harness(
 def _stages(
     recipe: str, overrides: list[str], out: Path | None, as_json: bool, stages: tuple[str, ...], tracker: str | None = None
 ) -> None:
-    from limbeck.recipe import load_recipe
+    from limbeck.config.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from limbeck.pipeline import run as run_recipe
+    from limbeck.runs.pipeline import run as run_recipe
 
     reporter = console.JsonLines() if as_json else console.Terminal()
     with console.StopAsked().listening() as stop:
@@ -362,8 +362,8 @@ def _tracked(reporter: Reporter, recipe: Recipe, out: Path | None, tracker: str 
     if tracker is None:
         yield reporter
         return
-    from limbeck.build import run_folder
-    from limbeck.track import Tracked
+    from limbeck.commands.track import Tracked
+    from limbeck.runs.build import run_folder
 
     tracked = Tracked(reporter, run_folder(recipe, out), tracker)
     try:
@@ -373,8 +373,8 @@ def _tracked(reporter: Reporter, recipe: Recipe, out: Path | None, tracker: str 
 
 
 def _profile(recipe: str, overrides: list[str], out: Path | None, as_json: bool) -> None:
-    from limbeck.profile import profile
-    from limbeck.recipe import load_recipe
+    from limbeck.commands.profile import profile
+    from limbeck.config.recipe import load_recipe
 
     _result(profile(load_recipe(recipe, overrides), out, console.Terminal()), as_json)
 

@@ -14,13 +14,13 @@ import torch
 import yaml
 
 from limbeck import check
-from limbeck.build import terms
+from limbeck.config.recipe import load_recipe
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.match import MATCHES
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
-from limbeck.recipe import load_recipe
+from limbeck.runs.build import terms
 from limbeck.signals.sparse import Sampled, TopK, Written
 from limbeck.types import UserError
 

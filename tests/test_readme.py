@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from limbeck.recipe import load_recipe
+from limbeck.config.recipe import load_recipe
 from limbeck.report.page import verdict
 from limbeck.report.table import markdown
 

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answered, ask, asked_of, finished
-from limbeck.settings import Section
 from limbeck.types import Message, Sample, Sampling
 
 Temperature = Annotated[float, Field(ge=0, le=10)]

@@ -9,10 +9,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Score, Tally, answer_of, ask, finished, prompt_of, score, user
 from limbeck.elicit.wording import fill, items, numbered
-from limbeck.settings import Section
 from limbeck.types import Sample, Sampling
 
 AS_JSON = (

@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, answered, ask, finished, new_prompt, prompt_of
 from limbeck.elicit.wording import ends_well, fill, words
-from limbeck.settings import Section
 from limbeck.types import Sample, Sampling
 
 STORY = (

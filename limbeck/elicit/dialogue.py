@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, ask, finished, prompt_of, user
 from limbeck.elicit.wording import fill, spans
-from limbeck.settings import Section
 from limbeck.types import Message, Sample, Sampling
 
 TRANSCRIPT = (

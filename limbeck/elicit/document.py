@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answered, ask, finished, new_prompt, prompt_of, user
 from limbeck.elicit.similar import Novelty
 from limbeck.elicit.wording import fill, parts, words
-from limbeck.settings import Section
 from limbeck.types import Sample, Sampling
 
 TASKS = {

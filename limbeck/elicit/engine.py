@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from limbeck.durable import crash_point
 from limbeck.elicit.flow import Asking, Score
-from limbeck.store import Store
+from limbeck.storage.files import crash_point
+from limbeck.storage.store import Store
 from limbeck.types import Generated, LogProb, Request, Sample
 
 Progress = Callable[[int, int, int], None]

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, answered, ask, new_prompt, prompt_of, user
 from limbeck.elicit.wording import fill, words
-from limbeck.settings import Section
 from limbeck.types import Sample, Sampling
 
 DEEPER = (

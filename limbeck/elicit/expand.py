@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answered, ask, new_prompt, prompt_of, user
 from limbeck.elicit.select import holds
 from limbeck.elicit.similar import Novelty
 from limbeck.elicit.wording import fill, items, numbered, parts
-from limbeck.settings import Section
 from limbeck.types import Sample, Sampling
 
 MORE = "Here is a list of tasks that people give to an assistant. Continue it with new tasks of other kinds.\n\n{tasks}\n{next}."

@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, rewritten
-from limbeck.settings import Section
 
 
 class Given(Section):

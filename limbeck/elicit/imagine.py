@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import (
     Asking,
@@ -26,7 +27,6 @@ from limbeck.elicit.flow import (
 )
 from limbeck.elicit.similar import Novelty
 from limbeck.elicit.wording import fill, first_number
-from limbeck.settings import Section
 from limbeck.types import Message, Sample, Sampling, UserError
 
 ROLES = ("user", "assistant", "system")

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Score, Tally, answer_of, asked_of, prompt_of, score, scored, user
 from limbeck.elicit.similar import vectors
 from limbeck.elicit.wording import fill
-from limbeck.settings import Section
 from limbeck.types import LogProb
 
 COMPLEXITY = (

@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, prompt_of, user
-from limbeck.settings import Section
 from limbeck.types import Sample
 
 FORMATS = {

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.builtin import seed_files, task_folders
+from limbeck.config.builtin import seed_files, task_folders
 from limbeck.elicit.verify import parse_check
 from limbeck.types import Message, RecipeError, UserError, nearest
 

@@ -11,11 +11,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answered, ask, asked_of, finished, prompt_of, user
 from limbeck.elicit.verify import verify
 from limbeck.elicit.wording import fill, words
-from limbeck.settings import Section
 from limbeck.types import Message, Sample, Sampling
 
 THINK = "{prompt}\n\nLet's think step by step."

@@ -8,11 +8,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, ask, finished, new_prompt, prompt_of, user
 from limbeck.elicit.verify import NUMBER
 from limbeck.elicit.wording import fill
-from limbeck.settings import Section
 from limbeck.types import Sample, Sampling
 
 REPHRASE = (

@@ -11,10 +11,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from limbeck.config.sections import Section
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, prompt_of
 from limbeck.elicit.similar import Novelty, k_center, near_duplicates, vectors
 from limbeck.elicit.wording import words
-from limbeck.settings import Section
 from limbeck.types import Sample
 
 Part = Literal["prompt", "answer", "both"]

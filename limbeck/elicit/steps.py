@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from limbeck.config.sections import Section
 from limbeck.elicit import (
     answer,
     choices,
@@ -20,7 +21,6 @@ from limbeck.elicit import (
     transform,
     verified,
 )
-from limbeck.settings import Section
 
 HOMES = (
     expand, evolve, imagine, curate, document, dialogue, rewrite, choices,

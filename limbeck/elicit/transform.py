@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, asked_of, prompt_of, rewritten, user
 from limbeck.elicit.wording import fill
-from limbeck.settings import Section
 from limbeck.types import Sample
 
 NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?%?"

@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.config.sections import Section
 from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, prompt_of, scored
 from limbeck.elicit.verify import NUMBER, verify
-from limbeck.settings import Section
 from limbeck.types import Sample
 
 Rule = Literal["number", "choice", "exact"]

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.data import MicroBatch, Row, make_batch
+from limbeck.data.batches import MicroBatch, Row, make_batch
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.statistics import Interval, ratio_interval
-from limbeck.memory import keep_freed_memory
 from limbeck.models.load import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
@@ -27,6 +26,7 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import TINY
 from limbeck.objectives.head import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Buffer, Head, chunks, compared
 from limbeck.signals.dense import DenseSignal
+from limbeck.training.memory import keep_freed_memory
 from limbeck.types import Batch
 
 SUMMED = (

@@ -19,11 +19,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from limbeck.durable import read_jsonl, write_text
 from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.models.generate import Job, generate
 from limbeck.models.load import Model
+from limbeck.storage.files import read_jsonl, write_text
 from limbeck.types import Message, Sampling, UserError, canonical_json, content_hash
 
 Ruling = Literal["first", "second", "tie", "unparsable", "too_long"]

@@ -14,8 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from limbeck.data import Row
-from limbeck.durable import read_jsonl, write_json, write_text
+from limbeck.data.batches import Row
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.verify import verify
 from limbeck.evaluate import wording
@@ -27,6 +26,7 @@ from limbeck.evaluate.tasks import Answer, Asked, Scored, Task, answer_all, run_
 from limbeck.models.generate import Job, generate
 from limbeck.models.load import Model
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.storage.files import read_jsonl, write_json, write_text
 from limbeck.types import Sample, Sampling, UserError, canonical_json, content_hash
 
 SHOWN = 24

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from limbeck.builtin import task_folders
+from limbeck.config.builtin import task_folders
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.verify import verify
 from limbeck.evaluate.choice import Progress, macro_f1, prompt_ids, score_choices, score_rankings

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from limbeck.teacher_settings import Served
+from limbeck.config.teacher import Served
 from limbeck.types import Finish, Generated, Request, UserError, content_hash
 
 MOST_BYTES, KEPT_BYTES = 16 * 2**20, 64 * 2**10  # of an answer that are read, and of one that is not whole that are kept

@@ -16,6 +16,8 @@ from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
+from limbeck.config.teacher import Bridge as Settings
+from limbeck.models.byte_alignment import Tokens, segments, tokens_of
 from limbeck.models.load import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
@@ -23,8 +25,6 @@ from limbeck.objectives.dual import TeacherStates
 from limbeck.objectives.head import token_log_probs
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
-from limbeck.spans import Tokens, segments, tokens_of
-from limbeck.teacher_settings import Bridge as Settings
 from limbeck.types import Batch, UserError, content_hash
 
 BEGINNING = 8  # bytes by which it is seen whether a tokenizer puts a space before every text

@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from limbeck.durable import exclusive, file_sha256, full_disk_as_os_error, new_directory, sweep, write_json
 from limbeck.models.context import Sight
 from limbeck.models.named import NAMED, fetch, home
 from limbeck.objectives.head import Head
+from limbeck.storage.files import exclusive, file_sha256, full_disk_as_os_error, new_directory, sweep, write_json
 from limbeck.types import Message, UserError, content_hash, nearest
 
 EDGE = 2**20

@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.durable import file_sha256, new_directory
+from limbeck.storage.files import file_sha256, new_directory
 from limbeck.types import UserError, nearest
 
 

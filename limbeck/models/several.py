@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from limbeck.config.teacher import Together
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import token_log_probs
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.several import GatedSignal, MixedSignal
-from limbeck.teacher_settings import Together
 from limbeck.types import Batch, content_hash
 
 

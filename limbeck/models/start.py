@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from limbeck.config.sections import Lora, Scratch, Student
 from limbeck.models.load import Model, load_model
 from limbeck.models.prune import Calibration, Choice, choose_layers, drop_layers
-from limbeck.settings import Lora, Scratch, Student
 from limbeck.types import RecipeError, content_hash, nearest
 
 

@@ -41,10 +41,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from limbeck.durable import full_disk_as_os_error, new_directory, remove_directory, sweep
 from limbeck.models.generate import Job, Written
 from limbeck.models.load import quiet
 from limbeck.models.sample import log_prob_of
+from limbeck.storage.files import full_disk_as_os_error, new_directory, remove_directory, sweep
 from limbeck.types import Sampling, UserError
 
 KEY = "VLLM_API_KEY"  # the variable that vLLM's server itself reads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from limbeck.recipe import Recipe
+from limbeck.config.recipe import Recipe
 
 
 def model_card(recipe: Recipe, name: str, teacher_identity: str) -> str:

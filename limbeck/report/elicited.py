@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.follow import read_json
 from limbeck.report.grids import Grid
 from limbeck.report.metrics import number, percent
+from limbeck.storage.metrics_log import read_json
 
 FINISHES = {
     "ok": "whole", "length": "cut off", "empty": "empty", "filtered": "filtered by the server", "malformed": "malformed",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.durable import read_jsonl
+from limbeck.storage.files import read_jsonl
 
 ANSWER_BYTES = 3_200_000
 LENS_BYTES = 700_000

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.durable import read_jsonl
 from limbeck.report.metrics import Metric, is_clear, number, percent
 from limbeck.report.plots import Series, Spot, Text, Whisker, bars, curves, forest, scatter
+from limbeck.storage.files import read_jsonl
 
 STYLES = {"student": "accent", "teacher": "ink", "sft_control": "grey", "untouched": "dash"}
 SHORT = {

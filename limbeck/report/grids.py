@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.durable import read_jsonl
-from limbeck.follow import writing_share
 from limbeck.report.figures import TRAININGS
 from limbeck.report.metrics import Metric, headline, label, metrics_of, number, percent
+from limbeck.storage.files import read_jsonl
+from limbeck.storage.metrics_log import writing_share
 
 MEASURES = {
     "layers": ("Layers", "", 1),

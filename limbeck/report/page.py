@@ -19,12 +19,12 @@ from typing import Any
 from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from limbeck.durable import write_bytes
 from limbeck.report.compare import comparison_content
 from limbeck.report.excerpt import Excerpt, embedded
 from limbeck.report.metrics import number, percent, signed
 from limbeck.report.run import run_content
 from limbeck.report.verdict import compare_verdict, leaks_left_out, verdict
+from limbeck.storage.files import write_bytes
 from limbeck.types import UserError
 
 __all__ = ["compare_verdict", "read_comparison", "read_summary", "verdict", "write_report"]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.durable import read_jsonl
-from limbeck.follow import Record, is_number, mean_of, rollout_of, writing_share
 from limbeck.report.figures import TRAININGS, Figure
 from limbeck.report.grids import Grid
 from limbeck.report.metrics import label, number, percent
 from limbeck.report.plots import Point, Series, Text, curves
+from limbeck.storage.files import read_jsonl
+from limbeck.storage.metrics_log import Record, is_number, mean_of, rollout_of, writing_share
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from limbeck.teacher_settings import Teacher
+from limbeck.config.teacher import Teacher
 
 WEIGHTS = {
     "start": "the student's own, as they were before training",

@@ -20,13 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from limbeck.durable import file_sha256, full_disk_as_os_error, sweep, write_bytes, write_json
+from limbeck.config.teacher import Cache as Form
 from limbeck.objectives.head import Head
 from limbeck.objectives.total import TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.pack import Packed, pack, unpack
 from limbeck.signals.sparse import TopK
-from limbeck.teacher_settings import Cache as Form
+from limbeck.storage.files import file_sha256, full_disk_as_os_error, sweep, write_bytes, write_json
 from limbeck.types import Batch, UserError, content_hash
 
 VERSION = 1

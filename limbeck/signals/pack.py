@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limbeck.config.teacher import Cache, CachedSamples, CachedTop
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.head import CHUNK_ELEMENTS, chunks
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.sparse import Sampled, TopK
-from limbeck.teacher_settings import Cache, CachedSamples, CachedTop
 
 Packed = dict[str, Tensor]  # by name: numbers per position, per kept token, or (`ids`) packed bits; each of one dimension but `hidden`
 LEVELS = {8: torch.uint8, 16: torch.uint16}

@@ -1,0 +1,55 @@
+"""Teacher and student answer the same line, side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+from rich.columns import Columns
+from rich.panel import Panel
+from rich.text import Text
+
+from limbeck.commands import console
+from limbeck.models.generate import Job, generate
+from limbeck.models.load import Model, load_model
+from limbeck.types import Sampling, UserError
+
+
+def converse(folder: Path, max_tokens: int, temperature: float) -> None:
+    """Read lines from standard input until an empty one; each is its own conversation.
+
+    Raises:
+        UserError: the folder holds no finished student.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}")
+    if not (folder / "student").is_dir() or not (folder / "recipe.yaml").exists():
+        raise UserError(f"{folder} holds no finished student: run `limbeck run RECIPE --out {folder}` first")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    teacher = recipe["teacher"] if isinstance(recipe["teacher"], str) else recipe["teacher"].get("model")
+    speakers = {"teacher": load_model(teacher)} if teacher else {}  # a server's answers are not asked for here
+    speakers["student"] = load_model(str(folder / "student"))
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    while True:
+        line = _ask()
+        if not line:
+            return
+        boxes = [
+            Panel(Text(answer(model, line, sampling)), title=name, width=max(30, console.out.width // 2 - 1))
+            for name, model in speakers.items()
+        ]
+        console.out.print(Columns(boxes))
+
+
+def answer(model: Model, question: str, sampling: Sampling, seed: int = 0) -> str:
+    """The model's answer to one question, as text."""
+    ids = model.prompt_ids(({"role": "user", "content": question},))
+    ((_, sampled),) = generate(model.net, [Job(ids, sampling, seed)], model.eos_ids, tokens=model.tokens)
+    return model.decode(sampled).strip()
+
+
+def _ask() -> str:
+    if sys.stdin.isatty():
+        console.out.print("[bold]you[/bold] ", end="")
+    return sys.stdin.readline().strip()

@@ -1,0 +1,67 @@
+"""Time the training step against its floor: the operations it can't do without, at this machine's measured rate."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from limbeck.config.recipe import Recipe
+from limbeck.data.batches import make_batch, steps_of_epoch
+from limbeck.progress import Reporter
+from limbeck.runs import build
+from limbeck.runs.claim import claim
+from limbeck.runs.cost import TEACHER_READS, Shape, matrix_rate, step_flops
+from limbeck.runs.pipeline import Run
+from limbeck.runs.validate import validate
+from limbeck.storage.files import exclusive
+from limbeck.training import loop as train
+from limbeck.training.memory import keep_freed_memory
+
+STEPS = 3
+
+
+def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[str, Any]:
+    """Run STEPS steps (forward, backward, no update) and compare with the floor. Needs the run's text; elicits what is missing.
+
+    The floor is 2 operations per weight and token forward and 4 backward, over every token of the rows without
+    padding, and over the head for response tokens only. Its rate is that of an fp32 matrix product of the student's own
+    MLP shape, measured right before and right after each step: a shared machine's speed drifts.
+    """
+    keep_freed_memory()
+    validate(recipe)
+    folder = build.run_folder(recipe, out)
+    with exclusive(folder / ".lock"):
+        run = Run(recipe, folder, reporter)
+        claim(run)
+        student = run.untouched()
+        job = run.job("student", student)
+    width, inner = student.net.config.hidden_size, student.net.config.intermediate_size
+    content = steps_of_epoch(job.rows, recipe.train.seed, 0, recipe.train.tokens_per_step, job.together)
+    terms = [term.settle(0.0, {}) for term in job.terms]
+    reads = any(term.reads & TEACHER_READS for term in job.terms)
+    job.prepare()
+    teacher = Shape.of(run.teacher.model.net.config) if reads and run.recipe.teacher.model is not None else None
+    job.net.train()
+    rates, seconds, floors, tokens = [], [], [], 0
+    for step in content[: STEPS + 1]:
+        before = matrix_rate(rows=512, inner=width, outer=inner)
+        real = sum(len(job.rows[index]) for micro_batch in step for index in micro_batch)
+        response = sum(len(job.rows[index].response_ids) for micro_batch in step for index in micro_batch)
+        floors.append(step_flops(Shape.of(student.net.config), teacher, real, response))
+        began = time.perf_counter()
+        for micro_batch in step:
+            train.backward(job, make_batch(job.rows, micro_batch), terms, {term.label: 1.0 for term in job.terms})
+        seconds.append(time.perf_counter() - began)
+        rates.append((before + matrix_rate(rows=512, inner=width, outer=inner)) / 2)
+        tokens += real
+        job.net.zero_grad(set_to_none=True)
+    ratio = [spent / (floor / rate) for spent, floor, rate in zip(seconds, floors, rates, strict=True)]
+    return {
+        "matrix_product_gflop_per_second": round(statistics.median(rates) / 1e9, 1),
+        "floor_gflop_per_step": round(statistics.mean(floors) / 1e9, 1),
+        "seconds_per_step": round(statistics.median(seconds), 2),
+        "tokens_per_second": round(tokens / sum(seconds), 1),
+        "times_the_floor": round(statistics.median(ratio[1:] or ratio), 2),
+    }

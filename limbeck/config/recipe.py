@@ -1,0 +1,280 @@
+"""A recipe: YAML in, one frozen and hashed `Recipe` out. A recipe is data: it can name no code.
+
+Every error says the path in the file, the value found there, and the nearest legal name. Shapes and ranges are
+checked here; what needs the losses (their names and parameters) is checked in `build`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
+
+from limbeck.config.sections import Elicit, Evaluate, Loss, Prompts, Rollout, Section, Student, Train, Writer, check_shares
+from limbeck.config.teacher import Teacher
+from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
+
+MAX_BYTES = 256 * 1024
+NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic puts between the keys of a path
+
+
+class Recipe(Section):
+    """One distillation, whole. Equal recipes have equal hashes, whatever the order of their keys."""
+
+    name: str
+    title: str = ""
+    paper: str = ""
+    teacher: Teacher
+    student: Student
+    prompts: Prompts
+    elicit: Annotated[list[Elicit], Field(min_length=1)] | None = None
+    writer: Annotated[list[Writer], Field(min_length=1, default_factory=lambda: [Writer(by="teacher")])]
+    rollout: Rollout | None = None
+    loss: Annotated[list[Loss], Field(min_length=1)]
+    train: Train
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"name {self.name!r} must be lower-case letters, digits, '.', '_' or '-', at most 64")
+        if len(set(map(str, self.writer))) < len(self.writer):
+            raise ValueError("two writers are the same in everything, so they would write the same text; change one, or leave it out")
+        check_shares(self.writer)
+        if any(writer.by == "elicited" for writer in self.writer) and not self.elicit:
+            raise ValueError(
+                "an elicited writer is whoever answered in the steps of `elicit`, and there are none; add some, or name another"
+            )
+        if any(writer.by == "corpus" for writer in self.writer) and self.elicit:
+            raise ValueError("with steps under `elicit` the text is {by: elicited}: a corpus's own answers go through the steps, too")
+        if self.rollout is not None and self.student_writer is None:
+            raise ValueError("rollout says how the student writes, and no writer is the student; add {by: student}, or leave it out")
+        return self
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _by_its_model(cls, teacher: Any) -> Any:
+        return {"model": teacher} if isinstance(teacher, str) else teacher
+
+    @field_serializer("teacher")
+    def _plainly(self, teacher: Teacher) -> Any:
+        """A teacher that is nothing but a model is written as its name."""
+        written = teacher.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        return teacher.model if set(written) == {"model"} else written
+
+    @property
+    def speaker(self) -> str:
+        """Whose tokens and template all text is in: the teacher's, or where its weights are not here, the student's start."""
+        return str(self.teacher.model or self.student.start.pretrained)
+
+    @property
+    def student_writer(self) -> Writer | None:
+        """The student as a writer, where it is one."""
+        return next((writer for writer in self.writer if writer.by == "student"), None)
+
+    @property
+    def written_share(self) -> float:
+        """The part of the trained text that the student writes, about: of a schedule the mean of its ends."""
+        share = self.student_writer.share if self.student_writer is not None else 0.0
+        if self.all_answer and share:
+            return 1 / len(self.writer)
+        return (share["from"] + share["to"]) / 2 if isinstance(share, dict) else share
+
+    @property
+    def fixed_writers(self) -> list[Writer]:
+        """The writers whose text is there before the training, with what each has of it: shares that add up to 1, or are all 1."""
+        fixed = [writer for writer in self.writer if writer.by != "student"]
+        if self.student_writer is None or all(writer.share == 1 for writer in fixed):
+            return fixed
+        total = sum(writer.fixed_share for writer in fixed)
+        return [writer.model_copy(update={"share": writer.fixed_share / total}) for writer in fixed]
+
+    @property
+    def all_answer(self) -> bool:
+        """Whether every prompt goes to all writers."""
+        return len(self.writer) > 1 and all(writer.share == 1 for writer in self.writer)
+
+    @property
+    def text_seed(self) -> int:
+        """What prompts, writers and answers are drawn with."""
+        return self.train.seed if self.prompts.seed is None else self.prompts.seed
+
+    @property
+    def held_out_writer(self) -> Writer:
+        """Whose sampling held-out text is drawn with: of the teacher's, the largest share, rather random than greedy."""
+        by_teacher = [writer for writer in self.fixed_writers if writer.by == "teacher"]
+        others = self.fixed_writers or [Writer(by="teacher", max_tokens=self.writer[0].max_tokens)]
+        return max(by_teacher or others, key=lambda writer: (writer.share, writer.temperature > 0))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) of the resolved recipe."""
+        return content_hash(self.resolved())
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting that has a value, defaults included, as plain data."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: a YAML file, or the name of a built-in recipe.
+        overrides: `a.b=c` pairs as `--set` takes them; `c` is read as YAML.
+
+    Raises:
+        RecipeError: the file is missing or malformed, or says something that can't be; the message names the place.
+    """
+    file = Path(path)
+    if not file.is_file():
+        from limbeck.config.builtin import recipe_files
+
+        built_in = recipe_files()
+        if str(path) not in built_in:
+            raise RecipeError("", f"there is no recipe file {str(path)!r} and no built-in one{nearest(str(path), built_in)}")
+        file = built_in[str(path)]
+    if file.stat().st_size > MAX_BYTES:
+        raise RecipeError("", f"{file} is larger than {MAX_BYTES} bytes; that is no recipe")
+    try:
+        data = yaml.load(file.read_text(), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader underneath)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError("", f"{file} is not valid YAML: {error}") from error
+    if data is None:
+        raise RecipeError("", f"{file} is empty; start from a built-in recipe, such as recipes/quickstart.yaml")
+    if not isinstance(data, dict):
+        raise RecipeError("", f"{file} must hold a mapping of settings, not {type(data).__name__}")
+    data = _write_out(data)
+    for override in overrides:
+        _set(data, override)
+    return parse(data)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse(data: Mapping[str, Any]) -> Recipe:
+    """Plain data to a Recipe. Short forms are written out first: `- forward_kl`, `evaluate: [fidelity]`, `elicit: [- answer: {n: 4}]`."""
+    try:
+        return Recipe.model_validate(_write_out(dict(data)))
+    except ValidationError as error:
+        raise explain(error, Recipe) from None
+
+
+def _write_out(data: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(data.get("loss"), list):
+        data["loss"] = [_loss(entry, f"loss[{index}]") for index, entry in enumerate(data["loss"])]
+    if isinstance(data.get("elicit"), list):
+        data["elicit"] = [_step(entry, f"elicit[{index}]") for index, entry in enumerate(data["elicit"])]
+        if data["elicit"] and "writer" not in data:
+            data["writer"] = [{"by": "elicited"}]
+    if isinstance(data.get("evaluate"), list):
+        data["evaluate"] = {"metrics": data["evaluate"]}
+    return data
+
+
+def _loss(entry: Any, path: str) -> Any:
+    named = _named(entry, path, "loss", "- jsd: {teacher_share: 0.5}")
+    if named is not entry and "weight" in named["params"]:
+        named["weight"] = named["params"].pop("weight")
+    return named
+
+
+def _step(entry: Any, path: str) -> Any:
+    return _named(entry, path, "step", "- answer: {temperature: 0.7}")
+
+
+def _named(entry: Any, path: str, what: str, example: str) -> Any:
+    """`NAME`, or `NAME: {its parameters}`, with both under keys of their own."""
+    if isinstance(entry, str):
+        return {"name": entry, "params": {}}
+    if not isinstance(entry, dict) or "name" in entry:
+        return entry
+    if len(entry) != 1:
+        raise RecipeError(path, f"one {what} per list entry, such as `{example}`; got {entry!r}")
+    ((name, params),) = entry.items()
+    if not isinstance(params, dict | None):
+        raise RecipeError(f"{path}.{name}", f"its parameters must be a mapping; got {params!r}")
+    return {"name": name, "params": dict(params or {})}
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c`; list entries are numbers, as in `loss.0.weight=2`."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override!r} is not of the form a.b=c, such as --set train.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {path}: {text!r} is not a YAML value: {error}") from error
+    *parents, last = path.split(".")
+    at: Any = data
+    for key in parents:
+        if isinstance(at, list) and key.isdigit() and int(key) < len(at):
+            at = at[int(key)]
+        elif isinstance(at, dict):
+            at = at.setdefault(key, {})
+        else:
+            raise UserError(f"--set {path}: there is nothing to set under {key!r}")
+    if isinstance(at, list) and last.isdigit() and int(last) < len(at):
+        at[int(last)] = value
+    elif isinstance(at, dict):
+        at[last] = value
+    else:
+        raise UserError(f"--set {path}: {last!r} can't be set there")
+
+
+def explain(error: ValidationError, root: type[Section], path: str = "") -> RecipeError:
+    """The first complaint of pydantic about a section that stands at `path`, in our words: place, value, what would do."""
+    first = error.errors(include_url=False)[0]
+    location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith(NOT_KEYS))]
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    kind, value = first["type"], first.get("input")
+    if kind == "extra_forbidden":
+        return RecipeError(path, f"unknown key{nearest(str(location[-1]), _legal_keys(root, location[:-1]))}")
+    if kind == "missing":
+        return RecipeError(path, "is required")
+    if kind == "literal_error":
+        legal = [word.strip("' ") for word in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        hint = nearest(value, legal) if isinstance(value, str) else f"; legal: {', '.join(legal)}"
+        return RecipeError(path, f"{value!r} is not possible here{hint}")
+    message = first["msg"].removeprefix("Value error, ")
+    return RecipeError(path, message if kind == "value_error" else f"{message}; got {value!r}")
+
+
+def _legal_keys(root: type[Section], location: Sequence[str | int]) -> list[str]:
+    """The keys of the section that `location` leads to."""
+    section: Any = root
+    for part in location:
+        if isinstance(part, int):
+            continue
+        fields = {field.alias or name: field for name, field in section.model_fields.items()}
+        if part not in fields:
+            return []
+        section = _section_in(fields[part].annotation) or section
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if found := _section_in(inner):
+            return found
+    return None

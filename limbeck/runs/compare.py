@@ -1,0 +1,290 @@
+"""Compare methods fairly: the same teacher, start, text, steps, tokens, seeds and questions for all; only writers and losses differ.
+
+A comparison's folder holds `store.sqlite` (the text, drawn once), `runs/METHOD-sSEED/` (one run folder per training),
+`evaluation/` (every item of every system), `comparison.json` and `report.html`. Killed, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.config.recipe import Recipe, load_recipe, parse
+from limbeck.evaluate import run as evaluation
+from limbeck.evaluate.measure import Bench, Measured
+from limbeck.evaluate.statistics import holm
+from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_seed, warnings
+from limbeck.progress import Reporter, Silent
+from limbeck.report.page import write_report
+from limbeck.runs.claim import claim
+from limbeck.runs.pipeline import Run
+from limbeck.runs.preflight import check
+from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
+from limbeck.storage.metrics_log import mean_of, writing_share
+from limbeck.training.loop import total_steps
+from limbeck.types import UserError, content_hash
+
+SEEDS = 3
+ROLLOUT_FACTS = ("length", "finished", "repetition", "overlap", "entropy", "teacher_log_prob")
+COMMON = ("teacher", "student", "prompts", "train", "evaluate")
+UNJUDGED: dict[str, Any] = {"controls": ["untouched"], "judge": None}  # methods are held against each other, and no judge is asked
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method: its own writers and losses in the common settings, trained once per seed."""
+
+    name: str
+    recipe: Recipe
+
+    def seeded(self, seed: int) -> Recipe:
+        """The recipe of one training. The text stays that of the common seed."""
+        return self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update={"seed": seed})})
+
+
+def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
+    """Every recipe with the common settings of `like`. Its teacher writer draws as `like`'s does, so that all read the same text.
+
+    Raises:
+        UserError: the same name twice, or fewer than two recipes.
+    """
+    names = [recipe.name for recipe in recipes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{twice[0]!r} stands twice; a comparison needs recipes of different names")
+    if reserved := sorted({"teacher", "untouched"} & set(names)):
+        raise UserError(
+            f"a method can't be called {reserved[0]!r}, which is what every comparison measures beside the methods; rename the recipe"
+        )
+    if len(recipes) < 2:
+        raise UserError("a comparison needs at least two recipes, such as `limbeck compare seq-kd forward-kl --like quickstart`")
+    drawn = like.held_out_writer.model_dump(include={"temperature", "top_p", "max_tokens"})
+    common = {key: like.resolved()[key] for key in COMMON}
+    common["prompts"] = common["prompts"] | {"seed": like.text_seed}
+    common["evaluate"] = common["evaluate"] | UNJUDGED
+    found = []
+    for recipe in recipes:
+        own = recipe.resolved()
+        if any(writer.by == "corpus" for writer in recipe.writer) != any(writer.by == "corpus" for writer in like.writer):
+            raise UserError(f"{recipe.name} and {like.name} differ in whether a corpus writes; compare recipes of one kind")
+        sees, seen = ((one.context, one.weights, one.bridge) for one in (recipe.teacher, like.teacher))
+        if sees != seen:
+            raise UserError(
+                f"{recipe.name} has a teacher that is shown more, is the student itself or is read over a bridge, and {like.name} has "
+                "another: methods are compared under one teacher, so give a --like that has this one"
+            )
+        writers = [writer | _drawn(writer, drawn) for writer in own["writer"]]
+        found.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
+    return found
+
+
+def _drawn(writer: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """How a writer of a method draws: the sampling teacher as the common recipe's; a greedy one stays greedy; all answers are as long."""
+    if writer["by"] == "corpus":
+        return {}
+    return like if writer["by"] == "teacher" and writer["temperature"] > 0 else {"max_tokens": like["max_tokens"]}
+
+
+@dataclass
+class Comparison:
+    """Trains and measures every entry under every seed, in one folder."""
+
+    folder: Path
+    like: Recipe
+    entries: Sequence[Entry]
+    seeds: Sequence[int]
+    base: str
+    reporter: Reporter
+    stop: Callable[[], bool]
+    keep: bool = False
+
+    @cached_property
+    def common(self) -> Run:
+        """Whose teacher and text all runs share, and whose start they copy."""
+        return Run(self.like, self.folder, self.reporter, self.stop)
+
+    @cached_property
+    def settled(self) -> list[Entry]:
+        """The entries with what only the text can tell written out: which layers the student keeps, and how many steps there are."""
+        choice = self.common.choice()
+        rows = self.common.rows(self.common.text.training(), self.common.reader) if self.like.fixed_writers else []
+        steps = total_steps(rows, self.like.train, False)
+        train = self.like.train.model_copy(update={"steps": steps, "epochs": None})
+        found = []
+        for entry in self.entries:
+            student = entry.recipe.student
+            if choice is not None and student.start.prune is not None:
+                prune = student.start.prune.model_copy(update={"keep": list(choice.kept), "layers": None})
+                student = student.model_copy(update={"start": student.start.model_copy(update={"prune": prune})})
+            found.append(Entry(entry.name, entry.recipe.model_copy(update={"student": student, "train": train})))
+        return found
+
+    def runs(self) -> list[tuple[str, int, Run]]:
+        """(method, seed, its run), seed by seed, so that an unfinished comparison has every method."""
+
+        def run(entry: Entry, seed: int) -> Run:
+            return Run(entry.seeded(seed), self.folder / "runs" / f"{entry.name}-s{seed}", self.reporter, self.stop, self.common)
+
+        return [(entry.name, seed, run(entry, seed)) for seed in self.seeds for entry in self.settled]
+
+    def bench(self) -> Bench:
+        return self.common.bench(self.folder / "evaluation")
+
+    def train_and_measure(self) -> dict[str, list[Measured]]:
+        """Every system's records: teacher, untouched, then the methods with one entry per seed."""
+        bench = self.bench()
+        runs = self.runs()
+        for _, _, run in runs:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            claim(run)
+        systems = {"teacher": [self.common.measured_teacher(bench)]}
+        systems["untouched"] = [bench.measure("untouched", runs[0][2].untouched)]
+        for number, (method, seed, run) in enumerate(runs):
+            self.reporter.stage(f"{method}, seed {seed} ({number + 1} of {len(runs)})")
+            if not run.path("measured").exists():
+                run.train("student")
+            systems.setdefault(method, []).append(bench.measure(f"{method}-s{seed}", lambda run=run: run.trained("student")))  # type: ignore[misc]
+            shutil.rmtree(run.path("checkpoints"), ignore_errors=True)
+            if not self.keep and seed != self.seeds[0]:  # half a gigabyte each; the first seed's student stays
+                write_text(run.path("measured"), "the student was measured and removed; `--keep` keeps it\n")
+                shutil.rmtree(run.path("student"), ignore_errors=True)
+        return systems
+
+    def write(self, systems: dict[str, list[Measured]]) -> None:
+        """`comparison.json` and the page."""
+        bench = self.bench()
+        tasks, methods = bench.protocol.tasks, [entry.name for entry in self.entries]
+        pairs = [(method, self.base) for method in methods if method != self.base]
+        summary = summarise(systems, tasks, pairs)
+        _adjust(summary["paired"])
+        runs = self.runs()
+        comparison = {
+            "name": self.folder.name,
+            "base": self.base,
+            "seeds": list(self.seeds),
+            **summary,
+            **evaluation.facts(self.like, bench, self.common.text),
+            "methods": {entry.name: _method(entry) for entry in self.settled},
+            "by_seed": {method: values_by_seed(self.seeds, systems[method], tasks) for method in methods},
+            "recovered": {method: recovery(systems[method], systems["untouched"], systems["teacher"], tasks) for method in methods},
+            "by_kind": by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks),
+            "cost": {method: self._cost([run for name, _, run in runs if name == method]) for method in methods},
+            "rollout": _written({method: [run for name, _, run in runs if name == method] for method in methods}),
+            "warnings": [*warnings(systems, summary, methods), *evaluation.teacher_warnings(self.like, self.common.text)],
+            "settings": {key: self.settled[0].recipe.resolved()[key] for key in COMMON},
+        }
+        write_json(self.folder / "comparison.json", comparison)
+        write_report(self.folder)
+
+    def _cost(self, runs: Sequence[Run]) -> dict[str, float]:
+        """Means over the seeds: tokens, steps, seconds of training, memory; and the tokens the teacher wrote for it."""
+        records = [read_jsonl(run.path("metrics.jsonl")) for run in runs]
+        written = sum(len(sample.response_ids or ()) for sample in runs[0].text.training() if sample.meta["writer"] == "teacher")
+        found = {
+            "teacher_tokens": written,
+            "trained_tokens": sum(record["response_tokens"] for each in records for record in each) / len(runs),
+            "steps": sum(len(each) for each in records) / len(runs),
+            "seconds": sum(record["seconds"] for each in records for record in each) / len(runs),
+        }
+        if writing := writing_share([record for each in records for record in each]):
+            found["writing_share"] = writing
+        peaks = [record["memory_mib"] for each in records for record in each if record.get("memory_mib")]
+        return found | ({"peak_memory_mib": max(peaks)} if peaks else {})
+
+
+def _written(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
+    """What the student's own text was like while it trained: means over the last third of the steps, and over the seeds."""
+    found: dict[str, dict[str, float]] = {}
+    for method, each in runs.items():
+        records = [read_jsonl(run.path("metrics.jsonl")) for run in each]
+        late = [record for each in records for record in each[2 * len(each) // 3 :]]
+        means = {fact: mean_of(late, fact) for fact in ROLLOUT_FACTS}
+        if told := {fact: mean for fact, mean in means.items() if mean is not None}:
+            found[method] = told
+    return found
+
+
+def _method(entry: Entry) -> dict[str, Any]:
+    recipe = entry.recipe
+    return {"title": recipe.title, "paper": recipe.paper, "loss": [loss.name for loss in recipe.loss],
+            "writer": [writer.by for writer in recipe.writer], "recipe": recipe.hash}  # fmt: skip
+
+
+def _adjust(paired: dict[str, dict[str, Any]]) -> None:
+    """Holm's adjustment within each metric, over the methods that are held against the base."""
+    for metric in {metric for differences in paired.values() for metric in differences}:
+        adjusted = holm({pair: differences[metric]["p"] for pair, differences in paired.items() if metric in differences})
+        for pair, p in adjusted.items():
+            paired[pair][metric]["p_holm"] = p
+
+
+def compare(
+    recipes: Sequence[str | Path | Recipe],
+    out: str | Path | None = None,
+    *,
+    like: str | Path | Recipe | None = None,
+    seeds: int | Sequence[int] = SEEDS,
+    base: str | None = None,
+    overrides: Sequence[str] = (),
+    keep: bool = False,
+    reporter: Reporter | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Train and measure recipes under the same conditions. Returns the comparison's folder.
+
+    Args:
+        recipes: files, names of built-in recipes, or recipes. Only their writers and losses are their own.
+        out: the folder; by default runs/compare- and a hash of the recipes, so that more seeds go on in the same folder.
+        like: whose teacher, student, prompts, training and evaluation all take; by default the first recipe.
+        seeds: how many (counted from the common recipe's own), or which. They vary the training, not the text.
+        base: the method that the others are held against; by default the first recipe.
+        overrides: `a.b=c` settings for the common recipe.
+        keep: keep every trained student, not only each method's first.
+
+    Raises:
+        UserError: recipes that can't be compared, or a folder that holds something else.
+    """
+    loaded = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
+    common = _common(loaded, like, overrides)
+    found = entries(loaded, common)
+    numbers = [common.train.seed + n for n in range(seeds)] if isinstance(seeds, int) else list(seeds)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise UserError(f"seeds must be at least one, each once; got {numbers}")
+    against = base or found[0].name
+    if against not in {entry.name for entry in found}:
+        raise UserError(f"the base {against!r} is none of the recipes: {', '.join(entry.name for entry in found)}")
+    for entry in found:  # how many steps there will be is known once the text is there
+        length = {"steps": entry.recipe.train.steps or 1, "epochs": None} if common.fixed_writers else {}
+        check(entry.recipe.model_copy(update={"train": entry.recipe.train.model_copy(update=length)}))
+    folder = Path(out) if out is not None else Path("runs") / f"compare-{content_hash([entry.recipe.hash for entry in found])[:8]}"
+    with exclusive(folder / ".lock"):
+        comparison = Comparison(folder, common, found, numbers, against, reporter or Silent(), stop, keep)
+        _claim(comparison)
+        comparison.reporter.stage("Teacher's text and student's start")
+        comparison.write(comparison.train_and_measure())
+    return folder
+
+
+def _common(loaded: Sequence[Recipe], like: str | Path | Recipe | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe whose settings all share, measured against nothing but the start."""
+    if not loaded:
+        raise UserError("name the recipes to compare, such as `limbeck compare seq-kd forward-kl --like quickstart`")
+    common = loaded[0] if like is None else like if isinstance(like, Recipe) else load_recipe(like, overrides)
+    if overrides and (like is None or isinstance(like, Recipe)):
+        raise UserError("--set changes the common settings, so say whose they are: --like RECIPE")
+    return common.model_copy(update={"evaluate": common.evaluate.model_copy(update=UNJUDGED)})
+
+
+def _claim(comparison: Comparison) -> None:
+    """Make the folder this comparison's, or refuse one that is another's."""
+    claim(comparison.common)
+    facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
+    file = comparison.folder / "comparison.yaml"
+    if file.exists() and yaml.safe_load(file.read_text()) != facts:
+        raise UserError(f"{comparison.folder} holds another comparison (of other recipes): give another --out, or remove it")
+    write_text(file, yaml.safe_dump(facts, sort_keys=False))

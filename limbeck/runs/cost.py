@@ -1,0 +1,246 @@
+"""What a run will cost, before any of it is spent: requests, tokens, bytes, memory and time on this machine.
+
+Counts of floating-point operations are the floor of dense decoders: 2 per weight and token forward, 4 more backward;
+attention, norms and memory traffic come on top, so times are lower bounds stretched by TYPICAL_OVERHEAD.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from limbeck.config.recipe import Recipe
+from limbeck.config.teacher import Cache
+from limbeck.data.batches import MICRO_TOKENS
+from limbeck.elicit.flow import Bill
+from limbeck.elicit.prompts import Prompt
+from limbeck.objectives.term import Term
+from limbeck.types import UserError
+
+TYPICAL_OVERHEAD = 1.7
+TEACHER_READS = {"teacher_distribution", "teacher_features", "teacher_states"}  # evidence that costs a pass of the teacher at every step
+CHARS_PER_TOKEN = 4
+TEMPLATE_TOKENS = 30
+ANSWER_SHARE = 0.65
+QUESTION_TOKENS, VERDICT_TOKENS = 400, 100  # what a judge reads beside two answers and writes, about
+ASKED_TOKENS, SCORED_TOKENS = 200, 200  # what a question of an elicitation's step holds, and a text that is scored, about
+GIB = 2**30
+SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+ACTIVATION_BYTES = 33  # kept for the backward pass per token and layer, as a multiple of the root of the layer's weights
+BASE_BYTES = 0.9 * GIB  # the libraries, one chunk of logits and its gradients
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder that its costs follow from."""
+
+    layers: int
+    layer_parameters: int
+    head_parameters: int
+    width: int = 0
+    heads: int = 0
+    query_width: int = 0
+    key_value_width: int = 0
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        missing = [name for name in SIZES if getattr(config, name, None) is None]
+        if missing:
+            raise UserError(
+                f"models of type {getattr(config, 'model_type', '?')!r} are not supported: their configuration has no {missing[0]}"
+            )
+        width, heads = config.hidden_size, config.num_attention_heads
+        head_width = getattr(config, "head_dim", None) or width // heads
+        key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_width
+        attention = 2 * width * heads * head_width + 2 * width * key_value
+        layer = attention + 3 * width * config.intermediate_size
+        return cls(config.num_hidden_layers, layer, config.vocab_size * width, width, heads, heads * head_width, key_value)
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer_parameters + self.head_parameters
+
+    def joined(self, others: Sequence[Shape]) -> Shape:
+        """All of them as one, for counting: a single layer with the weights of all."""
+        every = (self, *others)
+        layer, head = (sum(s.layers * s.layer_parameters for s in every), sum(s.head_parameters for s in every))
+        return replace(self, layers=1, layer_parameters=layer, head_parameters=head) if others else self
+
+    def with_layers(self, layers: int) -> Shape:
+        return replace(self, layers=layers)
+
+
+def step_flops(student: Shape, teacher: Shape | None, tokens: int, response_tokens: int) -> float:
+    """Floor of one training step: student forward and backward, teacher forward; heads on response tokens only."""
+    body = 6.0 * student.layers * student.layer_parameters * tokens + 6.0 * student.head_parameters * response_tokens
+    if teacher is not None:
+        body += 2.0 * teacher.layers * teacher.layer_parameters * tokens + 2.0 * teacher.head_parameters * response_tokens
+    return body
+
+
+def forward_flops(shape: Shape, tokens: int, response_tokens: int) -> float:
+    return 2.0 * shape.layers * shape.layer_parameters * tokens + 2.0 * shape.head_parameters * response_tokens
+
+
+def _forward(shape: Shape | None, tokens: int) -> float:
+    return 0.0 if shape is None else forward_flops(shape, tokens, tokens)
+
+
+def judging_flops(judge: Shape, questions: int, answer: int) -> float:
+    """Floor of so many verdicts, each on two answers of `answer` tokens; written text counts half more, as that of the teacher."""
+    return 1.5 * forward_flops(judge, questions * (QUESTION_TOKENS + 2 * answer), questions * VERDICT_TOKENS)
+
+
+def matrix_rate(seconds: float = 0.4, rows: int = 512, inner: int = 576, outer: int = 1536) -> float:
+    """Measured matrix products of this machine in operations per second, fp32, with torch's threads."""
+    a, b = torch.randn(rows, inner), torch.randn(outer, inner)
+    a @ b.T
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        a @ b.T
+        done += 1
+    return 2.0 * rows * inner * outer * done / (time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The bill. Tokens are estimates until the text is written."""
+
+    requests: int
+    teacher_tokens: int
+    trained_tokens: int
+    steps: int
+    trainings: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: dict[str, float]
+
+    def lines(self) -> list[tuple[str, str]]:
+        minutes = {stage: f"{value / 60:.1f} min" for stage, value in self.seconds.items()}
+        return [
+            ("requests to the teacher", f"{self.requests:,}"),
+            ("tokens it will write", f"about {self.teacher_tokens:,}"),
+            ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
+            ("steps of each", f"about {self.steps:,}"),
+            ("trained tokens of each", f"about {self.trained_tokens:,}"),
+            ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB"),
+            ("peak memory", f"{self.memory_bytes / GIB:.1f} GiB"),
+            *((f"time, {stage}", text) for stage, text in minutes.items()),
+            ("time, all", f"{sum(self.seconds.values()) / 60:.0f} min on this machine under its present load (an estimate)"),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()}}
+
+
+def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
+    """The trainings beside the student's. Fine-tuning as its own control would be the same run twice."""
+    plain = [(term.label, {key: schedule.start for key, schedule in term.params.items()}) for term in terms]
+    by_others = all(writer.by not in ("untouched", "student") for writer in recipe.writer)
+    is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and not recipe.all_answer and by_others
+    return [name for name in recipe.evaluate.controls if name != "untouched" and not (name == "sft_control" and is_fine_tuning)]
+
+
+def _prompt_tokens(prompts: Sequence[Prompt]) -> float:
+    """The mean length of a prompt in its template, about."""
+    return sum(len(prompt.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in prompts) / len(prompts)
+
+
+def _elicited(bills: Sequence[Bill]) -> float:
+    """Tokens that the steps of elicitation have a model read and write."""
+    return sum(bill.tokens + ASKED_TOKENS * bill.requests + SCORED_TOKENS * bill.scores for bill in bills)
+
+
+def _training_bytes(student: Shape, tokens_per_step: int) -> float:
+    """Weights, gradients and Adam's two moments in fp32, and what a micro-batch keeps for its backward pass."""
+    together = min(MICRO_TOKENS, tokens_per_step)
+    return 16.0 * student.parameters + together * student.layers * ACTIVATION_BYTES * math.sqrt(student.layer_parameters)
+
+
+def _kept_bytes(cache: Cache | None, teacher: Shape | None, tokens: int) -> float:
+    """What a kept teacher takes at most: an id with its bits and a number for every token kept, 8 bytes a position, and a head."""
+    if cache is None or teacher is None:
+        return 0.0
+    id_bits = math.log2(max(2, teacher.head_parameters // max(1, teacher.width)))
+    if cache.hidden is not None:
+        return (2.0 if cache.hidden.dtype == "bfloat16" else 4.0) * teacher.width * tokens + 4.0 * teacher.head_parameters
+    if cache.top_k is not None:
+        return (cache.top_k.k * (id_bits + cache.top_k.bits) / 8 + 8) * tokens
+    assert cache.sampled is not None
+    return (cache.sampled.draws * (id_bits / 8 + 4) + 8) * tokens
+
+
+def _disk_bytes(student: Shape, trainings: int) -> int:
+    """Two checkpoints and one being written, each thrice the weights; and the exports."""
+    return 4 * student.parameters * (3 * 3 + trainings)
+
+
+def _memory_bytes(teachers: Sequence[Shape | None], student: Shape, judge: Shape | None, tokens_per_step: int) -> int:
+    """The teachers, and beside them the training or a judge."""
+    beside = max(_training_bytes(student, tokens_per_step), 4 * judge.parameters if judge else 0)
+    return int(4 * sum(teacher.parameters for teacher in teachers if teacher) + beside + BASE_BYTES)
+
+
+def make_plan(
+    recipe: Recipe,
+    terms: Sequence[Term],
+    training: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    teacher: Shape | None,
+    student: Shape,
+    judge: Shape | None = None,
+    bills: Sequence[Bill] = (),
+    others: Sequence[Shape] = (),
+) -> Plan:
+    """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for, `others` the teachers
+    beside the first. Where there is no `teacher`, its text costs no time here."""
+    settings, count = recipe.train, bills[-1].given if bills else len(training)
+    answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
+    fixed, own = recipe.fixed_writers, recipe.student_writer
+    by_teacher = sum(w.fixed_share for w in fixed if w.by == "teacher")
+    written = sum(w.fixed_share for w in fixed if w.by == "untouched")
+    answering = {w.by: w.fixed_share for w in fixed} if fixed else {"student": 1.0}
+    every = sum(answering.values())
+    longest = sum(w.fixed_share * w.max_tokens for w in fixed) if fixed else own.max_tokens if own else 0
+    response = max(1, int(longest * ANSWER_SHARE * count))
+    prompt_tokens = int(_prompt_tokens(training) * count * every)  # every answer repeats its prompt
+    steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
+    epochs = steps * settings.tokens_per_step / response
+    trainings = 1 + len(trained_controls(recipe, terms))
+    reads, rate = any(term.reads & TEACHER_READS for term in terms), matrix_rate() / TYPICAL_OVERHEAD
+    tokens = int((prompt_tokens + response) * epochs)
+    trained = int(response * epochs)
+    held = len(held_out) * (answer + TEMPLATE_TOKENS + 20)
+    cache = recipe.teacher.cache if teacher is not None else None
+    scored = response if teacher is None and recipe.teacher.cache else 0  # by a llama.cpp server; vLLM is asked once for each text
+    train = step_flops(student, teacher.joined(others) if teacher and reads and cache is None else None, tokens, trained)
+    train += step_flops(student, None, tokens, trained) if trainings > 1 else 0.0
+    train += _forward(teacher, prompt_tokens + response) if cache is not None else 0.0  # once, whatever the number of epochs
+    text_of_controls = 0.0 if fixed or trainings == 1 else float(prompt_tokens + response)
+    drawn = recipe.written_share * (tokens + trained)
+    text = (by_teacher / every * (prompt_tokens + response) + text_of_controls + held + _elicited(bills)) * 1.5
+    own_text = written / every * (prompt_tokens + response) * 1.5
+    evaluated = 2 + len(recipe.evaluate.controls)
+    seconds = {
+        "elicit": (_forward(teacher, int(text)) + forward_flops(student, int(own_text), int(own_text))) / rate,
+        "train": (train + 1.5 * forward_flops(student, int(drawn), int(drawn))) / rate,
+        "evaluate": evaluated * 2.5 * forward_flops(teacher or student, held, held) / rate,
+    }
+    if judge is not None:  # each pair in both orders, against every system but the student
+        seconds["judge"] = judging_flops(judge, 2 * (evaluated - 1) * len(held_out), answer) / rate
+    judging = judge if recipe.evaluate.judge != recipe.teacher.model else None
+    return Plan(
+        requests=round(by_teacher * count) + len(held_out) + (count if text_of_controls else 0) + sum(b.requests for b in bills) + scored,
+        teacher_tokens=int(by_teacher / every * response) + answer * len(held_out) + sum(b.tokens for b in bills),
+        trained_tokens=trained,
+        steps=steps,
+        trainings=trainings,
+        disk_bytes=int(_kept_bytes(cache, teacher, response)) + _disk_bytes(student, trainings),
+        memory_bytes=_memory_bytes((teacher, *others), student, judging, settings.tokens_per_step),
+        seconds=seconds,
+    )

@@ -1,0 +1,217 @@
+"""The doctor finds nothing in what is sound, and each planted fault under its own line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from limbeck.cli import app
+from limbeck.commands.doctor import Patient, _zero, examine
+from limbeck.config.builtin import recipe_files
+from limbeck.config.recipe import load_recipe, parse
+from limbeck.data.batches import Row
+from limbeck.models.load import load_model, save_model
+from limbeck.models.teacher import InProcessTeacher
+from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.runs import build
+from limbeck.runs.pipeline import Run, run
+from limbeck.signals.cache import Cache
+from tests.conftest import make_net, make_tokenizer
+from tests.models.test_score import PROTOCOLS, on, spoiled, without
+from tests.scoring_server import ScoringServer
+
+
+def said(findings, verdict="fault"):
+    return {one.name: one.seen for one in findings if one.verdict == verdict}
+
+
+@pytest.fixture
+def recipe_of(recipe_data, tiny_folder):
+    """A sound recipe: the tiny teacher, with a server or a cache where they are given."""
+
+    def made(folder=tiny_folder, **teacher):
+        evaluate = {**recipe_data["evaluate"], "metrics": ["fidelity"], "limit": 2}
+        student = {"start": {"pretrained": str(tiny_folder)}}
+        return parse({**recipe_data, "teacher": {"model": str(folder), **teacher}, "student": student, "evaluate": evaluate})
+
+    return made
+
+
+def served(server):
+    return {"url": server.url, "name": "toy", "retries": 0}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_is_sound_has_no_fault(protocol, tiny, recipe_of, tmp_path):
+    with ScoringServer(tiny, protocol) as server:
+        told = []
+        findings = examine(recipe_of(server=served(server)), tmp_path / "run", told.append)
+    assert not said(findings) and told == [one.name for one in findings]
+    assert set(said(findings, "not looked at")) == {"bridge", "cache"}
+    seen = said(findings, "fine")
+    assert "0.0000 nats apart" in seen["served weights"] and "20.0 of 20 shared" in seen["served weights"]
+    assert not (tmp_path / "run").exists(), "it writes nothing"
+
+
+def test_a_recipe_that_cannot_run_is_all_that_is_said(recipe_of, tmp_path):
+    data = recipe_of().model_copy(update={"evaluate": recipe_of().evaluate.model_copy(update={"max_tokens": 999})})
+    assert "leaves no room" in said(examine(data, tmp_path))["recipe"] and len(examine(data, tmp_path)) == 1
+
+
+def permuted(pairs):
+    return [[(n + 7) % 300, x] for n, x in pairs]
+
+
+SERVERS = {
+    "another template": ("server", {}, "frames a conversation otherwise"),
+    "another tokenizer": ("server", {"spoil": on(("/tokenize",), lambda reply: {"tokens": [n + 1 for n in reply["tokens"]]})}, "tokens are not the student's"),
+    "another temperature": ("served weights", {"temperature": 1.5}, "at temperature 1.5"),
+    "other weights": ("served weights", {}, "is not the one here"),
+    "ids renumbered": ("served weights", {"spoil": spoiled(permuted)}, "is not the one here"),
+    "log-probabilities dropped": ("server", {"spoil": on(("/completion",), lambda reply: without(reply, "completion_probabilities"))}, "no log-probabilities"),
+    "fewer than asked": ("server", {"spoil": spoiled(lambda pairs: pairs[:5])}, "names 5 tokens"),
+    "another model's answer": ("server", {"spoil": on(("/completion",), lambda reply: {**reply, "model": "other"})}, "of the model 'other'"),
+    "no room": ("server", {"spoil": on(("/props",), lambda reply: {"default_generation_settings": {"n_ctx": 8}})}, "takes 8 tokens"),
+    "nobody there": ("server", {"spoil": lambda path, reply: ("status", 404)}, "can't score text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SERVERS)
+def test_a_fault_of_the_server_is_found(fault, tiny, tiny_folder, recipe_of, tmp_path):
+    line, settings, says = SERVERS[fault]
+    model = load_model(str(tiny_folder))
+    if fault == "another template":
+        model.tokenizer.chat_template = model.tokenizer.chat_template.replace("<|assistant|>", "<|system|>")
+    if fault == "other weights":
+        model.net.load_state_dict(make_net(seed=9, vocabulary=len(model.tokenizer)).state_dict())
+    with ScoringServer(model, **settings) as server:
+        faults = said(examine(recipe_of(server=served(server)), tmp_path / "run"))
+    assert says in faults[line]
+    if line == "served weights":
+        assert set(faults) == {line} and "after '" in faults[line], "and where the two differ"
+
+
+@pytest.fixture
+def kept(recipe_of, prompt_file, tmp_path):
+    """A run that was trained from its cache, its recipe, and the cache's one shard. Its text is a corpus, since the tiny model never ends."""
+    lines = [json.loads(line) | {"answer": "a mat and a dog"} for line in prompt_file.read_text().splitlines()]
+    prompt_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain = recipe_of(cache={"top_k": {"k": 300, "bits": 16}})
+    recipe = parse(plain.resolved() | {"writer": [{"by": "corpus"}]})
+    folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
+    assert not said(findings := examine(recipe, folder)), "it is sound before a fault is planted"
+    assert set(said(findings, "not looked at")) == {"bridge", "server", "served weights"}
+    (shard,) = (folder / "signals").glob("shard-*.safetensors")
+    return recipe, folder, shard
+
+
+def test_a_shard_that_was_cut_or_changed_is_found(kept):
+    recipe, folder, shard = kept
+    whole = shard.read_bytes()
+    for damaged in (whole[:-40], whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:]):
+        shard.write_bytes(damaged)
+        assert "cut short or has changed" in said(examine(recipe, folder))["cache"]
+    shard.write_bytes(whole)
+    assert not said(examine(recipe, folder))
+
+
+def test_a_cache_of_another_teacher_is_found(kept, recipe_of, tmp_path):
+    recipe, folder, _ = kept
+    save_model(make_net(seed=4, vocabulary=len(make_tokenizer())), make_tokenizer(), tmp_path / "other")
+    about = folder / "signals" / "about.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"teacher": "other"}))
+    assert "cache of another teacher" in said(examine(recipe, folder))["cache"]
+
+
+@pytest.mark.parametrize(("fault", "says"), [("moved", "1 position off"), ("warm", "other numbers"), ("short", "rows for a text of")])
+def test_rows_that_moved_or_are_of_another_temperature_are_found(fault, says, kept, monkeypatch):
+    """Written by a faulty tool of ours or another's, with hashes that hold."""
+    recipe, folder, _ = kept
+    text = Cache.text
+
+    def faulty(self, key):
+        found = dict(text(self, key))
+        found["target"] = {"moved": found["target"].roll(1), "warm": found["target"] / 2, "short": found["target"][1:]}[fault]
+        return found
+
+    monkeypatch.setattr(Cache, "text", faulty)
+    assert says in said(examine(recipe, folder))["cache"]
+
+
+def test_answers_that_never_end_are_found(kept, monkeypatch):
+    recipe, folder, _ = kept
+    rows = Run.rows
+    monkeypatch.setattr(Run, "rows", lambda self, samples, student: [endless(row) for row in rows(self, samples, student)])
+    assert "never learn to stop" in said(examine(recipe, folder))["end of an answer"]
+
+
+def endless(row: Row) -> Row:
+    return replace(row, response_ids=(*row.response_ids[:-1], 5))
+
+
+def test_a_template_that_ends_an_answer_with_another_token_is_found(tiny_folder, recipe_of, tmp_path):
+    model = load_model(str(tiny_folder))
+    model.tokenizer.chat_template = model.tokenizer.chat_template.replace("<|end|>", "<|system|>")
+    save_model(model.net, model.tokenizer, tmp_path / "odd")
+    recipe = recipe_of(tmp_path / "odd").model_copy(
+        update={"student": recipe_of().student.model_copy(update={"start": start(tmp_path / "odd")})}
+    )
+    assert "would not stop in a conversation" in said(examine(recipe, tmp_path / "run"))["end of an answer"]
+
+
+def start(folder):
+    return parse({"name": "x", "teacher": str(folder), "student": {"start": {"pretrained": str(folder)}}, "prompts": {"from": "x"}, "loss": ["cross_entropy"],
+                  "train": {"steps": 1}}).student.start  # fmt: skip
+
+
+def test_weights_that_are_damaged_or_do_not_answer_alike_are_found(tiny_folder, recipe_of, tmp_path, monkeypatch):
+    model = load_model(str(tiny_folder))
+    with torch.no_grad():
+        model.net.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    save_model(model.net, model.tokenizer, tmp_path / "broken")
+    faults = said(examine(recipe_of(tmp_path / "broken"), tmp_path / "run"))
+    assert "NaN or infinite" in faults["weights"] and len(faults) == 1
+    view = InProcessTeacher.view
+
+    def noisy(self, batch, *args, **kwargs):
+        found = view(self, batch, *args, **kwargs)
+        return replace(
+            found, signal=replace(found.signal, hidden_NE=found.signal.hidden_NE + 0.1 * torch.randn_like(found.signal.hidden_NE))
+        )
+
+    monkeypatch.setattr(InProcessTeacher, "view", noisy)
+    assert "something else when it is asked again" in said(examine(recipe_of(), tmp_path / "run"))["repeatable"]
+
+
+COMPARING = [name for name in recipe_files() if any(term.name in DIVERGENCES for term in build.terms(load_recipe(name)))]
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARING if load_recipe(name).teacher.model])
+def test_every_recipes_losses_are_zero_for_a_student_that_is_the_teacher(name, tiny_folder, tmp_path):
+    recipe = load_recipe(name)
+    recipe = recipe.model_copy(
+        update={"teacher": recipe.teacher.model_copy(update={"model": str(tiny_folder), "context": None, "bridge": None})}
+    )
+    assert "gradient are 0" in _zero(Patient(recipe, tmp_path))
+
+
+def test_the_command_says_it_and_ends_with_status_2_where_there_is_a_fault(tiny, tiny_folder, prompt_file, tmp_path):
+    given = [
+        "--set",
+        f"teacher={tiny_folder}",
+        "--set",
+        f"prompts.from={prompt_file}",
+        "--set",
+        "student.start={prune: {layers: 3, keep: uniform}}",
+    ]
+    given += ["--set", "evaluate.metrics=[fidelity]", "--set", "evaluate.max_tokens=20", "--set", "writer=[{by: teacher, max_tokens: 20}]"]
+    found = CliRunner().invoke(app, ["doctor", "forward-kl", *given, "--out", str(tmp_path / "run"), "--json"])
+    assert found.exit_code == 0 and json.loads(found.stdout[found.stdout.index("{") :])["faults"] == 0, found.output
+    with ScoringServer(tiny, temperature=3.0) as server:
+        given += ["--set", f"teacher={{model: {tiny_folder}, server: {{url: {server.url}, name: toy}}}}"]
+        found = CliRunner().invoke(app, ["doctor", "forward-kl", *given, "--out", str(tmp_path / "run")])
+    assert found.exit_code == 2 and "fault         served weights: the served model is not the one here" in found.output

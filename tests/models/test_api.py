@@ -1,0 +1,305 @@
+"""A served teacher against a server with planted faults: exact counts and bills, every fault typed, every wait ended, no key anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from email.utils import formatdate
+
+import pytest
+
+from limbeck.config.teacher import Served
+from limbeck.elicit.engine import elicit
+from limbeck.elicit.flow import Scene, user
+from limbeck.models.api import MOST_BYTES, ApiTeacher, _retry_after, read_answer
+from limbeck.storage.store import Store
+from limbeck.types import Sampling, UserError
+from tests.scripted_server import MODEL, Scripted, answer
+
+SECRET = "sk-canary-4711"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("LIMBECK_API_KEY", SECRET)
+
+
+class Waits:
+    """Time that passes only by waiting."""
+
+    def __init__(self):
+        self.now, self.pauses = 0.0, []
+
+    async def sleep(self, seconds):
+        self.pauses.append(seconds)
+        self.now += seconds
+
+    def clock(self):
+        return self.now
+
+
+def teacher(server, **settings):
+    waits = Waits()
+    return ApiTeacher(Served(url=server.url, name=MODEL, **settings), waits.sleep, waits.clock), waits
+
+
+SHORT = Sampling(max_tokens=16)
+
+
+def requests(count=3, sampling=SHORT, raw=None):
+    scene = Scene("served:toy", 7, "0/x")
+    return [scene.request((user(f"question {n}"),), sampling, raw=raw) for n in range(count)]
+
+
+def ask(server, count=1, stop=lambda: False, **settings):
+    made, _ = teacher(server, **settings)
+    return [found for _, found in made.answers(requests(count), stop)], made
+
+
+def test_without_faults_every_request_is_sent_and_billed_once(tmp_path):
+    with Scripted(lambda number, body: answer(f"to {body['messages'][0]['content']}")) as server:
+        made, _ = teacher(server, price={"input": 1.0, "output": 2.0})
+        with Store(tmp_path / "s.sqlite") as store:
+            samples = elicit(requests(20), store, lambda: made)
+            assert elicit(requests(20), store, lambda: pytest.fail("asked again")) == samples
+        assert [sample.messages[-1]["content"] for sample in samples] == [f"to question {n}" for n in range(20)]
+        assert len(server.seen) == 20 == made.spent.sent and set(server.bills.values()) == {1} and made.spent.again == 0
+        assert (made.spent.read, made.spent.written) == (100, 60) and made.spent.money == pytest.approx((100 + 120) / 1e6)
+        path, body, headers = server.seen[0]
+        assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {SECRET}" and body["max_tokens"] == 16
+        assert SECRET.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir()) and SECRET not in repr(made)
+
+
+def test_settings_of_a_draw_go_along_and_raw_texts_go_elsewhere():
+    with Scripted() as server:
+        made, _ = teacher(server)
+        list(made.answers(requests(1, Sampling(0.5, 0.9, 8, ("\n",), 2.0), raw="<|user|>")))
+        path, body, _ = server.seen[0]
+        assert path == "/v1/completions" and body["prompt"] == "<|user|>" and "messages" not in body
+        assert (body["temperature"], body["top_p"], body["stop"], body["presence_penalty"], body["stream"]) == (
+            0.5,
+            0.9,
+            ["\n"],
+            2.0,
+            False,
+        )
+
+
+def test_no_more_are_under_way_than_allowed_also_while_trying_again():
+    with Scripted(lambda number, body: ("status", 503) if number % 3 == 0 else ("slow", 0.01)) as server:
+        found, made = ask(server, 60, concurrency=4)
+        assert len(found) == 60 and server.most <= 4 and made.spent.again > 0 and set(server.bills.values()) == {1}
+
+
+def test_a_storm_of_429_is_weathered_as_the_server_asks():
+    with Scripted(lambda number, body: ("status", 429, {"Retry-After": "7"}) if number < 4 else answer()) as server:
+        made, waits = teacher(server, concurrency=1)
+        ((_, found),) = made.answers(requests(1))
+        assert found.finish == "ok" and waits.pauses == [7.0] * 4 and made.spent.maybe_billed == 0 and made.spent.sent == 5
+    assert _retry_after("3.5") == 3.5 and _retry_after("9999") == 60.0 and _retry_after(None) is _retry_after("soon") is None
+    assert 1 <= _retry_after(formatdate(time.time() + 5, usegmt=True)) <= 5 and _retry_after(formatdate(0, usegmt=True)) == 0.0
+
+
+def test_tries_end_and_grow_apart():
+    with Scripted(lambda number, body: ("status", 500)) as server:
+        made, waits = teacher(server, retries=3, concurrency=1)
+        ((_, found),) = made.answers(requests(1))
+        assert found.finish == "error" and len(server.seen) == 4 == made.spent.maybe_billed and len(waits.pauses) == 3
+        assert all(low * 0.5 <= pause <= low * 1.5 for low, pause in zip((0.5, 1, 2), waits.pauses, strict=True))
+
+
+def test_a_server_that_fails_on_and_on_is_given_up():
+    with Scripted(lambda number, body: ("status", 503)) as server, pytest.raises(UserError, match="failed 12 times in a row"):
+        ask(server, 50, concurrency=1)
+    with pytest.raises(UserError, match=r"no connection"):
+        ask(server, 50)  # it is gone
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "the key"), (403, "rights"), (404, "model's name"), (302, "leads elsewhere")])
+def test_what_every_request_would_meet_ends_the_run_at_once(status, words):
+    headers = {"Location": "http://169.254.169.254/"} if status == 302 else {}
+    with Scripted(lambda number, body: ("status", status, headers, f"no: {SECRET}".encode())) as server:
+        with pytest.raises(UserError, match=words) as caught:
+            ask(server, 9, concurrency=1)
+        assert len(server.seen) == 1 and SECRET not in str(caught.value) and "[key]" in str(caught.value)
+
+
+def test_one_request_s_own_fault_is_its_own():
+    with Scripted(
+        lambda number, body: ("status", 400, {}, b"context is too long") if "1" in body["messages"][0]["content"] else answer()
+    ) as server:
+        found, made = ask(server, 3)
+        assert sorted(one.finish for one in found) == ["error", "ok", "ok"] and made.spent.again == 0
+        assert "too long" in next(one.raw for one in found if one.finish == "error")
+
+
+WAITING = {"hang": ("hang", 3), "drip": ("drip", 3), "cut": ("cut", 40)}
+
+
+@pytest.mark.parametrize("fault", WAITING)
+def test_every_wait_ends_and_may_have_been_billed(fault):
+    with Scripted(lambda number, body: WAITING[fault] if number == 0 else answer()) as server:
+        began = time.monotonic()
+        found, made = ask(server, 1, timeout=0.4)
+        assert found[0].finish == "ok" and made.spent.maybe_billed == 1 and time.monotonic() - began < 2.5
+
+
+BODIES = {
+    "whole": (answer(), "ok"), "cut off": (answer("text", "length"), "length"), "full, though it says stop": (answer(tokens=16), "length"),
+    "empty": (answer("  "), "empty"), "null": (answer(None), "empty"), "filtered": (answer("x", "content_filter"), "filtered"),
+    "refused": (answer(None, refusal="I can't"), "refused"), "another model": (answer(model="gpt-other"), "malformed"),
+    "a dated model": (answer(model=f"{MODEL}-2026-01-01"), "ok"), "number": (answer(7), "malformed"), "list": (answer(["a"]), "malformed"),
+    "tool call": (answer("x", "tool_calls"), "malformed"), "control token": (answer("a<|im_end|>b"), "malformed"),
+    "no choices": ({"model": MODEL, "choices": []}, "malformed"), "two": ({"choices": answer()["choices"] * 2}, "malformed"),
+    "no message": ({"choices": [{"finish_reason": "stop"}]}, "malformed"), "a text": ({"choices": "x"}, "malformed"),
+    "no JSON": (b"<html>", "malformed"), "half": (json.dumps(answer()).encode()[:-9], "malformed"), "nothing": (b"", "malformed"),
+    "NaN": (json.dumps(answer()).replace("5", "NaN").encode(), "malformed"), "null body": (b"null", "malformed"),
+    "twice": (b'{"choices": 1, "choices": 2}', "malformed"), "latin 1": ('{"a": "\u00e9"}'.encode("latin-1"), "malformed"),
+    "deep": (b"[" * 100_000, "malformed"), "big numbers": (json.dumps(answer(tokens=2**50)).encode(), "ok"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_what_became_of_an_answer_is_told_by_its_body(name):
+    body, finish = BODIES[name]
+    with Scripted(lambda number, _: ("bytes", body) if isinstance(body, bytes) else body) as server:
+        (found,), _ = ask(server)
+        assert found.finish == finish and (found.raw is None) == (finish == "ok") and found.ids is None
+
+
+def test_every_cut_of_a_body_is_malformed_or_whole():
+    whole = json.dumps(answer()).encode()
+    with Scripted(lambda number, body: ("bytes", whole[: int(body["messages"][0]["content"].split()[1])])) as server:
+        made, _ = teacher(server, concurrency=16)
+        found = {request.messages[0]["content"]: one.finish for request, one in made.answers(requests(len(whole) + 1))}
+    assert found.pop(f"question {len(whole)}") == "ok" and set(found.values()) == {"malformed"} and len(found) == len(whole)
+
+
+def test_a_flood_is_not_read_to_its_end():
+    from limbeck.training.memory import peak_mib
+
+    with Scripted(lambda number, body: ("flood", 100 * 2**20)) as server:
+        before = peak_mib() or 0
+        (found,), _ = ask(server)
+        assert found.finish == "malformed" and len(found.raw) <= 2**16 and (peak_mib() or 0) - before < 4 * MOST_BYTES / 2**20
+
+
+@pytest.mark.parametrize(
+    ("settings", "most", "words"),
+    [
+        ({"limits": {"requests": 5}}, 5, "5 requests"), ({"limits": {"tokens": 120}}, 13, "120 tokens"),
+        ({"limits": {"money": 1e-4}, "price": {"input": 1.0, "output": 2.0}}, 9, "money"),
+    ],
+)  # fmt: skip
+def test_a_ceiling_is_never_passed_and_what_was_answered_is_kept(settings, most, words, tmp_path):
+    with Scripted() as server, Store(tmp_path / "s.sqlite") as store:
+        made, _ = teacher(server, concurrency=3, **settings)
+        with pytest.raises(UserError, match=words):
+            elicit(requests(50), store, lambda: made)
+        kept = store.count()["ok"]
+        assert 1 <= kept == len(server.seen) <= most
+        spent = made.spent
+        limits = settings["limits"]
+        assert spent.sent <= limits.get("requests", 99) and spent.read + spent.written <= limits.get("tokens", 9999)
+        assert spent.money <= limits.get("money", 1)
+
+
+def test_tries_count_against_the_ceiling():
+    with Scripted(lambda number, body: ("status", 503)) as server, pytest.raises(UserError, match="ceiling of 3 requests"):
+        ask(server, 1, limits={"requests": 3})
+    assert len(server.seen) == 3
+
+
+def test_rates_per_minute_are_kept():
+    with Scripted() as server:
+        made, waits = teacher(server, requests_per_minute=30, concurrency=1)
+        list(made.answers(requests(6)))
+        assert waits.now == pytest.approx(10)
+        made, waits = teacher(server, tokens_per_minute=40, concurrency=1)  # some 19 a request
+        list(made.answers(requests(6)))
+        assert waits.now == pytest.approx(120)
+
+
+def test_a_stop_ends_it_between_two_answers():
+    with Scripted(lambda number, body: ("slow", 0.02)) as server:
+        made, _ = teacher(server, concurrency=2)
+        taken = []
+        for found in made.answers(requests(40), lambda: len(taken) >= 3):
+            taken.append(found)
+        assert 3 <= len(taken) <= 5 and len(server.seen) <= 8
+
+
+def test_who_a_server_is_depends_on_what_it_serves():
+    facts = {"id": MODEL, "meta": {"n_params": 5, "size": 7, "n_ctx": 1}, "created": 1}
+    with (
+        Scripted(models=[facts]) as one,
+        Scripted(models=[facts | {"created": 2}]) as other,
+        Scripted(models=[facts | {"meta": {}}]) as third,
+    ):
+        names = [teacher(server)[0].identity for server in (one, other, third)]
+    assert names[0] == names[1] != names[2] and names[0].startswith("served:toy-") and "127" not in names[0]
+    with Scripted(models=[{"id": "a"}, {"id": "b"}]) as server, pytest.raises(UserError, match="serves a, b, not 'toy'"):
+        _ = teacher(server)[0].identity
+    with pytest.raises(UserError, match="is the server running"):
+        _ = teacher(server)[0].identity
+    with pytest.raises(UserError, match="without a password"):
+        ApiTeacher(Served(url="http://me:secret@host/v1", name="x"))
+
+
+def test_a_text_is_read_by_its_kind():
+    assert read_answer(answer("x"), MODEL, True, 9, None) == ("x", "ok") == read_answer(answer("x"), MODEL, False, 9, None)
+    assert read_answer(answer(model="org/toy"), "toy", False, 9, None)[1] == "ok" and read_answer(None, "toy", False, 9, None) == (
+        "",
+        "malformed",
+    )
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from limbeck.elicit.engine import elicit
+from limbeck.elicit.flow import Scene, user
+from limbeck.models.api import ApiTeacher
+from limbeck.config.teacher import Served
+from limbeck.storage.store import Store
+from limbeck.types import Sampling
+
+url, folder = sys.argv[1:]
+requests = [Scene("served:toy", 7, "0/x").request((user(f"question {n}"),), Sampling(max_tokens=16)) for n in range(150)]
+said = Path(folder, "acknowledged").open("a")
+with Store(Path(folder) / "s.sqlite") as store:
+    def told(done, total, tokens):
+        said.write(f"{done}\\n")
+        said.flush()
+    elicit(requests, store, lambda: ApiTeacher(Served(url=url, name="toy", concurrency=4)), told)
+"""
+
+
+def test_killed_again_and_again_nothing_acknowledged_is_lost_or_paid_twice(tmp_path):
+    kills, limit = 12, 4
+    with Scripted(lambda number, body: ("slow", 0.01)) as server:
+        child = tmp_path / "child.py"
+        child.write_text(textwrap.dedent(CHILD))
+        command = [sys.executable, str(child), server.url, str(tmp_path)]
+        environment = os.environ | {"PYTHONPATH": os.getcwd()}  # noqa: PTH109
+        for number in range(kills):
+            process = subprocess.Popen(command, env=environment)
+            while process.poll() is None and len(server.seen) < 10 * (number + 1):
+                time.sleep(0.002)
+            time.sleep(0.001 * (number * 7 % 11))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            lines = (tmp_path / "acknowledged").read_text().splitlines()
+            with Store(tmp_path / "s.sqlite") as store:
+                assert store.count().get("ok", 0) >= max([int(line) for line in lines if line], default=0)
+        assert subprocess.run(command, env=environment, check=False).returncode == 0
+        time.sleep(0.05)
+        bills = sum(server.bills.values())
+        assert len(server.bills) == 150 <= bills <= 150 + kills * limit
+    with Store(tmp_path / "s.sqlite") as store:
+        assert store.count() == {"ok": 150}

@@ -1,0 +1,152 @@
+"""Comparing methods: the same conditions for all, resumable, and nothing claimed that the seeds and items do not allow."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+
+import limbeck
+from limbeck.config.recipe import parse
+from limbeck.models.teacher import InProcessTeacher
+from limbeck.progress import StoppedError
+from limbeck.runs.compare import _common, entries
+from limbeck.storage.files import read_jsonl
+from limbeck.types import UserError
+
+
+@pytest.fixture
+def methods(recipe_data):
+    """The common recipe and three methods on it: fine-tuning, forward and reverse KL, whose own settings are other ones."""
+    common = parse(recipe_data)
+    made = [parse(recipe_data | {"name": name, "loss": [loss], "train": {"steps": 77, "lr": 0.5}})
+            for name, loss in (("seq-kd", "cross_entropy"), ("forward-kl", "forward_kl"), ("reverse-kl", "reverse_kl"))]  # fmt: skip
+    return common, made
+
+
+@pytest.fixture
+def compared(methods, tmp_path):
+    common, made = methods
+    return limbeck.compare(made, tmp_path / "cmp", like=common, seeds=2)
+
+
+def read(folder):
+    return json.loads((folder / "comparison.json").read_text())
+
+
+def test_a_comparison_from_recipes_to_page(methods, compared):
+    common, _ = methods
+    found = read(compared)
+    assert list(found["systems"]) == ["teacher", "untouched", "seq-kd", "forward-kl", "reverse-kl"]
+    assert found["base"] == "seq-kd" and found["seeds"] == [common.train.seed, common.train.seed + 1]
+    assert set(found["paired"]) == {"forward-kl - seq-kd", "reverse-kl - seq-kd"}
+    for differences in found["paired"].values():
+        for facts in differences.values():
+            assert 0 < facts["p"] <= facts["p_holm"] <= 1 and facts["low"] <= facts["value"] <= facts["high"]
+    assert set(found["systems"]["seq-kd"]) <= set(found["metrics"])
+    page = (compared / "report.html").read_text()
+    assert "forward-kl" in page and re.search(r"<svg", page)
+
+
+def test_all_methods_have_the_same_text_steps_and_tokens(methods, compared):
+    common, _ = methods
+    found = read(compared)
+    cost = found["cost"]
+    assert len({(facts["teacher_tokens"], facts["steps"], facts["trained_tokens"]) for facts in cost.values()}) == 1
+    for run in (compared / "runs").iterdir():
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        assert recipe["train"]["lr"] == common.train.lr and recipe["prompts"]["seed"] == common.train.seed
+        assert not (run / "store.sqlite").exists(), "the text is drawn once, for all"
+    losses = [[r["loss"] for r in read_jsonl(compared / "runs" / f"forward-kl-s{seed}" / "metrics.jsonl")] for seed in found["seeds"]]
+    assert losses[0] != losses[1], "seeds vary the order of the text"
+
+
+def test_values_pool_the_seeds(compared):
+    found = read(compared)
+    for method in ("seq-kd", "forward-kl"):
+        by_seed = [found["by_seed"][method][str(seed)]["forward_kl"] for seed in found["seeds"]]
+        assert by_seed[0] != by_seed[1]
+        assert found["systems"][method]["forward_kl"]["value"] == pytest.approx(sum(by_seed) / 2)  # the same tokens for both
+    difference = found["paired"]["forward-kl - seq-kd"]["forward_kl"]["value"]
+    values = [found["systems"][name]["forward_kl"]["value"] for name in ("forward-kl", "seq-kd")]
+    assert difference == pytest.approx(values[0] - values[1])
+
+
+def test_only_the_first_seeds_students_are_kept(compared):
+    kept = sorted(run.name for run in (compared / "runs").iterdir() if (run / "student").exists())
+    first = read(compared)["seeds"][0]
+    assert kept == sorted(f"{name}-s{first}" for name in ("seq-kd", "forward-kl", "reverse-kl"))
+
+
+def test_a_stopped_comparison_goes_on_and_repeats_nothing(methods, compared, tmp_path, monkeypatch):
+    common, made = methods
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) > 60
+
+    with pytest.raises(StoppedError):
+        limbeck.compare(made, tmp_path / "stopped", like=common, seeds=2, stop=stop)
+    limbeck.compare(made, tmp_path / "stopped", like=common, seeds=2)
+    whole, again = read(compared), read(tmp_path / "stopped")
+    for one in (whole, again):
+        for timed in ("efficiency", "cost", "name"):
+            one.pop(timed)
+    assert whole == again
+    monkeypatch.setattr(InProcessTeacher, "answers", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr("limbeck.training.loop.train", lambda *_: pytest.fail("trained again"))
+    limbeck.compare(made, tmp_path / "stopped", like=common, seeds=2)
+
+
+def test_what_cannot_be_compared_is_refused(methods, tmp_path, recipe_data):
+    common, made = methods
+    with pytest.raises(UserError, match="at least two"):
+        entries(made[:1], common)
+    with pytest.raises(UserError, match="stands twice"):
+        entries([made[0], made[0]], common)
+    with pytest.raises(UserError, match="is none of the recipes"):
+        limbeck.compare(made, tmp_path / "a", like=common, base="dpo")
+    with pytest.raises(UserError, match="at least one, each once"):
+        limbeck.compare(made, tmp_path / "a", like=common, seeds=[3, 3])
+    with pytest.raises(UserError, match="--like"):
+        limbeck.compare(made, tmp_path / "a", overrides=["train.steps=3"])
+    corpus = parse(recipe_data | {"name": "gold", "writer": [{"by": "corpus"}]})
+    with pytest.raises(UserError, match="whether a corpus writes"):
+        entries([made[0], corpus], common)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_judge_is_left_out_of_a_comparison(methods, recipe_data):
+    common, made = methods
+    recipe_data["evaluate"]["judge"] = "./nowhere"
+    with_judge = parse(recipe_data)
+    assert with_judge.hash != common.hash and _common([with_judge], None, ()).hash == _common([common], None, ()).hash
+    judged = [recipe.model_copy(update={"evaluate": with_judge.evaluate}) for recipe in made]
+    found = entries(judged, with_judge)
+    assert [entry.recipe.hash for entry in found] == [entry.recipe.hash for entry in entries(made, common)]
+    for entry in found:
+        limbeck.check(entry.recipe)
+
+
+def test_a_folder_of_another_comparison_is_refused(methods, compared):
+    common, made = methods
+    before = (compared / "comparison.json").read_bytes()
+    with pytest.raises(UserError, match="another comparison"):
+        limbeck.compare(made[:2], compared, like=common, seeds=2)
+    assert (compared / "comparison.json").read_bytes() == before
+
+
+def test_the_command(methods, compared, tmp_path):
+    from tests.runs.test_pipeline import command
+
+    files = []
+    for recipe in (*methods[1], methods[0]):
+        files.append(tmp_path / f"{recipe.name}.yaml")
+        files[-1].write_text(yaml.safe_dump(recipe.resolved()))
+    done = command("compare", *files[:3], "--like", files[3], "--seeds", 2, "--out", compared, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert result["report"].endswith("report.html") and "seq-kd" in result["verdict"]

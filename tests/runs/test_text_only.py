@@ -1,0 +1,151 @@
+"""A teacher that is behind a server alone: its text is trained on, its answers and tasks are measured, no distance is made up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import limbeck
+from limbeck.config.recipe import parse
+from limbeck.data.batches import Row
+from limbeck.elicit.verify import verify
+from limbeck.evaluate.fidelity import Text, fidelity
+from limbeck.evaluate.tasks import load_task
+from limbeck.progress import Silent
+from limbeck.runs import build
+from limbeck.runs.pipeline import run
+from limbeck.runs.preflight import check
+from limbeck.types import RecipeError, UserError
+from tests.scripted_server import Scripted, answer
+
+CHECKS = {prompt.text: prompt.check for prompt in load_task("everyday").prompts}
+
+
+def said(question):
+    """Right where a number or a label is asked for; else the same words."""
+    check = CHECKS.get(question) or {}
+    return str(check["answer"]) if check.get("type") in ("number", "choice") else "the cat sat on the mat"
+
+
+def say(number, body):
+    return answer(said(body["messages"][-1]["content"]))
+
+
+@pytest.fixture
+def served(recipe_data, tiny_folder):
+    """A recipe by the address of its teacher."""
+
+    def made(url="http://127.0.0.1:1/v1", **changes):
+        teacher = {"server": {"url": url, "name": "toy"}}
+        evaluate = {**recipe_data["evaluate"], "limit": 24}
+        student = {"start": {"pretrained": str(tiny_folder)}}
+        return parse({**recipe_data, "teacher": teacher, "student": student, "loss": ["cross_entropy"], "evaluate": evaluate, **changes})
+
+    return made
+
+
+def test_a_run_without_the_teachers_weights(served, tmp_path):
+    with Scripted(say) as server:
+        folder = run(served(server.url), tmp_path / "run")
+        asked = len(server.seen)
+    summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+    teacher, student = summary["systems"]["teacher"], summary["systems"]["student"]
+    (task,) = build.tasks(served(server.url))
+    passed = [verify(prompt.check, said(prompt.text)) for prompt in task.prompts if prompt.check]
+    assert teacher["everyday/pass_rate"]["value"] == pytest.approx(sum(passed) / len(passed)) and any(passed)
+    assert not set(teacher) & {"forward_kl", "perplexity", "own_tokens", "ece"}
+    assert not [name for name in student if "kl" in name or "jsd" in name or "top1" in name or "teacher" in name]
+    assert {"perplexity", "entropy", "ece", "own_tokens", "own_entropy", "everyday/pass_rate"} <= set(student)
+    assert student["perplexity"]["value"] < summary["systems"]["untouched"]["perplexity"]["value"]
+    assert "perplexity" in summary["paired"]["student - untouched"] or "nll" in summary["paired"]["student - untouched"]
+    page = (folder / "report.html").read_text()
+    assert "toy, behind a server" in page and "gives text alone" in page and "Forward KL" not in page
+    assert json.loads((folder / "inputs.json").read_text())["teacher"].startswith("served:toy-")
+    assert "served:toy-" in (folder / "student" / "README.md").read_text()
+    assert summary["bill"] == {"answers": asked, "tokens_read": 5 * asked, "tokens_written": 3 * asked}
+    assert "Bill of the teacher" in page
+    run(served(server.url), folder)  # the server is gone, and nothing is asked of it
+    assert (folder / "report.html").read_text() == page
+    (folder / "evaluation" / "summary.json").unlink()
+    run(served(server.url), folder)
+    assert json.loads((folder / "evaluation" / "summary.json").read_text())["systems"] == summary["systems"]
+    prompts = build.prompts(served(server.url))
+    assert asked == len(prompts[0]) + 2 * len(prompts[1]) + len(task.prompts)  # held-out ones are asked as training ones, and greedily
+
+
+def test_an_answer_that_failed_is_not_measured_as_one(served, tmp_path):
+    """Text that is missing from the training goes with its reason; an evaluation waits for the server to answer."""
+    broken = [True]
+
+    def some(number, body):
+        return ("status", 400) if broken[0] and body["temperature"] == 0 else say(number, body)
+
+    with Scripted(some) as server:
+        with pytest.raises(UserError, match=r"the server failed for .* prompts of the evaluation, such as 'h1'"):
+            run(served(server.url), tmp_path / "run")
+        broken[0] = False
+        assert (run(served(server.url), tmp_path / "run") / "report.html").exists()
+
+
+def test_ceilings_are_a_runs_and_not_a_processs(served, tmp_path):
+    """Started again, a run counts what it paid for before; what it paid is told while it goes on."""
+    told = []
+
+    class Told(Silent):
+        def progress(self, done, total, detail):
+            told.append(detail)
+
+    with Scripted(say) as server:
+        teacher = {"server": {"url": server.url, "name": "toy", "price": {"input": 1000.0, "output": 1000.0}, "limits": {"requests": 3}}}
+        for _ in range(2):
+            with pytest.raises(UserError, match="ceiling of 3 requests"):
+                run(served(server.url, teacher=teacher), tmp_path / "run", Told(), stages=("elicit",))
+        assert len(server.seen) == 3
+    assert any("0.024 spent" in detail for detail in told)  # 3 answers of 8 tokens each, a thousandth a token
+
+
+def test_methods_are_compared_by_what_text_can_say(served, tmp_path):
+    with Scripted(say) as server:
+        recipes = [served(server.url, name=f"x-{part}", loss=[{"cross_entropy": {"label_smoothing": part}}]) for part in (0.0, 0.5)]
+        folder = limbeck.compare(recipes, tmp_path / "cmp", seeds=1)
+    found = json.loads((folder / "comparison.json").read_text())
+    assert {"nll", "own_tokens"} <= set(found["paired"]["x-0.5 - x-0.0"]) and "forward_kl" not in found["metrics"]
+    assert "Perplexity" in (folder / "report.html").read_text() or "likelihood" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"loss": ["forward_kl"]}, r"loss\[0\].forward_kl: it reads the teacher distribution, and a server gives text: use cross_entropy"),
+        (
+            {"student": {"start": {"prune": {"layers": 2, "keep": "uniform"}}}},
+            "student.start: nothing can be made of a teacher whose weights",
+        ),
+        ({"elicit": ["ifd"], "writer": [{"by": "elicited"}]}, r"elicit\[0\].ifd: it needs log probs"),
+        ({"elicit": ["magpie"], "writer": [{"by": "elicited"}]}, r"elicit\[0\].magpie: it needs raw"),
+        ({"teacher": {}}, "name a model, a server that writes its text, or both"),
+        ({"teacher": {"server": {"url": "http://x/v1", "name": "m"}, "context": {"system": "x"}}}, "leave context and weights out"),
+    ],
+)
+def test_what_text_can_not_give_is_refused(served, changes, match):
+    with pytest.raises(RecipeError, match=match):
+        check(served(**changes))
+
+
+def test_a_plan_without_the_teachers_weights(served, recipe_data):
+    plan, whole = check(served()), check(parse({**recipe_data, "loss": ["cross_entropy"]}))
+    assert plan.seconds["elicit"] == 0 and plan.requests == whole.requests
+
+
+def test_what_a_student_thinks_alone_is_what_it_thinks_beside_a_teacher(tiny):
+    from limbeck.models.teacher import InProcessTeacher
+
+    rows = [Row("a", (1, 2, 3), (4, 5, 6, 7)), Row("b", (1, 2), (3, 4))]
+    torch.manual_seed(0)
+    alone, beside = (fidelity(tiny, Text(rows, teacher)) for teacher in (None, InProcessTeacher(tiny)))
+    for one, other in zip(alone, beside, strict=True):
+        assert set(one.sums) == {"nll", "entropy", "wrong"} and one.tokens == other.tokens
+        for name, value in one.sums.items():
+            assert value == pytest.approx(other.sums[name], rel=1e-5)

@@ -1,0 +1,100 @@
+"""A checkpoint is whole or invisible: killed at every point, damaged at every file."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from limbeck.storage import checkpoint
+from limbeck.types import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def save(folder, step):
+    checkpoint.save(folder, step, {"w": torch.full((3,), float(step))}, {"job": "j", "step": step})
+
+
+def test_round_trip_and_retention(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step)
+    found = checkpoint.load_newest(tmp_path)
+    assert found.step == 5 and found.tensors["w"].tolist() == [5.0] * 3 and found.state == {"job": "j", "step": 5}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+
+
+def test_nothing_there_is_none(tmp_path):
+    assert checkpoint.load_newest(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "folder"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    tensors = tmp_path / "step-00000002" / "tensors.safetensors"
+    if damage == "flip":
+        content = bytearray(tensors.read_bytes())
+        content[-1] ^= 1
+        tensors.write_bytes(content)
+    elif damage == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    elif damage == "gone":
+        tensors.unlink()
+    elif damage == "manifest":
+        (tmp_path / "step-00000002" / "manifest.json").write_text('{"step": 2,')
+    else:
+        (tmp_path / "step-00000003").mkdir()
+        tensors.unlink()
+    assert checkpoint.load_newest(tmp_path).step == 1
+
+
+def test_when_none_is_whole_the_user_is_told(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / "tensors.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.load_newest(tmp_path)
+
+
+def crash_points() -> list[str]:
+    """Every crash point named in the code, so that a new one can't escape the matrix."""
+    found = set()
+    for file in (ROOT / "limbeck").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "crash_point" and isinstance(node.args[0], ast.Constant):
+                found.add(node.args[0].value)
+    return sorted(found)
+
+
+SAVE_POINTS = [name for name in crash_points() if name.startswith(("checkpoint.", "directory."))]
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from limbeck.storage import checkpoint
+for step in (1, 2, 3):
+    checkpoint.save(Path(sys.argv[1]), step, {"w": torch.full((3,), float(step))}, {})
+"""
+
+
+@pytest.mark.parametrize("point", SAVE_POINTS)
+@pytest.mark.parametrize("time", [1, 3])
+def test_killed_at_every_point_the_previous_or_the_new_one_is_there(tmp_path, point, time):
+    environment = {**os.environ, "LIMBECK_CRASH_AT": f"{point}:{time}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, check=False)
+    assert done.returncode == 137
+    found = checkpoint.load_newest(tmp_path)
+    after_commit = point == "checkpoint.before_prune"
+    assert (found.step if found else 0) == (time if after_commit else time - 1)
+    save(tmp_path, 9)
+    assert checkpoint.load_newest(tmp_path).step == 9 and not list(tmp_path.glob(".*"))
+
+
+def test_the_matrix_knows_its_points():
+    assert {"checkpoint.before_tensors", "checkpoint.before_manifest", "checkpoint.before_prune", "directory.before_rename"} <= set(
+        SAVE_POINTS
+    )

@@ -1,0 +1,112 @@
+"""The store keeps every acknowledged answer, asks for none twice, and tells what is not its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from limbeck.elicit.engine import elicit
+from limbeck.storage.store import Store
+from limbeck.types import Evidence, Generated, Request, Sample, Sampling, UserError
+
+
+def request(text="q", seed=0, **meta):
+    return Request("model@1", ({"role": "user", "content": text},), Sampling(0.5, 0.9, 10), seed, meta)
+
+
+class Counting:
+    """Answers in reverse order and counts its bill."""
+
+    identity = "model@1"
+
+    def __init__(self, give_up_after=None):
+        self.bill, self.give_up_after = [], give_up_after
+
+    def answers(self, requests, stop=lambda: False):
+        for asked in reversed(requests):
+            if stop():
+                return
+            if self.give_up_after is not None and len(self.bill) >= self.give_up_after:
+                raise ConnectionError("gone")
+            self.bill.append(asked.key)
+            yield asked, Generated((1, 2), f"to {asked.messages[0]['content']}", "ok")
+
+
+def test_answers_come_in_the_order_asked_and_are_asked_once(tmp_path):
+    requests = [request(str(number), prompt_id=f"p{number}") for number in range(7)]
+    answerer = Counting()
+    with Store(tmp_path / "s.sqlite") as store:
+        first = elicit([*requests, requests[0]], store, lambda: answerer)
+        assert [sample.messages[-1]["content"] for sample in first] == [f"to {n}" for n in (*range(7), 0)]
+        again = elicit(requests, store, lambda: pytest.fail("the teacher was loaded for nothing"))
+    assert again == first[:7] and again[3].meta == {"prompt_id": "p3", "finish": "ok"}
+    assert len(answerer.bill) == 7
+
+
+def test_after_a_failure_only_the_rest_is_asked(tmp_path):
+    requests = [request(str(number)) for number in range(9)]
+    first, second = Counting(give_up_after=4), Counting()
+    with Store(tmp_path / "s.sqlite") as store, pytest.raises(ConnectionError):
+        elicit(requests, store, lambda: first)
+    with Store(tmp_path / "s.sqlite") as store:
+        assert len(elicit(requests, store, lambda: second)) == 9
+        assert store.count() == {"ok": 9}
+    assert len(first.bill) == 4 and len(second.bill) == 5 and not set(first.bill) & set(second.bill)
+
+
+def test_stopping_returns_what_is_there(tmp_path):
+    done = []
+    with Store(tmp_path / "s.sqlite") as store:
+        got = elicit([request(str(n)) for n in range(5)], store, Counting, lambda d, t, n: done.append(d), lambda: len(done) > 2)
+    assert len(got) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        request("q2"),
+        request(seed=1),
+        Request("model@2", request().messages, request().sampling, 0),
+        Request("model@1", request().messages, Sampling(0.5, 0.9, 11), 0),
+    ],
+)
+def test_any_change_of_the_question_changes_its_key(other):
+    assert other.key != request().key
+
+
+def test_keys_are_golden():
+    """A changed key would make every stored answer unfindable."""
+    assert request().key == request(anything="else").key == "be80e08660f79c5500d25ab0ddf4944c0d2416b5192025fe985f3eb06ea2438e"
+
+
+def test_evidence_round_trip(tmp_path):
+    asked = request()
+    sample = Sample((*asked.messages, {"role": "assistant", "content": "x"}), "model@1", (1,))
+    with Store(tmp_path / "s.sqlite") as store:
+        store.record(asked, sample, "ok")
+        store.write_evidence(Evidence(sample.id, "verdict", "number", True))
+        store.write_evidence(Evidence(sample.id, "verdict", "number", False))
+        assert list(store.evidence("verdict")) == [Evidence(sample.id, "verdict", "number", False)]
+        assert list(store.evidence("score")) == []
+
+
+def test_a_full_disk_is_named_and_keeps_what_was_stored(tmp_path):
+    import sqlite3
+
+    stored = 0
+    with Store(tmp_path / "s.sqlite") as store:
+        store._db.execute("pragma max_page_count = 20")
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            for number in range(1000):
+                asked = request(f"{number} " + "x" * 500)
+                store.record(asked, Sample((*asked.messages, {"role": "assistant", "content": "y" * 500}), "m", (1,)), "ok")
+                stored += 1
+    with Store(tmp_path / "s.sqlite") as store:
+        assert 0 < stored == store.count()["ok"]
+
+
+def test_another_file_is_refused_and_left_alone(tmp_path):
+    file = tmp_path / "s.sqlite"
+    file.write_bytes(b"something else entirely" * 50)
+    with pytest.raises(UserError, match="not a store"):
+        Store(file)
+    assert file.read_bytes().startswith(b"something else")
