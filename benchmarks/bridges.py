@@ -1,10 +1,10 @@
 """A real pair with two tokenizers: Gemma 3 270M teaches SmolLM2-135M-Instruct over each bridge.
 
-For every bridge, the same worked answers (grade-school problems, one JSON object a line with `question` and `answer`) are trained on for
-the same few steps from the same start; measured before and after on held-out answers: the bridge's own loss, how likely the student finds
-the text (nats a byte, so that tokens don't matter), and how near it is to the teacher (forward KL over common tokens and a bucket, at
-aligned positions). Fine-tuning on the text alone is the row to compare with. Writes docs/evidence/bridges.json; killed, it goes on at the
-next bridge.
+For every bridge, the same worked answers (grade-school problems, one JSON object a line with `question` and `answer`)
+are trained on for the same few steps from the same start; measured before and after on held-out answers: the bridge's
+own loss, how likely the student finds the text (nats a byte, so that tokens don't matter), and how near it is to the
+teacher (forward KL over common tokens and a bucket, at aligned positions). Fine-tuning on the text alone is the row to
+compare with. Writes docs/evidence/bridges.json; killed, it goes on at the next bridge.
 
     python benchmarks/bridges.py docs/evidence/bridges.json gsm8k/train.jsonl
 """
@@ -33,8 +33,13 @@ from limbeck.training.loop import loss_on, train
 from limbeck.training.prepare import even_batches, response_log_probs
 from limbeck.training.setup import make_job
 
-TEACHER, STUDENT = "gemma-3-270m", "smollm2-135m-instruct"
-STEPS, TOKENS, TRAINED, HELD_OUT, LR = 16, 512, 120, 40, 5e-5
+TEACHER = "gemma-3-270m"
+STUDENT = "smollm2-135m-instruct"
+STEPS = 16
+TOKENS = 512
+TRAINED = 120
+HELD_OUT = 40
+LR = 5e-5
 COMMON = ("forward_kl", Bridge())
 PARAMS = {"dual_space": {"projection_rate": 20}}
 WAYS: dict[str, tuple[list[tuple[str, float]], Bridge]] = {
@@ -48,15 +53,19 @@ WAYS: dict[str, tuple[list[tuple[str, float]], Bridge]] = {
 
 
 def rows_of(file: Path, student: Model, teacher: Model) -> tuple[list[Row], list[Row], int]:
-    """(training rows, held-out rows, bytes of the held-out answers) of the first problems of a file, in both models' tokens."""
-    found, size = [], 0
+    """(training rows, held-out rows, bytes of the held-out answers) of the first problems of a file, in both models'
+    tokens."""
+    found = []
+    size = 0
     for number, line in enumerate(file.read_text().splitlines()[: TRAINED + HELD_OUT]):
         problem = json.loads(line)
         asked = ({"role": "user", "content": str(problem["question"])},)
         said = re.sub(r"<<[^>]*>>", "", str(problem["answer"]))
         ids = (*student.text_ids(said), student.tokenizer.eos_token_id)
         shown = tuple(teacher.prompt_ids(asked))
-        found.append(Row(str(number), tuple(student.prompt_ids(asked)), ids, group=str(number), teacher_prompt_ids=shown))
+        found.append(
+            Row(str(number), tuple(student.prompt_ids(asked)), ids, group=str(number), teacher_prompt_ids=shown)
+        )
         size += len(said.encode()) if number >= TRAINED else 0
     return found[:TRAINED], found[TRAINED:], size
 
@@ -66,7 +75,9 @@ def measured(job: Any, student: Model, teacher: BridgedTeacher, held: list[Row],
     batches = [make_batch(held, part) for part in even_batches(held)]
     vocabulary = job.vocabulary
     term = make_term(COMMON[0], {})
-    common = make_job([term], student, held, lambda: teacher, None, job.settings, job.folder, "common", job.folder / "store.sqlite")
+    common = make_job(
+        [term], student, held, lambda: teacher, None, job.settings, job.folder, "common", job.folder / "store.sqlite"
+    )
     aligned = teacher.facts([row.response_ids for row in held])["aligned_share"]
     return {
         "loss": loss_on(job, batches, 1.0),
@@ -77,17 +88,40 @@ def measured(job: Any, student: Model, teacher: BridgedTeacher, held: list[Row],
 
 def one(name: str, teacher: InProcessTeacher, rows: tuple[list[Row], list[Row], int], folder: Path) -> dict[str, Any]:
     losses, settings = WAYS[name]
-    student, (training, held, size) = load_model(STUDENT), rows
-    bridged, common = BridgedTeacher(teacher, student, settings), BridgedTeacher(teacher, student, COMMON[1])
+    student = load_model(STUDENT)
+    training, held, size = rows
+    bridged = BridgedTeacher(teacher, student, settings)
+    common = BridgedTeacher(teacher, student, COMMON[1])
     terms = [make_term(loss, PARAMS.get(loss, {}), weight) for loss, weight in losses]
     how = Train(steps=STEPS, tokens_per_step=TOKENS, lr=LR, seed=7, save_seconds=10_000)
-    job = make_job(terms, student, training, lambda: bridged, None, how, folder / name.replace(" ", "-"), name, folder / "store.sqlite")
-    before, began = measured(job, student, common, held, size), time.monotonic()
-    train(job, lambda step, steps, record: print(name, step, steps, round(record["loss"], 4), record["seconds"], flush=True))
+    job = make_job(
+        terms,
+        student,
+        training,
+        lambda: bridged,
+        None,
+        how,
+        folder / name.replace(" ", "-"),
+        name,
+        folder / "store.sqlite",
+    )
+    before = measured(job, student, common, held, size)
+    began = time.monotonic()
+    train(
+        job,
+        lambda step, steps, record: print(name, step, steps, round(record["loss"], 4), record["seconds"], flush=True),
+    )
     seconds = time.monotonic() - began
     facts = bridged.facts([row.response_ids for row in training])
     after = measured(job, student, common, held, size)
-    return {"before": before, "after": after, "seconds_per_step": seconds / STEPS, "shared": facts, "losses": losses, "rows": len(training)}
+    return {
+        "before": before,
+        "after": after,
+        "seconds_per_step": seconds / STEPS,
+        "shared": facts,
+        "losses": losses,
+        "rows": len(training),
+    }
 
 
 def main(out: Path, problems: Path) -> None:

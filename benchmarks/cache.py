@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/cache.py        # some five minutes on two cores
 
-The teacher is SmolLM2-135M-Instruct on its own text, the student the same with 24 of its 30 layers before any training. For every form:
-bytes of the shards per response token; the mean forward KL as the form gives it, beside the whole distribution's; and the distance of
-the gradient for the student's logits, summed over all positions, from the exact one. Renormalising the top tokens, which is not offered,
-stands beside them. Then the same steps with the teacher live and kept, in turns.
+The teacher is SmolLM2-135M-Instruct on its own text, the student the same with 24 of its 30 layers before any training.
+For every form: bytes of the shards per response token; the mean forward KL as the form gives it, beside the whole
+distribution's; and the distance of the gradient for the student's logits, summed over all positions, from the exact
+one. Renormalising the top tokens, which is not offered, stands beside them. Then the same steps with the teacher live
+and kept, in turns.
 """
 
 from __future__ import annotations
@@ -37,16 +38,21 @@ from limbeck.storage.files import write_json
 from limbeck.training.prepare import even_batches, fill_cache
 
 HERE = Path(__file__).parent.parent
-OUT, RUN = HERE / "docs" / "evidence" / "cache.json", HERE / "runs" / "cache"
+OUT = HERE / "docs" / "evidence" / "cache.json"
+RUN = HERE / "runs" / "cache"
 FORMS: list[dict[str, Any]] = [
-    {"hidden": {"dtype": "float32"}}, {"hidden": {"dtype": "bfloat16"}},
+    {"hidden": {"dtype": "float32"}},
+    {"hidden": {"dtype": "bfloat16"}},
     *({"top_k": {"k": k}} for k in (16, 64, 256)),
     *({"top_k": {"mass": mass, "k": 4096}} for mass in (0.9, 0.95, 0.98)),
     *({"top_k": {"mass": mass, "k": 64}} for mass in (0.95, 0.98)),
     *({"sampled": {"draws": draws}} for draws in (12, 50)),
-]  # fmt: skip
+]
 SIZES = ("prompts.limit=40", "writer.0.max_tokens=80")
-KL, TEXTS, ROUNDS, REPEATS = DIVERGENCES["forward_kl"], 12, 16, 3
+KL = DIVERGENCES["forward_kl"]
+TEXTS = 12
+ROUNDS = 16
+REPEATS = 3
 
 
 def told(values_N: Tensor, gradient_V: Tensor, exact_N: Tensor, exact_V: Tensor) -> dict[str, float]:
@@ -63,7 +69,8 @@ class Measure:
     """One text's teacher and student states, and a form's loss on them against the exact one."""
 
     def __init__(self, run: Run, rows: list[Row], vocabulary: int) -> None:
-        self.rows, self.vocabulary = rows, vocabulary
+        self.rows = rows
+        self.vocabulary = vocabulary
         batch = make_batch(rows)
         where = batch.response_positions()
         self.targets_N = batch.tokens_BT[where[0], where[1] + 1]
@@ -75,12 +82,14 @@ class Measure:
 
     def loss(self, signal: Any, renormalised: int = 0) -> tuple[Tensor, Tensor]:
         """(values [N], sum of the gradients for the logits [V])."""
-        values, gradient_V = [], torch.zeros(self.vocabulary)
+        values = []
+        gradient_V = torch.zeros(self.vocabulary)
         for part in chunks(len(self.hidden_ND), self.vocabulary, 2**22):
             q = Distribution(self.head.logits(self.hidden_ND[part]))
             if renormalised:
                 log_CK, ids_CK = Distribution(signal.chunk(part).logits_CV).log.topk(renormalised)
-                p, own = Distribution(log_CK), Distribution(q.logits_RV.gather(-1, ids_CK))
+                p = Distribution(log_CK)
+                own = Distribution(q.logits_RV.gather(-1, ids_CK))
                 found, some_CK = KL(p, own, {"temperature": 1.0})
                 gradient_V.scatter_add_(0, ids_CK.flatten(), some_CK.flatten())
             else:
@@ -92,11 +101,14 @@ class Measure:
 
 
 def forms(run: Run, measure: Measure, folder: Path) -> list[dict[str, Any]]:
-    exact, found = measure.loss(measure.teacher), []
+    exact = measure.loss(measure.teacher)
+    found = []
     for form in FORMS:
         settings = Form(**form)
         cache = Cache(folder / str(len(found)), run.teacher.identity, measure.vocabulary, settings)
-        fill_cache(cache, partial(run.teacher.view, vocabulary=measure.vocabulary), measure.rows, lambda done, total: None)
+        fill_cache(
+            cache, partial(run.teacher.view, vocabulary=measure.vocabulary), measure.rows, lambda done, total: None
+        )
         facts = {"form": form, "bytes_per_token": cache.bytes / len(measure.targets_N)}
         facts |= told(*measure.loss(cache.view(make_batch(measure.rows)).signal), *exact)
         if settings.sampled is not None:
@@ -104,16 +116,26 @@ def forms(run: Run, measure: Measure, folder: Path) -> list[dict[str, Any]]:
         found.append(facts)
         print(facts, flush=True)
     for k in (16, 64, 256):
-        found.append({"form": {"renormalised": {"k": k}}, "bytes_per_token": None, **told(*measure.loss(measure.teacher, k), *exact)})
+        found.append(
+            {
+                "form": {"renormalised": {"k": k}},
+                "bytes_per_token": None,
+                **told(*measure.loss(measure.teacher, k), *exact),
+            }
+        )
         print(found[-1], flush=True)
     return found
 
 
 def rounds(measure: Measure, settings: Form, exact: tuple[Tensor, Tensor]) -> list[float]:
-    """The gradient's error where it is averaged over 1, 2, 4... caches of other draws: unbiased, it falls with the root of their number."""
-    total_V, errors = torch.zeros(measure.vocabulary), []
+    """The gradient's error where it is averaged over 1, 2, 4... caches of other draws: unbiased, it falls with the root
+    of their number."""
+    total_V = torch.zeros(measure.vocabulary)
+    errors = []
     for number in range(1, ROUNDS + 1):
-        signal = unpack([pack(measure.teacher, measure.targets_N, settings, 1000 + number)], settings, measure.vocabulary)
+        signal = unpack(
+            [pack(measure.teacher, measure.targets_N, settings, 1000 + number)], settings, measure.vocabulary
+        )
         total_V += measure.loss(signal)[1]
         if number & (number - 1) == 0:
             errors.append(float((total_V / number - exact[1]).norm() / exact[1].norm()))
@@ -122,16 +144,23 @@ def rounds(measure: Measure, settings: Form, exact: tuple[Tensor, Tensor]) -> li
 
 def speed(run: Run, rows: list[Row], vocabulary: int, folder: Path) -> dict[str, Any]:
     """Seconds of an epoch's forward and backward passes, live and kept in turns; and of reading what was kept alone."""
-    student, term = run.untouched(), make_term("forward_kl", {}).settle(0.0, {})
+    student = run.untouched()
+    term = make_term("forward_kl", {}).settle(0.0, {})
     live = partial(run.teacher.view, vocabulary=vocabulary)
     views: dict[str, Any] = {"live": live}
-    chosen = {"hidden": {"hidden": {}}, "top_k": {"top_k": {"mass": 0.98, "k": 64}}, "sampled": {"sampled": {"draws": 50}}}
+    chosen = {
+        "hidden": {"hidden": {}},
+        "top_k": {"top_k": {"mass": 0.98, "k": 64}},
+        "sampled": {"sampled": {"draws": 50}},
+    }
     for name, form in chosen.items():
         cache = Cache(folder / name, run.teacher.identity, vocabulary, Form.model_validate(form))
         fill_cache(cache, live, rows, lambda done, total: None)
         views[name] = cache.view
     batches = [make_batch(rows, micro_batch) for micro_batch in even_batches(rows)]
-    seconds: dict[str, list[float]] = {name: [] for name in [*views, *(f"reading {name}" for name in views if name != "live")]}
+    seconds: dict[str, list[float]] = {
+        name: [] for name in [*views, *(f"reading {name}" for name in views if name != "live")]
+    }
     for _ in range(REPEATS):
         for name, view in views.items():
             began = time.perf_counter()
@@ -145,7 +174,9 @@ def speed(run: Run, rows: list[Row], vocabulary: int, folder: Path) -> dict[str,
                 seconds[f"reading {name}"].append(time.perf_counter() - began)
     tokens = sum(int(batch.mask_BT.sum()) for batch in batches)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    ratios = {name: statistics.median(a / b for a, b in zip(seconds["live"], seconds[name], strict=True)) for name in chosen}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(seconds["live"], seconds[name], strict=True)) for name in chosen
+    }
     return {"tokens": tokens, "repeats": REPEATS, "seconds": medians, "times_faster_than_live": ratios}
 
 

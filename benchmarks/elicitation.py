@@ -1,11 +1,13 @@
-"""Every recipe that elicits, from end to end at small size against a served model; writes docs/evidence/elicitation.json.
+"""Every recipe that elicits, from end to end at small size against a served model; writes
+docs/evidence/elicitation.json.
 
     .venv/bin/python benchmarks/elicitation.py               # all of them, some 45 minutes on two cores
     .venv/bin/python benchmarks/elicitation.py alpaca orca   # these alone; what is known of the others stays
 
-The packaged llama.cpp server serves SmolLM2-135M-Instruct, and for questions that want reasons Qwen2.5-Coder-1.5B-Instruct (1.1 GB once).
-The student takes two steps and is measured on a few prompts: what counts here is what every step of elicitation takes, gives and leaves
-out. Runs live in runs/elicitation and go on where they were.
+The packaged llama.cpp server serves SmolLM2-135M-Instruct, and for questions that want reasons
+Qwen2.5-Coder-1.5B-Instruct (1.1 GB once). The student takes two steps and is measured on a few prompts: what counts
+here is what every step of elicitation takes, gives and leaves out. Runs live in runs/elicitation and go on where they
+were.
 """
 
 from __future__ import annotations
@@ -25,14 +27,23 @@ from limbeck.storage.files import write_json
 from limbeck.types import UserError
 
 HERE = Path(__file__).parent.parent
-OUT, RUNS = HERE / "docs" / "evidence" / "elicitation.json", HERE / "runs" / "elicitation"
-SMALL, LARGE = "smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct"
-PORTS = {SMALL: 18391, LARGE: 18393}  # the address is part of the recipe, so that a run that was killed goes on only at the same one
+OUT = HERE / "docs" / "evidence" / "elicitation.json"
+RUNS = HERE / "runs" / "elicitation"
+SMALL = "smollm2-135m-instruct"
+LARGE = "qwen2.5-coder-1.5b-instruct"
+# the address is part of the recipe, so that a run that was killed goes on only at the same one
+PORTS = {SMALL: 18391, LARGE: 18393}
 IN_PROCESS = ("scott", "mixkd")  # contrast and mixing need the weights
 TINY = (
-    "train.steps=2", "train.epochs=null", "train.tokens_per_step=256", "evaluate.metrics=[fidelity]", "evaluate.limit=4",
-    "evaluate.max_tokens=16", "evaluate.own_prompts=2", "evaluate.controls=[untouched]",
-)  # fmt: skip
+    "train.steps=2",
+    "train.epochs=null",
+    "train.tokens_per_step=256",
+    "evaluate.metrics=[fidelity]",
+    "evaluate.limit=4",
+    "evaluate.max_tokens=16",
+    "evaluate.own_prompts=2",
+    "evaluate.controls=[untouched]",
+)
 SIZES: dict[str, tuple[str, ...]] = {
     "alpaca": ("elicit.0.params.count=20", "elicit.0.params.requests=10"),
     "self-instruct": ("elicit.0.params.count=8", "elicit.0.params.requests=6"),
@@ -71,13 +82,19 @@ def measured(name: str, served: dict[str, Any] | None, model: str) -> dict[str, 
     except UserError:  # where nothing is left to train on, that is the result
         if not (folder / "elicitation.json").exists():
             raise
-    facts: dict[str, Any] = {"teacher": model, "served": served is not None, "seconds": round(time.perf_counter() - began)}
+    facts: dict[str, Any] = {
+        "teacher": model,
+        "served": served is not None,
+        "seconds": round(time.perf_counter() - began),
+    }
     if (file := folder / "elicitation.json").exists():
         told = json.loads(file.read_text())["steps"]
         facts["steps"] = [{key: value for key, value in step.items() if key != "examples"} for step in told]
     if not (folder / "report.html").exists():
         return facts
-    facts["trained_tokens"] = sum(json.loads(line)["response_tokens"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+    facts["trained_tokens"] = sum(
+        json.loads(line)["response_tokens"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    )
     facts["page"] = (folder / "report.html").stat().st_size
     return facts
 

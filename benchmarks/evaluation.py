@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/evaluation.py      # a few minutes on two cores
 
-Two systems, the teacher and itself with half of its layers, on 300 answers that the teacher writes. The floor is one pass of each model
-over all answers, with logits of the response tokens in chunks, and nothing done with them; both are timed in turn, twice.
+Two systems, the teacher and itself with half of its layers, on 300 answers that the teacher writes. The floor is one
+pass of each model over all answers, with logits of the response tokens in chunks, and nothing done with them; both are
+timed in turn, twice.
 """
 
 from __future__ import annotations
@@ -29,21 +30,32 @@ from limbeck.training.memory import keep_freed_memory
 from limbeck.types import Sampling
 
 OUT = Path(__file__).parent.parent / "docs" / "evidence" / "evaluation.json"
-TEACHER, ANSWERS, LENGTH, ROUNDS, TOGETHER = "smollm2-135m-instruct", 300, 64, 2, 8
+TEACHER = "smollm2-135m-instruct"
+ANSWERS = 300
+LENGTH = 64
+ROUNDS = 2
+TOGETHER = 8
 
 
 def write_answers(teacher: Model) -> list[Row]:
     """What the teacher answers to the first prompts, as rows."""
     prompts = load_prompts("builtin/everyday")[:ANSWERS]
-    jobs = [Job(teacher.prompt_ids(prompt.messages), Sampling(0.7, 0.95, LENGTH), number) for number, prompt in enumerate(prompts)]
+    jobs = [
+        Job(teacher.prompt_ids(prompt.messages), Sampling(0.7, 0.95, LENGTH), number)
+        for number, prompt in enumerate(prompts)
+    ]
     texts = dict(generate(teacher.net, jobs, teacher.eos_ids, tokens=teacher.tokens))
-    return [Row(prompt.id, tuple(job.prompt_ids), tuple(texts[n])) for n, (prompt, job) in enumerate(zip(prompts, jobs, strict=True))]
+    return [
+        Row(prompt.id, tuple(job.prompt_ids), tuple(texts[n]))
+        for n, (prompt, job) in enumerate(zip(prompts, jobs, strict=True))
+    ]
 
 
 @torch.no_grad()
 def passes(models: Sequence[Model], rows: Sequence[Row]) -> None:
     """One pass of each model over the rows, and the logits of the response tokens."""
-    order, buffer = sorted(rows, key=len), Buffer()
+    order = sorted(rows, key=len)
+    buffer = Buffer()
     for start in range(0, len(order), TOGETHER):
         batch = make_batch(order[start : start + TOGETHER])
         for model in models:
@@ -74,13 +86,24 @@ def main() -> None:
 
     runs = []
     for _ in range(ROUNDS):
-        floor, spent = seconds(lambda: passes([teacher, half], rows)), seconds(evaluate)
-        runs.append({"floor_seconds": round(floor, 2), "seconds": round(spent, 2), "times_the_floor": round(spent / floor, 3)})
+        floor = seconds(lambda: passes([teacher, half], rows))
+        spent = seconds(evaluate)
+        runs.append(
+            {"floor_seconds": round(floor, 2), "seconds": round(spent, 2), "times_the_floor": round(spent / floor, 3)}
+        )
         print(runs[-1], flush=True)
     tokens = sum(len(row.response_ids) for row in rows)
-    about = {"answers": len(rows), "response_tokens": tokens, "all_tokens": sum(map(len, rows)), "threads": os.cpu_count()}
+    about = {
+        "answers": len(rows),
+        "response_tokens": tokens,
+        "all_tokens": sum(map(len, rows)),
+        "threads": os.cpu_count(),
+    }
     median = statistics.median(run["times_the_floor"] for run in runs)
-    write_json(OUT, {"about": about | {"torch": torch.__version__, "teacher": TEACHER}, "runs": runs, "times_the_floor": median})
+    write_json(
+        OUT,
+        {"about": about | {"torch": torch.__version__, "teacher": TEACHER}, "runs": runs, "times_the_floor": median},
+    )
 
 
 if __name__ == "__main__":

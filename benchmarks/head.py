@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/head.py forward_kl jsd
 
 The floor is the four matrix products that no exact loss can do without (student's and teacher's logits, gradient of the
-hidden states, gradient of the head), timed right before each measurement in the same process; the ratio is the median of
-that many pairs. `naive` is the same loss written with autograd over all logits at once. Memory is the peak of the process
-over what it held before, gradients that are handed back included.
+hidden states, gradient of the head), timed right before each measurement in the same process; the ratio is the median
+of that many pairs. `naive` is the same loss written with autograd over all logits at once. Memory is the peak of the
+process over what it held before, gradients that are handed back included.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from limbeck.objectives.term import make_term
 from limbeck.signals.dense import DenseSignal
 from limbeck.training.memory import forget_peak, keep_freed_memory, peak_mib
 
-VOCABULARY, WIDTH = 49_152, 576
+VOCABULARY = 49_152
+WIDTH = 576
 ROUNDS = {2048: 2, 8192: 1}  # by number of positions
 LARGE = ("forward_kl", "adaptive_kl")  # what is measured at 8,192 positions too
 FLOOR_ROWS = 2048
@@ -41,16 +42,24 @@ SHARPNESS = 0.12  # makes the most likely token of a random head about as likely
 
 def tensors(positions: int, device: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    hidden, teacher = torch.randn(positions, WIDTH, device=device), torch.randn(positions, WIDTH, device=device)
+    hidden = torch.randn(positions, WIDTH, device=device)
+    teacher = torch.randn(positions, WIDTH, device=device)
     teacher = 0.7 * teacher + 0.7 * hidden  # related, as a student and its teacher are
     head = SHARPNESS * torch.randn(VOCABULARY, WIDTH, device=device)
     other = head + 0.2 * SHARPNESS * torch.randn_like(head)
     targets = torch.randint(0, VOCABULARY, (positions,), device=device)
-    return {"hidden": hidden.requires_grad_(), "head": head.requires_grad_(), "teacher": teacher, "teacher_head": other, "targets": targets}
+    return {
+        "hidden": hidden.requires_grad_(),
+        "head": head.requires_grad_(),
+        "teacher": teacher,
+        "teacher_head": other,
+        "targets": targets,
+    }
 
 
 def floor(data: dict[str, Tensor]) -> None:
-    hidden, head = data["hidden"].detach(), data["head"].detach()
+    hidden = data["hidden"].detach()
+    head = data["head"].detach()
     for start in range(0, len(hidden), FLOOR_ROWS):
         part = slice(start, start + FLOOR_ROWS)
         logits = hidden[part] @ head.T
@@ -63,7 +72,9 @@ def fused(data: dict[str, Tensor], name: str) -> None:
     positions = len(data["hidden"])
     evidence = Evidence(data["targets"], DenseSignal(data["teacher"], Head(data["teacher_head"])))
     weights = torch.ones(1, positions, device=data["hidden"].device)
-    total = fused_loss(data["hidden"], Head(data["head"]), [make_term(name, {}).settle(0, {})], [1 / positions], weights, evidence)
+    total = fused_loss(
+        data["hidden"], Head(data["head"]), [make_term(name, {}).settle(0, {})], [1 / positions], weights, evidence
+    )
     torch.autograd.grad(total.loss, (data["hidden"], data["head"]))
 
 
@@ -92,7 +103,8 @@ def peak_extra(run: Callable[[], None], device: str) -> float | None:
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)  # else memory kept from the run before would hide this one's
+        # else memory kept from the run before would hide this one's
+        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
     except (OSError, AttributeError):
         return None
     forget_peak()
@@ -141,9 +153,17 @@ def main(names: list[str]) -> None:
         found, base = all_of(positions, [name for name in names if positions == min(ROUNDS) or name in LARGE], device)
         for name, facts in (found | {"floor": base}).items():
             results.setdefault(name, {})[str(positions)] = facts
-    machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "vocabulary": VOCABULARY, "width": WIDTH}
+    machine = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "vocabulary": VOCABULARY,
+        "width": WIDTH,
+    }
     file = Path(__file__).parent.parent / "docs" / "evidence" / "head.json"
-    file.write_text(json.dumps({"command": "python benchmarks/head.py", "machine": machine, "results": results}, indent=1) + "\n")
+    file.write_text(
+        json.dumps({"command": "python benchmarks/head.py", "machine": machine, "results": results}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/kills.py            # some 15 minutes on two cores
     .venv/bin/python benchmarks/kills.py 20         # fewer kills, written nowhere
 
-A child asks a server that counts what it would bill, four requests at once; it is killed after a random number of answers and a random
-time, and started again, until it was killed so often; then it may end. Promised: what it acknowledged is in its store, nobody is billed
-for more than the unique requests and those under way at each kill, and at the end every request has its answer.
+A child asks a server that counts what it would bill, four requests at once; it is killed after a random number of
+answers and a random time, and started again, until it was killed so often; then it may end. Promised: what it
+acknowledged is in its store, nobody is billed for more than the unique requests and those under way at each kill, and
+at the end every request has its answer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ sys.path.insert(0, str(HERE))
 from tests.scripted_server import Scripted  # noqa: E402
 
 OUT = HERE / "docs" / "evidence" / "kills.json"
-KILLS, REQUESTS, AT_ONCE, SEED = 200, 3000, 4, 7
+KILLS = 200
+REQUESTS = 3000
+AT_ONCE = 4
+SEED = 7
 CHILD = f"""
 import sys
 from pathlib import Path
@@ -39,7 +43,8 @@ from limbeck.storage.store import Store
 from limbeck.types import Sampling
 
 url, folder = sys.argv[1:]
-requests = [Scene("served:toy", 7, "0/x").request((user(f"question {{n}}"),), Sampling(max_tokens=16)) for n in range({REQUESTS})]
+scene = Scene("served:toy", 7, "0/x")
+requests = [scene.request((user(f"question {{n}}"),), Sampling(max_tokens=16)) for n in range({REQUESTS})]
 said = Path(folder, "acknowledged").open("a")
 with Store(Path(folder) / "s.sqlite") as store:
     def told(done, total, tokens):
@@ -50,13 +55,18 @@ with Store(Path(folder) / "s.sqlite") as store:
 
 
 def main() -> None:
-    kills, noise = int(sys.argv[1]) if len(sys.argv) > 1 else KILLS, random.Random(SEED)  # noqa: S311 (a draw, not a secret)
-    began, lost, before_any = time.perf_counter(), 0, 0
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else KILLS
+    noise = random.Random(SEED)  # noqa: S311 (a draw, not a secret)
+    began = time.perf_counter()
+    lost = 0
+    before_any = 0
     with tempfile.TemporaryDirectory() as name, Scripted(lambda number, body: ("slow", 0.01)) as server:
         folder = Path(name)
-        child, said = folder / "child.py", folder / "acknowledged"
+        child = folder / "child.py"
+        said = folder / "acknowledged"
         child.write_text(CHILD)
-        command, environment = [sys.executable, str(child), server.url, name], os.environ | {"PYTHONPATH": str(HERE)}
+        command = [sys.executable, str(child), server.url, name]
+        environment = os.environ | {"PYTHONPATH": str(HERE)}
         for number in range(kills):
             asked = len(server.seen) + noise.randint(0, 2 * REQUESTS // (3 * KILLS))
             process = subprocess.Popen(command, env=environment)  # noqa: S603 (ours)
@@ -65,22 +75,35 @@ def main() -> None:
             time.sleep(noise.uniform(0, 0.03))
             process.send_signal(signal.SIGKILL)
             process.wait()
-            acknowledged = max([int(line) for line in said.read_text().splitlines() if line], default=0) if said.exists() else 0
+            acknowledged = (
+                max([int(line) for line in said.read_text().splitlines() if line], default=0) if said.exists() else 0
+            )
             before_any += not acknowledged
             with Store(folder / "s.sqlite") as store:
                 there = store.count().get("ok", 0)
             lost += max(0, acknowledged - there)
             if number % 10 == 9:
-                print(f"{number + 1} kills: {acknowledged} acknowledged, {there} stored, {sum(server.bills.values())} billed", flush=True)
+                print(
+                    f"{number + 1} kills: {acknowledged} acknowledged, {there} stored, {sum(server.bills.values())}"
+                    " billed",
+                    flush=True,
+                )
         subprocess.run(command, env=environment, check=True)  # noqa: S603 (ours)
         with Store(folder / "s.sqlite") as store:
             answered = store.count()
         bills = sum(server.bills.values())
         facts = {
-            "kills": kills, "requests": REQUESTS, "at_once": AT_ONCE, "acknowledged_and_lost": lost, "answered": answered,
-            "billed": bills, "billed_twice": bills - len(server.bills), "most_allowed": REQUESTS + kills * AT_ONCE,
-            "killed_before_any_answer": before_any, "seconds": round(time.perf_counter() - began),
-        }  # fmt: skip
+            "kills": kills,
+            "requests": REQUESTS,
+            "at_once": AT_ONCE,
+            "acknowledged_and_lost": lost,
+            "answered": answered,
+            "billed": bills,
+            "billed_twice": bills - len(server.bills),
+            "most_allowed": REQUESTS + kills * AT_ONCE,
+            "killed_before_any_answer": before_any,
+            "seconds": round(time.perf_counter() - began),
+        }
     print(facts)
     if lost or answered != {"ok": REQUESTS} or not REQUESTS <= bills <= REQUESTS + kills * AT_ONCE:
         sys.exit("a promise was broken")

@@ -3,9 +3,9 @@
     .venv/bin/pip install -c constraints.txt -e '.[bench]'
     .venv/bin/python benchmarks/on_policy.py            # every system, twice, in turn: about half an hour on two cores
 
-Every system runs in a process of its own. The first step is left out. `trained` are response tokens that a loss was taken on,
-`real` all tokens that are not padding; memory is the process's peak. Sampling at temperature 1 from the whole vocabulary,
-reverse KL over the whole vocabulary, AdamW, fp32, no gradient checkpointing.
+Every system runs in a process of its own. The first step is left out. `trained` are response tokens that a loss was
+taken on, `real` all tokens that are not padding; memory is the process's peak. Sampling at temperature 1 from the whole
+vocabulary, reverse KL over the whole vocabulary, AdamW, fp32, no gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -30,15 +30,23 @@ from limbeck.storage.files import read_jsonl, write_json
 from limbeck.training.memory import peak_mib
 
 OUT = Path(__file__).parent.parent / "docs" / "evidence" / "on-policy.json"
-TEACHER, LAYERS = "smollm2-135m-instruct", 24
-ROWS, LENGTH, STEPS, ROUNDS = 8, 80, 6, 2
+TEACHER = "smollm2-135m-instruct"
+LAYERS = 24
+ROWS = 8
+LENGTH = 80
+STEPS = 6
+ROUNDS = 2
 TOKENS_PER_STEP = 480  # about what ROWS answers of at most LENGTH tokens come to
 OURS = {
     "limbeck": {},
     "limbeck, text for 4 steps at once": {"ahead": 4},
     "limbeck, for 4 steps at once in bfloat16": {"ahead": 4, "dtype": "bfloat16"},
     "limbeck, half of the text read again": {"replay": {"size": 8, "fresh": 0.5}},
-    "limbeck, half read again, for 4 steps at once in bfloat16": {"ahead": 4, "dtype": "bfloat16", "replay": {"size": 32, "fresh": 0.5}},
+    "limbeck, half read again, for 4 steps at once in bfloat16": {
+        "ahead": 4,
+        "dtype": "bfloat16",
+        "replay": {"size": 32, "fresh": 0.5},
+    },
 }
 THEIRS = ("trl GKDTrainer", "trl DistillationTrainer")
 
@@ -57,12 +65,22 @@ def measure(name: str, student: Path, work: Path) -> dict[str, float]:
 
 def ours(name: str, student: Path, work: Path) -> list[dict[str, float]]:
     settings = [
-        f"student={{start: {{pretrained: {student}}}}}", f"train.steps={STEPS}", f"train.tokens_per_step={TOKENS_PER_STEP}",
-        f"writer.0.max_tokens={LENGTH}", "loss=[reverse_kl]", f"rollout={json.dumps(OURS[name])}", "evaluate.controls=[]",
-    ]  # fmt: skip
+        f"student={{start: {{pretrained: {student}}}}}",
+        f"train.steps={STEPS}",
+        f"train.tokens_per_step={TOKENS_PER_STEP}",
+        f"writer.0.max_tokens={LENGTH}",
+        "loss=[reverse_kl]",
+        f"rollout={json.dumps(OURS[name])}",
+        "evaluate.controls=[]",
+    ]
     folder = run(load_recipe("on-policy-distillation", settings), work / "run", stages=("train",))
     return [
-        {"seconds": r["seconds"], "trained": r["response_tokens"], "real": r["tokens"] - r["padding"], "writing": r["rollout"]["seconds"]}
+        {
+            "seconds": r["seconds"],
+            "trained": r["response_tokens"],
+            "real": r["tokens"] - r["padding"],
+            "writing": r["rollout"]["seconds"],
+        }
         for r in read_jsonl(folder / "metrics.jsonl")
     ]
 
@@ -73,13 +91,23 @@ def theirs(name: str, student: Path, work: Path) -> list[dict[str, float]]:
     from trl import DistillationConfig, DistillationTrainer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    model, teacher = load_model(str(student)), load_model(TEACHER)
+    model = load_model(str(student))
+    teacher = load_model(TEACHER)
     prompts = [prompt.text for prompt in load_prompts("builtin/everyday")[: ROWS * STEPS]]
     common: dict[str, Any] = {
-        "output_dir": str(work / "trl"), "per_device_train_batch_size": ROWS, "max_steps": STEPS, "learning_rate": 5e-5, "beta": 1.0,
-        "bf16": False, "gradient_checkpointing": False, "use_cpu": True, "report_to": [], "save_strategy": "no", "logging_steps": STEPS,
+        "output_dir": str(work / "trl"),
+        "per_device_train_batch_size": ROWS,
+        "max_steps": STEPS,
+        "learning_rate": 5e-5,
+        "beta": 1.0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": STEPS,
         "temperature": 1.0,
-    }  # fmt: skip
+    }
     gkd = name == "trl GKDTrainer"
     steps: list[dict[str, float]] = []
     ends: list[float] = []
@@ -88,7 +116,11 @@ def theirs(name: str, student: Path, work: Path) -> list[dict[str, float]]:
         class Counting(base):  # type: ignore[misc, valid-type]
             def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:  # their signature
                 trained = (inputs["labels"] != -100).sum() if gkd else inputs["completion_mask"].sum()
-                real = inputs["attention_mask"].sum() if gkd else inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
+                real = (
+                    inputs["attention_mask"].sum()
+                    if gkd
+                    else inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
+                )
                 steps.append({"trained": int(trained), "real": int(real)})
                 return super().compute_loss(model, inputs, *rest, **named)
 
@@ -99,14 +131,18 @@ def theirs(name: str, student: Path, work: Path) -> list[dict[str, float]]:
             ends.append(time.perf_counter())
 
     if gkd:
-        rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "."}]} for text in prompts]
+        rows = [
+            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "."}]} for text in prompts
+        ]
         settings = GKDConfig(**common, lmbda=1.0, max_new_tokens=LENGTH, max_length=512)
         made = counting(GKDTrainer)
     else:
         rows = [{"prompt": [{"role": "user", "content": text}]} for text in prompts]
         settings = DistillationConfig(**common, max_completion_length=LENGTH)
         made = counting(DistillationTrainer)
-    trainer = made(model.net, teacher.net, settings, train_dataset=Dataset.from_list(rows), processing_class=model.tokenizer)
+    trainer = made(
+        model.net, teacher.net, settings, train_dataset=Dataset.from_list(rows), processing_class=model.tokenizer
+    )
     trainer.add_callback(Clock())
     began = time.perf_counter()
     trainer.train()
@@ -138,7 +174,14 @@ def main() -> None:
                     raise SystemExit(f"{name}: {done.stderr[-2000:]}")
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(turn, name, found[name][-1], flush=True)
-        about = {"teacher": TEACHER, "layers": LAYERS, "rows": ROWS, "length": LENGTH, "steps": STEPS - 1, "threads": os.cpu_count()}
+        about = {
+            "teacher": TEACHER,
+            "layers": LAYERS,
+            "rows": ROWS,
+            "length": LENGTH,
+            "steps": STEPS - 1,
+            "threads": os.cpu_count(),
+        }
         write_json(OUT, {"about": about | {"torch": torch.__version__}, "results": found})
 
 

@@ -1,11 +1,13 @@
-"""Does a student learn more from verified reasons than from the answers alone? Writes docs/evidence/reasoning.json and .html.
+"""Does a student learn more from verified reasons than from the answers alone? Writes docs/evidence/reasoning.json and
+.html.
 
     .venv/bin/python benchmarks/reasoning.py        # some 40 minutes on two cores; killed, it goes on
 
-Qwen2.5-Coder-1.5B-Instruct behind the packaged llama.cpp server solves word problems with reasons (1.1 GB are fetched once); what has the
-right number at its end is kept. SmolLM2-135M-Instruct is trained on it as Distilling Step-by-Step does (question to answer, and question
-to reasons), and on the answers alone, over the same steps of the same number of tokens, three seeds each. It speaks other tokens than
-its teacher, which gives text and nothing else. Measured: the share of held-out problems with the right number.
+Qwen2.5-Coder-1.5B-Instruct behind the packaged llama.cpp server solves word problems with reasons (1.1 GB are fetched
+once); what has the right number at its end is kept. SmolLM2-135M-Instruct is trained on it as Distilling Step-by-Step
+does (question to answer, and question to reasons), and on the answers alone, over the same steps of the same number of
+tokens, three seeds each. It speaks other tokens than its teacher, which gives text and nothing else. Measured: the
+share of held-out problems with the right number.
 """
 
 from __future__ import annotations
@@ -20,14 +22,21 @@ from limbeck.commands.console import Terminal
 from limbeck.commands.serve import serve
 
 HERE = Path(__file__).parent.parent
-OUT, RUN = HERE / "docs" / "evidence", HERE / "runs" / "reasoning"
-TEACHER, METHODS = "qwen2.5-coder-1.5b-instruct", ("label-only", "distilling-step-by-step")
+OUT = HERE / "docs" / "evidence"
+RUN = HERE / "runs" / "reasoning"
+TEACHER = "qwen2.5-coder-1.5b-instruct"
+METHODS = ("label-only", "distilling-step-by-step")
 PORT = 18392  # the address is part of the recipe, so that a comparison that was killed goes on only at the same one
 ELICITED = ("elicit.0.params.n=2", "elicit.0.params.max_tokens=320")
 SETTINGS = (
-    *ELICITED, "train.epochs=null", "train.steps=40", "train.tokens_per_step=256", "evaluate.limit=24", "evaluate.max_tokens=256",
+    *ELICITED,
+    "train.epochs=null",
+    "train.steps=40",
+    "train.tokens_per_step=256",
+    "evaluate.limit=24",
+    "evaluate.max_tokens=256",
     "evaluate.own_prompts=8",
-)  # fmt: skip
+)
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/selection.py        # about a minute on one core
 
-The texts are made: words by their frequency (Zipf) out of 20,000, of lengths like instructions' (4 to 60 words), every fifth a variant
-of an earlier text with some words changed.
+The texts are made: words by their frequency (Zipf) out of 20,000, of lengths like instructions' (4 to 60 words), every
+fifth a variant of an earlier text with some words changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from limbeck.storage.files import write_json
 from limbeck.training.memory import peak_mib
 
 OUT = Path(__file__).parent.parent / "docs" / "evidence" / "selection.json"
-COUNT, WORDS, VARIANT = 50_000, 20_000, 0.2
+COUNT = 50_000
+WORDS = 20_000
+VARIANT = 0.2
 
 
 def texts(count: int, seed: int = 7) -> list[str]:

@@ -1,4 +1,5 @@
-"""Rewrites the generated blocks of the docs from the code, the recipes and what the benchmarks wrote into docs/evidence.
+"""Rewrites the generated blocks of the docs from the code, the recipes and what the benchmarks wrote into
+docs/evidence.
 
     .venv/bin/python docs/generate.py            # rewrite them in place
     .venv/bin/python docs/generate.py --check    # exit status 1 when they are stale
@@ -36,16 +37,25 @@ PAGES = (
 )
 METHODS, ON_POLICY_METHODS = (DOCS / "evidence" / f"{name}.json" for name in ("methods", "on-policy-methods"))
 SHOWN = {
-    "forward_kl": "forward KL", "own_reverse_kl": "reverse KL on own text", "top1_agreement": "same first choice",
-    "perplexity": "perplexity", "ece": "calibration error",
-}  # fmt: skip
+    "forward_kl": "forward KL",
+    "own_reverse_kl": "reverse KL on own text",
+    "top1_agreement": "same first choice",
+    "perplexity": "perplexity",
+    "ece": "calibration error",
+}
 SHOWN_ON_POLICY = {
-    "forward_kl": "forward KL", "reverse_kl": "reverse KL", "own_reverse_kl": "reverse KL on own text", "entropy": "entropy",
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "own_reverse_kl": "reverse KL on own text",
+    "entropy": "entropy",
     "own_tokens": "length of own text",
-}  # fmt: skip
-KINDS, MOST_CHARS = ("expand", "curate", "label", "verify", "select", "transform"), 60
+}
+KINDS = ("expand", "curate", "label", "verify", "select", "transform")
+MOST_CHARS = 60
 ELICITED, REASONING = (DOCS / "evidence" / f"{name}.json" for name in ("elicitation", "reasoning"))
-HEAD, ON_POLICY, KEPT, BRIDGES = (DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges"))
+HEAD, ON_POLICY, KEPT, BRIDGES = (
+    DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges")
+)
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -57,13 +67,21 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def parameters(defaults: Mapping[str, Any], legal: Mapping[str, object]) -> str:
     """Each parameter with its default and, where it has one, its legal range."""
-    plain = {key: f"{value:g}" if isinstance(value, float) else json.dumps(value).replace('"', "") for key, value in defaults.items()}
-    return ", ".join(f"`{key}` {value}" + (f" in {legal[key]}" if key in legal else "") for key, value in plain.items()) or "none"
+    plain = {
+        key: f"{value:g}" if isinstance(value, float) else json.dumps(value).replace('"', "")
+        for key, value in defaults.items()
+    }
+    return (
+        ", ".join(f"`{key}` {value}" + (f" in {legal[key]}" if key in legal else "") for key, value in plain.items())
+        or "none"
+    )
 
 
 def shown_by(name: str) -> str:
     """The built-in recipes that have the term."""
-    having = [recipe for recipe, path in recipe_files().items() if any(loss.name == name for loss in load_recipe(path).loss)]
+    having = [
+        recipe for recipe, path in recipe_files().items() if any(loss.name == name for loss in load_recipe(path).loss)
+    ]
     return ", ".join(f"[{recipe}](../recipes/{recipe}.yaml)" for recipe in having)
 
 
@@ -71,18 +89,26 @@ def divergences() -> str:
     rows = []
     for name, known in sorted(DIVERGENCES.items()):
         own = {key: value for key, value in known.defaults.items() if key != "temperature"}
-        carried = (known.buckets, name == "forward_kl", known.buckets and known.one_hot)  # by top-k, sampled, written: signals/sparse.py
+        # by top-k, sampled, written: signals/sparse.py
+        carried = (known.buckets, name == "forward_kl", known.buckets and known.one_hot)
         words = ["yes" if carries else "no" for carries in carried]
-        rows.append([f"`{name}`", f"`{known.formula}`", parameters(own, known.ranges), *words, known.paper, shown_by(name)])
+        rows.append(
+            [f"`{name}`", f"`{known.formula}`", parameters(own, known.ranges), *words, known.paper, shown_by(name)]
+        )
     hard = ", ".join(f"`{name}`" for name, known in sorted(DIVERGENCES.items()) if not known.softens)
     note = f"Beside their own parameters all but {hard} take `temperature`, 1 in {TEMPERATURE}."
-    return table(["name", "formula", "parameters", "top-k", "sampled", "text alone", "paper", "recipes"], rows) + f"\n\n{note}"
+    return (
+        table(["name", "formula", "parameters", "top-k", "sampled", "text alone", "paper", "recipes"], rows)
+        + f"\n\n{note}"
+    )
 
 
 def ranking() -> str:
     rows = []
     for name, known in sorted(RANKINGS.items()):
-        taken = parameters(known.defaults | ({"baseline": "measured, or a number"} if known.measures else {}), known.ranges)
+        taken = parameters(
+            known.defaults | ({"baseline": "measured, or a number"} if known.measures else {}), known.ranges
+        )
         rows.append([f"`{name}`", f"`{known.formula}`", taken, known.reference, known.paper, shown_by(name)])
     return table(["name", "formula", "parameters", "reference", "paper", "recipes"], rows)
 
@@ -90,7 +116,15 @@ def ranking() -> str:
 def features() -> str:
     legal = {**NUMBERS, **{key: " or ".join(words) for key, words in WORDS.items()}}
     rows = [
-        [f"`{name}`", f"`{kind.formula}`", parameters(kind.defaults, legal), kind.reads, kind.unit, kind.paper, shown_by(name)]
+        [
+            f"`{name}`",
+            f"`{kind.formula}`",
+            parameters(kind.defaults, legal),
+            kind.reads,
+            kind.unit,
+            kind.paper,
+            shown_by(name),
+        ]
         for name, kind in sorted(MATCHES.items())
     ]
     return table(["name", "formula", "parameters", "reads", "unit", "paper", "recipes"], rows)
@@ -99,7 +133,9 @@ def features() -> str:
 def policy() -> str:
     rows = []
     for name, known in sorted(POLICIES.items()):
-        reads = ", ".join([*(f"`{column}`" for column in known.reads), *(f"`{column}` (optional)" for column in known.optional)])
+        reads = ", ".join(
+            [*(f"`{column}`" for column in known.reads), *(f"`{column}` (optional)" for column in known.optional)]
+        )
         rows.append([f"`{name}`", f"`{known.formula}`", parameters(known.defaults, known.ranges), reads, known.paper])
     return table(["name", "formula", "parameters", "reads", "paper"], rows)
 
@@ -109,10 +145,20 @@ def head() -> str:
     if not HEAD.is_file():
         return "Not measured yet: run python benchmarks/head.py"
     found = json.loads(HEAD.read_text(encoding="utf-8"))
-    floor, sizes = found["results"]["floor"], sorted(found["results"]["floor"], key=int)
-    titles = ["loss", *(f"{int(size):,} positions: {what}" for size in sizes for what in ("times the floor", "extra MiB"))]
-    rows = [[name, *(cell for s in sizes for cell in _cost(of.get(s)))] for name, of in found["results"].items() if name != "floor"]
-    floors = [f"{floor[s]['seconds']:g} s at {int(s):,} positions ({floor[s]['gflop_per_second']:g} GFLOP/s)" for s in sizes]
+    floor = found["results"]["floor"]
+    sizes = sorted(found["results"]["floor"], key=int)
+    titles = [
+        "loss",
+        *(f"{int(size):,} positions: {what}" for size in sizes for what in ("times the floor", "extra MiB")),
+    ]
+    rows = [
+        [name, *(cell for s in sizes for cell in _cost(of.get(s)))]
+        for name, of in found["results"].items()
+        if name != "floor"
+    ]
+    floors = [
+        f"{floor[s]['seconds']:g} s at {int(s):,} positions ({floor[s]['gflop_per_second']:g} GFLOP/s)" for s in sizes
+    ]
     machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
     return table(titles, rows) + f"\n\nThe floor itself: {'; '.join(floors)}. Machine: {machine}."
 
@@ -125,13 +171,16 @@ def _cost(facts: Mapping[str, float] | None) -> tuple[str, str]:
 
 
 def on_policy() -> str:
-    """On-policy training beside other libraries, from what benchmarks/on_policy.py wrote: each figure the median of its runs."""
+    """On-policy training beside other libraries, from what benchmarks/on_policy.py wrote: each figure the median of its
+    runs."""
     if not ON_POLICY.is_file():
         return "Not measured yet: run python benchmarks/on_policy.py"
     found = json.loads(ON_POLICY.read_text(encoding="utf-8"))
     rows = []
     for name, runs in found["results"].items():
-        trained, real, writing, memory = (sorted(run[key] for run in runs) for key in ("trained", "real", "writing", "peak_mib"))
+        trained, real, writing, memory = (
+            sorted(run[key] for run in runs) for key in ("trained", "real", "writing", "peak_mib")
+        )
         share = f"{100 * statistics.median(writing):.0f} %" if any(writing) else ""
         spread = f"{statistics.median(trained):.0f} ({trained[0]:.0f} to {trained[-1]:.0f})"
         rows.append([name, spread, f"{statistics.median(real):.0f}", share, f"{statistics.median(memory):,.0f}"])
@@ -145,7 +194,12 @@ def steps() -> str:
     rows = []
     for name, step in sorted(STEPS.items(), key=lambda entry: (KINDS.index(entry[1].kind), entry[0])):
         fields = step.model_fields.items()
-        settings = ", ".join(f"`{key}` {'required' if field.is_required() else _default(field.default)}" for key, field in fields) or "none"
+        settings = (
+            ", ".join(
+                f"`{key}` {'required' if field.is_required() else _default(field.default)}" for key, field in fields
+            )
+            or "none"
+        )
         first = " ".join((step.__doc__ or "").split("\n\n")[0].split())
         rows.append([f"`{name}`", step.kind, first, settings, ", ".join(sorted(step.needs)), step.paper])
     return table(["step", "kind", "what it does", "settings", "needs", "paper"], rows)
@@ -163,15 +217,19 @@ def methods() -> str:
 
 def on_policy_methods() -> str:
     """The same for methods in which the student writes."""
-    return _compared(ON_POLICY_METHODS, SHOWN_ON_POLICY) if ON_POLICY_METHODS.is_file() else "Not measured yet: run make evidence-on-policy"
+    return (
+        _compared(ON_POLICY_METHODS, SHOWN_ON_POLICY)
+        if ON_POLICY_METHODS.is_file()
+        else "Not measured yet: run make evidence-on-policy"
+    )
 
 
 def _compared(file: Path, shown: Mapping[str, str]) -> str:
     found = json.loads(file.read_text(encoding="utf-8"))
     facts = found["held_out"]
     about = (
-        f"{facts['answers']} held-out answers, seeds {', '.join(map(str, found['seeds']))}; 95 % intervals over seeds and answers; "
-        "divergences in nats per token over the full vocabulary."
+        f"{facts['answers']} held-out answers, seeds {', '.join(map(str, found['seeds']))}; 95 % intervals over seeds"
+        " and answers; divergences in nats per token over the full vocabulary."
     )
     return f"{_rows(found, shown)}\n\n{compare_verdict(found)}\n\n{about}"
 
@@ -194,9 +252,20 @@ def elicited() -> str:
     for name, facts in json.loads(ELICITED.read_text(encoding="utf-8")).items():
         for step in facts.get("steps", ()):
             ranked = sorted(step["dropped"].items(), key=lambda entry: (-entry[1], entry[0]))
-            lost = ", ".join(f"{count:,} {reason}" for reason, count in ranked[:4]) + (", and others" if len(ranked) > 4 else "")
+            lost = ", ".join(f"{count:,} {reason}" for reason, count in ranked[:4]) + (
+                ", and others" if len(ranked) > 4 else ""
+            )
             asked = f"{sum(step['answers'].values()):,}" if step["answers"] else ""
-            rows.append([f"[{name}](../recipes/{name}.yaml)", step["step"], f"{step['taken']:,}", asked, f"{step['given']:,}", lost])
+            rows.append(
+                [
+                    f"[{name}](../recipes/{name}.yaml)",
+                    step["step"],
+                    f"{step['taken']:,}",
+                    asked,
+                    f"{step['given']:,}",
+                    lost,
+                ]
+            )
     return table(["recipe", "step", "in", "answers asked", "out", "left out"], rows)
 
 
@@ -214,9 +283,13 @@ def reasoning() -> str:
     ((pair, differences),) = found["paired"].items()
     difference = differences["sums/pass_rate"]
     value, low, high = (f"{100 * difference[key]:+.1f}" for key in ("value", "low", "high"))
-    told = f"Right numbers, {pair}: {value} points ({low} to {high}; p = {difference['p']:.2g}), {difference['n']} held-out problems."
+    told = (
+        f"Right numbers, {pair}: {value} points ({low} to {high}; p = {difference['p']:.2g}), {difference['n']}"
+        " held-out problems."
+    )
     seeds = (
-        f"Seeds {', '.join(map(str, found['seeds']))}; 95 % intervals over seeds and problems; perplexity of the teacher's held-out text."
+        f"Seeds {', '.join(map(str, found['seeds']))}; 95 % intervals over seeds and problems; perplexity of the"
+        " teacher's held-out text."
     )
     return f"{_rows(found, shown)}\n\n{told}\n\n{seeds}"
 
@@ -225,7 +298,8 @@ def kept() -> str:
     """What each form of a kept teacher takes, how wrong it is, and what it saves."""
     if not KEPT.is_file():
         return "Not measured yet: run python benchmarks/cache.py"
-    found, rows = json.loads(KEPT.read_text(encoding="utf-8")), []
+    found = json.loads(KEPT.read_text(encoding="utf-8"))
+    rows = []
     for facts in found["forms"]:
         ((form, settings),) = facts["form"].items()
         size = "" if facts["bytes_per_token"] is None else f"{facts['bytes_per_token']:,.0f}"
@@ -235,11 +309,15 @@ def kept() -> str:
     lines = [table(["form", "bytes a token", "forward KL", "its bias, nats", "error of the gradient"], rows)]
     for facts in (facts for facts in found["forms"] if "rounds" in facts):
         errors = ", ".join(f"{100 * error:.1f} % ({2**power})" for power, error in enumerate(facts["rounds"]))
-        lines.append(f"The gradient of {facts['form']['sampled']['draws']} draws, averaged over so many caches, is off by {errors}.")
+        lines.append(
+            f"The gradient of {facts['form']['sampled']['draws']} draws, averaged over so many caches, is off by"
+            f" {errors}."
+        )
     speed = found["speed"]
     times = ", ".join(f"{name} {ratio:.2f} times" for name, ratio in speed["times_faster_than_live"].items())
     reading = ", ".join(
-        f"{name} {speed['seconds'][name] / speed['seconds']['reading ' + name]:.0f} times" for name in speed["times_faster_than_live"]
+        f"{name} {speed['seconds'][name] / speed['seconds']['reading ' + name]:.0f} times"
+        for name in speed["times_faster_than_live"]
     )
     lines.append(f"Forward and backward over {speed['tokens']:,} tokens, as fast as with the live teacher: {times}.")
     lines.append(f"Reading what was kept alone is faster than that training: {reading}.")
@@ -250,7 +328,8 @@ def bridges() -> str:
     """What each bridge of the real pair shares, and what training over it did to the held-out text."""
     if not BRIDGES.is_file():
         return "Not measured yet: run python benchmarks/bridges.py"
-    found, rows = json.loads(BRIDGES.read_text(encoding="utf-8")), []
+    found = json.loads(BRIDGES.read_text(encoding="utf-8"))
+    rows = []
     for name, facts in found["ways"].items():
         losses = " + ".join(f"{weight:g} {loss}" for loss, weight in facts["losses"])
         moved = [
@@ -260,12 +339,20 @@ def bridges() -> str:
         rows.append([name, f"`{losses}`", *moved, f"{facts['seconds_per_step']:.0f}"])
     shared = next(iter(found["ways"].values()))["shared"]
     told = (
-        f"{shared['common_tokens']:,} of the student's {shared['student_tokens']:,} tokens are among the teacher's "
-        f"{shared['teacher_tokens']:,}; of the training text's tokens {shared['aligned_share']:.1%} begin where one of the teacher's does, "
-        f"and {shared['single_share']:.1%} are one in both. {found['steps']} steps of {found['tokens_per_step']} tokens at "
-        f"{found['lr']:g}; losses are those of {found['held_out']} held-out answers, before and after; a step was timed beside other work."
+        f"{shared['common_tokens']:,} of the student's {shared['student_tokens']:,} tokens are among the teacher's"
+        f" {shared['teacher_tokens']:,}; of the training text's tokens {shared['aligned_share']:.1%} begin where one of"
+        f" the teacher's does, and {shared['single_share']:.1%} are one in both. {found['steps']} steps of"
+        f" {found['tokens_per_step']} tokens at {found['lr']:g}; losses are those of {found['held_out']} held-out"
+        " answers, before and after; a step was timed beside other work."
     )
-    titles = ["over", "trained on", "own loss", "nats a byte of the text", "forward KL over common tokens", "seconds a step"]
+    titles = [
+        "over",
+        "trained on",
+        "own loss",
+        "nats a byte of the text",
+        "forward KL over common tokens",
+        "seconds a step",
+    ]
     return f"{told}\n\n{table(titles, rows)}"
 
 

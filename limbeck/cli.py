@@ -24,12 +24,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.", metavar="RECIPE")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a built-in recipe.", metavar="RECIPE")
+]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", metavar="RUN")]
-SetOption = Annotated[list[str], typer.Option("--set", help="Replace a setting: a.b=c. May be given again.", metavar="A.B=C")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", help="Replace a setting: a.b=c. May be given again.", metavar="A.B=C")
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME by default.", metavar="DIR")]
 TrackOption = Annotated[
-    str | None, typer.Option("--track", help="Tell a tracker too: tensorboard, trackio, wandb or mlflow.", metavar="TRACKER")
+    str | None,
+    typer.Option("--track", help="Tell a tracker too: tensorboard, trackio, wandb or mlflow.", metavar="TRACKER"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
@@ -67,7 +72,9 @@ def train(
     set_: SetOption = [],  # noqa: B006
     out: OutOption = None,
     json_: JsonOption = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Time one step against its FLOP floor instead of training.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time one step against its FLOP floor instead of training.")
+    ] = False,
     track: TrackOption = None,
 ) -> None:
     """Train the student and its control (and elicit first, where text is missing)."""
@@ -103,16 +110,24 @@ def report(
 
 @app.command(epilog="Example: limbeck compare seq-kd forward-kl reverse-kl --like quickstart --seeds 3")
 def compare(
-    recipes: Annotated[list[str], typer.Argument(help="Recipes; only their writers and losses are their own.", metavar="RECIPE...")],
+    recipes: Annotated[
+        list[str], typer.Argument(help="Recipes; only their writers and losses are their own.", metavar="RECIPE...")
+    ],
     like: Annotated[
         str | None,
-        typer.Option("--like", help="Whose teacher, student, prompts and training all take; else the first's.", metavar="RECIPE"),
+        typer.Option(
+            "--like", help="Whose teacher, student, prompts and training all take; else the first's.", metavar="RECIPE"
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="How often each is trained.", min=1)] = 3,
-    base: Annotated[str | None, typer.Option("--base", help="What the others are held against; else the first.", metavar="NAME")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="What the others are held against; else the first.", metavar="NAME")
+    ] = None,
     set_: SetOption = [],  # noqa: B006
     out: OutOption = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep every trained student, not only each method's first.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep every trained student, not only each method's first.")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Train recipes under the same conditions and show what may be said of their differences. Kill it: it goes on."""
@@ -129,7 +144,10 @@ def compare(
     from limbeck.report.verdict import compare_verdict
 
     comparison = json.loads((folder / "comparison.json").read_text())
-    _result({"comparison": str(folder), "verdict": compare_verdict(comparison), "report": str(folder / "report.html")}, json_)
+    _result(
+        {"comparison": str(folder), "verdict": compare_verdict(comparison), "report": str(folder / "report.html")},
+        json_,
+    )
 
 
 @app.command(epilog="Example: limbeck check recipes/quickstart.yaml --set teacher=./my-model")
@@ -150,7 +168,8 @@ def check(recipe: RecipeArgument, set_: SetOption = [], json_: JsonOption = Fals
 
 @app.command(epilog="Example: limbeck doctor recipes/offline-top-k.yaml")
 def doctor(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, json_: JsonOption = False) -> None:  # noqa: B006
-    """Ask the teacher a few texts and look for what silently ruins a distillation; exit status 2 where there is a fault."""
+    """Ask the teacher a few texts and look for what silently ruins a distillation; exit status 2 where there is a
+    fault."""
     from limbeck.commands.doctor import as_data, examine
     from limbeck.config.recipe import load_recipe
 
@@ -170,13 +189,16 @@ def doctor(recipe: RecipeArgument, set_: SetOption = [], out: OutOption = None, 
 @app.command(epilog="Example: limbeck cache recipes/offline-top-k.yaml --import vllm.jsonl")
 def cache(
     recipe: RecipeArgument,
-    import_: Annotated[Path | None, typer.Option("--import", help="Another tool's log-probabilities, put into the cache.")] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="Another tool's log-probabilities, put into the cache.")
+    ] = None,
     export: Annotated[Path | None, typer.Option("--export", help="A file to write for another tool.")] = None,
     set_: SetOption = [],  # noqa: B006
     out: OutOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Exchange the teacher's distributions over a recipe's text with other tools: vLLM's and axolotl's columns, in JSON lines."""
+    """Exchange the teacher's distributions over a recipe's text with other tools: vLLM's and axolotl's columns, in JSON
+    lines."""
     from limbeck.commands.exchange import bring_in, take_out
     from limbeck.config.recipe import load_recipe
     from limbeck.runs.build import run_folder
@@ -211,7 +233,9 @@ def methods(
     for kind in KINDS:
         console.out.print(f"[bold]{kind}[/bold]")
         for entry, facts in known[kind].items():
-            console.out.print(f"  {entry:<16} {facts.get('formula') or facts.get('title') or facts.get('kind')}", markup=False)
+            console.out.print(
+                f"  {entry:<16} {facts.get('formula') or facts.get('title') or facts.get('kind')}", markup=False
+            )
     console.out.print("[bold]tasks[/bold]\n  " + ", ".join(known["tasks"]))
 
 
@@ -250,7 +274,9 @@ def models(
         return
     for facts in listed:
         state = "cached" if facts["cached"] else f"not fetched yet ({facts['download_mb']} MB)"
-        console.out.print(f"[bold]{facts['name']}[/bold]  {facts['title']}\n  licence {facts['licence']}; {facts['terms']}; {state}")
+        console.out.print(
+            f"[bold]{facts['name']}[/bold]  {facts['title']}\n  licence {facts['licence']}; {facts['terms']}; {state}"
+        )
 
 
 @app.command(epilog="Example: echo 'Why is the sky blue?' | limbeck chat runs/quickstart")
@@ -280,11 +306,16 @@ def watch(
 def serve(
     model: Annotated[str, typer.Argument(help="A name of `limbeck models`, or a GGUF file.", metavar="MODEL")],
     port: Annotated[int, typer.Option("--port", help="0 for any that is free.", min=0, max=65535)] = 8080,
-    context: Annotated[int, typer.Option("--context", help="Tokens of a prompt and its answer together.", min=64)] = 4096,
+    context: Annotated[
+        int, typer.Option("--context", help="Tokens of a prompt and its answer together.", min=64)
+    ] = 4096,
     slots: Annotated[int, typer.Option("--slots", help="Requests that are answered at once.", min=1)] = 4,
-    threads: Annotated[int | None, typer.Option("--threads", help="One less than there are cores, unless set.", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="One less than there are cores, unless set.", min=1)
+    ] = None,
 ) -> None:
-    """Serve a model on loopback with the packaged llama.cpp server; its key comes from LIMBECK_API_KEY, or is made up and shown once."""
+    """Serve a model on loopback with the packaged llama.cpp server; its key comes from LIMBECK_API_KEY, or is made up
+    and shown once."""
     from limbeck.commands.serve import KEY, wait
     from limbeck.commands.serve import serve as start
 
@@ -298,19 +329,33 @@ def serve(
 @app.command(epilog="Example: limbeck harness runs/quickstart --task arc_easy --task my-task.yaml --limit 100")
 def harness(
     where: Annotated[
-        str, typer.Argument(help="A run folder, a model, or with --base-url the server's name of its model.", metavar="WHERE")
+        str,
+        typer.Argument(
+            help="A run folder, a model, or with --base-url the server's name of its model.", metavar="WHERE"
+        ),
     ],
     task: Annotated[
-        list[str], typer.Option("--task", help="A task's name, a YAML file, or a task folder. May be given again.", metavar="TASK")
+        list[str],
+        typer.Option(
+            "--task", help="A task's name, a YAML file, or a task folder. May be given again.", metavar="TASK"
+        ),
     ],
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many items of each task.", min=1)] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="A JSON file; RUN/evaluation/harness.json of a run.", metavar="FILE")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Only the first so many items of each task.", min=1)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A JSON file; RUN/evaluation/harness.json of a run.", metavar="FILE")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     base_url: Annotated[
-        str | None, typer.Option("--base-url", help="An OpenAI-compatible server; its key comes from OPENAI_API_KEY.", metavar="URL")
+        str | None,
+        typer.Option(
+            "--base-url", help="An OpenAI-compatible server; its key comes from OPENAI_API_KEY.", metavar="URL"
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Whose tokenizer the served model has; to score given text.", metavar="MODEL")
+        str | None,
+        typer.Option("--tokenizer", help="Whose tokenizer the served model has; to score given text.", metavar="MODEL"),
     ] = None,
     json_: JsonOption = False,
 ) -> None:
@@ -333,7 +378,12 @@ def harness(
 
 
 def _stages(
-    recipe: str, overrides: list[str], out: Path | None, as_json: bool, stages: tuple[str, ...], tracker: str | None = None
+    recipe: str,
+    overrides: list[str],
+    out: Path | None,
+    as_json: bool,
+    stages: tuple[str, ...],
+    tracker: str | None = None,
 ) -> None:
     from limbeck.config.recipe import load_recipe
 

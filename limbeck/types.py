@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 Finish = Literal["ok", "length", "empty", "filtered", "malformed", "refused", "error"]
 
-OLDEST = ("temperature", "top_p", "max_tokens")  # settings of a draw that every request key has held from the first version on
+# settings of a draw that every request key has held from the first version on
+OLDEST = ("temperature", "top_p", "max_tokens")
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
@@ -49,8 +50,8 @@ def content_hash(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn. `temperature` 0 is greedy. `max_tokens` counts the end-of-sequence token. Text ends before the first of `stop`;
-    a token that was written before loses `presence_penalty` of its logit."""
+    """How text is drawn. `temperature` 0 is greedy. `max_tokens` counts the end-of-sequence token. Text ends before the
+    first of `stop`; a token that was written before loses `presence_penalty` of its logit."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -63,8 +64,9 @@ class Sampling:
 class Request:
     """One question to one model. Its `key` makes it idempotent: whoever asks again reads the stored answer.
 
-    A `raw` request has the model continue that very text, control tokens and all, without a chat template; `messages` are then what
-    the answer is filed under. With `against`, every token is drawn from log p(token | messages) - `contrast` * log p(token | against).
+    A `raw` request has the model continue that very text, control tokens and all, without a chat template; `messages`
+    are then what the answer is filed under. With `against`, every token is drawn from log p(token | messages) -
+    `contrast` * log p(token | against).
     """
 
     model: str
@@ -78,9 +80,19 @@ class Request:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What its answer depends on, as plain data. What is left at its default has no part in it, so that old keys stay."""
-        sampling = {name: value for name, value in vars(self.sampling).items() if name in OLDEST or value != getattr(Sampling, name)}
-        fields: dict[str, Any] = {"model": self.model, "messages": list(self.messages), "seed": self.seed, "sampling": sampling}
+        """What its answer depends on, as plain data. What is left at its default has no part in it, so that old keys
+        stay."""
+        sampling = {
+            name: value
+            for name, value in vars(self.sampling).items()
+            if name in OLDEST or value != getattr(Sampling, name)
+        }
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "messages": list(self.messages),
+            "seed": self.seed,
+            "sampling": sampling,
+        }
         if self.raw is not None:
             fields["raw"] = self.raw
         if self.against is not None:
@@ -94,7 +106,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote: `ids` as sampled (they end with the end-of-sequence token when `finish` is ok), None where only text is known.
+    """What a model wrote: `ids` as sampled (they end with the end-of-sequence token when `finish` is ok), None where
+    only text is known.
 
     `raw` is the body of a server's answer, kept for audit; `usage` its bill in tokens, (read, written).
     """
@@ -149,11 +162,11 @@ class LogProb:
 class Batch:
     """One micro-batch, padded on the right. `mask_BT[b, t]` is 1 where `tokens_BT[b, t]` is a response token.
 
-    Position t is predicted from position t - 1: `response_positions` says which hidden states are projected. `tags` name
-    each row's writer and task; `groups` list the rows that answer one prompt, the best first; `references` hold, by name,
-    the log-probability that a frozen model gives to each row's response, `columns` [B, T] what stands beside each response token.
-    `seen` is (tokens, mask) as the teacher sees the same responses, where it sees other prompts; `mixed` is (tokens, weight of the row's
-    own) [B, T] of the rows whose embeddings are mixed into these.
+    Position t is predicted from position t - 1: `response_positions` says which hidden states are projected. `tags`
+    name each row's writer and task; `groups` list the rows that answer one prompt, the best first; `references` hold,
+    by name, the log-probability that a frozen model gives to each row's response, `columns` [B, T] what stands beside
+    each response token. `seen` is (tokens, mask) as the teacher sees the same responses, where it sees other prompts;
+    `mixed` is (tokens, weight of the row's own) [B, T] of the rows whose embeddings are mixed into these.
     """
 
     tokens_BT: Tensor
@@ -168,7 +181,8 @@ class Batch:
     mixed: tuple[Tensor, Tensor] | None = None
 
     def seen_by_teacher(self) -> Batch:
-        """The same responses after the prompts that the teacher sees; the n-th response position of both is the same token's."""
+        """The same responses after the prompts that the teacher sees; the n-th response position of both is the same
+        token's."""
         return self if self.seen is None else replace(self, tokens_BT=self.seen[0], mask_BT=self.seen[1], seen=None)
 
     def response_positions(self) -> tuple[Tensor, Tensor]:

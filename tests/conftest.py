@@ -18,7 +18,12 @@ TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-CORPUS = ["the cat sat on the mat", "a dog ran to the red house", "why is the sky blue", "count one two three four five"]
+CORPUS = [
+    "the cat sat on the mat",
+    "a dog ran to the red house",
+    "why is the sky blue",
+    "count one two three four five",
+]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -27,7 +32,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator(CORPUS * 3, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
@@ -77,7 +85,10 @@ def prompt_file(tmp_path: Path) -> Path:
     import json
 
     file = tmp_path / "prompts.jsonl"
-    lines = [json.dumps({"id": f"p{i}", "prompt": text, "check": {"type": "contains", "all": ["a"]}}) for i, text in enumerate(PROMPTS)]
+    lines = [
+        json.dumps({"id": f"p{i}", "prompt": text, "check": {"type": "contains", "all": ["a"]}})
+        for i, text in enumerate(PROMPTS)
+    ]
     file.write_text("\n".join(lines) + "\n")
     return file
 

@@ -8,13 +8,20 @@ from limbeck.types import LogProb, Request, Sample
 
 def prompts(*texts, **meta):
     """A pool of prompts."""
-    return [Sample(({"role": "user", "content": text},), "corpus", meta={"prompt_id": f"p{n}", **meta}) for n, text in enumerate(texts)]
+    return [
+        Sample(({"role": "user", "content": text},), "corpus", meta={"prompt_id": f"p{n}", **meta})
+        for n, text in enumerate(texts)
+    ]
 
 
 def answers(*pairs, **meta):
     """A pool of answered samples."""
     return [
-        Sample(({"role": "user", "content": text}, {"role": "assistant", "content": answer}), "writer", meta={"prompt_id": f"p{n}", **meta})
+        Sample(
+            ({"role": "user", "content": text}, {"role": "assistant", "content": answer}),
+            "writer",
+            meta={"prompt_id": f"p{n}", **meta},
+        )
         for n, (text, answer) in enumerate(pairs)
     ]
 
@@ -34,13 +41,22 @@ def drive(step, pool, reply=None, score=None, seed=0, header="<|user|>"):
         for question in questions:
             if isinstance(question, Score):
                 found = score(question)
-                sent.append(found if isinstance(found, LogProb) else LogProb(found, max(1, len(question.answer.split()))))
+                sent.append(
+                    found if isinstance(found, LogProb) else LogProb(found, max(1, len(question.answer.split())))
+                )
                 continue
             assert isinstance(question, Request)
             text = reply(question, len(asked))
             text, finish = text if isinstance(text, tuple) else (text, "ok")
             asked.append(question)
-            sent.append(Sample((*question.messages, {"role": "assistant", "content": text}), "writer", (1, 2), meta={"finish": finish}))
+            sent.append(
+                Sample(
+                    (*question.messages, {"role": "assistant", "content": text}),
+                    "writer",
+                    (1, 2),
+                    meta={"finish": finish},
+                )
+            )
 
 
 def texts(pool):

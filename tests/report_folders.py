@@ -44,7 +44,11 @@ def around(value, share=0.08, n=60, **more):
 
 def values(factor):
     """Every metric at `factor` times the distance between 1 and 0, as a system that is nearer or farther would have it."""
-    sides = {"low": lambda value: value * factor, "high": lambda value: max(0.0, 1 - (1 - value) * factor), "none": lambda value: value}
+    sides = {
+        "low": lambda value: value * factor,
+        "high": lambda value: max(0.0, 1 - (1 - value) * factor),
+        "none": lambda value: value,
+    }
     return {name: around(sides[METRICS[name][2]](value)) for name, value in VALUES.items()}
 
 
@@ -69,7 +73,25 @@ def write_lines(file, records):
 def write_answers(folder, systems, prompts, words, text):
     """Item files with `prompts` prompts; answers are `words` words long, repeatable by seed."""
     draw = random.Random(7)
-    known = ["the", "of", "bread", "yeast", "water", "gas", "rises", "warm", "oven", "dough", "flour", "a", "is", "and", "to", "in", "that"]
+    known = [
+        "the",
+        "of",
+        "bread",
+        "yeast",
+        "water",
+        "gas",
+        "rises",
+        "warm",
+        "oven",
+        "dough",
+        "flour",
+        "a",
+        "is",
+        "and",
+        "to",
+        "in",
+        "that",
+    ]
     ids = [f"{KINDS[n % 4]}-{n:05d}{text}" for n in range(prompts)]
     kinds = [KINDS[n % 4] + text for n in range(prompts)]
     asked = [
@@ -91,7 +113,12 @@ def write_answers(folder, systems, prompts, words, text):
                 ["\n", 5.5, " one", " two"],
             ]
             rest = [
-                [f" {word}", round(draw.expovariate(1.2), 4), [[f" {word}", 0.5], [" a", 0.2], [" b", 0.1]], [[" c", 0.4]]]
+                [
+                    f" {word}",
+                    round(draw.expovariate(1.2), 4),
+                    [[f" {word}", 0.5], [" a", 0.2], [" b", 0.1]],
+                    [[" c", 0.4]],
+                ]
                 for word in draw.choices(known, k=30)
             ]
             lens.append({"writer": writer, "prompt_id": id_, "tokens": first + rest})
@@ -180,12 +207,16 @@ def make_comparison(folder, text="", prompts=12, words=20, seeds=(7, 8, 9)):
     factors = {"seq-kd": 1.3, "forward-kl": 1.0, "reverse-kl": 1.25, "jsd": 1.05}
     base, *others = factors
     effects = {"forward-kl": (-0.11, 0.03, 0.003), "reverse-kl": (0.09, 0.04, 0.012), "jsd": (-0.03, 0.05, 0.31)}
-    systems = {"teacher": values(0.0), "untouched": values(1.9)} | {name: values(factor) for name, factor in factors.items()}
+    systems = {"teacher": values(0.0), "untouched": values(1.9)} | {
+        name: values(factor) for name, factor in factors.items()
+    }
     paired = {}
     for name in others:
         value, rim, p = effects[name]
         sides = {metric: -value if METRICS[metric][2] == "high" else value for metric in VALUES}
-        paired[f"{name} - {base}"] = {metric: interval(side, side - rim, side + rim, p=p / 3, p_holm=p) for metric, side in sides.items()}
+        paired[f"{name} - {base}"] = {
+            metric: interval(side, side - rim, side + rim, p=p / 3, p_holm=p) for metric, side in sides.items()
+        }
     comparison = {
         "name": "four-methods" + text, "base": base, "seeds": list(seeds), "systems": systems, "metrics": described(text), "paired": paired,
         "methods": {name: {"title": name.replace("-", " ").capitalize() + text, "paper": "arXiv:2306.13649" + text, "loss": [name + text], "recipe": "b" * 64} for name in factors},

@@ -16,7 +16,14 @@ from tests.scripted_server import Handler, Scripted, answer
 class ScoringServer(Scripted):
     """`spoil(path, reply)` may change, or replace by a (fault, ...), whatever would be said; `temperature` is that of its softmax."""
 
-    def __init__(self, model, protocol="llama.cpp", spoil=lambda path, reply: reply, temperature=1.0, say="the cat sat on the mat"):
+    def __init__(
+        self,
+        model,
+        protocol="llama.cpp",
+        spoil=lambda path, reply: reply,
+        temperature=1.0,
+        say="the cat sat on the mat",
+    ):
         self.model, self.protocol, self.spoil, self.temperature, self.say = model, protocol, spoil, temperature, say
         super().__init__()
         self.RequestHandlerClass = ScoringHandler
@@ -43,14 +50,18 @@ class ScoringServer(Scripted):
         if path == "/v1/chat/completions":
             return answer(self.say)
         if path == "/apply-template" and self.protocol == "llama.cpp":
-            return {"prompt": tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)}
+            return {
+                "prompt": tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+            }
         if path == "/tokenize":
             text = body.get("content", body.get("prompt"))
             if "messages" in body:
                 text = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
             return {"tokens": list(tokenizer(text, add_special_tokens=False)["input_ids"])}
         if path == "/completion" and self.protocol == "llama.cpp":
-            entries = [{"id": n, "logprob": x} for n, x in self.top(self.log_probs(body["prompt"])[-1], body["n_probs"])]
+            entries = [
+                {"id": n, "logprob": x} for n, x in self.top(self.log_probs(body["prompt"])[-1], body["n_probs"])
+            ]
             return {
                 "model": "toy", "tokens_evaluated": len(body["prompt"]), "truncated": False,
                 "completion_probabilities": [{**entries[0], "top_logprobs": entries}],
@@ -58,7 +69,10 @@ class ScoringServer(Scripted):
         if path == "/v1/completions" and self.protocol == "vLLM":
             log_TV, rows = self.log_probs(body["prompt"]), [None]
             for place, written in enumerate(body["prompt"][1:]):
-                named = {**dict(self.top(log_TV[place], body["prompt_logprobs"])), written: float(log_TV[place][written])}
+                named = {
+                    **dict(self.top(log_TV[place], body["prompt_logprobs"])),
+                    written: float(log_TV[place][written]),
+                }
                 rows.append({str(n): {"logprob": x, "rank": 1, "decoded_token": ""} for n, x in named.items()})
             return {**answer(), "choices": [{"index": 0, "text": "x", "prompt_logprobs": rows}]}
         return ("status", 404)

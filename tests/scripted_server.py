@@ -13,7 +13,12 @@ MODEL = "toy"
 
 def answer(text="fine", finish="stop", model=MODEL, tokens=3, **message):
     """A reply's body; a chat's and a completion's at once."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "text": text, "finish_reason": finish}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text, **message},
+        "text": text,
+        "finish_reason": finish,
+    }
     return {"id": "x", "model": model, "choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": tokens}}
 
 
@@ -72,7 +77,9 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(given[0])
             return self.billed(json.dumps(given[1] if len(given) > 1 else answer()).encode())
         if fault == "status":
-            return self.reply(given[0], given[2] if len(given) > 2 else b'{"error": "no"}', given[1] if len(given) > 1 else {})
+            return self.reply(
+                given[0], given[2] if len(given) > 2 else b'{"error": "no"}', given[1] if len(given) > 1 else {}
+            )
         if fault == "bytes":
             return self.billed(given[0])
         self.bill()

@@ -42,8 +42,16 @@ def blocks(language):
 
 def test_the_generated_blocks_are_up_to_date():
     for page in generator().PAGES:
-        assert generator().generated(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), "run python docs/generate.py"
-    assert set(re.findall(r"<!-- generated: (\w+) -->", TEXT)) == {"divergences", "ranking", "features", "policy", "head"}
+        assert generator().generated(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), (
+            "run python docs/generate.py"
+        )
+    assert set(re.findall(r"<!-- generated: (\w+) -->", TEXT)) == {
+        "divergences",
+        "ranking",
+        "features",
+        "policy",
+        "head",
+    }
 
 
 @pytest.mark.parametrize("name", [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES])
@@ -95,17 +103,23 @@ def test_the_on_policy_table_is_made_from_what_the_benchmark_writes(tmp_path, mo
     module, run = generator(), {"trained": 100.4, "real": 200.0, "writing": 0.25, "peak_mib": 2345}
     monkeypatch.setattr(module, "ON_POLICY", tmp_path / "on-policy.json")
     assert "run python benchmarks/on_policy.py" in module.on_policy()
-    module.ON_POLICY.write_text(json.dumps({"about": {"rows": 8}, "results": {"limbeck": [run, run | {"trained": 110.4}]}}))
+    module.ON_POLICY.write_text(
+        json.dumps({"about": {"rows": 8}, "results": {"limbeck": [run, run | {"trained": 110.4}]}})
+    )
     assert "| limbeck | 105 (100 to 110) | 200 | 25 % | 2,345 |" in module.on_policy().splitlines()
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "writers.md").read_text(), re.DOTALL))
+@pytest.mark.parametrize(
+    "block", re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "writers.md").read_text(), re.DOTALL)
+)
 def test_the_yaml_examples_of_writers_are_legal(block):
     settings = [f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(block).items()]
     check(load_recipe("quickstart", settings))
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
 def test_every_linked_file_exists(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in target and not target.startswith("#"):

@@ -65,7 +65,12 @@ def module(file: Path) -> str:
 
 
 def floor(name: str) -> int:
-    found = [(len(room), number) for number, rooms in enumerate(FLOORS) for room in rooms if name == room or name.startswith(room + ".")]
+    found = [
+        (len(room), number)
+        for number, rooms in enumerate(FLOORS)
+        for room in rooms
+        if name == room or name.startswith(room + ".")
+    ]
     if found:
         return max(found)[1]  # the room named most exactly
     raise AssertionError(f"{name} has no floor: give it one in {__file__}")
@@ -75,7 +80,10 @@ def imports(file: Path) -> set[str]:
     """Modules of ours that a file imports while it is loaded or later; those only for type checkers don't count."""
     tree = ast.parse(file.read_text())
     typing_only = {
-        id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)
+        id(n)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for n in ast.walk(node)
     }
     found = set()
     for node in ast.walk(tree):

@@ -53,13 +53,18 @@ def test_commands_and_options():
 
 def test_importing_the_package_and_the_command_loads_nothing_heavy():
     code = "import sys, limbeck, limbeck.cli; print([m for m in ('torch', 'transformers', 'pydantic', 'numpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_methods_lists_every_divergence_with_formula_and_paper():
     listed = limbeck.methods()
     assert {"forward_kl", "reverse_kl", "jsd"} <= set(listed["divergences"])
     assert all(facts["formula"] and facts["paper"] for facts in listed["divergences"].values())
-    assert listed["steps"]["self_instruct"]["settings"]["threshold"] == 0.7 and listed["steps"]["magpie"]["needs"] == ["raw", "text"]
+    assert listed["steps"]["self_instruct"]["settings"]["threshold"] == 0.7 and listed["steps"]["magpie"]["needs"] == [
+        "raw",
+        "text",
+    ]
     assert all(facts["what"] and facts["kind"] for facts in listed["steps"].values())
     assert "quickstart" in listed["recipes"] and "everyday" in listed["tasks"]

@@ -16,7 +16,9 @@ def test_the_result_table_is_the_measured_one():
     summary = json.loads((ROOT / "docs" / "evidence" / "quickstart.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert markdown(summary) in readme and verdict(summary) in " ".join(readme.split())
-    assert summary["recipe"] == load_recipe("quickstart").hash, "measure again: the recipe is not the one that was measured"
+    assert summary["recipe"] == load_recipe("quickstart").hash, (
+        "measure again: the recipe is not the one that was measured"
+    )
 
 
 def test_every_page_of_the_docs_is_on_the_map():

@@ -20,7 +20,11 @@ from limbeck.types import UserError
 SECONDS_BETWEEN_LINES = 10.0
 USER_ERROR = 2
 STOPPED = "stopped; what was finished is kept, run it again to go on"
-NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only", errno.EDQUOT: "the disk quota is used up"}
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EROFS: "the disk is read-only",
+    errno.EDQUOT: "the disk quota is used up",
+}
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -33,17 +37,24 @@ class Terminal:
         self.live = err.is_terminal
         self.bar: Progress | None = None
         self.task: TaskID | None = None
-        self.title, self.began, self.last, self.first = "", 0.0, 0.0, 0
+        self.title = ""
+        self.began = 0.0
+        self.last = 0.0
+        self.first = 0
 
     def stage(self, title: str) -> None:
         self.close()
-        self.title, self.began, self.last, self.first = title, time.monotonic(), 0.0, -1
+        self.title = title
+        self.began = time.monotonic()
+        self.last = 0.0
+        self.first = -1
         err.print(f"[bold]{title}[/bold]")
 
     def progress(self, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
         if self.first < 0:
-            self.first, self.began = done, now
+            self.first = done
+            self.began = now
         if self.live:
             self._draw(done, total, detail)
         elif now - self.last >= SECONDS_BETWEEN_LINES or done == total:
@@ -54,8 +65,14 @@ class Terminal:
 
     def _draw(self, done: int, total: int, detail: str) -> None:
         if self.bar is None:
-            columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TextColumn("left"),
-                       TimeRemainingColumn(), TextColumn("{task.fields[detail]}", markup=False))  # fmt: skip
+            columns = (
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[detail]}", markup=False),
+            )
             self.bar = Progress(TextColumn("  "), *columns, console=err)
             self.bar.start()
             self.task = self.bar.add_task("", total=total, detail=detail)
@@ -129,12 +146,16 @@ def messages() -> Iterator[None]:
     except UserError as error:
         raise _end(str(error)) from error
     except (OSError, sqlite3.OperationalError) as error:
-        reason = NO_ROOM.get(getattr(error, "errno", 0) or 0) or ("the disk is full" if "disk is full" in str(error) else None)
+        reason = NO_ROOM.get(getattr(error, "errno", 0) or 0) or (
+            "the disk is full" if "disk is full" in str(error) else None
+        )
         if isinstance(error, PermissionError):
             reason = f"no permission to write {error.filename}"
         if reason is None:
             raise
-        raise _end(f"{reason}; what was finished is kept: make room and run it again, or choose another --out") from error
+        raise _end(
+            f"{reason}; what was finished is kept: make room and run it again, or choose another --out"
+        ) from error
 
 
 def _end(message: str) -> SystemExit:

@@ -1,7 +1,8 @@
 """What silently ruins a distillation, looked for before the training: one finding a line, with its cure.
 
-The teacher is loaded and asked a few short texts; nothing is trained or written. Where the recipe's folder has text and a cache already,
-those are looked at as they are. Not covered: whether the teacher is any good, and what only longer texts would show.
+The teacher is loaded and asked a few short texts; nothing is trained or written. Where the recipe's folder has text and
+a cache already, those are looked at as they are. Not covered: whether the teacher is any good, and what only longer
+texts would show.
 
 Shapes: N response positions, K tokens named at a position, V vocabulary.
 """
@@ -38,10 +39,17 @@ from limbeck.types import Batch, Message, UserError
 
 Verdict = Literal["fine", "fault", "not looked at"]
 QUESTIONS = ("Why is the sky blue?", "Name three fruits.", "Schreibe einen Satz über Zürich. 🙂")
-ANSWERS = ("Air scatters blue light more than red light.", "An apple, a pear and a plum.", "Zürich liegt am See – naïve 日本語.")
+ANSWERS = (
+    "Air scatters blue light more than red light.",
+    "An apple, a pear and a plum.",
+    "Zürich liegt am See – naïve 日本語.",
+)
 NAMED = 20  # tokens that a server is asked for at each position
-MEAN_KL, LARGEST_KL = 0.02, 0.2  # nats between weights here and served ones; 4-bit weights in llama.cpp's own arithmetic stay within 0.01
-KEPT_TEXTS, KEPT_NATS = 4, 0.05  # texts of a cache that are looked at, and how far a kept log-probability may be off on average
+MEAN_KL = 0.02
+# nats between weights here and served ones; 4-bit weights in llama.cpp's own arithmetic stay within 0.01
+LARGEST_KL = 0.2
+KEPT_TEXTS = 4
+KEPT_NATS = 0.05  # texts of a cache that are looked at, and how far a kept log-probability may be off on average
 LEAST_ALIGNED = 0.5
 ZERO = 1e-4
 
@@ -120,14 +128,17 @@ class Patient:
             raise NothingToSeeError(f"{self.folder} does not hold all text yet") from None
 
 
-def examine(recipe: Recipe, out: str | Path | None = None, note: Callable[[str], None] = lambda text: None) -> list[Finding]:
+def examine(
+    recipe: Recipe, out: str | Path | None = None, note: Callable[[str], None] = lambda text: None
+) -> list[Finding]:
     """All that is found, fault or not.
 
     Args:
         out: the run's folder, whose text and cache are looked at where they are there; by default runs/NAME.
         note: told what is looked at next.
     """
-    patient, found = Patient(recipe, build.run_folder(recipe, out)), []
+    patient = Patient(recipe, build.run_folder(recipe, out))
+    found = []
     for name, look in LOOKS.items():
         note(name)
         try:
@@ -160,7 +171,10 @@ def _weights(patient: Patient) -> str:
         return f"the student's are sound, in {dtype}; the teacher's {where}"
     nats = float(-patient.log_probs.gather(-1, _targets(patient.texts)[:, None]).mean())
     guessing = math.log(head_of(model.net).vocabulary)
-    return f"sound, in {dtype}; plain text costs the teacher {nats:.2f} nats a token, and guessing would cost {guessing:.2f}"
+    return (
+        f"sound, in {dtype}; plain text costs the teacher {nats:.2f} nats a token, and guessing would cost"
+        f" {guessing:.2f}"
+    )
 
 
 def _tokens(patient: Patient) -> str:
@@ -170,13 +184,14 @@ def _tokens(patient: Patient) -> str:
         back = str(model.tokenizer.decode(ids))
         if back.strip() != text.strip():
             raise UserError(
-                f"the tokenizer turns {text!r} into {back!r}: its files are damaged or of another model; give the model its own"
+                f"the tokenizer turns {text!r} into {back!r}: its files are damaged or of another model; give the model"
+                " its own"
             )
     rows = head_of(model.net).vocabulary
     if len(model.tokenizer) > rows:
         raise UserError(
-            f"the tokenizer knows {len(model.tokenizer)} tokens and the model {rows}: one of the two is another model's; put the right "
-            "tokenizer beside the weights"
+            f"the tokenizer knows {len(model.tokenizer)} tokens and the model {rows}: one of the two is another"
+            " model's; put the right tokenizer beside the weights"
         )
     return f"texts come back as they were; {len(model.tokenizer):,} tokens, {rows:,} rows in the model"
 
@@ -189,29 +204,37 @@ def _bridge(patient: Patient) -> str:
     try:
         rows = [row.response_ids for row in patient.stored]
     except NothingToSeeError:
-        rows = [tuple(row[mask].tolist()) for row, mask in zip(patient.texts.tokens_BT, patient.texts.mask_BT, strict=True)]
+        rows = [
+            tuple(row[mask].tolist()) for row, mask in zip(patient.texts.tokens_BT, patient.texts.mask_BT, strict=True)
+        ]
     facts = bridged.facts(rows)
     told = (
-        f"{facts['common_tokens']:,} of the student's {facts['student_tokens']:,} tokens are the teacher's, too; of {len(rows)} answers' "
-        f"tokens {facts['aligned_share']:.0%} begin with one of the teacher's, {facts['single_share']:.0%} are one in both"
+        f"{facts['common_tokens']:,} of the student's {facts['student_tokens']:,} tokens are the teacher's, too; of"
+        f" {len(rows)} answers' tokens {facts['aligned_share']:.0%} begin with one of the teacher's,"
+        f" {facts['single_share']:.0%} are one in both"
     )
     if facts["aligned_share"] < LEAST_ALIGNED:
-        raise UserError(f"{told}: most of the text would teach nothing; choose another teacher, or teach its text with others: written")
+        raise UserError(
+            f"{told}: most of the text would teach nothing; choose another teacher, or teach its text with others:"
+            " written"
+        )
     return told
 
 
 def _end(patient: Patient) -> str:
     """That an answer ends in a token that ends it, in the template and in the text."""
     model = patient.model
-    eos, mark = model.tokenizer.eos_token_id, "ANSWER"
+    eos = model.tokenizer.eos_token_id
+    mark = "ANSWER"
     turns = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": mark}]
     shown = str(model.tokenizer.apply_chat_template(turns, tokenize=False))
     after = model.tokenizer(shown.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
     if not after or after[0] not in model.eos_ids:
         told = repr(model.tokenizer.decode(after[:3])) if after else "nothing"
         raise UserError(
-            f"the chat template puts {told} after an answer, and text ends in {model.tokenizer.eos_token!r}: the student would not stop in "
-            "a conversation; set eos_token (or generation_config.json's eos_token_id) to what the template ends an answer with"
+            f"the chat template puts {told} after an answer, and text ends in {model.tokenizer.eos_token!r}: the"
+            " student would not stop in a conversation; set eos_token (or generation_config.json's eos_token_id) to"
+            " what the template ends an answer with"
         )
     try:
         rows = patient.stored
@@ -220,8 +243,8 @@ def _end(patient: Patient) -> str:
     open_ = [row for row in rows if row.response_ids[-1] not in model.eos_ids]
     if len(open_) == len(rows):
         raise UserError(
-            f"none of {len(rows)} training answers ends in an end token, so the student would never learn to stop: raise max_tokens, so "
-            "that answers are finished"
+            f"none of {len(rows)} training answers ends in an end token, so the student would never learn to stop:"
+            " raise max_tokens, so that answers are finished"
         )
     return f"{len(rows) - len(open_)} of {len(rows)} training answers end in an end token; the others were cut off"
 
@@ -230,45 +253,62 @@ def _repeatable(patient: Patient) -> str:
     apart = float((patient.log_probs - _log_probs(patient.teacher, patient.texts)).abs().max())
     if apart > ZERO:
         raise UserError(
-            f"the teacher says something else when it is asked again (up to {apart:.2g} nats): dropout is on, or its kernels are not "
-            "deterministic; put it in evaluation mode"
+            f"the teacher says something else when it is asked again (up to {apart:.2g} nats): dropout is on, or its"
+            " kernels are not deterministic; put it in evaluation mode"
         )
-    return "asked twice, the teacher says the same to the bit" if apart == 0 else f"asked twice, it differs by {apart:.1g} nats at most"
+    return (
+        "asked twice, the teacher says the same to the bit"
+        if apart == 0
+        else f"asked twice, it differs by {apart:.1g} nats at most"
+    )
 
 
 def _server(patient: Patient) -> str:
     scorer = patient.scorer
     scorer.probe()
-    longest = max(len(patient.model.prompt_ids(prompt.messages)) for part in patient.run.text.given_prompts for prompt in part)
+    longest = max(
+        len(patient.model.prompt_ids(prompt.messages)) for part in patient.run.text.given_prompts for prompt in part
+    )
     needed = longest + max(writer.max_tokens for writer in patient.recipe.writer)
     if (room := scorer.room()) is not None and room < needed:
-        raise UserError(f"the server takes {room} tokens, and a prompt with its answer may take {needed}: start it with a larger context")
+        raise UserError(
+            f"the server takes {room} tokens, and a prompt with its answer may take {needed}: start it with a larger"
+            " context"
+        )
     return f"{scorer.identity} has the same tokens and template and names {scorer.k} tokens at every position"
 
 
 def _served(patient: Patient) -> str:
     """That the served model is the one here: its likeliest tokens, position by position."""
-    scorer, log_NV = patient.scorer, patient.log_probs
+    scorer = patient.scorer
+    log_NV = patient.log_probs
     signal = scorer.view(patient.texts).signal
     assert isinstance(signal, TopK)
     own_NK = log_NV.gather(-1, signal.ids_NK)
     kl_N = _bucketed_kl(own_NK, signal.log_prob_NK)
-    shared = [len(set(a) & set(b)) for a, b in zip(log_NV.topk(scorer.k).indices.tolist(), signal.ids_NK.tolist(), strict=True)]
+    shared = [
+        len(set(a) & set(b))
+        for a, b in zip(log_NV.topk(scorer.k).indices.tolist(), signal.ids_NK.tolist(), strict=True)
+    ]
     told = (
-        f"{float(kl_N.mean()):.4f} nats apart on average over {len(kl_N)} positions, {sum(shared) / len(shared):.1f} of {scorer.k} shared"
+        f"{float(kl_N.mean()):.4f} nats apart on average over {len(kl_N)} positions, {sum(shared) / len(shared):.1f} of"
+        f" {scorer.k} shared"
     )
     if float(kl_N.mean()) > MEAN_KL or float(kl_N.max()) > LARGEST_KL:
         where = "; ".join(_position(patient, number, kl_N) for number in kl_N.topk(min(3, len(kl_N))).indices.tolist())
         raise UserError(
-            f"the served model is not the one here: {told}. Where they differ most: {where}."
-            f"{_temperature(own_NK, signal.log_prob_NK)} Serve the same weights and their plain log-probabilities, or set teacher.model"
+            f"the served model is not the one here: {told}. Where they differ most:"
+            f" {where}.{_temperature(own_NK, signal.log_prob_NK)} Serve the same weights and their plain"
+            " log-probabilities, or set teacher.model"
         )
     return told
 
 
 def _temperature(own_NK: Tensor, served_NK: Tensor) -> str:
-    """Whether the served numbers are the own ones at another temperature: differences from the likeliest token are then in one ratio."""
-    own, served = own_NK - own_NK[:, :1], served_NK - served_NK[:, :1]
+    """Whether the served numbers are the own ones at another temperature: differences from the likeliest token are then
+    in one ratio."""
+    own = own_NK - own_NK[:, :1]
+    served = served_NK - served_NK[:, :1]
     ratio = float((own * served).sum() / served.square().sum().clamp_min(1e-9))
     off = float((own - ratio * served).abs().mean() / own.abs().mean().clamp_min(1e-9))
     return f" They are those here at temperature {ratio:.2f}." if off < 0.1 and abs(ratio - 1) > 0.05 else ""
@@ -290,12 +330,17 @@ def _kept(patient: Patient) -> str:
         raise NothingToSeeError(f"{home} is empty yet")
     teacher: InProcessTeacher | Scorer = patient.scorer if patient.recipe.teacher.model is None else patient.teacher
     cache = Cache(home, teacher.identity, common_vocabulary(patient.run.untouched(), teacher), form)
-    rows = [row for row in patient.stored if text_key(row.teacher_prompt_ids or row.prompt_ids, row.response_ids) in cache]
+    rows = [
+        row for row in patient.stored if text_key(row.teacher_prompt_ids or row.prompt_ids, row.response_ids) in cache
+    ]
     if not rows:
         raise NothingToSeeError(f"{home} holds {len(cache)} texts, none of this run's text")
     for row in rows[:: max(1, len(rows) // KEPT_TEXTS)][:KEPT_TEXTS]:
         _compare_kept(cache, teacher, row, home)
-    return f"{len(cache)} texts, {len(rows)} of this run's; {min(KEPT_TEXTS, len(rows))} of them are what the teacher says today"
+    return (
+        f"{len(cache)} texts, {len(rows)} of this run's; {min(KEPT_TEXTS, len(rows))} of them are what the teacher says"
+        " today"
+    )
 
 
 def _compare_kept(cache: Cache, teacher: InProcessTeacher | Scorer, row: Row, home: Path) -> None:
@@ -311,7 +356,10 @@ def _compare_kept(cache: Cache, teacher: InProcessTeacher | Scorer, row: Row, ho
     shifts = {shift: _distance(kept_N.roll(shift)[1:-1], live_N[1:-1]) for shift in (-1, 1) if len(live_N) > 2}
     moved = next((shift for shift, apart in shifts.items() if apart <= KEPT_NATS), None)
     what = f"rows that are {abs(moved)} position{'s' if abs(moved) > 1 else ''} off" if moved else "other numbers"
-    raise UserError(f"{home} keeps {what}: log p of the written tokens differs by {far:.2f} nats on average from the teacher's{cure}")
+    raise UserError(
+        f"{home} keeps {what}: log p of the written tokens differs by {far:.2f} nats on average from the"
+        f" teacher's{cure}"
+    )
 
 
 def _distance(kept_N: Tensor, live_N: Tensor) -> float:
@@ -323,14 +371,19 @@ def _distance(kept_N: Tensor, live_N: Tensor) -> float:
 def _zero(patient: Patient) -> str:
     """That the recipe's losses are zero for a student that is the teacher."""
     log_NV = patient.log_probs
-    targets_N, seen = _targets(patient.texts), []
+    targets_N = _targets(patient.texts)
+    seen = []
     for term in build.terms(patient.recipe):
         if term.name not in DIVERGENCES:
             continue
-        p, q = Distribution(log_NV.clone()), Distribution(log_NV.clone())
+        p = Distribution(log_NV.clone())
+        q = Distribution(log_NV.clone())
         values_N, gradient_NV = replace(term, by=None).settle(0.0, {}).values(Block(q, targets_N, DenseRows(p)))
         if float(values_N.abs().max()) > ZERO or float(gradient_NV.abs().max()) > ZERO:
-            raise UserError(f"{term.label} is {float(values_N.abs().max()):.2g} nats for a student that is its teacher, not 0: report this")
+            raise UserError(
+                f"{term.label} is {float(values_N.abs().max()):.2g} nats for a student that is its teacher, not 0:"
+                " report this"
+            )
         seen.append(term.label)
     if not seen:
         raise NothingToSeeError("no loss compares distributions")
@@ -367,6 +420,14 @@ def _bucketed_kl(own_NK: Tensor, served_NK: Tensor) -> Tensor:
 
 
 LOOKS: dict[str, Callable[[Patient], str]] = {
-    "recipe": _recipe, "weights": _weights, "tokens": _tokens, "bridge": _bridge, "end of an answer": _end, "repeatable": _repeatable,
-    "server": _server, "served weights": _served, "cache": _kept, "zero at the teacher": _zero,
-}  # fmt: skip
+    "recipe": _recipe,
+    "weights": _weights,
+    "tokens": _tokens,
+    "bridge": _bridge,
+    "end of an answer": _end,
+    "repeatable": _repeatable,
+    "server": _server,
+    "served weights": _served,
+    "cache": _kept,
+    "zero at the teacher": _zero,
+}

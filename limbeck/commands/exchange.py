@@ -6,8 +6,9 @@ Read are three shapes, each beside `input_ids` (or `prompt_token_ids`), prompt a
 - `target_token_ids` and `target_logprobs`, as axolotl prepares them: for every token the ids that might stand there;
 - `logprobs`, as axolotl reads them: for the last tokens [{"token": "token_id:ID", "logprob": nats}].
 
-In all of them the numbers at a place are about the token at that place, given those before. Written is the second, which loses nothing
-but the bucket (what the named tokens leave of 1). Not read: DistillKit's compressed columns, whose packing was not confirmed.
+In all of them the numbers at a place are about the token at that place, given those before. Written is the second,
+which loses nothing but the bucket (what the named tokens leave of 1). Not read: DistillKit's compressed columns, whose
+packing was not confirmed.
 
 Shapes: N response positions, K tokens named at a position.
 """
@@ -35,27 +36,33 @@ from limbeck.training.setup import common_vocabulary
 from limbeck.types import UserError, canonical_json
 
 MOST = 1 + 1e-3  # what rounded probabilities may add up to
-ENOUGH, MUCH_BETTER, LIKELY = 16, 2, 0.1  # tokens to see misplaced rows by, by how much those must fit the text better, and how well
+ENOUGH = 16
+MUCH_BETTER = 2
+LIKELY = 0.1  # tokens to see misplaced rows by, by how much those must fit the text better, and how well
 ABSENT = -1e9  # the log-probability that fills a place without one: JSON has no infinity
 Named = list[tuple[int, float]]
 
 
 def bring_in(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
-    """Put the file's distributions over this run's training text into its cache. The text must be there: a corpus, as text that another
-    tool has scored is, or what `limbeck elicit` left.
+    """Put the file's distributions over this run's training text into its cache. The text must be there: a corpus, as
+    text that another tool has scored is, or what `limbeck elicit` left.
 
     Returns:
-        how many `texts` of the run there are, how many the cache `holds` now, how many were `read` from the file, and how many lines were
-        about `other` texts.
+        how many `texts` of the run there are, how many the cache `holds` now, how many were `read` from the file, and
+        how many lines were about `other` texts.
 
     Raises:
-        UserError: a line that can't be read, numbers that are no probabilities, rows that are one off, or no line about this run's text.
+        UserError: a line that can't be read, numbers that are no probabilities, rows that are one off, or no line about
+            this run's text.
     """
     rows, cache = _opened(recipe, folder)
     wanted = {
-        (*prompt, *response): (len(prompt), text_key(prompt, response)) for row in rows for prompt, response in ids_of(make_batch([row]))
+        (*prompt, *response): (len(prompt), text_key(prompt, response))
+        for row in rows
+        for prompt, response in ids_of(make_batch([row]))
     }
-    lengths, other = sorted({len(ids) for ids in wanted}), 0
+    lengths = sorted({len(ids) for ids in wanted})
+    other = 0
     found: dict[str, tuple[tuple[int, ...], list[Named]]] = {}
     for place, ids, named in _lines(file):
         whole = next((tuple(ids[:length]) for length in lengths if tuple(ids[:length]) in wanted), None)
@@ -72,12 +79,21 @@ def bring_in(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
         cache.flush()
     read = len(found)
     if not read and other:
-        raise UserError(f"{file}: none of its {other} texts is one of this run's {len(wanted)}: other prompts, template or tokenizer")
-    return {"texts": len(wanted), "holds": sum(key in cache for _, key in wanted.values()), "read": read, "other": other}
+        raise UserError(
+            f"{file}: none of its {other} texts is one of this run's {len(wanted)}: other prompts, template or"
+            " tokenizer"
+        )
+    return {
+        "texts": len(wanted),
+        "holds": sum(key in cache for _, key in wanted.values()),
+        "read": read,
+        "other": other,
+    }
 
 
 def take_out(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
-    """Write what the cache holds of this run's training text, as axolotl's prepared columns. Returns how many `texts` were written.
+    """Write what the cache holds of this run's training text, as axolotl's prepared columns. Returns how many `texts`
+    were written.
 
     Raises:
         UserError: the cache holds none of them.
@@ -113,7 +129,9 @@ def _opened(recipe: Recipe, folder: Path) -> tuple[list[Row], Cache]:
     validate(recipe)
     form = recipe.teacher.cache
     if form is None or form.top_k is None:
-        raise UserError("named tokens with their probabilities are kept in one form: set teacher.cache: {top_k: {k: 64}}")
+        raise UserError(
+            "named tokens with their probabilities are kept in one form: set teacher.cache: {top_k: {k: 64}}"
+        )
     run = Run(recipe, folder, Silent(), lambda: True)  # it stops before it asks anybody anything
     with exclusive(folder / ".lock"):
         claim(run)
@@ -141,16 +159,21 @@ def _lines(file: Path) -> Iterator[tuple[str, list[int], list[Named | None]]]:
                 named = next(read(data, len(ids)) for column, read in SHAPES.items() if column in data)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
                 raise UserError(
-                    f"{place} is of none of the known shapes ({type(error).__name__}: {error}): give input_ids beside prompt_logprobs, "
-                    "target_token_ids and target_logprobs, or logprobs"
+                    f"{place} is of none of the known shapes ({type(error).__name__}: {error}): give input_ids beside"
+                    " prompt_logprobs, target_token_ids and target_logprobs, or logprobs"
                 ) from None
             if len(named) != len(ids):
-                raise UserError(f"{place} has {len(ids)} tokens and log-probabilities at {len(named)} places; give one for each")
+                raise UserError(
+                    f"{place} has {len(ids)} tokens and log-probabilities at {len(named)} places; give one for each"
+                )
             yield place, ids, named
 
 
 def _vllm(data: dict[str, Any], _: int) -> list[Named | None]:
-    return [None if at is None else [(int(token), float(one["logprob"])) for token, one in at.items()] for at in data["prompt_logprobs"]]
+    return [
+        None if at is None else [(int(token), float(one["logprob"])) for token, one in at.items()]
+        for at in data["prompt_logprobs"]
+    ]
 
 
 def _prepared(data: dict[str, Any], _: int) -> list[Named | None]:
@@ -168,8 +191,10 @@ def _last(data: dict[str, Any], length: int) -> list[Named | None]:
 
 
 SHAPES: dict[str, Callable[[dict[str, Any], int], list[Named | None]]] = {
-    "prompt_logprobs": _vllm, "target_logprobs": _prepared, "logprobs": _last,
-}  # fmt: skip
+    "prompt_logprobs": _vllm,
+    "target_logprobs": _prepared,
+    "logprobs": _last,
+}
 
 
 def _named(place: str, response: Sequence[Named | None], vocabulary: int) -> list[Named]:
@@ -180,7 +205,9 @@ def _named(place: str, response: Sequence[Named | None], vocabulary: int) -> lis
             raise UserError(f"{place} names no tokens for the response's token number {number}")
         wrong = any(not 0 <= token < vocabulary or not math.isfinite(log) for token, log in at)
         if wrong or len(dict(at)) < len(at) or sum(math.exp(min(log, 1.0)) for _, log in at) > MOST:
-            raise UserError(f"{place}: what stands at the response's token {number} are no probabilities over {vocabulary} tokens")
+            raise UserError(
+                f"{place}: what stands at the response's token {number} are no probabilities over {vocabulary} tokens"
+            )
         rows.append(sorted(at, key=lambda pair: -pair[1]))
     return rows
 
@@ -190,10 +217,16 @@ def _check_places(file: Path, texts: Sequence[tuple[tuple[int, ...], list[Named]
     inner = [(written, rows, n) for written, rows in texts for n in range(1, len(written) - 1)]
     if len(inner) < ENOUGH:
         return
-    shares = {shift: sum(math.exp(dict(rows[n + shift]).get(written[n], -math.inf)) for written, rows, n in inner) for shift in (0, 1, -1)}
+    shares = {
+        shift: sum(math.exp(dict(rows[n + shift]).get(written[n], -math.inf)) for written, rows, n in inner)
+        for shift in (0, 1, -1)
+    }
     best = max(shares, key=lambda shift: shares[shift])
     if shares[best] > max(MUCH_BETTER * shares[0], LIKELY * len(inner)):
-        raise UserError(f"{file}: its rows stand one {'before' if best < 0 else 'after'} the tokens that they are about; move them by one")
+        raise UserError(
+            f"{file}: its rows stand one {'before' if best < 0 else 'after'} the tokens that they are about; move them"
+            " by one"
+        )
 
 
 def _signal(written: Sequence[int], rows: Sequence[Named], k: int) -> tuple[TopK, torch.Tensor]:

@@ -23,7 +23,8 @@ STEPS = 3
 
 
 def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[str, Any]:
-    """Run STEPS steps (forward, backward, no update) and compare with the floor. Needs the run's text; elicits what is missing.
+    """Run STEPS steps (forward, backward, no update) and compare with the floor. Needs the run's text; elicits what is
+    missing.
 
     The floor is 2 operations per weight and token forward and 4 backward, over every token of the rows without
     padding, and over the head for response tokens only. Its rate is that of an fp32 matrix product of the student's own
@@ -37,14 +38,18 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
         claim(run)
         student = run.untouched()
         job = run.job("student", student)
-    width, inner = student.net.config.hidden_size, student.net.config.intermediate_size
+    width = student.net.config.hidden_size
+    inner = student.net.config.intermediate_size
     content = steps_of_epoch(job.rows, recipe.train.seed, 0, recipe.train.tokens_per_step, job.together)
     terms = [term.settle(0.0, {}) for term in job.terms]
     reads = any(term.reads & TEACHER_READS for term in job.terms)
     job.prepare()
     teacher = Shape.of(run.teacher.model.net.config) if reads and run.recipe.teacher.model is not None else None
     job.net.train()
-    rates, seconds, floors, tokens = [], [], [], 0
+    rates = []
+    seconds = []
+    floors = []
+    tokens = 0
     for step in content[: STEPS + 1]:
         before = matrix_rate(rows=512, inner=width, outer=inner)
         real = sum(len(job.rows[index]) for micro_batch in step for index in micro_batch)

@@ -33,7 +33,8 @@ def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, thread
         model: a name of `limbeck models`, or a `.gguf` file.
         port: 0 for any that is free.
         context: tokens of a prompt and its answer together, for each of the `slots` requests that are answered at once.
-        threads: left out, one less than there are cores: with as many, everything else on the machine brings it to a crawl.
+        threads: left out, one less than there are cores: with as many, everything else on the machine brings it to a
+            crawl.
 
     Raises:
         UserError: no such model, or xllamacpp is not installed.
@@ -45,12 +46,18 @@ def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, thread
         import xllamacpp
     except ImportError as error:
         raise UserError("the packaged server is not installed: pip install 'limbeck[serve]'") from error
-    given, name = os.environ.get(KEY), model if model in NAMED else path.stem
+    given = os.environ.get(KEY)
+    name = model if model in NAMED else path.stem
     key = given or secrets.token_urlsafe(24)
     params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias, params.api_keys = str(path), {name}, [key]
-    params.hostnames, params.port, params.use_jinja = ["127.0.0.1"], port, True
-    params.n_ctx, params.n_parallel = context * slots, slots  # llama.cpp divides its context by the slots
+    params.model.path = str(path)
+    params.model_alias = {name}
+    params.api_keys = [key]
+    params.hostnames = ["127.0.0.1"]
+    params.port = port
+    params.use_jinja = True
+    params.n_ctx = context * slots
+    params.n_parallel = slots  # llama.cpp divides its context by the slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or max(1, (os.cpu_count() or 2) - 1)
     server = xllamacpp.Server(params)
     return Serving(f"{server.listening_address}/v1", name, key, given is None, server)

@@ -1,9 +1,9 @@
 """Experiment trackers: trackio, tensorboard, wandb and mlflow are told what `metrics.jsonl` and the evaluation say.
 
-A tracker follows the run folder instead of the training: it is brought up to date every few seconds, and `tracking.json`
-keeps how far it got. So a run that goes on after a kill goes on there too, and a finished run can be sent later. No step
-stands twice, but for a kill in the moment between telling the tracker and noting it. Each training is a run of its own in
-the tracker, with the same names of numbers, so that their curves lie over each other.
+A tracker follows the run folder instead of the training: it is brought up to date every few seconds, and
+`tracking.json` keeps how far it got. So a run that goes on after a kill goes on there too, and a finished run can be
+sent later. No step stands twice, but for a kill in the moment between telling the tracker and noting it. Each training
+is a run of its own in the tracker, with the same names of numbers, so that their curves lie over each other.
 
 Not covered: keys. Where a service wants one, its own library finds it; it is never read, stored or printed here.
 """
@@ -32,8 +32,9 @@ CREDENTIALS = re.compile(r"//[^/@\s]+@")  # name and password inside an address
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tracker's run belongs: the run folder, the recipe's name, the training's name, and its settings (numbers and the recipe's
-    hash; never a path or an address). `known` is the id that the tracker gave this run before, if it did."""
+    """Where a tracker's run belongs: the run folder, the recipe's name, the training's name, and its settings (numbers
+    and the recipe's hash; never a path or an address). `known` is the id that the tracker gave this run before, if it
+    did."""
 
     folder: Path
     project: str
@@ -86,7 +87,9 @@ class Trackio:
         import trackio
 
         self.id = place.known or f"{place.training}-{uuid.uuid4().hex[:8]}"
-        self._run = trackio.init(project=place.project, name=self.id, resume="allow", config=place.settings, embed=False)
+        self._run = trackio.init(
+            project=place.project, name=self.id, resume="allow", config=place.settings, embed=False
+        )
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
@@ -108,12 +111,18 @@ class Wandb:
         import wandb
 
         if wandb.setup().settings.mode not in ("offline", "disabled") and not wandb.login(prompt=False):
-            raise ConnectionError("it knows no key; run `wandb login`, or set WANDB_MODE=offline")  # it would wait for one to be typed
+            # it would wait for one to be typed
+            raise ConnectionError("it knows no key; run `wandb login`, or set WANDB_MODE=offline")
         self.id = place.known or uuid.uuid4().hex[:12]
         self._run = wandb.init(
-            project=place.project, name=place.training, id=self.id, resume="allow", reinit="create_new",
-            dir=str(place.folder), config=place.settings,
-        )  # fmt: skip
+            project=place.project,
+            name=place.training,
+            id=self.id,
+            resume="allow",
+            reinit="create_new",
+            dir=str(place.folder),
+            config=place.settings,
+        )
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
@@ -159,7 +168,12 @@ class Mlflow:
         self._client.set_terminated(self.id)
 
 
-TRACKERS: dict[str, Callable[[Place], Sink]] = {"mlflow": Mlflow, "tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
+TRACKERS: dict[str, Callable[[Place], Sink]] = {
+    "mlflow": Mlflow,
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+    "wandb": Wandb,
+}
 
 
 def check(name: str) -> None:
@@ -188,8 +202,12 @@ class Tracked:
 
     def __init__(self, reporter: Reporter, folder: Path, tracker: str) -> None:
         check(tracker)
-        self.reporter, self.folder, self.tracker = reporter, folder, tracker
-        self.begun, self.failed, self.last = False, False, 0.0
+        self.reporter = reporter
+        self.folder = folder
+        self.tracker = tracker
+        self.begun = False
+        self.failed = False
+        self.last = 0.0
         self.metrics: dict[str, Metrics] = {}
         self.sinks: dict[str, Sink] = {}
 
@@ -224,7 +242,9 @@ class Tracked:
         except Exception as error:  # noqa: BLE001 (any fault of a foreign service: it must not end the training)
             self.failed = True
             reason = CREDENTIALS.sub("//", next(iter(str(error).splitlines()), ""))[:300]
-            self.reporter.note(f"{self.tracker} failed and is not told any more; the run goes on ({type(error).__name__}: {reason})")
+            self.reporter.note(
+                f"{self.tracker} failed and is not told any more; the run goes on ({type(error).__name__}: {reason})"
+            )
 
     def _send(self) -> None:
         """All that is new in the folder. What was sent is noted after the tracker has it."""
@@ -240,7 +260,9 @@ class Tracked:
         for name, values in evaluation(self.folder).items():
             told = state.setdefault(name, {"step": 0})
             if not told.get("evaluated"):
-                self._sink(name, told).results({f"evaluation/{metric}": value for metric, value in values.items()}, told["step"])
+                self._sink(name, told).results(
+                    {f"evaluation/{metric}": value for metric, value in values.items()}, told["step"]
+                )
                 told["evaluated"] = True
         if repr(state) != before:
             for sink in self.sinks.values():
@@ -251,7 +273,9 @@ class Tracked:
         if name not in self.sinks:
             recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text())
             settings = {key: value for key, value in recipe.get("train", {}).items() if is_number(value)}
-            self.sinks[name] = TRACKERS[self.tracker](Place(self.folder, recipe["name"], name, settings, told.get("id")))
+            self.sinks[name] = TRACKERS[self.tracker](
+                Place(self.folder, recipe["name"], name, settings, told.get("id"))
+            )
             told["id"] = self.sinks[name].id
         return self.sinks[name]
 

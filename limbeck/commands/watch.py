@@ -1,4 +1,5 @@
-"""`limbeck watch RUN`: a run folder at a glance, drawn anew every second. Reads files only; the run may be another process's, or done.
+"""`limbeck watch RUN`: a run folder at a glance, drawn anew every second. Reads files only; the run may be another
+process's, or done.
 
 Not covered: whether the other process still lives. The age of the last step says as much as a folder can.
 """
@@ -22,7 +23,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from limbeck.storage.metrics_log import Metrics, Record, evaluation, is_number, mean_of, rollout_of, trainings, values_of, writing_share
+from limbeck.storage.metrics_log import (
+    Metrics,
+    Record,
+    evaluation,
+    is_number,
+    mean_of,
+    rollout_of,
+    trainings,
+    values_of,
+    writing_share,
+)
 from limbeck.types import UserError
 
 SECONDS_BETWEEN = 1.0
@@ -34,8 +45,9 @@ SHOWN = ("forward_kl", "reverse_kl", "jsd", "top1_agreement", "perplexity")
 
 @dataclass(frozen=True)
 class Written:
-    """The student's own text in the recent steps: tokens an answer, shares (0 to 1) of answers that ended by themselves, of likeliest
-    tokens shared with the teacher, and of the time spent writing; None where no recent step tells. `advice` is the latest of all."""
+    """The student's own text in the recent steps: tokens an answer, shares (0 to 1) of answers that ended by
+    themselves, of likeliest tokens shared with the teacher, and of the time spent writing; None where no recent step
+    tells. `advice` is the latest of all."""
 
     length: float | None
     finished: float | None
@@ -46,8 +58,8 @@ class Written:
 
 @dataclass(frozen=True)
 class Training:
-    """What one training's records say. `steps` is None where the folder does not tell how many there will be; `written` is None where
-    the student has written nothing."""
+    """What one training's records say. `steps` is None where the folder does not tell how many there will be; `written`
+    is None where the student has written nothing."""
 
     name: str
     step: int
@@ -89,7 +101,8 @@ class Watcher:
         self.metrics: dict[str, Metrics] = {}
 
     def look(self) -> View:
-        found, newest = [], 0.0
+        found = []
+        newest = 0.0
         for name, place in trainings(self.folder).items():
             metrics = self.metrics.setdefault(name, Metrics(place / "metrics.jsonl"))
             finished = (place / "student").is_dir()
@@ -97,10 +110,18 @@ class Watcher:
                 found.append(summary(name, records, finished, self.recipe.get("train", {}).get("steps")))
             with contextlib.suppress(FileNotFoundError):
                 newest = max(newest, metrics.path.stat().st_mtime)
-        measured, answers = evaluation(self.folder), count_answers(self.folder / "store.sqlite")
+        measured = evaluation(self.folder)
+        answers = count_answers(self.folder / "store.sqlite")
         stage = self._stage(found, measured, answers)
         running = any(not training.finished for training in found)
-        return View(str(self.recipe.get("name")), stage, answers, tuple(found), measured, time.time() - newest if running else None)
+        return View(
+            str(self.recipe.get("name")),
+            stage,
+            answers,
+            tuple(found),
+            measured,
+            time.time() - newest if running else None,
+        )
 
     def _stage(self, found: Sequence[Training], measured: dict[str, Any], answers: dict[str, int]) -> str:
         if measured:
@@ -120,7 +141,11 @@ def summary(name: str, records: Sequence[Record], finished: bool, steps: int | N
     """The last step of a training with its recent rate. `steps` is what the recipe asks for, where it does."""
     last = records[-1]
     total = last["step"] if finished else last.get("steps") or steps
-    recent = [r for r in records[-RECENT_STEPS:] if is_number(r.get("seconds")) and is_number(r.get("tokens")) and r["seconds"] > 0]
+    recent = [
+        r
+        for r in records[-RECENT_STEPS:]
+        if is_number(r.get("seconds")) and is_number(r.get("tokens")) and r["seconds"] > 0
+    ]
     seconds = sum(record["seconds"] for record in recent)
     left = (total - last["step"]) * seconds / len(recent) if recent and is_number(total) and not finished else None
     return Training(
@@ -141,7 +166,9 @@ def written(records: Sequence[Record]) -> Written | None:
     if not any(map(rollout_of, records)):
         return None
     recent = records[-RECENT_STEPS:]
-    given = [f"step {record['step']:,}: {words}" for record in records for words in rollout_of(record).get("advice", ())]
+    given = [
+        f"step {record['step']:,}: {words}" for record in records for words in rollout_of(record).get("advice", ())
+    ]
     length, finished, overlap = (mean_of(recent, fact) for fact in ("length", "finished", "overlap"))
     return Written(length, finished, overlap, writing_share(recent), given[-1] if given else "")
 
@@ -162,7 +189,8 @@ def sparkline(values: Sequence[float], width: int = BAR_COUNT) -> str:
     count = min(width, len(values))
     edges = [round(number * len(values) / count) for number in range(count + 1)] if count else []
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means, default=0.0), max(means, default=0.0)
+    low = min(means, default=0.0)
+    high = max(means, default=0.0)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
 
@@ -176,7 +204,12 @@ def draw(view: View) -> Group:
         parts.append(Text(f"answers stored: {counts}"))
     if view.trainings:
         parts.append(_training_table(view.trainings))
-        parts += [line for training in view.trainings if training.written for line in _own_text(training.name, training.written)]
+        parts += [
+            line
+            for training in view.trainings
+            if training.written
+            for line in _own_text(training.name, training.written)
+        ]
     if view.measured:
         parts.append(_evaluation_table(view.measured))
     return Group(*parts)

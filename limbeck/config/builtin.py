@@ -1,4 +1,5 @@
-"""Where the data that ships with Limbeck lies: recipes, tasks and seeds, in the checkout or in the installed package."""
+"""Where the data that ships with Limbeck lies: recipes, tasks and seeds, in the checkout or in the installed
+package."""
 
 from __future__ import annotations
 

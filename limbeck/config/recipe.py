@@ -13,7 +13,18 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
-from limbeck.config.sections import Elicit, Evaluate, Loss, Prompts, Rollout, Section, Student, Train, Writer, check_shares
+from limbeck.config.sections import (
+    Elicit,
+    Evaluate,
+    Loss,
+    Prompts,
+    Rollout,
+    Section,
+    Student,
+    Train,
+    Writer,
+    check_shares,
+)
 from limbeck.config.teacher import Teacher
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
@@ -42,16 +53,23 @@ class Recipe(Section):
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r} must be lower-case letters, digits, '.', '_' or '-', at most 64")
         if len(set(map(str, self.writer))) < len(self.writer):
-            raise ValueError("two writers are the same in everything, so they would write the same text; change one, or leave it out")
+            raise ValueError(
+                "two writers are the same in everything, so they would write the same text; change one, or leave it out"
+            )
         check_shares(self.writer)
         if any(writer.by == "elicited" for writer in self.writer) and not self.elicit:
             raise ValueError(
-                "an elicited writer is whoever answered in the steps of `elicit`, and there are none; add some, or name another"
+                "an elicited writer is whoever answered in the steps of `elicit`, and there are none; add some, or name"
+                " another"
             )
         if any(writer.by == "corpus" for writer in self.writer) and self.elicit:
-            raise ValueError("with steps under `elicit` the text is {by: elicited}: a corpus's own answers go through the steps, too")
+            raise ValueError(
+                "with steps under `elicit` the text is {by: elicited}: a corpus's own answers go through the steps, too"
+            )
         if self.rollout is not None and self.student_writer is None:
-            raise ValueError("rollout says how the student writes, and no writer is the student; add {by: student}, or leave it out")
+            raise ValueError(
+                "rollout says how the student writes, and no writer is the student; add {by: student}, or leave it out"
+            )
         return self
 
     @field_validator("teacher", mode="before")
@@ -67,7 +85,8 @@ class Recipe(Section):
 
     @property
     def speaker(self) -> str:
-        """Whose tokens and template all text is in: the teacher's, or where its weights are not here, the student's start."""
+        """Whose tokens and template all text is in: the teacher's, or where its weights are not here, the student's
+        start."""
         return str(self.teacher.model or self.student.start.pretrained)
 
     @property
@@ -85,7 +104,8 @@ class Recipe(Section):
 
     @property
     def fixed_writers(self) -> list[Writer]:
-        """The writers whose text is there before the training, with what each has of it: shares that add up to 1, or are all 1."""
+        """The writers whose text is there before the training, with what each has of it: shares that add up to 1, or
+        are all 1."""
         fixed = [writer for writer in self.writer if writer.by != "student"]
         if self.student_writer is None or all(writer.share == 1 for writer in fixed):
             return fixed
@@ -104,7 +124,8 @@ class Recipe(Section):
 
     @property
     def held_out_writer(self) -> Writer:
-        """Whose sampling held-out text is drawn with: of the teacher's, the largest share, rather random than greedy."""
+        """Whose sampling held-out text is drawn with: of the teacher's, the largest share, rather random than
+        greedy."""
         by_teacher = [writer for writer in self.fixed_writers if writer.by == "teacher"]
         others = self.fixed_writers or [Writer(by="teacher", max_tokens=self.writer[0].max_tokens)]
         return max(by_teacher or others, key=lambda writer: (writer.share, writer.temperature > 0))
@@ -135,7 +156,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
         built_in = recipe_files()
         if str(path) not in built_in:
-            raise RecipeError("", f"there is no recipe file {str(path)!r} and no built-in one{nearest(str(path), built_in)}")
+            raise RecipeError(
+                "", f"there is no recipe file {str(path)!r} and no built-in one{nearest(str(path), built_in)}"
+            )
         file = built_in[str(path)]
     if file.stat().st_size > MAX_BYTES:
         raise RecipeError("", f"{file} is larger than {MAX_BYTES} bytes; that is no recipe")
@@ -163,13 +186,16 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
 def parse(data: Mapping[str, Any]) -> Recipe:
-    """Plain data to a Recipe. Short forms are written out first: `- forward_kl`, `evaluate: [fidelity]`, `elicit: [- answer: {n: 4}]`."""
+    """Plain data to a Recipe. Short forms are written out first: `- forward_kl`, `evaluate: [fidelity]`, `elicit: [-
+    answer: {n: 4}]`."""
     try:
         return Recipe.model_validate(_write_out(dict(data)))
     except ValidationError as error:
@@ -240,12 +266,14 @@ def _set(data: dict[str, Any], override: str) -> None:
 
 
 def explain(error: ValidationError, root: type[Section], path: str = "") -> RecipeError:
-    """The first complaint of pydantic about a section that stands at `path`, in our words: place, value, what would do."""
+    """The first complaint of pydantic about a section that stands at `path`, in our words: place, value, what would
+    do."""
     first = error.errors(include_url=False)[0]
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith(NOT_KEYS))]
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    kind, value = first["type"], first.get("input")
+    kind = first["type"]
+    value = first.get("input")
     if kind == "extra_forbidden":
         return RecipeError(path, f"unknown key{nearest(str(location[-1]), _legal_keys(root, location[:-1]))}")
     if kind == "missing":

@@ -1,4 +1,5 @@
-"""The sections of a recipe: what can be set, its defaults and its ranges. How they fit together is `recipe`'s business."""
+"""The sections of a recipe: what can be set, its defaults and its ranges. How they fit together is `recipe`'s
+business."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ class Student(Section):
 class Prompts(Section):
     """`from` is `builtin/NAME` or a JSONL file with a `prompt` (and, for a corpus, an `answer`) on every line.
 
-    `seed` draws the text; left out, it is the training's. With a seed of its own the text stays while the training varies.
+    `seed` draws the text; left out, it is the training's. With a seed of its own the text stays while the training
+    varies.
     """
 
     source: str = Field(alias="from")
@@ -92,11 +94,11 @@ class Elicit(Section):
 
 
 class Writer(Section):
-    """Who writes the text the student trains on, and how it is drawn. `untouched` is the student before training, `student` the
-    student at this step, `elicited` whoever answered in the steps of `elicit`.
+    """Who writes the text the student trains on, and how it is drawn. `untouched` is the student before training,
+    `student` the student at this step, `elicited` whoever answered in the steps of `elicit`.
 
-    Shares add up to 1 (each prompt goes to one writer), or are all 1 (each prompt goes to all, the preferred writer first). The
-    student's may be a schedule; the others then share the rest.
+    Shares add up to 1 (each prompt goes to one writer), or are all 1 (each prompt goes to all, the preferred writer
+    first). The student's may be a schedule; the others then share the rest.
     """
 
     by: Literal["teacher", "corpus", "elicited", "untouched", "student"]
@@ -109,7 +111,11 @@ class Writer(Section):
     @classmethod
     def _as_it_is(cls, data: Any) -> Any:
         """The student's text is drawn from the student as it is: any other draw is another writer's."""
-        return {"temperature": 1.0, "top_p": 1.0} | data if isinstance(data, dict) and data.get("by") == "student" else data
+        return (
+            {"temperature": 1.0, "top_p": 1.0} | data
+            if isinstance(data, dict) and data.get("by") == "student"
+            else data
+        )
 
     @property
     def fixed_share(self) -> float:
@@ -118,9 +124,9 @@ class Writer(Section):
 
 
 class Joint(Section):
-    """Two models write one text, token by token: exactly one of a mixture of both distributions in which the teacher has
-    `teacher_share` (MiniLLM), and the student's tokens as long as they are among the teacher's `teacher_top_k` likeliest, else the
-    teacher's own (speculative KD)."""
+    """Two models write one text, token by token: exactly one of a mixture of both distributions in which the teacher
+    has `teacher_share` (MiniLLM), and the student's tokens as long as they are among the teacher's `teacher_top_k`
+    likeliest, else the teacher's own (speculative KD)."""
 
     teacher_share: Annotated[float, Field(ge=0, le=1)] | None = None
     teacher_top_k: Annotated[int, Field(ge=1)] | None = None
@@ -136,8 +142,8 @@ class Joint(Section):
 
 
 class Replay(Section):
-    """Text of the student that is read again: the newest `size` answers. A step takes `fresh` text with that probability, which may
-    be a schedule, and always until the buffer is full."""
+    """Text of the student that is read again: the newest `size` answers. A step takes `fresh` text with that
+    probability, which may be a schedule, and always until the buffer is full."""
 
     size: Annotated[int, Field(ge=1)] = 1000
     fresh: Annotated[float, Field(ge=0, le=1)] | dict[str, Any] = 0.5
@@ -151,7 +157,8 @@ class Validation(Section):
 
 
 class Server(Section):
-    """A vLLM server that writes for the student; `model` is its name there, `folder_there` the server's path to the run's `vllm/`."""
+    """A vLLM server that writes for the student; `model` is its name there, `folder_there` the server's path to the
+    run's `vllm/`."""
 
     vllm: str
     model: str | None = None
@@ -159,9 +166,10 @@ class Server(Section):
 
 
 class Rollout(Section):
-    """How the student writes while it trains: who writes is drawn per `sample` or per `batch` (a whole step), text for `ahead` steps
-    is written at once, `rows` answers together, in process or `through` a server. With `dtype: bfloat16` a copy of the student in that
-    precision writes: text of a student that differs from it by rounding, whose own log-probabilities stand beside it."""
+    """How the student writes while it trains: who writes is drawn per `sample` or per `batch` (a whole step), text for
+    `ahead` steps is written at once, `rows` answers together, in process or `through` a server. With `dtype: bfloat16`
+    a copy of the student in that precision writes: text of a student that differs from it by rounding, whose own
+    log-probabilities stand beside it."""
 
     per: Literal["sample", "batch"] = "sample"
     dtype: Literal["bfloat16"] | None = None
@@ -184,8 +192,8 @@ class Loss(Section):
 class Train(Section):
     """`steps` updates of about `tokens_per_step` response tokens; AdamW, warm-up, cosine to `final_lr` x lr.
 
-    With `mixup`, every micro-batch is followed by its rows mixed with others of the step in their embeddings (MixKD, arXiv:2011.00593),
-    with weights from Beta(mixup, mixup); a loss sees them under `only: mixed`.
+    With `mixup`, every micro-batch is followed by its rows mixed with others of the step in their embeddings (MixKD,
+    arXiv:2011.00593), with weights from Beta(mixup, mixup); a loss sees them under `only: mixed`.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -211,10 +219,10 @@ class Train(Section):
 class Evaluate(Section):
     """What is measured: `fidelity` to the teacher, and tasks by name. `limit` bounds the held-out prompts.
 
-    Every system also writes text of its own to the first `own_prompts` of them (left out: OWN_PROMPTS). Controls that are trained:
-    `sft_control` on the teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's text with
-    the answers dealt to other prompts; all for as many steps and tokens as the student. `judge` is a model that compares the student's
-    answers with every other system's.
+    Every system also writes text of its own to the first `own_prompts` of them (left out: OWN_PROMPTS). Controls that
+    are trained: `sft_control` on the teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on
+    the teacher's text with the answers dealt to other prompts; all for as many steps and tokens as the student. `judge`
+    is a model that compares the student's answers with every other system's.
     """
 
     metrics: list[str] = ["fidelity"]
@@ -222,7 +230,10 @@ class Evaluate(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] = 96
     own_prompts: Annotated[int, Field(ge=1)] | None = None
-    controls: list[Literal["untouched", "sft_control", "gold_control", "shuffled_control"]] = ["untouched", "sft_control"]
+    controls: list[Literal["untouched", "sft_control", "gold_control", "shuffled_control"]] = [
+        "untouched",
+        "sft_control",
+    ]
     judge: str | None = None
 
 
@@ -240,5 +251,6 @@ def check_shares(writers: Sequence[Writer]) -> None:
     takes_the_rest = bool(own) and own != [1] and shares == [1]
     if not all_answer and not takes_the_rest and abs(sum(shares) - rest) > 1e-9:
         raise ValueError(
-            f"the writers' shares add up to {sum(shares) + 1 - rest:g}, not 1 (and are not all 1, for every writer to answer every prompt)"
+            f"the writers' shares add up to {sum(shares) + 1 - rest:g}, not 1 (and are not all 1, for every writer to"
+            " answer every prompt)"
         )

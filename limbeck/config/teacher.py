@@ -1,4 +1,5 @@
-"""The sections of a recipe that say who teaches: the model or server, what it is shown, what of it is kept, and who stands beside it."""
+"""The sections of a recipe that say who teaches: the model or server, what it is shown, what of it is kept, and who
+stands beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Matching = Literal["strings", "edits"]
 
 
 class Context(Section):
-    """What the teacher sees beside the prompt and the student does not: a system message, the prompt in other words, or both.
+    """What the teacher sees beside the prompt and the student does not: a system message, the prompt in other words, or
+    both.
 
     In `user`, `{prompt}`, `{answer}` (the corpus's first) and `{feedback}` stand for what the prompt's line holds.
     """
@@ -57,10 +59,11 @@ class Limits(Section):
 
 
 class Served(Section):
-    """An OpenAI-compatible server that writes the teacher's text: its address (up to `/v1`), the model's `name` there, and the environment
-    variable that holds its key. `concurrency` requests are under way at once; one answer may take `timeout` seconds and be asked for
-    `retries` times more. With `batch` the requests go through its batch interface: within a day, at half the price where there is one.
-    It `names` so many of its likeliest tokens at each position of every step's text, which the student may write."""
+    """An OpenAI-compatible server that writes the teacher's text: its address (up to `/v1`), the model's `name` there,
+    and the environment variable that holds its key. `concurrency` requests are under way at once; one answer may take
+    `timeout` seconds and be asked for `retries` times more. With `batch` the requests go through its batch interface:
+    within a day, at half the price where there is one. It `names` so many of its likeliest tokens at each position of
+    every step's text, which the student may write."""
 
     url: str
     name: str
@@ -83,8 +86,8 @@ class CachedHidden(Section):
 
 
 class CachedTop(Section):
-    """Its `k` likeliest tokens, or as few of them as together have `mass`, and what is left in one number. A log-probability is kept in
-    `bits` bits, evenly from 0 to the smallest of its position."""
+    """Its `k` likeliest tokens, or as few of them as together have `mass`, and what is left in one number. A
+    log-probability is kept in `bits` bits, evenly from 0 to the smallest of its position."""
 
     k: Annotated[int, Field(ge=1, le=65535)] = 256
     mass: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -92,15 +95,16 @@ class CachedTop(Section):
 
 
 class CachedSamples(Section):
-    """Tokens drawn from its distribution at `temperature`, weighted so that their expectation is the distribution (arXiv:2503.16870)."""
+    """Tokens drawn from its distribution at `temperature`, weighted so that their expectation is the distribution
+    (arXiv:2503.16870)."""
 
     draws: Annotated[int, Field(ge=1, le=65535)] = 50
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
 
 
 class Cache(Section):
-    """What of the teacher is computed once and kept beside the text: exactly one of the three. `folder` is where, and may be shared by
-    runs; left out, the run's `signals/`."""
+    """What of the teacher is computed once and kept beside the text: exactly one of the three. `folder` is where, and
+    may be shared by runs; left out, the run's `signals/`."""
 
     hidden: CachedHidden | None = None
     top_k: CachedTop | None = None
@@ -111,7 +115,9 @@ class Cache(Section):
     def _one(self) -> Cache:
         given = [name for name in ("hidden", "top_k", "sampled") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of hidden, top_k, sampled, such as {{top_k: {{k: 64}}}}; got {given or 'none'}")
+            raise ValueError(
+                f"give exactly one of hidden, top_k, sampled, such as {{top_k: {{k: 64}}}}; got {given or 'none'}"
+            )
         return self
 
     @property
@@ -129,10 +135,11 @@ class Other(Section):
 
 
 class Bridge(Section):
-    """How a teacher with other tokens than the student's is read. Tokens are paired by their bytes (`strings`; with `edits` a likely one
-    without its like counts as the student's that is spelled most alike, and the rest is left out). `rest`: what has no pair is one
-    outcome, or its `sorted` probabilities are compared besides. `spans`: where several tokens stand against others the `chain` rule tells
-    the first one's probability, or only `equal` tokens are compared. `others`: elsewhere nothing is taught (`skip`), or the text."""
+    """How a teacher with other tokens than the student's is read. Tokens are paired by their bytes (`strings`; with
+    `edits` a likely one without its like counts as the student's that is spelled most alike, and the rest is left out).
+    `rest`: what has no pair is one outcome, or its `sorted` probabilities are compared besides. `spans`: where several
+    tokens stand against others the `chain` rule tells the first one's probability, or only `equal` tokens are compared.
+    `others`: elsewhere nothing is taught (`skip`), or the text."""
 
     match: Matching = "strings"
     rest: Literal["bucket", "sorted"] = "bucket"
@@ -147,14 +154,16 @@ class Bridge(Section):
 
 
 class Teacher(Section):
-    """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches itself: `live` (at
-    this step), or their moving `average`, which keeps `decay` of itself at every step. With a `server` its text comes from there, and
-    only what text can't say from the model here; without a `model`, its text is all there is. With a `cache` its distributions over
-    the training text are computed once, and read by every epoch and every run after.
+    """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches
+    itself: `live` (at this step), or their moving `average`, which keeps `decay` of itself at every step. With a
+    `server` its text comes from there, and only what text can't say from the model here; without a `model`, its text is
+    all there is. With a `cache` its distributions over the training text are computed once, and read by every epoch and
+    every run after.
 
-    With others `beside` it (same tokens and template), what is taught is the `mean` of all distributions by weight, the one that finds a
-    text likeliest (`least_cross_entropy`), or the large model's where the student is sure and the small one's, which stands beside it, as
-    far as it is not (`uncertainty`). A teacher with other tokens or another template than the student's needs a `bridge`.
+    With others `beside` it (same tokens and template), what is taught is the `mean` of all distributions by weight, the
+    one that finds a text likeliest (`least_cross_entropy`), or the large model's where the student is sure and the
+    small one's, which stands beside it, as far as it is not (`uncertainty`). A teacher with other tokens or another
+    template than the student's needs a `bridge`.
     """
 
     model: str | None = None

@@ -18,7 +18,8 @@ from torch import Tensor
 from limbeck.types import Batch, Message, Sample, UserError
 
 MICRO_TOKENS = 1024
-BEST, REST = "best", "rest"
+BEST = "best"
+REST = "rest"
 MIXED = "mixed"  # the tag of a row whose embeddings are mixed with another's
 WINDOW_STEPS = 8
 
@@ -31,10 +32,11 @@ class Row:
     """A conversation in the student's token ids, split where the response begins (it ends with end-of-sequence).
 
     `tags` are its writer, its task, and whether it is the `best` answer or one of the `rest`; `group` is the prompt it
-    answers, `weight` that of each of its tokens, `references` the log-probabilities of the response under frozen models.
-    Rows of a group stand in the order of their rank, the best first. `teacher_prompt_ids` is the prompt as the teacher sees it,
-    where that is another; `columns` hold numbers that stand beside each response token, such as its log-probability when drawn.
-    `mixed` is (another row, this row's own weight) where their embeddings are mixed, position by position.
+    answers, `weight` that of each of its tokens, `references` the log-probabilities of the response under frozen
+    models. Rows of a group stand in the order of their rank, the best first. `teacher_prompt_ids` is the prompt as the
+    teacher sees it, where that is another; `columns` hold numbers that stand beside each response token, such as its
+    log-probability when drawn. `mixed` is (another row, this row's own weight) where their embeddings are mixed,
+    position by position.
     """
 
     sample_id: str
@@ -59,7 +61,8 @@ def make_rows(
     context: int,
     teacher_prompt_ids: Callable[[tuple[Message, ...]], list[int]] | None = None,
 ) -> list[Row]:
-    """Samples as token rows; empty answers are left out. `teacher_prompt_ids` is given where the teacher sees another prompt.
+    """Samples as token rows; empty answers are left out. `teacher_prompt_ids` is given where the teacher sees another
+    prompt.
 
     Raises:
         UserError: a row longer than the student's context, or no row at all.
@@ -67,15 +70,18 @@ def make_rows(
     rows = []
     for sample in samples:
         meta = sample.meta
-        tags = frozenset({*(str(meta[key]) for key in ("writer", "task") if meta.get(key)), REST if meta.get("place", 0) else BEST})
-        group, weight = str(meta.get("prompt_id", sample.id)), float(meta.get("weight", 1.0))
+        tags = frozenset(
+            {*(str(meta[key]) for key in ("writer", "task") if meta.get(key)), REST if meta.get("place", 0) else BEST}
+        )
+        group = str(meta.get("prompt_id", sample.id))
+        weight = float(meta.get("weight", 1.0))
         seen = None if teacher_prompt_ids is None else tuple(teacher_prompt_ids(sample.messages[:-1]))
         ids = tuple(prompt_ids(sample.messages[:-1])), tuple(response_ids(sample))
         row = Row(sample.id, *ids, tags, group, weight, teacher_prompt_ids=seen)
         if max(len(row), len(seen or ()) + len(row.response_ids)) > context:
             raise UserError(
-                f"the prompt {sample.messages[0]['content'][:60]!r}... and its answer take {len(row)} tokens, more than the "
-                f"student's context of {context}: shorten it, or lower writer.max_tokens"
+                f"the prompt {sample.messages[0]['content'][:60]!r}... and its answer take {len(row)} tokens, more than"
+                f" the student's context of {context}: shorten it, or lower writer.max_tokens"
             )
         if sample.messages[-1]["content"].strip():
             rows.append(row)
@@ -94,12 +100,14 @@ def units_of(rows: Sequence[Row], together: bool) -> list[MicroBatch]:
     return [tuple(group) for group in groups.values()]
 
 
-def steps_of_epoch(rows: Sequence[Row], seed: int, epoch: int, tokens_per_step: int, together: bool = False) -> list[Step]:
+def steps_of_epoch(
+    rows: Sequence[Row], seed: int, epoch: int, tokens_per_step: int, together: bool = False
+) -> list[Step]:
     """All steps of one epoch, each of about `tokens_per_step` response tokens.
 
-    Units (rows, or the answers to one prompt when they stay `together`) are shuffled, sorted by length within windows of
-    WINDOW_STEPS steps, cut into micro-batches of at most MICRO_TOKENS (and of a step) padded tokens, shuffled again and
-    dealt out. Every row comes exactly once.
+    Units (rows, or the answers to one prompt when they stay `together`) are shuffled, sorted by length within windows
+    of WINDOW_STEPS steps, cut into micro-batches of at most MICRO_TOKENS (and of a step) padded tokens, shuffled again
+    and dealt out. Every row comes exactly once.
     """
     noise = random.Random(f"{seed}/{epoch}")  # noqa: S311 (an order, not a secret)
     units = units_of(rows, together)
@@ -113,7 +121,8 @@ def steps_of_epoch(rows: Sequence[Row], seed: int, epoch: int, tokens_per_step: 
         tokens += sum(len(rows[row].response_ids) for row in units[index])
         if tokens >= WINDOW_STEPS * tokens_per_step:
             micro_batches += _cut(rows, window, noise, tokens_per_step)
-            window, tokens = [], 0
+            window = []
+            tokens = 0
     micro_batches += _cut(rows, window, noise, tokens_per_step)
     return _deal(rows, micro_batches, tokens_per_step)
 
@@ -135,12 +144,17 @@ def _deal(rows: Sequence[Row], micro_batches: list[MicroBatch], tokens_per_step:
     """Consecutive micro-batches make a step; as many steps as the tokens call for, all of nearly equal weight."""
     weights = [sum(len(rows[index].response_ids) for index in micro_batch) for micro_batch in micro_batches]
     count = min(len(micro_batches), max(1, round(sum(weights) / tokens_per_step)))
-    share, steps, at, done = sum(weights) / count, [], 0, 0.0
+    share = sum(weights) / count
+    steps = []
+    at = 0
+    done = 0.0
     for number in range(count):
         step = [micro_batches[at]]
         done += weights[at]
         at += 1
-        while at < len(micro_batches) - (count - number - 1) and (number == count - 1 or done + weights[at] / 2 <= share * (number + 1)):
+        while at < len(micro_batches) - (count - number - 1) and (
+            number == count - 1 or done + weights[at] / 2 <= share * (number + 1)
+        ):
             step.append(micro_batches[at])
             done += weights[at]
             at += 1
@@ -174,12 +188,16 @@ class FixedText:
     def __init__(self, rows: Sequence[Row], seed: int, tokens_per_step: int, together: bool = False) -> None:
         self.rows = rows
         self._epochs = partial(steps_of_epoch, rows, seed, tokens_per_step=tokens_per_step, together=together)
-        self._epoch, self._first, self._contents = -1, 0, list[Step]()
+        self._epoch = -1
+        self._first = 0
+        self._contents = list[Step]()
 
     def step(self, number: int) -> list[list[Row]]:
         """The micro-batches of step `number`, counted from 0."""
         if number < self._first:
-            self._epoch, self._first, self._contents = -1, 0, []
+            self._epoch = -1
+            self._first = 0
+            self._contents = []
         while number >= self._first + len(self._contents):
             self._first += len(self._contents)
             self._epoch += 1
@@ -213,19 +231,38 @@ def make_batch(rows: Sequence[Row], micro_batch: MicroBatch | None = None, pad_i
     weight_BT = mask_BT * torch.tensor([row.weight for row in chosen], dtype=torch.float32)[:, None]
     names = {name for row in chosen for name, _ in row.references}
     references = {name: torch.tensor([dict(row.references)[name] for row in chosen]) for name in sorted(names)}
-    ids, tags = tuple(row.sample_id for row in chosen), tuple(row.tags for row in chosen)
+    ids = tuple(row.sample_id for row in chosen)
+    tags = tuple(row.tags for row in chosen)
     seen = None
     if any(row.teacher_prompt_ids is not None for row in chosen):
-        seen = _padded([(row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids) for row in chosen])
+        seen = _padded(
+            [
+                (row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids)
+                for row in chosen
+            ]
+        )
     together = tuple(tuple(group) for group in groups.values())
-    return Batch(tokens_BT, mask_BT, weight_BT, ids, tags, together, references, _columns(chosen, mask_BT), seen, _mixed(chosen, tokens_BT))
+    return Batch(
+        tokens_BT,
+        mask_BT,
+        weight_BT,
+        ids,
+        tags,
+        together,
+        references,
+        _columns(chosen, mask_BT),
+        seen,
+        _mixed(chosen, tokens_BT),
+    )
 
 
 def _mixed(rows: Sequence[Row], tokens_BT: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(the tokens that each row is mixed with [B, T], the weight of its own [B, T]): 1 where the other row has no token."""
+    """(the tokens that each row is mixed with [B, T], the weight of its own [B, T]): 1 where the other row has no
+    token."""
     if all(row.mixed is None for row in rows):
         return None
-    other_BT, weight_BT = tokens_BT.clone(), torch.ones(tokens_BT.shape)
+    other_BT = tokens_BT.clone()
+    weight_BT = torch.ones(tokens_BT.shape)
     for number, row in enumerate(rows):
         if row.mixed is not None:
             other, own = row.mixed

@@ -1,8 +1,9 @@
-"""Mixup of texts: beside every micro-batch stand its rows with the embeddings of others mixed in (MixKD, arXiv:2011.00593).
+"""Mixup of texts: beside every micro-batch stand its rows with the embeddings of others mixed in (MixKD,
+arXiv:2011.00593).
 
-There is no label for a mixed text but the teacher, which reads the same mixture. In the paper sentences of classification tasks are
-mixed, and the student also fits their mixed labels; here rows of a step are mixed position by position, each leading its own, and only
-the teacher is followed.
+There is no label for a mixed text but the teacher, which reads the same mixture. In the paper sentences of
+classification tasks are mixed, and the student also fits their mixed labels; here rows of a step are mixed position by
+position, each leading its own, and only the teacher is followed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from limbeck.data.batches import MIXED, Row, Source, Turn
 
 @dataclass(frozen=True)
 class Mixed:
-    """A `Source` that follows each micro-batch of `source` by its mixed twin. Every draw is a function of the seed and the step.
+    """A `Source` that follows each micro-batch of `source` by its mixed twin. Every draw is a function of the seed and
+    the step.
 
     Args:
-        alpha: of the Beta distribution that the weights are drawn from. A row's own weight is the larger of the two, so that its
-            response positions are its own.
+        alpha: of the Beta distribution that the weights are drawn from. A row's own weight is the larger of the two, so
+            that its response positions are its own.
     """
 
     source: Source
@@ -36,13 +38,23 @@ class Mixed:
         partners = iter(others)
         found = []
         for micro_batch in turn.micro_batches:
-            found += [micro_batch, [self._mixed(row, next(partners), noise.betavariate(self.alpha, self.alpha)) for row in micro_batch]]
+            found += [
+                micro_batch,
+                [self._mixed(row, next(partners), noise.betavariate(self.alpha, self.alpha)) for row in micro_batch],
+            ]
         return Turn(found, turn.facts)
 
     def _mixed(self, row: Row, other: Row, weight: float) -> Row:
         """The row with another mixed in; it has no writer, no preference and no group."""
         name = f"{row.sample_id}/{MIXED}"
-        return replace(row, sample_id=name, group=name, tags=frozenset({MIXED}), references=(), mixed=(other, max(weight, 1 - weight)))
+        return replace(
+            row,
+            sample_id=name,
+            group=name,
+            tags=frozenset({MIXED}),
+            references=(),
+            mixed=(other, max(weight, 1 - weight)),
+        )
 
     def state(self) -> dict[str, Any]:
         return self.source.state()

@@ -44,8 +44,8 @@ def shown(sample_messages: tuple[Message, ...], system: str | None) -> tuple[Mes
 
 
 class Answer(Section):
-    """The writer answers every prompt, `n` times: several answers are equals, and equal ones are kept once. What `system` tells it the
-    student does not see (prompt erasure), unless `keep_system`."""
+    """The writer answers every prompt, `n` times: several answers are equals, and equal ones are kept once. What
+    `system` tells it the student does not see (prompt erasure), unless `keep_system`."""
 
     kind: ClassVar[Kind] = "label"
     paper: ClassVar[str] = ""
@@ -64,10 +64,16 @@ class Answer(Section):
         replies = yield from ask(asked)
         found: Pool = []
         seen: set[tuple[int, str]] = set()
-        for (sample, number), request, reply, whole in zip(turns, asked, replies, finished(replies, tally), strict=True):
+        for (sample, number), request, reply, whole in zip(
+            turns, asked, replies, finished(replies, tally), strict=True
+        ):
             if not whole:
                 continue
-            new = answered(sample, reply) if not self.keep_system else answered(_as_asked(sample, request.messages), reply)
+            new = (
+                answered(sample, reply)
+                if not self.keep_system
+                else answered(_as_asked(sample, request.messages), reply)
+            )
             if number and (id(sample), new.messages[-1]["content"]) in seen:
                 tally.drop("the same answer again", new.messages[-1]["content"])
                 continue
@@ -80,8 +86,9 @@ class Answer(Section):
 
 
 class Explain(Section):
-    """Explanation traces: a system message, drawn for each prompt out of 16, asks for an explained answer. The student is trained without
-    it (Orca 2's prompt erasure), or, with `keep_system`, sees it (Orca). The paper's 16 messages were not at hand: these are our own."""
+    """Explanation traces: a system message, drawn for each prompt out of 16, asks for an explained answer. The student
+    is trained without it (Orca 2's prompt erasure), or, with `keep_system`, sees it (Orca). The paper's 16 messages
+    were not at hand: these are our own."""
 
     kind: ClassVar[Kind] = "label"
     paper: ClassVar[str] = "Mukherjee et al., arXiv:2306.02707; erasure: Mitra et al., arXiv:2311.11045"
@@ -94,7 +101,10 @@ class Explain(Section):
     def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
         systems = [EXPLAINING[scene.draw("system", sample.id).randrange(len(EXPLAINING))] for sample in pool]
-        asked = [scene.request(shown(asked_of(sample), system), sampling) for sample, system in zip(pool, systems, strict=True)]
+        asked = [
+            scene.request(shown(asked_of(sample), system), sampling)
+            for sample, system in zip(pool, systems, strict=True)
+        ]
         replies = yield from ask(asked)
         found: Pool = []
         for sample, request, reply, whole in zip(pool, asked, replies, finished(replies, tally), strict=True):

@@ -8,19 +8,35 @@ from pydantic import Field
 
 from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, answered, ask, finished, new_prompt, prompt_of
+from limbeck.elicit.flow import (
+    Asking,
+    Bill,
+    Kind,
+    Pool,
+    Scene,
+    Tally,
+    answer_of,
+    answered,
+    ask,
+    finished,
+    new_prompt,
+    prompt_of,
+)
 from limbeck.elicit.wording import ends_well, fill, words
 from limbeck.types import Sample, Sampling
 
 STORY = (
-    'Write a short story of a few paragraphs that a three-year-old understands, in very simple words. Use the verb "{verb}", the noun '
-    '"{noun}" '
-    'and the adjective "{adjective}".{features}'
+    "Write a short story of a few paragraphs that a three-year-old understands, in very simple words. Use the verb"
+    ' "{verb}", the noun "{noun}" and the adjective "{adjective}".{features}'
 )
 FEATURES = {
-    "dialogue": "The story has a dialogue.", "twist": "Something unexpected happens.", "bad_ending": "It does not end well.",
-    "moral": "It teaches something.", "conflict": "There is a quarrel in it.", "foreshadowing": "What happens later is hinted at early.",
-}  # fmt: skip
+    "dialogue": "The story has a dialogue.",
+    "twist": "Something unexpected happens.",
+    "bad_ending": "It does not end well.",
+    "moral": "It teaches something.",
+    "conflict": "There is a quarrel in it.",
+    "foreshadowing": "What happens later is hinted at early.",
+}
 LESSON = "Write a short lesson on {topic} for {reader}. {purpose}"
 EXERCISE = "Write an exercise on {topic} for {reader}, and then its solution under the word Solution. {purpose}"
 READERS = (
@@ -38,9 +54,9 @@ PURPOSES = (
 
 
 class Stories(Section):
-    """TinyStories: a verb, a noun and an adjective out of the pool (its prompts are words, their `kind` says which), and features such as a
-    dialogue or a twist, all drawn; the story must hold the three words and end in a sentence. The paper's words are some 1,500 of a small
-    child, its writers GPT-3.5 and GPT-4."""
+    """TinyStories: a verb, a noun and an adjective out of the pool (its prompts are words, their `kind` says which),
+    and features such as a dialogue or a twist, all drawn; the story must hold the three words and end in a sentence.
+    The paper's words are some 1,500 of a small child, its writers GPT-3.5 and GPT-4."""
 
     kind: ClassVar[Kind] = "curate"
     paper: ClassVar[str] = "Eldan and Li, arXiv:2305.07759"
@@ -52,7 +68,9 @@ class Stories(Section):
     max_tokens: Tokens = 320
 
     def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        known: dict[str, list[Sample]] = {name: [s for s in pool if s.meta.get("kind") == name] for name in ("verb", "noun", "adjective")}
+        known: dict[str, list[Sample]] = {
+            name: [s for s in pool if s.meta.get("kind") == name] for name in ("verb", "noun", "adjective")
+        }
         if missing := [name for name, having in known.items() if not having]:
             tally.drop(f"no {missing[0]} among the words")
             return []
@@ -62,7 +80,12 @@ class Stories(Section):
             chosen = {name: noise.choice(having) for name, having in known.items()}
             told = "".join(f" {FEATURES[name]}" for name in sorted(noise.sample(sorted(FEATURES), self.features)))
             text = fill(STORY, features=told, **{name: prompt_of(sample) for name, sample in chosen.items()})
-            drawn.append((new_prompt(text, list(chosen.values()), "corpus", kind="story"), [prompt_of(s) for s in chosen.values()]))
+            drawn.append(
+                (
+                    new_prompt(text, list(chosen.values()), "corpus", kind="story"),
+                    [prompt_of(s) for s in chosen.values()],
+                )
+            )
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
         replies = yield from ask([scene.request(prompt.messages, sampling) for prompt, _ in drawn])
         found: Pool = []
@@ -89,8 +112,9 @@ def _has(text: str, word: str) -> bool:
 
 
 class Textbook(Section):
-    """Textbook-like texts: for every topic of the pool a lesson, or an exercise with its solution, for a reader and with a purpose
-    that are drawn, so that texts on one topic differ. The paper does it for programming, with GPT-3.5."""
+    """Textbook-like texts: for every topic of the pool a lesson, or an exercise with its solution, for a reader and
+    with a purpose that are drawn, so that texts on one topic differ. The paper does it for programming, with
+    GPT-3.5."""
 
     kind: ClassVar[Kind] = "curate"
     paper: ClassVar[str] = "Gunasekar et al., arXiv:2306.11644"
@@ -107,7 +131,11 @@ class Textbook(Section):
         for sample in pool:
             for number in range(self.each):
                 noise = scene.draw("specification", sample.id, number)
-                fields = {"topic": prompt_of(sample), "reader": noise.choice(self.readers), "purpose": noise.choice(PURPOSES)}
+                fields = {
+                    "topic": prompt_of(sample),
+                    "reader": noise.choice(self.readers),
+                    "purpose": noise.choice(PURPOSES),
+                }
                 text = fill(LESSON if self.form == "lesson" else EXERCISE, **fields)
                 prompts.append(new_prompt(text, [sample], "corpus", kind=self.form))
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)

@@ -15,27 +15,26 @@ from limbeck.elicit.wording import fill, spans
 from limbeck.types import Message, Sample, Sampling
 
 TRANSCRIPT = (
-    "Write a conversation between a human and an AI assistant about the topic below. The human speaks first and asks new things in "
-    "each turn; the "
-    "assistant answers helpfully. Begin every line of the human with [Human] and every line of the AI with [AI].\n\nTopic: "
-    "{topic}\n\n[Human]"
+    "Write a conversation between a human and an AI assistant about the topic below. The human speaks first and asks"
+    " new things in each turn; the assistant answers helpfully. Begin every line of the human with [Human] and every"
+    " line of the AI with [AI].\n\nTopic: {topic}\n\n[Human]"
 )
 PLAYED = (
-    "Here is a conversation of a user with an assistant. You are the user. Write what you say next: a short question or wish that goes "
-    "on from the "
-    "last answer. Write only that.\n\n{talk}\n\nUser:"
+    "Here is a conversation of a user with an assistant. You are the user. Write what you say next: a short question or"
+    " wish that goes on from the last answer. Write only that.\n\n{talk}\n\nUser:"
 )
 ROLE = re.compile(r"\[\s*(human|ai)\s*\]:?", re.IGNORECASE)
 OUT_OF_ROLE = re.compile(
-    r"^(?:assistant|ai|user|human)\s*:|as an ai|language model|how (?:can|may) i (?:help|assist)|\[(?:human|ai)\]", re.IGNORECASE
+    r"^(?:assistant|ai|user|human)\s*:|as an ai|language model|how (?:can|may) i (?:help|assist)|\[(?:human|ai)\]",
+    re.IGNORECASE,
 )
 
 
 class SelfChat(Section):
-    """A model talks with itself about each prompt of the pool. `two_roles` (UltraChat): the prompt is the first turn, the writer
-    answers as an assistant and then, shown the conversation, speaks as the user, for `turns` answers. `one_call` (Baize): the writer
-    puts down the whole conversation about the prompt, which is read out of its text. The sample ends with an assistant's turn; `turns`
-    trains on every one."""
+    """A model talks with itself about each prompt of the pool. `two_roles` (UltraChat): the prompt is the first turn,
+    the writer answers as an assistant and then, shown the conversation, speaks as the user, for `turns` answers.
+    `one_call` (Baize): the writer puts down the whole conversation about the prompt, which is read out of its text. The
+    sample ends with an assistant's turn; `turns` trains on every one."""
 
     kind: ClassVar[Kind] = "curate"
     paper: ClassVar[str] = "Ding et al., arXiv:2305.14233; one call: Xu et al., arXiv:2304.01196"
@@ -48,18 +47,26 @@ class SelfChat(Section):
     max_tokens: Tokens = 192
 
     def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        return (yield from (self._one_call(pool, scene, tally) if self.how == "one_call" else self._two_roles(pool, scene, tally)))
+        return (
+            yield from (
+                self._one_call(pool, scene, tally) if self.how == "one_call" else self._two_roles(pool, scene, tally)
+            )
+        )
 
     def _two_roles(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
         talks = [replace(sample, messages=(user(prompt_of(sample)),), parents=(sample.id,)) for sample in pool]
         done: Pool = []
         for turn in range(1, self.turns + 1):
-            replies = yield from ask([scene.request(talk.messages, self._sampling(self.max_tokens), turn) for talk in talks])
+            replies = yield from ask(
+                [scene.request(talk.messages, self._sampling(self.max_tokens), turn) for talk in talks]
+            )
             talks, over = _went_on(talks, replies, tally, "assistant")
             done += over
             if turn < self.turns:
                 asked = [
-                    scene.request((user(fill(PLAYED, talk=_told(talk.messages))),), self._sampling(self.user_tokens), turn)
+                    scene.request(
+                        (user(fill(PLAYED, talk=_told(talk.messages))),), self._sampling(self.user_tokens), turn
+                    )
                     for talk in talks
                 ]
                 talks, over = _went_on(talks, (yield from ask(asked)), tally, "user")
@@ -68,7 +75,9 @@ class SelfChat(Section):
 
     def _one_call(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
         sampling = self._sampling(self.turns * (self.user_tokens + self.max_tokens))
-        replies = yield from ask([scene.request((user(fill(TRANSCRIPT, topic=prompt_of(sample))),), sampling) for sample in pool])
+        replies = yield from ask(
+            [scene.request((user(fill(TRANSCRIPT, topic=prompt_of(sample))),), sampling) for sample in pool]
+        )
         found: Pool = []
         for sample, reply in zip(pool, replies, strict=True):
             text = answer_of(reply) or ""
@@ -80,7 +89,8 @@ class SelfChat(Section):
             elif len(messages) < 2:
                 tally.drop("no conversation", text)
             else:
-                kept = messages[:-2] if reply.meta.get("finish") == "length" else messages  # the last answer was cut off
+                # the last answer was cut off
+                kept = messages[:-2] if reply.meta.get("finish") == "length" else messages
                 meta = {key: sample.meta[key] for key in ("prompt_id", "kind", "weight") if key in sample.meta}
                 found.append(Sample(tuple(kept), reply.writer, None, (sample.id, reply.id), meta | {"finish": "ok"}))
         return found
@@ -96,7 +106,8 @@ class SelfChat(Section):
 
 def _went_on(talks: Pool, replies: list[Sample], tally: Tally, role: str) -> tuple[Pool, Pool]:
     """(conversations with one more turn, those that are over before it but whole)."""
-    further, over = [], []
+    further = []
+    over = []
     for talk, reply, whole in zip(talks, replies, finished(replies, tally), strict=True):
         text = (answer_of(reply) or "").strip().strip('"').strip()
         said = {message["content"].casefold() for message in talk.messages}
@@ -133,7 +144,8 @@ def read_transcript(text: str, turns: int) -> list[Message]:
     """The messages of a transcript, as far as human and AI take turns, at most so many pairs, ending with the AI."""
     found: list[Message] = []
     for mark, between in spans(ROLE, text):
-        role, said = ("user" if mark[1].lower() == "human" else "assistant"), between.strip()
+        role = "user" if mark[1].lower() == "human" else "assistant"
+        said = between.strip()
         wanted = "assistant" if found and found[-1]["role"] == "user" else "user"
         if role != wanted or not said or len(found) == 2 * turns:
             break

@@ -9,7 +9,20 @@ from pydantic import Field
 
 from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answered, ask, finished, new_prompt, prompt_of, user
+from limbeck.elicit.flow import (
+    Asking,
+    Bill,
+    Kind,
+    Pool,
+    Scene,
+    Tally,
+    answered,
+    ask,
+    finished,
+    new_prompt,
+    prompt_of,
+    user,
+)
 from limbeck.elicit.similar import Novelty
 from limbeck.elicit.wording import fill, parts, words
 from limbeck.types import Sample, Sampling
@@ -22,7 +35,10 @@ TASKS = {
     "title": "the instruction to find a title for the text, with the title",
     "points": "the instruction to list the main points of the text, with the list",
     "simple": "the instruction to tell a child what the text says, with what to tell",
-    "claim": "a claim and the question whether the text supports it, contradicts it or says nothing of it, with the answer and why",
+    "claim": (
+        "a claim and the question whether the text supports it, contradicts it or says nothing of it, with the answer"
+        " and why"
+    ),
     "term": "the question what a word of the text means there, with its meaning",
     "cause": "a question about why something in the text happens, with the reason",
     "gap": "a sentence of the text in which a word is replaced by ___ and the instruction to fill it in, with the word",
@@ -30,22 +46,23 @@ TASKS = {
 }
 GROUNDED = frozenset({"question", "gap"})  # whose answers stand in the text, word for word
 ABOUT = (
-    "Text:\n{document}\n\nMake {what}. Someone who does the task sees the text, too. Write exactly two parts, one after the other:\n"
-    "Task: (the task)\nAnswer: (the answer)"
+    "Text:\n{document}\n\nMake {what}. Someone who does the task sees the text, too. Write exactly two parts, one after"
+    " the other:\nTask: (the task)\nAnswer: (the answer)"
 )
 INSPIRED = (
-    "Here is a piece of code:\n```\n{code}\n```\n\nLet it inspire you to a programming problem of your own that can be solved in one "
-    "file. Write exactly two parts, one after the other:\n"
-    "Problem: (everything that one needs to know to solve it; the piece of code is not shown)\n"
-    "Solution: (a correct program in a fenced block, explained in a few words)"
+    "Here is a piece of code:\n```\n{code}\n```\n\nLet it inspire you to a programming problem of your own that can be"
+    " solved in one file. Write exactly two parts, one after the other:\nProblem: (everything that one needs to know to"
+    " solve it; the piece of code is not shown)\nSolution: (a correct program in a fenced block, explained in a few"
+    " words)"
 )
 FENCE = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)
 
 
 class DocumentTasks(Section):
-    """Tasks of given types about every text of the pool, each with its answer; the text is part of the prompt. A task goes where it or its
-    answer is missing, where the answer of a `question` or a `gap` does not stand in the text, or where it is like another one about
-    the same text. Bonito is a model trained for this, with 16 types; here the writer is asked in words, for these 12 of our own."""
+    """Tasks of given types about every text of the pool, each with its answer; the text is part of the prompt. A task
+    goes where it or its answer is missing, where the answer of a `question` or a `gap` does not stand in the text, or
+    where it is like another one about the same text. Bonito is a model trained for this, with 16 types; here the writer
+    is asked in words, for these 12 of our own."""
 
     kind: ClassVar[Kind] = "curate"
     paper: ClassVar[str] = "after Nayak et al., arXiv:2402.18334"
@@ -72,7 +89,8 @@ class DocumentTasks(Section):
                 continue
             said = reply.messages[-1]["content"]
             read = parts(said, ("task", "answer"))
-            task, answer = read.get("task", ""), read.get("answer", "")
+            task = read.get("task", "")
+            answer = read.get("answer", "")
             if not task or not answer:
                 tally.drop("no task" if not task else "no answer", said)
             elif kind in GROUNDED and not _stands_in(answer, prompt_of(sample)):
@@ -94,14 +112,15 @@ class DocumentTasks(Section):
 
 
 def _stands_in(answer: str, text: str) -> bool:
-    said, there = words(answer), words(text)
+    said = words(answer)
+    there = words(text)
     return bool(said) and any(there[at : at + len(said)] == said for at in range(len(there) - len(said) + 1))
 
 
 class OssInstruct(Section):
-    """OSS-Instruct: 1 to 15 consecutive lines of a program of the pool inspire a programming problem and its solution. A problem goes
-    where a part is missing, where it has no program, or where it is like another. The paper has 80,000 pieces of starcoderdata and
-    gpt-3.5-turbo; in our own words."""
+    """OSS-Instruct: 1 to 15 consecutive lines of a program of the pool inspire a programming problem and its solution.
+    A problem goes where a part is missing, where it has no program, or where it is like another. The paper has 80,000
+    pieces of starcoderdata and gpt-3.5-turbo; in our own words."""
 
     kind: ClassVar[Kind] = "curate"
     paper: ClassVar[str] = "Wei et al., arXiv:2312.02120"
@@ -117,14 +136,18 @@ class OssInstruct(Section):
         turns = [(sample, number) for sample in pool for number in range(self.each)]
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
         asked = [(user(fill(INSPIRED, code=self._piece(sample, number, scene))),) for sample, number in turns]
-        replies = yield from ask([scene.request(messages, sampling, number) for messages, (_, number) in zip(asked, turns, strict=True)])
-        found, known = list[Sample](), Novelty(self.threshold)
+        replies = yield from ask(
+            [scene.request(messages, sampling, number) for messages, (_, number) in zip(asked, turns, strict=True)]
+        )
+        found = list[Sample]()
+        known = Novelty(self.threshold)
         for (sample, _), reply, whole in zip(turns, replies, finished(replies, tally), strict=True):
             if not whole:
                 continue
             said = reply.messages[-1]["content"]
             read = parts(said, ("problem", "solution"))
-            problem, solution = read.get("problem", ""), read.get("solution", "")
+            problem = read.get("problem", "")
+            solution = read.get("solution", "")
             if not problem or not solution:
                 tally.drop("no problem" if not problem else "no solution", said)
             elif not (program := FENCE.search(solution)) or not program[1].strip():
@@ -132,12 +155,15 @@ class OssInstruct(Section):
             elif not known.add(problem):
                 tally.drop("like another problem", problem)
             else:
-                found.append(answered(new_prompt(problem, [sample], reply.writer, kind="code"), reply, solution, finish="ok"))
+                found.append(
+                    answered(new_prompt(problem, [sample], reply.writer, kind="code"), reply, solution, finish="ok")
+                )
         return found
 
     def _piece(self, sample: Sample, number: int, scene: Scene) -> str:
         """Consecutive lines of a program, how many and from where drawn."""
-        noise, having = scene.draw("lines", sample.id, number), prompt_of(sample).splitlines()
+        noise = scene.draw("lines", sample.id, number)
+        having = prompt_of(sample).splitlines()
         count = noise.randint(1, min(self.lines, len(having)))
         first = noise.randint(0, len(having) - count)
         return "\n".join(having[first : first + count])

@@ -23,7 +23,9 @@ class Answerer(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def answers(self, requests: Sequence[Request], stop: Callable[[], bool] = ...) -> Iterator[tuple[Request, Generated]]: ...
+    def answers(
+        self, requests: Sequence[Request], stop: Callable[[], bool] = ...
+    ) -> Iterator[tuple[Request, Generated]]: ...
 
 
 class Scorer(Protocol):
@@ -39,7 +41,8 @@ class StoppedEarlyError(Exception):
 
     def __init__(self, there: int, wanted: int) -> None:
         super().__init__(f"{there} of {wanted}")
-        self.there, self.wanted = there, wanted
+        self.there = there
+        self.wanted = wanted
 
 
 def elicit(
@@ -51,7 +54,8 @@ def elicit(
 ) -> list[Sample]:
     """Answer all requests, in their order; what the store holds is not asked again.
 
-    An answer that failed for good (finish "error") is handed on and not kept, so that the next call asks for it once more.
+    An answer that failed for good (finish "error") is handed on and not kept, so that the next call asks for it once
+    more.
 
     Args:
         answerer: called only if something is left to ask, so that a finished stage loads no model.
@@ -60,7 +64,8 @@ def elicit(
     """
     known = {request.key: sample for request in requests if (sample := store.answered(request))}
     waiting = list({request.key: request for request in requests if request.key not in known}.values())
-    total, tokens = len({request.key for request in requests}), 0
+    total = len({request.key for request in requests})
+    tokens = 0
     if waiting:
         progress(len(known), total, 0)
         for request, answer in answerer().answers(waiting, stop):
@@ -77,9 +82,15 @@ def elicit(
 
 
 def score(
-    questions: Sequence[Score], store: Store, scorer: Callable[[], Scorer], judge: str, progress: Progress, stop: Callable[[], bool]
+    questions: Sequence[Score],
+    store: Store,
+    scorer: Callable[[], Scorer],
+    judge: str,
+    progress: Progress,
+    stop: Callable[[], bool],
 ) -> list[LogProb]:
-    """How likely `judge` finds the answers, in the order of the questions; what the store holds is not computed again."""
+    """How likely `judge` finds the answers, in the order of the questions; what the store holds is not computed
+    again."""
     known = store.scores(judge)
     waiting = list({question.name: question for question in questions if question.name not in known}.values())
     for begin in range(0, len(waiting), SCORES_TOGETHER):
@@ -95,8 +106,8 @@ def score(
 
 @dataclass
 class Desk:
-    """Where a plan's questions are answered: one writer, one store, and by `Score.by` a `scorer` of how likely a text is, whose identity is
-    `judge`. `finishes` counts what became of every answer, known ones too."""
+    """Where a plan's questions are answered: one writer, one store, and by `Score.by` a `scorer` of how likely a text
+    is, whose identity is `judge`. `finishes` counts what became of every answer, known ones too."""
 
     store: Store
     answerer: Callable[[], Answerer]
@@ -125,7 +136,9 @@ class Desk:
         if not requests:
             scores = [question for question in questions if isinstance(question, Score)]
             by = scores[0].by if scores else ""
-            assert all(question.by == by for question in scores), "questions that are asked together are all to one model"
+            assert all(question.by == by for question in scores), (
+                "questions that are asked together are all to one model"
+            )
             return score(scores, self.store, lambda: self.scorer(by), self.judge(by), self.progress, self.stop)
         assert len(requests) == len(questions), "a batch of questions is all requests or all scores"
         samples = elicit(requests, self.store, self.answerer, self.progress, self.stop)

@@ -1,8 +1,9 @@
-"""A verifier: an answer that equals the right one as mathematics (1/2, 0.5 and \\frac{1}{2} do), by the library math-verify.
+"""A verifier: an answer that equals the right one as mathematics (1/2, 0.5 and \\frac{1}{2} do), by the library
+math-verify.
 
-Algebra on a text that a model wrote may take for ever or all memory, so it happens in a process of its own, with bounds on time and
-memory; one that goes beyond them is ended, and what it was asked has not passed. No part of the text is run as code: LaTeX goes
-through a grammar, and of plain text only digits and operators are read.
+Algebra on a text that a model wrote may take for ever or all memory, so it happens in a process of its own, with bounds
+on time and memory; one that goes beyond them is ended, and what it was asked has not passed. No part of the text is run
+as code: LaTeX goes through a grammar, and of plain text only digits and operators are read.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
-SECONDS, START_SECONDS, MEMORY = 10.0, 60.0, 2 << 30
+SECONDS = 10.0
+START_SECONDS = 60.0
+MEMORY = 2 << 30
 MAX_CHARS = 20_000
 
 
 def equivalent(check: dict[str, Any], answer: str) -> bool:
-    """The last mathematical statement of the answer (in a box, after "the answer is", in dollars, or a plain number) equals
-    `check["answer"]`, which is LaTeX or a plain number. With `digits`, decimals are compared rounded to as many (6)."""
+    """The last mathematical statement of the answer (in a box, after "the answer is", in dollars, or a plain number)
+    equals `check["answer"]`, which is LaTeX or a plain number. With `digits`, decimals are compared rounded to as many
+    (6)."""
     return _WORKER.ask({"gold": check["answer"], "answer": answer[-MAX_CHARS:], "digits": check.get("digits", 6)})
 
 
@@ -38,7 +42,8 @@ def check_answer(check: dict[str, Any], place: str) -> None:
 
 
 class _Worker:
-    """The process that does the algebra: started at the first question, and anew after one that it could not answer in time."""
+    """The process that does the algebra: started at the first question, and anew after one that it could not answer in
+    time."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -48,9 +53,12 @@ class _Worker:
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.process = subprocess.Popen(  # noqa: S603 (this very file)
-                    [sys.executable, "-I", str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL, env={},
-                )  # fmt: skip
+                    [sys.executable, "-I", str(Path(__file__).resolve())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env={},
+                )
                 atexit.register(self.process.kill)
                 self._answer(self.process, START_SECONDS)  # it says that it is ready
             try:
@@ -93,7 +101,9 @@ def _serve() -> None:
             wanted = parse(gold, how, parsing_timeout=None)
             if "answer" in asked:
                 found = parse(asked["answer"], how, parsing_timeout=None)
-                verdict = bool(wanted and found) and same(wanted, found, float_rounding=asked["digits"], timeout_seconds=None)
+                verdict = bool(wanted and found) and same(
+                    wanted, found, float_rounding=asked["digits"], timeout_seconds=None
+                )
             else:  # is this mathematics?
                 verdict = any(not isinstance(part, str) for part in wanted)
         except Exception:  # noqa: BLE001 (whatever the algebra stumbles over: it has not passed)

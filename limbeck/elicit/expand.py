@@ -16,15 +16,18 @@ from limbeck.elicit.similar import Novelty
 from limbeck.elicit.wording import fill, items, numbered, parts
 from limbeck.types import Sample, Sampling
 
-MORE = "Here is a list of tasks that people give to an assistant. Continue it with new tasks of other kinds.\n\n{tasks}\n{next}."
+MORE = (
+    "Here is a list of tasks that people give to an assistant. Continue it with new tasks of other"
+    " kinds.\n\n{tasks}\n{next}."
+)
 IS_IT = (
-    "Is the task a classification, where the answer is one of a few given labels? Say Yes or No.\n\n{examples}\n\nTask: {task}\n"
-    "Classification:"
+    "Is the task a classification, where the answer is one of a few given labels? Say Yes or No.\n\n{examples}\n\nTask:"
+    " {task}\nClassification:"
 )
 OUTPUT_FIRST = (
-    "For the classification task, write each possible label and an input that has this label.\n\n"
-    "Task: Say whether the review is positive or negative.\nLabel: positive\nInput: The soup was warm and the waiter kind.\n"
-    "Label: negative\nInput: We waited an hour for cold fish.\n\nTask: {task}\n"
+    "For the classification task, write each possible label and an input that has this label.\n\nTask: Say whether the"
+    " review is positive or negative.\nLabel: positive\nInput: The soup was warm and the waiter kind.\nLabel:"
+    " negative\nInput: We waited an hour for cold fish.\n\nTask: {task}\n"
 )
 INPUT_FIRST = (
     "For the task, write an input where it needs one, and the right output.\n\n"
@@ -32,11 +35,24 @@ INPUT_FIRST = (
     "Task: Name three things that float on water.\nOutput: cork, wood and ice\n\nTask: {task}\n"
 )
 ALL_AT_ONCE = (
-    "Write {count} more tasks like these, of different kinds, each with an instruction, an input (or <noinput>) and an output. Keep "
-    "the form.\n\n"
-    "{tasks}\n\n{next}. Instruction:"
+    "Write {count} more tasks like these, of different kinds, each with an instruction, an input (or <noinput>) and an"
+    " output. Keep the form.\n\n{tasks}\n\n{next}. Instruction:"
 )
-UNFIT = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "go to")
+UNFIT = (
+    "image",
+    "images",
+    "graph",
+    "graphs",
+    "picture",
+    "pictures",
+    "file",
+    "files",
+    "map",
+    "maps",
+    "draw",
+    "plot",
+    "go to",
+)
 UNFIT_TOO = (*UNFIT, "video", "videos", "audio", "music", "flowchart", "flowcharts", "diagram", "diagrams")
 KNOWN_KINDS = (
     ("Sort the e-mail into work or private.", "Yes"),
@@ -60,11 +76,11 @@ def unfit(text: str, barred: tuple[str, ...]) -> str | None:
 
 
 class SelfInstruct(Section):
-    """Rounds of questions for more tasks, each shown 8 (6 of the seeds and 2 made before; seeds fill up), until there are `count` new
-    ones or `requests` are used up. What passes the filters and is new (ROUGE-L of 0.7 at most) is asked whether it is a
-    classification, and then for instances: the label first for those, else the input first. The paper's sampler is kept but for its
-    frequency penalty and its stop texts; its prompts were for GPT-3, these are ours, and a task's first instance is kept (`instances`
-    for more)."""
+    """Rounds of questions for more tasks, each shown 8 (6 of the seeds and 2 made before; seeds fill up), until there
+    are `count` new ones or `requests` are used up. What passes the filters and is new (ROUGE-L of 0.7 at most) is asked
+    whether it is a classification, and then for instances: the label first for those, else the input first. The paper's
+    sampler is kept but for its frequency penalty and its stop texts; its prompts were for GPT-3, these are ours, and a
+    task's first instance is kept (`instances` for more)."""
 
     kind: ClassVar[Kind] = "expand"
     paper: ClassVar[str] = "Wang et al., arXiv:2212.10560"
@@ -89,7 +105,9 @@ class SelfInstruct(Section):
         tally.facts["classification"] = sum(labelled) / max(1, len(labelled))
         sampling = Sampling(0.0, 1.0, self.instance_tokens, presence_penalty=1.5)
         templates = [OUTPUT_FIRST if first else INPUT_FIRST for first in labelled]
-        asked = [scene.request((user(fill(t, task=prompt_of(s))),), sampling) for s, t in zip(made, templates, strict=True)]
+        asked = [
+            scene.request((user(fill(t, task=prompt_of(s))),), sampling) for s, t in zip(made, templates, strict=True)
+        ]
         replies = yield from ask(asked)
         found: Pool = []
         for sample, reply, first in zip(made, replies, labelled, strict=True):
@@ -97,14 +115,18 @@ class SelfInstruct(Section):
         return found
 
     def _instructions(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        known, made, used = Novelty(self.threshold, [prompt_of(sample) for sample in pool]), list[Sample](), 0
+        known = Novelty(self.threshold, [prompt_of(sample) for sample in pool])
+        made = list[Sample]()
+        used = 0
         for sample in pool:
             known.remember(prompt_of(sample))
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens, presence_penalty=self.presence_penalty)
         while len(made) < self.count and used < self.requests:
             batch = min(self.together, self.requests - used)
             groups = [self._demonstrations(pool, made, scene.draw("shown", used + number)) for number in range(batch)]
-            asked = [scene.request((user(_more(group)),), sampling, used + number) for number, group in enumerate(groups)]
+            asked = [
+                scene.request((user(_more(group)),), sampling, used + number) for number, group in enumerate(groups)
+            ]
             used += batch
             replies = yield from ask(asked)
             for group, reply in zip(groups, replies, strict=True):
@@ -121,8 +143,12 @@ class SelfInstruct(Section):
         return chosen
 
     def _new(self, group: Pool, reply: Sample, known: Novelty, tally: Tally) -> Pool:
-        """The instructions of one answer that are fit and new. An answer that was cut off loses its last one; the paper drops it whole."""
-        listed = [text for _, text in items(f"{len(group) + 1}. {_without_number(reply.messages[-1]['content'], len(group) + 1)}")]
+        """The instructions of one answer that are fit and new. An answer that was cut off loses its last one; the paper
+        drops it whole."""
+        listed = [
+            text
+            for _, text in items(f"{len(group) + 1}. {_without_number(reply.messages[-1]['content'], len(group) + 1)}")
+        ]
         if reply.meta.get("finish") == "length" and listed:
             tally.drop("cut off", listed.pop())
         found: Pool = []
@@ -151,7 +177,9 @@ class SelfInstruct(Section):
         found = []
         for given, output in list(kept.items())[: self.instances]:
             text = f"{prompt_of(sample)}\n\n{given}" if given else prompt_of(sample)
-            found.append(answered(new_prompt(text, [sample], reply.writer, kind=sample.meta["kind"]), reply, output, finish="ok"))
+            found.append(
+                answered(new_prompt(text, [sample], reply.writer, kind=sample.meta["kind"]), reply, output, finish="ok")
+            )
         return found
 
     def bill(self, _: int) -> Bill:
@@ -182,16 +210,18 @@ def _pairs(text: str, label_first: bool) -> list[tuple[str, str]]:
     found = []
     for block in blocks:
         read = parts(block, (ahead, behind, "task"))
-        given, output = (read.get(behind, ""), read.get(ahead, "")) if label_first else (read.get(ahead, ""), read.get(behind, ""))
+        given, output = (
+            (read.get(behind, ""), read.get(ahead, "")) if label_first else (read.get(ahead, ""), read.get(behind, ""))
+        )
         if ahead in read or behind in read:
             found.append(("" if NO_INPUT.fullmatch(given) else given, output))
     return found
 
 
 class Alpaca(Section):
-    """Self-Instruct in one call: three seeds with their answers are shown, and `tasks` more are asked for, each with instruction, input and
-    output; until there are `count` or `requests` are used up. The original shows the seeds to text-davinci-003 with a page of requirements;
-    the wording here is ours."""
+    """Self-Instruct in one call: three seeds with their answers are shown, and `tasks` more are asked for, each with
+    instruction, input and output; until there are `count` or `requests` are used up. The original shows the seeds to
+    text-davinci-003 with a page of requirements; the wording here is ours."""
 
     kind: ClassVar[Kind] = "expand"
     paper: ClassVar[str] = "Taori et al. 2023, Stanford Alpaca"
@@ -211,13 +241,18 @@ class Alpaca(Section):
         for sample in pool:
             if not sample.meta.get("answers"):
                 tally.drop("a seed without an answer", prompt_of(sample))
-        known, found, used = Novelty(self.threshold, [prompt_of(sample) for sample in having]), list[Sample](), 0
+        known = Novelty(self.threshold, [prompt_of(sample) for sample in having])
+        found = list[Sample]()
+        used = 0
         for sample in having:
             known.remember(prompt_of(sample))
         while len(found) < self.count and used < self.requests and having:
             batch = min(self.together, self.requests - used)
             groups = [scene.draw("shown", used + n).sample(having, min(self.shown, len(having))) for n in range(batch)]
-            asked = [scene.request((user(self._question(group)),), self._sampling, used + n) for n, group in enumerate(groups)]
+            asked = [
+                scene.request((user(self._question(group)),), self._sampling, used + n)
+                for n, group in enumerate(groups)
+            ]
             used += batch
             replies = yield from ask(asked)
             for group, reply in zip(groups, replies, strict=True):
@@ -232,11 +267,18 @@ class Alpaca(Section):
         return Sampling(self.temperature, self.top_p, self.max_tokens)
 
     def _question(self, group: Pool) -> str:
-        shown = [f"{n}. Instruction: {prompt_of(s)}\nInput: <noinput>\nOutput: {s.meta['answers'][0]}" for n, s in enumerate(group, 1)]
+        shown = [
+            f"{n}. Instruction: {prompt_of(s)}\nInput: <noinput>\nOutput: {s.meta['answers'][0]}"
+            for n, s in enumerate(group, 1)
+        ]
         return fill(ALL_AT_ONCE, count=str(self.tasks), tasks="\n\n".join(shown), next=str(len(group) + 1))
 
     def _new(self, group: Pool, reply: Sample, known: Novelty, tally: Tally) -> Pool:
-        text = re.sub(r"(?im)^[ \t*#]*\d{1,3}[ \t]*[.)][ \t]*(?=\**instruction)", "", f"Instruction: {reply.messages[-1]['content']}")
+        text = re.sub(
+            r"(?im)^[ \t*#]*\d{1,3}[ \t]*[.)][ \t]*(?=\**instruction)",
+            "",
+            f"Instruction: {reply.messages[-1]['content']}",
+        )
         blocks = [
             parts(block, ("instruction", "input", "output"))
             for block in re.split(r"(?im)^(?=[ \t*#]*instruction[ \t*]*:)", text)
@@ -256,7 +298,9 @@ class Alpaca(Section):
                 tally.drop("like another task", instruction)
             else:
                 asked = instruction if not given or NO_INPUT.fullmatch(given) else f"{instruction}\n\n{given}"
-                found.append(answered(new_prompt(asked, group, reply.writer, kind="alpaca"), reply, output, finish="ok"))
+                found.append(
+                    answered(new_prompt(asked, group, reply.writer, kind="alpaca"), reply, output, finish="ok")
+                )
         return found
 
     def bill(self, _: int) -> Bill:

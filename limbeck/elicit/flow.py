@@ -1,12 +1,12 @@
 """What flows through elicitation: pools of samples, questions to models, and the count of everything that was left out.
 
-A step is a pure generator: it yields questions (`ask`, `score`) and is sent the answers, in the order of the questions whoever
-answered first. So the same seed and stored answers give the same pool, byte for byte. Only `engine` does I/O.
+A step is a pure generator: it yields questions (`ask`, `score`) and is sent the answers, in the order of the questions
+whoever answered first. So the same seed and stored answers give the same pool, byte for byte. Only `engine` does I/O.
 
-A pool's sample is a conversation. One that ends with a user's message is a prompt that waits for an answer; one that ends with an
-assistant's message is answered. Its `meta` may hold: `prompt_id` (samples that answer one prompt share it), `kind`, `task` (the tag that
-a loss's `only` names), `weight`, `check` (see `verify`), `answers` (given ones, the best first), `finish`, `scores` (by name) and
-whatever later steps are to read.
+A pool's sample is a conversation. One that ends with a user's message is a prompt that waits for an answer; one that
+ends with an assistant's message is answered. Its `meta` may hold: `prompt_id` (samples that answer one prompt share
+it), `kind`, `task` (the tag that a loss's `only` names), `weight`, `check` (see `verify`), `answers` (given ones, the
+best first), `finish`, `scores` (by name) and whatever later steps are to read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from limbeck.types import LogProb, Message, Request, Sample, Sampling, content_h
 
 Pool = list[Sample]
 T = TypeVar("T")
-KEPT_EXAMPLES, EXAMPLE_CHARS = 3, 160
+KEPT_EXAMPLES = 3
+EXAMPLE_CHARS = 160
 Kind = Literal["expand", "curate", "label", "verify", "select", "transform"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """How likely does the scoring model find this answer? Answered by a `LogProb`. Without messages, it is a plain text without a template.
-    `by` names another model, or `untouched`, the student before training; questions that are asked together are all to one."""
+    """How likely does the scoring model find this answer? Answered by a `LogProb`. Without messages, it is a plain text
+    without a template. `by` names another model, or `untouched`, the student before training; questions that are asked
+    together are all to one."""
 
     messages: tuple[Message, ...]
     answer: str
@@ -43,8 +45,8 @@ Asking = Generator[Sequence[Request] | Sequence[Score], Sequence[Any], T]
 
 
 def ask(requests: Sequence[Request]) -> Asking[list[Sample]]:
-    """`answers = yield from ask(requests)`: one sample per request, in their order; the last message is the answer, `meta["finish"]` what
-    became of it. One that failed for good has the text "" and the finish "error"."""
+    """`answers = yield from ask(requests)`: one sample per request, in their order; the last message is the answer,
+    `meta["finish"]` what became of it. One that failed for good has the text "" and the finish "error"."""
     return list((yield list(requests))) if requests else []
 
 
@@ -55,7 +57,8 @@ def score(scores: Sequence[Score]) -> Asking[list[LogProb]]:
 
 @dataclass
 class Tally:
-    """What a step did: samples it was given and gave, why others went (with an example or three), and facts such as an accept rate."""
+    """What a step did: samples it was given and gave, why others went (with an example or three), and facts such as an
+    accept rate."""
 
     step: str
     taken: int = 0
@@ -79,7 +82,8 @@ class Tally:
 class Scene:
     """What a step is given beside the pool: whom it asks, and where its random numbers come from.
 
-    `header` is the text before a user's first message in the writer's own chat format, where that is known (see `magpie`).
+    `header` is the text before a user's first message in the writer's own chat format, where that is known (see
+    `magpie`).
     """
 
     model: str
@@ -88,9 +92,15 @@ class Scene:
     header: str | None = None
 
     def request(
-        self, messages: Sequence[Message], sampling: Sampling, number: int = 0, *, raw: str | None = None,
-        against: Sequence[Message] | None = None, contrast: float = 0.0,
-    ) -> Request:  # fmt: skip
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        number: int = 0,
+        *,
+        raw: str | None = None,
+        against: Sequence[Message] | None = None,
+        contrast: float = 0.0,
+    ) -> Request:
         """A question to the writer; `number` tells several answers to the same messages apart."""
         seed = self.seed if number == 0 else int(content_hash([self.seed, number])[:7], 16)
         other = None if against is None else tuple(against)
@@ -103,7 +113,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a step will ask for, about: requests, tokens to be written, texts to be scored; and how many samples come out of it."""
+    """What a step will ask for, about: requests, tokens to be written, texts to be scored; and how many samples come
+    out of it."""
 
     requests: int = 0
     tokens: int = 0
@@ -114,7 +125,8 @@ class Bill:
 class Step(Protocol):
     """A step of `elicit:` in a recipe: its settings (a pydantic model) and what it does with them.
 
-    `needs` are what the writer must be able to do: "text", "raw" (continue a text without a template), "contrast", "log_probs".
+    `needs` are what the writer must be able to do: "text", "raw" (continue a text without a template), "contrast",
+    "log_probs".
     """
 
     kind: ClassVar[Kind]
@@ -153,9 +165,11 @@ def new_prompt(text: str, parents: Sequence[Sample], writer: str, **meta: Any) -
 
 
 def answered(prompt: Sample, reply: Sample, text: str | None = None, **meta: Any) -> Sample:
-    """The prompt with an answer out of `reply`: its very text and ids, or `text` that was read out of it. Keeps the prompt's facts.
+    """The prompt with an answer out of `reply`: its very text and ids, or `text` that was read out of it. Keeps the
+    prompt's facts.
 
-    The answer stands after the prompt's own messages, whatever else the writer was shown (a system message, demonstrations).
+    The answer stands after the prompt's own messages, whatever else the writer was shown (a system message,
+    demonstrations).
     """
     content, ids = (reply.messages[-1]["content"], reply.response_ids) if text is None else (text, None)
     facts = {**prompt.meta, "finish": reply.meta.get("finish", "ok"), **meta}
@@ -165,7 +179,13 @@ def answered(prompt: Sample, reply: Sample, text: str | None = None, **meta: Any
 
 def rewritten(sample: Sample, answer: str, writer: str, **meta: Any) -> Sample:
     """The sample with another answer, made from its own."""
-    return Sample((*asked_of(sample), {"role": "assistant", "content": answer}), writer, None, (sample.id,), {**sample.meta, **meta})
+    return Sample(
+        (*asked_of(sample), {"role": "assistant", "content": answer}),
+        writer,
+        None,
+        (sample.id,),
+        {**sample.meta, **meta},
+    )
 
 
 def scored(sample: Sample, **scores: float) -> Sample:
@@ -174,7 +194,8 @@ def scored(sample: Sample, **scores: float) -> Sample:
 
 
 def finished(replies: Sequence[Sample], tally: Tally) -> list[bool]:
-    """Which answers are whole; the others are counted as dropped by what became of them (length, empty, refused, ...)."""
+    """Which answers are whole; the others are counted as dropped by what became of them (length, empty, refused,
+    ...)."""
     whole = []
     for reply in replies:
         finish = str(reply.meta.get("finish", "ok"))

@@ -11,7 +11,8 @@ from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, rewritte
 
 
 class Given(Section):
-    """Every prompt is answered by what stands beside it in the corpus: its first `answers`, the best first; prompts without any go."""
+    """Every prompt is answered by what stands beside it in the corpus: its first `answers`, the best first; prompts
+    without any go."""
 
     kind: ClassVar[Kind] = "label"
     paper: ClassVar[str] = ""

@@ -1,4 +1,5 @@
-"""Selection by what a model thinks of a sample: how much the prompt helps with the answer, how hard it is, how complex and how good."""
+"""Selection by what a model thinks of a sample: how much the prompt helps with the answer, how hard it is, how complex
+and how good."""
 
 from __future__ import annotations
 
@@ -8,19 +9,32 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from limbeck.config.sections import Section
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Score, Tally, answer_of, asked_of, prompt_of, score, scored, user
+from limbeck.elicit.flow import (
+    Asking,
+    Bill,
+    Kind,
+    Pool,
+    Scene,
+    Score,
+    Tally,
+    answer_of,
+    asked_of,
+    prompt_of,
+    score,
+    scored,
+    user,
+)
 from limbeck.elicit.similar import vectors
 from limbeck.elicit.wording import fill
 from limbeck.types import LogProb
 
 COMPLEXITY = (
-    "How complex is this task? A task is more complex the more steps, knowledge and constraints it takes to do it well. Answer with "
-    "one digit "
-    "from 1 (trivial) to 6 (very complex).\n\nTask: {prompt}\n\nComplexity:"
+    "How complex is this task? A task is more complex the more steps, knowledge and constraints it takes to do it well."
+    " Answer with one digit from 1 (trivial) to 6 (very complex).\n\nTask: {prompt}\n\nComplexity:"
 )
 QUALITY = (
-    "How good is this answer? A good answer is right, complete, clear and does what was asked. Answer with one digit from 1 (useless) to 6 "
-    "(excellent).\n\nTask: {prompt}\n\nAnswer: {answer}\n\nQuality:"
+    "How good is this answer? A good answer is right, complete, clear and does what was asked. Answer with one digit"
+    " from 1 (useless) to 6 (excellent).\n\nTask: {prompt}\n\nAnswer: {answer}\n\nQuality:"
 )
 DIGITS = ("1", "2", "3", "4", "5", "6")
 
@@ -39,7 +53,8 @@ def per_token(found: LogProb) -> float:
 
 
 def _highest(rated: Pool, name: str, share: float, tally: Tally, reason: str) -> Pool:
-    """The `share` of the samples with the highest score of this name, in their own order; the others go, for this reason."""
+    """The `share` of the samples with the highest score of this name, in their own order; the others go, for this
+    reason."""
     count = max(1, round(share * len(rated)))
     best = {id(sample) for sample in sorted(rated, key=lambda sample: -sample.meta["scores"][name])[:count]}
     for sample in rated:
@@ -49,8 +64,8 @@ def _highest(rated: Pool, name: str, share: float, tally: Tally, reason: str) ->
 
 
 class Difficulty(Section):
-    """Scores how hard an answer is to foresee: `difficulty`, its mean negative log-likelihood under the scoring model, in nats per token.
-    Nothing is left out but samples without an answer: `bins` and `top` select by it."""
+    """Scores how hard an answer is to foresee: `difficulty`, its mean negative log-likelihood under the scoring model,
+    in nats per token. Nothing is left out but samples without an answer: `bins` and `top` select by it."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = ""
@@ -66,9 +81,10 @@ class Difficulty(Section):
 
 
 class Ifd(Section):
-    """Superfiltering: IFD = perplexity of the answer after its prompt / perplexity of the answer alone, under a small model. At 1 and
-    more the prompt doesn't help with the answer, and the sample goes; of the others the `share` with the highest IFD stays, where the
-    prompt helps least. The paper scores with GPT-2 and keeps 5 to 10 %; here the scoring model is the recipe's teacher."""
+    """Superfiltering: IFD = perplexity of the answer after its prompt / perplexity of the answer alone, under a small
+    model. At 1 and more the prompt doesn't help with the answer, and the sample goes; of the others the `share` with
+    the highest IFD stays, where the prompt helps least. The paper scores with GPT-2 and keeps 5 to 10 %; here the
+    scoring model is the recipe's teacher."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = "Li et al., arXiv:2402.00530 and arXiv:2308.12032"
@@ -94,10 +110,11 @@ class Ifd(Section):
 
 
 class Difference(Section):
-    """Difference sampling (MiniPLM): the `share` of samples stays that the scoring model finds likelier than a small `reference` does by
-    most, in nats per byte of the answer, so that length and tokenizer have no part in it. What both find easy goes, and what neither
-    foresees. The reference is a model's name, or `untouched`, the student before training. The paper compares equally long pieces of a
-    pre-training corpus by their sums, with a 104M reference trained on 5B tokens of it; here answers are compared after their prompts."""
+    """Difference sampling (MiniPLM): the `share` of samples stays that the scoring model finds likelier than a small
+    `reference` does by most, in nats per byte of the answer, so that length and tokenizer have no part in it. What both
+    find easy goes, and what neither foresees. The reference is a model's name, or `untouched`, the student before
+    training. The paper compares equally long pieces of a pre-training corpus by their sums, with a 104M reference
+    trained on 5B tokens of it; here answers are compared after their prompts."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = "Gu et al., arXiv:2410.17215"
@@ -121,10 +138,11 @@ class Difference(Section):
 
 
 class Deita(Section):
-    """Complexity times quality, then variety: samples are taken in the order of the product of both scores, one at a time, unless the
-    cosine with one that was taken is `similar` or more, until there are `count`. A score is the expected digit from 1 to 6 under the
-    writer's probabilities. The paper's scorers are trained for it and score every turn, and its vectors are a language model's; here
-    the writer is asked, about the last turn, and the vectors are TF-IDF."""
+    """Complexity times quality, then variety: samples are taken in the order of the product of both scores, one at a
+    time, unless the cosine with one that was taken is `similar` or more, until there are `count`. A score is the
+    expected digit from 1 to 6 under the writer's probabilities. The paper's scorers are trained for it and score every
+    turn, and its vectors are a language model's; here the writer is asked, about the last turn, and the vectors are
+    TF-IDF."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = "Liu et al., arXiv:2312.15685"
@@ -135,8 +153,13 @@ class Deita(Section):
     def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
         kept = answered_only(pool, tally)
         complexity = yield from self._digits([fill(COMPLEXITY, prompt=prompt_of(sample)) for sample in kept])
-        quality = yield from self._digits([fill(QUALITY, prompt=prompt_of(sample), answer=answer_of(sample) or "") for sample in kept])
-        rated = [scored(sample, complexity=c, quality=q, deita=c * q) for sample, c, q in zip(kept, complexity, quality, strict=True)]
+        quality = yield from self._digits(
+            [fill(QUALITY, prompt=prompt_of(sample), answer=answer_of(sample) or "") for sample in kept]
+        )
+        rated = [
+            scored(sample, complexity=c, quality=q, deita=c * q)
+            for sample, c, q in zip(kept, complexity, quality, strict=True)
+        ]
         points_ND = vectors([f"{prompt_of(sample)}\n{answer_of(sample)}" for sample in rated])
         order = sorted(range(len(rated)), key=lambda number: (-rated[number].meta["scores"]["deita"], number))
         taken: list[int] = []
@@ -152,7 +175,9 @@ class Deita(Section):
     def _digits(self, questions: list[str]) -> Asking[list[float]]:
         """The expected digit for every question."""
         found = yield from score([Score((user(question),), digit) for question in questions for digit in DIGITS])
-        return [expected([one.nats for one in found[at : at + len(DIGITS)]]) for at in range(0, len(found), len(DIGITS))]
+        return [
+            expected([one.nats for one in found[at : at + len(DIGITS)]]) for at in range(0, len(found), len(DIGITS))
+        ]
 
     def bill(self, taken: int) -> Bill:
         return Bill(scores=2 * len(DIGITS) * taken, given=min(taken, self.count))

@@ -1,4 +1,5 @@
-"""Mosaic-IT: several samples put into one, with an instruction about the form, the order or the leaving out of the answers."""
+"""Mosaic-IT: several samples put into one, with an instruction about the form, the order or the leaving out of the
+answers."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from limbeck.types import Sample
 FORMATS = {
     "numbers": ("Put the number of the task before each answer, as in `1. ...`.", "{number}. {answer}"),
     "answer": ("Begin each answer with `Answer N:`, where N is the task's number.", "Answer {number}: {answer}"),
-    "brackets": ("Put the task's number in square brackets before each answer, as in `[1] ...`.", "[{number}] {answer}"),
+    "brackets": (
+        "Put the task's number in square brackets before each answer, as in `[1] ...`.",
+        "[{number}] {answer}",
+    ),
     "tags": ("Put each answer between `<answer>` and `</answer>`.", "<answer>{answer}</answer>"),
     "begin_end": ("Write `BEGIN` before and `END` after each answer.", "BEGIN {answer} END"),
 }
@@ -45,11 +49,14 @@ def ordered(name: str, texts: list[str], noise: random.Random) -> list[int]:
     """The tasks' places in this order; equal ones as they stand."""
     places = list(range(len(texts)))
     keys = {
-        "alphabetical": lambda place: texts[place], "shortest": lambda place: len(texts[place]),
+        "alphabetical": lambda place: texts[place],
+        "shortest": lambda place: len(texts[place]),
         "longest": lambda place: -len(texts[place]),
-        "fewest_words": lambda place: len(texts[place].split()), "most_words": lambda place: -len(texts[place].split()),
-        "odd_even": lambda place: place % 2, "even_odd": lambda place: -(place % 2),
-    }  # fmt: skip
+        "fewest_words": lambda place: len(texts[place].split()),
+        "most_words": lambda place: -len(texts[place].split()),
+        "odd_even": lambda place: place % 2,
+        "even_odd": lambda place: -(place % 2),
+    }
     if name == "reverse":
         return places[::-1]
     if name == "alphabetical_reverse":
@@ -61,7 +68,8 @@ def ordered(name: str, texts: list[str], noise: random.Random) -> list[int]:
 
 
 def left_out(name: str, texts: list[str], noise: random.Random) -> list[int]:
-    """The places of the tasks that are left out: 10 to 50 % of them, or those of a kind; never all, and at least one of two or more."""
+    """The places of the tasks that are left out: 10 to 50 % of them, or those of a kind; never all, and at least one of
+    two or more."""
     places = list(range(len(texts)))
     count = min(len(texts) - 1, max(1, round(noise.uniform(0.1, 0.5) * len(texts))))
     if name in ("odd", "even"):
@@ -73,9 +81,9 @@ def left_out(name: str, texts: list[str], noise: random.Random) -> list[int]:
 
 
 class Mosaic(Section):
-    """Joins k ~ U{1..`most`} samples into one, `passes` times over the pool: with an instruction that sets the form of the answers,
-    their order, or which tasks are left out (one of the three, drawn), in our own words. Lone samples stay as they are. A mosaic is
-    cut short where it would have more than `words` words; the paper counts tokens (2,000)."""
+    """Joins k ~ U{1..`most`} samples into one, `passes` times over the pool: with an instruction that sets the form of
+    the answers, their order, or which tasks are left out (one of the three, drawn), in our own words. Lone samples stay
+    as they are. A mosaic is cut short where it would have more than `words` words; the paper counts tokens (2,000)."""
 
     kind: ClassVar[Kind] = "transform"
     paper: ClassVar[str] = "Li et al., arXiv:2405.13326"
@@ -94,7 +102,8 @@ class Mosaic(Section):
                 whole.append(sample)
         found: Pool = []
         for turn in range(self.passes):
-            noise, order = scene.draw("pass", turn), list(whole)
+            noise = scene.draw("pass", turn)
+            order = list(whole)
             noise.shuffle(order)
             while order:
                 group = self._group(order, noise)
@@ -104,7 +113,9 @@ class Mosaic(Section):
 
     def _group(self, order: Pool, noise: random.Random) -> Pool:
         """The next samples off the list, as many as drawn, or as fit."""
-        wanted, group, size = noise.randint(1, self.most), [order.pop(0)], 0
+        wanted = noise.randint(1, self.most)
+        group = [order.pop(0)]
+        size = 0
         size = _size(group[0])
         while order and len(group) < wanted and size + _size(order[0]) <= self.words:
             size += _size(order[0])
@@ -112,8 +123,12 @@ class Mosaic(Section):
         return group
 
     def _joined(self, group: Pool, noise: random.Random, name: str) -> Sample:
-        texts, answers = [prompt_of(sample).strip() for sample in group], [(answer_of(sample) or "").strip() for sample in group]
-        strategy, told, form, places = noise.choice(("format", "order", "mask")), PLAIN, "{answer}", list(range(len(group)))
+        texts = [prompt_of(sample).strip() for sample in group]
+        answers = [(answer_of(sample) or "").strip() for sample in group]
+        strategy = noise.choice(("format", "order", "mask"))
+        told = PLAIN
+        form = "{answer}"
+        places = list(range(len(group)))
         if strategy == "format":
             words, form = FORMATS[noise.choice(sorted(FORMATS))]
             told = f"{PLAIN} {words}"
@@ -125,7 +140,11 @@ class Mosaic(Section):
             how = noise.choice(sorted(MASKS))
             gone = left_out(how, texts, noise)
             places = [place for place in places if place not in gone]
-            named = MASKS[how].replace("{left_out}", ", ".join(str(place + 1) for place in gone)).replace("{count}", str(len(gone)))
+            named = (
+                MASKS[how]
+                .replace("{left_out}", ", ".join(str(place + 1) for place in gone))
+                .replace("{count}", str(len(gone)))
+            )
             told = f"{PLAIN} {named}"
         tasks = "\n\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
         said = "\n\n".join(_formed(form, place + 1, answers[place]) for place in places)

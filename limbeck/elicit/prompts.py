@@ -1,8 +1,8 @@
 """Prompts: where a run's questions come from. A file of ours or the user's, one JSON object per line.
 
-A line holds `prompt` and may hold `id`, `kind`, `answer` or `answers` (a corpus: one answer, or several, the best first),
-`chosen` and `rejected` (the same for two), `task` and `weight` (for terms on one task, and for tokens that count more), `check`
-(see `verify`), and `feedback` (on an earlier answer, for a teacher that is shown it).
+A line holds `prompt` and may hold `id`, `kind`, `answer` or `answers` (a corpus: one answer, or several, the best
+first), `chosen` and `rejected` (the same for two), `task` and `weight` (for terms on one task, and for tokens that
+count more), `check` (see `verify`), and `feedback` (on an earlier answer, for a teacher that is shown it).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ LISTS = (("answers",), ("references",))  # a task's items name what they are hel
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question; `check` is None where no program can judge the answer. `before` is the conversation that it comes at the end of."""
+    """One question; `check` is None where no program can judge the answer. `before` is the conversation that it comes
+    at the end of."""
 
     id: str
     text: str
@@ -46,7 +47,8 @@ class Prompt:
 
 
 def load_prompts(source: str, part: str = "train", path: str = "prompts.from") -> list[Prompt]:
-    """The prompts of `builtin/NAME` (seeds, or a task's training or test part) or of a JSONL file. `path` is where the recipe names it.
+    """The prompts of `builtin/NAME` (seeds, or a task's training or test part) or of a JSONL file. `path` is where the
+    recipe names it.
 
     Raises:
         UserError: nothing there, nothing in it, or a malformed line, which is named by its number.
@@ -68,24 +70,32 @@ def load_prompts(source: str, part: str = "train", path: str = "prompts.from") -
         seen.add(prompt.id)
         prompts.append(prompt)
     if not prompts:
-        raise UserError(f'{file} holds no prompt; write one JSON object per line, such as {{"prompt": "Why is the sky blue?"}}')
+        raise UserError(
+            f'{file} holds no prompt; write one JSON object per line, such as {{"prompt": "Why is the sky blue?"}}'
+        )
     return prompts
 
 
 def _locate(source: str, part: str, path: str) -> Path:
     if source.startswith(BUILTIN):
-        tasks, seeds = task_folders(), seed_files()
+        tasks = task_folders()
+        seeds = seed_files()
         name = source.removeprefix(BUILTIN)
         if name in seeds and part == "train":
             return seeds[name]
         if name in seeds:
-            raise RecipeError(path, f"the seeds {name} have no held-out part; set evaluate.prompts: builtin/everyday, or another task's")
+            raise RecipeError(
+                path,
+                f"the seeds {name} have no held-out part; set evaluate.prompts: builtin/everyday, or another task's",
+            )
         if name not in tasks:
             raise RecipeError(path, f"there are no built-in prompts {name!r}{nearest(name, (*tasks, *seeds))}")
         file = tasks[name] / f"{part}.jsonl"
         if part == "train" and not file.is_file():
             having = [known for known, folder in tasks.items() if (folder / "train.jsonl").is_file()]
-            raise RecipeError(path, f"the task {name} has nothing to train on, only to be measured by; take {' or '.join(having)}")
+            raise RecipeError(
+                path, f"the task {name} has nothing to train on, only to be measured by; take {' or '.join(having)}"
+            )
         return file
     file = Path(source).expanduser()
     if not file.is_file():
@@ -107,7 +117,8 @@ def _prompt(line: str, place: str, number: int, prefix: str) -> Prompt:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
         raise UserError(f'{place}: "weight" must be a number above 0')
     ident = prefix + str(data.get("id", f"line-{number}"))
-    kind, task = str(data.get("kind", "")), str(data.get("task", ""))
+    kind = str(data.get("kind", ""))
+    task = str(data.get("task", ""))
     feedback = data.get("feedback", "")
     if not isinstance(feedback, str):
         raise UserError(f'{place}: "feedback" must be text')
@@ -116,14 +127,20 @@ def _prompt(line: str, place: str, number: int, prefix: str) -> Prompt:
 
 def _answers(data: dict[str, Any], place: str) -> tuple[str, ...]:
     """The corpus's answers, the best first."""
-    given = [keys for keys in (*LISTS, ("answer",), ("chosen", "rejected")) if any(data.get(key) is not None for key in keys)]
+    given = [
+        keys for keys in (*LISTS, ("answer",), ("chosen", "rejected")) if any(data.get(key) is not None for key in keys)
+    ]
     if len(given) > 1:
         raise UserError(f'{place}: give one of "answer", "answers" (or "references"), or "chosen" with "rejected"')
     if not given:
         return ()
     listed = given[0] in LISTS
     answers = data[given[0][0]] if listed else [data.get(key) for key in given[0]]
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+    if (
+        not isinstance(answers, list)
+        or not answers
+        or not all(isinstance(answer, str) and answer.strip() for answer in answers)
+    ):
         keys = " and ".join(f'"{key}"' for key in given[0])
         raise UserError(f"{place}: {keys} must be text that is not empty" + (", in a list" if listed else ""))
     return tuple(answers)

@@ -1,6 +1,8 @@
-"""Labeling with reasons: worked solutions, several different ones, and reasons that follow from one answer and not from another.
+"""Labeling with reasons: worked solutions, several different ones, and reasons that follow from one answer and not from
+another.
 
-An answered sample has the whole text as its answer, `rationale` (the reasons) and `final` (the answer they end in) in its meta.
+An answered sample has the whole text as its answer, `rationale` (the reasons) and `final` (the answer they end in) in
+its meta.
 """
 
 from __future__ import annotations
@@ -13,7 +15,20 @@ from pydantic import Field
 
 from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answered, ask, asked_of, finished, prompt_of, user
+from limbeck.elicit.flow import (
+    Asking,
+    Bill,
+    Kind,
+    Pool,
+    Scene,
+    Tally,
+    answered,
+    ask,
+    asked_of,
+    finished,
+    prompt_of,
+    user,
+)
 from limbeck.elicit.verify import verify
 from limbeck.elicit.wording import fill, words
 from limbeck.types import Message, Sample, Sampling
@@ -27,9 +42,10 @@ LONGEST_FINAL = 200
 
 
 def final_of(text: str) -> str | None:
-    """What stands after the last "the answer is" (or "answer:"), without the closing period, or in the last box of a text that says
-    neither; None where nothing does."""
-    found, boxes = list(SAYS.finditer(text)), BOXED.findall(text)
+    """What stands after the last "the answer is" (or "answer:"), without the closing period, or in the last box of a
+    text that says neither; None where nothing does."""
+    found = list(SAYS.finditer(text))
+    boxes = BOXED.findall(text)
     last = text[found[-1].end() :].partition("\n")[0] if found else boxes[-1] if boxes else ""
     if boxed := BOXED.search(last):
         last = boxed[1]
@@ -44,8 +60,9 @@ def with_reasons(prompt: Sample, reply: Sample, text: str, rationale: str, final
 
 
 class Rationale(Section):
-    """Zero-shot chains of thought: the writer thinks step by step, and in a second call says what the answer therefore is (Fine-tune-CoT).
-    With `calls: 1` it does both at once and ends with "The answer is ...". `n` solutions a question are the paper's diverse reasoning."""
+    """Zero-shot chains of thought: the writer thinks step by step, and in a second call says what the answer therefore
+    is (Fine-tune-CoT). With `calls: 1` it does both at once and ends with "The answer is ...". `n` solutions a question
+    are the paper's diverse reasoning."""
 
     kind: ClassVar[Kind] = "label"
     paper: ClassVar[str] = "Ho et al., arXiv:2212.10071; Kojima et al., arXiv:2205.11916"
@@ -72,9 +89,15 @@ class Rationale(Section):
         if self.calls == 1:
             return [found for sample, _, reply in thought if (found := _in_one(sample, reply, tally)) is not None]
         closing = Sampling(0.0, 1.0, self.final_tokens)
-        ends = yield from ask([scene.request((*messages, reply.messages[-1], user(CONCLUDE)), closing) for _, messages, reply in thought])
+        ends = yield from ask(
+            [scene.request((*messages, reply.messages[-1], user(CONCLUDE)), closing) for _, messages, reply in thought]
+        )
         pairs = zip(thought, ends, finished(ends, tally), strict=True)
-        return [found for (sample, _, reply), end, good in pairs if good and (found := _in_two(sample, reply, end, tally)) is not None]
+        return [
+            found
+            for (sample, _, reply), end, good in pairs
+            if good and (found := _in_two(sample, reply, end, tally)) is not None
+        ]
 
     def bill(self, taken: int) -> Bill:
         asked = taken * self.n
@@ -100,7 +123,8 @@ def _in_one(sample: Sample, reply: Sample, tally: Tally) -> Sample | None:
 
 
 def _in_two(sample: Sample, reply: Sample, end: Sample, tally: Tally) -> Sample | None:
-    reasons, said = reply.messages[-1]["content"].strip(), end.messages[-1]["content"].strip()
+    reasons = reply.messages[-1]["content"].strip()
+    said = end.messages[-1]["content"].strip()
     final = final_of(said) or re.sub(r"[\s.*$]+$", "", said.splitlines()[0]).lstrip("*$: ")
     if not final or len(final) > LONGEST_FINAL:
         tally.drop("no short answer after the reasons", said)
@@ -111,9 +135,9 @@ def _in_two(sample: Sample, reply: Sample, end: Sample, tally: Tally) -> Sample 
 
 
 class DiverseRationales(Section):
-    """Several different rationales a question (MCC-KD): of `n` samples those that are right, by the prompt's check where it has one, and no
-    two of which share more than `similar` of their `gram`-grams (Jaccard); the first `keep` are kept. The loss `consistency` lets the
-    student predict the answer alike after each of them."""
+    """Several different rationales a question (MCC-KD): of `n` samples those that are right, by the prompt's check
+    where it has one, and no two of which share more than `similar` of their `gram`-grams (Jaccard); the first `keep`
+    are kept. The loss `consistency` lets the student predict the answer alike after each of them."""
 
     kind: ClassVar[Kind] = "label"
     paper: ClassVar[str] = "Chen et al., arXiv:2310.14747"
@@ -128,11 +152,14 @@ class DiverseRationales(Section):
     max_tokens: Tokens = 256
 
     def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        asking = Rationale(n=self.n, calls=self.calls, temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)
+        asking = Rationale(
+            n=self.n, calls=self.calls, temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens
+        )
         written = yield from asking.run(pool, scene, tally)
         kept: dict[str, list[tuple[Sample, set[tuple[str, ...]]]]] = {}
         for sample in written:
-            text, group = sample.messages[-1]["content"], kept.setdefault(str(sample.meta.get("prompt_id", prompt_of(sample))), [])
+            text = sample.messages[-1]["content"]
+            group = kept.setdefault(str(sample.meta.get("prompt_id", prompt_of(sample))), [])
             if sample.meta.get("check") is not None and not verify(sample.meta["check"], text):
                 tally.drop("wrong answer", text)
                 continue
@@ -147,7 +174,9 @@ class DiverseRationales(Section):
 
     def bill(self, taken: int) -> Bill:
         asked = taken * self.n
-        return Bill(asked * self.calls, int(asked * self.max_tokens * ANSWER_SHARE), given=min(taken * self.keep, asked))
+        return Bill(
+            asked * self.calls, int(asked * self.max_tokens * ANSWER_SHARE), given=min(taken * self.keep, asked)
+        )
 
 
 def _grams(text: str, size: int) -> set[tuple[str, ...]]:
@@ -160,10 +189,10 @@ def _jaccard(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
 
 
 class Contrastive(Section):
-    """Reasons for a given answer, drawn by log p(token | right answer) - `strength` log p(token | another answer): what follows from this
-    answer alone (SCOTT). The prompt's first given answer is explained; with `counterfactual`, a wrong one is explained as well (another
-    prompt's answer, drawn), and that sample has `counterfactual: true`. The paper decodes greedily from GPT-NeoX-20B with few-shot
-    demonstrations; here the writer is asked without any."""
+    """Reasons for a given answer, drawn by log p(token | right answer) - `strength` log p(token | another answer): what
+    follows from this answer alone (SCOTT). The prompt's first given answer is explained; with `counterfactual`, a wrong
+    one is explained as well (another prompt's answer, drawn), and that sample has `counterfactual: true`. The paper
+    decodes greedily from GPT-NeoX-20B with few-shot demonstrations; here the writer is asked without any."""
 
     kind: ClassVar[Kind] = "label"
     paper: ClassVar[str] = "Wang et al., arXiv:2305.01879"
@@ -213,4 +242,8 @@ def _why(sample: Sample, answer: str) -> tuple[Message, ...]:
     return (user(text),)
 
 
-STEPS: dict[str, type[Section]] = {"rationale": Rationale, "diverse_rationales": DiverseRationales, "contrastive": Contrastive}
+STEPS: dict[str, type[Section]] = {
+    "rationale": Rationale,
+    "diverse_rationales": DiverseRationales,
+    "contrastive": Contrastive,
+}

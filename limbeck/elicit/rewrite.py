@@ -1,4 +1,5 @@
-"""MetaMath's rewritings of questions with a known number as their answer: in other words, turned into a statement, asked backwards."""
+"""MetaMath's rewritings of questions with a known number as their answer: in other words, turned into a statement,
+asked backwards."""
 
 from __future__ import annotations
 
@@ -10,20 +11,31 @@ from pydantic import Field
 
 from limbeck.config.sections import Section
 from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, ask, finished, new_prompt, prompt_of, user
+from limbeck.elicit.flow import (
+    Asking,
+    Bill,
+    Kind,
+    Pool,
+    Scene,
+    Tally,
+    answer_of,
+    ask,
+    finished,
+    new_prompt,
+    prompt_of,
+    user,
+)
 from limbeck.elicit.verify import NUMBER
 from limbeck.elicit.wording import fill
 from limbeck.types import Sample, Sampling
 
 REPHRASE = (
-    "Say this problem in other words. Keep every number and everything that is needed to solve it, and don't solve it.\n\nProblem: "
-    "{question}\n\n"
-    "In other words:"
+    "Say this problem in other words. Keep every number and everything that is needed to solve it, and don't solve"
+    " it.\n\nProblem: {question}\n\nIn other words:"
 )
 STATEMENT = (
-    "Turn the question and its answer into one statement.\n\nQuestion: How many legs do three dogs have? Answer: 12\nStatement: Three "
-    "dogs have 12 "
-    "legs.\n\nQuestion: {question} Answer: {answer}\nStatement:"
+    "Turn the question and its answer into one statement.\n\nQuestion: How many legs do three dogs have? Answer:"
+    " 12\nStatement: Three dogs have 12 legs.\n\nQuestion: {question} Answer: {answer}\nStatement:"
 )
 MASKED = "What is the value of the unknown number x?"
 KNOWING = "If we know that the answer to the question above is {answer}, what is the value of the unknown number x?"
@@ -46,10 +58,11 @@ def gold(sample: Sample) -> str | None:
 
 
 class Rewrite(Section):
-    """New questions out of old ones whose answer is a number (MetaMath); answer them with `rationale` and keep what `verify` passes.
-    `rephrase`: in other words, all numbers kept. `backward` (FOBAR): one number of the question becomes x, the answer is told, and x
-    is asked for; nothing is asked of the writer. `self_verification`: the writer makes a statement of question and answer, in which x
-    takes a number's place. Samples whose check changes get a new one. The old questions stay with `originals`."""
+    """New questions out of old ones whose answer is a number (MetaMath); answer them with `rationale` and keep what
+    `verify` passes. `rephrase`: in other words, all numbers kept. `backward` (FOBAR): one number of the question
+    becomes x, the answer is told, and x is asked for; nothing is asked of the writer. `self_verification`: the writer
+    makes a statement of question and answer, in which x takes a number's place. Samples whose check changes get a new
+    one. The old questions stay with `originals`."""
 
     kind: ClassVar[Kind] = "curate"
     paper: ClassVar[str] = "Yu et al., arXiv:2309.12284"
@@ -81,7 +94,10 @@ class Rewrite(Section):
 
     def _rephrased(self, known: list[tuple[Sample, str]], scene: Scene, tally: Tally) -> Asking[Pool]:
         turns = [(sample, number) for sample, _ in known for number in range(self.each)]
-        asked = [scene.request((user(fill(REPHRASE, question=prompt_of(sample))),), self._sampling(), number) for sample, number in turns]
+        asked = [
+            scene.request((user(fill(REPHRASE, question=prompt_of(sample))),), self._sampling(), number)
+            for sample, number in turns
+        ]
         replies = yield from ask(asked)
         found: Pool = []
         for (sample, _), reply, whole in zip(turns, replies, finished(replies, tally), strict=True):
@@ -91,12 +107,19 @@ class Rewrite(Section):
             elif whole and text.casefold() == prompt_of(sample).casefold():
                 tally.drop("the same words", text)
             elif whole:
-                kept = {key: sample.meta[key] for key in ("kind", "task", "weight", "check", "answers") if key in sample.meta}
+                kept = {
+                    key: sample.meta[key]
+                    for key in ("kind", "task", "weight", "check", "answers")
+                    if key in sample.meta
+                }
                 found.append(new_prompt(text, [sample, reply], reply.writer, **kept, rewritten="rephrase"))
         return found
 
     def _stated(self, known: list[tuple[Sample, str]], scene: Scene, tally: Tally) -> Asking[Pool]:
-        asked = [scene.request((user(fill(STATEMENT, question=prompt_of(s), answer=answer)),), self._sampling()) for s, answer in known]
+        asked = [
+            scene.request((user(fill(STATEMENT, question=prompt_of(s), answer=answer)),), self._sampling())
+            for s, answer in known
+        ]
         replies = yield from ask(asked)
         found: Pool = []
         for (sample, answer), reply, whole in zip(known, replies, finished(replies, tally), strict=True):
@@ -108,7 +131,9 @@ class Rewrite(Section):
                 found += self._masked(sample, body, MASKED, scene, tally, "self_verification", keep=answer)
         return found
 
-    def _masked(self, sample: Sample, text: str, question: str, scene: Scene, tally: Tally, how: str, keep: str | None = None) -> Pool:
+    def _masked(
+        self, sample: Sample, text: str, question: str, scene: Scene, tally: Tally, how: str, keep: str | None = None
+    ) -> Pool:
         """The text with one of its numbers, drawn, as x; not the one that is the answer, where that stands in it."""
         places = [found for found in NUMBER.finditer(text) if f"{float(found[0].replace(',', '')):g}" != keep]
         if not places:
@@ -119,11 +144,20 @@ class Rewrite(Section):
         asked = f"{text[: hidden.start()]}x{text[hidden.end() :]}\n{question}"
         meta = {key: sample.meta[key] for key in ("kind", "task", "weight") if key in sample.meta}
         check = {"type": "number", "answer": int(value) if value.is_integer() else value}
-        return [replace(made := new_prompt(asked, [sample], sample.writer, **meta, rewritten=how), meta=made.meta | {"check": check})]
+        return [
+            replace(
+                made := new_prompt(asked, [sample], sample.writer, **meta, rewritten=how),
+                meta=made.meta | {"check": check},
+            )
+        ]
 
     def bill(self, taken: int) -> Bill:
         asked = taken * (self.each * ("rephrase" in self.how) + ("self_verification" in self.how))
-        return Bill(asked, int(asked * self.max_tokens * ANSWER_SHARE), given=asked + taken * (("backward" in self.how) + self.originals))
+        return Bill(
+            asked,
+            int(asked * self.max_tokens * ANSWER_SHARE),
+            given=asked + taken * (("backward" in self.how) + self.originals),
+        )
 
 
 def _without_question(text: str) -> str:

@@ -1,7 +1,8 @@
 """The steps of a recipe's `elicit:` in order, from the given prompts to the samples that the student is trained on.
 
-A run folder gets `elicited.jsonl` (the samples, one a line) and `elicitation.json` (what each step took, gave and left out, and why).
-Both are a function of the recipe, the prompts and the answers in the store, whoever answered first; a finished elicitation is read back.
+A run folder gets `elicited.jsonl` (the samples, one a line) and `elicitation.json` (what each step took, gave and left
+out, and why). Both are a function of the recipe, the prompts and the answers in the store, whoever answered first; a
+finished elicitation is read back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from limbeck.runs import build
 from limbeck.storage.files import read_jsonl, write_json, write_text
 from limbeck.types import Sample, UserError, canonical_json, content_hash
 
-POOL, ACCOUNT = "elicited.jsonl", "elicitation.json"
+POOL = "elicited.jsonl"
+ACCOUNT = "elicitation.json"
 HELD_OUT = "held-out"  # what the last look, for held-out prompts among the samples, is called in the account
 
 
@@ -54,7 +56,12 @@ class Elicitation:
             return None
         return [_sample(record) for record in read_jsonl(self.folder / POOL)]
 
-    def run(self, desk: Desk, begin: Callable[[str], None] = lambda step: None, told: Callable[[str], None] = lambda text: None) -> Pool:
+    def run(
+        self,
+        desk: Desk,
+        begin: Callable[[str], None] = lambda step: None,
+        told: Callable[[str], None] = lambda text: None,
+    ) -> Pool:
         """All steps, unless they are done.
 
         Args:
@@ -65,31 +72,44 @@ class Elicitation:
         """
         if (known := self.known()) is not None:
             return known
-        pool, tallies = [_prompt_sample(prompt) for prompt in self.prompts], []
+        pool = [_prompt_sample(prompt) for prompt in self.prompts]
+        tallies = []
         for index, (name, step) in enumerate(build.steps(self.recipe)):
             begin(name)
-            tally, before = Tally(name, taken=len(pool)), desk.finishes.copy()
+            tally = Tally(name, taken=len(pool))
+            before = desk.finishes.copy()
             header = self.header() if "raw" in step.needs else None
-            pool = desk.drive(step.run(pool, Scene(self.identity, self.recipe.text_seed, f"{index}/{name}", header), tally))
+            pool = desk.drive(
+                step.run(pool, Scene(self.identity, self.recipe.text_seed, f"{index}/{name}", header), tally)
+            )
             tally.given = len(pool)
             tallies.append((step.kind, tally, desk.finishes - before))
             told(_in_words(tally))
         pool, last = self._without_held_out(pool)
         if last.dropped:
             tallies.append(("select", last, desk.finishes - desk.finishes))
-        steps = [{**_facts(tally), "kind": kind, "answers": dict(sorted(finishes.items()))} for kind, tally, finishes in tallies]
+        steps = [
+            {**_facts(tally), "kind": kind, "answers": dict(sorted(finishes.items()))}
+            for kind, tally, finishes in tallies
+        ]
         write_text(self.folder / POOL, "".join(canonical_json(_record(sample)) + "\n" for sample in pool))
         write_json(self.folder / ACCOUNT, {"key": self.key, "writer": self.identity, "steps": steps})
         if not pool:
-            lost = [f"{tally.step}: {reason} ({count})" for _, tally, _ in tallies for reason, count in tally.dropped.most_common(2)]
+            lost = [
+                f"{tally.step}: {reason} ({count})"
+                for _, tally, _ in tallies
+                for reason, count in tally.dropped.most_common(2)
+            ]
             raise UserError(
-                f"the steps under elicit left no sample ({'; '.join(lost)}); see {self.folder / ACCOUNT} for what each one left out"
+                f"the steps under elicit left no sample ({'; '.join(lost)}); see {self.folder / ACCOUNT} for what each"
+                " one left out"
             )
         return pool
 
     def _without_held_out(self, pool: Pool) -> tuple[Pool, Tally]:
         """The pool without samples that ask a held-out prompt's very words."""
-        asked, tally = {_plain(prompt.text) for prompt in self.held_out}, Tally(HELD_OUT, taken=len(pool))
+        asked = {_plain(prompt.text) for prompt in self.held_out}
+        tally = Tally(HELD_OUT, taken=len(pool))
         kept = []
         for sample in pool:
             if _plain(prompt_of(sample)) in asked:
@@ -101,8 +121,8 @@ class Elicitation:
 
 
 def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
-    """(the prompts of a pool, each once, and the answered samples of each by its id). Where samples of one `prompt_id` ask different
-    things, they are different prompts."""
+    """(the prompts of a pool, each once, and the answered samples of each by its id). Where samples of one `prompt_id`
+    ask different things, they are different prompts."""
     prompts: dict[str, Prompt] = {}
     answers: dict[str, list[Sample]] = {}
     names: dict[str, str] = {}
@@ -111,11 +131,18 @@ def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
         if asked not in names:
             wanted = str(sample.meta.get("prompt_id", asked[:16]))
             names[asked] = wanted if wanted not in prompts else f"{wanted}/{asked[:8]}"
-            meta, before = sample.meta, asked_of(sample)[:-1]
+            meta = sample.meta
+            before = asked_of(sample)[:-1]
             prompts[names[asked]] = Prompt(
-                names[asked], prompt_of(sample), str(meta.get("kind", "")), (), meta.get("check"), str(meta.get("task", "")),
-                float(meta.get("weight", 1.0)), before=before,
-            )  # fmt: skip
+                names[asked],
+                prompt_of(sample),
+                str(meta.get("kind", "")),
+                (),
+                meta.get("check"),
+                str(meta.get("task", "")),
+                float(meta.get("weight", 1.0)),
+                before=before,
+            )
         if answer_of(sample) is not None:
             answers.setdefault(names[asked], []).append(sample)
     return list(prompts.values()), answers
@@ -132,8 +159,18 @@ def _plain(text: str) -> str:
 
 
 def _prompt_sample(prompt: Prompt) -> Sample:
-    facts = {"kind": prompt.kind, "task": prompt.task, "weight": prompt.weight, "check": prompt.check, "answers": list(prompt.answers)}
-    return Sample(prompt.messages, "corpus", meta={"prompt_id": prompt.id} | {name: value for name, value in facts.items() if value})
+    facts = {
+        "kind": prompt.kind,
+        "task": prompt.task,
+        "weight": prompt.weight,
+        "check": prompt.check,
+        "answers": list(prompt.answers),
+    }
+    return Sample(
+        prompt.messages,
+        "corpus",
+        meta={"prompt_id": prompt.id} | {name: value for name, value in facts.items() if value},
+    )
 
 
 def _facts(tally: Tally) -> dict[str, Any]:
@@ -144,12 +181,17 @@ def _facts(tally: Tally) -> dict[str, Any]:
 def _record(sample: Sample) -> dict[str, Any]:
     ids = None if sample.response_ids is None else list(sample.response_ids)
     return {
-        "id": sample.id, "messages": list(sample.messages), "writer": sample.writer, "parents": list(sample.parents), "meta": sample.meta,
+        "id": sample.id,
+        "messages": list(sample.messages),
+        "writer": sample.writer,
+        "parents": list(sample.parents),
+        "meta": sample.meta,
         "response_ids": ids,
-    }  # fmt: skip
+    }
 
 
 def _sample(record: dict[str, Any]) -> Sample:
     ids = record["response_ids"]
-    messages, parents = tuple(record["messages"]), tuple(record["parents"])
+    messages = tuple(record["messages"])
+    parents = tuple(record["parents"])
     return Sample(messages, record["writer"], None if ids is None else tuple(ids), parents, record["meta"])

@@ -1,15 +1,17 @@
 """Runs a program that a model wrote, on its unit tests, where it can do little harm: bubblewrap, limits, another user.
 
-Off unless LIMBECK_RUN_CODE=1 stands in the environment of whoever runs Limbeck: a recipe can't turn it on. Refuses where bubblewrap is
-missing or its self-test fails; there is no way to run without it.
+Off unless LIMBECK_RUN_CODE=1 stands in the environment of whoever runs Limbeck: a recipe can't turn it on. Refuses
+where bubblewrap is missing or its self-test fails; there is no way to run without it.
 
-The program sees its own namespaces only (processes, network without any interface, mounts, users), no variable of our environment, a
-read-only Python with nothing but the standard library, and 16 MiB of its own in /tmp. It has no /proc and no device but null, zero and
-urandom. It is bound in seconds, processor seconds, memory, processes, file size and what it may print. Started by root, it runs under a
-user number that nobody has, drawn for it alone; started by another user, as that user in a user namespace where it is nobody.
+The program sees its own namespaces only (processes, network without any interface, mounts, users), no variable of our
+environment, a read-only Python with nothing but the standard library, and 16 MiB of its own in /tmp. It has no /proc
+and no device but null, zero and urandom. It is bound in seconds, processor seconds, memory, processes, file size and
+what it may print. Started by root, it runs under a user number that nobody has, drawn for it alone; started by another
+user, as that user in a user namespace where it is nobody.
 
-What this does not do: it does not filter system calls, so a hole in the kernel is open to it (run hostile code in a virtual machine);
-and a program that wants to can forge its verdict, since its tests run in its own process. It can't by leaving early, printing, or
+What this does not do: it does not filter system calls, so a hole in the kernel is open to it (run hostile code in a
+virtual machine); and a program that wants to can forge its verdict, since its tests run in its own process. It can't by
+leaving early, printing, or
 raising: only a program that reached the end of its tests knows the word that says so.
 """
 
@@ -32,7 +34,8 @@ from limbeck.types import UserError
 ALLOW = "LIMBECK_RUN_CODE"
 NOBODY = 65534
 FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
-# Runs inside, and is what the program and its tests are executed by. The limits are set here, where only the program's own processes
+# Runs inside, and is what the program and its tests are executed by. The limits are set here, where only the program's
+# own processes
 # count, because its user or its user namespace is new. Hard ones: they can't be raised again.
 INSIDE = """
 import json, os, resource, sys
@@ -81,9 +84,13 @@ class Limits:
     def as_rlimits(self) -> dict[str, int]:
         mib = 1024 * 1024
         return {
-            "RLIMIT_CPU": self.cpu_seconds, "RLIMIT_AS": self.memory * mib, "RLIMIT_NPROC": self.processes, "RLIMIT_FSIZE": self.file * mib,
-            "RLIMIT_NOFILE": self.files, "RLIMIT_CORE": 0,
-        }  # fmt: skip
+            "RLIMIT_CPU": self.cpu_seconds,
+            "RLIMIT_AS": self.memory * mib,
+            "RLIMIT_NPROC": self.processes,
+            "RLIMIT_FSIZE": self.file * mib,
+            "RLIMIT_NOFILE": self.files,
+            "RLIMIT_CORE": 0,
+        }
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,10 @@ def _missing() -> str | None:
     outcome = _run(PROBE, "assert not os.path.exists('/proc/1') and 'PATH' not in os.environ", Limits())
     if outcome.passed:
         return None
-    return f"the sandbox does not work here, so that no program is run ({outcome.why}): are user namespaces allowed, is bubblewrap 0.8?"
+    return (
+        f"the sandbox does not work here, so that no program is run ({outcome.why}): are user namespaces allowed, is"
+        " bubblewrap 0.8?"
+    )
 
 
 def program_in(answer: str) -> str:
@@ -125,7 +135,8 @@ def program_in(answer: str) -> str:
 
 
 def passes(program: str, tests: str, limits: Limits | None = None) -> Outcome:
-    """Run the program, then the tests in the same scope, in a new sandbox. They pass when nothing is raised and they end in time."""
+    """Run the program, then the tests in the same scope, in a new sandbox. They pass when nothing is raised and they
+    end in time."""
     require()
     return _run(program, tests, limits or Limits())
 
@@ -157,7 +168,9 @@ def _command(limits: Limits, user: int | None) -> list[str]:
     binary = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     places = [Path("/usr"), Path(sys.base_prefix).resolve(), *map(Path, ("/lib", "/lib64", "/etc/ld.so.cache"))]
     there = [place for place in places if place.exists()]
-    parents = dict.fromkeys(parent for place in (*there, Path("/dev/null")) for parent in reversed(place.parents) if parent != Path("/"))
+    parents = dict.fromkeys(
+        parent for place in (*there, Path("/dev/null")) for parent in reversed(place.parents) if parent != Path("/")
+    )
     folders = [part for parent in parents for part in ("--perms", "0755", "--dir", str(parent))]
     binds = [part for place in there for part in ("--ro-bind", str(place), str(place))]
     devices = [part for name in ("null", "zero", "urandom") for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
@@ -167,8 +180,35 @@ def _command(limits: Limits, user: int | None) -> list[str]:
     else:  # the interpreter may be root's own, so that root opens it, and then becomes the other user
         people = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     return [
-        shutil.which("bwrap") or "bwrap", *namespaces, *people, "--die-with-parent", "--new-session", "--clearenv",
-        *folders, *binds, *devices,
-        "--perms", "1777", "--size", str(limits.room * 1024 * 1024), "--tmpfs", OWN, "--remount-ro", "/", "--chdir", OWN,
-        "--setenv", "HOME", OWN, "--setenv", "LANG", "C.UTF-8", "--", str(binary), "-I", "-S", "-c", INSIDE,
-    ]  # fmt: skip
+        shutil.which("bwrap") or "bwrap",
+        *namespaces,
+        *people,
+        "--die-with-parent",
+        "--new-session",
+        "--clearenv",
+        *folders,
+        *binds,
+        *devices,
+        "--perms",
+        "1777",
+        "--size",
+        str(limits.room * 1024 * 1024),
+        "--tmpfs",
+        OWN,
+        "--remount-ro",
+        "/",
+        "--chdir",
+        OWN,
+        "--setenv",
+        "HOME",
+        OWN,
+        "--setenv",
+        "LANG",
+        "C.UTF-8",
+        "--",
+        str(binary),
+        "-I",
+        "-S",
+        "-c",
+        INSIDE,
+    ]

@@ -47,7 +47,8 @@ def check_schema(check: dict[str, Any], place: str) -> None:
 
 def _validator(schema: dict[str, Any]) -> Any:
     bounded = extend(
-        validator_for(schema, Draft202012Validator), {"pattern": _pattern, "patternProperties": _named, "additionalProperties": _others}
+        validator_for(schema, Draft202012Validator),
+        {"pattern": _pattern, "patternProperties": _named, "additionalProperties": _others},
     )
     return bounded(schema, registry=Registry())
 
@@ -77,7 +78,8 @@ def _others(validator: Any, allowed: Any, instance: Any, schema: dict[str, Any])
     """`additionalProperties`: what neither a name nor a pattern names."""
     if not isinstance(instance, dict):
         return
-    named, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    named = schema.get("properties", {})
+    patterns = schema.get("patternProperties", {})
     for name, value in instance.items():
         if name in named or any(_found(pattern, name) for pattern in patterns):
             continue

@@ -1,5 +1,5 @@
-"""Selection without a model: novelty, duplicates, length, script, words, repetition, scores, diversity. What goes is counted by its
-reason."""
+"""Selection without a model: novelty, duplicates, length, script, words, repetition, scores, diversity. What goes is
+counted by its reason."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ from limbeck.types import Sample
 
 Part = Literal["prompt", "answer", "both"]
 REFUSING = re.compile(
-    r"(?:i\s*(?:'m| am)?\s*(?:very |so |truly )?(?:sorry|afraid|unable)\b|i (?:can(?:no|')t|cannot|won't|will not|am not able to|do not "
+    r"(?:i\s*(?:'m| am)?\s*(?:very |so |truly )?(?:sorry|afraid|unable)\b|i (?:can(?:no|')t|cannot|won't|will not|am"
+    r" not able to|do not "
     r"have the ability to)\b"
-    r"|(?:unfortunately|regrettably),? i\b|as an? (?:ai|artificial|language)\b|(?:my )?apologies\b|i apologi[sz]e\b)", re.IGNORECASE,
-)  # fmt: skip
+    r"|(?:unfortunately|regrettably),? i\b|as an? (?:ai|artificial|language)\b|(?:my )?apologies\b|i apologi[sz]e\b)",
+    re.IGNORECASE,
+)
 OPENING = 120  # characters of an answer in which it declines, where it does
 
 
 def part_of(sample: Sample, part: Part) -> str:
-    texts = {"prompt": [prompt_of(sample)], "answer": [answer_of(sample) or ""], "both": [prompt_of(sample), answer_of(sample) or ""]}
+    texts = {
+        "prompt": [prompt_of(sample)],
+        "answer": [answer_of(sample) or ""],
+        "both": [prompt_of(sample), answer_of(sample) or ""],
+    }
     return "\n".join(texts[part])
 
 
@@ -43,7 +49,8 @@ class Novel(Section):
     def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
         yield from ()
         texts = [part_of(sample, self.of) for sample in pool]
-        known, found = Novelty(self.threshold, texts), []
+        known = Novelty(self.threshold, texts)
+        found = []
         for sample, text in zip(pool, texts, strict=True):
             if known.add(text):
                 found.append(sample)
@@ -56,8 +63,8 @@ class Novel(Section):
 
 
 class Deduplicate(Section):
-    """Of texts that are equal but for case and spaces, and of near-duplicates (Jaccard similarity of word shingles, found by MinHash), the
-    first stays."""
+    """Of texts that are equal but for case and spaces, and of near-duplicates (Jaccard similarity of word shingles,
+    found by MinHash), the first stays."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = "Broder 1997"
@@ -68,7 +75,8 @@ class Deduplicate(Section):
     def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
         yield from ()
         texts = [part_of(sample, self.of) for sample in pool]
-        seen, first = set[str](), list[int]()
+        seen = set[str]()
+        first = list[int]()
         for number, text in enumerate(texts):
             plain = " ".join(text.casefold().split())
             if plain in seen:
@@ -119,7 +127,8 @@ class Length(Section):
 
 
 class Script(Section):
-    """Keeps texts most of whose letters are of one script (by the letters' Unicode names). Which language it is, it can't tell."""
+    """Keeps texts most of whose letters are of one script (by the letters' Unicode names). Which language it is, it
+    can't tell."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = ""
@@ -176,8 +185,8 @@ def holds(text: str, word: str) -> bool:
 
 
 class Refusals(Section):
-    """An answer goes that begins by declining ("I'm sorry, but", "As an AI"). Found by how answers open: one that declines in other
-    words stays."""
+    """An answer goes that begins by declining ("I'm sorry, but", "As an AI"). Found by how answers open: one that
+    declines in other words stays."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = ""
@@ -243,8 +252,8 @@ class Limit(Section):
 
 
 class Diverse(Section):
-    """`count` samples that are as unlike each other as can be: greedy k-center over TF-IDF vectors of the texts, beginning with the
-    first."""
+    """`count` samples that are as unlike each other as can be: greedy k-center over TF-IDF vectors of the texts,
+    beginning with the first."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = "Sener and Savarese, arXiv:1708.00489"
@@ -262,8 +271,8 @@ class Diverse(Section):
 
 
 class Top(Section):
-    """The samples with the highest score of that name (`lowest: true`: the lowest): `count` of them or a `share`, in the pool's order;
-    or all from `least` to `most`."""
+    """The samples with the highest score of that name (`lowest: true`: the lowest): `count` of them or a `share`, in
+    the pool's order; or all from `least` to `most`."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = ""
@@ -294,7 +303,13 @@ class Top(Section):
                 tally.drop(f"{self.score} out of bounds", prompt_of(sample))
             else:
                 within.append(number)
-        count = self.count if self.count is not None else len(within) if self.share is None else max(1, round(self.share * len(within)))
+        count = (
+            self.count
+            if self.count is not None
+            else len(within)
+            if self.share is None
+            else max(1, round(self.share * len(within)))
+        )
         ranked = sorted(within, key=lambda number: (values[number] if self.lowest else -values[number], number))
         for number in sorted(ranked[count:]):
             tally.drop("not among the best", prompt_of(pool[number]))
@@ -305,8 +320,8 @@ class Top(Section):
 
 
 class Bins(Section):
-    """As many samples of each part of a score's range: the samples are cut into `bins` of equal number by their rank, and of each the
-    `count` first are kept."""
+    """As many samples of each part of a score's range: the samples are cut into `bins` of equal number by their rank,
+    and of each the `count` first are kept."""
 
     kind: ClassVar[Kind] = "select"
     paper: ClassVar[str] = ""
@@ -345,6 +360,15 @@ def _kept(pool: Pool, kept: set[int], tally: Tally, reason: str) -> Iterator[Sam
 
 
 STEPS: dict[str, type[Section]] = {
-    "novel": Novel, "deduplicate": Deduplicate, "length": Length, "script": Script, "without": Without, "refusals": Refusals,
-    "repetitive": Repetitive, "limit": Limit, "diverse": Diverse, "top": Top, "bins": Bins,
-}  # fmt: skip
+    "novel": Novel,
+    "deduplicate": Deduplicate,
+    "length": Length,
+    "script": Script,
+    "without": Without,
+    "refusals": Refusals,
+    "repetitive": Repetitive,
+    "limit": Limit,
+    "diverse": Diverse,
+    "top": Top,
+    "bins": Bins,
+}

@@ -1,9 +1,10 @@
-"""How alike texts are: ROUGE-L against all that was accepted before, near-duplicates by MinHash, the most different ones by k-center.
+"""How alike texts are: ROUGE-L against all that was accepted before, near-duplicates by MinHash, the most different
+ones by k-center.
 
-ROUGE-L is F1 of the longest common subsequence of words (Lin 2004), without stemming. `Novelty` finds exactly what comparing with every
-accepted text would find, but compares with few: two texts with F1 > t have at least t (m + n) / 2 words in common, so that their lengths
-m and n can't differ much, and several of the rarest words of either are among those of the other (prefix filtering, Chaudhuri et al.
-2006; several matches, Wang et al. 2012).
+ROUGE-L is F1 of the longest common subsequence of words (Lin 2004), without stemming. `Novelty` finds exactly what
+comparing with every accepted text would find, but compares with few: two texts with F1 > t have at least t (m + n) / 2
+words in common, so that their lengths m and n can't differ much, and several of the rarest words of either are among
+those of the other (prefix filtering, Chaudhuri et al. 2006; several matches, Wang et al. 2012).
 
 Shapes: N texts, P permutations, D dimensions of a text's vector.
 """
@@ -21,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOKEN = re.compile(r"[a-z0-9]+|[^\W\d_]", re.UNICODE)
-PERMUTATIONS, SHINGLE, SHORT = 128, 5, 20
+PERMUTATIONS = 128
+SHINGLE = 5
+SHORT = 20
 MATCHES = 6
 DIMENSIONS = 2**12
 Floats = NDArray[np.float32]
@@ -33,7 +36,8 @@ def tokens(text: str) -> list[str]:
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence, by bit-parallel dynamic programming (Hyyrö 2004): a step per word of `other`."""
+    """Length of the longest common subsequence, by bit-parallel dynamic programming (Hyyrö 2004): a step per word of
+    `other`."""
     return _subsequence(_places(one), len(one), other)
 
 
@@ -55,7 +59,8 @@ class Novelty:
     """Accepts a text unless its ROUGE-L with one that was accepted before is above `threshold`.
 
     Args:
-        expected: texts like those to come, by which rare words are told from common ones. It changes the time and not the result.
+        expected: texts like those to come, by which rare words are told from common ones. It changes the time and not
+            the result.
     """
 
     def __init__(self, threshold: float, expected: Iterable[str] = ()) -> None:
@@ -65,7 +70,8 @@ class Novelty:
         self.nearest = 0.0
         self._frequency = Counter(word for text in expected for word in set(tokens(text)))
         self._known: list[list[str]] = []
-        # by length in words, in steps of a few: the n-th occurrence of a word -> texts of that length that have it among their rarest
+        # by length in words, in steps of a few: the n-th occurrence of a word -> texts of that length that have it
+        # among their rarest
         self._having: dict[tuple[int, int], dict[tuple[str, int], list[int]]] = {}
         self._exact: set[tuple[str, ...]] = set()
 
@@ -73,7 +79,8 @@ class Novelty:
         return len(self._known)
 
     def add(self, text: str) -> bool:
-        """True, and remembered, if no remembered text is above the threshold; else False, and `nearest` is the F1 that barred it."""
+        """True, and remembered, if no remembered text is above the threshold; else False, and `nearest` is the F1 that
+        barred it."""
         words = tokens(text)
         self.nearest = self._barred(words)
         if self.nearest:
@@ -91,13 +98,16 @@ class Novelty:
             return 0.0
         if tuple(words) in self._exact:
             return 1.0
-        places, entries = _places(words), self._ordered(words)
+        places = _places(words)
+        entries = self._ordered(words)
         for (low, high), having in self._having.items():
             if 2 * min(len(words), high) <= self.threshold * (len(words) + min(max(low, len(words)), high)):
                 continue  # even the length in it that is nearest to this one is too far from it
             least = self._least(len(words) + low)
             enough = min(MATCHES, least)
-            met = Counter(chain.from_iterable(having.get(entry, ()) for entry in entries[: len(words) - least + MATCHES]))
+            met = Counter(
+                chain.from_iterable(having.get(entry, ()) for entry in entries[: len(words) - least + MATCHES])
+            )
             for number in [number for number, matches in met.items() if matches >= enough]:
                 known = self._known[number]
                 found = 2 * _subsequence(places, len(words), known) / (len(words) + len(known))
@@ -110,14 +120,18 @@ class Novelty:
         return math.floor(self.threshold * length / 2 * (1 - 1e-12)) + 1
 
     def _ordered(self, words: list[str]) -> list[tuple[str, int]]:
-        """Its words, the rarest first, a repeated one counted as (word, n-th). Of texts that must have c words in common, the first
-        m - c + MATCHES of m words in one and the first n - c + MATCHES of n in the other have MATCHES of them, or c, where that is less."""
+        """Its words, the rarest first, a repeated one counted as (word, n-th). Of texts that must have c words in
+        common, the first m - c + MATCHES of m words in one and the first n - c + MATCHES of n in the other have MATCHES
+        of them, or c, where that is less."""
         seen: Counter[str] = Counter()
         entries = []
         for word in words:
             seen[word] += 1
             entries.append((word, seen[word]))
-        return sorted(entries, key=lambda entry: (-entry[1], self._frequency[entry[0]], entry[0] in COMMON, -len(entry[0]), entry[0]))
+        return sorted(
+            entries,
+            key=lambda entry: (-entry[1], self._frequency[entry[0]], entry[0] in COMMON, -len(entry[0]), entry[0]),
+        )
 
     def _remember(self, words: list[str]) -> None:
         number = len(self._known)
@@ -132,7 +146,8 @@ class Novelty:
 
 def _range(length: int) -> tuple[int, int]:
     """(first, last) of the lengths that are kept together: some 15 % apart."""
-    low, high = 0, 1
+    low = 0
+    high = 1
     while high < length:
         low, high = high + 1, max(high + 1, high * 115 // 100)
     return low, high
@@ -146,19 +161,17 @@ def _places(words: Sequence[str]) -> dict[str, int]:
 
 
 COMMON = frozenset(
-    "a about after all also an and any are as at be because been but by can could do does each few find first for from get give given "
-    "had has "
-    "have he her his how i if in into is it its just like list make many may me more most my new no not of on one only or other our "
-    "out over "
-    "people please should sentence so some such text than that the their them then there these they this three time to two up use used "
-    "user "
-    "using was we well were what when where which who why will with word words would write you your".split()
+    "a about after all also an and any are as at be because been but by can could do does each few find first for from"
+    " get give given had has have he her his how i if in into is it its just like list make many may me more most my"
+    " new no not of on one only or other our out over people please should sentence so some such text than that the"
+    " their them then there these they this three time to two up use used user using was we well were what when where"
+    " which who why will with word words would write you your".split()
 )
 
 
 def minhash(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """[N, P] signatures of the texts' sets of word shingles (5 words; 3 for texts under 20): two agree at a place with the probability of
-    their Jaccard similarity."""
+    """[N, P] signatures of the texts' sets of word shingles (5 words; 3 for texts under 20): two agree at a place with
+    the probability of their Jaccard similarity."""
     noise = np.random.Generator(np.random.PCG64(20))
     top = np.iinfo(np.uint64).max
     multiply, shift = noise.integers(0, top, (2, PERMUTATIONS), dtype=np.uint64)
@@ -182,10 +195,11 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def near_duplicates(texts: Sequence[str], threshold: float) -> list[int | None]:
-    """For every text an earlier kept one whose Jaccard similarity of shingles is at least `threshold`, or None: it is kept.
+    """For every text an earlier kept one whose Jaccard similarity of shingles is at least `threshold`, or None: it is
+    kept.
 
-    Candidates agree in one of the signature's bands; each is then compared exactly, so that nothing is wrongly taken for a duplicate.
-    The bands are so narrow that a pair at the threshold is found with probability 0.9 or more.
+    Candidates agree in one of the signature's bands; each is then compared exactly, so that nothing is wrongly taken
+    for a duplicate. The bands are so narrow that a pair at the threshold is found with probability 0.9 or more.
     """
     rows = max(r for r in range(1, 33) if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= 0.9) if threshold < 1 else 32
     signatures = minhash(texts)
@@ -218,15 +232,17 @@ def vectors(texts: Sequence[str]) -> Floats:
     found = np.zeros((len(texts), max(1, len(used))), dtype=np.float32)
     for number, row in enumerate(rows):
         for place, count in row.items():
-            found[number, used[place]] = (1 + math.log(count)) * math.log((1 + len(texts)) / (1 + frequency[place])) + 1e-12
+            found[number, used[place]] = (1 + math.log(count)) * math.log(
+                (1 + len(texts)) / (1 + frequency[place])
+            ) + 1e-12
     norms = np.linalg.norm(found, axis=1, keepdims=True)
     np.divide(found, norms, out=found, where=norms > 0)
     return found
 
 
 def k_center(points_ND: Floats, count: int) -> list[int]:
-    """`count` places that lie far from each other (greedy k-center, Gonzalez 1985): the first text, then always the one farthest from those
-    that were taken, by cosine; of equally far ones the first."""
+    """`count` places that lie far from each other (greedy k-center, Gonzalez 1985): the first text, then always the one
+    farthest from those that were taken, by cosine; of equally far ones the first."""
     if not len(points_ND):
         return []
     taken = [0]

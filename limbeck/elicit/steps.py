@@ -23,7 +23,21 @@ from limbeck.elicit import (
 )
 
 HOMES = (
-    expand, evolve, imagine, curate, document, dialogue, rewrite, choices,
-    answer, rationale, given, verified, select, merit, transform, mosaic,
-)  # fmt: skip
+    expand,
+    evolve,
+    imagine,
+    curate,
+    document,
+    dialogue,
+    rewrite,
+    choices,
+    answer,
+    rationale,
+    given,
+    verified,
+    select,
+    merit,
+    transform,
+    mosaic,
+)
 STEPS: dict[str, type[Section]] = {name: step for home in HOMES for name, step in home.STEPS.items()}

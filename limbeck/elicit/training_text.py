@@ -1,8 +1,8 @@
 """The text of a run: who answers which prompt, asked for once, read back ever after.
 
-The prompts are given, or made of given ones by the steps under `elicit`, which may answer them, too. Every prompt goes to one writer
-(by their shares) or, where all shares are 1, to all of them; then the order of the writers is the order of preference that ranking
-losses read. A corpus may bring several answers, the best first.
+The prompts are given, or made of given ones by the steps under `elicit`, which may answer them, too. Every prompt goes
+to one writer (by their shares) or, where all shares are 1, to all of them; then the order of the writers is the order
+of preference that ranking losses read. A corpus may bring several answers, the best first.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from limbeck.types import Request, Sample, Sampling, content_hash
 
 @dataclass
 class Text:
-    """Reads and fills `store.sqlite` in `folder`; what steps of elicitation made of it goes to `home`. A writer is loaded only when
-    something is left to ask it."""
+    """Reads and fills `store.sqlite` in `folder`; what steps of elicitation made of it goes to `home`. A writer is
+    loaded only when something is left to ask it."""
 
     recipe: Recipe
     folder: Path
@@ -49,7 +49,8 @@ class Text:
 
     @property
     def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        """(training prompts, held-out prompts); where there are steps of elicitation, what they made of the training prompts."""
+        """(training prompts, held-out prompts); where there are steps of elicitation, what they made of the training
+        prompts."""
         given, held_out = self.given_prompts
         return (self._elicited[0] if self.recipe.elicit else given), held_out
 
@@ -71,16 +72,18 @@ class Text:
         return self._samples([writer for writer in self.recipe.fixed_writers if writer.by != "untouched"])
 
     def training(self) -> list[Sample]:
-        """All text that is there before the training, prompt by prompt, each prompt's answers in the order of preference."""
+        """All text that is there before the training, prompt by prompt, each prompt's answers in the order of
+        preference."""
         self.given()  # first, since the student's start may depend on it
         return self._samples(self.recipe.fixed_writers)
 
     def by_others(self, limit: int | None = None) -> list[Sample]:
-        """The text of others, which the controls and a student's start are made from: where only the student writes, what the teacher
-        answers to the training prompts (the first `limit` of them)."""
+        """The text of others, which the controls and a student's start are made from: where only the student writes,
+        what the teacher answers to the training prompts (the first `limit` of them)."""
         if self.recipe.fixed_writers:
             return self.given()[:limit]
-        writer, prompts = self.recipe.held_out_writer, self.prompts[0][:limit]
+        writer = self.recipe.held_out_writer
+        prompts = self.prompts[0][:limit]
         samples = self._ask([self._request(prompt, "teacher", _sampling(writer)) for prompt in prompts], "teacher")
         return [self._described(sample, prompt, "teacher", 0) for prompt, sample in zip(prompts, samples, strict=True)]
 
@@ -90,7 +93,10 @@ class Text:
 
     def said(self, asked: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
         """What the teacher says to these (prompt, seed), in their order; seed 0 is the text's own."""
-        requests = [replace(request := self._request(prompt, "teacher", sampling), seed=request.seed + seed) for prompt, seed in asked]
+        requests = [
+            replace(request := self._request(prompt, "teacher", sampling), seed=request.seed + seed)
+            for prompt, seed in asked
+        ]
         return self._ask(requests, "teacher")
 
     def held_out_sampling(self) -> Sampling:
@@ -114,14 +120,23 @@ class Text:
         """How the held-out text came about, for the evaluation."""
         samples = self.held_out()
         finishes = [str(sample.meta["finish"]) for sample in samples]
-        counts = {"answers": len(samples) - finishes.count("empty"), "writer": "teacher", "cut_off": finishes.count("length")}
+        counts = {
+            "answers": len(samples) - finishes.count("empty"),
+            "writer": "teacher",
+            "cut_off": finishes.count("length"),
+        }
         return counts | asdict(self.held_out_sampling())
 
     def _samples(self, wanted: Sequence[Writer]) -> list[Sample]:
         """The answers of these writers to their training prompts; all requests to one model go out together."""
         if not wanted:
             return []
-        turns = [(prompt, place, writer) for prompt in self.prompts[0] for place, writer in self._turns(prompt) if writer in wanted]
+        turns = [
+            (prompt, place, writer)
+            for prompt in self.prompts[0]
+            for place, writer in self._turns(prompt)
+            if writer in wanted
+        ]
         answered: dict[str, Sample] = {}
         for by in dict.fromkeys(writer.by for _, _, writer in turns if writer.by not in ("corpus", "elicited")):
             requests = [self._request(prompt, by, _sampling(writer)) for prompt, _, writer in turns if writer.by == by]
@@ -129,7 +144,9 @@ class Text:
         found = []
         for prompt, place, writer in turns:
             if writer.by == "elicited":
-                found += [self._elicited_sample(sample, prompt, place) for sample in self._elicited[1].get(prompt.id, ())]
+                found += [
+                    self._elicited_sample(sample, prompt, place) for sample in self._elicited[1].get(prompt.id, ())
+                ]
                 continue
             if writer.by == "corpus":
                 samples = [_corpus_sample(prompt, answer) for answer in prompt.answers]
@@ -140,19 +157,33 @@ class Text:
 
     @staticmethod
     def _described(sample: Sample, prompt: Prompt, by: str, place: int) -> Sample:
-        facts = {"prompt_id": prompt.id, "kind": prompt.kind, "writer": by, "task": prompt.task, "weight": prompt.weight}
+        facts = {
+            "prompt_id": prompt.id,
+            "kind": prompt.kind,
+            "writer": by,
+            "task": prompt.task,
+            "weight": prompt.weight,
+        }
         return replace(sample, meta=sample.meta | facts | {"place": place})
 
     @staticmethod
     def _elicited_sample(sample: Sample, prompt: Prompt, place: int) -> Sample:
-        """A sample of the pool with what is known of its prompt, and its own task and weight. Answers to one prompt are equals, unless a
-        step said which is preferred (`place`)."""
+        """A sample of the pool with what is known of its prompt, and its own task and weight. Answers to one prompt are
+        equals, unless a step said which is preferred (`place`)."""
         own = {name: sample.meta[name] for name in ("kind", "task", "weight", "finish") if name in sample.meta}
-        facts = {"prompt_id": prompt.id, "kind": prompt.kind, "writer": "elicited", "task": "", "weight": 1.0, "finish": "ok"} | own
+        facts = {
+            "prompt_id": prompt.id,
+            "kind": prompt.kind,
+            "writer": "elicited",
+            "task": "",
+            "weight": 1.0,
+            "finish": "ok",
+        } | own
         return replace(sample, meta=facts | {"place": place + int(sample.meta.get("place", 0))})
 
     def _turns(self, prompt: Prompt) -> list[tuple[int, Writer]]:
-        """(place in the order of preference, writer) of those that answer this prompt. A share's draw depends on seed and prompt alone."""
+        """(place in the order of preference, writer) of those that answer this prompt. A share's draw depends on seed
+        and prompt alone."""
         writers = self.recipe.fixed_writers
         if self.recipe.all_answer:
             places = {writer: place for place, writer in enumerate(self.recipe.writer)}

@@ -26,10 +26,10 @@ def asks_another(sample: Sample, text: str, answer: str, task: str, writer: str)
 
 
 class Multitask(Section):
-    """Distilling step by step: of every answer with reasons two samples, the question with the final answer alone (task `label`) and the
-    question with `wording` after it, answered by the reasons (task `rationale`). The recipe weighs them: two cross-entropies under `only`.
-    The paper tells the tasks apart by a prefix to both; here the plain question is the label's, so that nothing need be put before it when
-    the student is used."""
+    """Distilling step by step: of every answer with reasons two samples, the question with the final answer alone (task
+    `label`) and the question with `wording` after it, answered by the reasons (task `rationale`). The recipe weighs
+    them: two cross-entropies under `only`. The paper tells the tasks apart by a prefix to both; here the plain question
+    is the label's, so that nothing need be put before it when the student is used."""
 
     kind: ClassVar[Kind] = "transform"
     paper: ClassVar[str] = "Hsieh et al., arXiv:2305.02301"
@@ -41,13 +41,16 @@ class Multitask(Section):
         yield from ()
         found: Pool = []
         for sample in pool:
-            rationale, final = sample.meta.get("rationale"), sample.meta.get("final")
+            rationale = sample.meta.get("rationale")
+            final = sample.meta.get("final")
             if not rationale or not final:
                 tally.drop("no reasons with a final answer", answer_of(sample) or prompt_of(sample))
                 continue
             prompt = prompt_of(sample)
             found.append(asks_another(sample, prompt, fill(self.label, final=str(final)), "label", sample.writer))
-            found.append(asks_another(sample, fill(self.wording, prompt=prompt), str(rationale), "rationale", sample.writer))
+            found.append(
+                asks_another(sample, fill(self.wording, prompt=prompt), str(rationale), "rationale", sample.writer)
+            )
         return found
 
     def bill(self, taken: int) -> Bill:
@@ -55,7 +58,8 @@ class Multitask(Section):
 
 
 class LabelOnly(Section):
-    """The final answer without its reasons: what a student is trained on beside which reasons have to prove themselves."""
+    """The final answer without its reasons: what a student is trained on beside which reasons have to prove
+    themselves."""
 
     kind: ClassVar[Kind] = "transform"
     paper: ClassVar[str] = ""
@@ -94,7 +98,9 @@ class Equations(Section):
                 continue
             final = sample.meta.get("final") or equations[-1].rpartition("=")[2].strip()
             body = "\n".join(dict.fromkeys(equations))
-            found.append(rewritten(sample, f"{body}\nThe answer is {final}.", sample.writer, rationale=body, final=str(final)))
+            found.append(
+                rewritten(sample, f"{body}\nThe answer is {final}.", sample.writer, rationale=body, final=str(final))
+            )
         return found
 
     def bill(self, taken: int) -> Bill:
@@ -102,9 +108,10 @@ class Equations(Section):
 
 
 class Counterfactual(Section):
-    """The student's side of SCOTT: a prefix tells reasons for the right answer from reasons for a wrong one, so that the student learns to
-    follow its reasons. Samples with `counterfactual` get the task `counterfactual`, the others `factual`. The paper takes the loss of a
-    counterfactual sample on the answer alone; here its reasons stand in the prompt, which comes to the same."""
+    """The student's side of SCOTT: a prefix tells reasons for the right answer from reasons for a wrong one, so that
+    the student learns to follow its reasons. Samples with `counterfactual` get the task `counterfactual`, the others
+    `factual`. The paper takes the loss of a counterfactual sample on the answer alone; here its reasons stand in the
+    prompt, which comes to the same."""
 
     kind: ClassVar[Kind] = "transform"
     paper: ClassVar[str] = "Wang et al., arXiv:2305.01879"
@@ -114,14 +121,18 @@ class Counterfactual(Section):
         yield from ()
         found: Pool = []
         for sample in pool:
-            rationale, final = sample.meta.get("rationale"), sample.meta.get("final")
+            rationale = sample.meta.get("rationale")
+            final = sample.meta.get("final")
             if not rationale or not final:
                 tally.drop("no reasons with a final answer", answer_of(sample) or prompt_of(sample))
             elif sample.meta.get("counterfactual"):
                 text = f"[counterfactual] {prompt_of(sample)}\n\n{rationale}"
-                found.append(asks_another(sample, text, f"Therefore, the answer is {final}.", "counterfactual", sample.writer))
+                found.append(
+                    asks_another(sample, text, f"Therefore, the answer is {final}.", "counterfactual", sample.writer)
+                )
             else:
-                text, answer = f"[factual] {prompt_of(sample)}", f"{rationale}\n\nTherefore, the answer is {final}."
+                text = f"[factual] {prompt_of(sample)}"
+                answer = f"{rationale}\n\nTherefore, the answer is {final}."
                 found.append(asks_another(sample, text, answer, "factual", sample.writer))
         return found
 
@@ -130,8 +141,8 @@ class Counterfactual(Section):
 
 
 class RemoveContext(Section):
-    """Takes out of the conversation what the student shall do without: its system message, and of the prompt everything from `begin` to
-    `end` (both included), where it has them."""
+    """Takes out of the conversation what the student shall do without: its system message, and of the prompt everything
+    from `begin` to `end` (both included), where it has them."""
 
     kind: ClassVar[Kind] = "transform"
     paper: ClassVar[str] = "Snell et al., arXiv:2209.15189"
@@ -145,7 +156,9 @@ class RemoveContext(Section):
         found: Pool = []
         for sample in pool:
             messages = [m for m in sample.messages if not (self.system and m["role"] == "system")]
-            shorter = tuple({**m, "content": self._without(m["content"])} if m["role"] == "user" else m for m in messages)
+            shorter = tuple(
+                {**m, "content": self._without(m["content"])} if m["role"] == "user" else m for m in messages
+            )
             if shorter == sample.messages:
                 tally.add("without_context")
                 found.append(sample)
@@ -167,7 +180,8 @@ class RemoveContext(Section):
 
 
 class Turns(Section):
-    """A conversation of several answers becomes one sample for each of them, all that was said before it being its prompt."""
+    """A conversation of several answers becomes one sample for each of them, all that was said before it being its
+    prompt."""
 
     kind: ClassVar[Kind] = "transform"
     paper: ClassVar[str] = ""
@@ -194,6 +208,10 @@ class Turns(Section):
 
 
 STEPS: dict[str, type[Section]] = {
-    "multitask": Multitask, "label_only": LabelOnly, "equations": Equations, "counterfactual": Counterfactual,
-    "remove_context": RemoveContext, "turns": Turns,
-}  # fmt: skip
+    "multitask": Multitask,
+    "label_only": LabelOnly,
+    "equations": Equations,
+    "counterfactual": Counterfactual,
+    "remove_context": RemoveContext,
+    "turns": Turns,
+}

@@ -18,8 +18,8 @@ LETTER = re.compile(r"(?<![A-Za-z])\(?([A-J])(?:\)|\.|:|\b)(?![A-Za-z'’])")
 
 
 def final_answer(sample: Sample, rule: Rule) -> str | None:
-    """What a sample's answer comes to: its last number (in plain form), its last letter of a choice, or its text without case and outer
-    signs. Where the labeling noted a `final` answer, that is read instead of the whole text."""
+    """What a sample's answer comes to: its last number (in plain form), its last letter of a choice, or its text
+    without case and outer signs. Where the labeling noted a `final` answer, that is read instead of the whole text."""
     text = str(sample.meta.get("final") or answer_of(sample) or "")
     if rule == "number":
         found = NUMBER.findall(text)
@@ -31,8 +31,8 @@ def final_answer(sample: Sample, rule: Rule) -> str | None:
 
 
 class Verify(Section):
-    """Keeps answers that pass their prompt's check. With `against`, a prompt without a check is held against its first given answer,
-    by that rule. What can't be checked goes, unless `unchecked: keep`."""
+    """Keeps answers that pass their prompt's check. With `against`, a prompt without a check is held against its first
+    given answer, by that rule. What can't be checked goes, unless `unchecked: keep`."""
 
     kind: ClassVar[Kind] = "verify"
     paper: ClassVar[str] = ""
@@ -57,7 +57,9 @@ class Verify(Section):
         return found
 
     def _verdict(self, sample: Sample) -> tuple[bool | None, str]:
-        check, answer, given = sample.meta.get("check"), answer_of(sample), sample.meta.get("answers")
+        check = sample.meta.get("check")
+        answer = answer_of(sample)
+        given = sample.meta.get("answers")
         if answer is None:
             return None, ""
         if check is not None:
@@ -72,8 +74,8 @@ class Verify(Section):
 
 
 class Vote(Section):
-    """Self-consistency: of the answers to one prompt those that agree with the most frequent final answer (of equally frequent ones
-    the first seen) are kept, all of them or the `first`. No right answer need be known."""
+    """Self-consistency: of the answers to one prompt those that agree with the most frequent final answer (of equally
+    frequent ones the first seen) are kept, all of them or the `first`. No right answer need be known."""
 
     kind: ClassVar[Kind] = "verify"
     paper: ClassVar[str] = "Wang et al., arXiv:2203.11171; as labels: Huang et al., arXiv:2210.11610"
@@ -135,7 +137,9 @@ class BestOf(Section):
                 if id(sample) in kept:
                     found.append(sample)
                 else:
-                    reason = "not among the best" if any(sample is other for other in having) else f"no score {self.score}"
+                    reason = (
+                        "not among the best" if any(sample is other for other in having) else f"no score {self.score}"
+                    )
                     tally.drop(reason, answer_of(sample) or "")
         return found
 

@@ -43,7 +43,8 @@ def parse_check(check: Any, place: str) -> Check:
 
 
 def _number(check: Check, answer: str) -> bool:
-    """The last number in the answer is the right one; with `strict`, the first one after the last "####" or "answer is"."""
+    """The last number in the answer is the right one; with `strict`, the first one after the last "####" or "answer
+    is"."""
     if check.get("strict"):
         *_, answer = re.split(r"####|answer is", answer, flags=re.IGNORECASE) if STATED.search(answer) else ("",)
     found = NUMBER.findall(answer)[: 1 if check.get("strict") else None]
@@ -113,6 +114,10 @@ _CHECKS: dict[str, tuple[dict[str, Any], Callable[[Check, str], bool]]] = {
     "unit_tests": ({"tests": str}, _unit_tests),
 }
 _FURTHER: dict[str, Callable[[Check, str], None]] = {
-    "pattern": checks.check_pattern, "tool_call": checks.check_calls, "instructions": checks.check_rules,
-    "math": equivalence.check_answer, "json_schema": schema.check_schema, "unit_tests": lambda check, place: sandbox.require(place),
-}  # fmt: skip
+    "pattern": checks.check_pattern,
+    "tool_call": checks.check_calls,
+    "instructions": checks.check_rules,
+    "math": equivalence.check_answer,
+    "json_schema": schema.check_schema,
+    "unit_tests": lambda check, place: sandbox.require(place),
+}

@@ -1,4 +1,5 @@
-"""Filling in our templates, and reading what a model wrote in answer to them. What a model wrote is text: it's never a template itself."""
+"""Filling in our templates, and reading what a model wrote in answer to them. What a model wrote is text: it's never a
+template itself."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from itertools import zip_longest
 
 PLACE = re.compile(r"\{([a-z_]+)\}")
 ITEM = re.compile(
-    r"^[ \t]*(?:[*#]{0,4}[ \t]*)?(?:task|question|example|problem)?[ \t]*(\d{1,3})[ \t]*[.):][ \t]*(?:\*\*)?", re.IGNORECASE | re.MULTILINE
+    r"^[ \t]*(?:[*#]{0,4}[ \t]*)?(?:task|question|example|problem)?[ \t]*(\d{1,3})[ \t]*[.):][ \t]*(?:\*\*)?",
+    re.IGNORECASE | re.MULTILINE,
 )
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*\s*$")
@@ -25,7 +27,10 @@ def fill(template: str, **fields: str) -> str:
 def spans(mark: re.Pattern[str], text: str) -> list[tuple[re.Match[str], str]]:
     """Every match with what stands between it and the next one."""
     marks = list(mark.finditer(text))
-    return [(here, text[here.end() : later.start() if later else len(text)]) for here, later in zip_longest(marks, marks[1:])]
+    return [
+        (here, text[here.end() : later.start() if later else len(text)])
+        for here, later in zip_longest(marks, marks[1:])
+    ]
 
 
 def numbered(texts: list[str], first: int = 1) -> str:
@@ -39,7 +44,8 @@ def items(text: str) -> list[tuple[int, str]]:
 
 
 def parts(text: str, names: tuple[str, ...]) -> dict[str, str]:
-    """What stands after each `Name:` at the start of a line, up to the next of the names. Of a name that stands twice the first counts."""
+    """What stands after each `Name:` at the start of a line, up to the next of the names. Of a name that stands twice
+    the first counts."""
     mark = re.compile(rf"^[ \t*#]*({'|'.join(map(re.escape, names))})[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
     found: dict[str, str] = {}
     for here, said in spans(mark, text):

@@ -18,7 +18,8 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Reliability:
-    """Predictions sorted into bins of equal width over their confidence: their number, summed confidence, how many were right.
+    """Predictions sorted into bins of equal width over their confidence: their number, summed confidence, how many were
+    right.
 
     Bin b of B holds confidences in [b / B, (b + 1) / B); the last one holds 1 as well. Tables of items add up to the
     table of all their predictions, so a record per item loses nothing.
@@ -38,11 +39,17 @@ class Reliability:
         Raises:
             UserError: other lengths, or a confidence that is no probability.
         """
-        sure_N, right_N = np.asarray(confidence_N, float), np.asarray(correct_N, float)
+        sure_N = np.asarray(confidence_N, float)
+        right_N = np.asarray(correct_N, float)
         if sure_N.shape != right_N.shape or sure_N.ndim != 1:
-            raise UserError(f"confidences of shape {sure_N.shape} for answers of shape {right_N.shape}: give one of each per prediction")
+            raise UserError(
+                f"confidences of shape {sure_N.shape} for answers of shape {right_N.shape}: give one of each per"
+                " prediction"
+            )
         if bins < 1 or not ((sure_N >= 0) & (sure_N <= 1)).all() or not np.isin(right_N, (0, 1)).all():
-            raise UserError("a confidence must lie in 0 to 1 and an answer be right (1) or wrong (0); at least one bin is needed")
+            raise UserError(
+                "a confidence must lie in 0 to 1 and an answer be right (1) or wrong (0); at least one bin is needed"
+            )
         bin_N = np.minimum((sure_N * bins).astype(int), bins - 1)
         count_B, sure_B, right_B = (np.bincount(bin_N, weight_N, bins) for weight_N in (None, sure_N, right_N))
         return cls(tuple(map(int, count_B)), tuple(map(float, sure_B)), tuple(map(float, right_B)))
@@ -71,7 +78,8 @@ def merged(tables: Sequence[Reliability]) -> Reliability:
 
 
 def ece(table: Reliability) -> float:
-    """Expected calibration error, 0 to 1 (Naeini et al. 2015; Guo et al. 2017): the share-weighted |accuracy - confidence| of the bins.
+    """Expected calibration error, 0 to 1 (Naeini et al. 2015; Guo et al. 2017): the share-weighted |accuracy -
+    confidence| of the bins.
 
     It is never negative, so chance alone keeps it above 0; compare systems over the same number of predictions.
 
@@ -94,8 +102,10 @@ def ece_interval(tables: Sequence[Reliability], seed: int = 0) -> Interval:
         UserError: there is no prediction.
     """
     table_IB3 = _stacked(tables)
-    items, value = len(table_IB3), float(_ece(table_IB3.sum(0, keepdims=True))[0])
-    noise, found = np.random.default_rng(seed), []
+    items = len(table_IB3)
+    value = float(_ece(table_IB3.sum(0, keepdims=True))[0])
+    noise = np.random.default_rng(seed)
+    found = []
     for start in range(0, RESAMPLES, size := max(1, CHUNK // items)):
         times_RI = noise.multinomial(items, np.full(items, 1 / items), min(size, RESAMPLES - start))
         table_RB3 = np.tensordot(times_RI.astype(float), table_IB3, 1)
@@ -106,10 +116,17 @@ def ece_interval(tables: Sequence[Reliability], seed: int = 0) -> Interval:
 
 
 def curve(table: Reliability) -> list[dict[str, float]]:
-    """Points of the reliability diagram, one per bin that holds a prediction: its limits, mean confidence, accuracy and count."""
+    """Points of the reliability diagram, one per bin that holds a prediction: its limits, mean confidence, accuracy and
+    count."""
     bins = len(table.count)
     return [
-        {"low": place / bins, "high": (place + 1) / bins, "confidence": sure / count, "accuracy": right / count, "count": count}
+        {
+            "low": place / bins,
+            "high": (place + 1) / bins,
+            "confidence": sure / count,
+            "accuracy": right / count,
+            "count": count,
+        }
         for place, (count, sure, right) in enumerate(table.rows())
         if count
     ]
@@ -128,7 +145,8 @@ def brier(prob_IC: np.ndarray, answer_I: np.ndarray) -> float:
     prob_IC, answer_I = np.asarray(prob_IC, float), np.asarray(answer_I)
     if prob_IC.ndim != 2 or not prob_IC.size or answer_I.shape != prob_IC.shape[:1]:
         raise UserError(
-            f"probabilities of shape {prob_IC.shape} for answers of shape {answer_I.shape}: the Brier score needs [I, C] and [I]"
+            f"probabilities of shape {prob_IC.shape} for answers of shape {answer_I.shape}: the Brier score needs [I,"
+            " C] and [I]"
         )
     if not (prob_IC >= 0).all() or not np.allclose(prob_IC.sum(1), 1, atol=1e-3):
         raise UserError("the probabilities of an item's choices must not be negative and must sum to 1")
@@ -140,7 +158,9 @@ def brier(prob_IC: np.ndarray, answer_I: np.ndarray) -> float:
 def _stacked(tables: Sequence[Reliability]) -> np.ndarray:
     """[I, B, 3]: counts, confidences, number right."""
     if len({len(table.count) for table in tables}) != 1:
-        raise UserError("reliability tables add up only where there is one at least and all have the same number of bins")
+        raise UserError(
+            "reliability tables add up only where there is one at least and all have the same number of bins"
+        )
     return np.array([table.rows() for table in tables])
 
 

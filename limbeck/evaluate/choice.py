@@ -63,14 +63,17 @@ def prompt_ids(system: Model, wording: Wording, fields: dict[str, str] | ChoiceI
     text = wording.fill(fields.fields if isinstance(fields, ChoiceItem) else fields)
     if wording.format == "chat":
         return tuple(system.prompt_ids(({"role": "user", "content": text},)))
-    ids, bos = text_ids(system, text), system.tokenizer.bos_token_id
+    ids = text_ids(system, text)
+    bos = system.tokenizer.bos_token_id
     default = list(system.tokenizer(text)["input_ids"])
     if bos is not None and default[:1] == [bos] and ids[:1] != [bos]:
         ids = [bos, *ids]
     return tuple(ids or [first_id(system)])
 
 
-def log_probs(system: Model, wanted: Sequence[Continuation], progress: Progress = lambda done, total: None) -> list[float]:
+def log_probs(
+    system: Model, wanted: Sequence[Continuation], progress: Progress = lambda done, total: None
+) -> list[float]:
     """log q(continuation | prompt) in nats, summed over the continuation's tokens, in the order of `wanted`.
 
     Where the inputs of one continuation begin those of another (short choices after one prompt), the model runs the
@@ -84,7 +87,8 @@ def log_probs(system: Model, wanted: Sequence[Continuation], progress: Progress 
             raise UserError(f"{continuation.item}: a text to be scored has no token; give it some text")
         if len(continuation.inputs) > system.context:
             raise UserError(
-                f"{continuation.item} takes {len(continuation.inputs)} tokens, and the model's context is {system.context}: shorten it"
+                f"{continuation.item} takes {len(continuation.inputs)} tokens, and the model's context is"
+                f" {system.context}: shorten it"
             )
     keep_freed_memory()
     served = _served(wanted)
@@ -96,7 +100,8 @@ def log_probs(system: Model, wanted: Sequence[Continuation], progress: Progress 
             for index, value in _run(system, wanted, {carrier: served[carrier] for carrier in carriers}):
                 if not np.isfinite(value):
                     raise UserError(
-                        f"{wanted[index].item}: the model gives it a log-probability that is not finite; its weights may be damaged"
+                        f"{wanted[index].item}: the model gives it a log-probability that is not finite; its weights"
+                        " may be damaged"
                     )
                 found[index] = value
             progress(len(found), len(wanted))
@@ -106,7 +111,8 @@ def log_probs(system: Model, wanted: Sequence[Continuation], progress: Progress 
 
 
 def _served(wanted: Sequence[Continuation]) -> dict[int, list[int]]:
-    """Which rows are run, and whose positions each of them holds. In lexical order a prefix stands right before its extensions."""
+    """Which rows are run, and whose positions each of them holds. In lexical order a prefix stands right before its
+    extensions."""
     order = sorted(range(len(wanted)), key=lambda index: wanted[index].inputs)
     served: dict[int, list[int]] = {}
     carrier = -1
@@ -131,7 +137,8 @@ def _batches(inputs: Sequence[tuple[int, ...]], carriers: Sequence[int]) -> list
 
 @torch.no_grad()
 def _run(system: Model, wanted: Sequence[Continuation], served: dict[int, list[int]]) -> list[tuple[int, float]]:
-    """(index, log-probability) of every continuation that the rows serve. Padded on the right, which causal attention never sees."""
+    """(index, log-probability) of every continuation that the rows serve. Padded on the right, which causal attention
+    never sees."""
     net = system.net
     width = max(len(wanted[carrier].inputs) for carrier in served)
     tokens_BT = torch.zeros(len(served), width, dtype=torch.long)
@@ -142,7 +149,8 @@ def _run(system: Model, wanted: Sequence[Continuation], served: dict[int, list[i
     for row, (carrier, indices) in enumerate(served.items()):
         tokens_BT[row, : len(wanted[carrier].inputs)] = torch.tensor(wanted[carrier].inputs)
         for index in indices:
-            start, ids = len(wanted[index].prompt_ids) - 1, wanted[index].ids
+            start = len(wanted[index].prompt_ids) - 1
+            ids = wanted[index].ids
             rows += [row] * len(ids)
             positions += range(start, start + len(ids))
             targets += ids
@@ -159,15 +167,17 @@ def _run(system: Model, wanted: Sequence[Continuation], served: dict[int, list[i
 def score_choices(items: Sequence[ChoiceItem], wording: Wording, system: Model, progress: Progress) -> list[Scored]:
     """Multiple choice and classification, by the log-probability of every choice after the item's prompt.
 
-    `acc`: the most likely choice is the right one. `acc_norm`: the same with the log-probability divided by the choice's
-    UTF-8 bytes; lm-evaluation-harness calls that acc_bytes, and its acc_norm divides by characters, which is the same for
-    ASCII. `probability`: that of the right choice among the choices (softmax of their log-probabilities). `brier`: the sum
-    over choices of (probability - truth)^2, 0 to 2. Of equal choices the first is taken.
+    `acc`: the most likely choice is the right one. `acc_norm`: the same with the log-probability divided by the
+    choice's UTF-8 bytes; lm-evaluation-harness calls that acc_bytes, and its acc_norm divides by characters, which is
+    the same for ASCII. `probability`: that of the right choice among the choices (softmax of their log-probabilities).
+    `brier`: the sum over choices of (probability - truth)^2, 0 to 2. Of equal choices the first is taken.
     """
     wanted = []
     for item in items:
         prompt = prompt_ids(system, wording, item)
-        wanted += [Continuation(item.id, prompt, tuple(text_ids(system, wording.joint + choice))) for choice in item.choices]
+        wanted += [
+            Continuation(item.id, prompt, tuple(text_ids(system, wording.joint + choice))) for choice in item.choices
+        ]
     values = iter(log_probs(system, wanted, progress))
     return [_scored_choice(item, np.array([next(values) for _ in item.choices])) for item in items]
 
@@ -183,45 +193,63 @@ def _scored_choice(item: ChoiceItem, log_prob_C: np.ndarray) -> Scored:
         "probability": float(prob_C[item.answer]),
         "brier": float(brier(prob_C[None], np.array([item.answer]))),
     }
-    facts = {"log_probs": log_prob_C.tolist(), "probabilities": prob_C.tolist(), "chosen": chosen, "answer": item.answer}
+    facts = {
+        "log_probs": log_prob_C.tolist(),
+        "probabilities": prob_C.tolist(),
+        "chosen": chosen,
+        "answer": item.answer,
+    }
     return Scored(item.id, scores, {}, item.choices[chosen], facts)
 
 
 def macro_f1(truth_I: np.ndarray, chosen_I: np.ndarray, labels: int, seed: int = 0) -> Interval:
     """The mean over labels of F1 = 2 TP / (2 TP + FP + FN), with its bootstrap interval over items.
 
-    A label that is neither true nor chosen anywhere (in the data, or in a resample) has no F1 and is left out of the mean.
+    A label that is neither true nor chosen anywhere (in the data, or in a resample) has no F1 and is left out of the
+    mean.
 
     Args:
         truth_I, chosen_I: numbers of labels, 0 to `labels` - 1.
     """
-    truth_IL, chosen_IL = np.eye(labels)[truth_I], np.eye(labels)[chosen_I]
-    hits_IL, named_IL = truth_IL * chosen_IL, truth_IL + chosen_IL
+    truth_IL = np.eye(labels)[truth_I]
+    chosen_IL = np.eye(labels)[chosen_I]
+    hits_IL = truth_IL * chosen_IL
+    named_IL = truth_IL + chosen_IL
 
     def of(counts_RI: np.ndarray) -> np.ndarray:
-        hits_RL, named_RL = counts_RI @ hits_IL, counts_RI @ named_IL
+        hits_RL = counts_RI @ hits_IL
+        named_RL = counts_RI @ named_IL
         f1_RL = np.divide(2 * hits_RL, named_RL, out=np.zeros_like(hits_RL), where=named_RL > 0)
         return np.asarray(f1_RL.sum(1) / (named_RL > 0).sum(1))
 
-    count, noise = len(truth_I), np.random.default_rng(seed)
+    count = len(truth_I)
+    noise = np.random.default_rng(seed)
     shares_I = np.full(count, 1 / count)
     size = max(1, COUNTS_TOGETHER // count)
-    resampled = [of(noise.multinomial(count, shares_I, min(size, RESAMPLES - start))) for start in range(0, RESAMPLES, size)]
+    resampled = [
+        of(noise.multinomial(count, shares_I, min(size, RESAMPLES - start))) for start in range(0, RESAMPLES, size)
+    ]
     low, high = np.quantile(np.concatenate(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(of(np.ones((1, count)))[0]), float(low), float(high), count)
 
 
-def score_rankings(items: Sequence[RankingItem], settings: RankingSettings, system: Model, progress: Progress) -> list[Scored]:
-    """Documents ordered by the query's log-probability per token after each of them (query likelihood, Ponte and Croft 1998).
+def score_rankings(
+    items: Sequence[RankingItem], settings: RankingSettings, system: Model, progress: Progress
+) -> list[Scored]:
+    """Documents ordered by the query's log-probability per token after each of them (query likelihood, Ponte and Croft
+    1998).
 
     Of documents with equal scores the earlier one comes first.
     """
     wanted = []
     for item in items:
         query = tuple(text_ids(system, settings.joint + item.query))
-        wanted += [Continuation(item.id, prompt_ids(system, settings, {"document": text}), query) for text in item.documents]
+        wanted += [
+            Continuation(item.id, prompt_ids(system, settings, {"document": text}), query) for text in item.documents
+        ]
     values = log_probs(system, wanted, progress)
-    scored, at = [], 0
+    scored = []
+    at = 0
     for item in items:
         own = [values[at + place] / len(wanted[at + place].ids) for place in range(len(item.documents))]
         at += len(own)

@@ -22,7 +22,8 @@ PREFILL_TOKENS = 512
 
 
 def efficiency(model: Model, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Layers, parameters, bytes of weights, tokens a second (prefill and decode), first-token latency, peak memory (GPU only).
+    """Layers, parameters, bytes of weights, tokens a second (prefill and decode), first-token latency, peak memory (GPU
+    only).
 
     Args:
         prompts: token ids of some prompts; the median over the first few is taken.
@@ -34,7 +35,9 @@ def efficiency(model: Model, prompts: Sequence[Sequence[int]]) -> dict[str, Any]
     on_gpu = net.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(net.device)
-    first, every, prefill = [], [], []
+    first = []
+    every = []
+    prefill = []
     filler = torch.tensor([token for ids in picked for token in ids] or [0])
     filler = filler.repeat(-(-PREFILL_TOKENS // len(filler)))[: min(PREFILL_TOKENS, model.context)][None].to(net.device)
     with torch.inference_mode():

@@ -30,8 +30,18 @@ from limbeck.training.memory import keep_freed_memory
 from limbeck.types import Batch
 
 SUMMED = (
-    "forward_kl", "reverse_kl", "jsd", "tvd", "nll", "teacher_nll", "entropy", "top1", "top5", "wrong", "same_wrong",
-)  # fmt: skip
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "tvd",
+    "nll",
+    "teacher_nll",
+    "entropy",
+    "top1",
+    "top5",
+    "wrong",
+    "same_wrong",
+)
 CHOICES = 5
 SHOWN_CHOICES = 3
 ROWS_TOGETHER = 8
@@ -45,9 +55,9 @@ Choices = list[tuple[int, float]]
 class ItemFidelity:
     """Sums over one answer's tokens.
 
-    `lengths` holds [nats of forward KL, tokens] among the tokens before each position of LENGTHS (and after the one before),
-    `classes` the same by class of token, `lens` per token (id, forward KL, the teacher's choices, the system's choices),
-    for the answers that are shown.
+    `lengths` holds [nats of forward KL, tokens] among the tokens before each position of LENGTHS (and after the one
+    before), `classes` the same by class of token, `lens` per token (id, forward KL, the teacher's choices, the system's
+    choices), for the answers that are shown.
     """
 
     sample_id: str
@@ -60,14 +70,19 @@ class ItemFidelity:
 
 
 class Text:
-    """Rows with the teacher's distribution at their response tokens, computed once for all systems that read them; without it where the
-    teacher's weights are not here."""
+    """Rows with the teacher's distribution at their response tokens, computed once for all systems that read them;
+    without it where the teacher's weights are not here."""
 
     def __init__(self, rows: Sequence[Row], teacher: InProcessTeacher | None) -> None:
-        self.rows, self.teacher = rows, teacher
-        self.vocabulary = sys.maxsize if teacher is None else min(head_of(teacher.model.net).vocabulary, teacher.model.tokens)
+        self.rows = rows
+        self.teacher = teacher
+        self.vocabulary = (
+            sys.maxsize if teacher is None else min(head_of(teacher.model.net).vocabulary, teacher.model.tokens)
+        )
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        self.picks: list[MicroBatch] = [tuple(order[start : start + ROWS_TOGETHER]) for start in range(0, len(order), ROWS_TOGETHER)]
+        self.picks: list[MicroBatch] = [
+            tuple(order[start : start + ROWS_TOGETHER]) for start in range(0, len(order), ROWS_TOGETHER)
+        ]
         self._kept: dict[int, Tensor] = {}
         self._buffer = Buffer()
 
@@ -85,11 +100,17 @@ class Text:
                 hidden_NE = self.teacher.signal(batch).hidden_NE
             if keep:
                 self._kept[number] = hidden_NE
-            yield picked, batch, DenseSignal(hidden_NE, head_of(self.teacher.model.net).cut(self.vocabulary), self._buffer)
+            yield (
+                picked,
+                batch,
+                DenseSignal(hidden_NE, head_of(self.teacher.model.net).cut(self.vocabulary), self._buffer),
+            )
 
 
 @torch.no_grad()
-def fidelity(system: Model, text: Text, shown: Collection[str] = (), progress: Progress = lambda done, total: None) -> list[ItemFidelity]:
+def fidelity(
+    system: Model, text: Text, shown: Collection[str] = (), progress: Progress = lambda done, total: None
+) -> list[ItemFidelity]:
     """One record per row, in the order of the rows.
 
     Args:
@@ -140,15 +161,21 @@ def _alone(signal: DenseSignal) -> Iterator[tuple[slice, Distribution, Distribut
 
 
 def _measures(p: Distribution | None, q: Distribution, target_R1: Tensor) -> dict[str, Tensor]:
-    """All measures of a block in one go: `limbeck.divergence` would take its gradient each time, too. Without `p`, those of q alone."""
+    """All measures of a block in one go: `limbeck.divergence` would take its gradient each time, too. Without `p`,
+    those of q alone."""
 
     def dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:
         return (a_RV * b_RV).sum(-1)
 
     student = q.prob.topk(min(CHOICES, q.prob.shape[-1]))
-    first_R, target_R = student.indices[:, 0], target_R1[:, 0]
-    alone = {"nll": -q.log.gather(-1, target_R1)[:, 0], "entropy": -dot(q.prob, q.log), "wrong": (first_R != target_R).float(),
-             "confidence": student.values[:, 0]}  # fmt: skip
+    first_R = student.indices[:, 0]
+    target_R = target_R1[:, 0]
+    alone = {
+        "nll": -q.log.gather(-1, target_R1)[:, 0],
+        "entropy": -dot(q.prob, q.log),
+        "wrong": (first_R != target_R).float(),
+        "confidence": student.values[:, 0],
+    }
     if p is None:
         return alone
     teacher = student if q is p else p.prob.topk(min(CHOICES, p.prob.shape[-1]))
@@ -181,7 +208,9 @@ def _measures(p: Distribution | None, q: Distribution, target_R1: Tensor) -> dic
 def _item(sample_id: str, part: Mapping[str, Tensor], classes: TokenClasses, shown: bool) -> ItemFidelity:
     """One answer's record from its positions' measures."""
     targets = part["targets"].tolist()
-    item = ItemFidelity(sample_id, len(targets), {name: float(part[name].double().sum()) for name in SUMMED if name in part})
+    item = ItemFidelity(
+        sample_id, len(targets), {name: float(part[name].double().sum()) for name in SUMMED if name in part}
+    )
     item.reliability = Reliability.of(part["confidence"].numpy(), 1 - part["wrong"].numpy())
     if "forward_kl" not in part:
         return item
@@ -193,19 +222,24 @@ def _item(sample_id: str, part: Mapping[str, Tensor], classes: TokenClasses, sho
             table[key] = (total + value, count + 1)
     if shown:
         teachers, students = (_choices(part[f"{who}_choices"], part[f"{who}_shares"]) for who in ("teacher", "student"))
-        item.lens = [(t, round(max(kl, 0.0), 4), a, b) for t, kl, a, b in zip(targets, nats, teachers, students, strict=True)]
+        item.lens = [
+            (t, round(max(kl, 0.0), 4), a, b) for t, kl, a, b in zip(targets, nats, teachers, students, strict=True)
+        ]
     return item
 
 
 def _choices(ids_NK: Tensor, shares_NK: Tensor) -> list[Choices]:
-    return [list(zip(ids, shares, strict=True)) for ids, shares in zip(ids_NK.tolist(), shares_NK.tolist(), strict=True)]
+    return [
+        list(zip(ids, shares, strict=True)) for ids, shares in zip(ids_NK.tolist(), shares_NK.tolist(), strict=True)
+    ]
 
 
 class TokenClasses:
     """What kind of token an id is, by its text: where does a student lose most?"""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self._known = tokenizer, dict[int, str]()
+        self.tokenizer = tokenizer
+        self._known = dict[int, str]()
 
     def of(self, token: int) -> str:
         if token not in self._known:
@@ -258,13 +292,17 @@ def by_class(items: Sequence[ItemFidelity]) -> dict[str, dict[str, float]]:
 
 
 def exposure(own: Sequence[ItemFidelity], given: Sequence[ItemFidelity]) -> list[dict[str, float]]:
-    """Excess accumulated error in per cent, up to each length: 100 (R(l) - l e(l)) / (l e(l)) (Arora et al., arXiv:2204.01171).
+    """Excess accumulated error in per cent, up to each length: 100 (R(l) - l e(l)) / (l e(l)) (Arora et al.,
+    arXiv:2204.01171).
 
-    R(l) is the forward KL summed over the first l tokens after prefixes that the system wrote (`own`), l e(l) the same after the
-    teacher's (`given`), each as the sum of the mean per position bucket. Both must be drawn in the same way, to the same prompts. Ends
-    where no answer of either fills the bucket. 0: no exposure bias.
+    R(l) is the forward KL summed over the first l tokens after prefixes that the system wrote (`own`), l e(l) the same
+    after the teacher's (`given`), each as the sum of the mean per position bucket. Both must be drawn in the same way,
+    to the same prompts. Ends where no answer of either fills the bucket. 0: no exposure bias.
     """
-    found, here, there, done = [], 0.0, 0.0, 0
+    found = []
+    here = 0.0
+    there = 0.0
+    done = 0
     longest = min(max((item.tokens for item in items), default=0) for items in (own, given))
     for length in (length for length in LENGTHS if length <= longest):
         means = []

@@ -30,9 +30,9 @@ Text = Annotated[str, Field(min_length=1)]
 class Scored:
     """One system's result on one item.
 
-    `scores` holds the item's value of every metric that applies to it, `weights` its weight where that is not 1: a metric
-    is the sum of scores divided by the sum of weights. `text` is what the system wrote or chose, `facts` the rest of the
-    evidence as plain data.
+    `scores` holds the item's value of every metric that applies to it, `weights` its weight where that is not 1: a
+    metric is the sum of scores divided by the sum of weights. `text` is what the system wrote or chose, `facts` the
+    rest of the evidence as plain data.
     """
 
     item: str
@@ -44,7 +44,8 @@ class Scored:
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """A question with `choices`, of which number `answer` (from 0) is right. `fields` are the texts that the template names."""
+    """A question with `choices`, of which number `answer` (from 0) is right. `fields` are the texts that the template
+    names."""
 
     id: str
     fields: Mapping[str, str]
@@ -141,9 +142,13 @@ class GenerationSettings(Wording):
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands twice in seeds, so its answer would count twice")
         if self.temperature == 0 and self.draws != (0,):
-            raise ValueError("at temperature 0 every answer is the same; set a temperature above 0, or leave seeds and samples out")
+            raise ValueError(
+                "at temperature 0 every answer is the same; set a temperature above 0, or leave seeds and samples out"
+            )
         if any(k > len(self.draws) for k in self.pass_at):
-            raise ValueError(f"pass_at {max(self.pass_at)} needs as many answers; there are {len(self.draws)}: raise samples")
+            raise ValueError(
+                f"pass_at {max(self.pass_at)} needs as many answers; there are {len(self.draws)}: raise samples"
+            )
         return self
 
     @property
@@ -154,7 +159,9 @@ class GenerationSettings(Wording):
     @property
     def shares_answers(self) -> bool:
         """True where the answers are the plain greedy ones that any held-out prompt gets."""
-        return self.temperature == 0 and self.format == "chat" and self.template == "{prompt}" and self.max_tokens is None
+        return (
+            self.temperature == 0 and self.format == "chat" and self.template == "{prompt}" and self.max_tokens is None
+        )
 
 
 class ChoiceSettings(Wording):
@@ -206,7 +213,9 @@ class PassageSettings(Settings):
     @model_validator(mode="after")
     def _agree(self) -> PassageSettings:
         if self.stride is not None and self.stride >= self.window:
-            raise ValueError(f"stride {self.stride} must be below the window of {self.window}, so that every token has some context")
+            raise ValueError(
+                f"stride {self.stride} must be below the window of {self.window}, so that every token has some context"
+            )
         return self
 
 
@@ -229,7 +238,9 @@ def parse_choice(data: dict[str, Any], ident: str, place: str, settings: Setting
         raise UserError(f'{place}: "choices" must be at least two different texts')
     answer = data.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise UserError(f'{place}: "answer" must be the place of the right choice, 0 to {len(choices) - 1}; got {answer!r}')
+        raise UserError(
+            f'{place}: "answer" must be the place of the right choice, 0 to {len(choices) - 1}; got {answer!r}'
+        )
     return ChoiceItem(ident, {name: _text(data, name, place) for name in names}, choices, answer)
 
 
@@ -248,7 +259,8 @@ def parse_passage(data: dict[str, Any], ident: str, place: str, _: Settings) -> 
 
 
 def parse_ranking(data: dict[str, Any], ident: str, place: str, _: Settings) -> RankingItem:
-    """`documents` is a list of {"text": ..., "relevance": number}; nDCG needs two different relevances to be worth anything."""
+    """`documents` is a list of {"text": ..., "relevance": number}; nDCG needs two different relevances to be worth
+    anything."""
     _refuse_others(data, ("query", "documents"), place)
     documents = data.get("documents")
     if not isinstance(documents, list) or not all(isinstance(document, dict) for document in documents):
@@ -257,11 +269,18 @@ def parse_ranking(data: dict[str, Any], ident: str, place: str, _: Settings) -> 
     for document in documents:
         _refuse_others(document, ("text", "relevance"), place)
         grade = document.get("relevance")
-        if isinstance(grade, bool) or not isinstance(grade, int | float) or not math.isfinite(grade) or not 0 <= grade <= 32:
+        if (
+            isinstance(grade, bool)
+            or not isinstance(grade, int | float)
+            or not math.isfinite(grade)
+            or not 0 <= grade <= 32
+        ):
             raise UserError(f'{place}: "relevance" must be a number from 0 to 32; got {grade!r}')
         relevances.append(float(grade))
     if len(set(relevances)) < 2:
-        raise UserError(f"{place}: the documents need at least two different relevances, or every order would be as good")
+        raise UserError(
+            f"{place}: the documents need at least two different relevances, or every order would be as good"
+        )
     texts = tuple(_text(document, "text", place) for document in documents)
     return RankingItem(ident, _text(data, "query", place), texts, tuple(relevances))
 
@@ -269,7 +288,9 @@ def parse_ranking(data: dict[str, Any], ident: str, place: str, _: Settings) -> 
 Parser = Callable[[dict[str, Any], str, str, Settings], Item]
 
 
-def read_items(file: Path, prefix: str, parser: Parser, settings: Settings, references: Path | None = None) -> list[Item]:
+def read_items(
+    file: Path, prefix: str, parser: Parser, settings: Settings, references: Path | None = None
+) -> list[Item]:
     """The items of a JSONL file; their ids are `prefix` and the line's `id`, or its number.
 
     Args:
@@ -284,9 +305,13 @@ def read_items(file: Path, prefix: str, parser: Parser, settings: Settings, refe
         beside = read_lines(references)
         if len(beside) != len(lines):
             raise UserError(
-                f"{references} holds references for {len(beside)} items, {file} holds {len(lines)}: give one line for each item"
+                f"{references} holds references for {len(beside)} items, {file} holds {len(lines)}: give one line for"
+                " each item"
             )
-        lines = [(number, _with_references(line, given, references)) for (number, line), given in zip(lines, beside, strict=True)]
+        lines = [
+            (number, _with_references(line, given, references))
+            for (number, line), given in zip(lines, beside, strict=True)
+        ]
     seen: set[str] = set()
     for number, data in lines:
         place = f"{file}, line {number}"
@@ -309,7 +334,9 @@ def read_lines(file: Path) -> list[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: {error}") from error
     except OSError as error:
-        raise UserError(f"can't read {file}: {error.strerror}; put it there, or name another file in task.yaml") from error
+        raise UserError(
+            f"can't read {file}: {error.strerror}; put it there, or name another file in task.yaml"
+        ) from error
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():

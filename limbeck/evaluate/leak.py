@@ -1,20 +1,21 @@
 """Decontamination: does an item of an evaluation stand in the training text?
 
-Both sides are reduced to words: NFKC, lower case, letters and numbers only (`1,000` is 1000, `5km` is two words), one word
-per character of Chinese and Japanese. Four kinds of leak, the strongest first:
+Both sides are reduced to words: NFKC, lower case, letters and numbers only (`1,000` is 1000, `5km` is two words), one
+word per character of Chinese and Japanese. Four kinds of leak, the strongest first:
 
 - `exact`: the training text is the item.
 - `contained`: the whole item stands in a longer training text, from word to word; for items of at least 4 words.
-- `overlap`: both share a run of `n` words (13, as in GPT-3, Brown et al. 2020, and lm-evaluation-harness). Items of `small_n`
-  to n - 1 words: a run of `small_n` (8, as in Tulu 3, Lambert et al. 2024), two thirds of the item or more. Shorter: none.
+- `overlap`: both share a run of `n` words (13, as in GPT-3, Brown et al. 2020, and lm-evaluation-harness). Items of
+  `small_n` to n - 1 words: a run of `small_n` (8, as in Tulu 3, Lambert et al. 2024), two thirds of the item or more.
+  Shorter: none.
 - `same_but_for_numbers`: the whole item stands there, but with other numbers. For items of at least 4 words besides
   numbers. It's weaker: a task made from a template shows it by design.
 
 A run that more than 10 different items have is the wording of their task, and no overlap. Not covered: paraphrases,
 translations, numbers written as words.
 
-Items are indexed once by hashes of runs; the training text streams past in blocks, and every hit is compared word by word.
-Time is linear in the training text and in what is found: about 1 second per million words.
+Items are indexed once by hashes of runs; the training text streams past in blocks, and every hit is compared word by
+word. Time is linear in the training text and in what is found: about 1 second per million words.
 
 Shapes: N words of a block or item, P positions of runs, H of them with a hit.
 """
@@ -42,7 +43,8 @@ LEAST_WORDS = 4
 COMMON = 10
 EXCERPT_WORDS = 40
 BLOCK = 2000
-OTHER, NUMBER = 0, 1  # ids of words that no item has, and of numbers that no item has; the items' own words follow
+OTHER = 0
+NUMBER = 1  # ids of words that no item has, and of numbers that no item has; the items' own words follow
 SIEVE_BITS = 22
 BASE = np.uint64(0x9E3779B97F4A7C15)
 
@@ -51,8 +53,8 @@ BASE = np.uint64(0x9E3779B97F4A7C15)
 class Leak:
     """An item that stands in a training text.
 
-    `share` is the part of the item's words that the text repeats in runs, 0 to 1 (of `same_but_for_numbers`: the part that
-    is no number). `excerpt` is the text's matching stretch as words, the first 40.
+    `share` is the part of the item's words that the text repeats in runs, 0 to 1 (of `same_but_for_numbers`: the part
+    that is no number). `excerpt` is the text's matching stretch as words, the first 40.
     """
 
     item: str
@@ -65,8 +67,8 @@ class Leak:
 def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> list[Leak]:
     """Every pair of item and training text with a leak, in the order of the items.
 
-    Of the last kind an item has at most one leak, with the first text that shows it, and none beside an exact or contained
-    one. An item without words leaks nowhere.
+    Of the last kind an item has at most one leak, with the first text that shows it, and none beside an exact or
+    contained one. An item without words leaks nowhere.
 
     Args:
         training, items: (id, text).
@@ -81,7 +83,9 @@ def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> 
     is_number, codes = vocabulary.tables()
     plain = _Index({place: own_N for place, own_N in enumerate(ids) if len(own_N)}, codes, n, small_n)
     skeletons = {place: np.where(is_number[own_N], NUMBER, own_N).astype(np.int32) for place, own_N in enumerate(ids)}
-    masked = _Index({p: own_N for p, own_N in skeletons.items() if _has_skeleton(own_N)}, codes, n, small_n, anchors_only=True)
+    masked = _Index(
+        {p: own_N for p, own_N in skeletons.items() if _has_skeleton(own_N)}, codes, n, small_n, anchors_only=True
+    )
     found: dict[tuple[int, int], Leak] = {}
     first_of: dict[int, tuple[str, str]] = {}
     for first in range(0, len(training), BLOCK):
@@ -112,7 +116,8 @@ def _has_skeleton(own_N: np.ndarray) -> bool:
 
 @dataclass(frozen=True)
 class _Match:
-    """An entry in a text of the block: all of it, or runs that repeat a share of its words. `start` counts in the block."""
+    """An entry in a text of the block: all of it, or runs that repeat a share of its words. `start` counts in the
+    block."""
 
     text: int
     entry: int
@@ -144,7 +149,8 @@ class _Vocabulary(dict[str, int]):
 
 
 class _Block:
-    """Some training texts as one row of word ids, with OTHER after each, so that no run crosses from one to the next."""
+    """Some training texts as one row of word ids, with OTHER after each, so that no run crosses from one to the
+    next."""
 
     def __init__(self, texts: Texts, vocabulary: _Vocabulary) -> None:
         self.names = [name for name, _ in texts]
@@ -165,8 +171,11 @@ class _Index:
     overlaps. An entry all of whose runs are common is found by the rarest of them, but only as a whole.
     """
 
-    def __init__(self, ids: dict[int, np.ndarray], codes: np.ndarray, n: int, small_n: int, anchors_only: bool = False) -> None:
-        self.codes, self.small_n = codes, small_n
+    def __init__(
+        self, ids: dict[int, np.ndarray], codes: np.ndarray, n: int, small_n: int, anchors_only: bool = False
+    ) -> None:
+        self.codes = codes
+        self.small_n = small_n
         by_content: dict[bytes, list[int]] = {}
         for place, own_N in ids.items():
             by_content.setdefault(own_N.tobytes(), []).append(place)
@@ -197,7 +206,9 @@ class _Index:
         if self.short:
             for text, words in enumerate(block.words):
                 start = int(block.starts[text])
-                entry = self.short.get(ids_N[start : start + len(words)].tobytes()) if len(words) < LEAST_WORDS else None
+                entry = (
+                    self.short.get(ids_N[start : start + len(words)].tobytes()) if len(words) < LEAST_WORDS else None
+                )
                 if entry is not None:
                     yield _Match(text, entry, start, len(words), whole=True)
         for width in self.tables:
@@ -206,16 +217,22 @@ class _Index:
             for text, position, entry, start, counts in self._hits(ids_N, block, width):
                 if (text, entry) in whole:
                     continue
-                own_N, begin = self.entries[entry], position - start
+                own_N = self.entries[entry]
+                begin = position - start
                 if begin >= 0 and ids_N[begin : begin + len(own_N)].tobytes() == own_N.tobytes():
                     whole.add((text, entry))
                     yield _Match(text, entry, begin, len(own_N), whole=True)
                 elif counts and ids_N[position : position + width].tobytes() == own_N[start : start + width].tobytes():
                     runs.setdefault((text, entry), []).append((position, start))
-            yield from (self._overlap(text, entry, width, own) for (text, entry), own in runs.items() if (text, entry) not in whole)
+            yield from (
+                self._overlap(text, entry, width, own)
+                for (text, entry), own in runs.items()
+                if (text, entry) not in whole
+            )
 
     def _hits(self, ids_N: np.ndarray, block: _Block, width: int) -> Iterator[tuple[int, int, int, int, bool]]:
-        """(text, position in the block, entry, position in the entry, does it count as overlap) of all runs with equal hashes."""
+        """(text, position in the block, entry, position in the entry, does it count as overlap) of all runs with equal
+        hashes."""
         hash_P = _hashes(self.codes[ids_N], width)
         at_H = np.flatnonzero(self.sieves[width][hash_P >> np.uint64(64 - SIEVE_BITS)])
         text_H = np.searchsorted(block.starts, at_H, "right") - 1

@@ -1,8 +1,10 @@
-"""Measure systems one by one on the same held-out text and questions; keep every item. Summaries are made from the items alone.
+"""Measure systems one by one on the same held-out text and questions; keep every item. Summaries are made from the
+items alone.
 
-Files, each written whole, so that a killed evaluation goes on where it was: `fidelity-SYSTEM.jsonl`, `own-SYSTEM.jsonl` (text that
-the system wrote itself), `free-SYSTEM.jsonl` (text that the teacher wrote in the same way), `answers-SYSTEM.jsonl`,
-`task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json`, `lens.jsonl`; `protocol.json` knows what was asked.
+Files, each written whole, so that a killed evaluation goes on where it was: `fidelity-SYSTEM.jsonl`, `own-SYSTEM.jsonl`
+(text that the system wrote itself), `free-SYSTEM.jsonl` (text that the teacher wrote in the same way),
+`answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json`, `lens.jsonl`; `protocol.json` knows what was
+asked.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from limbeck.types import Sample, Sampling, UserError, canonical_json, content_h
 SHOWN = 24
 OWN_FACTS = ("tokens", "text", "finished", "repetition")
 Progress = Callable[[int, int, str], None]
-Says = Callable[[Sequence[Asked], Sampling], Sequence[Sample]]  # what a server answers to (prompt, seed), in their order
+# what a server answers to (prompt, seed), in their order
+Says = Callable[[Sequence[Asked], Sampling], Sequence[Sample]]
 T = TypeVar("T")
 
 
@@ -54,8 +57,9 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measured:
-    """Every item of one system. `own_text` stands beside `own`: tokens, whether it ended, repetition, text. `free` is its distance
-    from the teacher on what the teacher itself wrote to the same prompts in the same way (temperature 1)."""
+    """Every item of one system. `own_text` stands beside `own`: tokens, whether it ended, repetition, text. `free` is
+    its distance from the teacher on what the teacher itself wrote to the same prompts in the same way (temperature
+    1)."""
 
     name: str
     fidelity: list[ItemFidelity]
@@ -68,10 +72,11 @@ class Measured:
 
 
 class Bench:
-    """Measures into a folder; what is there already is read back, and a system all of whose files are there is not loaded.
+    """Measures into a folder; what is there already is read back, and a system all of whose files are there is not
+    loaded.
 
-    Without a `teacher` (its weights are not here) no distance from its distribution is measured. `reader` is whose tokens the held-out text
-    is in: the teacher, or else the student.
+    Without a `teacher` (its weights are not here) no distance from its distribution is measured. `reader` is whose
+    tokens the held-out text is in: the teacher, or else the student.
     """
 
     def __init__(
@@ -82,7 +87,11 @@ class Bench:
         protocol: Protocol,
         progress: Progress = lambda done, total, detail: None,
     ) -> None:
-        self.folder, self.teacher, self.reader, self.protocol, self.progress = folder, teacher, reader, protocol, progress
+        self.folder = folder
+        self.teacher = teacher
+        self.reader = reader
+        self.protocol = protocol
+        self.progress = progress
         self.held_out = Text(protocol.rows, teacher)
         self.free: Text | None = None
         self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
@@ -94,13 +103,23 @@ class Bench:
         """Refuse a folder whose records answer other questions."""
         asked = self.protocol
         tasks = [
-            {"name": t.name, "metrics": t.metrics, "settings": t.settings, "items": [_facts(item) for item in t.items]} for t in asked.tasks
+            {"name": t.name, "metrics": t.metrics, "settings": t.settings, "items": [_facts(item) for item in t.items]}
+            for t in asked.tasks
         ]
-        facts = {"prompts": [prompt.facts for prompt in asked.prompts], "max_tokens": asked.max_tokens, "own_prompts": asked.own_prompts}
-        print_ = content_hash(facts | {"tasks": tasks, "rows": [row.response_ids for row in asked.rows], "seed": asked.seed})
+        facts = {
+            "prompts": [prompt.facts for prompt in asked.prompts],
+            "max_tokens": asked.max_tokens,
+            "own_prompts": asked.own_prompts,
+        }
+        print_ = content_hash(
+            facts | {"tasks": tasks, "rows": [row.response_ids for row in asked.rows], "seed": asked.seed}
+        )
         file = self.folder / "protocol.json"
         if file.exists() and json.loads(file.read_text())["hash"] != print_:
-            raise UserError(f"{self.folder} holds answers to other questions (tasks or prompts changed since): remove it to measure anew")
+            raise UserError(
+                f"{self.folder} holds answers to other questions (tasks or prompts changed since): remove it to measure"
+                " anew"
+            )
         write_json(file, {"hash": print_})
 
     def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> Measured:
@@ -114,12 +133,18 @@ class Bench:
         return Measured(name, held_out, own, own_text, free, answers, scored, self._efficiency(name, model))
 
     def by_text(self, name: str, says: Says) -> Measured:
-        """What can be measured of a system that gives text alone: its greedy answers, and the tasks that it answers in a chat."""
+        """What can be measured of a system that gives text alone: its greedy answers, and the tasks that it answers in
+        a chat."""
         greedy = Sampling(temperature=0.0, max_tokens=self.protocol.max_tokens)
-        answers = self._kept(f"answers-{name}.jsonl", Answer, lambda: self._said(says, [(p, 0) for p in self.protocol.prompts], greedy))
-        given, scored = {answer.prompt_id: answer for answer in answers}, {}
+        answers = self._kept(
+            f"answers-{name}.jsonl", Answer, lambda: self._said(says, [(p, 0) for p in self.protocol.prompts], greedy)
+        )
+        given = {answer.prompt_id: answer for answer in answers}
+        scored = {}
         for task in self.protocol.tasks:
-            scored[task.name] = self._kept(f"task-{task.name}+{name}.jsonl", Scored, partial(self._scored, task, says, given))
+            scored[task.name] = self._kept(
+                f"task-{task.name}+{name}.jsonl", Scored, partial(self._scored, task, says, given)
+            )
         return Measured(name, [], [], [], [], answers, scored, {})
 
     def _scored(self, task: Task, says: Says, given: dict[str, Answer]) -> list[Scored]:
@@ -128,19 +153,25 @@ class Bench:
             return []
 
         def write(asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
-            return self._said(says, [(replace(p, text=settings.fill({"prompt": p.text})), seed) for p, seed in asked], sampling)
+            return self._said(
+                says, [(replace(p, text=settings.fill({"prompt": p.text})), seed) for p, seed in asked], sampling
+            )
 
         return score_written(task, write, given, self.protocol.max_tokens)
 
     def _said(self, says: Says, asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
-        found, replies = [], says(asked, sampling)
-        if lost := [prompt.id for (prompt, _), reply in zip(asked, replies, strict=True) if reply.meta.get("finish") == "error"]:
+        found = []
+        replies = says(asked, sampling)
+        if lost := [
+            prompt.id for (prompt, _), reply in zip(asked, replies, strict=True) if reply.meta.get("finish") == "error"
+        ]:
             raise UserError(
-                f"the server failed for {len(lost)} prompts of the evaluation, such as {lost[0]!r}: look at it and run this again, or "
-                "leave them out of evaluate.prompts"
+                f"the server failed for {len(lost)} prompts of the evaluation, such as {lost[0]!r}: look at it and run"
+                " this again, or leave them out of evaluate.prompts"
             )
         for (prompt, _), reply in zip(asked, replies, strict=True):
-            text, whole = reply.messages[-1]["content"], reply.meta.get("finish") != "length"
+            text = reply.messages[-1]["content"]
+            whole = reply.meta.get("finish") != "length"
             tokens = len(self.reader.text_ids(text)) + whole
             found.append(Answer(prompt.id, prompt.kind, text, tokens, whole, verify(prompt.check, text)))
         return found
@@ -162,7 +193,9 @@ class Bench:
             write_text(file, _lines([_record(item) for item in items]))
         return [_item(record) for record in read_jsonl(file)]
 
-    def _own(self, name: str, model: Callable[[], Model], lens: bool) -> tuple[list[ItemFidelity], list[dict[str, Any]]]:
+    def _own(
+        self, name: str, model: Callable[[], Model], lens: bool
+    ) -> tuple[list[ItemFidelity], list[dict[str, Any]]]:
         """Text that the system draws itself, and its distance from the teacher there."""
         file = self.folder / f"own-{name}.jsonl"
         if not file.exists():
@@ -189,7 +222,8 @@ class Bench:
         return [_item(record) for record in records], [{key: record[key] for key in OWN_FACTS} for record in records]
 
     def _free(self, name: str, model: Callable[[], Model]) -> list[ItemFidelity]:
-        """Distance from the teacher on the teacher's own text at temperature 1: what a system's own text is held against."""
+        """Distance from the teacher on the teacher's own text at temperature 1: what a system's own text is held
+        against."""
         if self.teacher is None:
             return []
         teacher = self.teacher.model
@@ -210,7 +244,11 @@ class Bench:
         prompts = list(self.protocol.prompts[: self.protocol.own_prompts])
         sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=self.protocol.max_tokens)
         jobs = [
-            Job(system.prompt_ids(prompt.messages), sampling, int(content_hash([self.protocol.seed, prompt.id])[:15], 16))
+            Job(
+                system.prompt_ids(prompt.messages),
+                sampling,
+                int(content_hash([self.protocol.seed, prompt.id])[:15], 16),
+            )
             for prompt in prompts
         ]
         rows: dict[int, Row] = {}
@@ -223,22 +261,29 @@ class Bench:
         """An answer after the prompt as the students see it, and as the teacher does where that is another."""
         reader = self.reader
         seen = None if reader.sight is None else tuple(reader.prompt_ids(prompt.messages))
-        return Row(prompt.id, tuple(reader.seeing(None).prompt_ids(prompt.messages)), tuple(ids), teacher_prompt_ids=seen)
+        return Row(
+            prompt.id, tuple(reader.seeing(None).prompt_ids(prompt.messages)), tuple(ids), teacher_prompt_ids=seen
+        )
 
     def _answers(self, name: str, model: Callable[[], Model]) -> list[Answer]:
-        told, asked = partial(self._told, f"answers of {name}"), self.protocol
-        return self._kept(f"answers-{name}.jsonl", Answer, lambda: answer_all(model(), asked.prompts, asked.max_tokens, told))
+        told = partial(self._told, f"answers of {name}")
+        asked = self.protocol
+        return self._kept(
+            f"answers-{name}.jsonl", Answer, lambda: answer_all(model(), asked.prompts, asked.max_tokens, told)
+        )
 
     def _task(self, task: Task, name: str, model: Callable[[], Model], answers: Sequence[Answer]) -> list[Scored]:
         given = {answer.prompt_id: answer for answer in answers}
-        told, most = partial(self._told, f"{task.name}: {name}"), self.protocol.max_tokens
+        told = partial(self._told, f"{task.name}: {name}")
+        most = self.protocol.max_tokens
         return self._kept(f"task-{task.name}+{name}.jsonl", Scored, lambda: run_task(task, model(), told, given, most))
 
     def _told(self, detail: str, done: int, total: int) -> None:
         self.progress(done, total, detail)
 
     def _efficiency(self, name: str, model: Callable[[], Model]) -> dict[str, Any]:
-        """Speeds are measured once per shape: systems that differ in their weights alone run alike; timing each only adds noise."""
+        """Speeds are measured once per shape: systems that differ in their weights alone run alike; timing each only
+        adds noise."""
         file = self.folder / f"efficiency-{name}.json"
         if not file.exists():
             system = model()
@@ -264,8 +309,12 @@ def _record(item: ItemFidelity) -> dict[str, Any]:
 
 
 def _item(record: dict[str, Any]) -> ItemFidelity:
-    lengths, classes = ({name: (nats, count) for name, (nats, count) in record[key].items()} for key in ("lengths", "classes"))
-    return ItemFidelity(record["prompt_id"], record["tokens"], record["sums"], lengths, classes, Reliability.from_rows(record["bins"]))
+    lengths, classes = (
+        {name: (nats, count) for name, (nats, count) in record[key].items()} for key in ("lengths", "classes")
+    )
+    return ItemFidelity(
+        record["prompt_id"], record["tokens"], record["sums"], lengths, classes, Reliability.from_rows(record["bins"])
+    )
 
 
 def _lens(writer: str, item: ItemFidelity, system: Model) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What is measured, in words: titles, units and which way is better. Summaries carry this, so that pages need no code of ours."""
+"""What is measured, in words: titles, units and which way is better. Summaries carry this, so that pages need no code
+of ours."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Literal
 from limbeck.evaluate.tasks import Task
 
 Better = Literal["low", "high", "none"]
-HELD_OUT, OWN = "Fidelity on held-out text of the teacher", "On text that it writes itself"
+HELD_OUT = "Fidelity on held-out text of the teacher"
+OWN = "On text that it writes itself"
 
 
 @dataclass(frozen=True)

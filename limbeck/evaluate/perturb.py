@@ -1,7 +1,9 @@
-"""Tasks asked in another way, to see how much a system's results fall: `TASK@typos`, `TASK@lower_case`, `TASK@distraction`.
+"""Tasks asked in another way, to see how much a system's results fall: `TASK@typos`, `TASK@lower_case`,
+`TASK@distraction`.
 
-Only the question changes; choices, documents, checks and references stay. What a program must not touch stays as well: words with digits
-or capitals inside, quoted text, short words. A perturbation depends on the item alone, so all systems read the same text.
+Only the question changes; choices, documents, checks and references stay. What a program must not touch stays as well:
+words with digits or capitals inside, quoted text, short words. A perturbation depends on the item alone, so all systems
+read the same text.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ DISTRACTIONS = (
 
 
 def typos(text: str, noise: random.Random) -> str:
-    """Two inner letters next to each other change places in about a third of the plain words of five letters or more."""
+    """Two inner letters next to each other change places in about a third of the plain words of five letters or
+    more."""
 
     def swap(match: re.Match[str]) -> str:
         word = match[0]
@@ -41,7 +44,9 @@ def typos(text: str, noise: random.Random) -> str:
 
 def lower_case(text: str, _: random.Random) -> str:
     """Plain words without their capitals."""
-    return WORD.sub(lambda match: match[0] if match[0].startswith('"') or not match[0][1:].islower() else match[0].lower(), text)
+    return WORD.sub(
+        lambda match: match[0] if match[0].startswith('"') or not match[0][1:].islower() else match[0].lower(), text
+    )
 
 
 def distraction(text: str, noise: random.Random) -> str:
@@ -49,7 +54,11 @@ def distraction(text: str, noise: random.Random) -> str:
     return f"{noise.choice(DISTRACTIONS)} {text}"
 
 
-PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {"typos": typos, "lower_case": lower_case, "distraction": distraction}
+PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
+    "typos": typos,
+    "lower_case": lower_case,
+    "distraction": distraction,
+}
 
 
 def perturbed(task: Task, how: str, path: str = "evaluate.metrics") -> Task:
@@ -61,7 +70,9 @@ def perturbed(task: Task, how: str, path: str = "evaluate.metrics") -> Task:
     if how not in PERTURBATIONS:
         raise RecipeError(path, f"{task.name}@{how}: there is no perturbation {how!r}{nearest(how, PERTURBATIONS)}")
     if task.kind == "perplexity":
-        raise RecipeError(path, f"{task.name}@{how}: a task of kind perplexity asks no question that could be put in another way")
+        raise RecipeError(
+            path, f"{task.name}@{how}: a task of kind perplexity asks no question that could be put in another way"
+        )
     return replace(task, name=f"{task.name}@{how}", items=tuple(_item(item, how) for item in task.items))
 
 

@@ -1,9 +1,9 @@
 """Perplexity of documents by rolling log-likelihood: every token of every document is scored exactly once.
 
 A document longer than the window is read in windows that move on by `stride`; after the first, a window scores only the
-tokens that no earlier one scored, each with at least window - stride tokens before it. The first token is predicted from
-the begin-of-sequence token (end-of-sequence where there is no other). Bytes and words do not depend on the tokenizer, so
-these numbers can be compared between models of different vocabularies; perplexity per token can't.
+tokens that no earlier one scored, each with at least window - stride tokens before it. The first token is predicted
+from the begin-of-sequence token (end-of-sequence where there is no other). Bytes and words do not depend on the
+tokenizer, so these numbers can be compared between models of different vocabularies; perplexity per token can't.
 """
 
 from __future__ import annotations
@@ -21,24 +21,31 @@ LARGEST = 700.0  # exp of more is no longer a double
 
 
 def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, first, end) of every window over a document of so many tokens, which stand at 1 to `tokens`; 0 is the start token.
+    """(begin, first, end) of every window over a document of so many tokens, which stand at 1 to `tokens`; 0 is the
+    start token.
 
     A window holds positions begin to end - 1, at most `window` of them, and scores first to end - 1.
     """
     found = []
-    begin, first = 0, 1
+    begin = 0
+    first = 1
     while first <= tokens:
         end = min(begin + window, tokens + 1)
         found.append((begin, first, end))
-        begin, first = begin + stride, end
+        begin = begin + stride
+        first = end
     return found
 
 
-def score_passages(items: Sequence[Passage], settings: PassageSettings, system: Model, progress: Progress) -> list[Scored]:
+def score_passages(
+    items: Sequence[Passage], settings: PassageSettings, system: Model, progress: Progress
+) -> list[Scored]:
     """Bits per byte of every document; the item's weight is its UTF-8 bytes. Words are parted by white space."""
     window = min(settings.window, system.context)
     stride = min(settings.stride or max(1, window // 2), window - 1)
-    wanted, owners, counts = [], [], {}
+    wanted = []
+    owners = []
+    counts = {}
     for number, item in enumerate(items):
         counts[number] = len(ids := text_ids(system, item.text))
         if not ids:
@@ -55,7 +62,9 @@ def score_passages(items: Sequence[Passage], settings: PassageSettings, system: 
         size = len(item.text.encode())
         facts = {"nats": nats[number], "tokens": counts[number], "bytes": size, "words": len(item.text.split())}
         facts |= {"window": window, "stride": stride}
-        scored.append(Scored(item.id, {"bits_per_byte": nats[number] / math.log(2)}, {"bits_per_byte": float(size)}, "", facts))
+        scored.append(
+            Scored(item.id, {"bits_per_byte": nats[number] / math.log(2)}, {"bits_per_byte": float(size)}, "", facts)
+        )
     return scored
 
 

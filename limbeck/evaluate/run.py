@@ -31,7 +31,13 @@ Progress = Callable[[int, int, str], None]
 
 
 def bench(
-    recipe: Recipe, folder: Path, teacher: InProcessTeacher | None, reader: Model, text: Text, rows: Sequence[Row], progress: Progress
+    recipe: Recipe,
+    folder: Path,
+    teacher: InProcessTeacher | None,
+    reader: Model,
+    text: Text,
+    rows: Sequence[Row],
+    progress: Progress,
 ) -> Bench:
     """Where systems are measured: on the held-out prompts and tasks, without those that the training text gives away.
 
@@ -46,17 +52,26 @@ def bench(
     kept = [row for row in rows if row.sample_id in {prompt.id for prompt in prompts}]
     if not kept:
         raise UserError(
-            "no held-out answer is left to measure on: the training text holds all held-out prompts; give others in evaluate.prompts"
+            "no held-out answer is left to measure on: the training text holds all held-out prompts; give others in"
+            " evaluate.prompts"
         )
     own = recipe.evaluate.own_prompts or OWN_PROMPTS
     tasks = [
-        replace(task, items=tuple(item for item in task.items if item.id.partition("@")[0] not in leaked)) for task in build.tasks(recipe)
+        replace(task, items=tuple(item for item in task.items if item.id.partition("@")[0] not in leaked))
+        for task in build.tasks(recipe)
     ]
-    return Bench(folder, teacher, reader, Protocol(kept, prompts, tasks, recipe.evaluate.max_tokens, own, recipe.text_seed), progress)
+    return Bench(
+        folder,
+        teacher,
+        reader,
+        Protocol(kept, prompts, tasks, recipe.evaluate.max_tokens, own, recipe.text_seed),
+        progress,
+    )
 
 
 def leaks(recipe: Recipe, text: Text) -> list[Leak]:
-    """Held-out prompts and task items that stand in the training text: per item the strongest leak, with one text that shows it."""
+    """Held-out prompts and task items that stand in the training text: per item the strongest leak, with one text that
+    shows it."""
     training = [(prompt.id, prompt.text) for prompt in text.prompts[0]]
     training += [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
     if "gold_control" in recipe.evaluate.controls:
@@ -97,8 +112,8 @@ def write_summary(recipe: Recipe, bench: Bench, text: Text, systems: dict[str, l
 def judged(source: str, bench: Bench, systems: Mapping[str, Measured]) -> dict[str, Any]:
     """What a judge says of the student's greedy answers against those of each control and of the teacher.
 
-    `judge-SYSTEM.jsonl` holds every verdict, written once. The judge is loaded where one is missing; where it is the teacher, there is no
-    second copy of it.
+    `judge-SYSTEM.jsonl` holds every verdict, written once. The judge is loaded where one is missing; where it is the
+    teacher, there is no second copy of it.
     """
     teacher = None if bench.teacher is None else bench.teacher.model.seeing(None)  # a judge is shown the pair alone
     identity = build.judge_identity(source)
@@ -107,7 +122,8 @@ def judged(source: str, bench: Bench, systems: Mapping[str, Measured]) -> dict[s
     answers = {name: {answer.prompt_id: answer.text for answer in one.answers} for name, one in systems.items()}
     pairs = {}
     for name in sorted((name for name in systems if name != "student"), key=lambda name: name == "teacher"):
-        file, told = bench.folder / f"judge-{name}.jsonl", partial(_told, bench.progress, f"the judge: student and {name}")
+        file = bench.folder / f"judge-{name}.jsonl"
+        told = partial(_told, bench.progress, f"the judge: student and {name}")
         verdicts = kept_verdicts(file, load, identity, bench.protocol.prompts, answers["student"], answers[name], told)
         pairs[f"student - {name}"] = summarise_verdicts(verdicts, is_teacher)
     return {"model": identity, "max_tokens": MAX_TOKENS, "pairs": pairs}
@@ -124,14 +140,17 @@ def _told(progress: Progress, detail: str, done: int, total: int) -> None:
 
 def judge_warnings(found: dict[str, Any]) -> list[str]:
     """What a reader should know before believing the judge."""
-    pairs, told = found["pairs"], []
+    pairs = found["pairs"]
+    told = []
     if any(pair["judge_is_teacher"] for pair in pairs.values()):
-        told.append("The judge is the teacher itself: it may favour its own manner of writing, and whoever writes like it.")
+        told.append(
+            "The judge is the teacher itself: it may favour its own manner of writing, and whoever writes like it."
+        )
     mute = [name.removeprefix("student - ") for name, pair in pairs.items() if (pair["unparsable_share"] or 0) > 0.5]
     if mute:
         told.append(
-            f"More than half of what the judge says of the student against {', '.join(mute)} can't be read: this model can't judge; "
-            "name another in evaluate.judge."
+            f"More than half of what the judge says of the student against {', '.join(mute)} can't be read: this model"
+            " can't judge; name another in evaluate.judge."
         )
     if left_out := sum(pair["outcomes"]["too_long"] for pair in pairs.values()):
         every = sum(sum(pair["outcomes"].values()) for pair in pairs.values())
@@ -140,33 +159,37 @@ def judge_warnings(found: dict[str, Any]) -> list[str]:
 
 
 def teacher_warnings(recipe: Recipe, text: Text) -> list[str]:
-    """What to know of a teacher that is shown more than the students, or is the student itself, before believing its figures."""
-    found, context, server = [], recipe.teacher.context, recipe.teacher.server
+    """What to know of a teacher that is shown more than the students, or is the student itself, before believing its
+    figures."""
+    found = []
+    context = recipe.teacher.context
+    server = recipe.teacher.server
     if server is not None and recipe.teacher.model is None:
         found.append(
-            f"The teacher, {server.name}, is behind a server and gives text alone: how near a student's distribution is to its own "
-            "is not known; perplexity is how likely the student finds the teacher's held-out text."
+            f"The teacher, {server.name}, is behind a server and gives text alone: how near a student's distribution is"
+            " to its own is not known; perplexity is how likely the student finds the teacher's held-out text."
         )
     elif build.other_tokens(recipe):
         found.append(
-            "Teacher and student have other tokens, so they are compared by their text: perplexity is how likely the student finds the "
-            "teacher's held-out text, in its own tokens."
+            "Teacher and student have other tokens, so they are compared by their text: perplexity is how likely the"
+            " student finds the teacher's held-out text, in its own tokens."
         )
     elif server is not None:
         found.append(
-            f"The teacher's text was written by {server.name} behind a server; what is measured as the teacher here, its distribution and "
-            f"its answers, is {recipe.teacher.model} in process."
+            f"The teacher's text was written by {server.name} behind a server; what is measured as the teacher here,"
+            f" its distribution and its answers, is {recipe.teacher.model} in process."
         )
     for name in context.reads if context else []:
         known = [prompt.answers if name == "answer" else prompt.feedback for prompt in text.prompts[1]]
         having = sum(map(bool, known))
         found.append(
-            f"The teacher was shown the {name} of {having} of {len(text.prompts[1])} held-out prompts: there its figures are no ceiling "
-            "that a student could reach, and shares of its lead mean little."
+            f"The teacher was shown the {name} of {having} of {len(text.prompts[1])} held-out prompts: there its"
+            " figures are no ceiling that a student could reach, and shares of its lead mean little."
         )
     if recipe.teacher.weights != "own":
         found.append(
-            f"The teacher measured here has the start's weights; while training it had the student's own ({recipe.teacher.weights})."
+            "The teacher measured here has the start's weights; while training it had the student's own"
+            f" ({recipe.teacher.weights})."
         )
     return found
 
@@ -184,11 +207,24 @@ def bill(recipe: Recipe, text: Text) -> dict[str, Any]:
 
 def facts(recipe: Recipe, bench: Bench, text: Text) -> dict[str, Any]:
     """How the figures came about: held-out text, tasks with their settings, leaks, machine."""
-    tasks, rows, ends = bench.protocol.tasks, bench.protocol.rows, bench.reader.eos_ids
+    tasks = bench.protocol.tasks
+    rows = bench.protocol.rows
+    ends = bench.reader.eos_ids
     return bill(recipe, text) | {
-        "held_out": text.facts() | {"answers": len(rows), "cut_off": sum(row.response_ids[-1] not in ends for row in rows)},
-        "own_text": {"prompts": bench.protocol.own_prompts, "temperature": 1.0, "top_p": 1.0, "max_tokens": recipe.evaluate.max_tokens},
+        "held_out": (
+            text.facts() | {"answers": len(rows), "cut_off": sum(row.response_ids[-1] not in ends for row in rows)}
+        ),
+        "own_text": {
+            "prompts": bench.protocol.own_prompts,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "max_tokens": recipe.evaluate.max_tokens,
+        },
         "tasks": {task.name: {"version": task.version, "kind": task.kind, "settings": task.settings} for task in tasks},
         "leaks": [vars(leak) for leak in leaks(recipe, text)],
-        "machine": {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
     }

@@ -4,12 +4,12 @@ A metric per token is a ratio, sum of values over sum of tokens; resampling item
 together, since they are not independent. Percentile bootstrap (Efron 1979), seeded, so a page can be made again.
 
 A method that was trained with several seeds adds an outer level, the seeds. All of them answer the same items, so the
-two levels are crossed: a resample draws seeds and items apart, and takes the same items from every seed it drew (Owen 2007).
-Drawing items anew for each seed would treat one hard prompt as several independent ones. Seeds are few, and S draws
-of S seeds understate their spread: with 3 seeds that differ much, a plain percentile interval holds the truth in 74 % of the
-cases, not 95 %. So each resample's deviation due to its seeds is stretched by sqrt(S / c) with c drawn from chi-square with S - 1
-degrees of freedom: the sqrt(S / (S - 1)) of an unbiased variance times the spread that makes a normal deviate Student's.
-Where seeds differ by item noise alone the interval is too wide rather than too narrow.
+two levels are crossed: a resample draws seeds and items apart, and takes the same items from every seed it drew (Owen
+2007). Drawing items anew for each seed would treat one hard prompt as several independent ones. Seeds are few, and S
+draws of S seeds understate their spread: with 3 seeds that differ much, a plain percentile interval holds the truth in
+74 % of the cases, not 95 %. So each resample's deviation due to its seeds is stretched by sqrt(S / c) with c drawn from
+chi-square with S - 1 degrees of freedom: the sqrt(S / (S - 1)) of an unbiased variance times the spread that makes a
+normal deviate Student's. Where seeds differ by item noise alone the interval is too wide rather than too narrow.
 
 Shapes: I items, S seeds, R resamples, K tables.
 """
@@ -27,7 +27,8 @@ from limbeck.types import UserError
 
 RESAMPLES = 2000
 LEVEL = 0.95
-LEAST_ITEMS = 10  # below this the bootstrap finds a difference where there is none far too often: 15 % of the time with 5 items
+# below this the bootstrap finds a difference where there is none far too often: 15 % of the time with 5 items
+LEAST_ITEMS = 10
 CHUNK = 2**22
 
 Numbers = Sequence[float] | np.ndarray
@@ -91,7 +92,9 @@ def ratio_interval(values: Numbers, weights: Numbers, seed: int = 0) -> Interval
 def paired_difference(first: Numbers, second: Numbers, weights: Numbers, seed: int = 0) -> Interval:
     """sum(first - second) / sum(weights) over the same items in the same order: below 0, the first is the smaller."""
     if len(first) != len(second):
-        raise UserError(f"{len(first)} items against {len(second)}: a paired difference needs the same items in the same order")
+        raise UserError(
+            f"{len(first)} items against {len(second)}: a paired difference needs the same items in the same order"
+        )
     return ratio_interval(np.asarray(first, float) - np.asarray(second, float), weights, seed)
 
 
@@ -111,16 +114,21 @@ def nested_interval(values_by_seed: Rows, weights_by_seed: Rows, seed: int = 0) 
 
 
 def nested_difference(
-    first_values: Rows, first_weights: Rows, second_values: Rows, second_weights: Rows, seed: int = 0, resamples: int = RESAMPLES
+    first_values: Rows,
+    first_weights: Rows,
+    second_values: Rows,
+    second_weights: Rows,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Difference:
     """The first method's ratio minus the second's on the same items, with its interval over seeds and items.
 
     Where both have the same number of seeds these are drawn together, pair by pair; else apart from each other.
 
-    The p-value turns the percentile interval around: 2 (1 + min(resamples <= 0, resamples >= 0)) / (R + 1), at most 1. So it
-    agrees with the interval: 0 lies outside just where p < 0.05, up to one resample. It is never 0, and never below 2 / (R + 1): for very
-    many comparisons raise `resamples`. A method with one seed gives no evidence about its seeds: then the interval covers
-    that very training, not the method. Fewer than LEAST_ITEMS items can't tell: p is 1.
+    The p-value turns the percentile interval around: 2 (1 + min(resamples <= 0, resamples >= 0)) / (R + 1), at most 1.
+    So it agrees with the interval: 0 lies outside just where p < 0.05, up to one resample. It is never 0, and never
+    below 2 / (R + 1): for very many comparisons raise `resamples`. A method with one seed gives no evidence about its
+    seeds: then the interval covers that very training, not the method. Fewer than LEAST_ITEMS items can't tell: p is 1.
 
     Args:
         first_values, first_weights: [S, I]; second_values, second_weights: [S', I], as in `nested_interval`.
@@ -134,16 +142,19 @@ def nested_difference(
 
 
 def recovered(
-    student: tuple[Numbers, Numbers], untouched: tuple[Numbers, Numbers], teacher: tuple[Numbers, Numbers], seed: int = 0
+    student: tuple[Numbers, Numbers],
+    untouched: tuple[Numbers, Numbers],
+    teacher: tuple[Numbers, Numbers],
+    seed: int = 0,
 ) -> Interval | None:
     """The share of the teacher's lead that distillation won: (student - untouched) / (teacher - untouched).
 
-    None where the interval of the denominator holds 0: there may be nothing to recover, so the share is undefined and must
-    not enter a mean. The few resamples in which the lead changes its sign have no share and are left out.
+    None where the interval of the denominator holds 0: there may be nothing to recover, so the share is undefined and
+    must not enter a mean. The few resamples in which the lead changes its sign have no share and are left out.
 
     Args:
-        student, untouched, teacher: (values, weights) over the same items; a system's metric is sum(values) / sum(weights).
-            Larger or smaller may be better.
+        student, untouched, teacher: (values, weights) over the same items; a system's metric is sum(values) /
+            sum(weights). Larger or smaller may be better.
     """
     tables = [_Table.of([values], [weights]) for values, weights in (student, untouched, teacher)]
     student_R, untouched_R, teacher_R = _resampled(tables, seed, RESAMPLES)
@@ -164,11 +175,14 @@ def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndar
     binomial tail, at most 1. Without any such item p is 1.
     """
     if len(first) != len(second):
-        raise UserError(f"{len(first)} items against {len(second)}: McNemar's test needs the same items in the same order")
+        raise UserError(
+            f"{len(first)} items against {len(second)}: McNemar's test needs the same items in the same order"
+        )
     only_first = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
     only_second = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
     count = only_first + only_second
-    tail, ways = 0, 1
+    tail = 0
+    ways = 1
     for wins in range(min(only_first, only_second) + 1):
         tail += ways
         ways = ways * (count - wins) // (wins + 1)
@@ -176,7 +190,8 @@ def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndar
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """P-values adjusted for their number, by name (Holm 1979): below 0.05 they hold together with 5 % risk of any error.
+    """P-values adjusted for their number, by name (Holm 1979): below 0.05 they hold together with 5 % risk of any
+    error.
 
     The i-th smallest of m is multiplied by m - i + 1; none falls below a smaller one's, none exceeds 1.
     """
@@ -192,7 +207,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that one of k answers is right, from n answers of which c are: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021).
+    """The chance that one of k answers is right, from n answers of which c are: 1 - C(n-c, k) / C(n, k) (Chen et al.
+    2021).
 
     Unbiased, and exact up to one rounding: the binomials are whole numbers of any size.
 
@@ -200,13 +216,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         UserError: fewer than k answers, for which there is no unbiased estimate.
     """
     if not (0 <= c <= n and 1 <= k <= n):
-        raise UserError(f"pass@{k} of {n} answers with {c} right is undefined: it needs at least k answers and k of 1 or more")
+        raise UserError(
+            f"pass@{k} of {n} answers with {c} right is undefined: it needs at least k answers and k of 1 or more"
+        )
     every = math.comb(n, k)
     return (every - math.comb(n - c, k)) / every
 
 
 def ndcg(relevances: Sequence[float], k: int | None = None) -> float:
-    """Normalised discounted cumulative gain of a ranking, 0 to 1 (Jarvelin and Kekalainen 2002; gains of Burges et al. 2005).
+    """Normalised discounted cumulative gain of a ranking, 0 to 1 (Jarvelin and Kekalainen 2002; gains of Burges et al.
+    2005).
 
     sum over ranks i of (2^relevance - 1) / log2(i + 1), divided by the same sum in the best order; both end at rank k.
 
@@ -237,7 +256,10 @@ class _Table:
     def of(cls, values_by_seed: Rows, weights_by_seed: Rows) -> _Table:
         lengths = {len(row) for row in (*values_by_seed, *weights_by_seed)}
         if len(values_by_seed) != len(weights_by_seed) or len(lengths) > 1:
-            raise UserError(f"rows of {sorted(lengths)} numbers: give one value and one weight per item, the same items for every seed")
+            raise UserError(
+                f"rows of {sorted(lengths)} numbers: give one value and one weight per item, the same items for every"
+                " seed"
+            )
         table = cls(np.asarray(values_by_seed, float), np.asarray(weights_by_seed, float))
         if table.weights_SI.sum() <= 0:
             raise UserError("there is nothing to average: no item has a weight")
@@ -273,11 +295,15 @@ def _ratio(values_R: np.ndarray, weights_R: np.ndarray) -> np.ndarray:
 
 
 def _resampled(tables: Sequence[_Table], seed: int, resamples: int) -> np.ndarray:
-    """[K, R]: every table's ratio in every resample. All share the items drawn; those with equally many seeds share the seeds."""
+    """[K, R]: every table's ratio in every resample. All share the items drawn; those with equally many seeds share the
+    seeds."""
     items = tables[0].items
     if any(table.items != items for table in tables):
-        raise UserError(f"{sorted({table.items for table in tables})} items: a comparison needs the same items in the same order")
-    item_noise, seed_noise = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+        raise UserError(
+            f"{sorted({table.items for table in tables})} items: a comparison needs the same items in the same order"
+        )
+    item_noise = np.random.default_rng(seed)
+    seed_noise = np.random.default_rng([seed, 1])
     found = []
     for start in range(0, resamples, size := max(1, CHUNK // items)):
         count = min(size, resamples - start)

@@ -53,13 +53,21 @@ from limbeck.types import NAME, RecipeError, Sampling, UserError, content_hash, 
 Better = Literal["low", "high", "none"]
 Kind = Literal["generation", "multiple_choice", "classification", "perplexity", "ranking"]
 TITLES: dict[str, tuple[str, Better]] = {
-    "pass_rate": ("Pass rate", "high"), "pass": ("Pass", "high"), "rouge_l": ("ROUGE-L", "high"),
-    "finished": ("Finished", "none"), "tokens": ("Length in tokens", "none"),
-    "acc": ("Accuracy", "high"), "acc_norm": ("Accuracy, length-normalised", "high"),
-    "probability": ("Probability of the right choice", "high"), "brier": ("Brier score", "low"), "macro_f1": ("Macro F1", "high"),
-    "bits_per_byte": ("Bits per byte", "low"), "byte_perplexity": ("Perplexity per byte", "low"),
-    "word_perplexity": ("Perplexity per word", "low"), "ndcg": ("nDCG", "high"),
-}  # fmt: skip
+    "pass_rate": ("Pass rate", "high"),
+    "pass": ("Pass", "high"),
+    "rouge_l": ("ROUGE-L", "high"),
+    "finished": ("Finished", "none"),
+    "tokens": ("Length in tokens", "none"),
+    "acc": ("Accuracy", "high"),
+    "acc_norm": ("Accuracy, length-normalised", "high"),
+    "probability": ("Probability of the right choice", "high"),
+    "brier": ("Brier score", "low"),
+    "macro_f1": ("Macro F1", "high"),
+    "bits_per_byte": ("Bits per byte", "low"),
+    "byte_perplexity": ("Perplexity per byte", "low"),
+    "word_perplexity": ("Perplexity per word", "low"),
+    "ndcg": ("nDCG", "high"),
+}
 KINDS: dict[Kind, tuple[type[Settings], Parser]] = {
     "generation": (GenerationSettings, parse_prompt),
     "multiple_choice": (ChoiceSettings, parse_choice),
@@ -100,13 +108,17 @@ class Task:
 
     @property
     def shares_answers(self) -> bool:
-        """True where `run_task` takes answers that are there already: plain greedy ones, of the length the run allows."""
+        """True where `run_task` takes answers that are there already: plain greedy ones, of the length the run
+        allows."""
         return isinstance(self.protocol, GenerationSettings) and self.protocol.shares_answers
 
     @property
     def texts(self) -> list[tuple[str, str]]:
         """(id, text) of every item without its solution, to be looked for in training text."""
-        parts = ((item.id, (item.query, *item.documents) if isinstance(item, RankingItem) else (item.text,)) for item in self.items)
+        parts = (
+            (item.id, (item.query, *item.documents) if isinstance(item, RankingItem) else (item.text,))
+            for item in self.items
+        )
         return [(name, text) for name, texts in parts for text in texts]
 
     def better(self, metric: str) -> Better:
@@ -118,7 +130,8 @@ class Task:
 
 
 class _TaskFile(BaseModel):
-    """What task.yaml may say. `train` holds prompts to train on, `references` what stands beside every item of `test`."""
+    """What task.yaml may say. `train` holds prompts to train on, `references` what stands beside every item of
+    `test`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
@@ -150,11 +163,16 @@ def load_task(name_or_path: str, limit: int | None = None, path: str = "evaluate
     folder = folders.get(name_or_path) or Path(name_or_path).expanduser()
     if not (folder / "task.yaml").is_file():
         hint = "; or give a folder with a task.yaml" if "/" not in name_or_path else "; its folder holds no task.yaml"
-        raise RecipeError(path, f"no task is named {name_or_path!r}{nearest(name_or_path, [*folders, 'fidelity'])}{hint}")
+        raise RecipeError(
+            path, f"no task is named {name_or_path!r}{nearest(name_or_path, [*folders, 'fidelity'])}{hint}"
+        )
     file = folder / "task.yaml"
     data = _parsed(_TaskFile, _read_yaml(file), str(file))
     if not NAME.fullmatch(data.name) or data.name == "fidelity":
-        raise UserError(f"{file}: name {data.name!r} must be lower-case letters, digits, '.', '_' or '-', at most 64, and not fidelity")
+        raise UserError(
+            f"{file}: name {data.name!r} must be lower-case letters, digits, '.', '_' or '-', at most 64, and not"
+            " fidelity"
+        )
     model, parser = KINDS[data.kind]
     protocol = _parsed(model, data.settings, f"{file}: settings")
     references = None
@@ -175,7 +193,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{file} must hold a mapping with name, version, kind, description and test; see tasks/choices/task.yaml")
+        raise UserError(
+            f"{file} must hold a mapping with name, version, kind, description and test; see tasks/choices/task.yaml"
+        )
     return data
 
 
@@ -222,7 +242,11 @@ def _possible(kind: Kind, protocol: Settings, items: Sequence[Item]) -> list[str
         return [f"ndcg@{k}" for k in protocol.k]
     if kind == "perplexity":
         return ["bits_per_byte", "byte_perplexity", "word_perplexity"]
-    return ["acc", "macro_f1", "probability", "brier"] if kind == "classification" else ["acc", "acc_norm", "probability", "brier"]
+    return (
+        ["acc", "macro_f1", "probability", "brier"]
+        if kind == "classification"
+        else ["acc", "acc_norm", "probability", "brier"]
+    )
 
 
 Asked = tuple[Prompt, int]
@@ -230,7 +254,8 @@ Asked = tuple[Prompt, int]
 
 @dataclass(frozen=True)
 class Answer:
-    """One system's answer to one prompt; `passed` is None where no verifier applies. `tokens` count the end-of-sequence token."""
+    """One system's answer to one prompt; `passed` is None where no verifier applies. `tokens` count the end-of-sequence
+    token."""
 
     prompt_id: str
     kind: str
@@ -240,18 +265,25 @@ class Answer:
     passed: bool | None
 
 
-def answer_all(system: Model, prompts: Sequence[Prompt], max_tokens: int, progress: Progress = lambda done, total: None) -> list[Answer]:
+def answer_all(
+    system: Model, prompts: Sequence[Prompt], max_tokens: int, progress: Progress = lambda done, total: None
+) -> list[Answer]:
     """The system's greedy answers, in the order of the prompts, each judged by its check."""
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
-    return _written(system, prompts, [Job(system.prompt_ids(prompt.messages), sampling, 0) for prompt in prompts], progress)
+    return _written(
+        system, prompts, [Job(system.prompt_ids(prompt.messages), sampling, 0) for prompt in prompts], progress
+    )
 
 
 def _written(system: Model, prompts: Sequence[Prompt], jobs: Sequence[Job], progress: Progress) -> list[Answer]:
     """The answer of every job, which asks the prompt at its place."""
     answers: dict[int, Answer] = {}
     for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.tokens):
-        prompt, text = prompts[index], system.decode(ids)
-        answers[index] = Answer(prompt.id, prompt.kind, text, len(ids), ids[-1] in system.eos_ids, verify(prompt.check, text))
+        prompt = prompts[index]
+        text = system.decode(ids)
+        answers[index] = Answer(
+            prompt.id, prompt.kind, text, len(ids), ids[-1] in system.eos_ids, verify(prompt.check, text)
+        )
         progress(len(answers), len(jobs))
     return [answers[index] for index in range(len(jobs))]
 
@@ -272,12 +304,17 @@ def run_task(
     Raises:
         UserError: an item that the model can't take, or a package that a metric needs is missing.
     """
-    protocol, items = task.protocol, task.items
+    protocol = task.protocol
+    items = task.items
     if isinstance(protocol, GenerationSettings):
 
         def write(asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
             jobs = [
-                Job(prompt_ids(system, protocol, {"prompt": prompt.text}), sampling, int(content_hash([prompt.id, seed])[:15], 16))
+                Job(
+                    prompt_ids(system, protocol, {"prompt": prompt.text}),
+                    sampling,
+                    int(content_hash([prompt.id, seed])[:15], 16),
+                )
                 for prompt, seed in asked
             ]
             return _written(system, [prompt for prompt, _ in asked], jobs, progress)
@@ -302,13 +339,16 @@ def _asked_for(task: Task, scored: list[Scored]) -> list[Scored]:
 
 
 def score_written(
-    task: Task, write: Callable[[Sequence[Asked], Sampling], Sequence[Answer]], given: Mapping[str, Answer], max_tokens: int
+    task: Task,
+    write: Callable[[Sequence[Asked], Sampling], Sequence[Answer]],
+    given: Mapping[str, Answer],
+    max_tokens: int,
 ) -> list[Scored]:
     """One result per prompt, the mean over its draws, so that resampling items keeps the draws of a prompt together.
 
     Args:
-        write: the answers to (prompt, seed) in their order; the prompt's text is still to be put into the task's wording.
-        given, max_tokens: as for `run_task`.
+        write: the answers to (prompt, seed) in their order; the prompt's text is still to be put into the task's
+            wording. given, max_tokens: as for `run_task`.
     """
     settings = task.protocol
     assert isinstance(settings, GenerationSettings)
@@ -319,13 +359,24 @@ def score_written(
     new: dict[str, list[Answer]] = {}
     for answer in write(asked, Sampling(settings.temperature, settings.top_p, settings.max_tokens or max_tokens)):
         new.setdefault(answer.prompt_id, []).append(answer)
-    scored = [_scored_prompt(prompt, new.get(prompt.id) or [known[prompt.id]], settings, task.metrics) for prompt in task.prompts]
+    scored = [
+        _scored_prompt(prompt, new.get(prompt.id) or [known[prompt.id]], settings, task.metrics)
+        for prompt in task.prompts
+    ]
     return _asked_for(task, scored)
 
 
-def _scored_prompt(prompt: Prompt, answers: Sequence[Answer], settings: GenerationSettings, metrics: Sequence[str]) -> Scored:
+def _scored_prompt(
+    prompt: Prompt, answers: Sequence[Answer], settings: GenerationSettings, metrics: Sequence[str]
+) -> Scored:
     draws: list[dict[str, Any]] = [
-        {"seed": seed, "text": answer.text, "tokens": answer.tokens, "finished": answer.finished, "passed": answer.passed}
+        {
+            "seed": seed,
+            "text": answer.text,
+            "tokens": answer.tokens,
+            "finished": answer.finished,
+            "passed": answer.passed,
+        }
         for seed, answer in zip(settings.draws, answers, strict=True)
     ]
     scores = {"finished": _mean(draws, "finished"), "tokens": _mean(draws, "tokens")}
@@ -347,7 +398,8 @@ def _mean(draws: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def summarise(task: Task, scored: Sequence[Scored]) -> dict[str, dict[str, Any]]:
-    """{TASK/METRIC: value with its interval over items}. A metric that applies to no item is left out, never called 0."""
+    """{TASK/METRIC: value with its interval over items}. A metric that applies to no item is left out, never called
+    0."""
     found: dict[str, Interval] = {}
     for metric in task.metrics if scored else ():
         interval = _DERIVED[metric](task, scored) if metric in _DERIVED else _ratio(metric, scored)
@@ -369,7 +421,8 @@ def _macro_f1(task: Task, scored: Sequence[Scored]) -> Interval:
     return macro_f1(truth_I, chosen_I, len(task.protocol.labels))
 
 
-_DERIVED: dict[str, Callable[[Task, Sequence[Scored]], Interval | None]] = {  # functions of all items, not means over them
+# functions of all items, not means over them
+_DERIVED: dict[str, Callable[[Task, Sequence[Scored]], Interval | None]] = {
     "macro_f1": _macro_f1,
     "byte_perplexity": lambda task, scored: perplexity(scored, "bytes"),
     "word_perplexity": lambda task, scored: perplexity(scored, "words"),

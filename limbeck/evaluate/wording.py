@@ -50,10 +50,10 @@ def repetition(text: str, n: int = 4) -> float | None:
 def self_bleu(texts: Sequence[str], pool: int = POOL, seed: int = 0) -> float | None:
     """The mean over texts of BLEU-4 against all the others, 0 to 1: high where they are alike (Zhu et al. 2018).
 
-    Sentence BLEU as sacrebleu computes it: up to the longest n-gram that a text has; an order without a match counts as 1/2,
-    1/4, ... of one match (NIST smoothing); no common word at all gives 0; the nearest length of a reference, the shorter of two,
-    enters the brevity penalty. Of more than `pool` texts, that many are drawn as references of them all. More
-    references mean higher values: compare systems by equally many texts. Texts without a word are left out.
+    Sentence BLEU as sacrebleu computes it: up to the longest n-gram that a text has; an order without a match counts as
+    1/2, 1/4, ... of one match (NIST smoothing); no common word at all gives 0; the nearest length of a reference, the
+    shorter of two, enters the brevity penalty. Of more than `pool` texts, that many are drawn as references of them
+    all. More references mean higher values: compare systems by equally many texts. Texts without a word are left out.
 
     Time and memory grow with the number of words, not with the number of pairs: for every n-gram the pool's two largest
     counts are kept, the second for the text that holds the largest itself.
@@ -67,7 +67,9 @@ def self_bleu(texts: Sequence[str], pool: int = POOL, seed: int = 0) -> float | 
     if len(spoken) < 2:
         return None
     picks = range(len(spoken))
-    references = set(picks if len(spoken) <= pool else np.random.default_rng(seed).permutation(len(spoken))[:pool].tolist())
+    references = set(
+        picks if len(spoken) <= pool else np.random.default_rng(seed).permutation(len(spoken))[:pool].tolist()
+    )
     largest: dict[Gram, tuple[int, int, int]] = {}  # the largest count, its text, the second largest
     for index in sorted(references):
         for gram, count in _counts(spoken[index]).items():
@@ -77,14 +79,16 @@ def self_bleu(texts: Sequence[str], pool: int = POOL, seed: int = 0) -> float | 
             elif count > second:
                 largest[gram] = (best, owner, count)
     lengths = Counter(len(spoken[index]) for index in references)
-    return math.fsum(_bleu(spoken[index], index, largest, lengths, index in references) for index in picks) / len(spoken)
+    return math.fsum(_bleu(spoken[index], index, largest, lengths, index in references) for index in picks) / len(
+        spoken
+    )
 
 
 def rouge_l(prediction: str, references: Sequence[str], stemmer: bool = True) -> float | None:
     """The largest F1 of the longest common subsequence with a reference (ROUGE-L, Lin 2004), by Google's rouge-score.
 
-    That package knows Latin letters without accents and digits only. References without any are left out; None where none is left.
-    A prediction without any scores 0.
+    That package knows Latin letters without accents and digits only. References without any are left out; None where
+    none is left. A prediction without any scores 0.
 
     Raises:
         UserError: no reference, or rouge-score is not installed.
@@ -107,7 +111,9 @@ def _counts(tokens: Sequence[str]) -> Counter[Gram]:
     return Counter(gram for order in range(1, ORDERS + 1) for gram in _grams(tokens, order))
 
 
-def _bleu(tokens: Sequence[str], index: int, largest: dict[Gram, tuple[int, int, int]], lengths: Counter[int], own: bool) -> float:
+def _bleu(
+    tokens: Sequence[str], index: int, largest: dict[Gram, tuple[int, int, int]], lengths: Counter[int], own: bool
+) -> float:
     """BLEU of text `index` against the pool without itself; `own` says that it is in the pool."""
     matched = [0] * ORDERS
     for gram, count in _counts(tokens).items():
@@ -115,7 +121,9 @@ def _bleu(tokens: Sequence[str], index: int, largest: dict[Gram, tuple[int, int,
         matched[len(gram) - 1] += min(count, second if owner == index else best)
     if not matched[0]:
         return 0.0
-    orders, share, log_precision = min(ORDERS, len(tokens)), 1.0, 0.0
+    orders = min(ORDERS, len(tokens))
+    share = 1.0
+    log_precision = 0.0
     for order in range(orders):
         share = share if matched[order] else share / 2
         log_precision += math.log((matched[order] or share) / (len(tokens) - order))

@@ -1,9 +1,9 @@
 """A teacher behind an OpenAI-compatible server: every answer typed, every try counted, every wait ended.
 
-One retry layer. What the server surely did not do (429, 503, no connection) is asked again; what it may have done (no answer in time, a
-broken connection, another 5xx) too, but counted as possibly billed. An answer's place is freed when its reader has taken it, so that at any
-moment no more than `concurrency` answers are on their way. The key is read from the environment, sent to this address alone, and taken
-out of whatever the server says.
+One retry layer. What the server surely did not do (429, 503, no connection) is asked again; what it may have done (no
+answer in time, a broken connection, another 5xx) too, but counted as possibly billed. An answer's place is freed when
+its reader has taken it, so that at any moment no more than `concurrency` answers are on their way. The key is read from
+the environment, sent to this address alone, and taken out of whatever the server says.
 
 Not covered: streaming, several answers to one request, providers that speak another protocol.
 """
@@ -30,8 +30,11 @@ import httpx2
 from limbeck.config.teacher import Served
 from limbeck.types import Finish, Generated, Request, UserError, content_hash
 
-MOST_BYTES, KEPT_BYTES = 16 * 2**20, 64 * 2**10  # of an answer that are read, and of one that is not whole that are kept
-CONNECT_SECONDS, LONGEST_PAUSE, POLL = 10.0, 60.0, 0.2
+MOST_BYTES = 16 * 2**20
+KEPT_BYTES = 64 * 2**10  # of an answer that are read, and of one that is not whole that are kept
+CONNECT_SECONDS = 10.0
+LONGEST_PAUSE = 60.0
+POLL = 0.2
 AGAIN = frozenset({429, 503})  # the server did nothing
 STOPS = {401: "the key", 403: "the key's rights", 404: "the address and the model's name"}
 CONTROL = re.compile(r"<\|[a-z_]{2,32}\|>|</?s>|<(?:start|end)_of_turn>")
@@ -43,8 +46,8 @@ Found = TypeVar("Found")
 
 @dataclass
 class Spent:
-    """What was asked of the server: tries sent, those asked again, those possibly billed without an answer, and the bill as far as the
-    server told it. Of earlier processes their kept answers alone are counted."""
+    """What was asked of the server: tries sent, those asked again, those possibly billed without an answer, and the
+    bill as far as the server told it. Of earlier processes their kept answers alone are counted."""
 
     sent: int = 0
     again: int = 0
@@ -71,14 +74,24 @@ class ApiTeacher:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.settings.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+            or "@" in parts.netloc
+        ):
             raise UserError(
-                "teacher.server.url must look like http://127.0.0.1:8080/v1, without a password: the key comes from the environment"
+                "teacher.server.url must look like http://127.0.0.1:8080/v1, without a password: the key comes from the"
+                " environment"
             )
-        self._url, self._key = self.settings.url.rstrip("/"), os.environ.get(self.settings.key, "")
+        self._url = self.settings.url.rstrip("/")
+        self._key = os.environ.get(self.settings.key, "")
         self._noise = random.Random(0)  # noqa: S311 (jitter, not a secret)
-        self._next, self._window = 0.0, deque[tuple[float, int]]()
-        self._failures, self._flying = 0, dict[int, int]()
+        self._next = 0.0
+        self._window = deque[tuple[float, int]]()
+        self._failures = 0
+        self._flying = dict[int, int]()
         self._identity: str | None = None
 
     @property
@@ -105,19 +118,24 @@ class ApiTeacher:
         known = {str(one.get("id")): one for one in listed if isinstance(one, dict)} if isinstance(listed, list) else {}
         if self.settings.name not in known:
             raise UserError(
-                f"{self._url} serves {', '.join(sorted(known)) or 'no model'}, not {self.settings.name!r}: set teacher.server.name"
+                f"{self._url} serves {', '.join(sorted(known)) or 'no model'}, not {self.settings.name!r}: set"
+                " teacher.server.name"
             )
         facts = known[self.settings.name]
         meta: dict[str, Any] = facts["meta"] if isinstance(facts.get("meta"), dict) else {}
         sizes = {key: meta[key] for key in ("n_params", "size", "n_vocab") if isinstance(meta.get(key), int)}
-        return f"served:{self.settings.name}-{content_hash([self.settings.name, str(facts.get('root', '')), sizes])[:12]}"
+        return (
+            f"served:{self.settings.name}-{content_hash([self.settings.name, str(facts.get('root', '')), sizes])[:12]}"
+        )
 
-    def answers(self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Request, Generated]]:
+    def answers(
+        self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[Request, Generated]]:
         """Answer every request, each as it finishes.
 
         Raises:
-            UserError: the server refuses all alike (key, name), fails again and again, or a ceiling is reached; what was answered before is
-                handed out first.
+            UserError: the server refuses all alike (key, name), fails again and again, or a ceiling is reached; what
+                was answered before is handed out first.
         """
         loop = asyncio.new_event_loop()
         stream = self._stream(requests, stop)
@@ -128,8 +146,12 @@ class ApiTeacher:
             loop.run_until_complete(stream.aclose())
             loop.close()
 
-    async def _stream(self, requests: Sequence[Request], stop: Callable[[], bool]) -> AsyncGenerator[tuple[Request, Generated]]:
-        waiting, tasks, error = deque(requests), dict[asyncio.Task[Generated], Request](), None
+    async def _stream(
+        self, requests: Sequence[Request], stop: Callable[[], bool]
+    ) -> AsyncGenerator[tuple[Request, Generated]]:
+        waiting = deque(requests)
+        tasks = dict[asyncio.Task[Generated], Request]()
+        error = None
         async with self.client() as client:
             try:
                 while (waiting or tasks) and not stop():
@@ -140,7 +162,8 @@ class ApiTeacher:
                         break
                     done, _ = await asyncio.wait(tasks, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
                     for task in sorted(done, key=lambda task: task.exception() is not None):
-                        request, failure = tasks.pop(task), task.exception()
+                        request = tasks.pop(task)
+                        failure = task.exception()
                         if failure is None:
                             yield request, task.result()
                         elif not isinstance(failure, UserError):
@@ -158,8 +181,10 @@ class ApiTeacher:
     # Limits
 
     def _check_ceilings(self, tokens: int) -> None:
-        """Refuse a try of so many tokens that might pass a ceiling if all that are under way write as much as they may."""
-        limits, flying = self.settings.limits, sum(self._flying.values()) + tokens
+        """Refuse a try of so many tokens that might pass a ceiling if all that are under way write as much as they
+        may."""
+        limits = self.settings.limits
+        flying = sum(self._flying.values()) + tokens
         dearest = max(self.price(1, 0), self.price(0, 1))
         for ceiling, there, what in (
             (limits.requests, self.spent.sent + 1, "requests"),
@@ -168,7 +193,8 @@ class ApiTeacher:
         ):
             if ceiling is not None and there > ceiling:
                 raise UserError(
-                    f"the ceiling of {ceiling} {what} is reached; what was answered is kept: raise teacher.server.limits and run it again"
+                    f"the ceiling of {ceiling} {what} is reached; what was answered is kept: raise"
+                    " teacher.server.limits and run it again"
                 )
 
     def price(self, read: int, written: int) -> float:
@@ -178,7 +204,8 @@ class ApiTeacher:
 
     async def _turn(self, tokens: int) -> None:
         """Wait until the rate limits let one more request out."""
-        per_minute, most = self.settings.requests_per_minute, self.settings.tokens_per_minute
+        per_minute = self.settings.requests_per_minute
+        most = self.settings.tokens_per_minute
         if per_minute is not None:
             begin = max(self.clock(), self._next)
             self._next = begin + 60 / per_minute
@@ -207,7 +234,8 @@ class ApiTeacher:
         return asyncio.run(asked())
 
     async def peek(self, client: httpx2.AsyncClient, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """(status, what the server says as JSON or None) of one request that costs nothing; status 0 where there is no answer."""
+        """(status, what the server says as JSON or None) of one request that costs nothing; status 0 where there is no
+        answer."""
         try:
             status, _, content = await self._sent(client, method, path, body, "")
         except (httpx2.HTTPError, TimeoutError):
@@ -223,7 +251,8 @@ class ApiTeacher:
         return self._generated(request, status, body) if status else Generated(None, "", "error", _kept(body))
 
     async def tried(self, client: httpx2.AsyncClient, path: str, body: Any, key: str, tokens: int) -> tuple[int, bytes]:
-        """(status, what the server says) of one request, asked as often as it takes and may; status 0 where every try failed.
+        """(status, what the server says) of one request, asked as often as it takes and may; status 0 where every try
+        failed.
 
         Args:
             tokens: what it may cost.
@@ -231,7 +260,8 @@ class ApiTeacher:
         Raises:
             UserError: the server refuses all alike, fails again and again, or a ceiling is reached.
         """
-        last, flying = b"", object()
+        last = b""
+        flying = object()
         for attempt in range(self.settings.retries + 1):
             await self._turn(tokens)
             self._check_ceilings(tokens)
@@ -252,7 +282,8 @@ class ApiTeacher:
                 return status, last
             if status in STOPS or 300 <= status < 400:
                 raise UserError(
-                    f"{self._url} answers {status}: look at {STOPS.get(status, 'the address, which leads elsewhere')}. {said(last)}"
+                    f"{self._url} answers {status}: look at {STOPS.get(status, 'the address, which leads elsewhere')}."
+                    f" {said(last)}"
                 )
             if status in AGAIN:
                 wait = _retry_after(headers.get("retry-after"))
@@ -262,34 +293,45 @@ class ApiTeacher:
             if self._failures >= IN_A_ROW + 2 * self.settings.concurrency:
                 told = status if status > 0 else "no answer" if status else "no connection"
                 raise UserError(
-                    f"{self._url} failed {self._failures} times in a row (last: {told}): look at the server, then run it again to go on. "
-                    + said(last)
+                    f"{self._url} failed {self._failures} times in a row (last: {told}): look at the server, then run"
+                    " it again to go on. " + said(last)
                 )
             if attempt < self.settings.retries:
-                await self._pause(wait if wait is not None else min(LONGEST_PAUSE, 0.5 * 2**attempt) * self._noise.uniform(0.5, 1.5))
+                await self._pause(
+                    wait if wait is not None else min(LONGEST_PAUSE, 0.5 * 2**attempt) * self._noise.uniform(0.5, 1.5)
+                )
         return 0, last
 
     def _body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
         asked = {"messages": list(request.messages)} if request.raw is None else {"prompt": request.raw}
         body = asked | {
-            "model": self.settings.name, "temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens,
-            "seed": int(request.key[:7], 16), "stream": False,
-        }  # fmt: skip
+            "model": self.settings.name,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "seed": int(request.key[:7], 16),
+            "stream": False,
+        }
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         if sampling.presence_penalty:
             body["presence_penalty"] = sampling.presence_penalty
         return body
 
-    async def _sent(self, client: httpx2.AsyncClient, method: str, path: str, body: Any, key: str) -> tuple[int, httpx2.Headers, bytes]:
-        """(status, headers, the first bytes of the answer without the key); everything within the time that one answer may take. A path
-        that begins with two slashes is the server's own, beside `/v1`."""
+    async def _sent(
+        self, client: httpx2.AsyncClient, method: str, path: str, body: Any, key: str
+    ) -> tuple[int, httpx2.Headers, bytes]:
+        """(status, headers, the first bytes of the answer without the key); everything within the time that one answer
+        may take. A path that begins with two slashes is the server's own, beside `/v1`."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         if key:
             headers["Idempotency-Key"] = key
         address = self._url.removesuffix("/v1") + path[1:] if path.startswith("//") else self._url + path
-        async with asyncio.timeout(self.settings.timeout), client.stream(method, address, json=body, headers=headers) as reply:
+        async with (
+            asyncio.timeout(self.settings.timeout),
+            client.stream(method, address, json=body, headers=headers) as reply,
+        ):
             found = bytearray()
             async for part in reply.aiter_bytes():
                 found += part
@@ -306,30 +348,39 @@ class ApiTeacher:
 
     def _generated(self, request: Request, status: int, body: bytes) -> Generated:
         if status != 200:
-            return Generated(None, "", "error", _kept(body))  # this request's own fault, such as a prompt that is too long
+            # this request's own fault, such as a prompt that is too long
+            return Generated(None, "", "error", _kept(body))
         data = read_json(body) if len(body) <= MOST_BYTES else None
         usage = _usage(data)
         if usage is not None:
             self.spent.read += usage[0]
             self.spent.written += usage[1]
             self.spent.money += self.price(*usage)
-        text, finish = read_answer(data, self.settings.name, request.raw is not None, request.sampling.max_tokens, usage)
-        return Generated(None, text, finish, None if finish == "ok" else _kept(body), usage or (0, 0))  # a bill that was not told
+        text, finish = read_answer(
+            data, self.settings.name, request.raw is not None, request.sampling.max_tokens, usage
+        )
+        # a bill that was not told
+        return Generated(None, text, finish, None if finish == "ok" else _kept(body), usage or (0, 0))
 
 
 def read_answer(data: Any, model: str, raw: bool, max_tokens: int, usage: tuple[int, int] | None) -> tuple[str, Finish]:
-    """(text, what became of it) of a reply's one choice. What isn't of the right shape is `malformed`, whatever it says; what took as many
-    tokens as there might be is `length`, though it says "stop"."""
+    """(text, what became of it) of a reply's one choice. What isn't of the right shape is `malformed`, whatever it
+    says; what took as many tokens as there might be is `length`, though it says "stop"."""
     choices = data.get("choices") if isinstance(data, dict) else None
     named = data.get("model") if isinstance(data, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         return "", "malformed"
-    if isinstance(named, str) and named and not (named.startswith(model) or model.startswith(named) or named.endswith(f"/{model}")):
+    if (
+        isinstance(named, str)
+        and named
+        and not (named.startswith(model) or model.startswith(named) or named.endswith(f"/{model}"))
+    ):
         return "", "malformed"  # another model's answer
     message = choices[0] if raw else choices[0].get("message")
     if not isinstance(message, dict):
         return "", "malformed"
-    text, reason = message.get("text" if raw else "content"), choices[0].get("finish_reason")
+    text = message.get("text" if raw else "content")
+    reason = choices[0].get("finish_reason")
     if isinstance(message.get("refusal"), str) and message["refusal"].strip():
         return message["refusal"], "refused"
     if reason == "content_filter":
@@ -382,7 +433,11 @@ def _retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        seconds = float(value) if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value) else parsedate_to_datetime(value).timestamp() - time.time()
+        seconds = (
+            float(value)
+            if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value)
+            else parsedate_to_datetime(value).timestamp() - time.time()
+        )
     except (TypeError, ValueError):
         return None
     return min(LONGEST_PAUSE, max(0.0, seconds))

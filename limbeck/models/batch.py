@@ -1,8 +1,8 @@
 """A teacher behind a provider's batch interface: all requests in one file, answered within a day at half the price.
 
-The protocol is OpenAI's (files, batches), which others speak, too; tested against a server that plays it, not against a provider.
-A batch is known again by what stands in its input file. So a run that was killed at any moment finds the batches that it made, waits for
-them and pays for nothing twice; requests that a batch did not answer go into a new one.
+The protocol is OpenAI's (files, batches), which others speak, too; tested against a server that plays it, not against a
+provider. A batch is known again by what stands in its input file. So a run that was killed at any moment finds the
+batches that it made, waits for them and pays for nothing twice; requests that a batch did not answer go into a new one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ import httpx2
 from limbeck.models.api import AGAIN, STOPS, ApiTeacher, most_tokens, read_json
 from limbeck.types import Generated, Request, UserError, canonical_json
 
-MOST_REQUESTS, MOST_INPUT, MOST_OUTPUT = 20_000, 150 * 2**20, 2**30  # of one batch; the provider takes 50,000 and 200 MB
-PAGES, PAGE = 20, 100  # of the provider's list of batches, the newest first
+MOST_REQUESTS = 20_000
+MOST_INPUT = 150 * 2**20
+MOST_OUTPUT = 2**30  # of one batch; the provider takes 50,000 and 200 MB
+PAGES = 20
+PAGE = 100  # of the provider's list of batches, the newest first
 WAITING = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
-FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0
+FIRST_WAIT = 5.0
+LONGEST_WAIT = 60.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,15 @@ class Batch:
 class BatchTeacher(ApiTeacher):
     """Answers requests through batches; the wait between two looks grows from 5 s to a minute."""
 
-    def answers(self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Request, Generated]]:
-        """Answer every request, batch by batch. Where `stop` becomes true, the batches go on at the provider, and the next call finds them.
+    def answers(
+        self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[Request, Generated]]:
+        """Answer every request, batch by batch. Where `stop` becomes true, the batches go on at the provider, and the
+        next call finds them.
 
         Raises:
-            UserError: the provider refuses the batch, the key or the model; a ceiling would be passed; requests remain unanswered.
+            UserError: the provider refuses the batch, the key or the model; a ceiling would be passed; requests remain
+                unanswered.
         """
         waiting = {request.key: request for request in requests}
         for attempt in range(self.settings.retries + 1):
@@ -54,7 +62,8 @@ class BatchTeacher(ApiTeacher):
                     yield waiting.pop(key), answer
         if waiting and not stop():
             raise UserError(
-                f"{len(waiting)} requests were left unanswered by {self.settings.retries + 1} batches at {self._url}: run it again later"
+                f"{len(waiting)} requests were left unanswered by {self.settings.retries + 1} batches at {self._url}:"
+                " run it again later"
             )
 
     @property
@@ -78,13 +87,18 @@ class BatchTeacher(ApiTeacher):
 
     async def _known(self, client: httpx2.AsyncClient, wanted: dict[str, Request]) -> Any:
         """Our batches at the provider that hold any of these requests and were not given up."""
-        after, seen = "", set[str]()
+        after = ""
+        seen = set[str]()
         for _ in range(PAGES):
             page = await self._get(client, f"/batches?limit={PAGE}{after}")
             data = page.get("data")
             listed = [record for record in data if isinstance(record, dict)] if isinstance(data, list) else []
             for record in listed:
-                if record.get("metadata") != self._mark or record.get("status") == "failed" or not _name(record.get("input_file_id")):
+                if (
+                    record.get("metadata") != self._mark
+                    or record.get("status") == "failed"
+                    or not _name(record.get("input_file_id"))
+                ):
                     continue
                 lines = _lines(await self._file(client, record["input_file_id"]))
                 keys = {str(line.get("custom_id")) for line in lines} & wanted.keys() - seen
@@ -99,29 +113,44 @@ class BatchTeacher(ApiTeacher):
 
     def _parts(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, bytes]]]:
         """Requests with their lines, as many as one batch may hold."""
-        part, size = list[tuple[Request, bytes]](), 0
+        part = list[tuple[Request, bytes]]()
+        size = 0
         for request in requests:
             path = "/v1/completions" if request.raw is not None else "/v1/chat/completions"
-            line = {"custom_id": request.key, "method": "POST", "url": path, "body": self._body(request) | {"stream": False}}
+            line = {
+                "custom_id": request.key,
+                "method": "POST",
+                "url": path,
+                "body": self._body(request) | {"stream": False},
+            }
             text = canonical_json(line).encode() + b"\n"
             if part and (len(part) >= MOST_REQUESTS or size + len(text) > MOST_INPUT):
                 yield part
-                part, size = [], 0
+                part = []
+                size = 0
             part.append((request, text))
             size += len(text)
         if part:
             yield part
 
     async def _new(self, client: httpx2.AsyncClient, part: Sequence[tuple[Request, bytes]], raw: bool) -> Batch:
-        """Upload the requests and have them answered. A file without a batch costs nothing, so a kill between the two is harmless."""
+        """Upload the requests and have them answered. A file without a batch costs nothing, so a kill between the two
+        is harmless."""
         for request, _ in part:
             self._check_ceilings(most_tokens(request))
             self._flying[id(request)] = most_tokens(request)
             self.spent.sent += 1
         content = b"".join(line for _, line in part)
-        uploaded = await self._post(client, "/files", data={"purpose": "batch"}, files={"file": ("requests.jsonl", content)})
+        uploaded = await self._post(
+            client, "/files", data={"purpose": "batch"}, files={"file": ("requests.jsonl", content)}
+        )
         path = "/v1/completions" if raw else "/v1/chat/completions"
-        asked = {"input_file_id": uploaded.get("id"), "endpoint": path, "completion_window": "24h", "metadata": self._mark}
+        asked = {
+            "input_file_id": uploaded.get("id"),
+            "endpoint": path,
+            "completion_window": "24h",
+            "metadata": self._mark,
+        }
         made = await self._post(client, "/batches", json=asked)
         if not _name(made.get("id")):
             raise UserError(f"{self._url} made no batch of the requests: {str(made)[:200]}")
@@ -149,7 +178,9 @@ class BatchTeacher(ApiTeacher):
         async with self.client() as client:
             return await self._get(client, f"/batches/{batch.id}")
 
-    async def _harvest(self, batch: Batch, record: dict[str, Any], wanted: dict[str, Request]) -> list[tuple[str, Generated]]:
+    async def _harvest(
+        self, batch: Batch, record: dict[str, Any], wanted: dict[str, Request]
+    ) -> list[tuple[str, Generated]]:
         async with self.client() as client:
             found = await self._harvest_in(client, record, wanted, count=True)
         for key in batch.keys & wanted.keys():
@@ -159,13 +190,15 @@ class BatchTeacher(ApiTeacher):
     async def _harvest_in(
         self, client: httpx2.AsyncClient, record: dict[str, Any], wanted: dict[str, Request], count: bool = False
     ) -> list[tuple[str, Generated]]:
-        """(key, answer) of each of our requests that an ended batch answered for good: the first line of each counts."""
+        """(key, answer) of each of our requests that an ended batch answered for good: the first line of each
+        counts."""
         found: dict[str, Generated] = {}
         for file in ("output_file_id", "error_file_id"):
             if not _name(record.get(file)):
                 continue
             for line in _lines(await self._file(client, record[file])):
-                key, reply = str(line.get("custom_id")), line.get("response")
+                key = str(line.get("custom_id"))
+                reply = line.get("response")
                 if key not in wanted or key in found or not isinstance(reply, dict):
                     continue  # an error without a response (such as batch_expired) was not answered
                 status = reply.get("status_code")
@@ -197,9 +230,14 @@ class BatchTeacher(ApiTeacher):
     def _record(self, path: str, status: int, body: bytes) -> dict[str, Any]:
         found = read_json(body)
         if status != 200 or not isinstance(found, dict):
-            where = STOPS[401] if status == 401 else "whether it has a batch interface; without, leave teacher.server.batch out"
+            where = (
+                STOPS[401]
+                if status == 401
+                else "whether it has a batch interface; without, leave teacher.server.batch out"
+            )
             raise UserError(
-                f"{self._url}{path.partition('?')[0]} answers {status}: look at {where}. {body[:200].decode('utf-8', 'replace')}"
+                f"{self._url}{path.partition('?')[0]} answers {status}: look at {where}."
+                f" {body[:200].decode('utf-8', 'replace')}"
             )
         return found
 
@@ -210,7 +248,9 @@ class BatchTeacher(ApiTeacher):
                 status, body = await self._once(client, method, path, **content)
             except (httpx2.HTTPError, TimeoutError) as error:
                 if method == "POST" or attempt == self.settings.retries:
-                    raise UserError(f"no answer from {self._url}{path}: {type(error).__name__}; run it again to go on") from None
+                    raise UserError(
+                        f"no answer from {self._url}{path}: {type(error).__name__}; run it again to go on"
+                    ) from None
             else:
                 if status not in AGAIN and (status < 500 or method == "POST"):
                     return status, body
@@ -220,7 +260,10 @@ class BatchTeacher(ApiTeacher):
     async def _once(self, client: httpx2.AsyncClient, method: str, path: str, **content: Any) -> tuple[int, bytes]:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         url = self._url + path
-        async with asyncio.timeout(self.settings.timeout), client.stream(method, url, headers=headers, **content) as reply:
+        async with (
+            asyncio.timeout(self.settings.timeout),
+            client.stream(method, url, headers=headers, **content) as reply,
+        ):
             found = bytearray()
             async for chunk in reply.aiter_bytes():
                 found += chunk
@@ -232,7 +275,12 @@ class BatchTeacher(ApiTeacher):
 
 def _name(value: Any) -> bool:
     """Whether this can be the name of a file or a batch, and so a part of a path."""
-    return isinstance(value, str) and 0 < len(value) <= 200 and value.replace("-", "").replace("_", "").isalnum() and value.isascii()
+    return (
+        isinstance(value, str)
+        and 0 < len(value) <= 200
+        and value.replace("-", "").replace("_", "").isalnum()
+        and value.isascii()
+    )
 
 
 def _lines(body: bytes) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""A teacher with tokens and a template of its own beside a student's text: the response is put into its tokens and the two are aligned.
+"""A teacher with tokens and a template of its own beside a student's text: the response is put into its tokens and the
+two are aligned.
 
 Shapes: N response positions of the student, M of the teacher, E width of the teacher.
 """
@@ -34,9 +35,9 @@ SPREAD = 256  # tokens whose embeddings tell how large embeddings are
 
 @dataclass(frozen=True)
 class Aligned:
-    """A response in the teacher's tokens. For each of the student's tokens: the place of the teacher's token that begins at the same byte
-    (-1 for none), and the number of teacher's tokens that it takes to cover it. `single` counts the student's tokens that are one token
-    in both."""
+    """A response in the teacher's tokens. For each of the student's tokens: the place of the teacher's token that
+    begins at the same byte (-1 for none), and the number of teacher's tokens that it takes to cover it. `single` counts
+    the student's tokens that are one token in both."""
 
     ids: tuple[int, ...]
     at: tuple[int, ...]
@@ -53,8 +54,14 @@ class Vocabularies:
         sizes: how many ids both can say, ours and theirs.
     """
 
-    def __init__(self, ours: Any, theirs: Any, our_ends: frozenset[int], their_end: int, sizes: tuple[int, int], nearest: bool) -> None:
-        self.theirs, self.our_ends, self.their_end, self.sizes, self.by_spelling = theirs, our_ends, their_end, sizes, nearest
+    def __init__(
+        self, ours: Any, theirs: Any, our_ends: frozenset[int], their_end: int, sizes: tuple[int, int], nearest: bool
+    ) -> None:
+        self.theirs = theirs
+        self.our_ends = our_ends
+        self.their_end = their_end
+        self.sizes = sizes
+        self.by_spelling = nearest
         self.same = ours.get_vocab() == theirs.get_vocab() and their_end in our_ends
         self._tokens: tuple[Tokens, Tokens] | None = None if self.same else (tokens_of(ours), tokens_of(theirs))
         self._our_end = ours.eos_token_id
@@ -69,7 +76,8 @@ class Vocabularies:
             every = torch.arange(min(ours, theirs))
             found = dict(zip(every.tolist(), every.tolist(), strict=True))
         else:
-            (mine, other), found = self._tokens, {}
+            mine, other = self._tokens
+            found = {}
             for value, number in mine.ids.items():
                 if number < ours and (there := other.ids.get(value)) is not None and there < theirs:
                     found[number] = there
@@ -85,7 +93,11 @@ class Vocabularies:
         if self._tokens is None:
             return lambda token: None
         mine, other = self._tokens
-        spelled = {number: value.decode("latin-1") for number, value in enumerate(mine.bytes_of) if value and number < self.sizes[0]}
+        spelled = {
+            number: value.decode("latin-1")
+            for number, value in enumerate(mine.bytes_of)
+            if value and number < self.sizes[0]
+        }
 
         @lru_cache(None)
         def near(token: int) -> int | None:
@@ -111,20 +123,26 @@ class Vocabularies:
         text = b"".join(ours)
         ids = self._their_ids(text.decode("utf-8", errors="replace"))
         theirs = [other.bytes_of[token] or b"" for token in ids]
-        joined, beginning = b"".join(theirs), text[:BEGINNING]
+        joined = b"".join(theirs)
+        beginning = text[:BEGINNING]
         if not joined.startswith(beginning) and joined.startswith(b" " + beginning):
             theirs[0] = theirs[0].removeprefix(b" ")  # a tokenizer that puts a space before every text
-        at, cover, single = [-1] * len(response), [0] * len(response), 0
+        at = [-1] * len(response)
+        cover = [0] * len(response)
+        single = 0
         done = 0
         for segment in segments(ours, theirs):
             done, single = segment.ours.stop, single + segment.single
             if equal_only and not segment.single:
                 continue
-            first, size, taken = segment.ours.start, 0, 0
+            first = segment.ours.start
+            size = 0
+            taken = 0
             while size < len(ours[first]):
                 size += len(theirs[segment.theirs.start + taken])
                 taken += 1
-            at[first], cover[first] = segment.theirs.start, max(1, taken)
+            at[first] = segment.theirs.start
+            cover[first] = max(1, taken)
         if ended:
             if done == len(said):
                 at[-1], cover[-1], single = len(ids), 1, single + 1
@@ -140,7 +158,8 @@ class Vocabularies:
 
 
 class BridgedTeacher:
-    """A teacher beside a student with another tokenizer. Rows carry the prompt in the teacher's tokens (`teacher_prompt_ids`).
+    """A teacher beside a student with another tokenizer. Rows carry the prompt in the teacher's tokens
+    (`teacher_prompt_ids`).
 
     Raises:
         UserError: a tokenizer of an unknown kind, or two that share nothing.
@@ -150,7 +169,8 @@ class BridgedTeacher:
     vocabulary = sys.maxsize  # a bridge leaves out nothing of the student's
 
     def __init__(self, teacher: InProcessTeacher, student: Model, settings: Settings) -> None:
-        self.model, self.settings = teacher.model, settings
+        self.model = teacher.model
+        self.settings = settings
         net = self.model.net
         sizes = (min(head_of(student.net).vocabulary, student.tokens), min(head_of(net).vocabulary, self.model.tokens))
         end = self.model.tokenizer.eos_token_id
@@ -160,7 +180,8 @@ class BridgedTeacher:
         pairs = self.between.pairs
         if len(pairs.ours_K) < 2:
             raise UserError(
-                f"no token of {teacher.identity} is one of the student's, so there is nothing to compare; choose another teacher"
+                f"no token of {teacher.identity} is one of the student's, so there is nothing to compare; choose"
+                " another teacher"
             )
         self.pairs = pairs.to(net.device)
 
@@ -169,8 +190,8 @@ class BridgedTeacher:
         return self.between.align(tuple(response), self.settings.spans == "equal")
 
     def facts(self, responses: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """How much the two have in common: tokens of the vocabularies, and of these responses the shares that are aligned and that are
-        one token in both."""
+        """How much the two have in common: tokens of the vocabularies, and of these responses the shares that are
+        aligned and that are one token in both."""
         found = [self.align(response) for response in responses]
         tokens = sum(len(one.at) for one in found)
         return {
@@ -186,12 +207,14 @@ class BridgedTeacher:
     def view(self, batch: Batch, taps: Taps = NO_TAPS, vocabulary: int | None = None) -> TeacherView:  # noqa: ARG002 (as of every teacher)
         """The teacher's distributions at the student's response positions, and its states at its own."""
         assert not any(taps), "validate refuses layers of a teacher with other tokens"
-        net, device = self.model.net, self.model.net.device
+        net = self.model.net
+        device = self.model.net.device
         texts = [self.align(ids) for ids in _responses(batch)]
         tokens_BT, mask_BT = self._tokens(batch, texts)
         hidden_BTE = shared_states(net, tokens_BT.to(device))
         row_M, target_M = mask_BT.nonzero(as_tuple=True)
-        hidden_ME, head = hidden_BTE[row_M, target_M - 1], head_of(net).detached()
+        hidden_ME = hidden_BTE[row_M, target_M - 1]
+        head = head_of(net).detached()
         head = head.cut(min(head.vocabulary, self.between.sizes[1]))
         said_M = tokens_BT[row_M, target_M].to(device)
         places = self._places(batch, texts, hidden_ME, head, said_M)
@@ -205,12 +228,18 @@ class BridgedTeacher:
     def _tokens(self, batch: Batch, texts: Sequence[Aligned]) -> tuple[Tensor, Tensor]:
         """(tokens [B, T], which are response tokens) in the teacher's tokens."""
         seen = batch.seen_by_teacher()
-        prompts = [row[: int(mask.nonzero()[0, 0])].tolist() for row, mask in zip(seen.tokens_BT, seen.mask_BT, strict=True)]
+        prompts = [
+            row[: int(mask.nonzero()[0, 0])].tolist() for row, mask in zip(seen.tokens_BT, seen.mask_BT, strict=True)
+        ]
         rows = [(prompt, text.ids) for prompt, text in zip(prompts, texts, strict=True)]
         width = max(len(prompt) + len(ids) for prompt, ids in rows)
         if width > self.model.context:
-            raise UserError(f"a text takes {width} of the teacher's tokens, more than its context of {self.model.context}: shorten it")
-        tokens_BT, mask_BT = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.bool)
+            raise UserError(
+                f"a text takes {width} of the teacher's tokens, more than its context of {self.model.context}:"
+                " shorten it"
+            )
+        tokens_BT = torch.zeros(len(rows), width, dtype=torch.long)
+        mask_BT = torch.zeros(len(rows), width, dtype=torch.bool)
         for number, (prompt, ids) in enumerate(rows):
             tokens_BT[number, : len(prompt) + len(ids)] = torch.tensor([*prompt, *ids])
             mask_BT[number, len(prompt) : len(prompt) + len(ids)] = True
@@ -219,7 +248,11 @@ class BridgedTeacher:
     def _places(self, batch: Batch, texts: Sequence[Aligned], hidden_ME: Tensor, head: Any, said_M: Tensor) -> Places:
         device = hidden_ME.device
         starts = torch.tensor([0, *(len(text.ids) for text in texts)]).cumsum(0)
-        at = [place + int(start) if place >= 0 else -1 for text, start in zip(texts, starts, strict=False) for place in text.at]
+        at = [
+            place + int(start) if place >= 0 else -1
+            for text, start in zip(texts, starts, strict=False)
+            for place in text.at
+        ]
         at_N = torch.tensor(at, device=device)
         cover_N = torch.tensor([count for text in texts for count in text.cover], device=device) * (at_N >= 0)
         row_N, position_N = batch.response_positions()
@@ -232,7 +265,9 @@ class BridgedTeacher:
             owner = torch.tensor([number for number, each in enumerate(covered) for _ in each], device=device)
             where = torch.tensor([place for each in covered for place in each], device=device)
             log_prob = token_log_probs(hidden_ME[where], head, said_M[where])
-            log_cover_N[moved_N] = torch.zeros(len(covered), dtype=log_prob.dtype, device=device).index_add_(0, owner, log_prob)
+            log_cover_N[moved_N] = torch.zeros(len(covered), dtype=log_prob.dtype, device=device).index_add_(
+                0, owner, log_prob
+            )
         return Places(at_N, first_N, log_cover_N, written_N)
 
 

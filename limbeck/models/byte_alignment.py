@@ -1,4 +1,5 @@
-"""Two tokenizers on one text: what their tokens stand for in bytes, and where the tokens of both begin and end together.
+"""Two tokenizers on one text: what their tokens stand for in bytes, and where the tokens of both begin and end
+together.
 
 Bytes, not characters: a character may be split between tokens, and no tokenizer splits a byte.
 """
@@ -14,12 +15,14 @@ from typing import Any
 from limbeck.types import UserError
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that byte-level tokenizers write as themselves
+# bytes that byte-level tokenizers write as themselves
+PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 SPACE = "\u2581"
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """The alphabet of byte-level tokenizers: bytes that can't be printed are the letters from U+0100 on, in their order."""
+    """The alphabet of byte-level tokenizers: bytes that can't be printed are the letters from U+0100 on, in their
+    order."""
     others = [byte for byte in range(256) if byte not in PRINTED]
     return {chr(byte): byte for byte in PRINTED} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
@@ -29,8 +32,8 @@ LETTERS = _byte_of_letter()
 
 @dataclass(frozen=True)
 class Tokens:
-    """A vocabulary in bytes: `bytes_of` each id (None for control tokens and ids without a token), and the id that is best taken for
-    some bytes (`ids`; a token that stands for a lone byte gives way to a plain one)."""
+    """A vocabulary in bytes: `bytes_of` each id (None for control tokens and ids without a token), and the id that is
+    best taken for some bytes (`ids`; a token that stands for a lone byte gives way to a plain one)."""
 
     bytes_of: tuple[bytes | None, ...]
     ids: dict[bytes, int]
@@ -47,8 +50,8 @@ def tokens_of(tokenizer: Any) -> Tokens:
     byte_level = "ByteLevel" in kinds
     if not byte_level and not kinds & {"ByteFallback", "Metaspace", "Replace"}:
         raise UserError(
-            f"what the tokens of {type(tokenizer).__name__} stand for is not known (its decoder is {sorted(kinds) or 'missing'}): a bridge "
-            "needs a byte-level or a SentencePiece-like tokenizer"
+            f"what the tokens of {type(tokenizer).__name__} stand for is not known (its decoder is"
+            f" {sorted(kinds) or 'missing'}): a bridge needs a byte-level or a SentencePiece-like tokenizer"
         )
     added = {token["content"]: token["special"] for token in core.get("added_tokens", ())}
     found: list[bytes | None] = [None] * len(tokenizer)
@@ -85,7 +88,8 @@ def _sentence_piece(token: str) -> bytes:
 
 @dataclass(frozen=True)
 class Segment:
-    """The least run of tokens that begins and ends at the same bytes in both: ours from `ours` on, theirs from `theirs` on."""
+    """The least run of tokens that begins and ends at the same bytes in both: ours from `ours` on, theirs from `theirs`
+    on."""
 
     ours: range
     theirs: range
@@ -102,8 +106,13 @@ def segments(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Segment]:
     Both lists are covered once, in order, without gaps.
     """
     agree = _common(b"".join(ours), b"".join(theirs))
-    found, first, second = [], 0, 0  # where the present segment begins
-    here, there, mine, other = 0, 0, 0, 0  # tokens and bytes taken of each
+    found = []
+    first = 0
+    second = 0  # where the present segment begins
+    here = 0
+    there = 0
+    mine = 0
+    other = 0  # tokens and bytes taken of each
     while here < len(ours) or there < len(theirs):
         if here < len(ours) and (mine <= other or there == len(theirs)):
             mine += len(ours[here])
@@ -115,7 +124,8 @@ def segments(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Segment]:
             if mine > agree:
                 break
             found.append(Segment(range(first, here), range(second, there)))
-            first, second = here, there
+            first = here
+            second = there
     return found
 
 

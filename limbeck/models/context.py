@@ -1,4 +1,5 @@
-"""What a teacher is shown beside the prompt, and the student is not: instructions, a demonstration, the solution, feedback."""
+"""What a teacher is shown beside the prompt, and the student is not: instructions, a demonstration, the solution,
+feedback."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ PLACE = re.compile(r"\{(prompt|answer|feedback)\}")
 class Sight:
     """Turns a conversation into the one that the teacher sees.
 
-    `system` stands before it; `user` takes the place of its last user message, `{prompt}`, `{answer}` and `{feedback}` filled in
-    once and literally from `fields`, which are known by the text of the prompt. A message of which a field is not known stays.
+    `system` stands before it; `user` takes the place of its last user message, `{prompt}`, `{answer}` and `{feedback}`
+    filled in once and literally from `fields`, which are known by the text of the prompt. A message of which a field is
+    not known stays.
     """
 
     system: str | None = None

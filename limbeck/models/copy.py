@@ -13,7 +13,8 @@ class Copy:
     """Made when it is first asked for, and kept; its memory is that of the weights in the other precision."""
 
     def __init__(self, net: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.net, self.dtype = net, dtype
+        self.net = net
+        self.dtype = dtype
         self._made: PreTrainedModel | None = None
 
     @torch.no_grad()

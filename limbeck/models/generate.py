@@ -28,8 +28,8 @@ CACHE_BYTES = 3 * 2**29  # fewer rows decode together where their keys and value
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt to continue. `seed` alone decides its random numbers. `beside_ids` is the prompt as the model beside sees it, where
-    that is another."""
+    """A prompt to continue. `seed` alone decides its random numbers. `beside_ids` is the prompt as the model beside
+    sees it, where that is another."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
@@ -41,8 +41,9 @@ class Job:
 class Written:
     """What became of a job: `ids` as they were drawn, the end-of-sequence token among them when the model wrote one.
 
-    Where it was asked for, `log_prob` holds each token's log-probability under the model (temperature 1, whole vocabulary) and
-    `sampler_log_prob` that under what it was drawn from, in nats; `own` counts the tokens that the model itself proposed.
+    Where it was asked for, `log_prob` holds each token's log-probability under the model (temperature 1, whole
+    vocabulary) and `sampler_log_prob` that under what it was drawn from, in nats; `own` counts the tokens that the
+    model itself proposed.
     """
 
     index: int
@@ -55,7 +56,9 @@ class Written:
 class Joint(Protocol):
     """How two models write one text: a token for each row, from both their logits and two random numbers."""
 
-    def __call__(self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor) -> Drawn: ...
+    def __call__(
+        self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor
+    ) -> Drawn: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ class _Row:
         noise = torch.Generator().manual_seed(job.seed)
         uniform_T2 = torch.rand(job.sampling.max_tokens, 1, generator=noise, dtype=torch.float64)
         if second:  # after all of the first, so that those are the same with and without it
-            uniform_T2 = torch.cat([uniform_T2, torch.rand(uniform_T2.shape, generator=noise, dtype=torch.float64)], dim=1)
+            uniform_T2 = torch.cat(
+                [uniform_T2, torch.rand(uniform_T2.shape, generator=noise, dtype=torch.float64)], dim=1
+            )
         return cls(job, uniform_T2, Written(index))
 
 
@@ -86,14 +91,16 @@ class _SlotLayer(DynamicLayer):
 
     def __init__(self, columns: int, at: int) -> None:
         super().__init__()
-        self.columns, self.at = columns, at
+        self.columns = columns
+        self.at = at
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, width = key_states.shape
         shape = (rows, heads, self.columns, width)
         self.key_buffer = key_states.new_zeros(shape)
         self.value_buffer = value_states.new_zeros((*shape[:3], value_states.shape[-1]))
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype = key_states.dtype
+        self.device = key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -134,7 +141,10 @@ class _Slots:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], answer: int, size: int) -> None:
         longest = max(len(prompt) for prompt in prompts)
-        self.model, self.longest, self.at, self.size = model, longest, longest, size
+        self.model = model
+        self.longest = longest
+        self.at = longest
+        self.size = size
         self.columns = columns_of(longest, answer)
         self.starts = [0] * size
         self.layers = [_SlotLayer(self.columns, longest) for _ in range(model.config.num_hidden_layers)]
@@ -176,14 +186,20 @@ class _Slots:
             self._shift([slot for slot, token in enumerate(last) if token is not None])
         self.mask_BT[:, self.at] = 1
         device = self.model.device
-        starts_B = torch.tensor([0 if token is None else self.starts[slot] for slot, token in enumerate(last)], device=device)
-        self.logits_BV = self.model(
-            input_ids=torch.tensor([token or 0 for token in last], device=device)[:, None],
-            attention_mask=self.mask_BT[:, : self.at + 1],
-            position_ids=(self.at - starts_B)[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, -1].float()  # fmt: skip
+        starts_B = torch.tensor(
+            [0 if token is None else self.starts[slot] for slot, token in enumerate(last)], device=device
+        )
+        self.logits_BV = (
+            self.model(
+                input_ids=torch.tensor([token or 0 for token in last], device=device)[:, None],
+                attention_mask=self.mask_BT[:, : self.at + 1],
+                position_ids=(self.at - starts_B)[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            .logits[:, -1]
+            .float()
+        )
         self.at += 1
 
     def _shift(self, running: Sequence[int]) -> None:
@@ -199,7 +215,8 @@ class _Slots:
 
     def keep(self, slots: list[int]) -> None:
         """Drop all other slots."""
-        self.starts, self.size = [self.starts[slot] for slot in slots], len(slots)
+        self.starts = [self.starts[slot] for slot in slots]
+        self.size = len(slots)
         self.mask_BT, self.logits_BV = self.mask_BT[slots], self.logits_BV[slots]
         for layer in self.layers:
             layer.key_buffer, layer.value_buffer = layer.key_buffer[slots], layer.value_buffer[slots]
@@ -289,7 +306,8 @@ def write(
     beside: Beside | None = None,
     ended: Callable[[Sampling, Sequence[int]], bool] = lambda sampling, ids: False,
 ) -> Iterator[Written]:
-    """Continue every prompt; yield each as it finishes. A row without an end-of-sequence token ran to `max_tokens`, or was `ended`.
+    """Continue every prompt; yield each as it finishes. A row without an end-of-sequence token ran to `max_tokens`, or
+    was `ended`.
 
     Args:
         model: a decoder in evaluation mode.
@@ -322,7 +340,8 @@ def write(
         running = batch.running()
         _write_one(batch, running, tokens, record, beside)
         for slot, row in running:
-            ids, sampling = row.written.ids, row.job.sampling
+            ids = row.written.ids
+            sampling = row.job.sampling
             if ids[-1] in eos_ids or len(ids) == sampling.max_tokens or ended(sampling, ids):
                 batch.rows[slot] = None
                 yield row.written
@@ -331,9 +350,12 @@ def write(
 
 
 @torch.inference_mode()
-def _write_one(batch: _Batch, running: Sequence[tuple[int, _Row]], tokens: int | None, record: bool, beside: Beside | None) -> None:
+def _write_one(
+    batch: _Batch, running: Sequence[tuple[int, _Row]], tokens: int | None, record: bool, beside: Beside | None
+) -> None:
     """Every running row's next token, and what was asked for of it."""
-    slots, samplings = [slot for slot, _ in running], [row.job.sampling for _, row in running]
+    slots = [slot for slot, _ in running]
+    samplings = [row.job.sampling for _, row in running]
     own_BV, *others = (side.logits_BV[slots, :tokens] for side in batch.sides)
     for number, (_, row) in enumerate(running):
         if row.job.sampling.presence_penalty:

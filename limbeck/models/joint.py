@@ -1,5 +1,5 @@
-"""Two models write one text: the teacher mixed into the student's distribution, or put in its place where the student strays; or one
-model writes against itself, shown something else.
+"""Two models write one text: the teacher mixed into the student's distribution, or put in its place where the student
+strays; or one model writes against itself, shown something else.
 
 Shapes: B rows, V vocabulary, K the teacher's likeliest tokens.
 """
@@ -27,7 +27,8 @@ def _softened(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 class Mixture:
     """Each token is drawn from `teacher_share` p + (1 - `teacher_share`) q (MiniLLM, arXiv:2306.08543: 0.2).
 
-    q is the student at the rows' temperature, p the teacher at its own. Limits: the student alone at 0, the teacher alone at 1.
+    q is the student at the rows' temperature, p the teacher at its own. Limits: the student alone at 0, the teacher
+    alone at 1.
     """
 
     teacher_share: float
@@ -46,9 +47,10 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Speculation:
-    """The student's token stays where it is among the teacher's `top_k` likeliest; else the teacher draws one in its place
-    (speculative knowledge distillation, arXiv:2410.11325: 25). That drafts are checked several at a time there changes the speed,
-    not the text. Limits: the student alone with the whole vocabulary; the teacher's greedy text with 1 and temperature 0.
+    """The student's token stays where it is among the teacher's `top_k` likeliest; else the teacher draws one in its
+    place (speculative knowledge distillation, arXiv:2410.11325: 25). That drafts are checked several at a time there
+    changes the speed, not the text. Limits: the student alone with the whole vocabulary; the teacher's greedy text with
+    1 and temperature 0.
     """
 
     top_k: int
@@ -56,12 +58,14 @@ class Speculation:
 
     def __call__(self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor) -> Drawn:
         teacher = [Sampling(self.teacher_temperature)] * len(samplings)
-        proposed, other = draw(own_BV, samplings, uniform_B2[:, 0]), draw(beside_BV, teacher, uniform_B2[:, 1])
+        proposed = draw(own_BV, samplings, uniform_B2[:, 0])
+        other = draw(beside_BV, teacher, uniform_B2[:, 1])
         top_BK = beside_BV.topk(min(self.top_k, beside_BV.shape[1])).indices
         kept_B = (top_BK == proposed.token_B[:, None]).any(-1)
         token_B = torch.where(kept_B, proposed.token_B, other.token_B)
         log_q_BV = _softened(own_BV, samplings)
-        replaced_B = torch.log1p(-log_q_BV.gather(1, top_BK).exp().sum(-1).clamp(max=1.0))  # log of how often a token is replaced
+        # log of how often a token is replaced
+        replaced_B = torch.log1p(-log_q_BV.gather(1, top_BK).exp().sum(-1).clamp(max=1.0))
         if self.teacher_temperature > 0:
             by_teacher_B = log_prob_of(beside_BV / self.teacher_temperature, token_B)
         else:
@@ -72,8 +76,9 @@ class Speculation:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Each token is drawn by log p(token) - `strength` * log p(token | the other prompt), at the rows' temperature: what follows from this
-    prompt and not from the other (contrastive decoding as in SCOTT, arXiv:2305.01879). Limit: the model alone at 0.
+    """Each token is drawn by log p(token) - `strength` * log p(token | the other prompt), at the rows' temperature:
+    what follows from this prompt and not from the other (contrastive decoding as in SCOTT, arXiv:2305.01879). Limit:
+    the model alone at 0.
 
     Not covered: a bar for tokens that are unlikely under both.
     """

@@ -78,7 +78,8 @@ class Model:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def raw_ids(self, text: str) -> list[int]:
-        """A text as token ids, its control tokens taken as such: for texts of ours in the model's own format, never for content."""
+        """A text as token ids, its control tokens taken as such: for texts of ours in the model's own format, never for
+        content."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def seeing(self, sight: Sight | None) -> Model:
@@ -92,9 +93,12 @@ class Model:
 
 
 def header_of(tokenizer: Tokenizer) -> str | None:
-    """The text before a user's first message in the chat template; None where the template puts other things around it."""
+    """The text before a user's first message in the chat template; None where the template puts other things around
+    it."""
     mark = "USER MESSAGE"
-    before, found, _ = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)).partition(mark)
+    before, found, _ = str(
+        tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    ).partition(mark)
     return before if found and before else None
 
 
@@ -115,7 +119,9 @@ def head_of(net: PreTrainedModel) -> Head:
     low_rank = None
     if hasattr(layer, "lora_A"):
         if len(layer.active_adapters) != 1 or layer.disable_adapters:
-            raise UserError(f"{net.config.model_type}: its head has several adapters, or a disabled one; merge them first")
+            raise UserError(
+                f"{net.config.model_type}: its head has several adapters, or a disabled one; merge them first"
+            )
         (name,) = layer.active_adapters
         if not layer.merged:
             low_rank = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
@@ -153,14 +159,20 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> Model:
 
 @torch.no_grad()
 def _check_head(net: PreTrainedModel, source: str) -> None:
-    """Families scale and cap their logits under many names: losses would silently be another model's if one were missed."""
+    """Families scale and cap their logits under many names: losses would silently be another model's if one were
+    missed."""
     tokens_BT = torch.arange(1, 5, device=net.device)[None]
     theirs_TV = net(tokens_BT, use_cache=False).logits[0].float()
     if not bool(theirs_TV.isfinite().all()):
-        raise UserError(f"{source}: its logits are NaN or infinite: its weights are damaged, or overflow in {net.dtype}; fetch it again")
+        raise UserError(
+            f"{source}: its logits are NaN or infinite: its weights are damaged, or overflow in {net.dtype}; fetch it"
+            " again"
+        )
     ours_TV = head_of(net).logits(hidden_states(net, tokens_BT)[0]).float()
     if not torch.allclose(ours_TV, theirs_TV, rtol=1e-2, atol=1e-2 * float(theirs_TV.abs().max())):
-        raise UserError(f"{source}: models of type {net.config.model_type!r} make logits in a way not known here; choose another")
+        raise UserError(
+            f"{source}: models of type {net.config.model_type!r} make logits in a way not known here; choose another"
+        )
 
 
 def is_ready(source: str) -> bool:
@@ -192,7 +204,9 @@ def load_tokenizer(source: str) -> Tokenizer:
         raise UserError(f"can't load the tokenizer of {source!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
         missing = "end-of-sequence token" if tokenizer.eos_token_id is None else "chat template"
-        raise UserError(f"the tokenizer of {source!r} has no {missing}; use an instruction-tuned model, or add one to its tokenizer")
+        raise UserError(
+            f"the tokenizer of {source!r} has no {missing}; use an instruction-tuned model, or add one to its tokenizer"
+        )
     return tokenizer
 
 
@@ -228,7 +242,8 @@ def resolve(source: str) -> tuple[Path, str]:
     if _is_hub_id(source):
         return _from_hub(source, ["*.safetensors", *HUB_METADATA]), source
     raise UserError(
-        f"no model {source!r}: not a directory, not a .gguf file, not a hub id (owner/name), and not a known name{nearest(source, NAMED)}"
+        f"no model {source!r}: not a directory, not a .gguf file, not a hub id (owner/name), and not a known"
+        f" name{nearest(source, NAMED)}"
     )
 
 
@@ -248,7 +263,9 @@ def _from_hub(repository: str, files: list[str]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=files))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"can't fetch {repository!r} from the hub: {reason}; give a directory or a .gguf file instead") from error
+        raise UserError(
+            f"can't fetch {repository!r} from the hub: {reason}; give a directory or a .gguf file instead"
+        ) from error
 
 
 def _converted_file(source: str) -> Path:
@@ -273,7 +290,8 @@ def _convert_once(weights: Callable[[], Path], target: Path, template: str | Non
 
 
 def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
-    """Dequantise a GGUF file to fp32 and save it as a Hugging Face directory, with a chat `template` where the file has none.
+    """Dequantise a GGUF file to fp32 and save it as a Hugging Face directory, with a chat `template` where the file has
+    none.
 
     Raises:
         UserError: a file that is not a GGUF model of a known architecture.
@@ -307,7 +325,8 @@ def save_model(net: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits over the configuration, the tokenizer and the edges of every weight file (first and last MiB, size).
+    """16 hex digits over the configuration, the tokenizer and the edges of every weight file (first and last MiB,
+    size).
 
     Not a proof against tampering in the middle of a file: it tells models apart, cheaply.
     """
@@ -329,13 +348,14 @@ def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
     Raises:
         UserError: the vocabularies differ; the message shows where.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    ours = student.get_vocab()
+    theirs = teacher.get_vocab()
     if ours == theirs:
         return
     different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     raise UserError(
-        f"teacher and student have different vocabularies: {len(different)} tokens differ, for example "
-        f"{different[:3]}; use a student of the teacher's family, or read the teacher through a bridge (teacher.bridge: {{}})"
+        f"teacher and student have different vocabularies: {len(different)} tokens differ, for example {different[:3]};"
+        " use a student of the teacher's family, or read the teacher through a bridge (teacher.bridge: {})"
     )
 
 
@@ -355,7 +375,11 @@ def check_takes_system(tokenizer: Tokenizer) -> None:
         raise UserError(none)
 
 
-PROBE = ({"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Three?"})
+PROBE = (
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+)
 
 
 def check_same_template(teacher: Tokenizer, student: Tokenizer) -> None:
@@ -366,18 +390,21 @@ def check_same_template(teacher: Tokenizer, student: Tokenizer) -> None:
     """
     if teacher.eos_token != student.eos_token:
         raise UserError(
-            f"teacher and student end an answer with different tokens, {teacher.eos_token!r} and {student.eos_token!r}: give the "
-            "student the teacher's tokenizer (copy its tokenizer files into the student's folder)"
+            f"teacher and student end an answer with different tokens, {teacher.eos_token!r} and {student.eos_token!r}:"
+            " give the student the teacher's tokenizer (copy its tokenizer files into the student's folder)"
         )
     ours, theirs = (
-        str(tokenizer.apply_chat_template(list(PROBE), add_generation_prompt=True, tokenize=False)) for tokenizer in (student, teacher)
+        str(tokenizer.apply_chat_template(list(PROBE), add_generation_prompt=True, tokenize=False))
+        for tokenizer in (student, teacher)
     )
     if ours != theirs:
-        at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+        at = next(
+            (n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
         raise UserError(
-            f"teacher and student frame a conversation differently (chat templates): {theirs[at : at + 40]!r} of the teacher is "
-            f"{ours[at : at + 40]!r} of the student, so the teacher would judge prompts that it does not know; give the student the "
-            "teacher's chat template"
+            f"teacher and student frame a conversation differently (chat templates): {theirs[at : at + 40]!r} of the"
+            f" teacher is {ours[at : at + 40]!r} of the student, so the teacher would judge prompts that it does not"
+            " know; give the student the teacher's chat template"
         )
 
 

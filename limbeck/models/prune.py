@@ -77,8 +77,13 @@ def drop_layers(net: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     return student
 
 
-def choose_layers(net: PreTrainedModel, keep: str | Sequence[int], count: int, calibration: Callable[[], Calibration],
-                  progress: Callable[[int, int], None] = lambda done, total: None) -> Choice:  # fmt: skip
+def choose_layers(
+    net: PreTrainedModel,
+    keep: str | Sequence[int],
+    count: int,
+    calibration: Callable[[], Calibration],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Choice:
     """Decide which `count` layers stay. `calibration` is called only by the ways that look at text."""
     total = len(layers_of(net))
     if not isinstance(keep, str):
@@ -110,12 +115,15 @@ class _Walk:
     """Runs chosen layers one by one, with the arguments that the decoder itself hands to them."""
 
     def __init__(self, net: PreTrainedModel, calibration: Calibration) -> None:
-        self.net, self.calibration, self.layers = net, calibration, layers_of(net)
+        self.net = net
+        self.calibration = calibration
+        self.layers = layers_of(net)
         decoder = net.get_decoder()
         norms = [getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name)]
         if len(norms) != 1:
             raise UserError(
-                f"{net.config.model_type}: can't find the decoder's final norm, so layers can't be judged; list them under keep"
+                f"{net.config.model_type}: can't find the decoder's final norm, so layers can't be judged; list them"
+                " under keep"
             )
         self.norm: nn.Module = norms[0]
         self.arguments: list[dict[str, Any]] = []
@@ -130,7 +138,8 @@ class _Walk:
     def _record(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) > 1:
             raise UserError(
-                f"{self.net.config.model_type}: its layers take positional arguments, so they can't be judged; list them under keep"
+                f"{self.net.config.model_type}: its layers take positional arguments, so they can't be judged; list"
+                " them under keep"
             )
         if self.first is None:
             self.first = args[0] if args else kwargs["hidden_states"]
@@ -171,7 +180,8 @@ def _greedy(net: PreTrainedModel, count: int, calibration: Calibration, progress
     drops: list[tuple[int, float]] = []
     rounds = len(kept) - count
     tried = [len(kept), *(min(len(kept) - number, CANDIDATES) for number in range(1, rounds))][:rounds]
-    done, tries = 0, sum(tried)
+    done = 0
+    tries = sum(tried)
     for number in range(rounds):
         candidates = kept if number == 0 else sorted(kept, key=lambda layer: (latest[layer], layer))[:CANDIDATES]
         before = dict(zip(kept, walk.states(kept), strict=False))

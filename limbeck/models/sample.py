@@ -17,7 +17,8 @@ TOP_P_SHORTLIST = 256
 
 
 class Drawn(NamedTuple):
-    """One token for each of B rows, its log-probability under what it was drawn from, and whether the model itself proposed it."""
+    """One token for each of B rows, its log-probability under what it was drawn from, and whether the model itself
+    proposed it."""
 
     token_B: Tensor
     log_prob_B: Tensor
@@ -27,8 +28,8 @@ class Drawn(NamedTuple):
 def draw(logits_BV: Tensor, samplings: Sequence[Sampling], uniform_B: Tensor) -> Drawn:
     """One token per row by inverse transform: the first whose cumulative probability exceeds the row's uniform number.
 
-    Temperature 0 takes the most likely token, with log-probability 0. `top_p` < 1 keeps the smallest set of tokens with at
-    least that mass, counted most likely first; with `top_p` 1 the whole vocabulary is drawn from.
+    Temperature 0 takes the most likely token, with log-probability 0. `top_p` < 1 keeps the smallest set of tokens with
+    at least that mass, counted most likely first; with `top_p` 1 the whole vocabulary is drawn from.
     """
     chosen_B = logits_BV.argmax(-1)
     log_prob_B = torch.zeros(len(chosen_B), device=logits_BV.device)
@@ -46,11 +47,15 @@ def draw(logits_BV: Tensor, samplings: Sequence[Sampling], uniform_B: Tensor) ->
 def _from_all(scaled_BV: Tensor, _: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     prob_BV = scaled_BV.softmax(-1)
     mass_BV = prob_BV.double().cumsum(-1)
-    at_B1 = torch.searchsorted(mass_BV, (uniform_B * mass_BV[:, -1])[:, None], right=True).clamp(max=scaled_BV.shape[1] - 1)
+    at_B1 = torch.searchsorted(mass_BV, (uniform_B * mass_BV[:, -1])[:, None], right=True).clamp(
+        max=scaled_BV.shape[1] - 1
+    )
     return at_B1[:, 0], log_prob_of(scaled_BV, at_B1[:, 0])
 
 
-def _from_nucleus(scaled_BV: Tensor, top_p_B: Tensor, uniform_B: Tensor, shortlist: int = TOP_P_SHORTLIST) -> tuple[Tensor, Tensor]:
+def _from_nucleus(
+    scaled_BV: Tensor, top_p_B: Tensor, uniform_B: Tensor, shortlist: int = TOP_P_SHORTLIST
+) -> tuple[Tensor, Tensor]:
     size = min(shortlist, scaled_BV.shape[1])
     top_BK, ids_BK = scaled_BV.topk(size)
     log_BK = top_BK - scaled_BV.logsumexp(-1, keepdim=True)

@@ -18,7 +18,8 @@ from limbeck.models.teacher import InProcessTeacher
 
 
 class Average:
-    """An exponential moving average of parameters: `decay` of itself and the rest of the new at every step. Starts as they are."""
+    """An exponential moving average of parameters: `decay` of itself and the rest of the new at every step. Starts as
+    they are."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -68,7 +69,9 @@ def adapters_off(net: PreTrainedModel) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def self_teacher(student: Model, sight: Sight | None, inside: Callable[[], AbstractContextManager[None]]) -> InProcessTeacher:
+def self_teacher(
+    student: Model, sight: Sight | None, inside: Callable[[], AbstractContextManager[None]]
+) -> InProcessTeacher:
     """The student's modules as a teacher that is shown `sight`; `inside` puts the teacher's numbers in place."""
 
     @contextmanager

@@ -26,15 +26,24 @@ class SeveralTeachers:
         teachers: the first is the main one.
         weights: one for each.
         tags: whose rows a teacher is for, or None. A row that has tags of some teachers is theirs alone.
-        together: how those of a row become one: the `mean` of their probabilities by weight, the one with the `least_cross_entropy` on the
-            row's response (FuseLLM, arXiv:2401.10491), or by the student's `uncertainty` (Dynamic KD; the second is the small one).
+        together: how those of a row become one: the `mean` of their probabilities by weight, the one with the
+            `least_cross_entropy` on the row's response (FuseLLM, arXiv:2401.10491), or by the student's `uncertainty`
+            (Dynamic KD; the second is the small one).
     """
 
     def __init__(
-        self, teachers: Sequence[InProcessTeacher], weights: Sequence[float], tags: Sequence[str | None], together: Together
+        self,
+        teachers: Sequence[InProcessTeacher],
+        weights: Sequence[float],
+        tags: Sequence[str | None],
+        together: Together,
     ) -> None:
-        self.teachers, self.weights, self.tags, self.together = teachers, weights, tags, together
-        self.model, self.can = teachers[0].model, teachers[0].can - {"log_probs", "teacher_states"}
+        self.teachers = teachers
+        self.weights = weights
+        self.tags = tags
+        self.together = together
+        self.model = teachers[0].model
+        self.can = teachers[0].can - {"log_probs", "teacher_states"}
         self.vocabulary = min(teacher.vocabulary for teacher in teachers)
         facts = [[teacher.identity, weight, tag] for teacher, weight, tag in zip(teachers, weights, tags, strict=True)]
         self.identity = f"several-{content_hash([facts, together])[:16]}"
@@ -67,7 +76,8 @@ class SeveralTeachers:
         return torch.tensor(shares)
 
     def _best(self, batch: Batch, signals: Sequence[DenseSignal], asked_BM: Tensor) -> Tensor:
-        """1 for the row's teacher that finds its response likeliest, among those that are asked; the first of equals."""
+        """1 for the row's teacher that finds its response likeliest, among those that are asked; the first of
+        equals."""
         row_N, position_N = batch.response_positions()
         targets_N = batch.tokens_BT[row_N, position_N + 1].to(signals[0].hidden_NE.device)
         found = [token_log_probs(signal.hidden_NE, signal.head, targets_N).double().cpu() for signal in signals]

@@ -16,8 +16,8 @@ from limbeck.types import RecipeError, content_hash, nearest
 
 
 def begin(student: Student, teacher: Callable[[], Model], choice: Choice | None, seed: int) -> Model:
-    """The student before training, without adapters. `choice` holds the layers that a pruned student keeps. The teacher is loaded
-    only where the student is made from it.
+    """The student before training, without adapters. `choice` holds the layers that a pruned student keeps. The teacher
+    is loaded only where the student is made from it.
 
     Embeddings lose their `padding_idx`: where the padding token is the end-of-sequence token (SmolLM2, most Llamas),
     it would silently keep that token's input embedding from learning. Padding needs no such help: no loss reads it.
@@ -36,7 +36,11 @@ def _begin(student: Student, teacher: Callable[[], Model], choice: Choice | None
     like = teacher().seeing(None)
     if start.prune is not None:
         assert choice is not None
-        return Model(drop_layers(like.net, choice.kept), like.tokenizer, f"{like.identity}/layers-{content_hash(choice.kept)[:12]}")
+        return Model(
+            drop_layers(like.net, choice.kept),
+            like.tokenizer,
+            f"{like.identity}/layers-{content_hash(choice.kept)[:12]}",
+        )
     assert start.scratch is not None
     made = _random(start.scratch, like.net, seed)
     return Model(made, like.tokenizer, f"{like.identity}/scratch-{content_hash([start.scratch.config, seed])[:12]}")
@@ -76,8 +80,12 @@ def scratch_config(scratch: Scratch, like: Any) -> Any:
         if key not in settings:
             raise RecipeError(f"student.start.scratch.config.{key}", f"no such setting{nearest(key, settings)}")
         if key == "vocab_size":
-            raise RecipeError(f"student.start.scratch.config.{key}", "the student speaks the teacher's vocabulary; leave it out")
-    per_layer = [key for key, value in settings.items() if isinstance(value, list) and len(value) == like.num_hidden_layers]
+            raise RecipeError(
+                f"student.start.scratch.config.{key}", "the student speaks the teacher's vocabulary; leave it out"
+            )
+    per_layer = [
+        key for key, value in settings.items() if isinstance(value, list) and len(value) == like.num_hidden_layers
+    ]
     kept = {key: value for key, value in settings.items() if key not in per_layer}
     return type(like)(**(kept | scratch.config))
 

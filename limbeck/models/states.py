@@ -1,7 +1,7 @@
 """Last hidden states of a batch, what all rows begin with computed once.
 
-Attention is causal, so the states of a common beginning are the same in every row: a chat template's first lines need one
-pass, not one per row. Exact, with gradients; up to the rounding of the matrix products.
+Attention is causal, so the states of a common beginning are the same in every row: a chat template's first lines need
+one pass, not one per row. Exact, with gradients; up to the rounding of the matrix products.
 
 Shapes: B rows, T positions, P positions of the common beginning, D hidden width.
 """
@@ -19,8 +19,8 @@ LEAST = 8  # a shorter beginning is not worth a second pass
 
 
 def decoded(net: PreTrainedModel, tokens_BT: Tensor, mixed: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Last hidden states [B, T, D] after the final norm, every row by itself; of mixed embeddings where other tokens and the weight of
-    the own ones are given, both [B, T]."""
+    """Last hidden states [B, T, D] after the final norm, every row by itself; of mixed embeddings where other tokens
+    and the weight of the own ones are given, both [B, T]."""
     decoder: Any = net.get_decoder()
     if mixed is None:
         states_BTD: Tensor = decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
@@ -42,7 +42,9 @@ def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     if shared < LEAST:
         return decoded(net, tokens_BT)
     cache = DynamicCache()
-    first_1PD: Tensor = decoder(input_ids=tokens_BT[:1, :shared], past_key_values=cache, use_cache=True).last_hidden_state
+    first_1PD: Tensor = decoder(
+        input_ids=tokens_BT[:1, :shared], past_key_values=cache, use_cache=True
+    ).last_hidden_state
     rows = len(tokens_BT)
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None

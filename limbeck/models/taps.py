@@ -48,10 +48,10 @@ def features(
 ) -> tuple[Tensor, Features]:
     """One pass of the decoder: (last hidden states [B, T, D], what the layers asked for left).
 
-    Layers count from 1; hidden layer 0 is the embeddings, and the last one is taken after the final norm. Gradients flow through all of
-    it, so run a teacher under `torch.no_grad()`. Right padding needs no mask: attention is causal. With `mixed`, other tokens [B, T] and
-    the weight of the own ones [B, T], the embeddings of both are mixed first. A query is scaled so that q k / sqrt(A) is the model's own
-    score, also where it divides by another number (Gemma 3).
+    Layers count from 1; hidden layer 0 is the embeddings, and the last one is taken after the final norm. Gradients
+    flow through all of it, so run a teacher under `torch.no_grad()`. Right padding needs no mask: attention is causal.
+    With `mixed`, other tokens [B, T] and the weight of the own ones [B, T], the embeddings of both are mixed first. A
+    query is scaled so that q k / sqrt(A) is the model's own score, also where it divides by another number (Gemma 3).
 
     Raises:
         UserError: layers that the model does not have or that have no attention of the usual kind, or a model whose
@@ -70,7 +70,9 @@ def features(
         hidden[count] = last_BTD
     missing = sorted(recorder.wanted - recorder.taken.keys())
     if missing:
-        raise UserError(f"{net.config.model_type}: layers {missing} have no queries, keys and values to record; name other layers")
+        raise UserError(
+            f"{net.config.model_type}: layers {missing} have no queries, keys and values to record; name other layers"
+        )
     return last_BTD, Features(hidden, recorder.taken)
 
 
@@ -88,16 +90,23 @@ def _tapped(decoder: Any, wanted: frozenset[int]) -> Iterator[_Recorder]:
         yield recorder
         return
     assert _ACTIVE.get() is None, "recordings can't stand inside one another"
-    kind, before = decoder.config.model_type, decoder.config._attn_implementation
+    kind = decoder.config.model_type
+    before = decoder.config._attn_implementation
     if before != "sdpa":
-        raise UserError(f"{kind}: attention can be recorded under sdpa only, not {before}; load the model with attn_implementation='sdpa'")
+        raise UserError(
+            f"{kind}: attention can be recorded under sdpa only, not {before}; load the model with"
+            " attn_implementation='sdpa'"
+        )
     AttentionInterface.register(NAME, _recorded_sdpa)
     AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
     token = _ACTIVE.set(recorder)
     try:
         decoder.set_attn_implementation(NAME)
         if decoder.config._attn_implementation != NAME:
-            raise UserError(f"{kind}: its attention does not go through transformers' AttentionInterface; use losses on hidden states")
+            raise UserError(
+                f"{kind}: its attention does not go through transformers' AttentionInterface; use losses on hidden"
+                " states"
+            )
         yield recorder
     finally:
         _ACTIVE.reset(token)
@@ -105,19 +114,29 @@ def _tapped(decoder: Any, wanted: frozenset[int]) -> Iterator[_Recorder]:
 
 
 def _recorded_sdpa(
-    module: Any, query_BHTA: Tensor, key_BGTA: Tensor, value_BGTA: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: Any,
+    query_BHTA: Tensor,
+    key_BGTA: Tensor,
+    value_BGTA: Tensor,
+    attention_mask: Tensor | None,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
     """The signature and the passing on of `settings` are transformers' contract for an attention function."""
-    recorder, layer = _ACTIVE.get(), module.layer_idx + 1
+    recorder = _ACTIVE.get()
+    layer = module.layer_idx + 1
     if recorder is not None and layer in recorder.wanted:
         assert layer not in recorder.taken, f"layer {layer} ran twice in one pass"
         if recorder.with_gradient and not torch.is_grad_enabled():
-            raise UserError("attention can't be recorded under reentrant gradient checkpointing; set use_reentrant to False")
+            raise UserError(
+                "attention can't be recorded under reentrant gradient checkpointing; set use_reentrant to False"
+            )
         usual = query_BHTA.shape[-1] ** -0.5
         scaling = settings.get("scaling") or usual
         same = math.isclose(scaling, usual, rel_tol=1e-9)
         recorder.taken[layer] = (query_BHTA if same else query_BHTA * (scaling / usual), key_BGTA, value_BGTA)
-    result: tuple[Tensor, None] = AttentionInterface()["sdpa"](module, query_BHTA, key_BGTA, value_BGTA, attention_mask, **settings)
+    result: tuple[Tensor, None] = AttentionInterface()["sdpa"](
+        module, query_BHTA, key_BGTA, value_BGTA, attention_mask, **settings
+    )
     return result
 
 
@@ -126,7 +145,9 @@ def _hooked(decoder: Any, wanted: frozenset[int], hidden: dict[int, Tensor]) -> 
     """While inside, hidden states before layer 1 (0) and after layer i (i) are put into `hidden`."""
     layers = getattr(decoder, "layers", None)
     if wanted and not isinstance(layers, nn.ModuleList):
-        raise UserError(f"{decoder.config.model_type}: hidden states can be recorded in a decoder with one list of layers only")
+        raise UserError(
+            f"{decoder.config.model_type}: hidden states can be recorded in a decoder with one list of layers only"
+        )
 
     def before_first(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden[0] = positional[0] if positional else named["hidden_states"]
@@ -138,7 +159,9 @@ def _hooked(decoder: Any, wanted: frozenset[int], hidden: dict[int, Tensor]) -> 
         return note
 
     handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)] if 0 in wanted and layers else []
-    handles += [layers[index - 1].register_forward_hook(after(index)) for index in sorted(wanted - {0})] if layers else []
+    handles += (
+        [layers[index - 1].register_forward_hook(after(index)) for index in sorted(wanted - {0})] if layers else []
+    )
     try:
         yield
     finally:

@@ -22,14 +22,17 @@ Weights = Callable[[], AbstractContextManager[None]]
 class InProcessTeacher:
     """A `Model` that answers requests and stands beside the student's text with its distribution.
 
-    `weights` is entered around every pass: a student that teaches itself has other weights, or no adapters, inside. `can` is
-    what it can give; a teacher behind an interface that returns text alone could do less.
+    `weights` is entered around every pass: a student that teaches itself has other weights, or no adapters, inside.
+    `can` is what it can give; a teacher behind an interface that returns text alone could do less.
     """
 
-    can = frozenset({"text", "raw", "contrast", "teacher_distribution", "teacher_features", "teacher_states", "log_probs"})
+    can = frozenset(
+        {"text", "raw", "contrast", "teacher_distribution", "teacher_features", "teacher_states", "log_probs"}
+    )
 
     def __init__(self, model: Model, weights: Weights = nullcontext) -> None:
-        self.model, self.weights = model, weights
+        self.model = model
+        self.weights = weights
         self.identity = model.identity
 
     @property
@@ -37,7 +40,9 @@ class InProcessTeacher:
         """How many tokens its distributions are over."""
         return head_of(self.model.net).vocabulary
 
-    def answers(self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Request, Generated]]:
+    def answers(
+        self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[Request, Generated]]:
         """Answer every request, each as it finishes. A request's own key seeds its random numbers."""
         kinds: dict[float | None, list[Request]] = {}  # those of one strength of contrast decode together
         for request in requests:
@@ -45,8 +50,11 @@ class InProcessTeacher:
         for strength, alike in kinds.items():
             beside = None if strength is None else Beside(self.model.net, Contrast(strength))
             jobs = [self._job(request) for request in alike]
-            net, eos = self.model.net, self.model.eos_ids
-            for index, ids in generate(net, jobs, eos, stop=stop, tokens=self.model.tokens, beside=beside, ended=self._ended):
+            net = self.model.net
+            eos = self.model.eos_ids
+            for index, ids in generate(
+                net, jobs, eos, stop=stop, tokens=self.model.tokens, beside=beside, ended=self._ended
+            ):
                 yield alike[index], self._generated(alike[index], ids)
 
     def _job(self, request: Request) -> Job:
@@ -56,7 +64,8 @@ class InProcessTeacher:
         return Job(ids, request.sampling, int(request.key[:15], 16), beside)
 
     def _ended(self, sampling: Sampling, ids: Sequence[int]) -> bool:
-        """Whether a text that ends the answer stands at its end. Only its last tokens are looked at: each of them is a byte or more."""
+        """Whether a text that ends the answer stands at its end. Only its last tokens are looked at: each of them is a
+        byte or more."""
         if not sampling.stop:
             return False
         last = self.model.decode(ids[-max(map(len, sampling.stop)) * 4 :])
@@ -77,12 +86,15 @@ class InProcessTeacher:
         Args:
             vocabulary: how many tokens it is cut to, where the student's head is padded less.
         """
-        net, seen = self.model.net, batch.seen_by_teacher()
+        net = self.model.net
+        seen = batch.seen_by_teacher()
         with self.weights():
             hidden_BTD, found = features(net, seen.tokens_BT.to(net.device), *taps, mixed=seen.mixed)
             head = head_of(net).detached()
         signal = DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocabulary or head.vocabulary))
-        return TeacherView(signal, found, TeacherStates(signal.hidden_NE, signal.head, seen.response_positions()[0].to(net.device)))
+        return TeacherView(
+            signal, found, TeacherStates(signal.hidden_NE, signal.head, seen.response_positions()[0].to(net.device))
+        )
 
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's distribution at the batch's response positions."""

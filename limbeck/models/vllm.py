@@ -1,19 +1,23 @@
 """The student's text from a vLLM server that runs beside the training: `Job` in, `Written` out, as in `generate.write`.
 
-Token ids go out and come back (`return_token_ids`, vLLM 0.10.2 on); every setting that a `generation_config.json` would fill in is
-sent; the student's end tokens alone end an answer. vLLM's log-probabilities are those before temperature and top_p
-(`--logprobs-mode raw_logprobs`) or after (`processed_logprobs`): the same at temperature 1 with top_p 1. Other draws are refused.
+Token ids go out and come back (`return_token_ids`, vLLM 0.10.2 on); every setting that a `generation_config.json` would
+fill in is sent; the student's end tokens alone end an answer. vLLM's log-probabilities are those before temperature and
+top_p (`--logprobs-mode raw_logprobs`) or after (`processed_logprobs`): the same at temperature 1 with top_p 1. Other
+draws are refused.
 
-`sync` writes safetensors into a folder that the server sees, too, then asks for `/pause?mode=wait` (left out where it is unknown),
-`/collective_rpc` (`reload_weights` with `weights_path`), `/reset_prefix_cache` (keys and values of the old weights) and `/resume`.
-Sources: docs.vllm.ai, "What is Layerwise (Re)loading?" and "Async Reinforcement Learning"; vllm/entrypoints/serve/dev, 2026. The
-server needs VLLM_SERVER_DEV_MODE=1, which opens `/collective_rpc` to whoever reaches its port, API key or not ("Security").
+`sync` writes safetensors into a folder that the server sees, too, then asks for `/pause?mode=wait` (left out where it
+is unknown), `/collective_rpc` (`reload_weights` with `weights_path`), `/reset_prefix_cache` (keys and values of the old
+weights) and `/resume`.
+Sources: docs.vllm.ai, "What is Layerwise (Re)loading?" and "Async Reinforcement Learning"; vllm/entrypoints/serve/dev,
+2026. The server needs VLLM_SERVER_DEV_MODE=1, which opens `/collective_rpc` to whoever reaches its port, API key or not
+("Security").
 
-Not confirmed: nothing here ran against a real vLLM or on a GPU; the tests speak its protocol. Which release first has `weights_path`
-(0.14 read old weights again, vllm issue 32718), and which models survive it (some Mamba hybrids don't, pull request 48284): so the
-server's log-probabilities are compared with the student's after every reload, which shows other weights, not those of a few small
-steps ago. Not covered: two models that write one text, several servers behind one address, speculative decoding, an external KV
-cache, weights sharded over ranks. Log-probabilities count a head's padding; those of `generate.write` don't. N tokens, V vocabulary.
+Not confirmed: nothing here ran against a real vLLM or on a GPU; the tests speak its protocol. Which release first has
+`weights_path` (0.14 read old weights again, vllm issue 32718), and which models survive it (some Mamba hybrids don't,
+pull request 48284): so the server's log-probabilities are compared with the student's after every reload, which shows
+other weights, not those of a few small steps ago. Not covered: two models that write one text, several servers behind
+one address, speculative decoding, an external KV cache, weights sharded over ranks. Log-probabilities count a head's
+padding; those of `generate.write` don't. N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -49,13 +53,26 @@ from limbeck.types import Sampling, UserError
 
 KEY = "VLLM_API_KEY"  # the variable that vLLM's server itself reads
 COMPLETIONS = "/v1/completions"
-BUSY, REFUSED = frozenset({429, 502, 503, 504}), frozenset({400, 404, 405, 422})
-NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}
-NEVER, MOST_PADDING = -100.0, 1024  # the protocol's lowest bias; more tokens that are never drawn would fill every request
-NATS = 0.3  # mean difference from the student's log-probabilities: a guess that leaves room for bfloat16, not for other weights
-PROBE_TOKENS, PROBE_SEEDS, FLAT = 8, 8, -2.0  # so many draws of a text with probability exp(-2): a chance of exp(-16)
+BUSY = frozenset({429, 502, 503, 504})
+REFUSED = frozenset({400, 404, 405, 422})
+NEUTRAL = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+}
+NEVER = -100.0
+MOST_PADDING = 1024  # the protocol's lowest bias; more tokens that are never drawn would fill every request
+# mean difference from the student's log-probabilities: a guess that leaves room for bfloat16, not for other weights
+NATS = 0.3
+PROBE_TOKENS = 8
+PROBE_SEEDS = 8
+FLAT = -2.0  # so many draws of a text with probability exp(-2): a chance of exp(-16)
 POLL = 0.2  # seconds between two looks at `stop`
-SMALL, PER_TOKEN = 2**20, 512  # bytes that an answer may have
+SMALL = 2**20
+PER_TOKEN = 512  # bytes that an answer may have
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER"
 NO = object()  # a refusal that was reckoned with
 certificates = cache(ssl.create_default_context)  # reading them for every call would take longer than the call
@@ -76,7 +93,8 @@ class Patience:
 
 @dataclass(frozen=True)
 class Probed:
-    """What the server turned out to be. `off` is the mean difference from the student's own log-probabilities, in nats."""
+    """What the server turned out to be. `off` is the mean difference from the student's own log-probabilities, in
+    nats."""
 
     model: str
     context: int
@@ -87,14 +105,16 @@ class Probed:
 
 @dataclass
 class VllmWriter:
-    """The student as it writes on a vLLM server, which holds this one student: no other run may write or sync through it.
+    """The student as it writes on a vLLM server, which holds this one student: no other run may write or sync through
+    it.
 
-    All that goes wrong with the server is a `UserError`, with a remedy. The key is read from the environment and kept nowhere.
+    All that goes wrong with the server is a `UserError`, with a remedy. The key is read from the environment and kept
+    nowhere.
 
     Args:
         url: the server's address, with or without `/v1`.
-        folder: the writer's own, seen by the server, too; older weights in it are removed. `folder_there` is the server's name for it.
-        eos_ids, tokens: what ends an answer; ids from `tokens` on are never drawn.
+        folder: the writer's own, seen by the server, too; older weights in it are removed. `folder_there` is the
+            server's name for it. eos_ids, tokens: what ends an answer; ids from `tokens` on are never drawn.
         rows: ids that the student's head has, where those are more.
         model: the name it is served under; needed where several are.
         together: requests under way at once.
@@ -114,25 +134,40 @@ class VllmWriter:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
-            raise UserError(f"the vLLM server's address must look like http://localhost:8000, without a password: its key comes from {KEY}")
+        if (
+            parts.scheme not in {"http", "https"}
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+            or "@" in parts.netloc
+        ):
+            raise UserError(
+                "the vLLM server's address must look like http://localhost:8000, without a password: its key comes"
+                f" from {KEY}"
+            )
         self.url = self.url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.rows, self.folder = max(self.tokens, self.rows), self.folder.resolve()
 
     def write(self, jobs: Sequence[Job], stop: Callable[[], bool] = lambda: False) -> list[Written]:
-        """One answer per job, in their order, with log-probabilities. Once `stop` is true, unfinished ones are left out."""
-        if any(how.temperature != 0 and (how.temperature, how.top_p) != (1.0, 1.0) for how in {job.sampling for job in jobs}):
+        """One answer per job, in their order, with log-probabilities. Once `stop` is true, unfinished ones are left
+        out."""
+        if any(
+            how.temperature != 0 and (how.temperature, how.top_p) != (1.0, 1.0)
+            for how in {job.sampling for job in jobs}
+        ):
             raise UserError(
-                "through vLLM the student writes with temperature 1 and top_p 1, or with temperature 0: of other draws the server does "
-                "not give both log-probabilities; set those, or let it write in process"
+                "through vLLM the student writes with temperature 1 and top_p 1, or with temperature 0: of other draws"
+                " the server does not give both log-probabilities; set those, or let it write in process"
             )
         if any(job.beside_ids is not None for job in jobs):
             raise UserError("two models write one text in process only: leave out the vLLM server, or rollout.joint")
         return self._call(partial(self._write, jobs, stop)) if jobs else []
 
     def sync(self, net: PreTrainedModel, tokenizer: Tokenizer) -> None:
-        """Give the server the student's present weights and, where `probe` has been there, look whether it writes with them."""
-        path = self.folder / f"weights-{uuid.uuid4().hex[:12]}"  # a new name each time: a shared disk may have the old one cached
+        """Give the server the student's present weights and, where `probe` has been there, look whether it writes with
+        them."""
+        # a new name each time: a shared disk may have the old one cached
+        path = self.folder / f"weights-{uuid.uuid4().hex[:12]}"
         save(net, tokenizer, path)
         self._call(partial(self._sync, net, path.name))
         sweep(self.folder)
@@ -163,7 +198,11 @@ class VllmWriter:
     async def _write(self, jobs: Sequence[Job], stop: Callable[[], bool], wire: _Wire) -> list[Written]:
         name, context = await self._meet(wire)
         longest = max(len(job.prompt_ids) + job.sampling.max_tokens for job in jobs)
-        wire.need(longest <= context, f"prompt and answer take {longest} tokens of its {context}", "raise --max-model-len, or ask for less")
+        wire.need(
+            longest <= context,
+            f"prompt and answer take {longest} tokens of its {context}",
+            "raise --max-model-len, or ask for less",
+        )
         gate = asyncio.Semaphore(max(1, self.together))
 
         async def one(index: int, job: Job) -> Written:
@@ -186,46 +225,92 @@ class VllmWriter:
     async def _ask(self, wire: _Wire, name: str, job: Job, index: int = 0) -> Written:
         room = SMALL + PER_TOKEN * (len(job.prompt_ids) + job.sampling.max_tokens)
         choice = _choice(wire, await wire.ask("POST", COMPLETIONS, self._body(name, job), room), name, job)
-        ids, beside = self._ended(wire, choice, job.sampling.max_tokens), choice.get("logprobs")
+        ids = self._ended(wire, choice, job.sampling.max_tokens)
+        beside = choice.get("logprobs")
         wrong = [token for token in ids if not 0 <= token < self.tokens]
-        wire.need(not wrong, f"it drew token {wrong[:1]}, and the tokenizer has {self.tokens}", "serve the student itself")
+        wire.need(
+            not wrong, f"it drew token {wrong[:1]}, and the tokenizer has {self.tokens}", "serve the student itself"
+        )
         beside = beside if isinstance(beside, dict) else {}
-        found, named = (beside[key] if isinstance(beside.get(key), list) else [] for key in ("token_logprobs", "tokens"))
-        wire.need(len(found) == len(ids), f"{len(found)} log-probabilities came with {len(ids)} tokens", "take out what drops logprobs")
-        wire.need(named == [f"token_id:{token}" for token in ids], "its log-probabilities are of other tokens", "update vLLM")
-        fine = all(isinstance(value, float | int) and -9999.0 < value < 1e-3 for value in found)  # -9999 is vLLM's minus infinity
+        found, named = (
+            beside[key] if isinstance(beside.get(key), list) else [] for key in ("token_logprobs", "tokens")
+        )
+        wire.need(
+            len(found) == len(ids),
+            f"{len(found)} log-probabilities came with {len(ids)} tokens",
+            "take out what drops logprobs",
+        )
+        wire.need(
+            named == [f"token_id:{token}" for token in ids], "its log-probabilities are of other tokens", "update vLLM"
+        )
+        # -9999 is vLLM's minus infinity
+        fine = all(isinstance(value, float | int) and -9999.0 < value < 1e-3 for value in found)
         wire.need(fine, "its log-probabilities are none", "start it with --logprobs-mode raw_logprobs")
         log_prob = [min(0.0, float(value)) for value in found]
         return Written(index, ids, log_prob, log_prob[:] if job.sampling.temperature else [0.0] * len(ids), len(ids))
 
     def _body(self, name: str, job: Job) -> dict[str, Any]:
-        how, padding = job.sampling, range(self.tokens, self.rows)
+        how = job.sampling
+        padding = range(self.tokens, self.rows)
         bias = {str(token): NEVER for token in padding} if 0 < len(padding) <= MOST_PADDING else None
         return NEUTRAL | {
-            "model": name, "prompt": list(job.prompt_ids), "max_tokens": how.max_tokens, "n": 1, "stream": False, "logit_bias": bias,
-            "temperature": how.temperature, "top_p": how.top_p if how.temperature else 1.0, "seed": job.seed % 2**63,
-            "logprobs": 0, "return_token_ids": True, "return_tokens_as_token_ids": True,
-            "ignore_eos": True, "stop_token_ids": sorted(self.eos_ids),
-        }  # fmt: skip
+            "model": name,
+            "prompt": list(job.prompt_ids),
+            "max_tokens": how.max_tokens,
+            "n": 1,
+            "stream": False,
+            "logit_bias": bias,
+            "temperature": how.temperature,
+            "top_p": how.top_p if how.temperature else 1.0,
+            "seed": job.seed % 2**63,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "ignore_eos": True,
+            "stop_token_ids": sorted(self.eos_ids),
+        }
 
     def _ended(self, wire: _Wire, choice: Mapping[str, Any], most: int) -> list[int]:
-        """The ids, with the end token that the model wrote at their end: vLLM leaves it in; where it is left out, it is put back."""
-        ids, finish, reason = list(choice["token_ids"]), choice.get("finish_reason"), choice.get("stop_reason")
-        wire.need(finish in ("stop", "length"), f"it gave up an answer ({_shown(finish)})", "let no other program pause it; see its log")
+        """The ids, with the end token that the model wrote at their end: vLLM leaves it in; where it is left out, it is
+        put back."""
+        ids = list(choice["token_ids"])
+        finish = choice.get("finish_reason")
+        reason = choice.get("stop_reason")
+        wire.need(
+            finish in ("stop", "length"),
+            f"it gave up an answer ({_shown(finish)})",
+            "let no other program pause it; see its log",
+        )
         if finish == "stop" and (not ids or ids[-1] not in self.eos_ids):
             ends = self.eos_ids if reason is None else self.eos_ids & {reason} if type(reason) is int else frozenset()
-            wire.need(len(ends) == 1, f"an answer stopped for {_shown(reason)}, no end token of the student", "serve the student itself")
+            wire.need(
+                len(ends) == 1,
+                f"an answer stopped for {_shown(reason)}, no end token of the student",
+                "serve the student itself",
+            )
             ids += ends
-        wire.need(finish == "length" or reason in (None, ids[-1]), f"an answer stopped for {_shown(reason)}, not its end", "update vLLM")
-        wire.need(finish == "stop" or len(ids) >= most, f"it cut an answer at {len(ids)} of {most} tokens", "raise --max-model-len")
+        wire.need(
+            finish == "length" or reason in (None, ids[-1]),
+            f"an answer stopped for {_shown(reason)}, not its end",
+            "update vLLM",
+        )
+        wire.need(
+            finish == "stop" or len(ids) >= most,
+            f"it cut an answer at {len(ids)} of {most} tokens",
+            "raise --max-model-len",
+        )
         past = len(ids) > most or any(token in self.eos_ids for token in ids[:-1])
-        wire.need(not past, "it wrote on past the end token, or past max_tokens", "update vLLM (stop_token_ids, max_tokens)")
+        wire.need(
+            not past, "it wrote on past the end token, or past max_tokens", "update vLLM (stop_token_ids, max_tokens)"
+        )
         return ids
 
     async def _sync(self, net: PreTrainedModel, name: str, wire: _Wire) -> None:
         path = f"{(self.folder_there or str(self.folder)).rstrip('/')}/{name}"
         paused = await wire.ask("POST", "/pause?mode=wait", may_refuse=True) is not NO
-        told = await wire.ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}, may_refuse=True)
+        told = await wire.ask(
+            "POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}, may_refuse=True
+        )
         if told is not NO:
             await wire.ask("POST", "/reset_prefix_cache?reset_running_requests=true")
         if paused:  # after any other failure it stays so: its weights may be mixed
@@ -244,7 +329,11 @@ class VllmWriter:
             known = {card["id"]: card for card in cards if isinstance(card.get("id"), str)}
             bases = [name for name, card in known.items() if card.get("parent") is None]  # an adapter names its parent
             name = bases[0] if self.model is None and len(bases) == 1 else self.model or ""
-            wire.need(name in known, f"it serves {_shown(list(known))}", "name the student there, or start it with --served-model-name")
+            wire.need(
+                name in known,
+                f"it serves {_shown(list(known))}",
+                "name the student there, or start it with --served-model-name",
+            )
             context = known[name].get("max_model_len")
             self._met = name, context if type(context) is int else 2**31
         return self._met
@@ -253,14 +342,19 @@ class VllmWriter:
         name, context = await self._meet(wire)
         version = await wire.ask("GET", "/version", may_refuse=True)
         body = self._body(name, Job(prompt, Sampling(0.0, 1.0, 1), 0))
-        await wire.ask("POST", COMPLETIONS, body | {"logit_bias": {str(self.rows - 1): 0.0}})  # vLLM refuses what its head lacks
+        # vLLM refuses what its head lacks
+        await wire.ask("POST", COMPLETIONS, body | {"logit_bias": {str(self.rows - 1): 0.0}})
         beyond = await wire.ask("POST", COMPLETIONS, body | {"logit_bias": {str(self.rows): 0.0}}, may_refuse=True)
-        wire.need(beyond is NO, f"its vocabulary has more than the student's {self.rows} tokens", "serve the student itself")
+        wire.need(
+            beyond is NO, f"its vocabulary has more than the student's {self.rows} tokens", "serve the student itself"
+        )
         greedy = Job(prompt, Sampling(0.0, 1.0, PROBE_TOKENS), 0)
         top = await self._ask(wire, name, greedy)
         draws = [Job(prompt, Sampling(1.0, 1.0, PROBE_TOKENS), seed + 1) for seed in range(PROBE_SEEDS)]
         drawn = [await self._ask(wire, name, job) for job in (*draws, draws[0])]
-        wire.need(drawn[0].ids == drawn[-1].ids, "one seed gave two texts", "update vLLM, or take out what drops `seed`")
+        wire.need(
+            drawn[0].ids == drawn[-1].ids, "one seed gave two texts", "update vLLM, or take out what drops `seed`"
+        )
         fixed = sum(top.log_prob) < FLAT and all(text.ids == top.ids for text in drawn)
         wire.need(not fixed, "it draws the same text for every seed", "take out what drops `seed` or `temperature`")
         off = _compare(wire, net, [(greedy, top), *zip(draws, drawn, strict=False)])
@@ -270,17 +364,25 @@ class VllmWriter:
         with contextlib.suppress(LookupError, TypeError, AttributeError, ValueError):  # whatever else may stand there
             likeliest = max(choice["logprobs"]["top_logprobs"][0].values())
             mode = "raw" if abs(likeliest - top.log_prob[0]) <= NATS / 3 else "processed"
-        return Probed(name, context, _shown(version.get("version")) if isinstance(version, dict) else "unknown", mode, off)
+        return Probed(
+            name, context, _shown(version.get("version")) if isinstance(version, dict) else "unknown", mode, off
+        )
 
 
 class _Wire:
-    """One call's conversation with the server: bounded in time and size, tried again while the server is busy or out of reach."""
+    """One call's conversation with the server: bounded in time and size, tried again while the server is busy or out of
+    reach."""
 
     def __init__(self, base: str, patience: Patience) -> None:
-        self.base, self.patience, self.end = base, patience, time.monotonic() + patience.budget
-        timeout, limits = httpx2.Timeout(None, connect=patience.connect), httpx2.Limits(max_connections=None)
+        self.base = base
+        self.patience = patience
+        self.end = time.monotonic() + patience.budget
+        timeout = httpx2.Timeout(None, connect=patience.connect)
+        limits = httpx2.Limits(max_connections=None)
         # No proxy of the environment and no redirect: the key goes to the named host alone.
-        self.client = httpx2.AsyncClient(headers=_headers(), verify=certificates(), timeout=timeout, limits=limits, trust_env=False)
+        self.client = httpx2.AsyncClient(
+            headers=_headers(), verify=certificates(), timeout=timeout, limits=limits, trust_env=False
+        )
 
     def odd(self, what: str, remedy: str) -> UserError:
         return UserError(f"the vLLM server {self.base}: {what}; {remedy}")
@@ -291,24 +393,33 @@ class _Wire:
 
     async def ask(self, method: str, path: str, body: Any = None, most: int = SMALL, may_refuse: bool = False) -> Any:
         """The answer's JSON, None where it has no body, or NO."""
-        why, wait = "", 0.0
+        why = ""
+        wait = 0.0
         for attempt in range(self.patience.tries):
             fits = wait < self.end - time.monotonic()
-            self.need(fits, f"{path} takes longer than the {self.patience.budget:g} s it may{why}", "ask for less at once, see its log")
+            self.need(
+                fits,
+                f"{path} takes longer than the {self.patience.budget:g} s it may{why}",
+                "ask for less at once, see its log",
+            )
             await asyncio.sleep(wait)
             wait = min(self.patience.longest_pause, self.patience.pause * 2**attempt) * random.uniform(0.7, 1.3)  # noqa: S311 (a pause)
             try:
                 async with asyncio.timeout(min(self.patience.answer, self.end - time.monotonic())):
                     status, asked, raw = await self._once(method, path, body, most)
             except TimeoutError:
-                raise self.odd(f"no answer to {path} in time", "see its log; lower max_tokens or the requests at once") from None
+                raise self.odd(
+                    f"no answer to {path} in time", "see its log; lower max_tokens or the requests at once"
+                ) from None
             except httpx2.TransportError as error:
                 why = f" ({type(error).__name__})"
                 continue
             if status not in BUSY:
                 return NO if may_refuse and status in REFUSED else self._content(path, status, raw)
             why, wait = f" (status {status})", max(wait, asked)
-        raise self.odd(f"{path} could not be asked for, {self.patience.tries} times{why}", f"does it run there? {START}")
+        raise self.odd(
+            f"{path} could not be asked for, {self.patience.tries} times{why}", f"does it run there? {START}"
+        )
 
     async def _once(self, method: str, path: str, body: Any, most: int) -> tuple[int, float, bytes]:
         raw = bytearray()
@@ -319,7 +430,11 @@ class _Wire:
             return response.status_code, _seconds(response.headers.get("retry-after", "")), bytes(raw)
 
     def _content(self, path: str, status: int, raw: bytes) -> Any:
-        remedy = f"start it as {START}" if path.startswith("/v1") else f"see its log; it must be a recent vLLM, started as {START}"
+        remedy = (
+            f"start it as {START}"
+            if path.startswith("/v1")
+            else f"see its log; it must be a recent vLLM, started as {START}"
+        )
         if status in (401, 403):
             remedy = f"set {KEY} to its key"
         elif 300 <= status < 400:
@@ -335,33 +450,51 @@ class _Wire:
 def _choice(wire: _Wire, answer: Any, name: str, job: Job) -> dict[str, Any]:
     """The one choice of an answer to this prompt by this model."""
     answer = answer if isinstance(answer, dict) else {}
-    wire.need(answer.get("model") == name, f"asked for {_shown(name)}, it answered as {_shown(answer.get('model'))}", "check its address")
+    wire.need(
+        answer.get("model") == name,
+        f"asked for {_shown(name)}, it answered as {_shown(answer.get('model'))}",
+        "check its address",
+    )
     choices = answer["choices"] if isinstance(answer.get("choices"), list) else []
-    wire.need(len(choices) == 1 and isinstance(choices[0], dict), f"it sent {len(choices)} answers for one", "take out what changes them")
+    wire.need(
+        len(choices) == 1 and isinstance(choices[0], dict),
+        f"it sent {len(choices)} answers for one",
+        "take out what changes them",
+    )
     choice: dict[str, Any] = choices[0]
     for key in ("token_ids", "prompt_token_ids"):
         ids = choice.get(key)
         fine = isinstance(ids, list) and all(type(token) is int for token in ids)
         wire.need(fine, f"it sends no {key}", "it must be vLLM 0.10.2 or later; take out what drops return_token_ids")
-    wire.need(choice["prompt_token_ids"] == list(job.prompt_ids), "it answered another prompt", "take out what changes or cuts prompts")
+    wire.need(
+        choice["prompt_token_ids"] == list(job.prompt_ids),
+        "it answered another prompt",
+        "take out what changes or cuts prompts",
+    )
     return choice
 
 
 def _compare(wire: _Wire, net: PreTrainedModel, texts: Sequence[tuple[Job, Written]]) -> float:
-    """Mean difference between the server's log-probabilities and the student's, in nats; greedy tokens must be likely ones."""
+    """Mean difference between the server's log-probabilities and the student's, in nats; greedy tokens must be likely
+    ones."""
     training = net.training
     net.eval()
     found = [_off(net, job.prompt_ids, text) for job, text in texts]
     net.train(training)
     off = sum(off for off, _ in found) / len(found)
     worst = max([off, *(gap for (job, _), (_, gap) in zip(texts, found, strict=True) if job.sampling.temperature == 0)])
-    wire.need(worst <= NATS, f"its log-probabilities are {worst:.2g} nats off the student's", "serve the student, unquantised; update vLLM")
+    wire.need(
+        worst <= NATS,
+        f"its log-probabilities are {worst:.2g} nats off the student's",
+        "serve the student, unquantised; update vLLM",
+    )
     return off
 
 
 @torch.inference_mode()
 def _off(net: PreTrainedModel, prompt_ids: Sequence[int], text: Written) -> tuple[float, float]:
-    """How far the server's log-probabilities are from the student's, and the drawn tokens behind its likeliest: means, in nats."""
+    """How far the server's log-probabilities are from the student's, and the drawn tokens behind its likeliest: means,
+    in nats."""
     tokens = torch.tensor([[*prompt_ids, *text.ids]], device=net.device)
     logits_NV = net(input_ids=tokens[:, :-1], logits_to_keep=len(text.ids)).logits[0].float()
     own_N, best_N = (log_prob_of(logits_NV, ids_N) for ids_N in (tokens[0, -len(text.ids) :], logits_NV.argmax(-1)))
@@ -369,8 +502,11 @@ def _off(net: PreTrainedModel, prompt_ids: Sequence[int], text: Written) -> tupl
 
 
 def save(net: PreTrainedModel, tokenizer: Tokenizer, path: Path) -> None:
-    """Write the student for a server to read: a plain Hugging Face folder, adapters folded into copies of the weights."""
-    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in net.state_dict().items() if ".lora_" not in name}
+    """Write the student for a server to read: a plain Hugging Face folder, adapters folded into copies of the
+    weights."""
+    weights = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in net.state_dict().items() if ".lora_" not in name
+    }
     for name, layer in net.named_modules():
         if hasattr(layer, "get_delta_weight") and not layer.merged:
             adapted = sum(layer.get_delta_weight(adapter).detach() for adapter in layer.active_adapters)

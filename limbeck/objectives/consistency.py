@@ -1,10 +1,12 @@
 """Consistency: answers to one prompt that end alike should be predicted alike there, whatever reasons led to them.
 
-Chen et al., arXiv:2310.14747 (MCC-KD): beside cross-entropy on several rationales, the Kullback-Leibler divergence between the predictions
-of the answer after two of them. Here the answer is what two responses have in common at their end, token for token, so that nothing need be
-marked; both directions count (recalled, not confirmed), and every pair of a group's responses.
+Chen et al., arXiv:2310.14747 (MCC-KD): beside cross-entropy on several rationales, the Kullback-Leibler divergence
+between the predictions of the answer after two of them. Here the answer is what two responses have in common at their
+end, token for token, so that nothing need be marked; both directions count (recalled, not confirmed), and every pair of
+a group's responses.
 
-Shapes: N response positions, G groups, P pairs, S tokens that a pair ends with, U positions that some pair reads, V vocabulary.
+Shapes: N response positions, G groups, P pairs, S tokens that a pair ends with, U positions that some pair reads, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Ends = Sequence[Sequence[tuple[range, range]]]
 
 
 def common_ends(batch: Batch) -> Ends:
-    """For every group, for every pair of its responses that end alike: where, as places among the N response positions."""
+    """For every group, for every pair of its responses that end alike: where, as places among the N response
+    positions."""
     responses = [batch.tokens_BT[row][mask].tolist() for row, mask in enumerate(batch.mask_BT)]
     ends = torch.tensor([len(response) for response in responses]).cumsum(0).tolist()
     found = []
@@ -37,7 +40,10 @@ def common_ends(batch: Batch) -> Ends:
         pairs = []
         for one, other in combinations(group, 2):
             same = zip(reversed(responses[one][-LONGEST:]), reversed(responses[other][-LONGEST:]), strict=False)
-            size = next((number for number, (a, b) in enumerate(same) if a != b), min(len(responses[one]), len(responses[other]), LONGEST))
+            size = next(
+                (number for number, (a, b) in enumerate(same) if a != b),
+                min(len(responses[one]), len(responses[other]), LONGEST),
+            )
             if size:
                 pairs.append((range(ends[one] - size, ends[one]), range(ends[other] - size, ends[other])))
         found.append(pairs)
@@ -45,8 +51,8 @@ def common_ends(batch: Batch) -> Ends:
 
 
 def consistency(hidden_ND: Tensor, head: Head, ends: Ends, temperature: float = 1.0) -> Tensor:
-    """Nats [G], differentiable, in fp32 or better: how differently each group's responses predict their common ends. 0 for a group
-    without a pair.
+    """Nats [G], differentiable, in fp32 or better: how differently each group's responses predict their common ends. 0
+    for a group without a pair.
 
     Args:
         hidden_ND: the student's hidden states at the response positions.

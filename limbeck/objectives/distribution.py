@@ -20,7 +20,8 @@ class Distribution:
 
     def __init__(self, logits_RV: Tensor) -> None:
         self.logits_RV = full_precision(logits_RV)
-        self._softened: dict[float, Distribution] = {}  # not itself: a circle would keep its tensors until the next collection
+        # not itself: a circle would keep its tensors until the next collection
+        self._softened: dict[float, Distribution] = {}
 
     @cached_property
     def _log_and_prob(self) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,8 @@ BINS = (0x3F800000 >> BIN_SHIFT) + 1  # up to the bin of 1.0 (and of what roundi
 
 
 def least_of_mass(prob_RV: Tensor, mass: float) -> Tensor:
-    """The least probability in the smallest set of outcomes that holds `mass`: [R]. Exact, without sorting the vocabulary.
+    """The least probability in the smallest set of outcomes that holds `mass`: [R]. Exact, without sorting the
+    vocabulary.
 
     The bits of a positive float rise with it, so their first few are a histogram's bin; only the bin in which the mass
     is reached is sorted.

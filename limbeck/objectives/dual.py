@@ -1,12 +1,15 @@
-"""Dual-space distillation (DSKD, Zhang et al., arXiv:2406.17328): each model's last states in the other's space, under the other's head.
+"""Dual-space distillation (DSKD, Zhang et al., arXiv:2406.17328): each model's last states in the other's space, under
+the other's head.
 
-L = CE(t2s) + D(q, sg[t2s]) + KL(p || s2t), with t2s the teacher's states in the student's space under the student's head (held fixed), and
-s2t the student's in the teacher's space under the teacher's. D counts where t2s finds the written token (its largest probability).
+L = CE(t2s) + D(q, sg[t2s]) + KL(p || s2t), with t2s the teacher's states in the student's space under the student's
+head (held fixed), and s2t the student's in the teacher's space under the teacher's. D counts where t2s finds the
+written token (its largest probability).
 
-With one tokenizer the projections are linear and position meets position. With two, cross-model attention mixes positions of a response:
-the student's token (its embedding and the one before) asks, the teacher's answers; values are the teacher's states and its target's
-embedding, as the authors' published code has it. That code divides by standard deviations over a batch; here each state is divided by
-its own, and embeddings by that of their table, so that no batch changes a row. A row weighs the same in both spaces.
+With one tokenizer the projections are linear and position meets position. With two, cross-model attention mixes
+positions of a response: the student's token (its embedding and the one before) asks, the teacher's answers; values are
+the teacher's states and its target's embedding, as the authors' published code has it. That code divides by standard
+deviations over a batch; here each state is divided by its own, and embeddings by that of their table, so that no batch
+changes a row. A row weighs the same in both spaces.
 
 Shapes: N response positions of the student, M of the teacher, B rows, D width of the student, E of the teacher.
 """
@@ -34,8 +37,9 @@ PAPER = "Zhang et al. (DSKD), arXiv:2406.17328"
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """The teacher's last hidden states at its own response positions, its head, and each position's row. Where its tokens are not the
-    student's, `embedded` are the token before and the written one, over the standard deviation of its embeddings."""
+    """The teacher's last hidden states at its own response positions, its head, and each position's row. Where its
+    tokens are not the student's, `embedded` are the token before and the written one, over the standard deviation of
+    its embeddings."""
 
     hidden_ME: Tensor
     head: Head
@@ -66,7 +70,10 @@ class DualSpace(nn.Module):
         super().__init__()
         ours, theirs = widths
         noise = torch.Generator().manual_seed(seed)
-        self.divergence, self.times, self.embed, self.dense = divergence, times, embed, dense
+        self.divergence = divergence
+        self.times = times
+        self.embed = embed
+        self.dense = dense
         self.to_student = _linear(theirs, ours, noise)
         self.to_teacher = _linear(ours, theirs, noise)
         self.query = _linear(2 * ours, 2 * theirs, noise)
@@ -83,7 +90,8 @@ class DualSpace(nn.Module):
         before_N, said_N = (batch.tokens_BT[row_N, position_N + shift].to(hidden_ND.device) for shift in (0, 1))
         row_N = row_N.to(hidden_ND.device)
         if teacher.embedded is None:
-            from_teacher_ND, from_student_ME = self.to_student(teacher.hidden_ME), self.to_teacher(hidden_ND)
+            from_teacher_ND = self.to_student(teacher.hidden_ME)
+            from_student_ME = self.to_teacher(hidden_ND)
         else:
             states = teacher.hidden_ME, teacher.row_M, *teacher.embedded
             from_teacher_ND, from_student_ME = self._attended(hidden_ND, (before_N, said_N), row_N, *states)
@@ -92,9 +100,24 @@ class DualSpace(nn.Module):
         weight_M = _per_row(weight_N, row_N, teacher.row_M)
         ce = fused_loss(from_teacher_ND, fixed, [_CrossEntropy()], [scale], weight_N[None], Evidence(said_N))
         target = self.dense(from_teacher_ND.detach(), fixed)
-        apart = fused_loss(hidden_ND, head, [_Divergence(self.divergence)], [scale], (weight_N * right_N)[None], Evidence(said_N, target))
-        truth, nothing = self.dense(teacher.hidden_ME, teacher.head), torch.zeros_like(teacher.row_M)
-        back = fused_loss(from_student_ME, teacher.head, [_Divergence("forward_kl")], [scale], weight_M[None], Evidence(nothing, truth))
+        apart = fused_loss(
+            hidden_ND,
+            head,
+            [_Divergence(self.divergence)],
+            [scale],
+            (weight_N * right_N)[None],
+            Evidence(said_N, target),
+        )
+        truth = self.dense(teacher.hidden_ME, teacher.head)
+        nothing = torch.zeros_like(teacher.row_M)
+        back = fused_loss(
+            from_student_ME,
+            teacher.head,
+            [_Divergence("forward_kl")],
+            [scale],
+            weight_M[None],
+            Evidence(nothing, truth),
+        )
         return ce.loss + apart.loss + back.loss, sum(sum(part.sums.values()) for part in (ce, apart, back))
 
     def _attended(
@@ -126,7 +149,9 @@ def _linear(inner: int, outer: int, noise: torch.Generator) -> nn.Linear:
 @torch.no_grad()
 def _right(hidden_ND: Tensor, head: Head, said_N: Tensor) -> Tensor:
     """1 where the written token is the likeliest, else 0: [N]."""
-    found = [head.logits(hidden_ND[part]).argmax(-1) for part in chunks(len(hidden_ND), head.vocabulary, CHUNK_ELEMENTS)]
+    found = [
+        head.logits(hidden_ND[part]).argmax(-1) for part in chunks(len(hidden_ND), head.vocabulary, CHUNK_ELEMENTS)
+    ]
     return (torch.cat(found) == said_N).to(hidden_ND.dtype)
 
 

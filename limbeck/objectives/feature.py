@@ -4,11 +4,12 @@ A loss gives one value per response position (`row_N`, `position_N`: the hidden 
 or one per row where its docstring says so. Rows are padded on the right and attention is causal: the query at position
 i sees the keys 0..i of its own row. Teacher tensors are detached here; everything is computed in fp32 (fp64 stays).
 
-Not covered: windows narrower than the row (every key up to i counts), and models that cut the text into different tokens.
+Not covered: windows narrower than the row (every key up to i counts), and models that cut the text into different
+tokens.
 
 Shapes: B rows, T positions, N response positions, Q those of one row, S keys that its last query sees, D width of the
-student, E of the teacher, F of a filter, H query heads, G key-value heads, A head width, R relation heads, W their width,
-M rows of a bank, K negatives, P projection.
+student, E of the teacher, F of a filter, H query heads, G key-value heads, A head width, R relation heads, W their
+width, M rows of a bank, K negatives, P projection.
 """
 
 from __future__ import annotations
@@ -38,15 +39,18 @@ USE_RELATIONS = "use the relations loss, which compares any two numbers of heads
 class Features:
     """What one forward pass of one model leaves for feature losses; only the layers asked for.
 
-    `hidden[0]` are the embeddings, `hidden[i]` the output of layer i (from 1), the last one after the final norm: [B, T, D].
-    `attention[i]` is layer i's (query [B, H, T, A], key [B, G, T, A], value [B, G, T, A]) as its attention sees them.
+    `hidden[0]` are the embeddings, `hidden[i]` the output of layer i (from 1), the last one after the final norm: [B,
+    T, D]. `attention[i]` is layer i's (query [B, H, T, A], key [B, G, T, A], value [B, G, T, A]) as its attention sees
+    them.
     """
 
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, Attention] = field(default_factory=dict)
 
 
-def hidden_match(student_ND: Tensor, teacher_NE: Tensor, project: Project | None = None, distance: str = "squared") -> Tensor:
+def hidden_match(
+    student_ND: Tensor, teacher_NE: Tensor, project: Project | None = None, distance: str = "squared"
+) -> Tensor:
     """sum_e (project(s)_e - t_e)^2 / E for `squared`, 1 - cos(project(s), t) for `cosine`: [N].
 
     Limits: `squared` is 0 iff the projected states are equal; `cosine` lies in [0, 2], is blind to both lengths, and is
@@ -56,10 +60,14 @@ def hidden_match(student_ND: Tensor, teacher_NE: Tensor, project: Project | None
         UserError: widths that differ after the projection, or an unknown distance.
     Source: hints, Romero et al., arXiv:1412.6550; per layer, Jiao et al., arXiv:1909.10351 (TinyBERT).
     """
-    projected_NE, target_NE = full_precision(student_ND), full_precision(teacher_NE.detach())
+    projected_NE = full_precision(student_ND)
+    target_NE = full_precision(teacher_NE.detach())
     projected_NE = projected_NE if project is None else project(projected_NE)
     if projected_NE.shape != target_NE.shape:
-        raise UserError(f"hidden states {tuple(projected_NE.shape)} and {tuple(target_NE.shape)} differ in shape; set projection: learned")
+        raise UserError(
+            f"hidden states {tuple(projected_NE.shape)} and {tuple(target_NE.shape)} differ in shape; set projection:"
+            " learned"
+        )
     if distance == "cosine":
         return 1 - cosine_similarity(projected_NE, target_NE, dim=-1)
     if distance == "squared":
@@ -85,7 +93,9 @@ class TaskFilters(nn.Module):
     Source: Liang et al., arXiv:2210.01351 (TED).
     """
 
-    def __init__(self, pairs: Sequence[Pair], student_width: int, teacher_width: int, width: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], student_width: int, teacher_width: int, width: int | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
         width = teacher_width if width is None else width
         self.student = projections(pairs, student_width, width, "learned", seed)
@@ -135,7 +145,8 @@ def attention_kl(student: Attention, teacher: Attention, row_N: Tensor, position
 
 
 def value_relation(student: Attention, teacher: Attention, row_N: Tensor, position_N: Tensor) -> Tensor:
-    """`attention_kl` with the values in the place of queries and keys, head by head: softmax(v v / sqrt(A)): [N], in nats.
+    """`attention_kl` with the values in the place of queries and keys, head by head: softmax(v v / sqrt(A)): [N], in
+    nats.
 
     Where key-value heads are fewer than query heads, a value head counts once for each query head that uses it.
 
@@ -149,11 +160,13 @@ def value_relation(student: Attention, teacher: Attention, row_N: Tensor, positi
     return _attention_divergence((ours, ours), (theirs, theirs), row_N, position_N)
 
 
-def relations(student_BHTA: Tensor, teacher_BHTA: Tensor, relation_heads: int, row_N: Tensor, position_N: Tensor) -> Tensor:
+def relations(
+    student_BHTA: Tensor, teacher_BHTA: Tensor, relation_heads: int, row_N: Tensor, position_N: Tensor
+) -> Tensor:
     """sum_r KL(relation_t || relation_s) / R, relation = softmax over j <= i of x_i x_j / sqrt(W): [N], in nats.
 
-    The heads of x (queries, or keys, or values) are joined to one vector per position and cut anew into R relation heads
-    of width W, so the models may differ in heads and widths; keys and values have the width of their own heads.
+    The heads of x (queries, or keys, or values) are joined to one vector per position and cut anew into R relation
+    heads of width W, so the models may differ in heads and widths; keys and values have the width of their own heads.
     Limits: unchanged by a rotation inside each relation head, in either model; 0 at position 0.
 
     Raises:
@@ -163,7 +176,9 @@ def relations(student_BHTA: Tensor, teacher_BHTA: Tensor, relation_heads: int, r
     width = math.gcd(*(x.shape[1] * x.shape[3] for x in (student_BHTA, teacher_BHTA)))
     if relation_heads < 1 or width % relation_heads:
         legal = [r for r in range(1, width + 1) if width % r == 0]
-        raise UserError(f"{relation_heads} relation heads do not divide the widths of student and teacher; legal: {legal}")
+        raise UserError(
+            f"{relation_heads} relation heads do not divide the widths of student and teacher; legal: {legal}"
+        )
     ours, theirs = (_cut_anew(x, relation_heads) for x in (student_BHTA, teacher_BHTA))
     return _attention_divergence((ours, ours), (theirs, theirs), row_N, position_N)
 
@@ -174,14 +189,18 @@ def _cut_anew(x_BHTA: Tensor, heads: int) -> Tensor:
 
 
 def _same_heads(student: Attention, teacher: Attention) -> int:
-    ours, theirs = student[0].shape[1], teacher[0].shape[1]
+    ours = student[0].shape[1]
+    theirs = teacher[0].shape[1]
     if ours != theirs:
         raise UserError(f"the student has {ours} attention heads in this layer, the teacher {theirs}; {USE_RELATIONS}")
     return ours
 
 
-def _attention_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor], row_N: Tensor, position_N: Tensor) -> Tensor:
-    """KL between causal softmaxes of (query, key), teacher first, summed over heads and divided by their number: [N]."""
+def _attention_divergence(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], row_N: Tensor, position_N: Tensor
+) -> Tensor:
+    """KL between causal softmaxes of (query, key), teacher first, summed over heads and divided by their number:
+    [N]."""
     heads = student[0].shape[1]
 
     def of_row(row: int, position_Q: Tensor) -> Tensor:
@@ -216,7 +235,8 @@ def _row_by_row(row_N: Tensor, position_N: Tensor, of_row: Callable[[int, Tensor
 
     One row at a time keeps the scores at H x Q x S numbers.
     """
-    values, places = [torch.zeros(0, device=row_N.device)], [torch.zeros_like(row_N[:0])]
+    values = [torch.zeros(0, device=row_N.device)]
+    places = [torch.zeros_like(row_N[:0])]
     for row in row_N.unique().tolist():
         place_Q = (row_N == row).nonzero().squeeze(1)
         values.append(of_row(row, position_N[place_Q]))
@@ -242,13 +262,15 @@ class Contrast(nn.Module):
     log(1 + K e^(-2 / tau)).
 
     Differs from the paper, which (like CRD, arXiv:1910.10699) uses noise-contrastive estimation: K + 1 yes-or-no
-    questions with a fixed normaliser, here one softmax (InfoNCE, arXiv:1807.03748). Its authors' code also asks from the
-    teacher's side over a bank of student states, and keeps banks of projected states with momentum; here the bank holds
-    unprojected teacher states, which never grow stale.
+    questions with a fixed normaliser, here one softmax (InfoNCE, arXiv:1807.03748). Its authors' code also asks from
+    the teacher's side over a bank of student states, and keeps banks of projected states with momentum; here the bank
+    holds unprojected teacher states, which never grow stale.
     Source: Sun et al., arXiv:2009.14167 (CoDIR).
     """
 
-    def __init__(self, student_width: int, teacher_width: int, dim: int = 128, temperature: float = 0.1, seed: int = 0) -> None:
+    def __init__(
+        self, student_width: int, teacher_width: int, dim: int = 128, temperature: float = 0.1, seed: int = 0
+    ) -> None:
         super().__init__()
         if not temperature > 0:
             raise UserError(f"temperature {temperature} of contrast must be above 0; 0.1 is usual")
@@ -256,8 +278,11 @@ class Contrast(nn.Module):
         self.student, self.teacher = (_linear(width, dim, noise) for width in (student_width, teacher_width))
         self.temperature = temperature
 
-    def forward(self, student_BD: Tensor, teacher_BE: Tensor, bank_ME: Tensor, negatives_BK: Tensor | None = None) -> Tensor:
-        """Values [B]. `negatives_BK` are rows of the bank; without them all M are used, so none may be a row of the batch."""
+    def forward(
+        self, student_BD: Tensor, teacher_BE: Tensor, bank_ME: Tensor, negatives_BK: Tensor | None = None
+    ) -> Tensor:
+        """Values [B]. `negatives_BK` are rows of the bank; without them all M are used, so none may be a row of the
+        batch."""
         if not len(bank_ME):
             raise UserError("contrast needs at least one negative; fill the bank with teacher states first")
         student_BP = normalize(self.student(full_precision(student_BD)), dim=-1)
@@ -280,9 +305,9 @@ def draw_negatives(own_B: Tensor, bank: int, count: int, noise: torch.Generator)
 def cka_distance(student_ND: Tensor, teacher_NE: Tensor, row_N: Tensor, rows: int) -> Tensor:
     """1 - |X'Y|^2 / (|X'X| |Y'Y|) per row, X and Y its states centred over its response positions: [B].
 
-    Limits: in [0, 1]; unchanged by rotations and by scaling of either side, for any two widths. Always 0 for 2 positions,
-    and biased towards 0 where positions are fewer than widths. Exactly 0 (with a gradient of 0) below 2 positions; 1 where
-    one side's states are all the same.
+    Limits: in [0, 1]; unchanged by rotations and by scaling of either side, for any two widths. Always 0 for 2
+    positions, and biased towards 0 where positions are fewer than widths. Exactly 0 (with a gradient of 0) below 2
+    positions; 1 where one side's states are all the same.
     Source: Kornblith et al., arXiv:1905.00414 (linear CKA, there a measure, not a loss).
     """
     student_ND, teacher_NE = full_precision(student_ND), full_precision(teacher_NE.detach())
@@ -292,7 +317,8 @@ def cka_distance(student_ND: Tensor, teacher_NE: Tensor, row_N: Tensor, rows: in
 def _cka_distance(student_QD: Tensor, teacher_QE: Tensor) -> Tensor:
     if len(student_QD) < 2:
         return student_QD.sum() * 0
-    ours_QQ, theirs_QQ = _centred_gram(student_QD), _centred_gram(teacher_QE)
+    ours_QQ = _centred_gram(student_QD)
+    theirs_QQ = _centred_gram(teacher_QE)
     scale = (ours_QQ.square().sum() * theirs_QQ.square().sum()).clamp_min(torch.finfo(ours_QQ.dtype).eps ** 4).sqrt()
     return 1 - (ours_QQ * theirs_QQ).sum() / scale
 
@@ -307,28 +333,36 @@ def _centred_gram(states_QD: Tensor) -> Tensor:
 # Which layers, and through what
 
 
-def layer_map(spec: object, student_layers: int, teacher_layers: int, embeddings: bool = False, path: str = "") -> tuple[Pair, ...]:
+def layer_map(
+    spec: object, student_layers: int, teacher_layers: int, embeddings: bool = False, path: str = ""
+) -> tuple[Pair, ...]:
     """Pairs (student layer, teacher layer), counted from 1; 0 is the embeddings.
 
     Args:
-        spec: `uniform` (student i to teacher i M / N, halves up, at least 1), `last`, or pairs such as [[4, 8], [8, 16]].
+        spec: `uniform` (student i to teacher i M / N, halves up, at least 1), `last`, or pairs such as [[4, 8], [8,
+            16]].
         embeddings: adds (0, 0) to a named map, and lets explicit pairs name 0.
 
     Raises:
         RecipeError: an unknown name, or pairs that are malformed, doubled or outside the models.
     Source: `uniform` is TinyBERT's map, arXiv:1909.10351, for any ratio; `last` MiniLM's, arXiv:2002.10957.
     """
-    n, m = student_layers, teacher_layers
+    n = student_layers
+    m = teacher_layers
     if isinstance(spec, str):
         if spec not in LAYER_MAPS:
-            raise RecipeError(path, f"no layer map is named {spec!r}{nearest(spec, LAYER_MAPS)}; or give pairs [student, teacher]")
+            raise RecipeError(
+                path, f"no layer map is named {spec!r}{nearest(spec, LAYER_MAPS)}; or give pairs [student, teacher]"
+            )
         uniform = tuple((i, max(1, (2 * i * m + n) // (2 * n))) for i in range(1, n + 1))
         pairs = uniform if spec == "uniform" else ((n, m),)
         return ((0, 0), *pairs) if embeddings else pairs
     if not isinstance(spec, Sequence) or not spec:
         raise RecipeError(path, f"{spec!r} is no layer map; give uniform, last, or pairs such as [[4, 8], [8, 16]]")
     lowest = 0 if embeddings else 1
-    pairs = tuple(_checked_pair(pair, ((n, "student"), (m, "teacher")), lowest, f"{path}[{i}]") for i, pair in enumerate(spec))
+    pairs = tuple(
+        _checked_pair(pair, ((n, "student"), (m, "teacher")), lowest, f"{path}[{i}]") for i, pair in enumerate(spec)
+    )
     if len(set(pairs)) < len(pairs):
         raise RecipeError(path, "a pair of layers stands there twice; name each once")
     return pairs
@@ -349,7 +383,9 @@ def pair_name(pair: Pair) -> str:
     return f"{pair[0]}-{pair[1]}"
 
 
-def projections(pairs: Sequence[Pair], student_width: int, teacher_width: int, kind: str, seed: int = 0) -> nn.ModuleDict:
+def projections(
+    pairs: Sequence[Pair], student_width: int, teacher_width: int, kind: str, seed: int = 0
+) -> nn.ModuleDict:
     """One map from the student's width to the teacher's per pair, under `pair_name(pair)`, in fp32.
 
     `learned`: linear without bias; it starts as the identity where the widths agree, else with orthonormal rows or
@@ -361,10 +397,14 @@ def projections(pairs: Sequence[Pair], student_width: int, teacher_width: int, k
     if kind not in PROJECTIONS:
         raise UserError(f"no projection is named {kind!r}{nearest(kind, PROJECTIONS)}")
     if kind == "none" and student_width != teacher_width:
-        raise UserError(f"the student's width {student_width} is not the teacher's {teacher_width}; set projection: learned")
+        raise UserError(
+            f"the student's width {student_width} is not the teacher's {teacher_width}; set projection: learned"
+        )
     noise = torch.Generator().manual_seed(seed)
     learned = kind == "learned"
-    return nn.ModuleDict({pair_name(pair): _linear(student_width, teacher_width, noise) if learned else nn.Identity() for pair in pairs})
+    return nn.ModuleDict(
+        {pair_name(pair): _linear(student_width, teacher_width, noise) if learned else nn.Identity() for pair in pairs}
+    )
 
 
 def _linear(inputs: int, outputs: int, noise: torch.Generator) -> nn.Linear:

@@ -28,7 +28,8 @@ BLOCK_ELEMENTS = 2**19  # logits a term sees at once on a CPU
 class Head:
     """logits = cap(scale (W h + B A h) + bias), cap(x) = c tanh(x / c): every part but W optional.
 
-    `softcap` is Gemma's, `scale` Cohere's (Granite's divides: its inverse), `low_rank` a LoRA adapter (A, B, its scaling).
+    `softcap` is Gemma's, `scale` Cohere's (Granite's divides: its inverse), `low_rank` a LoRA adapter (A, B, its
+    scaling).
     """
 
     weight_VD: Tensor
@@ -45,14 +46,24 @@ class Head:
         """Only the first `vocabulary` tokens: what is left when another model's vocabulary is padded less."""
         if vocabulary == self.vocabulary:
             return self
-        low_rank = None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:vocabulary], self.low_rank[2])
+        low_rank = (
+            None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:vocabulary], self.low_rank[2])
+        )
         bias_V = None if self.bias_V is None else self.bias_V[:vocabulary]
         return Head(self.weight_VD[:vocabulary], bias_V, self.scale, self.softcap, low_rank)
 
     def detached(self) -> Head:
         """The same numbers without a gradient, and these numbers even if the model's parameters are given others."""
-        low_rank = None if self.low_rank is None else (self.low_rank[0].detach(), self.low_rank[1].detach(), self.low_rank[2])
-        return Head(self.weight_VD.detach(), None if self.bias_V is None else self.bias_V.detach(), self.scale, self.softcap, low_rank)
+        low_rank = (
+            None if self.low_rank is None else (self.low_rank[0].detach(), self.low_rank[1].detach(), self.low_rank[2])
+        )
+        return Head(
+            self.weight_VD.detach(),
+            None if self.bias_V is None else self.bias_V.detach(),
+            self.scale,
+            self.softcap,
+            low_rank,
+        )
 
     def products(self, hidden_ND: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(x, W) whose products x W^T add up to the logits before the cap; x is as small as the hidden states."""
@@ -71,7 +82,8 @@ class Head:
 
 
 class Buffer:
-    """The memory of one chunk's logits, written anew by each chunk: new pages cost more than what a loss does on them."""
+    """The memory of one chunk's logits, written anew by each chunk: new pages cost more than what a loss does on
+    them."""
 
     def __init__(self) -> None:
         self._held: Tensor | None = None
@@ -97,14 +109,17 @@ def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None, buffe
 
 
 class TeacherRows(Protocol):
-    """The teacher's side of a block. `p` is its whole distribution, where the signal has that; `log_prob` that of the written tokens."""
+    """The teacher's side of a block. `p` is its whole distribution, where the signal has that; `log_prob` that of the
+    written tokens."""
 
     @property
     def p(self) -> Distribution: ...
 
     def log_prob(self, targets_R: Tensor, /) -> Tensor: ...
 
-    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor, /) -> ValueAndGradient: ...
+    def compare(
+        self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor, /
+    ) -> ValueAndGradient: ...
 
 
 class TeacherChunk(Protocol):
@@ -145,7 +160,9 @@ class Evidence:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def block(self, positions: slice, q: Distribution, teacher: TeacherRows | None) -> Block:
-        return Block(q, self.targets_N[positions], teacher, {name: column[positions] for name, column in self.columns.items()})
+        return Block(
+            q, self.targets_N[positions], teacher, {name: column[positions] for name, column in self.columns.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -164,13 +181,19 @@ def chunks(positions: int, vocabulary: int, elements: int) -> Iterator[slice]:
 
 
 def fused_loss(
-    hidden_ND: Tensor, head: Head, terms: Sequence[VocabularyTerm], scales: Sequence[float], weight_KN: Tensor, evidence: Evidence
+    hidden_ND: Tensor,
+    head: Head,
+    terms: Sequence[VocabularyTerm],
+    scales: Sequence[float],
+    weight_KN: Tensor,
+    evidence: Evidence,
 ) -> Total:
     """sum_k scale_k sum_n w_kn l_k(n), with its gradient for the hidden states and the head.
 
     Args:
         hidden_ND: last hidden states (after the final norm) that predict the response tokens.
-        head: the output projection; its parts get a gradient where they require one (tied embeddings add theirs as usual).
+        head: the output projection; its parts get a gradient where they require one (tied embeddings add theirs as
+            usual).
         terms: what is summed.
         scales: one factor per term: its weight divided by the global weight of its tokens.
         weight_KN: a weight per term and token.
@@ -178,7 +201,8 @@ def fused_loss(
     """
     parts = head.products(hidden_ND)
     flat = [tensor for part in parts for tensor in part]
-    weight_KN = weight_KN.to(torch.promote_types(hidden_ND.dtype, torch.float32))  # integers would round the scales away
+    # integers would round the scales away
+    weight_KN = weight_KN.to(torch.promote_types(hidden_ND.dtype, torch.float32))
     loss, sums_K = _Fused.apply(list(terms), list(scales), weight_KN, evidence, head.softcap, *flat)
     return Total(loss, {term.label: float(value) for term, value in zip(terms, sums_K.tolist(), strict=True)})
 
@@ -194,16 +218,22 @@ class _Fused(torch.autograd.Function):
         softcap: float | None,
         *flat: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        xs, weights = flat[0::2], flat[1::2]
-        grads = [torch.zeros_like(t) if needed else None for t, needed in zip(flat, ctx.needs_input_grad[5:], strict=True)]
+        xs = flat[0::2]
+        weights = flat[1::2]
+        grads = [
+            torch.zeros_like(t) if needed else None for t, needed in zip(flat, ctx.needs_input_grad[5:], strict=True)
+        ]
         sums_K = torch.zeros(len(terms), dtype=torch.float64, device=xs[0].device)
-        factors, buffer = weight_KN.new_tensor(scales)[:, None], Buffer()
+        factors = weight_KN.new_tensor(scales)[:, None]
+        buffer = Buffer()
         for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
             grad_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], softcap, buffer)
             teacher = None if evidence.teacher is None else evidence.teacher.chunk(part)
             for rows in _blocks(grad_CV):
                 here = slice(part.start + rows.start, part.start + rows.stop)
-                block = evidence.block(here, Distribution(grad_CV[rows]), None if teacher is None else teacher.rows(rows))
+                block = evidence.block(
+                    here, Distribution(grad_CV[rows]), None if teacher is None else teacher.rows(rows)
+                )
                 sums_K += _gradient(terms, block, weight_KN[:, here], factors, softcap, out_RV=grad_CV[rows])
             for x, weight, grad_x, grad_weight in zip(xs, weights, grads[0::2], grads[1::2], strict=True):
                 own_CV = grad_CV.to(weight.dtype)
@@ -223,7 +253,9 @@ class _Fused(torch.autograd.Function):
         return None, None, None, None, None, *scaled
 
 
-def compared(hidden_ND: Tensor, head: Head, teacher: TeacherSignal) -> Iterator[tuple[slice, Distribution, Distribution]]:
+def compared(
+    hidden_ND: Tensor, head: Head, teacher: TeacherSignal
+) -> Iterator[tuple[slice, Distribution, Distribution]]:
     """(positions, student's q, teacher's p) block by block, for measuring; a signal with whole distributions only."""
     parts = [(x_ND.detach(), weight.detach()) for x_ND, weight in head.products(hidden_ND)]
     buffer = Buffer()
@@ -242,11 +274,17 @@ def _blocks(logits_CV: Tensor) -> Iterator[slice]:
 
 
 def _gradient(
-    terms: Sequence[VocabularyTerm], block: Block, weight_KR: Tensor, factors: Tensor, softcap: float | None, out_RV: Tensor
+    terms: Sequence[VocabularyTerm],
+    block: Block,
+    weight_KR: Tensor,
+    factors: Tensor,
+    softcap: float | None,
+    out_RV: Tensor,
 ) -> Tensor:
     """Each term's weighted sum [K]; the gradient of their whole for the projection goes over the logits in `out_RV`."""
     slope = None if softcap is None else 1 - (out_RV / softcap).square()
-    sums, total_RV = [], None
+    sums = []
+    total_RV = None
     for term, weight_R, factor_R in zip(terms, weight_KR, factors * weight_KR, strict=True):
         values_R, gradient_RV = term.values(block)
         sums.append((values_R * weight_R).double().sum())
@@ -273,8 +311,10 @@ class _LogProbs(torch.autograd.Function):
     def forward(ctx: Any, targets_N: Tensor, softcap: float | None, *flat: Tensor) -> Tensor:
         ctx.save_for_backward(targets_N, *flat)
         ctx.softcap = softcap
-        xs, weights = flat[0::2], flat[1::2]
-        found, buffer = [], Buffer()
+        xs = flat[0::2]
+        weights = flat[1::2]
+        found = []
+        buffer = Buffer()
         for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
             logits_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], softcap, buffer)
             found.append(logits_CV.gather(-1, targets_N[part, None])[:, 0] - logits_CV.logsumexp(-1))
@@ -283,7 +323,8 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
         targets_N, *flat = ctx.saved_tensors
-        weight_KN, picked = full_precision(outer[0])[None], _Picked()
+        weight_KN = full_precision(outer[0])[None]
+        picked = _Picked()
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(n) for t, n in zip(flat, ctx.needs_input_grad[2:], strict=True)]
             loss, _ = _Fused.apply([picked], [1.0], weight_KN, Evidence(targets_N), ctx.softcap, *leaves)

@@ -54,24 +54,52 @@ class Kind:
 
 
 MATCHES: dict[str, Kind] = {
-    "hidden_match": Kind("|W h_q - h_p|^2 / width", "FitNets, arXiv:1412.6550; TinyBERT, arXiv:1909.10351",
-                         {"layers": "uniform", "projection": "learned", "distance": "squared", "embeddings": False}),
-    "attention_match": Kind("(score_q - score_p)^2 over heads and visible keys", "TinyBERT, arXiv:1909.10351",
-                            {"layers": "uniform"}, "attention"),
-    "attention_kl": Kind("KL(attention_p || attention_q) over heads", "MiniLM, arXiv:2002.10957", {"layers": "last"}, "attention"),
-    "value_relation": Kind("KL(softmax(v v)_p || softmax(v v)_q) over heads", "MiniLM, arXiv:2002.10957", {"layers": "last"}, "attention"),
-    "relations": Kind("KL of softmax(x x) for queries, keys and values, cut into relation heads", "MiniLMv2, arXiv:2012.15828",
-                      {"layers": "last", "relation_heads": 1, "of": list(PARTS)}, "attention"),
-    "filtered_match": Kind("|g_q(h_q) - g_p(h_p)|^2 / width, filters g learned on the task first", "TED, arXiv:2210.01351",
-                           {"layers": "uniform", "filter_steps": 20, "filter_lr": 1e-3}),
-    "contrast": Kind("-log softmax of cos(s, t) / tau over the own and K other texts", "CoDIR, arXiv:2009.14167",
-                     {"layers": "last", "dim": 128, "temperature": 0.1, "negatives": 64}, unit="row"),
-    "cka": Kind("1 - linear CKA over a row's positions", "Kornblith et al., arXiv:1905.00414", {"layers": "uniform"}, unit="row"),
-}  # fmt: skip
+    "hidden_match": Kind(
+        "|W h_q - h_p|^2 / width",
+        "FitNets, arXiv:1412.6550; TinyBERT, arXiv:1909.10351",
+        {"layers": "uniform", "projection": "learned", "distance": "squared", "embeddings": False},
+    ),
+    "attention_match": Kind(
+        "(score_q - score_p)^2 over heads and visible keys",
+        "TinyBERT, arXiv:1909.10351",
+        {"layers": "uniform"},
+        "attention",
+    ),
+    "attention_kl": Kind(
+        "KL(attention_p || attention_q) over heads", "MiniLM, arXiv:2002.10957", {"layers": "last"}, "attention"
+    ),
+    "value_relation": Kind(
+        "KL(softmax(v v)_p || softmax(v v)_q) over heads", "MiniLM, arXiv:2002.10957", {"layers": "last"}, "attention"
+    ),
+    "relations": Kind(
+        "KL of softmax(x x) for queries, keys and values, cut into relation heads",
+        "MiniLMv2, arXiv:2012.15828",
+        {"layers": "last", "relation_heads": 1, "of": list(PARTS)},
+        "attention",
+    ),
+    "filtered_match": Kind(
+        "|g_q(h_q) - g_p(h_p)|^2 / width, filters g learned on the task first",
+        "TED, arXiv:2210.01351",
+        {"layers": "uniform", "filter_steps": 20, "filter_lr": 1e-3},
+    ),
+    "contrast": Kind(
+        "-log softmax of cos(s, t) / tau over the own and K other texts",
+        "CoDIR, arXiv:2009.14167",
+        {"layers": "last", "dim": 128, "temperature": 0.1, "negatives": 64},
+        unit="row",
+    ),
+    "cka": Kind(
+        "1 - linear CKA over a row's positions", "Kornblith et al., arXiv:1905.00414", {"layers": "uniform"}, unit="row"
+    ),
+}
 NUMBERS = {
-    "relation_heads": Range(1, 4096), "filter_steps": Range(1, 100_000), "filter_lr": Range(0, 1, open_low=True), "dim": Range(1, 65_536),
-    "temperature": Range(0, 100, open_low=True), "negatives": Range(1, 1_000_000),
-}  # fmt: skip
+    "relation_heads": Range(1, 4096),
+    "filter_steps": Range(1, 100_000),
+    "filter_lr": Range(0, 1, open_low=True),
+    "dim": Range(1, 65_536),
+    "temperature": Range(0, 100, open_low=True),
+    "negatives": Range(1, 1_000_000),
+}
 WORDS = {"projection": PROJECTIONS, "distance": DISTANCES}
 
 
@@ -93,21 +121,34 @@ class MatchSettings:
         same_width = student.width == teacher.width
         if not same_width and (self.values.get("projection") == "none" or self.name == "filtered_match"):
             cure = "set projection: learned" if self.name == "hidden_match" else "use hidden_match or relations"
-            raise RecipeError(self.path, f"the student's width {student.width} is not the teacher's {teacher.width}; {cure}")
+            raise RecipeError(
+                self.path, f"the student's width {student.width} is not the teacher's {teacher.width}; {cure}"
+            )
         if self.name in ATTENTION_LOSSES and student.heads != teacher.heads:
-            raise RecipeError(self.path, f"the student has {student.heads} attention heads, the teacher {teacher.heads}; use relations")
+            raise RecipeError(
+                self.path,
+                f"the student has {student.heads} attention heads, the teacher {teacher.heads}; use relations",
+            )
         if self.name == "relations":
-            heads, of = self.values["relation_heads"], self.values["of"]
-            widths = [model.key_value_width if part != "query" else model.query_width for model in (student, teacher) for part in of]
+            heads = self.values["relation_heads"]
+            of = self.values["of"]
+            widths = [
+                model.key_value_width if part != "query" else model.query_width
+                for model in (student, teacher)
+                for part in of
+            ]
             if wrong := [width for width in widths if width % heads]:
                 raise RecipeError(
-                    f"{self.path}.relation_heads", f"{heads} does not divide {wrong[0]}; take a divisor of {math.gcd(*widths)}"
+                    f"{self.path}.relation_heads",
+                    f"{heads} does not divide {wrong[0]}; take a divisor of {math.gcd(*widths)}",
                 )
 
     def pairs(self, student_layers: int, teacher_layers: int) -> tuple[Pair, ...]:
         """Which layers are compared. RecipeError for layers that a model does not have."""
         embeddings = bool(self.values.get("embeddings", False))
-        return layer_map(self.values["layers"], student_layers, teacher_layers, embeddings, f"{self.path}.layers".lstrip("."))
+        return layer_map(
+            self.values["layers"], student_layers, teacher_layers, embeddings, f"{self.path}.layers".lstrip(".")
+        )
 
 
 class Sizes(Protocol):
@@ -150,7 +191,8 @@ def match_settings(name: str, params: Mapping[str, Any], path: str) -> tuple[Mat
             raise RecipeError(at, f"{value!r} is not a list of {', '.join(PARTS)}")
         values[key] = value
     settings = MatchSettings(name, values, path)
-    settings.pairs(MOST_LAYERS, MOST_LAYERS)  # the shape of `layers`; whether the models have them is seen when they are known
+    # the shape of `layers`; whether the models have them is seen when they are known
+    settings.pairs(MOST_LAYERS, MOST_LAYERS)
     return settings, kind.unit
 
 
@@ -173,16 +215,21 @@ class Match(nn.Module):
 
     def __init__(self, settings: MatchSettings, layers: tuple[int, int], widths: tuple[int, int], seed: int) -> None:
         super().__init__()
-        self.settings, self.layers, self.widths = settings, layers, widths
+        self.settings = settings
+        self.layers = layers
+        self.widths = widths
         self.pairs = settings.pairs(*layers)
-        name, values = settings.name, settings.values
+        name = settings.name
+        values = settings.values
         self.learned: nn.Module = nn.ModuleDict()
         if name == "hidden_match":
             self.learned = projections(self.pairs, *widths, values["projection"], seed)
         elif name == "filtered_match":
             if widths[0] != widths[1]:
                 raise RecipeError(
-                    settings.path, f"filters read by each model's own head need equal widths, not {widths}; use hidden_match or relations"
+                    settings.path,
+                    f"filters read by each model's own head need equal widths, not {widths}; use hidden_match or"
+                    " relations",
                 )
             self.learned = TaskFilters(self.pairs, *widths, seed=seed)
         elif name == "contrast":
@@ -202,15 +249,18 @@ class Match(nn.Module):
         return torch.stack(values).sum(0) / len(values)
 
     def _pair(self, pair: Pair, student: Features, teacher: Features, place: Place) -> Tensor:
-        name, where = self.settings.name, (place.row_N, place.position_N)
+        name = self.settings.name
+        where = (place.row_N, place.position_N)
         if self.settings.kind.reads == "attention":
-            ours, theirs = student.attention[pair[0]], teacher.attention[pair[1]]
+            ours = student.attention[pair[0]]
+            theirs = teacher.attention[pair[1]]
             if name != "relations":
                 return ATTENTION_LOSSES[name](ours, theirs, *where)
             of = [PARTS.index(part) for part in self.settings.values["of"]]
             heads = self.settings.values["relation_heads"]
             return torch.stack([relations(ours[part], theirs[part], heads, *where) for part in of]).sum(0) / len(of)
-        ours_ND, theirs_NE = student.hidden[pair[0]][where], teacher.hidden[pair[1]][where]
+        ours_ND = student.hidden[pair[0]][where]
+        theirs_NE = teacher.hidden[pair[1]][where]
         if name == "cka":
             return cka_distance(ours_ND, theirs_NE, place.row_N, place.rows)
         if name == "filtered_match":
@@ -224,7 +274,9 @@ class Match(nn.Module):
         theirs_BE = self.pooled_teacher(teacher, place)
         count = self.settings.values["negatives"]
         drawn = [
-            draw_negatives(own[None], len(self.bank_ME), count, torch.Generator().manual_seed(place.seed * 2**20 + int(own)))
+            draw_negatives(
+                own[None], len(self.bank_ME), count, torch.Generator().manual_seed(place.seed * 2**20 + int(own))
+            )
             for own in place.own_B
         ]
         values_B: Tensor = self.learned(ours_BD, theirs_BE, self.bank_ME, torch.cat(drawn).to(ours_BD.device))

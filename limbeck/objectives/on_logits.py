@@ -16,7 +16,9 @@ class _Differentiable(torch.autograd.Function):
     """Hands on the closed-form gradient; there is no second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor, known: Divergence, params: Any, targets_N: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, student_NV: Tensor, teacher_NV: Tensor, known: Divergence, params: Any, targets_N: Tensor | None
+    ) -> Tensor:
         values_N, gradient_NV = known(Distribution(teacher_NV), Distribution(student_NV), params, targets_N)
         ctx.save_for_backward(gradient_NV.to(student_NV.dtype))
         return values_N
@@ -35,8 +37,8 @@ def divergence(
     Args:
         name: a key of `limbeck.methods()["divergences"]`.
         teacher_logits_NV: unnormalised log-probabilities of the teacher, [N, V]; no gradient flows into them.
-        student_logits_NV: those of the student, same shape and vocabulary. A column masked with -inf in both counts for nothing
-            (but for `logit_mse`, which still counts it in the size of the vocabulary).
+        student_logits_NV: those of the student, same shape and vocabulary. A column masked with -inf in both counts for
+            nothing (but for `logit_mse`, which still counts it in the size of the vocabulary).
         targets_N: the tokens that the text went on with; only `dkd` reads them.
         params: the divergence's own parameters, such as `teacher_share` of `jsd`.
 
@@ -46,15 +48,21 @@ def divergence(
     """
     values = checked_params(name, dict(params), name)
     if not (isinstance(teacher_logits_NV, Tensor) and isinstance(student_logits_NV, Tensor)):
-        raise UserError(f"{name}: logits must be torch tensors [positions, vocabulary]; convert them with torch.as_tensor")
+        raise UserError(
+            f"{name}: logits must be torch tensors [positions, vocabulary]; convert them with torch.as_tensor"
+        )
     if teacher_logits_NV.shape != student_logits_NV.shape or teacher_logits_NV.ndim != 2:
         raise UserError(
-            f"{name}: teacher and student logits must both be [positions, vocabulary]; got {tuple(teacher_logits_NV.shape)} and "
-            f"{tuple(student_logits_NV.shape)}: cut both to the tokens they share"
+            f"{name}: teacher and student logits must both be [positions, vocabulary]; got"
+            f" {tuple(teacher_logits_NV.shape)} and {tuple(student_logits_NV.shape)}: cut both to the tokens they share"
         )
-    teacher_NV, student_NV = finite(teacher_logits_NV.detach()), finite(student_logits_NV)
+    teacher_NV = finite(teacher_logits_NV.detach())
+    student_NV = finite(student_logits_NV)
     if not (torch.isfinite(teacher_NV).all() and torch.isfinite(student_NV).all()):
-        raise UserError(f"{name}: logits must be finite, or -inf where a token is masked; found NaN or +inf: look for an overflow in fp16")
+        raise UserError(
+            f"{name}: logits must be finite, or -inf where a token is masked; found NaN or +inf: look for an overflow"
+            " in fp16"
+        )
     if not torch.equal(teacher_logits_NV == -torch.inf, student_logits_NV == -torch.inf):
         raise UserError(f"{name}: a token is masked (-inf) in one model and not in the other; mask it in both")
     if len(teacher_NV) and (teacher_logits_NV == -torch.inf).all(-1).any():
@@ -70,6 +78,6 @@ def _check_targets(name: str, targets_N: Tensor, logits_NV: Tensor) -> None:
     whole = isinstance(targets_N, Tensor) and targets_N.shape == (positions,) and targets_N.dtype == torch.long
     if not whole or not ((targets_N >= 0) & (targets_N < vocabulary)).all():
         raise UserError(
-            f"{name}: targets_N must be a long tensor of {positions} token ids from 0 to {vocabulary - 1}; leave positions without a "
-            "target (such as -100) out"
+            f"{name}: targets_N must be a long tensor of {positions} token ids from 0 to {vocabulary - 1}; leave"
+            " positions without a target (such as -100) out"
         )

@@ -1,4 +1,5 @@
-"""The parameters of a loss: their names and defaults from its signature, their legal ranges, errors that name the remedy."""
+"""The parameters of a loss: their names and defaults from its signature, their legal ranges, errors that name the
+remedy."""
 
 from __future__ import annotations
 
@@ -51,6 +52,10 @@ def checked(
     for key, value in params.items():
         at = f"{path}.{key}".lstrip(".")
         if key not in values:
-            raise RecipeError(at, f"{name} has no such parameter{nearest(key, values) if values else ': it has none but weight and only'}")
+            raise RecipeError(
+                at,
+                f"{name} has no such"
+                f" parameter{nearest(key, values) if values else ': it has none but weight and only'}",
+            )
         values[key] = ranges[key].check(at, value)
     return values

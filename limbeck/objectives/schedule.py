@@ -23,7 +23,7 @@ KEYS = {
     "adaptive": {"rate", "momentum"},
     "plateau": {"rise", "tolerance"},
     "measured": set(),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Schedule:
         return self.start + (self.end - self.start) * eased
 
     def after(self, state: Mapping[str, float] | None, progress: float, seen: float) -> State:
-        """The state once a step ended at `progress` with `seen`: the loss that the schedule watches, or the measurement."""
+        """The state once a step ended at `progress` with `seen`: the loss that the schedule watches, or the
+        measurement."""
         if self.shape == "measured":
             return {"value": seen}
         return self._adapted(state, progress, seen) if self.shape == "adaptive" else self._risen(state, seen)
@@ -99,7 +100,8 @@ def make_schedule(raw: object, path: str, check: Callable[[str, object], float])
         value = check(path, raw)
         return Schedule(value, value)
     shape = raw.get("shape", "linear")
-    legal = tuple(name for name in get_args(Shape) if name not in ("constant", "measured"))  # a loss says itself what it measures
+    # a loss says itself what it measures
+    legal = tuple(name for name in get_args(Shape) if name not in ("constant", "measured"))
     if shape not in legal:
         raise RecipeError(f"{path}.shape", f"no schedule has the shape {shape!r}{nearest(str(shape), legal)}")
     keys = {"from", "to", "shape"} | KEYS[shape]

@@ -52,7 +52,8 @@ class Term:
     by: str | None = None
     unit: Unit = "token"
     match: MatchSettings | None = None
-    divergence: str = ""  # of a loss in two spaces, and how many times as fast as the student its projections are trained
+    # of a loss in two spaces, and how many times as fast as the student its projections are trained
+    divergence: str = ""
     projection_rate: float = 1.0
 
     @property
@@ -62,7 +63,9 @@ class Term:
 
     def settle(self, progress: float, states: Mapping[str, State]) -> Settled:
         """The term with this step's weight and parameters."""
-        params = {key: schedule.value(progress, states.get(f"{self.label}.{key}")) for key, schedule in self.params.items()}
+        params = {
+            key: schedule.value(progress, states.get(f"{self.label}.{key}")) for key, schedule in self.params.items()
+        }
         return Settled(self, self.weight.value(progress, states.get(f"{self.label}.weight")), params)
 
     def after(self, states: dict[str, State], progress: float, loss: float, measured: float | None) -> None:
@@ -110,7 +113,8 @@ class Settled:
 
 def _policy_values(policy: Policy, block: Block, params: Mapping[str, float]) -> ValueAndGradient:
     """A loss on the written token's log-probability; its slope is taken by autograd, the rest is the softmax."""
-    index_R1, columns = block.targets_R[:, None], dict(block.columns)
+    index_R1 = block.targets_R[:, None]
+    columns = dict(block.columns)
     if "teacher_log_prob" in policy.reads and "teacher_log_prob" not in columns and block.teacher is not None:
         columns["teacher_log_prob"] = block.teacher.log_prob(block.targets_R)
     with torch.enable_grad():
@@ -130,11 +134,15 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
     rest = dict(params)
     only = rest.pop("only", None)
     if only is not None and not isinstance(only, str):
-        raise RecipeError(f"{path}.only".lstrip("."), f"{only!r} is not the name of a writer, such as teacher, or of a task")
+        raise RecipeError(
+            f"{path}.only".lstrip("."), f"{only!r} is not the name of a writer, such as teacher, or of a task"
+        )
     weighed = make_schedule(weight, f"{path}.weight".lstrip("."), WEIGHT.check)
     by = rest.pop("by", None)
     if by is not None and (by not in BY or name in MATCHES or name in RANKINGS or name in (CONSISTENCY, DUAL_SPACE)):
-        raise RecipeError(f"{path}.by".lstrip("."), f"{by!r} is no number beside every token for {name}; legal: {', '.join(BY)}")
+        raise RecipeError(
+            f"{path}.by".lstrip("."), f"{by!r} is no number beside every token for {name}; legal: {', '.join(BY)}"
+        )
     known: Divergence | Policy | Ranking
     if name in MATCHES:
         settings, unit = match_settings(name, rest, path)
@@ -154,7 +162,8 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         known = POLICIES[name]
         if only not in (None, WRITTEN):
             raise RecipeError(
-                f"{path}.only".lstrip("."), f"{name} speaks of text that the student writes while it trains; leave `only` out"
+                f"{path}.only".lstrip("."),
+                f"{name} speaks of text that the student writes while it trains; leave `only` out",
             )
         made = {"teacher_log_prob", *(known.reads if known.prepare else ())}
         reads = frozenset(known.reads) - made | ({"teacher_distribution"} if made & set(known.reads) else frozenset())
@@ -162,13 +171,18 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         return Term(name, "vocabulary", reads | {WRITTEN}, weighed, schedules, only or WRITTEN, by)
     if name == CONSISTENCY:
         if only is not None:
-            raise RecipeError(f"{path}.only".lstrip("."), f"{name} compares all answers to a prompt, so it can't be limited to one kind")
+            raise RecipeError(
+                f"{path}.only".lstrip("."),
+                f"{name} compares all answers to a prompt, so it can't be limited to one kind",
+            )
         schedules = _schedules(name, consistency.DEFAULTS, consistency.RANGES, rest, path)
         return Term(name, "consistency", frozenset({"answers"}), weighed, schedules, None, None, "group")
     if name in RANKINGS:
         known = RANKINGS[name]
         if only is not None:
-            raise RecipeError(f"{path}.only".lstrip("."), f"{name} compares the answers of all writers, so it can't be limited to one")
+            raise RecipeError(
+                f"{path}.only".lstrip("."), f"{name} compares the answers of all writers, so it can't be limited to one"
+            )
         schedules = _schedules(name, known.defaults, known.ranges, rest, path)
         if known.measures is not None and "baseline" not in rest:
             schedules["baseline"] = Schedule(0.0, 0.0, "measured")
@@ -176,7 +190,8 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         return Term(name, "ranking", reads, weighed, schedules, None, None, "group")
     raise RecipeError(
         path,
-        f"no loss is named {name!r}{nearest(name, [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES, CONSISTENCY, DUAL_SPACE, CROSS_ENTROPY])}",
+        f"no loss is named {name!r}"
+        + nearest(name, [*DIVERGENCES, *RANKINGS, *MATCHES, *POLICIES, CONSISTENCY, DUAL_SPACE, CROSS_ENTROPY]),
     )
 
 
@@ -184,10 +199,15 @@ def _two_spaces(params: Mapping[str, Any], path: str) -> tuple[str, float]:
     """The settings of a loss in two spaces: (which divergence, how fast its projections are trained)."""
     values = dual.DEFAULTS | dict(params)
     if unknown := sorted(values.keys() - dual.DEFAULTS.keys()):
-        raise RecipeError(f"{path}.{unknown[0]}".lstrip("."), f"{DUAL_SPACE} has no such parameter{nearest(unknown[0], dual.DEFAULTS)}")
+        raise RecipeError(
+            f"{path}.{unknown[0]}".lstrip("."),
+            f"{DUAL_SPACE} has no such parameter{nearest(unknown[0], dual.DEFAULTS)}",
+        )
     name = values["divergence"]
     if name not in DIVERGENCES:
-        raise RecipeError(f"{path}.divergence".lstrip("."), f"no divergence is named {name!r}{nearest(str(name), DIVERGENCES)}")
+        raise RecipeError(
+            f"{path}.divergence".lstrip("."), f"no divergence is named {name!r}{nearest(str(name), DIVERGENCES)}"
+        )
     Range(0, 1000, open_low=True).check(f"{path}.projection_rate".lstrip("."), values["projection_rate"])
     return str(name), float(values["projection_rate"])
 

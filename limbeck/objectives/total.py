@@ -1,7 +1,7 @@
 """All terms of one micro-batch: each family gives a loss to go backward from, and its terms' sums.
 
-Every term's sum is divided by the global weight of its unit over the step (token weights, rows or groups), which the loop
-knows before the first micro-batch: so no split of the step into micro-batches or ranks changes anything.
+Every term's sum is divided by the global weight of its unit over the step (token weights, rows or groups), which the
+loop knows before the first micro-batch: so no split of the step into micro-batches or ranks changes anything.
 
 Shapes: B rows, N response positions, D width, G groups, K answers of a group or terms.
 """
@@ -60,8 +60,8 @@ class Pass:
 
 @dataclass
 class Sums:
-    """Each term's weighted sum over a step; as (sum, count), what terms `measured` for their own parameters, and what a monitor has
-    `seen` of the text."""
+    """Each term's weighted sum over a step; as (sum, count), what terms `measured` for their own parameters, and what a
+    monitor has `seen` of the text."""
 
     terms: dict[str, float] = field(default_factory=dict)
     measured: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -79,7 +79,9 @@ class Sums:
 Learned = Match | DualSpace
 
 
-def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: Mapping[str, Learned], data: Pass) -> tuple[Tensor, Sums]:
+def total_loss(
+    terms: Sequence[Settled], amounts: Mapping[str, float], matches: Mapping[str, Learned], data: Pass
+) -> tuple[Tensor, Sums]:
     """sum_k weight_k sum_n w_n l_k(n) / amount_k, ready for `backward`, and the sums.
 
     Args:
@@ -88,7 +90,8 @@ def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: 
         matches: the losses that learn parts of their own, by label.
     """
     scale = {term.label: term.weight / amounts[term.label] if amounts[term.label] else 0.0 for term in terms}
-    loss, sums = (data.hidden_ND * 0).sum(), Sums()
+    loss = (data.hidden_ND * 0).sum()
+    sums = Sums()
     families = {
         family: [term for term in terms if term.term.family == family]
         for family in ("vocabulary", "ranking", "match", "consistency", "dual")
@@ -112,21 +115,28 @@ def total_loss(terms: Sequence[Settled], amounts: Mapping[str, float], matches: 
 
 
 def _vocabulary(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> Total:
-    batch, device = data.batch, data.hidden_ND.device
+    batch = data.batch
+    device = data.hidden_ND.device
     row_N, position_N = batch.response_positions()
     weight_N = batch.weight_BT[row_N, position_N + 1]
     weights = [weight_N * batch.rows_on(term.term.only)[row_N] for term in terms]
-    here = [number for number, weight_N in enumerate(weights) if weight_N.any()]  # a term without text in this micro-batch reads nothing
+    # a term without text in this micro-batch reads nothing
+    here = [number for number, weight_N in enumerate(weights) if weight_N.any()]
     if not here:
         return Total((data.hidden_ND * 0).sum(), {})
     weight_KN = torch.stack([weights[number] for number in here]).to(device)
     columns = {name: column_BT[row_N, position_N + 1].to(device) for name, column_BT in batch.columns.items()}
     evidence = Evidence(batch.tokens_BT[row_N, position_N + 1].to(device), data.teacher.signal, columns)
-    return fused_loss(data.hidden_ND, data.head, [terms[n] for n in here], [scales[n] for n in here], weight_KN, evidence)
+    return fused_loss(
+        data.hidden_ND, data.head, [terms[n] for n in here], [scales[n] for n in here], weight_KN, evidence
+    )
 
 
-def _ranking(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> tuple[Total, dict[str, tuple[float, float]]]:
-    batch, device = data.batch, data.hidden_ND.device
+def _ranking(
+    terms: Sequence[Settled], scales: Sequence[float], data: Pass
+) -> tuple[Total, dict[str, tuple[float, float]]]:
+    batch = data.batch
+    device = data.hidden_ND.device
     row_N, position_N = batch.response_positions()
     log_prob_N = token_log_probs(data.hidden_ND, data.head, batch.tokens_BT[row_N, position_N + 1].to(device))
     log_prob_B = log_prob_N.new_zeros(len(batch.sample_ids)).index_add(0, row_N.to(device), log_prob_N)
@@ -134,9 +144,13 @@ def _ranking(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> t
     row_GK = torch.tensor([[*group, *[group[0]] * (widest - len(group))] for group in batch.groups], device=device)
     present_GK = torch.tensor([[k < len(group) for k in range(widest)] for group in batch.groups], device=device)
     length_B = batch.mask_BT.sum(1).to(device)
-    loss, found, measured = log_prob_B.sum() * 0.0, {}, {}
+    loss = log_prob_B.sum() * 0.0
+    found = {}
+    measured = {}
     for term, scale in zip(terms, scales, strict=True):
-        reference = next((name.removeprefix("reference_") for name in term.term.reads if name.startswith("reference_")), None)
+        reference = next(
+            (name.removeprefix("reference_") for name in term.term.reads if name.startswith("reference_")), None
+        )
         reference_GK = None if reference is None else batch.references[reference].to(device)[row_GK]
         candidates = Candidates(log_prob_B[row_GK], length_B[row_GK], present_GK, reference_GK)
         values_G = term.group_values(candidates)
@@ -149,7 +163,9 @@ def _ranking(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> t
 
 
 def _consistent(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> Total:
-    ends, loss, found = common_ends(data.batch), (data.hidden_ND * 0).sum(), {}
+    ends = common_ends(data.batch)
+    loss = (data.hidden_ND * 0).sum()
+    found = {}
     for term, scale in zip(terms, scales, strict=True):
         total = consistency(data.hidden_ND, data.head, ends, **term.params).sum()
         loss = loss + scale * total
@@ -161,7 +177,8 @@ def _dual(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[st
     assert data.teacher.states is not None
     row_N, position_N = data.batch.response_positions()
     weight_N = data.batch.weight_BT[row_N, position_N + 1]
-    loss, found = (data.hidden_ND * 0).sum(), {}
+    loss = (data.hidden_ND * 0).sum()
+    found = {}
     for term, scale in zip(terms, scales, strict=True):
         on_N = (weight_N * data.batch.rows_on(term.term.only)[row_N]).to(data.hidden_ND.device)
         learned = matches[term.label]
@@ -172,11 +189,13 @@ def _dual(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[st
 
 
 def _matching(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[str, Learned], data: Pass) -> Total:
-    batch, device = data.batch, data.hidden_ND.device
+    batch = data.batch
+    device = data.hidden_ND.device
     row_N, position_N = (index.to(device) for index in batch.response_positions())
     own_B = torch.tensor([data.bank_rows.get(sample_id, 0) for sample_id in batch.sample_ids])
     place = Place(row_N, position_N, len(batch.sample_ids), own_B, data.step)
-    loss, found = (data.hidden_ND * 0).sum(), {}
+    loss = (data.hidden_ND * 0).sum()
+    found = {}
     for term, scale in zip(terms, scales, strict=True):
         values = full_precision(matches[term.label](data.features, data.teacher.features, place))
         on_B = batch.rows_on(term.term.only).to(device)

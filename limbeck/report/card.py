@@ -11,8 +11,11 @@ from limbeck.config.recipe import Recipe
 def model_card(recipe: Recipe, name: str, teacher_identity: str) -> str:
     """Markdown with the settings that made the model. It claims no quality: the run's report does, with intervals."""
     resolved = recipe.resolved()
-    settings: dict[str, Any] = {key: resolved[key] for key in ("title", "paper", "writer", "rollout", "loss", "train") if key in resolved}
-    if isinstance(resolved["teacher"], dict):  # weights that are the student's own, and what it was shown; its model may be a path
+    settings: dict[str, Any] = {
+        key: resolved[key] for key in ("title", "paper", "writer", "rollout", "loss", "train") if key in resolved
+    }
+    # weights that are the student's own, and what it was shown; its model may be a path
+    if isinstance(resolved["teacher"], dict):
         settings["teacher"] = {key: value for key, value in resolved["teacher"].items() if key != "model"}
     what = "the fine-tuning control of" if name == "sft_control" else "the student of"
     return f"""---

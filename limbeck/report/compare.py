@@ -57,14 +57,20 @@ def comparison_content(folder: Path, comparison: dict[str, Any]) -> dict[str, An
         "source": grids.facts(comparison.get("machine") or {}),
         "excerpt": excerpt,
         "shown": shown,
-        "subject": next((name for name in shown if name in runs and not name.startswith(f"{comparison['base']}-s")), shown[-1:]),
+        "subject": next(
+            (name for name in shown if name in runs and not name.startswith(f"{comparison['base']}-s")), shown[-1:]
+        ),
     }
 
 
 def _runs(comparison: dict[str, Any], names: dict[str, str]) -> dict[str, str]:
     """The systems of the answer files, METHOD-sSEED, with what to call them."""
     methods = comparison.get("methods") or comparison.get("by_seed") or {}
-    return {f"{method}-s{seed}": f"{names.get(method, method)}, seed {seed}" for method in methods for seed in comparison.get("seeds", [])}
+    return {
+        f"{method}-s{seed}": f"{names.get(method, method)}, seed {seed}"
+        for method in methods
+        for seed in comparison.get("seeds", [])
+    }
 
 
 def _shown(comparison: dict[str, Any], systems: list[str]) -> list[str]:

@@ -11,9 +11,14 @@ from limbeck.report.metrics import number, percent
 from limbeck.storage.metrics_log import read_json
 
 FINISHES = {
-    "ok": "whole", "length": "cut off", "empty": "empty", "filtered": "filtered by the server", "malformed": "malformed",
-    "refused": "refused", "error": "failed",
-}  # fmt: skip
+    "ok": "whole",
+    "length": "cut off",
+    "empty": "empty",
+    "filtered": "filtered by the server",
+    "malformed": "malformed",
+    "refused": "refused",
+    "error": "failed",
+}
 MOST_REASONS = 12
 
 
@@ -40,7 +45,16 @@ def elicited(folder: Path) -> Elicited | None:
     told += f" Of {steps[0]['taken']:,} given prompts the steps made {steps[-1]['given']:,} samples."
     columns = [("Kind", ""), ("In", "samples"), ("Out", "samples"), ("Left out", ""), ("Answers", "asked for")]
     rows = [
-        (step["step"], [step["kind"], f"{step['taken']:,}", f"{step['given']:,}", _count(step["dropped"]), _count(step["answers"])])
+        (
+            step["step"],
+            [
+                step["kind"],
+                f"{step['taken']:,}",
+                f"{step['given']:,}",
+                _count(step["dropped"]),
+                _count(step["answers"]),
+            ],
+        )
         for step in steps
     ]
     left_out = [(step["step"], _reasons(step)) for step in steps if step["dropped"]]

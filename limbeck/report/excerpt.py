@@ -70,7 +70,10 @@ def read_excerpt(folder: Path, order: Sequence[str]) -> Excerpt | None:
         return None
     lenses = _lenses(folder)
     ids.sort(key=lambda prompt_id: prompt_id not in lenses)
-    items = [_item(prompt_id, prompts.get(prompt_id, {}), [given[name].get(prompt_id) for name in systems]) for prompt_id in ids]
+    items = [
+        _item(prompt_id, prompts.get(prompt_id, {}), [given[name].get(prompt_id) for name in systems])
+        for prompt_id in ids
+    ]
     shown = _fitting(items, sum(prompt_id in lenses for prompt_id in ids))
     left_out = _add_lenses(shown, lenses)
     shortened = sum(len(answer[0]) < answer[4] for item in shown for answer in item["answers"] if answer)
@@ -88,7 +91,11 @@ def embedded(value: Any) -> str:
 def _item(prompt_id: str, prompt: Item, records: Sequence[Item | None]) -> Item:
     some = next(record for record in records if record)
     answers = [
-        [record["text"], record.get("tokens"), record.get("finished"), record.get("passed"), len(record["text"])] if record else None
+        (
+            [record["text"], record.get("tokens"), record.get("finished"), record.get("passed"), len(record["text"])]
+            if record
+            else None
+        )
         for record in records
     ]
     kind = prompt.get("kind") or some.get("kind") or ""
@@ -149,7 +156,8 @@ def _choices(choices: Any) -> list[list[Any]]:
 
 def _add_lenses(items: list[Item], lenses: dict[str, dict[str, list[Any]]]) -> int:
     """Give the items their token lenses while there is room; returns for how many there was none."""
-    room, left_out = LENS_BYTES, 0
+    room = LENS_BYTES
+    left_out = 0
     for item in items:
         lens = lenses.get(item["id"], {})
         weight = _weight(lens) if lens else 0

@@ -39,7 +39,8 @@ class Figure:
 
 
 def loss_figures(folder: Path) -> list[Figure]:
-    """The loss by step of the student and of the fine-tuning control, each on its own axis: each has its own objective."""
+    """The loss by step of the student and of the fine-tuning control, each on its own axis: each has its own
+    objective."""
     found = []
     for name, place in TRAININGS.items():
         records = read_jsonl(folder / place / "metrics.jsonl")
@@ -48,10 +49,17 @@ def loss_figures(folder: Path) -> list[Figure]:
         lines = [Series("loss", [(r["step"], r["loss"]) for r in records], STYLES.get(name, "grey"))]
         terms = records[-1].get("terms", {})
         if len(terms) > 1:
-            parts = [Series(term, [(r["step"], r["terms"][term]) for r in records if term in r.get("terms", {})], "dash") for term in terms]
+            parts = [
+                Series(term, [(r["step"], r["terms"][term]) for r in records if term in r.get("terms", {})], "dash")
+                for term in terms
+            ]
             lines = parts + lines
-        first, last = records[0]["loss"], records[-1]["loss"]
-        about = f"{SHORT[name]}: the loss goes from {first:.3f} at the first step to {last:.3f} at step {records[-1]['step']}."
+        first = records[0]["loss"]
+        last = records[-1]["loss"]
+        about = (
+            f"{SHORT[name]}: the loss goes from {first:.3f} at the first step to {last:.3f} at step"
+            f" {records[-1]['step']}."
+        )
         text = Text(f"loss-{name}", f"{SHORT[name]}: loss by step", about, "step", "loss")
         found.append(Figure(text.title, curves(text, lines), about))
     return [figure for figure in found if figure.svg]
@@ -63,16 +71,26 @@ def calibration_figure(summary: dict[str, Any]) -> Figure | None:
         _system_line(name, [(b["confidence"], b["accuracy"]) for b in bins if b["count"]])
         for name, bins in (summary.get("calibration") or {}).items()
     ]
-    about = "How often the first choice is right, by how sure the model is of it. On the thin diagonal the two are equal."
+    about = (
+        "How often the first choice is right, by how sure the model is of it. On the thin diagonal the two are equal."
+    )
     text = Text("calibration", "Calibration on next tokens", about, "confidence", "accuracy")
     return _figure(text, curves(text, lines, (0.0, 1.0), (0.0, 1.0), diagonal=True))
 
 
 def exposure_figure(summary: dict[str, Any]) -> Figure | None:
     """The excess accumulated error (ExAccErr) by the length of the model's own text."""
-    lines = [_system_line(name, [(p["upto"], p["value"]) for p in points]) for name, points in (summary.get("exposure") or {}).items()]
-    about = "Excess error that builds up when a model continues its own text instead of the teacher's (ExAccErr). Zero: no such error."
-    text = Text("exposure", "Exposure bias by length", about, "up to this many tokens of its own text", "excess error, %")
+    lines = [
+        _system_line(name, [(p["upto"], p["value"]) for p in points])
+        for name, points in (summary.get("exposure") or {}).items()
+    ]
+    about = (
+        "Excess error that builds up when a model continues its own text instead of the teacher's (ExAccErr). Zero: no"
+        " such error."
+    )
+    text = Text(
+        "exposure", "Exposure bias by length", about, "up to this many tokens of its own text", "excess error, %"
+    )
     return _figure(text, curves(text, lines))
 
 
@@ -90,7 +108,9 @@ def token_class_figure(summary: dict[str, Any]) -> Figure | None:
     return _figure(text, bars(text, rows))
 
 
-def forest_figures(metrics: Sequence[Metric], rows: dict[str, dict[str, Any]], names: dict[str, str], base: str) -> list[Figure]:
+def forest_figures(
+    metrics: Sequence[Metric], rows: dict[str, dict[str, Any]], names: dict[str, str], base: str
+) -> list[Figure]:
     """One plot per metric with a better side: every method's difference to the base."""
     found = []
     for place, metric in enumerate(metrics):
@@ -105,7 +125,9 @@ def forest_figures(metrics: Sequence[Metric], rows: dict[str, dict[str, Any]], n
         unit = f", {metric.unit}" if metric.unit else ""
         about = f"Difference to {base} with its 95 % interval. Better is to the {side}; filled points are clear."
         title = f"{metric.group}: {metric.title}" if metric.group else metric.title
-        text = Text(f"forest-{place}", title, about, f"difference{unit} ({'← better' if side == 'left' else 'better →'})")
+        text = Text(
+            f"forest-{place}", title, about, f"difference{unit} ({'← better' if side == 'left' else 'better →'})"
+        )
         found.append(Figure(title, forest(text, whiskers), ""))
     return found
 
@@ -122,14 +144,25 @@ def pareto_figures(comparison: dict[str, Any], metric: Metric, names: dict[str, 
         if len({cost for _, cost, _ in spots}) < 2:
             continue
         sign = 1 if metric.better == "low" else -1
-        best = {name for name, x, q in spots if not any(_beats((a, sign * b["value"]), (x, sign * q["value"])) for _, a, b in spots)}
+        best = {
+            name
+            for name, x, q in spots
+            if not any(_beats((a, sign * b["value"]), (x, sign * q["value"])) for _, a, b in spots)
+        }
         drawn = [Spot(name, x, q["value"], q["low"], q["high"], name in best) for name, x, q in spots]
         better = "lower" if metric.better == "low" else "higher"
         listed = "; ".join(f"{spot.label}: {number(float(spot.x))} {words}, {number(spot.y)}" for spot in drawn)
-        about = f"{metric.title} ({better} is better) by {words}. The line joins the methods that no other beats on both. {listed}."
-        text = Text(f"pareto-{key}", f"{metric.title} by {title.lower()}", about, words, f"{metric.title}, {better} is better")
+        about = (
+            f"{metric.title} ({better} is better) by {words}. The line joins the methods that no other beats on both."
+            f" {listed}."
+        )
+        text = Text(
+            f"pareto-{key}", f"{metric.title} by {title.lower()}", about, words, f"{metric.title}, {better} is better"
+        )
         caption = "The line joins the methods that no other beats on both; bars are 95 % intervals."
-        found.append(Figure(text.title, scatter(text, drawn, [(spot.x, spot.y) for spot in drawn if spot.strong]), caption))
+        found.append(
+            Figure(text.title, scatter(text, drawn, [(spot.x, spot.y) for spot in drawn if spot.strong]), caption)
+        )
     return found
 
 

@@ -70,22 +70,31 @@ def training_grid(folder: Path) -> Grid | None:
         if records:
             trained = sum(record["response_tokens"] for record in records)
             seconds = sum(record["seconds"] for record in records)
-            facts[name] = {"steps": len(records), "trained_tokens": trained, "seconds": seconds, "writing_share": writing_share(records)}
+            facts[name] = {
+                "steps": len(records),
+                "trained_tokens": trained,
+                "seconds": seconds,
+                "writing_share": writing_share(records),
+            }
     return _spent("Training", facts, {})
 
 
 def _spent(corner: str, facts: dict[str, Any], names: dict[str, str]) -> Grid | None:
     """The time spent writing is a column only where a student wrote."""
     writes = any(values.get("writing_share") for values in facts.values())
-    return _measured(corner, {key: measure for key, measure in SPENT.items() if writes or key != "writing_share"}, facts, names)
+    return _measured(
+        corner, {key: measure for key, measure in SPENT.items() if writes or key != "writing_share"}, facts, names
+    )
 
 
-def _measured(corner: str, measures: dict[str, tuple[str, str, float]], facts: dict[str, Any], names: dict[str, str]) -> Grid | None:
+def _measured(
+    corner: str, measures: dict[str, tuple[str, str, float]], facts: dict[str, Any], names: dict[str, str]
+) -> Grid | None:
     kept = [key for key in measures if any(values.get(key) is not None for values in facts.values())]
     rows = [
         (names.get(name, label(name)), [_cell(values.get(key), measures[key][2]) for key in kept])
         for name, values in facts.items()
-    ]  # fmt: skip
+    ]
     return Grid(corner, [measures[key][:2] for key in kept], rows) if kept else None
 
 
@@ -99,15 +108,24 @@ def _cell(value: float | None, factor: float) -> str:
 def kinds_grid(summary: dict[str, Any], subject: str, names: dict[str, str]) -> Grid | None:
     """The main metric by kind of prompt, for every system; the kinds where `subject` does worst come first."""
     kinds = {kind: values for kind, values in (summary.get("by_kind") or {}).items() if values.get(subject)}
-    metrics = metrics_of({"systems": {kind: values[subject] for kind, values in kinds.items()}, "metrics": summary.get("metrics", {})})
+    metrics = metrics_of(
+        {"systems": {kind: values[subject] for kind, values in kinds.items()}, "metrics": summary.get("metrics", {})}
+    )
     metric = headline(metrics, [values[subject] for values in kinds.values()])
     if not kinds or metric is None:
         return None
     sign = -1 if metric.better == "low" else 1
     ranked = sorted(kinds.items(), key=lambda item: sign * item[1][subject][metric.name]["value"])
-    systems = [name for name in summary["systems"] if any((values.get(name) or {}).get(metric.name) for values in kinds.values())]
+    systems = [
+        name
+        for name in summary["systems"]
+        if any((values.get(name) or {}).get(metric.name) for values in kinds.values())
+    ]
     rows = [
-        (kind or "(none)", [str(values[subject][metric.name]["n"]), *((values.get(name) or {}).get(metric.name) for name in systems)])
+        (
+            kind or "(none)",
+            [str(values[subject][metric.name]["n"]), *((values.get(name) or {}).get(metric.name) for name in systems)],
+        )
         for kind, values in ranked[:MOST_KINDS]
     ]
     left_out = f" {len(ranked) - MOST_KINDS} more kinds are in summary.json." if len(ranked) > MOST_KINDS else ""
@@ -127,14 +145,18 @@ def robustness_grid(summary: dict[str, Any], names: dict[str, str]) -> Grid | No
     systems = [name for name in summary["systems"] if any(name in found for found in drops.values())]
     rows = [(task, [found.get(name) for name in systems]) for task, found in drops.items()]
     note = "1 - perturbed / plain, over the same items; below 0, it does better."
-    return Grid("Task and metric", [(names.get(name, label(name)), "") for name in systems], rows, note) if rows else None
+    return (
+        Grid("Task and metric", [(names.get(name, label(name)), "") for name in systems], rows, note) if rows else None
+    )
 
 
 def classes_grid(summary: dict[str, Any]) -> Grid | None:
     """How far student and teacher are apart on each class of tokens, and the share of the whole that is."""
     classes = summary.get("by_token_class") or {}
     ranked = sorted(classes.items(), key=lambda item: -item[1]["share_of_loss"])
-    rows = [(name, [f"{x['tokens']:,}", number(float(x["forward_kl"])), percent(x["share_of_loss"])]) for name, x in ranked]
+    rows = [
+        (name, [f"{x['tokens']:,}", number(float(x["forward_kl"])), percent(x["share_of_loss"])]) for name, x in ranked
+    ]
     columns = [("Tokens", ""), ("Forward KL", "nats a token"), ("Share", "of the whole divergence")]
     return Grid("Class of token", columns, rows) if rows else None
 
@@ -142,10 +164,17 @@ def classes_grid(summary: dict[str, Any]) -> Grid | None:
 def methods_grid(comparison: dict[str, Any]) -> Grid:
     """What was compared: paper, losses and recipe of each method."""
     rows = [
-        (name + (" (base)" if name == comparison["base"] else ""),
-         [str(x.get("title") or ""), str(x.get("paper") or ""), ", ".join(map(str, x.get("loss", []))), str(x.get("recipe", ""))[:16]])
+        (
+            name + (" (base)" if name == comparison["base"] else ""),
+            [
+                str(x.get("title") or ""),
+                str(x.get("paper") or ""),
+                ", ".join(map(str, x.get("loss", []))),
+                str(x.get("recipe", ""))[:16],
+            ],
+        )
         for name, x in comparison.get("methods", {}).items()
-    ]  # fmt: skip
+    ]
     return Grid("Method", [("Title", ""), ("Paper", ""), ("Loss", ""), ("Recipe hash", "")], rows)
 
 

@@ -13,13 +13,17 @@ LEAST_CONSISTENCY = 0.6
 MOST_CORRELATION = 0.5
 MOST_UNPARSABLE = 0.5
 OUTCOMES = {
-    "first": ("Wins", ""), "tie": ("Ties", ""), "second": ("Losses", ""), "unparsable": ("Unparsable", "counts for nothing"),
+    "first": ("Wins", ""),
+    "tie": ("Ties", ""),
+    "second": ("Losses", ""),
+    "unparsable": ("Unparsable", "counts for nothing"),
     "too_long": ("Too long", "not asked"),
-}  # fmt: skip
+}
 SHARES = {
-    "swap_consistency": ("Agreement", "when swapped"), "first_position_share": ("First place", "of verdicts, fair is 50 %"),
+    "swap_consistency": ("Agreement", "when swapped"),
+    "first_position_share": ("First place", "of verdicts, fair is 50 %"),
     "longer_wins": ("Longer wins", "of decided pairs"),
-}  # fmt: skip
+}
 
 Pair = dict[str, Any]
 
@@ -36,12 +40,14 @@ class Judged:
 def judged(summary: dict[str, Any]) -> Judged | None:
     """What `summary["judge"]` says; None where no judge was asked."""
     found = summary.get("judge") or {}
-    pairs: dict[str, Pair] = {name.removeprefix("student - "): pair for name, pair in (found.get("pairs") or {}).items()}
+    pairs: dict[str, Pair] = {
+        name.removeprefix("student - "): pair for name, pair in (found.get("pairs") or {}).items()
+    }
     if not pairs:
         return None
     told = (
-        f"{found.get('model', 'A model')} compared the student's greedy answers with those of every other system, each pair in both "
-        "orders. A verdict that changes with the order counts as a tie."
+        f"{found.get('model', 'A model')} compared the student's greedy answers with those of every other system, each"
+        " pair in both orders. A verdict that changes with the order counts as a tie."
     )
     return Judged(told, _belief(pairs), _grid(pairs))
 
@@ -50,12 +56,19 @@ def _grid(pairs: dict[str, Pair]) -> Grid:
     """A row per system; pairs that were too long are a column only where there are some."""
     counted = {name: [(pair.get("outcomes") or {}).get(name, 0) for pair in pairs.values()] for name in OUTCOMES}
     kept = [name for name in OUTCOMES if name != "too_long" or any(counted[name])]
-    columns = [("Win rate", "a tie counts half"), *(OUTCOMES[name] for name in kept), *SHARES.values(), ("Length", "correlation, −1 to 1")]
+    columns = [
+        ("Win rate", "a tie counts half"),
+        *(OUTCOMES[name] for name in kept),
+        *SHARES.values(),
+        ("Length", "correlation, −1 to 1"),
+    ]
     rows = []
     for place, (name, pair) in enumerate(pairs.items()):
         shares = ["" if pair.get(share) is None else percent(pair[share]) for share in SHARES]
         counts = [f"{counted[outcome][place]:,}" for outcome in kept]
-        rows.append((label(name), [pair.get("win_rate"), *counts, *shares, _correlation(pair.get("length_correlation"))]))
+        rows.append(
+            (label(name), [pair.get("win_rate"), *counts, *shares, _correlation(pair.get("length_correlation"))])
+        )
     return Grid("Student against", columns, rows)
 
 
@@ -67,15 +80,19 @@ def _belief(pairs: dict[str, Pair]) -> str:
     """How far the judge can be believed, by what was checked of it."""
     if not any(pair.get("win_rate") for pair in pairs.values()):
         return "It gave no verdict that can be read, so nothing follows from it."
-    doubts = ["it is the teacher itself and may favour its own manner"] if any(p.get("judge_is_teacher") for p in pairs.values()) else []
+    doubts = (
+        ["it is the teacher itself and may favour its own manner"]
+        if any(p.get("judge_is_teacher") for p in pairs.values())
+        else []
+    )
     for words, doubted, shown in _CHECKS:
         if named := [f"{label(name).lower()} ({shown(pair)})" for name, pair in pairs.items() if doubted(pair)]:
             doubts.append(f"{words} the {' and the '.join(named)}")
     if doubts:
         return f"How far it can be believed: with care, since {'; '.join(doubts)}."
     return (
-        "How far it can be believed: it is not the teacher, keeps to most of its verdicts when the answers change places, and does not "
-        "just prefer the longer answer. Whether its taste is yours is not measured."
+        "How far it can be believed: it is not the teacher, keeps to most of its verdicts when the answers change"
+        " places, and does not just prefer the longer answer. Whether its taste is yours is not measured."
     )
 
 

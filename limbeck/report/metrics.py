@@ -47,12 +47,16 @@ def metrics_of(summary: dict[str, Any]) -> dict[str, Metric]:
     described = summary.get("metrics", {})
     tables = [*summary["systems"].values(), *summary.get("paired", {}).values()]
     present = dict.fromkeys(name for table in tables for name in table)
-    order = dict.fromkeys([*(name for name in described if name in present), *(name for name in KNOWN if name in present), *present])
+    order = dict.fromkeys(
+        [*(name for name in described if name in present), *(name for name in KNOWN if name in present), *present]
+    )
     return {name: _described(name, described[name]) if name in described else _named(name) for name in order}
 
 
 def _described(name: str, facts: dict[str, str]) -> Metric:
-    return Metric(name, facts.get("title", name), facts.get("unit", ""), facts.get("better", "none"), facts.get("group", ""))
+    return Metric(
+        name, facts.get("title", name), facts.get("unit", ""), facts.get("better", "none"), facts.get("group", "")
+    )
 
 
 def _named(name: str) -> Metric:
@@ -73,13 +77,19 @@ def grouped(metrics: Iterable[Metric]) -> list[tuple[str, list[Metric]]]:
 
 
 def headline(metrics: dict[str, Metric], systems: Iterable[dict[str, Any]]) -> Metric | None:
-    """The metric that a verdict speaks of: the forward KL, else the first with a better side, measured for all `systems`."""
-    measured = [metric for name, metric in metrics.items() if metric.better != "none" and all(system.get(name) for system in systems)]
+    """The metric that a verdict speaks of: the forward KL, else the first with a better side, measured for all
+    `systems`."""
+    measured = [
+        metric
+        for name, metric in metrics.items()
+        if metric.better != "none" and all(system.get(name) for system in systems)
+    ]
     return next((metric for metric in measured if metric.name == "forward_kl"), measured[0] if measured else None)
 
 
 def is_clear(difference: dict[str, Any], comparisons: int = 1) -> bool:
-    """Does a difference stand? It is over LEAST_ITEMS items, its interval leaves out 0 and its p value, where given, is below 0.05.
+    """Does a difference stand? It is over LEAST_ITEMS items, its interval leaves out 0 and its p value, where given, is
+    below 0.05.
 
     Args:
         comparisons: how many differences were looked at together. With more than one, only a difference with a
@@ -92,7 +102,7 @@ def is_clear(difference: dict[str, Any], comparisons: int = 1) -> bool:
 
 
 def mark(metric: Metric, difference: dict[str, Any], comparisons: int = 1) -> str:
-    """"better", "worse", or "unclear"; "higher" or "lower" where neither side is better."""  # fmt: skip
+    """ "better", "worse", or "unclear"; "higher" or "lower" where neither side is better."""
     if not is_clear(difference, comparisons):
         return "unclear"
     if metric.better == "none":

@@ -76,7 +76,8 @@ def read_comparison(folder: Path) -> dict[str, Any]:
 
 
 def _render(template: str, content: dict[str, Any], summary: dict[str, Any]) -> str:
-    style, script = (HERE / "page.css").read_text(), (HERE / "page.js").read_text()
+    style = (HERE / "page.css").read_text()
+    script = (HERE / "page.js").read_text()
     leaks = summary.get("leaks") or []
     excerpt = content["excerpt"]
     return (
@@ -100,8 +101,12 @@ def _render(template: str, content: dict[str, Any], summary: dict[str, Any]) -> 
 @cache
 def _templates() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"number": _minus(number), "signed": _minus(signed), "percent": percent, "span": _span}
     return environment
 
@@ -128,7 +133,9 @@ def _policy(style: str, script: str) -> str:
 
 def _data(excerpt: Excerpt, content: dict[str, Any]) -> dict[str, Any]:
     """What the script shows: the excerpt, and which systems it begins with."""
-    systems = [{"label": content["names"].get(name, name), "shown": name in content["shown"]} for name in excerpt.systems]
+    systems = [
+        {"label": content["names"].get(name, name), "shown": name in content["shown"]} for name in excerpt.systems
+    ]
     subject = excerpt.systems.index(content["subject"]) if content["subject"] in excerpt.systems else 0
     teacher = excerpt.systems.index("teacher") if "teacher" in excerpt.systems else -1
     return {"systems": systems, "subject": subject, "teacher": teacher, "items": excerpt.items}

@@ -16,7 +16,9 @@ Point = tuple[float, float]
 
 WIDTH = 460
 HEIGHT = 280
-LEFT, TOP, BOTTOM = 46, 34, 46
+LEFT = 46
+TOP = 34
+BOTTOM = 46
 LETTER = 6.1
 LINE = 14
 MOST_POINTS = 400
@@ -87,7 +89,11 @@ class Scale:
 
 
 def curves(
-    text: Text, series: Sequence[Series], x_limits: Point | None = None, y_limits: Point | None = None, diagonal: bool = False
+    text: Text,
+    series: Sequence[Series],
+    x_limits: Point | None = None,
+    y_limits: Point | None = None,
+    diagonal: bool = False,
 ) -> str:
     """Lines over a common x axis, each labelled at its end. The y axis holds 0 unless `y_limits` says otherwise.
 
@@ -105,7 +111,8 @@ def curves(
     x_low, x_high = x_limits or (min(xs), max(xs))
     y_low, y_high = y_limits or _around(ys)
     room = max(len(_short(s.label)) for s in drawn) * LETTER + 14
-    x, y = Scale(x_low, x_high, LEFT, WIDTH - room), Scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
+    x = Scale(x_low, x_high, LEFT, WIDTH - room)
+    y = Scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
     svg = _svg(text, HEIGHT)
     _axes(svg, text, x, y)
     if diagonal:
@@ -123,9 +130,11 @@ def scatter(text: Text, spots: Sequence[Spot], frontier: Sequence[Point] = ()) -
     if not spots:
         return ""
     x_high = max(spot.x for spot in spots) * 1.08 or 1.0
-    low, high = min(spot.low for spot in spots), max(spot.high for spot in spots)
+    low = min(spot.low for spot in spots)
+    high = max(spot.high for spot in spots)
     rim = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
-    x, y = Scale(0.0, x_high, LEFT, WIDTH - 12), Scale(low - rim, high + rim, HEIGHT - BOTTOM, TOP)
+    x = Scale(0.0, x_high, LEFT, WIDTH - 12)
+    y = Scale(low - rim, high + rim, HEIGHT - BOTTOM, TOP)
     svg = _svg(text, HEIGHT)
     _axes(svg, text, x, y)
     if len(frontier) > 1:
@@ -149,10 +158,12 @@ def forest(text: Text, rows: Sequence[Whisker]) -> str:
     """A row per difference with its interval around the line at 0; clear ones are filled, unclear ones hollow."""
     if not rows:
         return ""
-    step, top = 26, 12
+    step = 26
+    top = 12
     height = top + step * len(rows) + BOTTOM
     left = max(len(_short(row.label)) for row in rows) * LETTER + 16
-    low, high = min(0.0, *(row.low for row in rows)), max(0.0, *(row.high for row in rows))
+    low = min(0.0, *(row.low for row in rows))
+    high = max(0.0, *(row.high for row in rows))
     rim = (high - low) * 0.06 or 1.0
     x = Scale(low - rim, high + rim, left, WIDTH - 14)
     svg = _svg(text, height)
@@ -172,7 +183,8 @@ def bars(text: Text, rows: Sequence[tuple[str, float, str]]) -> str:
     """A horizontal bar per (label, value of at least 0, the value in words)."""
     if not rows:
         return ""
-    step, top = 26, 4
+    step = 26
+    top = 4
     height = top + step * len(rows) + 8
     left = max(len(_short(name)) for name, _, _ in rows) * LETTER + 16
     right = max(len(words) for _, _, words in rows) * LETTER + 10
@@ -180,7 +192,12 @@ def bars(text: Text, rows: Sequence[tuple[str, float, str]]) -> str:
     svg = _svg(text, height)
     for number, (name, value, words) in enumerate(rows):
         y = top + step * number
-        place = {"x": f"{left:.1f}", "y": f"{y + 4:.1f}", "width": f"{max(1.0, x(value) - left):.1f}", "height": f"{step - 9}"}
+        place = {
+            "x": f"{left:.1f}",
+            "y": f"{y + 4:.1f}",
+            "width": f"{max(1.0, x(value) - left):.1f}",
+            "height": f"{step - 9}",
+        }
         ElementTree.SubElement(svg, "rect", {"class": "bar", **place})
         _text(svg, left - 10, y + 17, _short(name), "name ink", "end")
         _text(svg, x(value) + 7, y + 17, words, "tick")
@@ -211,7 +228,8 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 def _around(values: Sequence[float]) -> Point:
     """Limits that hold 0 and all values, with a rim beyond those on either side of 0."""
-    low, high = min(0.0, *values), max(0.0, *values)
+    low = min(0.0, *values)
+    high = max(0.0, *values)
     rim = 0.05 * (high - low)
     return (low - rim if low else 0.0, high + rim if high else 0.0) if rim else (0.0, 1.0)
 
@@ -241,7 +259,9 @@ def _x_axis(svg: ElementTree.Element, text: Text, x: Scale, bottom: float) -> No
 
 
 def _line(svg: ElementTree.Element, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
-    ElementTree.SubElement(svg, "line", {"class": kind, "x1": f"{x1:.1f}", "y1": f"{y1:.1f}", "x2": f"{x2:.1f}", "y2": f"{y2:.1f}"})
+    ElementTree.SubElement(
+        svg, "line", {"class": kind, "x1": f"{x1:.1f}", "y1": f"{y1:.1f}", "x2": f"{x2:.1f}", "y2": f"{y2:.1f}"}
+    )
 
 
 def _dot(svg: ElementTree.Element, x: float, y: float, kind: str) -> None:
@@ -249,7 +269,9 @@ def _dot(svg: ElementTree.Element, x: float, y: float, kind: str) -> None:
 
 
 def _text(svg: ElementTree.Element, x: float, y: float, words: str, kind: str, anchor: str = "start") -> None:
-    ElementTree.SubElement(svg, "text", {"class": kind, "x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}).text = words
+    ElementTree.SubElement(
+        svg, "text", {"class": kind, "x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}
+    ).text = words
 
 
 def _tick(value: float) -> str:

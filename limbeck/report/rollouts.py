@@ -1,6 +1,8 @@
-"""The text that the student wrote while it trained, as a report shows it: curves by step, means of the first and last steps, advice.
+"""The text that the student wrote while it trained, as a report shows it: curves by step, means of the first and last
+steps, advice.
 
-The facts are those of `metrics.jsonl` under "rollout"; a step in which the student wrote nothing has none, or only some of them.
+The facts are those of `metrics.jsonl` under "rollout"; a step in which the student wrote nothing has none, or only some
+of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from limbeck.storage.metrics_log import Record, is_number, mean_of, rollout_of, 
 
 @dataclass(frozen=True)
 class Measure:
-    """How a fact is called and written; shares are written in per cent. Shown only where it ever differed from `usual`."""
+    """How a fact is called and written; shares are written in per cent. Shown only where it ever differed from
+    `usual`."""
 
     title: str
     unit: str
@@ -59,39 +62,76 @@ class Plot:
 
 
 PLOTS = (
-    Plot("length", "Length of an answer", "tokens", "Mean over the answers of a step.", (("length", "tokens", "accent"),)),
     Plot(
-        "form", "Endings and repetition", "share",
-        "Answers that ended by themselves (the others ran into max_tokens), 2-grams that are distinct within a step, and 4-grams that "
-        "an answer repeats.",
-        (("finished", "ended by itself", "accent"), ("distinct_2", "distinct pairs", "ink"), ("repetition", "repeated", "grey")),
+        "length", "Length of an answer", "tokens", "Mean over the answers of a step.", (("length", "tokens", "accent"),)
+    ),
+    Plot(
+        "form",
+        "Endings and repetition",
+        "share",
+        "Answers that ended by themselves (the others ran into max_tokens), 2-grams that are distinct within a step,"
+        " and 4-grams that an answer repeats.",
+        (
+            ("finished", "ended by itself", "accent"),
+            ("distinct_2", "distinct pairs", "ink"),
+            ("repetition", "repeated", "grey"),
+        ),
         WHOLE,
     ),
     Plot(
-        "log-prob", "Log-probability of the student's text", "nats a token",
-        "How likely the student's tokens are to each of the two. The farther the teacher's line lies below the student's, the stranger the "
-        "text is to the teacher.",
+        "log-prob",
+        "Log-probability of the student's text",
+        "nats a token",
+        "How likely the student's tokens are to each of the two. The farther the teacher's line lies below the"
+        " student's, the stranger the text is to the teacher.",
         (("teacher_log_prob", "Teacher", "ink"), ("student_log_prob", "Student", "accent")),
     ),
     Plot(
-        "overlap", "Likeliest tokens shared", "share",
+        "overlap",
+        "Likeliest tokens shared",
+        "share",
         "Of the 16 tokens that each of the two finds likeliest to come next, the share that both name.",
-        (("overlap", "shared", "accent"),), WHOLE,
+        (("overlap", "shared", "accent"),),
+        WHOLE,
     ),
     Plot(
-        "entropy", "Entropy on the student's text", "nats",
+        "entropy",
+        "Entropy on the student's text",
+        "nats",
         "How undecided each of the two is about the next token. A student far below its teacher is narrower than it.",
         (("teacher_entropy", "Teacher", "ink"), ("entropy", "Student", "accent")),
     ),
-    Plot("age", "Age of the text", "steps", "Steps since it was written: ahead of its step, or read again.", (("age", "age", "accent"),)),
     Plot(
-        "own", "Tokens of the student's own", "share", "Tokens that the student itself proposed; the others are the teacher's.",
-        (("own", "own", "accent"),), WHOLE,
+        "age",
+        "Age of the text",
+        "steps",
+        "Steps since it was written: ahead of its step, or read again.",
+        (("age", "age", "accent"),),
     ),
-    Plot("validation", "Validation loss", "loss", "On prompts kept out of the training; it moves the student's share.",
-         (("validation_loss", "loss", "accent"),)),
-    Plot("share", "The student's share", "share", "The part of the text that the student writes.", (("share", "share", "accent"),), WHOLE),
-)  # fmt: skip
+    Plot(
+        "own",
+        "Tokens of the student's own",
+        "share",
+        "Tokens that the student itself proposed; the others are the teacher's.",
+        (("own", "own", "accent"),),
+        WHOLE,
+    ),
+    Plot(
+        "validation",
+        "Validation loss",
+        "loss",
+        "On prompts kept out of the training; it moves the student's share.",
+        (("validation_loss", "loss", "accent"),),
+    ),
+    Plot(
+        "share",
+        "The student's share",
+        "share",
+        "The part of the text that the student writes.",
+        (("share", "share", "accent"),),
+        WHOLE,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -112,16 +152,21 @@ def own_texts(folder: Path) -> list[OwnText]:
     for name, place in TRAININGS.items():
         records = read_jsonl(folder / place / "metrics.jsonl")
         if any(map(rollout_of, records)):
-            advice = [(record["step"], str(words)) for record in records for words in rollout_of(record).get("advice", ())]
+            advice = [
+                (record["step"], str(words)) for record in records for words in rollout_of(record).get("advice", ())
+            ]
             found.append(OwnText(name, label(name), _told(records), _figures(name, records), _grid(records), advice))
     return found
 
 
 def own_text_grid(comparison: dict[str, Any], names: dict[str, str]) -> Grid | None:
-    """The text of each method's student towards the end of its training; a method whose student wrote nothing has no row."""
+    """The text of each method's student towards the end of its training; a method whose student wrote nothing has no
+    row."""
     found = {method: values for method, values in (comparison.get("rollout") or {}).items() if values}
     kept = [key for key in MEASURES if any(is_number(values.get(key)) for values in found.values())]
-    rows = [(names.get(method, method), [_cell(key, values.get(key)) for key in kept]) for method, values in found.items()]
+    rows = [
+        (names.get(method, method), [_cell(key, values.get(key)) for key in kept]) for method, values in found.items()
+    ]
     note = "Means over the last third of the steps, and over seeds."
     if comparison.get("methods", {}).keys() - found.keys():
         note += " A method that is not here was trained on text of others."
@@ -136,13 +181,20 @@ def _told(records: Sequence[Record]) -> str:
     took = writing_share(records)
     time = f" Writing took {percent(took)} of the training's time." if took is not None else ""
     answers = "answer" if written == 1 else "answers"
-    return f"The student wrote {written:,} {answers}; text of its own was trained on in {steps:,} of {len(records):,} steps.{time}"
+    return (
+        f"The student wrote {written:,} {answers}; text of its own was trained on in {steps:,} of {len(records):,}"
+        f" steps.{time}"
+    )
 
 
 def _figures(name: str, records: Sequence[Record]) -> list[Figure]:
     found = []
     for plot in PLOTS:
-        lines = [(fact, Series(words, _points(fact, records), style)) for fact, words, style in plot.lines if _is_shown(fact, records)]
+        lines = [
+            (fact, Series(words, _points(fact, records), style))
+            for fact, words, style in plot.lines
+            if _is_shown(fact, records)
+        ]
         spoken = "; ".join(_spoken(fact, records) for fact, _ in lines)
         text = Text(f"{name}-own-{plot.key}", plot.title, f"{plot.caption} {spoken}.", "step", plot.y_title)
         svg = curves(text, [line for _, line in lines], y_limits=plot.limits)
@@ -159,7 +211,9 @@ def _spoken(fact: str, records: Sequence[Record]) -> str:
 
 
 def _points(fact: str, records: Sequence[Record]) -> list[Point]:
-    return [(record["step"], float(told[fact])) for record in records if is_number((told := rollout_of(record)).get(fact))]
+    return [
+        (record["step"], float(told[fact])) for record in records if is_number((told := rollout_of(record)).get(fact))
+    ]
 
 
 def _is_shown(fact: str, records: Sequence[Record]) -> bool:
@@ -180,7 +234,10 @@ def _grid(records: Sequence[Record]) -> Grid | None:
         (title, f"steps {part[0]['step']:,} to {part[-1]['step']:,}")
         for title, part in zip(("First third", "Last third"), parts, strict=True)
     ]
-    note = "Over the steps in which the student wrote; probabilities, likeliest tokens and entropies at a few places of each step."
+    note = (
+        "Over the steps in which the student wrote; probabilities, likeliest tokens and entropies at a few places of"
+        " each step."
+    )
     return Grid("Mean of", list(columns), rows, note)
 
 

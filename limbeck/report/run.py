@@ -29,7 +29,11 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     against, differences = paired_table(summary)
     curves = [figures.calibration_figure(summary), figures.exposure_figure(summary)]
-    sizes = {name: size for name, size in (summary.get("efficiency") or summary.get("sizes") or {}).items() if size.get("parameters")}
+    sizes = {
+        name: size
+        for name, size in (summary.get("efficiency") or summary.get("sizes") or {}).items()
+        if size.get("parameters")
+    }
     return {
         "recipe": recipe,
         "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
@@ -59,13 +63,16 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "cards": _cards(folder, summary, recipe),
         "source": _source(folder, summary),
         "excerpt": (excerpt := read_excerpt(folder / "evaluation", list(LABELS))),
-        "shown": [name for name in LABELS if excerpt and name in excerpt.systems] or (excerpt.systems[:4] if excerpt else []),
+        "shown": (
+            [name for name in LABELS if excerpt and name in excerpt.systems] or (excerpt.systems[:4] if excerpt else [])
+        ),
         "subject": "student",
     }
 
 
 def _cards(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The data card: what the teacher was shown, what was trained on, what was held out, and the settings of each task."""
+    """The data card: what the teacher was shown, what was trained on, what was held out, and the settings of each
+    task."""
     cards = [("Teacher", facts)] if (facts := teacher_facts(recipe.get("teacher"))) else []
     if isinstance(recipe.get("prompts"), dict):
         cards.append(("Prompts trained on", grids.facts(recipe["prompts"])))

@@ -44,12 +44,16 @@ def systems_tables(summary: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def paired_table(summary: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[tuple[Metric, list[Difference | None]]]]]]:
+def paired_table(
+    summary: dict[str, Any],
+) -> tuple[list[str], list[tuple[str, list[tuple[Metric, list[Difference | None]]]]]]:
     """The columns (what each was paired with, or each method against the base) and, per group, a row per metric."""
     if "base" in summary:
-        columns, comparisons = against_base(summary), len(against_base(summary))
+        columns = against_base(summary)
+        comparisons = len(against_base(summary))
     else:
-        columns, comparisons = {pair.removeprefix("student - "): rows for pair, rows in summary.get("paired", {}).items()}, 1
+        columns = {pair.removeprefix("student - "): rows for pair, rows in summary.get("paired", {}).items()}
+        comparisons = 1
     metrics = [metric for name, metric in metrics_of(summary).items() if any(name in rows for rows in columns.values())]
 
     def cell(metric: Metric, rows: dict[str, Interval]) -> Difference | None:
@@ -59,7 +63,10 @@ def paired_table(summary: dict[str, Any]) -> tuple[list[str], list[tuple[str, li
         p = p_text(interval.get("p_holm", interval.get("p")))
         return Difference(interval, mark(metric, interval, comparisons), p)
 
-    body = [(group, [(metric, [cell(metric, rows) for rows in columns.values()]) for metric in inner]) for group, inner in grouped(metrics)]
+    body = [
+        (group, [(metric, [cell(metric, rows) for rows in columns.values()]) for metric in inner])
+        for group, inner in grouped(metrics)
+    ]
     return list(columns), body
 
 
@@ -72,7 +79,11 @@ def markdown(summary: dict[str, Any]) -> str:
     metrics = metrics_of(summary)
     for pair, differences in summary.get("paired", {}).items():
         against = _plain(label(pair.removeprefix("student - ")).lower())
-        parts = [f"{_plain(_unique(metrics, name))} {_signed(x)}" for name, x in differences.items() if metrics[name].better != "none"]
+        parts = [
+            f"{_plain(_unique(metrics, name))} {_signed(x)}"
+            for name, x in differences.items()
+            if metrics[name].better != "none"
+        ]
         lines += ["", f"Student minus {against}, answer by answer: {'; '.join(parts)}."]
     return "\n".join(lines) + "\n"
 
@@ -87,7 +98,10 @@ def compare_markdown(comparison: dict[str, Any]) -> str:
         lines += ["", f"Difference to {_plain(comparison['base'])} on the same answers:", ""]
         lines += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for metric, cells in rows:
-            shown = ["" if cell is None else f"{_signed(cell.interval)}, {', '.join(filter(None, (cell.p, cell.mark)))}" for cell in cells]
+            shown = [
+                "" if cell is None else f"{_signed(cell.interval)}, {', '.join(filter(None, (cell.p, cell.mark)))}"
+                for cell in cells
+            ]
             lines.append(f"| {_plain(_unique(metrics_of(comparison), metric.name))} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
@@ -101,7 +115,10 @@ def _markdown_tables(summary: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for group, metrics in kept:
         lines += ([""] if lines else []) + ([f"**{_plain(group)}**", ""] if group else [])
-        lines += ["| | " + " | ".join(_plain(metric.title) for metric in metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+        lines += [
+            "| | " + " | ".join(_plain(metric.title) for metric in metrics) + " |",
+            "|---" * (len(metrics) + 1) + "|",
+        ]
         for name, values in summary["systems"].items():
             cells = [_cell(values.get(metric.name)) for metric in metrics]
             lines.append(f"| {_plain(label(name))} | {' | '.join(cells)} |")
@@ -110,7 +127,8 @@ def _markdown_tables(summary: dict[str, Any]) -> list[str]:
 
 def _unique(metrics: dict[str, Metric], name: str) -> str:
     """A metric's title, with its group where another group has a metric of that title."""
-    title, group = metrics[name].title, metrics[name].group
+    title = metrics[name].title
+    group = metrics[name].group
     shared = any(other.title == title and other.name != name for other in metrics.values())
     return f"{title} ({group[:1].lower()}{group[1:]})" if shared else title
 

@@ -1,4 +1,5 @@
-"""Who the teacher was, in words: its name, whose weights it ran with, and what it was shown that the student was not."""
+"""Who the teacher was, in words: its name, whose weights it ran with, and what it was shown that the student was
+not."""
 
 from __future__ import annotations
 
@@ -11,12 +12,20 @@ WEIGHTS = {
     "live": "the student's own, as they are at each step",
     "average": "a moving average of the student's own, which keeps {decay:g} of itself at every step",
 }
-PLACES = {"prompt": "the prompt", "answer": "the prompt's known answer", "feedback": "the feedback given with the prompt"}
+PLACES = {
+    "prompt": "the prompt",
+    "answer": "the prompt's known answer",
+    "feedback": "the feedback given with the prompt",
+}
 
 
 def teacher_name(teacher: Any) -> str:
     """Its model, or its name behind a server. A recipe names a teacher by its model alone, or by a record."""
-    return str(teacher.get("model") or (teacher.get("server") or {}).get("name", "")) if isinstance(teacher, dict) else str(teacher)
+    return (
+        str(teacher.get("model") or (teacher.get("server") or {}).get("name", ""))
+        if isinstance(teacher, dict)
+        else str(teacher)
+    )
 
 
 def teacher_aside(teacher: Any) -> str:
@@ -25,7 +34,11 @@ def teacher_aside(teacher: Any) -> str:
         return ""
     own = ", with weights of the student's own" if teacher.get("weights") in WEIGHTS else ""
     if teacher.get("server"):
-        own += f", its text by {teacher['server'].get('name', '')} behind a server" if teacher.get("model") else ", behind a server"
+        own += (
+            f", its text by {teacher['server'].get('name', '')} behind a server"
+            if teacher.get("model")
+            else ", behind a server"
+        )
     return own + (", shown another prompt than the student" if teacher.get("context") else "")
 
 
@@ -39,7 +52,8 @@ def teacher_facts(teacher: Any) -> list[tuple[str, str]]:
     if words := WEIGHTS.get(teacher.get("weights", "own")):
         found.append(("weights", words.format(decay=teacher.get("decay", Teacher.model_fields["decay"].default))))
     context = teacher.get("context") or {}
-    system, user = context.get("system"), context.get("user")
+    system = context.get("system")
+    user = context.get("user")
     if system is not None:
         found.append(("shown as a system message", str(system)))
     if user is not None:

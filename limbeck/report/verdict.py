@@ -17,7 +17,8 @@ def verdict(summary: dict[str, Any]) -> str:
 
 
 def _run_sentence(summary: dict[str, Any]) -> str:
-    systems, paired = summary["systems"], summary.get("paired", {})
+    systems = summary["systems"]
+    paired = summary.get("paired", {})
     metric = headline(metrics_of(summary), [systems.get("student", {})])
     if metric is None:
         return "Nothing was measured of the student that has a better and a worse side."
@@ -28,7 +29,9 @@ def _run_sentence(summary: dict[str, Any]) -> str:
     change = paired.get("student - untouched", {}).get("forward_kl")
     if change and "forward_kl" in systems.get("untouched", {}):
         before = f"{systems['untouched']['forward_kl']['value']:.2f}"
-        moved = "with no clear change from" if not is_clear(change) else "down from" if change["high"] < 0 else "up from"
+        moved = (
+            "with no clear change from" if not is_clear(change) else "down from" if change["high"] < 0 else "up from"
+        )
         text += f", {moved} {before} before training"
     difference = paired.get("student - sft_control", {}).get("forward_kl")
     if difference is None:
@@ -38,7 +41,10 @@ def _run_sentence(summary: dict[str, Any]) -> str:
         change = f"{value:+.3f} nats ({low:+.3f} to {high:+.3f})"
         return f"{text}; against fine-tuning on the teacher's text the difference, {change}, may be chance."
     if high < 0:
-        return f"{text}; it is nearer than fine-tuning on the teacher's text by {-value:.3f} nats ({-high:.3f} to {-low:.3f})."
+        return (
+            f"{text}; it is nearer than fine-tuning on the teacher's text by {-value:.3f} nats ({-high:.3f} to"
+            f" {-low:.3f})."
+        )
     return f"{text}; fine-tuning on the teacher's text came nearer, by {value:.3f} nats ({low:.3f} to {high:.3f})."
 
 
@@ -61,7 +67,8 @@ def compare_verdict(comparison: dict[str, Any]) -> str:
 
 
 def _comparison_sentence(comparison: dict[str, Any]) -> str:
-    base, rows = comparison["base"], against_base(comparison)
+    base = comparison["base"]
+    rows = against_base(comparison)
     metric = headline(metrics_of(comparison), rows.values())
     if not rows or metric is None:
         return f"Nothing was compared with {base}."
@@ -71,8 +78,16 @@ def _comparison_sentence(comparison: dict[str, Any]) -> str:
         side = mark(metric, difference, len(rows))
         p = p_text(difference.get("p_holm")) if side != "unclear" else ""
         found[side].append(f"{method} ({_signed_spread(difference)}{', ' + p if p else ''})")
-    better, worse, unclear = found["better"], found["worse"], found["unclear"]
-    parts = [f"{_list(better)} {_are(better)} clearly better than {base}" if better else f"no method is clearly better than {base}"]
+    better = found["better"]
+    worse = found["worse"]
+    unclear = found["unclear"]
+    parts = [
+        (
+            f"{_list(better)} {_are(better)} clearly better than {base}"
+            if better
+            else f"no method is clearly better than {base}"
+        )
+    ]
     parts += [f"{_list(worse)} {_are(worse)} clearly worse"] if worse else []
     parts += [f"of {_list(unclear)} the difference may be chance"] if unclear else []
     seeds = len(comparison.get("seeds", []))
@@ -114,7 +129,8 @@ def _leaks(summary: dict[str, Any]) -> str:
     leaks = summary.get("leaks") or []
     if not leaks:
         return ""
-    count, left_out = len(leaks), leaks_left_out(leaks)
+    count = len(leaks)
+    left_out = leaks_left_out(leaks)
     found = f"{count:,} evaluation {'item was' if count == 1 else 'items were'} found in the training text"
     if left_out == count:
         return f" {found} and left out."

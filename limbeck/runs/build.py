@@ -44,12 +44,15 @@ HELD_OUT_SHARE = 0.1
 
 def terms(recipe: Recipe) -> list[Term]:
     """The recipe's losses, their parameters checked."""
-    built = [make_term(loss.name, loss.params, loss.weight, f"loss[{i}].{loss.name}") for i, loss in enumerate(recipe.loss)]
+    built = [
+        make_term(loss.name, loss.params, loss.weight, f"loss[{i}].{loss.name}") for i, loss in enumerate(recipe.loss)
+    ]
     labels = [term.label for term in built]
     for index, label in enumerate(labels):
         if label in labels[:index]:
             raise RecipeError(
-                f"loss[{index}]", f"{label} stands twice; give it once with the summed weight, or other text to each by `only`"
+                f"loss[{index}]",
+                f"{label} stands twice; give it once with the summed weight, or other text to each by `only`",
             )
     return built
 
@@ -82,7 +85,9 @@ def several(recipe: Recipe, first: InProcessTeacher) -> InProcessTeacher | Sever
         return first
     others = [InProcessTeacher(load_model(other.model).seeing(sight(recipe))) for other in settings.beside]
     weights = [settings.weight, *(other.weight for other in settings.beside)]
-    return SeveralTeachers([first, *others], weights, [None, *(other.only for other in settings.beside)], settings.together)
+    return SeveralTeachers(
+        [first, *others], weights, [None, *(other.only for other in settings.beside)], settings.together
+    )
 
 
 def bridged(recipe: Recipe, teacher: InProcessTeacher, student: Model) -> BridgedTeacher:
@@ -95,7 +100,8 @@ def other_tokens(recipe: Recipe) -> bool:
     """Whether the teacher, read through a bridge, has other tokens or another template than the student."""
     if recipe.teacher.bridge is None or recipe.teacher.model is None:
         return False
-    theirs, ours = load_tokenizer(recipe.teacher.model), load_tokenizer(str(recipe.student.start.pretrained))
+    theirs = load_tokenizer(recipe.teacher.model)
+    ours = load_tokenizer(str(recipe.student.start.pretrained))
     return theirs.get_vocab() != ours.get_vocab() or theirs.chat_template != ours.chat_template
 
 
@@ -107,8 +113,11 @@ def served(recipe: Recipe) -> ApiTeacher | None:
 
 def scorer(recipe: Recipe, api: ApiTeacher) -> Scorer | None:
     """The server as one that scores the training text, where the recipe reads that and has no weights of it."""
-    cache, server = recipe.teacher.cache, recipe.teacher.server
-    named = cache.top_k.k if cache is not None and cache.top_k is not None else server.names if server is not None else None
+    cache = recipe.teacher.cache
+    server = recipe.teacher.server
+    named = (
+        cache.top_k.k if cache is not None and cache.top_k is not None else server.names if server is not None else None
+    )
     reads_written = any(term.name in POLICIES and "teacher_distribution" in term.reads for term in terms(recipe))
     return None if named is None else Scorer(api, named, load_tokenizer(recipe.speaker), reads_written)
 
@@ -124,7 +133,8 @@ def sight(recipe: Recipe) -> Sight | None:
         shown = {name: text for name, text in known.items() if text and name in context.reads}
         if fields.setdefault(prompt.text, shown) != shown:
             raise RecipeError(
-                "prompts.from", f"the prompt of {prompt.id!r} stands twice with other things to show the teacher; leave one out"
+                "prompts.from",
+                f"the prompt of {prompt.id!r} stands twice with other things to show the teacher; leave one out",
             )
     return Sight(context.system, context.user, fields)
 
@@ -157,7 +167,8 @@ def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
     Raises:
         RecipeError: one of the two is empty, or a held-out prompt is among the training ones.
     """
-    source, settings = recipe.prompts.source, recipe.evaluate
+    source = recipe.prompts.source
+    settings = recipe.evaluate
     training = load_prompts(source)
     if settings.prompts is not None:
         held_out = load_prompts(settings.prompts, part="test", path="evaluate.prompts")
@@ -170,9 +181,13 @@ def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
     training, held_out = training[: recipe.prompts.limit], held_out[: settings.limit]
     for part, path in ((training, "prompts"), (held_out, "evaluate.prompts")):
         if not part:
-            raise RecipeError(path, "no prompt is left for this part; give more prompts, or a file under evaluate.prompts")
+            raise RecipeError(
+                path, "no prompt is left for this part; give more prompts, or a file under evaluate.prompts"
+            )
     if both := {prompt.text for prompt in training} & {prompt.text for prompt in held_out}:
-        raise RecipeError("evaluate.prompts", f"{len(both)} held-out prompts are training prompts too, such as {min(both)!r}")
+        raise RecipeError(
+            "evaluate.prompts", f"{len(both)} held-out prompts are training prompts too, such as {min(both)!r}"
+        )
     return training, held_out
 
 
@@ -195,7 +210,8 @@ SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
 
 def shares(recipe: Recipe) -> tuple[Schedule, Schedule]:
     """(the student's share of the text, and how much of that is written anew) as schedules."""
-    writer, replay = recipe.student_writer, (recipe.rollout or Rollout()).replay
+    writer = recipe.student_writer
+    replay = (recipe.rollout or Rollout()).replay
     assert writer is not None
     at = f"writer[{recipe.writer.index(writer)}].share"
     share = make_schedule(writer.share, at, Range(0, 1).check)
@@ -222,9 +238,16 @@ def methods() -> dict[str, Any]:
         "losses": {
             CROSS_ENTROPY: {"formula": "-log q(token)", "paper": "", "parameters": defaults_of(cross_entropy)},
             **_listed(RANKINGS),
-            CONSISTENCY: {"formula": consistency.FORMULA, "paper": consistency.PAPER, "parameters": consistency.DEFAULTS},
+            CONSISTENCY: {
+                "formula": consistency.FORMULA,
+                "paper": consistency.PAPER,
+                "parameters": consistency.DEFAULTS,
+            },
             dual.DUAL_SPACE: {"formula": dual.FORMULA, "paper": dual.PAPER, "parameters": dual.DEFAULTS},
-            **{name: {"formula": kind.formula, "paper": kind.paper, "parameters": dict(kind.defaults)} for name, kind in MATCHES.items()},
+            **{
+                name: {"formula": kind.formula, "paper": kind.paper, "parameters": dict(kind.defaults)}
+                for name, kind in MATCHES.items()
+            },
             **{name: facts | {"needs": _needs(name)} for name, facts in _listed(POLICIES).items()},
         },
         "steps": {name: _step(step) for name, step in sorted(STEPS.items())},
@@ -253,7 +276,10 @@ def _needs(policy: str) -> str:
 
 
 def _listed(known: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: {"formula": loss.formula, "paper": loss.paper, "parameters": loss.defaults} for name, loss in sorted(known.items())}
+    return {
+        name: {"formula": loss.formula, "paper": loss.paper, "parameters": loss.defaults}
+        for name, loss in sorted(known.items())
+    }
 
 
 def run_folder(recipe: Recipe, out: str | Path | None) -> Path:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def claim(run: Run) -> None:
     """Make the folder this recipe's with this text and teacher, or refuse one that is another's."""
-    folder, recipe = run.folder, run.recipe
+    folder = run.folder
+    recipe = run.recipe
     file = folder / "recipe.yaml"
     if file.exists():
         sweep(folder)
@@ -25,7 +26,8 @@ def claim(run: Run) -> None:
             now = recipe.resolved()
             changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
             raise UserError(
-                f"{folder} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, or remove the folder"
+                f"{folder} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, or"
+                " remove the folder"
             )
     elif strangers := [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not is_leftover(entry)]:
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
@@ -40,7 +42,9 @@ def claim(run: Run) -> None:
     known = folder / "inputs.json"
     if known.exists() and (before := json.loads(known.read_text())) != inputs:
         changed = sorted(key for key in inputs if before.get(key) != inputs[key])
-        raise UserError(f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out")
+        raise UserError(
+            f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out"
+        )
     if not known.exists():
         if run.scorer is not None:
             run.scorer.probe()

@@ -1,4 +1,5 @@
-"""Compare methods fairly: the same teacher, start, text, steps, tokens, seeds and questions for all; only writers and losses differ.
+"""Compare methods fairly: the same teacher, start, text, steps, tokens, seeds and questions for all; only writers and
+losses differ.
 
 A comparison's folder holds `store.sqlite` (the text, drawn once), `runs/METHOD-sSEED/` (one run folder per training),
 `evaluation/` (every item of every system), `comparison.json` and `report.html`. Killed, the same command goes on.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from limbeck.types import UserError, content_hash
 SEEDS = 3
 ROLLOUT_FACTS = ("length", "finished", "repetition", "overlap", "entropy", "teacher_log_prob")
 COMMON = ("teacher", "student", "prompts", "train", "evaluate")
-UNJUDGED: dict[str, Any] = {"controls": ["untouched"], "judge": None}  # methods are held against each other, and no judge is asked
+# methods are held against each other, and no judge is asked
+UNJUDGED: dict[str, Any] = {"controls": ["untouched"], "judge": None}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Entry:
 
 
 def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
-    """Every recipe with the common settings of `like`. Its teacher writer draws as `like`'s does, so that all read the same text.
+    """Every recipe with the common settings of `like`. Its teacher writer draws as `like`'s does, so that all read the
+    same text.
 
     Raises:
         UserError: the same name twice, or fewer than two recipes.
@@ -59,10 +62,13 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
         raise UserError(f"{twice[0]!r} stands twice; a comparison needs recipes of different names")
     if reserved := sorted({"teacher", "untouched"} & set(names)):
         raise UserError(
-            f"a method can't be called {reserved[0]!r}, which is what every comparison measures beside the methods; rename the recipe"
+            f"a method can't be called {reserved[0]!r}, which is what every comparison measures beside the methods;"
+            " rename the recipe"
         )
     if len(recipes) < 2:
-        raise UserError("a comparison needs at least two recipes, such as `limbeck compare seq-kd forward-kl --like quickstart`")
+        raise UserError(
+            "a comparison needs at least two recipes, such as `limbeck compare seq-kd forward-kl --like quickstart`"
+        )
     drawn = like.held_out_writer.model_dump(include={"temperature", "top_p", "max_tokens"})
     common = {key: like.resolved()[key] for key in COMMON}
     common["prompts"] = common["prompts"] | {"seed": like.text_seed}
@@ -70,13 +76,17 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
     found = []
     for recipe in recipes:
         own = recipe.resolved()
-        if any(writer.by == "corpus" for writer in recipe.writer) != any(writer.by == "corpus" for writer in like.writer):
-            raise UserError(f"{recipe.name} and {like.name} differ in whether a corpus writes; compare recipes of one kind")
+        if any(writer.by == "corpus" for writer in recipe.writer) != any(
+            writer.by == "corpus" for writer in like.writer
+        ):
+            raise UserError(
+                f"{recipe.name} and {like.name} differ in whether a corpus writes; compare recipes of one kind"
+            )
         sees, seen = ((one.context, one.weights, one.bridge) for one in (recipe.teacher, like.teacher))
         if sees != seen:
             raise UserError(
-                f"{recipe.name} has a teacher that is shown more, is the student itself or is read over a bridge, and {like.name} has "
-                "another: methods are compared under one teacher, so give a --like that has this one"
+                f"{recipe.name} has a teacher that is shown more, is the student itself or is read over a bridge, and"
+                f" {like.name} has another: methods are compared under one teacher, so give a --like that has this one"
             )
         writers = [writer | _drawn(writer, drawn) for writer in own["writer"]]
         found.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
@@ -84,7 +94,8 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
 
 
 def _drawn(writer: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """How a writer of a method draws: the sampling teacher as the common recipe's; a greedy one stays greedy; all answers are as long."""
+    """How a writer of a method draws: the sampling teacher as the common recipe's; a greedy one stays greedy; all
+    answers are as long."""
     if writer["by"] == "corpus":
         return {}
     return like if writer["by"] == "teacher" and writer["temperature"] > 0 else {"max_tokens": like["max_tokens"]}
@@ -110,7 +121,8 @@ class Comparison:
 
     @cached_property
     def settled(self) -> list[Entry]:
-        """The entries with what only the text can tell written out: which layers the student keeps, and how many steps there are."""
+        """The entries with what only the text can tell written out: which layers the student keeps, and how many steps
+        there are."""
         choice = self.common.choice()
         rows = self.common.rows(self.common.text.training(), self.common.reader) if self.like.fixed_writers else []
         steps = total_steps(rows, self.like.train, False)
@@ -128,7 +140,13 @@ class Comparison:
         """(method, seed, its run), seed by seed, so that an unfinished comparison has every method."""
 
         def run(entry: Entry, seed: int) -> Run:
-            return Run(entry.seeded(seed), self.folder / "runs" / f"{entry.name}-s{seed}", self.reporter, self.stop, self.common)
+            return Run(
+                entry.seeded(seed),
+                self.folder / "runs" / f"{entry.name}-s{seed}",
+                self.reporter,
+                self.stop,
+                self.common,
+            )
 
         return [(entry.name, seed, run(entry, seed)) for seed in self.seeds for entry in self.settled]
 
@@ -148,7 +166,8 @@ class Comparison:
             self.reporter.stage(f"{method}, seed {seed} ({number + 1} of {len(runs)})")
             if not run.path("measured").exists():
                 run.train("student")
-            systems.setdefault(method, []).append(bench.measure(f"{method}-s{seed}", lambda run=run: run.trained("student")))  # type: ignore[misc]
+            measured = bench.measure(f"{method}-s{seed}", partial(run.trained, "student"))
+            systems.setdefault(method, []).append(measured)
             shutil.rmtree(run.path("checkpoints"), ignore_errors=True)
             if not self.keep and seed != self.seeds[0]:  # half a gigabyte each; the first seed's student stays
                 write_text(run.path("measured"), "the student was measured and removed; `--keep` keeps it\n")
@@ -158,7 +177,8 @@ class Comparison:
     def write(self, systems: dict[str, list[Measured]]) -> None:
         """`comparison.json` and the page."""
         bench = self.bench()
-        tasks, methods = bench.protocol.tasks, [entry.name for entry in self.entries]
+        tasks = bench.protocol.tasks
+        methods = [entry.name for entry in self.entries]
         pairs = [(method, self.base) for method in methods if method != self.base]
         summary = summarise(systems, tasks, pairs)
         _adjust(summary["paired"])
@@ -171,11 +191,16 @@ class Comparison:
             **evaluation.facts(self.like, bench, self.common.text),
             "methods": {entry.name: _method(entry) for entry in self.settled},
             "by_seed": {method: values_by_seed(self.seeds, systems[method], tasks) for method in methods},
-            "recovered": {method: recovery(systems[method], systems["untouched"], systems["teacher"], tasks) for method in methods},
+            "recovered": {
+                method: recovery(systems[method], systems["untouched"], systems["teacher"], tasks) for method in methods
+            },
             "by_kind": by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks),
             "cost": {method: self._cost([run for name, _, run in runs if name == method]) for method in methods},
             "rollout": _written({method: [run for name, _, run in runs if name == method] for method in methods}),
-            "warnings": [*warnings(systems, summary, methods), *evaluation.teacher_warnings(self.like, self.common.text)],
+            "warnings": [
+                *warnings(systems, summary, methods),
+                *evaluation.teacher_warnings(self.like, self.common.text),
+            ],
             "settings": {key: self.settled[0].recipe.resolved()[key] for key in COMMON},
         }
         write_json(self.folder / "comparison.json", comparison)
@@ -184,7 +209,9 @@ class Comparison:
     def _cost(self, runs: Sequence[Run]) -> dict[str, float]:
         """Means over the seeds: tokens, steps, seconds of training, memory; and the tokens the teacher wrote for it."""
         records = [read_jsonl(run.path("metrics.jsonl")) for run in runs]
-        written = sum(len(sample.response_ids or ()) for sample in runs[0].text.training() if sample.meta["writer"] == "teacher")
+        written = sum(
+            len(sample.response_ids or ()) for sample in runs[0].text.training() if sample.meta["writer"] == "teacher"
+        )
         found = {
             "teacher_tokens": written,
             "trained_tokens": sum(record["response_tokens"] for each in records for record in each) / len(runs),
@@ -198,7 +225,8 @@ class Comparison:
 
 
 def _written(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
-    """What the student's own text was like while it trained: means over the last third of the steps, and over the seeds."""
+    """What the student's own text was like while it trained: means over the last third of the steps, and over the
+    seeds."""
     found: dict[str, dict[str, float]] = {}
     for method, each in runs.items():
         records = [read_jsonl(run.path("metrics.jsonl")) for run in each]
@@ -211,14 +239,21 @@ def _written(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
 
 def _method(entry: Entry) -> dict[str, Any]:
     recipe = entry.recipe
-    return {"title": recipe.title, "paper": recipe.paper, "loss": [loss.name for loss in recipe.loss],
-            "writer": [writer.by for writer in recipe.writer], "recipe": recipe.hash}  # fmt: skip
+    return {
+        "title": recipe.title,
+        "paper": recipe.paper,
+        "loss": [loss.name for loss in recipe.loss],
+        "writer": [writer.by for writer in recipe.writer],
+        "recipe": recipe.hash,
+    }
 
 
 def _adjust(paired: dict[str, dict[str, Any]]) -> None:
     """Holm's adjustment within each metric, over the methods that are held against the base."""
     for metric in {metric for differences in paired.values() for metric in differences}:
-        adjusted = holm({pair: differences[metric]["p"] for pair, differences in paired.items() if metric in differences})
+        adjusted = holm(
+            {pair: differences[metric]["p"] for pair, differences in paired.items() if metric in differences}
+        )
         for pair, p in adjusted.items():
             paired[pair][metric]["p_holm"] = p
 
@@ -239,7 +274,8 @@ def compare(
 
     Args:
         recipes: files, names of built-in recipes, or recipes. Only their writers and losses are their own.
-        out: the folder; by default runs/compare- and a hash of the recipes, so that more seeds go on in the same folder.
+        out: the folder; by default runs/compare- and a hash of the recipes, so that more seeds go on in the same
+            folder.
         like: whose teacher, student, prompts, training and evaluation all take; by default the first recipe.
         seeds: how many (counted from the common recipe's own), or which. They vary the training, not the text.
         base: the method that the others are held against; by default the first recipe.
@@ -261,7 +297,11 @@ def compare(
     for entry in found:  # how many steps there will be is known once the text is there
         length = {"steps": entry.recipe.train.steps or 1, "epochs": None} if common.fixed_writers else {}
         check(entry.recipe.model_copy(update={"train": entry.recipe.train.model_copy(update=length)}))
-    folder = Path(out) if out is not None else Path("runs") / f"compare-{content_hash([entry.recipe.hash for entry in found])[:8]}"
+    folder = (
+        Path(out)
+        if out is not None
+        else Path("runs") / f"compare-{content_hash([entry.recipe.hash for entry in found])[:8]}"
+    )
     with exclusive(folder / ".lock"):
         comparison = Comparison(folder, common, found, numbers, against, reporter or Silent(), stop, keep)
         _claim(comparison)
@@ -286,5 +326,7 @@ def _claim(comparison: Comparison) -> None:
     facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
     file = comparison.folder / "comparison.yaml"
     if file.exists() and yaml.safe_load(file.read_text()) != facts:
-        raise UserError(f"{comparison.folder} holds another comparison (of other recipes): give another --out, or remove it")
+        raise UserError(
+            f"{comparison.folder} holds another comparison (of other recipes): give another --out, or remove it"
+        )
     write_text(file, yaml.safe_dump(facts, sort_keys=False))

@@ -23,15 +23,26 @@ from limbeck.objectives.term import Term
 from limbeck.types import UserError
 
 TYPICAL_OVERHEAD = 1.7
-TEACHER_READS = {"teacher_distribution", "teacher_features", "teacher_states"}  # evidence that costs a pass of the teacher at every step
+# evidence that costs a pass of the teacher at every step
+TEACHER_READS = {"teacher_distribution", "teacher_features", "teacher_states"}
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
-QUESTION_TOKENS, VERDICT_TOKENS = 400, 100  # what a judge reads beside two answers and writes, about
-ASKED_TOKENS, SCORED_TOKENS = 200, 200  # what a question of an elicitation's step holds, and a text that is scored, about
+QUESTION_TOKENS = 400
+VERDICT_TOKENS = 100  # what a judge reads beside two answers and writes, about
+ASKED_TOKENS = 200
+SCORED_TOKENS = 200  # what a question of an elicitation's step holds, and a text that is scored, about
 GIB = 2**30
-SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
-ACTIVATION_BYTES = 33  # kept for the backward pass per token and layer, as a multiple of the root of the layer's weights
+SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "max_position_embeddings",
+)
+# kept for the backward pass per token and layer, as a multiple of the root of the layer's weights
+ACTIVATION_BYTES = 33
 BASE_BYTES = 0.9 * GIB  # the libraries, one chunk of logits and its gradients
 
 
@@ -52,14 +63,18 @@ class Shape:
         missing = [name for name in SIZES if getattr(config, name, None) is None]
         if missing:
             raise UserError(
-                f"models of type {getattr(config, 'model_type', '?')!r} are not supported: their configuration has no {missing[0]}"
+                f"models of type {getattr(config, 'model_type', '?')!r} are not supported: their configuration has no"
+                f" {missing[0]}"
             )
-        width, heads = config.hidden_size, config.num_attention_heads
+        width = config.hidden_size
+        heads = config.num_attention_heads
         head_width = getattr(config, "head_dim", None) or width // heads
         key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_width
         attention = 2 * width * heads * head_width + 2 * width * key_value
         layer = attention + 3 * width * config.intermediate_size
-        return cls(config.num_hidden_layers, layer, config.vocab_size * width, width, heads, heads * head_width, key_value)
+        return cls(
+            config.num_hidden_layers, layer, config.vocab_size * width, width, heads, heads * head_width, key_value
+        )
 
     @property
     def parameters(self) -> int:
@@ -68,7 +83,8 @@ class Shape:
     def joined(self, others: Sequence[Shape]) -> Shape:
         """All of them as one, for counting: a single layer with the weights of all."""
         every = (self, *others)
-        layer, head = (sum(s.layers * s.layer_parameters for s in every), sum(s.head_parameters for s in every))
+        layer = sum(s.layers * s.layer_parameters for s in every)
+        head = sum(s.head_parameters for s in every)
         return replace(self, layers=1, layer_parameters=layer, head_parameters=head) if others else self
 
     def with_layers(self, layers: int) -> Shape:
@@ -79,7 +95,9 @@ def step_flops(student: Shape, teacher: Shape | None, tokens: int, response_toke
     """Floor of one training step: student forward and backward, teacher forward; heads on response tokens only."""
     body = 6.0 * student.layers * student.layer_parameters * tokens + 6.0 * student.head_parameters * response_tokens
     if teacher is not None:
-        body += 2.0 * teacher.layers * teacher.layer_parameters * tokens + 2.0 * teacher.head_parameters * response_tokens
+        body += (
+            2.0 * teacher.layers * teacher.layer_parameters * tokens + 2.0 * teacher.head_parameters * response_tokens
+        )
     return body
 
 
@@ -92,15 +110,18 @@ def _forward(shape: Shape | None, tokens: int) -> float:
 
 
 def judging_flops(judge: Shape, questions: int, answer: int) -> float:
-    """Floor of so many verdicts, each on two answers of `answer` tokens; written text counts half more, as that of the teacher."""
+    """Floor of so many verdicts, each on two answers of `answer` tokens; written text counts half more, as that of the
+    teacher."""
     return 1.5 * forward_flops(judge, questions * (QUESTION_TOKENS + 2 * answer), questions * VERDICT_TOKENS)
 
 
 def matrix_rate(seconds: float = 0.4, rows: int = 512, inner: int = 576, outer: int = 1536) -> float:
     """Measured matrix products of this machine in operations per second, fp32, with torch's threads."""
-    a, b = torch.randn(rows, inner), torch.randn(outer, inner)
+    a = torch.randn(rows, inner)
+    b = torch.randn(outer, inner)
     a @ b.T
-    began, done = time.perf_counter(), 0
+    began = time.perf_counter()
+    done = 0
     while time.perf_counter() - began < seconds:
         a @ b.T
         done += 1
@@ -131,7 +152,10 @@ class Plan:
             ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB"),
             ("peak memory", f"{self.memory_bytes / GIB:.1f} GiB"),
             *((f"time, {stage}", text) for stage, text in minutes.items()),
-            ("time, all", f"{sum(self.seconds.values()) / 60:.0f} min on this machine under its present load (an estimate)"),
+            (
+                "time, all",
+                f"{sum(self.seconds.values()) / 60:.0f} min on this machine under its present load (an estimate)",
+            ),
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -143,7 +167,11 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     plain = [(term.label, {key: schedule.start for key, schedule in term.params.items()}) for term in terms]
     by_others = all(writer.by not in ("untouched", "student") for writer in recipe.writer)
     is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and not recipe.all_answer and by_others
-    return [name for name in recipe.evaluate.controls if name != "untouched" and not (name == "sft_control" and is_fine_tuning)]
+    return [
+        name
+        for name in recipe.evaluate.controls
+        if name != "untouched" and not (name == "sft_control" and is_fine_tuning)
+    ]
 
 
 def _prompt_tokens(prompts: Sequence[Prompt]) -> float:
@@ -159,16 +187,21 @@ def _elicited(bills: Sequence[Bill]) -> float:
 def _training_bytes(student: Shape, tokens_per_step: int) -> float:
     """Weights, gradients and Adam's two moments in fp32, and what a micro-batch keeps for its backward pass."""
     together = min(MICRO_TOKENS, tokens_per_step)
-    return 16.0 * student.parameters + together * student.layers * ACTIVATION_BYTES * math.sqrt(student.layer_parameters)
+    return 16.0 * student.parameters + together * student.layers * ACTIVATION_BYTES * math.sqrt(
+        student.layer_parameters
+    )
 
 
 def _kept_bytes(cache: Cache | None, teacher: Shape | None, tokens: int) -> float:
-    """What a kept teacher takes at most: an id with its bits and a number for every token kept, 8 bytes a position, and a head."""
+    """What a kept teacher takes at most: an id with its bits and a number for every token kept, 8 bytes a position, and
+    a head."""
     if cache is None or teacher is None:
         return 0.0
     id_bits = math.log2(max(2, teacher.head_parameters // max(1, teacher.width)))
     if cache.hidden is not None:
-        return (2.0 if cache.hidden.dtype == "bfloat16" else 4.0) * teacher.width * tokens + 4.0 * teacher.head_parameters
+        return (
+            2.0 if cache.hidden.dtype == "bfloat16" else 4.0
+        ) * teacher.width * tokens + 4.0 * teacher.head_parameters
     if cache.top_k is not None:
         return (cache.top_k.k * (id_bits + cache.top_k.bits) / 8 + 8) * tokens
     assert cache.sampled is not None
@@ -197,11 +230,13 @@ def make_plan(
     bills: Sequence[Bill] = (),
     others: Sequence[Shape] = (),
 ) -> Plan:
-    """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for, `others` the teachers
-    beside the first. Where there is no `teacher`, its text costs no time here."""
-    settings, count = recipe.train, bills[-1].given if bills else len(training)
+    """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for,
+    `others` the teachers beside the first. Where there is no `teacher`, its text costs no time here."""
+    settings = recipe.train
+    count = bills[-1].given if bills else len(training)
     answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
-    fixed, own = recipe.fixed_writers, recipe.student_writer
+    fixed = recipe.fixed_writers
+    own = recipe.student_writer
     by_teacher = sum(w.fixed_share for w in fixed if w.by == "teacher")
     written = sum(w.fixed_share for w in fixed if w.by == "untouched")
     answering = {w.by: w.fixed_share for w in fixed} if fixed else {"student": 1.0}
@@ -212,15 +247,20 @@ def make_plan(
     steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
     epochs = steps * settings.tokens_per_step / response
     trainings = 1 + len(trained_controls(recipe, terms))
-    reads, rate = any(term.reads & TEACHER_READS for term in terms), matrix_rate() / TYPICAL_OVERHEAD
+    reads = any(term.reads & TEACHER_READS for term in terms)
+    rate = matrix_rate() / TYPICAL_OVERHEAD
     tokens = int((prompt_tokens + response) * epochs)
     trained = int(response * epochs)
     held = len(held_out) * (answer + TEMPLATE_TOKENS + 20)
     cache = recipe.teacher.cache if teacher is not None else None
-    scored = response if teacher is None and recipe.teacher.cache else 0  # by a llama.cpp server; vLLM is asked once for each text
-    train = step_flops(student, teacher.joined(others) if teacher and reads and cache is None else None, tokens, trained)
+    # by a llama.cpp server; vLLM is asked once for each text
+    scored = response if teacher is None and recipe.teacher.cache else 0
+    train = step_flops(
+        student, teacher.joined(others) if teacher and reads and cache is None else None, tokens, trained
+    )
     train += step_flops(student, None, tokens, trained) if trainings > 1 else 0.0
-    train += _forward(teacher, prompt_tokens + response) if cache is not None else 0.0  # once, whatever the number of epochs
+    # once, whatever the number of epochs
+    train += _forward(teacher, prompt_tokens + response) if cache is not None else 0.0
     text_of_controls = 0.0 if fixed or trainings == 1 else float(prompt_tokens + response)
     drawn = recipe.written_share * (tokens + trained)
     text = (by_teacher / every * (prompt_tokens + response) + text_of_controls + held + _elicited(bills)) * 1.5
@@ -235,7 +275,11 @@ def make_plan(
         seconds["judge"] = judging_flops(judge, 2 * (evaluated - 1) * len(held_out), answer) / rate
     judging = judge if recipe.evaluate.judge != recipe.teacher.model else None
     return Plan(
-        requests=round(by_teacher * count) + len(held_out) + (count if text_of_controls else 0) + sum(b.requests for b in bills) + scored,
+        requests=round(by_teacher * count)
+        + len(held_out)
+        + (count if text_of_controls else 0)
+        + sum(b.requests for b in bills)
+        + scored,
         teacher_tokens=int(by_teacher / every * response) + answer * len(held_out) + sum(b.tokens for b in bills),
         trained_tokens=trained,
         steps=steps,

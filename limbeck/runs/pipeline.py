@@ -68,9 +68,22 @@ class Run:
             "untouched": lambda: InProcessTeacher(self.untouched()),
         }
         identities = {"teacher": lambda: self.writer_identity, "untouched": lambda: self.untouched_identity}
-        scorer = lambda by: ModelScorer({"": lambda: self.teacher.model, "untouched": self.untouched}.get(by, lambda: build.judge(by))())  # noqa: E731
+        scorer = lambda by: ModelScorer(  # noqa: E731
+            {"": lambda: self.teacher.model, "untouched": self.untouched}.get(by, lambda: build.judge(by))()
+        )
         header = lambda: header_of(load_tokenizer(self.recipe.speaker))  # noqa: E731
-        return Text(self.recipe, self.library, self.folder, self.reporter, self.stop, writers, identities, scorer, self.judge, header)
+        return Text(
+            self.recipe,
+            self.library,
+            self.folder,
+            self.reporter,
+            self.stop,
+            writers,
+            identities,
+            scorer,
+            self.judge,
+            header,
+        )
 
     @property
     def library(self) -> Path:
@@ -111,7 +124,10 @@ class Run:
             return self.beside.served
         server = build.served(self.recipe)
         if server is not None and server.identity != self.writer_identity:
-            raise UserError(f"the server's model is {server.identity}, and this run's text is {self.writer_identity}'s: give another --out")
+            raise UserError(
+                f"the server's model is {server.identity}, and this run's text is {self.writer_identity}'s: give"
+                " another --out"
+            )
         if server is not None:
             server.begin_with(*self.text.bill())
         return server
@@ -119,7 +135,11 @@ class Run:
     @cached_property
     def scorer(self) -> Scorer | None:
         """The server as one that scores text, where that is all there is of the teacher's distribution."""
-        return None if self.recipe.teacher.model is not None or self.served is None else build.scorer(self.recipe, self.served)
+        return (
+            None
+            if self.recipe.teacher.model is not None or self.served is None
+            else build.scorer(self.recipe, self.served)
+        )
 
     @cached_property
     def writer_identity(self) -> str:
@@ -141,7 +161,13 @@ class Run:
 
     def judge(self, by: str) -> str:
         """The identity of whom `Score.by` names."""
-        return self.teacher_identity if not by else self.untouched_identity if by == "untouched" else build.judge_identity(by)
+        return (
+            self.teacher_identity
+            if not by
+            else self.untouched_identity
+            if by == "untouched"
+            else build.judge_identity(by)
+        )
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
@@ -155,7 +181,8 @@ class Run:
     # The student
 
     def rows(self, samples: Sequence[Sample], student: Model) -> list[data.Row]:
-        """Samples in token ids: the sampled ones as they are; a text is encoded, and ends with the end token unless it was cut off."""
+        """Samples in token ids: the sampled ones as they are; a text is encoded, and ends with the end token unless it
+        was cut off."""
 
         def response_ids(sample: Sample) -> Sequence[int]:
             if sample.response_ids is not None and (not self.other_tokens or sample.writer == self.untouched_identity):
@@ -163,7 +190,9 @@ class Run:
             ids = student.text_ids(sample.messages[-1]["content"])
             return ids if sample.meta.get("finish") == "length" else [*ids, student.tokenizer.eos_token_id]
 
-        return data.make_rows(samples, student.seeing(None).prompt_ids, response_ids, student.context, self.shown(student))
+        return data.make_rows(
+            samples, student.seeing(None).prompt_ids, response_ids, student.context, self.shown(student)
+        )
 
     def shown(self, student: Model) -> Callable[[tuple[Message, ...]], list[int]] | None:
         """The prompt as the teacher sees it, in its tokens; None where that is as the student sees it."""
@@ -177,18 +206,25 @@ class Run:
         shown = self.shown(student)
         return [
             data.Row(
-                prompt.id, tuple(student.prompt_ids(prompt.messages)), (), frozenset({prompt.task} - {""}), prompt.id, prompt.weight,
+                prompt.id,
+                tuple(student.prompt_ids(prompt.messages)),
+                (),
+                frozenset({prompt.task} - {""}),
+                prompt.id,
+                prompt.weight,
                 teacher_prompt_ids=None if shown is None else tuple(shown(prompt.messages)),
             )
             for prompt in self.text.prompts[0]
-        ]  # fmt: skip
+        ]
 
     def choice(self) -> Choice | None:
         """Which layers the student keeps: decided once, kept in `start.json`."""
         file = self.path("start.json")
         if file.exists():
             found = json.loads(file.read_text())
-            return Choice(tuple(found["kept"]), tuple((layer, cost) for layer, cost in found["drops"])) if found else None
+            return (
+                Choice(tuple(found["kept"]), tuple((layer, cost) for layer, cost in found["drops"])) if found else None
+            )
 
         def calibration() -> Calibration:
             prune = self.recipe.student.start.prune
@@ -205,7 +241,9 @@ class Run:
         chosen = choose(self.recipe.student, lambda: self.teacher.model, calibration, progress)
         write_json(file, asdict(chosen) if chosen else {})
         if chosen and chosen.drops:
-            self.reporter.note("dropped layers " + ", ".join(f"{layer} ({cost:.2f})" for layer, cost in chosen.drops) + " (KL so far)")
+            self.reporter.note(
+                "dropped layers " + ", ".join(f"{layer} ({cost:.2f})" for layer, cost in chosen.drops) + " (KL so far)"
+            )
         return chosen
 
     def untouched(self) -> Model:
@@ -220,7 +258,8 @@ class Run:
     def train(self, name: str) -> None:
         """Train `student` or `sft_control` unless its export is there already."""
         home = self.home(name)
-        checkpoints, keep = self.path(home, "checkpoints"), 1 if name == "student" else 0
+        checkpoints = self.path(home, "checkpoints")
+        keep = 1 if name == "student" else 0
         sweep(self.path(home))
         if self.path(home, "student").exists():
             checkpoint.prune(checkpoints, keep)
@@ -229,7 +268,9 @@ class Run:
         job = self.job(name, student)
         progress = training_progress(self.reporter)
         if not training_loop.train(job, progress, self.stop):
-            raise StoppedError(f"stopped; the checkpoint of the last step is in {job.folder / 'checkpoints'}, run it again to go on")
+            raise StoppedError(
+                f"stopped; the checkpoint of the last step is in {job.folder / 'checkpoints'}, run it again to go on"
+            )
         if self.recipe.student.lora is not None:
             merge_adapters(student.net)
         with new_directory(job.folder / "student") as folder:
@@ -244,7 +285,9 @@ class Run:
 
     def job(self, name: str, student: Model) -> training_loop.Job:
         """The training called `name`, ready to start or to go on."""
-        recipe, terms, settings = self.recipe, build.terms(self.recipe), self.recipe.train
+        recipe = self.recipe
+        terms = build.terms(self.recipe)
+        settings = self.recipe.train
         rows = self.rows(self.text.training(), student) if recipe.fixed_writers else []
         if name != "student":  # for as many steps, and plainly
             steps = training_loop.total_steps(rows, settings, any(term.unit == "group" for term in terms))
@@ -252,7 +295,8 @@ class Run:
             terms, rows = [make_term("cross_entropy", {})], self.control_rows(name, rows, student)
         folder = self.path(self.home(name))
         folder.mkdir(parents=True, exist_ok=True)
-        store, key = self.library / "store.sqlite", f"{recipe.hash}/{name}"
+        store = self.library / "store.sqlite"
+        key = f"{recipe.hash}/{name}"
         average = Average(recipe.teacher.decay) if recipe.teacher.weights == "average" and name == "student" else None
         teacher = cache(lambda: self.taught_by(student, average))
         slots = self.slots(student) if name == "student" and recipe.student_writer is not None else []
@@ -261,7 +305,18 @@ class Run:
             written |= {BEST if recipe.writer[0].by == WRITTEN else REST}
         written |= {MIXED} if settings.mixup is not None else set()
         job = make_job(
-            terms, student, rows, teacher, recipe.student.lora, settings, folder, key, store, self.progress, written, recipe.teacher.cache
+            terms,
+            student,
+            rows,
+            teacher,
+            recipe.student.lora,
+            settings,
+            folder,
+            key,
+            store,
+            self.progress,
+            written,
+            recipe.teacher.cache,
         )
         if average is not None:
             average.start(student.net)
@@ -272,29 +327,44 @@ class Run:
         return job
 
     def taught_by(self, student: Model, average: Average | None) -> Teacher:
-        """Who teaches `student` while it trains: the teacher, or the student's own modules with other numbers in them."""
-        recipe, sight = self.recipe, build.sight(self.recipe)
+        """Who teaches `student` while it trains: the teacher, or the student's own modules with other numbers in
+        them."""
+        recipe = self.recipe
+        sight = build.sight(self.recipe)
         if recipe.teacher.bridge is not None:
             return self.over_the_bridge(student)
         if recipe.teacher.weights == "live":
             return self_teacher(student, sight, nullcontext)
         if average is not None:
             return self_teacher(student, sight, average.in_place)
-        if recipe.student.lora is not None and recipe.student.start.pretrained == recipe.teacher.model and not recipe.teacher.beside:
+        if (
+            recipe.student.lora is not None
+            and recipe.student.start.pretrained == recipe.teacher.model
+            and not recipe.teacher.beside
+        ):
             if self.beside is None:
-                self.__dict__.pop("teacher", None)  # what was loaded to write text; from here on no second copy of its weights is held
+                # what was loaded to write text; from here on no second copy of its weights is held
+                self.__dict__.pop("teacher", None)
             return self_teacher(student, sight, partial(adapters_off, student.net))
         return self.scorer or self.teachers
 
     def over_the_bridge(self, student: Model) -> Teacher:
-        """The teacher as one that reads the student's text in its own tokens; how much the two share is told, and kept in `bridge.json`."""
-        bridged, rows = build.bridged(self.recipe, self.teacher, student), []
+        """The teacher as one that reads the student's text in its own tokens; how much the two share is told, and kept
+        in `bridge.json`."""
+        bridged = build.bridged(self.recipe, self.teacher, student)
+        rows = []
         if self.recipe.fixed_writers:
             rows = self.rows(self.text.training(), student)
         facts = bridged.facts([row.response_ids for row in rows])
         write_json(self.path("bridge.json"), facts)
-        text = f"; of the text's tokens {facts['aligned_share']:.1%} are aligned, {facts['single_share']:.1%} one in both" if rows else ""
-        self.reporter.note(f"{facts['common_tokens']:,} of {facts['student_tokens']:,} tokens are the teacher's, too{text}")
+        text = (
+            f"; of the text's tokens {facts['aligned_share']:.1%} are aligned, {facts['single_share']:.1%} one in both"
+            if rows
+            else ""
+        )
+        self.reporter.note(
+            f"{facts['common_tokens']:,} of {facts['student_tokens']:,} tokens are the teacher's, too{text}"
+        )
         return bridged
 
     def control_rows(self, name: str, rows: list[data.Row], student: Model) -> list[data.Row]:
@@ -302,7 +372,11 @@ class Run:
         if name == "gold_control":
             return self.rows(controls.gold_samples(self.text.prompts[0]), student)
         answers = controls.preferred(rows) if rows else self.rows(self.text.by_others(), student)
-        return controls.shuffled(answers, self.recipe.text_seed, student.context) if name == "shuffled_control" else answers
+        return (
+            controls.shuffled(answers, self.recipe.text_seed, student.context)
+            if name == "shuffled_control"
+            else answers
+        )
 
     def home(self, name: str) -> str:
         return "." if name == "student" else f"controls/{name}"
@@ -325,12 +399,14 @@ class Run:
         if "untouched" in self.recipe.evaluate.controls:
             systems["untouched"] = [bench.measure("untouched", self.untouched)]
         for name in (*self.controls(), "student"):
-            systems[name] = [bench.measure(name, lambda name=name: self.trained(name), lens=name == "student")]  # type: ignore[misc]
+            systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
         evaluation.write_summary(self.recipe, bench, self.text, systems)
 
     def bench(self, folder: Path) -> Bench:
         """Where systems are measured, and their records kept."""
-        return evaluation.bench(self.recipe, folder, self.bench_teacher, self.reader, self.text, self.held_out_rows(), self.progress)
+        return evaluation.bench(
+            self.recipe, folder, self.bench_teacher, self.reader, self.text, self.held_out_rows(), self.progress
+        )
 
     def measured_teacher(self, bench: Bench) -> Measured:
         """The teacher as a system: in process, or by what its server says."""

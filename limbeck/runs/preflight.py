@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from limbeck.config.recipe import Recipe
 from limbeck.elicit.flow import Bill
-from limbeck.models.load import check_same_template, check_same_vocabulary, check_takes_system, is_ready, load_config, load_tokenizer
+from limbeck.models.load import (
+    check_same_template,
+    check_same_vocabulary,
+    check_takes_system,
+    is_ready,
+    load_config,
+    load_tokenizer,
+)
 from limbeck.models.start import scratch_config
 from limbeck.runs import build
 from limbeck.runs.cost import Plan, Shape, make_plan
@@ -20,8 +27,10 @@ def check(recipe: Recipe) -> Plan:
     """
     validate(recipe)
     config = load_config(recipe.speaker)
-    teacher, student = None if recipe.teacher.model is None else Shape.of(config), Shape.of(config)
-    start, context = recipe.student.start, config.max_position_embeddings
+    teacher = None if recipe.teacher.model is None else Shape.of(config)
+    student = Shape.of(config)
+    start = recipe.student.start
+    context = config.max_position_embeddings
     if start.prune is not None:
         kept = start.prune.keep if isinstance(start.prune.keep, list) else None
         layers = start.prune.layers if kept is None else len(kept)
@@ -52,14 +61,17 @@ def check(recipe: Recipe) -> Plan:
         if term.match is not None and teacher is not None:
             term.match.check(student, teacher)
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
-    return make_plan(recipe, build.terms(recipe), training, held_out, teacher, student, judge, _bills(recipe, len(training)), others)
+    return make_plan(
+        recipe, build.terms(recipe), training, held_out, teacher, student, judge, _bills(recipe, len(training)), others
+    )
 
 
 def _beside(recipe: Recipe, number: int) -> Shape:
     """A teacher beside the first: it reads the same tokens, so they must mean the same to it."""
     source = recipe.teacher.beside[number].model
     try:
-        first, other = load_tokenizer(recipe.speaker), load_tokenizer(source)
+        first = load_tokenizer(recipe.speaker)
+        other = load_tokenizer(source)
         check_same_vocabulary(first, other)
         check_same_template(first, other)
         return Shape.of(load_config(source))
@@ -76,7 +88,8 @@ def _bills(recipe: Recipe, prompts: int) -> list[Bill]:
 
 
 def _judge_shape(source: str) -> Shape:
-    """A judge that is no model, or none that can be asked, is refused here: the evaluation, hours later, would be too late."""
+    """A judge that is no model, or none that can be asked, is refused here: the evaluation, hours later, would be too
+    late."""
     try:
         shape = Shape.of(load_config(source))
         if is_ready(source):

@@ -1,8 +1,9 @@
 """The teacher's distributions over the training text, computed once and kept in files that check themselves.
 
-A shard's name holds the SHA-256 of its bytes, so one that was cut short or changed is found before anything is trained on it; it appears
-whole or not at all, so a run that was killed goes on with the texts that no shard holds. A text is known by its very tokens, prompt and
-response as the teacher sees them: under another tokenizer, template or prompt it is another text.
+A shard's name holds the SHA-256 of its bytes, so one that was cut short or changed is found before anything is trained
+on it; it appears whole or not at all, so a run that was killed goes on with the texts that no shard holds. A text is
+known by its very tokens, prompt and response as the teacher sees them: under another tokenizer, template or prompt it
+is another text.
 
 Shapes: N response positions, E width of the teacher, V vocabulary.
 """
@@ -47,8 +48,13 @@ class Cache:
         UserError: the folder holds another teacher's, another form's or another version's, or a file that has changed.
     """
 
-    def __init__(self, folder: Path, teacher: str, vocabulary: int, form: Form, device: torch.device | str = "cpu") -> None:
-        self.folder, self.vocabulary, self.form, self.device = folder, vocabulary, form, device
+    def __init__(
+        self, folder: Path, teacher: str, vocabulary: int, form: Form, device: torch.device | str = "cpu"
+    ) -> None:
+        self.folder = folder
+        self.vocabulary = vocabulary
+        self.form = form
+        self.device = device
         self._about = {"version": VERSION, "teacher": teacher, "vocabulary": vocabulary, "form": form.form}
         self._check()
         self._places: dict[str, tuple[Path, dict[str, tuple[int, int]]]] = {}
@@ -66,7 +72,9 @@ class Cache:
         try:
             found = json.loads(file.read_text())
         except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}); remove {self.folder}, and what it held is computed again") from error
+            raise UserError(
+                f"{file} is damaged ({error}); remove {self.folder}, and what it held is computed again"
+            ) from error
         for name, value in self._about.items():
             if not isinstance(found, dict) or found.get(name) != value:
                 there = found.get(name) if isinstance(found, dict) else None
@@ -97,15 +105,19 @@ class Cache:
         return sum(shard.stat().st_size for shard in self._open)
 
     def add(self, keys: Sequence[str], signal: DenseSignal | TopK, targets_N: Tensor, lengths: Sequence[int]) -> None:
-        """Keep the distributions of some texts, whose positions follow each other in `signal`; written once enough have come together, and
-        at once where a server gave them."""
+        """Keep the distributions of some texts, whose positions follow each other in `signal`; written once enough have
+        come together, and at once where a server gave them."""
         start = 0
         if self.form.hidden is not None and not list(self.folder.glob("head-*.safetensors")):
             assert isinstance(signal, DenseSignal)
             self._write("head", *_plain_head(signal.head))
         for key, length in zip(keys, lengths, strict=True):
             part = slice(start, start + length)
-            own = signal.chunk(part) if isinstance(signal, TopK) else DenseSignal(signal.hidden_NE[part], signal.head, signal.buffer)
+            own = (
+                signal.chunk(part)
+                if isinstance(signal, TopK)
+                else DenseSignal(signal.hidden_NE[part], signal.head, signal.buffer)
+            )
             self._waiting[key] = pack(own, targets_N[part], self.form, int(key[:15], 16), self.vocabulary)
             start += length
         if isinstance(signal, TopK) or sum(len(text["target"]) for text in self._waiting.values()) >= SHARD_TOKENS:
@@ -147,10 +159,15 @@ class Cache:
         texts = []
         for key, length in texts_of(batch):
             if key not in self:
-                raise UserError(f"{self.folder} does not hold this text under these tokens, template and prompt; run the recipe to fill it")
+                raise UserError(
+                    f"{self.folder} does not hold this text under these tokens, template and prompt; run the recipe to"
+                    " fill it"
+                )
             texts.append(self.text(key))
             if len(texts[-1]["target"]) != length:
-                raise UserError(f"{self.folder} holds {len(texts[-1]['target'])} rows for a text of {length} tokens; remove it")
+                raise UserError(
+                    f"{self.folder} holds {len(texts[-1]['target'])} rows for a text of {length} tokens; remove it"
+                )
         if self.form.hidden is not None:
             head = self.head
             hidden_NE = torch.cat([text["hidden"] for text in texts]).to(self.device, head.weight_VD.dtype)
@@ -164,7 +181,10 @@ class Cache:
         if self._head is None:
             file = next(self.folder.glob("head-*.safetensors"), None)
             if file is None:
-                raise UserError(f"the teacher's head is missing in {self.folder}; remove the folder, and what it held is computed again")
+                raise UserError(
+                    f"the teacher's head is missing in {self.folder}; remove the folder, and what it held is computed"
+                    " again"
+                )
             opened = _opened(file, self.folder)
             told = json.loads(opened.metadata()["head"])
             bias_V = opened.get_tensor("bias").to(self.device) if "bias" in opened.keys() else None  # noqa: SIM118 (it is no dictionary)
@@ -175,7 +195,10 @@ class Cache:
 def _opened(file: Path, remove: Path) -> Any:
     """A file whose bytes are what its name says they must be; what to `remove` where they are not."""
     if file_sha256(file)[:32] != file.stem.partition("-")[2]:
-        raise UserError(f"{file} was cut short or has changed since it was written; remove {remove}, and what it held is computed again")
+        raise UserError(
+            f"{file} was cut short or has changed since it was written; remove {remove}, and what it held is computed"
+            " again"
+        )
     return safe_open(str(file), framework="pt")
 
 

@@ -25,7 +25,9 @@ class DenseRows:
     def log_prob(self, targets_R: Tensor) -> Tensor:
         return self.p.log.gather(-1, targets_R[:, None])[:, 0]
 
-    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor) -> ValueAndGradient:
+    def compare(
+        self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor
+    ) -> ValueAndGradient:
         return divergence(self.p, q, params, targets_R)
 
 

@@ -1,6 +1,7 @@
 """One text's teacher distributions in few bytes, and back: what `signals/cache.py` keeps.
 
-Shapes: N response positions, E width of the teacher, V vocabulary, C positions of a chunk, K tokens kept at a position, M of all positions.
+Shapes: N response positions, E width of the teacher, V vocabulary, C positions of a chunk, K tokens kept at a position,
+M of all positions.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from limbeck.objectives.head import CHUNK_ELEMENTS, chunks
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.sparse import Sampled, TopK
 
-Packed = dict[str, Tensor]  # by name: numbers per position, per kept token, or (`ids`) packed bits; each of one dimension but `hidden`
+# by name: numbers per position, per kept token, or (`ids`) packed bits; each of one dimension but `hidden`
+Packed = dict[str, Tensor]
 LEVELS = {8: torch.uint8, 16: torch.uint16}
 LEAST_REST = 1e-6  # what is left of 1 beside a server's tokens is never taken for less: its numbers are rounded
 
 
 def pack(signal: DenseSignal | TopK, targets_N: Tensor, form: Cache, seed: int, vocabulary: int) -> Packed:
-    """What is kept of the distributions at N positions; `target` [N] is log p of the written token, for finding rows that have moved; NaN
-    where it is not among the tokens that a server names.
+    """What is kept of the distributions at N positions; `target` [N] is log p of the written token, for finding rows
+    that have moved; NaN where it is not among the tokens that a server names.
 
     Args:
         signal: whole distributions, or, for a `top_k` form alone, a server's likeliest tokens.
@@ -36,9 +38,12 @@ def pack(signal: DenseSignal | TopK, targets_N: Tensor, form: Cache, seed: int, 
         return _closed(_named(signal, targets_N, form.top_k), vocabulary)
     if form.hidden is not None:
         dtype = getattr(torch, form.hidden.dtype)
-        found = [_target(signal, part, targets_N) for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS)]
+        found = [
+            _target(signal, part, targets_N) for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS)
+        ]
         return {"hidden": signal.hidden_NE.to("cpu", dtype).contiguous(), "target": torch.cat(found)}
-    noise, parts = torch.Generator().manual_seed(seed), []
+    noise = torch.Generator().manual_seed(seed)
+    parts = []
     for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS):
         p = Distribution(signal.chunk(part).logits_CV)
         columns = _top(p, form.top_k) if form.top_k is not None else _drawn(p, form.sampled or CachedSamples(), noise)
@@ -59,7 +64,8 @@ def _top(p: Distribution, settings: CachedTop) -> Packed:
     log_CK, ids_CK = p.log.topk(min(settings.k, p.log.shape[-1]))
     count_C, kept_CK = _enough(log_CK, settings.mass)
     others_CV = p.log.scatter(-1, torch.where(kept_CK, ids_CK, ids_CK[:, :1]), -math.inf)
-    return _levels(log_CK, ids_CK, count_C, kept_CK, others_CV.logsumexp(-1), settings.bits)  # -inf where all tokens are kept
+    # -inf where all tokens are kept
+    return _levels(log_CK, ids_CK, count_C, kept_CK, others_CV.logsumexp(-1), settings.bits)
 
 
 def _named(signal: TopK, targets_N: Tensor, settings: CachedTop) -> Packed:
@@ -83,7 +89,8 @@ def _enough(log_CK: Tensor, mass: float | None) -> tuple[Tensor, Tensor]:
 
 
 def _levels(log_CK: Tensor, ids_CK: Tensor, count_C: Tensor, kept_CK: Tensor, log_rest_C: Tensor, bits: int) -> Packed:
-    lowest_C1 = log_CK.gather(-1, count_C[:, None] - 1).mul(1 + 2**-10).half()  # away from 0, so that no level is passed
+    # away from 0, so that no level is passed
+    lowest_C1 = log_CK.gather(-1, count_C[:, None] - 1).mul(1 + 2**-10).half()
     most = 2**bits - 1
     level_CK = (log_CK / lowest_C1.float().clamp_max(-1e-6) * most).round().clamp(0, most)
     return {
@@ -98,7 +105,9 @@ def _levels(log_CK: Tensor, ids_CK: Tensor, count_C: Tensor, kept_CK: Tensor, lo
 def _drawn(p: Distribution, settings: CachedSamples, noise: torch.Generator) -> Packed:
     """The tokens drawn, each once, with weight times its draws / all draws x p / proposal."""
     proposal = p.at(settings.temperature)
-    counts, ids, weights = [], [], []
+    counts = []
+    ids = []
+    weights = []
     log_ratio_CV = (p.log - proposal.log).cpu()
     drawn_CS = torch.multinomial(proposal.prob.cpu(), settings.draws, replacement=True, generator=noise)
     for row, drawn_S in enumerate(drawn_CS):
@@ -115,9 +124,11 @@ def _drawn(p: Distribution, settings: CachedSamples, noise: torch.Generator) -> 
 
 
 def unpack(texts: Sequence[Mapping[str, Tensor]], form: Cache, vocabulary: int) -> TopK | Sampled:
-    """The signal of several texts' positions, one after the other; of a `hidden` form the cache makes it, which has the head."""
+    """The signal of several texts' positions, one after the other; of a `hidden` form the cache makes it, which has the
+    head."""
     joined = {name: torch.cat([text[name] for text in texts]) for name in texts[0] if name != "ids"}
-    bits, count_N = width(vocabulary), joined["count"].to(torch.int64)
+    bits = width(vocabulary)
+    count_N = joined["count"].to(torch.int64)
     amounts = [int(text["count"].to(torch.int64).sum()) for text in texts]
     ids_M = torch.cat([unpack_bits(text["ids"], bits, amount) for text, amount in zip(texts, amounts, strict=True)])
     used_NK = torch.arange(int(count_N.max())) < count_N[:, None]
@@ -125,7 +136,8 @@ def unpack(texts: Sequence[Mapping[str, Tensor]], form: Cache, vocabulary: int) 
     if form.top_k is None:
         weight_NK = torch.zeros(used_NK.shape).masked_scatter_(used_NK, joined["weight"])
         return Sampled(ids_NK, weight_NK, joined["entropy"].float())
-    most, lowest_N = 2**form.top_k.bits - 1, joined["lowest"].float().clamp_max(-1e-6)
+    most = 2**form.top_k.bits - 1
+    lowest_N = joined["lowest"].float().clamp_max(-1e-6)
     level_NK = torch.zeros(used_NK.shape).masked_scatter_(used_NK, joined["level"].to(torch.int32).float())
     log_NK = (level_NK / most * lowest_N[:, None]).masked_fill(~used_NK, -math.inf)
     log_rest_N = joined["rest"].float()

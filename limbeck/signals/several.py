@@ -1,4 +1,5 @@
-"""Several teachers as one signal: the mean of their distributions, or the one or the other by how unsure the student is.
+"""Several teachers as one signal: the mean of their distributions, or the one or the other by how unsure the student
+is.
 
 Shapes: N response positions, M teachers, C positions of a chunk, R of a block, V vocabulary.
 """
@@ -22,7 +23,8 @@ from limbeck.types import UserError
 class MixedSignal:
     """p = sum_m w_nm p_m, with weights that add up to 1 at every position: the mean of probabilities, never of logits.
 
-    Where one teacher has all the weight it is that teacher's distribution; teachers without any in a chunk are not projected.
+    Where one teacher has all the weight it is that teacher's distribution; teachers without any in a chunk are not
+    projected.
     """
 
     signals: Sequence[DenseSignal]
@@ -30,7 +32,8 @@ class MixedSignal:
 
     @torch.no_grad()
     def chunk(self, positions: slice) -> DenseChunk:
-        weight_CM, log_CV = self.weight_NM[positions], None
+        weight_CM = self.weight_NM[positions]
+        log_CV = None
         for number, signal in enumerate(self.signals):
             if not bool(weight_CM[:, number].any()):
                 continue
@@ -43,8 +46,9 @@ class MixedSignal:
 
 @dataclass(frozen=True)
 class GatedSignal:
-    """Dynamic KD's two teachers (arXiv:2109.11295): with h = H(q) / log V, the student's entropy as a share of the largest, the loss is
-    h times the one to the `small` teacher and 1 - h times the one to the `large`. No gradient flows through h.
+    """Dynamic KD's two teachers (arXiv:2109.11295): with h = H(q) / log V, the student's entropy as a share of the
+    largest, the loss is h times the one to the `small` teacher and 1 - h times the one to the `large`. No gradient
+    flows through h.
     """
 
     small: DenseSignal
@@ -70,12 +74,17 @@ class GatedRows:
 
     @property
     def p(self) -> Distribution:
-        raise UserError("which of two teachers is followed depends on the student, so there is no one distribution; use a divergence")
+        raise UserError(
+            "which of two teachers is followed depends on the student, so there is no one distribution; use a"
+            " divergence"
+        )
 
     def log_prob(self, _: Tensor) -> Tensor:
         return self.p.log  # which is refused
 
-    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor) -> ValueAndGradient:
+    def compare(
+        self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor
+    ) -> ValueAndGradient:
         share_R = (-(q.prob * q.log).sum(-1) / math.log(q.log.shape[-1])).clamp(0, 1)
         values_R, gradient_RV = self.small.compare(divergence, params, q, targets_R)
         other_R, other_RV = self.large.compare(divergence, params, q, targets_R)

@@ -1,9 +1,9 @@
 """Signals that hold a few tokens per position: the teacher's top tokens with a bucket for the rest, tokens sampled from
 it, or only the token that was written.
 
-Top tokens and bucket are a distribution over K + 1 outcomes. The student is brought to the same outcomes (the bucket gets
-all that its own softmax gives to other tokens), and any divergence compares the two. Renormalising both sides over the
-top tokens is not offered: it leaves the rest of the vocabulary unpenalised.
+Top tokens and bucket are a distribution over K + 1 outcomes. The student is brought to the same outcomes (the bucket
+gets all that its own softmax gives to other tokens), and any divergence compares the two. Renormalising both sides over
+the top tokens is not offered: it leaves the rest of the vocabulary unpenalised.
 
 Shapes: N response positions, R of a block, K tokens kept per position, V vocabulary.
 """
@@ -27,8 +27,9 @@ PARTIAL = "this signal holds a few tokens of the teacher's distribution only; me
 class TopK:
     """`ids_NK` (distinct in a row) with the teacher's `log_prob_NK`; the bucket has `rest_N`, else what is left of 1.
 
-    Where rows keep different numbers of tokens, `count_N` (1 or more) says how many; the columns after them are not looked at.
-    `written_N` is log p of the tokens that the text went on with, where those are known beside the likeliest.
+    Where rows keep different numbers of tokens, `count_N` (1 or more) says how many; the columns after them are not
+    looked at. `written_N` is log p of the tokens that the text went on with, where those are known beside the
+    likeliest.
     """
 
     ids_NK: Tensor
@@ -65,7 +66,9 @@ class TopK:
     def p(self) -> Distribution:
         raise UserError(PARTIAL)
 
-    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, _: Tensor) -> ValueAndGradient:
+    def compare(
+        self, divergence: Divergence, params: Mapping[str, float], q: Distribution, _: Tensor
+    ) -> ValueAndGradient:
         """The divergence over K + 1 outcomes, and its gradient for all V logits.
 
         With G the gradient for the outcomes' logits, a kept token's logit gets its own G and every other token v the
@@ -73,8 +76,9 @@ class TopK:
         """
         if not divergence.buckets or params.get("temperature", 1) != 1:
             raise UserError(
-                f"{divergence.name} (temperature {params.get('temperature', 1):g}) needs the teacher's whole distribution, and this signal "
-                "has its top tokens only: use forward_kl, jsd or another divergence at temperature 1, or a dense signal"
+                f"{divergence.name} (temperature {params.get('temperature', 1):g}) needs the teacher's whole"
+                " distribution, and this signal has its top tokens only: use forward_kl, jsd or another divergence at"
+                " temperature 1, or a dense signal"
             )
         ids_RK, log_p_RK, unused_RK = self._kept(q.log.dtype)
         log_q_RK = q.log.gather(-1, ids_RK)
@@ -102,11 +106,15 @@ class TopK:
         if self.count_N is None:
             return self.ids_NK, log_p_RK, None
         unused_RK = torch.arange(self.ids_NK.shape[1], device=self.ids_NK.device) >= self.count_N[:, None]
-        return torch.where(unused_RK, self.ids_NK[:, :1], self.ids_NK), log_p_RK.masked_fill(unused_RK, IMPOSSIBLE), unused_RK
+        return (
+            torch.where(unused_RK, self.ids_NK[:, :1], self.ids_NK),
+            log_p_RK.masked_fill(unused_RK, IMPOSSIBLE),
+            unused_RK,
+        )
 
     def _log_rest(self, log_p_RK: Tensor, may_be_empty: bool) -> Tensor:
-        """log of the bucket's probability [R, 1]. What is left of 1 is never taken for less than a rounding error, nor is
-        a bucket that is said to be empty where the divergence would be infinite."""
+        """log of the bucket's probability [R, 1]. What is left of 1 is never taken for less than a rounding error, nor
+        is a bucket that is said to be empty where the divergence would be infinite."""
         least = torch.finfo(log_p_RK.dtype).eps
         if self.rest_N is None:
             return (1 - log_p_RK.exp().sum(-1, keepdim=True)).clamp_min(least).log()
@@ -135,12 +143,20 @@ class Sampled:
     entropy_N: Tensor | None = None
 
     def chunk(self, positions: slice) -> Sampled:
-        return Sampled(self.ids_NK[positions], self.weight_NK[positions], None if self.entropy_N is None else self.entropy_N[positions])
+        return Sampled(
+            self.ids_NK[positions],
+            self.weight_NK[positions],
+            None if self.entropy_N is None else self.entropy_N[positions],
+        )
 
     rows = chunk
 
     def to(self, device: torch.device | str) -> Sampled:
-        return Sampled(self.ids_NK.to(device), self.weight_NK.to(device), None if self.entropy_N is None else self.entropy_N.to(device))
+        return Sampled(
+            self.ids_NK.to(device),
+            self.weight_NK.to(device),
+            None if self.entropy_N is None else self.entropy_N.to(device),
+        )
 
     @property
     def p(self) -> Distribution:
@@ -149,9 +165,13 @@ class Sampled:
     def log_prob(self, _: Tensor) -> Tensor:
         raise UserError(PARTIAL)
 
-    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, _: Tensor) -> ValueAndGradient:
+    def compare(
+        self, divergence: Divergence, params: Mapping[str, float], q: Distribution, _: Tensor
+    ) -> ValueAndGradient:
         if divergence.name != "forward_kl" or params.get("temperature", 1) != 1:
-            raise UserError(f"sampled tokens of the teacher carry forward_kl at temperature 1 only, not {divergence.name}")
+            raise UserError(
+                f"sampled tokens of the teacher carry forward_kl at temperature 1 only, not {divergence.name}"
+            )
         weight_RK = self.weight_NK.to(q.log.dtype)
         values_R = -(weight_RK * q.log.gather(-1, self.ids_NK)).sum(-1)
         if self.entropy_N is not None:
@@ -181,9 +201,13 @@ class Written:
     def log_prob(self, _: Tensor) -> Tensor:
         raise UserError(PARTIAL)
 
-    def compare(self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor) -> ValueAndGradient:
+    def compare(
+        self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor
+    ) -> ValueAndGradient:
         if not divergence.one_hot or params.get("teacher_share") == 1:
-            raise UserError(f"{divergence.name} is infinite where the teacher gives a token no probability, as text alone does; use "
-                            "cross_entropy, jsd or tvd, or a teacher's distribution")  # fmt: skip
+            raise UserError(
+                f"{divergence.name} is infinite where the teacher gives a token no probability, as text alone does; use"
+                " cross_entropy, jsd or tvd, or a teacher's distribution"
+            )
         certain = torch.zeros_like(self.ids_N, dtype=q.log.dtype)[:, None]
         return TopK(self.ids_N[:, None], certain, certain[:, 0]).compare(divergence, params, q, targets_R)

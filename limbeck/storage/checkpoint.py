@@ -15,7 +15,15 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from limbeck.storage.files import crash_point, file_sha256, full_disk_as_os_error, new_directory, remove_directory, sweep, write_json
+from limbeck.storage.files import (
+    crash_point,
+    file_sha256,
+    full_disk_as_os_error,
+    new_directory,
+    remove_directory,
+    sweep,
+    write_json,
+)
 from limbeck.types import UserError
 
 MANIFEST = "manifest.json"
@@ -37,7 +45,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     with new_directory(folder / f"step-{step:08d}") as beside:
         crash_point("checkpoint.before_tensors")
         with full_disk_as_os_error():
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
+            save_file(
+                {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors"
+            )
         crash_point("checkpoint.before_manifest")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in beside.iterdir()}
         write_json(beside / MANIFEST, {"step": step, "files": files, "state": dict(state)})

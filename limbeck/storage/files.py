@@ -161,7 +161,9 @@ def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"{path.parent} is in use by another limbeck process; wait for it or choose another --out") from None
+            raise UserError(
+                f"{path.parent} is in use by another limbeck process; wait for it or choose another --out"
+            ) from None
         yield
 
 

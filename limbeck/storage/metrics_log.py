@@ -1,4 +1,5 @@
-"""A run folder as it grows: the steps of its trainings, read while another process may be writing them. Nothing is written here."""
+"""A run folder as it grows: the steps of its trainings, read while another process may be writing them. Nothing is
+written here."""
 
 from __future__ import annotations
 
@@ -18,19 +19,24 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[Record] = []
-        self._file, self._offset = -1, 0
+        self._file = -1
+        self._offset = 0
 
     def update(self) -> list[Record]:
-        """All records of the file as it is now; only what is new is read. A half-written last line waits for its end."""
+        """All records of the file as it is now; only what is new is read. A half-written last line waits for its
+        end."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
-            self.records, self._offset = [], 0
+            self.records = []
+            self._offset = 0
             return self.records
         with file:
             facts = os.fstat(file.fileno())
             if facts.st_ino != self._file or facts.st_size < self._offset:
-                self.records, self._file, self._offset = [], facts.st_ino, 0
+                self.records = []
+                self._file = facts.st_ino
+                self._offset = 0
             file.seek(self._offset)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -51,7 +57,9 @@ def _record(line: bytes) -> Record | None:
 def trainings(folder: Path) -> dict[str, Path]:
     """The folder of every training that has begun, by name: the student's first, then those of its controls."""
     controls = folder / "controls"
-    found = {"student": folder} | {path.name: path for path in (sorted(controls.iterdir()) if controls.is_dir() else [])}
+    found = {"student": folder} | {
+        path.name: path for path in (sorted(controls.iterdir()) if controls.is_dir() else [])
+    }
     return {name: path for name, path in found.items() if (path / "metrics.jsonl").exists()}
 
 
@@ -102,14 +110,15 @@ def is_number(value: Any) -> TypeGuard[float]:
 def values_of(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one step by name; what is no finite number is left out.
 
-    loss and `terms/NAME` in nats per response token (or per the term's own unit), `scheduled/NAME`, lr, grad_norm, memory_mib, and
-    tokens_per_second over all tokens of the step, prompts and padding included.
+    loss and `terms/NAME` in nats per response token (or per the term's own unit), `scheduled/NAME`, lr, grad_norm,
+    memory_mib, and tokens_per_second over all tokens of the step, prompts and padding included.
     """
     found = {name: record.get(name) for name in ("loss", "lr", "grad_norm", "memory_mib")}
     for group in ("terms", "scheduled"):
         part = record.get(group)
         found |= {f"{group}/{name}": value for name, value in part.items()} if isinstance(part, dict) else {}
-    tokens, seconds = record.get("tokens"), record.get("seconds")
+    tokens = record.get("tokens")
+    seconds = record.get("seconds")
     if is_number(tokens) and is_number(seconds) and seconds:
         found["tokens_per_second"] = tokens / seconds
     return {name: float(value) for name, value in found.items() if value is not None and is_number(value)}

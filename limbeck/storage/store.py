@@ -20,7 +20,9 @@ create table if not exists samples (id text primary key, body text not null) str
 create table if not exists answers (
     key text primary key, request text not null, finish text not null, sample_id text not null references samples (id)
 ) strict;
-create table if not exists bills (key text primary key, writer text not null, read integer not null, written integer not null) strict;
+create table if not exists bills (
+    key text primary key, writer text not null, read integer not null, written integer not null
+) strict;
 create table if not exists bodies (key text primary key, raw text not null) strict;
 create table if not exists scores (judge text not null, name text not null, nats real not null, tokens integer not null,
     primary key (judge, name)
@@ -50,7 +52,9 @@ class Store:
         except sqlite3.OperationalError:
             raise  # no room, no permission: the file is not to blame
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path} is not a store of this program ({error}); move it away or choose another --out") from error
+            raise UserError(
+                f"{path} is not a store of this program ({error}); move it away or choose another --out"
+            ) from error
         if found is not None and found[0] != VERSION:
             raise UserError(f"{path} was written by another version of the store ({found[0]}); choose another --out")
 
@@ -61,10 +65,15 @@ class Store:
         self._db.close()
 
     def record(
-        self, request: Request, sample: Sample, finish: Finish, raw: str | None = None, usage: tuple[int, int] | None = None
+        self,
+        request: Request,
+        sample: Sample,
+        finish: Finish,
+        raw: str | None = None,
+        usage: tuple[int, int] | None = None,
     ) -> None:
-        """Keep an answer, and where they are given the body it came in and the tokens it was billed for (read, written). When this
-        returns, it survives the process."""
+        """Keep an answer, and where they are given the body it came in and the tokens it was billed for (read,
+        written). When this returns, it survives the process."""
         body = {
             "messages": list(sample.messages),
             "writer": sample.writer,
@@ -82,7 +91,9 @@ class Store:
             if raw is not None:
                 self._db.execute("insert or ignore into bodies values (?, ?)", (request.key, raw))
             if usage is not None:
-                self._db.execute("insert or ignore into bills values (?, ?, ?, ?)", (request.key, sample.writer, *usage))
+                self._db.execute(
+                    "insert or ignore into bills values (?, ?, ?, ?)", (request.key, sample.writer, *usage)
+                )
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
@@ -97,7 +108,9 @@ class Store:
 
     def answered(self, request: Request) -> Sample | None:
         """The stored answer to this request, if there is one."""
-        row = self._db.execute("select body, finish from answers join samples on id = sample_id where key = ?", (request.key,)).fetchone()
+        row = self._db.execute(
+            "select body, finish from answers join samples on id = sample_id where key = ?", (request.key,)
+        ).fetchone()
         return None if row is None else _sample(row[0], row[1])
 
     def write_evidence(self, *evidence: Evidence) -> None:
@@ -131,7 +144,8 @@ class Store:
         return None if row is None else str(row[0])
 
     def bill(self, writer: str) -> tuple[int, int, int]:
-        """What the kept answers of this writer cost: how many they are, and the tokens read and written for them, as it said itself."""
+        """What the kept answers of this writer cost: how many they are, and the tokens read and written for them, as it
+        said itself."""
         found = self._db.execute(
             "select count(*), coalesce(sum(read), 0), coalesce(sum(written), 0) from bills where writer = ?", (writer,)
         )

@@ -1,4 +1,5 @@
-"""What the student is held against: trainings from the same start, for as many steps, on other text or with another loss."""
+"""What the student is held against: trainings from the same start, for as many steps, on other text or with another
+loss."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def preferred(rows: Sequence[Row]) -> list[Row]:
 
 
 def shuffled(rows: Sequence[Row], seed: int, context: int) -> list[Row]:
-    """The same prompts and the same answers, each answer to a prompt that is not its own: what is learnt without knowing the question.
+    """The same prompts and the same answers, each answer to a prompt that is not its own: what is learnt without
+    knowing the question.
 
     A row that would be longer than `context` tokens is left out.
 
@@ -31,7 +33,9 @@ def shuffled(rows: Sequence[Row], seed: int, context: int) -> list[Row]:
     order = list(range(len(rows)))
     random.Random(f"{seed}/shuffled").shuffle(order)  # noqa: S311 (an order, not a secret)
     taken = {place: order[(at + 1) % len(order)] for at, place in enumerate(order)}  # one cycle: none keeps its own
-    dealt = [replace(row, response_ids=rows[taken[place]].response_ids, references=()) for place, row in enumerate(rows)]
+    dealt = [
+        replace(row, response_ids=rows[taken[place]].response_ids, references=()) for place, row in enumerate(rows)
+    ]
     return [row for row in dealt if len(row) <= context]
 
 
@@ -41,7 +45,13 @@ def gold_samples(prompts: Sequence[Prompt]) -> list[Sample]:
         Sample(
             (*prompt.messages, {"role": "assistant", "content": prompt.answers[0]}),
             "corpus",
-            meta={"finish": "ok", "prompt_id": prompt.id, "writer": "corpus", "task": prompt.task, "weight": prompt.weight},
+            meta={
+                "finish": "ok",
+                "prompt_id": prompt.id,
+                "writer": "corpus",
+                "task": prompt.task,
+                "weight": prompt.weight,
+            },
         )
         for prompt in prompts
         if prompt.answers

@@ -1,7 +1,7 @@
 """Several processes on one training (`torchrun`): each takes its share of a step's micro-batches, gradients are summed.
 
-The caller starts the process group and calls `train.train` in every rank (from Python; the commands run one process). With
-one process everything here does nothing. Sums are exact sums over ranks, so the global division stays the loop's.
+The caller starts the process group and calls `train.train` in every rank (from Python; the commands run one process).
+With one process everything here does nothing. Sums are exact sums over ranks, so the global division stays the loop's.
 Not covered: sharded weights (every rank holds the whole model).
 """
 

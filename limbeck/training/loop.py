@@ -1,8 +1,9 @@
 """The one training loop, blind to methods: terms return sums, the loop divides once and steps.
 
-loss = sum_k weight_k * (sum of w * l_k) / (sum of w), the sums taken over the step's response tokens (or rows, or groups
-of answers), whatever its split into micro-batches and ranks. Killed at any moment, a run goes on from its last checkpoint with the same
-losses to the bit (same machine, same thread count): the order of the text is a function of the seed alone.
+loss = sum_k weight_k * (sum of w * l_k) / (sum of w), the sums taken over the step's response tokens (or rows, or
+groups of answers), whatever its split into micro-batches and ranks. Killed at any moment, a run goes on from its last
+checkpoint with the same losses to the bit (same machine, same thread count): the order of the text is a function of the
+seed alone.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ class Job:
     """All that one training needs. `folder` receives `checkpoints/` and `metrics.jsonl`; `key` names the job.
 
     `matches` are what terms learn beside the student, by term label, and `taps` what they read of the student;
-    `bank_rows` give each sample's place in their banks; `vocabulary` cuts a head that is padded more than the teacher's;
-    `prepare` is called before the first step of all (again, where a run is killed before its first checkpoint). `states`
-    of adaptive schedules live in the checkpoint. `source` gives the steps' text, where that is not just `rows`; `average` is
-    the student's moving average where it teaches; `monitor` looks at a micro-batch that the student wrote.
+    `bank_rows` give each sample's place in their banks; `vocabulary` cuts a head that is padded more than the
+    teacher's; `prepare` is called before the first step of all (again, where a run is killed before its first
+    checkpoint). `states` of adaptive schedules live in the checkpoint. `source` gives the steps' text, where that is
+    not just `rows`; `average` is the student's moving average where it teaches; `monitor` looks at a micro-batch that
+    the student wrote.
     """
 
     net: PreTrainedModel
@@ -94,12 +96,20 @@ class Job:
 
     def times(self, name: str) -> float:
         """How many times as fast as the student this parameter is trained."""
-        return next((learned.times for label, learned in self.matches.items() if name.startswith(f"match.{label}.")), 1.0)
+        return next(
+            (learned.times for label, learned in self.matches.items() if name.startswith(f"match.{label}.")), 1.0
+        )
 
     def frozen(self) -> dict[str, Tensor]:
         """What the feature terms hold without training it: filters of the teacher, banks."""
-        held = {f"{label}.{name}": value for label, match in self.matches.items() for name, value in match.state_dict().items()}
-        return {name: value for name, value in held.items() if f"match.{name}" not in self.parameters() and value.numel()}
+        held = {
+            f"{label}.{name}": value
+            for label, match in self.matches.items()
+            for name, value in match.state_dict().items()
+        }
+        return {
+            name: value for name, value in held.items() if f"match.{name}" not in self.parameters() and value.numel()
+        }
 
 
 def total_steps(rows: Sequence[Row], settings: Train, together: bool = False) -> int:
@@ -120,7 +130,9 @@ def learning_rate(settings: Train, step: int, steps: int) -> float:
     return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(job: Job, progress: Progress = lambda step, steps, record: None, stop: Callable[[], bool] = lambda: False) -> bool:
+def train(
+    job: Job, progress: Progress = lambda step, steps, record: None, stop: Callable[[], bool] = lambda: False
+) -> bool:
     """Train to the end, or until `stop` says so. Returns whether the end was reached; the state is saved either way.
 
     Raises:
@@ -128,12 +140,14 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
     """
     keep_freed_memory()
     forget_peak()
-    settings, steps = job.settings, total_steps(job.rows, job.settings, job.together)
+    settings = job.settings
+    steps = total_steps(job.rows, job.settings, job.together)
     parameters = job.parameters()
     optimizer = _optimizer(job, parameters)
     start = _resume(job, parameters, optimizer)
     job.net.train()
-    saved_at, pause = time.monotonic(), settings.save_seconds
+    saved_at = time.monotonic()
+    pause = settings.save_seconds
     for step in range(start, steps):
         try:
             record = _step(job, step, steps, parameters, optimizer)
@@ -144,7 +158,8 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
             append_json(job.folder / "metrics.jsonl", record)
         progress(step + 1, steps, record)
         crash_point("train.after_step")
-        last, stopping = step + 1 == steps, any(ranks.gather(stop()))
+        last = step + 1 == steps
+        stopping = any(ranks.gather(stop()))
         if last or stopping or max(ranks.gather(time.monotonic() - saved_at)) >= pause:
             began = time.monotonic()
             _save(job, step + 1, parameters, optimizer)
@@ -156,11 +171,14 @@ def train(job: Job, progress: Progress = lambda step, steps, record: None, stop:
     return True
 
 
-def _step(job: Job, step: int, steps: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _step(
+    job: Job, step: int, steps: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """One update from the text of step number `step`."""
     began = time.perf_counter()
     turn = job.text.turn(step, step / steps, job.states)
-    torch.manual_seed(job.settings.seed * 2**24 + step)  # dropout, where the model has any: a step is replayed to the bit
+    # dropout, where the model has any: a step is replayed to the bit
+    torch.manual_seed(job.settings.seed * 2**24 + step)
     terms = [term.settle(step / steps, job.states) for term in job.terms]
     batches = [make_batch(micro_batch) for micro_batch in turn.micro_batches]
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
@@ -213,7 +231,9 @@ def _moving(terms: Sequence[Settled]) -> dict[str, float]:
     """The scheduled numbers of this step, for the metrics."""
     found = {f"{t.label}.weight": t.weight for t in terms if t.term.weight.shape != "constant"}
     for t in terms:
-        found |= {f"{t.label}.{key}": t.params[key] for key, schedule in t.term.params.items() if schedule.shape != "constant"}
+        found |= {
+            f"{t.label}.{key}": t.params[key] for key, schedule in t.term.params.items() if schedule.shape != "constant"
+        }
     return found
 
 
@@ -223,15 +243,16 @@ def _check_finite(step: int, loss: float, norm: float, means: Mapping[str, float
     bad = [label for label, value in means.items() if not math.isfinite(value)] or list(means)
     samples = [sample_id[:12] for batch in batches for sample_id in batch.sample_ids]
     raise UserError(
-        f"step {step + 1}: the loss is {loss} and the gradient norm {norm} (from {', '.join(bad)}), so no update was made; samples "
-        f"{', '.join(samples[:4])}...: lower train.lr, or look at those samples' logits"
+        f"step {step + 1}: the loss is {loss} and the gradient norm {norm} (from {', '.join(bad)}), so no update was"
+        f" made; samples {', '.join(samples[:4])}...: lower train.lr, or look at those samples' logits"
     )
 
 
 @torch.no_grad()
 def loss_on(job: Job, batches: Sequence[Batch], progress: float) -> float:
     """The weighted loss of all terms on this text, without a step: what is watched, not trained."""
-    terms, training = [term.settle(progress, job.states) for term in job.terms], job.net.training
+    terms = [term.settle(progress, job.states) for term in job.terms]
+    training = job.net.training
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
     job.net.eval()
     losses = [float(total_loss(terms, amounts, job.matches, _pass(job, batch, 0))[0]) for batch in batches]
@@ -260,11 +281,13 @@ def backward(job: Job, batch: Batch, terms: Sequence[Settled], amounts: Mapping[
 
 def _optimizer(job: Job, parameters: dict[str, Tensor]) -> torch.optim.AdamW:
     """AdamW; weight decay for matrices only. What a term learns may go `times` as fast as the student."""
-    settings, groups = job.settings, dict[tuple[float, bool], dict[str, Any]]()
+    settings = job.settings
+    groups = dict[tuple[float, bool], dict[str, Any]]()
     for matrices in (True, False):
         for name, p in parameters.items():
             if (p.ndim >= 2) == matrices:
-                times, decay = job.times(name), settings.weight_decay if matrices else 0.0
+                times = job.times(name)
+                decay = settings.weight_decay if matrices else 0.0
                 group = groups.setdefault((times, matrices), {"params": [], "weight_decay": decay, "times": times})
                 group["params"].append(p)
     return torch.optim.AdamW(list(groups.values()), lr=settings.lr, betas=settings.betas, fused=True)
@@ -272,7 +295,9 @@ def _optimizer(job: Job, parameters: dict[str, Tensor]) -> torch.optim.AdamW:
 
 def _save(job: Job, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     if ranks.number() == 0:
-        tensors = {f"weight/{name}": p for name, p in parameters.items()} | {f"frozen/{name}": t for name, t in job.frozen().items()}
+        tensors = {f"weight/{name}": p for name, p in parameters.items()} | {
+            f"frozen/{name}": t for name, t in job.frozen().items()
+        }
         for name, p in parameters.items():
             for key, value in optimizer.state[p].items():
                 tensors[f"{key}/{name}"] = value
@@ -292,7 +317,10 @@ def _resume(job: Job, parameters: dict[str, Tensor], optimizer: torch.optim.Opti
         job.prepare()
     else:
         if (found.state["job"], found.state["rows"]) != (job.key, _rows_key(job.rows)):
-            raise UserError(f"{job.folder / 'checkpoints'} belongs to other settings or other text; remove it or choose another --out")
+            raise UserError(
+                f"{job.folder / 'checkpoints'} belongs to other settings or other text; remove it or choose another"
+                " --out"
+            )
         job.states.update(found.state.get("schedules", {}))
         job.text.restore(found.state.get("text", {}))
         _restore(job, found.tensors, parameters, optimizer)
@@ -304,12 +332,16 @@ def _resume(job: Job, parameters: dict[str, Tensor], optimizer: torch.optim.Opti
 
 
 @torch.no_grad()
-def _restore(job: Job, tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def _restore(
+    job: Job, tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
     for name, p in parameters.items():
         p.copy_(tensors[f"weight/{name}"])
         if f"step/{name}" in tensors:  # a parameter that no loss has reached yet has no state
             keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[p] = {key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in keys}
+            optimizer.state[p] = {
+                key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in keys
+            }
     if job.average is not None:
         job.average.restore({name: tensors[f"average/{name}"] for name in job.average.tensors})
     for label, match in job.matches.items():

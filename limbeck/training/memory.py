@@ -1,7 +1,7 @@
 """Keep freed memory for the next block instead of handing it back to the system.
 
-glibc gives the top of its heap back as soon as a few megabytes are free, and maps larger tensors anew each time. Blocks of
-logits come and go a hundred times a second, and faulting their pages in again costs several times their arithmetic.
+glibc gives the top of its heap back as soon as a few megabytes are free, and maps larger tensors anew each time. Blocks
+of logits come and go a hundred times a second, and faulting their pages in again costs several times their arithmetic.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import ctypes.util
 import functools
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 KEPT = 512 * 2**20  # bytes that stay with the process once freed
 LARGEST = 32 * 2**20  # larger blocks still go to the system and back; glibc takes no more than this
 

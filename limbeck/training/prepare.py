@@ -43,7 +43,10 @@ def even_batches(rows: Sequence[Row]) -> list[MicroBatch]:
 
 @torch.no_grad()
 def response_log_probs(
-    net: PreTrainedModel, rows: Sequence[Row], vocabulary: int | None = None, progress: Progress = lambda done, total: None
+    net: PreTrainedModel,
+    rows: Sequence[Row],
+    vocabulary: int | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, float]:
     """log q(response | prompt) in nats for every row, by sample id; the head cut to `vocabulary` as in training.
 
@@ -58,12 +61,18 @@ def response_log_probs(
         hidden_BTD, _ = features(net, batch.tokens_BT.to(net.device))
         targets_N = batch.tokens_BT[row_N, position_N + 1].to(net.device)
         head = head_of(net)
-        log_prob_N = token_log_probs(hidden_BTD[row_N, position_N], head.cut(vocabulary or head.vocabulary), targets_N).double().cpu()
+        log_prob_N = (
+            token_log_probs(hidden_BTD[row_N, position_N], head.cut(vocabulary or head.vocabulary), targets_N)
+            .double()
+            .cpu()
+        )
         sums_B = torch.zeros(len(micro_batch), dtype=torch.float64).index_add_(0, row_N, log_prob_N)
         found |= dict(zip(batch.sample_ids, sums_B.tolist(), strict=True))
         if not bool(sums_B.isfinite().all()):
             bad = batch.sample_ids[int((~sums_B.isfinite()).nonzero()[0])]
-            raise UserError(f"the reference gives sample {bad[:12]} a log-probability that is not finite; look at that sample")
+            raise UserError(
+                f"the reference gives sample {bad[:12]} a log-probability that is not finite; look at that sample"
+            )
         done += len(micro_batch)
         progress(done, len(rows))
     return found
@@ -72,7 +81,10 @@ def response_log_probs(
 @torch.no_grad()
 def fill_cache(cache: Cache, view: Callable[[Batch], TeacherView], rows: Sequence[Row], progress: Progress) -> None:
     """The teacher's distributions over all rows that the cache does not hold yet, each text once."""
-    texts = {text_key(row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids): row for row in rows}
+    texts = {
+        text_key(row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids): row
+        for row in rows
+    }
     missing = [row for key, row in texts.items() if key not in cache]
     for number, micro_batch in enumerate(batches := even_batches(missing)):
         batch = make_batch(missing, micro_batch)
@@ -101,7 +113,8 @@ class Remembered:
     @torch.no_grad()
     def score(self, rows: Sequence[Row]) -> list[Tensor]:
         """log p of every response token, one tensor per row, in nats. What was remembered before is forgotten."""
-        self._known, found = {}, dict[str, Tensor]()
+        self._known = {}
+        found = dict[str, Tensor]()
         for micro_batch in even_batches(rows):
             batch = make_batch(rows, micro_batch)
             signal = self.view(batch).signal
@@ -116,7 +129,9 @@ class Remembered:
             for sample_id, start, end in zip(batch.sample_ids, [0, *ends], ends, strict=False):
                 part = slice(start, end)
                 found[sample_id] = log_prob_N[part]
-                own = signal.chunk(part) if isinstance(signal, TopK) else DenseSignal(signal.hidden_NE[part], signal.head)
+                own = (
+                    signal.chunk(part) if isinstance(signal, TopK) else DenseSignal(signal.hidden_NE[part], signal.head)
+                )
                 self._known[sample_id] = own
         return [found[row.sample_id] for row in rows]
 
@@ -129,14 +144,22 @@ class Remembered:
         return TeacherView(joined([one for one in known if isinstance(one, TopK)]))
 
 
-def with_columns(rows: list[Row], teacher: Remembered, policies: Sequence[tuple[Policy, Mapping[str, float]]]) -> list[Row]:
-    """The student's rows with what the policies read of whole responses: the teacher's log-probabilities, advantages, weights."""
+def with_columns(
+    rows: list[Row], teacher: Remembered, policies: Sequence[tuple[Policy, Mapping[str, float]]]
+) -> list[Row]:
+    """The student's rows with what the policies read of whole responses: the teacher's log-probabilities, advantages,
+    weights."""
     if not rows:
         return rows
     scores = [tuple(score.tolist()) for score in teacher.score(rows)]
-    rows = [replace(row, columns={**row.columns, "teacher_log_prob": score}) for row, score in zip(rows, scores, strict=True)]
+    rows = [
+        replace(row, columns={**row.columns, "teacher_log_prob": score})
+        for row, score in zip(rows, scores, strict=True)
+    ]
     batch = make_batch(rows)
-    log_prob_BT, sampler_BT, teacher_BT = (batch.columns[name] for name in ("log_prob", "old_log_prob", "teacher_log_prob"))
+    log_prob_BT, sampler_BT, teacher_BT = (
+        batch.columns[name] for name in ("log_prob", "old_log_prob", "teacher_log_prob")
+    )
     responses = Responses(log_prob_BT, sampler_BT, teacher_BT, batch.mask_BT)
     for policy, params in policies:
         for name, column_BT in policy.columns(responses, params).items():
@@ -146,9 +169,15 @@ def with_columns(rows: list[Row], teacher: Remembered, policies: Sequence[tuple[
 
 
 def learn_filters(
-    match: Match, nets: Sequence[PreTrainedModel], rows: Sequence[Row], tokens_per_step: int, seed: int, progress: Progress
+    match: Match,
+    nets: Sequence[PreTrainedModel],
+    rows: Sequence[Row],
+    tokens_per_step: int,
+    seed: int,
+    progress: Progress,
 ) -> None:
-    """TED's first stage (arXiv:2210.01351): each layer's filter learns, by cross-entropy, to be read by its model's own head.
+    """TED's first stage (arXiv:2210.01351): each layer's filter learns, by cross-entropy, to be read by its model's own
+    head.
 
     Both models are frozen. The paper reads filtered states by a task head of their own; a language model has its head.
     """
@@ -170,7 +199,9 @@ def learn_filters(
         filters.requires_grad_(name == "student")
 
 
-def _filter_loss(match: Match, filters: torch.nn.Module, net: PreTrainedModel, batch: Batch, side: int, tokens: int) -> Tensor:
+def _filter_loss(
+    match: Match, filters: torch.nn.Module, net: PreTrainedModel, batch: Batch, side: int, tokens: int
+) -> Tensor:
     where = batch.response_positions()
     with torch.no_grad():
         _, found = features(net, batch.tokens_BT.to(net.device), *match.taps(side))
@@ -187,7 +218,9 @@ def _filter_loss(match: Match, filters: torch.nn.Module, net: PreTrainedModel, b
 
 
 @torch.no_grad()
-def fill_bank(match: Match, teacher: PreTrainedModel, rows: Sequence[Row], bank_rows: Mapping[str, int], progress: Progress) -> None:
+def fill_bank(
+    match: Match, teacher: PreTrainedModel, rows: Sequence[Row], bank_rows: Mapping[str, int], progress: Progress
+) -> None:
     """The teacher's pooled states of every training text: what `contrast` draws its negatives from."""
     found_E: dict[int, Tensor] = {}
     for micro_batch in even_batches(rows):

@@ -1,7 +1,7 @@
 """The student as a writer inside the loop: who writes a step's text, how much of it, and what is read again.
 
-The ids that were drawn are the ids that are trained. Every draw is a function of the seed and of counters that stand in the
-checkpoint beside the text that waits or may be read again: a run that was killed goes on with the same text.
+The ids that were drawn are the ids that are trained. Every draw is a function of the seed and of counters that stand in
+the checkpoint beside the text that waits or may be read again: a run that was killed goes on with the same text.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ FIRST_GUESS = 0.65  # of max_tokens: how long an answer is expected to be before
 ENOUGH = 8  # answers that are nothing but their end, before the student is given up
 MEMORY = 0.5  # of what answers were expected to be, after each batch of new ones
 ALONE = (
-    "the student answers with nothing but the end token, so there is nothing to learn from: give it a cold start (fine-tune it on the "
-    "teacher's text first, and name that student in student.start.pretrained), or lower its share"
+    "the student answers with nothing but the end token, so there is nothing to learn from: give it a cold start"
+    " (fine-tune it on the teacher's text first, and name that student in student.start.pretrained), or lower its share"
 )
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A text of the student: the slot it answers, its ids as drawn with their log-probabilities, the step it was written at."""
+    """A text of the student: the slot it answers, its ids as drawn with their log-probabilities, the step it was
+    written at."""
 
     slot: int
     ids: tuple[int, ...]
@@ -46,8 +47,9 @@ class Answer:
 
 @dataclass
 class Memory:
-    """What the writer must know to go on: how many answers it asked for, how many were more than their end, tokens it still owes, how
-    long answers are expected to be, answers that wait for their step, and those that may be read again, the oldest first."""
+    """What the writer must know to go on: how many answers it asked for, how many were more than their end, tokens it
+    still owes, how long answers are expected to be, answers that wait for their step, and those that may be read again,
+    the oldest first."""
 
     asked: int = 0
     spoken: int = 0
@@ -61,10 +63,10 @@ class Memory:
 class Rollouts:
     """A `Source` in which the student writes.
 
-    Where other text is there, the student takes over its share of each step's rows, and writes about as many tokens as those
-    had; otherwise it writes `tokens_per_step`. What comes out too long or too short is made up for by the steps that follow, so that
-    trained tokens stay what they would be without it. With share 0 the text is the other text, step by step. With `beside`, every
-    prompt of a step keeps its text and gets the student's, too.
+    Where other text is there, the student takes over its share of each step's rows, and writes about as many tokens as
+    those had; otherwise it writes `tokens_per_step`. What comes out too long or too short is made up for by the steps
+    that follow, so that trained tokens stay what they would be without it. With share 0 the text is the other text,
+    step by step. With `beside`, every prompt of a step keeps its text and gets the student's, too.
 
     Args:
         slots: the training prompts, as rows without a response.
@@ -96,7 +98,9 @@ class Rollouts:
     def __post_init__(self) -> None:
         self.beside = bool(self.order)
         lengths = [len(row.response_ids) for row in self.fixed.rows] if self.fixed else []
-        self.memory.expected = sum(lengths) / len(lengths) if lengths else max(1.0, FIRST_GUESS * self.writer.max_tokens)
+        self.memory.expected = (
+            sum(lengths) / len(lengths) if lengths else max(1.0, FIRST_GUESS * self.writer.max_tokens)
+        )
         self._slot_of = {slot.group: number for number, slot in enumerate(self.slots)}
         self._order: tuple[int, list[int]] | None = None
 
@@ -110,10 +114,12 @@ class Rollouts:
         taken = self._taken_over(rows, step, self.share.value(progress, states.get(SHARE)))
         if not taken and self.fixed is not None:
             return Turn(base, facts)
-        began, before = time.perf_counter(), self.memory.asked
+        began = time.perf_counter()
+        before = self.memory.asked
         if self.beside:
             prompts = list(dict.fromkeys(self._slot_of[row.group] for row in rows))
-            answers, kept = self._ask(prompts, step), rows
+            answers = self._ask(prompts, step)
+            kept = rows
         else:
             tokens = sum(len(rows[index].response_ids) for index in taken) if self.fixed else self.tokens_per_step
             kept = [row for index, row in enumerate(rows) if index not in taken]
@@ -148,8 +154,11 @@ class Rollouts:
         return {index for index in range(len(rows)) if draw.random() < share}
 
     def _answers(self, step: int, progress: float, tokens: int, others: bool) -> list[Answer]:
-        """Answers of about as many tokens as the student owes now; none, where it has written ahead of its share and `others` wrote."""
-        replay, memory, owed = self.settings.replay, self.memory, self.memory.owed + tokens
+        """Answers of about as many tokens as the student owes now; none, where it has written ahead of its share and
+        `others` wrote."""
+        replay = self.settings.replay
+        memory = self.memory
+        owed = self.memory.owed + tokens
         if owed <= 0 and others:
             memory.owed = owed
             return []
@@ -159,7 +168,8 @@ class Rollouts:
         else:
             found = self._new(step, owed, tokens)
             memory.buffer = [*memory.buffer, *found][-replay.size :] if replay else []
-        memory.owed = min(owed - sum(len(answer.ids) for answer in found), float(tokens))  # a small buffer's debt makes no giant step
+        # a small buffer's debt makes no giant step
+        memory.owed = min(owed - sum(len(answer.ids) for answer in found), float(tokens))
         return found
 
     def _again(self, draw: random.Random, owed: float) -> list[Answer]:
@@ -168,8 +178,10 @@ class Rollouts:
         return _up_to([self.memory.buffer[index] for index in order], owed)
 
     def _new(self, step: int, owed: float, tokens: int) -> list[Answer]:
-        """Answers written now, or ahead at an earlier step; written for several steps at once, they go out in their order."""
-        memory, ahead = self.memory, self.settings.ahead
+        """Answers written now, or ahead at an earlier step; written for several steps at once, they go out in their
+        order."""
+        memory = self.memory
+        ahead = self.settings.ahead
         short = owed - sum(len(answer.ids) for answer in memory.waiting)
         if short > 0 or not memory.waiting:
             count = max(1, round((max(short, 1.0) + (ahead - 1) * tokens) / memory.expected))
@@ -190,11 +202,17 @@ class Rollouts:
         return self._order[1][place]
 
     def _ask(self, slots: Sequence[int], step: int) -> list[Answer]:
-        sampling, asked = Sampling(self.writer.temperature, self.writer.top_p, self.writer.max_tokens), self.memory.asked
+        sampling = Sampling(self.writer.temperature, self.writer.top_p, self.writer.max_tokens)
+        asked = self.memory.asked
         together = self.settings.joint is not None
         names = [content_hash([self.seed, WRITTEN, asked + n, self.slots[slot].group]) for n, slot in enumerate(slots)]
         jobs = [
-            Job(self.slots[slot].prompt_ids, sampling, int(name[:15], 16), self.slots[slot].teacher_prompt_ids if together else None)
+            Job(
+                self.slots[slot].prompt_ids,
+                sampling,
+                int(name[:15], 16),
+                self.slots[slot].teacher_prompt_ids if together else None,
+            )
             for slot, name in zip(slots, names, strict=True)
         ]
         written = self.write(jobs)
@@ -205,7 +223,8 @@ class Rollouts:
         spoken = self.memory.spoken + sum(len(answer.ids) > 1 or answer.ids[0] not in self.ends for answer in found)
         if not spoken and asked + len(found) >= ENOUGH:
             raise UserError(ALONE)
-        self.memory.asked, self.memory.spoken = asked + len(found), spoken
+        self.memory.asked = asked + len(found)
+        self.memory.spoken = spoken
         mean = sum(len(answer.ids) for answer in found) / len(found)
         self.memory.expected = MEMORY * self.memory.expected + (1 - MEMORY) * mean
         return found
@@ -236,7 +255,8 @@ def _answer(record: Mapping[str, Any]) -> Answer:
 
 def _up_to(answers: Sequence[Answer], tokens: float) -> list[Answer]:
     """The first answers that come nearest to so many tokens, at least one."""
-    found, done = [answers[0]], float(len(answers[0].ids))
+    found = [answers[0]]
+    done = float(len(answers[0].ids))
     for answer in answers[1:]:
         if done + len(answer.ids) / 2 > tokens:
             break

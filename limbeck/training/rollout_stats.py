@@ -25,8 +25,9 @@ Facts = dict[str, float]
 
 
 def facts_of(answers: Sequence[tuple[Sequence[int], int, int]], ends: Collection[int]) -> Facts:
-    """Of answers (ids, how many of them the student itself proposed, steps since it was written): their number, mean length in
-    tokens, share that ended by themselves, share of repeated 4-grams, distinct 2-grams, mean age in steps, share of own tokens."""
+    """Of answers (ids, how many of them the student itself proposed, steps since it was written): their number, mean
+    length in tokens, share that ended by themselves, share of repeated 4-grams, distinct 2-grams, mean age in steps,
+    share of own tokens."""
     tokens = sum(len(ids) for ids, _, _ in answers)
     grams = [[tuple(ids[at : at + GRAM]) for at in range(len(ids) - GRAM + 1)] for ids, _, _ in answers]
     pairs = [pair for ids, _, _ in answers for pair in pairwise(ids)]
@@ -45,19 +46,23 @@ def facts_of(answers: Sequence[tuple[Sequence[int], int, int]], ends: Collection
 
 @torch.no_grad()
 def teachers_view(data: Pass) -> dict[str, tuple[float, float]]:
-    """(sum, count) over a few positions of the student's text: log p and log q of the token (nats), overlap of the likeliest tokens,
-    both entropies. Empty where the teacher has no distribution to show, or the student wrote nothing here."""
+    """(sum, count) over a few positions of the student's text: log p and log q of the token (nats), overlap of the
+    likeliest tokens, both entropies. Empty where the teacher has no distribution to show, or the student wrote nothing
+    here."""
     row_N, position_N = data.batch.response_positions()
     at_P = data.batch.rows_on(WRITTEN)[row_N].nonzero()[:, 0]
-    signal, device = data.teacher.signal, data.hidden_ND.device
+    signal = data.teacher.signal
+    device = data.hidden_ND.device
     if not isinstance(signal, DenseSignal) or not len(at_P):
         return {}
     at_P = at_P[torch.linspace(0, len(at_P) - 1, min(PLACES, len(at_P))).round().long()]
     target_P1 = data.batch.tokens_BT[row_N[at_P], position_N[at_P] + 1][:, None].to(device)
     logits_PV = data.head.logits(data.hidden_ND[at_P.to(device)].detach(), Buffer())
-    q, p = Distribution(logits_PV), Distribution(signal.head.logits(signal.hidden_NE[at_P.to(device)], Buffer()))
+    q = Distribution(logits_PV)
+    p = Distribution(signal.head.logits(signal.hidden_NE[at_P.to(device)], Buffer()))
     k = min(TOP, logits_PV.shape[1])
-    ours_PK, theirs_PK = q.log.topk(k).indices, p.log.topk(k).indices
+    ours_PK = q.log.topk(k).indices
+    theirs_PK = p.log.topk(k).indices
     values = {
         "teacher_log_prob": p.log.gather(1, target_P1),
         "student_log_prob": q.log.gather(1, target_P1),
@@ -82,10 +87,22 @@ class Rule:
 COLD_START = "give the student a cold start, lower its share, or raise max_tokens"
 RULES = (
     Rule("finished", True, 0.5, 0.7, f"more and more answers run into max_tokens: {COLD_START}"),
-    Rule("repetition", False, 0.3, 1.5, "the student repeats itself: lower its share, or let the teacher join in (rollout.joint)"),
+    Rule(
+        "repetition",
+        False,
+        0.3,
+        1.5,
+        "the student repeats itself: lower its share, or let the teacher join in (rollout.joint)",
+    ),
     Rule("length", True, 1e9, 0.5, "answers have become half as long: add text of the teacher, or lower train.lr"),
     Rule("length", False, 0.0, 2.0, "answers have become twice as long: add text of the teacher, or lower train.lr"),
-    Rule("distinct_2", True, 0.3, 0.7, "answers are becoming alike: add text of the teacher, or a divergence that covers (forward_kl)"),
+    Rule(
+        "distinct_2",
+        True,
+        0.3,
+        0.7,
+        "answers are becoming alike: add text of the teacher, or a divergence that covers (forward_kl)",
+    ),
 )
 FIRST_STEPS = 3
 RECENT = 0.7  # weight of what was seen before in the running mean that rules look at
@@ -115,12 +132,15 @@ class Advice:
         return {"advice": [RULES[number].text for number in new]} if new else {}
 
     def _broken(self, rule: Rule) -> bool:
-        now, then = self.recent[rule.key], self.first[rule.key]
+        now = self.recent[rule.key]
+        then = self.first[rule.key]
         return now < min(rule.limit, rule.factor * then) if rule.below else now > max(rule.limit, rule.factor * then)
 
     def state(self) -> dict[str, Any]:
         return {"first": self.first, "recent": self.recent, "steps": self.steps, "said": self.said}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.first, self.recent = dict(state["first"]), dict(state["recent"])
-        self.steps, self.said = state["steps"], list(state["said"])
+        self.first = dict(state["first"])
+        self.recent = dict(state["recent"])
+        self.steps = state["steps"]
+        self.said = list(state["said"])

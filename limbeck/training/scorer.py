@@ -12,11 +12,12 @@ from limbeck.types import LogProb, UserError
 
 
 class ModelScorer:
-    """Answers `Score` questions. A text without messages stands after the token that begins texts, or else ends them. What goes beyond
-    the model's context is left out of the answer, and of its number of tokens."""
+    """Answers `Score` questions. A text without messages stands after the token that begins texts, or else ends them.
+    What goes beyond the model's context is left out of the answer, and of its number of tokens."""
 
     def __init__(self, model: Model) -> None:
-        self.model, self.identity = model, model.identity
+        self.model = model
+        self.identity = model.identity
 
     def log_probs(self, questions: Sequence[Score]) -> list[LogProb]:
         """In the order of the questions.
@@ -25,7 +26,9 @@ class ModelScorer:
             UserError: a prompt that fills the context.
         """
         rows = [self._row(question) for question in questions]
-        found = response_log_probs(self.model.net, list({row.sample_id: row for row in rows if row.response_ids}.values()))
+        found = response_log_probs(
+            self.model.net, list({row.sample_id: row for row in rows if row.response_ids}.values())
+        )
         return [LogProb(found[row.sample_id] if row.response_ids else 0.0, len(row.response_ids)) for row in rows]
 
     def _row(self, question: Score) -> Row:
@@ -35,6 +38,7 @@ class ModelScorer:
         room = self.model.context - len(prompt)
         if room < 1:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens leaves no room for an answer to be scored in a context of {self.model.context}"
+                f"a prompt of {len(prompt)} tokens leaves no room for an answer to be scored in a context of"
+                f" {self.model.context}"
             )
         return Row(question.name, tuple(prompt), tuple(self.model.text_ids(question.answer)[:room]))

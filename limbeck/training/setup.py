@@ -71,7 +71,8 @@ def make_job(
     written: Collection[str] = (),
     cache: CacheForm | None = None,
 ) -> train.Job:
-    """The training of `student` (as it is before any training) on `rows`. The teacher is loaded only where a term reads it.
+    """The training of `student` (as it is before any training) on `rows`. The teacher is loaded only where a term reads
+    it.
 
     Args:
         written: the tags of what the student will write, where it does (see `let_write`).
@@ -93,8 +94,8 @@ def make_job(
     with_teacher = bool(reads & TEACHER_READS) or "reference_teacher" in reads
     if with_teacher and (missing := sorted((reads & TEACHER_READS) - teacher().can)):
         raise UserError(
-            f"the teacher {teacher().identity} can't give {missing[0].replace('_', ' ')}, which a loss reads: choose losses on text "
-            "(cross_entropy), or a teacher that runs in process"
+            f"the teacher {teacher().identity} can't give {missing[0].replace('_', ' ')}, which a loss reads: choose"
+            " losses on text (cross_entropy), or a teacher that runs in process"
         )
     vocabulary = common_vocabulary(student, teacher()) if with_teacher else None
     for name in sorted(read.removeprefix("reference_") for read in reads if read.startswith("reference_")):
@@ -102,23 +103,33 @@ def make_job(
         read = rows if name == "start" else [_as_the_teacher_sees(row) for row in rows]
         rows = with_reference(rows, name, _known_log_probs(store, judge, read, vocabulary, progress))
     matches = {
-        term.label: _bind(term, student.net, _weights(teacher).net, settings.seed) for term in terms if term.match or term.divergence
+        term.label: _bind(term, student.net, _weights(teacher).net, settings.seed)
+        for term in terms
+        if term.match or term.divergence
     }
     if lora is not None:
         add_adapters(student.net, lora, settings.seed)
     job = train.Job(student.net, rows, terms, train.no_teacher, settings, folder, key, matches, vocabulary=vocabulary)
     if reads & TEACHER_READS:
-        view, taps = teacher().view, [Taps(*map(frozenset, wanted(list(matches.values()), side))) for side in (0, 1)]
+        view = teacher().view
+        taps = [Taps(*map(frozenset, wanted(list(matches.values()), side))) for side in (0, 1)]
         job.taps = taps[0]
         live = partial(view, taps=taps[1], vocabulary=vocabulary)
-        job.teacher = live if cache is None else _cached(cache, teacher(), live, rows, vocabulary, store.parent, student, progress)
-        job.bank_rows = {sample_id: number for number, sample_id in enumerate(dict.fromkeys(row.sample_id for row in rows))}
+        job.teacher = (
+            live
+            if cache is None
+            else _cached(cache, teacher(), live, rows, vocabulary, store.parent, student, progress)
+        )
+        job.bank_rows = {
+            sample_id: number for number, sample_id in enumerate(dict.fromkeys(row.sample_id for row in rows))
+        }
         job.prepare = lambda: _prepare(job, teacher, progress)
     return job
 
 
 def common_vocabulary(student: Model, teacher: Teacher) -> int:
-    """How many tokens are compared: those that have a name. What a head is padded with means nothing, in either model."""
+    """How many tokens are compared: those that have a name. What a head is padded with means nothing, in either
+    model."""
     return min(head_of(student.net).vocabulary, teacher.vocabulary, student.tokens)
 
 
@@ -130,20 +141,32 @@ def _weights(teacher: Callable[[], Teacher]) -> Model:
 
 
 def _cached(
-    form: CacheForm, teacher: Teacher, live: Callable[[Batch], TeacherView], rows: Sequence[Row], vocabulary: int | None,
-    home: Path, student: Model, progress: Progress,
-) -> Callable[[Batch], TeacherView]:  # fmt: skip
+    form: CacheForm,
+    teacher: Teacher,
+    live: Callable[[Batch], TeacherView],
+    rows: Sequence[Row],
+    vocabulary: int | None,
+    home: Path,
+    student: Model,
+    progress: Progress,
+) -> Callable[[Batch], TeacherView]:
     """The teacher's side of a batch as it was kept; what is not there yet is computed now."""
     assert vocabulary is not None
     folder = home / "signals" if form.folder is None else Path(form.folder).expanduser()
     with exclusive(folder / "lock", wait=True):  # runs that share it fill it one after the other
         cache = Cache(folder, teacher.identity, vocabulary, form, student.net.device)
-        fill_cache(cache, live, rows, lambda done, total: progress(done, total, "keeping what the teacher knows of the text"))
+        fill_cache(
+            cache, live, rows, lambda done, total: progress(done, total, "keeping what the teacher knows of the text")
+        )
     return cache.view
 
 
 def _as_the_teacher_sees(row: Row) -> Row:
-    return row if row.teacher_prompt_ids is None else replace(row, prompt_ids=row.teacher_prompt_ids, teacher_prompt_ids=None)
+    return (
+        row
+        if row.teacher_prompt_ids is None
+        else replace(row, prompt_ids=row.teacher_prompt_ids, teacher_prompt_ids=None)
+    )
 
 
 def let_write(
@@ -165,14 +188,19 @@ def let_write(
     Raises:
         UserError: a prompt that leaves no room for an answer, or too little other text for an adaptive share to watch.
     """
-    writer, settings = recipe.student_writer, recipe.rollout or Rollout()
+    writer = recipe.student_writer
+    settings = recipe.rollout or Rollout()
     assert writer is not None
     _check_room(slots, writer.max_tokens, context)
     share, fresh = build.shares(recipe)
     watched, slots = _watched(job, slots, settings.validation.prompts) if share.shape == "plateau" else (None, slots)
-    fixed, part = None, len(recipe.fixed_writers) / len(recipe.writer) if recipe.all_answer else 1.0  # the student's text is the rest
+    fixed = None
+    # the student's text is the rest
+    part = len(recipe.fixed_writers) / len(recipe.writer) if recipe.all_answer else 1.0
     if job.rows:
-        fixed = FixedText(job.rows, job.settings.seed, max(1, round(part * job.settings.tokens_per_step)), recipe.all_answer)
+        fixed = FixedText(
+            job.rows, job.settings.seed, max(1, round(part * job.settings.tokens_per_step)), recipe.all_answer
+        )
     beside = None if settings.joint is None else Beside(teacher().model.net, build.joint(settings.joint))
     copy = None if settings.dtype is None else Copy(student.net, getattr(torch, settings.dtype))
     ask = partial(_ask, student, settings.rows, beside, copy, stop)
@@ -184,17 +212,32 @@ def let_write(
         ask = partial(_ask_server, student, server, stop)
     order = [each.by for each in recipe.writer] if recipe.all_answer else []
     job.source = Rollouts(
-        slots, fixed, ask, writer, settings, share, fresh, job.settings.seed,
-        job.settings.tokens_per_step, student.eos_ids, order, _columns(job), watched,
-    )  # fmt: skip
+        slots,
+        fixed,
+        ask,
+        writer,
+        settings,
+        share,
+        fresh,
+        job.settings.seed,
+        job.settings.tokens_per_step,
+        student.eos_ids,
+        order,
+        _columns(job),
+        watched,
+    )
     job.monitor = teachers_view
 
 
 def _watched(job: train.Job, slots: Sequence[Row], prompts: int) -> tuple[Callable[[float], float], list[Row]]:
     """The loss on the text of so many prompts, which neither the job's rows nor the slots hold from here on."""
-    groups = sorted({row.group for row in job.rows}, key=lambda group: content_hash([job.settings.seed, "watched", group]))
+    groups = sorted(
+        {row.group for row in job.rows}, key=lambda group: content_hash([job.settings.seed, "watched", group])
+    )
     if len(groups) < 2 * prompts:
-        raise UserError(f"an adaptive share watches the text of {prompts} prompts, and there are {len(groups)}: add prompts")
+        raise UserError(
+            f"an adaptive share watches the text of {prompts} prompts, and there are {len(groups)}: add prompts"
+        )
     held = set(groups[:prompts])
     steps = train.total_steps(job.rows, job.settings, job.together)  # as many as without watching
     job.settings = job.settings.model_copy(update={"steps": steps, "epochs": None})
@@ -205,7 +248,11 @@ def _watched(job: train.Job, slots: Sequence[Row], prompts: int) -> tuple[Callab
 
 def _columns(job: train.Job) -> Callable[[list[Row], float], list[Row]]:
     """Adds what the job's policies read of whole responses."""
-    spanning = [(POLICIES[term.name], term) for term in job.terms if term.name in POLICIES and POLICIES[term.name].prepare is not None]
+    spanning = [
+        (POLICIES[term.name], term)
+        for term in job.terms
+        if term.name in POLICIES and POLICIES[term.name].prepare is not None
+    ]
     if not spanning:
         return lambda rows, _: rows
     remembered = Remembered(job.teacher)
@@ -213,16 +260,24 @@ def _columns(job: train.Job) -> Callable[[list[Row], float], list[Row]]:
         job.teacher = remembered
 
     def columns(rows: list[Row], progress: float) -> list[Row]:
-        return with_columns(rows, remembered, [(policy, term.settle(progress, job.states).params) for policy, term in spanning])
+        return with_columns(
+            rows, remembered, [(policy, term.settle(progress, job.states).params) for policy, term in spanning]
+        )
 
     return columns
 
 
 def _ask(
-    student: Model, rows: int, beside: Beside | None, copy: Copy | None, stop: Callable[[], bool], jobs: Sequence[generation.Job]
+    student: Model,
+    rows: int,
+    beside: Beside | None,
+    copy: Copy | None,
+    stop: Callable[[], bool],
+    jobs: Sequence[generation.Job],
 ) -> list[Written]:
     """The student's answers, in the order of the jobs; each rank writes its part."""
-    mine, training = jobs[ranks.number() :: ranks.count()], student.net.training
+    mine = jobs[ranks.number() :: ranks.count()]
+    training = student.net.training
     student.net.eval()
     net = student.net if copy is None else copy.now()
     asked_to_stop = stop if ranks.count() == 1 else lambda: False
@@ -236,10 +291,14 @@ def _ask(
 
 def _server(through: Server, student: Model, folder: Path, rows: int) -> VllmWriter:
     known = head_of(student.net).vocabulary
-    return VllmWriter(through.vllm, folder, student.eos_ids, student.tokens, known, through.model, through.folder_there, rows)
+    return VllmWriter(
+        through.vllm, folder, student.eos_ids, student.tokens, known, through.model, through.folder_there, rows
+    )
 
 
-def _ask_server(student: Model, server: VllmWriter, stop: Callable[[], bool], jobs: Sequence[generation.Job]) -> list[Written]:
+def _ask_server(
+    student: Model, server: VllmWriter, stop: Callable[[], bool], jobs: Sequence[generation.Job]
+) -> list[Written]:
     """The same from a server that is given the student's weights first; the first rank asks for all."""
     found: list[Written] = []
     if ranks.number() == 0:
@@ -256,35 +315,47 @@ def _check_room(slots: Sequence[Row], max_tokens: int, context: int) -> None:
         longest = max(len(slot.prompt_ids), len(slot.teacher_prompt_ids or ()))
         if longest + max_tokens > context:
             raise UserError(
-                f"the prompt {slot.group!r} takes {longest} tokens and leaves no room for {max_tokens} more in a context of {context}: "
-                "shorten it, or lower the student's max_tokens"
+                f"the prompt {slot.group!r} takes {longest} tokens and leaves no room for {max_tokens} more in a"
+                f" context of {context}: shorten it, or lower the student's max_tokens"
             )
 
 
 def _whole_groups(rows: Sequence[Row], least: int = 2, without_preferred: bool = False) -> list[Row]:
-    """Only prompts whose preferred answer is there and has another beside it; of equal answers the better placed one. Where the
-    student will write the other one, or the preferred one (`without_preferred`), that may lack.
+    """Only prompts whose preferred answer is there and has another beside it; of equal answers the better placed one.
+    Where the student will write the other one, or the preferred one (`without_preferred`), that may lack.
 
     Without its preferred answer, a prompt's next one would pass for the best; a lone answer is compared with nothing.
     """
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(row.group, {}).setdefault(row.sample_id, row)
-    whole = [each for each in groups.values() if len(each) >= least and (without_preferred or BEST in next(iter(each.values())).tags)]
+    whole = [
+        each
+        for each in groups.values()
+        if len(each) >= least and (without_preferred or BEST in next(iter(each.values())).tags)
+    ]
     kept = [row for group in whole for row in group.values()]
     if not kept:
-        raise UserError("no prompt has two different answers with the preferred one among them; look at the store's answers")
+        raise UserError(
+            "no prompt has two different answers with the preferred one among them; look at the store's answers"
+        )
     return kept
 
 
-def _known_log_probs(store: Path, judge: Model, rows: Sequence[Row], vocabulary: int | None, progress: Progress) -> dict[str, float]:
+def _known_log_probs(
+    store: Path, judge: Model, rows: Sequence[Row], vocabulary: int | None, progress: Progress
+) -> dict[str, float]:
     """log p(response) under a frozen model, from the store or computed now and kept there."""
     kind = "log_prob" if vocabulary is None else f"log_prob of {vocabulary} tokens"
     with Store(store) as opened:
         known = {e.sample_id: float(e.value) for e in opened.evidence(kind) if e.judge == judge.identity}
         if missing := [row for row in rows if row.sample_id not in known]:
-            found = response_log_probs(judge.net, missing, vocabulary, partial(_tell, progress, "answers scored by the reference"))
-            opened.write_evidence(*(Evidence(sample_id, kind, judge.identity, value) for sample_id, value in found.items()))
+            found = response_log_probs(
+                judge.net, missing, vocabulary, partial(_tell, progress, "answers scored by the reference")
+            )
+            opened.write_evidence(
+                *(Evidence(sample_id, kind, judge.identity, value) for sample_id, value in found.items())
+            )
             known |= found
     return known
 
@@ -295,7 +366,9 @@ def _prepare(job: train.Job, teacher: Callable[[], Teacher], progress: Progress)
             continue
         tell = partial(_tell, progress, f"{label}: getting ready")
         if match.settings.name == "filtered_match":
-            learn_filters(match, (job.net, _weights(teacher).net), job.rows, job.settings.tokens_per_step, job.settings.seed, tell)
+            learn_filters(
+                match, (job.net, _weights(teacher).net), job.rows, job.settings.tokens_per_step, job.settings.seed, tell
+            )
         if match.settings.name == "contrast":
             fill_bank(match, _weights(teacher).net, job.rows, job.bank_rows, tell)
 
@@ -307,9 +380,12 @@ def _tell(progress: Progress, detail: str, done: int, total: int) -> None:
 def _bind(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> Learned:
     """What the term learns beside the student."""
     ours, theirs = (net.config.get_text_config() for net in (student, teacher))
-    layers, widths = (ours.num_hidden_layers, theirs.num_hidden_layers), (ours.hidden_size, theirs.hidden_size)
+    layers = (ours.num_hidden_layers, theirs.num_hidden_layers)
+    widths = (ours.hidden_size, theirs.hidden_size)
     if term.match is not None:
         return Match(term.match, layers, widths, seed).to(student.device)
     embed: Any = student.get_input_embeddings()
-    dual = DualSpace(widths, term.divergence, term.projection_rate, seed, lambda token_N: embed(token_N).detach(), DenseSignal)
+    dual = DualSpace(
+        widths, term.divergence, term.projection_rate, seed, lambda token_N: embed(token_N).detach(), DenseSignal
+    )
     return dual.to(student.device)

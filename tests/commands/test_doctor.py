@@ -36,7 +36,9 @@ def recipe_of(recipe_data, tiny_folder):
     def made(folder=tiny_folder, **teacher):
         evaluate = {**recipe_data["evaluate"], "metrics": ["fidelity"], "limit": 2}
         student = {"start": {"pretrained": str(tiny_folder)}}
-        return parse({**recipe_data, "teacher": {"model": str(folder), **teacher}, "student": student, "evaluate": evaluate})
+        return parse(
+            {**recipe_data, "teacher": {"model": str(folder), **teacher}, "student": student, "evaluate": evaluate}
+        )
 
     return made
 
@@ -127,7 +129,9 @@ def test_a_cache_of_another_teacher_is_found(kept, recipe_of, tmp_path):
     assert "cache of another teacher" in said(examine(recipe, folder))["cache"]
 
 
-@pytest.mark.parametrize(("fault", "says"), [("moved", "1 position off"), ("warm", "other numbers"), ("short", "rows for a text of")])
+@pytest.mark.parametrize(
+    ("fault", "says"), [("moved", "1 position off"), ("warm", "other numbers"), ("short", "rows for a text of")]
+)
 def test_rows_that_moved_or_are_of_another_temperature_are_found(fault, says, kept, monkeypatch):
     """Written by a faulty tool of ours or another's, with hashes that hold."""
     recipe, folder, _ = kept
@@ -135,7 +139,9 @@ def test_rows_that_moved_or_are_of_another_temperature_are_found(fault, says, ke
 
     def faulty(self, key):
         found = dict(text(self, key))
-        found["target"] = {"moved": found["target"].roll(1), "warm": found["target"] / 2, "short": found["target"][1:]}[fault]
+        found["target"] = {"moved": found["target"].roll(1), "warm": found["target"] / 2, "short": found["target"][1:]}[
+            fault
+        ]
         return found
 
     monkeypatch.setattr(Cache, "text", faulty)
@@ -145,7 +151,9 @@ def test_rows_that_moved_or_are_of_another_temperature_are_found(fault, says, ke
 def test_answers_that_never_end_are_found(kept, monkeypatch):
     recipe, folder, _ = kept
     rows = Run.rows
-    monkeypatch.setattr(Run, "rows", lambda self, samples, student: [endless(row) for row in rows(self, samples, student)])
+    monkeypatch.setattr(
+        Run, "rows", lambda self, samples, student: [endless(row) for row in rows(self, samples, student)]
+    )
     assert "never learn to stop" in said(examine(recipe, folder))["end of an answer"]
 
 
@@ -180,21 +188,28 @@ def test_weights_that_are_damaged_or_do_not_answer_alike_are_found(tiny_folder, 
     def noisy(self, batch, *args, **kwargs):
         found = view(self, batch, *args, **kwargs)
         return replace(
-            found, signal=replace(found.signal, hidden_NE=found.signal.hidden_NE + 0.1 * torch.randn_like(found.signal.hidden_NE))
+            found,
+            signal=replace(
+                found.signal, hidden_NE=found.signal.hidden_NE + 0.1 * torch.randn_like(found.signal.hidden_NE)
+            ),
         )
 
     monkeypatch.setattr(InProcessTeacher, "view", noisy)
     assert "something else when it is asked again" in said(examine(recipe_of(), tmp_path / "run"))["repeatable"]
 
 
-COMPARING = [name for name in recipe_files() if any(term.name in DIVERGENCES for term in build.terms(load_recipe(name)))]
+COMPARING = [
+    name for name in recipe_files() if any(term.name in DIVERGENCES for term in build.terms(load_recipe(name)))
+]
 
 
 @pytest.mark.parametrize("name", [name for name in COMPARING if load_recipe(name).teacher.model])
 def test_every_recipes_losses_are_zero_for_a_student_that_is_the_teacher(name, tiny_folder, tmp_path):
     recipe = load_recipe(name)
     recipe = recipe.model_copy(
-        update={"teacher": recipe.teacher.model_copy(update={"model": str(tiny_folder), "context": None, "bridge": None})}
+        update={
+            "teacher": recipe.teacher.model_copy(update={"model": str(tiny_folder), "context": None, "bridge": None})
+        }
     )
     assert "gradient are 0" in _zero(Patient(recipe, tmp_path))
 
@@ -208,7 +223,14 @@ def test_the_command_says_it_and_ends_with_status_2_where_there_is_a_fault(tiny,
         "--set",
         "student.start={prune: {layers: 3, keep: uniform}}",
     ]
-    given += ["--set", "evaluate.metrics=[fidelity]", "--set", "evaluate.max_tokens=20", "--set", "writer=[{by: teacher, max_tokens: 20}]"]
+    given += [
+        "--set",
+        "evaluate.metrics=[fidelity]",
+        "--set",
+        "evaluate.max_tokens=20",
+        "--set",
+        "writer=[{by: teacher, max_tokens: 20}]",
+    ]
     found = CliRunner().invoke(app, ["doctor", "forward-kl", *given, "--out", str(tmp_path / "run"), "--json"])
     assert found.exit_code == 0 and json.loads(found.stdout[found.stdout.index("{") :])["faults"] == 0, found.output
     with ScoringServer(tiny, temperature=3.0) as server:

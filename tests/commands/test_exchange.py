@@ -25,12 +25,15 @@ WORDS = [a + b for a in ("red", "blue", "old") for b in (" cat", " mat", " house
 def made(recipe_data, prompt_file, tmp_path):
     """A recipe whose text is a corpus and whose cache is empty, its folder, and (prompt, response, log p [N, V]) of each text."""
     lines = [
-        json.loads(line) | {"answer": f"a {word} dog ran"} for line, word in zip(prompt_file.read_text().splitlines(), WORDS, strict=True)
+        json.loads(line) | {"answer": f"a {word} dog ran"}
+        for line, word in zip(prompt_file.read_text().splitlines(), WORDS, strict=True)
     ]
     prompt_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe_data |= {"writer": [{"by": "corpus"}], "student": {"start": {"prune": {"layers": 3, "keep": "uniform"}}}}
     plain, folder = parse(recipe_data), tmp_path / "run"
-    recipe = parse(recipe_data | {"teacher": {"model": recipe_data["teacher"], "cache": {"top_k": {"k": K, "bits": 16}}}})
+    recipe = parse(
+        recipe_data | {"teacher": {"model": recipe_data["teacher"], "cache": {"top_k": {"k": K, "bits": 16}}}}
+    )
     job = Run(plain, tmp_path / "plain", Silent())
     job.folder.mkdir()
     texts = []
@@ -47,7 +50,10 @@ def named(log_V, written=None, k=K):
 
 
 def vllm(prompt, response, log_NV, k=K):
-    after = [{str(t): {"logprob": log, "rank": 1} for t, log in named(log_NV[n], token, k).items()} for n, token in enumerate(response)]
+    after = [
+        {str(t): {"logprob": log, "rank": 1} for t, log in named(log_NV[n], token, k).items()}
+        for n, token in enumerate(response)
+    ]
     return {"prompt_token_ids": prompt + response, "prompt_logprobs": [None] * len(prompt) + after}
 
 
@@ -59,7 +65,10 @@ def prepared(prompt, response, log_NV):
 
 
 def last(prompt, response, log_NV):
-    rows = [[{"token": f"token_id:{t}", "logprob": log} for t, log in named(log_NV[n]).items()] for n in range(len(response))]
+    rows = [
+        [{"token": f"token_id:{t}", "logprob": log} for t, log in named(log_NV[n]).items()]
+        for n in range(len(response))
+    ]
     return {"input_ids": prompt + response, "logprobs": rows}
 
 
@@ -107,7 +116,12 @@ def test_a_line_may_go_on_after_the_response_and_others_are_counted(made, tmp_pa
     longer = [line | {"prompt_token_ids": [*line["prompt_token_ids"], 7], "prompt_logprobs": [*line["prompt_logprobs"], None]}
               for line in (vllm(*text) for text in texts[:2])]  # fmt: skip
     foreign = {"prompt_token_ids": [1, 2, 3], "prompt_logprobs": [None, None, None]}
-    assert bring_in(recipe, folder, write(tmp_path, [*longer, foreign])) == {"texts": len(texts), "holds": 2, "read": 2, "other": 1}
+    assert bring_in(recipe, folder, write(tmp_path, [*longer, foreign])) == {
+        "texts": len(texts),
+        "holds": 2,
+        "read": 2,
+        "other": 1,
+    }
     assert bring_in(recipe, folder, write(tmp_path, longer))["read"] == 0, "what is there is not read again"
     run(recipe, folder, stages=("train",))
     assert (folder / "student").exists(), "what is missing is computed"
@@ -149,7 +163,9 @@ def test_what_is_wrong_is_named_and_nothing_of_it_is_kept(how, says, made, tmp_p
     recipe, folder, texts = made
     text = max(texts, key=lambda text: len(text[1]))
     with pytest.raises(UserError, match=says):
-        bring_in(recipe, folder, write(tmp_path, [spoiled(text, how) for text in (texts if how == "moved" else [text])]))
+        bring_in(
+            recipe, folder, write(tmp_path, [spoiled(text, how) for text in (texts if how == "moved" else [text])])
+        )
     with pytest.raises(UserError, match="none of this run's texts"):
         take_out(recipe, folder, tmp_path / "ours.jsonl")
 

@@ -24,7 +24,12 @@ from limbeck.types import UserError
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")  # of foreign packages
 QUESTIONS = [
-    {"id": f"q{i}", "question": f"why is the {thing} {what}", "choices": ["a cat", "the red dog", "blue", "one two é"], "answer": i % 4}
+    {
+        "id": f"q{i}",
+        "question": f"why is the {thing} {what}",
+        "choices": ["a cat", "the red dog", "blue", "one two é"],
+        "answer": i % 4,
+    }
     for i, (thing, what) in enumerate((a, b) for a in ("sky", "dog", "cat") for b in ("red", "mat", "house", "blue"))
 ]
 
@@ -54,7 +59,11 @@ def writing_task(folder, settings="{max_tokens: 12}"):
     )
     letters = "etaoinshr"
     rows = [
-        {"id": q["id"], "prompt": q["question"], **({"check": {"type": "contains", "all": [letters[i % 9]]}} if i else {})}
+        {
+            "id": q["id"],
+            "prompt": q["question"],
+            **({"check": {"type": "contains", "all": [letters[i % 9]]}} if i else {}),
+        }
         for i, q in enumerate(QUESTIONS)
     ]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -105,7 +114,9 @@ def test_both_programs_give_the_same_choices_and_log_probabilities(tmp_path, tin
         assert found == pytest.approx(scored.facts["log_probs"], abs=1e-4)
 
 
-def test_without_tokenising_apart_a_prompt_that_ends_in_white_space_would_differ(tmp_path, tiny, tiny_folder, monkeypatch):
+def test_without_tokenising_apart_a_prompt_that_ends_in_white_space_would_differ(
+    tmp_path, tiny, tiny_folder, monkeypatch
+):
     from limbeck.commands.harness import models
 
     task_folder = choice_task(tmp_path / "pick", r'{template: "{question}\n", delimiter: ""}')
@@ -235,15 +246,21 @@ def their_tasks(tmp_path, monkeypatch):
 
     folder = tmp_path / "theirs"
     folder.mkdir()
-    local_yaml(folder, task="arc_easy", dataset_kwargs={"data_files": {"test": str(folder / "items.jsonl")}}).rename(folder / "arc.yaml")
-    local_yaml(folder, task="code", unsafe_code=True, dataset_kwargs={"data_files": {"test": str(folder / "items.jsonl")}})
+    local_yaml(folder, task="arc_easy", dataset_kwargs={"data_files": {"test": str(folder / "items.jsonl")}}).rename(
+        folder / "arc.yaml"
+    )
+    local_yaml(
+        folder, task="code", unsafe_code=True, dataset_kwargs={"data_files": {"test": str(folder / "items.jsonl")}}
+    )
     (folder / "utils.py").write_text("def text(doc):\n    return doc['question'].upper()\n")
     (folder / "with_code.yaml").write_text(
         (folder / "arc.yaml").read_text().replace("task: arc_easy", "task: upper\ntag: both").replace(
             "doc_to_text: 'Question: {{question}}\n\n  Answer:'", "doc_to_text: !function utils.text")
     )  # fmt: skip
     monkeypatch.setattr(
-        harness_module, "_manager", lambda named: TaskManager(include_path=str(folder) if named else None, include_defaults=False)
+        harness_module,
+        "_manager",
+        lambda named: TaskManager(include_path=str(folder) if named else None, include_defaults=False),
     )
 
 
@@ -332,7 +349,11 @@ def scorer(model):
             best = [None] + [{"x": float(log_probs_TV[at - 1].max())} for at in range(1, len(ids))]
             last = float(log_probs_TV[-1].max())
             choices.append(
-                {"index": index, "text": "", "logprobs": {"token_logprobs": [*values, last], "top_logprobs": [*best, {"x": last}]}}
+                {
+                    "index": index,
+                    "text": "",
+                    "logprobs": {"token_logprobs": [*values, last], "top_logprobs": [*best, {"x": last}]},
+                }
             )
         return 200, {"choices": choices}
 
@@ -344,8 +365,14 @@ def test_a_served_model_writes(tmp_path, monkeypatch):
     out = tmp_path / "harness.json"
     with server(says("the tea is on the mat")) as (url, asked):
         entry = harness("some-model", [str(writing_task(tmp_path / "say"))], out, limit=3, base_url=url)["tasks"]["say"]
-    assert entry["results"]["pass_rate"]["value"] == 1.0 and entry["model"] == "some-model" and entry["server"] == f"{url}/v1"
-    assert [path for path, _, _ in asked] == ["/v1/chat/completions"] * 3 and {key for *_, key in asked} == {"Bearer canary-key"}
+    assert (
+        entry["results"]["pass_rate"]["value"] == 1.0
+        and entry["model"] == "some-model"
+        and entry["server"] == f"{url}/v1"
+    )
+    assert [path for path, _, _ in asked] == ["/v1/chat/completions"] * 3 and {key for *_, key in asked} == {
+        "Bearer canary-key"
+    }
     body = next(body for _, body, _ in asked if body["messages"][-1]["content"] == QUESTIONS[0]["question"])
     assert body["model"] == "some-model" and body["temperature"] == 0 and body["max_tokens"] == 12
     written = "".join(file.read_text() for file in tmp_path.rglob("*.json*"))
@@ -371,32 +398,48 @@ def by_token(model):
             return 200, {"choices": [{"index": 0, "text": " x", "logprobs": None}]}
         assert path == "/completion" and body["n_predict"] == 1 and body["post_sampling_probs"] is False
         with torch.no_grad():
-            likely = model.net(torch.tensor([body["prompt"]])).logits[0, -1].log_softmax(-1).topk(min(body["n_probs"], model.tokens))
-        tops = [{"id": i, "token": "?", "logprob": v} for v, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)]
+            likely = (
+                model.net(torch.tensor([body["prompt"]]))
+                .logits[0, -1]
+                .log_softmax(-1)
+                .topk(min(body["n_probs"], model.tokens))
+            )
+        tops = [
+            {"id": i, "token": "?", "logprob": v}
+            for v, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
+        ]
         return 200, {"content": "x", "completion_probabilities": [{**tops[0], "top_logprobs": tops}]}
 
     return answer
 
 
 @pytest.mark.parametrize("likeliest", [3, 1000])
-def test_a_server_that_names_next_tokens_scores_text_token_by_token(tmp_path, tiny, tiny_folder, monkeypatch, likeliest):
+def test_a_server_that_names_next_tokens_scores_text_token_by_token(
+    tmp_path, tiny, tiny_folder, monkeypatch, likeliest
+):
     from limbeck.commands.harness import models
 
     monkeypatch.setattr(models, "LIKELIEST", likeliest)
     task_folder, out = choice_task(tmp_path / "pick"), tmp_path / "harness.json"
     with server(by_token(tiny)) as (url, asked):
-        entry = harness("m", [str(task_folder)], out, base_url=url + "/v1", tokenizer=str(tiny_folder), limit=3)["tasks"]["pick"]
+        entry = harness("m", [str(task_folder)], out, base_url=url + "/v1", tokenizer=str(tiny_folder), limit=3)[
+            "tasks"
+        ]["pick"]
     task = tasks.load_task(str(task_folder))
     ours = tasks.run_task(task, tiny)[:3]
     assert entry["results"]["acc"]["value"] == sum(scored.scores["acc"] for scored in ours) / 3
     for sample, scored in zip(samples(out, "pick"), ours, strict=True):
         assert [answer[0] for answer in sample["filtered_resps"]] == pytest.approx(scored.facts["log_probs"], abs=1e-4)
-    assert any(body.get("n_probs") == models.ALL_TOKENS for _, body, _ in asked) == (likeliest == 3), "asked again where it was not named"
+    assert any(body.get("n_probs") == models.ALL_TOKENS for _, body, _ in asked) == (likeliest == 3), (
+        "asked again where it was not named"
+    )
 
 
 def test_a_server_that_cannot_score_text_is_refused_before_any_item(tmp_path, tiny_folder):
     task_folder, out = str(choice_task(tmp_path / "pick")), tmp_path / "out.json"
-    without_echo = {"choices": [{"index": 0, "text": " x", "logprobs": {"token_logprobs": [-1.0], "top_logprobs": [{"x": -1.0}]}}]}
+    without_echo = {
+        "choices": [{"index": 0, "text": " x", "logprobs": {"token_logprobs": [-1.0], "top_logprobs": [{"x": -1.0}]}}]
+    }
     with server(lambda path, body: (200, without_echo)) as (url, asked):
         with pytest.raises(UserError, match="whose tokenizer"):
             harness("m", [task_folder], out, base_url=url)
@@ -435,7 +478,9 @@ def test_the_command_prints_value_and_error(tmp_path, tiny_folder):
     task_folder = choice_task(tmp_path / "pick")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-m", "limbeck", "harness", str(tiny_folder), "--task", str(task_folder), "--limit", "4"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "h.json")], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "h.json")], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "pick acc: 0." in done.stdout and " +- 0." in done.stdout
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -444,7 +489,14 @@ def test_the_command_prints_value_and_error(tmp_path, tiny_folder):
 
 def test_numbers_that_are_none_are_null():
     found = harness_module._results(
-        {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "bleu,none": float("nan"), "bleu_stderr,none": "N/A", "em,strict": 1.0}
+        {
+            "alias": "x",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.1,
+            "bleu,none": float("nan"),
+            "bleu_stderr,none": "N/A",
+            "em,strict": 1.0,
+        }
     )
     assert found == {
         "acc": {"value": 0.5, "stderr": 0.1}, "bleu": {"value": None, "stderr": None}, "em/strict": {"value": 1.0, "stderr": None},

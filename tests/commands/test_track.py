@@ -78,7 +78,15 @@ def folder(tmp_path):
 
 
 def step(number):
-    return {"step": number, "loss": float(number), "terms": {"jsd": 0.5}, "grad_norm": 1.0, "lr": 0.1, "tokens": 10, "seconds": 2.0}
+    return {
+        "step": number,
+        "loss": float(number),
+        "terms": {"jsd": 0.5},
+        "grad_norm": 1.0,
+        "lr": 0.1,
+        "tokens": 10,
+        "seconds": 2.0,
+    }
 
 
 def tell(folder, tracker, reporter=None):
@@ -117,14 +125,25 @@ def test_a_run_is_told_as_it_goes(recorder, recipe_data, tmp_path):
         told = [entry for entry in recorder.told[name] if "loss" in entry[1]]
         assert [at for at, _ in told] == [record["step"] for record in records] == list(range(1, 7))
         for (_, values), record in zip(told, records, strict=True):
-            assert values["loss"] == record["loss"] and values["lr"] == record["lr"] and values["grad_norm"] == record["grad_norm"]
+            assert (
+                values["loss"] == record["loss"]
+                and values["lr"] == record["lr"]
+                and values["grad_norm"] == record["grad_norm"]
+            )
             assert {f"terms/{key}": value for key, value in record["terms"].items()}.items() <= values.items()
             assert values["tokens_per_second"] == record["tokens"] / record["seconds"]
     summary = json.loads((out / "evaluation" / "summary.json").read_text())["systems"]
     for name, metrics in summary.items():
         last = recorder.told[name][-1]
-        assert last == (6 if name in ("student", "sft_control") else 0, {f"evaluation/{m}": i["value"] for m, i in metrics.items()})
-    assert set(recorder.closed) == set(summary) and not reporter.notes[-1].startswith("recorder") and "Report" in reporter.stages
+        assert last == (
+            6 if name in ("student", "sft_control") else 0,
+            {f"evaluation/{m}": i["value"] for m, i in metrics.items()},
+        )
+    assert (
+        set(recorder.closed) == set(summary)
+        and not reporter.notes[-1].startswith("recorder")
+        and "Report" in reporter.stages
+    )
 
 
 def test_killed_and_run_again_no_step_stands_twice(recorder, folder):
@@ -188,10 +207,24 @@ def test_tensorboard_reads_back_what_was_trained(recipe_data, tmp_path):
     recipe_data["train"]["save_seconds"] = 0
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_data))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "limbeck", "run", str(tmp_path / "recipe.yaml"), "--out", str(out), "--track", "tensorboard"]
+    command = [
+        sys.executable,
+        "-m",
+        "limbeck",
+        "run",
+        str(tmp_path / "recipe.yaml"),
+        "--out",
+        str(out),
+        "--track",
+        "tensorboard",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
-        command, env={**environment, "LIMBECK_CRASH_AT": "train.after_step:4"}, capture_output=True, text=True, check=False
+        command,
+        env={**environment, "LIMBECK_CRASH_AT": "train.after_step:4"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert killed.returncode == 137, killed.stderr
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -213,10 +246,17 @@ def test_trackio_keeps_the_numbers_on_this_machine(folder, tmp_path):
         "import sys\nfrom pathlib import Path\nfrom limbeck.progress import Silent\nfrom limbeck.commands.track import Tracked\n"
         "tracked = Tracked(Silent(), Path(sys.argv[1]), 'trackio')\ntracked.stage('Training')\ntracked.close()\nsys.exit(tracked.failed)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "HF_HUB_OFFLINE": "1",
+    }
     for records in ((), (step(3),)):
         write(folder, *records)
-        done = subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     read = (
         "import sys\nfrom trackio.sqlite_storage import SQLiteStorage as S\n"
@@ -295,7 +335,11 @@ def test_mlflow_is_asked_so(folder, monkeypatch):
     write(folder, step(1))
     tell(folder, "mlflow")
     assert calls[:2] == [("experiment", "tiny"), ("run", "7", "student")] and ("param", "r1", "lr", 0.001) in calls
-    assert ("metric", "r1", "loss", 1.0, 1) in calls and ("metric", "r1", "terms/jsd", 0.5, 1) in calls and calls[-1] == ("end", "r1")
+    assert (
+        ("metric", "r1", "loss", 1.0, 1) in calls
+        and ("metric", "r1", "terms/jsd", 0.5, 1) in calls
+        and calls[-1] == ("end", "r1")
+    )
     write(folder, step(2))
     before = len(calls)
     tell(folder, "mlflow")
@@ -306,4 +350,7 @@ def test_no_key_is_read_or_written(recorder, folder, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "canary-key")
     write(folder, step(1))
     tell(folder, "recorder")
-    assert "canary" not in "".join(file.read_text() for file in folder.rglob("*") if file.is_file()) + capsys.readouterr().out
+    assert (
+        "canary"
+        not in "".join(file.read_text() for file in folder.rglob("*") if file.is_file()) + capsys.readouterr().out
+    )

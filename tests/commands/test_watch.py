@@ -195,8 +195,14 @@ def test_a_student_that_wrote_long_ago_or_with_few_facts(folder):
 
 def test_means_and_shares_of_what_was_written():
     records = [wrote(1), step(2), wrote(3, overlap=math.nan), {"step": 4, "seconds": None, "rollout": 7}]
-    assert mean_of(records, "length") == 52.0 and mean_of(records, "overlap") == 0.75 and mean_of(records, "none") is None
-    assert writing_share(records) == pytest.approx(0.4 / 1.5) and writing_share(records[1:2]) == 0 and writing_share([]) is None
+    assert (
+        mean_of(records, "length") == 52.0 and mean_of(records, "overlap") == 0.75 and mean_of(records, "none") is None
+    )
+    assert (
+        writing_share(records) == pytest.approx(0.4 / 1.5)
+        and writing_share(records[1:2]) == 0
+        and writing_share([]) is None
+    )
     assert writing_share([step(1, seconds=0)]) is None
 
 
@@ -223,16 +229,30 @@ def test_a_run_of_ours_from_beginning_to_end(recipe_data, tmp_path):
     watcher = Watcher(out)
     limbeck.run(parse(recipe_data), out)
     view = watcher.look()
-    assert view.stage == "done" and [(t.name, t.step, t.steps) for t in view.trainings] == [("student", 6, 6), ("sft_control", 6, 6)]
+    assert view.stage == "done" and [(t.name, t.step, t.steps) for t in view.trainings] == [
+        ("student", 6, 6),
+        ("sft_control", 6, 6),
+    ]
     assert {"teacher", "untouched", "sft_control", "student"} == set(view.measured)
     assert "sft_control" in shown(out) and "forward_kl" in shown(out)
 
 
 def test_ctrl_c_ends_the_watching_with_0_and_what_came_meanwhile_was_shown(folder):
     write(folder / "metrics.jsonl", [step(1)])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "100", "TERM": "xterm", "FORCE_COLOR": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "100",
+        "TERM": "xterm",
+        "FORCE_COLOR": "1",
+    }
     process = subprocess.Popen(
-        [sys.executable, "-m", "limbeck", "watch", str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "limbeck", "watch", str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     seen = ""
     while "1 of 20" not in seen:

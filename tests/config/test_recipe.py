@@ -112,7 +112,9 @@ def test_layers_beyond_the_teacher_are_refused(recipe_data):
         check(parse(recipe_data))
 
 
-@pytest.mark.parametrize(("path", "value"), [("writer", [{"by": "teacher", "max_tokens": 256}]), ("evaluate.max_tokens", 256)])
+@pytest.mark.parametrize(
+    ("path", "value"), [("writer", [{"by": "teacher", "max_tokens": 256}]), ("evaluate.max_tokens", 256)]
+)
 def test_answers_that_leave_no_room_for_a_prompt_are_refused_early(recipe_data, path, value):
     if path == "writer":
         recipe_data["writer"] = value
@@ -141,7 +143,9 @@ def test_held_out_prompts_that_are_trained_on_are_refused(recipe_data):
         validate(parse(recipe_data))
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "a: 1\na: 2", "1: 2", "!!python/object/apply:os.system ['true']", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "- 1\n- 2", "a: 1\na: 2", "1: 2", "!!python/object/apply:os.system ['true']", "\x00"]
+)
 def test_malformed_files_are_one_clear_error(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(RecipeError):

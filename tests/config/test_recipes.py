@@ -55,7 +55,10 @@ def the_same_model(name, folder):
     """The teacher and the student's start; a student that teaches itself, or learns a context, starts as the teacher."""
     recipe = load_recipe(name)
     if recipe.teacher.beside:
-        return [f"teacher.model={folder}", *(f"teacher.beside.{n}.model={folder}" for n in range(len(recipe.teacher.beside)))]
+        return [
+            f"teacher.model={folder}",
+            *(f"teacher.beside.{n}.model={folder}" for n in range(len(recipe.teacher.beside))),
+        ]
     if recipe.teacher.bridge is not None:
         return [f"teacher.model={folder}", f"student={{start: {{pretrained: {folder}}}}}"]
     if recipe.teacher.context is None:
@@ -96,9 +99,15 @@ def servers(tiny_folder):
 def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file, tmp_path, monkeypatch):
     short = [f"writer.{i}.max_tokens={10 + i}" for i in range(len(load_recipe(name).writer))]
     solved = tmp_path / "solved.jsonl"
-    solved.write_text("".join(json.dumps(json.loads(line) | {"answer": "a mat"}) + "\n" for line in prompt_file.read_text().splitlines()))
+    solved.write_text(
+        "".join(
+            json.dumps(json.loads(line) | {"answer": "a mat"}) + "\n" for line in prompt_file.read_text().splitlines()
+        )
+    )
     changes = [*SMALL, *short, *OWN.get(name, []), f"prompts.from={solved}"]
-    if load_recipe(name).elicit:  # a tiny model's answers would pass no filter: the writer is played, and long texts need room
+    if load_recipe(
+        name
+    ).elicit:  # a tiny model's answers would pass no filter: the writer is played, and long texts need room
         changes += elicited_from(tmp_path, monkeypatch)
     elif load_recipe(name).teacher.model is None:
         names = load_recipe(name).teacher.server.names

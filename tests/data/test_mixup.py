@@ -19,7 +19,9 @@ from limbeck.runs.validate import validate
 from limbeck.types import RecipeError
 from tests.conftest import make_net, make_tokenizer
 
-ROWS = [Row(f"s{n}", (3, 4, 5 + n), tuple(range(10 + n, 14 + 2 * n)), frozenset({"teacher"}), f"g{n}") for n in range(6)]
+ROWS = [
+    Row(f"s{n}", (3, 4, 5 + n), tuple(range(10 + n, 14 + 2 * n)), frozenset({"teacher"}), f"g{n}") for n in range(6)
+]
 
 
 def mixed(row, other, weight):
@@ -48,7 +50,9 @@ def test_mixed_states_are_those_of_mixed_embeddings(net):
 def test_with_its_own_weight_alone_nothing_is_mixed(net):
     plain, alone = make_batch(ROWS), make_batch([mixed(row, ROWS[0], 1.0) for row in ROWS])
     assert plain.mixed is None
-    assert torch.allclose(features(net, plain.tokens_BT)[0], features(net, alone.tokens_BT, mixed=alone.mixed)[0], atol=1e-5)
+    assert torch.allclose(
+        features(net, plain.tokens_BT)[0], features(net, alone.tokens_BT, mixed=alone.mixed)[0], atol=1e-5
+    )
 
 
 def test_the_teacher_reads_the_same_mixture(net):
@@ -77,12 +81,16 @@ def test_every_micro_batch_is_followed_by_its_mixed_twin():
 def recipe_of(recipe_data, **changes):
     train = recipe_data["train"] | {"mixup": 0.4}
     losses = [{"cross_entropy": {"only": "teacher"}}, {"forward_kl": {"only": "mixed"}}]
-    return parse({**recipe_data, "train": train, "loss": losses, "evaluate": {"metrics": ["fidelity"], "controls": []}} | changes)
+    return parse(
+        {**recipe_data, "train": train, "loss": losses, "evaluate": {"metrics": ["fidelity"], "controls": []}} | changes
+    )
 
 
 def test_a_student_that_is_the_teacher_loses_nothing_on_mixed_text(recipe_data, tmp_path):
     student = {"start": {"pretrained": recipe_data["teacher"]}}
-    folder = run(recipe_of(recipe_data, student=student, loss=["forward_kl"]), tmp_path / "run", stages=("elicit", "train"))
+    folder = run(
+        recipe_of(recipe_data, student=student, loss=["forward_kl"]), tmp_path / "run", stages=("elicit", "train")
+    )
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(abs(record["loss"]) < 1e-5 for record in records)
 

@@ -64,7 +64,9 @@ def test_reasons_take_two_calls_a_question():
     assert texts(pool)[0] == ("2 + 2?", "2 and 2 make 4\n\nTherefore, the answer is 4.")
     assert (pool[0].meta["rationale"], pool[0].meta["final"], len(pool[0].parents)) == ("2 and 2 make 4", "4", 3)
     second = asked[4].messages
-    assert [m["role"] for m in second] == ["user", "assistant", "user"] and second[0]["content"].endswith("step by step.")
+    assert [m["role"] for m in second] == ["user", "assistant", "user"] and second[0]["content"].endswith(
+        "step by step."
+    )
     assert Rationale(n=2).bill(2).requests == 8
 
 
@@ -72,7 +74,9 @@ def test_reasons_in_one_call_end_in_an_answer_or_go():
     said = ["Three and one is four. The answer is 4.", "I can't say."]
     pool, tally, asked = drive(Rationale(calls=1), prompts("a", "b"), lambda request, n: said[n])
     assert len(asked) == 2 and len(pool) == 1 and tally.dropped == {"no answer at the end of the reasons": 1}
-    assert (pool[0].meta["rationale"], pool[0].meta["final"]) == ("Three and one is four.", "4") and pool[0].response_ids == (1, 2)
+    assert (pool[0].meta["rationale"], pool[0].meta["final"]) == ("Three and one is four.", "4") and pool[
+        0
+    ].response_ids == (1, 2)
 
 
 def test_different_right_rationales_are_kept():
@@ -81,7 +85,9 @@ def test_different_right_rationales_are_kept():
         "Count from three up to seven. The answer is 4.", "Add one to three apples. The answer is 4.",
     ]  # fmt: skip
     pool, tally, _ = drive(
-        DiverseRationales(n=6, keep=3), prompts("7 - 3?", check={"type": "number", "answer": 4}), lambda request, n: said[n]
+        DiverseRationales(n=6, keep=3),
+        prompts("7 - 3?", check={"type": "number", "answer": 4}),
+        lambda request, n: said[n],
     )
     assert [sample.messages[-1]["content"] for sample in pool] == [said[0], said[2], said[4]]
     assert tally.dropped == {"too like another rationale": 1, "wrong answer": 1, "enough rationales": 1}
@@ -91,7 +97,9 @@ def test_contrast_explains_the_given_answer_against_another():
     pool = prompts("red or blue?", "cat or dog?")
     for sample, answer in zip(pool, ("blue", "cat"), strict=True):
         sample.meta["answers"] = [answer]
-    found, tally, asked = drive(Contrastive(strength=0.25), [*pool, *prompts("no answer")], lambda request, n: f"because {n}")
+    found, tally, asked = drive(
+        Contrastive(strength=0.25), [*pool, *prompts("no answer")], lambda request, n: f"because {n}"
+    )
     assert tally.dropped == {"no answer is given": 1} and len(asked) == 4
     assert all(request.contrast == 0.25 and request.against != request.messages for request in asked)
     assert "Answer: blue" in asked[0].messages[0]["content"] and "Answer: cat" in asked[0].against[0]["content"]
@@ -106,4 +114,7 @@ def test_given_answers_are_the_corpus_own():
     pool[0].meta["answers"], pool[1].meta["answers"] = ["x", "y"], ["z"]
     found, tally, asked = drive(Given(), pool)
     assert texts(found) == [("a", "x"), ("b", "z")] and not asked and tally.dropped == {"no answer is given": 1}
-    assert {sample.writer for sample in found} == {"corpus"} and texts(drive(Given(answers=2), pool)[0])[:2] == [("a", "x"), ("a", "y")]
+    assert {sample.writer for sample in found} == {"corpus"} and texts(drive(Given(answers=2), pool)[0])[:2] == [
+        ("a", "x"),
+        ("a", "y"),
+    ]

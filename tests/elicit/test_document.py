@@ -26,7 +26,9 @@ def test_tasks_of_drawn_types_about_every_text():
         assert len(set(kinds)) == 3 and set(kinds) <= set(TASKS)
     first = pool[0]
     assert (
-        first.messages[0]["content"].endswith("\n\ndo 0 and 0") and first.messages[-1]["content"] == "so 0" and first.response_ids is None
+        first.messages[0]["content"].endswith("\n\ndo 0 and 0")
+        and first.messages[-1]["content"] == "so 0"
+        and first.response_ids is None
     )
     again, _, _ = drive(
         DocumentTasks(each=3, types=("summary", "title", "simple", "term")),
@@ -46,15 +48,26 @@ def test_a_task_goes_for_a_reason():
         "Task: When was it built?\nAnswer: in 1820",
     ]
     pool, tally, _ = drive(
-        DocumentTasks(types=("question",)), prompts(*[TEXT] * 1, *[f"{TEXT} {n}" for n in range(4)]), lambda r, n: replies[n]
+        DocumentTasks(types=("question",)),
+        prompts(*[TEXT] * 1, *[f"{TEXT} {n}" for n in range(4)]),
+        lambda r, n: replies[n],
     )
-    assert len(pool) == 1 and tally.dropped == {"the answer is not in the text": 1, "no task": 1, "no answer": 1, "answer: length": 1}
-    pool, tally, _ = drive(DocumentTasks(types=("gap", "a poem about it")), prompts(TEXT), lambda r, n: [replies[0], replies[5]][n])
+    assert len(pool) == 1 and tally.dropped == {
+        "the answer is not in the text": 1,
+        "no task": 1,
+        "no answer": 1,
+        "answer: length": 1,
+    }
+    pool, tally, _ = drive(
+        DocumentTasks(types=("gap", "a poem about it")), prompts(TEXT), lambda r, n: [replies[0], replies[5]][n]
+    )
     assert len(pool) == 1 and tally.dropped == {"like another task on the text": 1}
 
 
 def test_a_type_may_be_described_in_the_recipe():
-    _, _, (request,) = drive(DocumentTasks(types=("the instruction to rhyme it, with a rhyme",)), prompts(TEXT), lambda r, n: "")
+    _, _, (request,) = drive(
+        DocumentTasks(types=("the instruction to rhyme it, with a rhyme",)), prompts(TEXT), lambda r, n: ""
+    )
     assert "Make the instruction to rhyme it, with a rhyme." in said(request)
 
 
@@ -77,7 +90,13 @@ def test_pieces_of_code_are_consecutive_lines_and_inspire_problems():
 
 
 def test_a_problem_goes_for_a_reason():
-    replies = ["Solution: x", "Problem: x", "Problem: x\nSolution: in words", "Problem: x\nSolution: ```\n```", ("", "empty")]
+    replies = [
+        "Solution: x",
+        "Problem: x",
+        "Problem: x\nSolution: in words",
+        "Problem: x\nSolution: ```\n```",
+        ("", "empty"),
+    ]
     pool, tally, _ = drive(OssInstruct(), prompts("a", "b", "c", "d", "e"), lambda r, n: replies[n])
     assert not pool and tally.dropped == {"no problem": 1, "no solution": 1, "no program": 2, "answer: empty": 1}
 

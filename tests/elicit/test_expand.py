@@ -15,7 +15,12 @@ from limbeck.elicit.similar import Novelty
 from limbeck.types import UserError
 from tests.flow_driver import drive, prompts, texts
 
-SEEDS = prompts(*(f"Seed number {n} about {word}" for n, word in enumerate("apples bears cars doors eggs fish goats hats ink jam".split())))
+SEEDS = prompts(
+    *(
+        f"Seed number {n} about {word}"
+        for n, word in enumerate("apples bears cars doors eggs fish goats hats ink jam".split())
+    )
+)
 for seed in SEEDS:
     seed.meta["answers"] = ["an answer"]
 
@@ -42,7 +47,9 @@ def test_self_instruct_asks_filters_and_makes_instances():
         "Sort the letters of a word by the alphabet.\n10. Draw a picture of your house please.\n11. Too short now\n12. Write a program that counts sheep\n"
         "13. (odd beginning of this one)\n14. Sort the letters of a word by the alphabet!\n15. Seed number 3 about doors"
     )
-    pool, tally, asked = drive(SelfInstruct(count=1, requests=5, together=2), SEEDS, Writer([first, "Name the tallest tree in the wood."]))
+    pool, tally, asked = drive(
+        SelfInstruct(count=1, requests=5, together=2), SEEDS, Writer([first, "Name the tallest tree in the wood."])
+    )
     assert texts(pool) == [("Sort the letters of a word by the alphabet.\n\na b c", "c b a")]
     assert tally.dropped == {
         "needs what a text can't hold": 1, "too short": 1, "asks for a program": 1, "like another task": 2, "more than wanted": 1,
@@ -50,7 +57,11 @@ def test_self_instruct_asks_filters_and_makes_instances():
     }  # fmt: skip
     assert tally.facts["requests"] == 2 and tally.facts["new_instructions"] == 2 and tally.facts["classification"] == 0
     lists = [said(request) for request in asked if said(request).startswith("Here is a list")]
-    assert len(lists) == 2 and all(f"\n{n}. Seed number" in text for text in lists for n in range(1, 9)) and lists[0].endswith("\n9.")
+    assert (
+        len(lists) == 2
+        and all(f"\n{n}. Seed number" in text for text in lists for n in range(1, 9))
+        and lists[0].endswith("\n9.")
+    )
     assert len(pool[0].parents) == 2 and asked[0].sampling.presence_penalty == 2.0
 
 
@@ -61,7 +72,9 @@ def test_later_rounds_show_what_was_made():
     lists = [said(request) for request in asked if said(request).startswith("Here is a list")]
     assert len(lists) == 6
     shown = [sum("are sold by" in line for line in text.splitlines()) for text in lists]
-    assert shown == [0, 1, 2, 2, 2, 2] and all(text.count("Seed number") == 8 - made for text, made in zip(lists, shown, strict=True))
+    assert shown == [0, 1, 2, 2, 2, 2] and all(
+        text.count("Seed number") == 8 - made for text, made in zip(lists, shown, strict=True)
+    )
 
 
 def test_a_weak_writer_ends_when_the_requests_are_used_up():
@@ -71,7 +84,9 @@ def test_a_weak_writer_ends_when_the_requests_are_used_up():
 
 def test_what_was_cut_off_loses_its_end():
     pool, tally, _ = drive(
-        SelfInstruct(count=2, requests=1), SEEDS, Writer(["Name every river that you know.\n10. Explain how a"], finish="length")
+        SelfInstruct(count=2, requests=1),
+        SEEDS,
+        Writer(["Name every river that you know.\n10. Explain how a"], finish="length"),
     )
     assert tally.dropped["cut off"] == 1 and len(pool) == 1
 
@@ -87,14 +102,23 @@ def test_what_was_cut_off_loses_its_end():
     ],
 )  # fmt: skip
 def test_instances_are_read_and_checked(instance, verdict, found, reason):
-    pool, tally, _ = drive(SelfInstruct(count=1, requests=1), SEEDS, Writer(["Sort the things in the box."], instance, verdict))
-    wanted = [(f"Sort the things in the box.\n\n{given}" if given else "Sort the things in the box.", output) for given, output in found]
+    pool, tally, _ = drive(
+        SelfInstruct(count=1, requests=1), SEEDS, Writer(["Sort the things in the box."], instance, verdict)
+    )
+    wanted = [
+        (f"Sort the things in the box.\n\n{given}" if given else "Sort the things in the box.", output)
+        for given, output in found
+    ]
     assert texts(pool) == wanted and (reason is None or tally.dropped[reason])
     assert tally.facts["classification"] == (verdict == "Yes")
 
 
 def test_the_filter_of_instructions():
-    assert unfit("Say hello to us", ()) is None and unfit("a b c", ()) == "too short" and unfit("word " * 151, ()) == "too long"
+    assert (
+        unfit("Say hello to us", ()) is None
+        and unfit("a b c", ()) == "too short"
+        and unfit("word " * 151, ()) == "too long"
+    )
     assert unfit("Plot the data for me", ("plot",)) and unfit("The plotter is broken today", ("plot",)) is None
     assert unfit("écris une lettre ici", ()) == "begins with a sign"
 
@@ -104,7 +128,9 @@ def test_alpaca_reads_tasks_out_of_one_answer():
         " Name a green fruit you like.\nInput: <noinput>\nOutput: a lime\n5. Instruction: Add up the numbers below.\nInput: 1, 2\nOutput: 3\n"
         "6. Instruction: Show the video to me now.\nInput:\nOutput: no\n7. Instruction: Without output here it is"
     )
-    pool, tally, asked = drive(Alpaca(count=5, requests=2, together=2), [*SEEDS, *prompts("no answer")], lambda request, n: text)
+    pool, tally, asked = drive(
+        Alpaca(count=5, requests=2, together=2), [*SEEDS, *prompts("no answer")], lambda request, n: text
+    )
     assert texts(pool) == [("Name a green fruit you like.", "a lime"), ("Add up the numbers below.\n\n1, 2", "3")]
     assert tally.dropped == {
         "a seed without an answer": 1,
@@ -171,7 +197,14 @@ def test_all_operators_are_drawn_and_long_apologies_stay():
 
 
 def test_magpie_lets_the_writer_speak_as_the_user():
-    turns = ["What is the tallest tree?", "what is the tallest tree?", "Hm", "assistant: hello there you", "", "How do bees find home?"]
+    turns = [
+        "What is the tallest tree?",
+        "what is the tallest tree?",
+        "Hm",
+        "assistant: hello there you",
+        "",
+        "How do bees find home?",
+    ]
 
     def reply(request, n):
         if request.raw is not None:
@@ -179,11 +212,15 @@ def test_magpie_lets_the_writer_speak_as_the_user():
         return f"answer to {said(request)}"
 
     pool, tally, asked = drive(Magpie(count=6), prompts("not used"), reply, header="<|user|>")
-    assert [prompt for prompt, _ in texts(pool)] == [turns[0], turns[5]] and texts(pool)[0][1] == f"answer to {turns[0]}"
+    assert [prompt for prompt, _ in texts(pool)] == [turns[0], turns[5]] and texts(pool)[0][
+        1
+    ] == f"answer to {turns[0]}"
     assert tally.dropped == {"like another one": 1, "too short": 1, "speaks in a role's name": 1, "answer: empty": 1}
     raw = [request for request in asked if request.raw is not None]
     assert (
-        len(raw) == 6 == len({request.key for request in raw}) and raw[0].sampling.stop == ("\n",) and asked[-1].sampling.temperature == 0
+        len(raw) == 6 == len({request.key for request in raw})
+        and raw[0].sampling.stop == ("\n",)
+        and asked[-1].sampling.temperature == 0
     )
     with pytest.raises(UserError, match="give its text in `header`"):
         drive(Magpie(), [], reply, header=None)
@@ -191,9 +228,16 @@ def test_magpie_lets_the_writer_speak_as_the_user():
 
 def test_people_and_topics_give_prompts():
     pool, tally, asked = drive(
-        Imagined(kinds=["math", "logic"], each=2), prompts("a baker", "a nurse."), lambda request, n: f"Problem {n % 7} of {n % 7} loaves"
+        Imagined(kinds=["math", "logic"], each=2),
+        prompts("a baker", "a nurse."),
+        lambda request, n: f"Problem {n % 7} of {n % 7} loaves",
     )
-    assert len(asked) == 8 and len(pool) == 7 and tally.dropped == {"like another one": 1} and "a nurse would meet" in said(asked[4])
+    assert (
+        len(asked) == 8
+        and len(pool) == 7
+        and tally.dropped == {"like another one": 1}
+        and "a nurse would meet" in said(asked[4])
+    )
     pool, _, asked = drive(Imagined(of="topics"), prompts("tides"), lambda *_: '"Why are there tides?"')
     assert texts(pool) == [("Why are there tides?", None)] and "Topic: tides" in said(asked[0])
 
@@ -205,14 +249,23 @@ def test_texts_become_answers_to_requests_that_fit_them():
         return next(scores) if said(request).endswith("Digit:") else f"Tell me about {n}"
 
     pool, tally, _ = drive(Backtranslate(), prompts(*"abcd"), reply)
-    assert texts(pool) == [("Tell me about 0", "a")] and pool[0].writer == "corpus" and pool[0].meta["scores"] == {"fit": 5.0}
+    assert (
+        texts(pool) == [("Tell me about 0", "a")]
+        and pool[0].writer == "corpus"
+        and pool[0].meta["scores"] == {"fit": 5.0}
+    )
     assert tally.dropped == {"score below 5": 1, "no score": 2}
 
 
 def test_the_same_seed_gives_the_same_pool_and_another_another():
-    step, listed = SelfInstruct(count=3, requests=3, together=1), [f"Speak of thing {n} and thing {n + 7} now" for n in range(3)]
+    step, listed = (
+        SelfInstruct(count=3, requests=3, together=1),
+        [f"Speak of thing {n} and thing {n + 7} now" for n in range(3)],
+    )
     runs = [drive(step, SEEDS, Writer(listed), seed=seed) for seed in (0, 0, 1)]
-    assert runs[0][0] == runs[1][0] and [r.key for r in runs[0][2]] == [r.key for r in runs[1][2]] != [r.key for r in runs[2][2]]
+    assert runs[0][0] == runs[1][0] and [r.key for r in runs[0][2]] == [r.key for r in runs[1][2]] != [
+        r.key for r in runs[2][2]
+    ]
 
 
 # Seeds

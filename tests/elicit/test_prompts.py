@@ -32,7 +32,10 @@ def test_built_in_prompts_are_many_of_many_kinds_and_partly_checkable():
     train, test = load_prompts("builtin/everyday"), load_prompts("builtin/everyday", part="test")
     assert len(train) >= 240 and len(test) >= 60
     assert len({prompt.kind for prompt in train}) >= 10 and {p.kind for p in train} == {p.kind for p in test}
-    assert sum(prompt.check is not None for prompt in train) >= 100 and sum(prompt.check is not None for prompt in test) >= 25
+    assert (
+        sum(prompt.check is not None for prompt in train) >= 100
+        and sum(prompt.check is not None for prompt in test) >= 25
+    )
     prefix = Counter(prompt.kind for prompt in train[:240])
     assert max(prefix.values()) == min(prefix.values())
 
@@ -75,7 +78,11 @@ def test_bytes_that_are_not_text_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("check", "passes", "fails"),
     [
-        ({"type": "number", "answer": 12}, ["12", "5 + 7 = 12.", "It costs 1,000, no: 12", "12.0"], ["", "twelve", "12 or 13", "112"]),
+        (
+            {"type": "number", "answer": 12},
+            ["12", "5 + 7 = 12.", "It costs 1,000, no: 12", "12.0"],
+            ["", "twelve", "12 or 13", "112"],
+        ),
         ({"type": "number", "answer": -3}, ["-3"], ["3"]),
         ({"type": "number", "answer": 1200}, ["1,200"], ["1,20"]),
         (
@@ -88,7 +95,11 @@ def test_bytes_that_are_not_text_are_refused(tmp_path):
             ['{"name": " ana", "age": 31}', 'Sure: {"age": 31, "name": "Ana", "x": 1} ok'],
             ['{"name": "Ana", "age": "31"}', '{"name": "Ana"}', "{name: Ana}", "[1]", "{" * 5000],
         ),
-        ({"type": "order", "items": ["ant", "bee"]}, ["ant, bee", "Ant\nBee"], ["bee, ant", "ant", "pant bee", "giant bees"]),
+        (
+            {"type": "order", "items": ["ant", "bee"]},
+            ["ant, bee", "Ant\nBee"],
+            ["bee, ant", "ant", "pant bee", "giant bees"],
+        ),
         ({"type": "order", "items": [2, 10]}, ["2, 10"], ["10, 2", "12 10"]),
         ({"type": "contains", "all": ["def add", "return"]}, ["Def add(a): RETURN a"], ["def add"]),
     ],

@@ -16,7 +16,21 @@ from limbeck.config.recipe import parse
 from limbeck.config.sections import Section
 from limbeck.elicit import steps
 from limbeck.elicit.engine import Desk, StoppedEarlyError, elicit
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Score, Tally, answered, ask, finished, prompt_of, score, scored
+from limbeck.elicit.flow import (
+    Asking,
+    Bill,
+    Kind,
+    Pool,
+    Scene,
+    Score,
+    Tally,
+    answered,
+    ask,
+    finished,
+    prompt_of,
+    score,
+    scored,
+)
 from limbeck.elicit.run import Elicitation, prompts_of
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
@@ -90,7 +104,9 @@ def desk(store: Store, writer: Backwards, scorer: ByLength | None = None, stop=l
 def test_another_model_is_asked_and_its_opinion_kept_under_its_own_name(tmp_path):
     first, other = ByLength(), ByLength()
     with Store(tmp_path / "store.sqlite") as store:
-        both = Desk(store, lambda: Backwards(), lambda by: other if by == "small" else first, lambda by: f"length@1{by}")
+        both = Desk(
+            store, lambda: Backwards(), lambda by: other if by == "small" else first, lambda by: f"length@1{by}"
+        )
         for by in ("", "small", "", "small"):
             both.drive(score([Score((), "a text", by)]))
         assert (first.asked, other.asked) == (1, 1) and len(store.scores("length@1small")) == 1
@@ -135,7 +151,11 @@ def test_a_stop_keeps_what_was_answered(tmp_path):
 
 def test_an_answer_stands_after_its_prompt_whatever_else_the_writer_was_shown():
     prompt = pool_of("why")[0]
-    reply = Sample(({"role": "system", "content": "Be brief."}, *prompt.messages, {"role": "assistant", "content": "so"}), "m", (5, 0))
+    reply = Sample(
+        ({"role": "system", "content": "Be brief."}, *prompt.messages, {"role": "assistant", "content": "so"}),
+        "m",
+        (5, 0),
+    )
     sample = answered(prompt, reply, extra=1)
     assert [message["role"] for message in sample.messages] == ["user", "assistant"]
     assert sample.response_ids == (5, 0) and sample.meta["extra"] == 1 and sample.parents == (prompt.id, reply.id)
@@ -151,18 +171,32 @@ def test_request_keys_of_the_new_kinds_differ_and_the_old_ones_stay():
         scene.request(messages, Sampling(), against=(), contrast=0.25),
     ]  # fmt: skip
     assert len({request.key for request in (plain, *others)}) == 7
-    assert plain.key == Request("m", messages, Sampling(), 7).key and set(plain.asked["sampling"]) == {"temperature", "top_p", "max_tokens"}
+    assert plain.key == Request("m", messages, Sampling(), 7).key and set(plain.asked["sampling"]) == {
+        "temperature",
+        "top_p",
+        "max_tokens",
+    }
 
 
 def test_samples_that_ask_different_things_are_different_prompts():
     one, two = pool_of("a", "b")
-    same = [Sample((*one.messages, {"role": "assistant", "content": text}), "m", meta={"prompt_id": "p"}) for text in ("x", "y")]
-    other = Sample((*two.messages, {"role": "assistant", "content": "z"}), "m", meta={"prompt_id": "p", "task": "label", "weight": 2.0})
+    same = [
+        Sample((*one.messages, {"role": "assistant", "content": text}), "m", meta={"prompt_id": "p"})
+        for text in ("x", "y")
+    ]
+    other = Sample(
+        (*two.messages, {"role": "assistant", "content": "z"}),
+        "m",
+        meta={"prompt_id": "p", "task": "label", "weight": 2.0},
+    )
     prompts, answers = prompts_of([*same, other, one])
     assert [prompt.text for prompt in prompts] == ["a", "b"] and prompts[0].id == "p" != prompts[1].id
     assert answers[prompts[0].id] == same and answers[prompts[1].id] == [other]
     assert (prompts[1].task, prompts[1].weight) == ("label", 2.0)
-    turns = Sample((*one.messages, {"role": "assistant", "content": "x"}, *two.messages, {"role": "assistant", "content": "y"}), "m")
+    turns = Sample(
+        (*one.messages, {"role": "assistant", "content": "x"}, *two.messages, {"role": "assistant", "content": "y"}),
+        "m",
+    )
     (prompt,), _ = prompts_of([turns])
     assert prompt.messages == turns.messages[:-1]
 
@@ -174,7 +208,13 @@ def saying(monkeypatch):
 
 def recipe_of(recipe_data, elicit, **changes):
     return parse(
-        {**recipe_data, "elicit": elicit, "writer": [{"by": "elicited"}], "evaluate": {"metrics": ["fidelity"], "controls": []}, **changes}
+        {
+            **recipe_data,
+            "elicit": elicit,
+            "writer": [{"by": "elicited"}],
+            "evaluate": {"metrics": ["fidelity"], "controls": []},
+            **changes,
+        }
     )
 
 
@@ -186,7 +226,9 @@ def test_a_recipe_with_steps_runs_to_its_report(recipe_data, saying, tmp_path):
     account = json.loads((folder / "elicitation.json").read_text())
     (step,) = account["steps"]
     assert step["given"] == len(samples) and step["taken"] * 2 == sum(step["answers"].values()) <= plan.requests
-    assert {record["writer"] for record in samples} == {account["writer"]} and all(record["response_ids"] for record in samples)
+    assert {record["writer"] for record in samples} == {account["writer"]} and all(
+        record["response_ids"] for record in samples
+    )
     assert "What say left out" in (folder / "report.html").read_text() or not step["dropped"]
     before = {name: (folder / name).read_bytes() for name in ("elicited.jsonl", "elicitation.json", "report.html")}
     run(recipe, folder)
@@ -235,7 +277,10 @@ def test_who_writes_must_fit_the_steps(recipe_data):
     with pytest.raises(RecipeError, match="by: elicited"):
         parse({**recipe_data, "elicit": ["given"], "writer": [{"by": "corpus"}]})
     assert [
-        writer.by for writer in parse({key: value for key, value in recipe_data.items() if key != "writer"} | {"elicit": ["given"]}).writer
+        writer.by
+        for writer in parse(
+            {key: value for key, value in recipe_data.items() if key != "writer"} | {"elicit": ["given"]}
+        ).writer
     ] == ["elicited"]
 
 
@@ -249,7 +294,9 @@ def test_a_served_teacher_writes_the_text_and_is_not_needed_again(recipe_data, s
         asked = len(server.seen)
     assert asked == len(server.bills) > 10
     samples = [json.loads(line) for line in (folder / "elicited.jsonl").read_text().splitlines()]
-    assert all(sample["messages"][-1]["content"].startswith("the cat") and sample["response_ids"] is None for sample in samples)
+    assert all(
+        sample["messages"][-1]["content"].startswith("the cat") and sample["response_ids"] is None for sample in samples
+    )
     assert {sample["writer"] for sample in samples} == {json.loads((folder / "inputs.json").read_text())["server"]}
     assert "served:toy-" in samples[0]["writer"] and "sk-canary" not in "".join(
         f.read_text(errors="ignore") for f in folder.rglob("*") if f.is_file()
@@ -277,7 +324,10 @@ def test_a_served_teacher_writes_the_text_and_is_not_needed_again(recipe_data, s
     ],
 )
 def test_what_a_server_can_not_do_is_refused(recipe_data, changes, match):
-    teacher = {"model": recipe_data["teacher"], "server": {"url": "http://127.0.0.1:1/v1", "name": "toy"}} | changes.pop("teacher", {})
+    teacher = {
+        "model": recipe_data["teacher"],
+        "server": {"url": "http://127.0.0.1:1/v1", "name": "toy"},
+    } | changes.pop("teacher", {})
     with pytest.raises(RecipeError, match=match):
         check(recipe_of(recipe_data, changes.get("elicit", ["given"]), teacher=teacher))
 

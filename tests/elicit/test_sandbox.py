@@ -65,7 +65,9 @@ def test_what_passes_and_what_does_not(allowed):
     assert "SyntaxError" in passes("def add(:", "").why
     assert "NameError" in passes("", "add(1, 2)").why
     assert passes("print('x' * 100)", "assert True").passed
-    assert passes("import math, json, re, collections, itertools, heapq, dataclasses, typing, decimal, datetime, random", "").passed
+    assert passes(
+        "import math, json, re, collections, itertools, heapq, dataclasses, typing, decimal, datetime, random", ""
+    ).passed
     assert "No module named" in passes("import torch", "").why  # nothing but the standard library
 
 
@@ -125,13 +127,19 @@ def escape(tmp_path, monkeypatch):
     monkeypatch.setenv("LIMBECK_CANARY_KEY", "sk-canary")
     secret = tmp_path / "secret"
     secret.write_text("sk-canary")
-    with secret.open() as held, socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+    with (
+        secret.open() as held,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
         os.set_inheritable(held.fileno(), True)
         name = f"limbeck-test-{os.getpid()}"
         abstract.bind(f"\0{name}")
         abstract.listen()
         facts = {"secret": secret, "port": server.getsockname()[1], "pid": os.getpid(), "name": name}
-        yield lambda which: ESCAPES[which].format(**facts, home=str(Path.home()), repository=str(Path(__file__).parent.parent.parent))
+        yield lambda which: ESCAPES[which].format(
+            **facts, home=str(Path.home()), repository=str(Path(__file__).parent.parent.parent)
+        )
 
 
 @needs_sandbox
@@ -140,13 +148,24 @@ def test_it_stays_in(allowed, escape, name):
     assert passes(escape(name), "", Limits(seconds=20, cpu_seconds=10)) == Outcome(True)
 
 
-OUTSIDE = ["environment", "environment of others", "home and data", "a link out", "network", "abstract sockets", "open files", "devices"]
+OUTSIDE = [
+    "environment",
+    "environment of others",
+    "home and data",
+    "a link out",
+    "network",
+    "abstract sockets",
+    "open files",
+    "devices",
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_the_same_program_gets_out_where_there_is_no_sandbox(escape, name):
     """So that a test above can fail."""
-    found = subprocess.run([sys.executable, "-I", "-S", "-c", escape(name)], capture_output=True, close_fds=False, stdin=subprocess.DEVNULL)
+    found = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", escape(name)], capture_output=True, close_fds=False, stdin=subprocess.DEVNULL
+    )
     assert found.returncode == 1 and b"Error" in found.stderr
 
 
@@ -229,5 +248,7 @@ def test_the_tests_of_a_check_must_be_text(allowed):
 @needs_sandbox
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 def test_root_is_not_who_runs_it(allowed):
-    assert passes("import os\nassert os.getuid() >= 1 << 30 and os.getgid() >= 1 << 30 and os.getgroups() == []", "").passed
+    assert passes(
+        "import os\nassert os.getuid() >= 1 << 30 and os.getgid() >= 1 << 30 and os.getgroups() == []", ""
+    ).passed
     assert subprocess.run(["id", "-u"], capture_output=True, text=True, check=True).stdout.strip() == "0"

@@ -9,7 +9,19 @@ from pydantic import ValidationError
 
 from limbeck.elicit.flow import scored
 from limbeck.elicit.merit import DIGITS, Deita, Difference, Difficulty, Ifd, expected
-from limbeck.elicit.select import Bins, Deduplicate, Diverse, Length, Limit, Novel, Refusals, Repetitive, Script, Top, Without
+from limbeck.elicit.select import (
+    Bins,
+    Deduplicate,
+    Diverse,
+    Length,
+    Limit,
+    Novel,
+    Refusals,
+    Repetitive,
+    Script,
+    Top,
+    Without,
+)
 from limbeck.elicit.verified import BestOf, Verify, Vote, final_answer
 from limbeck.types import LogProb
 from tests.flow_driver import answers, drive, prompts, texts
@@ -65,7 +77,11 @@ def test_limits_and_diversity():
     pool = answers(*[("p", str(n)) for n in range(9)])
     assert kept(Limit(count=2), pool)[0] == ["0", "1"]
     drawn = kept(Limit(count=4, how="random"), pool)[0]
-    assert len(drawn) == 4 and drawn == sorted(drawn) != ["0", "1", "2", "3"] and drawn == kept(Limit(count=4, how="random"), pool)[0]
+    assert (
+        len(drawn) == 4
+        and drawn == sorted(drawn) != ["0", "1", "2", "3"]
+        and drawn == kept(Limit(count=4, how="random"), pool)[0]
+    )
     assert kept(Limit(count=99, how="random"), pool)[1] == {}
     pool = answers(("p", "red cat"), ("p", "red cat here"), ("p", "blue dog"))
     assert kept(Diverse(count=2, of="answer"), pool) == (["red cat", "blue dog"], {"near one that is kept": 1})
@@ -73,7 +89,9 @@ def test_limits_and_diversity():
 
 def with_scores(*values, name="s"):
     pool = answers(*[("p", str(n)) for n in range(len(values))])
-    return [sample if value is None else scored(sample, **{name: value}) for sample, value in zip(pool, values, strict=True)]
+    return [
+        sample if value is None else scored(sample, **{name: value}) for sample, value in zip(pool, values, strict=True)
+    ]
 
 
 def test_the_best_by_a_score():
@@ -106,10 +124,15 @@ def test_the_majority_needs_no_gold():
     pool = answers(("p", "so 4"), ("p", "it's 4.0"), ("p", "5"), ("p", "none"))
     pool = [type(sample)(sample.messages, sample.writer, meta={"prompt_id": "q"}) for sample in pool]
     found, tally, _ = drive(Vote(), pool)
-    assert [answer for _, answer in texts(found)] == ["so 4", "it's 4.0"] and found[0].meta["scores"] == {"agreement": 0.5}
+    assert [answer for _, answer in texts(found)] == ["so 4", "it's 4.0"] and found[0].meta["scores"] == {
+        "agreement": 0.5
+    }
     assert tally.dropped == {"outvoted": 1, "no final answer": 1}
     assert kept(Vote(keep="first"), pool)[0] == ["so 4"] and kept(Vote(least=0.6), pool)[1]["too little agreement"] == 2
-    tied = [type(sample)(sample.messages, sample.writer, meta={"prompt_id": "q"}) for sample in answers(("p", "2"), ("p", "1"))]
+    tied = [
+        type(sample)(sample.messages, sample.writer, meta={"prompt_id": "q"})
+        for sample in answers(("p", "2"), ("p", "1"))
+    ]
     assert kept(Vote(keep="first"), tied)[0] == ["2"]
 
 
@@ -126,7 +149,12 @@ def test_what_an_answer_comes_to(text, rule, final):
 
 def test_the_difference_keeps_what_the_scoring_model_alone_foresees():
     """Three kinds of text: noise (bad for both), boilerplate (good for both), and what only the large model knows."""
-    nats = {"xq zv kw": (-30.0, -31.0), "see above": (-2.0, -2.5), "the Rhine": (-3.0, -20.0), "Marie Curie": (-2.0, -30.0)}
+    nats = {
+        "xq zv kw": (-30.0, -31.0),
+        "see above": (-2.0, -2.5),
+        "the Rhine": (-3.0, -20.0),
+        "Marie Curie": (-2.0, -30.0),
+    }
     pool = answers(*((f"question {n}", text) for n, text in enumerate(nats)), ("question 9", " "))
 
     def score(question):
@@ -136,7 +164,9 @@ def test_the_difference_keeps_what_the_scoring_model_alone_foresees():
     assert [text for _, text in texts(found)] == ["the Rhine", "Marie Curie"]
     assert tally.dropped == {"no answer": 1, "the reference finds it as likely": 2}
     assert found[0].meta["scores"]["difference"] == pytest.approx((20 - 3) / len("the Rhine"))
-    shifted, _, _ = drive(Difference(reference="small", share=0.5), pool, score=lambda one: score(one) - 0.3 * len(one.answer))
+    shifted, _, _ = drive(
+        Difference(reference="small", share=0.5), pool, score=lambda one: score(one) - 0.3 * len(one.answer)
+    )
     assert texts(shifted) == texts(found), "as much worse for both, and the same is chosen"
     everything, _, _ = drive(Difference(share=1.0), pool, score=score)
     assert len(everything) == 4
@@ -159,17 +189,28 @@ def test_ifd_is_the_ratio_of_both_perplexities():
 
 
 def test_deita_takes_complex_good_and_different_samples():
-    pool = answers(("hard red", "good answer"), ("hard red", "good answer"), ("hard blue", "bad text"), ("easy green", "good words"))
+    pool = answers(
+        ("hard red", "good answer"),
+        ("hard red", "good answer"),
+        ("hard blue", "bad text"),
+        ("easy green", "good words"),
+    )
 
     def score(question):
         text, digit = question.messages[0]["content"], int(question.answer)
-        best = (6 if "hard" in text else 1) if "Complexity:" in text else (6 if "good" in text.split("Answer: ")[1] else 2)
+        best = (
+            (6 if "hard" in text else 1) if "Complexity:" in text else (6 if "good" in text.split("Answer: ")[1] else 2)
+        )
         return LogProb(-10.0 * abs(digit - best), 1)
 
     found, tally, _ = drive(Deita(count=2), pool, score=score)
     assert texts(found) == [("hard red", "good answer"), ("hard blue", "bad text")]
     assert tally.dropped == {"like a better one": 1, "enough samples": 1}
-    assert found[0].meta["scores"]["deita"] == pytest.approx(36, abs=0.1) and found[1].meta["scores"]["quality"] == pytest.approx(
-        2, abs=0.1
+    assert found[0].meta["scores"]["deita"] == pytest.approx(36, abs=0.1) and found[1].meta["scores"][
+        "quality"
+    ] == pytest.approx(2, abs=0.1)
+    assert (
+        expected([math.log(1 / 6)] * 6) == pytest.approx(3.5)
+        and expected([-1000.0, -1000.0]) == 1.5
+        and len(DIGITS) == 6
     )
-    assert expected([math.log(1 / 6)] * 6) == pytest.approx(3.5) and expected([-1000.0, -1000.0]) == 1.5 and len(DIGITS) == 6

@@ -43,8 +43,13 @@ def test_rouge_l_is_that_of_the_field():
 
     scorer, noise = RougeScorer(["rougeL"], use_stemmer=False), random.Random(0)
     for _ in range(100):
-        one, other = (" ".join(noise.choices("the cat sat on a mat, 12 dogs ran".split(), k=noise.randint(1, 15))) for _ in range(2))
-        assert rouge_l(tokens(one), tokens(other)) == pytest.approx(scorer.score(one, other)["rougeL"].fmeasure, abs=1e-12)
+        one, other = (
+            " ".join(noise.choices("the cat sat on a mat, 12 dogs ran".split(), k=noise.randint(1, 15)))
+            for _ in range(2)
+        )
+        assert rouge_l(tokens(one), tokens(other)) == pytest.approx(
+            scorer.score(one, other)["rougeL"].fmeasure, abs=1e-12
+        )
 
 
 @settings(max_examples=300)
@@ -100,7 +105,9 @@ def test_near_duplicates_are_exact_where_found_and_mostly_found(threshold):
             words[place] = "changed"
         texts.append(" ".join(words))
     found = near_duplicates(texts, threshold)
-    assert all(twin is None or jaccard(shingles(texts[n]), shingles(texts[twin])) >= threshold for n, twin in enumerate(found))
+    assert all(
+        twin is None or jaccard(shingles(texts[n]), shingles(texts[twin])) >= threshold for n, twin in enumerate(found)
+    )
     above = [n for n in range(150, 300) if jaccard(shingles(texts[n]), shingles(texts[n - 150])) >= threshold]
     assert len(above) > 30 and sum(found[n] is not None for n in above) >= 0.85 * len(above)
     assert found[:150] == [None] * 150 and found == near_duplicates(texts, threshold)

@@ -13,7 +13,9 @@ from tests.flow_driver import answers, drive, prompts, texts
 
 
 def test_reasons_and_label_become_two_tasks():
-    pool = answers(("2 + 2?", "two twos are 4. The answer is 4."), rationale="two twos are 4.", final="4") + answers(("x", "no reasons"))
+    pool = answers(("2 + 2?", "two twos are 4. The answer is 4."), rationale="two twos are 4.", final="4") + answers(
+        ("x", "no reasons")
+    )
     found, tally, asked = drive(Multitask(), pool)
     assert texts(found) == [
         ("2 + 2?", "The answer is 4."), ("2 + 2?\n\nExplain how to find the answer.", "two twos are 4."),
@@ -47,7 +49,9 @@ def test_of_a_solution_only_its_equations(text, equations):
 
 
 def test_a_student_follows_right_and_wrong_reasons():
-    pool = answers(("q", "x"), rationale="because", final="blue") + answers(("q", "y"), rationale="since", final="red", counterfactual=True)
+    pool = answers(("q", "x"), rationale="because", final="blue") + answers(
+        ("q", "y"), rationale="since", final="red", counterfactual=True
+    )
     found, _, _ = drive(Counterfactual(), pool)
     assert texts(found) == [
         ("[factual] q", "because\n\nTherefore, the answer is blue."), ("[counterfactual] q\n\nsince", "Therefore, the answer is red."),
@@ -65,7 +69,10 @@ def test_context_is_taken_out():
         "w",
     )
     (found,), _, _ = drive(RemoveContext(begin="<doc>", end="</doc>"), [sample])
-    assert found.messages == ({"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}) and found.parents == (sample.id,)
+    assert found.messages == (
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": "so"},
+    ) and found.parents == (sample.id,)
     bare, tally, _ = drive(RemoveContext(), answers(("p", "a")))
     assert len(bare) == 1 and tally.facts == {"without_context": 1}
     only = answers(("<doc>x</doc>", "a"))
@@ -75,7 +82,9 @@ def test_context_is_taken_out():
 def test_a_conversation_is_a_sample_for_each_answer():
     messages = tuple({"role": role, "content": f"{role}{n}"} for n in range(3) for role in ("user", "assistant"))
     found, _, _ = drive(Turns(), [Sample(messages, "w", (1, 2), meta={"prompt_id": "p"})])
-    assert [sample.messages for sample in found] == [messages[:2], messages[:4], messages] and found[-1].response_ids == (1, 2)
+    assert [sample.messages for sample in found] == [messages[:2], messages[:4], messages] and found[
+        -1
+    ].response_ids == (1, 2)
     assert found[0].response_ids is None and len({sample.meta["prompt_id"] for sample in found}) == 3
 
 

@@ -96,7 +96,9 @@ def test_interval_of_ece_lies_around_the_value():
 
 
 def test_brier_by_hand_and_of_two_choices():
-    assert brier(np.array([[0.7, 0.2, 0.1], [0.0, 0.0, 1.0]]), np.array([0, 2])) == pytest.approx((0.09 + 0.04 + 0.01) / 2)
+    assert brier(np.array([[0.7, 0.2, 0.1], [0.0, 0.0, 1.0]]), np.array([0, 2])) == pytest.approx(
+        (0.09 + 0.04 + 0.01) / 2
+    )
     assert brier(np.array([[0.0, 1.0]]), np.array([0])) == 2.0
     prob, right = np.array([0.9, 0.4, 0.0]), np.array([True, False, False])
     assert brier(np.stack([1 - prob, prob], 1), right.astype(int)) == pytest.approx(2 * (0.01 + 0.16) / 3)
@@ -110,7 +112,8 @@ def test_brier_is_least_for_the_true_probability():
 
 
 @pytest.mark.parametrize(
-    ("sure", "right"), [([0.5], [1, 0]), ([1.2], [1]), ([float("nan")], [1]), ([0.5], [0.5]), ([[0.5]], [[1]]), ([-0.1], [0])]
+    ("sure", "right"),
+    [([0.5], [1, 0]), ([1.2], [1]), ([float("nan")], [1]), ([0.5], [0.5]), ([[0.5]], [[1]]), ([-0.1], [0])],
 )
 def test_what_is_no_prediction_is_refused(sure, right):
     with pytest.raises(UserError):
@@ -118,7 +121,8 @@ def test_what_is_no_prediction_is_refused(sure, right):
 
 
 @pytest.mark.parametrize(
-    ("prob", "answer"), [([[0.5, 0.4]], [0]), ([[0.5, 0.5]], [2]), ([[0.5, 0.5]], [0, 1]), ([[1.5, -0.5]], [0]), ([[0.5, 0.5]], [0.0])]
+    ("prob", "answer"),
+    [([[0.5, 0.4]], [0]), ([[0.5, 0.5]], [2]), ([[0.5, 0.5]], [0, 1]), ([[1.5, -0.5]], [0]), ([[0.5, 0.5]], [0.0])],
 )
 def test_what_is_no_distribution_is_refused(prob, answer):
     with pytest.raises(UserError):

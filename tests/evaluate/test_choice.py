@@ -9,8 +9,24 @@ import pytest
 import torch
 
 from limbeck.evaluate import choice
-from limbeck.evaluate.choice import Continuation, log_probs, macro_f1, prompt_ids, score_choices, score_rankings, text_ids
-from limbeck.evaluate.items import ChoiceItem, ChoiceSettings, LabelSettings, Passage, PassageSettings, RankingItem, RankingSettings
+from limbeck.evaluate.choice import (
+    Continuation,
+    log_probs,
+    macro_f1,
+    prompt_ids,
+    score_choices,
+    score_rankings,
+    text_ids,
+)
+from limbeck.evaluate.items import (
+    ChoiceItem,
+    ChoiceSettings,
+    LabelSettings,
+    Passage,
+    PassageSettings,
+    RankingItem,
+    RankingSettings,
+)
 from limbeck.evaluate.rolling import perplexity, score_passages, windows
 from limbeck.models.load import Model
 from limbeck.types import UserError
@@ -91,7 +107,9 @@ def test_log_probs_do_not_depend_on_batch_padding_order_or_neighbours(tiny, monk
 def test_rows_that_begin_a_longer_row_are_not_run(tiny, monkeypatch):
     rows = []
     hidden_states = choice.hidden_states
-    monkeypatch.setattr(choice, "hidden_states", lambda net, tokens_BT: rows.append(len(tokens_BT)) or hidden_states(net, tokens_BT))
+    monkeypatch.setattr(
+        choice, "hidden_states", lambda net, tokens_BT: rows.append(len(tokens_BT)) or hidden_states(net, tokens_BT)
+    )
     wanted = [Continuation(str(n), (5, 6, 7), (n,)) for n in range(10, 16)] + [Continuation("long", (5, 6), (7, 8, 9))]
     log_probs(tiny, wanted)
     assert sum(rows) == 1
@@ -127,13 +145,17 @@ def test_the_begin_token_stands_first_where_the_tokenizer_puts_it(tiny):
     assert prompt_ids(tiny, ChoiceSettings(), ITEMS[0]) == plain
     bos, eos = tiny.tokenizer.bos_token_id, tiny.tokenizer.eos_token_id
     special = [("<|system|>", bos), ("<|end|>", eos)]
-    tiny.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|system|> $A <|end|>", special_tokens=special)
+    tiny.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A <|end|>", special_tokens=special
+    )
     assert prompt_ids(tiny, ChoiceSettings(), ITEMS[0]) == (bos, *plain)  # and no end-of-sequence token after it
     assert prompt_ids(tiny, LabelSettings(template="{text}", labels=("a", "b")), {"text": ""}) == (bos,)
 
 
 def test_text_of_items_is_no_template(tiny):
-    ids = prompt_ids(tiny, ChoiceSettings(template="{context} {question}"), {"context": "{question}", "question": "the cat"})
+    ids = prompt_ids(
+        tiny, ChoiceSettings(template="{context} {question}"), {"context": "{question}", "question": "the cat"}
+    )
     assert tiny.decode(ids) == "{question} the cat"
 
 
@@ -173,7 +195,12 @@ def test_macro_f1_by_hand_and_its_interval_against_plain_resampling():
 
 
 def test_documents_are_ordered_by_the_likelihood_of_the_query(tiny):
-    item = RankingItem("r", "why is the sky blue", ("a dog ran", "the cat sat on the mat", "sky", "count one two"), (0.0, 1.0, 2.0, 0.0))
+    item = RankingItem(
+        "r",
+        "why is the sky blue",
+        ("a dog ran", "the cat sat on the mat", "sky", "count one two"),
+        (0.0, 1.0, 2.0, 0.0),
+    )
     settings = RankingSettings(k=(4, 1))
     (scored,) = score_rankings([item], settings, tiny, quiet)
     query = text_ids(tiny, " why is the sky blue")
@@ -183,11 +210,15 @@ def test_documents_are_ordered_by_the_likelihood_of_the_query(tiny):
     assert scored.facts["order"] == order and scored.text == item.documents[order[0]]
     gains = [2 ** item.relevances[place] - 1 for place in order]
     best = 3 / math.log2(2) + 1 / math.log2(3)
-    assert scored.scores["ndcg@4"] == pytest.approx(sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains)) / best)
+    assert scored.scores["ndcg@4"] == pytest.approx(
+        sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains)) / best
+    )
     assert scored.scores["ndcg@1"] == pytest.approx(gains[0] / 3)
 
 
-@pytest.mark.parametrize(("tokens", "window", "stride"), [(1, 8, 4), (7, 8, 4), (8, 8, 4), (50, 8, 4), (50, 8, 1), (50, 8, 7), (51, 2, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "window", "stride"), [(1, 8, 4), (7, 8, 4), (8, 8, 4), (50, 8, 4), (50, 8, 1), (50, 8, 7), (51, 2, 1)]
+)
 def test_windows_score_every_token_exactly_once_with_enough_before_it(tokens, window, stride):
     scored = []
     for number, (begin, first, end) in enumerate(windows(tokens, window, stride)):

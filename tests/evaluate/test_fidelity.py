@@ -19,13 +19,17 @@ ROWS = [Row(f"s{i}", tuple(range(5, 9 + i)), (*range(20 + 3 * i, 24 + 4 * i), 0)
 def slow(teacher, student, row):
     tokens = torch.tensor([row.prompt_ids + row.response_ids])
     with torch.inference_mode():
-        p, q = (net(tokens).logits[0, len(row.prompt_ids) - 1 : -1].double().log_softmax(-1) for net in (teacher, student))
+        p, q = (
+            net(tokens).logits[0, len(row.prompt_ids) - 1 : -1].double().log_softmax(-1) for net in (teacher, student)
+        )
     m = torch.logaddexp(p, q) - math.log(2)
     kl = lambda a, b: (a.exp() * (a - b)).sum()  # noqa: E731
     targets = torch.tensor(row.response_ids)
     picks = torch.arange(len(targets))
     first_p, first_q = p.argmax(-1), q.argmax(-1)
-    overlap = [len(set(a.tolist()) & set(b.tolist())) / 5 for a, b in zip(p.topk(5).indices, q.topk(5).indices, strict=True)]
+    overlap = [
+        len(set(a.tolist()) & set(b.tolist())) / 5 for a, b in zip(p.topk(5).indices, q.topk(5).indices, strict=True)
+    ]
     return {
         "forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": 0.5 * kl(p, m) + 0.5 * kl(q, m), "tvd": 0.5 * (p.exp() - q.exp()).abs().sum(),
         "nll": -q[picks, targets].sum(), "teacher_nll": -p[picks, targets].sum(), "entropy": -(q.exp() * q).sum(),
@@ -71,7 +75,9 @@ def test_single_tokens_are_kept_of_the_shown_answers_only(tiny, student):
     for _, _, teachers, students in item.lens:
         for choices in (teachers, students):
             shares = [share for _, share in choices]
-            assert len(choices) == 3 and shares == sorted(shares, reverse=True) and all(0 < share <= 1 for share in shares)
+            assert (
+                len(choices) == 3 and shares == sorted(shares, reverse=True) and all(0 < share <= 1 for share in shares)
+            )
 
 
 def test_a_teacher_is_no_distance_from_itself_and_is_run_once(tiny, monkeypatch):
@@ -126,4 +132,8 @@ def test_token_classes(tiny):
     found = [classes.of(token) for token in (word, inside, number, mark, space, tiny.tokenizer.eos_token_id)]
     assert found[1:] == ["inside a word", "number", "punctuation", "white space", "end of answer"]
     table = by_class([ItemFidelity("a", 3, classes={"number": (3.0, 1), "punctuation": (1.0, 2)})])
-    assert list(table) == ["number", "punctuation"] and table["number"] == {"tokens": 1, "forward_kl": 3.0, "share_of_loss": 0.75}
+    assert list(table) == ["number", "punctuation"] and table["number"] == {
+        "tokens": 1,
+        "forward_kl": 3.0,
+        "share_of_loss": 0.75,
+    }

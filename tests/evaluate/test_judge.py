@@ -29,7 +29,9 @@ def parts(messages):
     """The three fenced texts of a conversation, read back as a careful reader would."""
     ((role, content),) = [(message["role"], message["content"]) for message in messages]
     assert role == "user"
-    found = re.fullmatch(r".*?\nRequest:\n(.*?)\n\nAnswer A:\n(.*?)\n\nAnswer B:\n(.*?)\n\nExplain .*", content, re.DOTALL)
+    found = re.fullmatch(
+        r".*?\nRequest:\n(.*?)\n\nAnswer A:\n(.*?)\n\nAnswer B:\n(.*?)\n\nExplain .*", content, re.DOTALL
+    )
     texts = []
     for block in found.groups():
         assert all(line.startswith("| ") for line in block.split("\n"))
@@ -54,20 +56,33 @@ def test_a_consistent_judge_is_followed_in_both_orders():
     assert [(v.prompt_id, v.forward, v.backward, v.outcome, v.consistent) for v in verdicts] == [
         (prompt.id, "first", "first", "first", True) for prompt in PROMPTS
     ]
-    assert (verdicts[0].first_length, verdicts[0].second_length) == (len(GOOD["p0"]), 3) and "word" in verdicts[0].replies[1]
+    assert (verdicts[0].first_length, verdicts[0].second_length) == (len(GOOD["p0"]), 3) and "word" in verdicts[
+        0
+    ].replies[1]
     assert [v.outcome for v in judge_pairs(prefers("good"), PROMPTS, BAD, GOOD)] == ["second"] * 4
     assert [v.outcome for v in judge_pairs(prefers("neither"), PROMPTS, BAD, GOOD)] == ["tie"] * 4
     summary = summarise_verdicts(verdicts, judge_is_teacher=True)
-    assert summary["win_rate"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 4} and summary["judge_is_teacher"] is True
-    assert summary["swap_consistency"] == 1 and summary["first_position_share"] == 0.5 and summary["unparsable_share"] == 0
-    assert summary["outcomes"] == {"first": 4, "second": 0, "tie": 0, "unparsable": 0, "too_long": 0} and summary["longer_wins"] == 1
+    assert (
+        summary["win_rate"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 4} and summary["judge_is_teacher"] is True
+    )
+    assert (
+        summary["swap_consistency"] == 1 and summary["first_position_share"] == 0.5 and summary["unparsable_share"] == 0
+    )
+    assert (
+        summary["outcomes"] == {"first": 4, "second": 0, "tie": 0, "unparsable": 0, "too_long": 0}
+        and summary["longer_wins"] == 1
+    )
 
 
 def test_a_judge_that_follows_the_position_calls_ties_and_is_found_out():
     verdicts = judge_pairs(lambda conversations: ["VERDICT: A"] * len(conversations), PROMPTS, GOOD, BAD)
     assert {(v.forward, v.backward, v.outcome, v.consistent) for v in verdicts} == {("first", "second", "tie", False)}
     summary = summarise_verdicts(verdicts, judge_is_teacher=False)
-    assert summary["win_rate"]["value"] == 0.5 and summary["swap_consistency"] == 0 and summary["first_position_share"] == 1
+    assert (
+        summary["win_rate"]["value"] == 0.5
+        and summary["swap_consistency"] == 0
+        and summary["first_position_share"] == 1
+    )
     assert summary["longer_wins"] is None and summary["length_correlation"] is None
 
 
@@ -99,7 +114,9 @@ def test_length_bias_is_seen():
     summary = summarise_verdicts(judge_pairs(longer, PROMPTS, first, second), judge_is_teacher=False)
     value = np.array([-1, -1, 1, 1])
     margin = np.log([2, 12, 22, 32]) - np.log(16)
-    assert summary["longer_wins"] == 1 and summary["length_correlation"] == pytest.approx(np.corrcoef(value, margin)[0, 1])
+    assert summary["longer_wins"] == 1 and summary["length_correlation"] == pytest.approx(
+        np.corrcoef(value, margin)[0, 1]
+    )
     shorter = summarise_verdicts(judge_pairs(longer, PROMPTS[:2], second, first), judge_is_teacher=False)
     assert shorter["length_correlation"] is None  # two pairs, one outcome: undefined
 
@@ -136,10 +153,18 @@ def test_no_text_closes_its_fence_or_ends_the_message(tiny, attack):
         read = parts(messages)
         assert [read[other] for other in range(3) if other != place] == ["plain"] * 2
         assert read[place].replace(" ", "").replace("\n", "") == re.sub(r"[\s\x0b\x85\u2028]", "", attack)
-        assert sum(line.startswith("VERDICT: A") for line in messages[0]["content"].splitlines()) == 1  # the instruction's own
+        assert (
+            sum(line.startswith("VERDICT: A") for line in messages[0]["content"].splitlines()) == 1
+        )  # the instruction's own
         ids = tiny.prompt_ids(messages)
-        specials = [token for token in ids if token in tiny.tokenizer.all_special_ids or token in tiny.tokenizer.get_added_vocab().values()]
-        assert specials == [token for token in tiny.prompt_ids(question("a", "b", "c")) if token in specials], "a control token came in"
+        specials = [
+            token
+            for token in ids
+            if token in tiny.tokenizer.all_special_ids or token in tiny.tokenizer.get_added_vocab().values()
+        ]
+        assert specials == [token for token in tiny.prompt_ids(question("a", "b", "c")) if token in specials], (
+            "a control token came in"
+        )
 
 
 def test_tokens_of_the_judge_that_no_rule_knows_are_broken_too():
@@ -163,20 +188,31 @@ def test_a_model_judges_greedily_through_its_chat_template(tiny):
 
 
 def test_a_pair_without_room_for_the_reply_is_counted_and_not_asked(tiny, monkeypatch):
-    tiny.net.config.max_position_embeddings = longest = len(tiny.prompt_ids(question("question 0", GOOD["p0"], "bad"))) + 5
+    tiny.net.config.max_position_embeddings = longest = (
+        len(tiny.prompt_ids(question("question 0", GOOD["p0"], "bad"))) + 5
+    )
     long = GOOD | {"p1": "word " * 99}
     told = []
     verdicts = judge_pairs(tiny, PROMPTS[:3], long, BAD, 5, lambda *counts: told.append(counts))
     assert [v.outcome for v in verdicts] == ["unparsable", "too_long", "unparsable"] and told[-1] == (4, 4)
-    assert verdicts[1].replies == ("", "") and verdicts[1].first_length == 495 and not verdicts[1].parsed and verdicts[1].consistent is None
+    assert (
+        verdicts[1].replies == ("", "")
+        and verdicts[1].first_length == 495
+        and not verdicts[1].parsed
+        and verdicts[1].consistent is None
+    )
     summary = summarise_verdicts(verdicts, judge_is_teacher=False)
     assert summary["outcomes"]["too_long"] == 1 and summary["unparsable_share"] == 1, "of the pairs that were asked"
     tiny.net.config.max_position_embeddings = longest - 1
     alone = summarise_verdicts(judge_pairs(tiny, PROMPTS[:2], long, BAD, 5), judge_is_teacher=False)
     assert alone["undefined"] == "every pair was too long for the judge's context" and alone["unparsable_share"] is None
     tiny.net.config.max_position_embeddings = 50
-    monkeypatch.setattr(Model, "prompt_ids", lambda self, messages: [5] * (46 if "A:\n| bad" in messages[0]["content"] else 45))
-    found = judge_pairs(tiny, PROMPTS[:2], GOOD, BAD, 5, lambda *_: pytest.fail("asked in one order, which is no verdict"))
+    monkeypatch.setattr(
+        Model, "prompt_ids", lambda self, messages: [5] * (46 if "A:\n| bad" in messages[0]["content"] else 45)
+    )
+    found = judge_pairs(
+        tiny, PROMPTS[:2], GOOD, BAD, 5, lambda *_: pytest.fail("asked in one order, which is no verdict")
+    )
     assert [v.outcome for v in found] == ["too_long"] * 2
 
 
@@ -193,7 +229,9 @@ def test_verdicts_are_kept_and_not_asked_for_again(tiny, tmp_path, monkeypatch):
         ("judge@1", PROMPTS[:3], GOOD),
         ("judge@1", PROMPTS, GOOD | {"p2": "other"}),
     ):
-        with pytest.raises(UserError, match=r"judge-x\.jsonl holds another judge's verdicts, or some on other answers: remove it"):
+        with pytest.raises(
+            UserError, match=r"judge-x\.jsonl holds another judge's verdicts, or some on other answers: remove it"
+        ):
             kept_verdicts(file, lambda: pytest.fail("loaded"), identity, prompts, first, BAD)
     with pytest.raises(UserError, match="the first system has no answer to 4 prompts"):
         kept_verdicts(tmp_path / "new.jsonl", lambda: tiny, "judge@1", PROMPTS, {}, BAD)
@@ -234,7 +272,9 @@ def test_a_run_asks_its_judge_once_and_tells_of_it(quick, roomy, tmp_path, monke
     assert summary["judge"]["model"] == model_identity(roomy)
     for name in ("untouched", "sft_control", "teacher"):
         pair, records = summary["judge"]["pairs"][f"student - {name}"], read_jsonl(folder / f"judge-{name}.jsonl")
-        assert [record["prompt_id"] for record in records] == ["h1", "h2"] and all(len(record["replies"]) == 2 for record in records)
+        assert [record["prompt_id"] for record in records] == ["h1", "h2"] and all(
+            len(record["replies"]) == 2 for record in records
+        )
         answers = {record["prompt_id"]: record["text"] for record in read_jsonl(folder / f"answers-{name}.jsonl")}
         assert [record["second_length"] for record in records] == [len(answers["h1"]), len(answers["h2"])]
         assert pair["outcomes"]["unparsable"] == 2 and pair["win_rate"] is None and pair["judge_is_teacher"] is False
@@ -284,7 +324,9 @@ def test_a_judge_that_is_the_teacher_is_flagged_and_not_loaded_twice(quick, room
     monkeypatch.setattr(judging, "_answered", lambda judge, *rest: seen.append(judge.sight) or plain(judge, *rest))
     limbeck.run(parse(quick), tmp_path / "out")
     summary = summary_of(tmp_path / "out")
-    assert summary["judge"]["model"] == model_identity(source) and seen == [None, None], "what the teacher is shown is not for the judge"
+    assert summary["judge"]["model"] == model_identity(source) and seen == [None, None], (
+        "what the teacher is shown is not for the judge"
+    )
     assert all(pair["judge_is_teacher"] for pair in summary["judge"]["pairs"].values())
     assert any("The judge is the teacher itself" in text for text in summary["warnings"])
 
@@ -294,7 +336,9 @@ def test_a_judge_without_room_leaves_pairs_out_and_says_so(quick, tiny_folder, t
     limbeck.run(parse(quick), tmp_path / "out")
     summary = summary_of(tmp_path / "out")
     for pair in summary["judge"]["pairs"].values():
-        assert pair["outcomes"]["too_long"] == 2 and pair["undefined"] == "every pair was too long for the judge's context"
+        assert (
+            pair["outcomes"]["too_long"] == 2 and pair["undefined"] == "every pair was too long for the judge's context"
+        )
     assert "The judge's context has no room for 4 of 4 pairs of answers, which were left out." in summary["warnings"]
     assert "not asked" in (tmp_path / "out" / "report.html").read_text()
 

@@ -108,7 +108,9 @@ def test_a_template_of_many_items_is_no_overlap_but_their_whole_is_found():
     frame = "Read the short text below and then answer with one single word from this list of six topics: {} is it."
     items = [(f"i{place}", frame.format(f"topic{chr(97 + place)}")) for place in range(COMMON + 1)]
     training = [("other", frame.format("elsewhere")), ("leak", "Well. " + items[3][1] + " Ok?")]
-    assert [(leak.item, leak.training, leak.kind) for leak in find_leaks(training, items)] == [("i3", "leak", "contained")]
+    assert [(leak.item, leak.training, leak.kind) for leak in find_leaks(training, items)] == [
+        ("i3", "leak", "contained")
+    ]
     few = find_leaks(training[:1], items[:COMMON])
     assert {leak.kind for leak in few} == {"overlap"} and len(few) == COMMON
 
@@ -122,7 +124,12 @@ def test_an_item_that_is_all_template_is_found_as_a_whole():
 
 def test_equal_items_and_equal_texts_all_get_their_names():
     training, items = [("a", STORY), ("b", STORY)], [("x", STORY), ("y", STORY.upper())]
-    assert [(leak.item, leak.training) for leak in find_leaks(training, items)] == [("x", "a"), ("x", "b"), ("y", "a"), ("y", "b")]
+    assert [(leak.item, leak.training) for leak in find_leaks(training, items)] == [
+        ("x", "a"),
+        ("x", "b"),
+        ("y", "a"),
+        ("y", "b"),
+    ]
 
 
 def test_runs_do_not_cross_from_one_text_to_the_next():
@@ -169,7 +176,10 @@ def test_twenty_thousand_texts_take_seconds():
     vocabulary = [f"v{''.join('abcdefghij'[int(digit)] for digit in str(word))}" for word in range(3000)]
     draws = noise.zipf(1.3, (20_000, 40)) % 3000
     training = [(f"t{place}", " ".join(vocabulary[word] for word in row)) for place, row in enumerate(draws)]
-    items = [(f"i{place}", " ".join(vocabulary[word] for word in row)) for place, row in enumerate(noise.zipf(1.3, (400, 30)) % 3000)]
+    items = [
+        (f"i{place}", " ".join(vocabulary[word] for word in row))
+        for place, row in enumerate(noise.zipf(1.3, (400, 30)) % 3000)
+    ]
     training[12_345] = ("planted", "so " + items[77][1] + " it is")
     start = time.perf_counter()
     leaks = find_leaks(training, items)

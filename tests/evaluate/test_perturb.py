@@ -23,7 +23,10 @@ def test_what_must_stay_stays():
         assert '"Jupiter Major"' in found and "McDonald 4500x" in found and sorted(found) == sorted(QUESTION)
         for before, after in zip(QUESTION.split(), found.split(), strict=True):
             assert (before[0], before[-1], len(before)) == (after[0], after[-1], len(after))
-    assert PERTURBATIONS["lower_case"](QUESTION, random.Random(0)) == 'which planet, "Jupiter Major" or McDonald 4500x, is nearest?'
+    assert (
+        PERTURBATIONS["lower_case"](QUESTION, random.Random(0))
+        == 'which planet, "Jupiter Major" or McDonald 4500x, is nearest?'
+    )
     assert PERTURBATIONS["distraction"](QUESTION, random.Random(0)).endswith(QUESTION)
     assert any(PERTURBATIONS["typos"](QUESTION, random.Random(seed)) != QUESTION for seed in range(9))
 
@@ -51,7 +54,11 @@ def test_relative_drop_is_over_the_same_items():
         return [Measured("m", [], [], [], [], [], scored, {})]
 
     found = robustness(
-        {"a": system([1, 1, 1, 1], [1, 0, 1, 1]), "b": system([0, 0, 0, 0], [1, 1, 0, 0]), "c": system([1, 1], [0, 1, 1, 1])},
+        {
+            "a": system([1, 1, 1, 1], [1, 0, 1, 1]),
+            "b": system([0, 0, 0, 0], [1, 1, 0, 0]),
+            "c": system([1, 1], [0, 1, 1, 1]),
+        },
         [plain, asked],
     )
     drops = found["choices@typos/acc"]
@@ -63,7 +70,11 @@ def test_relative_drop_is_over_the_same_items():
 def test_recipes_name_them(recipe_data):
     recipe_data["evaluate"]["metrics"] = ["fidelity", "everyday", "everyday@typos"]
     assert [task.name for task in tasks(parse(recipe_data))] == ["everyday", "everyday@typos"]
-    for metric, words in (("everyday@tpyos", "did you mean 'typos'"), ("passages@typos", "asks no question"), ("everyday", "stands twice")):
+    for metric, words in (
+        ("everyday@tpyos", "did you mean 'typos'"),
+        ("passages@typos", "asks no question"),
+        ("everyday", "stands twice"),
+    ):
         recipe_data["evaluate"]["metrics"] = ["fidelity", "everyday", metric]
         with pytest.raises(RecipeError, match=words):
             tasks(parse(recipe_data))

@@ -23,27 +23,51 @@ from limbeck.progress import StoppedError
 from limbeck.storage.files import read_jsonl
 from limbeck.types import RecipeError, UserError
 
-NAMES = ("forward_kl", "reverse_kl", "jsd", "tvd", "nll", "teacher_nll", "entropy", "top1", "top5", "wrong", "same_wrong")
+NAMES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "tvd",
+    "nll",
+    "teacher_nll",
+    "entropy",
+    "top1",
+    "top5",
+    "wrong",
+    "same_wrong",
+)
 
 
 def item(name, tokens, nats, **sums):
     known = dict.fromkeys(NAMES, 1.0) | {"forward_kl": nats} | sums
     return ItemFidelity(
-        name, tokens, known, {"8": (nats, tokens)}, {"number": (nats, tokens)}, Reliability.of([0.5] * tokens, [1] * tokens)
+        name,
+        tokens,
+        known,
+        {"8": (nats, tokens)},
+        {"number": (nats, tokens)},
+        Reliability.of([0.5] * tokens, [1] * tokens),
     )
 
 
 def measured(name, nats, own=(), **sums):
     """A system with these nats on answers a, b, c ... of 2, 4, 6 ... tokens, and its own texts (text, finished)."""
     given = [item(chr(97 + place), 2 * place + 2, value, **sums) for place, value in enumerate(nats)]
-    texts = [{"tokens": 5, "text": text, "finished": ended, "repetition": None if len(text) < 5 else 0.5} for text, ended in own]
-    return Measured(name, given, [item(chr(97 + n), 5, 1.0) for n in range(len(texts))], texts, [], [], {}, {"layers": 2})
+    texts = [
+        {"tokens": 5, "text": text, "finished": ended, "repetition": None if len(text) < 5 else 0.5}
+        for text, ended in own
+    ]
+    return Measured(
+        name, given, [item(chr(97 + n), 5, 1.0) for n in range(len(texts))], texts, [], [], {}, {"layers": 2}
+    )
 
 
 def test_values_are_sums_over_items_by_sums_of_tokens_and_pool_the_seeds():
     seeds = [measured("m-s1", [1.0, 2.0, 3.0], nll=2.0), measured("m-s2", [2.0, 4.0, 6.0], nll=4.0)]
     found = summarise(
-        {"teacher": [measured("teacher", [0, 0, 0])], "m": seeds, "base": [measured("base", [3.0, 6.0, 9.0])]}, [], [("m", "base")]
+        {"teacher": [measured("teacher", [0, 0, 0])], "m": seeds, "base": [measured("base", [3.0, 6.0, 9.0])]},
+        [],
+        [("m", "base")],
     )
     m = found["systems"]["m"]
     assert m["forward_kl"]["value"] == pytest.approx((6 + 12) / (12 + 12)) and m["forward_kl"]["n"] == 3
@@ -51,7 +75,9 @@ def test_values_are_sums_over_items_by_sums_of_tokens_and_pool_the_seeds():
     assert m["agree_when_wrong"]["value"] == 1
     assert m["ece"] == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5, "n": 3})
     assert found["paired"]["m - base"]["forward_kl"]["value"] == pytest.approx(18 / 24 - 18 / 12)
-    assert {"title", "unit", "better", "group"} == set(found["metrics"]["forward_kl"]) and set(m) <= set(found["metrics"])
+    assert {"title", "unit", "better", "group"} == set(found["metrics"]["forward_kl"]) and set(m) <= set(
+        found["metrics"]
+    )
     assert values_by_seed([1, 2], seeds, []) == {
         "1": pytest.approx(values_by_seed([1], seeds[:1], [])["1"]),
         "2": pytest.approx(values_by_seed([2], seeds[1:], [])["2"]),
@@ -76,10 +102,12 @@ def test_a_metric_that_no_item_has_under_every_seed_is_left_out():
 
 
 def test_few_items_prove_nothing():
-    few = summarise({"a": [measured("a", [1.0] * 9)], "b": [measured("b", [2.0] * 9)]}, [], [("a", "b")])["paired"]["a - b"]["forward_kl"]
-    many = summarise({"a": [measured("a", [1.0] * 10)], "b": [measured("b", [2.0] * 10)]}, [], [("a", "b")])["paired"]["a - b"][
-        "forward_kl"
-    ]
+    few = summarise({"a": [measured("a", [1.0] * 9)], "b": [measured("b", [2.0] * 9)]}, [], [("a", "b")])["paired"][
+        "a - b"
+    ]["forward_kl"]
+    many = summarise({"a": [measured("a", [1.0] * 10)], "b": [measured("b", [2.0] * 10)]}, [], [("a", "b")])["paired"][
+        "a - b"
+    ]["forward_kl"]
     assert few["p"] == 1 and many["p"] < 0.01
 
 
@@ -89,18 +117,24 @@ QUIZ = Task("quiz", "1", "", "multiple_choice", ("acc", "probability"), ChoiceSe
 def quizzed(name, right, weight=1.0):
     """A system with these scores on the items of a task."""
     weights = {} if weight == 1 else {"acc": weight}
-    scored = [Scored(f"q{n}", {"acc": float(score), "probability": 0.5 + score / 4}, weights) for n, score in enumerate(right)]
+    scored = [
+        Scored(f"q{n}", {"acc": float(score), "probability": 0.5 + score / 4}, weights) for n, score in enumerate(right)
+    ]
     return replace(measured(name, [1.0] * 12), tasks={"quiz": scored})
 
 
 def test_right_and_wrong_answers_of_two_trainings_are_told_apart_by_mcnemar():
     ours, theirs = [1] * 7 + [0] + [1] * 4, [0] * 7 + [1] + [1] * 4
-    paired = summarise({"a": [quizzed("a", ours)], "b": [quizzed("b", theirs)]}, [QUIZ], [("a", "b")])["paired"]["a - b"]
+    paired = summarise({"a": [quizzed("a", ours)], "b": [quizzed("b", theirs)]}, [QUIZ], [("a", "b")])["paired"][
+        "a - b"
+    ]
     acc, other = paired["quiz/acc"], paired["quiz/probability"]
     assert acc["p"] == mcnemar(ours, theirs).p == pytest.approx(2 * (1 + 8) / 2**8) and acc["test"] == "mcnemar"
     assert set(other) == set(paired["forward_kl"]) == {"value", "low", "high", "n", "p"} and other["p"] != acc["p"]
     assert acc["value"] == pytest.approx(0.5)
-    assert (acc["low"], acc["high"]) == pytest.approx((4 * other["low"], 4 * other["high"])), "the interval stays the bootstrap's"
+    assert (acc["low"], acc["high"]) == pytest.approx((4 * other["low"], 4 * other["high"])), (
+        "the interval stays the bootstrap's"
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +171,10 @@ def test_own_text_without_a_figure_counts_for_nothing():
 
 
 def test_kinds_and_warnings():
-    systems = {"teacher": [measured("teacher", [0, 0], own=[("x", True)])], "student": [measured("s", [2.0, 8.0], own=[("y", False)])]}
+    systems = {
+        "teacher": [measured("teacher", [0, 0], own=[("x", True)])],
+        "student": [measured("s", [2.0, 8.0], own=[("y", False)])],
+    }
     found = by_kind(systems, {"a": "fact", "b": "sum"}, [])
     assert found["fact"]["student"]["forward_kl"]["value"] == 1 and found["sum"]["student"]["forward_kl"]["value"] == 2
     assert by_kind(systems, {"a": "fact", "b": "fact"}, []) == {}, "one kind is no table"
@@ -182,7 +219,14 @@ def test_controls_on_gold_and_on_shuffled_answers(recipe_data, prompt_file, tmp_
     recipe_data["evaluate"]["controls"] = ["untouched", "sft_control", "gold_control", "shuffled_control"]
     limbeck.run(parse(recipe_data), tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "evaluation" / "summary.json").read_text())
-    assert list(summary["systems"]) == ["teacher", "untouched", "sft_control", "gold_control", "shuffled_control", "student"]
+    assert list(summary["systems"]) == [
+        "teacher",
+        "untouched",
+        "sft_control",
+        "gold_control",
+        "shuffled_control",
+        "student",
+    ]
     assert len({system["forward_kl"]["value"] for system in summary["systems"].values()}) == 6
     steps = {name: len(read_jsonl(tmp_path / "out" / place / "metrics.jsonl")) for name, place in
              (("student", "."), ("gold", "controls/gold_control"), ("shuffled", "controls/shuffled_control"))}  # fmt: skip
@@ -219,7 +263,9 @@ def test_a_stopped_evaluation_goes_on_and_loads_only_what_is_left(recipe_data, t
 def test_records_of_other_questions_are_not_taken_for_these(recipe_data, tmp_path):
     folder, out = tmp_path / "mytask", tmp_path / "out"
     folder.mkdir()
-    (folder / "task.yaml").write_text("{name: mytask, version: 1, kind: multiple_choice, description: mine, test: test.jsonl}")
+    (folder / "task.yaml").write_text(
+        "{name: mytask, version: 1, kind: multiple_choice, description: mine, test: test.jsonl}"
+    )
     (folder / "test.jsonl").write_text('{"question": "the cat?", "choices": ["sat", "ran"], "answer": 0}\n')
     recipe_data["evaluate"]["metrics"] = ["fidelity", str(folder)]
     limbeck.run(parse(recipe_data), out)

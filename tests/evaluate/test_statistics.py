@@ -79,7 +79,9 @@ def test_coverage_of_a_paired_difference():
     assert 0.90 <= hits / 300 <= 0.98
 
 
-@pytest.mark.parametrize(("values", "weights"), [([], []), ([1.0], [0.0]), ([float("nan")], [1.0]), ([1.0, 2.0], [1.0])])
+@pytest.mark.parametrize(
+    ("values", "weights"), [([], []), ([1.0], [0.0]), ([float("nan")], [1.0]), ([1.0, 2.0], [1.0])]
+)
 def test_undefined_is_an_error_and_never_a_number(values, weights):
     with pytest.raises(UserError):
         ratio_interval(values, weights)
@@ -99,14 +101,22 @@ def test_seeds_that_agree_add_nothing_and_seeds_that_differ_do():
     values, tokens = np.random.default_rng(3).normal(2, 1, 50), np.ones(50)
     same = nested_interval([values] * 4, [tokens] * 4)
     alone = ratio_interval(values, tokens)
-    assert (same.value, same.low, same.high) == pytest.approx((alone.value, alone.low, alone.high), rel=1e-12) and same.n == 50
+    assert (same.value, same.low, same.high) == pytest.approx(
+        (alone.value, alone.low, alone.high), rel=1e-12
+    ) and same.n == 50
     spread = nested_interval([values + shift for shift in (-1, -0.3, 0.4, 0.9)], [tokens] * 4)
     assert spread.high - spread.low > 2 * (alone.high - alone.low)
 
 
-def crossed(noise: np.random.Generator, seeds: int, items: int, by_seed: float, by_item: float, rest: float) -> np.ndarray:
+def crossed(
+    noise: np.random.Generator, seeds: int, items: int, by_seed: float, by_item: float, rest: float
+) -> np.ndarray:
     """Values whose true mean is 0: an effect per seed, one per item, and noise."""
-    return noise.normal(0, by_seed, (seeds, 1)) + noise.normal(0, by_item, (1, items)) + noise.normal(0, rest, (seeds, items))
+    return (
+        noise.normal(0, by_seed, (seeds, 1))
+        + noise.normal(0, by_item, (1, items))
+        + noise.normal(0, rest, (seeds, items))
+    )
 
 
 @pytest.mark.parametrize(("seeds", "by_seed", "by_item"), [(3, 1.0, 0.5), (5, 1.0, 0.5), (4, 0.2, 1.0), (10, 0.3, 1.0)])
@@ -126,7 +136,10 @@ def test_coverage_of_a_difference_over_seeds_and_its_p_value(first_seeds, second
     noise, hits, small = np.random.default_rng(8), 0, 0
     for _ in range(250):
         hard = noise.normal(0, 1, (1, 40))
-        first, second = hard + crossed(noise, first_seeds, 40, 0.3, 0, 0.3), hard + crossed(noise, second_seeds, 40, 0.3, 0, 0.3)
+        first, second = (
+            hard + crossed(noise, first_seeds, 40, 0.3, 0, 0.3),
+            hard + crossed(noise, second_seeds, 40, 0.3, 0, 0.3),
+        )
         got = nested_difference(first, np.ones_like(first), second, np.ones_like(second))
         hits += got.low <= 0 <= got.high
         small += got.p < 0.05
@@ -162,7 +175,8 @@ def test_three_seeds_do_not_make_a_tiny_p_value():
 
 
 @pytest.mark.parametrize(
-    ("values", "weights"), [([[1.0, 2.0], [1.0]], [[1.0, 1.0], [1.0]]), ([[1.0], [1.0]], [[1.0]]), ([], []), ([[math.inf]], [[1.0]])]
+    ("values", "weights"),
+    [([[1.0, 2.0], [1.0]], [[1.0, 1.0], [1.0]]), ([[1.0], [1.0]], [[1.0]]), ([], []), ([[math.inf]], [[1.0]])],
 )
 def test_seeds_must_have_the_same_items(values, weights):
     with pytest.raises(UserError):
@@ -253,7 +267,9 @@ def test_holm_agrees_with_the_closed_test_of_all_subsets():
         p_values = {str(place): float(p) for place, p in enumerate(noise.uniform(0, 1, 5) ** 2)}
         for name, adjusted in holm(p_values).items():
             subsets = (s for size in range(1, 6) for s in itertools.combinations(p_values, size) if name in s)
-            assert adjusted == pytest.approx(max(min(1.0, len(s) * min(p_values[other] for other in s)) for s in subsets))
+            assert adjusted == pytest.approx(
+                max(min(1.0, len(s) * min(p_values[other] for other in s)) for s in subsets)
+            )
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
@@ -292,7 +308,9 @@ def test_ndcg_by_hand_and_against_all_orders():
     assert sum(score == 1.0 for score in scores.values()) == 1
 
 
-@pytest.mark.parametrize(("relevances", "k"), [([], None), ([0, 0], None), ([1, -1], None), ([1, 0], 0), ([float("nan")], None)])
+@pytest.mark.parametrize(
+    ("relevances", "k"), [([], None), ([0, 0], None), ([1, -1], None), ([1, 0], 0), ([float("nan")], None)]
+)
 def test_ndcg_without_an_answer_is_refused(relevances, k):
     with pytest.raises(UserError):
         ndcg(relevances, k)

@@ -26,7 +26,9 @@ RANKING = {"query": "q", "documents": [{"text": "a", "relevance": 1}, {"text": "
 def write(folder, yaml, *lines, references=None):
     folder.mkdir(exist_ok=True)
     (folder / "task.yaml").write_text(HEAD + yaml)
-    (folder / "test.jsonl").write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    (folder / "test.jsonl").write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     if references is not None:
         (folder / "refs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in references))
     return str(folder)
@@ -39,7 +41,12 @@ def test_the_built_in_tasks_are_what_they_claim():
     tasks = {name: load_task(name) for name in task_folders()}
     assert {name: len(task.items) for name, task in tasks.items()} == SIZES
     for name, task in tasks.items():
-        assert task.name == name and task.version and task.description and "licence" in (task_folders()[name] / "task.yaml").read_text()
+        assert (
+            task.name == name
+            and task.version
+            and task.description
+            and "licence" in (task_folders()[name] / "task.yaml").read_text()
+        )
         assert all(item.id.startswith(f"{name}/") for item in task.items)
         assert len({item.text for item in task.items}) == len(task.items) and all(text for _, text in task.texts)
         assert all(task.title(metric) and task.better(metric) in ("low", "high", "none") for metric in task.metrics)
@@ -88,7 +95,9 @@ def test_a_folder_of_the_users_own_is_a_task(tmp_path):
 
 
 def test_an_unknown_task_is_named_with_the_nearest(tmp_path):
-    with pytest.raises(RecipeError, match=r"evaluate.metrics: no task is named 'choicse'; did you mean 'choices'\?; or give a folder"):
+    with pytest.raises(
+        RecipeError, match=r"evaluate.metrics: no task is named 'choicse'; did you mean 'choices'\?; or give a folder"
+    ):
         load_task("choicse")
     with pytest.raises(RecipeError, match=r"its folder holds no task\.yaml"):
         load_task(str(tmp_path))
@@ -132,7 +141,9 @@ def test_a_malformed_task_file_is_named_with_its_cure(tmp_path, yaml, message):
     ],
 )  # fmt: skip
 def test_a_malformed_item_names_file_and_line(tmp_path, kind, line, message):
-    good = {"generation": {"prompt": "p"}, "multiple_choice": CHOICE, "ranking": RANKING, "perplexity": {"text": "t"}}[kind]
+    good = {"generation": {"prompt": "p"}, "multiple_choice": CHOICE, "ranking": RANKING, "perplexity": {"text": "t"}}[
+        kind
+    ]
     with pytest.raises(UserError, match=re.escape(message)) as error:
         load_task(write(tmp_path / "t", f"kind: {kind}\n", good, "", line))
     assert "test.jsonl, line 3" in str(error.value)
@@ -163,7 +174,12 @@ def test_references_may_stand_in_a_file_of_the_same_length(tmp_path):
 
 
 LINES = [
-    {"id": "a", "prompt": "why is the sky blue", "check": {"type": "contains", "all": ["a"]}, "references": ["the sky is blue", "a cat"]},
+    {
+        "id": "a",
+        "prompt": "why is the sky blue",
+        "check": {"type": "contains", "all": ["a"]},
+        "references": ["the sky is blue", "a cat"],
+    },
     {"id": "b", "prompt": "count one two", "check": {"type": "contains", "all": ["zzz"]}},
     {"id": "c", "prompt": "the cat", "references": ["the cat sat on the mat"]},
 ]
@@ -179,16 +195,28 @@ def test_greedy_answers_are_scored_where_a_metric_applies(tmp_path, tiny):
         {"finished", "tokens", "pass_rate", "rouge_l"}, {"finished", "tokens", "pass_rate"}, {"finished", "tokens", "rouge_l"},
     ]  # fmt: skip
     for item, answer, prompt in zip(scored, answers, task.prompts, strict=True):
-        assert item.text == answer.text and item.facts == {"tokens": answer.tokens, "finished": answer.finished, "passed": answer.passed}
+        assert item.text == answer.text and item.facts == {
+            "tokens": answer.tokens,
+            "finished": answer.finished,
+            "passed": answer.passed,
+        }
         assert item.scores["tokens"] == answer.tokens
         if prompt.check:
             assert item.scores["pass_rate"] == float(verify(prompt.check, answer.text))
         if prompt.answers:
             assert item.scores["rouge_l"] == max(rouge_l(answer.text, [reference]) for reference in prompt.answers)
     summary = summarise(task, scored)
-    assert list(summary) == ["mine/pass_rate", "mine/rouge_l", "mine/finished", "mine/tokens"] and summary["mine/pass_rate"]["n"] == 2
-    assert summary["mine/rouge_l"]["value"] == pytest.approx(np.mean([scored[0].scores["rouge_l"], scored[2].scores["rouge_l"]]))
-    assert run_task(task, tiny, max_tokens=12) == scored and Scored(**json.loads(canonical_json(vars(scored[0])))) == scored[0]
+    assert (
+        list(summary) == ["mine/pass_rate", "mine/rouge_l", "mine/finished", "mine/tokens"]
+        and summary["mine/pass_rate"]["n"] == 2
+    )
+    assert summary["mine/rouge_l"]["value"] == pytest.approx(
+        np.mean([scored[0].scores["rouge_l"], scored[2].scores["rouge_l"]])
+    )
+    assert (
+        run_task(task, tiny, max_tokens=12) == scored
+        and Scored(**json.loads(canonical_json(vars(scored[0])))) == scored[0]
+    )
 
 
 def test_given_answers_are_taken_and_only_the_others_written(tmp_path, tiny, monkeypatch):
@@ -207,7 +235,9 @@ def test_draws_of_a_prompt_are_one_item_and_its_mean(tmp_path, tiny):
     """MiniLLM's protocol: temperature 1, several seeds, ROUGE-L with stemming, the best reference; and pass@k over the draws."""
     yaml = "settings: {temperature: 1.0, seeds: [10, 20, 30, 40, 50], pass_at: [1, 3], max_tokens: 16}\n"
     task = load_task(write(tmp_path / "t", yaml, *LINES))
-    assert task.metrics == ("pass_rate", "pass@1", "pass@3", "rouge_l", "finished", "tokens") and not task.shares_answers
+    assert (
+        task.metrics == ("pass_rate", "pass@1", "pass@3", "rouge_l", "finished", "tokens") and not task.shares_answers
+    )
     given = {prompt.id: Answer(prompt.id, "", "x", 1, True, True) for prompt in task.prompts}
     scored = run_task(task, tiny, given=given)
     for item, prompt in zip(scored, task.prompts, strict=True):
@@ -219,9 +249,13 @@ def test_draws_of_a_prompt_are_one_item_and_its_mean(tmp_path, tiny):
             assert item.scores["pass_rate"] == item.scores["pass@1"] == pytest.approx(np.mean(passed))
             assert item.scores["pass@3"] == pass_at_k(5, sum(passed), 3)
         if prompt.answers:
-            assert item.scores["rouge_l"] == pytest.approx(np.mean([rouge_l(draw["text"], prompt.answers) for draw in draws]))
+            assert item.scores["rouge_l"] == pytest.approx(
+                np.mean([rouge_l(draw["text"], prompt.answers) for draw in draws])
+            )
     assert 0 < scored[0].scores["pass@1"] < scored[0].scores["pass@3"]
-    assert run_task(load_task(str(tmp_path / "t"), limit=1), tiny)[0] == scored[0]  # draws don't depend on the other prompts
+    assert (
+        run_task(load_task(str(tmp_path / "t"), limit=1), tiny)[0] == scored[0]
+    )  # draws don't depend on the other prompts
     assert summarise(task, scored)["mine/pass@3"]["n"] == 2
 
 
@@ -240,10 +274,14 @@ def test_every_built_in_task_runs_and_sums_up(tiny, name):
     assert list(summary) == [f"{name}/{metric}" for metric in task.metrics]
     for metric in scored[0].scores:
         weights = [item.weights.get(metric, 1.0) for item in scored]
-        assert summary[f"{name}/{metric}"] == ratio_interval([item.scores[metric] for item in scored], weights).as_dict()
+        assert (
+            summary[f"{name}/{metric}"] == ratio_interval([item.scores[metric] for item in scored], weights).as_dict()
+        )
     if name == "topics":
         answers = [(item.facts["answer"], item.facts["chosen"]) for item in scored]
         hits = Counter(a for a, b in answers if a == b)
         named = Counter(place for pair in answers for place in pair)
-        assert summary["topics/macro_f1"]["value"] == pytest.approx(np.mean([2 * hits[label] / named[label] for label in named]))
+        assert summary["topics/macro_f1"]["value"] == pytest.approx(
+            np.mean([2 * hits[label] / named[label] for label in named])
+        )
     assert summarise(task, []) == {}

@@ -40,13 +40,18 @@ def test_repetition_by_hand():
 
 def made_up(count: int, vocabulary: int, seed: int, longest: int = 25) -> list[str]:
     noise = np.random.default_rng(seed)
-    return [" ".join(f"w{word}" for word in noise.integers(0, vocabulary, noise.integers(1, longest))) for _ in range(count)]
+    return [
+        " ".join(f"w{word}" for word in noise.integers(0, vocabulary, noise.integers(1, longest))) for _ in range(count)
+    ]
 
 
 def reference_bleu(text: str, others: list[str]) -> float:
     prepared = [" ".join(words(other)) for other in others]
     return (
-        sacrebleu.sentence_bleu(" ".join(words(text)), prepared, tokenize="none", smooth_method="exp", use_effective_order=True).score / 100
+        sacrebleu.sentence_bleu(
+            " ".join(words(text)), prepared, tokenize="none", smooth_method="exp", use_effective_order=True
+        ).score
+        / 100
     )
 
 
@@ -60,7 +65,9 @@ def test_self_bleu_agrees_with_sacrebleu(vocabulary, seed):
 def test_self_bleu_with_a_drawn_pool_agrees_with_sacrebleu():
     texts = made_up(60, 20, 3)
     drawn = set(np.random.default_rng(5).permutation(60)[:10].tolist())
-    expected = np.mean([reference_bleu(text, [texts[other] for other in drawn if other != place]) for place, text in enumerate(texts)])
+    expected = np.mean(
+        [reference_bleu(text, [texts[other] for other in drawn if other != place]) for place, text in enumerate(texts)]
+    )
     assert self_bleu(texts, pool=10, seed=5) == pytest.approx(expected, abs=1e-9)
 
 

@@ -69,10 +69,18 @@ def test_without_faults_every_request_is_sent_and_billed_once(tmp_path):
             assert elicit(requests(20), store, lambda: pytest.fail("asked again")) == samples
         assert [sample.messages[-1]["content"] for sample in samples] == [f"to question {n}" for n in range(20)]
         assert len(server.seen) == 20 == made.spent.sent and set(server.bills.values()) == {1} and made.spent.again == 0
-        assert (made.spent.read, made.spent.written) == (100, 60) and made.spent.money == pytest.approx((100 + 120) / 1e6)
+        assert (made.spent.read, made.spent.written) == (100, 60) and made.spent.money == pytest.approx(
+            (100 + 120) / 1e6
+        )
         path, body, headers = server.seen[0]
-        assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {SECRET}" and body["max_tokens"] == 16
-        assert SECRET.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir()) and SECRET not in repr(made)
+        assert (
+            path == "/v1/chat/completions"
+            and headers["Authorization"] == f"Bearer {SECRET}"
+            and body["max_tokens"] == 16
+        )
+        assert SECRET.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir()) and SECRET not in repr(
+            made
+        )
 
 
 def test_settings_of_a_draw_go_along_and_raw_texts_go_elsewhere():
@@ -100,9 +108,18 @@ def test_a_storm_of_429_is_weathered_as_the_server_asks():
     with Scripted(lambda number, body: ("status", 429, {"Retry-After": "7"}) if number < 4 else answer()) as server:
         made, waits = teacher(server, concurrency=1)
         ((_, found),) = made.answers(requests(1))
-        assert found.finish == "ok" and waits.pauses == [7.0] * 4 and made.spent.maybe_billed == 0 and made.spent.sent == 5
-    assert _retry_after("3.5") == 3.5 and _retry_after("9999") == 60.0 and _retry_after(None) is _retry_after("soon") is None
-    assert 1 <= _retry_after(formatdate(time.time() + 5, usegmt=True)) <= 5 and _retry_after(formatdate(0, usegmt=True)) == 0.0
+        assert (
+            found.finish == "ok" and waits.pauses == [7.0] * 4 and made.spent.maybe_billed == 0 and made.spent.sent == 5
+        )
+    assert (
+        _retry_after("3.5") == 3.5
+        and _retry_after("9999") == 60.0
+        and _retry_after(None) is _retry_after("soon") is None
+    )
+    assert (
+        1 <= _retry_after(formatdate(time.time() + 5, usegmt=True)) <= 5
+        and _retry_after(formatdate(0, usegmt=True)) == 0.0
+    )
 
 
 def test_tries_end_and_grow_apart():
@@ -114,13 +131,18 @@ def test_tries_end_and_grow_apart():
 
 
 def test_a_server_that_fails_on_and_on_is_given_up():
-    with Scripted(lambda number, body: ("status", 503)) as server, pytest.raises(UserError, match="failed 12 times in a row"):
+    with (
+        Scripted(lambda number, body: ("status", 503)) as server,
+        pytest.raises(UserError, match="failed 12 times in a row"),
+    ):
         ask(server, 50, concurrency=1)
     with pytest.raises(UserError, match=r"no connection"):
         ask(server, 50)  # it is gone
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "the key"), (403, "rights"), (404, "model's name"), (302, "leads elsewhere")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "the key"), (403, "rights"), (404, "model's name"), (302, "leads elsewhere")]
+)
 def test_what_every_request_would_meet_ends_the_run_at_once(status, words):
     headers = {"Location": "http://169.254.169.254/"} if status == 302 else {}
     with Scripted(lambda number, body: ("status", status, headers, f"no: {SECRET}".encode())) as server:
@@ -131,7 +153,9 @@ def test_what_every_request_would_meet_ends_the_run_at_once(status, words):
 
 def test_one_request_s_own_fault_is_its_own():
     with Scripted(
-        lambda number, body: ("status", 400, {}, b"context is too long") if "1" in body["messages"][0]["content"] else answer()
+        lambda number, body: (
+            ("status", 400, {}, b"context is too long") if "1" in body["messages"][0]["content"] else answer()
+        )
     ) as server:
         found, made = ask(server, 3)
         assert sorted(one.finish for one in found) == ["error", "ok", "ok"] and made.spent.again == 0
@@ -177,7 +201,11 @@ def test_every_cut_of_a_body_is_malformed_or_whole():
     with Scripted(lambda number, body: ("bytes", whole[: int(body["messages"][0]["content"].split()[1])])) as server:
         made, _ = teacher(server, concurrency=16)
         found = {request.messages[0]["content"]: one.finish for request, one in made.answers(requests(len(whole) + 1))}
-    assert found.pop(f"question {len(whole)}") == "ok" and set(found.values()) == {"malformed"} and len(found) == len(whole)
+    assert (
+        found.pop(f"question {len(whole)}") == "ok"
+        and set(found.values()) == {"malformed"}
+        and len(found) == len(whole)
+    )
 
 
 def test_a_flood_is_not_read_to_its_end():
@@ -186,7 +214,11 @@ def test_a_flood_is_not_read_to_its_end():
     with Scripted(lambda number, body: ("flood", 100 * 2**20)) as server:
         before = peak_mib() or 0
         (found,), _ = ask(server)
-        assert found.finish == "malformed" and len(found.raw) <= 2**16 and (peak_mib() or 0) - before < 4 * MOST_BYTES / 2**20
+        assert (
+            found.finish == "malformed"
+            and len(found.raw) <= 2**16
+            and (peak_mib() or 0) - before < 4 * MOST_BYTES / 2**20
+        )
 
 
 @pytest.mark.parametrize(
@@ -210,7 +242,10 @@ def test_a_ceiling_is_never_passed_and_what_was_answered_is_kept(settings, most,
 
 
 def test_tries_count_against_the_ceiling():
-    with Scripted(lambda number, body: ("status", 503)) as server, pytest.raises(UserError, match="ceiling of 3 requests"):
+    with (
+        Scripted(lambda number, body: ("status", 503)) as server,
+        pytest.raises(UserError, match="ceiling of 3 requests"),
+    ):
         ask(server, 1, limits={"requests": 3})
     assert len(server.seen) == 3
 
@@ -243,7 +278,10 @@ def test_who_a_server_is_depends_on_what_it_serves():
     ):
         names = [teacher(server)[0].identity for server in (one, other, third)]
     assert names[0] == names[1] != names[2] and names[0].startswith("served:toy-") and "127" not in names[0]
-    with Scripted(models=[{"id": "a"}, {"id": "b"}]) as server, pytest.raises(UserError, match="serves a, b, not 'toy'"):
+    with (
+        Scripted(models=[{"id": "a"}, {"id": "b"}]) as server,
+        pytest.raises(UserError, match="serves a, b, not 'toy'"),
+    ):
         _ = teacher(server)[0].identity
     with pytest.raises(UserError, match="is the server running"):
         _ = teacher(server)[0].identity
@@ -252,8 +290,12 @@ def test_who_a_server_is_depends_on_what_it_serves():
 
 
 def test_a_text_is_read_by_its_kind():
-    assert read_answer(answer("x"), MODEL, True, 9, None) == ("x", "ok") == read_answer(answer("x"), MODEL, False, 9, None)
-    assert read_answer(answer(model="org/toy"), "toy", False, 9, None)[1] == "ok" and read_answer(None, "toy", False, 9, None) == (
+    assert (
+        read_answer(answer("x"), MODEL, True, 9, None) == ("x", "ok") == read_answer(answer("x"), MODEL, False, 9, None)
+    )
+    assert read_answer(answer(model="org/toy"), "toy", False, 9, None)[1] == "ok" and read_answer(
+        None, "toy", False, 9, None
+    ) == (
         "",
         "malformed",
     )

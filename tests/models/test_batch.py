@@ -41,7 +41,8 @@ class Provider(Scripted):
             }
             (out if status == 200 else wrong).append(reply)
         wrong += [
-            {"id": "r", "custom_id": line["custom_id"], "response": None, "error": {"code": "batch_expired"}} for line in lines[len(done) :]
+            {"id": "r", "custom_id": line["custom_id"], "response": None, "error": {"code": "batch_expired"}}
+            for line in lines[len(done) :]
         ]
         for key, records in (("output_file_id", out), ("error_file_id", wrong)):
             if records:
@@ -67,7 +68,9 @@ class Desk(Handler):
             after = re.search(r"after=([\w-]+)", path)
             start = names.index(after[1]) + 1 if after else 0
             page = newest[start : start + 2]
-            return self.reply(200, json.dumps({"object": "list", "data": page, "has_more": start + 2 < len(newest)}).encode())
+            return self.reply(
+                200, json.dumps({"object": "list", "data": page, "has_more": start + 2 < len(newest)}).encode()
+            )
         (batch,) = [batch for batch in server.batches if path == f"/batches/{batch['id']}"]
         server.looks[batch["id"]] = server.looks.get(batch["id"], 0) + 1
         looks, status = server.ends
@@ -76,7 +79,10 @@ class Desk(Handler):
             if status != "failed":
                 server.end(batch)
             else:
-                batch["errors"] = {"object": "list", "data": [{"code": "invalid", "message": "line 1 is no good", "line": 1}]}
+                batch["errors"] = {
+                    "object": "list",
+                    "data": [{"code": "invalid", "message": "line 1 is no good", "line": 1}],
+                }
         return self.reply(200, json.dumps(batch).encode())
 
     def do_POST(self):
@@ -122,7 +128,9 @@ def teacher(monkeypatch):
         async def sleep(seconds):
             now[0] += seconds
 
-        return BatchTeacher(Served(url=server.url, name=MODEL, batch=True, **settings), sleep=sleep, clock=lambda: now[0])
+        return BatchTeacher(
+            Served(url=server.url, name=MODEL, batch=True, **settings), sleep=sleep, clock=lambda: now[0]
+        )
 
     return made
 
@@ -130,17 +138,29 @@ def teacher(monkeypatch):
 def test_all_requests_go_into_one_batch_and_are_answered(teacher):
     def serve(body):
         text = body["messages"][-1]["content"]
-        return (400, {"error": "too long"}) if text == "long" else answer(text.upper(), "length" if text == "cut" else "stop")
+        return (
+            (400, {"error": "too long"})
+            if text == "long"
+            else answer(text.upper(), "length" if text == "cut" else "stop")
+        )
 
     with Provider(serve, ends=(3, "completed")) as server:
         made = teacher(server, price={"input": 1.0, "output": 2.0})
-        found = {request.messages[0]["content"]: one for request, one in made.answers(requests("a", "b", "cut", "long"))}
-        assert len(server.batches) == 1 and len(server.billed) == 4 and server.batches[0]["endpoint"] == "/v1/chat/completions"
+        found = {
+            request.messages[0]["content"]: one for request, one in made.answers(requests("a", "b", "cut", "long"))
+        }
+        assert (
+            len(server.batches) == 1
+            and len(server.billed) == 4
+            and server.batches[0]["endpoint"] == "/v1/chat/completions"
+        )
         sent = [json.loads(line) for line in server.files["file-0"].splitlines()]
     assert {name: one.finish for name, one in found.items()} == {"a": "ok", "b": "ok", "cut": "length", "long": "error"}
     assert found["a"].text == "A" and (made.spent.sent, made.spent.read, made.spent.written) == (4, 15, 9)
     assert made.spent.money == pytest.approx((15 + 18) / 1e6) and {line["method"] for line in sent} == {"POST"}
-    assert all(line["body"]["model"] == MODEL and line["body"]["seed"] == int(line["custom_id"][:7], 16) for line in sent)
+    assert all(
+        line["body"]["model"] == MODEL and line["body"]["seed"] == int(line["custom_id"][:7], 16) for line in sent
+    )
     assert b"sk-canary" not in server.files["file-0"]
 
 
@@ -182,7 +202,10 @@ def test_faults_are_told(teacher):
         server.busy = 99
         with pytest.raises(UserError, match="busy"):
             list(teacher(server, retries=1).answers(requests("x")))
-    with Provider() as server, pytest.raises(UserError, match=r"answers 404: look at .* leave teacher.server.batch out"):
+    with (
+        Provider() as server,
+        pytest.raises(UserError, match=r"answers 404: look at .* leave teacher.server.batch out"),
+    ):
         server.plain = True
         list(teacher(server).answers(requests("a")))
     with Provider() as server, pytest.raises(UserError, match="ceiling of 2 requests"):
@@ -193,7 +216,9 @@ def test_faults_are_told(teacher):
 def test_other_peoples_batches_and_hostile_records_are_left_alone(teacher):
     with Provider() as server:
         (request,) = requests("a")
-        line = json.dumps({"custom_id": request.key, "response": {"status_code": 200, "body": answer("forged")}}).encode()
+        line = json.dumps(
+            {"custom_id": request.key, "response": {"status_code": 200, "body": answer("forged")}}
+        ).encode()
         server.files |= {"file-x": line}
         theirs = {"object": "batch", "status": "completed", "input_file_id": "file-x", "output_file_id": "file-x"}
         ours = {"made_by": "limbeck", "model": MODEL}
@@ -230,5 +255,7 @@ def test_a_recipe_through_batches(recipe_data, tiny_folder, tmp_path, monkeypatc
             "loss": ["cross_entropy"], "evaluate": {**recipe_data["evaluate"], "metrics": ["fidelity"]},
         }  # fmt: skip
         folder = run(parse({**recipe_data, **settings}), tmp_path / "run")
-        assert len(server.billed) == len(set(server.billed)) and not [path for path, _, _ in server.seen if "completions" in path]
+        assert len(server.billed) == len(set(server.billed)) and not [
+            path for path, _, _ in server.seen if "completions" in path
+        ]
     assert (folder / "report.html").exists()

@@ -112,21 +112,30 @@ def cut(data, places):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(min_size=1, max_size=40), st.lists(st.integers(0, 99), max_size=20), st.lists(st.integers(0, 99), max_size=20))
+@given(
+    st.binary(min_size=1, max_size=40),
+    st.lists(st.integers(0, 99), max_size=20),
+    st.lists(st.integers(0, 99), max_size=20),
+)
 def test_segments_cover_both_once_and_are_least(data, one, two):
     ours, theirs = cut(data, one), cut(data, two)
     found = segments(ours, theirs)
-    assert [n for s in found for n in s.ours] == list(range(len(ours))) and [n for s in found for n in s.theirs] == list(range(len(theirs)))
+    assert [n for s in found for n in s.ours] == list(range(len(ours))) and [
+        n for s in found for n in s.theirs
+    ] == list(range(len(theirs)))
     for s in found:
         assert b"".join(ours[n] for n in s.ours) == b"".join(theirs[n] for n in s.theirs)
         ends = [
-            {len(b"".join(side[n] for n in part[:k])) for k in range(1, len(part))} for side, part in ((ours, s.ours), (theirs, s.theirs))
+            {len(b"".join(side[n] for n in part[:k])) for k in range(1, len(part))}
+            for side, part in ((ours, s.ours), (theirs, s.theirs))
         ]
         assert not ends[0] & ends[1], "no shorter one would do"
 
 
 def test_segments_end_where_the_bytes_part():
-    assert [(s.ours, s.theirs) for s in segments([b"ab", b"c", b"d"], [b"a", b"b", b"x", b"d"])] == [(range(1), range(2))]
+    assert [(s.ours, s.theirs) for s in segments([b"ab", b"c", b"d"], [b"a", b"b", b"x", b"d"])] == [
+        (range(1), range(2))
+    ]
     assert segments([], []) == [] and segments([b"a"], []) == []
 
 
@@ -137,14 +146,23 @@ def test_a_response_is_aligned_to_its_last_byte(text, ended):
     ids = tuple(ours(text, add_special_tokens=False)["input_ids"]) + ((ours.eos_token_id,) if ended else ())
     found = vocabularies(ours, theirs).align(ids, False)
     mine, other = tokens_of(ours), tokens_of(theirs)
-    assert theirs.decode(found.ids, skip_special_tokens=True) == text and (found.ids[-1] == theirs.eos_token_id) == ended
+    assert (
+        theirs.decode(found.ids, skip_special_tokens=True) == text and (found.ids[-1] == theirs.eos_token_id) == ended
+    )
     before = [b"".join(mine.bytes_of[token] for token in ids[:n]) for n in range(len(ids))]
     for n, (at, cover) in enumerate(zip(found.at, found.cover, strict=True)):
-        there = [k for k in range(len(found.ids)) if b"".join(other.bytes_of[token] or b"" for token in found.ids[:k]) == before[n]]
+        there = [
+            k
+            for k in range(len(found.ids))
+            if b"".join(other.bytes_of[token] or b"" for token in found.ids[:k]) == before[n]
+        ]
         assert (at in there) if there else at == -1, "every place where both begin is found, and no other"
         if at >= 0 and not (ended and n == len(ids) - 1):
             covered = b"".join(other.bytes_of[token] for token in found.ids[at : at + cover])
-            assert covered.startswith(mine.bytes_of[ids[n]]) or mine.bytes_of[ids[n]] == covered[: len(mine.bytes_of[ids[n]])]
+            assert (
+                covered.startswith(mine.bytes_of[ids[n]])
+                or mine.bytes_of[ids[n]] == covered[: len(mine.bytes_of[ids[n]])]
+            )
     equal = vocabularies(ours, theirs).align(ids, True)
     assert sum(at >= 0 for at in equal.at) == found.single == equal.single
 
@@ -240,11 +258,16 @@ def test_common_tokens_the_chain_rule_and_the_rest(name, rest):
                 alone = p[int(signal.places.at_N[n])].clone()
                 if int(signal.places.first_N[n]) in (1,):
                     alone[int(signal.places.first_N[n])] -= signal.places.log_cover_N[n].exp()
-                theirs, ours = alone[[1, 2, 5, 6, 8]].sort(descending=True).values, q[n][[3, 5, 6]].sort(descending=True).values
+                theirs, ours = (
+                    alone[[1, 2, 5, 6, 8]].sort(descending=True).values,
+                    q[n][[3, 5, 6]].sort(descending=True).values,
+                )
                 want[n] = want[n] + (theirs[:3] - ours).abs().sum() + theirs[3:].sum()
     rows = signal.chunk(slice(0, N)).rows(slice(0, N))
     known = DIVERGENCES[name]
-    values, gradient = rows.compare(known, checked_params(name, {}, name), Distribution(logits.detach().clone()), torch.zeros(N).long())
+    values, gradient = rows.compare(
+        known, checked_params(name, {}, name), Distribution(logits.detach().clone()), torch.zeros(N).long()
+    )
     assert torch.allclose(values, want.detach(), atol=1e-9)
     (slope,) = torch.autograd.grad(want.sum(), logits)
     assert torch.allclose(gradient, slope, atol=1e-9)
@@ -257,7 +280,9 @@ def test_elsewhere_the_text_is_taught_where_that_is_asked():
     signal, _ = played(others="written")
     logits = noise(N, V, seed=4)
     rows = signal.chunk(slice(0, N)).rows(slice(0, N))
-    values, gradient = rows.compare(DIVERGENCES["forward_kl"], {"temperature": 1.0}, Distribution(logits.clone()), torch.zeros(N).long())
+    values, gradient = rows.compare(
+        DIVERGENCES["forward_kl"], {"temperature": 1.0}, Distribution(logits.clone()), torch.zeros(N).long()
+    )
     q = logits.softmax(-1)
     assert torch.allclose(values[4], -q[4, 6].log(), atol=1e-9)
     assert torch.allclose(gradient[4], q[4] - torch.eye(V).double()[6], atol=1e-9)
@@ -266,13 +291,24 @@ def test_elsewhere_the_text_is_taught_where_that_is_asked():
 def test_a_chunk_is_its_part_and_a_soft_loss_is_refused():
     signal, _ = played("sorted")
     logits, params = noise(N, V, seed=4), {"temperature": 1.0}
-    whole = signal.chunk(slice(0, N)).rows(slice(0, N)).compare(DIVERGENCES["forward_kl"], params, Distribution(logits.clone()), None)
-    part = signal.chunk(slice(2, 6)).rows(slice(1, 4)).compare(DIVERGENCES["forward_kl"], params, Distribution(logits[3:6].clone()), None)
+    whole = (
+        signal.chunk(slice(0, N))
+        .rows(slice(0, N))
+        .compare(DIVERGENCES["forward_kl"], params, Distribution(logits.clone()), None)
+    )
+    part = (
+        signal.chunk(slice(2, 6))
+        .rows(slice(1, 4))
+        .compare(DIVERGENCES["forward_kl"], params, Distribution(logits[3:6].clone()), None)
+    )
     assert torch.allclose(whole[0][3:6], part[0], atol=1e-12) and torch.allclose(whole[1][3:6], part[1], atol=1e-12)
     for name, params in (("dkd", {}), ("forward_kl", {"temperature": 2.0})):
         with pytest.raises(UserError, match="whole vocabularies"):
             signal.chunk(slice(0, N)).rows(slice(0, N)).compare(
-                DIVERGENCES[name], checked_params(name, params, name), Distribution(logits.clone()), torch.zeros(N).long()
+                DIVERGENCES[name],
+                checked_params(name, params, name),
+                Distribution(logits.clone()),
+                torch.zeros(N).long(),
             )
 
 
@@ -300,7 +336,10 @@ def test_by_spelling_a_likely_token_counts_as_the_one_most_alike():
 def test_uld_from_its_formula_for_vocabularies_of_any_size(width):
     logits, p = noise(N, V, seed=4).requires_grad_(), Distribution(noise(N, width, seed=5))
     most = max(width, V)
-    padded = [torch.nn.functional.pad(x, (0, most - x.shape[-1])).sort(-1, descending=True).values for x in (p.prob, logits.softmax(-1))]
+    padded = [
+        torch.nn.functional.pad(x, (0, most - x.shape[-1])).sort(-1, descending=True).values
+        for x in (p.prob, logits.softmax(-1))
+    ]
     want = (padded[0] - padded[1]).abs().sum(-1)
     values, gradient = DIVERGENCES["uld"](p, Distribution(logits.detach().clone()), {"temperature": 1.0})
     assert torch.allclose(values, want.detach(), atol=1e-12)
@@ -332,7 +371,9 @@ def rows_of(student, teacher, texts=("blue cats on the mat", "why, naïve 🙂 t
 def compared(signal, name, logits):
     N = len(logits)
     rows = signal.chunk(slice(0, N)).rows(slice(0, N))
-    return rows.compare(DIVERGENCES[name], checked_params(name, {}, name), Distribution(logits.clone()), torch.zeros(N).long())
+    return rows.compare(
+        DIVERGENCES[name], checked_params(name, {}, name), Distribution(logits.clone()), torch.zeros(N).long()
+    )
 
 
 BRIDGES = [
@@ -393,7 +434,9 @@ def test_no_split_into_micro_batches_changes_a_bridged_loss(loss, tiny, other):
         for parts in ([rows], [rows[:1], rows[1:]], [[row] for row in rows])
     ]
     for value, slope in found[1:]:
-        assert value == pytest.approx(found[0][0], rel=1e-4) and torch.allclose(slope, found[0][1], rtol=1e-3, atol=1e-6)
+        assert value == pytest.approx(found[0][0], rel=1e-4) and torch.allclose(
+            slope, found[0][1], rtol=1e-3, atol=1e-6
+        )
 
 
 def whole_loss(name, batches, student, bridged):
@@ -404,7 +447,9 @@ def whole_loss(name, batches, student, bridged):
     for batch in batches:
         hidden = hidden_states(student.net, batch.tokens_BT)[batch.response_positions()]
         head = head_of(student.net).cut(len(student.tokenizer))
-        loss, sums = total_loss([term.settle(0, {})], {term.label: amount}, matches, Pass(batch, hidden, head, None, bridged.view(batch)))
+        loss, sums = total_loss(
+            [term.settle(0, {})], {term.label: amount}, matches, Pass(batch, hidden, head, None, bridged.view(batch))
+        )
         loss.backward()
         value += sums.terms[term.label]
     return value / amount, student.net.model.layers[0].mlp.up_proj.weight.grad.clone()
@@ -452,7 +497,13 @@ def test_dual_space_from_its_formula(crossed):
     back = (spread.double() * (p.exp() * (p - back_q)).sum(-1)).sum()
     want = ce + apart + back
     assert value == pytest.approx(float(want.detach()), rel=1e-6)
-    learned = [hidden, head.weight_VD, dual.to_student.weight, dual.to_teacher.weight, *([dual.query.weight] if crossed else [])]
+    learned = [
+        hidden,
+        head.weight_VD,
+        dual.to_student.weight,
+        dual.to_teacher.weight,
+        *([dual.query.weight] if crossed else []),
+    ]
     got, slopes = torch.autograd.grad(loss, learned, retain_graph=True), torch.autograd.grad(0.25 * want, learned)
     for one, two in zip(got, slopes, strict=True):
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-8)
@@ -526,7 +577,9 @@ def test_a_killed_run_over_two_spaces_goes_on_as_if_it_had_not_been(pair, tmp_pa
     with pytest.raises(StoppedError):
         run(parse(pair), tmp_path / "parts", stop=lambda: next(asked), stages=("train",))
     again = run(parse(pair), tmp_path / "parts", stages=("train",))
-    values = [[json.loads(line)["terms"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, again)]
+    values = [
+        [json.loads(line)["terms"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, again)
+    ]
     assert values[0] == values[1]
 
 

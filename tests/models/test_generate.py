@@ -24,7 +24,10 @@ def test_greedy_text_equals_the_librarys_own(tiny, rows):
     got = dict(generate(tiny.net, jobs, tiny.eos_ids, batch_rows=rows))
     for index, job in enumerate(jobs):
         want = tiny.net.generate(
-            torch.tensor([job.prompt_ids]), max_new_tokens=90, do_sample=False, attention_mask=torch.ones(1, len(job.prompt_ids))
+            torch.tensor([job.prompt_ids]),
+            max_new_tokens=90,
+            do_sample=False,
+            attention_mask=torch.ones(1, len(job.prompt_ids)),
         )
         assert got[index] == want[0, len(job.prompt_ids) :].tolist()
 
@@ -92,7 +95,11 @@ def test_a_short_list_gives_the_same_draws_as_the_whole_vocabulary():
 
 def test_temperature_zero_is_the_argmax_beside_sampled_rows():
     logits = torch.tensor([[0.0, 3.0, 1.0]] * 3)
-    drawn = draw(logits, [Sampling(0.0), Sampling(1.0, 1.0), Sampling(1.0, 0.5)], torch.tensor([0.999, 0.0, 0.999], dtype=torch.float64))
+    drawn = draw(
+        logits,
+        [Sampling(0.0), Sampling(1.0, 1.0), Sampling(1.0, 0.5)],
+        torch.tensor([0.999, 0.0, 0.999], dtype=torch.float64),
+    )
     assert drawn.token_B.tolist() == [1, 0, 1] and drawn.log_prob_B[0] == 0
 
 
@@ -109,12 +116,16 @@ def test_recorded_log_probs_are_those_of_one_pass_over_the_text(tiny, temperatur
     jobs = [Job(ids, Sampling(temperature, top_p, 9), number) for number, ids in enumerate(prompts(tiny, 6))]
     for text in write(tiny.net, jobs, frozenset(), 4, record=True):
         prompt = jobs[text.index].prompt_ids
-        torch.testing.assert_close(torch.tensor(text.log_prob), exact_log_probs(tiny.net, prompt, text.ids), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(text.log_prob), exact_log_probs(tiny.net, prompt, text.ids), rtol=1e-4, atol=1e-4
+        )
         drawn_from = exact_log_probs(tiny.net, prompt, text.ids, temperature)
         if top_p == 1:
             torch.testing.assert_close(torch.tensor(text.sampler_log_prob), drawn_from, rtol=1e-4, atol=1e-4)
         else:
-            assert (torch.tensor(text.sampler_log_prob) >= drawn_from - 1e-4).all() and max(text.sampler_log_prob) <= 1e-6
+            assert (torch.tensor(text.sampler_log_prob) >= drawn_from - 1e-4).all() and max(
+                text.sampler_log_prob
+            ) <= 1e-6
 
 
 @pytest.fixture
@@ -136,7 +147,9 @@ def test_speculation_over_the_whole_vocabulary_is_the_student_alone(tiny, studen
     both = drawn(student, jobs, Beside(tiny.net, Speculation(10**6)))
     for index, text in alone.items():
         assert both[index].ids == text.ids and both[index].own == 12
-        torch.testing.assert_close(torch.tensor(both[index].sampler_log_prob), torch.tensor(text.sampler_log_prob), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(both[index].sampler_log_prob), torch.tensor(text.sampler_log_prob), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_speculation_with_1_and_a_greedy_teacher_is_the_teachers_greedy_text(tiny, student):
@@ -155,7 +168,9 @@ def test_every_token_of_speculation_is_among_the_teachers_likeliest_or_its_own(t
         accepted.append(sum(text.own for text in both.values()))
         if wide == k:
             for index, text in both.items():
-                logits = tiny.net(torch.tensor([[*jobs[index].prompt_ids, *text.ids]])).logits[0, len(jobs[index].prompt_ids) - 1 : -1]
+                logits = tiny.net(torch.tensor([[*jobs[index].prompt_ids, *text.ids]])).logits[
+                    0, len(jobs[index].prompt_ids) - 1 : -1
+                ]
                 rank = (logits > logits.gather(1, torch.tensor(text.ids)[:, None])).sum(-1)
                 assert int((rank < k).sum()) >= text.own
     assert accepted[0] < accepted[1] < accepted[2] <= 12 * len(jobs)
@@ -190,4 +205,6 @@ def test_the_model_beside_may_see_another_prompt(tiny, student):
     longer = [(*jobs[0].prompt_ids, *job.prompt_ids) for job in jobs]
     pairs = [Job(job.prompt_ids, job.sampling, job.seed, other) for job, other in zip(jobs, longer, strict=True)]
     alone = drawn(tiny.net, [Job(other, job.sampling, job.seed) for job, other in zip(jobs, longer, strict=True)])
-    assert {i: t.ids for i, t in drawn(student, pairs, Beside(tiny.net, Mixture(1.0))).items()} == {i: t.ids for i, t in alone.items()}
+    assert {i: t.ids for i, t in drawn(student, pairs, Beside(tiny.net, Mixture(1.0))).items()} == {
+        i: t.ids for i, t in alone.items()
+    }

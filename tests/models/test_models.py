@@ -162,4 +162,6 @@ def test_the_real_named_model_answers_and_stays_itself_when_nothing_is_dropped(n
     with torch.inference_mode():
         assert torch.equal(drop_layers(model.net, range(30))(tokens).logits, model.net(tokens).logits)
         options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-        assert torch.equal(pruned.generate(tokens, use_cache=True, **options), pruned.generate(tokens, use_cache=False, **options))
+        assert torch.equal(
+            pruned.generate(tokens, use_cache=True, **options), pruned.generate(tokens, use_cache=False, **options)
+        )

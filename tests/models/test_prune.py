@@ -46,7 +46,9 @@ def test_cached_generation_equals_uncached_after_dropping(tiny):
     assert [layer.self_attn.layer_idx for layer in layers_of(student)] == [0, 1]
     ids = torch.tensor([tiny.prompt_ids(({"role": "user", "content": "why is the sky blue"},))])
     options = {"max_new_tokens": 30, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    assert torch.equal(student.generate(ids, use_cache=True, **options), student.generate(ids, use_cache=False, **options))
+    assert torch.equal(
+        student.generate(ids, use_cache=True, **options), student.generate(ids, use_cache=False, **options)
+    )
 
 
 def test_a_pruned_student_loads_again_with_the_same_logits(tiny, calibration, tmp_path):
@@ -55,7 +57,9 @@ def test_a_pruned_student_loads_again_with_the_same_logits(tiny, calibration, tm
     student = drop_layers(tiny.net, [0, 2, 3])
     save_model(student, tiny.tokenizer, tmp_path)
     with torch.inference_mode():
-        assert torch.equal(load_model(str(tmp_path)).net(calibration.tokens_BT).logits, student(calibration.tokens_BT).logits)
+        assert torch.equal(
+            load_model(str(tmp_path)).net(calibration.tokens_BT).logits, student(calibration.tokens_BT).logits
+        )
 
 
 @pytest.mark.parametrize("keep", ["importance", "block_influence"])
@@ -75,7 +79,10 @@ def test_importance_costs_are_the_kl_of_the_pruned_model(tiny, calibration):
     def kl_without(layer: int) -> float:
         student = drop_layers(tiny.net, [index for index in range(4) if index != layer])
         with torch.inference_mode():
-            p, q = (net(calibration.tokens_BT).logits[calibration.positions_BT].double().log_softmax(-1) for net in (tiny.net, student))
+            p, q = (
+                net(calibration.tokens_BT).logits[calibration.positions_BT].double().log_softmax(-1)
+                for net in (tiny.net, student)
+            )
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     costs = {layer: kl_without(layer) for layer in range(4)}

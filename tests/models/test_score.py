@@ -54,7 +54,9 @@ def test_a_servers_top_tokens_are_the_models_own(protocol, tiny):
     assert torch.equal(signal.ids_NK, log_NV.topk(8).indices)
     assert torch.allclose(signal.log_prob_NK, log_NV.topk(8).values, atol=1e-5)
     scored = asked.count("/completion") + asked.count("/v1/completions")
-    assert scored == 1 + (len(signal.ids_NK) if protocol == "llama.cpp" else len(TEXTS)), "the probe, and no request too many"
+    assert scored == 1 + (len(signal.ids_NK) if protocol == "llama.cpp" else len(TEXTS)), (
+        "the probe, and no request too many"
+    )
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -72,7 +74,12 @@ def test_all_tokens_of_a_server_give_the_loss_of_the_dense_signal(protocol, tiny
             states = hidden_ND.clone().requires_grad_()
             term = make_term(name, {}).settle(0, {})
             loss = fused_loss(
-                states, type(dense.head)(student.detach()), [term], [1.0], torch.ones(1, len(hidden_ND)), Evidence(targets_N, teacher)
+                states,
+                type(dense.head)(student.detach()),
+                [term],
+                [1.0],
+                torch.ones(1, len(hidden_ND)),
+                Evidence(targets_N, teacher),
             ).loss
             loss.backward()
             found.append((float(loss.detach()), states.grad))
@@ -105,7 +112,9 @@ def test_a_run_reads_what_a_server_says_of_its_text(protocol, tiny, tiny_folder,
         later = len([path for path, _, _ in server.seen if path in ("/completion", "/v1/completions")])
     assert later == scored + 1, "the second run probes, and finds the rest in the folder"
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert abs(first["terms"]["forward_kl"]) < 5e-3, "the student is the teacher: what is left is the rounding of what is kept"
+    assert abs(first["terms"]["forward_kl"]) < 5e-3, (
+        "the student is the teacher: what is left is the rounding of what is kept"
+    )
     assert (again / "student" / "config.json").exists() and list((tmp_path / "kept").glob("shard-*"))
 
 
@@ -123,7 +132,9 @@ def spoiled(change):
         if path == "/v1/completions":
             rows = reply["choices"][0]["prompt_logprobs"]
             changed = [
-                row and {str(n): {"logprob": x} for n, x in change([[int(n), one["logprob"]] for n, one in row.items()])} for row in rows
+                row
+                and {str(n): {"logprob": x} for n, x in change([[int(n), one["logprob"]] for n, one in row.items()])}
+                for row in rows
             ]
             reply["choices"][0]["prompt_logprobs"] = changed
         return reply
@@ -206,16 +217,23 @@ def test_the_real_server_agrees_with_the_weights_it_was_made_from():
     own = TopK(signal.ids_NK, log_NV.gather(-1, signal.ids_NK))
     kl_N = bucketed_kl(own, signal)
     assert float(kl_N.mean()) < 0.02 and float(kl_N.max()) < 0.1
-    shared = [len(set(a) & set(b)) for a, b in zip(log_NV.topk(20).indices.tolist(), signal.ids_NK.tolist(), strict=True)]
+    shared = [
+        len(set(a) & set(b)) for a, b in zip(log_NV.topk(20).indices.tolist(), signal.ids_NK.tolist(), strict=True)
+    ]
     assert sum(shared) / len(shared) > 17
     whole = Scorer(api, len(model.tokenizer), model.tokenizer)
     ((named,),) = whole.score([(model.prompt_ids(({"role": "user", "content": "Hi"},)), [1])])
-    assert sorted(named[0]) == list(range(len(model.tokenizer))) and sum(map(math.exp, named[1])) == pytest.approx(1, abs=1e-3)
+    assert sorted(named[0]) == list(range(len(model.tokenizer))) and sum(map(math.exp, named[1])) == pytest.approx(
+        1, abs=1e-3
+    )
 
 
 def bucketed_kl(p, q):
     """KL over the named tokens and what is left of 1, per position."""
-    both = [torch.cat([x.log_prob_NK.exp(), (1 - x.log_prob_NK.exp().sum(-1, keepdim=True)).clamp_min(1e-9)], -1) for x in (p, q)]
+    both = [
+        torch.cat([x.log_prob_NK.exp(), (1 - x.log_prob_NK.exp().sum(-1, keepdim=True)).clamp_min(1e-9)], -1)
+        for x in (p, q)
+    ]
     return (both[0] * (both[0] / both[1]).log()).sum(-1)
 
 
@@ -229,7 +247,12 @@ def bucketed_kl(p, q):
 )
 def test_a_recipe_asks_a_server_for_what_it_can_give(change, says, recipe_data, tiny_folder):
     teacher = {"server": {"url": "http://127.0.0.1:1/v1", "name": "toy"}, **change}
-    data = {**recipe_data, "teacher": teacher, "student": {"start": {"pretrained": str(tiny_folder)}}, "loss": ["forward_kl"]}
+    data = {
+        **recipe_data,
+        "teacher": teacher,
+        "student": {"start": {"pretrained": str(tiny_folder)}},
+        "loss": ["forward_kl"],
+    }
     with pytest.raises(RecipeError, match=says):
         validate(parse(data))
 
@@ -257,12 +280,17 @@ def on_its_own_text(server, names, loss="minillm_long"):
 
 
 @pytest.mark.parametrize("loss", ["minillm_long", "on_policy_distillation"])
-def test_a_vllm_server_teaches_the_students_own_text_as_the_model_in_process_does(loss, tiny_folder, recipe_data, tmp_path):
+def test_a_vllm_server_teaches_the_students_own_text_as_the_model_in_process_does(
+    loss, tiny_folder, recipe_data, tmp_path
+):
     model = load_model(str(tiny_folder))
     model.net.load_state_dict(make_net(seed=5, vocabulary=len(model.tokenizer)).state_dict())
     (made := tmp_path / "teacher").mkdir()
     save_model(model.net, model.tokenizer, made)
-    recipe_data |= {"student": {"start": {"pretrained": str(tiny_folder)}}, "evaluate": {**recipe_data["evaluate"], "controls": []}}
+    recipe_data |= {
+        "student": {"start": {"pretrained": str(tiny_folder)}},
+        "evaluate": {**recipe_data["evaluate"], "controls": []},
+    }
     with ScoringServer(model, "vLLM") as server:
         served = recipe_data | on_its_own_text(server, len(model.tokenizer), loss)
         recipe_data |= {"train": served["train"] | {"steps": 3}}
@@ -270,14 +298,20 @@ def test_a_vllm_server_teaches_the_students_own_text_as_the_model_in_process_doe
         one = run(parse(served), tmp_path / "served", stages=("train",))
     here = parse(served | {"teacher": str(made)})
     two = run(here, tmp_path / "here", stages=("train",))
-    records = [[json.loads(line)["terms"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)]
+    records = [
+        [json.loads(line)["terms"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    ]
     assert len(records[0]) == 3
     for ours, theirs in zip(*records, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-4)
 
 
 def test_a_llama_cpp_server_is_refused_where_every_written_token_is_read(tiny, tiny_folder, recipe_data, tmp_path):
-    recipe_data |= {"student": {"start": {"pretrained": str(tiny_folder)}}, "evaluate": {**recipe_data["evaluate"], "controls": []}}
+    recipe_data |= {
+        "student": {"start": {"pretrained": str(tiny_folder)}},
+        "evaluate": {**recipe_data["evaluate"], "controls": []},
+    }
     with ScoringServer(tiny) as server:
         with pytest.raises(UserError, match="need a vLLM server"):
             run(parse(recipe_data | on_its_own_text(server, 16)), tmp_path / "run", stages=("train",))

@@ -27,7 +27,10 @@ def test_what_is_seen_is_filled_in_once_and_literally():
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "why is the sky blue / {prompt} {feedback}"},
     )  # fmt: skip
     other = ({"role": "system", "content": "Old."}, {"role": "user", "content": "unknown"})
-    assert sight(other) == ({"role": "system", "content": "Be brief.\n\nOld."}, {"role": "user", "content": "unknown"}), "stays as it is"
+    assert sight(other) == (
+        {"role": "system", "content": "Be brief.\n\nOld."},
+        {"role": "user", "content": "unknown"},
+    ), "stays as it is"
 
 
 def test_models_that_see_other_things_have_other_names(tiny):
@@ -63,7 +66,9 @@ def test_with_adapters_off_the_model_is_its_start_to_the_bit(tiny, tiny_folder):
     taught = self_teacher(student, None, lambda: adapters_off(student.net))
     student.net.train()
     assert torch.equal(taught.signal(batch).hidden_NE, InProcessTeacher(tiny).signal(batch).hidden_NE)
-    assert student.net.training and trained == [name for name, parameter in student.net.named_parameters() if parameter.requires_grad]
+    assert student.net.training and trained == [
+        name for name, parameter in student.net.named_parameters() if parameter.requires_grad
+    ]
     assert not torch.equal(InProcessTeacher(student).signal(batch).hidden_NE, taught.signal(batch).hidden_NE)
 
 
@@ -89,13 +94,22 @@ def test_the_average_follows_its_formula_and_its_head_is_its_own(tiny_folder):
 def itself(recipe_data, tiny_folder, tmp_path, prompt_file):
     """Train a tiny student that is its own teacher."""
     prompt_file.write_text(
-        "".join(json.dumps(json.loads(line) | {"answer": "a mat"}) + "\n" for line in prompt_file.read_text().splitlines())
+        "".join(
+            json.dumps(json.loads(line) | {"answer": "a mat"}) + "\n" for line in prompt_file.read_text().splitlines()
+        )
     )
 
     def go(name, teacher, lora=None, writer=STUDENT, **train):
-        data = recipe_data | {"writer": [writer], "loss": ["reverse_kl"], "teacher": {"model": str(tiny_folder), **teacher}}
+        data = recipe_data | {
+            "writer": [writer],
+            "loss": ["reverse_kl"],
+            "teacher": {"model": str(tiny_folder), **teacher},
+        }
         data["student"] = {"start": {"pretrained": str(tiny_folder)}} | ({"lora": lora} if lora else {})
-        data["evaluate"], data["train"] = recipe_data["evaluate"] | {"controls": ["untouched"]}, recipe_data["train"] | train
+        data["evaluate"], data["train"] = (
+            recipe_data["evaluate"] | {"controls": ["untouched"]},
+            recipe_data["train"] | train,
+        )
         limbeck.run(parse(data), tmp_path / name, stages=("elicit", "train"))
         return tmp_path / name
 
@@ -103,7 +117,8 @@ def itself(recipe_data, tiny_folder, tmp_path, prompt_file):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "lora"), [({}, None), ({}, {"rank": 2, "alpha": 4}), ({"weights": "live"}, None), ({"weights": "average"}, None)]
+    ("teacher", "lora"),
+    [({}, None), ({}, {"rank": 2, "alpha": 4}), ({"weights": "live"}, None), ({"weights": "average"}, None)],
 )
 def test_with_nothing_more_to_see_the_loss_at_the_first_step_is_zero(itself, teacher, lora):
     found = records(itself("none", teacher, lora))
@@ -146,14 +161,19 @@ def test_a_stopped_run_with_an_average_goes_on_to_the_bit(itself, recipe_data, t
 
 
 def test_a_whole_run_measures_against_the_teacher_with_its_context(recipe_data, tiny_folder, tmp_path):
-    recipe_data |= {"teacher": {"model": str(tiny_folder), "context": {"system": "the red house"}}, "loss": ["forward_kl"]}
+    recipe_data |= {
+        "teacher": {"model": str(tiny_folder), "context": {"system": "the red house"}},
+        "loss": ["forward_kl"],
+    }
     recipe_data["student"] = {"start": {"pretrained": str(tiny_folder)}, "lora": {"rank": 4, "alpha": 8}}
     recipe_data["train"] |= {"steps": 20, "lr": 5e-3, "tokens_per_step": 80}
     out = tmp_path / "out"
     limbeck.run(parse(recipe_data), out)
     systems = json.loads((out / "evaluation" / "summary.json").read_text())["systems"]
     kl = {name: metrics["forward_kl"]["value"] for name, metrics in systems.items()}
-    assert kl["teacher"] == pytest.approx(0, abs=1e-6) and kl["untouched"] > 0.01, "the start is the teacher without its context"
+    assert kl["teacher"] == pytest.approx(0, abs=1e-6) and kl["untouched"] > 0.01, (
+        "the start is the teacher without its context"
+    )
     assert kl["student"] < kl["untouched"]
     own = systems["teacher"]["own_reverse_kl"]["value"], systems["untouched"]["own_reverse_kl"]["value"]
     assert own[0] == pytest.approx(0, abs=1e-6) and own[1] > 0.01

@@ -31,7 +31,8 @@ N, V, E = 6, 19, 8
 def dense(seed, sharpness=1.0):
     noise = torch.Generator().manual_seed(seed)
     return DenseSignal(
-        torch.randn(N, E, generator=noise, dtype=torch.float64) * sharpness, Head(torch.randn(V, E, generator=noise, dtype=torch.float64))
+        torch.randn(N, E, generator=noise, dtype=torch.float64) * sharpness,
+        Head(torch.randn(V, E, generator=noise, dtype=torch.float64)),
     )
 
 
@@ -48,7 +49,9 @@ def test_the_mean_is_of_probabilities():
     mixed = MixedSignal([one, two], weight).chunk(slice(0, N)).logits_CV
     assert torch.allclose(mixed.exp(), 0.25 * probs(one) + 0.75 * probs(two), atol=1e-12)
     same = MixedSignal([one, one], weight).chunk(slice(2, 5)).logits_CV
-    assert torch.allclose(same.exp(), probs(one)[2:5], atol=1e-12), "a teacher twice is that teacher, and a chunk is its part"
+    assert torch.allclose(same.exp(), probs(one)[2:5], atol=1e-12), (
+        "a teacher twice is that teacher, and a chunk is its part"
+    )
 
 
 def test_a_teacher_with_all_the_weight_is_alone():
@@ -59,7 +62,9 @@ def test_a_teacher_with_all_the_weight_is_alone():
     some[3:] = torch.tensor([0.0, 1.0]).double()
     two = dense(2, 3.0)
     mixed = MixedSignal([one, two], some).chunk(slice(0, N)).logits_CV.exp()
-    assert torch.allclose(mixed[:3], probs(one)[:3], atol=1e-12) and torch.allclose(mixed[3:], probs(two)[3:], atol=1e-12)
+    assert torch.allclose(mixed[:3], probs(one)[:3], atol=1e-12) and torch.allclose(
+        mixed[3:], probs(two)[3:], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "tvd"])
@@ -71,7 +76,10 @@ def test_uncertainty_weighs_the_losses_by_the_students_entropy(name):
     q = logits.log_softmax(-1)
     share = (-(q.exp() * q).sum(-1) / math.log(V)).detach()
     assert bool(((share > 0) & (share < 1)).all())
-    each = [known(Distribution(probs(signal).log()), Distribution(logits.detach().clone()), params, targets) for signal in (small, large)]
+    each = [
+        known(Distribution(probs(signal).log()), Distribution(logits.detach().clone()), params, targets)
+        for signal in (small, large)
+    ]
     assert torch.allclose(values, share * each[0][0] + (1 - share) * each[1][0], atol=1e-12)
     assert torch.allclose(gradient, share[:, None] * each[0][1] + (1 - share)[:, None] * each[1][1], atol=1e-12)
 
@@ -84,7 +92,9 @@ def test_a_student_that_knows_nothing_follows_the_small_teacher_and_a_sure_one_t
     for logits, alone in ((unsure, small), (sure, large)):
         values, _ = rows.compare(known, {"temperature": 1.0}, Distribution(logits.clone()), targets)
         assert torch.allclose(
-            values, known(Distribution(probs(alone).log()), Distribution(logits.clone()), {"temperature": 1.0}, targets)[0], atol=1e-9
+            values,
+            known(Distribution(probs(alone).log()), Distribution(logits.clone()), {"temperature": 1.0}, targets)[0],
+            atol=1e-9,
         )
     with pytest.raises(UserError, match="depends on the student"):
         _ = rows.p
@@ -115,7 +125,9 @@ def test_each_row_has_the_teachers_of_its_tag(tiny, batch):
     own = [taught(teacher.signal(batch)) for teacher in (main, maths, other)]
     general = 0.25 * own[0] + 0.75 * own[2]
     assert torch.allclose(found, torch.where((row_N == 0)[:, None], own[1], general), atol=1e-6)
-    assert both.identity != SeveralTeachers([main, maths, other], [1.0, 1.0, 2.0], [None, "maths", None], "mean").identity
+    assert (
+        both.identity != SeveralTeachers([main, maths, other], [1.0, 1.0, 2.0], [None, "maths", None], "mean").identity
+    )
 
 
 def test_the_likeliest_teacher_is_followed_and_a_bad_one_changes_nothing(tiny, batch):
@@ -123,7 +135,9 @@ def test_the_likeliest_teacher_is_followed_and_a_bad_one_changes_nothing(tiny, b
     row_N, position_N = batch.response_positions()
     targets = batch.tokens_BT[row_N, position_N + 1]
     own = [taught(teacher.signal(batch)) for teacher in teachers]
-    sums = torch.stack([torch.zeros(3).index_add_(0, row_N, p.gather(-1, targets[:, None])[:, 0].log()) for p in own], 1)
+    sums = torch.stack(
+        [torch.zeros(3).index_add_(0, row_N, p.gather(-1, targets[:, None])[:, 0].log()) for p in own], 1
+    )
     best = sums.argmax(1)
     assert len(set(best.tolist())) > 1, "the texts differ in who finds them likely"
     found = taught(SeveralTeachers(teachers, [1.0] * 3, [None] * 3, "least_cross_entropy").view(batch).signal)
@@ -154,7 +168,10 @@ def test_a_recipe_says_what_several_teachers_cannot(recipe_data, tiny_folder):
     with pytest.raises(RecipeError, match=r"beside\[0\]"):
         check(parse({**base, "teacher": {"model": model, "beside": [{"model": "./nowhere"}]}}))
     one, two = (check(parse({**base, "teacher": {"model": model, "beside": beside * n}})) for n in (0, 1))
-    assert two.memory_bytes > one.memory_bytes and replace(two, memory_bytes=one.memory_bytes).trained_tokens == one.trained_tokens
+    assert (
+        two.memory_bytes > one.memory_bytes
+        and replace(two, memory_bytes=one.memory_bytes).trained_tokens == one.trained_tokens
+    )
 
 
 def test_an_adapted_student_of_several_teachers_has_them_all(recipe_data, tiny_folder, prompt_file, tmp_path):

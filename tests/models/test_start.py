@@ -26,7 +26,9 @@ def test_the_end_token_learns_on_the_input_side_too_although_it_is_the_padding_t
 
 
 def test_scratch_is_seeded_and_takes_settings(tiny):
-    one, same, other = (begin(student(scratch={"config": {"num_hidden_layers": 2}}), lambda: tiny, None, seed).net for seed in (1, 1, 2))
+    one, same, other = (
+        begin(student(scratch={"config": {"num_hidden_layers": 2}}), lambda: tiny, None, seed).net for seed in (1, 1, 2)
+    )
     assert one.config.num_hidden_layers == 2
     with torch.inference_mode():
         assert torch.equal(one(TOKENS).logits, same(TOKENS).logits)
@@ -44,7 +46,13 @@ def test_scratch_of_a_model_with_settings_per_layer_can_be_exported(tiny, tmp_pa
     from limbeck.models.load import Model, load_model, save_model
 
     config = Qwen3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
     )
     assert len(config.layer_types) == 3
     teacher = Model(Qwen3ForCausalLM(config).eval(), tiny.tokenizer, "q")

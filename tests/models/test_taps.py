@@ -78,7 +78,9 @@ def test_recorded_queries_and_keys_give_the_attention_of_the_eager_model(family,
     with torch.no_grad():
         _, got = features(net, TOKENS_BT, (), (layer,))
         net.set_attn_implementation("eager")
-        eager_BHTT = net.get_decoder()(input_ids=TOKENS_BT, use_cache=False, output_attentions=True).attentions[layer - 1]
+        eager_BHTT = net.get_decoder()(input_ids=TOKENS_BT, use_cache=False, output_attentions=True).attentions[
+            layer - 1
+        ]
     assert list(got.attention) == [layer]
     query, key, value = got.attention[layer]
     assert query.shape == (2, 4, 11, 8) and key.shape == value.shape == (2, 2, 11, 8)
@@ -213,7 +215,9 @@ def test_attention_other_than_sdpa_is_refused_with_the_remedy():
 
 def test_attention_outside_the_interface_is_refused():
     torch.manual_seed(0)
-    config = FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=0, eos_token_id=0)
+    config = FalconConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=0, eos_token_id=0
+    )
     net = FalconForCausalLM(config).eval()
     assert net.config._attn_implementation == "sdpa"
     with pytest.raises(limbeck.UserError, match="AttentionInterface"):

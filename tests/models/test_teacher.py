@@ -13,7 +13,10 @@ from limbeck.models.teacher import InProcessTeacher
 from limbeck.training.scorer import ModelScorer
 from limbeck.types import Sampling, UserError
 
-WHY, COUNT = ({"role": "user", "content": "why is the sky blue"},), ({"role": "user", "content": "count one two three"},)
+WHY, COUNT = (
+    ({"role": "user", "content": "why is the sky blue"},),
+    ({"role": "user", "content": "count one two three"},),
+)
 GREEDY = Sampling(max_tokens=12)
 
 
@@ -51,7 +54,9 @@ def test_contrast_draws_what_follows_from_one_prompt_and_not_the_other(tiny, str
     own, other = tiny.prompt_ids(WHY), tiny.prompt_ids(COUNT)
     for place, token in enumerate(answer.ids):
         written = list(answer.ids[:place])
-        scores = [next_logits(tiny, prompt + written).double().log_softmax(-1)[: tiny.tokens] for prompt in (own, other)]
+        scores = [
+            next_logits(tiny, prompt + written).double().log_softmax(-1)[: tiny.tokens] for prompt in (own, other)
+        ]
         assert token == int((scores[0] - strength * scores[1]).argmax())
     if strength == 0:
         assert answer.ids == the_answer(teacher, scene.request(WHY, GREEDY)).ids
@@ -59,7 +64,9 @@ def test_contrast_draws_what_follows_from_one_prompt_and_not_the_other(tiny, str
 
 def test_an_answer_ends_before_a_text_that_stops_it(tiny):
     teacher, scene = InProcessTeacher(tiny), Scene(tiny.identity, 7, "0/x")
-    found = [the_answer(teacher, scene.request(WHY, Sampling(1.0, 1.0, 24, stop=("e", "a")), number)) for number in range(8)]
+    found = [
+        the_answer(teacher, scene.request(WHY, Sampling(1.0, 1.0, 24, stop=("e", "a")), number)) for number in range(8)
+    ]
     stopped = [answer for answer in found if answer.ids is None]
     assert stopped and all("e" not in answer.text and "a" not in answer.text for answer in found)
     assert {answer.finish for answer in stopped} <= {"ok", "empty"}
@@ -84,11 +91,15 @@ def test_scores_are_the_sum_of_the_tokens_log_probabilities(tiny):
     found = scorer.log_probs([Score(WHY, answer) for answer in answers] + [Score((), "the cat sat")])
     for answer, one in zip(answers, found, strict=False):
         prompt, ids = tiny.prompt_ids(WHY), tiny.text_ids(answer)
-        wanted = sum(float(next_logits(tiny, prompt + ids[:n]).double().log_softmax(-1)[token]) for n, token in enumerate(ids))
+        wanted = sum(
+            float(next_logits(tiny, prompt + ids[:n]).double().log_softmax(-1)[token]) for n, token in enumerate(ids)
+        )
         assert (one.nats, one.tokens) == (pytest.approx(wanted, abs=1e-4), len(ids))
     ids = tiny.text_ids("the cat sat")
     begin = [tiny.tokenizer.eos_token_id]
-    alone = sum(float(next_logits(tiny, begin + ids[:n]).double().log_softmax(-1)[token]) for n, token in enumerate(ids))
+    alone = sum(
+        float(next_logits(tiny, begin + ids[:n]).double().log_softmax(-1)[token]) for n, token in enumerate(ids)
+    )
     assert found[-1].nats == pytest.approx(alone, abs=1e-4) and math.isfinite(alone)
 
 

@@ -72,7 +72,14 @@ class Vllm(ThreadingHTTPServer):
 
     def answer(self, path, body):
         if path == "/v1/models":
-            card = {"id": NAME, "object": "model", "created": 1723770563, "owned_by": "vllm", "root": "/models/student", "parent": None}
+            card = {
+                "id": NAME,
+                "object": "model",
+                "created": 1723770563,
+                "owned_by": "vllm",
+                "root": "/models/student",
+                "parent": None,
+            }
             return 200, {"object": "list", "data": [card | {"max_model_len": 256, "permission": []}]}
         if path == "/version":
             return 200, {"version": "0.28.0"}
@@ -92,7 +99,9 @@ class Vllm(ThreadingHTTPServer):
     def completion(self, body):
         rows = self.net.config.vocab_size
         if wrong := [int(token) for token in body["logit_bias"] or {} if int(token) >= rows]:
-            return error(400, f"token_id(s) {wrong} in logit_bias contain out-of-vocab token ids. Vocabulary size: {rows}")
+            return error(
+                400, f"token_id(s) {wrong} in logit_bias contain out-of-vocab token ids. Vocabulary size: {rows}"
+            )
         sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"])
         job = Job(tuple(body["prompt"]), sampling, body["seed"])
         with self.lock:
@@ -105,7 +114,11 @@ class Vllm(ThreadingHTTPServer):
             "logprobs": {"text_offset": [0] * len(names), "token_logprobs": text.log_prob, "tokens": names, "top_logprobs": top},
             "token_ids": text.ids, "prompt_logprobs": None, "prompt_token_ids": body["prompt"], "routed_experts": None,
         }  # fmt: skip
-        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(names), "total_tokens": len(body["prompt"]) + len(names)}
+        usage = {
+            "prompt_tokens": len(body["prompt"]),
+            "completion_tokens": len(names),
+            "total_tokens": len(body["prompt"]) + len(names),
+        }
         return 200, {
             "id": "cmpl-0", "object": "text_completion", "created": 1, "model": NAME, "choices": [choice], "service_tier": None,
             "system_fingerprint": None, "usage": usage, "kv_transfer_params": None,
@@ -297,7 +310,12 @@ def test_answers_that_are_not_what_was_asked_are_refused(server, writer, tiny, c
     server.bend = completions(change)
     with pytest.raises(UserError, match=words) as found:
         writer.write(jobs_of(tiny, 1, Sampling(1.0, 1.0, 4)))
-    assert server.url in str(found.value) and ";" in str(found.value) and SECRET not in str(found.value) and "\x1b" not in str(found.value)
+    assert (
+        server.url in str(found.value)
+        and ";" in str(found.value)
+        and SECRET not in str(found.value)
+        and "\x1b" not in str(found.value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -328,7 +346,9 @@ def test_a_busy_server_is_asked_again(server, writer, tiny, monkeypatch, busy, l
     server.seen.clear()
     assert len(writer.write(jobs_of(tiny))) == 1
     assert paths(server) == ["/v1/completions"] * (len(busy) + 1)
-    assert waits[0] == 0.0 and all(low <= wait <= low + 20 and wait > 0 for low, wait in zip(least, waits[1:], strict=True))
+    assert waits[0] == 0.0 and all(
+        low <= wait <= low + 20 and wait > 0 for low, wait in zip(least, waits[1:], strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -403,7 +423,10 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, writer, tiny, monke
     writer.sync(tiny.net, tiny.tokenizer)
     writer.write(jobs_of(tiny, 2))
     assert {headers["Authorization"] for _, _, _, headers in server.seen} == {f"Bearer {SECRET}"}
-    bare = [(path, body, {k: v for k, v in headers.items() if k != "Authorization"}) for _, path, body, headers in server.seen]
+    bare = [
+        (path, body, {k: v for k, v in headers.items() if k != "Authorization"})
+        for _, path, body, headers in server.seen
+    ]
     assert SECRET not in str(bare) and SECRET not in repr(writer) + str(vars(writer))
     assert not [file for file in writer.folder.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
     monkeypatch.setenv("VLLM_API_KEY", f"{SECRET}\n")
@@ -457,7 +480,9 @@ ORDER = ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache?reset_runni
 def test_sync_gives_the_server_the_students_weights(server, writer, tiny, monkeypatch):
     net, jobs = trained(tiny), jobs_of(tiny, 4)
     seen = []
-    monkeypatch.setattr(server, "bend", lambda path, body, answer: seen.append(sorted(writer.folder.iterdir())) or answer)
+    monkeypatch.setattr(
+        server, "bend", lambda path, body, answer: seen.append(sorted(writer.folder.iterdir())) or answer
+    )
     writer.sync(net, tiny.tokenizer)
     assert paths(server) == ORDER
     call = server.seen[1][2]
@@ -543,7 +568,12 @@ def test_probe_tells_what_the_server_is(server, writer, tiny, mode):
 
     server.bend = completions(bend)
     found = writer.probe(tiny.net, prompt(tiny))
-    assert (found.model, found.context, found.version, found.log_probs) == (NAME, 256, "0.28.0", mode) and found.off < 1e-3
+    assert (found.model, found.context, found.version, found.log_probs) == (
+        NAME,
+        256,
+        "0.28.0",
+        mode,
+    ) and found.off < 1e-3
 
 
 def seeds(server, seed):
@@ -586,7 +616,11 @@ def test_nothing_about_it_needs_vllm_here():
 def test_a_training_writes_through_the_server(server, recipe_data, tmp_path, monkeypatch):
     """The loop knows no difference: at each step the server gets the weights, then the prompts; what comes back is trained."""
     monkeypatch.setenv("VLLM_API_KEY", SECRET)
-    recipe_data |= {"writer": [{"by": "student", "max_tokens": 8}], "loss": ["reverse_kl"], "rollout": {"through": {"vllm": server.url}}}
+    recipe_data |= {
+        "writer": [{"by": "student", "max_tokens": 8}],
+        "loss": ["reverse_kl"],
+        "rollout": {"through": {"vllm": server.url}},
+    }
     recipe_data["student"] = {"start": {"prune": {"layers": 1, "keep": "uniform"}}}
     recipe_data["evaluate"] |= {"controls": ["untouched"]}
     recipe_data["train"] |= {"steps": 3}

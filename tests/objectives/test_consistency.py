@@ -26,7 +26,10 @@ ROWS = [
 def places(batch):
     """(row, token) of the response positions."""
     rows, positions = batch.response_positions()
-    return [(batch.sample_ids[row], int(batch.tokens_BT[row, position + 1])) for row, position in zip(rows, positions, strict=True)]
+    return [
+        (batch.sample_ids[row], int(batch.tokens_BT[row, position + 1]))
+        for row, position in zip(rows, positions, strict=True)
+    ]
 
 
 def test_what_two_answers_have_in_common_at_their_end():
@@ -40,7 +43,9 @@ def test_what_two_answers_have_in_common_at_their_end():
     alike = [Row("x", (1,), tuple(range(2, 42)), group="x"), Row("y", (1,), (1, *range(3, 42)), group="x")]
     (((one, other),),) = common_ends(make_batch(alike))
     assert len(one) == len(other) == LONGEST
-    (((one, other),),) = common_ends(make_batch([Row("x", (1,), (7, 8), group="x"), Row("y", (1,), (6, 7, 8), group="x")]))
+    (((one, other),),) = common_ends(
+        make_batch([Row("x", (1,), (7, 8), group="x"), Row("y", (1,), (6, 7, 8), group="x")])
+    )
     assert (list(one), list(other)) == ([0, 1], [3, 4])  # the whole of the shorter one
 
 
@@ -68,7 +73,9 @@ def test_values_and_gradient_are_the_definitions(temperature, softcap):
     assert found.tolist() == pytest.approx([slow(0), 0.0, 0.0], rel=1e-10) and found[0] > 0.01
     bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
     for given in ((hidden, weight), (hidden, weight, bias)):
-        assert torch.autograd.gradcheck(lambda h, *parts: consistency(h, Head(*parts, softcap=softcap), ends, temperature).sum(), given)
+        assert torch.autograd.gradcheck(
+            lambda h, *parts: consistency(h, Head(*parts, softcap=softcap), ends, temperature).sum(), given
+        )
 
 
 def test_equal_predictions_cost_nothing_and_a_distance_is_the_normal_ones():
@@ -77,7 +84,9 @@ def test_equal_predictions_cost_nothing_and_a_distance_is_the_normal_ones():
     hidden = torch.tensor([[1.0], [0.0]], dtype=torch.float64)  # logits (a, 0) and (0, 0): a Bernoulli s(a) against 1/2
     share = 1 / (1 + math.exp(-1.0))
     want = 0.5 * (share - 0.5) * (math.log(share / 0.5) - math.log((1 - share) / 0.5))
-    assert consistency(hidden, Head(torch.tensor([[1.0], [0.0]], dtype=torch.float64)), ends).item() == pytest.approx(want)
+    assert consistency(hidden, Head(torch.tensor([[1.0], [0.0]], dtype=torch.float64)), ends).item() == pytest.approx(
+        want
+    )
 
 
 def test_the_order_of_the_answers_does_not_matter():

@@ -131,7 +131,9 @@ AT_ONE: list[tuple[str, dict[str, float]]] = [
     ("alpha_beta", {"alpha": 2, "beta": 1.5}), ("alpha_beta", {"alpha": 1, "beta": 0}), ("alpha_beta", {"alpha": 0, "beta": 1}),
     ("entropy_aware_kl", {"threshold": 0.01}), ("entropy_aware_kl", {"threshold": 1000}), ("entropy_aware_kl", {"forward_weight": 0.3}),
 ]  # fmt: skip
-CASES = AT_ONE + [(n, {**params, "temperature": t}) for n, params in AT_ONE for t in (2.5, 0.5) if DIVERGENCES[n].softens]
+CASES = AT_ONE + [
+    (n, {**params, "temperature": t}) for n, params in AT_ONE for t in (2.5, 0.5) if DIVERGENCES[n].softens
+]
 STOPPED = {"taid", "adaptive_kl", "todi", "skew_reverse_kl_fixed"}  # part of their definition is held fixed
 
 
@@ -203,7 +205,10 @@ def test_dkd_takes_the_given_target_and_else_the_teachers_best(beta):
     got = divergence("dkd", teacher, student, targets_N=targets, beta=beta)
     pairs = zip(teacher.tolist(), student.tolist(), targets.tolist(), strict=True)
     assert got.tolist() == pytest.approx([definition("dkd", t, s, beta=beta, target=y) for t, s, y in pairs], rel=1e-10)
-    close(divergence("dkd", teacher, student, beta=beta), divergence("dkd", teacher, student, targets_N=teacher.argmax(-1), beta=beta))
+    close(
+        divergence("dkd", teacher, student, beta=beta),
+        divergence("dkd", teacher, student, targets_N=teacher.argmax(-1), beta=beta),
+    )
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(divergence("dkd", teacher, student, targets_N=targets, beta=beta).sum(), student)
     defined = sum(definition("dkd", teacher[i], student[i], beta=beta, target=int(targets[i])) for i in range(4))
@@ -270,7 +275,9 @@ NEAR = [
 @pytest.mark.parametrize(("name", "params", "other", "factor"), SAME)
 def test_a_limit_is_the_other_divergence(name, params, other, factor):
     teacher, student = logits(4, 9, seed=6)
-    for got, want in zip(value_and_gradient(name, teacher, student, **params), value_and_gradient(other, teacher, student), strict=True):
+    for got, want in zip(
+        value_and_gradient(name, teacher, student, **params), value_and_gradient(other, teacher, student), strict=True
+    ):
         close(got, factor * want)
 
 
@@ -278,7 +285,9 @@ def test_a_limit_is_the_other_divergence(name, params, other, factor):
 def test_near_a_limit_it_is_near_the_other_divergence(name, params, other, factor):
     teacher, student = logits(4, 9, seed=7, scale=1.0)
     hot = "temperature" in params  # what is left then is of the order of one over the temperature
-    for got, want in zip(value_and_gradient(name, teacher, student, **params), value_and_gradient(other, teacher, student), strict=True):
+    for got, want in zip(
+        value_and_gradient(name, teacher, student, **params), value_and_gradient(other, teacher, student), strict=True
+    ):
         close(got / factor, want, rel=3e-3 if hot else 1e-5, abs=3e-4 if hot else 1e-6)
 
 
@@ -287,7 +296,9 @@ def test_near_a_limit_it_is_near_the_other_divergence(name, params, other, facto
 def test_alpha_beta_is_continuous_where_an_exponent_vanishes(alpha, beta, dtype):
     teacher, student = (z.to(dtype) for z in logits(4, 30, seed=8))
     want = value_and_gradient("alpha_beta", teacher, student, alpha=alpha, beta=beta)
-    rounding = 1e-7 if dtype == torch.float64 else 1e-4 if alpha or beta else 5e-3  # with both small, half of fp32's digits go
+    rounding = (
+        1e-7 if dtype == torch.float64 else 1e-4 if alpha or beta else 5e-3
+    )  # with both small, half of fp32's digits go
     for small in (1e-3, 1e-4, 1e-5, 1e-6):
         got = value_and_gradient("alpha_beta", teacher, student, alpha=alpha or small, beta=beta or small)
         for a, b in zip(got, want, strict=True):
@@ -317,7 +328,9 @@ def test_curvature_where_the_models_agree(name, params, factor):
     teacher, direction = logits(4, 9, seed=10, scale=1.0)
     p, eps = torch.softmax(teacher, -1), 1e-4
     fisher = (p * direction**2).sum(-1) - (p * direction).sum(-1) ** 2
-    both = divergence(name, teacher, teacher + eps * direction, **params) + divergence(name, teacher, teacher - eps * direction, **params)
+    both = divergence(name, teacher, teacher + eps * direction, **params) + divergence(
+        name, teacher, teacher - eps * direction, **params
+    )
     close(both / eps**2, factor * fisher, rel=1e-5, abs=0)
 
 
@@ -335,8 +348,12 @@ def test_skew_bounds_what_forward_kl_does_to_a_vanishing_token():
     for depth in range(5, 65, 5):
         for name, found in coefficients.items():
             z = torch.tensor([[-float(depth), 0.0]], dtype=torch.float64)
-            found.append((value_and_gradient(name, torch.zeros(1, 2).double(), z)[1] / torch.softmax(z, -1))[0, 0].item())
-    assert coefficients["forward_kl"] == pytest.approx([-0.5 * math.exp(depth) + 0.5 for depth in range(5, 65, 5)], rel=1e-2)
+            found.append(
+                (value_and_gradient(name, torch.zeros(1, 2).double(), z)[1] / torch.softmax(z, -1))[0, 0].item()
+            )
+    assert coefficients["forward_kl"] == pytest.approx(
+        [-0.5 * math.exp(depth) + 0.5 for depth in range(5, 65, 5)], rel=1e-2
+    )
     assert all(-0.9 / 0.1 <= c <= 0 for c in coefficients["skew_kl"]) and coefficients["skew_kl"][-1] < -8
 
 
@@ -350,8 +367,14 @@ def test_least_of_mass_equals_a_plain_sort(v, scale, dtype):
     for mass in (0.001, 0.1, 0.5, 0.9, 0.999):
         got = least_of_mass(prob, mass).tolist()
         for row, least in zip(prob.tolist(), got, strict=True):
-            slack = 1e-13 if dtype == torch.float64 else 3e-6  # of the sums: a head may end one token off where they are rounded
-            assert least in row and sum(p for p in row if p >= least) >= mass - slack and sum(p for p in row if p > least) < mass + slack
+            slack = (
+                1e-13 if dtype == torch.float64 else 3e-6
+            )  # of the sums: a head may end one token off where they are rounded
+            assert (
+                least in row
+                and sum(p for p in row if p >= least) >= mass - slack
+                and sum(p for p in row if p > least) < mass + slack
+            )
         if dtype == torch.float64:
             assert got == [min(row[i] for i in head_of(row, mass)) for row in prob.tolist()]
 
@@ -364,7 +387,9 @@ def test_least_of_mass_takes_ties_and_exact_hits(dtype):
         counts[:, 0] += 256 - counts.sum(-1)  # rows of dyadic fractions, which add up to 1 without rounding
         prob = counts[:, torch.randperm(64, generator=noise)] / 256
         for mass in (3 / 256, 0.25, 0.5, 0.75, 255 / 256):
-            assert least_of_mass(prob, mass).tolist() == [min(row[i] for i in head_of(row, mass)) for row in prob.tolist()]
+            assert least_of_mass(prob, mass).tolist() == [
+                min(row[i] for i in head_of(row, mass)) for row in prob.tolist()
+            ]
 
 
 def test_least_of_mass_stops_at_an_exact_hit_between_neighbours():
@@ -393,7 +418,9 @@ def test_adaptive_kl_goes_where_the_student_is_wrong(wrong, same_as):
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
     q = p.clone()
     q[0, list(wrong)] += torch.tensor([-0.05, 0.05], dtype=torch.float64)
-    for got, want in zip(value_and_gradient("adaptive_kl", p.log(), q.log()), value_and_gradient(same_as, p.log(), q.log()), strict=True):
+    for got, want in zip(
+        value_and_gradient("adaptive_kl", p.log(), q.log()), value_and_gradient(same_as, p.log(), q.log()), strict=True
+    ):
         close(got, want)
 
 
@@ -402,7 +429,9 @@ def test_the_order_of_the_vocabulary_changes_nothing(name):
     teacher, student = logits(4, 12, seed=13)
     teacher[:, 3] = teacher[:, 7]  # a tie
     order = torch.randperm(12, generator=torch.Generator().manual_seed(14))
-    (value, gradient), (moved, moved_gradient) = (value_and_gradient(name, teacher[:, o], student[:, o]) for o in (slice(None), order))
+    (value, gradient), (moved, moved_gradient) = (
+        value_and_gradient(name, teacher[:, o], student[:, o]) for o in (slice(None), order)
+    )
     close(moved, value)
     close(moved_gradient, gradient[:, order])
 
@@ -419,7 +448,9 @@ EXTREME = [
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_differences_of_200_give_the_defined_value_and_a_finite_gradient(name, params, dtype):
     for teacher, student in EXTREME:
-        value, gradient = value_and_gradient(name, torch.tensor([teacher], dtype=dtype), torch.tensor([student], dtype=dtype), **params)
+        value, gradient = value_and_gradient(
+            name, torch.tensor([teacher], dtype=dtype), torch.tensor([student], dtype=dtype), **params
+        )
         assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
         assert gradient.sum().abs() < 1e-4 * (1 + gradient.abs().max()), "a softmax has no gradient along a shift"
         assert value.item() == pytest.approx(definition(name, teacher, student, **params), rel=1e-4, abs=1e-6)
@@ -430,7 +461,9 @@ def test_differences_of_200_give_the_defined_value_and_a_finite_gradient(name, p
 def test_columns_masked_in_both_count_for_nothing(name, params, dtype):
     teacher, student = (z.to(dtype) for z in logits(3, 8, seed=15))
     keep = torch.tensor([0, 2, 3, 6, 7])
-    masked_teacher, masked_student = (torch.full_like(z, -torch.inf).index_copy(1, keep, z[:, keep]) for z in (teacher, student))
+    masked_teacher, masked_student = (
+        torch.full_like(z, -torch.inf).index_copy(1, keep, z[:, keep]) for z in (teacher, student)
+    )
     value, gradient = value_and_gradient(name, masked_teacher, masked_student, **params)
     want_value, want_gradient = value_and_gradient(name, teacher[:, keep], student[:, keep], **params)
     rel = 1e-6 if dtype == torch.float64 else 4e-6  # sums over 5 and over 8 numbers round apart
@@ -453,8 +486,18 @@ def test_half_precision_is_computed_in_fp32(name):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_models_of_unlike_precision_can_be_compared(name):
     teacher, student = logits(4, 9, seed=17)
-    close(divergence(name, teacher, student.float()).double(), divergence(name, teacher, student.float().double()), rel=1e-5, abs=1e-6)
-    close(divergence(name, teacher.float(), student).double(), divergence(name, teacher.float().double(), student), rel=1e-5, abs=1e-6)
+    close(
+        divergence(name, teacher, student.float()).double(),
+        divergence(name, teacher, student.float().double()),
+        rel=1e-5,
+        abs=1e-6,
+    )
+    close(
+        divergence(name, teacher.float(), student).double(),
+        divergence(name, teacher.float().double(), student),
+        rel=1e-5,
+        abs=1e-6,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks for it while it compiles
@@ -466,7 +509,9 @@ def test_compiled_equals_eager():
     def every(t: Tensor, s: Tensor) -> list[Tensor]:
         return [2 * divergence(name, t, s) for name in DIVERGENCES]
 
-    for got, want in zip(torch.compile(every, backend="aot_eager")(teacher, student), every(teacher, student), strict=True):
+    for got, want in zip(
+        torch.compile(every, backend="aot_eager")(teacher, student), every(teacher, student), strict=True
+    ):
         close(got, want)
         close(*(torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (got, want)))
 
@@ -513,7 +558,13 @@ def test_what_is_no_target_or_no_tensor_is_refused():
     teacher, student = logits(3, 5, seed=40)
     good = torch.tensor([0, 4, 2])
     assert divergence("dkd", teacher, student, targets_N=good).shape == (3,)
-    for bad in (torch.tensor([0, 5, 2]), torch.tensor([0, -100, 2]), torch.tensor([0, 1]), torch.tensor([0.0, 1.0, 2.0]), [0, 1, 2]):
+    for bad in (
+        torch.tensor([0, 5, 2]),
+        torch.tensor([0, -100, 2]),
+        torch.tensor([0, 1]),
+        torch.tensor([0.0, 1.0, 2.0]),
+        [0, 1, 2],
+    ):
         with pytest.raises(ValueError, match="dkd: targets_N must be a long tensor of 3 token ids"):
             divergence("dkd", teacher, student, targets_N=bad)
     with pytest.raises(ValueError, match="must be torch tensors"):

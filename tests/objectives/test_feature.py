@@ -42,7 +42,11 @@ def noise(seed: int, *shape: int) -> Tensor:
 
 def attention(seed: int, heads: int = 4, kv_heads: int = 2, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of one layer: 2 rows of 7 positions."""
-    return noise(seed, 2, heads, 7, width), noise(seed + 1, 2, kv_heads, 7, width), noise(seed + 2, 2, kv_heads, 7, width)
+    return (
+        noise(seed, 2, heads, 7, width),
+        noise(seed + 1, 2, kv_heads, 7, width),
+        noise(seed + 2, 2, kv_heads, 7, width),
+    )
 
 
 def rotation(seed: int, size: int) -> Tensor:
@@ -141,8 +145,12 @@ def test_no_gradient_reaches_the_teachers_hidden_states(distance):
 
 def test_cosine_is_blind_to_lengths_and_squared_is_not():
     student, teacher = noise(1, 5, 4), noise(2, 5, 4)
-    torch.testing.assert_close(hidden_match(3 * student, teacher / 7, distance="cosine"), hidden_match(student, teacher, distance="cosine"))
-    torch.testing.assert_close(hidden_match(-student, student, distance="cosine"), torch.full((5,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(
+        hidden_match(3 * student, teacher / 7, distance="cosine"), hidden_match(student, teacher, distance="cosine")
+    )
+    torch.testing.assert_close(
+        hidden_match(-student, student, distance="cosine"), torch.full((5,), 2.0, dtype=torch.float64)
+    )
     torch.testing.assert_close(hidden_match(3 * student, 3 * teacher), 9 * hidden_match(student, teacher))
 
 
@@ -156,7 +164,9 @@ def test_half_precision_is_computed_in_fp32():
         assert loss(half, tuple(x.half() for x in attention(5)), ROW_N, POSITION_N).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("distance", "width", "words"), [("squared", 5, "projection: learned"), ("cosin", 4, "did you mean 'cosine'")])
+@pytest.mark.parametrize(
+    ("distance", "width", "words"), [("squared", 5, "projection: learned"), ("cosin", 4, "did you mean 'cosine'")]
+)
 def test_hidden_match_refuses_with_the_remedy(distance, width, words):
     with pytest.raises(limbeck.UserError, match=words):
         hidden_match(noise(1, 3, 4), noise(2, 3, width), distance=distance)
@@ -181,7 +191,9 @@ def test_relations_equal_their_definition_for_any_heads_and_widths(part, relatio
     student, teacher = attention(1, heads=2, kv_heads=1)[part], attention(5, heads=6, kv_heads=3, width=8)[part]
     got = relations(student, teacher, relation_heads, ROW_N, POSITION_N)
     for value, (row, i) in zip(got.tolist(), PLACES, strict=True):
-        assert value == pytest.approx(relation_reference(student[row], teacher[row], relation_heads, i), rel=1e-9, abs=1e-14)
+        assert value == pytest.approx(
+            relation_reference(student[row], teacher[row], relation_heads, i), rel=1e-9, abs=1e-14
+        )
     assert got[1] > 0.01
 
 
@@ -275,8 +287,12 @@ def test_relations_do_not_change_under_a_rotation_of_each_relation_head(part):
         return joined.unflatten(2, (x_BHTA.shape[1], -1)).transpose(1, 2)
 
     per_head = torch.block_diag(*(rotation(seed, width) for seed in (7, 8, 9)))
-    torch.testing.assert_close(relations(turned(student, per_head), teacher, 3, ROW_N, POSITION_N), want, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(relations(student, turned(teacher, per_head), 3, ROW_N, POSITION_N), want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        relations(turned(student, per_head), teacher, 3, ROW_N, POSITION_N), want, rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(
+        relations(student, turned(teacher, per_head), 3, ROW_N, POSITION_N), want, rtol=1e-9, atol=1e-12
+    )
     across = relations(turned(student, rotation(7, 3 * width)), teacher, 3, ROW_N, POSITION_N)
     assert (across - want).abs().max() > 1e-3
 
@@ -346,7 +362,11 @@ def test_pooled_is_the_mean_over_a_rows_response_positions():
     got = pooled(layers, ROW_N, POSITION_N)
     for row in range(2):
         places = [i for r, i in PLACES if r == row]
-        want = [sum(layer[row, i, d].item() for i in places) / len(places) for layer in layers for d in range(layer.shape[2])]
+        want = [
+            sum(layer[row, i, d].item() for i in places) / len(places)
+            for layer in layers
+            for d in range(layer.shape[2])
+        ]
         assert got[row].tolist() == pytest.approx(want, rel=1e-12)
     assert torch.equal(got[2], torch.zeros(6, dtype=torch.float64))
     elsewhere = [layer.clone() for layer in layers]
@@ -395,7 +415,11 @@ def test_contrast_limits_rows_and_gradients():
     one = normalize(noise(1, 1, 4), dim=-1)
     assert contrast(one, one, -one.expand(6, 4)).item() == pytest.approx(math.log(1 + 6 * math.exp(-2 / 0.5)), rel=1e-9)
     assert contrast(one, one, one.expand(6, 4)).item() == pytest.approx(math.log(7), rel=1e-9)
-    student, teacher, bank = noise(1, 3, 4).requires_grad_(), noise(2, 3, 4).requires_grad_(), noise(3, 8, 4).requires_grad_()
+    student, teacher, bank = (
+        noise(1, 3, 4).requires_grad_(),
+        noise(2, 3, 4).requires_grad_(),
+        noise(3, 8, 4).requires_grad_(),
+    )
     together = contrast(student, teacher, bank)
     torch.testing.assert_close(contrast(student[1:2], teacher[1:2], bank), together[1:2], rtol=1e-12, atol=1e-14)
     together.sum().backward()
@@ -444,7 +468,9 @@ def test_cka_distance_equals_the_definition():
     got = cka_distance(student, teacher, STATES_ROW_N, 4)
     for row in (0, 1):
         chosen = row == STATES_ROW_N
-        assert got[row].item() == pytest.approx(cka_reference(student[chosen].tolist(), teacher[chosen].tolist()), rel=1e-9)
+        assert got[row].item() == pytest.approx(
+            cka_reference(student[chosen].tolist(), teacher[chosen].tolist()), rel=1e-9
+        )
     assert got.shape == (4,) and got[2] == 0 and got[3] == 0 and 0.05 < got[0] < 1
 
 
@@ -525,8 +551,13 @@ def test_learned_projections_start_orthonormal_from_their_seed(student, teacher)
         weight = layer.weight if teacher < student else layer.weight.T
         torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=1e-5, atol=1e-6)
         assert layer.bias is None and layer(torch.ones(2, student)).shape == (2, teacher) and layer.weight.requires_grad
-    again, other = projections(pairs, student, teacher, "learned", seed=3), projections(pairs, student, teacher, "learned", seed=4)
-    assert torch.equal(made["1-2"].weight, again["1-2"].weight) and not torch.equal(made["1-2"].weight, made["2-4"].weight)
+    again, other = (
+        projections(pairs, student, teacher, "learned", seed=3),
+        projections(pairs, student, teacher, "learned", seed=4),
+    )
+    assert torch.equal(made["1-2"].weight, again["1-2"].weight) and not torch.equal(
+        made["1-2"].weight, made["2-4"].weight
+    )
     assert not torch.equal(made["1-2"].weight, other["1-2"].weight)
 
 

@@ -63,7 +63,9 @@ def plain_logits(hidden: Tensor, head: Head) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def naive(logits: Tensor, evidence: Evidence, terms: list[Settled], scales: list[float], weight_KN: Tensor) -> tuple[Tensor, list[float]]:
+def naive(
+    logits: Tensor, evidence: Evidence, terms: list[Settled], scales: list[float], weight_KN: Tensor
+) -> tuple[Tensor, list[float]]:
     sums = []
     for settled, weights in zip(terms, weight_KN, strict=True):
         if settled.label == "cross_entropy":
@@ -86,7 +88,13 @@ def agrees(leaves: list[Tensor], head: Head, hidden: Tensor, terms: list[Settled
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-MIXTURE = [term("forward_kl"), term("jsd", teacher_share=0.3), term("cross_entropy"), term("dkd"), term("taid", temperature=2.0)]
+MIXTURE = [
+    term("forward_kl"),
+    term("jsd", teacher_share=0.3),
+    term("cross_entropy"),
+    term("dkd"),
+    term("taid", temperature=2.0),
+]
 SCALES = [0.5, 0.25, 2.0, 0.3, 1.0]
 PARTS = ["", "bias", "scale", "softcap", "lora", "lora bias scale softcap"]
 
@@ -94,7 +102,12 @@ PARTS = ["", "bias", "scale", "softcap", "lora", "lora bias scale softcap"]
 def mixture(weights: Tensor) -> Tensor:
     """A row of weights per term: all tokens, some, and those that are left."""
     noise = torch.Generator().manual_seed(2)
-    return torch.stack([weights * torch.randint(0, 2, weights.shape, generator=noise) if k % 2 else weights / (k + 1) for k in range(5)])
+    return torch.stack(
+        [
+            weights * torch.randint(0, 2, weights.shape, generator=noise) if k % 2 else weights / (k + 1)
+            for k in range(5)
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", [*DIVERGENCES, "cross_entropy"])
@@ -119,7 +132,9 @@ def test_a_mixture_equals_the_naive_loss_whatever_the_chunks(monkeypatch, chunk,
 def test_every_part_of_the_head_gets_its_gradient_unless_it_is_frozen(monkeypatch, parts, frozen):
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", V * 5)
     hidden, weight, teacher, targets, weights = setting()
-    head, leaves = make_head(weight.detach() if frozen == "head" else weight, parts)  # a frozen W may have a LoRA that is trained
+    head, leaves = make_head(
+        weight.detach() if frozen == "head" else weight, parts
+    )  # a frozen W may have a LoRA that is trained
     hidden = hidden.detach() if frozen == "hidden" else hidden
     leaves = [t for t in (hidden, *leaves) if t.requires_grad]
     agrees(leaves, head, hidden, MIXTURE, SCALES, mixture(weights), Evidence(targets, teacher))
@@ -130,7 +145,9 @@ def test_every_part_of_the_head_gets_its_gradient_unless_it_is_frozen(monkeypatc
 def test_tied_embeddings_add_the_gradient_of_both_their_uses():
     _, weight, teacher, targets, weights = setting()
     ids = torch.arange(N) % V
-    got = fused_loss(weight[ids].tanh(), Head(weight), MIXTURE[:1], [1.0], weights[None], Evidence(targets, teacher)).loss
+    got = fused_loss(
+        weight[ids].tanh(), Head(weight), MIXTURE[:1], [1.0], weights[None], Evidence(targets, teacher)
+    ).loss
     want, _ = naive(weight[ids].tanh() @ weight.T, Evidence(targets, teacher), MIXTURE[:1], [1.0], weights[None])
     torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (got, want)), rtol=1e-9, atol=1e-12)
 
@@ -140,7 +157,10 @@ def test_a_cut_vocabulary_is_the_head_of_its_first_tokens(parts):
     """A teacher whose vocabulary is padded further; the student is cut to it, or the other way round."""
     hidden, weight, _, targets, weights = setting()
     noise = torch.Generator().manual_seed(3)
-    wide, states = torch.randn(V + 7, 4, generator=noise, dtype=torch.float64), torch.randn(N, 4, generator=noise, dtype=torch.float64)
+    wide, states = (
+        torch.randn(V + 7, 4, generator=noise, dtype=torch.float64),
+        torch.randn(N, 4, generator=noise, dtype=torch.float64),
+    )
     head, leaves = make_head(weight, parts)
     small, narrow = head.cut(V - 4), Head(wide).cut(V - 4)
     assert (small.vocabulary, narrow.vocabulary, head.cut(V)) == (V - 4, V - 4, head)
@@ -155,7 +175,9 @@ def test_top_tokens_go_through_the_head_like_a_dense_teacher(monkeypatch):
     values, ids = torch.log_softmax(plain_logits(teacher.hidden_NE, teacher.head), -1).topk(V)
     grads = []
     for signal in (teacher, TopK(ids, values)):
-        total = fused_loss(hidden, Head(weight), MIXTURE[:2], [1.0, 1.0], mixture(weights)[:2], Evidence(targets, signal))
+        total = fused_loss(
+            hidden, Head(weight), MIXTURE[:2], [1.0, 1.0], mixture(weights)[:2], Evidence(targets, signal)
+        )
         grads.append((total.loss, *torch.autograd.grad(total.loss, (hidden, weight))))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -166,7 +188,9 @@ def test_split_into_micro_batches_changes_nothing():
     head, leaves = make_head(weight, "lora bias")
     leaves = [hidden, *leaves]
     rows = mixture(weights)
-    whole = torch.autograd.grad(fused_loss(hidden, head, MIXTURE, SCALES, rows, Evidence(targets, teacher)).loss, leaves)
+    whole = torch.autograd.grad(
+        fused_loss(hidden, head, MIXTURE, SCALES, rows, Evidence(targets, teacher)).loss, leaves
+    )
     summed = [torch.zeros_like(t) for t in leaves]
     for part in (slice(0, 2), slice(2, 9), slice(9, 13)):
         evidence = Evidence(targets[part], DenseSignal(teacher.hidden_NE[part], teacher.head))
@@ -197,7 +221,8 @@ def test_outer_factor_scales_the_gradient():
     hidden, weight, _, targets, weights = setting()
     one, three = (
         torch.autograd.grad(
-            f * fused_loss(hidden, Head(weight), MIXTURE[2:3], [1.0], weights[None], Evidence(targets)).loss, (hidden, weight)
+            f * fused_loss(hidden, Head(weight), MIXTURE[2:3], [1.0], weights[None], Evidence(targets)).loss,
+            (hidden, weight),
         )
         for f in (1, 3)
     )
@@ -228,7 +253,9 @@ def test_bf16_models_give_fp32_sums(parts, adapter):
         head = Head(head.weight_VD, head.bias_V, head.scale, head.softcap, (a.to(adapter), b.to(adapter), scaling))
     terms, rows = MIXTURE[:3], mixture(weights)[:3]
     got = fused_loss(hidden, head, terms, SCALES[:3], rows, Evidence(targets, teacher))
-    want, sums = naive(plain_logits(hidden.float(), head_in_fp32(head)), Evidence(targets, teacher), terms, SCALES[:3], rows)
+    want, sums = naive(
+        plain_logits(hidden.float(), head_in_fp32(head)), Evidence(targets, teacher), terms, SCALES[:3], rows
+    )
     assert got.loss.dtype == torch.float32
     assert list(got.sums.values()) == pytest.approx(sums, rel=1e-2)
     for a, b in zip(*(torch.autograd.grad(loss, [hidden, *leaves]) for loss in (got.loss, want)), strict=True):
@@ -238,7 +265,9 @@ def test_bf16_models_give_fp32_sums(parts, adapter):
 
 def head_in_fp32(head: Head) -> Head:
     low_rank = None if head.low_rank is None else (head.low_rank[0].float(), head.low_rank[1].float(), head.low_rank[2])
-    return Head(head.weight_VD.float(), None if head.bias_V is None else head.bias_V.float(), head.scale, head.softcap, low_rank)
+    return Head(
+        head.weight_VD.float(), None if head.bias_V is None else head.bias_V.float(), head.scale, head.softcap, low_rank
+    )
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
@@ -255,7 +284,9 @@ def test_under_autocast_losses_stay_fp32_and_close(hidden_dtype):
     assert total.loss.dtype == log_probs.dtype == torch.float32
     assert list(total.sums.values()) == pytest.approx(sums, rel=2e-2)
     for got, exact in ((total.loss, want), (log_probs.sum(), want_log_probs.sum())):
-        for a, b in zip(*(torch.autograd.grad(loss, [hidden, *leaves], retain_graph=True) for loss in (got, exact)), strict=True):
+        for a, b in zip(
+            *(torch.autograd.grad(loss, [hidden, *leaves], retain_graph=True) for loss in (got, exact)), strict=True
+        ):
             assert a.dtype == torch.float32 and (a - b).norm() < 0.03 * b.norm()
 
 
@@ -286,7 +317,12 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch, what):
         else:
             token_log_probs(hidden, head, targets).exp().sum().backward()
     bins = 1017 * 16  # adaptive_kl's histogram: fixed, for any vocabulary
-    assert 101 * 16 <= seen.elements <= max(101 * 16, bins if what == "fused" else 0, hidden.numel(), len(terms) * 200) < 200 * 101
+    assert (
+        101 * 16
+        <= seen.elements
+        <= max(101 * 16, bins if what == "fused" else 0, hidden.numel(), len(terms) * 200)
+        < 200 * 101
+    )
     assert all(leaf.grad is not None for leaf in (hidden, *leaves))
 
 
@@ -302,7 +338,8 @@ def test_token_log_probs_equal_log_softmax_under_an_outer_function(monkeypatch, 
     want = torch.log_softmax(plain_logits(hidden, head), -1).gather(-1, targets[:, None])[:, 0]
     torch.testing.assert_close(got, want, rtol=1e-11, atol=0)
     grads = (
-        torch.autograd.grad(F.logsigmoid((x * weights).cumsum(0)).sum() + (x[:5].sum() - x[5:].sum()) ** 2, leaves) for x in (got, want)
+        torch.autograd.grad(F.logsigmoid((x * weights).cumsum(0)).sum() + (x[:5].sum() - x[5:].sum()) ** 2, leaves)
+        for x in (got, want)
     )
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

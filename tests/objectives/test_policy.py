@@ -41,7 +41,10 @@ def gradient(loss: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 def columns(n: int, seed: int) -> dict[str, torch.Tensor]:
     names = ("advantage", "old_log_prob", "teacher_log_prob", "reference_log_prob", "importance_weight")
     values = {name: randn(n, seed=seed + i) for i, name in enumerate(names)}
-    positive = {"importance_weight": values["importance_weight"].exp(), "position_weight": 1 + randn(n, seed=seed + 9).abs()}
+    positive = {
+        "importance_weight": values["importance_weight"].exp(),
+        "position_weight": 1 + randn(n, seed=seed + 9).abs(),
+    }
     return values | {name: -values[name].abs() for name in names[1:4]} | positive
 
 
@@ -146,7 +149,12 @@ def test_far_log_ratios_stay_finite_in_fp32(name, gap):
     log_prob = torch.tensor([-600.0], requires_grad=True)
     other = log_prob.detach() - gap
     for advantage in (-1.0, 1.0):
-        given = {"advantage": torch.tensor([advantage]), "old_log_prob": other, "teacher_log_prob": other, "reference_log_prob": other}
+        given = {
+            "advantage": torch.tensor([advantage]),
+            "old_log_prob": other,
+            "teacher_log_prob": other,
+            "reference_log_prob": other,
+        }
         values = policy_loss(name, log_prob, given)
         assert torch.isfinite(values).all() and torch.isfinite(gradient(values, log_prob)).all()
 
@@ -178,7 +186,9 @@ def test_k1_k2_k3_give_zero_reverse_and_forward_gradients(pair):
     assert expected_gradient(k1, log_q, logits).abs().max() < 1e-14
     assert closed_form(p, log_q).abs().max() > 0.01, "there was something to learn"
     for values in (kl_penalty(log_q, p, "k2"), policy_loss("kl_penalty_k2", log_q, {"reference_log_prob": p})):
-        torch.testing.assert_close(expected_gradient(values, log_q, logits), closed_form(p, log_q), rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(
+            expected_gradient(values, log_q, logits), closed_form(p, log_q), rtol=1e-10, atol=1e-13
+        )
     for values in (kl_penalty(log_q, p, "k3"), policy_loss("kl_penalty_k3", log_q, {"reference_log_prob": p})):
         torch.testing.assert_close(expected_gradient(values, log_q, logits), q - p.exp(), rtol=1e-10, atol=1e-13)
 
@@ -204,7 +214,9 @@ def test_on_policy_distillation_expects_the_reverse_kl_gradient_under_any_old_st
     (autograd,) = torch.autograd.grad(limbeck.divergence("reverse_kl", p[None], logits[None]).sum(), logits)
     torch.testing.assert_close(coefficient * autograd, want, rtol=1e-8, atol=1e-10)
     old = torch.log_softmax(randn(7, seed=43), -1)
-    values = policy_loss("on_policy_distillation", log_q, {"teacher_log_prob": p, "old_log_prob": old}, coefficient=coefficient)
+    values = policy_loss(
+        "on_policy_distillation", log_q, {"teacher_log_prob": p, "old_log_prob": old}, coefficient=coefficient
+    )
     torch.testing.assert_close(expected_gradient(values, old, logits), want, rtol=1e-10, atol=1e-13)
     assert (expected_gradient(values, log_q, logits) - want).abs().max() > 1e-3, "the sampler matters"
 
@@ -229,13 +241,17 @@ def test_grpo_equals_the_definition():
     for g, row in enumerate(reward.tolist()):
         mean = statistics.fmean(row)
         assert plain[g].tolist() == pytest.approx([r - mean for r in row], rel=1e-9, abs=1e-12)
-        assert scaled[g].tolist() == pytest.approx([(r - mean) / (statistics.stdev(row) + 1e-3) for r in row], rel=1e-9, abs=1e-12)
+        assert scaled[g].tolist() == pytest.approx(
+            [(r - mean) / (statistics.stdev(row) + 1e-3) for r in row], rel=1e-9, abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("scale_std", [True, False])
 def test_groups_of_equal_rewards_are_exactly_zero_and_counted(scale_std):
     reward = torch.tensor([[0.1] * 7, [0.1 * i for i in range(7)], [0.7] * 7])
-    assert (reward - reward.sum(1, keepdim=True) / 7)[[0, 2]].any(), "their mean is rounded: subtracting it leaves dust to divide"
+    assert (reward - reward.sum(1, keepdim=True) / 7)[[0, 2]].any(), (
+        "their mean is rounded: subtracting it leaves dust to divide"
+    )
     advantage, equal = grpo(reward, scale_std=scale_std)
     assert equal == 2 and (advantage[[0, 2]] == 0).all() and (advantage[1] != 0).any()
 
@@ -298,9 +314,14 @@ def test_teacher_mixed_survives_underflow():
     assert torch.isfinite(teacher_mixed(far, far)).all()
 
 
-def pad(values: torch.Tensor, lengths: list[int], side: str, junk: float = math.nan) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(
+    values: torch.Tensor, lengths: list[int], side: str, junk: float = math.nan
+) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(lengths) + 2
-    out, mask = torch.full((len(lengths), width), junk, dtype=values.dtype), torch.zeros(len(lengths), width, dtype=torch.long)
+    out, mask = (
+        torch.full((len(lengths), width), junk, dtype=values.dtype),
+        torch.zeros(len(lengths), width, dtype=torch.long),
+    )
     for row, n in enumerate(lengths):
         place = slice(0, n) if side == "right" else slice(width - n, width)
         if side == "inside":
@@ -316,7 +337,9 @@ FORMS = [
 ]  # fmt: skip
 
 
-def direct_returns(rows: list[list[float]], how: policy.ReturnForm, weights: list[list[float]] | None = None) -> list[list[float]]:
+def direct_returns(
+    rows: list[list[float]], how: policy.ReturnForm, weights: list[list[float]] | None = None
+) -> list[list[float]]:
     """The double sum with absolute exponents, in plain Python."""
     every = []
     for row_number, row in enumerate(rows):
@@ -428,7 +451,10 @@ def test_k1_as_a_loss_is_refused_with_the_remedy(ask):
         (lambda: policy_loss("reinforc", torch.zeros(2), {}), "did you mean 'reinforce'"),
         (lambda: policy_loss("ppo_clip", torch.zeros(2), {}, clip_lo=0.1), "clip_low"),
         (lambda: policy_loss("ppo_clip", torch.zeros(2), {}, clip_low=0.0), "outside"),
-        (lambda: policy_loss("reinforce", torch.zeros(2), {"importance_weight": torch.zeros(2)}), "'advantage'.*importance_weight"),
+        (
+            lambda: policy_loss("reinforce", torch.zeros(2), {"importance_weight": torch.zeros(2)}),
+            "'advantage'.*importance_weight",
+        ),
         (lambda: policy_loss("reinforce", torch.zeros(2), {"advantage": torch.zeros(2, 1)}), "tokens"),
         (lambda: kl_penalty(torch.zeros(2), torch.zeros(2), "k4"), "k1, k2, k3"),
         (lambda: length_weights(torch.ones(2, 2), "sequences"), "sequence"),
@@ -472,7 +498,9 @@ def test_minillms_columns_are_its_returns_and_weights():
     columns = known.columns(text, known.defaults)
     ratio = text.teacher_log_prob_BT - text.log_prob_BT
     torch.testing.assert_close(columns["advantage"], minillm_returns(ratio, text.mask_BT, "paper"))
-    torch.testing.assert_close(columns["importance_weight"], importance_weights(text.log_prob_BT, text.sampler_log_prob_BT, text.mask_BT))
+    torch.testing.assert_close(
+        columns["importance_weight"], importance_weights(text.log_prob_BT, text.sampler_log_prob_BT, text.mask_BT)
+    )
     code = known.defaults | {"own_token": 1.0, "gamma": 0.95, "reward_scale": 0.5, "clip": 100.0, "whiten": 1.0}
     torch.testing.assert_close(known.columns(text, code)["advantage"], minillm_returns(ratio, text.mask_BT, "code"))
 

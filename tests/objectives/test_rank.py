@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import limbeck
-from limbeck.objectives.rank import RANKINGS, Candidates, bradley_terry, checked_ranking_params, clamped_baseline, kto_baseline
+from limbeck.objectives.rank import (
+    RANKINGS,
+    Candidates,
+    bradley_terry,
+    checked_ranking_params,
+    clamped_baseline,
+    kto_baseline,
+)
 
 CASES = [
     ("dpo", {}), ("dpo", {"beta": 0.7, "label_smoothing": 0.2}), ("robust_dpo", {}), ("robust_dpo", {"beta": 0.5, "noise": 0.3}),
@@ -35,7 +42,9 @@ def make(seed: int = 0, k: int = 4) -> Candidates:
     return Candidates(log_prob, length, present, reference)
 
 
-def pair(best: float, worst: float, lengths: tuple[int, int] = (1, 1), reference: tuple[float, float] = (0.0, 0.0)) -> Candidates:
+def pair(
+    best: float, worst: float, lengths: tuple[int, int] = (1, 1), reference: tuple[float, float] = (0.0, 0.0)
+) -> Candidates:
     """One group of two answers, in float64, with a gradient."""
     log_prob = torch.tensor([[best, worst]], dtype=torch.float64, requires_grad=True)
     present = torch.ones(1, 2, dtype=torch.bool)
@@ -77,7 +86,9 @@ def expected(name: str, lp: list[float], lengths: list[int], ref: list[float], *
         return loss + sum(given.get("undesirable_weight", 1.0) * (1 - sigmoid(beta * (z - r))) for r in ratio[1:])
     if name == "orpo":
         odds = [math.exp(m) / (1 - math.exp(m)) for m in mean]
-        return -mean[0] - (0 if single else given.get("odds_weight", 0.1) * math.log(sigmoid(math.log(odds[0] / odds[-1]))))
+        return -mean[0] - (
+            0 if single else given.get("odds_weight", 0.1) * math.log(sigmoid(math.log(odds[0] / odds[-1])))
+        )
     if name == "rrhf":
         wrong = sum(max(0.0, mean[j] - mean[i]) for i in range(len(mean)) for j in range(i + 1, len(mean)))
         return wrong - given.get("sft_weight", 1.0) * lp[0]
@@ -106,7 +117,12 @@ def test_every_registered_loss_is_tested_and_says_who_its_reference_is():
     assert {name for name, ranking in RANKINGS.items() if ranking.reference != "none"} == WITH_REFERENCE
     assert {name for name, ranking in RANKINGS.items() if ranking.reference == "teacher"} == {"dpkd"}
     for ranking in RANKINGS.values():
-        assert ranking.defaults and set(ranking.defaults) == set(ranking.ranges) and "arXiv" in ranking.paper and ranking.formula
+        assert (
+            ranking.defaults
+            and set(ranking.defaults) == set(ranking.ranges)
+            and "arXiv" in ranking.paper
+            and ranking.formula
+        )
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
@@ -116,7 +132,9 @@ def test_value_equals_the_float64_definition(name, params, seed):
     got = value(name, c, **params)
     assert got.shape == (4,) and got.dtype == torch.float64
     for g, n in enumerate(COUNTS):
-        want = expected(name, c.log_prob_GK[g, :n].tolist(), c.length_GK[g, :n].tolist(), c.reference_GK[g, :n].tolist(), **params)
+        want = expected(
+            name, c.log_prob_GK[g, :n].tolist(), c.length_GK[g, :n].tolist(), c.reference_GK[g, :n].tolist(), **params
+        )
         assert got[g].item() == pytest.approx(want, rel=1e-9, abs=1e-12), g
     single = value(name, replace(c, log_prob_GK=c.log_prob_GK.float(), reference_GK=c.reference_GK.float()), **params)
     assert single.dtype == torch.float32
@@ -131,7 +149,9 @@ def test_gradient_equals_the_finite_difference(name, params):
         for k in range(4):
             shift = torch.zeros_like(c.log_prob_GK)
             shift[g, k] = step
-            up, down = (value(name, replace(c, log_prob_GK=c.log_prob_GK + sign * shift), **params).sum() for sign in (1, -1))
+            up, down = (
+                value(name, replace(c, log_prob_GK=c.log_prob_GK + sign * shift), **params).sum() for sign in (1, -1)
+            )
             assert got[g, k].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-5, abs=1e-7), (g, k)
 
 
@@ -176,7 +196,9 @@ def test_a_gradient_step_raises_the_margin(name, params):
     c = pair(-4.0, -3.0, lengths=(2, 3), reference=(-3.5, -3.4))
     before = c.margin(c.mean_log_prob_GK if name in {"orpo", "simpo", "rrhf", "pro"} else c.per_token(c.log_ratio_GK))
     moved = replace(c, log_prob_GK=c.log_prob_GK - 1e-3 * gradient(name, c, **params))
-    after = moved.margin(moved.mean_log_prob_GK if name in {"orpo", "simpo", "rrhf", "pro"} else moved.per_token(moved.log_ratio_GK))
+    after = moved.margin(
+        moved.mean_log_prob_GK if name in {"orpo", "simpo", "rrhf", "pro"} else moved.per_token(moved.log_ratio_GK)
+    )
     assert after.item() > before.item() + 1e-6
     assert value(name, moved, **params).item() < value(name, c, **params).item()
 
@@ -226,7 +248,10 @@ def test_conservative_dpo_rests_at_the_log_odds_of_its_labels():
 def test_ipo_rests_at_its_target():
     lengths, beta = (3, 6), 0.25
     at = pair(-1.0, -20.0, lengths, reference=(-1.0 - 3 * 1.5, -20.0 + 6 * 0.5))
-    assert value("ipo", at, beta=beta).item() == pytest.approx(0, abs=1e-20) and gradient("ipo", at, beta=beta).abs().max() < 1e-12
+    assert (
+        value("ipo", at, beta=beta).item() == pytest.approx(0, abs=1e-20)
+        and gradient("ipo", at, beta=beta).abs().max() < 1e-12
+    )
     assert value("ipo_sum", at, beta=beta).item() == pytest.approx((4.5 + 3 - 2) ** 2)
     summed = pair(-1.0, -20.0, lengths, reference=(-2.5, -19.5))
     assert value("ipo_sum", summed, beta=beta).item() == pytest.approx(0, abs=1e-20)
@@ -236,13 +261,18 @@ def test_ipo_rests_at_its_target():
 def test_hinge_is_flat_beyond_its_margin():
     beyond, short = pair(-1.0, -6.1, reference=(0.0, 0.0)), pair(-1.0, -5.9, reference=(0.0, 0.0))
     assert value("hinge", beyond, beta=0.2).item() == 0 and gradient("hinge", beyond, beta=0.2).abs().max() == 0
-    assert value("hinge", short, beta=0.2).item() == pytest.approx(0.02) and gradient("hinge", short, beta=0.2)[0, 0] == -0.2
+    assert (
+        value("hinge", short, beta=0.2).item() == pytest.approx(0.02)
+        and gradient("hinge", short, beta=0.2)[0, 0] == -0.2
+    )
 
 
 def test_plackett_luce_of_two_is_simpo_without_margin():
     c = make(6, k=4)
     two = replace(c, present_GK=torch.arange(4) < torch.tensor([2, 2, 2, 1])[:, None])
-    torch.testing.assert_close(value("pro", two, sft_weight=0.0), value("simpo", two, beta=1.0, gamma=0.0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        value("pro", two, sft_weight=0.0), value("simpo", two, beta=1.0, gamma=0.0), rtol=1e-12, atol=0
+    )
 
 
 def test_plackett_luce_of_equals_is_log_factorial():
@@ -254,7 +284,9 @@ def test_plackett_luce_of_equals_is_log_factorial():
 
 def test_plackett_luce_is_a_probability_over_orders():
     scores, present = [0.3, -1.2, 0.9], torch.ones(1, 3, dtype=torch.bool)
-    losses = [bradley_terry(torch.tensor([order], dtype=torch.float64), present).item() for order in permutations(scores)]
+    losses = [
+        bradley_terry(torch.tensor([order], dtype=torch.float64), present).item() for order in permutations(scores)
+    ]
     assert sum(math.exp(-x) for x in losses) == pytest.approx(1, rel=1e-12) and max(losses) - min(losses) > 1
 
 
@@ -280,7 +312,9 @@ def test_orpo_stays_finite_where_an_answer_is_certain(dtype, log_probs):
 
 
 def test_orpo_is_accurate_near_certainty_in_single_precision():
-    c = Candidates(torch.tensor([[-2e-5, -6e-5]]), torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
+    c = Candidates(
+        torch.tensor([[-2e-5, -6e-5]]), torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)
+    )
     assert value("orpo", c, odds_weight=1.0).item() == pytest.approx(
         expected("orpo", [-2e-5, -6e-5], [1, 1], [0, 0], odds_weight=1.0), rel=1e-5
     )
@@ -342,12 +376,20 @@ def test_absent_answers_change_nothing(name, params, rubbish):
     )
     assert torch.equal(value(name, spoilt, **params), value(name, c, **params))
     slope = gradient(name, spoilt, **params)
-    assert torch.equal(slope, gradient(name, c, **params)) and slope[absent].abs().max() == 0 and slope[~absent].abs().max() > 0
+    assert (
+        torch.equal(slope, gradient(name, c, **params))
+        and slope[absent].abs().max() == 0
+        and slope[~absent].abs().max() > 0
+    )
 
 
 def test_what_candidates_derive_is_zero_where_absent():
     c = make(10)
-    c = replace(c, log_prob_GK=c.log_prob_GK.masked_fill(~c.present_GK, math.nan), length_GK=c.length_GK.masked_fill(~c.present_GK, 0))
+    c = replace(
+        c,
+        log_prob_GK=c.log_prob_GK.masked_fill(~c.present_GK, math.nan),
+        length_GK=c.length_GK.masked_fill(~c.present_GK, 0),
+    )
     for derived in (c.mean_log_prob_GK, c.log_ratio_GK, c.per_token(c.log_ratio_GK)):
         assert (derived[~c.present_GK] == 0).all() and (derived[c.present_GK] != 0).all()
     assert c.best(c.mean_log_prob_GK).tolist() == c.mean_log_prob_GK[:, 0].tolist()
@@ -359,8 +401,12 @@ def test_a_gap_among_the_answers_is_closed(name, params):
     """Absent in front and in the middle: the first present is the best, the last present the worst."""
     c = make(11)
     present = torch.tensor([[False, True, False, True]]).expand(4, 4)
-    packed = Candidates(c.log_prob_GK[:, 1::2], c.length_GK[:, 1::2], torch.ones(4, 2, dtype=torch.bool), c.reference_GK[:, 1::2])
-    torch.testing.assert_close(value(name, replace(c, present_GK=present), **params), value(name, packed, **params), rtol=1e-13, atol=0)
+    packed = Candidates(
+        c.log_prob_GK[:, 1::2], c.length_GK[:, 1::2], torch.ones(4, 2, dtype=torch.bool), c.reference_GK[:, 1::2]
+    )
+    torch.testing.assert_close(
+        value(name, replace(c, present_GK=present), **params), value(name, packed, **params), rtol=1e-13, atol=0
+    )
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
@@ -372,7 +418,11 @@ def test_a_lone_answer_has_no_preference_loss(name, params):
     if name == "kto":  # unpaired by design: a lone answer is a desirable one
         assert (slope[:, 0] < 0).all()
         return
-    sft = {"orpo": -best / length, "rrhf": -params.get("sft_weight", 1.0) * best, "pro": -params.get("sft_weight", 0.05) * best}
+    sft = {
+        "orpo": -best / length,
+        "rrhf": -params.get("sft_weight", 1.0) * best,
+        "pro": -params.get("sft_weight", 0.05) * best,
+    }
     want = sft.get(name, torch.zeros(4, dtype=torch.float64))
     assert torch.equal(got, want) or torch.allclose(got, want, rtol=1e-14, atol=0)
     if name not in sft:
@@ -428,7 +478,9 @@ def test_reward_modelling_with_soft_and_hard_labels():
         gap = (reward[g, 0] - reward[g, 1]).item()
         assert got[g].item() == pytest.approx(-c * math.log(sigmoid(gap)) - (1 - c) * math.log(sigmoid(-gap)))
     (slope,) = torch.autograd.grad(got.sum(), reward)
-    assert slope[0, 0].item() == pytest.approx(sigmoid(1.5) - 0.8) and slope[0, 1].item() == pytest.approx(0.8 - sigmoid(1.5))
+    assert slope[0, 0].item() == pytest.approx(sigmoid(1.5) - 0.8) and slope[0, 1].item() == pytest.approx(
+        0.8 - sigmoid(1.5)
+    )
     hard = bradley_terry(reward, present)
     torch.testing.assert_close(hard, bradley_terry(reward, present, torch.ones(3)), rtol=1e-12, atol=0)
     assert got[2] == 0 and hard[2] == 0 and (slope[2] == 0).all()
@@ -450,7 +502,12 @@ def test_reward_modelling_of_a_list_equals_the_definition():
 
 def test_parameters_are_checked():
     assert checked_ranking_params("simpo", {"gamma": 0}) == {"beta": 2.0, "gamma": 0.0}
-    assert checked_ranking_params("kto", {}) == {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "baseline": 0.0}
+    assert checked_ranking_params("kto", {}) == {
+        "beta": 0.1,
+        "desirable_weight": 1.0,
+        "undesirable_weight": 1.0,
+        "baseline": 0.0,
+    }
 
 
 @pytest.mark.parametrize(

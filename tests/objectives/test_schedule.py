@@ -80,7 +80,9 @@ def test_errors_name_the_place_and_the_remedy(raw, path, words):
 # -- schedules that remember --------------------------------------------------------------------------------------------
 
 
-def trace(schedule: Schedule, losses: Sequence[float], state: State | None = None, start: int = 0, steps: int = 0) -> list[float]:
+def trace(
+    schedule: Schedule, losses: Sequence[float], state: State | None = None, start: int = 0, steps: int = 0
+) -> list[float]:
     """The value that each step uses, and the one after the last."""
     steps = steps or len(losses)
     values = [schedule.value(start / steps, state)]
@@ -92,7 +94,9 @@ def trace(schedule: Schedule, losses: Sequence[float], state: State | None = Non
 
 def wobbling(steps: int) -> list[float]:
     """A loss that falls, stalls, jumps up and falls again."""
-    return [3 * math.exp(-k / 60) + 0.4 * math.sin(k / 3) ** 2 + (2.0 if 90 <= k < 110 else 0.0) + 0.3 for k in range(steps)]
+    return [
+        3 * math.exp(-k / 60) + 0.4 * math.sin(k / 3) ** 2 + (2.0 if 90 <= k < 110 else 0.0) + 0.3 for k in range(steps)
+    ]
 
 
 def taid(losses: Sequence[float], start: float, end: float, rate: float, momentum: float) -> list[float]:
@@ -120,7 +124,9 @@ def test_taids_rule_equals_its_simulation_over_200_steps(raw):
     raw = {"from": 0.4, "to": 1.0, "shape": "adaptive"} | raw
     losses = wobbling(200)
     got = trace(make_schedule(raw, "t", ANY), losses)
-    assert got == pytest.approx(taid(losses, raw["from"], raw["to"], raw.get("rate", 5e-4), raw.get("momentum", 0.99)), rel=1e-12)
+    assert got == pytest.approx(
+        taid(losses, raw["from"], raw["to"], raw.get("rate", 5e-4), raw.get("momentum", 0.99)), rel=1e-12
+    )
     assert got[0] == raw["from"] and got[-1] == pytest.approx(raw["to"], rel=1e-12)
     for step, (before, after) in enumerate(pairwise(got), 1):
         floor = raw["from"] + (raw["to"] - raw["from"]) * step / 200
@@ -135,7 +141,11 @@ def test_taids_rule_without_a_rate_to_speak_of_is_linear():
 def test_taids_rule_runs_ahead_of_the_line_and_further_while_the_loss_falls():
     schedule = made(from_=0.2, to=1, shape="adaptive", rate=0.1, momentum=0.5)
     falling, level, rising = (trace(schedule, [5 * f**k for k in range(60)]) for f in (0.8, 1.0, 1.25))
-    assert all(a > b > c > 0.2 + 0.8 * k / 60 for k, (a, b, c) in enumerate(zip(falling, level, rising, strict=True)) if 3 <= k <= 25)
+    assert all(
+        a > b > c > 0.2 + 0.8 * k / 60
+        for k, (a, b, c) in enumerate(zip(falling, level, rising, strict=True))
+        if 3 <= k <= 25
+    )
 
 
 @pytest.mark.parametrize("losses", [[0.0] * 5, [1e-30, 1e30, 1e-30, 1e30], [1e30, 0.0, 1e30]])

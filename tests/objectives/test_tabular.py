@@ -110,7 +110,9 @@ def test_the_papers_length_normalisation_and_the_codes_form_are_other_gradients(
     single = world.single_step()
     for how in ("paper", "code"):
         got = expected(world.q_ST, world.each_gradient(single + world.long_term(world.returns(how))))
-        assert off(got * (got @ exact) / (got @ got), exact) > 0.02, f"{how}: another direction, not just another length"
+        assert off(got * (got @ exact) / (got @ got), exact) > 0.02, (
+            f"{how}: another direction, not just another length"
+        )
 
 
 # (ii) text written by the mixture of teacher and student
@@ -142,7 +144,9 @@ def test_other_weights_are_biased_under_the_mixture(world, record_property):
         bias = off(mixed_expectation(world, mode, weight_the_future), exact)
         record_property(f"bias_{mode}_{'weighted' if weight_the_future else 'plain'}_future", bias)
         assert bias > 0.005, (mode, weight_the_future, bias)
-        torch.testing.assert_close(mixed_expectation(world, mode, weight_the_future, alpha=0.0), exact, rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            mixed_expectation(world, mode, weight_the_future, alpha=0.0), exact, rtol=0, atol=1e-9
+        )
 
 
 def test_prefix_weights_are_exact_for_the_single_step_term_and_token_weights_are_none_at_all(world):
@@ -150,12 +154,17 @@ def test_prefix_weights_are_exact_for_the_single_step_term_and_token_weights_are
     want = expected(world.q_ST, world.each_gradient(world.single_step()))
     sampler_ST = mixed(world)
     got = {
-        mode: expected(sampler_ST, world.each_gradient(importance_weights(world.q_ST, sampler_ST, MASK_ST, mode) * world.single_step()))
+        mode: expected(
+            sampler_ST,
+            world.each_gradient(importance_weights(world.q_ST, sampler_ST, MASK_ST, mode) * world.single_step()),
+        )
         for mode in ("token", "prefix")
     }
     torch.testing.assert_close(got["prefix"], want, rtol=0, atol=1e-9)
     assert off(got["token"], want) > 0.005
-    torch.testing.assert_close(got["token"], expected(sampler_ST, world.each_gradient(world.single_step())), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        got["token"], expected(sampler_ST, world.each_gradient(world.single_step())), rtol=0, atol=1e-12
+    )
 
 
 # (iii) sampling
@@ -174,7 +183,11 @@ def draw(log_prob_HV: Tensor, n: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("sampler", ["student", "mixture"])
 def test_a_monte_carlo_estimate_agrees_with_the_exact_gradient(sampler):
     world, n = World.of(1), 20_000
-    log_prob_HV = world.student_HV.log_softmax(-1).detach() if sampler == "student" else teacher_mixed(world.teacher_HV, world.student_HV)
+    log_prob_HV = (
+        world.student_HV.log_softmax(-1).detach()
+        if sampler == "student"
+        else teacher_mixed(world.teacher_HV, world.student_HV)
+    )
     sampler_ST = token_log_probs(log_prob_HV)
     weight_ST, token_ST = (importance_weights(world.q_ST, sampler_ST, MASK_ST, mode) for mode in ("prefix", "token"))
     loss_ST = weight_ST * world.single_step() + world.long_term(world.returns(token_weight_ST=token_ST), weight_ST)
@@ -192,7 +205,9 @@ def test_gamma_zero_without_the_single_step_is_on_policy_distillation(world):
     how = replace(RETURN_FORMS["code"], gamma=0.0, length_norm=False, reward_scale=1.0, whiten=False)
     assert (world.p_ST - world.q_ST).abs().max() < how.clip
     ours = world.each_gradient(world.long_term(world.returns(how)))
-    values = policy_loss("on_policy_distillation", world.q_ST.flatten(), {"teacher_log_prob": world.p_ST.flatten()}).view(-1, T)
+    values = policy_loss(
+        "on_policy_distillation", world.q_ST.flatten(), {"teacher_log_prob": world.p_ST.flatten()}
+    ).view(-1, T)
     torch.testing.assert_close(ours, world.each_gradient(values), rtol=1e-12, atol=1e-14)
     single = expected(world.q_ST, world.each_gradient(world.single_step()))
     torch.testing.assert_close(expected(world.q_ST, ours), single, rtol=0, atol=1e-12)
@@ -207,7 +222,9 @@ def test_without_the_long_term_minillm_is_on_policy_gkd(world):
     student_S = world.q_ST.detach().sum(1).exp()
     value = (student_S * world.single_step().detach().sum(1)).sum()
     sequence = (student_S * (world.q_ST - world.p_ST).detach().sum(1)).sum()
-    torch.testing.assert_close(value, sequence, rtol=1e-12, atol=0)  # the sequence's divergence in value, not in gradient
+    torch.testing.assert_close(
+        value, sequence, rtol=1e-12, atol=0
+    )  # the sequence's divergence in value, not in gradient
 
 
 # (v) variance
@@ -245,7 +262,9 @@ def test_the_single_step_term_lowers_the_variance_of_reinforce():
 
 
 def f_worlds(n: int = 8) -> list[tuple[Tensor, Tensor]]:
-    return [(table(300 + 2 * i, scale=1.5).log_softmax(-1), table(301 + 2 * i, scale=1.5).log_softmax(-1)) for i in range(n)]
+    return [
+        (table(300 + 2 * i, scale=1.5).log_softmax(-1), table(301 + 2 * i, scale=1.5).log_softmax(-1)) for i in range(n)
+    ]
 
 
 def under(log_writer_HV: Tensor, steps_HV: Tensor) -> Tensor:
@@ -261,8 +280,12 @@ def test_sequence_kl_both_ways_is_the_sum_of_steps():
     for log_p, log_q in f_worlds():
         p_S, q_S = sequence_probs(log_p), sequence_probs(log_q)
         forward, reverse = (p_S * (p_S / q_S).log()).sum(), (q_S * (q_S / p_S).log()).sum()
-        torch.testing.assert_close(under(log_p, limbeck.divergence("forward_kl", log_p, log_q)), forward, rtol=1e-10, atol=0)
-        torch.testing.assert_close(under(log_q, limbeck.divergence("reverse_kl", log_p, log_q)), reverse, rtol=1e-10, atol=0)
+        torch.testing.assert_close(
+            under(log_p, limbeck.divergence("forward_kl", log_p, log_q)), forward, rtol=1e-10, atol=0
+        )
+        torch.testing.assert_close(
+            under(log_q, limbeck.divergence("reverse_kl", log_p, log_q)), reverse, rtol=1e-10, atol=0
+        )
         assert off(under(log_q, limbeck.divergence("forward_kl", log_p, log_q)), forward) > 1e-3, "the writer matters"
 
 
@@ -292,7 +315,9 @@ def test_sequence_js_is_half_of_each_writers_steps_towards_the_sequences_mixture
             return 0.5 * teacher + 0.5 * under(log_q, limbeck.divergence("forward_kl", log_q, log_m))
 
         share_H1 = torch.sigmoid(prefix_log_probs(log_p) - prefix_log_probs(log_q))[:, None]
-        torch.testing.assert_close(steps((share_H1 * log_p.exp() + (1 - share_H1) * log_q.exp()).log()), js, rtol=1e-10, atol=0)
+        torch.testing.assert_close(
+            steps((share_H1 * log_p.exp() + (1 - share_H1) * log_q.exp()).log()), js, rtol=1e-10, atol=0
+        )
         half = steps(teacher_mixed(log_p, log_q, 0.5))
         assert half > js * 1.01
 

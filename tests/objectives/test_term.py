@@ -33,7 +33,11 @@ def block(columns: dict[str, Tensor] | None = None, targets: Tensor | None = Non
     """A block of 6 positions and 9 tokens, with the logits of student and teacher."""
     student, teacher = randn(6, 9, seed=1).requires_grad_(), randn(6, 9, seed=2)
     targets = torch.tensor([0, 8, 3, 3, 5, 1]) if targets is None else targets
-    return Block(Distribution(student.detach()), targets, DenseRows(Distribution(teacher)), columns or {}), student, teacher
+    return (
+        Block(Distribution(student.detach()), targets, DenseRows(Distribution(teacher)), columns or {}),
+        student,
+        teacher,
+    )
 
 
 # -- making -------------------------------------------------------------------------------------------------------------
@@ -60,7 +64,9 @@ def test_every_name_makes_a_term_with_its_defaults(name):
         assert (term.family, term.unit) == ("vocabulary", "token")
         known = DIVERGENCES.get(name) or POLICIES.get(name)
         assert settled.params == (known.defaults if known else {"label_smoothing": 0.0})
-        if name in POLICIES:  # the teacher's log-probability, and what is made of whole responses, come from its distribution
+        if (
+            name in POLICIES
+        ):  # the teacher's log-probability, and what is made of whole responses, come from its distribution
             made = {"teacher_log_prob"} | (set(known.reads) if known.prepare else set())
             taught = {"teacher_distribution"} if made & set(known.reads) else set()
             assert term.reads == set(known.reads) - made | taught | {"student"}
@@ -128,15 +134,24 @@ def test_what_no_term_measures_cannot_be_a_measured_number(name, params, weight)
 
 
 def test_settling_turns_schedules_into_numbers():
-    term = make_term("jsd", {"teacher_share": {"from": 0.2, "to": 0.6}, "only": "code"}, {"from": 1, "to": 0, "shape": "step", "at": 0.5})
+    term = make_term(
+        "jsd",
+        {"teacher_share": {"from": 0.2, "to": 0.6}, "only": "code"},
+        {"from": 1, "to": 0, "shape": "step", "at": 0.5},
+    )
     for progress, weight, share in ((0.0, 1.0, 0.2), (0.25, 1.0, 0.3), (0.5, 0.0, 0.4), (1.0, 0.0, 0.6)):
         settled = term.settle(progress, {})
-        assert settled.weight == weight and settled.params == {"teacher_share": pytest.approx(share), "temperature": 1.0}
+        assert settled.weight == weight and settled.params == {
+            "teacher_share": pytest.approx(share),
+            "temperature": 1.0,
+        }
 
 
 def test_adaptive_numbers_follow_their_own_state_through_a_checkpoint():
     rises = {"from": 0.0, "to": 1.0, "shape": "plateau", "rise": 0.25, "tolerance": 0.5}
-    term = make_term("taid", {"t": {"from": 0.4, "to": 1.0, "shape": "adaptive", "rate": 0.1}, "only": "teacher"}, rises)
+    term = make_term(
+        "taid", {"t": {"from": 0.4, "to": 1.0, "shape": "adaptive", "rate": 0.1}, "only": "teacher"}, rises
+    )
     other = make_term("taid", {"t": {"from": 0.4, "to": 1.0, "shape": "adaptive", "rate": 0.1}, "only": "student"})
     states: dict = {}
     for step, loss in enumerate([2.0, 1.0, 2.5, 2.6]):
@@ -191,7 +206,9 @@ def test_cross_entropy_equals_torchs(smoothing):
     torch.testing.assert_close(values, want.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, torch.autograd.grad(want.sum(), student)[0], rtol=1e-12, atol=1e-15)
     cross_entropy(b.q, b.targets_R)[1].zero_()
-    torch.testing.assert_close(b.q.prob, torch.softmax(student.detach(), -1))  # the gradient is the caller's to overwrite
+    torch.testing.assert_close(
+        b.q.prob, torch.softmax(student.detach(), -1)
+    )  # the gradient is the caller's to overwrite
 
 
 @pytest.mark.parametrize("name", VOCABULARY)
@@ -208,7 +225,14 @@ def test_the_gradient_is_the_callers_to_overwrite(name):
 
 
 def columns(n: int) -> dict[str, Tensor]:
-    names = ("advantage", "old_log_prob", "teacher_log_prob", "reference_log_prob", "importance_weight", "position_weight")
+    names = (
+        "advantage",
+        "old_log_prob",
+        "teacher_log_prob",
+        "reference_log_prob",
+        "importance_weight",
+        "position_weight",
+    )
     return {name: randn(n, seed=10 + i) * (1 if name == "advantage" else -1) for i, name in enumerate(names)}
 
 

@@ -72,7 +72,10 @@ def opened(browser, file, **settings):
     page.on("console", lambda message: heard.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: heard.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (heard.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.on("request", lambda request: None if request.url in (file.as_uri(), "data:,") else heard.append(f"request: {request.url}"))
+    page.on(
+        "request",
+        lambda request: None if request.url in (file.as_uri(), "data:,") else heard.append(f"request: {request.url}"),
+    )
     page.set_default_timeout(10_000)
     page.goto(file.as_uri())
     yield page
@@ -98,9 +101,14 @@ def test_filters_pages_and_search_find_the_answers(browser, run_page):
     with opened(browser, run_page) as page:
         assert counted(page) == "Prompts 1 to 10 of 60" and page.locator("article").count() == 10
         page.click("#on")
-        assert counted(page) == "Prompts 11 to 20 of 60" and page.locator("article .id").first.inner_text() == "summarise-00010"
+        assert (
+            counted(page) == "Prompts 11 to 20 of 60"
+            and page.locator("article .id").first.inner_text() == "summarise-00010"
+        )
         page.select_option("#kind", label=KINDS[1])
-        assert counted(page) == "Prompts 1 to 10 of 15" and set(page.locator("article .kind").all_inner_texts()) == {KINDS[1]}
+        assert counted(page) == "Prompts 1 to 10 of 15" and set(page.locator("article .kind").all_inner_texts()) == {
+            KINDS[1]
+        }
         page.select_option("#which", "fails")
         fails = page.locator("article").count()
         assert 0 < fails < 10 and page.locator("article .given:nth-child(4) .fails").count() == fails
@@ -124,7 +132,13 @@ def test_columns_can_be_chosen(browser, comparison_page):
         assert all(text.startswith(name) for text, name in zip(shown.all_inner_texts(), begin, strict=True))
         page.get_by_role("checkbox", name="jsd, seed 9").check()
         page.get_by_role("checkbox", name="Teacher").uncheck()
-        assert [text.split(", seed ")[0] for text in shown.all_inner_texts()] == ["seq-kd", "forward-kl", "reverse-kl", "jsd", "jsd"]
+        assert [text.split(", seed ")[0] for text in shown.all_inner_texts()] == [
+            "seq-kd",
+            "forward-kl",
+            "reverse-kl",
+            "jsd",
+            "jsd",
+        ]
         assert page.locator("#system option:checked").inner_text() == "forward-kl, seed 7"
 
 
@@ -141,13 +155,18 @@ def test_the_lens_speaks_to_the_pointer_and_to_the_keyboard(browser, run_page):
         assert strip.locator("[tabindex='0']").count() == 1
         strip.locator(".token").first.focus()
         page.keyboard.press("ArrowRight")
-        assert "“↵”: 5.50 nats" in strip.get_by_role("status").inner_text() and strip.locator("[tabindex='0']").count() == 1
+        assert (
+            "“↵”: 5.50 nats" in strip.get_by_role("status").inner_text()
+            and strip.locator("[tabindex='0']").count() == 1
+        )
         assert page.evaluate("document.activeElement.getAttribute('aria-selected')") == "true"
         assert page.evaluate("document.activeElement.className") == "token n8"
         page.keyboard.press("End")
         assert page.evaluate("document.activeElement === document.querySelector('.strip .token:last-child')")
         page.locator(".lens").nth(1).locator("summary").click()
-        expect(page.locator(".lens").nth(1).locator(".strip")).to_have_count(2)  # a disclosure tells of its opening later
+        expect(page.locator(".lens").nth(1).locator(".strip")).to_have_count(
+            2
+        )  # a disclosure tells of its opening later
 
 
 def test_the_theme_follows_the_system_until_it_is_switched(browser, run_page):
@@ -156,11 +175,19 @@ def test_the_theme_follows_the_system_until_it_is_switched(browser, run_page):
         dark = page.evaluate(paper)
         page.click("#theme")
         light = page.evaluate(paper)
-        assert dark == "rgb(20, 23, 28)" and light == "rgb(251, 250, 247)" and page.locator("#theme").inner_text() == "Dark theme"
+        assert (
+            dark == "rgb(20, 23, 28)"
+            and light == "rgb(251, 250, 247)"
+            and page.locator("#theme").inner_text() == "Dark theme"
+        )
     with opened(browser, run_page, color_scheme="light") as page:
         assert page.evaluate(paper) == light
         page.emulate_media(media="print")
-        assert not page.locator("nav").is_visible() and not page.locator("#theme").is_visible() and page.locator("table").first.is_visible()
+        assert (
+            not page.locator("nav").is_visible()
+            and not page.locator("#theme").is_visible()
+            and page.locator("table").first.is_visible()
+        )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -179,7 +206,11 @@ def test_the_section_on_the_students_text_fits_and_shows(browser, run_page, widt
     with opened(browser, run_page, color_scheme=scheme, viewport={"width": width, "height": 900}) as page:
         page.emulate_media(media=media)
         section = page.locator("section:has(> #rollouts)")
-        assert section.locator("svg").count() == 5 and section.locator("aside").is_visible() and section.locator("table").is_visible()
+        assert (
+            section.locator("svg").count() == 5
+            and section.locator("aside").is_visible()
+            and section.locator("table").is_visible()
+        )
         assert section.locator("svg").evaluate_all("all => all.every((one) => one.getBoundingClientRect().width > 250)")
         if media == "screen":
             assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -190,17 +221,25 @@ def test_the_section_on_the_students_text_fits_and_shows(browser, run_page, widt
 def test_landmarks_headers_and_captions_are_there(browser, run_page, comparison_page):
     for file in (run_page, comparison_page):
         with opened(browser, file) as page:
-            assert page.get_by_role("main").count() == page.get_by_role("navigation").count() == page.get_by_role("search").count() == 1
+            assert (
+                page.get_by_role("main").count()
+                == page.get_by_role("navigation").count()
+                == page.get_by_role("search").count()
+                == 1
+            )
             assert page.locator("table:not(:has(caption))").count() == page.locator("th:not([scope])").count() == 0
             assert (
-                page.evaluate("new Set([...document.querySelectorAll('[id]')].map((one) => one.id)).size") == page.locator("[id]").count()
+                page.evaluate("new Set([...document.querySelectorAll('[id]')].map((one) => one.id)).size")
+                == page.locator("[id]").count()
             )
             names = "[...document.querySelectorAll('[aria-labelledby]')].flatMap((one) => one.getAttribute('aria-labelledby').split(' '))"
             assert page.evaluate(f"{names}.every((id) => document.getElementById(id))")
             assert page.locator("svg[role=img]").count() > 3
             page.keyboard.press("Tab")
             assert page.evaluate("document.activeElement.className") == "skip"
-            links = page.locator("nav a").evaluate_all("all => all.every((one) => document.querySelector(one.getAttribute('href')))")
+            links = page.locator("nav a").evaluate_all(
+                "all => all.every((one) => document.querySelector(one.getAttribute('href')))"
+            )
             assert links
 
 
@@ -238,8 +277,14 @@ def test_hostile_records_stay_inert(browser, tmp_path, maker):
         page.locator("button:enabled, input[type=checkbox]").evaluate_all("all => all.forEach((one) => one.click())")
         tags = set(page.evaluate("[...document.querySelectorAll('*')].map((one) => one.localName)"))
         assert tags <= ALLOWED and page.locator("script").count() == 2 and page.locator("style").count() == 1
-        attributes = set(page.evaluate("[...document.querySelectorAll('*')].flatMap((one) => [...one.attributes].map((two) => two.name))"))
-        assert not {name for name in attributes if name.startswith("on")} | (attributes & {"src", "style", "srcdoc", "action"})
+        attributes = set(
+            page.evaluate(
+                "[...document.querySelectorAll('*')].flatMap((one) => [...one.attributes].map((two) => two.name))"
+            )
+        )
+        assert not {name for name in attributes if name.startswith("on")} | (
+            attributes & {"src", "style", "srcdoc", "action"}
+        )
         assert page.locator("meta[http-equiv]").count() == 1 and page.locator("a:not([href^='#'])").count() == 0
         assert "<script>alert(1)</script>" in page.locator("main").inner_text()
 
@@ -256,7 +301,9 @@ def test_the_policy_stops_what_would_get_through(browser, run_page, tmp_path, pa
     page.goto(broken.as_uri())
     page.wait_for_timeout(200)
     assert dialogs == []
-    refused = page.evaluate("() => { try { document.body.innerHTML = '<b>x</b>'; return false; } catch (error) { return true; } }")
+    refused = page.evaluate(
+        "() => { try { document.body.innerHTML = '<b>x</b>'; return false; } catch (error) { return true; } }"
+    )
     assert refused, "the policy asks for trusted types"
     context.close()
 
@@ -271,4 +318,6 @@ def test_ten_thousand_answers_make_a_page_that_is_light_and_quick(browser, tmp_p
         assert page.locator("article").count() == 10
         page.fill("#find", "question 4:")
         expect(page.locator("article")).to_have_count(1)
-    print(f"{file.stat().st_size / 1e6:.1f} MB, shown after {loaded:.2f} s, searched after {time.perf_counter() - began:.2f} s")
+    print(
+        f"{file.stat().st_size / 1e6:.1f} MB, shown after {loaded:.2f} s, searched after {time.perf_counter() - began:.2f} s"
+    )

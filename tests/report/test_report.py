@@ -22,7 +22,20 @@ from limbeck.report.grids import facts, kinds_grid, seeds_grid, spent_grid, trai
 from limbeck.report.judge import judged
 from limbeck.report.metrics import LEAST_ITEMS, Metric, is_clear, mark, metrics_of
 from limbeck.report.page import compare_verdict, read_comparison, read_summary, verdict, write_report
-from limbeck.report.plots import MOST_POINTS, Scale, Series, Spot, Text, Whisker, bars, curves, forest, scatter, spread, thinned
+from limbeck.report.plots import (
+    MOST_POINTS,
+    Scale,
+    Series,
+    Spot,
+    Text,
+    Whisker,
+    bars,
+    curves,
+    forest,
+    scatter,
+    spread,
+    thinned,
+)
 from limbeck.report.rollouts import own_text_grid, own_texts
 from limbeck.report.table import compare_markdown, markdown, paired_table, systems_tables
 from limbeck.report.teacher import teacher_aside, teacher_facts, teacher_name
@@ -35,7 +48,11 @@ LOW = Metric("forward_kl", "Forward KL", "nats", "low", "")
 
 def make_old_run(folder, text="", prompts=0, words=0):
     """A run's folder as the first version wrote it: no descriptions of metrics, no p values, first choices only."""
-    metrics = {"forward_kl": interval(0.5, 0.4, 0.6), "top1_agreement": interval(0.6, 0.5, 0.7), "day/pass_rate": interval(0.1, 0.0, 0.2)}
+    metrics = {
+        "forward_kl": interval(0.5, 0.4, 0.6),
+        "top1_agreement": interval(0.6, 0.5, 0.7),
+        "day/pass_rate": interval(0.1, 0.0, 0.2),
+    }
     summary = {
         "recipe": "a" * 64, "name": text, "controls": ["untouched"],
         "systems": {"teacher": metrics, "untouched": metrics, "student": metrics | {"x" + text: interval(1, 0, 2)}},
@@ -47,14 +64,17 @@ def make_old_run(folder, text="", prompts=0, words=0):
     }  # fmt: skip
     (folder / "evaluation").mkdir(parents=True)
     (folder / "evaluation" / "summary.json").write_text(json.dumps(summary))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": text, "title": "t" + text, "paper": text, "teacher": text}))
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump({"name": text, "title": "t" + text, "paper": text, "teacher": text})
+    )
     answer = {"prompt_id": "p", "kind": text, "text": text, "tokens": 3, "finished": True, "passed": False}
     for name in ("teacher", "student"):
         write_lines(folder / "evaluation" / f"answers-{name}.jsonl", [answer])
     write_lines(folder / "evaluation" / "prompts.jsonl", [{"prompt_id": "p", "prompt": text}])
     tokens = [[text, 0.5, text, text], [" b", 9.0, "c", "d"]]
     write_lines(
-        folder / "evaluation" / "lens.jsonl", [{"writer": writer, "prompt_id": "p", "tokens": tokens} for writer in ("teacher", "student")]
+        folder / "evaluation" / "lens.jsonl",
+        [{"writer": writer, "prompt_id": "p", "tokens": tokens} for writer in ("teacher", "student")],
     )
     return folder
 
@@ -104,7 +124,9 @@ def test_everything_a_model_could_write_stays_text(tmp_path, text, maker):
 def test_the_policy_allows_one_script_and_one_style_sheet_and_nothing_else(tmp_path):
     file = write_report(make_run(tmp_path / "run"))
     page = parsed(file)
-    policy = next(value for tag, name, value in page.attributes if tag == "meta" and name == "content" and "default-src" in value)
+    policy = next(
+        value for tag, name, value in page.attributes if tag == "meta" and name == "content" and "default-src" in value
+    )
     for kind, text in (("style-src", page.scripts[0]), ("script-src", page.scripts[2])):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{kind} 'sha256-{digest}';" in policy
@@ -122,7 +144,9 @@ def test_a_run_of_the_first_version_still_makes_a_page(tmp_path):
 def test_a_summary_with_the_least_makes_a_page(tmp_path):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "recipe.yaml").write_text("{name: least, title: null, paper: null, teacher: t}")
-    (tmp_path / "evaluation" / "summary.json").write_text(json.dumps({"systems": {"student": {"forward_kl": interval(0.5, 0.4, 0.6)}}}))
+    (tmp_path / "evaluation" / "summary.json").write_text(
+        json.dumps({"systems": {"student": {"forward_kl": interval(0.5, 0.4, 0.6)}}})
+    )
     page = "".join(parsed(write_report(tmp_path)).text)
     assert "stays 0.50 nats per token (0.40 to 0.60)" in page and "Answers side by side" not in page
 
@@ -177,8 +201,12 @@ def test_the_verdict_tells_of_leaks():
         "systems": {"student": {"forward_kl": interval(0.5, 0.4, 0.6)}},
         "leaks": [{"kind": "exact"}, {"kind": "same_but_for_numbers"}],
     }
-    assert verdict(summary).endswith("2 evaluation items were found in the training text, 1 of them left out and 1 counted.")
-    assert verdict(summary | {"leaks": [{"kind": "overlap"}]}).endswith("1 evaluation item was found in the training text and left out.")
+    assert verdict(summary).endswith(
+        "2 evaluation items were found in the training text, 1 of them left out and 1 counted."
+    )
+    assert verdict(summary | {"leaks": [{"kind": "overlap"}]}).endswith(
+        "1 evaluation item was found in the training text and left out."
+    )
 
 
 def test_a_run_without_divergences_is_judged_by_its_task():
@@ -289,7 +317,11 @@ def test_a_large_run_is_shortened_then_thinned_and_says_so(tmp_path, monkeypatch
     assert len(whole.items) == whole.prompts == 200 and whole.shortened == 0 and whole.systems[0] == "teacher"
     monkeypatch.setattr(excerpts, "ANSWER_BYTES", 380_000)
     short = read_excerpt(folder / "evaluation", ["teacher"])
-    assert len(short.items) == 200 and short.shortened == 800 and all(len(a[0]) == 400 for item in short.items for a in item["answers"])
+    assert (
+        len(short.items) == 200
+        and short.shortened == 800
+        and all(len(a[0]) == 400 for item in short.items for a in item["answers"])
+    )
     monkeypatch.setattr(excerpts, "ANSWER_BYTES", 150_000)
     monkeypatch.setattr(excerpts, "LENS_BYTES", 20_000)
     few = read_excerpt(folder / "evaluation", ["teacher"])
@@ -297,17 +329,25 @@ def test_a_large_run_is_shortened_then_thinned_and_says_so(tmp_path, monkeypatch
     assert sum(len(embedded(item | {"lens": {}})) for item in few.items) < 150_000 + 20 * len(few.items)
     assert [item["id"] for item in few.items[:24]] == [item["id"] for item in whole.items[:24]]
     page = "".join(parsed(write_report(folder)).text)
-    assert f"{len(few.items)} of 200 prompts are on this page" in page and "shortened here" in page and "found no room" in page
+    assert (
+        f"{len(few.items)} of 200 prompts are on this page" in page
+        and "shortened here" in page
+        and "found no room" in page
+    )
 
 
 def test_choices_of_a_token_may_be_one_text_or_several_with_probabilities(tmp_path):
     tokens = [["a", 0.5, "b", [["c", 0.7512345], ["d", 0.1]]], ["x", float("inf"), "y", "z"]]
     write_lines(tmp_path / "lens.jsonl", [{"writer": "teacher", "prompt_id": "p", "tokens": tokens}])
     write_lines(
-        tmp_path / "answers-teacher.jsonl", [{"prompt_id": "p", "kind": "k", "text": "t", "tokens": 1, "finished": True, "passed": None}]
+        tmp_path / "answers-teacher.jsonl",
+        [{"prompt_id": "p", "kind": "k", "text": "t", "tokens": 1, "finished": True, "passed": None}],
     )
     (item,) = read_excerpt(tmp_path, []).items
-    assert item["lens"]["teacher"] == [["a", 0.5, [["b", None]], [["c", 0.7512], ["d", 0.1]]], ["x", None, [["y", None]], [["z", None]]]]
+    assert item["lens"]["teacher"] == [
+        ["a", 0.5, [["b", None]], [["c", 0.7512], ["d", 0.1]]],
+        ["x", None, [["y", None]], [["z", None]]],
+    ]
 
 
 def test_a_name_in_a_summary_is_never_a_path(tmp_path):
@@ -344,7 +384,9 @@ def test_plots_are_well_formed_and_say_what_they_show():
     hostile = "</svg><script>&\"'"
     plots = [
         curves(
-            TEXT, [Series(hostile, [(1, 2.0), (2, 1.0), (3, float("nan"))], "accent"), Series("flat", [(1, 0.0), (2, 0.0)])], diagonal=True
+            TEXT,
+            [Series(hostile, [(1, 2.0), (2, 1.0), (3, float("nan"))], "accent"), Series("flat", [(1, 0.0), (2, 0.0)])],
+            diagonal=True,
         ),
         scatter(TEXT, [Spot(hostile, 1, 2, 1.5, 2.5, True), Spot("b", 3, 1, 0.5, 1.5)], [(1, 2), (3, 1)]),
         forest(TEXT, [Whisker(hostile, -0.1, -0.2, -0.05, True), Whisker("b", 0, -0.2, 0.2, False)]),
@@ -352,7 +394,11 @@ def test_plots_are_well_formed_and_say_what_they_show():
     ]
     for svg in plots:
         root = ElementTree.fromstring(svg)
-        assert root.find("title").text == "A title" and root.find("desc").text == "What it shows" and root.get("role") == "img"
+        assert (
+            root.find("title").text == "A title"
+            and root.find("desc").text == "What it shows"
+            and root.get("role") == "img"
+        )
         assert hostile in "".join(root.itertext()) and "nan" not in svg and "style" not in svg
     whiskers = ElementTree.fromstring(plots[2]).findall("circle")
     assert [circle.get("class") for circle in whiskers] == ["dot accent", "dot hollow"]
@@ -361,13 +407,17 @@ def test_plots_are_well_formed_and_say_what_they_show():
     assert curves(TEXT, [Series("one", [(1, 1)])]) == scatter(TEXT, []) == forest(TEXT, []) == bars(TEXT, []) == ""
 
 
-@pytest.mark.parametrize(("values", "top", "bottom"), [((-1.5, -0.5), "0", "−1.5"), ((-0.2, 0.4), "0.4", "−0.2"), ((1.0, 2.0), "2", "0")])
+@pytest.mark.parametrize(
+    ("values", "top", "bottom"), [((-1.5, -0.5), "0", "−1.5"), ((-0.2, 0.4), "0.4", "−0.2"), ((1.0, 2.0), "2", "0")]
+)
 def test_curves_stay_inside_their_axes_on_either_side_of_zero(values, top, bottom):
     root = ElementTree.fromstring(curves(TEXT, [Series("s", list(enumerate(values)))]))
     places = [float(place.split(",")[1]) for place in root.find("polyline").get("points").split()]
     assert 34 <= min(places) < max(places) <= 280 - 46
     ticks = {
-        text.text: float(text.get("y")) for text in root.findall("text") if text.get("class") == "tick" and text.get("text-anchor") == "end"
+        text.text: float(text.get("y"))
+        for text in root.findall("text")
+        if text.get("class") == "tick" and text.get("text-anchor") == "end"
     }
     assert min(ticks, key=ticks.get) == top and max(ticks, key=ticks.get) == bottom and "0" in ticks
 
@@ -417,10 +467,19 @@ def test_a_run_whose_student_wrote_has_a_section_on_it(tmp_path):
     assert own.grid.columns == [("First third", "steps 1 to 13"), ("Last third", "steps 27 to 39")]
     rows = dict(own.grid.rows)
     first, last = [1, 2, 4, 5, 7, 8, 10, 11, 13], [28, 29, 31, 32, 34, 35, 37, 38]
-    assert rows["Length, tokens an answer"] == [f"{80 - sum(part) / len(part):.1f}" for part in (first, last)] == ["73.2", "47.0"]
-    assert rows["Ended by itself, % of answers"] == ["56.8", "83.0"] and rows["Likeliest tokens shared, % of 16"] == ["46.8", "73.0"]
+    assert (
+        rows["Length, tokens an answer"]
+        == [f"{80 - sum(part) / len(part):.1f}" for part in (first, last)]
+        == ["73.2", "47.0"]
+    )
+    assert rows["Ended by itself, % of answers"] == ["56.8", "83.0"] and rows["Likeliest tokens shared, % of 16"] == [
+        "46.8",
+        "73.0",
+    ]
     assert rows["Teacher's log-probability, nats a token"] == ["−1.831", "−1.175"]
-    assert rows["Time writing, % of the training"] == [f"{100 * 0.6 * len(part) / (1.5 * 13):.1f}" for part in (first, last)]
+    assert rows["Time writing, % of the training"] == [
+        f"{100 * 0.6 * len(part) / (1.5 * 13):.1f}" for part in (first, last)
+    ]
     page = parsed(write_report(folder))
     assert ("a", "href", "#rollouts") in page.attributes and ("h2", "id", "rollouts") in page.attributes
     text = "".join(page.text)
@@ -449,7 +508,10 @@ def test_what_only_some_trainings_tell_is_shown_where_it_says_something(tmp_path
     def titles(**more):
         write_lines(
             tmp_path / "metrics.jsonl",
-            [{"step": n, "seconds": 1.0, "rollout": rollout(n) | {k: v[n - 1] for k, v in more.items()}} for n in (1, 2, 3)],
+            [
+                {"step": n, "seconds": 1.0, "rollout": rollout(n) | {k: v[n - 1] for k, v in more.items()}}
+                for n in (1, 2, 3)
+            ],
         )
         (own,) = own_texts(tmp_path)
         return {figure.title for figure in own.figures}, dict(own.grid.rows)
@@ -457,9 +519,19 @@ def test_what_only_some_trainings_tell_is_shown_where_it_says_something(tmp_path
     plain, rows = titles()
     for facts_, title, row, cells in (
         ({"age": [0.0, 1.5, 2.5]}, "Age of the text", "Age, steps", ["0.000", "2.500"]),
-        ({"own": [1.0, 0.9, 0.75]}, "Tokens of the student's own", "Student's own tokens, % of tokens", ["100.0", "75.0"]),
+        (
+            {"own": [1.0, 0.9, 0.75]},
+            "Tokens of the student's own",
+            "Student's own tokens, % of tokens",
+            ["100.0", "75.0"],
+        ),
         ({"validation_loss": [2.0, None, 1.0]}, "Validation loss", "Validation loss", ["2.000", "1.000"]),
-        ({"share": [0.1, float("nan"), 0.5]}, "The student's share", "Student's share, % of the text", ["10.0", "50.0"]),
+        (
+            {"share": [0.1, float("nan"), 0.5]},
+            "The student's share",
+            "Student's share, % of the text",
+            ["10.0", "50.0"],
+        ),
     ):
         assert title not in plain and row not in rows
         found, told = titles(**facts_)
@@ -498,13 +570,18 @@ def test_the_comparison_tells_of_the_text_and_of_the_time_it_took(tmp_path):
         "Likeliest tokens shared",
         "Student's entropy",
     ]
-    assert own.rows == [("forward-kl", ["61.5", "93.4", "0.4", "71.0", "1.250"]), ("JSD", ["61.5", "93.4", "0.4", "71.0", "1.250"])]
+    assert own.rows == [
+        ("forward-kl", ["61.5", "93.4", "0.4", "71.0", "1.250"]),
+        ("JSD", ["61.5", "93.4", "0.4", "71.0", "1.250"]),
+    ]
     assert "not here was trained on text of others" in own.note
     comparison["rollout"] = {name: {"length": 5, "overlap": None} for name in comparison["methods"]}
     own = own_text_grid(comparison, {})
     assert own.columns == [("Length", "tokens an answer")] and "not here" not in own.note
     page = parsed(write_report(tmp_path / "comparison"))
-    assert ("a", "href", "#rollouts") in page.attributes and "The student's own text while it trained" in "".join(page.text)
+    assert ("a", "href", "#rollouts") in page.attributes and "The student's own text while it trained" in "".join(
+        page.text
+    )
     for cost in comparison["cost"].values():
         cost["writing_share"] = 0.0
     del comparison["rollout"]
@@ -553,9 +630,17 @@ def test_a_model_card_says_what_the_teacher_was_shown_and_no_path(recipe_data):
     assert not settings_of(model_card(parse(recipe_data), "student", "tiny@1")).keys() & {"teacher", "rollout"}
     writes = {"writer": [{"by": "student"}], "rollout": {"ahead": 4}}
     path = recipe_data["teacher"]
-    shown = model_card(parse(recipe_data | writes | {"teacher": {"model": path, "context": {"system": "Be brief."}}}), "student", "tiny@1")
+    shown = model_card(
+        parse(recipe_data | writes | {"teacher": {"model": path, "context": {"system": "Be brief."}}}),
+        "student",
+        "tiny@1",
+    )
     settings = settings_of(shown)
-    assert settings["teacher"] == {"context": {"system": "Be brief."}} and settings["rollout"]["ahead"] == 4 and path not in shown
+    assert (
+        settings["teacher"] == {"context": {"system": "Be brief."}}
+        and settings["rollout"]["ahead"] == 4
+        and path not in shown
+    )
 
 
 # The judge
@@ -573,7 +658,9 @@ def test_what_a_judge_says_stands_in_a_table_with_how_far_to_believe_it(tmp_path
     ]  # fmt: skip
     rows = dict(found.grid.rows)
     assert list(rows) == ["Student before training", "Fine-tuning control", "Teacher"]
-    assert rows["Teacher"][1:] == ["9", "12", "36", "3", "80 %", "52 %", "55 %", "−0.62"] and rows["Teacher"][0]["n"] == 57
+    assert (
+        rows["Teacher"][1:] == ["9", "12", "36", "3", "80 %", "52 %", "55 %", "−0.62"] and rows["Teacher"][0]["n"] == 57
+    )
     assert found.belief == (
         "How far it can be believed: with care, since when the answers change places it keeps to too few of its verdicts against the "
         "fine-tuning control (41 %); its verdicts go with length against the teacher (correlation −0.62)."
@@ -601,12 +688,20 @@ def test_every_reason_to_doubt_a_judge_is_named(more, words):
     assert "with care" not in of_judge(sft_control=judged_pair((9, 1, 5, 0), **good)).belief
     found = of_judge(sft_control=judged_pair((9, 1, 5, 0), **good | more), teacher=judged_pair((9, 1, 5, 0), **good))
     assert found.belief.startswith("How far it can be believed: with care, since ") and words in found.belief
-    both = of_judge(sft_control=judged_pair((9, 1, 5, 0), **good | more), untouched=judged_pair((9, 1, 5, 0), **good | more)).belief
+    both = of_judge(
+        sft_control=judged_pair((9, 1, 5, 0), **good | more), untouched=judged_pair((9, 1, 5, 0), **good | more)
+    ).belief
     assert ") and the student before training (" in both or "teacher itself" in both
 
 
 def test_a_judge_that_said_nothing_is_believed_nothing():
-    nothing = {"win_rate": None, "swap_consistency": None, "first_position_share": None, "longer_wins": None, "length_correlation": None}
+    nothing = {
+        "win_rate": None,
+        "swap_consistency": None,
+        "first_position_share": None,
+        "longer_wins": None,
+        "length_correlation": None,
+    }
     mute = of_judge(untouched=judged_pair((0, 0, 0, 5), **nothing))
     assert mute.belief == "It gave no verdict that can be read, so nothing follows from it."
     assert mute.grid.rows == [("Student before training", [None, "0", "0", "0", "5", "", "", "", ""])]

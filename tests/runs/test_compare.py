@@ -59,7 +59,10 @@ def test_all_methods_have_the_same_text_steps_and_tokens(methods, compared):
         recipe = yaml.safe_load((run / "recipe.yaml").read_text())
         assert recipe["train"]["lr"] == common.train.lr and recipe["prompts"]["seed"] == common.train.seed
         assert not (run / "store.sqlite").exists(), "the text is drawn once, for all"
-    losses = [[r["loss"] for r in read_jsonl(compared / "runs" / f"forward-kl-s{seed}" / "metrics.jsonl")] for seed in found["seeds"]]
+    losses = [
+        [r["loss"] for r in read_jsonl(compared / "runs" / f"forward-kl-s{seed}" / "metrics.jsonl")]
+        for seed in found["seeds"]
+    ]
     assert losses[0] != losses[1], "seeds vary the order of the text"
 
 
@@ -68,7 +71,9 @@ def test_values_pool_the_seeds(compared):
     for method in ("seq-kd", "forward-kl"):
         by_seed = [found["by_seed"][method][str(seed)]["forward_kl"] for seed in found["seeds"]]
         assert by_seed[0] != by_seed[1]
-        assert found["systems"][method]["forward_kl"]["value"] == pytest.approx(sum(by_seed) / 2)  # the same tokens for both
+        assert found["systems"][method]["forward_kl"]["value"] == pytest.approx(
+            sum(by_seed) / 2
+        )  # the same tokens for both
     difference = found["paired"]["forward-kl - seq-kd"]["forward_kl"]["value"]
     values = [found["systems"][name]["forward_kl"]["value"] for name in ("forward-kl", "seq-kd")]
     assert difference == pytest.approx(values[0] - values[1])

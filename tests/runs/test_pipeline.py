@@ -32,7 +32,12 @@ def recipe_file(tmp_path, recipe_data):
 def command(*arguments, crash_at="", cwd=None):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LIMBECK_CRASH_AT": crash_at}
     return subprocess.run(
-        [sys.executable, "-m", "limbeck", *map(str, arguments)], env=environment, capture_output=True, text=True, check=False, cwd=cwd
+        [sys.executable, "-m", "limbeck", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
     )
 
 
@@ -57,7 +62,10 @@ def test_a_run_from_recipe_to_report(recipe_data, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(out / "student")
     tokenizer = AutoTokenizer.from_pretrained(out / "student")
     ids = tokenizer("why is the sky", return_tensors="pt").input_ids
-    assert student.generate(ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids)).shape[1] > ids.shape[1]
+    assert (
+        student.generate(ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids)).shape[1]
+        > ids.shape[1]
+    )
     assert "Teacher" in (out / "report.html").read_text()
     for file in ("config.json", "tokenizer_config.json", "README.md"):
         assert str(tmp_path) not in (out / "student" / file).read_text().replace(recipe_data["teacher"], "").replace(
@@ -68,7 +76,11 @@ def test_a_run_from_recipe_to_report(recipe_data, tmp_path):
 def test_a_finished_run_loads_no_model_and_changes_nothing(recipe_data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     limbeck.run(parse(recipe_data), out)
-    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file() and file.name not in {"report.html", ".lock"}}
+    before = {
+        file: file.stat().st_mtime_ns
+        for file in out.rglob("*")
+        if file.is_file() and file.name not in {"report.html", ".lock"}
+    }
     monkeypatch.setattr(InProcessTeacher, "answers", lambda *_: pytest.fail("asked again"))
     monkeypatch.setattr("limbeck.training.loop.train", lambda *_: pytest.fail("trained again"))
     limbeck.run(parse(recipe_data), out)
@@ -77,7 +89,13 @@ def test_a_finished_run_loads_no_model_and_changes_nothing(recipe_data, tmp_path
 
 @pytest.mark.parametrize(
     "crash_at",
-    ["elicit.before_record:7", "elicit.after_record:7", "train.after_step:4", "train.after_step:10", "directory.before_rename:2"],
+    [
+        "elicit.before_record:7",
+        "elicit.after_record:7",
+        "train.after_step:4",
+        "train.after_step:10",
+        "directory.before_rename:2",
+    ],
 )
 def test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tmp_path, crash_at):
     recipe_data["train"]["save_seconds"] = 0
@@ -95,7 +113,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tm
     assert command("run", recipe_file, "--out", clean).returncode == 0
     assert losses(out) == losses(clean)
     assert losses(out / "controls" / "sft_control") == losses(clean / "controls" / "sft_control")
-    ours, theirs = (json.loads((folder / "evaluation" / "summary.json").read_text())["systems"] for folder in (out, clean))
+    ours, theirs = (
+        json.loads((folder / "evaluation" / "summary.json").read_text())["systems"] for folder in (out, clean)
+    )
     assert ours == theirs
 
 
@@ -209,7 +229,11 @@ def test_a_full_disk_is_one_message(recipe_file, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(recipe_file), str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(recipe_file), str(tmp_path / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2 and "the disk is full" in done.stderr and "Traceback" not in done.stderr
 

@@ -41,7 +41,16 @@ def served(recipe_data, tiny_folder):
         teacher = {"server": {"url": url, "name": "toy"}}
         evaluate = {**recipe_data["evaluate"], "limit": 24}
         student = {"start": {"pretrained": str(tiny_folder)}}
-        return parse({**recipe_data, "teacher": teacher, "student": student, "loss": ["cross_entropy"], "evaluate": evaluate, **changes})
+        return parse(
+            {
+                **recipe_data,
+                "teacher": teacher,
+                "student": student,
+                "loss": ["cross_entropy"],
+                "evaluate": evaluate,
+                **changes,
+            }
+        )
 
     return made
 
@@ -72,7 +81,9 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     run(served(server.url), folder)
     assert json.loads((folder / "evaluation" / "summary.json").read_text())["systems"] == summary["systems"]
     prompts = build.prompts(served(server.url))
-    assert asked == len(prompts[0]) + 2 * len(prompts[1]) + len(task.prompts)  # held-out ones are asked as training ones, and greedily
+    assert asked == len(prompts[0]) + 2 * len(prompts[1]) + len(
+        task.prompts
+    )  # held-out ones are asked as training ones, and greedily
 
 
 def test_an_answer_that_failed_is_not_measured_as_one(served, tmp_path):
@@ -98,7 +109,14 @@ def test_ceilings_are_a_runs_and_not_a_processs(served, tmp_path):
             told.append(detail)
 
     with Scripted(say) as server:
-        teacher = {"server": {"url": server.url, "name": "toy", "price": {"input": 1000.0, "output": 1000.0}, "limits": {"requests": 3}}}
+        teacher = {
+            "server": {
+                "url": server.url,
+                "name": "toy",
+                "price": {"input": 1000.0, "output": 1000.0},
+                "limits": {"requests": 3},
+            }
+        }
         for _ in range(2):
             with pytest.raises(UserError, match="ceiling of 3 requests"):
                 run(served(server.url, teacher=teacher), tmp_path / "run", Told(), stages=("elicit",))
@@ -108,7 +126,10 @@ def test_ceilings_are_a_runs_and_not_a_processs(served, tmp_path):
 
 def test_methods_are_compared_by_what_text_can_say(served, tmp_path):
     with Scripted(say) as server:
-        recipes = [served(server.url, name=f"x-{part}", loss=[{"cross_entropy": {"label_smoothing": part}}]) for part in (0.0, 0.5)]
+        recipes = [
+            served(server.url, name=f"x-{part}", loss=[{"cross_entropy": {"label_smoothing": part}}])
+            for part in (0.0, 0.5)
+        ]
         folder = limbeck.compare(recipes, tmp_path / "cmp", seeds=1)
     found = json.loads((folder / "comparison.json").read_text())
     assert {"nll", "own_tokens"} <= set(found["paired"]["x-0.5 - x-0.0"]) and "forward_kl" not in found["metrics"]
@@ -118,7 +139,10 @@ def test_methods_are_compared_by_what_text_can_say(served, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"loss": ["forward_kl"]}, r"loss\[0\].forward_kl: it reads the teacher distribution, and a server gives text: use cross_entropy"),
+        (
+            {"loss": ["forward_kl"]},
+            r"loss\[0\].forward_kl: it reads the teacher distribution, and a server gives text: use cross_entropy",
+        ),
         (
             {"student": {"start": {"prune": {"layers": 2, "keep": "uniform"}}}},
             "student.start: nothing can be made of a teacher whose weights",
@@ -126,7 +150,10 @@ def test_methods_are_compared_by_what_text_can_say(served, tmp_path):
         ({"elicit": ["ifd"], "writer": [{"by": "elicited"}]}, r"elicit\[0\].ifd: it needs log probs"),
         ({"elicit": ["magpie"], "writer": [{"by": "elicited"}]}, r"elicit\[0\].magpie: it needs raw"),
         ({"teacher": {}}, "name a model, a server that writes its text, or both"),
-        ({"teacher": {"server": {"url": "http://x/v1", "name": "m"}, "context": {"system": "x"}}}, "leave context and weights out"),
+        (
+            {"teacher": {"server": {"url": "http://x/v1", "name": "m"}, "context": {"system": "x"}}},
+            "leave context and weights out",
+        ),
     ],
 )
 def test_what_text_can_not_give_is_refused(served, changes, match):

@@ -63,7 +63,11 @@ def kept(signal: DenseSignal, **form) -> TopK | Sampled:
 # -- forms --------------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 20).flatmap(lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=70))))
+@given(
+    st.integers(1, 20).flatmap(
+        lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=70))
+    )
+)
 def test_bits_come_back_and_take_no_more_than_they_need(case):
     bits, numbers = case
     packed = pack_bits(torch.tensor(numbers), bits)
@@ -136,9 +140,13 @@ def test_draws_are_the_distribution_in_the_mean(temperature):
         total.scatter_add_(-1, got.ids_NK, got.weight_NK.double())
     p = log_p(signal).exp()
     proposal = torch.softmax(log_p(signal) / temperature, -1)
-    z = (total / rounds - p) / ((p**2 / proposal - p**2) / (50 * rounds)).sqrt()  # one draw's weight is p / proposal, or 0
+    z = (total / rounds - p) / (
+        (p**2 / proposal - p**2) / (50 * rounds)
+    ).sqrt()  # one draw's weight is p / proposal, or 0
     assert float(z.abs().max()) < 5 and 0.7 < float(z.std()) < 1.3
-    torch.testing.assert_close(got.entropy_N.double(), -(log_p(signal).exp() * log_p(signal)).sum(-1), rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        got.entropy_N.double(), -(log_p(signal).exp() * log_p(signal)).sum(-1), rtol=2e-3, atol=0
+    )
 
 
 def test_the_draws_of_a_text_are_its_own_wherever_it_is_packed():
@@ -196,7 +204,9 @@ def test_full_precision_states_give_the_live_loss(tiny, tmp_path):
     def loss(signal) -> float:
         weight = torch.ones(1, len(hidden))
         head = Head(torch.randn(v, 32, generator=torch.Generator().manual_seed(1)))
-        return float(fused_loss(hidden, head, [term], [1.0], weight, Evidence(EMPTY.new_zeros(len(hidden)), signal)).loss)
+        return float(
+            fused_loss(hidden, head, [term], [1.0], weight, Evidence(EMPTY.new_zeros(len(hidden)), signal)).loss
+        )
 
     assert loss(cache.view(batch).signal) == pytest.approx(loss(live), rel=1e-5)
 
@@ -376,7 +386,11 @@ def test_every_form_trains_and_is_read_by_a_second_run(form, recipe_data, tmp_pa
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_what_was_kept(recipe_data, tmp_path):
     student = {"start": {"pretrained": recipe_data["teacher"]}}
-    folder = run(cached(recipe_data, {"top_k": {"k": 300, "bits": 16}}, student=student), tmp_path / "run", stages=("elicit", "train"))
+    folder = run(
+        cached(recipe_data, {"top_k": {"k": 300, "bits": 16}}, student=student),
+        tmp_path / "run",
+        stages=("elicit", "train"),
+    )
     assert abs(losses(folder)[0]) < 1e-4
 
 

@@ -66,7 +66,10 @@ def cached(**form):
 
         def signal(batch):
             fill_cache(
-                cache, lambda some: teacher.view(some, vocabulary=teacher.model.tokens), rows_of(teacher.model), lambda done, total: None
+                cache,
+                lambda some: teacher.view(some, vocabulary=teacher.model.tokens),
+                rows_of(teacher.model),
+                lambda done, total: None,
             )
             return cache.view(batch).signal
 
@@ -175,7 +178,12 @@ class Case:
         """Values [N] and gradients [N, V] as a term would get them."""
         student_NV = self.student_NV if student_NV is None else student_NV
         rows = self.signal(batch or self.batch).chunk(slice(0, len(student_NV))).rows(slice(0, len(student_NV)))
-        return rows.compare(DIVERGENCES[name], checked_params(name, {}), Distribution(student_NV.clone()), targets_of(batch or self.batch))
+        return rows.compare(
+            DIVERGENCES[name],
+            checked_params(name, {}),
+            Distribution(student_NV.clone()),
+            targets_of(batch or self.batch),
+        )
 
 
 def targets_of(batch: Batch) -> Tensor:
@@ -260,7 +268,10 @@ def test_texts_alone_and_together_have_the_same_values(case):
         alone = [case.values(name, make_batch(rows, (n,)), case.student_NV[rows_N == n])[0] for n in range(len(rows))]
         pairs = make_batch(rows, (3, 0))
         paired, _ = case.values(name, pairs, torch.cat([case.student_NV[rows_N == 3], case.student_NV[rows_N == 0]]))
-        apart = float((torch.cat(alone) - together).abs().max()), float((paired - torch.cat([alone[3], alone[0]])).abs().max())
+        apart = (
+            float((torch.cat(alone) - together).abs().max()),
+            float((paired - torch.cat([alone[3], alone[0]])).abs().max()),
+        )
         assert max(apart) < (0.1 if real else 5e-6)
 
 
@@ -285,16 +296,24 @@ def test_draws_are_unbiased_and_renormalised_tokens_are_not(model_of, tmp_path):
     model = model_of("in process")
     teacher, batch = InProcessTeacher(model), make_batch(rows_of(model), (0, 1, 2, 3, 4))
     dense = teacher.signal(batch).chunk(slice(None)).logits_CV.log_softmax(-1)
-    student = Distribution(make_net(seed=2, vocabulary=model.tokens).lm_head.weight.detach()[: len(dense)] @ torch.randn(32, model.tokens))
+    student = Distribution(
+        make_net(seed=2, vocabulary=model.tokens).lm_head.weight.detach()[: len(dense)] @ torch.randn(32, model.tokens)
+    )
     draws = 20000
     cache = Cache(tmp_path / "kept", teacher.identity, model.tokens, Form(sampled={"draws": draws}))
-    fill_cache(cache, lambda some: teacher.view(some, vocabulary=model.tokens), rows_of(model), lambda done, total: None)
+    fill_cache(
+        cache, lambda some: teacher.view(some, vocabulary=model.tokens), rows_of(model), lambda done, total: None
+    )
     rows = cache.view(batch).signal.chunk(slice(0, len(dense))).rows(slice(0, len(dense)))
     params = checked_params("forward_kl", {})
-    _, gradient_NV = rows.compare(DIVERGENCES["forward_kl"], params, Distribution(student.logits_RV.clone()), targets_of(batch))
+    _, gradient_NV = rows.compare(
+        DIVERGENCES["forward_kl"], params, Distribution(student.logits_RV.clone()), targets_of(batch)
+    )
     want_NV = student.prob - dense.exp()
     error_NV = (dense.exp() * (1 - dense.exp()) / draws).sqrt()
     assert float(((gradient_NV - want_NV).abs() / (5 * error_NV + 1e-6)).max()) < 1
     values, ids = dense.topk(16)
     renormalised = student.prob.clone().scatter_add_(-1, ids, -(values - values.logsumexp(-1, keepdim=True)).exp())
-    assert float((renormalised - want_NV).norm() / want_NV.norm()) > 5 * float((gradient_NV - want_NV).norm() / want_NV.norm())
+    assert float((renormalised - want_NV).norm() / want_NV.norm()) > 5 * float(
+        (gradient_NV - want_NV).norm() / want_NV.norm()
+    )

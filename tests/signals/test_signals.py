@@ -45,7 +45,13 @@ def top(teacher: Tensor, k: int) -> TopK:
 
 
 def test_every_divergence_either_has_a_bucket_or_says_what_to_use():
-    assert {name for name, known in DIVERGENCES.items() if not known.buckets} == {"taid", "dkd", "logit_mse", "entropy_aware_kl", "uld"}
+    assert {name for name, known in DIVERGENCES.items() if not known.buckets} == {
+        "taid",
+        "dkd",
+        "logit_mse",
+        "entropy_aware_kl",
+        "uld",
+    }
 
 
 @pytest.mark.parametrize(("name", "params"), BUCKETED)
@@ -94,7 +100,9 @@ def test_fewer_outcomes_are_never_further_apart(name, params):
         assert (values >= last - 1e-12).all()
         last = values
     full, _ = whole(name, params, teacher, student)
-    assert (last <= full + 1e-10).all(), "up to the rounding of the bucket, which is 1 less a sum and here as small as 3e-5"
+    assert (last <= full + 1e-10).all(), (
+        "up to the rounding of the bucket, which is 1 less a sum and here as small as 3e-5"
+    )
     close(last, full)  # 11 tokens and a bucket of one are all there is
 
 
@@ -104,7 +112,10 @@ def test_the_bucket_penalises_what_the_top_tokens_leave_out():
     student = torch.tensor([[0.2, 0.1, 0.4, 0.3]], dtype=torch.float64).log()
     value, gradient = compared(top(teacher, 2), "forward_kl", {}, student)
     assert value.item() == pytest.approx(0.9 * log(0.9 / 0.3) + 0.1 * log(0.1 / 0.7), rel=1e-12)
-    close(gradient, torch.tensor([[0.2 - 0.6, 0.1 - 0.3, 0.4 * (1 - 0.1 / 0.7), 0.3 * (1 - 0.1 / 0.7)]], dtype=torch.float64))
+    close(
+        gradient,
+        torch.tensor([[0.2 - 0.6, 0.1 - 0.3, 0.4 * (1 - 0.1 / 0.7), 0.3 * (1 - 0.1 / 0.7)]], dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize(("name", "params"), BUCKETED)
@@ -120,7 +131,10 @@ def test_a_rest_within_rounding_of_zero_stays_finite(name, params):
 
 @pytest.mark.parametrize(("name", "params"), ONE_HOT)
 def test_a_rest_that_is_given_as_zero_is_zero(name, params):
-    teacher, student = torch.tensor([[0.7, 0.3]], dtype=torch.float64), torch.tensor([[0.3, -0.2, 1.0]], dtype=torch.float64)
+    teacher, student = (
+        torch.tensor([[0.7, 0.3]], dtype=torch.float64),
+        torch.tensor([[0.3, -0.2, 1.0]], dtype=torch.float64),
+    )
     signal = TopK(torch.tensor([[2, 0]]), teacher.log(), torch.zeros(1, dtype=torch.float64))
     value, gradient = compared(signal, name, params, student)
     tiny = TopK(torch.tensor([[2, 0]]), (teacher * (1 - 1e-14)).log(), torch.full((1,), 1e-14, dtype=torch.float64))
@@ -208,7 +222,10 @@ def test_any_weights_give_the_gradient_of_the_value():
 def test_without_the_entropy_the_value_is_the_cross_entropy():
     teacher, student = logits(3, 6, seed=10)
     everything = Sampled(torch.arange(6).expand(3, -1), torch.softmax(teacher, -1))
-    close(compared(everything, "forward_kl", {}, student)[0], -(torch.softmax(teacher, -1) * torch.log_softmax(student, -1)).sum(-1))
+    close(
+        compared(everything, "forward_kl", {}, student)[0],
+        -(torch.softmax(teacher, -1) * torch.log_softmax(student, -1)).sum(-1),
+    )
 
 
 # -- the text alone -----------------------------------------------------------------------------------------------------
@@ -217,7 +234,9 @@ def test_without_the_entropy_the_value_is_the_cross_entropy():
 def test_forward_kl_on_the_text_is_the_cross_entropy():
     _, student = logits(5, 7, seed=11)
     ids = torch.tensor([0, 6, 3, 3, 1])
-    for got, want in zip(compared(Written(ids), "forward_kl", {}, student), cross_entropy(Distribution(student), ids), strict=True):
+    for got, want in zip(
+        compared(Written(ids), "forward_kl", {}, student), cross_entropy(Distribution(student), ids), strict=True
+    ):
         close(got, want)
 
 

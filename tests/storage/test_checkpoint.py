@@ -66,7 +66,11 @@ def crash_points() -> list[str]:
     found = set()
     for file in (ROOT / "limbeck").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "crash_point" and isinstance(node.args[0], ast.Constant):
+            if (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") == "crash_point"
+                and isinstance(node.args[0], ast.Constant)
+            ):
                 found.add(node.args[0].value)
     return sorted(found)
 
@@ -95,6 +99,9 @@ def test_killed_at_every_point_the_previous_or_the_new_one_is_there(tmp_path, po
 
 
 def test_the_matrix_knows_its_points():
-    assert {"checkpoint.before_tensors", "checkpoint.before_manifest", "checkpoint.before_prune", "directory.before_rename"} <= set(
-        SAVE_POINTS
-    )
+    assert {
+        "checkpoint.before_tensors",
+        "checkpoint.before_manifest",
+        "checkpoint.before_prune",
+        "directory.before_rename",
+    } <= set(SAVE_POINTS)

@@ -56,7 +56,9 @@ def test_after_a_failure_only_the_rest_is_asked(tmp_path):
 def test_stopping_returns_what_is_there(tmp_path):
     done = []
     with Store(tmp_path / "s.sqlite") as store:
-        got = elicit([request(str(n)) for n in range(5)], store, Counting, lambda d, t, n: done.append(d), lambda: len(done) > 2)
+        got = elicit(
+            [request(str(n)) for n in range(5)], store, Counting, lambda d, t, n: done.append(d), lambda: len(done) > 2
+        )
     assert len(got) == 2
 
 
@@ -75,7 +77,11 @@ def test_any_change_of_the_question_changes_its_key(other):
 
 def test_keys_are_golden():
     """A changed key would make every stored answer unfindable."""
-    assert request().key == request(anything="else").key == "be80e08660f79c5500d25ab0ddf4944c0d2416b5192025fe985f3eb06ea2438e"
+    assert (
+        request().key
+        == request(anything="else").key
+        == "be80e08660f79c5500d25ab0ddf4944c0d2416b5192025fe985f3eb06ea2438e"
+    )
 
 
 def test_evidence_round_trip(tmp_path):
@@ -98,7 +104,9 @@ def test_a_full_disk_is_named_and_keeps_what_was_stored(tmp_path):
         with pytest.raises(sqlite3.OperationalError, match="full"):
             for number in range(1000):
                 asked = request(f"{number} " + "x" * 500)
-                store.record(asked, Sample((*asked.messages, {"role": "assistant", "content": "y" * 500}), "m", (1,)), "ok")
+                store.record(
+                    asked, Sample((*asked.messages, {"role": "assistant", "content": "y" * 500}), "m", (1,)), "ok"
+                )
                 stored += 1
     with Store(tmp_path / "s.sqlite") as store:
         assert 0 < stored == store.count()["ok"]

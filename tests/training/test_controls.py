@@ -13,7 +13,11 @@ ROWS = [Row(f"s{i}", (i,), (100 + i, 0), frozenset({"teacher", BEST}), f"p{i}") 
 
 
 def test_fine_tuning_takes_the_preferred_answers_of_others():
-    rows = [*ROWS[:2], Row("own", (1,), (5,), frozenset({"untouched", BEST})), Row("worse", (1,), (6,), frozenset({"corpus", REST}))]
+    rows = [
+        *ROWS[:2],
+        Row("own", (1,), (5,), frozenset({"untouched", BEST})),
+        Row("worse", (1,), (6,), frozenset({"corpus", REST})),
+    ]
     assert preferred(rows) == ROWS[:2]
 
 
@@ -34,5 +38,7 @@ def test_gold_is_the_prompts_own_first_answer():
     prompts = [Prompt("a", "one?", answers=("yes", "no")), Prompt("b", "two?")]
     (sample,) = gold_samples(prompts)
     assert (
-        sample.messages[-1] == {"role": "assistant", "content": "yes"} and sample.meta["prompt_id"] == "a" and sample.response_ids is None
+        sample.messages[-1] == {"role": "assistant", "content": "yes"}
+        and sample.meta["prompt_id"] == "a"
+        and sample.response_ids is None
     )

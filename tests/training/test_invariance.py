@@ -50,7 +50,9 @@ def make_job(tiny, mix, folder=Path("unused"), **settings) -> train.Job:
     matches = {term.label: Match(term.match, (3, 4), (32, 32), 0).to(tiny.net.dtype) for term in terms if term.match}
     taps = [Taps(*map(frozenset, wanted(list(matches.values()), side))) for side in (0, 1)]
     values = {"steps": 4, "tokens_per_step": 40, "lr": 1e-3, "save_seconds": 1e9, "seed": 1, **settings}
-    job = train.Job(net, ROWS, terms, lambda batch: teacher.view(batch, taps[1]), Train(**values), folder, "key", matches, taps[0])
+    job = train.Job(
+        net, ROWS, terms, lambda batch: teacher.view(batch, taps[1]), Train(**values), folder, "key", matches, taps[0]
+    )
     job.bank_rows = {row.sample_id: number for number, row in enumerate(ROWS)}
     for match in matches.values():
         if match.settings.name == "contrast":
@@ -59,7 +61,10 @@ def make_job(tiny, mix, folder=Path("unused"), **settings) -> train.Job:
 
 
 def gradients(job: train.Job, split, pad_id: int = 0):
-    terms, batches = [term.settle(0.0, {}) for term in job.terms], [make_batch(job.rows, micro, pad_id) for micro in split]
+    terms, batches = (
+        [term.settle(0.0, {}) for term in job.terms],
+        [make_batch(job.rows, micro, pad_id) for micro in split],
+    )
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
     sums = Sums()
     for batch in batches:
@@ -77,7 +82,9 @@ def assert_same(got, want) -> None:
 def test_no_split_into_micro_batches_changes_anything(tiny, mix):
     tiny.net.double()
     whole, sums = gradients(make_job(tiny, mix), [tuple(range(12))])
-    assert len(whole) > 20 and all(value.abs().max() > 0 for name, value in whole.items() if not name.startswith("match"))
+    assert len(whole) > 20 and all(
+        value.abs().max() > 0 for name, value in whole.items() if not name.startswith("match")
+    )
     splits = [[(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)], [(10, 11, 0, 1), (4, 5, 2, 3, 6, 7), (8, 9)]]
     for split in splits if mix == "ranking" else [*splits, [(index,) for index in range(12)]]:
         parts, part_sums = gradients(make_job(tiny, mix), split, pad_id=len(split))
@@ -121,7 +128,9 @@ def test_neither_left_padding_nor_packing_changes_anything(tiny):
         net.zero_grad()
         evidence = Evidence(targets_N, DenseSignal(hidden_ND.detach(), replace(head_of(net), weight_VD=teacher_VD)))
         terms = [make_term("forward_kl", {}).settle(0, {}), make_term("cross_entropy", {}).settle(0, {})]
-        total = fused_loss(hidden_ND, head_of(net), terms, [0.1, 0.2], torch.ones(2, len(targets_N), dtype=torch.float64), evidence)
+        total = fused_loss(
+            hidden_ND, head_of(net), terms, [0.1, 0.2], torch.ones(2, len(targets_N), dtype=torch.float64), evidence
+        )
         total.loss.backward()
         return total.loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}
 
@@ -141,7 +150,9 @@ def test_neither_left_padding_nor_packing_changes_anything(tiny):
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     left = loss_and_gradient(*states(tokens_BT, mask_BT, rows, attention_mask=attention.long(), position_ids=positions))
     packed_BT = torch.tensor([[token for one in rows for token in one.prompt_ids + one.response_ids]])
-    packed_mask = torch.tensor([[flag for one in rows for flag in [False] * len(one.prompt_ids) + [True] * len(one.response_ids)]])
+    packed_mask = torch.tensor(
+        [[flag for one in rows for flag in [False] * len(one.prompt_ids) + [True] * len(one.response_ids)]]
+    )
     packed_positions = torch.tensor([[position for one in rows for position in range(len(one))]])
     packed = loss_and_gradient(*states(packed_BT, packed_mask, rows, position_ids=packed_positions))
     for other in (left, packed):
@@ -159,7 +170,10 @@ def test_answers_to_one_prompt_stay_together():
 @pytest.mark.parametrize("mix", ["ranking", "match", "adaptive"])
 def test_a_stopped_run_of_any_family_goes_on_bit_for_bit(tiny, tmp_path, mix):
     """Measured baselines, adaptive schedules, learned maps, frozen filters and banks all come back from the checkpoint."""
-    MIXES["adaptive"] = [("taid", {"t": {"from": 0.2, "to": 1.0, "shape": "adaptive", "rate": 0.3}}), ("jsd", {"only": "teacher"})]
+    MIXES["adaptive"] = [
+        ("taid", {"t": {"from": 0.2, "to": 1.0, "shape": "adaptive", "rate": 0.3}}),
+        ("jsd", {"only": "teacher"}),
+    ]
 
     def losses(folder, stops=()):
         for stop_after in (*stops, 99):
@@ -168,7 +182,9 @@ def test_a_stopped_run_of_any_family_goes_on_bit_for_bit(tiny, tmp_path, mix):
             if (folder / "checkpoints").exists():
                 for match in job.matches.values():
                     match.bank_ME = match.bank_ME[:0]
-                    torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in match.parameters())), match.parameters())
+                    torch.nn.utils.vector_to_parameters(
+                        torch.zeros(sum(p.numel() for p in match.parameters())), match.parameters()
+                    )
             train.train(job, progress=lambda step, *_: done.append(step), stop=lambda: len(done) >= stop_after)  # noqa: B023
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [(record["loss"].hex(), record.get("scheduled")) for record in records]
@@ -194,8 +210,13 @@ def test_two_ranks_train_the_same_student(tiny, tiny_folder, tmp_path, mix):
     job = make_job(tiny, mix, alone)
     train.train(job)
     multiprocessing.spawn(_train_rank, (2, str(tiny_folder), str(together), mix), nprocs=2)
-    records = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (alone, together)]
+    records = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (alone, together)
+    ]
     assert len(records[0]) == len(records[1]) == 4
     for one, two in zip(*records, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6) and two["grad_norm"] == pytest.approx(
+            one["grad_norm"], rel=1e-5
+        )
         assert two["response_tokens"] == one["response_tokens"]

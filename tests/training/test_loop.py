@@ -46,7 +46,10 @@ def losses(job):
 
 def go_backward(job, micro_batches, pad_id=0):
     """Forward and backward of one whole step, in these micro-batches: each term's mean."""
-    terms, batches = [term.settle(0.0, {}) for term in job.terms], [make_batch(job.rows, micro, pad_id) for micro in micro_batches]
+    terms, batches = (
+        [term.settle(0.0, {}) for term in job.terms],
+        [make_batch(job.rows, micro, pad_id) for micro in micro_batches],
+    )
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
     sums = Sums()
     for batch in batches:
@@ -129,7 +132,9 @@ def test_a_student_equal_to_its_teacher_is_not_moved(tiny, tmp_path):
     net = copy.deepcopy(tiny.net)
     (tmp_path / "run").mkdir()
     settings = Train(steps=2, tokens_per_step=30, lr=1e-3)
-    job = train.Job(net, ROWS, [make_term("forward_kl", {}, 1.0)], InProcessTeacher(tiny).view, settings, tmp_path / "run", "k")
+    job = train.Job(
+        net, ROWS, [make_term("forward_kl", {}, 1.0)], InProcessTeacher(tiny).view, settings, tmp_path / "run", "k"
+    )
     train.train(job)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert abs(records[0]["loss"]) < 1e-6 and records[0]["grad_norm"] < 1e-4

@@ -22,7 +22,10 @@ from limbeck.training.rollout_stats import Advice, facts_of
 from limbeck.types import RecipeError, Sampling, UserError
 from tests.runs.test_pipeline import command
 
-TEACHER, STUDENT = {"by": "teacher", "temperature": 1.0, "top_p": 1.0, "max_tokens": 12}, {"by": "student", "max_tokens": 12}
+TEACHER, STUDENT = (
+    {"by": "teacher", "temperature": 1.0, "top_p": 1.0, "max_tokens": 12},
+    {"by": "student", "max_tokens": 12},
+)
 
 
 @pytest.fixture
@@ -84,7 +87,9 @@ def test_minillm_without_its_long_term_is_gkd_with_reverse_kl_on_policy(trained)
     long = {"minillm_long": {"weight": 1e-30}}  # there, and too light to be felt
     minillm = trained("minillm", [STUDENT], [single, long])
     gkd = trained("gkd", [STUDENT], [{"jsd_rescaled": {"teacher_share": 1.0}}])
-    assert [r["terms"]["reverse_kl"] for r in records(minillm)] == pytest.approx([r["loss"] for r in records(gkd)], rel=1e-5)
+    assert [r["terms"]["reverse_kl"] for r in records(minillm)] == pytest.approx(
+        [r["loss"] for r in records(gkd)], rel=1e-5
+    )
     assert distance(minillm, gkd) < 1e-5
 
 
@@ -94,7 +99,9 @@ def test_minillm_with_gamma_0_and_no_single_step_is_on_policy_distillation(train
     minillm = trained("minillm", [STUDENT], [{"minillm_long": form}])
     opd = trained("opd", [STUDENT], ["on_policy_distillation"])
     assert distance(minillm, opd) < 1e-5
-    assert distance(opd, trained("reverse", [STUDENT], ["reverse_kl"])) > 1e-4, "an estimate, not the sum over the vocabulary"
+    assert distance(opd, trained("reverse", [STUDENT], ["reverse_kl"])) > 1e-4, (
+        "an estimate, not the sum over the vocabulary"
+    )
 
 
 def test_iw_opd_without_a_boost_is_on_policy_distillation(trained):
@@ -116,7 +123,10 @@ def test_a_copy_in_another_precision_follows_the_student(tiny):
         for parameter in tiny.net.parameters():
             parameter.add_(0.5)
     assert copy.now() is first
-    assert all(torch.equal(own, theirs.bfloat16()) for own, theirs in zip(first.parameters(), tiny.net.parameters(), strict=True))
+    assert all(
+        torch.equal(own, theirs.bfloat16())
+        for own, theirs in zip(first.parameters(), tiny.net.parameters(), strict=True)
+    )
     job = Job(tiny.prompt_ids(({"role": "user", "content": "why is the sky blue"},)), Sampling(1.0, 1.0, 12), 3)
     (text,) = write(copy.now(), [job], tiny.eos_ids, record=True)
     for place, token in enumerate(text.ids):
@@ -132,7 +142,11 @@ def test_a_copy_in_another_precision_follows_the_student(tiny):
     [
         ([STUDENT], {"ahead": 3}, ["on_policy_distillation"]),
         ([STUDENT], {"ahead": 2, "dtype": "bfloat16"}, ["on_policy_distillation"]),
-        ([TEACHER, STUDENT | {"share": 0.6}], {"replay": {"size": 6, "fresh": {"from": 1.0, "to": 0.0}}, "per": "batch"}, ["jsd"]),
+        (
+            [TEACHER, STUDENT | {"share": 0.6}],
+            {"replay": {"size": 6, "fresh": {"from": 1.0, "to": 0.0}}, "per": "batch"},
+            ["jsd"],
+        ),
         ([STUDENT], {"joint": {"teacher_share": 0.2}}, ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}]),
     ],
 )
@@ -187,7 +201,17 @@ def rollouts(write, share=1.0, fresh=1.0, fixed=None, tokens=20, order=(), watch
     writer = Writer(by="student", max_tokens=16)
     places = frozenset({EOS}), order
     return Rollouts(
-        slots(), fixed, write, writer, Rollout(**settings), schedule(share), schedule(fresh), 7, tokens, *places, watched=watched
+        slots(),
+        fixed,
+        write,
+        writer,
+        Rollout(**settings),
+        schedule(share),
+        schedule(fresh),
+        7,
+        tokens,
+        *places,
+        watched=watched,
     )
 
 
@@ -201,7 +225,10 @@ def rows_of(turn):
 
 
 def fixed_text(count=6, length=5, tokens=20):
-    rows = [Row(f"t{n}", (1, 2, 3 + n), (*range(40, 40 + length - 1), EOS), frozenset({"teacher", "best"}), f"p{n}") for n in range(count)]
+    rows = [
+        Row(f"t{n}", (1, 2, 3 + n), (*range(40, 40 + length - 1), EOS), frozenset({"teacher", "best"}), f"p{n}")
+        for n in range(count)
+    ]
     return FixedText(rows, 7, tokens)
 
 
@@ -213,7 +240,9 @@ def test_the_ids_drawn_are_the_ids_trained_and_tokens_keep_to_their_number(ahead
     written = sum(len(row.response_ids) for turn in found for row in rows_of(turn))
     assert written == pytest.approx(40 * 20, abs=8), "what one step lacks or has too much, others make up for"
     for row in rows_of(found[3]):
-        assert row.prompt_ids == (1, 2, 3 + int(row.group[1:])) and row.response_ids[-1] == EOS and row.tags == {"student"}
+        assert (
+            row.prompt_ids == (1, 2, 3 + int(row.group[1:])) and row.response_ids[-1] == EOS and row.tags == {"student"}
+        )
         assert row.columns["log_prob"] == (-1.0,) * len(row.response_ids) and row.columns["old_log_prob"][0] == -1.5
     ages = [turn.facts["age"] for turn in found]
     assert max(ages) == 0 if ahead == 1 else 0 < max(ages) <= ahead
@@ -253,7 +282,9 @@ def test_where_all_answer_every_prompt_has_all_texts_the_preferred_first():
                 for row in micro_batch:
                     groups.setdefault(row.group, []).append(row)
                 for rows in groups.values():
-                    assert [min(row.tags & {"teacher", "student"}) for row in rows] == list(order), "never parted, in their order"
+                    assert [min(row.tags & {"teacher", "student"}) for row in rows] == list(order), (
+                        "never parted, in their order"
+                    )
                     own = rows[order.index("student")]
                     assert own.tags == {"student", "best" if order[0] == "student" else "rest"}
 
@@ -286,7 +317,15 @@ def test_an_adaptive_share_follows_a_scripted_validation_loss():
     found = turns(source, 15, states)
     shares = [turn.facts["share"] for turn in found if "share" in turn.facts]
     assert shares == pytest.approx([0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3])
-    assert [turn.facts["validation_loss"] for turn in found if "share" in turn.facts] == [2.0, 2.05, 2.11, 2.2, 2.22, 1.9, 2.33]
+    assert [turn.facts["validation_loss"] for turn in found if "share" in turn.facts] == [
+        2.0,
+        2.05,
+        2.11,
+        2.2,
+        2.22,
+        1.9,
+        2.33,
+    ]
     assert states[SHARE]["value"] == pytest.approx(0.3)
 
 
@@ -361,11 +400,23 @@ def test_facts_of_text_count_what_they_say():
             "loss[0].reverse_kl.by",
             "add the loss minillm_long",
         ),
-        ({"writer": [STUDENT], "loss": [{"reverse_kl": {"by": "weight"}}]}, "loss[0].reverse_kl.by", "importance_weight"),
+        (
+            {"writer": [STUDENT], "loss": [{"reverse_kl": {"by": "weight"}}]},
+            "loss[0].reverse_kl.by",
+            "importance_weight",
+        ),
         ({"writer": [TEACHER, STUDENT], "loss": ["cross_entropy"]}, "loss[0]", "its own text"),
-        ({"writer": [STUDENT, TEACHER], "loss": [{"cross_entropy": {"only": "best"}}]}, "evaluate.controls", "preferred text"),
+        (
+            {"writer": [STUDENT, TEACHER], "loss": [{"cross_entropy": {"only": "best"}}]},
+            "evaluate.controls",
+            "preferred text",
+        ),
         ({"writer": [TEACHER, STUDENT], "loss": [{"cross_entropy": {"only": "rest"}}]}, "loss[0]", "{only: teacher}"),
-        ({"writer": [TEACHER, STUDENT], "loss": [{"cross_entropy": {"only": "student"}}]}, "loss[0]", "{only: teacher}"),
+        (
+            {"writer": [TEACHER, STUDENT], "loss": [{"cross_entropy": {"only": "student"}}]},
+            "loss[0]",
+            "{only: teacher}",
+        ),
         ({"writer": [STUDENT], "loss": ["cross_entropy"]}, "loss[0]", "choose a divergence"),
         ({"writer": [STUDENT], "loss": [{"on_policy_distillation": {"only": "best"}}]}, "loss[0]", "leave `only` out"),
         (
@@ -374,36 +425,72 @@ def test_facts_of_text_count_what_they_say():
             "no loss reads the text of the teacher",
         ),
         ({"writer": [STUDENT | {"temperature": 0}], "loss": ["on_policy_distillation"]}, "loss[0]", "draws none"),
-        ({"writer": [STUDENT], "loss": ["minillm_long"], "rollout": {"ahead": 2}}, "loss[0]", "leave ahead and replay out"),
+        (
+            {"writer": [STUDENT], "loss": ["minillm_long"], "rollout": {"ahead": 2}},
+            "loss[0]",
+            "leave ahead and replay out",
+        ),
         (
             {"writer": [TEACHER, STUDENT], "loss": ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}]},
             "loss[1].reverse_kl.by",
             "only: student",
         ),
-        ({"writer": [STUDENT], "rollout": {"joint": {"teacher_share": 0.2, "teacher_temperature": 0}}}, "rollout.joint", "above 0"),
-        ({"teacher": {"model": "TINY", "context": {"user": "{prompt} {anwser}"}}}, "teacher.context", "did you mean {answer}"),
+        (
+            {"writer": [STUDENT], "rollout": {"joint": {"teacher_share": 0.2, "teacher_temperature": 0}}},
+            "rollout.joint",
+            "above 0",
+        ),
+        (
+            {"teacher": {"model": "TINY", "context": {"user": "{prompt} {anwser}"}}},
+            "teacher.context",
+            "did you mean {answer}",
+        ),
         ({"writer": [TEACHER, STUDENT], "loss": ["dpo"]}, "loss[0]", "frozen model's opinion"),
         ({"writer": [TEACHER | {"share": 0.5}, STUDENT]}, "", "add up to 1.5"),
         ({"writer": [TEACHER | {"share": {"from": 0, "to": 1}}]}, "", "only the student's share"),
         ({"writer": [STUDENT, STUDENT | {"temperature": 0.5}]}, "", "only one writer can be the student"),
         ({"rollout": {"ahead": 2}}, "", "no writer is the student"),
-        ({"writer": [STUDENT], "loss": ["minillm_long"], "rollout": {"dtype": "bfloat16"}}, "loss[0]", "its copy is another"),
+        (
+            {"writer": [STUDENT], "loss": ["minillm_long"], "rollout": {"dtype": "bfloat16"}},
+            "loss[0]",
+            "its copy is another",
+        ),
         (
             {"writer": [STUDENT], "rollout": {"dtype": "bfloat16", "through": {"vllm": "http://x"}}},
             "rollout.dtype",
             "leave dtype or through",
         ),
-        ({"writer": [STUDENT], "rollout": {"validation": {"prompts": 4}}}, "rollout.validation", "only an adaptive share"),
+        (
+            {"writer": [STUDENT], "rollout": {"validation": {"prompts": 4}}},
+            "rollout.validation",
+            "only an adaptive share",
+        ),
         ({"writer": [STUDENT], "rollout": {"joint": {}}}, "rollout.joint", "exactly one of"),
-        ({"writer": [STUDENT | {"top_p": 0.9}], "rollout": {"joint": {"teacher_share": 0.2}}}, "rollout.joint", "top_p: 1.0"),
+        (
+            {"writer": [STUDENT | {"top_p": 0.9}], "rollout": {"joint": {"teacher_share": 0.2}}},
+            "rollout.joint",
+            "top_p: 1.0",
+        ),
         ({"writer": [TEACHER, STUDENT], "rollout": {"ahead": 2}}, "rollout", "leave ahead and replay out"),
         ({"writer": [STUDENT | {"share": {"from": 0, "to": 1, "shape": "plateau"}}]}, "", "add up to"),
         ({"writer": [TEACHER, STUDENT | {"share": {"from": 0, "to": 2}}]}, "writer[1].share.to", "outside"),
-        ({"writer": [TEACHER, STUDENT | {"share": {"from": 0, "to": 1, "shape": "adaptive"}}]}, "writer[1].share.shape", "not possible"),
+        (
+            {"writer": [TEACHER, STUDENT | {"share": {"from": 0, "to": 1, "shape": "adaptive"}}]},
+            "writer[1].share.shape",
+            "not possible",
+        ),
         ({"teacher": {"model": "TINY", "weights": "live"}}, "teacher.weights", "student.start.pretrained"),
         ({"teacher": {"model": "TINY", "context": {"user": "{prompt} {answer}"}}}, "teacher.context.user", "have none"),
-        ({"teacher": {"model": "TINY", "context": {"user": "no place for it"}}}, "teacher.context", "must hold {prompt}"),
-        ({"teacher": {"model": "TINY", "context": {"system": "x"}}, "loss": [{"hidden_match": {}}]}, "loss[0]", "shown other prompts"),
+        (
+            {"teacher": {"model": "TINY", "context": {"user": "no place for it"}}},
+            "teacher.context",
+            "must hold {prompt}",
+        ),
+        (
+            {"teacher": {"model": "TINY", "context": {"system": "x"}}, "loss": [{"hidden_match": {}}]},
+            "loss[0]",
+            "shown other prompts",
+        ),
     ],
 )
 def test_what_can_not_work_is_refused_by_the_check(recipe_data, change, path, words):
@@ -418,7 +505,9 @@ def test_what_can_not_work_is_refused_by_the_check(recipe_data, change, path, wo
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_before_the_first_step(recipe_data, tmp_path, prompt_file):
-    prompt_file.write_text(json.dumps({"id": "long", "prompt": "the cat sat on the mat " * 40}) + "\n" + prompt_file.read_text())
+    prompt_file.write_text(
+        json.dumps({"id": "long", "prompt": "the cat sat on the mat " * 40}) + "\n" + prompt_file.read_text()
+    )
     data = recipe_data | {"writer": [STUDENT], "loss": ["reverse_kl"]}
     data["student"], data["evaluate"] = (
         {"start": {"prune": {"layers": 3, "keep": "uniform"}}},
@@ -450,6 +539,18 @@ def test_a_run_with_the_students_text_alone_ends_with_its_control(recipe_data, t
     summary = json.loads((out / "evaluation" / "summary.json").read_text())
     assert list(summary["systems"]) == ["teacher", "untouched", "sft_control", "student"]
     facts = records(out)[-1]["rollout"]
-    keys = {"seconds", "written", "answers", "tokens", "length", "finished", "repetition", "age", "teacher_log_prob", "overlap", "entropy"}
+    keys = {
+        "seconds",
+        "written",
+        "answers",
+        "tokens",
+        "length",
+        "finished",
+        "repetition",
+        "age",
+        "teacher_log_prob",
+        "overlap",
+        "entropy",
+    }
     assert keys <= set(facts) and facts["age"] == 0 and 0 < facts["overlap"] <= 1
     assert facts["teacher_log_prob"] < 0 and facts["tokens"] == records(out)[-1]["response_tokens"]

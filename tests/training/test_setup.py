@@ -26,12 +26,21 @@ from limbeck.training.prepare import response_log_probs
 from limbeck.training.setup import make_job
 from tests.conftest import make_net
 
-BOTH = [{"by": "teacher", "max_tokens": 8, "temperature": 1.0}, {"by": "untouched", "max_tokens": 9, "temperature": 1.0}]
+BOTH = [
+    {"by": "teacher", "max_tokens": 8, "temperature": 1.0},
+    {"by": "untouched", "max_tokens": 9, "temperature": 1.0},
+]
 
 
 def rows(count: int = 12) -> list[Row]:
     return [
-        Row(f"s{i}", (5, 6, 7 + i), (20 + i, 21, 0), frozenset({"teacher", BEST} if i % 2 == 0 else {"untouched", REST}), f"p{i // 2}")
+        Row(
+            f"s{i}",
+            (5, 6, 7 + i),
+            (20 + i, 21, 0),
+            frozenset({"teacher", BEST} if i % 2 == 0 else {"untouched", REST}),
+            f"p{i // 2}",
+        )
         for i in range(count)
     ]
 
@@ -44,7 +53,17 @@ def job(tiny, tmp_path):
         terms = [make_term(name, params, 1.0, f"loss.{name}") for name, params in loss]
         values = Train(**{"steps": 4, "tokens_per_step": 20, "lr": 1e-3, "save_seconds": 1e9, **settings})
         teacher = InProcessTeacher(tiny)
-        return make_job(terms, student, given or rows(), lambda: teacher, None, values, tmp_path / folder, "k", tmp_path / "store.sqlite")
+        return make_job(
+            terms,
+            student,
+            given or rows(),
+            lambda: teacher,
+            None,
+            values,
+            tmp_path / folder,
+            "k",
+            tmp_path / "store.sqlite",
+        )
 
     return make
 
@@ -83,12 +102,16 @@ def test_what_cannot_work_is_refused_before_anything_is_spent(recipe_data, chang
 
 def test_the_control_takes_as_many_steps_as_the_student(recipe_data, tmp_path):
     settings = {"epochs": 1, "tokens_per_step": 40, "lr": 1e-3}
-    recipe = parse(recipe_data | {"writer": BOTH, "loss": ["dpo", {"cross_entropy": {"only": "best"}}], "train": settings})
+    recipe = parse(
+        recipe_data | {"writer": BOTH, "loss": ["dpo", {"cross_entropy": {"only": "best"}}], "train": settings}
+    )
     folder = run(recipe, tmp_path / "run", stages=("train",))
     counts = [len((folder / home / "metrics.jsonl").read_text().splitlines()) for home in (".", "controls/sft_control")]
     assert counts[0] == counts[1] > 3
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["terms"]["dpo"] == pytest.approx(0.6931, abs=1e-3), "before the first step the student is its own reference"
+    assert first["terms"]["dpo"] == pytest.approx(0.6931, abs=1e-3), (
+        "before the first step the student is its own reference"
+    )
 
 
 def test_a_feature_only_training_of_an_untied_model_resumes(job):
@@ -146,7 +169,9 @@ def test_a_prompt_without_its_preferred_answer_is_left_out(job):
 
 
 def test_a_step_without_text_for_a_term_leaves_its_schedules_alone(job):
-    made = job([("taid", {"only": "untouched", "t": {"from": 0.1, "to": 1.0, "shape": "adaptive"}}), ("forward_kl", {})])
+    made = job(
+        [("taid", {"only": "untouched", "t": {"from": 0.1, "to": 1.0, "shape": "adaptive"}}), ("forward_kl", {})]
+    )
     made.rows = [replace(row, tags=frozenset({"teacher"})) for row in made.rows]
     train.train(made)
     assert made.states == {}
@@ -162,7 +187,9 @@ def test_a_token_masked_by_the_heads_bias_gives_finite_losses():
     names = ("forward_kl", "reverse_kl", "jsd", "tvd", "cross_entropy")
     for name in names:
         term = make_term(name, {}).settle(0, {})
-        total = fused_loss(hidden, Head(weight, bias), [term], [1.0], torch.ones(1, 5), Evidence(torch.arange(5), signal))
+        total = fused_loss(
+            hidden, Head(weight, bias), [term], [1.0], torch.ones(1, 5), Evidence(torch.arange(5), signal)
+        )
         (gradient,) = torch.autograd.grad(total.loss, hidden)
         cut = DenseSignal(hidden.detach(), Head(teacher[:-1]))
         want = fused_loss(hidden, Head(weight[:-1]), [term], [1.0], torch.ones(1, 5), Evidence(torch.arange(5), cut))
@@ -189,11 +216,16 @@ def test_rationales_and_labels_are_two_terms_on_two_tasks(recipe_data, tmp_path)
     ]
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    loss = [{"cross_entropy": {"only": "label", "weight": 0.5}}, {"cross_entropy": {"only": "rationale", "weight": 0.5}}]
+    loss = [
+        {"cross_entropy": {"only": "label", "weight": 0.5}},
+        {"cross_entropy": {"only": "rationale", "weight": 0.5}},
+    ]
     change = {"prompts": {"from": str(corpus)}, "writer": [{"by": "corpus", "max_tokens": 8}], "loss": loss}
     train_settings = {"steps": 2, "tokens_per_step": 4096, "lr": 1e-3}
     start = {"start": {"prune": {"layers": 3, "keep": "uniform"}}}
-    folder = run(parse(recipe_data | change | {"train": train_settings, "student": start}), tmp_path / "run", stages=("train",))
+    folder = run(
+        parse(recipe_data | change | {"train": train_settings, "student": start}), tmp_path / "run", stages=("train",)
+    )
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert set(record["terms"]) == {"cross_entropy@label", "cross_entropy@rationale"}
     assert record["loss"] == pytest.approx(sum(0.5 * value for value in record["terms"].values()))

@@ -1,4 +1,5 @@
-"""Models in the form that lm-evaluation-harness asks: one that is loaded here, and one behind an OpenAI-compatible server.
+"""Models in the form that lm-evaluation-harness asks: one that is loaded here, and one behind an OpenAI-compatible
+server.
 
 Importing this file imports that program. Keys come from OPENAI_API_KEY, which it reads itself.
 """
@@ -19,24 +20,30 @@ from limbeck.types import UserError
 ROWS_TOGETHER = 8
 SECONDS_TO_ANSWER = 300
 PROBE_SECONDS = 60
-LIKELIEST, ALL_TOKENS = 256, 1_000_000  # how many next tokens are asked for: most choices are among the first
+LIKELIEST = 256
+ALL_TOKENS = 1_000_000  # how many next tokens are asked for: most choices are among the first
 
 
 class Loaded(HFLM):  # type: ignore[misc]
     """A loaded model.
 
-    With `apart`, prompt and choice are tokenised one by one and joined as ids, as Limbeck's own tasks do; without it, as
-    lm-evaluation-harness does: white space at the prompt's end goes to the choice, and the choice's tokens are those
+    With `apart`, prompt and choice are tokenised one by one and joined as ids, as Limbeck's own tasks do; without it,
+    as lm-evaluation-harness does: white space at the prompt's end goes to the choice, and the choice's tokens are those
     that the joined text has more than the prompt. The two differ where the prompt ends in white space (a chat
-    template's last newline) or a token spans the boundary. A prompt out of a chat template gets no further special tokens.
+    template's last newline) or a token spans the boundary. A prompt out of a chat template gets no further special
+    tokens.
     """
 
     def __init__(self, model: Model, apart: bool, chat: bool) -> None:
         self.apart = apart
         super().__init__(
-            pretrained=model.net, tokenizer=model.tokenizer, backend="causal", batch_size=ROWS_TOGETHER, max_length=model.context,
+            pretrained=model.net,
+            tokenizer=model.tokenizer,
+            backend="causal",
+            batch_size=ROWS_TOGETHER,
+            max_length=model.context,
             add_bos_token=False if chat else None,
-        )  # fmt: skip
+        )
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not self.apart:
@@ -55,14 +62,19 @@ class ServedChat(LocalChatCompletion):  # type: ignore[misc]
 
 
 class ServedText(LocalCompletionsAPI):  # type: ignore[misc]
-    """The server's completions. With the model's tokenizer (a folder) it gets token ids, and given text can be scored."""
+    """The server's completions. With the model's tokenizer (a folder) it gets token ids, and given text can be
+    scored."""
 
     def __init__(self, model: str, base_url: str, tokenizer: str | None, apart: bool) -> None:
         self.apart = apart
         super().__init__(
-            model=model, base_url=f"{base_url}/completions", timeout=SECONDS_TO_ANSWER, tokenizer=tokenizer,
-            tokenizer_backend="huggingface" if tokenizer else None, tokenized_requests=tokenizer is not None,
-        )  # fmt: skip
+            model=model,
+            base_url=f"{base_url}/completions",
+            timeout=SECONDS_TO_ANSWER,
+            tokenizer=tokenizer,
+            tokenizer_backend="huggingface" if tokenizer else None,
+            tokenized_requests=tokenizer is not None,
+        )
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not self.apart:
@@ -74,11 +86,13 @@ class ServedText(LocalCompletionsAPI):  # type: ignore[misc]
 
 
 class ServedByToken(ServedText):
-    """llama.cpp's server, which returns no log-probabilities of a given prompt: its own /completion says how likely each next token
-    is, so a choice is scored token by token. The prompt stays in its cache; one request costs one token."""
+    """llama.cpp's server, which returns no log-probabilities of a given prompt: its own /completion says how likely
+    each next token is, so a choice is scored token by token. The prompt stays in its cache; one request costs one
+    token."""
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Per request ((context, choice), context ids, choice ids): (log p(choice | context) in nats, whether it is the greedy text)."""
+        """Per request ((context, choice), context ids, choice ids): (log p(choice | context) in nats, whether it is the
+        greedy text)."""
         found = []
         for _, context, continuation in requests:
             steps = [self._next(context + continuation[:at], token) for at, token in enumerate(continuation)]
@@ -91,20 +105,35 @@ class ServedByToken(ServedText):
             likely = next_tokens(self.base_url.removesuffix("/v1/completions"), ids, count)
             if token in likely:
                 return likely[token], max(likely, key=lambda id_: likely[id_]) == token
-        raise UserError(f"the server names {len(likely)} tokens that may come next, and token {token} is none: is --tokenizer its model's?")
+        raise UserError(
+            f"the server names {len(likely)} tokens that may come next, and token {token} is none: is --tokenizer its"
+            " model's?"
+        )
 
 
 def next_tokens(root: str, ids: list[int], count: int) -> dict[int, float]:
-    """The log-probabilities (nats, before temperature) of the `count` likeliest next tokens, from llama.cpp's /completion.
+    """The log-probabilities (nats, before temperature) of the `count` likeliest next tokens, from llama.cpp's
+    /completion.
 
     Raises:
         UserError: it doesn't answer, or names none.
     """
-    asked = {"prompt": ids, "n_predict": 1, "n_probs": count, "temperature": 0, "cache_prompt": True, "post_sampling_probs": False}
+    asked = {
+        "prompt": ids,
+        "n_predict": 1,
+        "n_probs": count,
+        "temperature": 0,
+        "cache_prompt": True,
+        "post_sampling_probs": False,
+    }
     reply = _posted(f"{root}/completion", asked)
     steps = reply.get("completion_probabilities") if isinstance(reply, dict) else None
     tops = steps[0].get("top_logprobs") if isinstance(steps, list) and steps and isinstance(steps[0], dict) else None
-    if not isinstance(tops, list) or not tops or not all(isinstance(top, dict) and "id" in top and "logprob" in top for top in tops):
+    if (
+        not isinstance(tops, list)
+        or not tops
+        or not all(isinstance(top, dict) and "id" in top and "logprob" in top for top in tops)
+    ):
         raise UserError(f"the server at {root} names no next tokens with their log-probabilities")
     return {int(top["id"]): float(top["logprob"]) for top in tops}
 
@@ -126,7 +155,9 @@ def _choices(outputs: Any) -> list[dict[str, Any]]:
     for reply in replies:
         choices = reply.get("choices") if isinstance(reply, dict) else None
         if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
-            raise UserError(f"the server's reply holds no choices: {str(reply)[:200]!r}; is it an OpenAI-compatible server?")
+            raise UserError(
+                f"the server's reply holds no choices: {str(reply)[:200]!r}; is it an OpenAI-compatible server?"
+            )
         found += sorted(choices, key=lambda choice: int(choice.get("index") or 0))
     return found
 
@@ -135,13 +166,15 @@ def _text(part: Any, key: str) -> str:
     text = part.get(key) if isinstance(part, dict) else None
     if not isinstance(text, str):
         raise UserError(
-            f"the server's reply holds no text: {str(part)[:200]!r}; a reasoning model may need more tokens to come to its answer"
+            f"the server's reply holds no text: {str(part)[:200]!r}; a reasoning model may need more tokens to come to"
+            " its answer"
         )
     return text
 
 
 def scorer(model: str, base_url: str, prompt: list[int]) -> type[ServedText]:
-    """How this server scores given text: by the log-probabilities of a given prompt (`echo`), or, as llama.cpp's, token by token.
+    """How this server scores given text: by the log-probabilities of a given prompt (`echo`), or, as llama.cpp's, token
+    by token.
 
     Args:
         prompt: token ids, at least two of them.
@@ -155,16 +188,23 @@ def scorer(model: str, base_url: str, prompt: list[int]) -> type[ServedText]:
         next_tokens(base_url.removesuffix("/v1"), prompt, 1)
     except UserError as error:
         raise UserError(
-            f"the server at {base_url} does not return the log-probabilities of a given prompt (echo with logprobs), which multiple-choice "
-            "and likelihood tasks need, nor those of the next token (llama.cpp's /completion): use a server that does, such as vLLM's or "
-            "llama.cpp's, or give the model's folder instead of --base-url"
+            f"the server at {base_url} does not return the log-probabilities of a given prompt (echo with logprobs),"
+            " which multiple-choice and likelihood tasks need, nor those of the next token (llama.cpp's /completion):"
+            " use a server that does, such as vLLM's or llama.cpp's, or give the model's folder instead of --base-url"
         ) from error
     return ServedByToken
 
 
 def _echoes(model: str, base_url: str, prompt: list[int]) -> bool:
     """Whether the server returns the log-probabilities of a given prompt."""
-    asked: dict[str, Any] = {"model": model, "prompt": [prompt], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    asked: dict[str, Any] = {
+        "model": model,
+        "prompt": [prompt],
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 1,
+        "echo": True,
+    }
     reply = _posted(f"{base_url}/completions", asked)
     choices = reply.get("choices") if isinstance(reply, dict) else None
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}

@@ -1,4 +1,5 @@
-"""lm-evaluation-harness (EleutherAI) on a student, a model or a server, so that its numbers stand beside everyone else's.
+"""lm-evaluation-harness (EleutherAI) on a student, a model or a server, so that its numbers stand beside everyone
+else's.
 
 Its templates are rendered in a sandbox here; a local YAML task is plain data (see tasks.py). A task that is named is
 that program's own, with the Python files that it brings along. Nothing is fetched but what such a task asks for.
@@ -32,7 +33,8 @@ from limbeck.types import UserError, canonical_json, content_hash, nearest
 
 __all__ = ["as_harness_task", "harness"]
 
-SEED, OTHER_SEED = 0, 1234  # lm-evaluation-harness's own defaults: Python's, and numpy's, torch's and the examples'
+SEED = 0
+OTHER_SEED = 1234  # lm-evaluation-harness's own defaults: Python's, and numpy's, torch's and the examples'
 RESAMPLES = 1000  # for the standard errors that it bootstraps; those of means have a formula
 MAX_TOKENS = 128
 PROBE_TEXT = "The sky is blue."
@@ -69,7 +71,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Part:
-    """A task (or a group of them) and how it is asked: through the chat template or not, choices tokenised apart or not."""
+    """A task (or a group of them) and how it is asked: through the chat template or not, choices tokenised apart or
+    not."""
 
     tasks: dict[str, Any]
     groups: dict[str, Any]
@@ -87,12 +90,15 @@ def harness(
     tokenizer: str | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Run tasks of lm-evaluation-harness; returns what is written to `out`, the new tasks beside those that stand there already.
+    """Run tasks of lm-evaluation-harness; returns what is written to `out`, the new tasks beside those that stand there
+    already.
 
     Args:
-        where: a run folder (its student), a model folder, a known model's name, or with `base_url` the server's name for its model.
+        where: a run folder (its student), a model folder, a known model's name, or with `base_url` the server's name
+            for its model.
         names: tasks of that program, local YAML files, folders with a task.yaml of Limbeck, or builtin/NAME.
-        out: a JSON file; of a run folder, evaluation/harness.json by default. Every item goes to harness-TASK.jsonl beside it.
+        out: a JSON file; of a run folder, evaluation/harness.json by default. Every item goes to harness-TASK.jsonl
+            beside it.
         limit: the first so many items of each task.
         chat: put other programs' tasks through the model's chat template (Limbeck's own say so themselves).
         base_url: of an OpenAI-compatible server, such as http://localhost:8000/v1.
@@ -126,7 +132,9 @@ def _check_installed() -> None:
         import lm_eval.models.huggingface
         import lm_eval.models.openai_completions  # noqa: F401
     except ImportError as error:
-        raise UserError(f"lm-evaluation-harness is not installed ({error.name} is missing): pip install 'limbeck[eval]'") from error
+        raise UserError(
+            f"lm-evaluation-harness is not installed ({error.name} is missing): pip install 'limbeck[eval]'"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -134,9 +142,12 @@ def _quiet_and_sandboxed() -> Iterator[None]:
     """Its templates are rendered by an environment that runs no code, and only its errors are told."""
     from lm_eval import utils
 
-    logger, before = logging.getLogger("lm_eval"), utils.env
+    logger = logging.getLogger("lm_eval")
+    before = utils.env
     level = logger.level
-    sandbox = ImmutableSandboxedEnvironment(loader=before.loader, undefined=before.undefined, keep_trailing_newline=True)
+    sandbox = ImmutableSandboxedEnvironment(
+        loader=before.loader, undefined=before.undefined, keep_trailing_newline=True
+    )
     sandbox.filters.update(before.filters)
     logger.setLevel(logging.ERROR)
     utils.env = sandbox
@@ -153,7 +164,10 @@ def _address(base_url: str | None) -> str | None:
         return None
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise UserError("--base-url must look like http://localhost:8000/v1; a key comes from OPENAI_API_KEY, never from the address")
+        raise UserError(
+            "--base-url must look like http://localhost:8000/v1; a key comes from OPENAI_API_KEY, never from the"
+            " address"
+        )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
@@ -168,10 +182,12 @@ def _parts(names: Sequence[str], chat: bool, max_tokens: int, note: Callable[[st
     for name in names:
         path = Path(name).expanduser()
         spec: str | dict[str, Any] = name
-        apart, asked_in_chat = False, chat
+        apart = False
+        asked_in_chat = chat
         if name.startswith("builtin/") or (path / "task.yaml").is_file():
             spec = as_harness_task(name.removeprefix("builtin/"), max_tokens)
-            apart, asked_in_chat = True, spec["metadata"]["chat"]
+            apart = True
+            asked_in_chat = spec["metadata"]["chat"]
         elif path.suffix in (".yaml", ".yml"):
             if not path.is_file():
                 raise UserError(f"there is no task file {name}")
@@ -202,13 +218,16 @@ def _load(name: str, spec: str | dict[str, Any]) -> Any:
     """
     manager = _manager(isinstance(spec, str))
     if isinstance(spec, str) and spec not in manager.task_index:
-        raise UserError(f"no task of lm-evaluation-harness is named {name!r}{_near(name, manager.all_tasks)}; or give a YAML file")
+        raise UserError(
+            f"no task of lm-evaluation-harness is named {name!r}{_near(name, manager.all_tasks)}; or give a YAML file"
+        )
     try:
         loaded = manager.load([spec])
     except Exception as error:  # its loaders raise many kinds; the user needs one
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the task {name} can't be loaded: {reason} ({type(error).__name__}); a task that is not local needs the network"
+            f"the task {name} can't be loaded: {reason} ({type(error).__name__}); a task that is not local needs the"
+            " network"
         ) from error
     for task_name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
@@ -246,8 +265,9 @@ def _speaker(subject: Subject, parts: Sequence[Part]) -> Any:
     scored = [name for part in parts for name, task in part.tasks.items() if task.OUTPUT_TYPE in LIKELIHOOD]
     if scored and folder is None:
         raise UserError(
-            f"{scored[0]} scores given text, which a chat server can't: say --tokenizer MODEL (whose tokenizer the served model has), and "
-            "use a server that returns a prompt's log-probabilities; or give the model's folder instead of --base-url"
+            f"{scored[0]} scores given text, which a chat server can't: say --tokenizer MODEL (whose tokenizer the"
+            " served model has), and use a server that returns a prompt's log-probabilities; or give the model's"
+            " folder instead of --base-url"
         )
     served = models.ServedText
     if scored and subject.tokenizer:
@@ -277,19 +297,29 @@ def _evaluate(speaker: Any, part: Part, limit: int | None, facts: dict[str, Any]
     loaded = {"tasks": part.tasks, "groups": part.groups, "group_map": {}}
     try:
         found = evaluate(
-            speaker, loaded, limit=limit, bootstrap_iters=RESAMPLES, apply_chat_template=part.chat, fewshot_as_multiturn=part.chat,
+            speaker,
+            loaded,
+            limit=limit,
+            bootstrap_iters=RESAMPLES,
+            apply_chat_template=part.chat,
+            fewshot_as_multiturn=part.chat,
             confirm_run_unsafe_code=False,
-        )  # fmt: skip
+        )
     except requests.RequestException as error:
         raise UserError(f"the server gave no usable answer: {type(error).__name__}: {str(error)[:300]}") from error
     entries = {}
     for name, values in found["results"].items():
         entry = {**facts, "results": _results(values)}
         if name in part.tasks:
-            task, samples = part.tasks[name], found["samples"][name]
+            task = part.tasks[name]
+            samples = found["samples"][name]
             file = out.parent / f"harness-{name if TASK_NAME.fullmatch(name) else content_hash(name)[:16]}.jsonl"
             write_text(file, "".join(canonical_json(_plain(sample)) + "\n" for sample in samples))
-            entry |= {"version": _plain(task.VERSION), "items": found["n-samples"][name]["effective"], "samples": file.name}
+            entry |= {
+                "version": _plain(task.VERSION),
+                "items": found["n-samples"][name]["effective"],
+                "samples": file.name,
+            }
             entry["settings"] = facts["settings"] | {
                 "output_type": task.OUTPUT_TYPE,
                 "num_fewshot": task.get_config("num_fewshot"),
@@ -326,14 +356,19 @@ def _facts(subject: Subject, part: Part, limit: int | None) -> dict[str, Any]:
         model = {"model": subject.where, "server": subject.base_url}
     return {
         **model,
-        "settings": {"chat": part.chat, "choices_tokenised": "apart" if part.apart else "joined", "limit": limit, "seed": SEED,
-                     "other_seeds": OTHER_SEED},
+        "settings": {
+            "chat": part.chat,
+            "choices_tokenised": "apart" if part.apart else "joined",
+            "limit": limit,
+            "seed": SEED,
+            "other_seeds": OTHER_SEED,
+        },
         "versions": {
             "limbeck": __version__,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("lm_eval", "torch", "transformers")},
         },
-    }  # fmt: skip
+    }
 
 
 def _plain(value: Any) -> Any:

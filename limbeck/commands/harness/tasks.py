@@ -1,8 +1,9 @@
 """Tasks for lm-evaluation-harness as plain data: a user's own YAML, checked, and Limbeck's tasks, turned into its form.
 
-That program's YAML may name Python functions, metrics that are fetched and run, prompt files that are, and data in pickles.
-A local file here may not: only keys that are data are let through, and data are JSON, CSV, Parquet or text files on this
-machine, or a dataset of the hub by its name. Not covered: a regular expression of a filter that takes for ever.
+That program's YAML may name Python functions, metrics that are fetched and run, prompt files that are, and data in
+pickles. A local file here may not: only keys that are data are let through, and data are JSON, CSV, Parquet or text
+files on this machine, or a dataset of the hub by its name. Not covered: a regular expression of a filter that takes for
+ever.
 """
 
 from __future__ import annotations
@@ -19,15 +20,53 @@ from limbeck.evaluate.items import ChoiceItem, ChoiceSettings, GenerationSetting
 from limbeck.evaluate.tasks import Task, load_task
 from limbeck.types import UserError, nearest
 
-KEYS = frozenset({
-    "task", "task_alias", "tag", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split",
-    "fewshot_split", "fewshot_config", "doc_to_text", "doc_to_target", "doc_to_choice", "description", "target_delimiter",
-    "fewshot_delimiter", "num_fewshot", "metric_list", "output_type", "generation_kwargs", "repeats", "filter_list", "gen_prefix",
-    "metadata", "unsafe_code",
-})  # fmt: skip
-FEWSHOT_KEYS = frozenset({"sampler", "split", "fewshot_indices", "samples", "doc_to_text", "doc_to_choice", "doc_to_target", "gen_prefix",
-                          "fewshot_delimiter", "target_delimiter"})  # fmt: skip
-RUNS_CODE = frozenset({"process_docs", "process_results", "custom_dataset", "class", "use_prompt", "doc_to_image", "doc_to_audio"})
+KEYS = frozenset(
+    {
+        "task",
+        "task_alias",
+        "tag",
+        "dataset_path",
+        "dataset_name",
+        "dataset_kwargs",
+        "training_split",
+        "validation_split",
+        "test_split",
+        "fewshot_split",
+        "fewshot_config",
+        "doc_to_text",
+        "doc_to_target",
+        "doc_to_choice",
+        "description",
+        "target_delimiter",
+        "fewshot_delimiter",
+        "num_fewshot",
+        "metric_list",
+        "output_type",
+        "generation_kwargs",
+        "repeats",
+        "filter_list",
+        "gen_prefix",
+        "metadata",
+        "unsafe_code",
+    }
+)
+FEWSHOT_KEYS = frozenset(
+    {
+        "sampler",
+        "split",
+        "fewshot_indices",
+        "samples",
+        "doc_to_text",
+        "doc_to_choice",
+        "doc_to_target",
+        "gen_prefix",
+        "fewshot_delimiter",
+        "target_delimiter",
+    }
+)
+RUNS_CODE = frozenset(
+    {"process_docs", "process_results", "custom_dataset", "class", "use_prompt", "doc_to_image", "doc_to_audio"}
+)
 FILE_FORMATS = ("json", "csv", "parquet", "text")
 HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -46,7 +85,9 @@ def local_task(file: Path, metrics: Sequence[str]) -> dict[str, Any]:
     config = _read(file)
     for key in config:
         if key in RUNS_CODE:
-            raise UserError(f"{file}: {key} names code, which a local task can't; write the task with templates and data only")
+            raise UserError(
+                f"{file}: {key} names code, which a local task can't; write the task with templates and data only"
+            )
         if key in ("include", "group"):
             raise UserError(f"{file}: {key} is not followed; put one whole task into one file")
         if key not in KEYS:
@@ -68,7 +109,8 @@ def _read(file: Path) -> dict[str, Any]:
     except yaml.constructor.ConstructorError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(
-            f"{file}, line {line}: {error.problem}; a tag such as !function would run code, so a local task is read as plain data only"
+            f"{file}, line {line}: {error.problem}; a tag such as !function would run code, so a local task is read as"
+            " plain data only"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from error
@@ -84,7 +126,9 @@ def _check_fewshot(config: Any, file: Path) -> None:
         raise UserError(f"{file}: fewshot_config must be a mapping")
     for key in config:
         if key not in FEWSHOT_KEYS:
-            raise UserError(f"{file}: fewshot_config.{key} can't stand in a local task{nearest(str(key), FEWSHOT_KEYS)}")
+            raise UserError(
+                f"{file}: fewshot_config.{key} can't stand in a local task{nearest(str(key), FEWSHOT_KEYS)}"
+            )
 
 
 def _check_metrics(listed: Any, known: Sequence[str], file: Path) -> None:
@@ -94,24 +138,36 @@ def _check_metrics(listed: Any, known: Sequence[str], file: Path) -> None:
         raise UserError(f"{file}: metric_list must be a list such as [{{metric: acc}}]")
     for entry in listed:
         if entry.get("hf_evaluate"):
-            raise UserError(f"{file}: hf_evaluate fetches a metric and runs it; use one of lm-evaluation-harness itself")
+            raise UserError(
+                f"{file}: hf_evaluate fetches a metric and runs it; use one of lm-evaluation-harness itself"
+            )
         if entry.get("metric") not in known:
-            raise UserError(f"{file}: no metric is named {entry.get('metric')!r}{nearest(str(entry.get('metric')), known)}")
+            raise UserError(
+                f"{file}: no metric is named {entry.get('metric')!r}{nearest(str(entry.get('metric')), known)}"
+            )
 
 
 def _dataset(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """`dataset_path` and `dataset_kwargs`, with local files found beside the task's own."""
-    path, kwargs = config.get("dataset_path"), config.get("dataset_kwargs") or {}
+    path = config.get("dataset_path")
+    kwargs = config.get("dataset_kwargs") or {}
     if not isinstance(kwargs, dict) or (other := sorted(set(kwargs) - {"data_files", "field"})):
-        raise UserError(f"{file}: dataset_kwargs may hold data_files and field; got {other if isinstance(kwargs, dict) else kwargs!r}")
+        raise UserError(
+            f"{file}: dataset_kwargs may hold data_files and field; got"
+            f" {other if isinstance(kwargs, dict) else kwargs!r}"
+        )
     if path in FILE_FORMATS:
         if "data_files" not in kwargs:
             raise UserError(f"{file}: dataset_path {path} needs dataset_kwargs: {{data_files: {{test: FILE}}}}")
         return {"dataset_path": path, "dataset_kwargs": {**kwargs, "data_files": _located(kwargs["data_files"], file)}}
     if not isinstance(path, str) or not HUB_DATASET.fullmatch(path) or Path(path).exists():
-        raise UserError(f"{file}: dataset_path must be {', '.join(FILE_FORMATS)} with local data_files, or a hub dataset OWNER/NAME")
+        raise UserError(
+            f"{file}: dataset_path must be {', '.join(FILE_FORMATS)} with local data_files, or a hub dataset OWNER/NAME"
+        )
     if "data_files" in kwargs:
-        raise UserError(f"{file}: data_files stand beside dataset_path {FILE_FORMATS[0]}, not beside a dataset of the hub")
+        raise UserError(
+            f"{file}: data_files stand beside dataset_path {FILE_FORMATS[0]}, not beside a dataset of the hub"
+        )
     return {"dataset_path": path, "dataset_kwargs": kwargs or None}
 
 
@@ -132,9 +188,9 @@ def as_harness_task(folder: str | Path, max_tokens: int = 128) -> dict[str, Any]
     """One of Limbeck's tasks (a built-in name, or a folder with a task.yaml) in the form of lm-evaluation-harness.
 
     The prompt is the very text that Limbeck asks. `acc` of both programs is the same number, and Limbeck's `acc_norm`
-    is called `acc_bytes` there (its `acc_norm` divides by characters); `brier` is `brier_score`. For this the choices must be tokenised
-    apart from the prompt, as `harness.evaluate` does for these tasks. `metadata.chat` says whether the prompt goes through the
-    model's chat template.
+    is called `acc_bytes` there (its `acc_norm` divides by characters); `brier` is `brier_score`. For this the choices
+    must be tokenised apart from the prompt, as `harness.evaluate` does for these tasks. `metadata.chat` says whether
+    the prompt goes through the model's chat template.
 
     Args:
         max_tokens: of an answer, where the task itself sets no limit.
@@ -148,7 +204,10 @@ def as_harness_task(folder: str | Path, max_tokens: int = 128) -> dict[str, Any]
     elif isinstance(task.protocol, GenerationSettings):
         own = _generation_task(task, task.protocol, max_tokens)
     else:
-        raise UserError(f"{task.name}: a task of kind {task.kind} has no form there; multiple_choice, classification and generation do")
+        raise UserError(
+            f"{task.name}: a task of kind {task.kind} has no form there; multiple_choice, classification and"
+            " generation do"
+        )
     return {
         "task": task.name,
         "test_split": "test",
@@ -160,9 +219,15 @@ def as_harness_task(folder: str | Path, max_tokens: int = 128) -> dict[str, Any]
 
 def _choice_task(task: Task, protocol: ChoiceSettings | LabelSettings) -> dict[str, Any]:
     if protocol.format == "chat" and protocol.joint:
-        raise UserError(f"{task.name}: in a chat, lm-evaluation-harness puts no delimiter before a choice; leave settings.delimiter out")
+        raise UserError(
+            f"{task.name}: in a chat, lm-evaluation-harness puts no delimiter before a choice; leave"
+            " settings.delimiter out"
+        )
     items = [item for item in task.items if isinstance(item, ChoiceItem)]
-    docs = [{"id": item.id, "prompt": protocol.fill(item.fields), "choices": list(item.choices), "answer": item.answer} for item in items]
+    docs = [
+        {"id": item.id, "prompt": protocol.fill(item.fields), "choices": list(item.choices), "answer": item.answer}
+        for item in items
+    ]
     return {
         "custom_dataset": _dataset_of(docs),
         "output_type": "multiple_choice",
@@ -182,7 +247,10 @@ def _generation_task(task: Task, protocol: GenerationSettings, max_tokens: int) 
     """Greedy answers, judged by the prompts' own checks; an answer without a check counts nowhere."""
     checks = {prompt.id: prompt.check for prompt in task.prompts}
     if protocol.temperature > 0:
-        raise UserError(f"{task.name}: its answers are sampled, and other random numbers give other answers; only greedy ones compare")
+        raise UserError(
+            f"{task.name}: its answers are sampled, and other random numbers give other answers; only greedy ones"
+            " compare"
+        )
     if not any(checks.values()):
         raise UserError(f"{task.name}: none of its prompts has a check, so there is nothing to count")
 
