@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from limbeck.config.sections import Train
-from limbeck.config.teacher import Bridge
+from limbeck.config.teacher import BridgeSettings
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.load import Model, load_model
@@ -40,15 +40,18 @@ TOKENS = 512
 TRAINED = 120
 HELD_OUT = 40
 LR = 5e-5
-COMMON = ("forward_kl", Bridge())
+COMMON = ("forward_kl", BridgeSettings())
 PARAMS = {"dual_space": {"projection_rate": 20}}
-WAYS: dict[str, tuple[list[tuple[str, float]], Bridge]] = {
-    "text alone": ([("cross_entropy", 1.0)], Bridge()),
-    "bucket": ([("cross_entropy", 0.5), ("forward_kl", 0.5)], Bridge()),
-    "gold": ([("cross_entropy", 0.5), ("jsd", 0.5)], Bridge(rest="sorted")),
-    "mined": ([("cross_entropy", 0.5), ("forward_kl", 0.5)], Bridge(match="edits", spans="equal", others="written")),
-    "uld": ([("cross_entropy", 1.0), ("uld", 1.5)], Bridge()),
-    "dskd": ([("cross_entropy", 0.5), ("dual_space", 0.5)], Bridge()),
+WAYS: dict[str, tuple[list[tuple[str, float]], BridgeSettings]] = {
+    "text alone": ([("cross_entropy", 1.0)], BridgeSettings()),
+    "bucket": ([("cross_entropy", 0.5), ("forward_kl", 0.5)], BridgeSettings()),
+    "gold": ([("cross_entropy", 0.5), ("jsd", 0.5)], BridgeSettings(rest="sorted")),
+    "mined": (
+        [("cross_entropy", 0.5), ("forward_kl", 0.5)],
+        BridgeSettings(match="edits", spans="equal", others="written"),
+    ),
+    "uld": ([("cross_entropy", 1.0), ("uld", 1.5)], BridgeSettings()),
+    "dskd": ([("cross_entropy", 0.5), ("dual_space", 0.5)], BridgeSettings()),
 }
 
 
@@ -73,7 +76,7 @@ def rows_of(file: Path, student: Model, teacher: Model) -> tuple[list[Row], list
 def measured(job: Any, student: Model, teacher: BridgedTeacher, held: list[Row], size: int) -> dict[str, float]:
     """The job's loss, nats a byte of the text, and forward KL over common tokens, on the held-out rows."""
     batches = [make_batch(held, part) for part in even_batches(held)]
-    vocabulary = job.vocabulary
+    vocab_size = job.vocab_size
     term = make_term(COMMON[0], {})
     common = make_job(
         [term], student, held, lambda: teacher, None, job.settings, job.folder, "common", job.folder / "store.sqlite"
@@ -81,7 +84,7 @@ def measured(job: Any, student: Model, teacher: BridgedTeacher, held: list[Row],
     aligned = teacher.facts([row.response_ids for row in held])["aligned_share"]
     return {
         "loss": loss_on(job, batches, 1.0),
-        "nats_per_byte": -sum(response_log_probs(student.net, held, vocabulary).values()) / size,
+        "nats_per_byte": -sum(response_log_probs(student.net, held, vocab_size).values()) / size,
         "common_kl": loss_on(common, batches, 1.0) / aligned,
     }
 

@@ -23,16 +23,16 @@ from torch import Tensor
 
 from limbeck import load_recipe
 from limbeck.commands.console import Terminal
-from limbeck.config.teacher import Cache as Form
+from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.objectives.head import Evidence, chunks, fused_loss
+from limbeck.objectives.head import PositionEvidence, chunks, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.runs.pipeline import Run
-from limbeck.signals.cache import Cache
+from limbeck.signals.cache import SignalCache
 from limbeck.signals.pack import pack, unpack
 from limbeck.storage.files import write_json
 from limbeck.training.prepare import even_batches, fill_cache
@@ -68,13 +68,13 @@ def told(values_N: Tensor, gradient_V: Tensor, exact_N: Tensor, exact_V: Tensor)
 class Measure:
     """One text's teacher and student states, and a form's loss on them against the exact one."""
 
-    def __init__(self, run: Run, rows: list[Row], vocabulary: int) -> None:
+    def __init__(self, run: Run, rows: list[Row], vocab_size: int) -> None:
         self.rows = rows
-        self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
         batch = make_batch(rows)
         where = batch.response_positions()
         self.targets_N = batch.tokens_BT[where[0], where[1] + 1]
-        self.teacher = run.teacher.view(batch, vocabulary=vocabulary).signal
+        self.teacher = run.teacher.view(batch, vocab_size=vocab_size).signal
         net = run.untouched().net
         with torch.no_grad():
             self.hidden_ND = features(net, batch.tokens_BT)[0][where]
@@ -83,8 +83,8 @@ class Measure:
     def loss(self, signal: Any, renormalised: int = 0) -> tuple[Tensor, Tensor]:
         """(values [N], sum of the gradients for the logits [V])."""
         values = []
-        gradient_V = torch.zeros(self.vocabulary)
-        for part in chunks(len(self.hidden_ND), self.vocabulary, 2**22):
+        gradient_V = torch.zeros(self.vocab_size)
+        for part in chunks(len(self.hidden_ND), self.vocab_size, 2**22):
             q = Distribution(self.head.logits(self.hidden_ND[part]))
             if renormalised:
                 log_CK, ids_CK = Distribution(signal.chunk(part).logits_CV).log.topk(renormalised)
@@ -104,10 +104,10 @@ def forms(run: Run, measure: Measure, folder: Path) -> list[dict[str, Any]]:
     exact = measure.loss(measure.teacher)
     found = []
     for form in FORMS:
-        settings = Form(**form)
-        cache = Cache(folder / str(len(found)), run.teacher.identity, measure.vocabulary, settings)
+        settings = CacheSettings(**form)
+        cache = SignalCache(folder / str(len(found)), run.teacher.identity, measure.vocab_size, settings)
         fill_cache(
-            cache, partial(run.teacher.view, vocabulary=measure.vocabulary), measure.rows, lambda done, total: None
+            cache, partial(run.teacher.view, vocab_size=measure.vocab_size), measure.rows, lambda done, total: None
         )
         facts = {"form": form, "bytes_per_token": cache.bytes / len(measure.targets_N)}
         facts |= told(*measure.loss(cache.view(make_batch(measure.rows)).signal), *exact)
@@ -127,14 +127,14 @@ def forms(run: Run, measure: Measure, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def rounds(measure: Measure, settings: Form, exact: tuple[Tensor, Tensor]) -> list[float]:
+def rounds(measure: Measure, settings: CacheSettings, exact: tuple[Tensor, Tensor]) -> list[float]:
     """The gradient's error where it is averaged over 1, 2, 4... caches of other draws: unbiased, it falls with the root
     of their number."""
-    total_V = torch.zeros(measure.vocabulary)
+    total_V = torch.zeros(measure.vocab_size)
     errors = []
     for number in range(1, ROUNDS + 1):
         signal = unpack(
-            [pack(measure.teacher, measure.targets_N, settings, 1000 + number)], settings, measure.vocabulary
+            [pack(measure.teacher, measure.targets_N, settings, 1000 + number)], settings, measure.vocab_size
         )
         total_V += measure.loss(signal)[1]
         if number & (number - 1) == 0:
@@ -142,11 +142,11 @@ def rounds(measure: Measure, settings: Form, exact: tuple[Tensor, Tensor]) -> li
     return errors
 
 
-def speed(run: Run, rows: list[Row], vocabulary: int, folder: Path) -> dict[str, Any]:
+def speed(run: Run, rows: list[Row], vocab_size: int, folder: Path) -> dict[str, Any]:
     """Seconds of an epoch's forward and backward passes, live and kept in turns; and of reading what was kept alone."""
     student = run.untouched()
-    term = make_term("forward_kl", {}).settle(0.0, {})
-    live = partial(run.teacher.view, vocabulary=vocabulary)
+    term = make_term("forward_kl", {}).at_step(0.0, {})
+    live = partial(run.teacher.view, vocab_size=vocab_size)
     views: dict[str, Any] = {"live": live}
     chosen = {
         "hidden": {"hidden": {}},
@@ -154,7 +154,7 @@ def speed(run: Run, rows: list[Row], vocabulary: int, folder: Path) -> dict[str,
         "sampled": {"sampled": {"draws": 50}},
     }
     for name, form in chosen.items():
-        cache = Cache(folder / name, run.teacher.identity, vocabulary, Form.model_validate(form))
+        cache = SignalCache(folder / name, run.teacher.identity, vocab_size, CacheSettings.model_validate(form))
         fill_cache(cache, live, rows, lambda done, total: None)
         views[name] = cache.view
     batches = [make_batch(rows, micro_batch) for micro_batch in even_batches(rows)]
@@ -185,7 +185,9 @@ def epoch_step(net: Any, signal: Any, batch: Any, term: Any) -> None:
     hidden_BTD, _ = features(net, batch.tokens_BT)
     targets_N = batch.tokens_BT[where[0], where[1] + 1]
     weight_KN = torch.ones(1, len(targets_N))
-    fused_loss(hidden_BTD[where], head_of(net), [term], [1.0], weight_KN, Evidence(targets_N, signal)).loss.backward()
+    fused_loss(
+        hidden_BTD[where], head_of(net), [term], [1.0], weight_KN, PositionEvidence(targets_N, signal)
+    ).loss.backward()
     net.zero_grad(set_to_none=True)
 
 
@@ -195,11 +197,11 @@ def main() -> None:
     run = Run(load_recipe("forward-kl", SIZES), RUN, reporter)
     student = run.untouched()
     rows = run.rows(run.text.training(), student)
-    vocabulary = min(head_of(student.net).vocabulary, head_of(run.teacher.model.net).vocabulary)
+    vocab_size = min(head_of(student.net).vocab_size, head_of(run.teacher.model.net).vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        found = forms(run, Measure(run, rows[:TEXTS], vocabulary), Path(folder))
+        found = forms(run, Measure(run, rows[:TEXTS], vocab_size), Path(folder))
         tokens = sum(len(row.response_ids) for row in rows[:TEXTS])
-        write_json(OUT, {"forms": found, "tokens": tokens, "speed": speed(run, rows, vocabulary, Path(folder))})
+        write_json(OUT, {"forms": found, "tokens": tokens, "speed": speed(run, rows, vocab_size, Path(folder))})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from limbeck.data.batches import Row, make_batch
 from limbeck.elicit.prompts import load_prompts
 from limbeck.evaluate.fidelity import Text, fidelity
-from limbeck.models.generate import Job, generate
+from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import Model, head_of, hidden_states, load_model
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
@@ -41,7 +41,7 @@ def write_answers(teacher: Model) -> list[Row]:
     """What the teacher answers to the first prompts, as rows."""
     prompts = load_prompts("builtin/everyday")[:ANSWERS]
     jobs = [
-        Job(teacher.prompt_ids(prompt.messages), Sampling(0.7, 0.95, LENGTH), number)
+        GenerationJob(teacher.prompt_ids(prompt.messages), Sampling(0.7, 0.95, LENGTH), number)
         for number, prompt in enumerate(prompts)
     ]
     texts = dict(generate(teacher.net, jobs, teacher.eos_ids, tokens=teacher.tokens))
@@ -61,7 +61,7 @@ def passes(models: Sequence[Model], rows: Sequence[Row]) -> None:
         for model in models:
             hidden_ND = hidden_states(model.net, batch.tokens_BT)[batch.response_positions()]
             head = head_of(model.net)
-            for part in chunks(len(hidden_ND), head.vocabulary, CHUNK_ELEMENTS):
+            for part in chunks(len(hidden_ND), head.vocab_size, CHUNK_ELEMENTS):
                 head.logits(hidden_ND[part], buffer)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.objectives.head import Evidence, Head, fused_loss
+from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.signals.dense import DenseSignal
 from limbeck.training.memory import forget_peak, keep_freed_memory, peak_mib
@@ -70,10 +70,10 @@ def floor(data: dict[str, Tensor]) -> None:
 
 def fused(data: dict[str, Tensor], name: str) -> None:
     positions = len(data["hidden"])
-    evidence = Evidence(data["targets"], DenseSignal(data["teacher"], Head(data["teacher_head"])))
+    evidence = PositionEvidence(data["targets"], DenseSignal(data["teacher"], Head(data["teacher_head"])))
     weights = torch.ones(1, positions, device=data["hidden"].device)
     total = fused_loss(
-        data["hidden"], Head(data["head"]), [make_term(name, {}).settle(0, {})], [1 / positions], weights, evidence
+        data["hidden"], Head(data["head"]), [make_term(name, {}).at_step(0, {})], [1 / positions], weights, evidence
     )
     torch.autograd.grad(total.loss, (data["hidden"], data["head"]))
 

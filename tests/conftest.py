@@ -43,10 +43,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_net(layers: int = 4, seed: int = 0, vocabulary: int = 300) -> LlamaForCausalLM:
+def make_net(layers: int = 4, seed: int = 0, vocab_size: int = 300) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, bos_token_id=0,
         initializer_range=0.3,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def make_net(layers: int = 4, seed: int = 0, vocabulary: int = 300) -> LlamaForC
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = make_tokenizer()
-    make_net(vocabulary=len(tokenizer)).save_pretrained(folder)
+    make_net(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

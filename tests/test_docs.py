@@ -21,7 +21,7 @@ from limbeck.objectives.match import MATCHES
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
 from limbeck.runs.build import terms
-from limbeck.signals.sparse import Sampled, TopK, Written
+from limbeck.signals.sparse import Sampled, TextSignal, TopK
 from limbeck.types import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def test_the_table_is_right_about_signals(name):
     q, ids_N = Distribution(torch.linspace(-1, 1, 10).view(2, 5)), torch.tensor([0, 3])
     ids_NK, share_NK = torch.tensor([[0, 1], [3, 2]]), torch.tensor([[0.5, 0.25], [0.5, 0.25]])
     found = []
-    for signal in (TopK(ids_NK, share_NK.log()), Sampled(ids_NK, share_NK), Written(ids_N)):
+    for signal in (TopK(ids_NK, share_NK.log()), Sampled(ids_NK, share_NK), TextSignal(ids_N)):
         try:
             values_N, _ = signal.compare(DIVERGENCES[name], DIVERGENCES[name].defaults, q, ids_N)
             found.append("yes" if values_N.isfinite().all() else "no")

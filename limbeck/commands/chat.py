@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from limbeck.commands import console
-from limbeck.models.generate import Job, generate
+from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import Model, load_model
 from limbeck.types import Sampling, UserError
 
@@ -45,7 +45,7 @@ def converse(folder: Path, max_tokens: int, temperature: float) -> None:
 def answer(model: Model, question: str, sampling: Sampling, seed: int = 0) -> str:
     """The model's answer to one question, as text."""
     ids = model.prompt_ids(({"role": "user", "content": question},))
-    ((_, sampled),) = generate(model.net, [Job(ids, sampling, seed)], model.eos_ids, tokens=model.tokens)
+    ((_, sampled),) = generate(model.net, [GenerationJob(ids, sampling, seed)], model.eos_ids, tokens=model.vocab_size)
     return model.decode(sampled).strip()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.load import Model, head_of
-from limbeck.models.score import Scorer
+from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES
@@ -31,10 +31,10 @@ from limbeck.progress import Silent, StoppedError
 from limbeck.runs import build
 from limbeck.runs.pipeline import Run
 from limbeck.runs.preflight import check
-from limbeck.signals.cache import Cache, text_key
+from limbeck.signals.cache import SignalCache, text_key
 from limbeck.signals.dense import DenseRows
 from limbeck.signals.sparse import TopK
-from limbeck.training.setup import common_vocabulary
+from limbeck.training.setup import common_vocab_size
 from limbeck.types import Batch, Message, UserError
 
 Verdict = Literal["fine", "fault", "not looked at"]
@@ -92,7 +92,7 @@ class Patient:
         return self.run.reader
 
     @cached_property
-    def scorer(self) -> Scorer:
+    def scorer(self) -> ServerScorer:
         api = build.served(self.recipe)
         if api is None:
             raise NothingToSeeError("the recipe names no server")
@@ -100,7 +100,7 @@ class Patient:
             raise NothingToSeeError("the server writes text in tokens of its own")
         cache = self.recipe.teacher.cache
         read = cache.top_k.k if cache and cache.top_k else api.settings.names
-        return Scorer(api, read if self.recipe.teacher.model is None and read else NAMED, self.model.tokenizer)
+        return ServerScorer(api, read if self.recipe.teacher.model is None and read else NAMED, self.model.tokenizer)
 
     @cached_property
     def texts(self) -> Batch:
@@ -170,7 +170,7 @@ def _weights(patient: Patient) -> str:
         where = "are not here" if patient.recipe.teacher.model is None else "are over other tokens"
         return f"the student's are sound, in {dtype}; the teacher's {where}"
     nats = float(-patient.log_probs.gather(-1, _targets(patient.texts)[:, None]).mean())
-    guessing = math.log(head_of(model.net).vocabulary)
+    guessing = math.log(head_of(model.net).vocab_size)
     return (
         f"sound, in {dtype}; plain text costs the teacher {nats:.2f} nats a token, and guessing would cost"
         f" {guessing:.2f}"
@@ -187,7 +187,7 @@ def _tokens(patient: Patient) -> str:
                 f"the tokenizer turns {text!r} into {back!r}: its files are damaged or of another model; give the model"
                 " its own"
             )
-    rows = head_of(model.net).vocabulary
+    rows = head_of(model.net).vocab_size
     if len(model.tokenizer) > rows:
         raise UserError(
             f"the tokenizer knows {len(model.tokenizer)} tokens and the model {rows}: one of the two is another"
@@ -328,8 +328,10 @@ def _kept(patient: Patient) -> str:
     home = patient.folder / "signals" if form.folder is None else Path(form.folder).expanduser()
     if not (home / "about.json").exists():
         raise NothingToSeeError(f"{home} is empty yet")
-    teacher: InProcessTeacher | Scorer = patient.scorer if patient.recipe.teacher.model is None else patient.teacher
-    cache = Cache(home, teacher.identity, common_vocabulary(patient.run.untouched(), teacher), form)
+    teacher: InProcessTeacher | ServerScorer = (
+        patient.scorer if patient.recipe.teacher.model is None else patient.teacher
+    )
+    cache = SignalCache(home, teacher.identity, common_vocab_size(patient.run.untouched(), teacher), form)
     rows = [
         row for row in patient.stored if text_key(row.teacher_prompt_ids or row.prompt_ids, row.response_ids) in cache
     ]
@@ -343,7 +345,7 @@ def _kept(patient: Patient) -> str:
     )
 
 
-def _compare_kept(cache: Cache, teacher: InProcessTeacher | Scorer, row: Row, home: Path) -> None:
+def _compare_kept(cache: SignalCache, teacher: InProcessTeacher | ServerScorer, row: Row, home: Path) -> None:
     batch = make_batch([row], (0,))
     kept_N = cache.text(text_key(row.teacher_prompt_ids or row.prompt_ids, row.response_ids))["target"].float()
     cure = f"; remove {home}, and it is computed again"
@@ -378,7 +380,7 @@ def _zero(patient: Patient) -> str:
             continue
         p = Distribution(log_NV.clone())
         q = Distribution(log_NV.clone())
-        values_N, gradient_NV = replace(term, by=None).settle(0.0, {}).values(Block(q, targets_N, DenseRows(p)))
+        values_N, gradient_NV = replace(term, by=None).at_step(0.0, {}).values(Block(q, targets_N, DenseRows(p)))
         if float(values_N.abs().max()) > ZERO or float(gradient_NV.abs().max()) > ZERO:
             raise UserError(
                 f"{term.label} is {float(values_N.abs().max()):.2g} nats for a student that is its teacher, not 0:"
@@ -402,7 +404,7 @@ def _log_probs(teacher: InProcessTeacher, batch: Batch) -> Tensor:
     return signal.head.logits(signal.hidden_NE).log_softmax(-1).cpu()
 
 
-def _written_log_probs(teacher: InProcessTeacher | Scorer, batch: Batch) -> Tensor:
+def _written_log_probs(teacher: InProcessTeacher | ServerScorer, batch: Batch) -> Tensor:
     """log p of the written tokens [N]; NaN where a server does not name them."""
     targets_N = _targets(batch.seen_by_teacher())
     if isinstance(teacher, InProcessTeacher):

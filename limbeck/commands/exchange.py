@@ -29,10 +29,10 @@ from limbeck.progress import Silent, StoppedError
 from limbeck.runs.claim import claim
 from limbeck.runs.pipeline import Run
 from limbeck.runs.validate import validate
-from limbeck.signals.cache import Cache, ids_of, text_key
+from limbeck.signals.cache import SignalCache, ids_of, text_key
 from limbeck.signals.sparse import TopK
 from limbeck.storage.files import exclusive, write_text
-from limbeck.training.setup import common_vocabulary
+from limbeck.training.setup import common_vocab_size
 from limbeck.types import UserError, canonical_json
 
 MOST = 1 + 1e-3  # what rounded probabilities may add up to
@@ -71,7 +71,7 @@ def bring_in(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
             continue
         start, key = wanted[whole]
         if key not in cache:
-            found[key] = whole[start:], _named(place, named[start : len(whole)], cache.vocabulary)
+            found[key] = whole[start:], _named(place, named[start : len(whole)], cache.vocab_size)
     _check_places(file, list(found.values()))
     with exclusive(cache.folder / "lock", wait=True):
         for key, (written, rows_K) in found.items():
@@ -124,7 +124,7 @@ def take_out(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
     return {"texts": len(lines)}
 
 
-def _opened(recipe: Recipe, folder: Path) -> tuple[list[Row], Cache]:
+def _opened(recipe: Recipe, folder: Path) -> tuple[list[Row], SignalCache]:
     """(the run's training rows, its cache of likeliest tokens)."""
     validate(recipe)
     form = recipe.teacher.cache
@@ -143,7 +143,7 @@ def _opened(recipe: Recipe, folder: Path) -> tuple[list[Row], Cache]:
     teacher = run.scorer or run.teachers
     home = folder / "signals" if form.folder is None else Path(form.folder).expanduser()
     home.mkdir(parents=True, exist_ok=True)
-    return rows, Cache(home, teacher.identity, common_vocabulary(student, teacher), form)
+    return rows, SignalCache(home, teacher.identity, common_vocab_size(student, teacher), form)
 
 
 def _lines(file: Path) -> Iterator[tuple[str, list[int], list[Named | None]]]:
@@ -197,16 +197,16 @@ SHAPES: dict[str, Callable[[dict[str, Any], int], list[Named | None]]] = {
 }
 
 
-def _named(place: str, response: Sequence[Named | None], vocabulary: int) -> list[Named]:
+def _named(place: str, response: Sequence[Named | None], vocab_size: int) -> list[Named]:
     """What is named at each place of the response, the likeliest first."""
     rows = []
     for number, at in enumerate(response, 1):
         if not at:
             raise UserError(f"{place} names no tokens for the response's token number {number}")
-        wrong = any(not 0 <= token < vocabulary or not math.isfinite(log) for token, log in at)
+        wrong = any(not 0 <= token < vocab_size or not math.isfinite(log) for token, log in at)
         if wrong or len(dict(at)) < len(at) or sum(math.exp(min(log, 1.0)) for _, log in at) > MOST:
             raise UserError(
-                f"{place}: what stands at the response's token {number} are no probabilities over {vocabulary} tokens"
+                f"{place}: what stands at the response's token {number} are no probabilities over {vocab_size} tokens"
             )
         rows.append(sorted(at, key=lambda pair: -pair[1]))
     return rows

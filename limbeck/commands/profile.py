@@ -12,7 +12,7 @@ from limbeck.data.batches import make_batch, steps_of_epoch
 from limbeck.progress import Reporter
 from limbeck.runs import build
 from limbeck.runs.claim import claim
-from limbeck.runs.cost import TEACHER_READS, Shape, matrix_rate, step_flops
+from limbeck.runs.cost import TEACHER_EVIDENCE, Shape, matrix_rate, step_flops
 from limbeck.runs.pipeline import Run
 from limbeck.runs.validate import validate
 from limbeck.storage.files import exclusive
@@ -41,8 +41,8 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     width = student.net.config.hidden_size
     inner = student.net.config.intermediate_size
     content = steps_of_epoch(job.rows, recipe.train.seed, 0, recipe.train.tokens_per_step, job.together)
-    terms = [term.settle(0.0, {}) for term in job.terms]
-    reads = any(term.reads & TEACHER_READS for term in job.terms)
+    terms = [term.at_step(0.0, {}) for term in job.terms]
+    reads = any(term.reads & TEACHER_EVIDENCE for term in job.terms)
     job.prepare()
     teacher = Shape.of(run.teacher.model.net.config) if reads and run.recipe.teacher.model is not None else None
     job.net.train()

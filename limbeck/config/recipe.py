@@ -25,7 +25,7 @@ from limbeck.config.sections import (
     Writer,
     check_shares,
 )
-from limbeck.config.teacher import Teacher
+from limbeck.config.teacher import TeacherSettings
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
@@ -38,7 +38,7 @@ class Recipe(Section):
     name: str
     title: str = ""
     paper: str = ""
-    teacher: Teacher
+    teacher: TeacherSettings
     student: Student
     prompts: Prompts
     elicit: Annotated[list[Elicit], Field(min_length=1)] | None = None
@@ -78,7 +78,7 @@ class Recipe(Section):
         return {"model": teacher} if isinstance(teacher, str) else teacher
 
     @field_serializer("teacher")
-    def _plainly(self, teacher: Teacher) -> Any:
+    def _plainly(self, teacher: TeacherSettings) -> Any:
         """A teacher that is nothing but a model is written as its name."""
         written = teacher.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
         return teacher.model if set(written) == {"model"} else written

@@ -123,7 +123,7 @@ class Writer(Section):
         return float(self.share["from"] if isinstance(self.share, dict) else self.share)
 
 
-class Joint(Section):
+class JointSettings(Section):
     """Two models write one text, token by token: exactly one of a mixture of both distributions in which the teacher
     has `teacher_share` (MiniLLM), and the student's tokens as long as they are among the teacher's `teacher_top_k`
     likeliest, else the teacher's own (speculative KD)."""
@@ -133,7 +133,7 @@ class Joint(Section):
     teacher_temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
 
     @model_validator(mode="after")
-    def _one(self) -> Joint:
+    def _one(self) -> JointSettings:
         if (self.teacher_share is None) == (self.teacher_top_k is None):
             raise ValueError("give exactly one of teacher_share and teacher_top_k")
         if self.teacher_share is not None and self.teacher_temperature == 0:
@@ -176,7 +176,7 @@ class Rollout(Section):
     through: Server | None = None
     ahead: Annotated[int, Field(ge=1)] = 1
     rows: Annotated[int, Field(ge=1)] = 64
-    joint: Joint | None = None
+    joint: JointSettings | None = None
     replay: Replay | None = None
     validation: Validation = Validation()
 

@@ -102,7 +102,7 @@ class CachedSamples(Section):
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
 
 
-class Cache(Section):
+class CacheSettings(Section):
     """What of the teacher is computed once and kept beside the text: exactly one of the three. `folder` is where, and
     may be shared by runs; left out, the run's `signals/`."""
 
@@ -112,7 +112,7 @@ class Cache(Section):
     folder: str | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Cache:
+    def _one(self) -> CacheSettings:
         given = [name for name in ("hidden", "top_k", "sampled") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -134,7 +134,7 @@ class Other(Section):
     only: str | None = None
 
 
-class Bridge(Section):
+class BridgeSettings(Section):
     """How a teacher with other tokens than the student's is read. Tokens are paired by their bytes (`strings`; with
     `edits` a likely one without its like counts as the student's that is spelled most alike, and the rest is left out).
     `rest`: what has no pair is one outcome, or its `sorted` probabilities are compared besides. `spans`: where several
@@ -147,13 +147,13 @@ class Bridge(Section):
     others: Literal["skip", "written"] = "skip"
 
     @model_validator(mode="after")
-    def _agree(self) -> Bridge:
+    def _agree(self) -> BridgeSettings:
         if self.match == "edits" and (self.rest == "sorted" or self.spans == "chain"):
             raise ValueError("match: edits leaves no rest and compares equal spans: write {match: edits, spans: equal}")
         return self
 
 
-class Teacher(Section):
+class TeacherSettings(Section):
     """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches
     itself: `live` (at this step), or their moving `average`, which keeps `decay` of itself at every step. With a
     `server` its text comes from there, and only what text can't say from the model here; without a `model`, its text is
@@ -168,17 +168,17 @@ class Teacher(Section):
 
     model: str | None = None
     server: Served | None = None
-    cache: Cache | None = None
+    cache: CacheSettings | None = None
     context: Context | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
     beside: list[Other] = Field(default_factory=list)
     together: Together = "mean"
-    bridge: Bridge | None = None
+    bridge: BridgeSettings | None = None
     weights: Literal["own", "live", "average"] = "own"
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
     @model_validator(mode="after")
-    def _someone(self) -> Teacher:
+    def _someone(self) -> TeacherSettings:
         if self.model is None and self.server is None:
             raise ValueError("name a model, a server that writes its text, or both")
         return self

@@ -18,8 +18,8 @@ from torch import Tensor
 from limbeck.types import Batch, Message, Sample, UserError
 
 MICRO_TOKENS = 1024
-BEST = "best"
-REST = "rest"
+CHOSEN = "best"
+REJECTED = "rest"
 MIXED = "mixed"  # the tag of a row whose embeddings are mixed with another's
 WINDOW_STEPS = 8
 
@@ -71,7 +71,10 @@ def make_rows(
     for sample in samples:
         meta = sample.meta
         tags = frozenset(
-            {*(str(meta[key]) for key in ("writer", "task") if meta.get(key)), REST if meta.get("place", 0) else BEST}
+            {
+                *(str(meta[key]) for key in ("writer", "task") if meta.get(key)),
+                REJECTED if meta.get("place", 0) else CHOSEN,
+            }
         )
         group = str(meta.get("prompt_id", sample.id))
         weight = float(meta.get("weight", 1.0))
@@ -163,7 +166,7 @@ def _deal(rows: Sequence[Row], micro_batches: list[MicroBatch], tokens_per_step:
 
 
 @dataclass(frozen=True)
-class Turn:
+class StepBatch:
     """A step's text in micro-batches, and what the metrics shall say of it."""
 
     micro_batches: list[list[Row]]
@@ -173,7 +176,7 @@ class Turn:
 class Source(Protocol):
     """Where the text of a step comes from."""
 
-    def turn(self, step: int, progress: float, states: dict[str, dict[str, float]], /) -> Turn:
+    def step_batch(self, step: int, progress: float, states: dict[str, dict[str, float]], /) -> StepBatch:
         """The text of step number `step`, asked for in order; `progress` is the part of the training that is done."""
 
     def state(self) -> dict[str, Any]:
@@ -204,8 +207,8 @@ class FixedText:
             self._contents = self._epochs(epoch=self._epoch)
         return [[self.rows[index] for index in micro_batch] for micro_batch in self._contents[number - self._first]]
 
-    def turn(self, step: int, _: float, __: Mapping[str, Any]) -> Turn:
-        return Turn(self.step(step))
+    def step_batch(self, step: int, _: float, __: Mapping[str, Any]) -> StepBatch:
+        return StepBatch(self.step(step))
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from limbeck.data.batches import MIXED, Row, Source, Turn
+from limbeck.data.batches import MIXED, Row, Source, StepBatch
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Mixed:
     seed: int
     alpha: float
 
-    def turn(self, step: int, progress: float, states: dict[str, dict[str, float]], /) -> Turn:
-        turn = self.source.turn(step, progress, states)
+    def step_batch(self, step: int, progress: float, states: dict[str, dict[str, float]], /) -> StepBatch:
+        turn = self.source.step_batch(step, progress, states)
         noise = random.Random(f"{self.seed}/{step}/mixed")  # noqa: S311 (a draw, not a secret)
         others = [row for micro_batch in turn.micro_batches for row in micro_batch]
         noise.shuffle(others)
@@ -42,7 +42,7 @@ class Mixed:
                 micro_batch,
                 [self._mixed(row, next(partners), noise.betavariate(self.alpha, self.alpha)) for row in micro_batch],
             ]
-        return Turn(found, turn.facts)
+        return StepBatch(found, turn.facts)
 
     def _mixed(self, row: Row, other: Row, weight: float) -> Row:
         """The row with another mixed in; it has no writer, no preference and no group."""

@@ -27,7 +27,7 @@ from limbeck.types import Request, Sample, Sampling, content_hash
 
 
 @dataclass
-class Text:
+class TrainingText:
     """Reads and fills `store.sqlite` in `folder`; what steps of elicitation made of it goes to `home`. A writer is
     loaded only when something is left to ask it."""
 

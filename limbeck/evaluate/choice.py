@@ -85,10 +85,10 @@ def log_probs(
     for continuation in wanted:
         if not continuation.ids:
             raise UserError(f"{continuation.item}: a text to be scored has no token; give it some text")
-        if len(continuation.inputs) > system.context:
+        if len(continuation.inputs) > system.max_length:
             raise UserError(
                 f"{continuation.item} takes {len(continuation.inputs)} tokens, and the model's context is"
-                f" {system.context}: shorten it"
+                f" {system.max_length}: shorten it"
             )
     keep_freed_memory()
     served = _served(wanted)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from limbeck.models.generate import Job, generate
+from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import Model, hidden_states
 from limbeck.types import Sampling
 
@@ -31,7 +31,7 @@ def efficiency(model: Model, prompts: Sequence[Sequence[int]]) -> dict[str, Any]
     net = model.net
     found: dict[str, Any] = sizes(model)
     picked = [list(ids) for ids in prompts[:ROUNDS]]
-    decoded = max(2, min(DECODED, model.context - max(map(len, picked), default=0)))
+    decoded = max(2, min(DECODED, model.max_length - max(map(len, picked), default=0)))
     on_gpu = net.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(net.device)
@@ -39,7 +39,9 @@ def efficiency(model: Model, prompts: Sequence[Sequence[int]]) -> dict[str, Any]
     every = []
     prefill = []
     filler = torch.tensor([token for ids in picked for token in ids] or [0])
-    filler = filler.repeat(-(-PREFILL_TOKENS // len(filler)))[: min(PREFILL_TOKENS, model.context)][None].to(net.device)
+    filler = filler.repeat(-(-PREFILL_TOKENS // len(filler)))[: min(PREFILL_TOKENS, model.max_length)][None].to(
+        net.device
+    )
     with torch.inference_mode():
         for ids in picked:
             first.append(_seconds(model, ids, 1))
@@ -69,8 +71,8 @@ def sizes(model: Model) -> dict[str, Any]:
 
 def _seconds(model: Model, ids: Sequence[int], tokens: int) -> float:
     """Seconds to write so many tokens after a prompt; no token ends the answer."""
-    job = Job(ids, Sampling(temperature=0.0, max_tokens=tokens), 0)
+    job = GenerationJob(ids, Sampling(temperature=0.0, max_tokens=tokens), 0)
     began = time.perf_counter()
-    for _ in generate(model.net, [job], frozenset(), tokens=model.tokens):
+    for _ in generate(model.net, [job], frozenset(), tokens=model.vocab_size):
         pass
     return time.perf_counter() - began

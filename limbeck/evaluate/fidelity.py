@@ -76,8 +76,8 @@ class Text:
     def __init__(self, rows: Sequence[Row], teacher: InProcessTeacher | None) -> None:
         self.rows = rows
         self.teacher = teacher
-        self.vocabulary = (
-            sys.maxsize if teacher is None else min(head_of(teacher.model.net).vocabulary, teacher.model.tokens)
+        self.vocab_size = (
+            sys.maxsize if teacher is None else min(head_of(teacher.model.net).vocab_size, teacher.model.vocab_size)
         )
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         self.picks: list[MicroBatch] = [
@@ -103,7 +103,7 @@ class Text:
             yield (
                 picked,
                 batch,
-                DenseSignal(hidden_NE, head_of(self.teacher.model.net).cut(self.vocabulary), self._buffer),
+                DenseSignal(hidden_NE, head_of(self.teacher.model.net).cut(self.vocab_size), self._buffer),
             )
 
 
@@ -127,7 +127,7 @@ def fidelity(
         else:
             hidden_ND = shared_states(system.net, batch.tokens_BT.to(system.net.device))[rows_N, positions_N]
         targets_N = batch.tokens_BT[rows_N, positions_N + 1].to(hidden_ND.device)
-        columns = _columns(hidden_ND, head.cut(min(text.vocabulary, head.vocabulary)), signal, targets_N)
+        columns = _columns(hidden_ND, head.cut(min(text.vocab_size, head.vocab_size)), signal, targets_N)
         at = 0
         for index, sample_id, count in zip(picked, batch.sample_ids, batch.mask_BT.sum(1).tolist(), strict=True):
             part = {name: column[at : at + count] for name, column in columns.items()}
@@ -153,9 +153,9 @@ def _columns(hidden_ND: Tensor, head: Head, signal: DenseSignal | None, targets_
 
 def _alone(signal: DenseSignal) -> Iterator[tuple[slice, Distribution, Distribution]]:
     """As `compared`, of a model with itself: its logits are projected once."""
-    for part in chunks(len(signal.hidden_NE), signal.head.vocabulary, CHUNK_ELEMENTS):
+    for part in chunks(len(signal.hidden_NE), signal.head.vocab_size, CHUNK_ELEMENTS):
         chunk = signal.chunk(part)
-        for rows in chunks(part.stop - part.start, signal.head.vocabulary, BLOCK_ELEMENTS):
+        for rows in chunks(part.stop - part.start, signal.head.vocab_size, BLOCK_ELEMENTS):
             p = chunk.rows(rows).p
             yield slice(part.start + rows.start, part.start + rows.stop), p, p
 

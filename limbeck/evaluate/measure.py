@@ -25,7 +25,7 @@ from limbeck.evaluate.efficiency import efficiency, sizes
 from limbeck.evaluate.fidelity import Choices, ItemFidelity, Text, fidelity
 from limbeck.evaluate.items import GenerationSettings, Item
 from limbeck.evaluate.tasks import Answer, Asked, Scored, Task, answer_all, run_task, score_written
-from limbeck.models.generate import Job, generate
+from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.storage.files import read_jsonl, write_json, write_text
@@ -244,7 +244,7 @@ class Bench:
         prompts = list(self.protocol.prompts[: self.protocol.own_prompts])
         sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=self.protocol.max_tokens)
         jobs = [
-            Job(
+            GenerationJob(
                 system.prompt_ids(prompt.messages),
                 sampling,
                 int(content_hash([self.protocol.seed, prompt.id])[:15], 16),
@@ -252,7 +252,7 @@ class Bench:
             for prompt in prompts
         ]
         rows: dict[int, Row] = {}
-        for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.tokens):
+        for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.vocab_size):
             rows[index] = self._row(prompts[index], ids)
             self.progress(len(rows), len(jobs), f"{name} writes")
         return [rows[index] for index in range(len(jobs))]
@@ -260,9 +260,9 @@ class Bench:
     def _row(self, prompt: Prompt, ids: Sequence[int]) -> Row:
         """An answer after the prompt as the students see it, and as the teacher does where that is another."""
         reader = self.reader
-        seen = None if reader.sight is None else tuple(reader.prompt_ids(prompt.messages))
+        seen = None if reader.prompt_context is None else tuple(reader.prompt_ids(prompt.messages))
         return Row(
-            prompt.id, tuple(reader.seeing(None).prompt_ids(prompt.messages)), tuple(ids), teacher_prompt_ids=seen
+            prompt.id, tuple(reader.with_context(None).prompt_ids(prompt.messages)), tuple(ids), teacher_prompt_ids=seen
         )
 
     def _answers(self, name: str, model: Callable[[], Model]) -> list[Answer]:

@@ -41,7 +41,7 @@ def score_passages(
     items: Sequence[Passage], settings: PassageSettings, system: Model, progress: Progress
 ) -> list[Scored]:
     """Bits per byte of every document; the item's weight is its UTF-8 bytes. Words are parted by white space."""
-    window = min(settings.window, system.context)
+    window = min(settings.window, system.max_length)
     stride = min(settings.stride or max(1, window // 2), window - 1)
     wanted = []
     owners = []

@@ -13,7 +13,7 @@ import torch
 
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
-from limbeck.elicit.training_text import Text
+from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate.fidelity import by_class
 from limbeck.evaluate.judge import MAX_TOKENS, kept_verdicts, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
@@ -35,7 +35,7 @@ def bench(
     folder: Path,
     teacher: InProcessTeacher | None,
     reader: Model,
-    text: Text,
+    text: TrainingText,
     rows: Sequence[Row],
     progress: Progress,
 ) -> Bench:
@@ -69,7 +69,7 @@ def bench(
     )
 
 
-def leaks(recipe: Recipe, text: Text) -> list[Leak]:
+def leaks(recipe: Recipe, text: TrainingText) -> list[Leak]:
     """Held-out prompts and task items that stand in the training text: per item the strongest leak, with one text that
     shows it."""
     training = [(prompt.id, prompt.text) for prompt in text.prompts[0]]
@@ -85,7 +85,9 @@ def leaks(recipe: Recipe, text: Text) -> list[Leak]:
     return list(found.values())
 
 
-def write_summary(recipe: Recipe, bench: Bench, text: Text, systems: dict[str, list[Measured]]) -> dict[str, Any]:
+def write_summary(
+    recipe: Recipe, bench: Bench, text: TrainingText, systems: dict[str, list[Measured]]
+) -> dict[str, Any]:
     """`summary.json` of a run: the teacher first, the student last."""
     tasks = bench.protocol.tasks
     against = [name for name in systems if name not in ("teacher", "student")]
@@ -115,7 +117,9 @@ def judged(source: str, bench: Bench, systems: Mapping[str, Measured]) -> dict[s
     `judge-SYSTEM.jsonl` holds every verdict, written once. The judge is loaded where one is missing; where it is the
     teacher, there is no second copy of it.
     """
-    teacher = None if bench.teacher is None else bench.teacher.model.seeing(None)  # a judge is shown the pair alone
+    teacher = (
+        None if bench.teacher is None else bench.teacher.model.with_context(None)
+    )  # a judge is shown the pair alone
     identity = build.judge_identity(source)
     is_teacher = teacher is not None and _weights(identity) == _weights(teacher.identity)
     load = cache(lambda: teacher if is_teacher and teacher is not None else build.judge(source))
@@ -158,7 +162,7 @@ def judge_warnings(found: dict[str, Any]) -> list[str]:
     return told
 
 
-def teacher_warnings(recipe: Recipe, text: Text) -> list[str]:
+def teacher_warnings(recipe: Recipe, text: TrainingText) -> list[str]:
     """What to know of a teacher that is shown more than the students, or is the student itself, before believing its
     figures."""
     found = []
@@ -194,7 +198,7 @@ def teacher_warnings(recipe: Recipe, text: Text) -> list[str]:
     return found
 
 
-def bill(recipe: Recipe, text: Text) -> dict[str, Any]:
+def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
     """What the teacher's server was paid for, where there is one: answers, tokens, and by the recipe's price money."""
     if recipe.teacher.server is None:
         return {}
@@ -205,7 +209,7 @@ def bill(recipe: Recipe, text: Text) -> dict[str, Any]:
     return {"bill": found}
 
 
-def facts(recipe: Recipe, bench: Bench, text: Text) -> dict[str, Any]:
+def facts(recipe: Recipe, bench: Bench, text: TrainingText) -> dict[str, Any]:
     """How the figures came about: held-out text, tasks with their settings, leaks, machine."""
     tasks = bench.protocol.tasks
     rows = bench.protocol.rows

@@ -46,7 +46,7 @@ from limbeck.evaluate.items import (
 from limbeck.evaluate.rolling import perplexity, score_passages
 from limbeck.evaluate.statistics import Interval, pass_at_k, ratio_interval
 from limbeck.evaluate.wording import rouge_l
-from limbeck.models.generate import Job, generate
+from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import Model
 from limbeck.types import NAME, RecipeError, Sampling, UserError, content_hash, nearest
 
@@ -271,14 +271,19 @@ def answer_all(
     """The system's greedy answers, in the order of the prompts, each judged by its check."""
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
     return _written(
-        system, prompts, [Job(system.prompt_ids(prompt.messages), sampling, 0) for prompt in prompts], progress
+        system,
+        prompts,
+        [GenerationJob(system.prompt_ids(prompt.messages), sampling, 0) for prompt in prompts],
+        progress,
     )
 
 
-def _written(system: Model, prompts: Sequence[Prompt], jobs: Sequence[Job], progress: Progress) -> list[Answer]:
+def _written(
+    system: Model, prompts: Sequence[Prompt], jobs: Sequence[GenerationJob], progress: Progress
+) -> list[Answer]:
     """The answer of every job, which asks the prompt at its place."""
     answers: dict[int, Answer] = {}
-    for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.tokens):
+    for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.vocab_size):
         prompt = prompts[index]
         text = system.decode(ids)
         answers[index] = Answer(
@@ -310,7 +315,7 @@ def run_task(
 
         def write(asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
             jobs = [
-                Job(
+                GenerationJob(
                     prompt_ids(system, protocol, {"prompt": prompt.text}),
                     sampling,
                     int(content_hash([prompt.id, seed])[:15], 16),

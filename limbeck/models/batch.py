@@ -29,7 +29,7 @@ LONGEST_WAIT = 60.0
 
 
 @dataclass(frozen=True)
-class Batch:
+class ProviderBatch:
     """A batch at the provider, with those of our requests that stand in it."""
 
     id: str
@@ -71,10 +71,10 @@ class BatchTeacher(ApiTeacher):
         """What our batches are told from others' by."""
         return {"made_by": "limbeck", "model": self.settings.name}
 
-    async def _made(self, requests: Sequence[Request], adopt: bool) -> list[Batch]:
+    async def _made(self, requests: Sequence[Request], adopt: bool) -> list[ProviderBatch]:
         """Batches that hold all these requests: those that are there already, and new ones for the rest."""
         wanted = {request.key: request for request in requests}
-        found: list[Batch] = []
+        found: list[ProviderBatch] = []
         async with self.client() as client:
             if adopt:
                 found = [batch async for batch in self._known(client, wanted)]
@@ -106,7 +106,7 @@ class BatchTeacher(ApiTeacher):
                     keys = {key for key, _ in await self._harvest_in(client, record, wanted)} - seen
                 if keys:
                     seen |= keys
-                    yield Batch(str(record["id"]), frozenset(keys))
+                    yield ProviderBatch(str(record["id"]), frozenset(keys))
             if not page.get("has_more") or not listed or not _name(listed[-1].get("id")):
                 return
             after = f"&after={listed[-1]['id']}"
@@ -133,7 +133,7 @@ class BatchTeacher(ApiTeacher):
         if part:
             yield part
 
-    async def _new(self, client: httpx2.AsyncClient, part: Sequence[tuple[Request, bytes]], raw: bool) -> Batch:
+    async def _new(self, client: httpx2.AsyncClient, part: Sequence[tuple[Request, bytes]], raw: bool) -> ProviderBatch:
         """Upload the requests and have them answered. A file without a batch costs nothing, so a kill between the two
         is harmless."""
         for request, _ in part:
@@ -154,9 +154,9 @@ class BatchTeacher(ApiTeacher):
         made = await self._post(client, "/batches", json=asked)
         if not _name(made.get("id")):
             raise UserError(f"{self._url} made no batch of the requests: {str(made)[:200]}")
-        return Batch(str(made["id"]), frozenset(request.key for request, _ in part))
+        return ProviderBatch(str(made["id"]), frozenset(request.key for request, _ in part))
 
-    def _ended(self, batch: Batch, stop: Callable[[], bool]) -> dict[str, Any] | None:
+    def _ended(self, batch: ProviderBatch, stop: Callable[[], bool]) -> dict[str, Any] | None:
         """The batch's record when it has ended; None where we are to stop before."""
         wait = FIRST_WAIT
         while not stop():
@@ -174,12 +174,12 @@ class BatchTeacher(ApiTeacher):
     async def _wait(self, seconds: float) -> None:
         await self.sleep(seconds)
 
-    async def _look(self, batch: Batch) -> dict[str, Any]:
+    async def _look(self, batch: ProviderBatch) -> dict[str, Any]:
         async with self.client() as client:
             return await self._get(client, f"/batches/{batch.id}")
 
     async def _harvest(
-        self, batch: Batch, record: dict[str, Any], wanted: dict[str, Request]
+        self, batch: ProviderBatch, record: dict[str, Any], wanted: dict[str, Request]
     ) -> list[tuple[str, Generated]]:
         async with self.client() as client:
             found = await self._harvest_in(client, record, wanted, count=True)

@@ -17,7 +17,7 @@ from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from limbeck.config.teacher import Bridge as Settings
+from limbeck.config.teacher import BridgeSettings
 from limbeck.models.byte_alignment import Tokens, segments, tokens_of
 from limbeck.models.load import Model, head_of
 from limbeck.models.states import shared_states
@@ -166,13 +166,16 @@ class BridgedTeacher:
     """
 
     can = frozenset({"text", "raw", "teacher_distribution", "teacher_states"})
-    vocabulary = sys.maxsize  # a bridge leaves out nothing of the student's
+    vocab_size = sys.maxsize  # a bridge leaves out nothing of the student's
 
-    def __init__(self, teacher: InProcessTeacher, student: Model, settings: Settings) -> None:
+    def __init__(self, teacher: InProcessTeacher, student: Model, settings: BridgeSettings) -> None:
         self.model = teacher.model
         self.settings = settings
         net = self.model.net
-        sizes = (min(head_of(student.net).vocabulary, student.tokens), min(head_of(net).vocabulary, self.model.tokens))
+        sizes = (
+            min(head_of(student.net).vocab_size, student.vocab_size),
+            min(head_of(net).vocab_size, self.model.vocab_size),
+        )
         end = self.model.tokenizer.eos_token_id
         edits = settings.match == "edits"
         self.between = Vocabularies(student.tokenizer, self.model.tokenizer, student.eos_ids, end, sizes, edits)
@@ -204,7 +207,7 @@ class BridgedTeacher:
         }
 
     @torch.no_grad()
-    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocabulary: int | None = None) -> TeacherView:  # noqa: ARG002 (as of every teacher)
+    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:  # noqa: ARG002 (as of every teacher)
         """The teacher's distributions at the student's response positions, and its states at its own."""
         assert not any(taps), "validate refuses layers of a teacher with other tokens"
         net = self.model.net
@@ -215,7 +218,7 @@ class BridgedTeacher:
         row_M, target_M = mask_BT.nonzero(as_tuple=True)
         hidden_ME = hidden_BTE[row_M, target_M - 1]
         head = head_of(net).detached()
-        head = head.cut(min(head.vocabulary, self.between.sizes[1]))
+        head = head.cut(min(head.vocab_size, self.between.sizes[1]))
         said_M = tokens_BT[row_M, target_M].to(device)
         places = self._places(batch, texts, hidden_ME, head, said_M)
         signal = BridgedSignal(hidden_ME, head, self.pairs, places, self.settings.rest, self.settings.others)
@@ -233,9 +236,9 @@ class BridgedTeacher:
         ]
         rows = [(prompt, text.ids) for prompt, text in zip(prompts, texts, strict=True)]
         width = max(len(prompt) + len(ids) for prompt, ids in rows)
-        if width > self.model.context:
+        if width > self.model.max_length:
             raise UserError(
-                f"a text takes {width} of the teacher's tokens, more than its context of {self.model.context}:"
+                f"a text takes {width} of the teacher's tokens, more than its context of {self.model.max_length}:"
                 " shorten it"
             )
         tokens_BT = torch.zeros(len(rows), width, dtype=torch.long)

@@ -13,7 +13,7 @@ PLACE = re.compile(r"\{(prompt|answer|feedback)\}")
 
 
 @dataclass(frozen=True)
-class Sight:
+class PromptContext:
     """Turns a conversation into the one that the teacher sees.
 
     `system` stands before it; `user` takes the place of its last user message, `{prompt}`, `{answer}` and `{feedback}`

@@ -27,7 +27,7 @@ CACHE_BYTES = 3 * 2**29  # fewer rows decode together where their keys and value
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """A prompt to continue. `seed` alone decides its random numbers. `beside_ids` is the prompt as the model beside
     sees it, where that is another."""
 
@@ -38,7 +38,7 @@ class Job:
 
 
 @dataclass
-class Written:
+class Completion:
     """What became of a job: `ids` as they were drawn, the end-of-sequence token among them when the model wrote one.
 
     Where it was asked for, `log_prob` holds each token's log-probability under the model (temperature 1, whole
@@ -62,7 +62,7 @@ class Joint(Protocol):
 
 
 @dataclass(frozen=True)
-class Beside:
+class SecondModel:
     """A second model that reads along with a cache of its own, and how it joins in."""
 
     model: PreTrainedModel
@@ -71,19 +71,19 @@ class Beside:
 
 @dataclass
 class _Row:
-    job: Job
+    job: GenerationJob
     uniform_T2: Tensor  # two numbers per token to come, drawn from the row's own seed
-    written: Written
+    written: Completion
 
     @classmethod
-    def begin(cls, index: int, job: Job, second: bool) -> _Row:
+    def begin(cls, index: int, job: GenerationJob, second: bool) -> _Row:
         noise = torch.Generator().manual_seed(job.seed)
         uniform_T2 = torch.rand(job.sampling.max_tokens, 1, generator=noise, dtype=torch.float64)
         if second:  # after all of the first, so that those are the same with and without it
             uniform_T2 = torch.cat(
                 [uniform_T2, torch.rand(uniform_T2.shape, generator=noise, dtype=torch.float64)], dim=1
             )
-        return cls(job, uniform_T2, Written(index))
+        return cls(job, uniform_T2, Completion(index))
 
 
 class _SlotLayer(DynamicLayer):
@@ -225,7 +225,9 @@ class _Slots:
 class _Batch:
     """The running rows, and each model's side of them in step."""
 
-    def __init__(self, model: PreTrainedModel, jobs: Sequence[Job], rows: int, beside: Beside | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, jobs: Sequence[GenerationJob], rows: int, beside: SecondModel | None
+    ) -> None:
         answer = max(job.sampling.max_tokens for job in jobs)
         sides = [(model, [job.prompt_ids for job in jobs])]
         if beside is not None:
@@ -242,7 +244,7 @@ class _Batch:
         return [(slot, row) for slot, row in enumerate(self.rows) if row is not None]
 
     @torch.inference_mode()
-    def admit(self, waiting: Sequence[tuple[int, Job]]) -> None:
+    def admit(self, waiting: Sequence[tuple[int, GenerationJob]]) -> None:
         slots = self.free()[: len(waiting)]
         for slot, (index, job) in zip(slots, waiting, strict=True):
             self.rows[slot] = _Row.begin(index, job, len(self.sides) > 1)
@@ -263,7 +265,7 @@ class _Batch:
             side.keep(slots)
 
 
-def _beside_ids(job: Job) -> Sequence[int]:
+def _beside_ids(job: GenerationJob) -> Sequence[int]:
     return job.prompt_ids if job.beside_ids is None else job.beside_ids
 
 
@@ -282,12 +284,12 @@ def _row_bytes(model: PreTrainedModel, columns: int) -> int:
 
 def generate(
     model: PreTrainedModel,
-    jobs: Sequence[Job],
+    jobs: Sequence[GenerationJob],
     eos_ids: frozenset[int],
     batch_rows: int = 64,
     stop: Callable[[], bool] = lambda: False,
     tokens: int | None = None,
-    beside: Beside | None = None,
+    beside: SecondModel | None = None,
     ended: Callable[[Sampling, Sequence[int]], bool] = lambda sampling, ids: False,
 ) -> Iterator[tuple[int, list[int]]]:
     """`write` for those who want the ids alone: (index of the job, sampled ids)."""
@@ -297,15 +299,15 @@ def generate(
 
 def write(
     model: PreTrainedModel,
-    jobs: Sequence[Job],
+    jobs: Sequence[GenerationJob],
     eos_ids: frozenset[int],
     batch_rows: int = 64,
     stop: Callable[[], bool] = lambda: False,
     tokens: int | None = None,
     record: bool = False,
-    beside: Beside | None = None,
+    beside: SecondModel | None = None,
     ended: Callable[[Sampling, Sequence[int]], bool] = lambda sampling, ids: False,
-) -> Iterator[Written]:
+) -> Iterator[Completion]:
     """Continue every prompt; yield each as it finishes. A row without an end-of-sequence token ran to `max_tokens`, or
     was `ended`.
 
@@ -351,7 +353,7 @@ def write(
 
 @torch.inference_mode()
 def _write_one(
-    batch: _Batch, running: Sequence[tuple[int, _Row]], tokens: int | None, record: bool, beside: Beside | None
+    batch: _Batch, running: Sequence[tuple[int, _Row]], tokens: int | None, record: bool, beside: SecondModel | None
 ) -> None:
     """Every running row's next token, and what was asked for of it."""
     slots = [slot for slot, _ in running]

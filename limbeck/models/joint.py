@@ -75,7 +75,7 @@ class Speculation:
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ContrastDecoding:
     """Each token is drawn by log p(token) - `strength` * log p(token | the other prompt), at the rows' temperature:
     what follows from this prompt and not from the other (contrastive decoding as in SCOTT, arXiv:2305.01879). Limit:
     the model alone at 0.

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from limbeck.models.context import Sight
+from limbeck.models.context import PromptContext
 from limbeck.models.named import NAMED, fetch, home
 from limbeck.objectives.head import Head
 from limbeck.storage.files import exclusive, file_sha256, full_disk_as_os_error, new_directory, sweep, write_json
@@ -39,13 +39,13 @@ LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 class Model:
     """A decoder, its tokenizer, and `identity`: what a request key names (name and content, not a path).
 
-    `sight` is what it is shown beside the prompt, where that is something.
+    `prompt_context` is what it is shown beside the prompt, where that is something.
     """
 
     net: PreTrainedModel
     tokenizer: Tokenizer
     identity: str
-    sight: Sight | None = None
+    prompt_context: PromptContext | None = None
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -55,7 +55,7 @@ class Model:
         return frozenset(token for token in ids if isinstance(token, int))
 
     @property
-    def tokens(self) -> int:
+    def vocab_size(self) -> int:
         """How many ids the tokenizer knows; a head may have more rows."""
         return len(self.tokenizer)
 
@@ -64,12 +64,12 @@ class Model:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     @property
-    def context(self) -> int:
+    def max_length(self) -> int:
         return int(getattr(self.net.config, "max_position_embeddings", 0) or 2**31)
 
     def prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:
         """The conversation as token ids, through the model's own (sandboxed) chat template, ready to be answered."""
-        seen = messages if self.sight is None else self.sight(messages)
+        seen = messages if self.prompt_context is None else self.prompt_context(messages)
         ids: Any = self.tokenizer.apply_chat_template(list(seen), add_generation_prompt=True, return_dict=True)
         return list(ids["input_ids"])
 
@@ -82,14 +82,18 @@ class Model:
         content."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def seeing(self, sight: Sight | None) -> Model:
+    def with_context(self, prompt_context: PromptContext | None) -> Model:
         """The same model shown something else beside the prompt: another teacher, with a name of its own."""
-        return replace(self, sight=sight, identity=self.named(self.identity.partition("+sight-")[0], sight))
+        return replace(
+            self,
+            prompt_context=prompt_context,
+            identity=self.named(self.identity.partition("+sight-")[0], prompt_context),
+        )
 
     @staticmethod
-    def named(identity: str, sight: Sight | None) -> str:
+    def named(identity: str, prompt_context: PromptContext | None) -> str:
         """The identity of a model that is shown something."""
-        return identity if sight is None else f"{identity}+sight-{sight.name}"
+        return identity if prompt_context is None else f"{identity}+sight-{prompt_context.name}"
 
 
 def header_of(tokenizer: Tokenizer) -> str | None:

@@ -30,15 +30,15 @@ from limbeck.signals.cache import ids_of
 from limbeck.signals.sparse import TopK
 from limbeck.types import Batch, UserError
 
-Protocol = Literal["llama.cpp", "vLLM"]
+ScoringProtocol = Literal["llama.cpp", "vLLM"]
 # at one position: ids and log-probabilities of the likeliest tokens, and log p of the written
-Named = tuple[list[int], list[float], float]
+NamedTokens = tuple[list[int], list[float], float]
 ODD = "Zwölf Boxkämpfer, 12.5 % naïve 日本語 🙂\n\tdef f(x): return x  # <b>"  # what tokenizers differ in
 ASKED = ({"role": "user", "content": "Is it 1, or 2?"},)
 ROUNDING = 1e-3  # by how much probabilities in a server's float32 may pass 1
 
 
-class Scorer:
+class ServerScorer:
     """A server's distributions over given text, as its `k` likeliest tokens at every position.
 
     Args:
@@ -54,9 +54,9 @@ class Scorer:
         self.api = api
         self.tokenizer = tokenizer
         self.written = written
-        self.vocabulary = len(tokenizer)
-        self.k = min(k, self.vocabulary)
-        self._protocol: Protocol | None = None
+        self.vocab_size = len(tokenizer)
+        self.k = min(k, self.vocab_size)
+        self._protocol: ScoringProtocol | None = None
 
     @property
     def identity(self) -> str:
@@ -108,21 +108,21 @@ class Scorer:
         return self.api.wait(self._framed_there)
 
     @torch.no_grad()
-    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocabulary: int | None = None) -> TeacherView:
+    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:
         """The server's distribution at the batch's response positions.
 
         Raises:
             UserError: what the server says is not what was asked for.
         """
-        assert taps == NO_TAPS and vocabulary in (
+        assert taps == NO_TAPS and vocab_size in (
             None,
-            self.vocabulary,
+            self.vocab_size,
         ), "a server has no layers, and its tokens are the student's"
         named = [position for text in self.score(list(ids_of(batch))) for position in text]
         ids_NK, log_NK, written_N = (torch.tensor([position[side] for position in named]) for side in (0, 1, 2))
         return TeacherView(TopK(ids_NK, log_NK, written_N=None if bool(written_N.isnan().any()) else written_N))
 
-    def score(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[Named]]:
+    def score(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[NamedTokens]]:
         """The likeliest tokens at every position of each (prompt, response), which are token ids."""
         if self._protocol is None:
             self.probe()
@@ -130,11 +130,11 @@ class Scorer:
 
     async def _all(
         self, client: httpx2.AsyncClient, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> list[list[Named]]:
+    ) -> list[list[NamedTokens]]:
         free = asyncio.Semaphore(self.api.settings.concurrency)
         ask = self._by_position if self._protocol == "llama.cpp" else self._at_once
 
-        async def one(prompt: Sequence[int], response: Sequence[int]) -> list[Named]:
+        async def one(prompt: Sequence[int], response: Sequence[int]) -> list[NamedTokens]:
             async with free:
                 return await ask(client, list(prompt), list(response))
 
@@ -147,7 +147,9 @@ class Scorer:
 
     # llama.cpp and vLLM
 
-    async def _by_position(self, client: httpx2.AsyncClient, prompt: list[int], response: list[int]) -> list[Named]:
+    async def _by_position(
+        self, client: httpx2.AsyncClient, prompt: list[int], response: list[int]
+    ) -> list[NamedTokens]:
         found = []
         # A token that is part of a character is held back, and its log-probabilities with it: so a whole one is drawn,
         # come what may. What
@@ -182,7 +184,7 @@ class Scorer:
             found.append(self._checked(pairs, response[place]))
         return found
 
-    async def _at_once(self, client: httpx2.AsyncClient, prompt: list[int], response: list[int]) -> list[Named]:
+    async def _at_once(self, client: httpx2.AsyncClient, prompt: list[int], response: list[int]) -> list[NamedTokens]:
         ids = prompt + response
         body = {
             "model": self.api.settings.name,
@@ -224,13 +226,13 @@ class Scorer:
             raise UserError(f"the answer is of the model {named[:80]!r}, and {self.api.settings.name!r} was asked")
         return data
 
-    def _checked(self, pairs: Sequence[tuple[Any, Any]], written: int) -> Named:
+    def _checked(self, pairs: Sequence[tuple[Any, Any]], written: int) -> NamedTokens:
         """The `k` likeliest, once they are tokens with probabilities, and the written one's, NaN where it is not
         named."""
         good = [
             (n, x)
             for n, x in pairs
-            if type(n) is int and 0 <= n < self.vocabulary and type(x) in (int, float) and not math.isnan(x)
+            if type(n) is int and 0 <= n < self.vocab_size and type(x) in (int, float) and not math.isnan(x)
         ]
         if len(good) < len(pairs):
             raise UserError(
@@ -255,7 +257,7 @@ class Scorer:
 
     # What is probed
 
-    async def _find_protocol(self, client: httpx2.AsyncClient) -> Protocol:
+    async def _find_protocol(self, client: httpx2.AsyncClient) -> ScoringProtocol:
         for path, key, protocol in (
             ("//props", "default_generation_settings", "llama.cpp"),
             ("//version", "version", "vLLM"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from limbeck.models.context import Sight
+from limbeck.models.context import PromptContext
 from limbeck.models.load import Model
 from limbeck.models.teacher import InProcessTeacher
 
@@ -70,9 +70,9 @@ def adapters_off(net: PreTrainedModel) -> Iterator[None]:
 
 
 def self_teacher(
-    student: Model, sight: Sight | None, inside: Callable[[], AbstractContextManager[None]]
+    student: Model, prompt_context: PromptContext | None, inside: Callable[[], AbstractContextManager[None]]
 ) -> InProcessTeacher:
-    """The student's modules as a teacher that is shown `sight`; `inside` puts the teacher's numbers in place."""
+    """The student's modules as a teacher that is shown `prompt_context`; `inside` puts the teacher's weights in."""
 
     @contextmanager
     def as_teacher() -> Iterator[None]:
@@ -84,4 +84,4 @@ def self_teacher(
         finally:
             student.net.train(training)
 
-    return InProcessTeacher(student.seeing(sight), as_teacher)
+    return InProcessTeacher(student.with_context(prompt_context), as_teacher)

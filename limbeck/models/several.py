@@ -44,16 +44,16 @@ class SeveralTeachers:
         self.together = together
         self.model = teachers[0].model
         self.can = teachers[0].can - {"log_probs", "teacher_states"}
-        self.vocabulary = min(teacher.vocabulary for teacher in teachers)
+        self.vocab_size = min(teacher.vocab_size for teacher in teachers)
         facts = [[teacher.identity, weight, tag] for teacher, weight, tag in zip(teachers, weights, tags, strict=True)]
         self.identity = f"several-{content_hash([facts, together])[:16]}"
 
     @torch.no_grad()
-    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocabulary: int | None = None) -> TeacherView:
+    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:
         """The teachers' common distribution at the batch's response positions, and the main one's features."""
-        vocabulary = vocabulary or self.vocabulary
-        first = self.teachers[0].view(batch, taps, vocabulary)
-        signals = [first.signal, *(teacher.view(batch, NO_TAPS, vocabulary).signal for teacher in self.teachers[1:])]
+        vocab_size = vocab_size or self.vocab_size
+        first = self.teachers[0].view(batch, taps, vocab_size)
+        signals = [first.signal, *(teacher.view(batch, NO_TAPS, vocab_size).signal for teacher in self.teachers[1:])]
         dense = [signal for signal in signals if isinstance(signal, DenseSignal)]
         if self.together == "uncertainty":
             large, small = dense

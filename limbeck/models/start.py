@@ -33,7 +33,7 @@ def _begin(student: Student, teacher: Callable[[], Model], choice: Choice | None
     start = student.start
     if start.pretrained is not None:
         return load_model(start.pretrained)
-    like = teacher().seeing(None)
+    like = teacher().with_context(None)
     if start.prune is not None:
         assert choice is not None
         return Model(

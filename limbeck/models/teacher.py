@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from limbeck.models.generate import Beside, Job, generate
-from limbeck.models.joint import Contrast
+from limbeck.models.generate import GenerationJob, SecondModel, generate
+from limbeck.models.joint import ContrastDecoding
 from limbeck.models.load import Model, head_of
 from limbeck.models.taps import features
 from limbeck.objectives.dual import TeacherStates
@@ -36,9 +36,9 @@ class InProcessTeacher:
         self.identity = model.identity
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """How many tokens its distributions are over."""
-        return head_of(self.model.net).vocabulary
+        return head_of(self.model.net).vocab_size
 
     def answers(
         self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False
@@ -48,20 +48,20 @@ class InProcessTeacher:
         for request in requests:
             kinds.setdefault(None if request.against is None else request.contrast, []).append(request)
         for strength, alike in kinds.items():
-            beside = None if strength is None else Beside(self.model.net, Contrast(strength))
+            beside = None if strength is None else SecondModel(self.model.net, ContrastDecoding(strength))
             jobs = [self._job(request) for request in alike]
             net = self.model.net
             eos = self.model.eos_ids
             for index, ids in generate(
-                net, jobs, eos, stop=stop, tokens=self.model.tokens, beside=beside, ended=self._ended
+                net, jobs, eos, stop=stop, tokens=self.model.vocab_size, beside=beside, ended=self._ended
             ):
                 yield alike[index], self._generated(alike[index], ids)
 
-    def _job(self, request: Request) -> Job:
+    def _job(self, request: Request) -> GenerationJob:
         model = self.model
         beside = None if request.against is None else model.prompt_ids(request.against)
         ids = model.prompt_ids(request.messages) if request.raw is None else model.raw_ids(request.raw)
-        return Job(ids, request.sampling, int(request.key[:15], 16), beside)
+        return GenerationJob(ids, request.sampling, int(request.key[:15], 16), beside)
 
     def _ended(self, sampling: Sampling, ids: Sequence[int]) -> bool:
         """Whether a text that ends the answer stands at its end. Only its last tokens are looked at: each of them is a
@@ -80,7 +80,7 @@ class InProcessTeacher:
         return Generated(None if found else tuple(ids), kept, finish)
 
     @torch.no_grad()
-    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocabulary: int | None = None) -> TeacherView:
+    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:
         """The teacher's distribution at the batch's response positions, and the features asked for.
 
         Args:
@@ -91,7 +91,7 @@ class InProcessTeacher:
         with self.weights():
             hidden_BTD, found = features(net, seen.tokens_BT.to(net.device), *taps, mixed=seen.mixed)
             head = head_of(net).detached()
-        signal = DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocabulary or head.vocabulary))
+        signal = DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocab_size or head.vocab_size))
         return TeacherView(
             signal, found, TeacherStates(signal.hidden_NE, signal.head, seen.response_positions()[0].to(net.device))
         )

@@ -1,4 +1,5 @@
-"""The student's text from a vLLM server that runs beside the training: `Job` in, `Written` out, as in `generate.write`.
+"""The student's text from a vLLM server that runs beside the training: `GenerationJob` in, `Completion` out, as in
+`generate.write`.
 
 Token ids go out and come back (`return_token_ids`, vLLM 0.10.2 on); every setting that a `generation_config.json` would
 fill in is sent; the student's end tokens alone end an answer. vLLM's log-probabilities are those before temperature and
@@ -45,7 +46,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from limbeck.models.generate import Job, Written
+from limbeck.models.generate import Completion, GenerationJob
 from limbeck.models.load import quiet
 from limbeck.models.sample import log_prob_of
 from limbeck.storage.files import full_disk_as_os_error, new_directory, remove_directory, sweep
@@ -148,7 +149,7 @@ class VllmWriter:
         self.url = self.url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.rows, self.folder = max(self.tokens, self.rows), self.folder.resolve()
 
-    def write(self, jobs: Sequence[Job], stop: Callable[[], bool] = lambda: False) -> list[Written]:
+    def write(self, jobs: Sequence[GenerationJob], stop: Callable[[], bool] = lambda: False) -> list[Completion]:
         """One answer per job, in their order, with log-probabilities. Once `stop` is true, unfinished ones are left
         out."""
         if any(
@@ -195,7 +196,7 @@ class VllmWriter:
         with ThreadPoolExecutor(1) as pool:  # a notebook's thread has a loop of its own
             return pool.submit(asyncio.run, call()).result()
 
-    async def _write(self, jobs: Sequence[Job], stop: Callable[[], bool], wire: _Wire) -> list[Written]:
+    async def _write(self, jobs: Sequence[GenerationJob], stop: Callable[[], bool], wire: _Wire) -> list[Completion]:
         name, context = await self._meet(wire)
         longest = max(len(job.prompt_ids) + job.sampling.max_tokens for job in jobs)
         wire.need(
@@ -205,7 +206,7 @@ class VllmWriter:
         )
         gate = asyncio.Semaphore(max(1, self.together))
 
-        async def one(index: int, job: Job) -> Written:
+        async def one(index: int, job: GenerationJob) -> Completion:
             async with gate:
                 return await self._ask(wire, name, job, index)
 
@@ -222,7 +223,7 @@ class VllmWriter:
             await asyncio.gather(*tasks, return_exceptions=True)
         return [task.result() for task in tasks if not task.cancelled()]
 
-    async def _ask(self, wire: _Wire, name: str, job: Job, index: int = 0) -> Written:
+    async def _ask(self, wire: _Wire, name: str, job: GenerationJob, index: int = 0) -> Completion:
         room = SMALL + PER_TOKEN * (len(job.prompt_ids) + job.sampling.max_tokens)
         choice = _choice(wire, await wire.ask("POST", COMPLETIONS, self._body(name, job), room), name, job)
         ids = self._ended(wire, choice, job.sampling.max_tokens)
@@ -247,9 +248,9 @@ class VllmWriter:
         fine = all(isinstance(value, float | int) and -9999.0 < value < 1e-3 for value in found)
         wire.need(fine, "its log-probabilities are none", "start it with --logprobs-mode raw_logprobs")
         log_prob = [min(0.0, float(value)) for value in found]
-        return Written(index, ids, log_prob, log_prob[:] if job.sampling.temperature else [0.0] * len(ids), len(ids))
+        return Completion(index, ids, log_prob, log_prob[:] if job.sampling.temperature else [0.0] * len(ids), len(ids))
 
-    def _body(self, name: str, job: Job) -> dict[str, Any]:
+    def _body(self, name: str, job: GenerationJob) -> dict[str, Any]:
         how = job.sampling
         padding = range(self.tokens, self.rows)
         bias = {str(token): NEVER for token in padding} if 0 < len(padding) <= MOST_PADDING else None
@@ -317,7 +318,7 @@ class VllmWriter:
             await wire.ask("POST", "/resume")
         wire.need(told is not NO, "its weights can't be reloaded", f"it must be a recent vLLM, started as {START}")
         if self._prompt is not None:
-            job = Job(self._prompt, Sampling(1.0, 1.0, 2 * PROBE_TOKENS), 1)
+            job = GenerationJob(self._prompt, Sampling(1.0, 1.0, 2 * PROBE_TOKENS), 1)
             _compare(wire, net, [(job, await self._ask(wire, (await self._meet(wire))[0], job))])
 
     async def _meet(self, wire: _Wire) -> tuple[str, int]:
@@ -341,16 +342,16 @@ class VllmWriter:
     async def _probe(self, net: PreTrainedModel, prompt: tuple[int, ...], wire: _Wire) -> Probed:
         name, context = await self._meet(wire)
         version = await wire.ask("GET", "/version", may_refuse=True)
-        body = self._body(name, Job(prompt, Sampling(0.0, 1.0, 1), 0))
+        body = self._body(name, GenerationJob(prompt, Sampling(0.0, 1.0, 1), 0))
         # vLLM refuses what its head lacks
         await wire.ask("POST", COMPLETIONS, body | {"logit_bias": {str(self.rows - 1): 0.0}})
         beyond = await wire.ask("POST", COMPLETIONS, body | {"logit_bias": {str(self.rows): 0.0}}, may_refuse=True)
         wire.need(
             beyond is NO, f"its vocabulary has more than the student's {self.rows} tokens", "serve the student itself"
         )
-        greedy = Job(prompt, Sampling(0.0, 1.0, PROBE_TOKENS), 0)
+        greedy = GenerationJob(prompt, Sampling(0.0, 1.0, PROBE_TOKENS), 0)
         top = await self._ask(wire, name, greedy)
-        draws = [Job(prompt, Sampling(1.0, 1.0, PROBE_TOKENS), seed + 1) for seed in range(PROBE_SEEDS)]
+        draws = [GenerationJob(prompt, Sampling(1.0, 1.0, PROBE_TOKENS), seed + 1) for seed in range(PROBE_SEEDS)]
         drawn = [await self._ask(wire, name, job) for job in (*draws, draws[0])]
         wire.need(
             drawn[0].ids == drawn[-1].ids, "one seed gave two texts", "update vLLM, or take out what drops `seed`"
@@ -358,7 +359,7 @@ class VllmWriter:
         fixed = sum(top.log_prob) < FLAT and all(text.ids == top.ids for text in drawn)
         wire.need(not fixed, "it draws the same text for every seed", "take out what drops `seed` or `temperature`")
         off = _compare(wire, net, [(greedy, top), *zip(draws, drawn, strict=False)])
-        hot = Job(prompt, Sampling(8.0, 1.0, 1), 1)
+        hot = GenerationJob(prompt, Sampling(8.0, 1.0, 1), 1)
         choice = _choice(wire, await wire.ask("POST", COMPLETIONS, self._body(name, hot) | {"logprobs": 1}), name, hot)
         mode: Literal["raw", "processed", "unknown"] = "unknown"
         with contextlib.suppress(LookupError, TypeError, AttributeError, ValueError):  # whatever else may stand there
@@ -447,7 +448,7 @@ class _Wire:
         raise self.odd(f"{path} was answered with no JSON", "is it a vLLM server?")
 
 
-def _choice(wire: _Wire, answer: Any, name: str, job: Job) -> dict[str, Any]:
+def _choice(wire: _Wire, answer: Any, name: str, job: GenerationJob) -> dict[str, Any]:
     """The one choice of an answer to this prompt by this model."""
     answer = answer if isinstance(answer, dict) else {}
     wire.need(
@@ -474,7 +475,7 @@ def _choice(wire: _Wire, answer: Any, name: str, job: Job) -> dict[str, Any]:
     return choice
 
 
-def _compare(wire: _Wire, net: PreTrainedModel, texts: Sequence[tuple[Job, Written]]) -> float:
+def _compare(wire: _Wire, net: PreTrainedModel, texts: Sequence[tuple[GenerationJob, Completion]]) -> float:
     """Mean difference between the server's log-probabilities and the student's, in nats; greedy tokens must be likely
     ones."""
     training = net.training
@@ -492,7 +493,7 @@ def _compare(wire: _Wire, net: PreTrainedModel, texts: Sequence[tuple[Job, Writt
 
 
 @torch.inference_mode()
-def _off(net: PreTrainedModel, prompt_ids: Sequence[int], text: Written) -> tuple[float, float]:
+def _off(net: PreTrainedModel, prompt_ids: Sequence[int], text: Completion) -> tuple[float, float]:
     """How far the server's log-probabilities are from the student's, and the drawn tokens behind its likeliest: means,
     in nats."""
     tokens = torch.tensor([[*prompt_ids, *text.ids]], device=net.device)

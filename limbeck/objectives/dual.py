@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.objectives.divergence import DIVERGENCES, ValueAndGradient
-from limbeck.objectives.head import CHUNK_ELEMENTS, Block, Evidence, Head, TeacherSignal, chunks, fused_loss
+from limbeck.objectives.head import CHUNK_ELEMENTS, Block, Head, PositionEvidence, TeacherSignal, chunks, fused_loss
 from limbeck.objectives.supervised import cross_entropy
 from limbeck.types import Batch
 
@@ -98,7 +98,7 @@ class DualSpace(nn.Module):
         fixed = head.detached()
         right_N = _right(from_teacher_ND, fixed, said_N)
         weight_M = _per_row(weight_N, row_N, teacher.row_M)
-        ce = fused_loss(from_teacher_ND, fixed, [_CrossEntropy()], [scale], weight_N[None], Evidence(said_N))
+        ce = fused_loss(from_teacher_ND, fixed, [_CrossEntropy()], [scale], weight_N[None], PositionEvidence(said_N))
         target = self.dense(from_teacher_ND.detach(), fixed)
         apart = fused_loss(
             hidden_ND,
@@ -106,7 +106,7 @@ class DualSpace(nn.Module):
             [_Divergence(self.divergence)],
             [scale],
             (weight_N * right_N)[None],
-            Evidence(said_N, target),
+            PositionEvidence(said_N, target),
         )
         truth = self.dense(teacher.hidden_ME, teacher.head)
         nothing = torch.zeros_like(teacher.row_M)
@@ -116,7 +116,7 @@ class DualSpace(nn.Module):
             [_Divergence("forward_kl")],
             [scale],
             weight_M[None],
-            Evidence(nothing, truth),
+            PositionEvidence(nothing, truth),
         )
         return ce.loss + apart.loss + back.loss, sum(sum(part.sums.values()) for part in (ce, apart, back))
 
@@ -150,7 +150,7 @@ def _linear(inner: int, outer: int, noise: torch.Generator) -> nn.Linear:
 def _right(hidden_ND: Tensor, head: Head, said_N: Tensor) -> Tensor:
     """1 where the written token is the likeliest, else 0: [N]."""
     found = [
-        head.logits(hidden_ND[part]).argmax(-1) for part in chunks(len(hidden_ND), head.vocabulary, CHUNK_ELEMENTS)
+        head.logits(hidden_ND[part]).argmax(-1) for part in chunks(len(hidden_ND), head.vocab_size, CHUNK_ELEMENTS)
     ]
     return (torch.cat(found) == said_N).to(hidden_ND.dtype)
 

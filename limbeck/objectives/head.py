@@ -39,18 +39,18 @@ class Head:
     low_rank: tuple[Tensor, Tensor, float] | None = None
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         return len(self.weight_VD)
 
-    def cut(self, vocabulary: int) -> Head:
-        """Only the first `vocabulary` tokens: what is left when another model's vocabulary is padded less."""
-        if vocabulary == self.vocabulary:
+    def cut(self, vocab_size: int) -> Head:
+        """Only the first `vocab_size` tokens: what is left when another model's vocabulary is padded less."""
+        if vocab_size == self.vocab_size:
             return self
         low_rank = (
-            None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:vocabulary], self.low_rank[2])
+            None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:vocab_size], self.low_rank[2])
         )
-        bias_V = None if self.bias_V is None else self.bias_V[:vocabulary]
-        return Head(self.weight_VD[:vocabulary], bias_V, self.scale, self.softcap, low_rank)
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return Head(self.weight_VD[:vocab_size], bias_V, self.scale, self.softcap, low_rank)
 
     def detached(self) -> Head:
         """The same numbers without a gradient, and these numbers even if the model's parameters are given others."""
@@ -152,7 +152,7 @@ class VocabularyTerm(Protocol):
 
 
 @dataclass(frozen=True)
-class Evidence:
+class PositionEvidence:
     """What stands beside the N response positions: their tokens, the teacher's distribution, and named columns [N]."""
 
     targets_N: Tensor
@@ -173,9 +173,9 @@ class Total:
     sums: dict[str, float]
 
 
-def chunks(positions: int, vocabulary: int, elements: int) -> Iterator[slice]:
+def chunks(positions: int, vocab_size: int, elements: int) -> Iterator[slice]:
     """Slices of the positions that keep one chunk of logits within `elements` numbers."""
-    size = max(1, elements // vocabulary)
+    size = max(1, elements // vocab_size)
     for start in range(0, positions, size):
         yield slice(start, min(start + size, positions))
 
@@ -186,7 +186,7 @@ def fused_loss(
     terms: Sequence[VocabularyTerm],
     scales: Sequence[float],
     weight_KN: Tensor,
-    evidence: Evidence,
+    evidence: PositionEvidence,
 ) -> Total:
     """sum_k scale_k sum_n w_kn l_k(n), with its gradient for the hidden states and the head.
 
@@ -214,7 +214,7 @@ class _Fused(torch.autograd.Function):
         terms: list[VocabularyTerm],
         scales: list[float],
         weight_KN: Tensor,
-        evidence: Evidence,
+        evidence: PositionEvidence,
         softcap: float | None,
         *flat: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -259,7 +259,7 @@ def compared(
     """(positions, student's q, teacher's p) block by block, for measuring; a signal with whole distributions only."""
     parts = [(x_ND.detach(), weight.detach()) for x_ND, weight in head.products(hidden_ND)]
     buffer = Buffer()
-    for part in chunks(len(hidden_ND), head.vocabulary, CHUNK_ELEMENTS):
+    for part in chunks(len(hidden_ND), head.vocab_size, CHUNK_ELEMENTS):
         logits_CV = project([(x_ND[part], weight) for x_ND, weight in parts], head.softcap, buffer)
         chunk = teacher.chunk(part)
         for rows in _blocks(logits_CV):
@@ -327,7 +327,7 @@ class _LogProbs(torch.autograd.Function):
         picked = _Picked()
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(n) for t, n in zip(flat, ctx.needs_input_grad[2:], strict=True)]
-            loss, _ = _Fused.apply([picked], [1.0], weight_KN, Evidence(targets_N), ctx.softcap, *leaves)
+            loss, _ = _Fused.apply([picked], [1.0], weight_KN, PositionEvidence(targets_N), ctx.softcap, *leaves)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         grads = iter(torch.autograd.grad(loss, wanted))
         return None, None, *(next(grads) if leaf.requires_grad else None for leaf in leaves)

@@ -197,7 +197,7 @@ def match_settings(name: str, params: Mapping[str, Any], path: str) -> tuple[Mat
 
 
 @dataclass(frozen=True)
-class Place:
+class Positions:
     """Where the compared positions are: (row, position) of N response positions in B rows, and who the rows are."""
 
     row_N: Tensor
@@ -242,13 +242,13 @@ class Match(nn.Module):
         layers = {pair[side] for pair in self.pairs}
         return (layers, set()) if self.settings.kind.reads == "hidden" else (set(), layers)
 
-    def forward(self, student: Features, teacher: Features, place: Place) -> Tensor:
+    def forward(self, student: Features, teacher: Features, place: Positions) -> Tensor:
         if self.settings.name == "contrast":
             return self._contrast(student, teacher, place)
         values = [self._pair(pair, student, teacher, place) for pair in self.pairs]
         return torch.stack(values).sum(0) / len(values)
 
-    def _pair(self, pair: Pair, student: Features, teacher: Features, place: Place) -> Tensor:
+    def _pair(self, pair: Pair, student: Features, teacher: Features, place: Positions) -> Tensor:
         name = self.settings.name
         where = (place.row_N, place.position_N)
         if self.settings.kind.reads == "attention":
@@ -269,7 +269,7 @@ class Match(nn.Module):
         assert isinstance(self.learned, nn.ModuleDict)
         return hidden_match(ours_ND, theirs_NE, self.learned[pair_name(pair)], self.settings.values["distance"])
 
-    def _contrast(self, student: Features, teacher: Features, place: Place) -> Tensor:
+    def _contrast(self, student: Features, teacher: Features, place: Positions) -> Tensor:
         ours_BD = pooled([student.hidden[pair[0]] for pair in self.pairs], place.row_N, place.position_N)
         theirs_BE = self.pooled_teacher(teacher, place)
         count = self.settings.values["negatives"]
@@ -282,7 +282,7 @@ class Match(nn.Module):
         values_B: Tensor = self.learned(ours_BD, theirs_BE, self.bank_ME, torch.cat(drawn).to(ours_BD.device))
         return values_B
 
-    def pooled_teacher(self, teacher: Features, place: Place) -> Tensor:
+    def pooled_teacher(self, teacher: Features, place: Positions) -> Tensor:
         """What the bank holds of these rows: [B, E x layers]."""
         return pooled([teacher.hidden[pair[1]] for pair in self.pairs], place.row_N, place.position_N)
 

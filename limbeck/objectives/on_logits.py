@@ -74,10 +74,10 @@ def divergence(
 
 
 def _check_targets(name: str, targets_N: Tensor, logits_NV: Tensor) -> None:
-    positions, vocabulary = logits_NV.shape
+    positions, vocab_size = logits_NV.shape
     whole = isinstance(targets_N, Tensor) and targets_N.shape == (positions,) and targets_N.dtype == torch.long
-    if not whole or not ((targets_N >= 0) & (targets_N < vocabulary)).all():
+    if not whole or not ((targets_N >= 0) & (targets_N < vocab_size)).all():
         raise UserError(
-            f"{name}: targets_N must be a long tensor of {positions} token ids from 0 to {vocabulary - 1}; leave"
+            f"{name}: targets_N must be a long tensor of {positions} token ids from 0 to {vocab_size - 1}; leave"
             " positions without a target (such as -100) out"
         )

@@ -31,7 +31,7 @@ Family = Literal["vocabulary", "ranking", "match", "consistency", "dual"]
 Unit = Literal["token", "row", "group"]
 WEIGHT = Range(0, float("inf"), open_high=True)
 CROSS_ENTROPY = "cross_entropy"
-WRITTEN = "student"  # the tag of text that the student writes while it trains: what a policy gradient speaks of
+STUDENT = "student"  # the tag of text that the student writes while it trains: what a policy gradient speaks of
 BY = ("importance_weight", "position_weight")
 SMOOTHING = {"label_smoothing": Range(0, 1, open_high=True)}
 
@@ -61,12 +61,12 @@ class Term:
         """Its name in metrics: two terms of one name differ in the text they are limited to."""
         return self.name if self.only is None else f"{self.name}@{self.only}"
 
-    def settle(self, progress: float, states: Mapping[str, State]) -> Settled:
+    def at_step(self, progress: float, states: Mapping[str, State]) -> TermAtStep:
         """The term with this step's weight and parameters."""
         params = {
             key: schedule.value(progress, states.get(f"{self.label}.{key}")) for key, schedule in self.params.items()
         }
-        return Settled(self, self.weight.value(progress, states.get(f"{self.label}.weight")), params)
+        return TermAtStep(self, self.weight.value(progress, states.get(f"{self.label}.weight")), params)
 
     def after(self, states: dict[str, State], progress: float, loss: float, measured: float | None) -> None:
         """Let the adaptive schedules see the step's loss (or the term's measurement); `states` is updated."""
@@ -78,7 +78,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Settled:
+class TermAtStep:
     """A term at one step: numbers where the term has schedules."""
 
     term: Term
@@ -160,7 +160,7 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         return Term(name, "vocabulary", frozenset({"teacher_distribution"}), weighed, schedules, only, by)
     if name in POLICIES:
         known = POLICIES[name]
-        if only not in (None, WRITTEN):
+        if only not in (None, STUDENT):
             raise RecipeError(
                 f"{path}.only".lstrip("."),
                 f"{name} speaks of text that the student writes while it trains; leave `only` out",
@@ -168,7 +168,7 @@ def make_term(name: str, params: Mapping[str, Any], weight: object = 1.0, path: 
         made = {"teacher_log_prob", *(known.reads if known.prepare else ())}
         reads = frozenset(known.reads) - made | ({"teacher_distribution"} if made & set(known.reads) else frozenset())
         schedules = _schedules(name, known.defaults, known.ranges, rest, path)
-        return Term(name, "vocabulary", reads | {WRITTEN}, weighed, schedules, only or WRITTEN, by)
+        return Term(name, "vocabulary", reads | {STUDENT}, weighed, schedules, only or STUDENT, by)
     if name == CONSISTENCY:
         if only is not None:
             raise RecipeError(

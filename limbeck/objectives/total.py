@@ -18,11 +18,11 @@ from torch import Tensor
 from limbeck.objectives.consistency import common_ends, consistency
 from limbeck.objectives.dual import DualSpace, TeacherStates
 from limbeck.objectives.feature import Features
-from limbeck.objectives.head import Evidence, Head, TeacherSignal, Total, fused_loss, token_log_probs
-from limbeck.objectives.match import Match, Place
+from limbeck.objectives.head import Head, PositionEvidence, TeacherSignal, Total, fused_loss, token_log_probs
+from limbeck.objectives.match import Match, Positions
 from limbeck.objectives.precision import full_precision
 from limbeck.objectives.rank import RANKINGS, Candidates
-from limbeck.objectives.term import Settled
+from limbeck.objectives.term import TermAtStep
 from limbeck.types import Batch
 
 
@@ -46,7 +46,7 @@ class TeacherView:
 
 
 @dataclass(frozen=True)
-class Pass:
+class StudentForward:
     """One micro-batch after the student's forward pass: `hidden_ND` predicts its response tokens."""
 
     batch: Batch
@@ -80,7 +80,7 @@ Learned = Match | DualSpace
 
 
 def total_loss(
-    terms: Sequence[Settled], amounts: Mapping[str, float], matches: Mapping[str, Learned], data: Pass
+    terms: Sequence[TermAtStep], amounts: Mapping[str, float], matches: Mapping[str, Learned], data: StudentForward
 ) -> tuple[Tensor, Sums]:
     """sum_k weight_k sum_n w_n l_k(n) / amount_k, ready for `backward`, and the sums.
 
@@ -114,7 +114,7 @@ def total_loss(
     return loss, sums
 
 
-def _vocabulary(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> Total:
+def _vocabulary(terms: Sequence[TermAtStep], scales: Sequence[float], data: StudentForward) -> Total:
     batch = data.batch
     device = data.hidden_ND.device
     row_N, position_N = batch.response_positions()
@@ -126,14 +126,14 @@ def _vocabulary(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -
         return Total((data.hidden_ND * 0).sum(), {})
     weight_KN = torch.stack([weights[number] for number in here]).to(device)
     columns = {name: column_BT[row_N, position_N + 1].to(device) for name, column_BT in batch.columns.items()}
-    evidence = Evidence(batch.tokens_BT[row_N, position_N + 1].to(device), data.teacher.signal, columns)
+    evidence = PositionEvidence(batch.tokens_BT[row_N, position_N + 1].to(device), data.teacher.signal, columns)
     return fused_loss(
         data.hidden_ND, data.head, [terms[n] for n in here], [scales[n] for n in here], weight_KN, evidence
     )
 
 
 def _ranking(
-    terms: Sequence[Settled], scales: Sequence[float], data: Pass
+    terms: Sequence[TermAtStep], scales: Sequence[float], data: StudentForward
 ) -> tuple[Total, dict[str, tuple[float, float]]]:
     batch = data.batch
     device = data.hidden_ND.device
@@ -162,7 +162,7 @@ def _ranking(
     return Total(loss, found), measured
 
 
-def _consistent(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -> Total:
+def _consistent(terms: Sequence[TermAtStep], scales: Sequence[float], data: StudentForward) -> Total:
     ends = common_ends(data.batch)
     loss = (data.hidden_ND * 0).sum()
     found = {}
@@ -173,7 +173,9 @@ def _consistent(terms: Sequence[Settled], scales: Sequence[float], data: Pass) -
     return Total(loss, found)
 
 
-def _dual(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[str, Learned], data: Pass) -> Total:
+def _dual(
+    terms: Sequence[TermAtStep], scales: Sequence[float], matches: Mapping[str, Learned], data: StudentForward
+) -> Total:
     assert data.teacher.states is not None
     row_N, position_N = data.batch.response_positions()
     weight_N = data.batch.weight_BT[row_N, position_N + 1]
@@ -188,12 +190,14 @@ def _dual(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[st
     return Total(loss, found)
 
 
-def _matching(terms: Sequence[Settled], scales: Sequence[float], matches: Mapping[str, Learned], data: Pass) -> Total:
+def _matching(
+    terms: Sequence[TermAtStep], scales: Sequence[float], matches: Mapping[str, Learned], data: StudentForward
+) -> Total:
     batch = data.batch
     device = data.hidden_ND.device
     row_N, position_N = (index.to(device) for index in batch.response_positions())
     own_B = torch.tensor([data.bank_rows.get(sample_id, 0) for sample_id in batch.sample_ids])
-    place = Place(row_N, position_N, len(batch.sample_ids), own_B, data.step)
+    place = Positions(row_N, position_N, len(batch.sample_ids), own_B, data.step)
     loss = (data.hidden_ND * 0).sum()
     found = {}
     for term, scale in zip(terms, scales, strict=True):

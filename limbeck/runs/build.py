@@ -10,8 +10,7 @@ from pydantic import ValidationError
 
 from limbeck.config.builtin import recipe_files, task_folders
 from limbeck.config.recipe import Recipe, explain, load_recipe
-from limbeck.config.sections import Joint as JointSettings
-from limbeck.config.sections import Rollout
+from limbeck.config.sections import JointSettings, Rollout
 from limbeck.elicit.flow import Step
 from limbeck.elicit.prompts import Prompt, load_prompts
 from limbeck.elicit.steps import STEPS
@@ -20,11 +19,11 @@ from limbeck.evaluate.tasks import Task, load_task
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import BridgedTeacher
-from limbeck.models.context import Sight
+from limbeck.models.context import PromptContext
 from limbeck.models.generate import Joint
 from limbeck.models.joint import Mixture, Speculation
 from limbeck.models.load import Model, load_model, load_tokenizer, model_identity
-from limbeck.models.score import Scorer
+from limbeck.models.score import ServerScorer
 from limbeck.models.several import SeveralTeachers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives import consistency, dual
@@ -75,7 +74,7 @@ def steps(recipe: Recipe) -> list[tuple[str, Step]]:
 def teacher(recipe: Recipe) -> InProcessTeacher:
     """The teacher in process; `validate` saw to it that nobody asks for one whose weights are not here."""
     assert recipe.teacher.model is not None
-    return InProcessTeacher(load_model(recipe.teacher.model).seeing(sight(recipe)))
+    return InProcessTeacher(load_model(recipe.teacher.model).with_context(prompt_context(recipe)))
 
 
 def several(recipe: Recipe, first: InProcessTeacher) -> InProcessTeacher | SeveralTeachers:
@@ -83,7 +82,9 @@ def several(recipe: Recipe, first: InProcessTeacher) -> InProcessTeacher | Sever
     settings = recipe.teacher
     if not settings.beside:
         return first
-    others = [InProcessTeacher(load_model(other.model).seeing(sight(recipe))) for other in settings.beside]
+    others = [
+        InProcessTeacher(load_model(other.model).with_context(prompt_context(recipe))) for other in settings.beside
+    ]
     weights = [settings.weight, *(other.weight for other in settings.beside)]
     return SeveralTeachers(
         [first, *others], weights, [None, *(other.only for other in settings.beside)], settings.together
@@ -111,7 +112,7 @@ def served(recipe: Recipe) -> ApiTeacher | None:
     return None if server is None else BatchTeacher(server) if server.batch else ApiTeacher(server)
 
 
-def scorer(recipe: Recipe, api: ApiTeacher) -> Scorer | None:
+def scorer(recipe: Recipe, api: ApiTeacher) -> ServerScorer | None:
     """The server as one that scores the training text, where the recipe reads that and has no weights of it."""
     cache = recipe.teacher.cache
     server = recipe.teacher.server
@@ -119,10 +120,10 @@ def scorer(recipe: Recipe, api: ApiTeacher) -> Scorer | None:
         cache.top_k.k if cache is not None and cache.top_k is not None else server.names if server is not None else None
     )
     reads_written = any(term.name in POLICIES and "teacher_distribution" in term.reads for term in terms(recipe))
-    return None if named is None else Scorer(api, named, load_tokenizer(recipe.speaker), reads_written)
+    return None if named is None else ServerScorer(api, named, load_tokenizer(recipe.speaker), reads_written)
 
 
-def sight(recipe: Recipe) -> Sight | None:
+def prompt_context(recipe: Recipe) -> PromptContext | None:
     """What the teacher is shown beside the prompts."""
     context = recipe.teacher.context
     if context is None:
@@ -136,13 +137,13 @@ def sight(recipe: Recipe) -> Sight | None:
                 "prompts.from",
                 f"the prompt of {prompt.id!r} stands twice with other things to show the teacher; leave one out",
             )
-    return Sight(context.system, context.user, fields)
+    return PromptContext(context.system, context.user, fields)
 
 
 def teacher_identity(recipe: Recipe) -> str:
     """What `teacher(recipe).identity` will be, without loading the weights."""
     assert recipe.teacher.model is not None
-    return Model.named(model_identity(recipe.teacher.model), sight(recipe))
+    return Model.named(model_identity(recipe.teacher.model), prompt_context(recipe))
 
 
 def model(path: Path) -> Model:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from limbeck.config.recipe import Recipe
-from limbeck.config.teacher import Cache
+from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import MICRO_TOKENS
 from limbeck.elicit.flow import Bill
 from limbeck.elicit.prompts import Prompt
@@ -24,7 +24,7 @@ from limbeck.types import UserError
 
 TYPICAL_OVERHEAD = 1.7
 # evidence that costs a pass of the teacher at every step
-TEACHER_READS = {"teacher_distribution", "teacher_features", "teacher_states"}
+TEACHER_EVIDENCE = {"teacher_distribution", "teacher_features", "teacher_states"}
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
@@ -192,7 +192,7 @@ def _training_bytes(student: Shape, tokens_per_step: int) -> float:
     )
 
 
-def _kept_bytes(cache: Cache | None, teacher: Shape | None, tokens: int) -> float:
+def _kept_bytes(cache: CacheSettings | None, teacher: Shape | None, tokens: int) -> float:
     """What a kept teacher takes at most: an id with its bits and a number for every token kept, 8 bytes a position, and
     a head."""
     if cache is None or teacher is None:
@@ -247,7 +247,7 @@ def make_plan(
     steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
     epochs = steps * settings.tokens_per_step / response
     trainings = 1 + len(trained_controls(recipe, terms))
-    reads = any(term.reads & TEACHER_READS for term in terms)
+    reads = any(term.reads & TEACHER_EVIDENCE for term in terms)
     rate = matrix_rate() / TYPICAL_OVERHEAD
     tokens = int((prompt_tokens + response) * epochs)
     trained = int(response * epochs)

@@ -16,19 +16,19 @@ from typing import cast
 
 from limbeck.config.recipe import Recipe
 from limbeck.data import batches as data
-from limbeck.data.batches import BEST, MIXED, REST
+from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.engine import Answerer
-from limbeck.elicit.training_text import Text
+from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench, Measured
 from limbeck.models.api import ApiTeacher
 from limbeck.models.load import Model, header_of, is_ready, load_config, load_tokenizer, save_model
 from limbeck.models.prune import Calibration, Choice
-from limbeck.models.score import Scorer
+from limbeck.models.score import ServerScorer
 from limbeck.models.self_teacher import Average, adapters_off, self_teacher
 from limbeck.models.start import begin, choose, merge_adapters
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.term import WRITTEN, make_term
+from limbeck.objectives.term import STUDENT, make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
@@ -62,7 +62,7 @@ class Run:
     beside: Run | None = None
 
     @cached_property
-    def text(self) -> Text:
+    def text(self) -> TrainingText:
         writers: dict[str, Callable[[], Answerer]] = {
             "teacher": lambda: self.served or self.teacher,
             "untouched": lambda: InProcessTeacher(self.untouched()),
@@ -72,7 +72,7 @@ class Run:
             {"": lambda: self.teacher.model, "untouched": self.untouched}.get(by, lambda: build.judge(by))()
         )
         header = lambda: header_of(load_tokenizer(self.recipe.speaker))  # noqa: E731
-        return Text(
+        return TrainingText(
             self.recipe,
             self.library,
             self.folder,
@@ -133,7 +133,7 @@ class Run:
         return server
 
     @cached_property
-    def scorer(self) -> Scorer | None:
+    def scorer(self) -> ServerScorer | None:
         """The server as one that scores text, where that is all there is of the teacher's distribution."""
         return (
             None
@@ -191,15 +191,15 @@ class Run:
             return ids if sample.meta.get("finish") == "length" else [*ids, student.tokenizer.eos_token_id]
 
         return data.make_rows(
-            samples, student.seeing(None).prompt_ids, response_ids, student.context, self.shown(student)
+            samples, student.with_context(None).prompt_ids, response_ids, student.max_length, self.shown(student)
         )
 
     def shown(self, student: Model) -> Callable[[tuple[Message, ...]], list[int]] | None:
         """The prompt as the teacher sees it, in its tokens; None where that is as the student sees it."""
         if self.other_tokens:
             return self.teacher.model.prompt_ids
-        sight = build.sight(self.recipe)
-        return None if sight is None else student.seeing(sight).prompt_ids
+        prompt_context = build.prompt_context(self.recipe)
+        return None if prompt_context is None else student.with_context(prompt_context).prompt_ids
 
     def slots(self, student: Model) -> list[data.Row]:
         """The training prompts as rows that wait for the student's answer."""
@@ -283,7 +283,7 @@ class Run:
         if not self.path("student").exists():
             self.job("student", self.untouched())
 
-    def job(self, name: str, student: Model) -> training_loop.Job:
+    def job(self, name: str, student: Model) -> training_loop.TrainingJob:
         """The training called `name`, ready to start or to go on."""
         recipe = self.recipe
         terms = build.terms(self.recipe)
@@ -300,9 +300,9 @@ class Run:
         average = Average(recipe.teacher.decay) if recipe.teacher.weights == "average" and name == "student" else None
         teacher = cache(lambda: self.taught_by(student, average))
         slots = self.slots(student) if name == "student" and recipe.student_writer is not None else []
-        written = {tag for slot in slots for tag in slot.tags} | {WRITTEN} if slots else set()
+        written = {tag for slot in slots for tag in slot.tags} | {STUDENT} if slots else set()
         if slots and recipe.all_answer:
-            written |= {BEST if recipe.writer[0].by == WRITTEN else REST}
+            written |= {CHOSEN if recipe.writer[0].by == STUDENT else REJECTED}
         written |= {MIXED} if settings.mixup is not None else set()
         job = make_job(
             terms,
@@ -322,7 +322,7 @@ class Run:
             average.start(student.net)
             job.average = average
         if slots:
-            context = min(student.context, load_config(recipe.speaker).max_position_embeddings)
+            context = min(student.max_length, load_config(recipe.speaker).max_position_embeddings)
             let_write(job, student, slots, recipe, lambda: self.teacher, context, self.stop)
         return job
 
@@ -330,13 +330,13 @@ class Run:
         """Who teaches `student` while it trains: the teacher, or the student's own modules with other numbers in
         them."""
         recipe = self.recipe
-        sight = build.sight(self.recipe)
+        prompt_context = build.prompt_context(self.recipe)
         if recipe.teacher.bridge is not None:
             return self.over_the_bridge(student)
         if recipe.teacher.weights == "live":
-            return self_teacher(student, sight, nullcontext)
+            return self_teacher(student, prompt_context, nullcontext)
         if average is not None:
-            return self_teacher(student, sight, average.in_place)
+            return self_teacher(student, prompt_context, average.in_place)
         if (
             recipe.student.lora is not None
             and recipe.student.start.pretrained == recipe.teacher.model
@@ -345,7 +345,7 @@ class Run:
             if self.beside is None:
                 # what was loaded to write text; from here on no second copy of its weights is held
                 self.__dict__.pop("teacher", None)
-            return self_teacher(student, sight, partial(adapters_off, student.net))
+            return self_teacher(student, prompt_context, partial(adapters_off, student.net))
         return self.scorer or self.teachers
 
     def over_the_bridge(self, student: Model) -> Teacher:
@@ -373,7 +373,7 @@ class Run:
             return self.rows(controls.gold_samples(self.text.prompts[0]), student)
         answers = controls.preferred(rows) if rows else self.rows(self.text.by_others(), student)
         return (
-            controls.shuffled(answers, self.recipe.text_seed, student.context)
+            controls.shuffled(answers, self.recipe.text_seed, student.max_length)
             if name == "shuffled_control"
             else answers
         )

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Rollout, Validation
-from limbeck.config.teacher import Bridge, Cache
-from limbeck.data.batches import BEST, MIXED, REST
+from limbeck.config.teacher import BridgeSettings, CacheSettings
+from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.prompts import Prompt
 from limbeck.objectives.consistency import CONSISTENCY
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.policy import POLICIES
-from limbeck.objectives.term import CROSS_ENTROPY, WRITTEN, Term
+from limbeck.objectives.term import CROSS_ENTROPY, STUDENT, Term
 from limbeck.runs import build
-from limbeck.runs.cost import TEACHER_READS
+from limbeck.runs.cost import TEACHER_EVIDENCE
 from limbeck.types import RecipeError, nearest
 
 
@@ -72,17 +72,17 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
     """Refuse a term whose evidence no writer, prompt or teacher gives."""
     writers = {writer.by for writer in recipe.writer}
     several = recipe.all_answer or any(len(prompt.answers) > 1 for prompt in training)
-    tags = writers | {prompt.task for prompt in training if prompt.task} | ({BEST, REST} if several else {BEST})
+    tags = writers | {prompt.task for prompt in training if prompt.task} | ({CHOSEN, REJECTED} if several else {CHOSEN})
     tags |= {MIXED} if recipe.train.mixup is not None else set()
     _check_written(recipe, term, path)
     if term.only is not None and term.only not in tags and recipe.elicit is None:  # steps give tags of their own
         raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
-    if term.name == CROSS_ENTROPY and WRITTEN in writers:
-        legal = writers - {WRITTEN} | ({BEST} if recipe.writer[0].by != WRITTEN and recipe.fixed_writers else set())
+    if term.name == CROSS_ENTROPY and STUDENT in writers:
+        legal = writers - {STUDENT} | ({CHOSEN} if recipe.writer[0].by != STUDENT and recipe.fixed_writers else set())
         if term.only not in legal:
             how = (
-                f"limit it, such as {{only: {min(writers - {WRITTEN})}}}"
-                if writers != {WRITTEN}
+                f"limit it, such as {{only: {min(writers - {STUDENT})}}}"
+                if writers != {STUDENT}
                 else "choose a divergence"
             )
             raise RecipeError(path, f"it would teach the student its own text, and so to stay as it is; {how}")
@@ -96,7 +96,7 @@ def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path
         )
     if "answers" not in term.reads:
         return
-    if WRITTEN in writers and any(read.startswith("reference_") for read in term.reads):
+    if STUDENT in writers and any(read.startswith("reference_") for read in term.reads):
         raise RecipeError(
             path, f"{term.name} compares with a frozen model's opinion, which text written while training does not have"
         )
@@ -139,7 +139,7 @@ def _check_mixed(recipe: Recipe, term: Term, path: str) -> None:
 def _check_written(recipe: Recipe, term: Term, path: str) -> None:
     """Refuse a term that speaks of the student's own text where there is none, or of numbers that nobody writes beside
     it."""
-    if WRITTEN in term.reads and recipe.student_writer is None:
+    if STUDENT in term.reads and recipe.student_writer is None:
         raise RecipeError(
             path, f"{term.name} reads text that the student writes while it trains; add a writer {{by: student}}"
         )
@@ -149,7 +149,7 @@ def _check_written(recipe: Recipe, term: Term, path: str) -> None:
         )
     policies = [POLICIES[other.name] for other in build.terms(recipe) if other.name in POLICIES]
     made = {column for policy in policies if policy.prepare for column in policy.reads}
-    if term.by is not None and term.only != WRITTEN and recipe.fixed_writers:
+    if term.by is not None and term.only != STUDENT and recipe.fixed_writers:
         raise RecipeError(f"{path}.by", f"{term.by} stands beside the student's tokens alone; limit it: only: student")
     if (
         term.name in POLICIES
@@ -202,7 +202,7 @@ def _check_student_writer(recipe: Recipe) -> None:
     at = f"writer[{recipe.writer.index(writer)}]"
     fixed = recipe.fixed_writers
     share, _ = build.shares(recipe)
-    if fixed and not recipe.all_answer and all(term.only == WRITTEN for term in build.terms(recipe)):
+    if fixed and not recipe.all_answer and all(term.only == STUDENT for term in build.terms(recipe)):
         raise RecipeError(
             "loss",
             f"no loss reads the text of the {fixed[0].by}, so its steps would teach nothing; add one, or leave it out",
@@ -295,7 +295,7 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
             )
 
 
-def _check_bridge(recipe: Recipe, bridge: Bridge) -> None:
+def _check_bridge(recipe: Recipe, bridge: BridgeSettings) -> None:
     """Refuse what a teacher with other tokens can't give."""
     teacher = recipe.teacher
     path = "teacher.bridge"
@@ -326,7 +326,7 @@ def _check_bridge(recipe: Recipe, bridge: Bridge) -> None:
                 "it reads the teacher token by token, and this one has other tokens; use a divergence, uld or"
                 " dual_space",
             )
-        read = read or bool(term.reads & TEACHER_READS)
+        read = read or bool(term.reads & TEACHER_EVIDENCE)
         if "teacher_distribution" not in term.reads:
             continue
         loss = DIVERGENCES[term.name]
@@ -360,7 +360,7 @@ def _check_several(recipe: Recipe, training: Sequence[Prompt]) -> None:
         raise RecipeError(
             path, "uncertainty moves between two teachers: name one small model beside the large one, without `only`"
         )
-    tags = {writer.by for writer in recipe.writer} | {prompt.task for prompt in training} | {BEST, REST}
+    tags = {writer.by for writer in recipe.writer} | {prompt.task for prompt in training} | {CHOSEN, REJECTED}
     for number, other in enumerate(teacher.beside):
         if other.only is not None and other.only not in tags and recipe.elicit is None:
             raise RecipeError(
@@ -383,7 +383,7 @@ def _check_several(recipe: Recipe, training: Sequence[Prompt]) -> None:
         )
 
 
-def _check_cache(recipe: Recipe, cache: Cache) -> None:
+def _check_cache(recipe: Recipe, cache: CacheSettings) -> None:
     """Refuse what can't be kept before the training, and losses that read more than the form holds."""
     path = "teacher.cache"
     if recipe.student_writer is not None:
@@ -421,7 +421,7 @@ def _check_cache(recipe: Recipe, cache: Cache) -> None:
         raise RecipeError(path, "no loss reads the teacher's distribution, so nothing would be kept; leave it out")
 
 
-def _check_text_only(recipe: Recipe, cache: Cache | None) -> None:
+def _check_text_only(recipe: Recipe, cache: CacheSettings | None) -> None:
     """Refuse what needs the weights of a teacher that is behind a server alone. Its likeliest tokens it may give, where
     they are kept."""
     cure = "or name the same model's weights in teacher.model"
@@ -442,7 +442,7 @@ def _check_text_only(recipe: Recipe, cache: Cache | None) -> None:
             "student.start", f"nothing can be made of a teacher whose weights are not here: give pretrained, {cure}"
         )
     for index, term in enumerate(build.terms(recipe)):
-        if missing := sorted(term.reads & (TEACHER_READS | {"reference_teacher"}) - given):
+        if missing := sorted(term.reads & (TEACHER_EVIDENCE | {"reference_teacher"}) - given):
             what = missing[0].replace("_", " ")
             kept = (
                 "keep what it says of the text (teacher.cache: {top_k: {k: 20}}), or ask it at every step"

@@ -25,7 +25,7 @@ from torch import Tensor
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import TINY, Divergence, ValueAndGradient, sorted_distance
 from limbeck.objectives.head import Buffer, Head
-from limbeck.signals.sparse import TopK, Written
+from limbeck.signals.sparse import TextSignal, TopK
 from limbeck.types import UserError
 
 LEAST = 1e-3  # a teacher's token without counterpart is looked up by its spelling from this probability on
@@ -142,7 +142,7 @@ class BridgedRows:
         if self.signal.others == "written":
             off_A = (~on_R).nonzero()[:, 0]
             written_A = self.places.written_N[off_A]
-            found = Written(written_A).compare(divergence, params, Distribution(q.logits_RV[off_A]), written_A)
+            found = TextSignal(written_A).compare(divergence, params, Distribution(q.logits_RV[off_A]), written_A)
             values_R[off_A], gradient_RV[off_A] = found
         if bool(on_R.any()):
             on_A = on_R.nonzero()[:, 0]
@@ -205,8 +205,8 @@ class BridgedRows:
         """Over all of the student's tokens: common ones, and likely others as the one that is spelled most alike;
         scaled to 1."""
         assert pairs.nearest is not None
-        vocabulary = len(pairs.ours_K) + len(pairs.ours_alone)
-        prob_AV = p.prob.new_zeros(len(p.prob), vocabulary)
+        vocab_size = len(pairs.ours_K) + len(pairs.ours_alone)
+        prob_AV = p.prob.new_zeros(len(p.prob), vocab_size)
         prob_AV[:, pairs.ours_K] = p.prob[:, pairs.theirs_K]
         row_L, column_L = (p.prob[:, pairs.theirs_alone] > LEAST).nonzero(as_tuple=True)
         for row, token in zip(row_L.tolist(), pairs.theirs_alone[column_L].tolist(), strict=True):

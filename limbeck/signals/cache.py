@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from limbeck.config.teacher import Cache as Form
+from limbeck.config.teacher import CacheSettings
 from limbeck.objectives.head import Head
 from limbeck.objectives.total import TeacherView
 from limbeck.signals.dense import DenseSignal
@@ -34,7 +34,7 @@ VERSION = 1
 SHARD_TOKENS = 16384  # response positions after which a shard is written: what a kill can cost
 
 
-class Cache:
+class SignalCache:
     """One teacher's distributions in one form, in a folder of their own.
 
     Args:
@@ -49,13 +49,13 @@ class Cache:
     """
 
     def __init__(
-        self, folder: Path, teacher: str, vocabulary: int, form: Form, device: torch.device | str = "cpu"
+        self, folder: Path, teacher: str, vocab_size: int, form: CacheSettings, device: torch.device | str = "cpu"
     ) -> None:
         self.folder = folder
-        self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
         self.form = form
         self.device = device
-        self._about = {"version": VERSION, "teacher": teacher, "vocabulary": vocabulary, "form": form.form}
+        self._about = {"version": VERSION, "teacher": teacher, "vocabulary": vocab_size, "form": form.form}
         self._check()
         self._places: dict[str, tuple[Path, dict[str, tuple[int, int]]]] = {}
         self._open: dict[Path, Any] = {}
@@ -118,7 +118,7 @@ class Cache:
                 if isinstance(signal, TopK)
                 else DenseSignal(signal.hidden_NE[part], signal.head, signal.buffer)
             )
-            self._waiting[key] = pack(own, targets_N[part], self.form, int(key[:15], 16), self.vocabulary)
+            self._waiting[key] = pack(own, targets_N[part], self.form, int(key[:15], 16), self.vocab_size)
             start += length
         if isinstance(signal, TopK) or sum(len(text["target"]) for text in self._waiting.values()) >= SHARD_TOKENS:
             self.flush()
@@ -172,7 +172,7 @@ class Cache:
             head = self.head
             hidden_NE = torch.cat([text["hidden"] for text in texts]).to(self.device, head.weight_VD.dtype)
             return TeacherView(DenseSignal(hidden_NE, head))
-        signal = unpack(texts, self.form, self.vocabulary)
+        signal = unpack(texts, self.form, self.vocab_size)
         return TeacherView(signal.to(self.device))
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.config.teacher import Cache, CachedSamples, CachedTop
+from limbeck.config.teacher import CachedSamples, CachedTop, CacheSettings
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.head import CHUNK_ELEMENTS, chunks
 from limbeck.signals.dense import DenseSignal
@@ -25,7 +25,7 @@ LEVELS = {8: torch.uint8, 16: torch.uint16}
 LEAST_REST = 1e-6  # what is left of 1 beside a server's tokens is never taken for less: its numbers are rounded
 
 
-def pack(signal: DenseSignal | TopK, targets_N: Tensor, form: Cache, seed: int, vocabulary: int) -> Packed:
+def pack(signal: DenseSignal | TopK, targets_N: Tensor, form: CacheSettings, seed: int, vocab_size: int) -> Packed:
     """What is kept of the distributions at N positions; `target` [N] is log p of the written token, for finding rows
     that have moved; NaN where it is not among the tokens that a server names.
 
@@ -35,25 +35,25 @@ def pack(signal: DenseSignal | TopK, targets_N: Tensor, form: Cache, seed: int, 
     """
     if isinstance(signal, TopK):
         assert form.top_k is not None
-        return _closed(_named(signal, targets_N, form.top_k), vocabulary)
+        return _closed(_named(signal, targets_N, form.top_k), vocab_size)
     if form.hidden is not None:
         dtype = getattr(torch, form.hidden.dtype)
         found = [
-            _target(signal, part, targets_N) for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS)
+            _target(signal, part, targets_N) for part in chunks(len(targets_N), signal.head.vocab_size, CHUNK_ELEMENTS)
         ]
         return {"hidden": signal.hidden_NE.to("cpu", dtype).contiguous(), "target": torch.cat(found)}
     noise = torch.Generator().manual_seed(seed)
     parts = []
-    for part in chunks(len(targets_N), signal.head.vocabulary, CHUNK_ELEMENTS):
+    for part in chunks(len(targets_N), signal.head.vocab_size, CHUNK_ELEMENTS):
         p = Distribution(signal.chunk(part).logits_CV)
         columns = _top(p, form.top_k) if form.top_k is not None else _drawn(p, form.sampled or CachedSamples(), noise)
         columns["target"] = p.log.gather(-1, targets_N[part, None])[:, 0].half()
         parts.append({name: column.cpu() for name, column in columns.items()})
-    return _closed({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, vocabulary)
+    return _closed({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, vocab_size)
 
 
-def _closed(packed: Packed, vocabulary: int) -> Packed:
-    return packed | {"ids": pack_bits(packed["ids"], width(vocabulary))}
+def _closed(packed: Packed, vocab_size: int) -> Packed:
+    return packed | {"ids": pack_bits(packed["ids"], width(vocab_size))}
 
 
 def _target(signal: DenseSignal, part: slice, targets_N: Tensor) -> Tensor:
@@ -123,11 +123,11 @@ def _drawn(p: Distribution, settings: CachedSamples, noise: torch.Generator) -> 
     }
 
 
-def unpack(texts: Sequence[Mapping[str, Tensor]], form: Cache, vocabulary: int) -> TopK | Sampled:
+def unpack(texts: Sequence[Mapping[str, Tensor]], form: CacheSettings, vocab_size: int) -> TopK | Sampled:
     """The signal of several texts' positions, one after the other; of a `hidden` form the cache makes it, which has the
     head."""
     joined = {name: torch.cat([text[name] for text in texts]) for name in texts[0] if name != "ids"}
-    bits = width(vocabulary)
+    bits = width(vocab_size)
     count_N = joined["count"].to(torch.int64)
     amounts = [int(text["count"].to(torch.int64).sum()) for text in texts]
     ids_M = torch.cat([unpack_bits(text["ids"], bits, amount) for text, amount in zip(texts, amounts, strict=True)])
@@ -146,9 +146,9 @@ def unpack(texts: Sequence[Mapping[str, Tensor]], form: Cache, vocabulary: int) 
     return TopK(ids_NK, log_NK - whole_N[:, None], (log_rest_N - whole_N).exp(), None if even else count_N)
 
 
-def width(vocabulary: int) -> int:
+def width(vocab_size: int) -> int:
     """Bits that a token id takes."""
-    return max(1, math.ceil(math.log2(vocabulary)))
+    return max(1, math.ceil(math.log2(vocab_size)))
 
 
 def pack_bits(ids_M: Tensor, bits: int) -> Tensor:

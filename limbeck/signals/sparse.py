@@ -181,7 +181,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Written:
+class TextSignal:
     """The text alone: the teacher is taken to be certain of the token that was written.
 
     Exact for every divergence that is finite there; forward KL becomes the cross-entropy.
@@ -189,8 +189,8 @@ class Written:
 
     ids_N: Tensor
 
-    def chunk(self, positions: slice) -> Written:
-        return Written(self.ids_N[positions])
+    def chunk(self, positions: slice) -> TextSignal:
+        return TextSignal(self.ids_N[positions])
 
     rows = chunk
 

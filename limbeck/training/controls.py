@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from limbeck.data.batches import BEST, Row
+from limbeck.data.batches import CHOSEN, Row
 from limbeck.elicit.prompts import Prompt
 from limbeck.types import Sample, UserError
 
@@ -16,7 +16,7 @@ UNTOUCHED = "untouched"  # no training: the start itself
 
 def preferred(rows: Sequence[Row]) -> list[Row]:
     """The preferred answer to every prompt, never the student's own: what `sft_control` is fine-tuned on."""
-    return [row for row in rows if BEST in row.tags and UNTOUCHED not in row.tags]
+    return [row for row in rows if CHOSEN in row.tags and UNTOUCHED not in row.tags]
 
 
 def shuffled(rows: Sequence[Row], seed: int, context: int) -> list[Row]:

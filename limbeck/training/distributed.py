@@ -16,22 +16,22 @@ from torch import Tensor, distributed
 T = TypeVar("T")
 
 
-def count() -> int:
+def world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def number() -> int:
-    return distributed.get_rank() if count() > 1 else 0
+def rank() -> int:
+    return distributed.get_rank() if world_size() > 1 else 0
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """This rank's part of a step's micro-batches; it may be empty."""
-    return items[number() :: count()]
+    return items[rank() :: world_size()]
 
 
 def add_gradients(parameters: Iterable[Tensor]) -> None:
     """Sum every parameter's gradient over the ranks, in place; a rank that saw no micro-batch adds zeros."""
-    if count() == 1:
+    if world_size() == 1:
         return
     for parameter in parameters:
         if parameter.grad is None:
@@ -41,14 +41,14 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
 
 def gather(value: T) -> list[T]:
     """Every rank's `value`, in the order of the ranks."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[T | None] = [None] * count()
+    found: list[T | None] = [None] * world_size()
     distributed.all_gather_object(found, value)
     return found  # type: ignore[return-value]
 
 
 def wait() -> None:
     """Until every rank is here."""
-    if count() > 1:
+    if world_size() > 1:
         distributed.barrier()

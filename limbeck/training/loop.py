@@ -20,19 +20,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.config.sections import Train
-from limbeck.data.batches import FixedText, Row, Source, Turn, make_batch, steps_of_epoch
+from limbeck.data.batches import FixedText, Row, Source, StepBatch, make_batch, steps_of_epoch
 from limbeck.data.mixup import Mixed
 from limbeck.models.load import head_of
 from limbeck.models.self_teacher import Average
 from limbeck.models.taps import features
 from limbeck.objectives.rank import clamped_baseline
 from limbeck.objectives.schedule import State
-from limbeck.objectives.term import Settled, Term
-from limbeck.objectives.total import NO_TAPS, Learned, Pass, Sums, Taps, TeacherView, total_loss
+from limbeck.objectives.term import Term, TermAtStep
+from limbeck.objectives.total import NO_TAPS, Learned, StudentForward, Sums, Taps, TeacherView, total_loss
 from limbeck.progress import StoppedError
 from limbeck.storage import checkpoint
 from limbeck.storage.files import append_json, crash_point, read_jsonl, write_text
-from limbeck.training import distributed as ranks
+from limbeck.training import distributed
 from limbeck.training.memory import forget_peak, keep_freed_memory, peak_mib
 from limbeck.types import Batch, UserError, canonical_json, content_hash
 
@@ -46,11 +46,11 @@ def no_teacher(_: Batch) -> TeacherView:
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """All that one training needs. `folder` receives `checkpoints/` and `metrics.jsonl`; `key` names the job.
 
     `matches` are what terms learn beside the student, by term label, and `taps` what they read of the student;
-    `bank_rows` give each sample's place in their banks; `vocabulary` cuts a head that is padded more than the
+    `bank_rows` give each sample's place in their banks; `vocab_size` cuts a head that is padded more than the
     teacher's; `prepare` is called before the first step of all (again, where a run is killed before its first
     checkpoint). `states` of adaptive schedules live in the checkpoint. `source` gives the steps' text, where that is
     not just `rows`; `average` is the student's moving average where it teaches; `monitor` looks at a micro-batch that
@@ -67,12 +67,12 @@ class Job:
     matches: Mapping[str, Learned] = field(default_factory=dict)
     taps: Taps = NO_TAPS
     bank_rows: Mapping[str, int] = field(default_factory=dict)
-    vocabulary: int | None = None
+    vocab_size: int | None = None
     prepare: Callable[[], None] = lambda: None
     states: dict[str, State] = field(default_factory=dict)
     source: Source | None = None
     average: Average | None = None
-    monitor: Callable[[Pass], dict[str, tuple[float, float]]] | None = None
+    monitor: Callable[[StudentForward], dict[str, tuple[float, float]]] | None = None
 
     @property
     def text(self) -> Source:
@@ -131,7 +131,7 @@ def learning_rate(settings: Train, step: int, steps: int) -> float:
 
 
 def train(
-    job: Job, progress: Progress = lambda step, steps, record: None, stop: Callable[[], bool] = lambda: False
+    job: TrainingJob, progress: Progress = lambda step, steps, record: None, stop: Callable[[], bool] = lambda: False
 ) -> bool:
     """Train to the end, or until `stop` says so. Returns whether the end was reached; the state is saved either way.
 
@@ -154,17 +154,17 @@ def train(
         except StoppedError:  # while the student wrote: the step has not begun
             _save(job, step, parameters, optimizer)
             return False
-        if ranks.number() == 0:
+        if distributed.rank() == 0:
             append_json(job.folder / "metrics.jsonl", record)
         progress(step + 1, steps, record)
         crash_point("train.after_step")
         last = step + 1 == steps
-        stopping = any(ranks.gather(stop()))
-        if last or stopping or max(ranks.gather(time.monotonic() - saved_at)) >= pause:
+        stopping = any(distributed.gather(stop()))
+        if last or stopping or max(distributed.gather(time.monotonic() - saved_at)) >= pause:
             began = time.monotonic()
             _save(job, step + 1, parameters, optimizer)
             saved_at = time.monotonic()
-            pause = max(ranks.gather(max(settings.save_seconds, (saved_at - began) / SAVING_SHARE)))
+            pause = max(distributed.gather(max(settings.save_seconds, (saved_at - began) / SAVING_SHARE)))
         if stopping and not last:
             return False
     job.net.eval()
@@ -172,22 +172,22 @@ def train(
 
 
 def _step(
-    job: Job, step: int, steps: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    job: TrainingJob, step: int, steps: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """One update from the text of step number `step`."""
     began = time.perf_counter()
-    turn = job.text.turn(step, step / steps, job.states)
+    turn = job.text.step_batch(step, step / steps, job.states)
     # dropout, where the model has any: a step is replayed to the bit
     torch.manual_seed(job.settings.seed * 2**24 + step)
-    terms = [term.settle(step / steps, job.states) for term in job.terms]
+    terms = [term.at_step(step / steps, job.states) for term in job.terms]
     batches = [make_batch(micro_batch) for micro_batch in turn.micro_batches]
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
     sums = Sums()
-    for batch in ranks.share(batches):
+    for batch in distributed.share(batches):
         sums.add(backward(job, batch, terms, amounts, step))
-    ranks.add_gradients(parameters.values())
+    distributed.add_gradients(parameters.values())
     whole = Sums()
-    for part in ranks.gather(sums):
+    for part in distributed.gather(sums):
         whole.add(part)
     means = {t.label: whole.terms.get(t.label, 0.0) / amounts[t.label] if amounts[t.label] else 0.0 for t in terms}
     loss = sum(t.weight * means[t.label] for t in terms)
@@ -222,12 +222,12 @@ def _step(
     }
 
 
-def _told(turn: Turn, whole: Sums) -> dict[str, float]:
+def _told(turn: StepBatch, whole: Sums) -> dict[str, float]:
     """What the source and the monitor say of the text that the student wrote."""
     return turn.facts | {name: total / count for name, (total, count) in whole.seen.items() if count}
 
 
-def _moving(terms: Sequence[Settled]) -> dict[str, float]:
+def _moving(terms: Sequence[TermAtStep]) -> dict[str, float]:
     """The scheduled numbers of this step, for the metrics."""
     found = {f"{t.label}.weight": t.weight for t in terms if t.term.weight.shape != "constant"}
     for t in terms:
@@ -249,9 +249,9 @@ def _check_finite(step: int, loss: float, norm: float, means: Mapping[str, float
 
 
 @torch.no_grad()
-def loss_on(job: Job, batches: Sequence[Batch], progress: float) -> float:
+def loss_on(job: TrainingJob, batches: Sequence[Batch], progress: float) -> float:
     """The weighted loss of all terms on this text, without a step: what is watched, not trained."""
-    terms = [term.settle(progress, job.states) for term in job.terms]
+    terms = [term.at_step(progress, job.states) for term in job.terms]
     training = job.net.training
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
     job.net.eval()
@@ -260,16 +260,18 @@ def loss_on(job: Job, batches: Sequence[Batch], progress: float) -> float:
     return sum(losses)
 
 
-def _pass(job: Job, batch: Batch, step: int) -> Pass:
+def _pass(job: TrainingJob, batch: Batch, step: int) -> StudentForward:
     """The teacher's view of a micro-batch, and the student's forward pass."""
     view = job.teacher(batch)
     hidden_BTD, found = features(job.net, batch.tokens_BT.to(job.net.device), *job.taps, mixed=batch.mixed)
     head = head_of(job.net)
-    head = head.cut(job.vocabulary or head.vocabulary)
-    return Pass(batch, hidden_BTD[batch.response_positions()], head, found, view, step, job.bank_rows)
+    head = head.cut(job.vocab_size or head.vocab_size)
+    return StudentForward(batch, hidden_BTD[batch.response_positions()], head, found, view, step, job.bank_rows)
 
 
-def backward(job: Job, batch: Batch, terms: Sequence[Settled], amounts: Mapping[str, float], step: int = 0) -> Sums:
+def backward(
+    job: TrainingJob, batch: Batch, terms: Sequence[TermAtStep], amounts: Mapping[str, float], step: int = 0
+) -> Sums:
     """Forward and backward of one micro-batch; returns each term's sum."""
     data = _pass(job, batch, step)
     loss, sums = total_loss(terms, amounts, job.matches, data)
@@ -279,7 +281,7 @@ def backward(job: Job, batch: Batch, terms: Sequence[Settled], amounts: Mapping[
     return sums
 
 
-def _optimizer(job: Job, parameters: dict[str, Tensor]) -> torch.optim.AdamW:
+def _optimizer(job: TrainingJob, parameters: dict[str, Tensor]) -> torch.optim.AdamW:
     """AdamW; weight decay for matrices only. What a term learns may go `times` as fast as the student."""
     settings = job.settings
     groups = dict[tuple[float, bool], dict[str, Any]]()
@@ -293,8 +295,8 @@ def _optimizer(job: Job, parameters: dict[str, Tensor]) -> torch.optim.AdamW:
     return torch.optim.AdamW(list(groups.values()), lr=settings.lr, betas=settings.betas, fused=True)
 
 
-def _save(job: Job, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    if ranks.number() == 0:
+def _save(job: TrainingJob, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    if distributed.rank() == 0:
         tensors = {f"weight/{name}": p for name, p in parameters.items()} | {
             f"frozen/{name}": t for name, t in job.frozen().items()
         }
@@ -305,10 +307,10 @@ def _save(job: Job, step: int, parameters: dict[str, Tensor], optimizer: torch.o
             tensors |= {f"average/{name}": tensor for name, tensor in job.average.tensors.items()}
         state = {"job": job.key, "rows": _rows_key(job.rows), "schedules": job.states, "text": job.text.state()}
         checkpoint.save(job.folder / "checkpoints", step, tensors, state)
-    ranks.wait()
+    distributed.wait()
 
 
-def _resume(job: Job, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+def _resume(job: TrainingJob, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Put the newest checkpoint back, cut the metrics to it, and return the step to go on with."""
     metrics = job.folder / "metrics.jsonl"
     found = checkpoint.load_newest(job.folder / "checkpoints")
@@ -324,16 +326,16 @@ def _resume(job: Job, parameters: dict[str, Tensor], optimizer: torch.optim.Opti
         job.states.update(found.state.get("schedules", {}))
         job.text.restore(found.state.get("text", {}))
         _restore(job, found.tensors, parameters, optimizer)
-    if ranks.number() == 0:
+    if distributed.rank() == 0:
         kept = [record for record in read_jsonl(metrics) if record["step"] <= step]
         write_text(metrics, "".join(canonical_json(record) + "\n" for record in kept))
-    ranks.wait()
+    distributed.wait()
     return step
 
 
 @torch.no_grad()
 def _restore(
-    job: Job, tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    job: TrainingJob, tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
     for name, p in parameters.items():
         p.copy_(tensors[f"weight/{name}"])

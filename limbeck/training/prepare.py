@@ -16,12 +16,12 @@ from limbeck.data.batches import MICRO_TOKENS, MicroBatch, Row, make_batch, step
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.feature import pair_name
-from limbeck.objectives.head import Evidence, fused_loss, token_log_probs
-from limbeck.objectives.match import Match, Place
+from limbeck.objectives.head import PositionEvidence, fused_loss, token_log_probs
+from limbeck.objectives.match import Match, Positions
 from limbeck.objectives.policy import Policy, Responses
 from limbeck.objectives.term import make_term
 from limbeck.objectives.total import TeacherView
-from limbeck.signals.cache import Cache, text_key, texts_of
+from limbeck.signals.cache import SignalCache, text_key, texts_of
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.sparse import TopK, joined
 from limbeck.types import Batch, UserError
@@ -45,10 +45,10 @@ def even_batches(rows: Sequence[Row]) -> list[MicroBatch]:
 def response_log_probs(
     net: PreTrainedModel,
     rows: Sequence[Row],
-    vocabulary: int | None = None,
+    vocab_size: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, float]:
-    """log q(response | prompt) in nats for every row, by sample id; the head cut to `vocabulary` as in training.
+    """log q(response | prompt) in nats for every row, by sample id; the head cut to `vocab_size` as in training.
 
     Raises:
         UserError: a response that the model gives no probability, or NaN.
@@ -62,7 +62,7 @@ def response_log_probs(
         targets_N = batch.tokens_BT[row_N, position_N + 1].to(net.device)
         head = head_of(net)
         log_prob_N = (
-            token_log_probs(hidden_BTD[row_N, position_N], head.cut(vocabulary or head.vocabulary), targets_N)
+            token_log_probs(hidden_BTD[row_N, position_N], head.cut(vocab_size or head.vocab_size), targets_N)
             .double()
             .cpu()
         )
@@ -79,7 +79,9 @@ def response_log_probs(
 
 
 @torch.no_grad()
-def fill_cache(cache: Cache, view: Callable[[Batch], TeacherView], rows: Sequence[Row], progress: Progress) -> None:
+def fill_cache(
+    cache: SignalCache, view: Callable[[Batch], TeacherView], rows: Sequence[Row], progress: Progress
+) -> None:
     """The teacher's distributions over all rows that the cache does not hold yet, each text once."""
     texts = {
         text_key(row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids): row
@@ -207,13 +209,13 @@ def _filter_loss(
         _, found = features(net, batch.tokens_BT.to(net.device), *match.taps(side))
     targets_N = batch.tokens_BT[where[0], where[1] + 1].to(net.device)
     weight_KN = torch.ones(1, len(targets_N), device=net.device)
-    term = make_term("cross_entropy", {}).settle(0.0, {})
+    term = make_term("cross_entropy", {}).at_step(0.0, {})
     head = head_of(net)
     frozen = replace(head, weight_VD=head.weight_VD.detach())
     loss = weight_KN.new_zeros(())
     for pair in match.pairs:
         filtered_ND = filters.get_submodule(pair_name(pair))(found.hidden[pair[side]][where])
-        loss = loss + fused_loss(filtered_ND, frozen, [term], [1 / tokens], weight_KN, Evidence(targets_N)).loss
+        loss = loss + fused_loss(filtered_ND, frozen, [term], [1 / tokens], weight_KN, PositionEvidence(targets_N)).loss
     return loss
 
 
@@ -227,7 +229,7 @@ def fill_bank(
         batch = make_batch(rows, micro_batch)
         _, found = features(teacher, batch.tokens_BT.to(teacher.device), *match.taps(1))
         row_N, position_N = (index.to(teacher.device) for index in batch.response_positions())
-        pooled_BE = match.pooled_teacher(found, Place(row_N, position_N, len(micro_batch)))
+        pooled_BE = match.pooled_teacher(found, Positions(row_N, position_N, len(micro_batch)))
         found_E |= dict(zip((bank_rows[sample_id] for sample_id in batch.sample_ids), pooled_BE, strict=True))
         progress(len(found_E), len(rows))
     match.bank_ME = torch.stack([found_E[place] for place in range(len(bank_rows))])

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from limbeck.config.sections import Rollout, Writer
-from limbeck.data.batches import BEST, REST, FixedText, Row, Turn, cut
-from limbeck.models.generate import Job, Written
+from limbeck.data.batches import CHOSEN, REJECTED, FixedText, Row, StepBatch, cut
+from limbeck.models.generate import Completion, GenerationJob
 from limbeck.objectives.schedule import Schedule, State
-from limbeck.objectives.term import WRITTEN
-from limbeck.training import distributed as ranks
+from limbeck.objectives.term import STUDENT
+from limbeck.training import distributed
 from limbeck.training.rollout_stats import Advice, facts_of
 from limbeck.types import Sampling, UserError, content_hash
 
@@ -81,7 +81,7 @@ class Rollouts:
 
     slots: Sequence[Row]
     fixed: FixedText | None
-    write: Callable[[Sequence[Job]], list[Written]]
+    write: Callable[[Sequence[GenerationJob]], list[Completion]]
     writer: Writer
     settings: Rollout
     share: Schedule
@@ -106,14 +106,14 @@ class Rollouts:
 
     # A step's text
 
-    def turn(self, step: int, progress: float, states: dict[str, State]) -> Turn:
+    def step_batch(self, step: int, progress: float, states: dict[str, State]) -> StepBatch:
         """The text of step number `step`. Nothing is remembered of a turn that is stopped while the student writes."""
         facts = self._watch(step, progress, states)
         base = self.fixed.step(step) if self.fixed else []
         rows = [row for micro_batch in base for row in micro_batch]
         taken = self._taken_over(rows, step, self.share.value(progress, states.get(SHARE)))
         if not taken and self.fixed is not None:
-            return Turn(base, facts)
+            return StepBatch(base, facts)
         began = time.perf_counter()
         before = self.memory.asked
         if self.beside:
@@ -130,7 +130,7 @@ class Rollouts:
             facts |= facts_of([(answer.ids, answer.own, step - answer.born) for answer in answers], self.ends)
             facts |= self.advice.on(facts)
         every = sorted([*kept, *own], key=self._rank) if self.beside else [*kept, *own]
-        return Turn(cut(every, f"{self.seed}/{step}/rows", self.tokens_per_step, self.beside), facts)
+        return StepBatch(cut(every, f"{self.seed}/{step}/rows", self.tokens_per_step, self.beside), facts)
 
     def _rank(self, row: Row) -> int:
         """The place of a row's writer in the order of preference; answers of one writer stay in theirs."""
@@ -140,7 +140,7 @@ class Rollouts:
         """Let an adaptive share see the loss it watches."""
         if self.watched is None or step == 0 or step % self.settings.validation.every:
             return {}
-        seen = ranks.gather(self.watched(progress))[0]  # a last bit's difference must not part the ranks
+        seen = distributed.gather(self.watched(progress))[0]  # a last bit's difference must not part the ranks
         states[SHARE] = self.share.after(states.get(SHARE), progress, seen)
         return {"validation_loss": seen, "share": self.share.value(progress, states[SHARE])}
 
@@ -205,9 +205,9 @@ class Rollouts:
         sampling = Sampling(self.writer.temperature, self.writer.top_p, self.writer.max_tokens)
         asked = self.memory.asked
         together = self.settings.joint is not None
-        names = [content_hash([self.seed, WRITTEN, asked + n, self.slots[slot].group]) for n, slot in enumerate(slots)]
+        names = [content_hash([self.seed, STUDENT, asked + n, self.slots[slot].group]) for n, slot in enumerate(slots)]
         jobs = [
-            Job(
+            GenerationJob(
                 self.slots[slot].prompt_ids,
                 sampling,
                 int(name[:15], 16),
@@ -233,8 +233,8 @@ class Rollouts:
         """The answer as a row: the slot's prompt, the very ids that were drawn, their log-probabilities beside them."""
         slot = self.slots[answer.slot]
         columns = {"log_prob": answer.log_prob, "old_log_prob": answer.sampler_log_prob}
-        place = {BEST if self.order[0] == WRITTEN else REST} if self.beside else set()
-        tags = slot.tags | {WRITTEN} | place
+        place = {CHOSEN if self.order[0] == STUDENT else REJECTED} if self.beside else set()
+        tags = slot.tags | {STUDENT} | place
         return replace(slot, sample_id=answer.name, response_ids=answer.ids, tags=frozenset(tags), columns=columns)
 
     # Going on

@@ -14,8 +14,8 @@ import torch
 
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.head import Buffer
-from limbeck.objectives.term import WRITTEN
-from limbeck.objectives.total import Pass
+from limbeck.objectives.term import STUDENT
+from limbeck.objectives.total import StudentForward
 from limbeck.signals.dense import DenseSignal
 
 PLACES = 16  # positions of a micro-batch that are looked at: projecting all of them again would cost a pass of the head
@@ -45,12 +45,12 @@ def facts_of(answers: Sequence[tuple[Sequence[int], int, int]], ends: Collection
 
 
 @torch.no_grad()
-def teachers_view(data: Pass) -> dict[str, tuple[float, float]]:
+def teachers_view(data: StudentForward) -> dict[str, tuple[float, float]]:
     """(sum, count) over a few positions of the student's text: log p and log q of the token (nats), overlap of the
     likeliest tokens, both entropies. Empty where the teacher has no distribution to show, or the student wrote nothing
     here."""
     row_N, position_N = data.batch.response_positions()
-    at_P = data.batch.rows_on(WRITTEN)[row_N].nonzero()[:, 0]
+    at_P = data.batch.rows_on(STUDENT)[row_N].nonzero()[:, 0]
     signal = data.teacher.signal
     device = data.hidden_ND.device
     if not isinstance(signal, DenseSignal) or not len(at_P):

@@ -35,10 +35,10 @@ class ModelScorer:
         tokenizer = self.model.tokenizer
         begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         prompt = self.model.prompt_ids(question.messages) if question.messages else [begin]
-        room = self.model.context - len(prompt)
+        room = self.model.max_length - len(prompt)
         if room < 1:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens leaves no room for an answer to be scored in a context of"
-                f" {self.model.context}"
+                f" {self.model.max_length}"
             )
         return Row(question.name, tuple(prompt), tuple(self.model.text_ids(question.answer)[:room]))

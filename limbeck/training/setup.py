@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Lora, Rollout, Server, Train
-from limbeck.config.teacher import Cache as CacheForm
-from limbeck.data.batches import BEST, FixedText, Row, make_batch
+from limbeck.config.teacher import CacheSettings
+from limbeck.data.batches import CHOSEN, FixedText, Row, make_batch
 from limbeck.models import generate as generation
 from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.copy import Copy
-from limbeck.models.generate import Beside, Written, write
+from limbeck.models.generate import Completion, SecondModel, write
 from limbeck.models.load import Model, head_of
-from limbeck.models.score import Scorer
+from limbeck.models.score import ServerScorer
 from limbeck.models.several import SeveralTeachers
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher
@@ -32,12 +32,12 @@ from limbeck.objectives.term import Term
 from limbeck.objectives.total import Learned, Taps, TeacherView
 from limbeck.progress import StoppedError
 from limbeck.runs import build
-from limbeck.runs.cost import TEACHER_READS
-from limbeck.signals.cache import Cache
+from limbeck.runs.cost import TEACHER_EVIDENCE
+from limbeck.signals.cache import SignalCache
 from limbeck.signals.dense import DenseSignal
 from limbeck.storage.files import exclusive
 from limbeck.storage.store import Store
-from limbeck.training import distributed as ranks
+from limbeck.training import distributed
 from limbeck.training import loop as train
 from limbeck.training.prepare import (
     Remembered,
@@ -54,7 +54,7 @@ from limbeck.training.rollout_stats import teachers_view
 from limbeck.types import Batch, Evidence, UserError, content_hash
 
 Progress = Callable[[int, int, str], None]
-Teacher = InProcessTeacher | SeveralTeachers | Scorer | BridgedTeacher
+Teacher = InProcessTeacher | SeveralTeachers | ServerScorer | BridgedTeacher
 
 
 def make_job(
@@ -69,8 +69,8 @@ def make_job(
     store: Path,
     progress: Progress = lambda done, total, detail: None,
     written: Collection[str] = (),
-    cache: CacheForm | None = None,
-) -> train.Job:
+    cache: CacheSettings | None = None,
+) -> train.TrainingJob:
     """The training of `student` (as it is before any training) on `rows`. The teacher is loaded only where a term reads
     it.
 
@@ -86,22 +86,22 @@ def make_job(
         UserError: no text for a term.
     """
     if any(term.family == "ranking" for term in terms):
-        rows = _whole_groups(rows, least=1 if written else 2, without_preferred=BEST in written)
+        rows = _whole_groups(rows, least=1 if written else 2, without_preferred=CHOSEN in written)
     for term in terms:
         if term.only is not None and term.only not in written and not any(term.only in row.tags for row in rows):
             raise UserError(f"{term.label}: no text is left by or for {term.only!r} (its answers were empty)")
     reads = {read for term in terms for read in term.reads}
-    with_teacher = bool(reads & TEACHER_READS) or "reference_teacher" in reads
-    if with_teacher and (missing := sorted((reads & TEACHER_READS) - teacher().can)):
+    with_teacher = bool(reads & TEACHER_EVIDENCE) or "reference_teacher" in reads
+    if with_teacher and (missing := sorted((reads & TEACHER_EVIDENCE) - teacher().can)):
         raise UserError(
             f"the teacher {teacher().identity} can't give {missing[0].replace('_', ' ')}, which a loss reads: choose"
             " losses on text (cross_entropy), or a teacher that runs in process"
         )
-    vocabulary = common_vocabulary(student, teacher()) if with_teacher else None
+    vocab_size = common_vocab_size(student, teacher()) if with_teacher else None
     for name in sorted(read.removeprefix("reference_") for read in reads if read.startswith("reference_")):
         judge = student if name == "start" else _weights(teacher)
         read = rows if name == "start" else [_as_the_teacher_sees(row) for row in rows]
-        rows = with_reference(rows, name, _known_log_probs(store, judge, read, vocabulary, progress))
+        rows = with_reference(rows, name, _known_log_probs(store, judge, read, vocab_size, progress))
     matches = {
         term.label: _bind(term, student.net, _weights(teacher).net, settings.seed)
         for term in terms
@@ -109,16 +109,18 @@ def make_job(
     }
     if lora is not None:
         add_adapters(student.net, lora, settings.seed)
-    job = train.Job(student.net, rows, terms, train.no_teacher, settings, folder, key, matches, vocabulary=vocabulary)
-    if reads & TEACHER_READS:
+    job = train.TrainingJob(
+        student.net, rows, terms, train.no_teacher, settings, folder, key, matches, vocab_size=vocab_size
+    )
+    if reads & TEACHER_EVIDENCE:
         view = teacher().view
         taps = [Taps(*map(frozenset, wanted(list(matches.values()), side))) for side in (0, 1)]
         job.taps = taps[0]
-        live = partial(view, taps=taps[1], vocabulary=vocabulary)
+        live = partial(view, taps=taps[1], vocab_size=vocab_size)
         job.teacher = (
             live
             if cache is None
-            else _cached(cache, teacher(), live, rows, vocabulary, store.parent, student, progress)
+            else _cached(cache, teacher(), live, rows, vocab_size, store.parent, student, progress)
         )
         job.bank_rows = {
             sample_id: number for number, sample_id in enumerate(dict.fromkeys(row.sample_id for row in rows))
@@ -127,34 +129,34 @@ def make_job(
     return job
 
 
-def common_vocabulary(student: Model, teacher: Teacher) -> int:
+def common_vocab_size(student: Model, teacher: Teacher) -> int:
     """How many tokens are compared: those that have a name. What a head is padded with means nothing, in either
     model."""
-    return min(head_of(student.net).vocabulary, teacher.vocabulary, student.tokens)
+    return min(head_of(student.net).vocab_size, teacher.vocab_size, student.vocab_size)
 
 
 def _weights(teacher: Callable[[], Teacher]) -> Model:
     """The teacher's model; `can` and `validate` saw to it that it is here."""
     found = teacher()
-    assert not isinstance(found, Scorer)
+    assert not isinstance(found, ServerScorer)
     return found.model
 
 
 def _cached(
-    form: CacheForm,
+    form: CacheSettings,
     teacher: Teacher,
     live: Callable[[Batch], TeacherView],
     rows: Sequence[Row],
-    vocabulary: int | None,
+    vocab_size: int | None,
     home: Path,
     student: Model,
     progress: Progress,
 ) -> Callable[[Batch], TeacherView]:
     """The teacher's side of a batch as it was kept; what is not there yet is computed now."""
-    assert vocabulary is not None
+    assert vocab_size is not None
     folder = home / "signals" if form.folder is None else Path(form.folder).expanduser()
     with exclusive(folder / "lock", wait=True):  # runs that share it fill it one after the other
-        cache = Cache(folder, teacher.identity, vocabulary, form, student.net.device)
+        cache = SignalCache(folder, teacher.identity, vocab_size, form, student.net.device)
         fill_cache(
             cache, live, rows, lambda done, total: progress(done, total, "keeping what the teacher knows of the text")
         )
@@ -170,7 +172,7 @@ def _as_the_teacher_sees(row: Row) -> Row:
 
 
 def let_write(
-    job: train.Job,
+    job: train.TrainingJob,
     student: Model,
     slots: Sequence[Row],
     recipe: Recipe,
@@ -201,12 +203,12 @@ def let_write(
         fixed = FixedText(
             job.rows, job.settings.seed, max(1, round(part * job.settings.tokens_per_step)), recipe.all_answer
         )
-    beside = None if settings.joint is None else Beside(teacher().model.net, build.joint(settings.joint))
+    beside = None if settings.joint is None else SecondModel(teacher().model.net, build.joint(settings.joint))
     copy = None if settings.dtype is None else Copy(student.net, getattr(torch, settings.dtype))
     ask = partial(_ask, student, settings.rows, beside, copy, stop)
     if settings.through is not None:
         server = _server(settings.through, student, job.folder / "vllm", settings.rows)
-        if ranks.number() == 0:  # so that a server that can't do it is found out now
+        if distributed.rank() == 0:  # so that a server that can't do it is found out now
             server.sync(student.net, student.tokenizer)
             server.probe(student.net, slots[0].prompt_ids)
         ask = partial(_ask_server, student, server, stop)
@@ -229,7 +231,7 @@ def let_write(
     job.monitor = teachers_view
 
 
-def _watched(job: train.Job, slots: Sequence[Row], prompts: int) -> tuple[Callable[[float], float], list[Row]]:
+def _watched(job: train.TrainingJob, slots: Sequence[Row], prompts: int) -> tuple[Callable[[float], float], list[Row]]:
     """The loss on the text of so many prompts, which neither the job's rows nor the slots hold from here on."""
     groups = sorted(
         {row.group for row in job.rows}, key=lambda group: content_hash([job.settings.seed, "watched", group])
@@ -246,7 +248,7 @@ def _watched(job: train.Job, slots: Sequence[Row], prompts: int) -> tuple[Callab
     return partial(train.loss_on, job, batches), [slot for slot in slots if slot.group not in held]
 
 
-def _columns(job: train.Job) -> Callable[[list[Row], float], list[Row]]:
+def _columns(job: train.TrainingJob) -> Callable[[list[Row], float], list[Row]]:
     """Adds what the job's policies read of whole responses."""
     spanning = [
         (POLICIES[term.name], term)
@@ -261,7 +263,7 @@ def _columns(job: train.Job) -> Callable[[list[Row], float], list[Row]]:
 
     def columns(rows: list[Row], progress: float) -> list[Row]:
         return with_columns(
-            rows, remembered, [(policy, term.settle(progress, job.states).params) for policy, term in spanning]
+            rows, remembered, [(policy, term.at_step(progress, job.states).params) for policy, term in spanning]
         )
 
     return columns
@@ -270,41 +272,43 @@ def _columns(job: train.Job) -> Callable[[list[Row], float], list[Row]]:
 def _ask(
     student: Model,
     rows: int,
-    beside: Beside | None,
+    beside: SecondModel | None,
     copy: Copy | None,
     stop: Callable[[], bool],
-    jobs: Sequence[generation.Job],
-) -> list[Written]:
+    jobs: Sequence[generation.GenerationJob],
+) -> list[Completion]:
     """The student's answers, in the order of the jobs; each rank writes its part."""
-    mine = jobs[ranks.number() :: ranks.count()]
+    mine = jobs[distributed.rank() :: distributed.world_size()]
     training = student.net.training
     student.net.eval()
     net = student.net if copy is None else copy.now()
-    asked_to_stop = stop if ranks.count() == 1 else lambda: False
-    found = {t.index: t for t in write(net, mine, student.eos_ids, rows, asked_to_stop, student.tokens, True, beside)}
+    asked_to_stop = stop if distributed.world_size() == 1 else lambda: False
+    found = {
+        t.index: t for t in write(net, mine, student.eos_ids, rows, asked_to_stop, student.vocab_size, True, beside)
+    }
     student.net.train(training)
     if len(found) < len(mine):
         raise StoppedError("stopped while the student wrote; the step has not begun")
-    parts = [iter(part) for part in ranks.gather([found[index] for index in range(len(mine))])]
+    parts = [iter(part) for part in distributed.gather([found[index] for index in range(len(mine))])]
     return [next(parts[number % len(parts)]) for number in range(len(jobs))]
 
 
 def _server(through: Server, student: Model, folder: Path, rows: int) -> VllmWriter:
-    known = head_of(student.net).vocabulary
+    known = head_of(student.net).vocab_size
     return VllmWriter(
-        through.vllm, folder, student.eos_ids, student.tokens, known, through.model, through.folder_there, rows
+        through.vllm, folder, student.eos_ids, student.vocab_size, known, through.model, through.folder_there, rows
     )
 
 
 def _ask_server(
-    student: Model, server: VllmWriter, stop: Callable[[], bool], jobs: Sequence[generation.Job]
-) -> list[Written]:
+    student: Model, server: VllmWriter, stop: Callable[[], bool], jobs: Sequence[generation.GenerationJob]
+) -> list[Completion]:
     """The same from a server that is given the student's weights first; the first rank asks for all."""
-    found: list[Written] = []
-    if ranks.number() == 0:
+    found: list[Completion] = []
+    if distributed.rank() == 0:
         server.sync(student.net, student.tokenizer)
         found = server.write(jobs, stop)
-    found = ranks.gather(found)[0]
+    found = distributed.gather(found)[0]
     if len(found) < len(jobs):
         raise StoppedError("stopped while the student wrote; the step has not begun")
     return found
@@ -332,7 +336,7 @@ def _whole_groups(rows: Sequence[Row], least: int = 2, without_preferred: bool =
     whole = [
         each
         for each in groups.values()
-        if len(each) >= least and (without_preferred or BEST in next(iter(each.values())).tags)
+        if len(each) >= least and (without_preferred or CHOSEN in next(iter(each.values())).tags)
     ]
     kept = [row for group in whole for row in group.values()]
     if not kept:
@@ -343,15 +347,15 @@ def _whole_groups(rows: Sequence[Row], least: int = 2, without_preferred: bool =
 
 
 def _known_log_probs(
-    store: Path, judge: Model, rows: Sequence[Row], vocabulary: int | None, progress: Progress
+    store: Path, judge: Model, rows: Sequence[Row], vocab_size: int | None, progress: Progress
 ) -> dict[str, float]:
     """log p(response) under a frozen model, from the store or computed now and kept there."""
-    kind = "log_prob" if vocabulary is None else f"log_prob of {vocabulary} tokens"
+    kind = "log_prob" if vocab_size is None else f"log_prob of {vocab_size} tokens"
     with Store(store) as opened:
         known = {e.sample_id: float(e.value) for e in opened.evidence(kind) if e.judge == judge.identity}
         if missing := [row for row in rows if row.sample_id not in known]:
             found = response_log_probs(
-                judge.net, missing, vocabulary, partial(_tell, progress, "answers scored by the reference")
+                judge.net, missing, vocab_size, partial(_tell, progress, "answers scored by the reference")
             )
             opened.write_evidence(
                 *(Evidence(sample_id, kind, judge.identity, value) for sample_id, value in found.items())
@@ -360,7 +364,7 @@ def _known_log_probs(
     return known
 
 
-def _prepare(job: train.Job, teacher: Callable[[], Teacher], progress: Progress) -> None:
+def _prepare(job: train.TrainingJob, teacher: Callable[[], Teacher], progress: Progress) -> None:
     for label, match in job.matches.items():
         if not isinstance(match, Match):
             continue

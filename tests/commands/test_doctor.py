@@ -19,7 +19,7 @@ from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.runs import build
 from limbeck.runs.pipeline import Run, run
-from limbeck.signals.cache import Cache
+from limbeck.signals.cache import SignalCache
 from tests.conftest import make_net, make_tokenizer
 from tests.models.test_score import PROTOCOLS, on, spoiled, without
 from tests.scoring_server import ScoringServer
@@ -89,7 +89,7 @@ def test_a_fault_of_the_server_is_found(fault, tiny, tiny_folder, recipe_of, tmp
     if fault == "another template":
         model.tokenizer.chat_template = model.tokenizer.chat_template.replace("<|assistant|>", "<|system|>")
     if fault == "other weights":
-        model.net.load_state_dict(make_net(seed=9, vocabulary=len(model.tokenizer)).state_dict())
+        model.net.load_state_dict(make_net(seed=9, vocab_size=len(model.tokenizer)).state_dict())
     with ScoringServer(model, **settings) as server:
         faults = said(examine(recipe_of(server=served(server)), tmp_path / "run"))
     assert says in faults[line]
@@ -123,7 +123,7 @@ def test_a_shard_that_was_cut_or_changed_is_found(kept):
 
 def test_a_cache_of_another_teacher_is_found(kept, recipe_of, tmp_path):
     recipe, folder, _ = kept
-    save_model(make_net(seed=4, vocabulary=len(make_tokenizer())), make_tokenizer(), tmp_path / "other")
+    save_model(make_net(seed=4, vocab_size=len(make_tokenizer())), make_tokenizer(), tmp_path / "other")
     about = folder / "signals" / "about.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"teacher": "other"}))
     assert "cache of another teacher" in said(examine(recipe, folder))["cache"]
@@ -135,7 +135,7 @@ def test_a_cache_of_another_teacher_is_found(kept, recipe_of, tmp_path):
 def test_rows_that_moved_or_are_of_another_temperature_are_found(fault, says, kept, monkeypatch):
     """Written by a faulty tool of ours or another's, with hashes that hold."""
     recipe, folder, _ = kept
-    text = Cache.text
+    text = SignalCache.text
 
     def faulty(self, key):
         found = dict(text(self, key))
@@ -144,7 +144,7 @@ def test_rows_that_moved_or_are_of_another_temperature_are_found(fault, says, ke
         ]
         return found
 
-    monkeypatch.setattr(Cache, "text", faulty)
+    monkeypatch.setattr(SignalCache, "text", faulty)
     assert says in said(examine(recipe, folder))["cache"]
 
 

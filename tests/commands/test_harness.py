@@ -402,7 +402,7 @@ def by_token(model):
                 model.net(torch.tensor([body["prompt"]]))
                 .logits[0, -1]
                 .log_softmax(-1)
-                .topk(min(body["n_probs"], model.tokens))
+                .topk(min(body["n_probs"], model.vocab_size))
             )
         tops = [
             {"id": i, "token": "?", "logprob": v}

@@ -70,7 +70,7 @@ def the_same_model(name, folder):
 def elicited_from(folder, monkeypatch):
     """Prompts that every step can do something with, a teacher with a long context, and answers that pass."""
     tokenizer = make_tokenizer()
-    net = make_net(vocabulary=len(tokenizer))
+    net = make_net(vocab_size=len(tokenizer))
     net.config.max_position_embeddings = 4096
     save_model(net, tokenizer, folder / "roomy")
     kinds, check = ("noun", "verb", "adjective", "maths"), {"type": "number", "answer": 4}
@@ -90,7 +90,7 @@ def elicited_from(folder, monkeypatch):
 def servers(tiny_folder):
     """A teacher behind servers alone: the student's tokens, other weights."""
     model = load_model(str(tiny_folder))
-    model.net.load_state_dict(make_net(seed=5, vocabulary=len(model.tokenizer)).state_dict())
+    model.net.load_state_dict(make_net(seed=5, vocab_size=len(model.tokenizer)).state_dict())
     with ScoringServer(model) as one, ScoringServer(model, "vLLM") as other:
         yield {"llama.cpp": one, "vLLM": other}
 

@@ -67,15 +67,15 @@ def test_the_teacher_reads_the_same_mixture(net):
 def test_every_micro_batch_is_followed_by_its_mixed_twin():
     text = Mixed(FixedText(ROWS, 7, 20), 7, 0.4)
     for step in range(4):
-        turn, plain = text.turn(step, 0.0, {}), text.source.turn(step, 0.0, {})
+        turn, plain = text.step_batch(step, 0.0, {}), text.source.step_batch(step, 0.0, {})
         assert turn.micro_batches[::2] == plain.micro_batches
         twins = [row for micro_batch in turn.micro_batches[1::2] for row in micro_batch]
         rows = [row for micro_batch in plain.micro_batches for row in micro_batch]
         assert [row.response_ids for row in twins] == [row.response_ids for row in rows]
         assert all(row.tags == {"mixed"} and 0.5 <= row.mixed[1] <= 1 for row in twins)
         assert sorted(row.mixed[0].sample_id for row in twins) == sorted(row.sample_id for row in rows)
-        assert text.turn(step, 0.0, {}) == turn  # a step is replayed alone
-    assert text.turn(0, 0.0, {}) != Mixed(FixedText(ROWS, 7, 20), 8, 0.4).turn(0, 0.0, {})
+        assert text.step_batch(step, 0.0, {}) == turn  # a step is replayed alone
+    assert text.step_batch(0, 0.0, {}) != Mixed(FixedText(ROWS, 7, 20), 8, 0.4).step_batch(0, 0.0, {})
 
 
 def recipe_of(recipe_data, **changes):

@@ -321,7 +321,9 @@ def test_a_judge_that_is_the_teacher_is_flagged_and_not_loaded_twice(quick, room
     monkeypatch.setattr(build, "judge", lambda _: pytest.fail("a second copy"))
     seen = []
     plain = judging._answered
-    monkeypatch.setattr(judging, "_answered", lambda judge, *rest: seen.append(judge.sight) or plain(judge, *rest))
+    monkeypatch.setattr(
+        judging, "_answered", lambda judge, *rest: seen.append(judge.prompt_context) or plain(judge, *rest)
+    )
     limbeck.run(parse(quick), tmp_path / "out")
     summary = summary_of(tmp_path / "out")
     assert summary["judge"]["model"] == model_identity(source) and seen == [None, None], (

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from limbeck.commands.doctor import examine
 from limbeck.config.recipe import parse
 from limbeck.config.sections import Train
-from limbeck.config.teacher import Bridge
+from limbeck.config.teacher import BridgeSettings
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.bridge import BridgedTeacher, Vocabularies
 from limbeck.models.byte_alignment import segments, tokens_of
@@ -27,16 +27,16 @@ from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES, checked_params, sorted_distance
 from limbeck.objectives.dual import DualSpace, TeacherStates
-from limbeck.objectives.head import Evidence, Head, fused_loss
+from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
-from limbeck.objectives.total import Pass, total_loss
+from limbeck.objectives.total import StudentForward, total_loss
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
 from limbeck.runs.validate import validate
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.signals.dense import DenseSignal
-from limbeck.training.loop import Job, _optimizer
+from limbeck.training.loop import TrainingJob, _optimizer
 from limbeck.training.setup import _bind
 from limbeck.types import RecipeError, UserError
 from tests.conftest import CORPUS, make_net, make_tokenizer
@@ -70,7 +70,7 @@ def other_tokenizer():
 @pytest.fixture(scope="module")
 def other():
     tokenizer = other_tokenizer()
-    net = make_net(seed=3, vocabulary=len(tokenizer) + 5)
+    net = make_net(seed=3, vocab_size=len(tokenizer) + 5)
     net.generation_config.eos_token_id = net.config.eos_token_id = tokenizer.eos_token_id
     return Model(net, tokenizer, "other")
 
@@ -384,9 +384,9 @@ BRIDGES = [
 @pytest.mark.parametrize("bridge", BRIDGES, ids=str)
 @pytest.mark.parametrize("name", sorted(name for name, known in DIVERGENCES.items() if known.buckets or known.sorts))
 def test_with_equal_tokenizers_every_bridge_is_the_loss_in_one_vocabulary(bridge, name, tiny):
-    teacher = InProcessTeacher(Model(make_net(seed=5, vocabulary=len(tiny.tokenizer)), make_tokenizer(), "twin"))
+    teacher = InProcessTeacher(Model(make_net(seed=5, vocab_size=len(tiny.tokenizer)), make_tokenizer(), "twin"))
     batch = make_batch(rows_of(tiny, teacher.model))
-    bridged = BridgedTeacher(teacher, tiny, Bridge(**bridge))
+    bridged = BridgedTeacher(teacher, tiny, BridgeSettings(**bridge))
     logits = torch.randn(int(batch.mask_BT.sum()), len(tiny.tokenizer), generator=torch.Generator().manual_seed(1))
     values, gradient = compared(bridged.view(batch).signal, name, logits)
     want, slope = compared(DenseSignal(*vars_of(teacher.view(batch).signal, len(tiny.tokenizer))), name, logits)
@@ -395,13 +395,13 @@ def test_with_equal_tokenizers_every_bridge_is_the_loss_in_one_vocabulary(bridge
     assert facts["aligned_share"] == facts["single_share"] == 1 and facts["common_tokens"] == len(tiny.tokenizer)
 
 
-def vars_of(signal, vocabulary):
-    return signal.hidden_NE, signal.head.cut(vocabulary)
+def vars_of(signal, vocab_size):
+    return signal.hidden_NE, signal.head.cut(vocab_size)
 
 
 def test_a_teacher_with_other_tokens_says_the_chain_rules_product(tiny, other):
     batch = make_batch(rows_of(tiny, other))
-    bridged = BridgedTeacher(InProcessTeacher(other), tiny, Bridge())
+    bridged = BridgedTeacher(InProcessTeacher(other), tiny, BridgeSettings())
     signal = bridged.view(batch).signal
     done = 0
     for row in rows_of(tiny, other):
@@ -427,7 +427,7 @@ def test_a_teacher_with_other_tokens_says_the_chain_rules_product(tiny, other):
 @pytest.mark.parametrize("loss", [{"forward_kl": {}}, {"uld": {}}, {"dual_space": {}}], ids=str)
 def test_no_split_into_micro_batches_changes_a_bridged_loss(loss, tiny, other):
     rows = rows_of(tiny, other)
-    bridged = BridgedTeacher(InProcessTeacher(other), tiny, Bridge())
+    bridged = BridgedTeacher(InProcessTeacher(other), tiny, BridgeSettings())
     (name,) = loss
     found = [
         whole_loss(name, [make_batch(part) for part in parts], tiny, bridged)
@@ -448,7 +448,10 @@ def whole_loss(name, batches, student, bridged):
         hidden = hidden_states(student.net, batch.tokens_BT)[batch.response_positions()]
         head = head_of(student.net).cut(len(student.tokenizer))
         loss, sums = total_loss(
-            [term.settle(0, {})], {term.label: amount}, matches, Pass(batch, hidden, head, None, bridged.view(batch))
+            [term.at_step(0, {})],
+            {term.label: amount},
+            matches,
+            StudentForward(batch, hidden, head, None, bridged.view(batch)),
         )
         loss.backward()
         value += sums.terms[term.label]
@@ -512,7 +515,7 @@ def test_dual_space_from_its_formula(crossed):
 def test_projections_are_trained_at_a_rate_of_their_own(tiny, other):
     term = make_term("dual_space", {"projection_rate": 7})
     dual = _bind(term, tiny.net, other.net, 1)
-    job = Job(tiny.net, [], [term], lambda batch: None, Train(steps=1), Path(), "k", {"dual_space": dual})
+    job = TrainingJob(tiny.net, [], [term], lambda batch: None, Train(steps=1), Path(), "k", {"dual_space": dual})
     found = {id(p): group["times"] for group in _optimizer(job, job.parameters()).param_groups for p in group["params"]}
     assert {found[id(p)] for p in dual.parameters()} == {7.0} and {found[id(p)] for p in tiny.net.parameters()} == {1.0}
     for params, words in (
@@ -632,7 +635,7 @@ def test_what_a_bridge_cant_do_is_refused(pair, change, words):
 
 def test_edits_leave_no_rest():
     with pytest.raises(ValueError, match="spans: equal"):
-        Bridge(match="edits")
+        BridgeSettings(match="edits")
     assert replace(vocabularies(make_tokenizer(), other_tokenizer(), nearest=True).pairs, nearest=None) is not None
 
 
@@ -660,12 +663,14 @@ def test_the_nearest_token_is_that_of_the_least_edit_distance():
 
 def test_a_fused_loss_over_a_bridge_is_the_sum_of_its_rows(tiny, other):
     batch = make_batch(rows_of(tiny, other))
-    signal = BridgedTeacher(InProcessTeacher(other), tiny, Bridge()).view(batch).signal
+    signal = BridgedTeacher(InProcessTeacher(other), tiny, BridgeSettings()).view(batch).signal
     count, width = int(batch.mask_BT.sum()), 16
     hidden = torch.randn(count, width, generator=torch.Generator().manual_seed(3)).requires_grad_()
     head = Head(torch.randn(len(tiny.tokenizer), width, generator=torch.Generator().manual_seed(4)))
-    term = make_term("forward_kl", {}).settle(0, {})
-    total = fused_loss(hidden, head, [term], [1.0], torch.ones(1, count), Evidence(signal.places.written_N, signal))
+    term = make_term("forward_kl", {}).at_step(0, {})
+    total = fused_loss(
+        hidden, head, [term], [1.0], torch.ones(1, count), PositionEvidence(signal.places.written_N, signal)
+    )
     values, gradient = compared(signal, "forward_kl", head.logits(hidden.detach()))
     assert total.sums["forward_kl"] == pytest.approx(float(values.sum()), rel=1e-5)
     assert torch.allclose(torch.autograd.grad(total.loss, hidden)[0], gradient @ head.weight_VD, rtol=1e-3, atol=1e-4)

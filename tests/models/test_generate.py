@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from limbeck.models.generate import Beside, Job, generate, write
+from limbeck.models.generate import GenerationJob, SecondModel, generate, write
 from limbeck.models.joint import Mixture, Speculation
 from limbeck.models.prune import drop_layers
 from limbeck.models.sample import _from_nucleus, draw
@@ -20,7 +20,7 @@ def prompts(tiny, count=10):
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_greedy_text_equals_the_librarys_own(tiny, rows):
-    jobs = [Job(ids, Sampling(max_tokens=90), 0) for ids in prompts(tiny)]
+    jobs = [GenerationJob(ids, Sampling(max_tokens=90), 0) for ids in prompts(tiny)]
     got = dict(generate(tiny.net, jobs, tiny.eos_ids, batch_rows=rows))
     for index, job in enumerate(jobs):
         want = tiny.net.generate(
@@ -33,7 +33,9 @@ def test_greedy_text_equals_the_librarys_own(tiny, rows):
 
 
 def test_sampled_text_does_not_depend_on_the_batch(tiny):
-    jobs = [Job(ids, Sampling(1.0, 0.9, 5 + 7 * (number % 6)), number) for number, ids in enumerate(prompts(tiny))]
+    jobs = [
+        GenerationJob(ids, Sampling(1.0, 0.9, 5 + 7 * (number % 6)), number) for number, ids in enumerate(prompts(tiny))
+    ]
     alone = {index: dict(generate(tiny.net, [job], frozenset(), 1))[0] for index, job in enumerate(jobs)}
     for rows in (2, 5, 64):
         assert dict(generate(tiny.net, jobs, frozenset(), rows)) == alone
@@ -43,7 +45,10 @@ def test_sampled_text_does_not_depend_on_the_batch(tiny):
 def test_rows_of_very_different_length_share_the_cache(tiny):
     """Long answers beside many short ones: columns are reused, so the write column must move back in time."""
     ids = prompts(tiny)
-    jobs = [Job(ids[number % len(ids)], Sampling(1.0, 1.0, 100 if number == 0 else 6), number) for number in range(60)]
+    jobs = [
+        GenerationJob(ids[number % len(ids)], Sampling(1.0, 1.0, 100 if number == 0 else 6), number)
+        for number in range(60)
+    ]
     together = dict(generate(tiny.net, jobs, frozenset(), 3))
     assert [len(together[index]) for index in range(60)] == [100, *[6] * 59]
     for index in (0, 7, 59):
@@ -51,7 +56,7 @@ def test_rows_of_very_different_length_share_the_cache(tiny):
 
 
 def test_an_answer_ends_with_the_end_token_or_at_its_limit(tiny):
-    job = Job(prompts(tiny)[0], Sampling(1.0, 1.0, 200), 5)
+    job = GenerationJob(prompts(tiny)[0], Sampling(1.0, 1.0, 200), 5)
     free = dict(generate(tiny.net, [job], frozenset(), 1))[0]
     end = free[3]
     stopped = dict(generate(tiny.net, [job], frozenset({end}), 1))[0]
@@ -59,13 +64,13 @@ def test_an_answer_ends_with_the_end_token_or_at_its_limit(tiny):
 
 
 def test_stop_ends_between_two_tokens(tiny):
-    jobs = [Job(ids, Sampling(max_tokens=50), 0) for ids in prompts(tiny)]
+    jobs = [GenerationJob(ids, Sampling(max_tokens=50), 0) for ids in prompts(tiny)]
     assert list(generate(tiny.net, jobs, frozenset(), stop=lambda: True)) == []
 
 
 def test_a_prompt_without_room_is_refused(tiny):
     with pytest.raises(UserError, match="context of 256"):
-        list(generate(tiny.net, [Job([5] * 200, Sampling(max_tokens=100), 0)], frozenset()))
+        list(generate(tiny.net, [GenerationJob([5] * 200, Sampling(max_tokens=100), 0)], frozenset()))
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8, 0.3])
@@ -113,7 +118,7 @@ def exact_log_probs(net, prompt, ids, temperature=1.0):
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.7, 0.8)])
 def test_recorded_log_probs_are_those_of_one_pass_over_the_text(tiny, temperature, top_p):
-    jobs = [Job(ids, Sampling(temperature, top_p, 9), number) for number, ids in enumerate(prompts(tiny, 6))]
+    jobs = [GenerationJob(ids, Sampling(temperature, top_p, 9), number) for number, ids in enumerate(prompts(tiny, 6))]
     for text in write(tiny.net, jobs, frozenset(), 4, record=True):
         prompt = jobs[text.index].prompt_ids
         torch.testing.assert_close(
@@ -138,13 +143,13 @@ def drawn(net, jobs, beside=None, rows=4):
 
 
 def jobs_of(tiny, temperature=1.0):
-    return [Job(ids, Sampling(temperature, 1.0, 12), number) for number, ids in enumerate(prompts(tiny, 7))]
+    return [GenerationJob(ids, Sampling(temperature, 1.0, 12), number) for number, ids in enumerate(prompts(tiny, 7))]
 
 
 def test_speculation_over_the_whole_vocabulary_is_the_student_alone(tiny, student):
     jobs = jobs_of(tiny)
     alone = drawn(student, jobs)
-    both = drawn(student, jobs, Beside(tiny.net, Speculation(10**6)))
+    both = drawn(student, jobs, SecondModel(tiny.net, Speculation(10**6)))
     for index, text in alone.items():
         assert both[index].ids == text.ids and both[index].own == 12
         torch.testing.assert_close(
@@ -154,8 +159,10 @@ def test_speculation_over_the_whole_vocabulary_is_the_student_alone(tiny, studen
 
 def test_speculation_with_1_and_a_greedy_teacher_is_the_teachers_greedy_text(tiny, student):
     jobs = jobs_of(tiny)
-    greedy = dict(generate(tiny.net, [Job(job.prompt_ids, Sampling(0.0, 1.0, 12), 0) for job in jobs], frozenset()))
-    both = drawn(student, jobs, Beside(tiny.net, Speculation(1, 0.0)))
+    greedy = dict(
+        generate(tiny.net, [GenerationJob(job.prompt_ids, Sampling(0.0, 1.0, 12), 0) for job in jobs], frozenset())
+    )
+    both = drawn(student, jobs, SecondModel(tiny.net, Speculation(1, 0.0)))
     assert {index: text.ids for index, text in both.items()} == greedy
     assert any(text.own < 12 for text in both.values())
 
@@ -164,7 +171,7 @@ def test_every_token_of_speculation_is_among_the_teachers_likeliest_or_its_own(t
     jobs, k = jobs_of(tiny), 5
     accepted = []
     for wide in (2, k, 40):
-        both = drawn(student, jobs, Beside(tiny.net, Speculation(wide)))
+        both = drawn(student, jobs, SecondModel(tiny.net, Speculation(wide)))
         accepted.append(sum(text.own for text in both.values()))
         if wide == k:
             for index, text in both.items():
@@ -191,10 +198,10 @@ def test_draws_of_two_models_follow_the_distribution_they_report(joint):
 
 def test_the_mixture_has_both_models_at_its_ends(tiny, student):
     jobs = jobs_of(tiny)
-    assert {i: t.ids for i, t in drawn(student, jobs, Beside(tiny.net, Mixture(0.0))).items()} == {
+    assert {i: t.ids for i, t in drawn(student, jobs, SecondModel(tiny.net, Mixture(0.0))).items()} == {
         i: t.ids for i, t in drawn(student, jobs).items()
     }
-    assert {i: t.ids for i, t in drawn(student, jobs, Beside(tiny.net, Mixture(1.0))).items()} == {
+    assert {i: t.ids for i, t in drawn(student, jobs, SecondModel(tiny.net, Mixture(1.0))).items()} == {
         i: t.ids for i, t in drawn(tiny.net, jobs).items()
     }
 
@@ -203,8 +210,12 @@ def test_the_model_beside_may_see_another_prompt(tiny, student):
     """With the whole mixture, what is written is what the model beside writes after the prompt that it sees."""
     jobs = jobs_of(tiny)
     longer = [(*jobs[0].prompt_ids, *job.prompt_ids) for job in jobs]
-    pairs = [Job(job.prompt_ids, job.sampling, job.seed, other) for job, other in zip(jobs, longer, strict=True)]
-    alone = drawn(tiny.net, [Job(other, job.sampling, job.seed) for job, other in zip(jobs, longer, strict=True)])
-    assert {i: t.ids for i, t in drawn(student, pairs, Beside(tiny.net, Mixture(1.0))).items()} == {
+    pairs = [
+        GenerationJob(job.prompt_ids, job.sampling, job.seed, other) for job, other in zip(jobs, longer, strict=True)
+    ]
+    alone = drawn(
+        tiny.net, [GenerationJob(other, job.sampling, job.seed) for job, other in zip(jobs, longer, strict=True)]
+    )
+    assert {i: t.ids for i, t in drawn(student, pairs, SecondModel(tiny.net, Mixture(1.0))).items()} == {
         i: t.ids for i, t in alone.items()
     }

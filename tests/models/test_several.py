@@ -101,7 +101,7 @@ def test_a_student_that_knows_nothing_follows_the_small_teacher_and_a_sure_one_t
 
 
 def teacher_of(tiny, seed):
-    return InProcessTeacher(Model(make_net(seed=seed, vocabulary=len(tiny.tokenizer)), tiny.tokenizer, f"toy-{seed}"))
+    return InProcessTeacher(Model(make_net(seed=seed, vocab_size=len(tiny.tokenizer)), tiny.tokenizer, f"toy-{seed}"))
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_recipe_says_what_several_teachers_cannot(recipe_data, tiny_folder):
 def test_an_adapted_student_of_several_teachers_has_them_all(recipe_data, tiny_folder, prompt_file, tmp_path):
     """Alone, a teacher whose weights are the student's start would be the student without its adapters."""
     student = {"start": {"pretrained": str(tiny_folder)}, "lora": {"rank": 2, "alpha": 4}}
-    save_model(make_net(seed=6, vocabulary=len(make_tokenizer())), make_tokenizer(), tmp_path / "other")
+    save_model(make_net(seed=6, vocab_size=len(make_tokenizer())), make_tokenizer(), tmp_path / "other")
     values = []
     for name, beside in (("alone", []), ("both", [{"model": str(tmp_path / "other")}])):
         teacher = {"model": str(tiny_folder), **({"beside": beside} if beside else {})}

@@ -55,7 +55,7 @@ def test_contrast_draws_what_follows_from_one_prompt_and_not_the_other(tiny, str
     for place, token in enumerate(answer.ids):
         written = list(answer.ids[:place])
         scores = [
-            next_logits(tiny, prompt + written).double().log_softmax(-1)[: tiny.tokens] for prompt in (own, other)
+            next_logits(tiny, prompt + written).double().log_softmax(-1)[: tiny.vocab_size] for prompt in (own, other)
         ]
         assert token == int((scores[0] - strength * scores[1]).argmax())
     if strength == 0:
@@ -80,7 +80,7 @@ def test_presence_penalty_keeps_a_greedy_text_from_repeating(tiny):
     assert len(set(varied)) == len(varied) and len(set(plain)) < len(plain)
     ids = tiny.prompt_ids(WHY)
     for place, token in enumerate(varied):
-        logits = next_logits(tiny, ids + list(varied[:place]))[: tiny.tokens]
+        logits = next_logits(tiny, ids + list(varied[:place]))[: tiny.vocab_size]
         logits[list(varied[:place])] -= 100.0
         assert token == int(logits.argmax())
 
@@ -106,6 +106,6 @@ def test_scores_are_the_sum_of_the_tokens_log_probabilities(tiny):
 def test_a_text_beyond_the_context_is_scored_as_far_as_it_fits(tiny):
     long = "the cat sat on the mat " * 100
     (one,) = ModelScorer(tiny).log_probs([Score(WHY, long)])
-    assert one.tokens == tiny.context - len(tiny.prompt_ids(WHY)) < len(tiny.text_ids(long))
+    assert one.tokens == tiny.max_length - len(tiny.prompt_ids(WHY)) < len(tiny.text_ids(long))
     with pytest.raises(UserError, match="leaves no room"):
         ModelScorer(tiny).log_probs([Score(({"role": "user", "content": long},), "a")])

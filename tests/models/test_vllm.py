@@ -25,7 +25,7 @@ from torch import nn
 import limbeck
 from limbeck.config.recipe import parse
 from limbeck.models import vllm
-from limbeck.models.generate import Job, write
+from limbeck.models.generate import GenerationJob, write
 from limbeck.models.load import Model
 from limbeck.models.vllm import Patience, VllmWriter
 from limbeck.types import Sampling, UserError
@@ -103,7 +103,7 @@ class Vllm(ThreadingHTTPServer):
                 400, f"token_id(s) {wrong} in logit_bias contain out-of-vocab token ids. Vocabulary size: {rows}"
             )
         sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"])
-        job = Job(tuple(body["prompt"]), sampling, body["seed"])
+        job = GenerationJob(tuple(body["prompt"]), sampling, body["seed"])
         with self.lock:
             text, best = drawn(self.net, job, frozenset(body["stop_token_ids"]))
         stopped = text.ids[-1] in body["stop_token_ids"]
@@ -153,12 +153,12 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def tiny():
     tokenizer = make_tokenizer()
-    return Model(make_net(layers=1, vocabulary=len(tokenizer)), tokenizer, "student")
+    return Model(make_net(layers=1, vocab_size=len(tokenizer)), tokenizer, "student")
 
 
 @pytest.fixture
 def server(tiny):
-    made = Vllm(make_net(layers=1, vocabulary=len(tiny.tokenizer)))
+    made = Vllm(make_net(layers=1, vocab_size=len(tiny.tokenizer)))
     yield made
     made.shutdown()
     made.server_close()
@@ -167,7 +167,7 @@ def server(tiny):
 @pytest.fixture
 def writer(server, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", SECRET)
-    return VllmWriter(server.url + "/v1/", tmp_path / "weights", tiny.eos_ids, tiny.tokens, patience=QUICK)
+    return VllmWriter(server.url + "/v1/", tmp_path / "weights", tiny.eos_ids, tiny.vocab_size, patience=QUICK)
 
 
 def prompt(tiny, text="why is the sky blue"):
@@ -175,7 +175,7 @@ def prompt(tiny, text="why is the sky blue"):
 
 
 def jobs_of(tiny, count=1, sampling=FREE):
-    return [Job(prompt(tiny, f"why is the sky {number}"), sampling, number) for number in range(count)]
+    return [GenerationJob(prompt(tiny, f"why is the sky {number}"), sampling, number) for number in range(count)]
 
 
 def completions(change):
@@ -209,7 +209,7 @@ def test_answers_come_back_exact_and_in_order(server, writer, tiny):
 
 
 def test_what_is_asked_leaves_nothing_to_the_servers_defaults(server, writer, tiny):
-    job = Job(prompt(tiny), FREE, 2**60)
+    job = GenerationJob(prompt(tiny), FREE, 2**60)
     writer.write([job])
     assert server.seen[-1][2] == {
         "model": NAME, "prompt": job.prompt_ids, "max_tokens": 12, "temperature": 1.0, "top_p": 1.0, "seed": 2**60, "n": 1,
@@ -220,13 +220,13 @@ def test_what_is_asked_leaves_nothing_to_the_servers_defaults(server, writer, ti
 
 
 def test_padding_of_the_head_is_never_drawn(server, writer, tiny):
-    server.net = make_net(layers=1, vocabulary=tiny.tokens + 3)
-    writer.rows = tiny.tokens + 3
+    server.net = make_net(layers=1, vocab_size=tiny.vocab_size + 3)
+    writer.rows = tiny.vocab_size + 3
     server.bend = lambda path, body, answer: answer
     with pytest.raises(UserError, match="the tokenizer has"):  # our server does not know biases
         for seed in range(200):
-            writer.write([Job(prompt(tiny), Sampling(1.0, 1.0, 64), seed)])
-    assert server.seen[-1][2]["logit_bias"] == {str(tiny.tokens + number): -100.0 for number in range(3)}
+            writer.write([GenerationJob(prompt(tiny), Sampling(1.0, 1.0, 64), seed)])
+    assert server.seen[-1][2]["logit_bias"] == {str(tiny.vocab_size + number): -100.0 for number in range(3)}
 
 
 def given(choice, ids, finish, reason, log_probs):
@@ -413,7 +413,7 @@ def test_requests_under_way_are_limited_and_end_when_asked_to(server, writer, ti
     server.bend, writer.together = completions(hold), 2
     assert len(writer.write(jobs_of(tiny, 8))) == 8 and max(most) == 2
     server.bend = completions(lambda answer, choice: over.wait(5) if len(choice["prompt_token_ids"]) > 60 else None)
-    long = Job(prompt(tiny, "a cat " * 30), FREE, 0)
+    long = GenerationJob(prompt(tiny, "a cat " * 30), FREE, 0)
     finished = writer.write([long, *jobs_of(tiny, 2)], stop=lambda: asked.append(1) or len(asked) == 4)
     over.set()
     assert [text.index for text in finished] == [1, 2]
@@ -450,7 +450,7 @@ def test_draws_that_it_cannot_account_for(writer, tiny):
         with pytest.raises(UserError, match="temperature 1 and top_p 1"):
             writer.write(jobs_of(tiny, 1, sampling))
     with pytest.raises(UserError, match="in process only"):
-        writer.write([Job([1], FREE, 0, [2])])
+        writer.write([GenerationJob([1], FREE, 0, [2])])
     with pytest.raises(UserError, match="tokens of its 256"):
         writer.write(jobs_of(tiny, 1, Sampling(1.0, 1.0, 250)))
 
@@ -467,7 +467,7 @@ def test_it_writes_where_a_loop_runs_already(writer, tiny):
 
 def trained(tiny):
     """The student some way on: far enough that its log-probabilities tell."""
-    net = make_net(layers=1, vocabulary=tiny.tokens)
+    net = make_net(layers=1, vocab_size=tiny.vocab_size)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -587,8 +587,8 @@ def seeds(server, seed):
     [
         (lambda server, tiny: seeds(server, lambda body: {"seed": len(server.seen)}), "one seed gave two texts"),
         (lambda server, tiny: seeds(server, lambda body: {"temperature": 0.0}), "same text for every seed"),
-        (lambda server, tiny: setattr(server, "net", make_net(vocabulary=400)), "more than the student's"),
-        (lambda server, tiny: setattr(server, "net", make_net(vocabulary=100)), "out-of-vocab"),
+        (lambda server, tiny: setattr(server, "net", make_net(vocab_size=400)), "more than the student's"),
+        (lambda server, tiny: setattr(server, "net", make_net(vocab_size=100)), "out-of-vocab"),
         (lambda server, tiny: setattr(server, "net", trained(tiny)), "nats off"),
         (lambda server, tiny: setattr(server, "bend", lambda path, body, answer: (200, {"data": []})), "it serves"),
         (lambda server, tiny: setattr(server, "bend", lambda path, body, answer: (200, {"data": 7})), "it serves"),

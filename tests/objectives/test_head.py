@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.objectives import head as head_module
 from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.objectives.head import Evidence, Head, compared, fused_loss, token_log_probs
+from limbeck.objectives.head import Head, PositionEvidence, compared, fused_loss, token_log_probs
 from limbeck.objectives.on_logits import divergence
-from limbeck.objectives.term import Settled, make_term
+from limbeck.objectives.term import TermAtStep, make_term
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.sparse import TopK
 
@@ -34,8 +34,8 @@ def setting(n: int = N, v: int = V, d: int = D, e: int = 4, dtype: torch.dtype =
     return hidden.requires_grad_(), weight.requires_grad_(), teacher, targets, weights
 
 
-def term(name: str, **params: float) -> Settled:
-    return make_term(name, params).settle(0.0, {})
+def term(name: str, **params: float) -> TermAtStep:
+    return make_term(name, params).at_step(0.0, {})
 
 
 def make_head(weight: Tensor, parts: str) -> tuple[Head, list[Tensor]]:
@@ -64,7 +64,7 @@ def plain_logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def naive(
-    logits: Tensor, evidence: Evidence, terms: list[Settled], scales: list[float], weight_KN: Tensor
+    logits: Tensor, evidence: PositionEvidence, terms: list[TermAtStep], scales: list[float], weight_KN: Tensor
 ) -> tuple[Tensor, list[float]]:
     sums = []
     for settled, weights in zip(terms, weight_KN, strict=True):
@@ -78,7 +78,7 @@ def naive(
     return sum(scale * value for scale, value in zip(scales, sums, strict=True)), [value.item() for value in sums]
 
 
-def agrees(leaves: list[Tensor], head: Head, hidden: Tensor, terms: list[Settled], scales: list[float], weight_KN: Tensor, evidence: Evidence) -> None:  # fmt: skip
+def agrees(leaves: list[Tensor], head: Head, hidden: Tensor, terms: list[TermAtStep], scales: list[float], weight_KN: Tensor, evidence: PositionEvidence) -> None:  # fmt: skip
     got = fused_loss(hidden, head, terms, scales, weight_KN, evidence)
     want, sums = naive(plain_logits(hidden, head), evidence, terms, scales, weight_KN)
     torch.testing.assert_close(got.loss, want, rtol=1e-11, atol=0)
@@ -114,7 +114,9 @@ def mixture(weights: Tensor) -> Tensor:
 def test_each_term_equals_autograd_of_the_naive_loss(monkeypatch, name):
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", V * 5)
     hidden, weight, teacher, targets, weights = setting()
-    agrees([hidden, weight], Head(weight), hidden, [term(name)], [0.4], weights[None], Evidence(targets, teacher))
+    agrees(
+        [hidden, weight], Head(weight), hidden, [term(name)], [0.4], weights[None], PositionEvidence(targets, teacher)
+    )
 
 
 @pytest.mark.parametrize("block", [1, V * 2, V * 3 + 1, 10**6])
@@ -124,7 +126,7 @@ def test_a_mixture_equals_the_naive_loss_whatever_the_chunks(monkeypatch, chunk,
     monkeypatch.setattr(head_module, "BLOCK_ELEMENTS", block)
     hidden, weight, teacher, targets, weights = setting()
     head, leaves = make_head(weight, "lora bias scale softcap")
-    agrees([hidden, *leaves], head, hidden, MIXTURE, SCALES, mixture(weights), Evidence(targets, teacher))
+    agrees([hidden, *leaves], head, hidden, MIXTURE, SCALES, mixture(weights), PositionEvidence(targets, teacher))
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "hidden", "head"])
@@ -137,8 +139,8 @@ def test_every_part_of_the_head_gets_its_gradient_unless_it_is_frozen(monkeypatc
     )  # a frozen W may have a LoRA that is trained
     hidden = hidden.detach() if frozen == "hidden" else hidden
     leaves = [t for t in (hidden, *leaves) if t.requires_grad]
-    agrees(leaves, head, hidden, MIXTURE, SCALES, mixture(weights), Evidence(targets, teacher))
-    fused_loss(hidden, head, MIXTURE, SCALES, mixture(weights), Evidence(targets, teacher)).loss.backward()
+    agrees(leaves, head, hidden, MIXTURE, SCALES, mixture(weights), PositionEvidence(targets, teacher))
+    fused_loss(hidden, head, MIXTURE, SCALES, mixture(weights), PositionEvidence(targets, teacher)).loss.backward()
     assert (weight.grad is None) == (frozen == "head")
 
 
@@ -146,9 +148,11 @@ def test_tied_embeddings_add_the_gradient_of_both_their_uses():
     _, weight, teacher, targets, weights = setting()
     ids = torch.arange(N) % V
     got = fused_loss(
-        weight[ids].tanh(), Head(weight), MIXTURE[:1], [1.0], weights[None], Evidence(targets, teacher)
+        weight[ids].tanh(), Head(weight), MIXTURE[:1], [1.0], weights[None], PositionEvidence(targets, teacher)
     ).loss
-    want, _ = naive(weight[ids].tanh() @ weight.T, Evidence(targets, teacher), MIXTURE[:1], [1.0], weights[None])
+    want, _ = naive(
+        weight[ids].tanh() @ weight.T, PositionEvidence(targets, teacher), MIXTURE[:1], [1.0], weights[None]
+    )
     torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (got, want)), rtol=1e-9, atol=1e-12)
 
 
@@ -163,9 +167,9 @@ def test_a_cut_vocabulary_is_the_head_of_its_first_tokens(parts):
     )
     head, leaves = make_head(weight, parts)
     small, narrow = head.cut(V - 4), Head(wide).cut(V - 4)
-    assert (small.vocabulary, narrow.vocabulary, head.cut(V)) == (V - 4, V - 4, head)
+    assert (small.vocab_size, narrow.vocab_size, head.cut(V)) == (V - 4, V - 4, head)
     teacher, targets = DenseSignal(states, narrow), targets % (V - 4)
-    agrees([hidden, *leaves], small, hidden, MIXTURE, SCALES, mixture(weights), Evidence(targets, teacher))
+    agrees([hidden, *leaves], small, hidden, MIXTURE, SCALES, mixture(weights), PositionEvidence(targets, teacher))
     torch.testing.assert_close(small.logits(hidden), plain_logits(hidden, head)[:, : V - 4])
 
 
@@ -176,7 +180,7 @@ def test_top_tokens_go_through_the_head_like_a_dense_teacher(monkeypatch):
     grads = []
     for signal in (teacher, TopK(ids, values)):
         total = fused_loss(
-            hidden, Head(weight), MIXTURE[:2], [1.0, 1.0], mixture(weights)[:2], Evidence(targets, signal)
+            hidden, Head(weight), MIXTURE[:2], [1.0, 1.0], mixture(weights)[:2], PositionEvidence(targets, signal)
         )
         grads.append((total.loss, *torch.autograd.grad(total.loss, (hidden, weight))))
     for a, b in zip(*grads, strict=True):
@@ -189,11 +193,11 @@ def test_split_into_micro_batches_changes_nothing():
     leaves = [hidden, *leaves]
     rows = mixture(weights)
     whole = torch.autograd.grad(
-        fused_loss(hidden, head, MIXTURE, SCALES, rows, Evidence(targets, teacher)).loss, leaves
+        fused_loss(hidden, head, MIXTURE, SCALES, rows, PositionEvidence(targets, teacher)).loss, leaves
     )
     summed = [torch.zeros_like(t) for t in leaves]
     for part in (slice(0, 2), slice(2, 9), slice(9, 13)):
-        evidence = Evidence(targets[part], DenseSignal(teacher.hidden_NE[part], teacher.head))
+        evidence = PositionEvidence(targets[part], DenseSignal(teacher.hidden_NE[part], teacher.head))
         loss = fused_loss(hidden[part], head, MIXTURE, SCALES, rows[:, part], evidence).loss
         for total, gradient in zip(summed, torch.autograd.grad(loss, leaves), strict=True):
             total += gradient
@@ -204,7 +208,9 @@ def test_split_into_micro_batches_changes_nothing():
 def test_no_position_gives_exactly_zero_with_a_gradient_path():
     hidden, weight, _, targets, weights = setting()
     head, leaves = make_head(weight, "lora bias scale softcap")
-    total = fused_loss(hidden[:0], head, [term("cross_entropy")], [1.0], weights[None, :0], Evidence(targets[:0]))
+    total = fused_loss(
+        hidden[:0], head, [term("cross_entropy")], [1.0], weights[None, :0], PositionEvidence(targets[:0])
+    )
     assert total.loss.item() == 0.0 and total.sums == {"cross_entropy": 0.0}
     total.loss.backward()
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in (hidden, *leaves))
@@ -212,7 +218,9 @@ def test_no_position_gives_exactly_zero_with_a_gradient_path():
 
 def test_weights_of_zero_give_exactly_zero():
     hidden, weight, teacher, targets, weights = setting()
-    total = fused_loss(hidden, Head(weight), MIXTURE, SCALES, torch.zeros(5, N).double(), Evidence(targets, teacher))
+    total = fused_loss(
+        hidden, Head(weight), MIXTURE, SCALES, torch.zeros(5, N).double(), PositionEvidence(targets, teacher)
+    )
     total.loss.backward()
     assert total.loss.item() == 0.0 and not hidden.grad.any() and not weight.grad.any()
 
@@ -221,7 +229,7 @@ def test_outer_factor_scales_the_gradient():
     hidden, weight, _, targets, weights = setting()
     one, three = (
         torch.autograd.grad(
-            f * fused_loss(hidden, Head(weight), MIXTURE[2:3], [1.0], weights[None], Evidence(targets)).loss,
+            f * fused_loss(hidden, Head(weight), MIXTURE[2:3], [1.0], weights[None], PositionEvidence(targets)).loss,
             (hidden, weight),
         )
         for f in (1, 3)
@@ -232,7 +240,7 @@ def test_outer_factor_scales_the_gradient():
 
 def test_backward_twice_accumulates_twice():
     hidden, weight, _, targets, weights = setting()
-    loss = fused_loss(hidden, Head(weight), MIXTURE[2:3], [1.0], weights[None], Evidence(targets)).loss
+    loss = fused_loss(hidden, Head(weight), MIXTURE[2:3], [1.0], weights[None], PositionEvidence(targets)).loss
     loss.backward(retain_graph=True)
     once = weight.grad.clone()
     loss.backward()
@@ -252,9 +260,9 @@ def test_bf16_models_give_fp32_sums(parts, adapter):
         a, b, scaling = head.low_rank
         head = Head(head.weight_VD, head.bias_V, head.scale, head.softcap, (a.to(adapter), b.to(adapter), scaling))
     terms, rows = MIXTURE[:3], mixture(weights)[:3]
-    got = fused_loss(hidden, head, terms, SCALES[:3], rows, Evidence(targets, teacher))
+    got = fused_loss(hidden, head, terms, SCALES[:3], rows, PositionEvidence(targets, teacher))
     want, sums = naive(
-        plain_logits(hidden.float(), head_in_fp32(head)), Evidence(targets, teacher), terms, SCALES[:3], rows
+        plain_logits(hidden.float(), head_in_fp32(head)), PositionEvidence(targets, teacher), terms, SCALES[:3], rows
     )
     assert got.loss.dtype == torch.float32
     assert list(got.sums.values()) == pytest.approx(sums, rel=1e-2)
@@ -274,7 +282,7 @@ def head_in_fp32(head: Head) -> Head:
 def test_under_autocast_losses_stay_fp32_and_close(hidden_dtype):
     hidden, weight, teacher, targets, weights = setting(dtype=torch.float32)
     head, leaves = make_head(weight, "lora bias scale softcap")
-    evidence = Evidence(targets, teacher)
+    evidence = PositionEvidence(targets, teacher)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = hidden.to(hidden_dtype)
         total = fused_loss(states, head, MIXTURE, SCALES, mixture(weights), evidence)
@@ -313,7 +321,9 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch, what):
     with Largest() as seen:
         if what == "fused":
             rows = weights.expand(len(terms), -1)
-            fused_loss(hidden, head, terms, [1.0] * len(terms), rows, Evidence(targets, teacher)).loss.backward()
+            fused_loss(
+                hidden, head, terms, [1.0] * len(terms), rows, PositionEvidence(targets, teacher)
+            ).loss.backward()
         else:
             token_log_probs(hidden, head, targets).exp().sum().backward()
     bins = 1017 * 16  # adaptive_kl's histogram: fixed, for any vocabulary
@@ -358,7 +368,7 @@ def test_compiled_equals_eager(monkeypatch):
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", V * 5)
     torch._dynamo.reset()
     hidden, weight, teacher, targets, weights = setting()
-    evidence = Evidence(targets, teacher)
+    evidence = PositionEvidence(targets, teacher)
 
     def loss(states: Tensor, matrix: Tensor) -> Tensor:
         fused = fused_loss(states.tanh(), Head(matrix), MIXTURE, SCALES, mixture(weights), evidence).loss
@@ -395,5 +405,5 @@ PINNED = {
 @pytest.mark.parametrize("name", [*DIVERGENCES, "cross_entropy"])
 def test_pinned_loss(name):
     hidden, weight, teacher, targets, weights = setting(dtype=torch.float32)
-    got = fused_loss(hidden, Head(weight), [term(name)], [1.0], weights[None], Evidence(targets, teacher))
+    got = fused_loss(hidden, Head(weight), [term(name)], [1.0], weights[None], PositionEvidence(targets, teacher))
     assert got.sums[name] == pytest.approx(PINNED[name], rel=2e-6)

@@ -50,7 +50,7 @@ def test_no_two_losses_share_a_name():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_makes_a_term_with_its_defaults(name):
     term = make_term(name, {})
-    settled = term.settle(0.5, {})
+    settled = term.at_step(0.5, {})
     assert term.name == name and term.label == settled.label == (f"{name}@student" if name in POLICIES else name)
     assert settled.weight == 1.0
     if name in MATCHES:
@@ -85,7 +85,7 @@ def test_every_parameter_has_a_range_that_holds_its_default(name):
 @pytest.mark.parametrize("name", [*VOCABULARY, *MATCHES])
 def test_the_label_says_whose_text_it_is_limited_to(name):
     term = make_term(name, {"only": "student"})
-    assert (term.label, term.only, term.settle(0, {}).label) == (f"{name}@student", "student", f"{name}@student")
+    assert (term.label, term.only, term.at_step(0, {}).label) == (f"{name}@student", "student", f"{name}@student")
     assert "only" not in term.params
 
 
@@ -140,7 +140,7 @@ def test_settling_turns_schedules_into_numbers():
         {"from": 1, "to": 0, "shape": "step", "at": 0.5},
     )
     for progress, weight, share in ((0.0, 1.0, 0.2), (0.25, 1.0, 0.3), (0.5, 0.0, 0.4), (1.0, 0.0, 0.6)):
-        settled = term.settle(progress, {})
+        settled = term.at_step(progress, {})
         assert settled.weight == weight and settled.params == {
             "teacher_share": pytest.approx(share),
             "temperature": 1.0,
@@ -157,33 +157,33 @@ def test_adaptive_numbers_follow_their_own_state_through_a_checkpoint():
     for step, loss in enumerate([2.0, 1.0, 2.5, 2.6]):
         term.after(states, (step + 1) / 10, loss, None)
         states = json.loads(json.dumps(states))
-    settled = term.settle(0.4, states)
+    settled = term.at_step(0.4, states)
     assert len(states) == 2 and all(key.startswith("taid@teacher") for key in states)
     assert settled.weight == 0.25 and settled.params["t"] == states["taid@teacher.t"]["value"] > 0.4 + 0.6 * 0.4 - 1e-12
-    assert other.settle(0.4, states).params["t"] == 0.4, "another term's state is not its own"
+    assert other.at_step(0.4, states).params["t"] == 0.4, "another term's state is not its own"
 
 
 @pytest.mark.parametrize("name", RANKINGS)
 def test_a_terms_weight_and_a_parameter_of_that_name_are_two_things(name):
     """A schedule of the weight is one of the weight, whatever the loss calls its parameters."""
     term = make_term(name, {}, {"from": 0.0, "to": 1.0, "shape": "plateau", "rise": 0.5, "tolerance": 0.1})
-    before, states = term.settle(0.0, {}), {}
+    before, states = term.at_step(0.0, {}), {}
     for loss in (1.0, 2.0):
         term.after(states, 0.5, loss, None)
-    settled = term.settle(0.5, states)
+    settled = term.at_step(0.5, states)
     assert (before.weight, settled.weight) == (0.0, 0.5) and settled.params == before.params
 
 
 def test_ktos_baseline_is_measured_unless_it_is_given():
     term, states = make_term("kto", {}), {}
-    assert term.params["baseline"].shape == "measured" and term.settle(0.0, states).params["baseline"] == 0.0
+    assert term.params["baseline"].shape == "measured" and term.at_step(0.0, states).params["baseline"] == 0.0
     term.after(states, 0.1, loss=5.0, measured=0.75)
-    assert term.settle(0.1, states).params["baseline"] == 0.75 and states == {"kto.baseline": {"value": 0.75}}
+    assert term.at_step(0.1, states).params["baseline"] == 0.75 and states == {"kto.baseline": {"value": 0.75}}
     term.after(states, 0.2, loss=5.0, measured=None)
-    assert term.settle(0.2, states).params["baseline"] == 0.75, "a step without answers measures nothing"
+    assert term.at_step(0.2, states).params["baseline"] == 0.75, "a step without answers measures nothing"
     given = make_term("kto", {"baseline": 0.3})
     given.after(states, 0.3, loss=5.0, measured=9.0)
-    assert given.settle(0.3, {}).params["baseline"] == 0.3
+    assert given.at_step(0.3, {}).params["baseline"] == 0.3
 
 
 # -- values -------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_ktos_baseline_is_measured_unless_it_is_given():
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergence_terms_equal_the_public_function(name):
     b, student, teacher = block()
-    values, gradient = make_term(name, {}).settle(0.0, {}).values(b)
+    values, gradient = make_term(name, {}).at_step(0.0, {}).values(b)
     want = divergence(name, teacher, student, targets_N=b.targets_R)
     torch.testing.assert_close(values, want.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(want.sum(), student)[0])
@@ -201,7 +201,7 @@ def test_divergence_terms_equal_the_public_function(name):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 def test_cross_entropy_equals_torchs(smoothing):
     b, student, _ = block()
-    values, gradient = make_term("cross_entropy", {"label_smoothing": smoothing}).settle(0.0, {}).values(b)
+    values, gradient = make_term("cross_entropy", {"label_smoothing": smoothing}).at_step(0.0, {}).values(b)
     want = F.cross_entropy(student, b.targets_R, reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(values, want.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, torch.autograd.grad(want.sum(), student)[0], rtol=1e-12, atol=1e-15)
@@ -215,7 +215,7 @@ def test_cross_entropy_equals_torchs(smoothing):
 def test_the_gradient_is_the_callers_to_overwrite(name):
     """The head multiplies it in place: no term may hand out what the next one reads."""
     b, _, _ = block(columns(6))
-    settled = make_term(name, {}).settle(0.0, {})
+    settled = make_term(name, {}).at_step(0.0, {})
     first, gradient = settled.values(b)
     kept = gradient.clone()
     gradient.zero_()
@@ -243,7 +243,7 @@ def test_policy_terms_equal_autograd_on_the_logits(name, given):
     c = c if given == "all" else {key: c[key] for key in policy.reads}
     b, student, _ = block(c)
     with torch.no_grad():  # as the head calls it
-        values, gradient = make_term(name, {}).settle(0.0, {}).values(b)
+        values, gradient = make_term(name, {}).at_step(0.0, {}).values(b)
     log_prob = torch.log_softmax(student, -1).gather(-1, b.targets_R[:, None])[:, 0]
     want = policy.fn(log_prob, {key: c[key] for key in (*policy.reads, *policy.optional) if key in c})
     torch.testing.assert_close(values, want.detach(), rtol=1e-12, atol=1e-15)
@@ -257,12 +257,12 @@ def test_a_policy_term_without_its_columns_says_which(name):
     b, _, _ = block()
     lacking = [column for column in POLICIES[name].reads if column != "teacher_log_prob"]
     if not lacking:
-        values, _ = make_term(name, {}).settle(0.0, {}).values(b)
+        values, _ = make_term(name, {}).at_step(0.0, {}).values(b)
         p, q = b.teacher.p.log, b.q.log
         torch.testing.assert_close(values, (q - p).gather(1, b.targets_R[:, None])[:, 0])
         return
     with pytest.raises(UserError, match=lacking[0]):
-        make_term(name, {}).settle(0.0, {}).values(b)
+        make_term(name, {}).at_step(0.0, {}).values(b)
 
 
 @pytest.mark.parametrize("name", RANKINGS)
@@ -272,7 +272,7 @@ def test_ranking_terms_give_a_value_per_group(name):
         torch.randint(1, 6, (4, 3), generator=torch.Generator().manual_seed(21)),
     )
     candidates = Candidates(log_prob, length, torch.ones(4, 3, dtype=torch.bool), randn(4, 3, seed=22) - 6)
-    values = make_term(name, {}).settle(0.0, {}).group_values(candidates)
+    values = make_term(name, {}).at_step(0.0, {}).group_values(candidates)
     torch.testing.assert_close(values, RANKINGS[name].fn(candidates))
     values.sum().backward()
     assert values.shape == (4,) and log_prob.grad.abs().sum() > 0

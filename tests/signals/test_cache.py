@@ -15,15 +15,15 @@ from torch import Tensor
 
 from limbeck import RecipeError, UserError, run
 from limbeck.config.recipe import parse
-from limbeck.config.teacher import Cache as Form
+from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES, checked_params
-from limbeck.objectives.head import Evidence, Head, fused_loss
+from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.runs.preflight import check
-from limbeck.signals.cache import Cache, texts_of
+from limbeck.signals.cache import SignalCache, texts_of
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.pack import pack, pack_bits, unpack, unpack_bits, width
 from limbeck.signals.sparse import Sampled, TopK
@@ -56,7 +56,7 @@ def targets() -> Tensor:
 
 
 def kept(signal: DenseSignal, **form) -> TopK | Sampled:
-    settings = Form(**form)
+    settings = CacheSettings(**form)
     return unpack([pack(signal, targets(), settings, 1, V)], settings, V)
 
 
@@ -75,9 +75,9 @@ def test_bits_come_back_and_take_no_more_than_they_need(case):
     assert len(packed) == math.ceil(len(numbers) * bits / 8)
 
 
-@pytest.mark.parametrize(("vocabulary", "bits"), [(2, 1), (256, 8), (257, 9), (49152, 16), (151936, 18), (65536, 16)])
-def test_an_id_takes_the_bits_of_the_largest_one(vocabulary, bits):
-    assert width(vocabulary) == bits and 2**bits > vocabulary - 1
+@pytest.mark.parametrize(("vocab_size", "bits"), [(2, 1), (256, 8), (257, 9), (49152, 16), (151936, 18), (65536, 16)])
+def test_an_id_takes_the_bits_of_the_largest_one(vocab_size, bits):
+    assert width(vocab_size) == bits and 2**bits > vocab_size - 1
 
 
 @pytest.mark.parametrize("sharpness", [0.01, 1.0, 30.0])
@@ -133,7 +133,7 @@ def test_all_tokens_in_sixteen_bits_are_the_dense_signal():
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 def test_draws_are_the_distribution_in_the_mean(temperature):
-    signal, settings, rounds = dense(7, 0.3), Form(sampled={"draws": 50, "temperature": temperature}), 400
+    signal, settings, rounds = dense(7, 0.3), CacheSettings(sampled={"draws": 50, "temperature": temperature}), 400
     total = torch.zeros(N, V, dtype=torch.float64)
     for seed in range(rounds):
         got = unpack([pack(signal, targets(), settings, seed, V)], settings, V)
@@ -150,7 +150,9 @@ def test_draws_are_the_distribution_in_the_mean(temperature):
 
 
 def test_the_draws_of_a_text_are_its_own_wherever_it_is_packed():
-    first, again, other = (pack(dense(8), targets(), Form(sampled={"draws": 5}), seed, V) for seed in (1, 1, 2))
+    first, again, other = (
+        pack(dense(8), targets(), CacheSettings(sampled={"draws": 5}), seed, V) for seed in (1, 1, 2)
+    )
     assert torch.equal(first["ids"], again["ids"]) and not torch.equal(first["ids"], other["ids"])
 
 
@@ -161,10 +163,10 @@ def rows(count: int = 6) -> list[Row]:
     return [Row(f"s{i}", (5, 6, 7 + i), (*(20 + i, 21, 30 + i)[: 1 + i % 3], 0)) for i in range(count)]
 
 
-def filled(folder, tiny, form, some=None, vocabulary=300) -> Cache:
+def filled(folder, tiny, form, some=None, vocab_size=300) -> SignalCache:
     teacher = InProcessTeacher(tiny)
-    cache = Cache(folder, teacher.identity, vocabulary, Form(**form))
-    fill_cache(cache, partial(teacher.view, vocabulary=vocabulary), some or rows(), lambda done, total: None)
+    cache = SignalCache(folder, teacher.identity, vocab_size, CacheSettings(**form))
+    fill_cache(cache, partial(teacher.view, vocab_size=vocab_size), some or rows(), lambda done, total: None)
     return cache
 
 
@@ -175,8 +177,8 @@ def vocabulary_of(tiny) -> int:
 @pytest.mark.parametrize("form", FORMS, ids=json.dumps)
 def test_what_is_read_again_is_what_was_kept_however_it_is_batched(form, tiny, tmp_path):
     v = vocabulary_of(tiny)
-    filled(tmp_path / "a", tiny, form, vocabulary=v)
-    cache = Cache(tmp_path / "a", InProcessTeacher(tiny).identity, v, Form(**form))
+    filled(tmp_path / "a", tiny, form, vocab_size=v)
+    cache = SignalCache(tmp_path / "a", InProcessTeacher(tiny).identity, v, CacheSettings(**form))
     assert len(cache) == 6
     student = torch.randn(200, v, generator=torch.Generator().manual_seed(2))
     loss, params = DIVERGENCES["forward_kl"], checked_params("forward_kl", {})
@@ -196,16 +198,16 @@ def test_what_is_read_again_is_what_was_kept_however_it_is_batched(form, tiny, t
 
 def test_full_precision_states_give_the_live_loss(tiny, tmp_path):
     v = vocabulary_of(tiny)
-    cache, batch = filled(tmp_path / "a", tiny, {"hidden": {"dtype": "float32"}}, vocabulary=v), make_batch(rows())
-    live = InProcessTeacher(tiny).view(batch, vocabulary=v).signal
+    cache, batch = filled(tmp_path / "a", tiny, {"hidden": {"dtype": "float32"}}, vocab_size=v), make_batch(rows())
+    live = InProcessTeacher(tiny).view(batch, vocab_size=v).signal
     hidden = torch.randn(int(batch.mask_BT.sum()), 32, generator=torch.Generator().manual_seed(0))
-    term = make_term("forward_kl", {}).settle(0.0, {})
+    term = make_term("forward_kl", {}).at_step(0.0, {})
 
     def loss(signal) -> float:
         weight = torch.ones(1, len(hidden))
         head = Head(torch.randn(v, 32, generator=torch.Generator().manual_seed(1)))
         return float(
-            fused_loss(hidden, head, [term], [1.0], weight, Evidence(EMPTY.new_zeros(len(hidden)), signal)).loss
+            fused_loss(hidden, head, [term], [1.0], weight, PositionEvidence(EMPTY.new_zeros(len(hidden)), signal)).loss
         )
 
     assert loss(cache.view(batch).signal) == pytest.approx(loss(live), rel=1e-5)
@@ -213,8 +215,8 @@ def test_full_precision_states_give_the_live_loss(tiny, tmp_path):
 
 def test_the_written_tokens_log_probability_stands_beside_every_row(tiny, tmp_path):
     v = vocabulary_of(tiny)
-    cache, batch = filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocabulary=v), make_batch(rows())
-    live = InProcessTeacher(tiny).view(batch, vocabulary=v).signal
+    cache, batch = filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocab_size=v), make_batch(rows())
+    live = InProcessTeacher(tiny).view(batch, vocab_size=v).signal
     row_N, at_N = batch.response_positions()
     logits = live.chunk(slice(0, len(row_N))).logits_CV
     want = torch.log_softmax(logits, -1).gather(-1, batch.tokens_BT[row_N, at_N + 1, None])[:, 0]
@@ -229,11 +231,11 @@ def test_a_killed_filling_goes_on_with_what_is_missing(tiny, tmp_path):
     before = {file.name: file.read_bytes() for file in (tmp_path / "a").glob("shard-*")}
     asked = []
     teacher = InProcessTeacher(tiny)
-    cache = Cache(tmp_path / "a", teacher.identity, v, Form(top_k={"k": 4}))
+    cache = SignalCache(tmp_path / "a", teacher.identity, v, CacheSettings(top_k={"k": 4}))
 
     def view(batch):
         asked.extend(batch.sample_ids)
-        return teacher.view(batch, vocabulary=v)
+        return teacher.view(batch, vocab_size=v)
 
     fill_cache(cache, view, rows(), lambda done, total: None)
     assert len(cache) == 6 and not list((tmp_path / "a").glob(".shard*"))
@@ -251,8 +253,8 @@ def shard_of(folder):
 @pytest.mark.parametrize("damage", ["cut", "flipped", "exchanged"])
 def test_a_damaged_shard_is_named_and_never_read(damage, tiny, tmp_path):
     v = vocabulary_of(tiny)
-    filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocabulary=v)
-    filled(tmp_path / "b", tiny, {"top_k": {"k": 5}}, vocabulary=v)
+    filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocab_size=v)
+    filled(tmp_path / "b", tiny, {"top_k": {"k": 5}}, vocab_size=v)
     shard, content = shard_of(tmp_path / "a"), bytearray(shard_of(tmp_path / "a").read_bytes())
     if damage == "flipped":
         content[-3] ^= 1
@@ -260,17 +262,17 @@ def test_a_damaged_shard_is_named_and_never_read(damage, tiny, tmp_path):
         content = bytearray(shard_of(tmp_path / "b").read_bytes())
     shard.write_bytes(content[:-7] if damage == "cut" else content)
     with pytest.raises(UserError, match=f"{shard.name} was cut short or has changed"):
-        Cache(tmp_path / "a", InProcessTeacher(tiny).identity, v, Form(top_k={"k": 4}))
+        SignalCache(tmp_path / "a", InProcessTeacher(tiny).identity, v, CacheSettings(top_k={"k": 4}))
     shard.unlink()
-    assert len(filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocabulary=v)) == 6
+    assert len(filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocab_size=v)) == 6
 
 
 def test_a_damaged_head_is_named(tiny, tmp_path):
     v = vocabulary_of(tiny)
-    filled(tmp_path / "a", tiny, {"hidden": {}}, vocabulary=v)
+    filled(tmp_path / "a", tiny, {"hidden": {}}, vocab_size=v)
     (head,) = (tmp_path / "a").glob("head-*")
     head.write_bytes(head.read_bytes()[:-1] + b"\x7f")
-    cache = Cache(tmp_path / "a", InProcessTeacher(tiny).identity, v, Form(hidden={}))
+    cache = SignalCache(tmp_path / "a", InProcessTeacher(tiny).identity, v, CacheSettings(hidden={}))
     with pytest.raises(UserError, match="head-"):
         cache.view(make_batch(rows()))
 
@@ -284,11 +286,11 @@ def test_a_damaged_head_is_named(tiny, tmp_path):
         (None, 0, {"sampled": {}}, "form"),
     ],
 )
-def test_a_cache_of_something_else_is_refused_by_what_differs(teacher, vocabulary, form, word, tiny, tmp_path):
+def test_a_cache_of_something_else_is_refused_by_what_differs(teacher, vocab_size, form, word, tiny, tmp_path):
     v = vocabulary_of(tiny)
-    filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocabulary=v)
+    filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocab_size=v)
     with pytest.raises(UserError, match=f"cache of another {word}"):
-        Cache(tmp_path / "a", teacher or InProcessTeacher(tiny).identity, v + vocabulary, Form(**form))
+        SignalCache(tmp_path / "a", teacher or InProcessTeacher(tiny).identity, v + vocab_size, CacheSettings(**form))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +302,7 @@ def test_a_cache_of_something_else_is_refused_by_what_differs(teacher, vocabular
     ],
 )
 def test_a_text_under_other_tokens_or_another_mask_is_not_taken_for_it(other, tiny, tmp_path):
-    cache = filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocabulary=vocabulary_of(tiny))
+    cache = filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocab_size=vocabulary_of(tiny))
     cache.view(make_batch(rows()[:1]))
     with pytest.raises(UserError, match="does not hold this text"):
         cache.view(make_batch([other]))
@@ -308,14 +310,14 @@ def test_a_text_under_other_tokens_or_another_mask_is_not_taken_for_it(other, ti
 
 def test_a_shard_of_another_teacher_is_refused_even_without_its_description(tiny, tmp_path):
     v = vocabulary_of(tiny)
-    filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocabulary=v)
+    filled(tmp_path / "a", tiny, {"top_k": {"k": 4}}, vocab_size=v)
     (tmp_path / "a" / "about.json").unlink()
     with pytest.raises(UserError, match="of another teacher"):
-        Cache(tmp_path / "a", "another", v, Form(top_k={"k": 4}))
+        SignalCache(tmp_path / "a", "another", v, CacheSettings(top_k={"k": 4}))
 
 
 def test_a_missing_head_says_so(tiny, tmp_path):
-    cache = filled(tmp_path / "a", tiny, {"hidden": {}}, vocabulary=vocabulary_of(tiny))
+    cache = filled(tmp_path / "a", tiny, {"hidden": {}}, vocab_size=vocabulary_of(tiny))
     next((tmp_path / "a").glob("head-*")).unlink()
     with pytest.raises(UserError, match="head is missing"):
         cache.view(make_batch(rows()))
@@ -333,9 +335,9 @@ def test_the_same_text_is_kept_once(tiny, tmp_path):
 def test_a_teacher_that_is_shown_more_is_kept_as_it_sees_the_text(tiny, tmp_path):
     v, seen = vocabulary_of(tiny), [Row("s", (5, 6), (20, 21, 0), teacher_prompt_ids=(9, 9, 5, 6))]
     cache, live = filled(tmp_path / "a", tiny, {"hidden": {"dtype": "float32"}}, seen, v), InProcessTeacher(tiny)
-    want = live.view(make_batch(seen), vocabulary=v).signal
+    want = live.view(make_batch(seen), vocab_size=v).signal
     torch.testing.assert_close(cache.view(make_batch(seen)).signal.hidden_NE, want.hidden_NE)
-    plain = live.view(make_batch([Row("s", (5, 6), (20, 21, 0))]), vocabulary=v).signal
+    plain = live.view(make_batch([Row("s", (5, 6), (20, 21, 0))]), vocab_size=v).signal
     assert not torch.allclose(plain.hidden_NE, want.hidden_NE, atol=1e-3)
 
 
@@ -348,7 +350,7 @@ def test_a_recipe_with_a_cache_reads_back_as_itself(form, recipe_data):
 def test_a_damaged_description_says_so(tmp_path):
     (tmp_path / "about.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        Cache(tmp_path, "t", 9, Form(hidden={}))
+        SignalCache(tmp_path, "t", 9, CacheSettings(hidden={}))
 
 
 # -- runs ---------------------------------------------------------------------------------------------------------------

@@ -17,18 +17,17 @@ import torch
 from torch import Tensor
 
 from limbeck.commands.serve import serve
-from limbeck.config.teacher import Bridge, Served
-from limbeck.config.teacher import Cache as Form
+from limbeck.config.teacher import BridgeSettings, CacheSettings, Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
 from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.load import Model, load_model
-from limbeck.models.score import Scorer
+from limbeck.models.score import ServerScorer
 from limbeck.models.several import SeveralTeachers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES, checked_params
-from limbeck.signals.cache import Cache
+from limbeck.signals.cache import SignalCache
 from limbeck.training.prepare import fill_cache
 from limbeck.types import Batch
 from tests.conftest import make_net
@@ -62,12 +61,12 @@ def live(teacher, folder):
 def cached(**form):
     @contextmanager
     def opened(teacher, folder):
-        cache = Cache(folder, teacher.identity, teacher.model.tokens, Form(**form))
+        cache = SignalCache(folder, teacher.identity, teacher.model.vocab_size, CacheSettings(**form))
 
         def signal(batch):
             fill_cache(
                 cache,
-                lambda some: teacher.view(some, vocabulary=teacher.model.tokens),
+                lambda some: teacher.view(some, vocab_size=teacher.model.vocab_size),
                 rows_of(teacher.model),
                 lambda done, total: None,
             )
@@ -82,7 +81,7 @@ def served(protocol, k=10**6):
     @contextmanager
     def opened(teacher, folder):
         with ScoringServer(teacher.model, protocol) as server:
-            scorer = Scorer(ApiTeacher(Served(url=server.url, name="toy")), k, teacher.model.tokenizer)
+            scorer = ServerScorer(ApiTeacher(Served(url=server.url, name="toy")), k, teacher.model.tokenizer)
             yield lambda batch: scorer.view(batch).signal
 
     return opened
@@ -92,8 +91,10 @@ def served_and_kept(protocol):
     @contextmanager
     def opened(teacher, folder):
         with ScoringServer(teacher.model, protocol) as server:
-            scorer = Scorer(ApiTeacher(Served(url=server.url, name="toy")), 10**6, teacher.model.tokenizer)
-            cache = Cache(folder, scorer.identity, scorer.vocabulary, Form(top_k={"k": 65535, "bits": 16}))
+            scorer = ServerScorer(ApiTeacher(Served(url=server.url, name="toy")), 10**6, teacher.model.tokenizer)
+            cache = SignalCache(
+                folder, scorer.identity, scorer.vocab_size, CacheSettings(top_k={"k": 65535, "bits": 16})
+            )
             fill_cache(cache, scorer.view, rows_of(teacher.model), lambda done, total: None)
         yield lambda batch: cache.view(batch).signal  # the server is gone
 
@@ -111,14 +112,14 @@ def real_server(teacher, folder):
     serving = serve("smollm2-135m-instruct", context=256, slots=2, threads=1)
     api = ApiTeacher(Served(url=serving.url, name=serving.name, concurrency=2))
     api._key = serving.key
-    scorer = Scorer(api, 64, teacher.model.tokenizer)
+    scorer = ServerScorer(api, 64, teacher.model.tokenizer)
     yield lambda batch: scorer.view(batch).signal
 
 
 def bridged(**settings):
     @contextmanager
     def open_(teacher, _):
-        bridge = BridgedTeacher(teacher, teacher.model, Bridge(**settings))
+        bridge = BridgedTeacher(teacher, teacher.model, BridgeSettings(**settings))
         yield lambda batch: bridge.view(batch).signal
 
     return open_
@@ -297,12 +298,13 @@ def test_draws_are_unbiased_and_renormalised_tokens_are_not(model_of, tmp_path):
     teacher, batch = InProcessTeacher(model), make_batch(rows_of(model), (0, 1, 2, 3, 4))
     dense = teacher.signal(batch).chunk(slice(None)).logits_CV.log_softmax(-1)
     student = Distribution(
-        make_net(seed=2, vocabulary=model.tokens).lm_head.weight.detach()[: len(dense)] @ torch.randn(32, model.tokens)
+        make_net(seed=2, vocab_size=model.vocab_size).lm_head.weight.detach()[: len(dense)]
+        @ torch.randn(32, model.vocab_size)
     )
     draws = 20000
-    cache = Cache(tmp_path / "kept", teacher.identity, model.tokens, Form(sampled={"draws": draws}))
+    cache = SignalCache(tmp_path / "kept", teacher.identity, model.vocab_size, CacheSettings(sampled={"draws": draws}))
     fill_cache(
-        cache, lambda some: teacher.view(some, vocabulary=model.tokens), rows_of(model), lambda done, total: None
+        cache, lambda some: teacher.view(some, vocab_size=model.vocab_size), rows_of(model), lambda done, total: None
     )
     rows = cache.view(batch).signal.chunk(slice(0, len(dense))).rows(slice(0, len(dense)))
     params = checked_params("forward_kl", {})

@@ -15,7 +15,7 @@ from limbeck.objectives.divergence import DIVERGENCES, checked_params
 from limbeck.objectives.head import Head
 from limbeck.objectives.supervised import cross_entropy
 from limbeck.signals.dense import DenseSignal
-from limbeck.signals.sparse import Sampled, TopK, Written
+from limbeck.signals.sparse import Sampled, TextSignal, TopK
 from tests.objectives.test_divergence import AT_ONE, DEFINITIONS, close, log, logits
 
 BUCKETED = [case for case in AT_ONE if DIVERGENCES[case[0]].buckets]
@@ -235,7 +235,7 @@ def test_forward_kl_on_the_text_is_the_cross_entropy():
     _, student = logits(5, 7, seed=11)
     ids = torch.tensor([0, 6, 3, 3, 1])
     for got, want in zip(
-        compared(Written(ids), "forward_kl", {}, student), cross_entropy(Distribution(student), ids), strict=True
+        compared(TextSignal(ids), "forward_kl", {}, student), cross_entropy(Distribution(student), ids), strict=True
     ):
         close(got, want)
 
@@ -246,7 +246,7 @@ def test_the_text_is_a_teacher_that_is_certain(name, params):
     _, student = logits(5, 7, seed=12)
     ids = torch.tensor([0, 6, 3, 3, 1])
     teacher = torch.full((5, 7), -60.0, dtype=torch.float64).scatter(1, ids[:, None], 0.0)
-    got = compared(Written(ids), name, params, student)
+    got = compared(TextSignal(ids), name, params, student)
     for a, b in zip(got, whole(name, params, teacher, student), strict=True):
         close(a, b, rel=1e-8, abs=1e-10)
     if name == "tvd":
@@ -256,7 +256,7 @@ def test_the_text_is_a_teacher_that_is_certain(name, params):
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_jsd_on_the_text_equals_its_definition(share):
     _, student = logits(3, 4, seed=13)
-    got, _ = compared(Written(torch.tensor([2, 0, 1])), "jsd", {"teacher_share": share}, student)
+    got, _ = compared(TextSignal(torch.tensor([2, 0, 1])), "jsd", {"teacher_share": share}, student)
     for row, y in enumerate((2, 0, 1)):
         q = torch.softmax(student[row], -1)[y].item()
         m = share + (1 - share) * q
@@ -271,7 +271,7 @@ def test_chunks_and_rows_are_the_same_positions():
     teacher, student = logits(9, 6, seed=14)
     values, ids = torch.log_softmax(teacher, -1).topk(3, -1)
     rest, dense = 1 - values.exp().sum(-1), DenseSignal(teacher, Head(torch.eye(6, dtype=torch.float64)))
-    for signal in (TopK(ids, values), TopK(ids, values, rest), Sampled(ids, values.exp(), rest), Sampled(ids, values.exp()), Written(ids[:, 0]), dense):  # fmt: skip
+    for signal in (TopK(ids, values), TopK(ids, values, rest), Sampled(ids, values.exp(), rest), Sampled(ids, values.exp()), TextSignal(ids[:, 0]), dense):  # fmt: skip
         want = compared(signal.chunk(slice(0, 9)).rows(slice(0, 9)), "forward_kl", {}, student)
         for start, stop in ((0, 4), (4, 9)):
             for row in range(stop - start):
@@ -283,7 +283,7 @@ def test_chunks_and_rows_are_the_same_positions():
 
 WORDS = "dense signal|whole distribution"
 SIGNALS = {"top": TopK(torch.tensor([[1, 2]]), torch.tensor([[-1.0, -2.0]])), "sampled": Sampled(torch.tensor([[1]]), torch.ones(1, 1)),
-           "written": Written(torch.tensor([1]))}  # fmt: skip
+           "written": TextSignal(torch.tensor([1]))}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import torch
 from torch import distributed, multiprocessing
 
 from limbeck.config.sections import Train
-from limbeck.data.batches import BEST, REST, Row, make_batch, steps_of_epoch
+from limbeck.data.batches import CHOSEN, REJECTED, Row, make_batch, steps_of_epoch
 from limbeck.models.load import head_of, load_model
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.head import Evidence, fused_loss
+from limbeck.objectives.head import PositionEvidence, fused_loss
 from limbeck.objectives.match import Match, wanted
 from limbeck.objectives.term import make_term
 from limbeck.objectives.total import Sums, Taps
@@ -27,7 +27,7 @@ from limbeck.training.prepare import fill_bank
 def row(number: int) -> Row:
     """Two rows answer each prompt: the first by the teacher, the second by the untouched student."""
     first = number % 2 == 0
-    tags = frozenset({"teacher", BEST} if first else {"untouched", REST})
+    tags = frozenset({"teacher", CHOSEN} if first else {"untouched", REJECTED})
     prompt, response = tuple(range(5, 9 + number // 2 % 4)), (*range(20 + number, 24 + number + number % 3), 0)
     return Row(f"s{number}", prompt, response, tags, f"p{number // 2}", 1 + number % 3, (("start", -80.0 - number),))
 
@@ -43,14 +43,14 @@ MIXES = {
 }  # fmt: skip
 
 
-def make_job(tiny, mix, folder=Path("unused"), **settings) -> train.Job:
+def make_job(tiny, mix, folder=Path("unused"), **settings) -> train.TrainingJob:
     """A student of three layers; feature terms bound, banks filled."""
     teacher, net = InProcessTeacher(tiny), drop_layers(tiny.net, [0, 1, 3])
     terms = [make_term(name, params, 0.3 + 0.2 * i) for i, (name, params) in enumerate(MIXES[mix])]
     matches = {term.label: Match(term.match, (3, 4), (32, 32), 0).to(tiny.net.dtype) for term in terms if term.match}
     taps = [Taps(*map(frozenset, wanted(list(matches.values()), side))) for side in (0, 1)]
     values = {"steps": 4, "tokens_per_step": 40, "lr": 1e-3, "save_seconds": 1e9, "seed": 1, **settings}
-    job = train.Job(
+    job = train.TrainingJob(
         net, ROWS, terms, lambda batch: teacher.view(batch, taps[1]), Train(**values), folder, "key", matches, taps[0]
     )
     job.bank_rows = {row.sample_id: number for number, row in enumerate(ROWS)}
@@ -60,9 +60,9 @@ def make_job(tiny, mix, folder=Path("unused"), **settings) -> train.Job:
     return job
 
 
-def gradients(job: train.Job, split, pad_id: int = 0):
+def gradients(job: train.TrainingJob, split, pad_id: int = 0):
     terms, batches = (
-        [term.settle(0.0, {}) for term in job.terms],
+        [term.at_step(0.0, {}) for term in job.terms],
         [make_batch(job.rows, micro, pad_id) for micro in split],
     )
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
@@ -126,8 +126,10 @@ def test_neither_left_padding_nor_packing_changes_anything(tiny):
 
     def loss_and_gradient(hidden_ND, targets_N):
         net.zero_grad()
-        evidence = Evidence(targets_N, DenseSignal(hidden_ND.detach(), replace(head_of(net), weight_VD=teacher_VD)))
-        terms = [make_term("forward_kl", {}).settle(0, {}), make_term("cross_entropy", {}).settle(0, {})]
+        evidence = PositionEvidence(
+            targets_N, DenseSignal(hidden_ND.detach(), replace(head_of(net), weight_VD=teacher_VD))
+        )
+        terms = [make_term("forward_kl", {}).at_step(0, {}), make_term("cross_entropy", {}).at_step(0, {})]
         total = fused_loss(
             hidden_ND, head_of(net), terms, [0.1, 0.2], torch.ones(2, len(targets_N), dtype=torch.float64), evidence
         )

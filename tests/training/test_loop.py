@@ -35,7 +35,7 @@ def make_job(tiny, tmp_path):
         folder.mkdir(exist_ok=True)
         values = {"steps": 9, "tokens_per_step": 30, "lr": 1e-3, "save_seconds": 1e9, "seed": 1, **settings}
         terms = [make_term(term, {}, 0.5) for term in names]
-        return train.Job(net, ROWS, terms, InProcessTeacher(tiny).view, Train(**values), folder, "key")
+        return train.TrainingJob(net, ROWS, terms, InProcessTeacher(tiny).view, Train(**values), folder, "key")
 
     return make
 
@@ -47,7 +47,7 @@ def losses(job):
 def go_backward(job, micro_batches, pad_id=0):
     """Forward and backward of one whole step, in these micro-batches: each term's mean."""
     terms, batches = (
-        [term.settle(0.0, {}) for term in job.terms],
+        [term.at_step(0.0, {}) for term in job.terms],
         [make_batch(job.rows, micro, pad_id) for micro in micro_batches],
     )
     amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
@@ -132,7 +132,7 @@ def test_a_student_equal_to_its_teacher_is_not_moved(tiny, tmp_path):
     net = copy.deepcopy(tiny.net)
     (tmp_path / "run").mkdir()
     settings = Train(steps=2, tokens_per_step=30, lr=1e-3)
-    job = train.Job(
+    job = train.TrainingJob(
         net, ROWS, [make_term("forward_kl", {}, 1.0)], InProcessTeacher(tiny).view, settings, tmp_path / "run", "k"
     )
     train.train(job)

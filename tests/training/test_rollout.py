@@ -14,7 +14,7 @@ from limbeck.config.recipe import parse
 from limbeck.config.sections import Rollout, Writer
 from limbeck.data.batches import FixedText, Row
 from limbeck.models.copy import Copy
-from limbeck.models.generate import Job, Written, write
+from limbeck.models.generate import Completion, GenerationJob, write
 from limbeck.objectives.parameters import Range
 from limbeck.objectives.schedule import make_schedule
 from limbeck.training.rollout import SHARE, Rollouts
@@ -127,7 +127,9 @@ def test_a_copy_in_another_precision_follows_the_student(tiny):
         torch.equal(own, theirs.bfloat16())
         for own, theirs in zip(first.parameters(), tiny.net.parameters(), strict=True)
     )
-    job = Job(tiny.prompt_ids(({"role": "user", "content": "why is the sky blue"},)), Sampling(1.0, 1.0, 12), 3)
+    job = GenerationJob(
+        tiny.prompt_ids(({"role": "user", "content": "why is the sky blue"},)), Sampling(1.0, 1.0, 12), 3
+    )
     (text,) = write(copy.now(), [job], tiny.eos_ids, record=True)
     for place, token in enumerate(text.ids):
         logits = first(torch.tensor([[*job.prompt_ids, *text.ids[:place]]])).logits[0, -1].float()
@@ -182,7 +184,7 @@ def script(lengths=lambda n: 3 + n % 5):
             length = lengths(len(asked))
             asked.append(job)
             ids = [*range(10, 10 + length - 1), EOS]
-            found.append(Written(0, ids, [-1.0] * length, [-1.5] * length, length))
+            found.append(Completion(0, ids, [-1.0] * length, [-1.5] * length, length))
         return found
 
     write.asked = asked
@@ -217,7 +219,7 @@ def rollouts(write, share=1.0, fresh=1.0, fixed=None, tokens=20, order=(), watch
 
 def turns(source, steps, states=None):
     states = {} if states is None else states
-    return [source.turn(step, step / steps, states) for step in range(steps)]
+    return [source.step_batch(step, step / steps, states) for step in range(steps)]
 
 
 def rows_of(turn):
@@ -340,7 +342,9 @@ def test_state_goes_through_json_and_the_text_after_it_is_the_same():
     write.asked += [None] * first.memory.asked  # the scripted student's own place
     second = make(write)
     second.restore(json.loads(json.dumps(first.state())))
-    assert [second.turn(step, step / 12, {}) for step in range(6, 12)][-1].micro_batches == straight[-1].micro_batches
+    assert [second.step_batch(step, step / 12, {}) for step in range(6, 12)][-1].micro_batches == straight[
+        -1
+    ].micro_batches
 
 
 def test_a_student_that_only_ends_is_refused_at_once_with_the_cure():

@@ -12,11 +12,11 @@ from torch import nn
 from limbeck import RecipeError, UserError, run
 from limbeck.config.recipe import parse
 from limbeck.config.sections import Train
-from limbeck.data.batches import BEST, REST, Row, make_batch
+from limbeck.data.batches import CHOSEN, REJECTED, Row, make_batch
 from limbeck.models.load import Model
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.head import Evidence, Head, fused_loss
+from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.runs.preflight import check
 from limbeck.signals.dense import DenseSignal
@@ -38,7 +38,7 @@ def rows(count: int = 12) -> list[Row]:
             f"s{i}",
             (5, 6, 7 + i),
             (20 + i, 21, 0),
-            frozenset({"teacher", BEST} if i % 2 == 0 else {"untouched", REST}),
+            frozenset({"teacher", CHOSEN} if i % 2 == 0 else {"untouched", REJECTED}),
             f"p{i // 2}",
         )
         for i in range(count)
@@ -163,7 +163,7 @@ def test_a_prompt_without_its_preferred_answer_is_left_out(job):
     given = [row for row in rows() if row.sample_id not in ("s0", "s3")]
     assert {row.group for row in job([("dpo", {})], given=given).rows} == {"p2", "p3", "p4", "p5"}
     with pytest.raises(UserError, match="two different answers"):
-        job([("dpo", {})], given=[row for row in rows() if BEST in row.tags])
+        job([("dpo", {})], given=[row for row in rows() if CHOSEN in row.tags])
     with pytest.raises(UserError, match="no text is left"):
         job([("forward_kl", {"only": "corpus"})])
 
@@ -186,13 +186,15 @@ def test_a_token_masked_by_the_heads_bias_gives_finite_losses():
     signal = DenseSignal(hidden.detach(), Head(teacher, bias))
     names = ("forward_kl", "reverse_kl", "jsd", "tvd", "cross_entropy")
     for name in names:
-        term = make_term(name, {}).settle(0, {})
+        term = make_term(name, {}).at_step(0, {})
         total = fused_loss(
-            hidden, Head(weight, bias), [term], [1.0], torch.ones(1, 5), Evidence(torch.arange(5), signal)
+            hidden, Head(weight, bias), [term], [1.0], torch.ones(1, 5), PositionEvidence(torch.arange(5), signal)
         )
         (gradient,) = torch.autograd.grad(total.loss, hidden)
         cut = DenseSignal(hidden.detach(), Head(teacher[:-1]))
-        want = fused_loss(hidden, Head(weight[:-1]), [term], [1.0], torch.ones(1, 5), Evidence(torch.arange(5), cut))
+        want = fused_loss(
+            hidden, Head(weight[:-1]), [term], [1.0], torch.ones(1, 5), PositionEvidence(torch.arange(5), cut)
+        )
         assert total.sums[name] == pytest.approx(want.sums[name], rel=1e-5)
         torch.testing.assert_close(gradient, torch.autograd.grad(want.loss, hidden)[0], rtol=1e-4, atol=1e-6)
 
@@ -201,7 +203,7 @@ def test_a_batch_of_prompts_alone_gives_zero_with_a_gradient_path(job):
     made = job([("forward_kl", {}), ("hidden_match", {}), ("cross_entropy", {})])
     batch = make_batch(made.rows, (0, 1))
     batch = replace(batch, mask_BT=torch.zeros_like(batch.mask_BT), weight_BT=torch.zeros_like(batch.weight_BT))
-    terms = [term.settle(0, {}) for term in made.terms]
+    terms = [term.at_step(0, {}) for term in made.terms]
     sums = train.backward(made, batch, terms, {term.label: 0.0 for term in terms})
     assert all(value == 0.0 for value in sums.terms.values())
     assert all(not p.grad.any() for p in made.net.parameters() if p.grad is not None)
@@ -243,6 +245,6 @@ def test_what_a_head_is_padded_with_changes_nothing(tiny, job):
             with torch.no_grad():
                 net.get_output_embeddings().weight[named:] = 50.0 * net.get_output_embeddings().weight[:rows_more]
         made = job([("forward_kl", {}), ("jsd", {"teacher_share": 0.5})], net=net, folder=f"run{rows_more}")
-        assert made.vocabulary == named
+        assert made.vocab_size == named
         losses.append(train.loss_on(made, [make_batch(made.rows, tuple(range(4)))], 0.0))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -41,7 +41,7 @@ class Loaded(HFLM):  # type: ignore[misc]
             tokenizer=model.tokenizer,
             backend="causal",
             batch_size=ROWS_TOGETHER,
-            max_length=model.context,
+            max_length=model.max_length,
             add_bos_token=False if chat else None,
         )
 
