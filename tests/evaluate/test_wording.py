@@ -38,10 +38,10 @@ def test_repetition_by_hand():
     assert repetition("too short") is None and repetition("") is None
 
 
-def made_up(count: int, vocab_size: int, seed: int, longest: int = 25) -> list[str]:
+def made_up(count: int, vocabulary: int, seed: int, longest: int = 25) -> list[str]:
     noise = np.random.default_rng(seed)
     return [
-        " ".join(f"w{word}" for word in noise.integers(0, vocab_size, noise.integers(1, longest))) for _ in range(count)
+        " ".join(f"w{word}" for word in noise.integers(0, vocabulary, noise.integers(1, longest))) for _ in range(count)
     ]
 
 
@@ -56,8 +56,8 @@ def reference_bleu(text: str, others: list[str]) -> float:
 
 
 @pytest.mark.parametrize(("vocabulary", "seed"), [(6, 0), (30, 1), (400, 2)])
-def test_self_bleu_agrees_with_sacrebleu(vocab_size, seed):
-    texts = made_up(40, vocab_size, seed)
+def test_self_bleu_agrees_with_sacrebleu(vocabulary, seed):
+    texts = made_up(40, vocabulary, seed)
     expected = np.mean([reference_bleu(text, texts[:place] + texts[place + 1 :]) for place, text in enumerate(texts)])
     assert self_bleu(texts) == pytest.approx(expected, abs=1e-9)
 

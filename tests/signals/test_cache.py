@@ -278,7 +278,7 @@ def test_a_damaged_head_is_named(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "vocabulary", "form", "word"),
+    ("teacher", "vocab_size", "form", "word"),
     [
         ("another", 0, {"top_k": {"k": 4}}, "teacher"),
         (None, -1, {"top_k": {"k": 4}}, "vocabulary"),
