@@ -24,14 +24,14 @@ import torch
 from limbeck.config.sections import Train
 from limbeck.config.teacher import BridgeSettings
 from limbeck.data.batches import Row, make_batch
-from limbeck.models.bridge import BridgedTeacher
+from limbeck.models.bridge import TeacherOverBridge
 from limbeck.models.load import Model, load_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
 from limbeck.storage.files import write_json
 from limbeck.training.loop import loss_on, train
 from limbeck.training.prepare import even_batches, response_log_probs
-from limbeck.training.setup import make_job
+from limbeck.training.setup import TrainingPlan, make_job
 
 TEACHER = "gemma-3-270m"
 STUDENT = "smollm2-135m-instruct"
@@ -73,19 +73,18 @@ def rows_of(file: Path, student: Model, teacher: Model) -> tuple[list[Row], list
     return found[:TRAINED], found[TRAINED:], size
 
 
-def measured(job: Any, student: Model, teacher: BridgedTeacher, held: list[Row], size: int) -> dict[str, float]:
+def measured(job: Any, student: Model, teacher: TeacherOverBridge, held: list[Row], size: int) -> dict[str, float]:
     """The job's loss, nats a byte of the text, and forward KL over common tokens, on the held-out rows."""
     batches = [make_batch(held, part) for part in even_batches(held)]
-    vocab_size = job.vocab_size
+    vocab_size = job.objective.vocab_size
     term = make_term(COMMON[0], {})
-    common = make_job(
-        [term], student, held, lambda: teacher, None, job.settings, job.folder, "common", job.folder / "store.sqlite"
-    )
+    plan = TrainingPlan([term], held, job.settings, job.folder, key="common", store=job.folder / "store.sqlite")
+    common = make_job(plan, student, lambda: teacher)
     aligned = teacher.facts([row.response_ids for row in held])["aligned_share"]
     return {
-        "loss": loss_on(job, batches, 1.0),
+        "loss": loss_on(job.objective, batches, 1.0),
         "nats_per_byte": -sum(response_log_probs(student.net, held, vocab_size).values()) / size,
-        "common_kl": loss_on(common, batches, 1.0) / aligned,
+        "common_kl": loss_on(common.objective, batches, 1.0) / aligned,
     }
 
 
@@ -93,21 +92,13 @@ def one(name: str, teacher: InProcessTeacher, rows: tuple[list[Row], list[Row], 
     losses, settings = WAYS[name]
     student = load_model(STUDENT)
     training, held, size = rows
-    bridged = BridgedTeacher(teacher, student, settings)
-    common = BridgedTeacher(teacher, student, COMMON[1])
+    bridged = TeacherOverBridge(teacher, student, settings)
+    common = TeacherOverBridge(teacher, student, COMMON[1])
     terms = [make_term(loss, PARAMS.get(loss, {}), weight) for loss, weight in losses]
     how = Train(steps=STEPS, tokens_per_step=TOKENS, lr=LR, seed=7, save_seconds=10_000)
-    job = make_job(
-        terms,
-        student,
-        training,
-        lambda: bridged,
-        None,
-        how,
-        folder / name.replace(" ", "-"),
-        name,
-        folder / "store.sqlite",
-    )
+    home = folder / name.replace(" ", "-")
+    plan = TrainingPlan(terms, training, how, home, key=name, store=folder / "store.sqlite")
+    job = make_job(plan, student, lambda: bridged)
     before = measured(job, student, common, held, size)
     began = time.monotonic()
     train(

@@ -32,6 +32,7 @@ from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.head import PositionEvidence, chunks, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.runs.pipeline import Run
+from limbeck.runs.resolve import resolve
 from limbeck.signals.cache import SignalCache
 from limbeck.signals.pack import pack, unpack
 from limbeck.storage.files import write_json
@@ -74,8 +75,8 @@ class Measure:
         batch = make_batch(rows)
         where = batch.response_positions()
         self.targets_N = batch.tokens_BT[where[0], where[1] + 1]
-        self.teacher = run.teacher.view(batch, vocab_size=vocab_size).signal
-        net = run.untouched().net
+        self.teacher = run.models.teacher.view(batch, vocab_size=vocab_size).signal
+        net = run.models.initial_student().net
         with torch.no_grad():
             self.hidden_ND = features(net, batch.tokens_BT)[0][where]
         self.head = head_of(net).detached()
@@ -105,9 +106,12 @@ def forms(run: Run, measure: Measure, folder: Path) -> list[dict[str, Any]]:
     found = []
     for form in FORMS:
         settings = CacheSettings(**form)
-        cache = SignalCache(folder / str(len(found)), run.teacher.identity, measure.vocab_size, settings)
+        cache = SignalCache(folder / str(len(found)), run.models.teacher.identity, measure.vocab_size, settings)
         fill_cache(
-            cache, partial(run.teacher.view, vocab_size=measure.vocab_size), measure.rows, lambda done, total: None
+            cache,
+            partial(run.models.teacher.view, vocab_size=measure.vocab_size),
+            measure.rows,
+            lambda done, total: None,
         )
         facts = {"form": form, "bytes_per_token": cache.bytes / len(measure.targets_N)}
         facts |= told(*measure.loss(cache.view(make_batch(measure.rows)).signal), *exact)
@@ -144,9 +148,9 @@ def rounds(measure: Measure, settings: CacheSettings, exact: tuple[Tensor, Tenso
 
 def speed(run: Run, rows: list[Row], vocab_size: int, folder: Path) -> dict[str, Any]:
     """Seconds of an epoch's forward and backward passes, live and kept in turns; and of reading what was kept alone."""
-    student = run.untouched()
+    student = run.models.initial_student()
     term = make_term("forward_kl", {}).at_step(0.0, {})
-    live = partial(run.teacher.view, vocab_size=vocab_size)
+    live = partial(run.models.teacher.view, vocab_size=vocab_size)
     views: dict[str, Any] = {"live": live}
     chosen = {
         "hidden": {"hidden": {}},
@@ -154,7 +158,7 @@ def speed(run: Run, rows: list[Row], vocab_size: int, folder: Path) -> dict[str,
         "sampled": {"sampled": {"draws": 50}},
     }
     for name, form in chosen.items():
-        cache = SignalCache(folder / name, run.teacher.identity, vocab_size, CacheSettings.model_validate(form))
+        cache = SignalCache(folder / name, run.models.teacher.identity, vocab_size, CacheSettings.model_validate(form))
         fill_cache(cache, live, rows, lambda done, total: None)
         views[name] = cache.view
     batches = [make_batch(rows, micro_batch) for micro_batch in even_batches(rows)]
@@ -194,10 +198,10 @@ def epoch_step(net: Any, signal: Any, batch: Any, term: Any) -> None:
 def main() -> None:
     reporter = Terminal()
     reporter.stage("The text and the student's start")
-    run = Run(load_recipe("forward-kl", SIZES), RUN, reporter)
-    student = run.untouched()
+    run = Run(resolve(load_recipe("forward-kl", SIZES)), RUN, reporter)
+    student = run.models.initial_student()
     rows = run.rows(run.text.training(), student)
-    vocab_size = min(head_of(student.net).vocab_size, head_of(run.teacher.model.net).vocab_size)
+    vocab_size = min(head_of(student.net).vocab_size, head_of(run.models.teacher.model.net).vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         found = forms(run, Measure(run, rows[:TEXTS], vocab_size), Path(folder))
         tokens = sum(len(row.response_ids) for row in rows[:TEXTS])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from limbeck.config.recipe import Recipe, load_recipe
     from limbeck.objectives.on_logits import divergence
-    from limbeck.runs.build import methods
+    from limbeck.runs.catalogue import methods
     from limbeck.runs.compare import compare
     from limbeck.runs.pipeline import run
     from limbeck.runs.preflight import check
@@ -25,7 +25,7 @@ _HOMES = {
     "compare": "limbeck.runs.compare",
     "divergence": "limbeck.objectives.on_logits",
     "load_recipe": "limbeck.config.recipe",
-    "methods": "limbeck.runs.build",
+    "methods": "limbeck.runs.catalogue",
     "run": "limbeck.runs.pipeline",
 }
 

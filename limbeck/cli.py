@@ -201,7 +201,7 @@ def cache(
     lines."""
     from limbeck.commands.exchange import bring_in, take_out
     from limbeck.config.recipe import load_recipe
-    from limbeck.runs.build import run_folder
+    from limbeck.runs.claim import run_folder
     from limbeck.types import UserError
 
     loaded = load_recipe(recipe, set_)
@@ -217,7 +217,7 @@ def methods(
     json_: JsonOption = False,
 ) -> None:
     """List the losses, steps of elicitation, recipes and tasks that can be named."""
-    from limbeck.runs.build import methods as list_methods
+    from limbeck.runs.catalogue import methods as list_methods
     from limbeck.types import UserError, nearest
 
     known = list_methods()
@@ -413,7 +413,7 @@ def _tracked(reporter: Reporter, recipe: Recipe, out: Path | None, tracker: str 
         yield reporter
         return
     from limbeck.commands.track import Tracked
-    from limbeck.runs.build import run_folder
+    from limbeck.runs.claim import run_folder
 
     tracked = Tracked(reporter, run_folder(recipe, out), tracker)
     try:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from limbeck.config.recipe import Recipe
+from limbeck.config.teacher import BridgedTeacher
 from limbeck.data.batches import Row, make_batch
+from limbeck.models.bridge import TeacherOverBridge
 from limbeck.models.load import Model, head_of
 from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
@@ -28,9 +30,11 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.head import Block
 from limbeck.progress import Silent, StoppedError
-from limbeck.runs import build
+from limbeck.runs.claim import run_folder
+from limbeck.runs.models import served
 from limbeck.runs.pipeline import Run
 from limbeck.runs.preflight import check
+from limbeck.runs.resolve import resolve
 from limbeck.signals.cache import SignalCache, text_key
 from limbeck.signals.dense import DenseRows
 from limbeck.signals.sparse import TopK
@@ -76,27 +80,29 @@ class Patient:
 
     @cached_property
     def run(self) -> Run:
-        return Run(self.recipe, self.folder, Silent(), lambda: True)  # it stops before it asks anybody anything
+        return Run(
+            resolve(self.recipe), self.folder, Silent(), lambda: True
+        )  # it stops before it asks anybody anything
 
     @cached_property
     def teacher(self) -> InProcessTeacher:
         if self.recipe.teacher.model is None:
             raise NothingToSeeError("the teacher's weights are not here")
-        if self.run.other_tokens:
+        if self.run.models.other_tokens:
             raise NothingToSeeError("the teacher has tokens of its own")
-        return self.run.teacher
+        return self.run.models.teacher
 
     @cached_property
     def model(self) -> Model:
         """In whose tokens the text is."""
-        return self.run.reader
+        return self.run.models.reader
 
     @cached_property
     def scorer(self) -> ServerScorer:
-        api = build.served(self.recipe)
+        api = served(self.run.method)
         if api is None:
             raise NothingToSeeError("the recipe names no server")
-        if self.run.other_tokens:
+        if self.run.models.other_tokens:
             raise NothingToSeeError("the server writes text in tokens of its own")
         cache = self.recipe.teacher.cache
         read = cache.top_k.k if cache and cache.top_k else api.settings.names
@@ -137,7 +143,7 @@ def examine(
         out: the run's folder, whose text and cache are looked at where they are there; by default runs/NAME.
         note: told what is looked at next.
     """
-    patient = Patient(recipe, build.run_folder(recipe, out))
+    patient = Patient(recipe, run_folder(recipe, out))
     found = []
     for name, look in LOOKS.items():
         note(name)
@@ -158,7 +164,7 @@ def as_data(findings: Sequence[Finding]) -> dict[str, Any]:
 
 def _recipe(patient: Patient) -> str:
     check(patient.recipe)
-    if patient.run.other_tokens:
+    if patient.run.models.other_tokens:
         return "its parts fit together; teacher and student have other tokens, with a bridge between them"
     return "its parts fit together; teacher and student have one vocabulary, one template and one end of an answer"
 
@@ -166,7 +172,7 @@ def _recipe(patient: Patient) -> str:
 def _weights(patient: Patient) -> str:
     model = patient.model  # loading it looks for NaN, and for a head that makes logits in an unknown way
     dtype = str(head_of(model.net).weight_VD.dtype).removeprefix("torch.")
-    if patient.recipe.teacher.model is None or patient.run.other_tokens:
+    if patient.recipe.teacher.model is None or patient.run.models.other_tokens:
         where = "are not here" if patient.recipe.teacher.model is None else "are over other tokens"
         return f"the student's are sound, in {dtype}; the teacher's {where}"
     nats = float(-patient.log_probs.gather(-1, _targets(patient.texts)[:, None]).mean())
@@ -198,9 +204,10 @@ def _tokens(patient: Patient) -> str:
 
 def _bridge(patient: Patient) -> str:
     """That the two tokenizers have enough in common for a loss to say something."""
-    if not patient.run.other_tokens:
+    if not patient.run.models.other_tokens:
         raise NothingToSeeError("teacher and student have the same tokens")
-    bridged = build.bridged(patient.recipe, patient.run.teacher, patient.model)
+    assert isinstance(patient.recipe.teacher, BridgedTeacher)
+    bridged = TeacherOverBridge(patient.run.models.teacher, patient.model, patient.recipe.teacher.bridge)
     try:
         rows = [row.response_ids for row in patient.stored]
     except NothingToSeeError:
@@ -331,7 +338,7 @@ def _kept(patient: Patient) -> str:
     teacher: InProcessTeacher | ServerScorer = (
         patient.scorer if patient.recipe.teacher.model is None else patient.teacher
     )
-    cache = SignalCache(home, teacher.identity, common_vocab_size(patient.run.untouched(), teacher), form)
+    cache = SignalCache(home, teacher.identity, common_vocab_size(patient.run.models.initial_student(), teacher), form)
     rows = [
         row for row in patient.stored if text_key(row.teacher_prompt_ids or row.prompt_ids, row.response_ids) in cache
     ]
@@ -375,7 +382,7 @@ def _zero(patient: Patient) -> str:
     log_NV = patient.log_probs
     targets_N = _targets(patient.texts)
     seen = []
-    for term in build.terms(patient.recipe):
+    for term in patient.run.method.terms:
         if term.name not in DIVERGENCES:
             continue
         p = Distribution(log_NV.clone())

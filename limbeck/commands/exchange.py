@@ -26,9 +26,8 @@ import torch
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row, make_batch
 from limbeck.progress import Silent, StoppedError
-from limbeck.runs.claim import claim
-from limbeck.runs.pipeline import Run
-from limbeck.runs.validate import validate
+from limbeck.runs.pipeline import Run, claim_run
+from limbeck.runs.resolve import resolve
 from limbeck.signals.cache import SignalCache, ids_of, text_key
 from limbeck.signals.sparse import TopK
 from limbeck.storage.files import exclusive, write_text
@@ -126,21 +125,20 @@ def take_out(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
 
 def _opened(recipe: Recipe, folder: Path) -> tuple[list[Row], SignalCache]:
     """(the run's training rows, its cache of likeliest tokens)."""
-    validate(recipe)
     form = recipe.teacher.cache
     if form is None or form.top_k is None:
         raise UserError(
             "named tokens with their probabilities are kept in one form: set teacher.cache: {top_k: {k: 64}}"
         )
-    run = Run(recipe, folder, Silent(), lambda: True)  # it stops before it asks anybody anything
+    run = Run(resolve(recipe), folder, Silent(), lambda: True)  # it stops before it asks anybody anything
     with exclusive(folder / ".lock"):
-        claim(run)
+        claim_run(run)
     try:
-        student = run.untouched()
+        student = run.models.initial_student()
         rows = run.rows(run.text.training(), student)
     except StoppedError:
         raise UserError(f"{folder} does not hold its text yet; run `limbeck elicit` first, or give a corpus") from None
-    teacher = run.scorer or run.teachers
+    teacher = run.models.server_scorer or run.models.teacher
     home = folder / "signals" if form.folder is None else Path(form.folder).expanduser()
     home.mkdir(parents=True, exist_ok=True)
     return rows, SignalCache(home, teacher.identity, common_vocab_size(student, teacher), form)

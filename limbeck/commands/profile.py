@@ -9,12 +9,12 @@ from typing import Any
 
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import make_batch, steps_of_epoch
+from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.progress import Reporter
-from limbeck.runs import build
-from limbeck.runs.claim import claim
-from limbeck.runs.cost import TEACHER_EVIDENCE, Shape, matrix_rate, step_flops
-from limbeck.runs.pipeline import Run
-from limbeck.runs.validate import validate
+from limbeck.runs.claim import run_folder
+from limbeck.runs.cost import Shape, matrix_rate, step_flops
+from limbeck.runs.pipeline import Run, claim_run
+from limbeck.runs.resolve import resolve
 from limbeck.storage.files import exclusive
 from limbeck.training import loop as train
 from limbeck.training.memory import keep_freed_memory
@@ -31,20 +31,19 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     MLP shape, measured right before and right after each step: a shared machine's speed drifts.
     """
     keep_freed_memory()
-    validate(recipe)
-    folder = build.run_folder(recipe, out)
+    folder = run_folder(recipe, out)
     with exclusive(folder / ".lock"):
-        run = Run(recipe, folder, reporter)
-        claim(run)
-        student = run.untouched()
+        run = Run(resolve(recipe), folder, reporter)
+        claim_run(run)
+        student = run.models.initial_student()
         job = run.job("student", student)
     width = student.net.config.hidden_size
     inner = student.net.config.intermediate_size
-    content = steps_of_epoch(job.rows, recipe.train.seed, 0, recipe.train.tokens_per_step, job.together)
+    content = steps_of_epoch(job.rows, recipe.train.seed, 0, recipe.train.tokens_per_step, job.objective.keeps_groups)
     terms = [term.at_step(0.0, {}) for term in job.terms]
     reads = any(term.reads & TEACHER_EVIDENCE for term in job.terms)
     job.prepare()
-    teacher = Shape.of(run.teacher.model.net.config) if reads and run.recipe.teacher.model is not None else None
+    teacher = Shape.of(run.models.teacher.model.net.config) if reads and run.recipe.teacher.model is not None else None
     job.net.train()
     rates = []
     seconds = []

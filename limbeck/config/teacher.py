@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from limbeck.config.sections import Section
+from limbeck.types import RecipeError, nearest
 
 FIELDS = ("prompt", "answer", "feedback")  # what a teacher can be shown of a prompt's line
 Together = Literal["mean", "least_cross_entropy", "uncertainty"]
@@ -153,37 +155,173 @@ class BridgeSettings(Section):
         return self
 
 
-class TeacherSettings(Section):
-    """Whose knowledge is taught. `weights: own` are the model's; the others are the student's, which then teaches
-    itself: `live` (at this step), or their moving `average`, which keeps `decay` of itself at every step. With a
-    `server` its text comes from there, and only what text can't say from the model here; without a `model`, its text is
-    all there is. With a `cache` its distributions over the training text are computed once, and read by every epoch and
-    every run after.
+class LocalTeacher(Section):
+    """A model whose weights are here. With a `server`, its text comes from there, and from the model here only what
+    text can't say. With a `cache`, its distributions over the training text are computed once, and read by every epoch
+    and every later run."""
 
-    With others `beside` it (same tokens and template), what is taught is the `mean` of all distributions by weight, the
-    one that finds a text likeliest (`least_cross_entropy`), or the large model's where the student is sure and the
-    small one's, which stands beside it, as far as it is not (`uncertainty`). A teacher with other tokens or another
-    template than the student's needs a `bridge`.
-    """
-
-    model: str | None = None
+    kind: Literal["local"] = "local"
+    model: str
     server: Served | None = None
     cache: CacheSettings | None = None
     context: Context | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    beside: list[Other] = Field(default_factory=list)
-    together: Together = "mean"
-    bridge: BridgeSettings | None = None
-    weights: Literal["own", "live", "average"] = "own"
+
+    REFUSES: ClassVar[dict[str, str]] = {}
+
+
+class SelfTeacher(Section):
+    """The student as its own teacher: its weights as they are at each step (`live`), or their moving `average`, which
+    keeps `decay` of itself at every step. `model` is what both start from."""
+
+    kind: Literal["self"] = "self"
+    model: str
+    weights: Literal["live", "average"]
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    server: None = None
+    cache: None = None
+    context: Context | None = None
+
+    REFUSES: ClassVar[dict[str, str]] = {
+        "server": "a server has the model's own weights, and this student teaches itself; leave server or weights out",
+        "cache": "a teacher that changes is asked at every step; leave the cache out",
+        "beside": "a student that teaches itself has no teachers beside it; leave beside or weights out",
+        "bridge": "a student that teaches itself has its own tokens and needs no bridge; leave bridge or weights out",
+    }
+
+
+class SeveralTeachers(Section):
+    """Several models of the same tokens and template, whose distributions become one: the `mean` of all by weight, the
+    one that finds a text likeliest (`least_cross_entropy`), or by the student's `uncertainty`: the large model's where
+    the student is sure, the small one's, which stands in `beside`, where it is not."""
+
+    kind: Literal["several"] = "several"
+    model: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    beside: Annotated[list[Other], Field(min_length=1)]
+    together: Together = "mean"
+    server: Served | None = None
+    cache: None = None
+    context: Context | None = None
+
+    REFUSES: ClassVar[dict[str, str]] = {
+        "weights": "several teachers have their own weights; leave weights or beside out",
+        "cache": "several teachers are asked at every step; leave the cache or beside out",
+        "bridge": "only one teacher can be read over a bridge; leave bridge or beside out",
+    }
 
     @model_validator(mode="after")
-    def _someone(self) -> TeacherSettings:
-        if self.model is None and self.server is None:
-            raise ValueError("name a model, a server that writes its text, or both")
+    def _two(self) -> SeveralTeachers:
+        if self.together == "uncertainty" and (len(self.beside) != 1 or self.beside[0].only is not None):
+            raise ValueError(
+                "uncertainty moves between two teachers: name one small model beside the large one, without `only`"
+            )
+        return self
+
+
+class BridgedTeacher(Section):
+    """A model with other tokens or another template than the student's, read over a `bridge` at every step."""
+
+    kind: Literal["bridged"] = "bridged"
+    model: str
+    bridge: BridgeSettings
+    server: Served | None = None
+    cache: None = None
+    context: Context | None = None
+
+    REFUSES: ClassVar[dict[str, str]] = {
+        "weights": "a teacher read over a bridge has its own weights; leave weights or bridge out",
+        "cache": "a teacher is read over a bridge at every step; leave the cache or bridge out",
+        "beside": "only one teacher can be read over a bridge; leave beside or bridge out",
+    }
+
+
+class ServedTeacher(Section):
+    """A model behind a server alone: it gives text, and its likeliest tokens where a `cache` keeps them or the server
+    `names` them at every step."""
+
+    kind: Literal["served"] = "served"
+    model: None = None
+    server: Served
+    cache: CacheSettings | None = None
+    context: None = None
+
+    REFUSES: ClassVar[dict[str, str]] = {
+        "context": "a server sees the prompt alone; leave context out, or name the model's weights in teacher.model",
+        "weights": "a server has the model's own weights; leave weights out",
+        "beside": "several teachers need weights that are here; name them in teacher.model",
+        "bridge": "a bridge reads weights that are here; name them in teacher.model, or leave bridge out",
+    }
+
+    @model_validator(mode="after")
+    def _tokens(self) -> ServedTeacher:
+        cure = "or name the same model's weights in teacher.model"
+        if self.cache is not None and self.cache.top_k is None:
+            raise ValueError(f"a server names its likeliest tokens at most: keep cache: {{top_k: {{k: 20}}}}, {cure}")
+        if self.cache is not None and self.server.batch:
+            raise ValueError(f"text is scored by requests of its own: leave server.batch or the cache out, {cure}")
+        if self.cache is not None and self.server.names is not None:
+            raise ValueError("what a cache keeps is asked for once; leave server.names or the cache out")
         return self
 
     @property
-    def name(self) -> str:
-        """What people call it."""
-        return self.model or (self.server.name if self.server is not None else "")
+    def named_tokens(self) -> int | None:
+        """How many likeliest tokens the server is asked for at each position; None where it gives text alone."""
+        if self.cache is not None and self.cache.top_k is not None:
+            return self.cache.top_k.k
+        return self.server.names
+
+
+def kind_of(teacher: Any) -> str:
+    """The kind of a teacher as a recipe writes it: `kind`, or where that is left out, what its other keys imply."""
+    if not isinstance(teacher, Mapping):
+        return str(getattr(teacher, "kind", "local"))
+    if "kind" in teacher:
+        return str(teacher["kind"])
+    if teacher.get("bridge") is not None:
+        return "bridged"
+    if teacher.get("weights", "own") != "own":
+        return "self"
+    if {"beside", "together", "weight"} & teacher.keys():
+        return "several"
+    return "served" if teacher.get("model") is None and teacher.get("server") is not None else "local"
+
+
+TeacherSettings = Annotated[
+    Annotated[LocalTeacher, Tag("local")]
+    | Annotated[SelfTeacher, Tag("self")]
+    | Annotated[SeveralTeachers, Tag("several")]
+    | Annotated[BridgedTeacher, Tag("bridged")]
+    | Annotated[ServedTeacher, Tag("served")],
+    Discriminator(kind_of),
+]
+TEACHER_KINDS = {
+    "local": LocalTeacher,
+    "self": SelfTeacher,
+    "several": SeveralTeachers,
+    "bridged": BridgedTeacher,
+    "served": ServedTeacher,
+}
+
+
+def teacher_data(teacher: Any) -> Any:
+    """A recipe's teacher as the data of its kind: a name stands for a local model, and a key of another kind is
+    refused.
+
+    Raises:
+        RecipeError: a key that this kind of teacher does not have, with the reason and the cure.
+    """
+    if isinstance(teacher, str):
+        return {"model": teacher}
+    if not isinstance(teacher, Mapping):
+        return teacher
+    data = {key: value for key, value in teacher.items() if value is not None and (key, value) != ("weights", "own")}
+    kind = kind_of(data)
+    if kind not in TEACHER_KINDS:
+        raise RecipeError("teacher.kind", f"{kind!r} is no kind of teacher{nearest(kind, TEACHER_KINDS)}")
+    refused: dict[str, str] = getattr(TEACHER_KINDS[kind], "REFUSES", {})
+    for key, reason in refused.items():
+        if data.get(key) not in (None, []):
+            raise RecipeError(f"teacher.{key}", reason)
+    if "model" not in data and "server" not in data:
+        raise RecipeError("teacher", "name a model, a server that writes its text, or both")
+    return data

@@ -15,9 +15,8 @@ from typing import Any
 
 from limbeck.config.recipe import Recipe
 from limbeck.elicit.engine import Desk
-from limbeck.elicit.flow import Pool, Scene, Tally, answer_of, asked_of, prompt_of
+from limbeck.elicit.flow import Pool, Scene, Step, Tally, answer_of, asked_of, prompt_of
 from limbeck.elicit.prompts import Prompt
-from limbeck.runs import build
 from limbeck.storage.files import read_jsonl, write_json, write_text
 from limbeck.types import Sample, UserError, canonical_json, content_hash
 
@@ -27,17 +26,26 @@ HELD_OUT = "held-out"  # what the last look, for held-out prompts among the samp
 
 
 @dataclass(frozen=True)
-class Elicitation:
-    """What has to be done, and where it is kept.
-
-    Args:
-        held_out: prompts that must not be trained on.
-        header: the text before a user's message in the writer's own format, asked for only where a step needs it.
-    """
+class TextSource:
+    """What a recipe's text is made of: prompts, and the steps of elicitation by name."""
 
     recipe: Recipe
-    prompts: Sequence[Prompt]
-    held_out: Sequence[Prompt]
+    steps: Sequence[tuple[str, Step]]
+    training_prompts: Sequence[Prompt]
+    held_out_prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class Elicitation:
+    """The steps of a recipe over its prompts.
+
+    Args:
+        folder: receives the samples and the account of what each step did.
+        identity: of the model that answers.
+        header: the text before a user's message in that model's own format; called only where a step needs it.
+    """
+
+    source: TextSource
     folder: Path
     identity: str
     header: Callable[[], str | None]
@@ -45,9 +53,11 @@ class Elicitation:
     @property
     def key(self) -> str:
         """What the result depends on beside the answers."""
-        steps = [step.model_dump(mode="json") for step in self.recipe.elicit or ()]
-        parts = [[prompt.facts for prompt in part] for part in (self.prompts, self.held_out)]
-        return content_hash([steps, parts, self.recipe.text_seed, self.identity])
+        steps = [step.model_dump(mode="json") for step in self.source.recipe.elicit or ()]
+        parts = [
+            [prompt.facts for prompt in part] for part in (self.source.training_prompts, self.source.held_out_prompts)
+        ]
+        return content_hash([steps, parts, self.source.recipe.text_seed, self.identity])
 
     def known(self) -> Pool | None:
         """The samples of a finished elicitation."""
@@ -72,15 +82,15 @@ class Elicitation:
         """
         if (known := self.known()) is not None:
             return known
-        pool = [_prompt_sample(prompt) for prompt in self.prompts]
+        pool = [_prompt_sample(prompt) for prompt in self.source.training_prompts]
         tallies = []
-        for index, (name, step) in enumerate(build.steps(self.recipe)):
+        for index, (name, step) in enumerate(self.source.steps):
             begin(name)
             tally = Tally(name, taken=len(pool))
             before = desk.finishes.copy()
             header = self.header() if "raw" in step.needs else None
             pool = desk.drive(
-                step.run(pool, Scene(self.identity, self.recipe.text_seed, f"{index}/{name}", header), tally)
+                step.run(pool, Scene(self.identity, self.source.recipe.text_seed, f"{index}/{name}", header), tally)
             )
             tally.given = len(pool)
             tallies.append((step.kind, tally, desk.finishes - before))
@@ -108,7 +118,7 @@ class Elicitation:
 
     def _without_held_out(self, pool: Pool) -> tuple[Pool, Tally]:
         """The pool without samples that ask a held-out prompt's very words."""
-        asked = {_plain(prompt.text) for prompt in self.held_out}
+        asked = {_plain(prompt.text) for prompt in self.source.held_out_prompts}
         tally = Tally(HELD_OUT, taken=len(pool))
         kept = []
         for sample in pool:

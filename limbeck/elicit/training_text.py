@@ -12,56 +12,79 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Writer
 from limbeck.elicit.engine import Answerer, Desk, Scorer, StoppedEarlyError, elicit
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
-from limbeck.elicit.run import Elicitation, prompts_of
+from limbeck.elicit.run import Elicitation, TextSource, prompts_of
 from limbeck.progress import Reporter, StoppedError
-from limbeck.runs import build
 from limbeck.storage.store import Store
 from limbeck.types import Request, Sample, Sampling, content_hash
 
 
+class TextModels(Protocol):
+    """The models of a run, by the names that writers and steps give them; each is loaded when first called for."""
+
+    def writer(self, name: str, /) -> Answerer:
+        """Who writes as `teacher` or `untouched`."""
+
+    def writer_identity(self, name: str, /) -> str:
+        """What request keys call that writer."""
+
+    def scorer(self, by: str, /) -> Scorer:
+        """Who says how likely a text is: the teacher (""), `untouched`, or a model by its source."""
+
+    def scorer_identity(self, by: str, /) -> str:
+        """What stored scores call that scorer."""
+
+    def header(self) -> str | None:
+        """The text before a user's message in the teacher's own format."""
+
+
 @dataclass
 class TrainingText:
-    """Reads and fills `store.sqlite` in `folder`; what steps of elicitation made of it goes to `home`. A writer is
-    loaded only when something is left to ask it."""
+    """Reads and fills `store.sqlite` in `folder`; what steps of elicitation make of it goes to `home`."""
 
-    recipe: Recipe
+    source: TextSource
     folder: Path
     home: Path
+    models: TextModels
     reporter: Reporter
     stop: Callable[[], bool]
-    writers: dict[str, Callable[[], Answerer]]
-    identities: dict[str, Callable[[], str]]
-    scorer: Callable[[str], Scorer]
-    judge: Callable[[str], str]
-    header: Callable[[], str | None]
-
-    @cached_property
-    def given_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        """(training prompts as they are given, held-out prompts)."""
-        return build.prompts(self.recipe)
 
     @property
-    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+    def recipe(self) -> Recipe:
+        return self.source.recipe
+
+    @property
+    def given_prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+        """(training prompts as they are given, held-out prompts)."""
+        return self.source.training_prompts, self.source.held_out_prompts
+
+    @property
+    def prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
         """(training prompts, held-out prompts); where there are steps of elicitation, what they made of the training
         prompts."""
-        given, held_out = self.given_prompts
-        return (self._elicited[0] if self.recipe.elicit else given), held_out
+        training = self._elicited[0] if self.source.steps else self.source.training_prompts
+        return training, self.source.held_out_prompts
 
     @cached_property
     def _elicited(self) -> tuple[list[Prompt], dict[str, list[Sample]]]:
         """The prompts that the steps under `elicit` left, and the answers to each by its id."""
-        work = Elicitation(self.recipe, *self.given_prompts, self.home, self.identities["teacher"](), self.header)
+        work = Elicitation(self.source, self.home, self.models.writer_identity("teacher"), self.models.header)
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
-            told = partial(self._tell, "teacher", began)
-            desk = Desk(store, self.writers["teacher"], self.scorer, self.judge, told, self.stop)
+            desk = Desk(
+                store,
+                answerer=partial(self.models.writer, "teacher"),
+                scorer=self.models.scorer,
+                judge=self.models.scorer_identity,
+                progress=partial(self._tell, "teacher", began),
+                stop=self.stop,
+            )
             try:
                 return prompts_of(work.run(desk, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:
@@ -106,7 +129,7 @@ class TrainingText:
     def bill(self) -> tuple[int, int, int]:
         """Answers that the teacher's server was paid for, and the tokens read and written for them."""
         with Store(self.folder / "store.sqlite") as store:
-            return store.bill(self.identities["teacher"]())
+            return store.bill(self.models.writer_identity("teacher"))
 
     def money(self) -> float | None:
         """What the answers cost so far by the recipe's price; None without one."""
@@ -196,12 +219,18 @@ class TrainingText:
         return [(0, writer)]
 
     def _request(self, prompt: Prompt, by: str, sampling: Sampling) -> Request:
-        (request,) = label([prompt], self.identities[by](), sampling, self.recipe.text_seed)
+        (request,) = label([prompt], self.models.writer_identity(by), sampling, self.recipe.text_seed)
         return request
 
     def _ask(self, requests: Sequence[Request], by: str) -> list[Sample]:
         with Store(self.folder / "store.sqlite") as store:
-            answers = elicit(requests, store, self.writers[by], partial(self._tell, by, time.monotonic()), self.stop)
+            answers = elicit(
+                requests,
+                store,
+                partial(self.models.writer, by),
+                progress=partial(self._tell, by, time.monotonic()),
+                stop=self.stop,
+            )
         if len(answers) < len(requests):
             raise self._stopped(len(answers), len(requests))
         return answers

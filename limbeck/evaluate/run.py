@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from limbeck.evaluate.judge import MAX_TOKENS, kept_verdicts, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
 from limbeck.evaluate.measure import Bench, Measured, Protocol
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
-from limbeck.models.load import Model
+from limbeck.evaluate.tasks import Task
+from limbeck.models.load import Model, load_model, model_identity
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.runs import build
+from limbeck.models.teachers import kind
 from limbeck.storage.files import write_json
 from limbeck.types import UserError
 
@@ -30,12 +31,21 @@ LEAK_KINDS = ("exact", "contained", "overlap", "same_but_for_numbers")  # the st
 Progress = Callable[[int, int, str], None]
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a run's systems are asked, and the text that they were made from."""
+
+    recipe: Recipe
+    tasks: Sequence[Task]
+    text: TrainingText
+
+
 def bench(
-    recipe: Recipe,
+    questions: Questions,
     folder: Path,
+    *,
     teacher: InProcessTeacher | None,
     reader: Model,
-    text: TrainingText,
     rows: Sequence[Row],
     progress: Progress,
 ) -> Bench:
@@ -46,7 +56,9 @@ def bench(
         reader: in whose tokens the rows are.
         rows: held-out teacher text, one row per answered prompt, named by its prompt's id.
     """
-    leaked = {leak.item for leak in leaks(recipe, text) if leak.kind != "same_but_for_numbers"}
+    recipe = questions.recipe
+    text = questions.text
+    leaked = {leak.item for leak in leaks(questions) if leak.kind != "same_but_for_numbers"}
     first = {prompt.text: prompt.id for prompt in reversed(text.prompts[1])}  # a text that stands twice is one item
     prompts = [prompt for prompt in text.prompts[1] if prompt.id not in leaked and first[prompt.text] == prompt.id]
     kept = [row for row in rows if row.sample_id in {prompt.id for prompt in prompts}]
@@ -58,7 +70,7 @@ def bench(
     own = recipe.evaluate.own_prompts or OWN_PROMPTS
     tasks = [
         replace(task, items=tuple(item for item in task.items if item.id.partition("@")[0] not in leaked))
-        for task in build.tasks(recipe)
+        for task in questions.tasks
     ]
     return Bench(
         folder,
@@ -69,15 +81,17 @@ def bench(
     )
 
 
-def leaks(recipe: Recipe, text: TrainingText) -> list[Leak]:
+def leaks(questions: Questions) -> list[Leak]:
     """Held-out prompts and task items that stand in the training text: per item the strongest leak, with one text that
     shows it."""
+    recipe = questions.recipe
+    text = questions.text
     training = [(prompt.id, prompt.text) for prompt in text.prompts[0]]
     training += [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
     if "gold_control" in recipe.evaluate.controls:
         training += [(prompt.id, answer) for prompt in text.prompts[0] for answer in prompt.answers]
     items = {(prompt.id, prompt.text) for prompt in text.prompts[1]}
-    items |= {pair for task in build.tasks(recipe) if "@" not in task.name for pair in task.texts}
+    items |= {pair for task in questions.tasks if "@" not in task.name for pair in task.texts}
     found: dict[str, Leak] = {}
     for leak in find_leaks(training, sorted(items)):
         if leak.item not in found or LEAK_KINDS.index(leak.kind) < LEAK_KINDS.index(found[leak.item].kind):
@@ -85,10 +99,9 @@ def leaks(recipe: Recipe, text: TrainingText) -> list[Leak]:
     return list(found.values())
 
 
-def write_summary(
-    recipe: Recipe, bench: Bench, text: TrainingText, systems: dict[str, list[Measured]]
-) -> dict[str, Any]:
+def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[Measured]]) -> dict[str, Any]:
     """`summary.json` of a run: the teacher first, the student last."""
+    recipe = questions.recipe
     tasks = bench.protocol.tasks
     against = [name for name in systems if name not in ("teacher", "student")]
     summary = {
@@ -96,14 +109,14 @@ def write_summary(
         "recipe": recipe.hash,
         "controls": against,
         **summarise(systems, tasks, [("student", name) for name in against]),
-        **facts(recipe, bench, text),
+        **facts(questions, bench),
     }
     if "untouched" in systems:
         summary["recovered"] = recovery(systems["student"], systems["untouched"], systems["teacher"], tasks)
     summary["by_kind"] = by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks)
     summary["by_token_class"] = by_class(systems["student"][0].fidelity)
     summary["warnings"] = warnings(systems, summary, ["student"])
-    summary["warnings"] += teacher_warnings(recipe, text)
+    summary["warnings"] += teacher_warnings(recipe, questions.text)
     if recipe.evaluate.judge is not None:
         summary["judge"] = judged(recipe.evaluate.judge, bench, {name: seeds[0] for name, seeds in systems.items()})
         summary["warnings"] += judge_warnings(summary["judge"])
@@ -120,9 +133,9 @@ def judged(source: str, bench: Bench, systems: Mapping[str, Measured]) -> dict[s
     teacher = (
         None if bench.teacher is None else bench.teacher.model.with_context(None)
     )  # a judge is shown the pair alone
-    identity = build.judge_identity(source)
+    identity = model_identity(source)
     is_teacher = teacher is not None and _weights(identity) == _weights(teacher.identity)
-    load = cache(lambda: teacher if is_teacher and teacher is not None else build.judge(source))
+    load = cache(lambda: teacher if is_teacher and teacher is not None else load_model(source))
     answers = {name: {answer.prompt_id: answer.text for answer in one.answers} for name, one in systems.items()}
     pairs = {}
     for name in sorted((name for name in systems if name != "student"), key=lambda name: name == "teacher"):
@@ -165,35 +178,14 @@ def judge_warnings(found: dict[str, Any]) -> list[str]:
 def teacher_warnings(recipe: Recipe, text: TrainingText) -> list[str]:
     """What to know of a teacher that is shown more than the students, or is the student itself, before believing its
     figures."""
-    found = []
     context = recipe.teacher.context
-    server = recipe.teacher.server
-    if server is not None and recipe.teacher.model is None:
-        found.append(
-            f"The teacher, {server.name}, is behind a server and gives text alone: how near a student's distribution is"
-            " to its own is not known; perplexity is how likely the student finds the teacher's held-out text."
-        )
-    elif build.other_tokens(recipe):
-        found.append(
-            "Teacher and student have other tokens, so they are compared by their text: perplexity is how likely the"
-            " student finds the teacher's held-out text, in its own tokens."
-        )
-    elif server is not None:
-        found.append(
-            f"The teacher's text was written by {server.name} behind a server; what is measured as the teacher here,"
-            f" its distribution and its answers, is {recipe.teacher.model} in process."
-        )
+    found = kind(recipe.teacher).caveats(recipe.teacher, recipe.student.start.pretrained)
     for name in context.reads if context else []:
         known = [prompt.answers if name == "answer" else prompt.feedback for prompt in text.prompts[1]]
         having = sum(map(bool, known))
         found.append(
             f"The teacher was shown the {name} of {having} of {len(text.prompts[1])} held-out prompts: there its"
             " figures are no ceiling that a student could reach, and shares of its lead mean little."
-        )
-    if recipe.teacher.weights != "own":
-        found.append(
-            "The teacher measured here has the start's weights; while training it had the student's own"
-            f" ({recipe.teacher.weights})."
         )
     return found
 
@@ -209,8 +201,10 @@ def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
     return {"bill": found}
 
 
-def facts(recipe: Recipe, bench: Bench, text: TrainingText) -> dict[str, Any]:
+def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
     """How the figures came about: held-out text, tasks with their settings, leaks, machine."""
+    recipe = questions.recipe
+    text = questions.text
     tasks = bench.protocol.tasks
     rows = bench.protocol.rows
     ends = bench.reader.eos_ids
@@ -225,7 +219,7 @@ def facts(recipe: Recipe, bench: Bench, text: TrainingText) -> dict[str, Any]:
             "max_tokens": recipe.evaluate.max_tokens,
         },
         "tasks": {task.name: {"version": task.version, "kind": task.kind, "settings": task.settings} for task in tasks},
-        "leaks": [vars(leak) for leak in leaks(recipe, text)],
+        "leaks": [vars(leak) for leak in leaks(questions)],
         "machine": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -17,17 +17,21 @@ from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from limbeck.config.teacher import BridgeSettings
+from limbeck.config.teacher import BridgedTeacher, BridgeSettings
 from limbeck.models.byte_alignment import Tokens, segments, tokens_of
-from limbeck.models.load import Model, head_of
+from limbeck.models.load import Model, head_of, load_tokenizer
+from limbeck.models.local import served_text_caveat
 from limbeck.models.states import shared_states
-from limbeck.models.teacher import InProcessTeacher
+from limbeck.models.teacher_interface import WRITES, Teacher, TeacherParts, TeacherUse
+from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.dual import TeacherStates
 from limbeck.objectives.head import token_log_probs
+from limbeck.objectives.term import Term
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
-from limbeck.types import Batch, UserError, content_hash
+from limbeck.types import Batch, RecipeError, UserError, content_hash
 
+GIVES = frozenset({"text", "raw", "teacher_distribution", "teacher_states"})
 BEGINNING = 8  # bytes by which it is seen whether a tokenizer puts a space before every text
 REMEMBERED = 50_000  # responses whose alignment is kept
 SPREAD = 256  # tokens whose embeddings tell how large embeddings are
@@ -157,7 +161,7 @@ class Vocabularies:
         return list(self.theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) if text else []
 
 
-class BridgedTeacher:
+class TeacherOverBridge:
     """A teacher beside a student with another tokenizer. Rows carry the prompt in the teacher's tokens
     (`teacher_prompt_ids`).
 
@@ -165,10 +169,12 @@ class BridgedTeacher:
         UserError: a tokenizer of an unknown kind, or two that share nothing.
     """
 
-    can = frozenset({"text", "raw", "teacher_distribution", "teacher_states"})
+    gives = GIVES
+    average = None
     vocab_size = sys.maxsize  # a bridge leaves out nothing of the student's
 
-    def __init__(self, teacher: InProcessTeacher, student: Model, settings: BridgeSettings) -> None:
+    def __init__(self, teacher: Teacher, student: Model, settings: BridgeSettings) -> None:
+        assert teacher.model is not None
         self.model = teacher.model
         self.settings = settings
         net = self.model.net
@@ -282,3 +288,80 @@ def _without(size: int, known: Tensor) -> Tensor:
 def _responses(batch: Batch) -> list[list[int]]:
     """Each row's response in the student's tokens."""
     return [row[mask].tolist() for row, mask in zip(batch.tokens_BT, batch.mask_BT, strict=True)]
+
+
+def has_other_tokens(settings: BridgedTeacher, student: str) -> bool:
+    """Whether the teacher behind the bridge really has other tokens, or another template, than the student."""
+    theirs = load_tokenizer(settings.model)
+    ours = load_tokenizer(student)
+    return theirs.get_vocab() != ours.get_vocab() or theirs.chat_template != ours.chat_template
+
+
+class BridgedKind:
+    """A model in process whose tokens are not the student's."""
+
+    def gives(self, settings: BridgedTeacher) -> frozenset[str]:
+        given = GIVES | WRITES
+        return given if settings.server is None else given - {"contrast"}
+
+    def lacks(self, _: BridgedTeacher, evidence: str) -> str:
+        if evidence == "contrast":
+            return "it writes against another prompt, which a server can't; leave teacher.server out"
+        return "it reads the teacher token by token, and this one has other tokens; use a divergence, uld or dual_space"
+
+    def refuse(self, settings: BridgedTeacher, use: TeacherUse) -> None:
+        recipe = use.recipe
+        path = "teacher.bridge"
+        if settings.server is not None and settings.context is not None:
+            raise RecipeError("teacher.server", "a server sees the prompt alone; leave context or server out")
+        if recipe.student.start.pretrained is None:
+            raise RecipeError(
+                "student.start", "a student made of the teacher has its tokens and needs no bridge: give pretrained"
+            )
+        if recipe.train.mixup is not None or (recipe.rollout is not None and recipe.rollout.joint is not None):
+            raise RecipeError(
+                path,
+                "texts are mixed, and written by two models, in one vocabulary only; leave train.mixup and joint out",
+            )
+        for term in use.terms:
+            if "teacher_distribution" in term.reads:
+                self._refuse_loss(settings, term, use.loss_path(term))
+        if not use.read & GIVES:
+            raise RecipeError(path, "no loss reads the teacher's distribution or states; leave it out")
+
+    def _refuse_loss(self, settings: BridgedTeacher, term: Term, path: str) -> None:
+        if term.name not in DIVERGENCES:
+            raise RecipeError(path, self.lacks(settings, "teacher_distribution"))
+        loss = DIVERGENCES[term.name]
+        if not loss.sorts and (not loss.buckets or term.softened):
+            raise RecipeError(
+                path, f"{term.name} (or its temperature) needs one vocabulary; use forward_kl, jsd or uld"
+            )
+        if settings.bridge.others == "written" and not (loss.one_hot and loss.buckets):
+            raise RecipeError(
+                path,
+                f"{term.name} says nothing of the text alone, which others: written teaches; use forward_kl or jsd",
+            )
+
+    def prepare(self, settings: BridgedTeacher, parts: TeacherParts) -> Teacher:
+        bridged = TeacherOverBridge(parts.load(settings.model), parts.student, settings.bridge)
+        responses = parts.responses()
+        facts = bridged.facts(responses)
+        shares = (
+            f"; of the text's tokens {facts['aligned_share']:.1%} are aligned, {facts['single_share']:.1%} one in both"
+        )
+        parts.report_facts(
+            "bridge.json",
+            facts,
+            f"{facts['common_tokens']:,} of {facts['student_tokens']:,} tokens are the teacher's, too"
+            + (shares if responses else ""),
+        )
+        return bridged
+
+    def caveats(self, settings: BridgedTeacher, student: str | None) -> list[str]:
+        if student is not None and has_other_tokens(settings, student):
+            return [
+                "Teacher and student have other tokens, so they are compared by their text: perplexity is how likely"
+                " the student finds the teacher's held-out text, in its own tokens."
+            ]
+        return [] if settings.server is None else [served_text_caveat(settings.server.name, settings.model)]

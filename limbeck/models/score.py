@@ -48,7 +48,9 @@ class ServerScorer:
         written: whether log p of every written token is needed, too.
     """
 
-    can = frozenset({"text", "teacher_distribution"})
+    gives = frozenset({"text", "teacher_distribution"})
+    model = None  # its weights are not here
+    average = None
 
     def __init__(self, api: ApiTeacher, k: int, tokenizer: Tokenizer, written: bool = False) -> None:
         self.api = api

@@ -6,15 +6,18 @@ No second copy of a model is loaded: around the teacher's pass the student's own
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from limbeck.config.teacher import SelfTeacher
 from limbeck.models.context import PromptContext
 from limbeck.models.load import Model
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, WRITES, Teacher, TeacherParts, TeacherUse
+from limbeck.types import RecipeError
 
 
 class Average:
@@ -70,7 +73,10 @@ def adapters_off(net: PreTrainedModel) -> Iterator[None]:
 
 
 def self_teacher(
-    student: Model, prompt_context: PromptContext | None, inside: Callable[[], AbstractContextManager[None]]
+    student: Model,
+    prompt_context: PromptContext | None,
+    inside: Callable[[], AbstractContextManager[None]],
+    average: Average | None = None,
 ) -> InProcessTeacher:
     """The student's modules as a teacher that is shown `prompt_context`; `inside` puts the teacher's weights in."""
 
@@ -84,4 +90,42 @@ def self_teacher(
         finally:
             student.net.train(training)
 
-    return InProcessTeacher(student.with_context(prompt_context), as_teacher)
+    return InProcessTeacher(student.with_context(prompt_context), as_teacher, average)
+
+
+class SelfKind:
+    """The student with its weights of this step, or with their moving average."""
+
+    def gives(self, settings: SelfTeacher) -> frozenset[str]:
+        given = WRITES | TEACHER_EVIDENCE
+        return given if settings.context is None else given - {"teacher_features"}
+
+    def lacks(self, _: SelfTeacher, evidence: str) -> str:
+        if evidence == REFERENCE:
+            return "it compares with a frozen teacher, and this student teaches itself"
+        return "it compares position by position, and this teacher is shown other prompts; use a divergence"
+
+    def refuse(self, settings: SelfTeacher, use: TeacherUse) -> None:
+        recipe = use.recipe
+        if recipe.student.start.pretrained != settings.model:
+            raise RecipeError(
+                "teacher.weights",
+                f"{settings.weights} weights are the student's own: set student.start.pretrained: {settings.model}",
+            )
+        if recipe.rollout is not None and recipe.rollout.joint is not None:
+            raise RecipeError(
+                "rollout.joint",
+                "a student that teaches itself can't write beside itself; leave it out, or name a teacher",
+            )
+
+    def prepare(self, settings: SelfTeacher, parts: TeacherParts) -> Teacher:
+        if settings.weights == "live":
+            return self_teacher(parts.student, parts.prompt_context, nullcontext)
+        average = Average(settings.decay)
+        return self_teacher(parts.student, parts.prompt_context, average.in_place, average)
+
+    def caveats(self, settings: SelfTeacher, _: str | None) -> list[str]:
+        return [
+            "The teacher measured here has the start's weights; while training it had the student's own"
+            f" ({settings.weights})."
+        ]

@@ -10,16 +10,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from limbeck.config.teacher import Together
-from limbeck.models.teacher import InProcessTeacher
+from limbeck.config.teacher import SeveralTeachers, Together
+from limbeck.data.batches import CHOSEN, REJECTED
+from limbeck.models.local import served_text_caveat
+from limbeck.models.teacher_interface import REFERENCE, WRITES, Teacher, TeacherParts, TeacherUse
 from limbeck.objectives.head import token_log_probs
+from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.several import GatedSignal, MixedSignal
-from limbeck.types import Batch, content_hash
+from limbeck.types import Batch, RecipeError, content_hash, nearest
+
+GIVES = WRITES | {"teacher_distribution", "teacher_features", REFERENCE}
 
 
-class SeveralTeachers:
+class TeacherEnsemble:
     """Teachers with weights, each for all text or for the rows of one tag.
 
     Args:
@@ -31,9 +36,12 @@ class SeveralTeachers:
             (Dynamic KD; the second is the small one).
     """
 
+    gives = GIVES
+    average = None
+
     def __init__(
         self,
-        teachers: Sequence[InProcessTeacher],
+        teachers: Sequence[Teacher],
         weights: Sequence[float],
         tags: Sequence[str | None],
         together: Together,
@@ -43,7 +51,6 @@ class SeveralTeachers:
         self.tags = tags
         self.together = together
         self.model = teachers[0].model
-        self.can = teachers[0].can - {"log_probs", "teacher_states"}
         self.vocab_size = min(teacher.vocab_size for teacher in teachers)
         facts = [[teacher.identity, weight, tag] for teacher, weight, tag in zip(teachers, weights, tags, strict=True)]
         self.identity = f"several-{content_hash([facts, together])[:16]}"
@@ -84,3 +91,50 @@ class SeveralTeachers:
         sums_BM = torch.zeros(asked_BM.shape, dtype=torch.float64).index_add_(0, row_N, torch.stack(found, 1))
         best_B = sums_BM.masked_fill(~asked_BM, -torch.inf).argmax(-1)
         return torch.nn.functional.one_hot(best_B, len(signals)).float()
+
+
+class SeveralKind:
+    """Several models in process, of the same tokens and template."""
+
+    def gives(self, settings: SeveralTeachers) -> frozenset[str]:
+        given = GIVES if settings.server is None else GIVES - {"contrast"}
+        return given if settings.context is None else given - {"teacher_features"}
+
+    def lacks(self, _: SeveralTeachers, evidence: str) -> str:
+        if evidence == "contrast":
+            return "it writes against another prompt, which a server can't; leave teacher.server out"
+        if evidence == "teacher_features":
+            return "it compares position by position, and this teacher is shown other prompts; use a divergence"
+        return f"it reads {evidence.replace('_', ' ')}, which several teachers don't have in common; name one teacher"
+
+    def refuse(self, settings: SeveralTeachers, use: TeacherUse) -> None:
+        recipe = use.recipe
+        if settings.server is not None and settings.context is not None:
+            raise RecipeError("teacher.server", "a server sees the prompt alone; leave context or server out")
+        tags = {writer.by for writer in recipe.writer} | {prompt.task for prompt in use.training_prompts}
+        tags |= {CHOSEN, REJECTED}
+        for number, other in enumerate(settings.beside):
+            if other.only is not None and other.only not in tags and recipe.elicit is None:
+                raise RecipeError(
+                    f"teacher.beside[{number}].only",
+                    f"no text is by or for {other.only!r}{nearest(other.only, tags - {''})}",
+                )
+        for term in use.terms:
+            policy = POLICIES.get(term.name) if "teacher_distribution" in term.reads else None
+            if policy is not None and (policy.prepare or settings.together == "uncertainty"):
+                raise RecipeError(
+                    use.loss_path(term), "it reads one teacher's opinion of the text; use a divergence, or one teacher"
+                )
+        if "teacher_distribution" not in use.read:
+            raise RecipeError(
+                "teacher.beside",
+                "no loss reads the teachers' distribution, so those beside would teach nothing; leave them out",
+            )
+
+    def prepare(self, settings: SeveralTeachers, parts: TeacherParts) -> Teacher:
+        teachers = [parts.load(source) for source in (settings.model, *(other.model for other in settings.beside))]
+        weights = [settings.weight, *(other.weight for other in settings.beside)]
+        return TeacherEnsemble(teachers, weights, [None, *(other.only for other in settings.beside)], settings.together)
+
+    def caveats(self, settings: SeveralTeachers, _: str | None) -> list[str]:
+        return [] if settings.server is None else [served_text_caveat(settings.server.name, settings.model)]

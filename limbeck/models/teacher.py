@@ -11,6 +11,7 @@ from limbeck.models.generate import GenerationJob, SecondModel, generate
 from limbeck.models.joint import ContrastDecoding
 from limbeck.models.load import Model, head_of
 from limbeck.models.taps import features
+from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, WRITES, MovingAverage
 from limbeck.objectives.dual import TeacherStates
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
@@ -23,16 +24,14 @@ class InProcessTeacher:
     """A `Model` that answers requests and stands beside the student's text with its distribution.
 
     `weights` is entered around every pass: a student that teaches itself has other weights, or no adapters, inside.
-    `can` is what it can give; a teacher behind an interface that returns text alone could do less.
     """
 
-    can = frozenset(
-        {"text", "raw", "contrast", "teacher_distribution", "teacher_features", "teacher_states", "log_probs"}
-    )
+    gives = WRITES | TEACHER_EVIDENCE | {REFERENCE}
 
-    def __init__(self, model: Model, weights: Weights = nullcontext) -> None:
+    def __init__(self, model: Model, weights: Weights = nullcontext, average: MovingAverage | None = None) -> None:
         self.model = model
         self.weights = weights
+        self.average = average
         self.identity = model.identity
 
     @property

@@ -61,6 +61,11 @@ class Term:
         """Its name in metrics: two terms of one name differ in the text they are limited to."""
         return self.name if self.only is None else f"{self.name}@{self.only}"
 
+    @property
+    def softened(self) -> bool:
+        """Whether it compares distributions at another temperature than 1, at some step."""
+        return any(getattr(self.params.get("temperature"), end, 1) != 1 for end in ("start", "end"))
+
     def at_step(self, progress: float, states: Mapping[str, State]) -> TermAtStep:
         """The term with this step's weight and parameters."""
         params = {

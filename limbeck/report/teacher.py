@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from limbeck.config.teacher import TeacherSettings
+from limbeck.config.teacher import SelfTeacher
 
 WEIGHTS = {
     "start": "the student's own, as they were before training",
@@ -50,9 +50,7 @@ def teacher_facts(teacher: Any) -> list[tuple[str, str]]:
     if server := teacher.get("server"):
         found.append(("text written by", f"{server.get('name', '')} behind a server"))
     if words := WEIGHTS.get(teacher.get("weights", "own")):
-        found.append(
-            ("weights", words.format(decay=teacher.get("decay", TeacherSettings.model_fields["decay"].default)))
-        )
+        found.append(("weights", words.format(decay=teacher.get("decay", SelfTeacher.model_fields["decay"].default))))
     context = teacher.get("context") or {}
     system = context.get("system")
     user = context.get("user")

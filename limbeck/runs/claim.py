@@ -1,23 +1,32 @@
-"""Whose a run folder is: made one recipe's with its text and its teacher, or refused."""
+"""Which recipe a run folder belongs to: made one recipe's with its text and its teacher, or refused."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import yaml
 
+from limbeck.config.recipe import Recipe
 from limbeck.storage.files import is_leftover, sweep, write_json, write_text
-from limbeck.types import UserError, content_hash
-
-if TYPE_CHECKING:
-    from limbeck.runs.pipeline import Run
+from limbeck.types import NAME, UserError, content_hash
 
 
-def claim(run: Run) -> None:
-    """Make the folder this recipe's with this text and teacher, or refuse one that is another's."""
-    folder = run.folder
-    recipe = run.recipe
+def run_folder(recipe: Recipe, out: str | Path | None) -> Path:
+    """Where a run lives: `--out`, else runs/NAME."""
+    if out is None and not NAME.fullmatch(recipe.name):
+        raise UserError(f"the recipe's name {recipe.name!r} can't be a folder's name; give --out")
+    return Path(out) if out is not None else Path("runs") / recipe.name
+
+
+def claim(folder: Path, recipe: Recipe, inputs: dict[str, str], probe: Callable[[], None]) -> None:
+    """Make the folder this recipe's with these inputs, or refuse one that is another's.
+
+    Args:
+        inputs: hashes of what the run is made from beside the recipe, by name.
+        probe: called once, before the first claim is written; raises where the run could not go on.
+    """
     file = folder / "recipe.yaml"
     if file.exists():
         sweep(folder)
@@ -33,19 +42,13 @@ def claim(run: Run) -> None:
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
     else:
         write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
-    inputs = {
-        "teacher": run.teacher_identity,
-        "prompts": content_hash([[prompt.facts for prompt in part] for part in run.text.given_prompts]),
-    }
-    if recipe.teacher.server is not None:
-        inputs["server"] = run.writer_identity
-    known = folder / "inputs.json"
-    if known.exists() and (before := json.loads(known.read_text())) != inputs:
-        changed = sorted(key for key in inputs if before.get(key) != inputs[key])
-        raise UserError(
-            f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out"
-        )
-    if not known.exists():
-        if run.scorer is not None:
-            run.scorer.probe()
-        write_json(known, inputs)
+    inputs_file = folder / "inputs.json"
+    if inputs_file.exists():
+        before = json.loads(inputs_file.read_text())
+        if changed := sorted(key for key in inputs.keys() | before.keys() if before.get(key) != inputs.get(key)):
+            raise UserError(
+                f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out"
+            )
+    else:
+        probe()
+        write_json(inputs_file, inputs)

@@ -17,18 +17,19 @@ from typing import Any
 import yaml
 
 from limbeck.config.recipe import Recipe, load_recipe, parse
+from limbeck.config.teacher import BridgedTeacher, SelfTeacher
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench, Measured
 from limbeck.evaluate.statistics import holm
 from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_seed, warnings
 from limbeck.progress import Reporter, Silent
 from limbeck.report.page import write_report
-from limbeck.runs.claim import claim
-from limbeck.runs.pipeline import Run
+from limbeck.runs.pipeline import Run, claim_run
 from limbeck.runs.preflight import check
+from limbeck.runs.resolve import resolve
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
 from limbeck.storage.metrics_log import mean_of, writing_share
-from limbeck.training.loop import total_steps
+from limbeck.training.job import total_steps
 from limbeck.types import UserError, content_hash
 
 SEEDS = 3
@@ -82,8 +83,7 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
             raise UserError(
                 f"{recipe.name} and {like.name} differ in whether a corpus writes; compare recipes of one kind"
             )
-        sees, seen = ((one.context, one.weights, one.bridge) for one in (recipe.teacher, like.teacher))
-        if sees != seen:
+        if _teaching(recipe) != _teaching(like):
             raise UserError(
                 f"{recipe.name} has a teacher that is shown more, is the student itself or is read over a bridge, and"
                 f" {like.name} has another: methods are compared under one teacher, so give a --like that has this one"
@@ -91,6 +91,14 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
         writers = [writer | _drawn(writer, drawn) for writer in own["writer"]]
         found.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
     return found
+
+
+def _teaching(recipe: Recipe) -> tuple[Any, ...]:
+    """What must be the same of two teachers for methods to be compared under one of them."""
+    teacher = recipe.teacher
+    weights = teacher.weights if isinstance(teacher, SelfTeacher) else "own"
+    bridge = teacher.bridge if isinstance(teacher, BridgedTeacher) else None
+    return teacher.context, weights, bridge
 
 
 def _drawn(writer: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
@@ -117,14 +125,16 @@ class Comparison:
     @cached_property
     def common(self) -> Run:
         """Whose teacher and text all runs share, and whose start they copy."""
-        return Run(self.like, self.folder, self.reporter, self.stop)
+        return Run(resolve(self.like), self.folder, self.reporter, self.stop)
 
     @cached_property
     def settled(self) -> list[Entry]:
         """The entries with what only the text can tell written out: which layers the student keeps, and how many steps
         there are."""
-        choice = self.common.choice()
-        rows = self.common.rows(self.common.text.training(), self.common.reader) if self.like.fixed_writers else []
+        choice = self.common.models.choice()
+        rows = (
+            self.common.rows(self.common.text.training(), self.common.models.reader) if self.like.fixed_writers else []
+        )
         steps = total_steps(rows, self.like.train, False)
         train = self.like.train.model_copy(update={"steps": steps, "epochs": None})
         found = []
@@ -140,13 +150,9 @@ class Comparison:
         """(method, seed, its run), seed by seed, so that an unfinished comparison has every method."""
 
         def run(entry: Entry, seed: int) -> Run:
-            return Run(
-                entry.seeded(seed),
-                self.folder / "runs" / f"{entry.name}-s{seed}",
-                self.reporter,
-                self.stop,
-                self.common,
-            )
+            folder = self.folder / "runs" / f"{entry.name}-s{seed}"
+            method = resolve(entry.seeded(seed))
+            return Run(method, folder, self.reporter, self.stop, shared=self.common)
 
         return [(entry.name, seed, run(entry, seed)) for seed in self.seeds for entry in self.settled]
 
@@ -159,9 +165,9 @@ class Comparison:
         runs = self.runs()
         for _, _, run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
-            claim(run)
+            claim_run(run)
         systems = {"teacher": [self.common.measured_teacher(bench)]}
-        systems["untouched"] = [bench.measure("untouched", runs[0][2].untouched)]
+        systems["untouched"] = [bench.measure("untouched", runs[0][2].models.initial_student)]
         for number, (method, seed, run) in enumerate(runs):
             self.reporter.stage(f"{method}, seed {seed} ({number + 1} of {len(runs)})")
             if not run.path("measured").exists():
@@ -188,7 +194,7 @@ class Comparison:
             "base": self.base,
             "seeds": list(self.seeds),
             **summary,
-            **evaluation.facts(self.like, bench, self.common.text),
+            **evaluation.facts(self.common.questions, bench),
             "methods": {entry.name: _method(entry) for entry in self.settled},
             "by_seed": {method: values_by_seed(self.seeds, systems[method], tasks) for method in methods},
             "recovered": {
@@ -322,7 +328,7 @@ def _common(loaded: Sequence[Recipe], like: str | Path | Recipe | None, override
 
 def _claim(comparison: Comparison) -> None:
     """Make the folder this comparison's, or refuse one that is another's."""
-    claim(comparison.common)
+    claim_run(comparison.common)
     facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
     file = comparison.folder / "comparison.yaml"
     if file.exists() and yaml.safe_load(file.read_text()) != facts:

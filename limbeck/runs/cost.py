@@ -19,12 +19,11 @@ from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import MICRO_TOKENS
 from limbeck.elicit.flow import Bill
 from limbeck.elicit.prompts import Prompt
+from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.objectives.term import Term
 from limbeck.types import UserError
 
 TYPICAL_OVERHEAD = 1.7
-# evidence that costs a pass of the teacher at every step
-TEACHER_EVIDENCE = {"teacher_distribution", "teacher_features", "teacher_states"}
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
@@ -219,19 +218,36 @@ def _memory_bytes(teachers: Sequence[Shape | None], student: Shape, judge: Shape
     return int(4 * sum(teacher.parameters for teacher in teachers if teacher) + beside + BASE_BYTES)
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a run's models. `teacher` and `judge` are None where there is none in process; `others` are the
+    teachers beside the first."""
+
+    student: Shape
+    teacher: Shape | None = None
+    others: tuple[Shape, ...] = ()
+    judge: Shape | None = None
+
+
 def make_plan(
     recipe: Recipe,
     terms: Sequence[Term],
-    training: Sequence[Prompt],
-    held_out: Sequence[Prompt],
-    teacher: Shape | None,
-    student: Shape,
-    judge: Shape | None = None,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    shapes: Shapes,
     bills: Sequence[Bill] = (),
-    others: Sequence[Shape] = (),
 ) -> Plan:
-    """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for,
-    `others` the teachers beside the first. Where there is no `teacher`, its text costs no time here."""
+    """Estimate a run from the sizes alone; nothing is loaded. Where there is no teacher in process, its text costs no
+    time here.
+
+    Args:
+        prompts: (training, held out).
+        bills: what the steps of elicitation will ask for.
+    """
+    training, held_out = prompts
+    teacher = shapes.teacher
+    student = shapes.student
+    judge = shapes.judge
+    others = shapes.others
     settings = recipe.train
     count = bills[-1].given if bills else len(training)
     answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from limbeck.config.recipe import Recipe
+from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
 from limbeck.elicit.flow import Bill
 from limbeck.models.load import (
     check_same_template,
@@ -13,9 +16,8 @@ from limbeck.models.load import (
     load_tokenizer,
 )
 from limbeck.models.start import scratch_config
-from limbeck.runs import build
-from limbeck.runs.cost import Plan, Shape, make_plan
-from limbeck.runs.validate import validate
+from limbeck.runs.cost import Plan, Shape, Shapes, make_plan
+from limbeck.runs.resolve import Method, resolve
 from limbeck.types import RecipeError, UserError
 
 
@@ -25,52 +27,66 @@ def check(recipe: Recipe) -> Plan:
     Raises:
         RecipeError: an impossible combination, with its place in the recipe.
     """
-    validate(recipe)
+    return plan(resolve(recipe))
+
+
+def plan(method: Method) -> Plan:
+    """What a method will cost, from its models' configurations alone.
+
+    Raises:
+        RecipeError: models that don't fit together, or that a loss can't compare.
+    """
+    recipe = method.recipe
     config = load_config(recipe.speaker)
     teacher = None if recipe.teacher.model is None else Shape.of(config)
-    student = Shape.of(config)
-    start = recipe.student.start
-    context = config.max_position_embeddings
-    if start.prune is not None:
-        kept = start.prune.keep if isinstance(start.prune.keep, list) else None
-        layers = start.prune.layers if kept is None else len(kept)
-        assert layers is not None
-        if layers > student.layers or (kept and kept[-1] >= student.layers):
-            raise RecipeError("student.start.prune", f"the teacher has only {student.layers} layers, numbered from 0")
-        student = student.with_layers(layers)
-    elif start.pretrained is not None and recipe.teacher.model is not None:
-        other = load_config(start.pretrained)
-        student, context = Shape.of(other), min(context, other.max_position_embeddings)
-        speaking = load_tokenizer(recipe.speaker), load_tokenizer(start.pretrained)
-        if recipe.teacher.bridge is None:
-            check_same_vocabulary(*speaking)
-            check_same_template(*speaking)
-    elif start.scratch is not None:
-        student = Shape.of(scratch_config(start.scratch, config))
+    student, max_length = _student_shape(recipe, config)
     for path, tokens in (
         ("writer.max_tokens", max(w.max_tokens for w in recipe.writer)),
         ("evaluate.max_tokens", recipe.evaluate.max_tokens),
     ):
-        if tokens >= context:
-            raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {context}")
+        if tokens >= max_length:
+            raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {max_length}")
     if recipe.teacher.context is not None and recipe.teacher.context.system is not None:
         check_takes_system(load_tokenizer(recipe.speaker))
-    others = [_beside(recipe, n) for n in range(len(recipe.teacher.beside))]
-    training, held_out = build.prompts(recipe)
-    for term in build.terms(recipe):
+    others: tuple[Shape, ...] = ()
+    if isinstance(recipe.teacher, SeveralTeachers):
+        others = tuple(_beside(recipe.speaker, other.model, n) for n, other in enumerate(recipe.teacher.beside))
+    for term in method.terms:
         if term.match is not None and teacher is not None:
             term.match.check(student, teacher)
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
-    return make_plan(
-        recipe, build.terms(recipe), training, held_out, teacher, student, judge, _bills(recipe, len(training)), others
-    )
+    prompts = (method.training_prompts, method.held_out_prompts)
+    return make_plan(recipe, method.terms, prompts, Shapes(student, teacher, others, judge), _bills(method))
 
 
-def _beside(recipe: Recipe, number: int) -> Shape:
+def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
+    """(the student's sizes, how many tokens both models can read); `config` is the speaker's."""
+    start = recipe.student.start
+    like = Shape.of(config)
+    max_length = config.max_position_embeddings
+    if start.prune is not None:
+        kept = start.prune.keep if isinstance(start.prune.keep, list) else None
+        layers = start.prune.layers if kept is None else len(kept)
+        assert layers is not None
+        if layers > like.layers or (kept and kept[-1] >= like.layers):
+            raise RecipeError("student.start.prune", f"the teacher has only {like.layers} layers, numbered from 0")
+        return like.with_layers(layers), max_length
+    if start.scratch is not None:
+        return Shape.of(scratch_config(start.scratch, config)), max_length
+    if start.pretrained is None or recipe.teacher.model is None:
+        return like, max_length
+    other = load_config(start.pretrained)
+    if not isinstance(recipe.teacher, BridgedTeacher):
+        tokenizers = load_tokenizer(recipe.speaker), load_tokenizer(start.pretrained)
+        check_same_vocabulary(*tokenizers)
+        check_same_template(*tokenizers)
+    return Shape.of(other), min(max_length, other.max_position_embeddings)
+
+
+def _beside(speaker: str, source: str, number: int) -> Shape:
     """A teacher beside the first: it reads the same tokens, so they must mean the same to it."""
-    source = recipe.teacher.beside[number].model
     try:
-        first = load_tokenizer(recipe.speaker)
+        first = load_tokenizer(speaker)
         other = load_tokenizer(source)
         check_same_vocabulary(first, other)
         check_same_template(first, other)
@@ -79,11 +95,11 @@ def _beside(recipe: Recipe, number: int) -> Shape:
         raise RecipeError(f"teacher.beside[{number}].model", str(error)) from error
 
 
-def _bills(recipe: Recipe, prompts: int) -> list[Bill]:
+def _bills(method: Method) -> list[Bill]:
     """What the steps of elicitation will ask for, each after the one before."""
     bills: list[Bill] = []
-    for _, step in build.steps(recipe):
-        bills.append(step.bill(bills[-1].given if bills else prompts))
+    for _, step in method.steps:
+        bills.append(step.bill(bills[-1].given if bills else len(method.training_prompts)))
     return bills
 
 

@@ -11,114 +11,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from limbeck.config.sections import Train
-from limbeck.data.batches import FixedText, Row, Source, StepBatch, make_batch, steps_of_epoch
-from limbeck.data.mixup import Mixed
-from limbeck.models.load import head_of
-from limbeck.models.self_teacher import Average
-from limbeck.models.taps import features
+from limbeck.data.batches import Row, make_batch
 from limbeck.objectives.rank import clamped_baseline
-from limbeck.objectives.schedule import State
-from limbeck.objectives.term import Term, TermAtStep
-from limbeck.objectives.total import NO_TAPS, Learned, StudentForward, Sums, Taps, TeacherView, total_loss
+from limbeck.objectives.term import TermAtStep
+from limbeck.objectives.total import Sums, total_loss
 from limbeck.progress import StoppedError
 from limbeck.storage import checkpoint
 from limbeck.storage.files import append_json, crash_point, read_jsonl, write_text
 from limbeck.training import distributed
+from limbeck.training.job import Objective, TrainingJob
 from limbeck.training.memory import forget_peak, keep_freed_memory, peak_mib
 from limbeck.types import Batch, UserError, canonical_json, content_hash
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 SAVING_SHARE = 0.05  # checkpoints take at most about this share of the time
-
-
-def no_teacher(_: Batch) -> TeacherView:
-    """The view of a teacher that no term reads."""
-    return TeacherView()
-
-
-@dataclass
-class TrainingJob:
-    """All that one training needs. `folder` receives `checkpoints/` and `metrics.jsonl`; `key` names the job.
-
-    `matches` are what terms learn beside the student, by term label, and `taps` what they read of the student;
-    `bank_rows` give each sample's place in their banks; `vocab_size` cuts a head that is padded more than the
-    teacher's; `prepare` is called before the first step of all (again, where a run is killed before its first
-    checkpoint). `states` of adaptive schedules live in the checkpoint. `source` gives the steps' text, where that is
-    not just `rows`; `average` is the student's moving average where it teaches; `monitor` looks at a micro-batch that
-    the student wrote.
-    """
-
-    net: PreTrainedModel
-    rows: Sequence[Row]
-    terms: Sequence[Term]
-    teacher: Callable[[Batch], TeacherView]
-    settings: Train
-    folder: Path
-    key: str
-    matches: Mapping[str, Learned] = field(default_factory=dict)
-    taps: Taps = NO_TAPS
-    bank_rows: Mapping[str, int] = field(default_factory=dict)
-    vocab_size: int | None = None
-    prepare: Callable[[], None] = lambda: None
-    states: dict[str, State] = field(default_factory=dict)
-    source: Source | None = None
-    average: Average | None = None
-    monitor: Callable[[StudentForward], dict[str, tuple[float, float]]] | None = None
-
-    @property
-    def text(self) -> Source:
-        """Where the steps' text comes from."""
-        if self.source is None:
-            text = FixedText(self.rows, self.settings.seed, self.settings.tokens_per_step, self.together)
-            self.source = text if self.settings.mixup is None else Mixed(text, self.settings.seed, self.settings.mixup)
-        return self.source
-
-    @property
-    def together(self) -> bool:
-        """Whether the answers to one prompt must share a micro-batch."""
-        return any(term.unit == "group" for term in self.terms)
-
-    def parameters(self) -> dict[str, Tensor]:
-        """All that is trained: the student's weights and what the feature terms learn."""
-        found: dict[str, Tensor] = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
-        for label, match in self.matches.items():
-            found |= {f"match.{label}.{name}": p for name, p in match.named_parameters() if p.requires_grad}
-        return found
-
-    def times(self, name: str) -> float:
-        """How many times as fast as the student this parameter is trained."""
-        return next(
-            (learned.times for label, learned in self.matches.items() if name.startswith(f"match.{label}.")), 1.0
-        )
-
-    def frozen(self) -> dict[str, Tensor]:
-        """What the feature terms hold without training it: filters of the teacher, banks."""
-        held = {
-            f"{label}.{name}": value
-            for label, match in self.matches.items()
-            for name, value in match.state_dict().items()
-        }
-        return {
-            name: value for name, value in held.items() if f"match.{name}" not in self.parameters() and value.numel()
-        }
-
-
-def total_steps(rows: Sequence[Row], settings: Train, together: bool = False) -> int:
-    """How many updates the settings ask for."""
-    if settings.steps is not None:
-        return settings.steps
-    assert settings.epochs is not None
-    per_epoch = len(steps_of_epoch(rows, settings.seed, 0, settings.tokens_per_step, together))
-    return max(1, round(settings.epochs * per_epoch))
 
 
 def learning_rate(settings: Train, step: int, steps: int) -> float:
@@ -141,8 +53,8 @@ def train(
     keep_freed_memory()
     forget_peak()
     settings = job.settings
-    steps = total_steps(job.rows, job.settings, job.together)
-    parameters = job.parameters()
+    steps = job.steps
+    parameters = job.objective.parameters()
     optimizer = _optimizer(job, parameters)
     start = _resume(job, parameters, optimizer)
     job.net.train()
@@ -174,22 +86,21 @@ def train(
 def _step(
     job: TrainingJob, step: int, steps: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """One update from the text of step number `step`."""
+    """One update from the text of step number `step`; returns its line of the metrics."""
     began = time.perf_counter()
-    turn = job.text.step_batch(step, step / steps, job.states)
+    states = job.objective.states
+    text = job.text.step_batch(step, step / steps, states)
     # dropout, where the model has any: a step is replayed to the bit
     torch.manual_seed(job.settings.seed * 2**24 + step)
-    terms = [term.at_step(step / steps, job.states) for term in job.terms]
-    batches = [make_batch(micro_batch) for micro_batch in turn.micro_batches]
-    amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
+    terms = [term.at_step(step / steps, states) for term in job.terms]
+    batches = [make_batch(micro_batch) for micro_batch in text.micro_batches]
+    amounts = _amounts(terms, batches)
     sums = Sums()
     for batch in distributed.share(batches):
-        sums.add(backward(job, batch, terms, amounts, step))
+        sums.add(backward(job, batch, terms, amounts, step=step))
     distributed.add_gradients(parameters.values())
-    whole = Sums()
-    for part in distributed.gather(sums):
-        whole.add(part)
-    means = {t.label: whole.terms.get(t.label, 0.0) / amounts[t.label] if amounts[t.label] else 0.0 for t in terms}
+    sums = _over_ranks(sums)
+    means = {t.label: sums.terms.get(t.label, 0.0) / amounts[t.label] if amounts[t.label] else 0.0 for t in terms}
     loss = sum(t.weight * means[t.label] for t in terms)
     norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), job.settings.clip))
     _check_finite(step, loss, norm, means, batches)
@@ -201,33 +112,39 @@ def _step(
     if job.average is not None:
         job.average.update()
     for term in job.terms:
-        if not amounts[term.label]:
-            continue  # a step without text for this term says nothing to its schedules
-        total, count = whole.measured.get(term.label, (0.0, 0.0))
-        term.after(job.states, (step + 1) / steps, means[term.label], clamped_baseline(total, count) if count else None)
+        if amounts[term.label]:  # a step without text for this term says nothing to its schedules
+            total, count = sums.measured.get(term.label, (0.0, 0.0))
+            measured = clamped_baseline(total, count) if count else None
+            term.after(states, (step + 1) / steps, means[term.label], measured)
+    scheduled = _scheduled(terms)
+    rollout = text.facts | {name: total / count for name, (total, count) in sums.seen.items() if count}
+    tokens = int(sum(batch.tokens_BT.numel() for batch in batches))
     return {
         "step": step + 1,
         "steps": steps,
         "loss": loss,
         "terms": {label: mean for label, mean in means.items() if amounts[label]},  # a term without text has no value
-        **({"scheduled": moving} if (moving := _moving(terms)) else {}),
-        **({"rollout": told} if (told := _told(turn, whole)) else {}),
+        **({"scheduled": scheduled} if scheduled else {}),
+        **({"rollout": rollout} if rollout else {}),
         "grad_norm": norm,
         "lr": rate,
         "response_tokens": int(sum(int(batch.mask_BT.sum()) for batch in batches)),
-        "tokens": (tokens := int(sum(batch.tokens_BT.numel() for batch in batches))),
-        "padding": tokens - sum(len(row) for micro_batch in turn.micro_batches for row in micro_batch),
+        "tokens": tokens,
+        "padding": tokens - sum(len(row) for micro_batch in text.micro_batches for row in micro_batch),
         "seconds": round(time.perf_counter() - began, 4),
         "memory_mib": peak_mib(),
     }
 
 
-def _told(turn: StepBatch, whole: Sums) -> dict[str, float]:
-    """What the source and the monitor say of the text that the student wrote."""
-    return turn.facts | {name: total / count for name, (total, count) in whole.seen.items() if count}
+def _over_ranks(sums: Sums) -> Sums:
+    """The sums of all ranks together."""
+    whole = Sums()
+    for part in distributed.gather(sums):
+        whole.add(part)
+    return whole
 
 
-def _moving(terms: Sequence[TermAtStep]) -> dict[str, float]:
+def _scheduled(terms: Sequence[TermAtStep]) -> dict[str, float]:
     """The scheduled numbers of this step, for the metrics."""
     found = {f"{t.label}.weight": t.weight for t in terms if t.term.weight.shape != "constant"}
     for t in terms:
@@ -249,35 +166,31 @@ def _check_finite(step: int, loss: float, norm: float, means: Mapping[str, float
 
 
 @torch.no_grad()
-def loss_on(job: TrainingJob, batches: Sequence[Batch], progress: float) -> float:
+def loss_on(objective: Objective, batches: Sequence[Batch], progress: float) -> float:
     """The weighted loss of all terms on this text, without a step: what is watched, not trained."""
-    terms = [term.at_step(progress, job.states) for term in job.terms]
-    training = job.net.training
-    amounts = {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
-    job.net.eval()
-    losses = [float(total_loss(terms, amounts, job.matches, _pass(job, batch, 0))[0]) for batch in batches]
-    job.net.train(training)
+    terms = [term.at_step(progress, objective.states) for term in objective.terms]
+    training = objective.net.training
+    amounts = _amounts(terms, batches)
+    objective.net.eval()
+    losses = [float(total_loss(terms, amounts, objective.learned, objective.forward(batch, 0))[0]) for batch in batches]
+    objective.net.train(training)
     return sum(losses)
 
 
-def _pass(job: TrainingJob, batch: Batch, step: int) -> StudentForward:
-    """The teacher's view of a micro-batch, and the student's forward pass."""
-    view = job.teacher(batch)
-    hidden_BTD, found = features(job.net, batch.tokens_BT.to(job.net.device), *job.taps, mixed=batch.mixed)
-    head = head_of(job.net)
-    head = head.cut(job.vocab_size or head.vocab_size)
-    return StudentForward(batch, hidden_BTD[batch.response_positions()], head, found, view, step, job.bank_rows)
+def _amounts(terms: Sequence[TermAtStep], batches: Sequence[Batch]) -> dict[str, float]:
+    """By term label, the weight of its unit over all micro-batches: what its sum is divided by."""
+    return {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
 
 
 def backward(
-    job: TrainingJob, batch: Batch, terms: Sequence[TermAtStep], amounts: Mapping[str, float], step: int = 0
+    job: TrainingJob, batch: Batch, terms: Sequence[TermAtStep], amounts: Mapping[str, float], *, step: int = 0
 ) -> Sums:
     """Forward and backward of one micro-batch; returns each term's sum."""
-    data = _pass(job, batch, step)
-    loss, sums = total_loss(terms, amounts, job.matches, data)
+    forward = job.objective.forward(batch, step)
+    loss, sums = total_loss(terms, amounts, job.objective.learned, forward)
     loss.backward()
     if job.monitor is not None:
-        sums.seen = job.monitor(data)
+        sums.seen = job.monitor(forward)
     return sums
 
 
@@ -288,7 +201,7 @@ def _optimizer(job: TrainingJob, parameters: dict[str, Tensor]) -> torch.optim.A
     for matrices in (True, False):
         for name, p in parameters.items():
             if (p.ndim >= 2) == matrices:
-                times = job.times(name)
+                times = job.objective.rate_multiplier(name)
                 decay = settings.weight_decay if matrices else 0.0
                 group = groups.setdefault((times, matrices), {"params": [], "weight_decay": decay, "times": times})
                 group["params"].append(p)
@@ -298,14 +211,19 @@ def _optimizer(job: TrainingJob, parameters: dict[str, Tensor]) -> torch.optim.A
 def _save(job: TrainingJob, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     if distributed.rank() == 0:
         tensors = {f"weight/{name}": p for name, p in parameters.items()} | {
-            f"frozen/{name}": t for name, t in job.frozen().items()
+            f"frozen/{name}": t for name, t in job.objective.frozen().items()
         }
         for name, p in parameters.items():
             for key, value in optimizer.state[p].items():
                 tensors[f"{key}/{name}"] = value
         if job.average is not None:
             tensors |= {f"average/{name}": tensor for name, tensor in job.average.tensors.items()}
-        state = {"job": job.key, "rows": _rows_key(job.rows), "schedules": job.states, "text": job.text.state()}
+        state = {
+            "job": job.key,
+            "rows": _rows_key(job.rows),
+            "schedules": job.objective.states,
+            "text": job.text.state(),
+        }
         checkpoint.save(job.folder / "checkpoints", step, tensors, state)
     distributed.wait()
 
@@ -323,7 +241,7 @@ def _resume(job: TrainingJob, parameters: dict[str, Tensor], optimizer: torch.op
                 f"{job.folder / 'checkpoints'} belongs to other settings or other text; remove it or choose another"
                 " --out"
             )
-        job.states.update(found.state.get("schedules", {}))
+        job.objective.states.update(found.state.get("schedules", {}))
         job.text.restore(found.state.get("text", {}))
         _restore(job, found.tensors, parameters, optimizer)
     if distributed.rank() == 0:
@@ -346,7 +264,7 @@ def _restore(
             }
     if job.average is not None:
         job.average.restore({name: tensors[f"average/{name}"] for name in job.average.tensors})
-    for label, match in job.matches.items():
+    for label, match in job.objective.learned.items():
         prefix = f"frozen/{label}."
         held = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         if "bank_ME" in held:

@@ -17,8 +17,8 @@ from limbeck.data.batches import Row
 from limbeck.models.load import load_model, save_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.runs import build
 from limbeck.runs.pipeline import Run, run
+from limbeck.runs.resolve import terms_of
 from limbeck.signals.cache import SignalCache
 from tests.conftest import make_net, make_tokenizer
 from tests.models.test_score import PROTOCOLS, on, spoiled, without
@@ -198,9 +198,7 @@ def test_weights_that_are_damaged_or_do_not_answer_alike_are_found(tiny_folder, 
     assert "something else when it is asked again" in said(examine(recipe_of(), tmp_path / "run"))["repeatable"]
 
 
-COMPARING = [
-    name for name in recipe_files() if any(term.name in DIVERGENCES for term in build.terms(load_recipe(name)))
-]
+COMPARING = [name for name in recipe_files() if any(term.name in DIVERGENCES for term in terms_of(load_recipe(name)))]
 
 
 @pytest.mark.parametrize("name", [name for name in COMPARING if load_recipe(name).teacher.model])

@@ -14,6 +14,7 @@ from limbeck.config.recipe import parse
 from limbeck.data.batches import make_batch
 from limbeck.progress import Silent
 from limbeck.runs.pipeline import Run, run
+from limbeck.runs.resolve import resolve
 from limbeck.signals.cache import ids_of
 from limbeck.types import UserError
 
@@ -34,7 +35,7 @@ def made(recipe_data, prompt_file, tmp_path):
     recipe = parse(
         recipe_data | {"teacher": {"model": recipe_data["teacher"], "cache": {"top_k": {"k": K, "bits": 16}}}}
     )
-    job = Run(plain, tmp_path / "plain", Silent())
+    job = Run(resolve(plain), tmp_path / "plain", Silent())
     job.folder.mkdir()
     texts = []
     for row in job.rows(job.text.training(), job.untouched()):

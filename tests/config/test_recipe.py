@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import yaml
+from limbeck.runs.build import terms
 
 from limbeck import RecipeError, UserError, load_recipe
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import parse
-from limbeck.runs.build import terms
 from limbeck.runs.preflight import check
-from limbeck.runs.validate import validate
+from limbeck.runs.resolve import resolve
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_impossible_combinations_are_refused_before_anything_is_loaded(recipe_da
     at[last] = value
     recipe_data["teacher"] = "no/such-model"  # never reached
     with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")) as caught:
-        validate(parse(recipe_data))
+        resolve(parse(recipe_data))
     assert getattr(caught.value, "path", "") == place
 
 
@@ -134,13 +134,13 @@ def test_training_on_a_tasks_own_prompts_is_refused(recipe_data, tmp_path):
 
     recipe_data["prompts"]["from"] = str(task_folders()["everyday"] / "test.jsonl")
     with pytest.raises(RecipeError, match="everyday/explain-t01"):
-        validate(parse(recipe_data))
+        resolve(parse(recipe_data))
 
 
 def test_held_out_prompts_that_are_trained_on_are_refused(recipe_data):
     recipe_data["evaluate"]["prompts"] = recipe_data["prompts"]["from"]
     with pytest.raises(RecipeError, match="training prompts too"):
-        validate(parse(recipe_data))
+        resolve(parse(recipe_data))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_built_in_recipes_are_short_valid_and_named_like_their_file(name):
     assert len(path.read_text().splitlines()) <= 25
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.title
-    validate(recipe)
+    resolve(recipe)
     assert terms(recipe)
 
 

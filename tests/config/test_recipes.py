@@ -6,13 +6,13 @@ import json
 import math
 
 import pytest
+from limbeck.runs.build import terms
 
 from limbeck import load_recipe, run
 from limbeck.config.builtin import recipe_files
 from limbeck.models.load import load_model, save_model
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.runs.build import terms
-from limbeck.runs.validate import validate
+from limbeck.runs.resolve import resolve
 from limbeck.training.scorer import ModelScorer
 from tests import plausible
 from tests.conftest import make_net, make_tokenizer
@@ -38,7 +38,7 @@ def test_a_recipe_is_at_most_25_lines_and_says_where_it_comes_from(name):
     recipe = load_recipe(name)
     assert len(RECIPES[name].read_text().splitlines()) <= 25
     assert recipe.name == name and recipe.title and recipe.paper
-    validate(recipe)
+    resolve(recipe)
 
 
 SMALL = [

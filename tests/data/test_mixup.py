@@ -15,7 +15,7 @@ from limbeck.models.load import Model, head_of
 from limbeck.models.taps import features
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.runs.pipeline import run
-from limbeck.runs.validate import validate
+from limbeck.runs.resolve import resolve
 from limbeck.types import RecipeError
 from tests.conftest import make_net, make_tokenizer
 
@@ -112,4 +112,4 @@ def test_mixed_text_has_its_own_term_and_trains(recipe_data, tmp_path):
 )
 def test_what_a_mixture_cannot_teach_is_refused(recipe_data, changes, match):
     with pytest.raises(RecipeError, match=match):
-        validate(recipe_of(recipe_data, **changes))
+        resolve(recipe_of(recipe_data, **changes))

@@ -20,7 +20,7 @@ from limbeck.config.recipe import parse
 from limbeck.config.sections import Train
 from limbeck.config.teacher import BridgeSettings
 from limbeck.data.batches import Row, make_batch
-from limbeck.models.bridge import BridgedTeacher, Vocabularies
+from limbeck.models.bridge import TeacherOverBridge, Vocabularies
 from limbeck.models.byte_alignment import segments, tokens_of
 from limbeck.models.load import Model, head_of, hidden_states, save_model
 from limbeck.models.teacher import InProcessTeacher
@@ -33,10 +33,11 @@ from limbeck.objectives.total import StudentForward, total_loss
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
-from limbeck.runs.validate import validate
+from limbeck.runs.resolve import resolve
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.signals.dense import DenseSignal
-from limbeck.training.loop import TrainingJob, _optimizer
+from limbeck.training.job import Objective, TrainingJob
+from limbeck.training.loop import _optimizer
 from limbeck.training.setup import _bind
 from limbeck.types import RecipeError, UserError
 from tests.conftest import CORPUS, make_net, make_tokenizer
@@ -386,7 +387,7 @@ BRIDGES = [
 def test_with_equal_tokenizers_every_bridge_is_the_loss_in_one_vocabulary(bridge, name, tiny):
     teacher = InProcessTeacher(Model(make_net(seed=5, vocab_size=len(tiny.tokenizer)), make_tokenizer(), "twin"))
     batch = make_batch(rows_of(tiny, teacher.model))
-    bridged = BridgedTeacher(teacher, tiny, BridgeSettings(**bridge))
+    bridged = TeacherOverBridge(teacher, tiny, BridgeSettings(**bridge))
     logits = torch.randn(int(batch.mask_BT.sum()), len(tiny.tokenizer), generator=torch.Generator().manual_seed(1))
     values, gradient = compared(bridged.view(batch).signal, name, logits)
     want, slope = compared(DenseSignal(*vars_of(teacher.view(batch).signal, len(tiny.tokenizer))), name, logits)
@@ -401,7 +402,7 @@ def vars_of(signal, vocab_size):
 
 def test_a_teacher_with_other_tokens_says_the_chain_rules_product(tiny, other):
     batch = make_batch(rows_of(tiny, other))
-    bridged = BridgedTeacher(InProcessTeacher(other), tiny, BridgeSettings())
+    bridged = TeacherOverBridge(InProcessTeacher(other), tiny, BridgeSettings())
     signal = bridged.view(batch).signal
     done = 0
     for row in rows_of(tiny, other):
@@ -427,7 +428,7 @@ def test_a_teacher_with_other_tokens_says_the_chain_rules_product(tiny, other):
 @pytest.mark.parametrize("loss", [{"forward_kl": {}}, {"uld": {}}, {"dual_space": {}}], ids=str)
 def test_no_split_into_micro_batches_changes_a_bridged_loss(loss, tiny, other):
     rows = rows_of(tiny, other)
-    bridged = BridgedTeacher(InProcessTeacher(other), tiny, BridgeSettings())
+    bridged = TeacherOverBridge(InProcessTeacher(other), tiny, BridgeSettings())
     (name,) = loss
     found = [
         whole_loss(name, [make_batch(part) for part in parts], tiny, bridged)
@@ -515,8 +516,12 @@ def test_dual_space_from_its_formula(crossed):
 def test_projections_are_trained_at_a_rate_of_their_own(tiny, other):
     term = make_term("dual_space", {"projection_rate": 7})
     dual = _bind(term, tiny.net, other.net, 1)
-    job = TrainingJob(tiny.net, [], [term], lambda batch: None, Train(steps=1), Path(), "k", {"dual_space": dual})
-    found = {id(p): group["times"] for group in _optimizer(job, job.parameters()).param_groups for p in group["params"]}
+    job = TrainingJob(Objective(tiny.net, [term], learned={"dual_space": dual}), [], Train(steps=1), Path(), "k")
+    found = {
+        id(p): group["times"]
+        for group in _optimizer(job, job.objective.parameters()).param_groups
+        for p in group["params"]
+    }
     assert {found[id(p)] for p in dual.parameters()} == {7.0} and {found[id(p)] for p in tiny.net.parameters()} == {1.0}
     for params, words in (
         ({"projection_rate": 0}, "projection_rate"),
@@ -630,7 +635,7 @@ def test_what_a_bridge_cant_do_is_refused(pair, change, words):
     for key, value in change.items():
         pair[key] = pair[key] | value if isinstance(value, dict) and key != "student" else value
     with pytest.raises(RecipeError, match=words):
-        validate(parse(pair))
+        resolve(parse(pair))
 
 
 def test_edits_leave_no_rest():
@@ -663,7 +668,7 @@ def test_the_nearest_token_is_that_of_the_least_edit_distance():
 
 def test_a_fused_loss_over_a_bridge_is_the_sum_of_its_rows(tiny, other):
     batch = make_batch(rows_of(tiny, other))
-    signal = BridgedTeacher(InProcessTeacher(other), tiny, BridgeSettings()).view(batch).signal
+    signal = TeacherOverBridge(InProcessTeacher(other), tiny, BridgeSettings()).view(batch).signal
     count, width = int(batch.mask_BT.sum()), 16
     hidden = torch.randn(count, width, generator=torch.Generator().manual_seed(3)).requires_grad_()
     head = Head(torch.randn(len(tiny.tokenizer), width, generator=torch.Generator().manual_seed(4)))

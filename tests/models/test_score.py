@@ -20,7 +20,7 @@ from limbeck.objectives.head import PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
-from limbeck.runs.validate import validate
+from limbeck.runs.resolve import resolve
 from limbeck.signals.sparse import TopK
 from limbeck.types import RecipeError, UserError
 from tests.conftest import make_net
@@ -254,7 +254,7 @@ def test_a_recipe_asks_a_server_for_what_it_can_give(change, says, recipe_data, 
         "loss": ["forward_kl"],
     }
     with pytest.raises(RecipeError, match=says):
-        validate(parse(data))
+        resolve(parse(data))
 
 
 def test_a_server_that_only_wrote_the_text_is_not_asked_again(tiny, tiny_folder, recipe_data, tmp_path):
@@ -323,6 +323,6 @@ def test_what_a_server_names_at_every_step_is_not_kept_too(tiny, tiny_folder, re
     recipe_data |= {"student": {"start": {"pretrained": str(tiny_folder)}}, "loss": ["jsd"]}
     server = {"url": "http://127.0.0.1:1/v1", "name": "toy", "names": 4}
     with pytest.raises(RecipeError, match="leave names or the cache out"):
-        validate(parse(recipe_data | {"teacher": {"server": server, "cache": {"top_k": {}}}}))
+        resolve(parse(recipe_data | {"teacher": {"server": server, "cache": {"top_k": {}}}}))
     with pytest.raises(RecipeError, match=r"teacher.server.names: 20"):
-        validate(parse(recipe_data | {"teacher": {"server": server | {"names": None}}}))
+        resolve(parse(recipe_data | {"teacher": {"server": server | {"names": None}}}))

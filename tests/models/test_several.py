@@ -12,14 +12,14 @@ import torch
 from limbeck.config.recipe import parse
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.load import Model, save_model
-from limbeck.models.several import SeveralTeachers
+from limbeck.models.several import TeacherEnsemble
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES, checked_params
 from limbeck.objectives.head import Head
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
-from limbeck.runs.validate import validate
+from limbeck.runs.resolve import resolve
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.several import GatedSignal, MixedSignal
 from limbeck.types import RecipeError, UserError
@@ -119,14 +119,14 @@ def taught(signal):
 
 def test_each_row_has_the_teachers_of_its_tag(tiny, batch):
     main, maths, other = (teacher_of(tiny, seed) for seed in (1, 2, 3))
-    both = SeveralTeachers([main, maths, other], [1.0, 1.0, 3.0], [None, "maths", None], "mean")
+    both = TeacherEnsemble([main, maths, other], [1.0, 1.0, 3.0], [None, "maths", None], "mean")
     found = taught(both.view(batch).signal)
     row_N = batch.response_positions()[0]
     own = [taught(teacher.signal(batch)) for teacher in (main, maths, other)]
     general = 0.25 * own[0] + 0.75 * own[2]
     assert torch.allclose(found, torch.where((row_N == 0)[:, None], own[1], general), atol=1e-6)
     assert (
-        both.identity != SeveralTeachers([main, maths, other], [1.0, 1.0, 2.0], [None, "maths", None], "mean").identity
+        both.identity != TeacherEnsemble([main, maths, other], [1.0, 1.0, 2.0], [None, "maths", None], "mean").identity
     )
 
 
@@ -140,14 +140,14 @@ def test_the_likeliest_teacher_is_followed_and_a_bad_one_changes_nothing(tiny, b
     )
     best = sums.argmax(1)
     assert len(set(best.tolist())) > 1, "the texts differ in who finds them likely"
-    found = taught(SeveralTeachers(teachers, [1.0] * 3, [None] * 3, "least_cross_entropy").view(batch).signal)
+    found = taught(TeacherEnsemble(teachers, [1.0] * 3, [None] * 3, "least_cross_entropy").view(batch).signal)
     assert torch.allclose(found, torch.stack([own[best[row]][n] for n, row in enumerate(row_N.tolist())]), atol=1e-6)
     worst = int(sums.sum(0).argmin())
     without = [teacher for n, teacher in enumerate(teachers) if n != worst]
     if worst not in best.tolist():
-        again = taught(SeveralTeachers(without, [1.0] * 2, [None] * 2, "least_cross_entropy").view(batch).signal)
+        again = taught(TeacherEnsemble(without, [1.0] * 2, [None] * 2, "least_cross_entropy").view(batch).signal)
         assert torch.allclose(again, found, atol=1e-6)
-    alone = taught(SeveralTeachers(teachers[:1], [2.0], [None], "least_cross_entropy").view(batch).signal)
+    alone = taught(TeacherEnsemble(teachers[:1], [2.0], [None], "least_cross_entropy").view(batch).signal)
     assert torch.allclose(alone, own[0], atol=1e-6), "one teacher is plain distillation"
 
 
@@ -162,9 +162,9 @@ def test_a_recipe_says_what_several_teachers_cannot(recipe_data, tiny_folder):
         ({"beside": [{"model": model, "only": "techer"}]}, "did you mean 'teacher'"),
     ):
         with pytest.raises(RecipeError, match=says):
-            validate(parse({**base, "teacher": {"model": model, **change}}))
+            resolve(parse({**base, "teacher": {"model": model, **change}}))
     with pytest.raises(RecipeError, match="no loss reads"):
-        validate(parse({**base, "loss": ["cross_entropy"], "teacher": {"model": model, "beside": beside}}))
+        resolve(parse({**base, "loss": ["cross_entropy"], "teacher": {"model": model, "beside": beside}}))
     with pytest.raises(RecipeError, match=r"beside\[0\]"):
         check(parse({**base, "teacher": {"model": model, "beside": [{"model": "./nowhere"}]}}))
     one, two = (check(parse({**base, "teacher": {"model": model, "beside": beside * n}})) for n in (0, 1))

@@ -14,7 +14,7 @@ from limbeck.objectives.consistency import LONGEST, common_ends, consistency
 from limbeck.objectives.head import Head
 from limbeck.objectives.term import make_term
 from limbeck.runs.pipeline import run
-from limbeck.runs.validate import validate
+from limbeck.runs.resolve import resolve
 from limbeck.types import RecipeError
 
 ROWS = [
@@ -131,10 +131,10 @@ def test_a_student_becomes_more_consistent(several, tmp_path):
 )  # fmt: skip
 def test_what_it_can_not_be_is_refused(several, loss, match):
     with pytest.raises(RecipeError, match=match):
-        validate(parse({**several, "loss": [loss]}))
+        resolve(parse({**several, "loss": [loss]}))
 
 
 def test_one_answer_to_each_prompt_is_refused(recipe_data):
     assert make_term("consistency", {}).unit == "group"
     with pytest.raises(RecipeError, match="elicit several of them"):
-        validate(parse({**recipe_data, "loss": ["consistency"]}))
+        resolve(parse({**recipe_data, "loss": ["consistency"]}))

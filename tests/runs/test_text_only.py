@@ -14,9 +14,9 @@ from limbeck.elicit.verify import verify
 from limbeck.evaluate.fidelity import Text, fidelity
 from limbeck.evaluate.tasks import load_task
 from limbeck.progress import Silent
-from limbeck.runs import build
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
+from limbeck.runs.resolve import split_prompts, tasks_of
 from limbeck.types import RecipeError, UserError
 from tests.scripted_server import Scripted, answer
 
@@ -61,7 +61,7 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
         asked = len(server.seen)
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     teacher, student = summary["systems"]["teacher"], summary["systems"]["student"]
-    (task,) = build.tasks(served(server.url))
+    (task,) = tasks_of(served(server.url))
     passed = [verify(prompt.check, said(prompt.text)) for prompt in task.prompts if prompt.check]
     assert teacher["everyday/pass_rate"]["value"] == pytest.approx(sum(passed) / len(passed)) and any(passed)
     assert not set(teacher) & {"forward_kl", "perplexity", "own_tokens", "ece"}
@@ -80,7 +80,7 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     (folder / "evaluation" / "summary.json").unlink()
     run(served(server.url), folder)
     assert json.loads((folder / "evaluation" / "summary.json").read_text())["systems"] == summary["systems"]
-    prompts = build.prompts(served(server.url))
+    prompts = split_prompts(served(server.url))
     assert asked == len(prompts[0]) + 2 * len(prompts[1]) + len(
         task.prompts
     )  # held-out ones are asked as training ones, and greedily

@@ -20,10 +20,10 @@ from limbeck.commands.serve import serve
 from limbeck.config.teacher import BridgeSettings, CacheSettings, Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
-from limbeck.models.bridge import BridgedTeacher
+from limbeck.models.bridge import TeacherOverBridge
 from limbeck.models.load import Model, load_model
 from limbeck.models.score import ServerScorer
-from limbeck.models.several import SeveralTeachers
+from limbeck.models.several import TeacherEnsemble
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES, checked_params
@@ -103,7 +103,7 @@ def served_and_kept(protocol):
 
 @contextmanager
 def several(teacher, folder):
-    yield lambda batch: SeveralTeachers([teacher, teacher], [1.0, 2.0], [None, None], "mean").view(batch).signal
+    yield lambda batch: TeacherEnsemble([teacher, teacher], [1.0, 2.0], [None, None], "mean").view(batch).signal
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def real_server(teacher, folder):
 def bridged(**settings):
     @contextmanager
     def open_(teacher, _):
-        bridge = BridgedTeacher(teacher, teacher.model, BridgeSettings(**settings))
+        bridge = TeacherOverBridge(teacher, teacher.model, BridgeSettings(**settings))
         yield lambda batch: bridge.view(batch).signal
 
     return open_

@@ -21,6 +21,7 @@ from limbeck.objectives.term import make_term
 from limbeck.objectives.total import Sums, Taps
 from limbeck.signals.dense import DenseSignal
 from limbeck.training import loop as train
+from limbeck.training.job import Objective, TrainingJob
 from limbeck.training.prepare import fill_bank
 
 
@@ -43,24 +44,28 @@ MIXES = {
 }  # fmt: skip
 
 
-def make_job(tiny, mix, folder=Path("unused"), **settings) -> train.TrainingJob:
+def make_job(tiny, mix, folder=Path("unused"), **settings) -> TrainingJob:
     """A student of three layers; feature terms bound, banks filled."""
     teacher, net = InProcessTeacher(tiny), drop_layers(tiny.net, [0, 1, 3])
     terms = [make_term(name, params, 0.3 + 0.2 * i) for i, (name, params) in enumerate(MIXES[mix])]
     matches = {term.label: Match(term.match, (3, 4), (32, 32), 0).to(tiny.net.dtype) for term in terms if term.match}
     taps = [Taps(*map(frozenset, wanted(list(matches.values()), side))) for side in (0, 1)]
     values = {"steps": 4, "tokens_per_step": 40, "lr": 1e-3, "save_seconds": 1e9, "seed": 1, **settings}
-    job = train.TrainingJob(
-        net, ROWS, terms, lambda batch: teacher.view(batch, taps[1]), Train(**values), folder, "key", matches, taps[0]
+    bank_rows = {row.sample_id: number for number, row in enumerate(ROWS)}
+    objective = Objective(
+        net, terms, lambda batch: teacher.view(batch, taps[1]), learned=matches, taps=taps[0], bank_rows=bank_rows
     )
-    job.bank_rows = {row.sample_id: number for number, row in enumerate(ROWS)}
     for match in matches.values():
         if match.settings.name == "contrast":
-            fill_bank(match, tiny.net, ROWS, job.bank_rows, lambda done, total: None)
-    return job
+            fill_bank(match, tiny.net, ROWS, bank_rows, lambda done, total: None)
+    return TrainingJob(objective, ROWS, Train(**values), folder, "key")
 
 
-def gradients(job: train.TrainingJob, split, pad_id: int = 0):
+def with_terms(job, terms, rows=None):
+    return replace(job, objective=replace(job.objective, terms=terms), rows=rows or job.rows)
+
+
+def gradients(job: TrainingJob, split, pad_id: int = 0):
     terms, batches = (
         [term.at_step(0.0, {}) for term in job.terms],
         [make_batch(job.rows, micro, pad_id) for micro in split],
@@ -69,7 +74,7 @@ def gradients(job: train.TrainingJob, split, pad_id: int = 0):
     sums = Sums()
     for batch in batches:
         sums.add(train.backward(job, batch, terms, amounts))
-    return {name: p.grad for name, p in job.parameters().items() if p.grad is not None}, sums
+    return {name: p.grad for name, p in job.objective.parameters().items() if p.grad is not None}, sums
 
 
 def assert_same(got, want) -> None:
@@ -99,10 +104,10 @@ def test_terms_on_some_rows_are_divided_by_those_rows_alone(tiny):
     batch = make_batch(ROWS, (0, 1, 2, 3))
     assert batch.amount("token", "teacher") == sum(len(ROWS[i].response_ids) * ROWS[i].weight for i in (0, 2))
     assert batch.amount("row", "untouched") == 2 and batch.amount("group") == 2
-    job.terms = [make_term("forward_kl", {"only": "teacher"})]
+    job = with_terms(job, [make_term("forward_kl", {"only": "teacher"})])
     both, _ = gradients(job, [(0, 1, 2, 3)])
     alone_job = make_job(tiny, "vocabulary")
-    alone_job.terms = [make_term("forward_kl", {})]
+    alone_job = with_terms(alone_job, [make_term("forward_kl", {})])
     alone, _ = gradients(alone_job, [(0, 2)])
     assert_same(both, alone)
 
@@ -110,10 +115,11 @@ def test_terms_on_some_rows_are_divided_by_those_rows_alone(tiny):
 def test_weights_of_tokens_count(tiny):
     tiny.net.double()
     job = make_job(tiny, "vocabulary")
-    job.terms, job.rows = [make_term("cross_entropy", {})], [replace(ROWS[0], weight=3.0), replace(ROWS[2], weight=1.0)]
+    terms = [make_term("cross_entropy", {})]
+    job = with_terms(job, terms, [replace(ROWS[0], weight=3.0), replace(ROWS[2], weight=1.0)])
     heavy, _ = gradients(job, [(0, 1)])
     again = make_job(tiny, "vocabulary")
-    again.terms, again.rows = job.terms, [replace(ROWS[0], weight=1.0)] * 3 + [replace(ROWS[2], weight=1.0)]
+    again = with_terms(again, terms, [replace(ROWS[0], weight=1.0)] * 3 + [replace(ROWS[2], weight=1.0)])
     repeated, _ = gradients(again, [(0, 1, 2, 3)])
     assert_same(heavy, repeated)
 
@@ -182,7 +188,7 @@ def test_a_stopped_run_of_any_family_goes_on_bit_for_bit(tiny, tmp_path, mix):
             folder.mkdir(exist_ok=True)
             job, done = make_job(tiny, mix, folder), []
             if (folder / "checkpoints").exists():
-                for match in job.matches.values():
+                for match in job.objective.learned.values():
                     match.bank_ME = match.bank_ME[:0]
                     torch.nn.utils.vector_to_parameters(
                         torch.zeros(sum(p.numel() for p in match.parameters())), match.parameters()

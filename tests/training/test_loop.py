@@ -19,6 +19,7 @@ from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
 from limbeck.objectives.total import Sums
 from limbeck.training import loop as train
+from limbeck.training.job import Objective, TrainingJob
 from limbeck.types import UserError
 from tests.conftest import make_net
 
@@ -35,7 +36,8 @@ def make_job(tiny, tmp_path):
         folder.mkdir(exist_ok=True)
         values = {"steps": 9, "tokens_per_step": 30, "lr": 1e-3, "save_seconds": 1e9, "seed": 1, **settings}
         terms = [make_term(term, {}, 0.5) for term in names]
-        return train.TrainingJob(net, ROWS, terms, InProcessTeacher(tiny).view, Train(**values), folder, "key")
+        objective = Objective(net, terms, InProcessTeacher(tiny).view)
+        return TrainingJob(objective, ROWS, Train(**values), folder, "key")
 
     return make
 
@@ -132,9 +134,8 @@ def test_a_student_equal_to_its_teacher_is_not_moved(tiny, tmp_path):
     net = copy.deepcopy(tiny.net)
     (tmp_path / "run").mkdir()
     settings = Train(steps=2, tokens_per_step=30, lr=1e-3)
-    job = train.TrainingJob(
-        net, ROWS, [make_term("forward_kl", {}, 1.0)], InProcessTeacher(tiny).view, settings, tmp_path / "run", "k"
-    )
+    objective = Objective(net, [make_term("forward_kl", {}, 1.0)], InProcessTeacher(tiny).view)
+    job = TrainingJob(objective, ROWS, settings, tmp_path / "run", "k")
     train.train(job)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert abs(records[0]["loss"]) < 1e-6 and records[0]["grad_norm"] < 1e-4

@@ -23,7 +23,7 @@ from limbeck.signals.dense import DenseSignal
 from limbeck.storage.store import Store
 from limbeck.training import loop as train
 from limbeck.training.prepare import response_log_probs
-from limbeck.training.setup import make_job
+from limbeck.training.setup import TrainingPlan, make_job
 from tests.conftest import make_net
 
 BOTH = [
@@ -53,17 +53,9 @@ def job(tiny, tmp_path):
         terms = [make_term(name, params, 1.0, f"loss.{name}") for name, params in loss]
         values = Train(**{"steps": 4, "tokens_per_step": 20, "lr": 1e-3, "save_seconds": 1e9, **settings})
         teacher = InProcessTeacher(tiny)
-        return make_job(
-            terms,
-            student,
-            given or rows(),
-            lambda: teacher,
-            None,
-            values,
-            tmp_path / folder,
-            "k",
-            tmp_path / "store.sqlite",
-        )
+        store = tmp_path / "store.sqlite"
+        plan = TrainingPlan(terms, given or rows(), values, tmp_path / folder, key="k", store=store)
+        return make_job(plan, student, lambda: teacher)
 
     return make
 

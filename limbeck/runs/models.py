@@ -1,0 +1,217 @@
+"""The models of a run by the part they play: teacher, server, student before training, judge. Each is loaded when first
+needed, and once; the runs of a comparison share the teacher.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from limbeck.config.teacher import BridgedTeacher, ServedTeacher
+from limbeck.elicit.engine import Answerer
+from limbeck.models.api import ApiTeacher
+from limbeck.models.batch import BatchTeacher
+from limbeck.models.bridge import has_other_tokens
+from limbeck.models.load import Model, header_of, is_ready, load_model, load_tokenizer, model_identity
+from limbeck.models.prune import Calibration, Choice
+from limbeck.models.score import ServerScorer
+from limbeck.models.start import begin, choose
+from limbeck.models.teacher import InProcessTeacher
+from limbeck.models.teacher_interface import Teacher
+from limbeck.objectives.policy import POLICIES
+from limbeck.progress import Reporter
+from limbeck.runs.resolve import Method
+from limbeck.storage.files import write_json
+from limbeck.storage.metrics_log import read_json
+from limbeck.training.scorer import ModelScorer
+from limbeck.types import UserError
+
+
+@dataclass
+class RunModels:
+    """The models of the run in `folder`.
+
+    Args:
+        calibration: texts by which a pruned student's layers are chosen, as many as asked for.
+        progress: told (done, total, what) during long work; may raise StoppedError.
+        billed: (answers, tokens read, tokens written) of the server so far.
+        shared: the models of the run whose teacher this one uses, too.
+    """
+
+    method: Method
+    folder: Path
+    reporter: Reporter
+    calibration: Callable[[int], Calibration]
+    progress: Callable[[int, int, str], None]
+    billed: Callable[[], tuple[int, int, int]]
+    shared: RunModels | None = None
+    loaded: dict[str, InProcessTeacher] = field(default_factory=dict)
+
+    # The teacher
+
+    @property
+    def teacher(self) -> InProcessTeacher:
+        """The recipe's `teacher.model`, in process."""
+        source = self.method.recipe.teacher.model
+        assert source is not None
+        return self.load(source)
+
+    def load(self, source: str) -> InProcessTeacher:
+        """A model as a teacher in process, shown what the recipe says."""
+        if self.shared is not None:
+            return self.shared.load(source)
+        if source not in self.loaded:
+            self.reporter.note(f"loading the teacher, {source}")
+            self.loaded[source] = InProcessTeacher(load_model(source).with_context(self.method.prompt_context))
+        return self.loaded[source]
+
+    def release(self) -> None:
+        """Forget the teachers that were loaded; the runs of a comparison keep theirs."""
+        if self.shared is None:
+            self.loaded.clear()
+
+    @cached_property
+    def other_tokens(self) -> bool:
+        """Whether the teacher has tokens of its own, so that student and teacher share text alone."""
+        teacher = self.method.recipe.teacher
+        student = self.method.recipe.student.start.pretrained
+        return isinstance(teacher, BridgedTeacher) and student is not None and has_other_tokens(teacher, student)
+
+    @property
+    def reference(self) -> InProcessTeacher | None:
+        """The teacher that systems are measured against; None where its weights are not here, or it has other
+        tokens."""
+        return None if self.method.recipe.teacher.model is None or self.other_tokens else self.teacher
+
+    @cached_property
+    def reader(self) -> Model:
+        """In whose tokens the held-out text is."""
+        return self.initial_student() if self.reference is None else self.teacher.model
+
+    @cached_property
+    def teacher_identity(self) -> str:
+        """What the teacher is called in request keys, without loading its weights."""
+        source = self.method.recipe.teacher.model
+        if source is None:
+            return self.server_identity
+        if not is_ready(source):
+            self.reporter.note(f"fetching and converting {source}, once")
+        return Model.named(model_identity(source), self.method.prompt_context)
+
+    # The server
+
+    @cached_property
+    def server(self) -> ApiTeacher | None:
+        """The server that writes the teacher's text, where there is one."""
+        if self.shared is not None:
+            return self.shared.server
+        server = served(self.method)
+        if server is not None and server.identity != self.server_identity:
+            raise UserError(
+                f"the server's model is {server.identity}, and this run's text is {self.server_identity}'s: give"
+                " another --out"
+            )
+        if server is not None:
+            server.begin_with(*self.billed())
+        return server
+
+    @cached_property
+    def server_identity(self) -> str:
+        """What the served model is called; a server is asked once, so that a run whose text is there needs it no
+        more."""
+        if self.shared is not None:
+            return self.shared.server_identity
+        kept = read_json(self.folder / "inputs.json") or {}
+        if "server" in kept:
+            return str(kept["server"])
+        server = served(self.method)
+        assert server is not None
+        return server.identity
+
+    @cached_property
+    def server_scorer(self) -> ServerScorer | None:
+        """The server as one that scores text, where that is all there is of the teacher's distribution."""
+        settings = self.method.recipe.teacher
+        if not isinstance(settings, ServedTeacher) or settings.named_tokens is None or self.server is None:
+            return None
+        reads_written = any(
+            term.name in POLICIES and "teacher_distribution" in term.reads for term in self.method.terms
+        )
+        tokenizer = load_tokenizer(self.method.recipe.speaker)
+        return ServerScorer(self.server, settings.named_tokens, tokenizer, reads_written)
+
+    def scoring_server(self) -> Teacher:
+        assert self.server_scorer is not None
+        return self.server_scorer
+
+    # The student before training
+
+    def choice(self) -> Choice | None:
+        """Which layers the student keeps: decided once, kept in `start.json`."""
+        file = self.folder / "start.json"
+        if file.exists():
+            kept = json.loads(file.read_text())
+            if not kept:
+                return None
+            return Choice(tuple(kept["kept"]), tuple((layer, cost) for layer, cost in kept["drops"]))
+
+        def calibration() -> Calibration:
+            prune = self.method.recipe.student.start.prune
+            assert prune is not None
+            return self.calibration(prune.calibration)
+
+        def progress(done: int, total: int) -> None:
+            self.progress(done, total, "choosing which layers to keep")
+
+        chosen = choose(self.method.recipe.student, lambda: self.teacher.model, calibration, progress)
+        write_json(file, asdict(chosen) if chosen else {})
+        if chosen and chosen.drops:
+            layers = ", ".join(f"{layer} ({cost:.2f})" for layer, cost in chosen.drops)
+            self.reporter.note(f"dropped layers {layers} (KL so far)")
+        return chosen
+
+    def initial_student(self) -> Model:
+        """The student before training."""
+        recipe = self.method.recipe
+        return begin(recipe.student, lambda: self.teacher.model, self.choice(), recipe.train.seed)
+
+    @cached_property
+    def initial_identity(self) -> str:
+        """What the student before training is called; the same weights have the same name."""
+        return self.initial_student().identity
+
+    # By the names that writers and steps of elicitation give them: see `elicit.training_text.TextModels`
+
+    def writer(self, name: str) -> Answerer:
+        if name == "untouched":
+            return InProcessTeacher(self.initial_student())
+        return self.server or self.teacher
+
+    def writer_identity(self, name: str) -> str:
+        if name == "untouched":
+            return self.initial_identity
+        return self.teacher_identity if self.method.recipe.teacher.server is None else self.server_identity
+
+    def scorer(self, by: str) -> ModelScorer:
+        if by == "untouched":
+            return ModelScorer(self.initial_student())
+        return ModelScorer(load_model(by) if by else self.teacher.model)
+
+    def scorer_identity(self, by: str) -> str:
+        if by == "untouched":
+            return self.initial_identity
+        return model_identity(by) if by else self.teacher_identity
+
+    def header(self) -> str | None:
+        return header_of(load_tokenizer(self.method.recipe.speaker))
+
+
+def served(method: Method) -> ApiTeacher | None:
+    """The server that writes the teacher's text, where the recipe names one."""
+    server = method.recipe.teacher.server
+    if server is None:
+        return None
+    return BatchTeacher(server) if server.batch else ApiTeacher(server)

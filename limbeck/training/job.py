@@ -1,0 +1,151 @@
+"""What one training is made of: the objective of a micro-batch, the text, the settings, and where its state is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from limbeck.config.sections import Train
+from limbeck.data.batches import FixedText, Row, Source, steps_of_epoch
+from limbeck.data.mixup import Mixed
+from limbeck.models.load import head_of
+from limbeck.models.taps import features
+from limbeck.models.teacher_interface import MovingAverage
+from limbeck.objectives.schedule import State
+from limbeck.objectives.term import Term
+from limbeck.objectives.total import NO_TAPS, Learned, StudentForward, Taps, TeacherView
+from limbeck.types import Batch
+
+
+def no_teacher(_: Batch) -> TeacherView:
+    """The view of a teacher that no term reads."""
+    return TeacherView()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss of a micro-batch is computed from.
+
+    Args:
+        net: the student.
+        terms: the recipe's losses.
+        teacher: the teacher's side of a micro-batch.
+        learned: what losses learn beside the student, by term label.
+        taps: the layers of the student that losses read.
+        bank_rows: each sample's row in the losses' banks.
+        vocab_size: how many tokens are compared, where the student's head has more rows than the teacher's.
+        states: of the adaptive schedules; kept in checkpoints.
+    """
+
+    net: PreTrainedModel
+    terms: Sequence[Term]
+    teacher: Callable[[Batch], TeacherView] = no_teacher
+    learned: Mapping[str, Learned] = field(default_factory=dict)
+    taps: Taps = NO_TAPS
+    bank_rows: Mapping[str, int] = field(default_factory=dict)
+    vocab_size: int | None = None
+    states: dict[str, State] = field(default_factory=dict)
+
+    @property
+    def keeps_groups(self) -> bool:
+        """Whether the answers to one prompt must share a micro-batch."""
+        return any(term.unit == "group" for term in self.terms)
+
+    def forward(self, batch: Batch, step: int) -> StudentForward:
+        """The teacher's side of a micro-batch, and the student's forward pass."""
+        view = self.teacher(batch)
+        hidden_BTD, states = features(self.net, batch.tokens_BT.to(self.net.device), *self.taps, mixed=batch.mixed)
+        head = head_of(self.net)
+        return StudentForward(
+            batch,
+            hidden_ND=hidden_BTD[batch.response_positions()],
+            head=head.cut(self.vocab_size or head.vocab_size),
+            features=states,
+            teacher=view,
+            step=step,
+            bank_rows=self.bank_rows,
+        )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """All that is trained: the student's weights and what losses learn."""
+        parameters: dict[str, Tensor] = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        for label, match in self.learned.items():
+            parameters |= {f"match.{label}.{name}": p for name, p in match.named_parameters() if p.requires_grad}
+        return parameters
+
+    def frozen(self) -> dict[str, Tensor]:
+        """What losses hold without training it: filters of the teacher, banks."""
+        tensors = {
+            f"{label}.{name}": value
+            for label, match in self.learned.items()
+            for name, value in match.state_dict().items()
+        }
+        trained = self.parameters()
+        return {name: value for name, value in tensors.items() if f"match.{name}" not in trained and value.numel()}
+
+    def rate_multiplier(self, name: str) -> float:
+        """How many times the student's learning rate a parameter is trained at."""
+        return next(
+            (learned.times for label, learned in self.learned.items() if name.startswith(f"match.{label}.")), 1.0
+        )
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """All that one training needs.
+
+    Args:
+        rows: the text that is there before the training.
+        settings: steps, rates, seed.
+        folder: receives `checkpoints/` and `metrics.jsonl`.
+        key: names the job in its checkpoints; one of another name is refused.
+        source: where the steps' text comes from; by default the rows, in an order that the seed decides.
+        prepare: called before the first step of all, and again where a run is killed before its first checkpoint.
+        average: the student's moving average, where that teaches.
+        monitor: looks at each micro-batch that the student wrote; (sum, count) by name.
+    """
+
+    objective: Objective
+    rows: Sequence[Row]
+    settings: Train
+    folder: Path
+    key: str
+    source: Source | None = None
+    prepare: Callable[[], None] = lambda: None
+    average: MovingAverage | None = None
+    monitor: Callable[[StudentForward], dict[str, tuple[float, float]]] | None = None
+
+    @property
+    def net(self) -> PreTrainedModel:
+        return self.objective.net
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        return self.objective.terms
+
+    @cached_property
+    def text(self) -> Source:
+        """Where the steps' text comes from."""
+        if self.source is not None:
+            return self.source
+        text = FixedText(self.rows, self.settings.seed, self.settings.tokens_per_step, self.objective.keeps_groups)
+        return text if self.settings.mixup is None else Mixed(text, self.settings.seed, self.settings.mixup)
+
+    @property
+    def steps(self) -> int:
+        """How many updates there will be."""
+        return total_steps(self.rows, self.settings, self.objective.keeps_groups)
+
+
+def total_steps(rows: Sequence[Row], settings: Train, together: bool = False) -> int:
+    """How many updates the settings ask for."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None
+    per_epoch = len(steps_of_epoch(rows, settings.seed, 0, settings.tokens_per_step, together))
+    return max(1, round(settings.epochs * per_epoch))

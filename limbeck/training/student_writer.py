@@ -1,0 +1,253 @@
+"""The student as a writer, wired up: who asks it, in process or through a server, and what stands beside its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from limbeck.config.recipe import Recipe
+from limbeck.config.sections import JointSettings, Rollout, Server
+from limbeck.data.batches import CHOSEN, REJECTED, FixedText, Row, make_batch
+from limbeck.models.copy import Copy
+from limbeck.models.generate import Completion, GenerationJob, Joint, SecondModel, write
+from limbeck.models.joint import Mixture, Speculation
+from limbeck.models.load import Model, head_of
+from limbeck.models.vllm import VllmWriter
+from limbeck.objectives.policy import POLICIES
+from limbeck.objectives.schedule import Schedule
+from limbeck.objectives.term import STUDENT, Term
+from limbeck.objectives.total import TeacherView
+from limbeck.progress import StoppedError
+from limbeck.training import distributed
+from limbeck.training.job import TrainingJob
+from limbeck.training.loop import loss_on
+from limbeck.training.prepare import Remembered, even_batches, with_columns
+from limbeck.training.rollout import Rollouts
+from limbeck.types import Batch, UserError, content_hash
+
+Stop = Callable[[], bool]
+Watch = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class StudentWriting:
+    """How the student writes while it trains.
+
+    Args:
+        slots: the training prompts as rows without a response.
+        share: the student's share of the text; `fresh`, how much of that is written anew.
+        max_length: how many tokens student and teacher both can read.
+        second_model: loads the model that writes together with the student, where the recipe has two write one text.
+    """
+
+    recipe: Recipe
+    slots: Sequence[Row]
+    share: Schedule
+    fresh: Schedule
+    max_length: int
+    second_model: Callable[[], Model]
+    stop: Stop = lambda: False
+
+    @property
+    def settings(self) -> Rollout:
+        return self.recipe.rollout or Rollout()
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """The tags that its text will have."""
+        tags = frozenset(tag for slot in self.slots for tag in slot.tags) | {STUDENT}
+        if not self.recipe.all_answer:
+            return tags
+        return tags | {CHOSEN if self.recipe.writer[0].by == STUDENT else REJECTED}
+
+
+def watch_prompts(job: TrainingJob, writing: StudentWriting) -> tuple[TrainingJob, Watch | None, Sequence[Row]]:
+    """For an adaptive share: (the job without the rows that are watched, the loss on those, the slots without theirs).
+
+    Raises:
+        UserError: a prompt that leaves no room for an answer, or too few prompts to watch some.
+    """
+    _check_room(writing)
+    if writing.share.shape != "plateau":
+        return job, None, writing.slots
+    prompts = writing.settings.validation.prompts
+    groups = sorted(
+        {row.group for row in job.rows}, key=lambda group: content_hash([job.settings.seed, "watched", group])
+    )
+    if len(groups) < 2 * prompts:
+        raise UserError(
+            f"an adaptive share watches the text of {prompts} prompts, and there are {len(groups)}: add prompts"
+        )
+    watched = set(groups[:prompts])
+    settings = job.settings.model_copy(update={"steps": job.steps, "epochs": None})  # as many as without watching
+    watched_rows = [row for row in job.rows if row.group in watched]
+    batches = [make_batch(watched_rows, micro_batch) for micro_batch in even_batches(watched_rows)]
+    job = replace(job, rows=[row for row in job.rows if row.group not in watched], settings=settings)
+    slots = [slot for slot in writing.slots if slot.group not in watched]
+    return job, partial(loss_on, job.objective, batches), slots
+
+
+def rollouts(
+    writing: StudentWriting,
+    job: TrainingJob,
+    student: Model,
+    slots: Sequence[Row],
+    *,
+    scores: Remembered | None,
+    watched: Watch | None,
+) -> Rollouts:
+    """The student's text, mixed with the job's rows where there are any, as the source of the steps' text."""
+    recipe = writing.recipe
+    settings = writing.settings
+    writer = recipe.student_writer
+    assert writer is not None
+    fixed = None
+    if job.rows:
+        share = (
+            len(recipe.fixed_writers) / len(recipe.writer) if recipe.all_answer else 1.0
+        )  # the rest is the student's
+        tokens = max(1, round(share * job.settings.tokens_per_step))
+        fixed = FixedText(job.rows, job.settings.seed, tokens, recipe.all_answer)
+    return Rollouts(
+        slots=slots,
+        fixed=fixed,
+        write=_writer_of(writing, job, student, slots),
+        writer=writer,
+        settings=settings,
+        share=writing.share,
+        fresh=writing.fresh,
+        seed=job.settings.seed,
+        tokens_per_step=job.settings.tokens_per_step,
+        ends=student.eos_ids,
+        order=[each.by for each in recipe.writer] if recipe.all_answer else [],
+        columns=_columns(job, scores),
+        watched=watched,
+    )
+
+
+def remember_scores(terms: Sequence[Term], view: Callable[[Batch], TeacherView]) -> Remembered | None:
+    """The teacher as one that scores whole responses first and shows the same again, where a policy needs that."""
+    return Remembered(view) if _spanning(terms) else None
+
+
+def _spanning(terms: Sequence[Term]) -> list[Term]:
+    """The terms that read numbers computed of whole responses."""
+    return [term for term in terms if term.name in POLICIES and POLICIES[term.name].prepare is not None]
+
+
+def _columns(job: TrainingJob, scores: Remembered | None) -> Callable[[list[Row], float], list[Row]]:
+    """Adds what the job's policies read of whole responses."""
+    if scores is None:
+        return lambda rows, _: rows
+    terms = _spanning(job.terms)
+
+    def columns(rows: list[Row], progress: float) -> list[Row]:
+        policies = [(POLICIES[term.name], term.at_step(progress, job.objective.states).params) for term in terms]
+        return with_columns(rows, scores, policies)
+
+    return columns
+
+
+# Asking the student
+
+
+def _writer_of(
+    writing: StudentWriting, job: TrainingJob, student: Model, slots: Sequence[Row]
+) -> Callable[[Sequence[GenerationJob]], list[Completion]]:
+    settings = writing.settings
+    if settings.through is not None:
+        server = _server(settings.through, job, student, settings.rows)
+        if distributed.rank() == 0:  # so that a server that can't do it is found out now
+            server.sync(student.net, student.tokenizer)
+            server.probe(student.net, slots[0].prompt_ids)
+        return partial(_ask_server, student, server, writing.stop)
+    asker = _InProcess(
+        student,
+        rows=settings.rows,
+        second=None if settings.joint is None else SecondModel(writing.second_model().net, joint(settings.joint)),
+        copy=None if settings.dtype is None else Copy(student.net, getattr(torch, settings.dtype)),
+        stop=writing.stop,
+    )
+    return asker.ask
+
+
+def joint(settings: JointSettings) -> Joint:
+    """How two models write one text."""
+    if settings.teacher_share is not None:
+        return Mixture(settings.teacher_share, settings.teacher_temperature)
+    assert settings.teacher_top_k is not None
+    return Speculation(settings.teacher_top_k, settings.teacher_temperature)
+
+
+@dataclass(frozen=True)
+class _InProcess:
+    """The student's own modules, or a copy of them in another precision, alone or with a second model."""
+
+    student: Model
+    rows: int
+    second: SecondModel | None
+    copy: Copy | None
+    stop: Stop
+
+    def ask(self, jobs: Sequence[GenerationJob]) -> list[Completion]:
+        """The answers, in the order of the jobs; each rank writes its part."""
+        student = self.student
+        own_jobs = jobs[distributed.rank() :: distributed.world_size()]
+        training = student.net.training
+        student.net.eval()
+        written = write(
+            student.net if self.copy is None else self.copy.now(),
+            own_jobs,
+            student.eos_ids,
+            self.rows,
+            stop=self.stop if distributed.world_size() == 1 else lambda: False,
+            tokens=student.vocab_size,
+            record=True,
+            beside=self.second,
+        )
+        completions = {completion.index: completion for completion in written}
+        student.net.train(training)
+        if len(completions) < len(own_jobs):
+            raise StoppedError("stopped while the student wrote; the step has not begun")
+        parts = [iter(part) for part in distributed.gather([completions[index] for index in range(len(own_jobs))])]
+        return [next(parts[number % len(parts)]) for number in range(len(jobs))]
+
+
+def _server(through: Server, job: TrainingJob, student: Model, rows: int) -> VllmWriter:
+    return VllmWriter(
+        through.vllm,
+        job.folder / "vllm",
+        student.eos_ids,
+        student.vocab_size,
+        rows=head_of(student.net).vocab_size,
+        model=through.model,
+        folder_there=through.folder_there,
+        together=rows,
+    )
+
+
+def _ask_server(student: Model, server: VllmWriter, stop: Stop, jobs: Sequence[GenerationJob]) -> list[Completion]:
+    """The same from a server that is given the student's weights first; the first rank asks for all."""
+    completions: list[Completion] = []
+    if distributed.rank() == 0:
+        server.sync(student.net, student.tokenizer)
+        completions = server.write(jobs, stop)
+    completions = distributed.gather(completions)[0]
+    if len(completions) < len(jobs):
+        raise StoppedError("stopped while the student wrote; the step has not begun")
+    return completions
+
+
+def _check_room(writing: StudentWriting) -> None:
+    writer = writing.recipe.student_writer
+    assert writer is not None
+    for slot in writing.slots:
+        longest = max(len(slot.prompt_ids), len(slot.teacher_prompt_ids or ()))
+        if longest + writer.max_tokens > writing.max_length:
+            raise UserError(
+                f"the prompt {slot.group!r} takes {longest} tokens and leaves no room for {writer.max_tokens} more in a"
+                f" context of {writing.max_length}: shorten it, or lower the student's max_tokens"
+            )
