@@ -45,7 +45,7 @@ def write_answers(model, prompts, seed):
 
 
 def mean_loss(teacher, net, rows):
-    """LOSS per answer token, by the chunked head: `fused_loss` makes the logits a chunk at a time, never [N, V] at once.
+    """LOSS per answer token, by the chunked head: `fused_loss` makes the logits a chunk at a time, never all at once.
 
     distill_minimal.py has the plain version: logits and `limbeck.divergence`.
     """
