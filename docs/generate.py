@@ -9,6 +9,7 @@ A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; whatever i
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import statistics
@@ -26,8 +27,25 @@ from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
 from limbeck.report.verdict import compare_verdict
 
+FOLDERS = {
+    "": "the public names, the command line, and the nouns that all share",
+    "commands": "the verbs that are more than a call of `runs`",
+    "runs": "a recipe as a whole: resolved, checked, priced, run, compared",
+    "evaluate": "what was kept: fidelity, tasks, a judge, statistics",
+    "training": "one training: its parts, its loop, the student as writer",
+    "models": "models in process and behind servers: loaded, started, asked, and beside the student as teachers",
+    "signals": "the teacher's side of the positions that are trained: whole, in part, over a bridge, kept in files",
+    "elicit": "the text: prompts, steps of elicitation, verifiers, the engine that asks",
+    "report": "the page, from a run folder alone; imports nothing that trains",
+    "objectives": "the losses: pure functions on tensors",
+    "data": "the order of the text and its batches",
+    "config": "a recipe: its sections, their defaults and ranges",
+    "storage": "files that are whole or absent, the store of answers, checkpoints",
+}  # from the top floor down; a file imports from floors below its own, and from its own folder
 DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "limbeck"
 PAGES = (
+    DOCS / "architecture.md",
     DOCS / "objectives.md",
     DOCS / "writers.md",
     DOCS / "elicitation.md",
@@ -356,9 +374,28 @@ def bridges() -> str:
     return f"{told}\n\n{table(titles, rows)}"
 
 
+def house() -> str:
+    """Every folder of the package from the top floor down, and what each of its files is for, in its own words."""
+    lines = []
+    for folder, what in FOLDERS.items():
+        files = sorted((PACKAGE / folder).glob("*.py" if folder in ("", "commands") else "**/*.py"))
+        files += sorted((PACKAGE / folder).glob("*/*.py")) if folder == "commands" else []
+        lines += [f"**`{'/'.join(filter(None, ('limbeck', folder)))}/`**: {what}", ""]
+        lines += [f"- `{file.relative_to(PACKAGE / folder)}`: {first_sentence(file)}" for file in files]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def first_sentence(file: Path) -> str:
+    """The first sentence of a module's docstring, in one line."""
+    docstring = " ".join((ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split())
+    return re.split(r"(?<=[.?!])\s", docstring, maxsplit=1)[0].rstrip(".")
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
+        house,
         divergences,
         ranking,
         features,
