@@ -20,7 +20,7 @@ from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.match import MATCHES
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
-from limbeck.runs.build import terms
+from limbeck.runs.resolve import terms_of
 from limbeck.signals.sparse import Sampled, TextSignal, TopK
 from limbeck.types import UserError
 
@@ -86,7 +86,7 @@ def test_the_python_example_runs():
 def test_the_yaml_examples_are_legal_losses(block):
     entries = yaml.safe_load(block)["loss"]
     recipe = load_recipe("quickstart", [f"loss={json.dumps(entries)}"])
-    assert len(terms(recipe)) == len(entries)
+    assert len(terms_of(recipe)) == len(entries)
 
 
 def test_the_head_table_is_made_from_what_the_benchmark_writes(tmp_path, monkeypatch):

@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import yaml
-from limbeck.runs.build import terms
 
 from limbeck import RecipeError, UserError, load_recipe
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import parse
 from limbeck.runs.preflight import check
-from limbeck.runs.resolve import resolve
+from limbeck.runs.resolve import resolve, terms_of
 
 
 @pytest.fixture
@@ -164,7 +163,7 @@ def test_built_in_recipes_are_short_valid_and_named_like_their_file(name):
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.title
     resolve(recipe)
-    assert terms(recipe)
+    assert terms_of(recipe)
 
 
 def test_the_plan_counts_requests_and_needs_no_weights(recipe_data):

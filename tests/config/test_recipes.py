@@ -6,13 +6,12 @@ import json
 import math
 
 import pytest
-from limbeck.runs.build import terms
 
 from limbeck import load_recipe, run
 from limbeck.config.builtin import recipe_files
 from limbeck.models.load import load_model, save_model
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.runs.resolve import resolve
+from limbeck.runs.resolve import resolve, terms_of
 from limbeck.training.scorer import ModelScorer
 from tests import plausible
 from tests.conftest import make_net, make_tokenizer
@@ -54,12 +53,12 @@ OWN = {
 def the_same_model(name, folder):
     """The teacher and the student's start; a student that teaches itself, or learns a context, starts as the teacher."""
     recipe = load_recipe(name)
-    if recipe.teacher.beside:
+    if recipe.teacher.kind == "several":
         return [
             f"teacher.model={folder}",
             *(f"teacher.beside.{n}.model={folder}" for n in range(len(recipe.teacher.beside))),
         ]
-    if recipe.teacher.bridge is not None:
+    if recipe.teacher.kind == "bridged":
         return [f"teacher.model={folder}", f"student={{start: {{pretrained: {folder}}}}}"]
     if recipe.teacher.context is None:
         return [f"teacher={folder}"]
@@ -122,10 +121,10 @@ def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file,
     folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3
-    assert set().union(*(record["terms"] for record in records)) <= {term.label for term in terms(recipe)}
+    assert set().union(*(record["terms"] for record in records)) <= {term.label for term in terms_of(recipe)}
     for record in records:
         assert all(math.isfinite(value) for value in record["terms"].values()) and record["grad_norm"] > 0
     assert (folder / "student" / "config.json").exists()
-    for term in terms(recipe):
+    for term in terms_of(recipe):
         values = [record["terms"][term.label] for record in records if term.label in record["terms"]]
         assert len(set(values)) == len(values) > 0, "every term is there, and moves"

@@ -16,7 +16,6 @@ from limbeck.evaluate import judge as judging
 from limbeck.evaluate.judge import fenced, judge_pairs, kept_verdicts, question, read_verdict, summarise_verdicts
 from limbeck.models.load import Model, load_model, model_identity
 from limbeck.progress import StoppedError
-from limbeck.runs import build
 from limbeck.storage.files import read_jsonl
 from limbeck.types import RecipeError, UserError
 
@@ -285,7 +284,7 @@ def test_a_run_asks_its_judge_once_and_tells_of_it(quick, roomy, tmp_path, monke
     (folder / "summary.json").unlink()
     (folder / "judge-untouched.jsonl").unlink()
     loaded = []
-    monkeypatch.setattr(build, "judge", lambda source: loaded.append(source) or load_model(source))
+    monkeypatch.setattr("limbeck.evaluate.run.load_model", lambda source: loaded.append(source) or load_model(source))
     limbeck.run(recipe, out, stages=("evaluate",))
     assert loaded == [roomy] and summary_of(out)["judge"] == summary["judge"]
     (folder / "summary.json").unlink()
@@ -318,7 +317,7 @@ def test_a_judge_that_is_the_teacher_is_flagged_and_not_loaded_twice(quick, room
     source = str(shutil.copytree(roomy, tmp_path / "copy")) if copied else roomy
     quick["teacher"] = {"model": roomy, "context": {"system": "a dog ran"}}
     quick["evaluate"] |= {"judge": source, "controls": ["untouched"]}
-    monkeypatch.setattr(build, "judge", lambda _: pytest.fail("a second copy"))
+    monkeypatch.setattr("limbeck.evaluate.run.load_model", lambda _: pytest.fail("a second copy"))
     seen = []
     plain = judging._answered
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ from limbeck.evaluate.measure import Measured
 from limbeck.evaluate.perturb import PERTURBATIONS, perturbed
 from limbeck.evaluate.summary import robustness
 from limbeck.evaluate.tasks import Scored, load_task
-from limbeck.runs.build import tasks
+from limbeck.runs.resolve import tasks_of
 from limbeck.types import RecipeError
 
 QUESTION = 'Which planet, "Jupiter Major" or McDonald 4500x, is nearest?'
@@ -69,7 +69,7 @@ def test_relative_drop_is_over_the_same_items():
 
 def test_recipes_name_them(recipe_data):
     recipe_data["evaluate"]["metrics"] = ["fidelity", "everyday", "everyday@typos"]
-    assert [task.name for task in tasks(parse(recipe_data))] == ["everyday", "everyday@typos"]
+    assert [task.name for task in tasks_of(parse(recipe_data))] == ["everyday", "everyday@typos"]
     for metric, words in (
         ("everyday@tpyos", "did you mean 'typos'"),
         ("passages@typos", "asks no question"),
@@ -77,4 +77,4 @@ def test_recipes_name_them(recipe_data):
     ):
         recipe_data["evaluate"]["metrics"] = ["fidelity", "everyday", metric]
         with pytest.raises(RecipeError, match=words):
-            tasks(parse(recipe_data))
+            tasks_of(parse(recipe_data))

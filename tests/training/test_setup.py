@@ -127,7 +127,7 @@ def test_the_same_text_twice_has_one_place_in_the_bank(job):
     twice = [*rows(), rows()[0]]
     made = job([("contrast", {"negatives": 3, "dim": 4})], given=twice)
     made.prepare()
-    assert len(made.matches["contrast"].bank_ME) == 12
+    assert len(made.objective.learned["contrast"].bank_ME) == 12
     assert train.train(made)
 
 
@@ -164,9 +164,9 @@ def test_a_step_without_text_for_a_term_leaves_its_schedules_alone(job):
     made = job(
         [("taid", {"only": "untouched", "t": {"from": 0.1, "to": 1.0, "shape": "adaptive"}}), ("forward_kl", {})]
     )
-    made.rows = [replace(row, tags=frozenset({"teacher"})) for row in made.rows]
+    made = replace(made, rows=[replace(row, tags=frozenset({"teacher"})) for row in made.rows])
     train.train(made)
-    assert made.states == {}
+    assert made.objective.states == {}
 
 
 def test_a_token_masked_by_the_heads_bias_gives_finite_losses():
@@ -237,6 +237,6 @@ def test_what_a_head_is_padded_with_changes_nothing(tiny, job):
             with torch.no_grad():
                 net.get_output_embeddings().weight[named:] = 50.0 * net.get_output_embeddings().weight[:rows_more]
         made = job([("forward_kl", {}), ("jsd", {"teacher_share": 0.5})], net=net, folder=f"run{rows_more}")
-        assert made.vocab_size == named
-        losses.append(train.loss_on(made, [make_batch(made.rows, tuple(range(4)))], 0.0))
+        assert made.objective.vocab_size == named
+        losses.append(train.loss_on(made.objective, [make_batch(made.rows, tuple(range(4)))], 0.0))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
