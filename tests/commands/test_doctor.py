@@ -10,7 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from limbeck.cli import app
-from limbeck.commands.doctor import Patient, _zero, examine
+from limbeck.commands.doctor.patient import Patient
+from limbeck.commands.doctor.run import examine
+from limbeck.commands.doctor.teacher import check_zero
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import load_recipe, parse
 from limbeck.data.batches import Row
@@ -26,7 +28,7 @@ from tests.scoring_server import ScoringServer
 
 
 def said(findings, verdict="fault"):
-    return {one.name: one.seen for one in findings if one.verdict == verdict}
+    return {one.name: one.detail for one in findings if one.verdict == verdict}
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_what_is_sound_has_no_fault(protocol, tiny, recipe_of, tmp_path):
     assert not said(findings) and told == [one.name for one in findings]
     assert set(said(findings, "not looked at")) == {"bridge", "cache"}
     seen = said(findings, "fine")
-    assert "0.0000 nats apart" in seen["served weights"] and "20.0 of 20 shared" in seen["served weights"]
+    assert "0.0000 nats apart" in seen["served weights"] and "20.0 of 20 top tokens shared" in seen["served weights"]
     assert not (tmp_path / "run").exists(), "it writes nothing"
 
 
@@ -77,7 +79,7 @@ SERVERS = {
     "log-probabilities dropped": ("server", {"spoil": on(("/completion",), lambda reply: without(reply, "completion_probabilities"))}, "no log-probabilities"),
     "fewer than asked": ("server", {"spoil": spoiled(lambda pairs: pairs[:5])}, "names 5 tokens"),
     "another model's answer": ("server", {"spoil": on(("/completion",), lambda reply: {**reply, "model": "other"})}, "of the model 'other'"),
-    "no room": ("server", {"spoil": on(("/props",), lambda reply: {"default_generation_settings": {"n_ctx": 8}})}, "takes 8 tokens"),
+    "no room": ("server", {"spoil": on(("/props",), lambda reply: {"default_generation_settings": {"n_ctx": 8}})}, "context is 8 tokens"),
     "nobody there": ("server", {"spoil": lambda path, reply: ("status", 404)}, "can't score text"),
 }  # fmt: skip
 
@@ -195,7 +197,7 @@ def test_weights_that_are_damaged_or_do_not_answer_alike_are_found(tiny_folder, 
         )
 
     monkeypatch.setattr(InProcessTeacher, "view", noisy)
-    assert "something else when it is asked again" in said(examine(recipe_of(), tmp_path / "run"))["repeatable"]
+    assert "different numbers for the same text" in said(examine(recipe_of(), tmp_path / "run"))["repeatable"]
 
 
 COMPARING = [
@@ -211,7 +213,7 @@ def test_every_recipes_losses_are_zero_for_a_student_that_is_the_teacher(name, t
             "teacher": recipe.teacher.model_copy(update={"model": str(tiny_folder), "context": None, "bridge": None})
         }
     )
-    assert "gradient are 0" in _zero(Patient(recipe, tmp_path))
+    assert "gradient are 0" in check_zero(Patient(recipe, tmp_path))
 
 
 def test_the_command_says_it_and_ends_with_status_2_where_there_is_a_fault(tiny, tiny_folder, prompt_file, tmp_path):
