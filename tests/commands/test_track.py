@@ -15,7 +15,7 @@ import yaml
 
 import limbeck
 from limbeck.commands import track
-from limbeck.commands.track import TRACKERS, Tracked
+from limbeck.commands.track import TRACKERS, TrackingReporter
 from limbeck.config.recipe import parse
 from limbeck.progress import Silent
 from limbeck.types import UserError
@@ -43,14 +43,14 @@ class Recorder:
     closed: ClassVar[list] = []
     fail_at = None
 
-    def __init__(self, place):
-        self.place, self.id = place, place.known or f"id-{place.training}"
-        Recorder.opened.append((place.training, place.known))
+    def __init__(self, info):
+        self.info, self.id = info, info.previous_id or f"id-{info.training}"
+        Recorder.opened.append((info.training, info.previous_id))
 
     def log(self, values, step):
         if step == Recorder.fail_at:
             raise ConnectionError("service down at https://me:canary@host/x\nwith a long trace")
-        Recorder.told.setdefault(self.place.training, []).append((step, values))
+        Recorder.told.setdefault(self.info.training, []).append((step, values))
 
     def results(self, values, step):
         self.log(values, step)
@@ -59,7 +59,7 @@ class Recorder:
         pass
 
     def close(self):
-        Recorder.closed.append(self.place.training)
+        Recorder.closed.append(self.info.training)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def step(number):
 
 def tell(folder, tracker, reporter=None):
     """All that is new in the folder, as a command does that begins its first stage and ends."""
-    tracked = Tracked(reporter or Notes(), folder, tracker)
+    tracked = TrackingReporter(reporter or Notes(), folder, tracker)
     tracked.stage("Training: student")
     tracked.close()
 
@@ -117,7 +117,7 @@ def scalars(folder):
 
 def test_a_run_is_told_as_it_goes(recorder, recipe_data, tmp_path):
     out, reporter = tmp_path / "out", Notes()
-    tracked = Tracked(reporter, out, "recorder")
+    tracked = TrackingReporter(reporter, out, "recorder")
     limbeck.run(parse(recipe_data), out, tracked)
     tracked.close()
     for name, place in (("student", out), ("sft_control", out / "controls" / "sft_control")):
@@ -148,11 +148,11 @@ def test_a_run_is_told_as_it_goes(recorder, recipe_data, tmp_path):
 
 def test_killed_and_run_again_no_step_stands_twice(recorder, folder):
     write(folder, *map(step, (1, 2, 3, 4, 5)))
-    Tracked(Notes(), folder, "recorder").stage("killed after this: nothing is closed")
+    TrackingReporter(Notes(), folder, "recorder").stage("killed after this: nothing is closed")
     cut = folder / "cut"
     cut.write_text("".join(json.dumps(step(n)) + "\n" for n in (1, 2, 3)))  # back to the checkpoint of step 3
     cut.replace(folder / "metrics.jsonl")
-    again = Tracked(Notes(), folder, "recorder")
+    again = TrackingReporter(Notes(), folder, "recorder")
     again.stage("Training: student")
     for number in (4, 5, 6):
         write(folder, step(number))
@@ -166,7 +166,7 @@ def test_killed_and_run_again_no_step_stands_twice(recorder, folder):
 
 def test_a_folder_that_is_refused_is_not_told_of(recorder, folder, recipe_data):
     write(folder, step(1))
-    tracked = Tracked(Notes(), folder, "recorder")
+    tracked = TrackingReporter(Notes(), folder, "recorder")
     with pytest.raises(UserError, match="another recipe"):
         limbeck.run(parse(recipe_data), folder, tracked)
     tracked.close()
@@ -175,7 +175,7 @@ def test_a_folder_that_is_refused_is_not_told_of(recorder, folder, recipe_data):
 
 def test_a_tracker_that_fails_is_told_of_once_and_left_alone(recorder, recipe_data, tmp_path):
     recorder.fail_at, reporter, out = 3, Notes(), tmp_path / "out"
-    tracked = Tracked(reporter, out, "recorder")
+    tracked = TrackingReporter(reporter, out, "recorder")
     limbeck.run(parse(recipe_data), out, tracked, stages=("elicit", "train"))
     tracked.close()
     said = [note for note in reporter.notes if "service down" in note]
@@ -186,7 +186,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_left_alone(recorder, recipe_da
 
 def test_what_is_sent_beside_the_numbers_is_numbers_only(recorder, folder, monkeypatch):
     seen = []
-    monkeypatch.setitem(TRACKERS, "recorder", lambda place: seen.append(place) or Recorder(place))
+    monkeypatch.setitem(TRACKERS, "recorder", lambda info: seen.append(info) or Recorder(info))
     write(folder, step(1))
     tell(folder, "recorder")
     assert seen[0].settings == {"steps": 4, "lr": 0.001, "seed": 3} and seen[0].project == "tiny"
@@ -194,12 +194,12 @@ def test_what_is_sent_beside_the_numbers_is_numbers_only(recorder, folder, monke
 
 def test_unknown_and_missing_trackers_are_refused_before_anything(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'tensorboard'"):
-        Tracked(Notes(), tmp_path, "tensorbord")
+        TrackingReporter(Notes(), tmp_path, "tensorbord")
     monkeypatch.setattr(track, "installed", lambda name: False)
     with pytest.raises(UserError, match=r"pip install limbeck\[track\]"):
-        Tracked(Notes(), tmp_path, "trackio")
+        TrackingReporter(Notes(), tmp_path, "trackio")
     with pytest.raises(UserError, match="pip install wandb"):
-        Tracked(Notes(), tmp_path, "wandb")
+        TrackingReporter(Notes(), tmp_path, "wandb")
     assert not list(tmp_path.iterdir())
 
 
@@ -243,8 +243,8 @@ def test_trackio_keeps_the_numbers_on_this_machine(folder, tmp_path):
     """In a process of its own: trackio reads its folder when it is imported."""
     write(folder, step(1), step(2))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom limbeck.progress import Silent\nfrom limbeck.commands.track import Tracked\n"
-        "tracked = Tracked(Silent(), Path(sys.argv[1]), 'trackio')\ntracked.stage('Training')\ntracked.close()\nsys.exit(tracked.failed)\n"
+        "import sys\nfrom pathlib import Path\nfrom limbeck.progress import Silent\nfrom limbeck.commands.track import TrackingReporter\n"
+        "tracked = TrackingReporter(Silent(), Path(sys.argv[1]), 'trackio')\ntracked.stage('Training')\ntracked.close()\nsys.exit(tracked.failed)\n"
     )
     environment = {
         **os.environ,
@@ -299,7 +299,7 @@ def test_wandb_is_asked_so(folder, monkeypatch):
     key_known, reporter = False, Notes()
     write(folder, step(4))
     tell(folder, "wandb", reporter)
-    assert "knows no key" in reporter.notes[0], "it must not ask on the terminal while a training waits"
+    assert "has no key" in reporter.notes[0], "it must not ask on the terminal while a training waits"
     assert again["id"] == asked["id"] and calls[-2:] == [("log", 3, 3.0), ("finish",)]
 
 
