@@ -149,8 +149,8 @@ def test_the_lens_speaks_to_the_pointer_and_to_the_keyboard(browser, run_page):
         told = strip.get_by_role("status").inner_text()
         assert (
             "“Bread”: 0.02 nats" in told
-            and "Teacher's choice: “Bread” 91.0 %, “The” 4.0 %" in told
-            and "Student's choice: “Bread” 88.0 %" in told
+            and "Teacher's choices: “Bread” 91.0 %, “The” 4.0 %" in told
+            and "Student's choices: “Bread” 88.0 %" in told
         )
         assert strip.locator("[tabindex='0']").count() == 1
         strip.locator(".token").first.focus()
@@ -247,7 +247,7 @@ def test_without_scripts_everything_but_the_tools_is_there(browser, run_page):
     with opened(browser, run_page, java_script_enabled=False) as page:
         text = page.locator("body").inner_text()
         for words in (
-            "The student stays 0.69 nats per token",
+            "The student is 0.69 nats per token",
             "Fidelity on held-out text",
             "Question 0: why does bread rise?",
             "The first 24 prompts",
@@ -255,7 +255,7 @@ def test_without_scripts_everything_but_the_tools_is_there(browser, run_page):
             "Step 13: the student repeats itself",
             "Log-probability of the student's text",
             "What a judge says",
-            "How far it can be believed: with care",
+            "Trust the judge with care",
         ):
             assert words in text
         assert page.locator("article").count() == 24 and page.locator("svg").count() > 3
