@@ -131,8 +131,8 @@ def kinds_grid(summary: dict[str, Any], subject: str, names: dict[str, str]) -> 
     ]
     left_out = f" {len(ranked) - MAX_KINDS} more kinds are in summary.json." if len(ranked) > MAX_KINDS else ""
     columns = [("Answers", ""), *((names.get(name, label(name)), "") for name in systems)]
-    whose = "the student's" if subject == "student" else f"those of {names.get(subject, subject)}"
-    note = f"{_metric_note(metric)}. Worst results first, by {whose}.{left_out}"
+    whose = "the student" if subject == "student" else names.get(subject, subject)
+    note = f"{_metric_note(metric)}. The worst results of {whose} come first.{left_out}"
     return Grid("Kind of prompt", columns, rows, note)
 
 

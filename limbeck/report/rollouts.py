@@ -113,7 +113,7 @@ PLOTS = (
         title="Entropy on the student's text",
         y_title="nats",
         caption=(
-            "How uncertain teacher and student are about the next token. A student far below its teacher is losing"
+            "How uncertain teacher and student are about the next token. A student far below its teacher may be losing"
             " diversity."
         ),
         lines=(Line("teacher_entropy", "Teacher", "ink"), Line("entropy", "Student")),
