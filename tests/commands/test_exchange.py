@@ -45,8 +45,8 @@ def made(recipe_data, prompt_file, tmp_path):
 
 
 def named(log_V, written=None, k=K):
-    found = {int(token): float(log_V[token]) for token in log_V.topk(k).indices}
-    return found if written is None else found | {written: float(log_V[written])}
+    log_probs = {int(token): float(log_V[token]) for token in log_V.topk(k).indices}
+    return log_probs if written is None else log_probs | {written: float(log_V[written])}
 
 
 def vllm(prompt, response, log_NV, k=K):
@@ -81,8 +81,8 @@ def write(folder, lines):
 @pytest.mark.parametrize("shape", [vllm, prepared, last])
 def test_what_another_tool_kept_is_trained_on_and_is_what_the_teacher_says(shape, made, tmp_path, monkeypatch):
     recipe, folder, texts = made
-    found = import_file(recipe, folder, write(tmp_path, [shape(*text) for text in texts]))
-    assert found == {"texts": len(texts), "holds": len(texts), "read": len(texts), "other": 0}
+    counts = import_file(recipe, folder, write(tmp_path, [shape(*text) for text in texts]))
+    assert counts == {"texts": len(texts), "holds": len(texts), "read": len(texts), "other": 0}
     calls = []
     monkeypatch.setattr("limbeck.training.setup.fill_cache", lambda cache, view, rows, tell: calls.append(len(cache)))
     run(recipe, folder, stages=("train",))

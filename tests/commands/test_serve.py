@@ -25,16 +25,16 @@ def test_the_real_server_answers_chat_and_raw_texts_and_wants_its_key(monkeypatc
     scene = Scene(teacher.identity, 7, "0/x")
     chat = [scene.request((user(text),), Sampling(max_tokens=12)) for text in ("Say hello.", "Count to three.")]
     raw = scene.request((), Sampling(1.0, 1.0, 24, ("\n",)), raw=HEADER)
-    found = {request.key: answer for request, answer in teacher.answers([*chat, raw])}
-    assert len(found) == 3 and all(
-        answer.finish in ("ok", "length") and answer.text.strip() for answer in found.values()
+    answers = {request.key: answer for request, answer in teacher.answers([*chat, raw])}
+    assert len(answers) == 3 and all(
+        answer.finish in ("ok", "length") and answer.text.strip() for answer in answers.values()
     )
-    assert "\n" not in found[raw.key].text and all(answer.usage[1] <= 24 for answer in found.values())
+    assert "\n" not in answers[raw.key].text and all(answer.usage[1] <= 24 for answer in answers.values())
     again = {
         request.key: answer.text
         for request, answer in ApiTeacher(Served(url=serving.url, name=serving.name)).answers(chat)
     }
-    assert again == {request.key: found[request.key].text for request in chat}  # greedy
+    assert again == {request.key: answers[request.key].text for request in chat}  # greedy
     monkeypatch.setenv("LIMBECK_API_KEY", "wrong")
     with pytest.raises(UserError, match="the key"):
         list(ApiTeacher(Served(url=serving.url, name=serving.name)).answers(chat))

@@ -257,15 +257,15 @@ def test_ctrl_c_ends_the_watching_with_0_and_what_came_meanwhile_was_shown(folde
         stderr=subprocess.PIPE,
         text=True,
     )
-    seen = ""
-    while "1 of 20" not in seen:
-        seen += process.stdout.readline()
+    output = ""
+    while "1 of 20" not in output:
+        output += process.stdout.readline()
     write(folder / "metrics.jsonl", [step(2)])
-    while "2 of 20" not in seen:
-        seen += process.stdout.readline()
+    while "2 of 20" not in output:
+        output += process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 0 and said == ""
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0 and errors == ""
 
 
 def test_once_as_a_command(folder):

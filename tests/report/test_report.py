@@ -215,9 +215,9 @@ def test_a_run_without_divergences_is_judged_by_its_task():
         "systems": {"student": {"t/score": interval(0.4, 0.3, 0.5)}}, "metrics": metrics,
         "paired": {"student - untouched": {"t/score": interval(0.2, 0.1, 0.3)}, "student - sft_control": {"t/score": interval(0.1, -0.1, 0.3)}},
     }  # fmt: skip
-    told = verdict(summary)
-    assert "reaches 0.400 (0.300 to 0.500); better than the student before training (+0.200" in told
-    assert "no clear difference from the fine-tuning control (+0.100" in told
+    sentence = verdict(summary)
+    assert "reaches 0.400 (0.300 to 0.500); better than the student before training (+0.200" in sentence
+    assert "no clear difference from the fine-tuning control (+0.100" in sentence
     assert "Nothing was measured" in verdict({"systems": {"student": {}}})
 
 
@@ -264,11 +264,13 @@ def comparison_of(**differences):
 def test_the_verdict_of_a_comparison_claims_what_holm_allows():
     clear, adjusted_away = interval(-0.1, -0.2, -0.05, p_holm=0.01), interval(-0.1, -0.2, -0.05, p_holm=0.2)
     worse = interval(0.1, 0.05, 0.2, p_holm=0.01)
-    told = compare_verdict(comparison_of(a=clear, b=worse, c=adjusted_away))
-    assert "over 2 seeds" in told and "a (-0.100, -0.200 to -0.050, p = 0.010) is clearly better than base" in told
+    sentence = compare_verdict(comparison_of(a=clear, b=worse, c=adjusted_away))
     assert (
-        "b (+0.100, +0.050 to +0.200, p = 0.010) is clearly worse" in told
-        and "the difference of c (-0.100, -0.200 to -0.050) may be chance" in told
+        "over 2 seeds" in sentence and "a (-0.100, -0.200 to -0.050, p = 0.010) is clearly better than base" in sentence
+    )
+    assert (
+        "b (+0.100, +0.050 to +0.200, p = 0.010) is clearly worse" in sentence
+        and "the difference of c (-0.100, -0.200 to -0.050) may be chance" in sentence
     )
     assert "no method is clearly better than base" in compare_verdict(comparison_of(a=adjusted_away, b=worse))
     assert "a (-0.100, -0.200 to -0.050, p = 0.010) and b (-0.1" in compare_verdict(comparison_of(a=clear, b=clear))
@@ -299,8 +301,8 @@ def test_markdown_keeps_cells_apart_and_leaves_out_what_has_no_better_side(tmp_p
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1
-    told = compare_markdown(read_comparison(make_comparison(tmp_path / "comparison")))
-    assert "| Forward KL (on its own text) | -0.110 (-0.140 to -0.080), p = 0.003, better |" in told
+    table = compare_markdown(read_comparison(make_comparison(tmp_path / "comparison")))
+    assert "| Forward KL (on its own text) | -0.110 (-0.140 to -0.080), p = 0.003, better |" in table
 
 
 def test_embedded_json_has_no_sign_that_ends_a_script():
@@ -361,12 +363,12 @@ def test_a_name_in_a_summary_is_never_a_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "wanted"),
+    ("low", "high", "ticks"),
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3, 12, [0, 5, 10]), (0.0, 4e-5, [0, 1e-5, 2e-5, 3e-5, 4e-5]), (5, 5, None)],
 )
-def test_ticks_are_round_and_inside(low, high, wanted):
+def test_ticks_are_round_and_inside(low, high, ticks):
     scale = Scale(low, high, 0, 100)
-    assert wanted is None or scale.ticks() == pytest.approx(wanted)
+    assert ticks is None or scale.ticks() == pytest.approx(ticks)
     assert scale(low) == 0 and (low == high or scale(high) == 100)
 
 
@@ -534,8 +536,8 @@ def test_what_only_some_trainings_tell_is_shown_where_it_says_something(tmp_path
         ),
     ):
         assert title not in plain and row not in rows
-        found, told = titles(**facts_)
-        assert found - plain == {title} and told[row] == cells
+        shown, row_cells = titles(**facts_)
+        assert shown - plain == {title} and row_cells[row] == cells
     assert rows["Student's entropy, nats"] == ["1.200", "1.200"]
 
 
@@ -620,7 +622,7 @@ def test_the_teacher_is_a_name_or_a_record_and_the_page_says_what_it_was_shown(t
     name, _, aside = head.partition(",")
     assert f"Teacher: {name} (3 layers, 0 million parameters){',' if aside else ''}{aside}." in text
     source = text[text.rindex("Data and settings") :]
-    assert all(name + said in source for name, said in words)
+    assert all(name + detail in source for name, detail in words)
 
 
 def test_a_model_card_says_what_the_teacher_was_shown_and_no_path(recipe_data):
@@ -691,8 +693,8 @@ def test_what_a_judge_says_stands_in_a_table_with_how_far_to_believe_it(tmp_path
 def test_every_reason_to_doubt_a_judge_is_named(more, words):
     good = {"swap_consistency": 0.6, "length_correlation": 0.5}
     assert "with care" not in of_judge(sft_control=judged_pair((9, 1, 5, 0), **good)).trust
-    found = of_judge(sft_control=judged_pair((9, 1, 5, 0), **good | more), teacher=judged_pair((9, 1, 5, 0), **good))
-    assert found.trust.startswith("Trust the judge with care: ") and words in found.trust
+    section = of_judge(sft_control=judged_pair((9, 1, 5, 0), **good | more), teacher=judged_pair((9, 1, 5, 0), **good))
+    assert section.trust.startswith("Trust the judge with care: ") and words in section.trust
     both = of_judge(
         sft_control=judged_pair((9, 1, 5, 0), **good | more), untouched=judged_pair((9, 1, 5, 0), **good | more)
     ).trust
@@ -711,8 +713,8 @@ def test_a_judge_that_said_nothing_is_believed_nothing():
     assert mute.trust == "The judge gave no readable verdict, so nothing follows from it."
     assert mute.grid.rows == [("Student before training", [None, "0", "0", "0", "5", "", "", "", ""])]
     long = judged_pair((8, 2, 2, 0))
-    found = of_judge(teacher=long | {"outcomes": long["outcomes"] | {"too_long": 3}})
-    assert found.grid.columns[5] == ("Too long", "not judged") and found.grid.rows[0][1][5] == "3"
+    section = of_judge(teacher=long | {"outcomes": long["outcomes"] | {"too_long": 3}})
+    assert section.grid.columns[5] == ("Too long", "not judged") and section.grid.rows[0][1][5] == "3"
     assert (
         judge_section({})
         is judge_section({"judge": {}})
