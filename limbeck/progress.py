@@ -1,4 +1,4 @@
-"""How long work tells of itself, and how it is asked to stop."""
+"""How long-running work reports its progress, and the error that ends it on request."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from limbeck.types import UserError
+
+SPEED_STEPS = 10
 
 
 class Reporter(Protocol):
@@ -19,7 +21,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A reporter that says nothing."""
+    """A reporter that prints nothing."""
 
     def stage(self, title: str) -> None:
         pass
@@ -32,18 +34,18 @@ class Silent:
 
 
 class StoppedError(UserError):
-    """The user asked to stop; what was done is kept."""
+    """The user asked to stop. Finished work is kept."""
 
 
 def training_progress(reporter: Reporter) -> Callable[[int, int, dict[str, Any]], None]:
-    """What the reporter is told after every step: the loss, and the speed of the last ten."""
-    recent: list[tuple[int, float]] = []
+    """Return a callback that reports every training step: its loss, and the speed of the last SPEED_STEPS steps."""
+    timings: list[tuple[int, float]] = []
 
-    def progress(step: int, steps: int, record: dict[str, Any]) -> None:
+    def on_step(step: int, steps: int, record: dict[str, Any]) -> None:
         for advice in record.get("rollout", {}).get("advice", ()):
             reporter.note(f"step {step}: {advice}")
-        recent.append((record["tokens"], record["seconds"]))
-        tokens, seconds = (sum(column) for column in zip(*recent[-10:], strict=True))
-        reporter.progress(step, steps, f"loss {record['loss']:.3f} nats, {tokens / seconds:.0f} tokens a second")
+        timings.append((record["tokens"], record["seconds"]))
+        tokens, seconds = (sum(column) for column in zip(*timings[-SPEED_STEPS:], strict=True))
+        reporter.progress(step, steps, f"loss {record['loss']:.3f} nats, {tokens / seconds:.0f} tokens per second")
 
-    return progress
+    return on_step

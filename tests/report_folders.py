@@ -73,7 +73,7 @@ def write_lines(file, records):
 def write_answers(folder, systems, prompts, words, text):
     """Item files with `prompts` prompts; answers are `words` words long, repeatable by seed."""
     draw = random.Random(7)
-    known = [
+    vocabulary = [
         "the",
         "of",
         "bread",
@@ -94,14 +94,14 @@ def write_answers(folder, systems, prompts, words, text):
     ]
     ids = [f"{KINDS[n % 4]}-{n:05d}{text}" for n in range(prompts)]
     kinds = [KINDS[n % 4] + text for n in range(prompts)]
-    asked = [
+    records = [
         {"prompt_id": id_, "kind": kind, "prompt": f"Question {n}: why does bread rise?{text}"}
         for n, (id_, kind) in enumerate(zip(ids, kinds, strict=True))
     ]
-    write_lines(folder / "prompts.jsonl", asked)
+    write_lines(folder / "prompts.jsonl", records)
     for name in systems:
         write_lines(folder / f"answers-{name}.jsonl", [
-            {"prompt_id": id_, "kind": kind, "text": f"{' '.join(draw.choices(known, k=words))}.{text}", "tokens": words,
+            {"prompt_id": id_, "kind": kind, "text": f"{' '.join(draw.choices(vocabulary, k=words))}.{text}", "tokens": words,
              "finished": draw.random() < 0.8, "passed": draw.choice([True, False, None])}
             for id_, kind in zip(ids, kinds, strict=True)
         ])  # fmt: skip
@@ -119,7 +119,7 @@ def write_answers(folder, systems, prompts, words, text):
                     [[f" {word}", 0.5], [" a", 0.2], [" b", 0.1]],
                     [[" c", 0.4]],
                 ]
-                for word in draw.choices(known, k=30)
+                for word in draw.choices(vocabulary, k=30)
             ]
             lens.append({"writer": writer, "prompt_id": id_, "tokens": first + rest})
     write_lines(folder / "lens.jsonl", lens)

@@ -1,4 +1,4 @@
-"""Teacher and student answer the same line, side by side."""
+"""Ask the teacher and the student of a run the same questions, side by side."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from limbeck.types import Sampling, UserError
 
 
 def converse(folder: Path, max_tokens: int, temperature: float) -> None:
-    """Read lines from standard input until an empty one; each is its own conversation.
+    """Answer lines from standard input until an empty one. Each line is a conversation of its own.
 
     Raises:
-        UserError: the folder holds no finished student.
+        UserError: the folder has no finished student.
     """
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").exists():
-        raise UserError(f"{folder} holds no finished student: run `limbeck run RECIPE --out {folder}` first")
+        raise UserError(f"{folder} has no finished student: run `limbeck run RECIPE --out {folder}` first")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     teacher = recipe["teacher"] if isinstance(recipe["teacher"], str) else recipe["teacher"].get("model")
-    speakers = {"teacher": load_model(teacher)} if teacher else {}  # a server's answers are not asked for here
+    speakers = {"teacher": load_model(teacher)} if teacher else {}  # a teacher behind a server is not asked
     speakers["student"] = load_model(str(folder / "student"))
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     while True:

@@ -1,4 +1,4 @@
-"""How the command speaks: progress on a terminal, plain lines in a log, JSON lines for a machine; and how it ends."""
+"""What the command line prints (progress on a terminal, lines in a log, or JSON lines), and how it stops and fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from limbeck.types import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
 USER_ERROR = 2
-STOPPED = "stopped; what was finished is kept, run it again to go on"
+STOPPED = "stopped; finished work is kept, run it again to go on"
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EROFS: "the disk is read-only",
@@ -31,20 +31,18 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Terminal:
-    """Bars on a terminal; where there is none, a line every SECONDS_BETWEEN_LINES."""
+    """A reporter with progress bars; without a terminal, it prints a line every SECONDS_BETWEEN_LINES."""
 
     def __init__(self) -> None:
         self.live = err.is_terminal
         self.bar: Progress | None = None
         self.task: TaskID | None = None
-        self.title = ""
         self.began = 0.0
         self.last = 0.0
         self.first = 0
 
     def stage(self, title: str) -> None:
         self.close()
-        self.title = title
         self.began = time.monotonic()
         self.last = 0.0
         self.first = -1
@@ -59,8 +57,8 @@ class Terminal:
             self._draw(done, total, detail)
         elif now - self.last >= SECONDS_BETWEEN_LINES or done == total:
             self.last = now
-            fresh = done - self.first
-            left = f", {(now - self.began) / fresh * (total - done):.0f} s left" if fresh > 1 and done < total else ""
+            new = done - self.first
+            left = f", {(now - self.began) / new * (total - done):.0f} s left" if new > 1 and done < total else ""
             err.print(f"  {done}/{total}{left}{'; ' + detail if detail else ''}", markup=False)
 
     def _draw(self, done: int, total: int, detail: str) -> None:
@@ -89,76 +87,91 @@ class Terminal:
 
 
 class JsonLines:
-    """One JSON object per event on standard error; the result goes to standard output."""
+    """A reporter that writes one JSON object per event to standard error. The result goes to standard output."""
 
     def stage(self, title: str) -> None:
-        self._say({"event": "stage", "title": title})
+        self._write({"event": "stage", "title": title})
 
     def progress(self, done: int, total: int, detail: str = "") -> None:
-        self._say({"event": "progress", "done": done, "total": total, "detail": detail})
+        self._write({"event": "progress", "done": done, "total": total, "detail": detail})
 
     def note(self, text: str) -> None:
-        self._say({"event": "note", "text": text})
+        self._write({"event": "note", "text": text})
 
     def close(self) -> None:
         pass
 
-    def _say(self, event: dict[str, Any]) -> None:
+    def _write(self, event: dict[str, Any]) -> None:
         print(json.dumps(event, ensure_ascii=False), file=sys.stderr, flush=True)
 
 
-class StopAsked:
-    """True after the first Ctrl-C or SIGTERM; the second ends the process at once."""
+class StopRequest:
+    """A flag that the first Ctrl-C or SIGTERM sets; the second one ends the process."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received = False
 
     def __call__(self) -> bool:
-        return self.asked
+        return self.received
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[StopAsked]:
-        def note(*_: object) -> None:
-            if self.asked:
+    def listening(self) -> Iterator[StopRequest]:
+        def on_signal(*_: object) -> None:
+            if self.received:
                 raise UserError(STOPPED)
-            self.asked = True
-            err.print("stopping after this step; once more to stop at once", markup=False)
+            self.received = True
+            err.print("stopping after this step; press Ctrl-C again to stop now", markup=False)
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
 
-def _interrupted(*_: object) -> None:
-    """Ctrl-C outside the long stages. (A KeyboardInterrupt would be swallowed by the command-line library.)"""
-    raise UserError(STOPPED)
+@contextlib.contextmanager
+def long_work(as_json: bool) -> Iterator[tuple[JsonLines | Terminal, StopRequest]]:
+    """Yield a reporter, and the flag that the work checks to know whether it should stop."""
+    reporter = JsonLines() if as_json else Terminal()
+    with StopRequest().listening() as stop:
+        try:
+            yield reporter, stop
+        finally:
+            reporter.close()
 
 
 @contextlib.contextmanager
-def messages() -> Iterator[None]:
-    """Turn what the user can mend into one message and exit status 2; our own faults keep their traceback, status 1."""
+def error_messages() -> Iterator[None]:
+    """Turn errors that the user can fix into one message and exit status 2. Bugs keep their traceback and status 1."""
     try:
         signal.signal(signal.SIGINT, _interrupted)
         yield
     except UserError as error:
-        raise _end(str(error)) from error
+        raise _exit_with(str(error)) from error
     except (OSError, sqlite3.OperationalError) as error:
-        reason = NO_ROOM.get(getattr(error, "errno", 0) or 0) or (
-            "the disk is full" if "disk is full" in str(error) else None
-        )
+        reason = _no_room(error)
         if isinstance(error, PermissionError):
             reason = f"no permission to write {error.filename}"
         if reason is None:
             raise
-        raise _end(
-            f"{reason}; what was finished is kept: make room and run it again, or choose another --out"
+        raise _exit_with(
+            f"{reason}; finished work is kept: make room and run it again, or choose another --out"
         ) from error
 
 
-def _end(message: str) -> SystemExit:
+def _interrupted(*_: object) -> None:
+    """Handle Ctrl-C outside of long work. (The command-line library would swallow a KeyboardInterrupt.)"""
+    raise UserError(STOPPED)
+
+
+def _no_room(error: Exception) -> str | None:
+    if "disk is full" in str(error):  # SQLite's message, which comes without an errno
+        return NO_ROOM[errno.ENOSPC]
+    return NO_ROOM.get(getattr(error, "errno", 0) or 0)
+
+
+def _exit_with(message: str) -> SystemExit:
     err.print("[bold red]limbeck:[/bold red] ", end="")
     err.print(message, markup=False)
     return SystemExit(USER_ERROR)

@@ -1,4 +1,4 @@
-"""Time the training step against its floor: the operations it can't do without, at this machine's measured rate."""
+"""Time training steps against their floor: the operations they can't avoid, at this machine's measured rate."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ STEPS = 3
 
 
 def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[str, Any]:
-    """Run STEPS steps (forward, backward, no update) and compare with the floor. Needs the run's text; elicits what is
-    missing.
+    """Time STEPS steps (forward and backward, no update) and compare them with the floor. Elicits any missing text.
 
-    The floor is 2 operations per weight and token forward and 4 backward, over every token of the rows without
+    The floor counts 2 operations per weight and token forward and 4 backward, over every token of the rows without
     padding, and over the head for response tokens only. Its rate is that of an fp32 matrix product of the student's own
-    MLP shape, measured right before and right after each step: a shared machine's speed drifts.
+    MLP shape, measured just before and just after each step, since a shared machine's speed drifts.
     """
     keep_freed_memory()
     folder = run_folder(recipe, out)
@@ -39,33 +38,39 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
         job = run.job("student", student)
     width = student.net.config.hidden_size
     inner = student.net.config.intermediate_size
-    content = steps_of_epoch(job.rows, recipe.train.seed, 0, recipe.train.tokens_per_step, job.objective.keeps_groups)
+    steps = steps_of_epoch(
+        job.rows,
+        recipe.train.seed,
+        epoch=0,
+        tokens_per_step=recipe.train.tokens_per_step,
+        together=job.objective.keeps_groups,
+    )
     terms = [term.at_step(0.0, {}) for term in job.terms]
-    reads = any(term.reads & TEACHER_EVIDENCE for term in job.terms)
+    needs_teacher = any(term.reads & TEACHER_EVIDENCE for term in job.terms) and recipe.teacher.model is not None
     job.prepare()
-    teacher = Shape.of(run.models.teacher.model.net.config) if reads and run.recipe.teacher.model is not None else None
+    teacher = Shape.of(run.models.teacher.model.net.config) if needs_teacher else None
     job.net.train()
     rates = []
     seconds = []
     floors = []
     tokens = 0
-    for step in content[: STEPS + 1]:
-        before = matrix_rate(rows=512, inner=width, outer=inner)
-        real = sum(len(job.rows[index]) for micro_batch in step for index in micro_batch)
-        response = sum(len(job.rows[index].response_ids) for micro_batch in step for index in micro_batch)
-        floors.append(step_flops(Shape.of(student.net.config), teacher, real, response))
+    for step in steps[: STEPS + 1]:
+        rate_before = matrix_rate(rows=512, inner=width, outer=inner)
+        step_tokens = sum(len(job.rows[index]) for micro_batch in step for index in micro_batch)
+        response_tokens = sum(len(job.rows[index].response_ids) for micro_batch in step for index in micro_batch)
+        floors.append(step_flops(Shape.of(student.net.config), teacher, step_tokens, response_tokens))
         began = time.perf_counter()
         for micro_batch in step:
             train.backward(job, make_batch(job.rows, micro_batch), terms, {term.label: 1.0 for term in job.terms})
         seconds.append(time.perf_counter() - began)
-        rates.append((before + matrix_rate(rows=512, inner=width, outer=inner)) / 2)
-        tokens += real
+        rates.append((rate_before + matrix_rate(rows=512, inner=width, outer=inner)) / 2)
+        tokens += step_tokens
         job.net.zero_grad(set_to_none=True)
-    ratio = [spent / (floor / rate) for spent, floor, rate in zip(seconds, floors, rates, strict=True)]
+    ratios = [elapsed / (floor / rate) for elapsed, floor, rate in zip(seconds, floors, rates, strict=True)]
     return {
         "matrix_product_gflop_per_second": round(statistics.median(rates) / 1e9, 1),
         "floor_gflop_per_step": round(statistics.mean(floors) / 1e9, 1),
         "seconds_per_step": round(statistics.median(seconds), 2),
         "tokens_per_second": round(tokens / sum(seconds), 1),
-        "times_the_floor": round(statistics.median(ratio[1:] or ratio), 2),
+        "times_the_floor": round(statistics.median(ratios[1:] or ratios), 2),
     }

@@ -1,4 +1,4 @@
-"""The packaged llama.cpp server (extra `serve`: xllamacpp) for a model that comes as GGUF, on loopback, with a key."""
+"""Serve a GGUF model on this machine with the packaged llama.cpp server (extra `serve`: xllamacpp)."""
 
 from __future__ import annotations
 
@@ -16,39 +16,40 @@ KEY = "LIMBECK_API_KEY"
 
 
 @dataclass(frozen=True)
-class Serving:
-    """A server that runs in this process until it ends. Its key is in `key`, and nowhere else."""
+class RunningServer:
+    """A server that runs in this process until the process ends. Its key is stored nowhere else."""
 
     url: str
     name: str
     key: str
-    made: bool  # whether the key was made up here, and has to be told to whoever asks
+    key_is_new: bool  # generated here, so it has to be shown to the user
     server: Any
 
 
-def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, threads: int | None = None) -> Serving:
+def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, threads: int | None = None) -> RunningServer:
     """Start a server.
 
     Args:
         model: a name of `limbeck models`, or a `.gguf` file.
-        port: 0 for any that is free.
-        context: tokens of a prompt and its answer together, for each of the `slots` requests that are answered at once.
-        threads: left out, one less than there are cores: with as many, everything else on the machine brings it to a
-            crawl.
+        port: 0 picks a free one.
+        context: the maximum length of a prompt with its answer, in tokens, for each slot.
+        slots: how many requests are answered at the same time.
+        threads: by default one less than the machine has cores: with as many as cores, llama.cpp slows to a crawl when
+            anything else runs.
 
     Raises:
-        UserError: no such model, or xllamacpp is not installed.
+        UserError: there is no such model, or xllamacpp is not installed.
     """
     path = fetch(model) if model in NAMED else Path(model).expanduser()
     if path.suffix != ".gguf" or not path.is_file():
-        raise UserError(f"there is no GGUF file {model!r}: name one, or a model of `limbeck models`")
+        raise UserError(f"there is no GGUF file {model!r}: give one, or a model of `limbeck models`")
     try:
         import xllamacpp
     except ImportError as error:
         raise UserError("the packaged server is not installed: pip install 'limbeck[serve]'") from error
-    given = os.environ.get(KEY)
+    user_key = os.environ.get(KEY)
     name = model if model in NAMED else path.stem
-    key = given or secrets.token_urlsafe(24)
+    key = user_key or secrets.token_urlsafe(24)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.model_alias = {name}
@@ -60,7 +61,8 @@ def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, thread
     params.n_parallel = slots  # llama.cpp divides its context by the slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or max(1, (os.cpu_count() or 2) - 1)
     server = xllamacpp.Server(params)
-    return Serving(f"{server.listening_address}/v1", name, key, given is None, server)
+    url = f"{server.listening_address}/v1"
+    return RunningServer(url=url, name=name, key=key, key_is_new=user_key is None, server=server)
 
 
 def wait() -> None:

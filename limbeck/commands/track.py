@@ -1,11 +1,11 @@
-"""Experiment trackers: trackio, tensorboard, wandb and mlflow are told what `metrics.jsonl` and the evaluation say.
+"""Send the numbers of `metrics.jsonl` and of the evaluation to a tracker: trackio, tensorboard, wandb or mlflow.
 
-A tracker follows the run folder instead of the training: it is brought up to date every few seconds, and
-`tracking.json` keeps how far it got. So a run that goes on after a kill goes on there too, and a finished run can be
-sent later. No step stands twice, but for a kill in the moment between telling the tracker and noting it. Each training
-is a run of its own in the tracker, with the same names of numbers, so that their curves lie over each other.
+A tracker follows the run folder, not the training: it is brought up to date every few seconds, and `tracking.json`
+records how far it got. So tracking resumes with a killed run, and a finished run can be sent later. No step is sent
+twice, except after a kill in the moment between sending and recording it. Each training is a run of its own in the
+tracker, with the same metric names, so that their curves can be compared.
 
-Not covered: keys. Where a service wants one, its own library finds it; it is never read, stored or printed here.
+Not covered: keys. If a service needs one, its own library finds it; it is never read, stored or printed here.
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ from limbeck.storage.metrics_log import Metrics, evaluation, is_number, read_jso
 from limbeck.types import UserError, nearest
 
 SECONDS_BETWEEN = 5.0
+MAX_REASON = 300
 CREDENTIALS = re.compile(r"//[^/@\s]+@")  # name and password inside an address
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tracker's run belongs: the run folder, the recipe's name, the training's name, and its settings (numbers
-    and the recipe's hash; never a path or an address). `known` is the id that the tracker gave this run before, if it
-    did."""
+class RunInfo:
+    """What a tracker gets to know of a training.
+
+    `settings` are numbers only, never a path or an address. `previous_id` is the tracker's id of this run if an earlier
+    process began it.
+    """
 
     folder: Path
     project: str
     training: str
     settings: dict[str, Any]
-    known: str | None
+    previous_id: str | None
 
 
 class Sink(Protocol):
-    """One run inside a tracker. `id` finds it again in a later process."""
+    """One run in a tracker. A later process continues it by its `id`."""
 
     id: str
 
@@ -60,11 +63,11 @@ class Sink(Protocol):
 class TensorBoard:
     """Event files under RUN/tensorboard/TRAINING: `tensorboard --logdir RUN/tensorboard`."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.id = place.training
-        self._writer = SummaryWriter(str(place.folder / "tensorboard" / place.training))
+        self.id = info.training
+        self._writer = SummaryWriter(str(info.folder / "tensorboard" / info.training))
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -83,13 +86,11 @@ class TensorBoard:
 class Trackio:
     """A run in trackio's local database (its TRACKIO_DIR): `trackio show`."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, info: RunInfo) -> None:
         import trackio
 
-        self.id = place.known or f"{place.training}-{uuid.uuid4().hex[:8]}"
-        self._run = trackio.init(
-            project=place.project, name=self.id, resume="allow", config=place.settings, embed=False
-        )
+        self.id = info.previous_id or f"{info.training}-{uuid.uuid4().hex[:8]}"
+        self._run = trackio.init(project=info.project, name=self.id, resume="allow", config=info.settings, embed=False)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
@@ -107,28 +108,28 @@ class Trackio:
 class Wandb:
     """A run of Weights & Biases; WANDB_MODE=offline keeps it in RUN/wandb."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, info: RunInfo) -> None:
         import wandb
 
         if wandb.setup().settings.mode not in ("offline", "disabled") and not wandb.login(prompt=False):
-            # it would wait for one to be typed
-            raise ConnectionError("it knows no key; run `wandb login`, or set WANDB_MODE=offline")
-        self.id = place.known or uuid.uuid4().hex[:12]
+            # wandb.init would wait for a key to be typed
+            raise ConnectionError("it has no key; run `wandb login`, or set WANDB_MODE=offline")
+        self.id = info.previous_id or uuid.uuid4().hex[:12]
         self._run = wandb.init(
-            project=place.project,
-            name=place.training,
+            project=info.project,
+            name=info.training,
             id=self.id,
             resume="allow",
             reinit="create_new",
-            dir=str(place.folder),
-            config=place.settings,
+            dir=str(info.folder),
+            config=info.settings,
         )
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
 
     def results(self, values: dict[str, float], step: int) -> None:  # noqa: ARG002
-        """To the run's summary: wandb drops a row whose step it has seen, as in a run that goes on."""
+        """Write to the run's summary: wandb drops a row whose step it already has, as in a resumed run."""
         self._run.summary.update(values)
 
     def flush(self) -> None:
@@ -139,20 +140,20 @@ class Wandb:
 
 
 class Mlflow:
-    """A run of MLflow, where MLFLOW_TRACKING_URI says."""
+    """A run of MLflow, at MLFLOW_TRACKING_URI."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, info: RunInfo) -> None:
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
-        if place.known is None:
-            found = self._client.get_experiment_by_name(place.project)
-            experiment = found.experiment_id if found else self._client.create_experiment(place.project)
-            self.id = self._client.create_run(experiment, run_name=place.training).info.run_id
-            for name, value in place.settings.items():
+        if info.previous_id is None:
+            experiment = self._client.get_experiment_by_name(info.project)
+            experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(info.project)
+            self.id = self._client.create_run(experiment_id, run_name=info.training).info.run_id
+            for name, value in info.settings.items():
                 self._client.log_param(self.id, name, value)
         else:
-            self.id = place.known
+            self.id = info.previous_id
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -168,7 +169,7 @@ class Mlflow:
         self._client.set_terminated(self.id)
 
 
-TRACKERS: dict[str, Callable[[Place], Sink]] = {
+TRACKERS: dict[str, Callable[[RunInfo], Sink]] = {
     "mlflow": Mlflow,
     "tensorboard": TensorBoard,
     "trackio": Trackio,
@@ -177,13 +178,13 @@ TRACKERS: dict[str, Callable[[Place], Sink]] = {
 
 
 def check(name: str) -> None:
-    """Refuse a tracker that can't be used, before anything is spent.
+    """Refuse a tracker that can't be used.
 
     Raises:
-        UserError: no such tracker, or its package is not installed.
+        UserError: there is no such tracker, or its package is not installed.
     """
     if name not in TRACKERS:
-        raise UserError(f"--track: no tracker is named {name!r}{nearest(name, TRACKERS)}")
+        raise UserError(f"--track: there is no tracker named {name!r}{nearest(name, TRACKERS)}")
     if not installed(name):
         package = "limbeck[track]" if name in ("tensorboard", "trackio") else name
         raise UserError(f"--track {name}: it is not installed; pip install {package}")
@@ -193,11 +194,11 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-class Tracked:
-    """A reporter that passes everything on and brings a tracker up to date on the way.
+class TrackingReporter:
+    """A reporter that passes everything on to another one, and keeps a tracker up to date.
 
-    Nothing is told before the first stage: until then the folder may be refused, or be another process's.
-    A tracker that fails is reported once and left alone from then on; the work goes on.
+    Nothing is sent before the first stage: until then the folder may be refused, or belong to another process. A
+    tracker that fails is reported once and not used any more; the work goes on.
     """
 
     def __init__(self, reporter: Reporter, folder: Path, tracker: str) -> None:
@@ -205,14 +206,14 @@ class Tracked:
         self.reporter = reporter
         self.folder = folder
         self.tracker = tracker
-        self.begun = False
+        self.started = False
         self.failed = False
         self.last = 0.0
         self.metrics: dict[str, Metrics] = {}
         self.sinks: dict[str, Sink] = {}
 
     def stage(self, title: str) -> None:
-        self.begun = True
+        self.started = True
         self._update()
         self.reporter.stage(title)
 
@@ -225,12 +226,12 @@ class Tracked:
         self.reporter.note(text)
 
     def close(self) -> None:
-        """Tell the rest and end the tracker's runs. The reporter inside is its maker's to close."""
+        """Send what is left and end the tracker's runs. Whoever made the inner reporter closes it."""
         self._update()
         self._guarded(self._close_sinks)
 
     def _update(self) -> None:
-        if self.begun:
+        if self.started:
             self._guarded(self._send)
         self.last = time.monotonic()
 
@@ -241,42 +242,47 @@ class Tracked:
             work()
         except Exception as error:  # noqa: BLE001 (any fault of a foreign service: it must not end the training)
             self.failed = True
-            reason = CREDENTIALS.sub("//", next(iter(str(error).splitlines()), ""))[:300]
+            reason = CREDENTIALS.sub("//", next(iter(str(error).splitlines()), ""))[:MAX_REASON]
             self.reporter.note(
-                f"{self.tracker} failed and is not told any more; the run goes on ({type(error).__name__}: {reason})"
+                f"{self.tracker} failed and is not used any more; the run goes on ({type(error).__name__}: {reason})"
             )
 
     def _send(self) -> None:
-        """All that is new in the folder. What was sent is noted after the tracker has it."""
+        """Send everything new in the folder. `tracking.json` is written after the tracker has it."""
         file = self.folder / "tracking.json"
-        state = (read_json(file) or {}).get(self.tracker, {})
-        before = repr(state)
+        states = (read_json(file) or {}).get(self.tracker, {})
+        before = repr(states)
         for name, place in trainings(self.folder).items():
-            told = state.setdefault(name, {"step": 0})
+            state = states.setdefault(name, {"step": 0})
             for record in self.metrics.setdefault(name, Metrics(place / "metrics.jsonl")).update():
-                if record["step"] > told["step"]:
-                    self._sink(name, told).log(values_of(record), record["step"])
-                    told["step"] = record["step"]
+                if record["step"] > state["step"]:
+                    self._sink(name, state).log(values_of(record), record["step"])
+                    state["step"] = record["step"]
         for name, values in evaluation(self.folder).items():
-            told = state.setdefault(name, {"step": 0})
-            if not told.get("evaluated"):
-                self._sink(name, told).results(
-                    {f"evaluation/{metric}": value for metric, value in values.items()}, told["step"]
-                )
-                told["evaluated"] = True
-        if repr(state) != before:
+            state = states.setdefault(name, {"step": 0})
+            if not state.get("evaluated"):
+                results = {f"evaluation/{metric}": value for metric, value in values.items()}
+                self._sink(name, state).results(results, state["step"])
+                state["evaluated"] = True
+        if repr(states) != before:
             for sink in self.sinks.values():
                 sink.flush()
-            write_json(file, (read_json(file) or {}) | {self.tracker: state})
+            write_json(file, (read_json(file) or {}) | {self.tracker: states})
 
-    def _sink(self, name: str, told: dict[str, Any]) -> Sink:
+    def _sink(self, name: str, state: dict[str, Any]) -> Sink:
+        """The tracker's run for this training, opened when first needed."""
         if name not in self.sinks:
             recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text())
             settings = {key: value for key, value in recipe.get("train", {}).items() if is_number(value)}
-            self.sinks[name] = TRACKERS[self.tracker](
-                Place(self.folder, recipe["name"], name, settings, told.get("id"))
+            info = RunInfo(
+                folder=self.folder,
+                project=recipe["name"],
+                training=name,
+                settings=settings,
+                previous_id=state.get("id"),
             )
-            told["id"] = self.sinks[name].id
+            self.sinks[name] = TRACKERS[self.tracker](info)
+            state["id"] = self.sinks[name].id
         return self.sinks[name]
 
     def _close_sinks(self) -> None:

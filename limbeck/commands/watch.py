@@ -1,7 +1,7 @@
-"""`limbeck watch RUN`: a run folder at a glance, drawn anew every second. Reads files only; the run may be another
-process's, or done.
+"""`limbeck watch RUN`: a live view of a run folder.
 
-Not covered: whether the other process still lives. The age of the last step says as much as a folder can.
+Reads files only; the run may belong to another process, or be done.
+Not covered: whether the other process is alive. The age of the last step is all that a folder can tell.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Table as ConsoleTable
 from rich.text import Text
 
 from limbeck.storage.metrics_log import (
@@ -34,20 +34,24 @@ from limbeck.storage.metrics_log import (
     values_of,
     writing_share,
 )
+from limbeck.storage.store import Store
 from limbeck.types import UserError
 
 SECONDS_BETWEEN = 1.0
-RECENT_STEPS = 10  # the rate, the time left and what the student writes are over these
+RECENT_STEPS = 10  # speed, time left and the student's own text are averaged over these
 BARS = "▁▂▃▄▅▆▇█"
 BAR_COUNT = 32
-SHOWN = ("forward_kl", "reverse_kl", "jsd", "top1_agreement", "perplexity")
+METRICS = ("forward_kl", "reverse_kl", "jsd", "top1_agreement", "perplexity")
 
 
 @dataclass(frozen=True)
-class Written:
-    """The student's own text in the recent steps: tokens an answer, shares (0 to 1) of answers that ended by
-    themselves, of likeliest tokens shared with the teacher, and of the time spent writing; None where no recent step
-    tells. `advice` is the latest of all."""
+class RolloutSummary:
+    """The text that the student wrote in the recent steps.
+
+    `length` is in tokens per answer. The others are shares (0 to 1): of answers that ended by themselves, of top tokens
+    shared with the teacher, and of the time spent writing. All are None if no recent step has the number. `advice` is
+    the latest of all steps.
+    """
 
     length: float | None
     finished: float | None
@@ -57,9 +61,9 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What one training's records say. `steps` is None where the folder does not tell how many there will be; `written`
-    is None where the student has written nothing."""
+class TrainingView:
+    """The state of one training. `steps` is None if their number is unknown, `rollout` if the student has written
+    nothing."""
 
     name: str
     step: int
@@ -69,23 +73,23 @@ class Training:
     tokens_per_second: float | None
     seconds_left: float | None
     finished: bool
-    written: Written | None = None
+    rollout: RolloutSummary | None = None
 
 
 @dataclass(frozen=True)
-class View:
-    """A run folder at one moment. `age` is the seconds since the last step; None before the first, and at the end."""
+class RunView:
+    """The state of a run folder. `age` is the seconds since the last step: None before the first, and at the end."""
 
     name: str
     stage: str
     answers: dict[str, int]
-    trainings: tuple[Training, ...]
-    measured: dict[str, dict[str, float]]
+    trainings: tuple[TrainingView, ...]
+    evaluation: dict[str, dict[str, float]]
     age: float | None
 
 
 class Watcher:
-    """Looks at a run folder again and again, reading only what is new of its metrics.
+    """Reads a run folder again and again, and of its metrics only what is new.
 
     Raises:
         UserError: there is no such folder, or no run in it.
@@ -95,97 +99,104 @@ class Watcher:
         if not folder.is_dir():
             raise UserError(f"there is no run folder {folder}; `limbeck run RECIPE --out {folder}` makes one")
         if not (folder / "recipe.yaml").exists():
-            raise UserError(f"{folder} holds no run: there is no recipe.yaml in it")
+            raise UserError(f"there is no run in {folder}: it has no recipe.yaml")
         self.folder = folder
         self.recipe: dict[str, Any] = yaml.safe_load((folder / "recipe.yaml").read_text())
         self.metrics: dict[str, Metrics] = {}
 
-    def look(self) -> View:
-        found = []
+    def look(self) -> RunView:
+        """Read the folder's state as it is now."""
+        views = []
         newest = 0.0
         for name, place in trainings(self.folder).items():
             metrics = self.metrics.setdefault(name, Metrics(place / "metrics.jsonl"))
             finished = (place / "student").is_dir()
             if records := metrics.update():
-                found.append(summary(name, records, finished, self.recipe.get("train", {}).get("steps")))
+                steps = self.recipe.get("train", {}).get("steps")
+                views.append(training_view(name, records, finished=finished, steps=steps))
             with contextlib.suppress(FileNotFoundError):
                 newest = max(newest, metrics.path.stat().st_mtime)
-        measured = evaluation(self.folder)
+        values = evaluation(self.folder)
         answers = count_answers(self.folder / "store.sqlite")
-        stage = self._stage(found, measured, answers)
-        running = any(not training.finished for training in found)
-        return View(
-            str(self.recipe.get("name")),
-            stage,
-            answers,
-            tuple(found),
-            measured,
-            time.time() - newest if running else None,
+        running = any(not view.finished for view in views)
+        return RunView(
+            name=str(self.recipe.get("name")),
+            stage=self._stage(views, values, answers),
+            answers=answers,
+            trainings=tuple(views),
+            evaluation=values,
+            age=time.time() - newest if running else None,
         )
 
-    def _stage(self, found: Sequence[Training], measured: dict[str, Any], answers: dict[str, int]) -> str:
-        if measured:
+    def _stage(self, views: Sequence[TrainingView], values: dict[str, Any], answers: dict[str, int]) -> str:
+        if values:
             return "done" if (self.folder / "report.html").exists() else "report"
-        if unfinished := [training.name for training in found if not training.finished]:
+        if unfinished := [view.name for view in views if not view.finished]:
             return f"training: {unfinished[0]}"
         if (self.folder / "evaluation").is_dir():
             return "evaluation"
-        if found:
-            return f"trained: {', '.join(training.name for training in found)}"
+        if views:
+            return f"trained: {', '.join(view.name for view in views)}"
         if (self.folder / "start.json").exists():
-            return "student's start"
-        return "teacher's text" if answers else "beginning"
+            return "student's initial weights"
+        return "teacher's text" if answers else "starting"
 
 
-def summary(name: str, records: Sequence[Record], finished: bool, steps: int | None) -> Training:
-    """The last step of a training with its recent rate. `steps` is what the recipe asks for, where it does."""
+def training_view(name: str, records: Sequence[Record], *, finished: bool, steps: int | None) -> TrainingView:
+    """A training's last step with its recent speed. `steps` is the recipe's number of steps, if it has one."""
     last = records[-1]
     total = last["step"] if finished else last.get("steps") or steps
-    recent = [
-        r
-        for r in records[-RECENT_STEPS:]
-        if is_number(r.get("seconds")) and is_number(r.get("tokens")) and r["seconds"] > 0
+    timed = [
+        record
+        for record in records[-RECENT_STEPS:]
+        if is_number(record.get("seconds")) and is_number(record.get("tokens")) and record["seconds"] > 0
     ]
-    seconds = sum(record["seconds"] for record in recent)
-    left = (total - last["step"]) * seconds / len(recent) if recent and is_number(total) and not finished else None
-    return Training(
+    seconds = sum(record["seconds"] for record in timed)
+    left = (total - last["step"]) * seconds / len(timed) if timed and is_number(total) and not finished else None
+    return TrainingView(
         name=name,
         step=last["step"],
         steps=total,
         values=values_of(last),
         losses=tuple(float(record["loss"]) for record in records if is_number(record.get("loss"))),
-        tokens_per_second=sum(record["tokens"] for record in recent) / seconds if recent else None,
+        tokens_per_second=sum(record["tokens"] for record in timed) / seconds if timed else None,
         seconds_left=max(0.0, left) if left is not None else None,
         finished=finished,
-        written=written(records),
+        rollout=rollout_summary(records),
     )
 
 
-def written(records: Sequence[Record]) -> Written | None:
-    """What the recent steps tell of the student's own text; None where no step tells anything."""
+def rollout_summary(records: Sequence[Record]) -> RolloutSummary | None:
+    """The student's own text in the recent steps; None if it has never written."""
     if not any(map(rollout_of, records)):
         return None
     recent = records[-RECENT_STEPS:]
-    given = [
-        f"step {record['step']:,}: {words}" for record in records for words in rollout_of(record).get("advice", ())
+    advice = [
+        f"step {record['step']:,}: {sentence}"
+        for record in records
+        for sentence in rollout_of(record).get("advice", ())
     ]
-    length, finished, overlap = (mean_of(recent, fact) for fact in ("length", "finished", "overlap"))
-    return Written(length, finished, overlap, writing_share(recent), given[-1] if given else "")
+    return RolloutSummary(
+        length=mean_of(recent, "length"),
+        finished=mean_of(recent, "finished"),
+        overlap=mean_of(recent, "overlap"),
+        time=writing_share(recent),
+        advice=advice[-1] if advice else "",
+    )
 
 
 def count_answers(store: Path) -> dict[str, int]:
-    """How many answers the store holds of each finish; empty where there is none yet, or it is being made."""
+    """The number of stored answers by how they ended; empty if there is no store, or it is just being made."""
     if not store.exists():
         return {}
     try:
-        with contextlib.closing(sqlite3.connect(f"{store.resolve().as_uri()}?mode=ro", uri=True)) as db:
-            return dict(db.execute("select finish, count(*) from answers group by finish order by finish"))
+        return Store.count(store)
     except sqlite3.Error:
         return {}
 
 
 def sparkline(values: Sequence[float], width: int = BAR_COUNT) -> str:
-    """The values as `width` bars at most, each the mean of its stretch, from the lowest to the highest."""
+    """At most `width` bars between the lowest and the highest value, each the mean of neighbouring values."""
     count = min(width, len(values))
     edges = [round(number * len(values) / count) for number in range(count + 1)] if count else []
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -195,8 +206,8 @@ def sparkline(values: Sequence[float], width: int = BAR_COUNT) -> str:
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
 
 
-def draw(view: View) -> Group:
-    """The view for a terminal. Names out of files are shown as plain text, control characters left out."""
+def draw(view: RunView) -> Group:
+    """The view for a terminal. Names from files are shown as plain text, without control characters."""
     age = f", last step {_duration(view.age)} ago" if view.age is not None else ""
     parts: list[Any] = [Text.assemble((_plain(view.name), "bold"), f"  {_plain(view.stage)}{age}")]
     if view.answers:
@@ -204,57 +215,54 @@ def draw(view: View) -> Group:
         parts.append(Text(f"answers stored: {counts}"))
     if view.trainings:
         parts.append(_training_table(view.trainings))
-        parts += [
-            line
-            for training in view.trainings
-            if training.written
-            for line in _own_text(training.name, training.written)
-        ]
-    if view.measured:
-        parts.append(_evaluation_table(view.measured))
+        for training in view.trainings:
+            if training.rollout:
+                parts += _rollout_lines(training.name, training.rollout)
+    if view.evaluation:
+        parts.append(_evaluation_table(view.evaluation))
     return Group(*parts)
 
 
-def _training_table(found: Sequence[Training]) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _training_table(views: Sequence[TrainingView]) -> ConsoleTable:
+    table = ConsoleTable(box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for training in found:
-        table.add_column(Text(_plain(training.name)), no_wrap=True)
-    table.add_row("step", *(f"{t.step:,} of {t.steps:,}" if t.steps else f"{t.step:,}" for t in found))
-    table.add_row("loss", *(_number(t.values.get("loss")) for t in found))
-    table.add_row("", *(sparkline(t.losses) for t in found))
-    for name in dict.fromkeys(name for t in found for name in t.values if "/" in name):
-        table.add_row(Text(_plain(name.removeprefix("terms/"))), *(_number(t.values.get(name)) for t in found))
-    table.add_row("lr", *(f"{t.values['lr']:.2e}" if "lr" in t.values else "" for t in found))
-    table.add_row("grad norm", *(_number(t.values.get("grad_norm")) for t in found))
-    table.add_row("tokens/s", *(f"{t.tokens_per_second:,.0f}" if t.tokens_per_second else "" for t in found))
-    table.add_row("left", *("done" if t.finished else _duration(t.seconds_left) for t in found))
+    for view in views:
+        table.add_column(Text(_plain(view.name)), no_wrap=True)
+    table.add_row("step", *(f"{v.step:,} of {v.steps:,}" if v.steps else f"{v.step:,}" for v in views))
+    table.add_row("loss", *(_number(v.values.get("loss")) for v in views))
+    table.add_row("", *(sparkline(v.losses) for v in views))
+    for name in dict.fromkeys(name for v in views for name in v.values if "/" in name):
+        table.add_row(Text(_plain(name.removeprefix("terms/"))), *(_number(v.values.get(name)) for v in views))
+    table.add_row("learning rate", *(f"{v.values['lr']:.2e}" if "lr" in v.values else "" for v in views))
+    table.add_row("gradient norm", *(_number(v.values.get("grad_norm")) for v in views))
+    table.add_row("tokens/s", *(f"{v.tokens_per_second:,.0f}" if v.tokens_per_second else "" for v in views))
+    table.add_row("time left", *("done" if v.finished else _duration(v.seconds_left) for v in views))
     return table
 
 
-def _own_text(name: str, written: Written) -> list[Text]:
-    """A line on what the student writes, and one with the latest advice."""
-    told = [
-        (written.length, 1, "{:,.0f} tokens an answer"),
-        (written.finished, 100, "{:.0f} % ended"),
-        (written.overlap, 100, "overlap {:.0f} %"),
-        (written.time, 100, "{:.0f} % of the time"),
+def _rollout_lines(name: str, rollout: RolloutSummary) -> list[Text]:
+    """A line about the student's own text, and one with the latest advice."""
+    facts = [
+        (rollout.length, 1, "{:,.0f} tokens per answer"),
+        (rollout.finished, 100, "{:.0f} % ended by themselves"),
+        (rollout.overlap, 100, "{:.0f} % of top tokens shared"),
+        (rollout.time, 100, "{:.0f} % of the time"),
     ]
-    words = ", ".join(form.format(factor * value) for value, factor, form in told if value is not None)
-    if written.length is None:
-        words = f"nothing in the last {RECENT_STEPS} steps"
-    advice = [Text(f"advice, {_plain(written.advice, 300)}")] if written.advice else []
-    return [Text(f"{_plain(name)} writes: {words}"), *advice]
+    summary = ", ".join(form.format(factor * value) for value, factor, form in facts if value is not None)
+    if rollout.length is None:
+        summary = f"nothing in the last {RECENT_STEPS} steps"
+    advice = [Text(f"advice, {_plain(rollout.advice, 300)}")] if rollout.advice else []
+    return [Text(f"{_plain(name)} writes: {summary}"), *advice]
 
 
-def _evaluation_table(measured: dict[str, dict[str, float]]) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _evaluation_table(systems: dict[str, dict[str, float]]) -> ConsoleTable:
+    table = ConsoleTable(box=None, pad_edge=False)
     table.add_column("evaluation", no_wrap=True)
-    for system in measured:
-        table.add_column(Text(_plain(system)), no_wrap=True)
-    for metric in SHOWN:
-        if any(metric in values for values in measured.values()):
-            table.add_row(metric, *(_number(values.get(metric)) for values in measured.values()))
+    for name in systems:
+        table.add_column(Text(_plain(name)), no_wrap=True)
+    for metric in METRICS:
+        if any(metric in values for values in systems.values()):
+            table.add_row(metric, *(_number(values.get(metric)) for values in systems.values()))
     return table
 
 
@@ -275,26 +283,26 @@ def _duration(seconds: float | None) -> str:
 
 
 def watch(folder: Path, screen: Console, once: bool = False) -> None:
-    """Show the folder until Ctrl-C, or once.
+    """Show a run folder until Ctrl-C, or once.
 
     Raises:
-        UserError: there is no run to watch.
+        UserError: there is no such folder, or no run in it.
     """
     watcher = Watcher(folder)
     if once:
         screen.print(draw(watcher.look()))
         return
-    with _interrupt() as asked, Live(draw(watcher.look()), console=screen, auto_refresh=False) as live:
-        while not asked.wait(SECONDS_BETWEEN):
+    with _interrupt() as interrupted, Live(draw(watcher.look()), console=screen, auto_refresh=False) as live:
+        while not interrupted.wait(SECONDS_BETWEEN):
             live.update(draw(watcher.look()), refresh=True)
 
 
 @contextlib.contextmanager
 def _interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets: to stop watching is no fault."""
-    asked = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    """Yield an event that Ctrl-C sets: it ends the display without an error."""
+    interrupted = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
-        yield asked
+        yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

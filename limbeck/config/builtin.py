@@ -1,27 +1,28 @@
-"""Where the data that ships with Limbeck lies: recipes, tasks and seeds, in the checkout or in the installed
-package."""
+"""The files that ship with Limbeck: recipes, tasks and seeds, in a checkout or in the installed package."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-HERE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent.parent
 
 
 def folder(kind: str) -> Path:
-    """`recipes`, `tasks` or `seeds`: beside the code when installed, at the top of a checkout."""
-    installed = HERE / kind
-    return installed if installed.is_dir() else HERE.parent / kind
+    """The folder of `recipes`, `tasks` or `seeds`: in the package when installed, else at the top of a checkout."""
+    installed = PACKAGE / kind
+    return installed if installed.is_dir() else PACKAGE.parent / kind
 
 
 def recipe_files() -> dict[str, Path]:
+    """The built-in recipes by name."""
     return {file.stem: file for file in sorted(folder("recipes").glob("*.yaml"))}
 
 
 def task_folders() -> dict[str, Path]:
+    """The built-in tasks by name."""
     return {file.parent.name: file.parent for file in sorted(folder("tasks").glob("*/task.yaml"))}
 
 
 def seed_files() -> dict[str, Path]:
-    """What elicitation can begin from: instructions, documents, personas, topics, words, code."""
+    """The seeds for elicitation by name: instructions, documents, personas, topics, words, code."""
     return {file.stem: file for file in sorted(folder("seeds").glob("*.jsonl"))}

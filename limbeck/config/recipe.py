@@ -1,7 +1,7 @@
-"""A recipe: YAML in, one frozen and hashed `Recipe` out. A recipe is data: it can name no code.
+"""Read a recipe: YAML in, a frozen `Recipe` with a hash out. A recipe is data: it can't name code.
 
-Every error says the path in the file, the value found there, and the nearest legal name. Shapes and ranges are
-checked here; what needs the losses (their names and parameters) is checked in `build`.
+Every error says the path in the file, the value there, and the nearest legal name. Types and ranges are checked here;
+names and parameters of losses are checked later, by `limbeck.runs`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from limbeck.config.teacher import TEACHER_KINDS, TeacherSettings, teacher_data
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
-NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic puts between the keys of a path
+NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic adds between the keys of a path
 
 
 class Recipe(Section):
-    """One distillation, whole. Equal recipes have equal hashes, whatever the order of their keys."""
+    """All settings of one distillation. Equal recipes have equal hashes, whatever the order of their keys."""
 
     name: str
     title: str = ""
@@ -51,24 +51,23 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if not NAME.fullmatch(self.name):
-            raise ValueError(f"name {self.name!r} must be lower-case letters, digits, '.', '_' or '-', at most 64")
+            raise ValueError(f"name {self.name!r} must be at most 64 lower-case letters, digits, '.', '_' or '-'")
         if len(set(map(str, self.writer))) < len(self.writer):
             raise ValueError(
-                "two writers are the same in everything, so they would write the same text; change one, or leave it out"
+                "two writers have the same settings, so they would write the same text; change one or remove it"
             )
         check_shares(self.writer)
         if any(writer.by == "elicited" for writer in self.writer) and not self.elicit:
             raise ValueError(
-                "an elicited writer is whoever answered in the steps of `elicit`, and there are none; add some, or name"
-                " another"
+                "the writer `elicited` needs steps under `elicit`, and there are none; add some, or use another writer"
             )
         if any(writer.by == "corpus" for writer in self.writer) and self.elicit:
             raise ValueError(
-                "with steps under `elicit` the text is {by: elicited}: a corpus's own answers go through the steps, too"
+                "with steps under `elicit`, write {by: elicited}: a corpus's own answers go through the steps, too"
             )
         if self.rollout is not None and self.student_writer is None:
             raise ValueError(
-                "rollout says how the student writes, and no writer is the student; add {by: student}, or leave it out"
+                "rollout says how the student writes, but no writer is the student; add {by: student} or remove rollout"
             )
         return self
 
@@ -78,25 +77,25 @@ class Recipe(Section):
         return teacher_data(teacher)
 
     @field_serializer("teacher")
-    def _plainly(self, teacher: TeacherSettings) -> Any:
-        """A teacher that is nothing but a model is written as its name."""
-        written = teacher.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-        return teacher.model if set(written) == {"model"} else written
+    def _as_short_as_possible(self, teacher: TeacherSettings) -> Any:
+        """Write a teacher that is only a model as the model's name."""
+        settings = teacher.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        return teacher.model if set(settings) == {"model"} else settings
 
     @property
     def speaker(self) -> str:
-        """Whose tokens and template all text is in: the teacher's, or where its weights are not here, the student's
-        start."""
+        """The model whose tokenizer and template all text uses: the teacher, or the student's initial model if the
+        teacher's weights are not here."""
         return str(self.teacher.model or self.student.start.pretrained)
 
     @property
     def student_writer(self) -> Writer | None:
-        """The student as a writer, where it is one."""
+        """The writer that is the student, if there is one."""
         return next((writer for writer in self.writer if writer.by == "student"), None)
 
     @property
     def written_share(self) -> float:
-        """The part of the trained text that the student writes, about: of a schedule the mean of its ends."""
+        """About what share of the training text the student writes. Of a schedule, the mean of its ends."""
         share = self.student_writer.share if self.student_writer is not None else 0.0
         if self.all_answer and share:
             return 1 / len(self.writer)
@@ -104,8 +103,7 @@ class Recipe(Section):
 
     @property
     def fixed_writers(self) -> list[Writer]:
-        """The writers whose text is there before the training, with what each has of it: shares that add up to 1, or
-        are all 1."""
+        """The writers whose text exists before training, with shares that add up to 1 or are all 1."""
         fixed = [writer for writer in self.writer if writer.by != "student"]
         if self.student_writer is None or all(writer.share == 1 for writer in fixed):
             return fixed
@@ -114,18 +112,21 @@ class Recipe(Section):
 
     @property
     def all_answer(self) -> bool:
-        """Whether every prompt goes to all writers."""
+        """Does every prompt go to all writers?"""
         return len(self.writer) > 1 and all(writer.share == 1 for writer in self.writer)
 
     @property
     def text_seed(self) -> int:
-        """What prompts, writers and answers are drawn with."""
+        """The seed for drawing prompts, writers and answers."""
         return self.train.seed if self.prompts.seed is None else self.prompts.seed
 
     @property
     def held_out_writer(self) -> Writer:
-        """Whose sampling held-out text is drawn with: of the teacher's, the largest share, rather random than
-        greedy."""
+        """The writer whose sampling settings held-out text is drawn with.
+
+        Of the teacher's writers, the one with the largest share; among equals, one that samples rather than a greedy
+        one.
+        """
         by_teacher = [writer for writer in self.fixed_writers if writer.by == "teacher"]
         others = self.fixed_writers or [Writer(by="teacher", max_tokens=self.writer[0].max_tokens)]
         return max(by_teacher or others, key=lambda writer: (writer.share, writer.temperature > 0))
@@ -136,7 +137,7 @@ class Recipe(Section):
         return content_hash(self.resolved())
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting that has a value, defaults included, as plain data."""
+        """All settings that have a value, defaults included, as plain data."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -145,10 +146,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file, or the name of a built-in recipe.
-        overrides: `a.b=c` pairs as `--set` takes them; `c` is read as YAML.
+        overrides: `a.b=c` pairs as given to `--set`; `c` is read as YAML.
 
     Raises:
-        RecipeError: the file is missing or malformed, or says something that can't be; the message names the place.
+        RecipeError: the file is missing, malformed or has an invalid setting; the message names the place.
     """
     file = Path(path)
     if not file.is_file():
@@ -161,7 +162,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             )
         file = built_in[str(path)]
     if file.stat().st_size > MAX_BYTES:
-        raise RecipeError("", f"{file} is larger than {MAX_BYTES} bytes; that is no recipe")
+        raise RecipeError("", f"{file} is larger than {MAX_BYTES} bytes, too large for a recipe")
     try:
         data = yaml.load(file.read_text(), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader underneath)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -169,40 +170,39 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if data is None:
         raise RecipeError("", f"{file} is empty; start from a built-in recipe, such as recipes/quickstart.yaml")
     if not isinstance(data, dict):
-        raise RecipeError("", f"{file} must hold a mapping of settings, not {type(data).__name__}")
-    data = _write_out(data)
+        raise RecipeError("", f"{file} must be a mapping of settings, not {type(data).__name__}")
+    data = _expand(data)
     for override in overrides:
         _set(data, override)
     return parse(data)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
+    """A SafeLoader that refuses duplicate keys, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        keys = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
-            if key in seen:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} appears twice", key_node.start_mark
                 )
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
 def parse(data: Mapping[str, Any]) -> Recipe:
-    """Plain data to a Recipe. Short forms are written out first: `- forward_kl`, `evaluate: [fidelity]`, `elicit: [-
-    answer: {n: 4}]`."""
+    """Make a Recipe from plain data, in which short forms such as `evaluate: [fidelity]` are expanded first."""
     try:
-        return Recipe.model_validate(_write_out(dict(data)))
+        return Recipe.model_validate(_expand(dict(data)))
     except ValidationError as error:
         raise explain(error, Recipe) from None
 
 
-def _write_out(data: dict[str, Any]) -> dict[str, Any]:
+def _expand(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(data.get("loss"), list):
         data["loss"] = [_loss(entry, f"loss[{index}]") for index, entry in enumerate(data["loss"])]
     if isinstance(data.get("elicit"), list):
@@ -226,21 +226,21 @@ def _step(entry: Any, path: str) -> Any:
 
 
 def _named(entry: Any, path: str, what: str, example: str) -> Any:
-    """`NAME`, or `NAME: {its parameters}`, with both under keys of their own."""
+    """Expand `NAME` or `NAME: {parameters}` to {"name": ..., "params": ...}."""
     if isinstance(entry, str):
         return {"name": entry, "params": {}}
     if not isinstance(entry, dict) or "name" in entry:
         return entry
     if len(entry) != 1:
-        raise RecipeError(path, f"one {what} per list entry, such as `{example}`; got {entry!r}")
+        raise RecipeError(path, f"give one {what} per list entry, such as `{example}`; got {entry!r}")
     ((name, params),) = entry.items()
     if not isinstance(params, dict | None):
-        raise RecipeError(f"{path}.{name}", f"its parameters must be a mapping; got {params!r}")
+        raise RecipeError(f"{path}.{name}", f"parameters must be a mapping; got {params!r}")
     return {"name": name, "params": dict(params or {})}
 
 
 def _set(data: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c`; list entries are numbers, as in `loss.0.weight=2`."""
+    """Apply one `a.b=c`. List entries are given by number, as in `loss.0.weight=2`."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set {override!r} is not of the form a.b=c, such as --set train.steps=20")
@@ -249,25 +249,24 @@ def _set(data: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"--set {path}: {text!r} is not a YAML value: {error}") from error
     *parents, last = path.split(".")
-    at: Any = data
+    node: Any = data
     for key in parents:
-        if isinstance(at, list) and key.isdigit() and int(key) < len(at):
-            at = at[int(key)]
-        elif isinstance(at, dict):
-            at = at.setdefault(key, {})
+        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict):
+            node = node.setdefault(key, {})
         else:
-            raise UserError(f"--set {path}: there is nothing to set under {key!r}")
-    if isinstance(at, list) and last.isdigit() and int(last) < len(at):
-        at[int(last)] = value
-    elif isinstance(at, dict):
-        at[last] = value
+            raise UserError(f"--set {path}: nothing can be set under {key!r}")
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
     else:
         raise UserError(f"--set {path}: {last!r} can't be set there")
 
 
 def explain(error: ValidationError, root: type[Section], path: str = "") -> RecipeError:
-    """The first complaint of pydantic about a section that stands at `path`, in our words: place, value, what would
-    do."""
+    """Turn pydantic's first error about the section at `path` into our own: place, value, and what would be legal."""
     first = error.errors(include_url=False)[0]
     if isinstance(refusal := first.get("ctx", {}).get("error"), RecipeError):
         return refusal
@@ -287,13 +286,13 @@ def explain(error: ValidationError, root: type[Section], path: str = "") -> Reci
     if kind == "literal_error":
         legal = [word.strip("' ") for word in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
         hint = nearest(value, legal) if isinstance(value, str) else f"; legal: {', '.join(legal)}"
-        return RecipeError(path, f"{value!r} is not possible here{hint}")
+        return RecipeError(path, f"{value!r} is not allowed here{hint}")
     message = first["msg"].removeprefix("Value error, ")
     return RecipeError(path, message if kind == "value_error" else f"{message}; got {value!r}")
 
 
 def _legal_keys(root: type[Section], location: Sequence[str | int], teacher_kind: str = "") -> list[str]:
-    """The keys of the section that `location` leads to."""
+    """The keys of the section at `location`."""
     section: Any = root
     for part in location:
         if isinstance(part, int):
@@ -311,6 +310,6 @@ def _section_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     for inner in getattr(annotation, "__args__", ()):
-        if found := _section_in(inner):
-            return found
+        if section := _section_in(inner):
+            return section
     return None

@@ -1,5 +1,4 @@
-"""The sections of a recipe: what can be set, its defaults and its ranges. How they fit together is `recipe`'s
-business."""
+"""The sections of a recipe: their settings, defaults and ranges. How they fit together is checked in `recipe`."""
 
 from __future__ import annotations
 
@@ -12,50 +11,52 @@ Keep = Literal["importance", "block_influence", "uniform", "first"]
 
 
 class Section(BaseModel):
+    """A frozen part of a recipe; unknown keys are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Prune(Section):
-    """Start as the teacher with `layers` layers left; `keep` chooses them (or lists them: `keep: [0, 1, 29]`)."""
+    """Start as the teacher with only `layers` of its layers. `keep` says how to choose them, or lists them."""
 
     layers: Annotated[int, Field(ge=1)] | None = None
     keep: Keep | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "importance"
-    calibration: Annotated[int, Field(ge=1)] = 6  # teacher answers to judge layers on
+    calibration: Annotated[int, Field(ge=1)] = 6  # teacher answers for judging the layers
 
     @field_validator("keep", mode="before")
     @classmethod
     def _not_last(cls, keep: Any) -> Any:
         if keep == "last":
-            raise ValueError("to drop the last layers, keep the first: write keep: first")
+            raise ValueError("to drop the last layers, write keep: first")
         return keep
 
     @model_validator(mode="after")
     def _agree(self) -> Prune:
         if isinstance(self.keep, list):
             if self.keep != sorted(set(self.keep)):
-                raise ValueError(f"keep must list rising layer numbers, each once; got {self.keep}")
+                raise ValueError(f"keep must list layer numbers in rising order, each once; got {self.keep}")
             if self.layers not in (None, len(self.keep)):
-                raise ValueError(f"layers is {self.layers}, but keep lists {len(self.keep)}; leave layers out")
+                raise ValueError(f"layers is {self.layers}, but keep lists {len(self.keep)}; remove layers")
         elif self.layers is None:
             raise ValueError("layers is missing: how many layers should the student have?")
         return self
 
 
 class Scratch(Section):
-    """Start from random weights in the teacher's shape, with these settings of its configuration replaced."""
+    """Start with random weights in the teacher's architecture, with these settings of its configuration replaced."""
 
     config: dict[str, int | float | bool] = {}
 
 
 class Lora(Section):
-    """Train low-rank adapters (arXiv:2106.09685) instead of all weights; they are merged on export."""
+    """Train low-rank adapters (arXiv:2106.09685) instead of all weights. They are merged on export."""
 
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[int, Field(ge=1)] = 32
 
 
 class Start(Section):
-    """How the student begins: exactly one of the three."""
+    """The student's initial weights: exactly one of the three."""
 
     pretrained: str | None = None
     prune: Prune | None = None
@@ -63,22 +64,23 @@ class Start(Section):
 
     @model_validator(mode="after")
     def _one(self) -> Start:
-        given = [name for name in ("pretrained", "prune", "scratch") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of pretrained, prune, scratch; got {given or 'none'}")
+        starts = [name for name in ("pretrained", "prune", "scratch") if getattr(self, name) is not None]
+        if len(starts) != 1:
+            raise ValueError(f"give exactly one of pretrained, prune, scratch; got {starts or 'none'}")
         return self
 
 
 class Student(Section):
+    """The model to train."""
+
     start: Start
     lora: Lora | None = None
 
 
 class Prompts(Section):
-    """`from` is `builtin/NAME` or a JSONL file with a `prompt` (and, for a corpus, an `answer`) on every line.
+    """`from` is `builtin/NAME`, or a JSONL file with a `prompt` (and for a corpus an `answer`) on every line.
 
-    `seed` draws the text; left out, it is the training's. With a seed of its own the text stays while the training
-    varies.
+    `seed` is for drawing the text; by default it is the training's. Set it to vary the training on the same text.
     """
 
     source: str = Field(alias="from")
@@ -87,18 +89,18 @@ class Prompts(Section):
 
 
 class Elicit(Section):
-    """One step of the elicitation: its name and its own settings (see `limbeck methods`)."""
+    """One elicitation step: its name and its settings (see `limbeck methods`)."""
 
     name: str
     params: dict[str, Any] = {}
 
 
 class Writer(Section):
-    """Who writes the text the student trains on, and how it is drawn. `untouched` is the student before training,
-    `student` the student at this step, `elicited` whoever answered in the steps of `elicit`.
+    """Who writes the text the student trains on, and how it is sampled.
 
-    Shares add up to 1 (each prompt goes to one writer), or are all 1 (each prompt goes to all, the preferred writer
-    first). The student's may be a schedule; the others then share the rest.
+    `untouched` is the student before training, `student` the student at the current step, `elicited` whoever answered
+    in the steps of `elicit`. Shares add up to 1 (each prompt goes to one writer), or are all 1 (each prompt goes to all
+    writers, the preferred one first). The student's share may be a schedule; the others then share the rest.
     """
 
     by: Literal["teacher", "corpus", "elicited", "untouched", "student"]
@@ -109,8 +111,8 @@ class Writer(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_it_is(cls, data: Any) -> Any:
-        """The student's text is drawn from the student as it is: any other draw is another writer's."""
+    def _plain_sampling(cls, data: Any) -> Any:
+        """By default, sample the student from its own distribution, unlike other writers."""
         return (
             {"temperature": 1.0, "top_p": 1.0} | data
             if isinstance(data, dict) and data.get("by") == "student"
@@ -119,14 +121,17 @@ class Writer(Section):
 
     @property
     def fixed_share(self) -> float:
-        """Its share where that is a number; of a schedule, what it starts with."""
+        """The share; of a schedule, its start."""
         return float(self.share["from"] if isinstance(self.share, dict) else self.share)
 
 
 class JointSettings(Section):
-    """Two models write one text, token by token: exactly one of a mixture of both distributions in which the teacher
-    has `teacher_share` (MiniLLM), and the student's tokens as long as they are among the teacher's `teacher_top_k`
-    likeliest, else the teacher's own (speculative KD)."""
+    """Teacher and student write one text together, token by token, in exactly one of two ways.
+
+    With `teacher_share`, tokens are sampled from a mixture of both distributions in which the teacher has this weight
+    (MiniLLM). With `teacher_top_k`, the student proposes each token, and the teacher's own token replaces it if it
+    is not among the teacher's top k (speculative KD).
+    """
 
     teacher_share: Annotated[float, Field(ge=0, le=1)] | None = None
     teacher_top_k: Annotated[int, Field(ge=1)] | None = None
@@ -142,23 +147,27 @@ class JointSettings(Section):
 
 
 class Replay(Section):
-    """Text of the student that is read again: the newest `size` answers. A step takes `fresh` text with that
-    probability, which may be a schedule, and always until the buffer is full."""
+    """Train again on the student's newest `size` answers. `fresh` is the probability that a step uses new text.
+
+    It may be a schedule. Until the buffer is full, every step uses new text.
+    """
 
     size: Annotated[int, Field(ge=1)] = 1000
     fresh: Annotated[float, Field(ge=0, le=1)] | dict[str, Any] = 0.5
 
 
 class Validation(Section):
-    """What an adaptive share watches: the loss on this many prompts, taken out of the training, every so many steps."""
+    """What an adaptive share depends on: the loss on `prompts` prompts kept out of training, `every` so many steps."""
 
     prompts: Annotated[int, Field(ge=1)] = 16
     every: Annotated[int, Field(ge=1)] = 10
 
 
 class Server(Section):
-    """A vLLM server that writes for the student; `model` is its name there, `folder_there` the server's path to the
-    run's `vllm/`."""
+    """A vLLM server that generates the student's text.
+
+    `model` is the student's name on the server, `folder_there` the server's path of the run's `vllm/` folder.
+    """
 
     vllm: str
     model: str | None = None
@@ -166,10 +175,12 @@ class Server(Section):
 
 
 class Rollout(Section):
-    """How the student writes while it trains: who writes is drawn per `sample` or per `batch` (a whole step), text for
-    `ahead` steps is written at once, `rows` answers together, in process or `through` a server. With `dtype: bfloat16`
-    a copy of the student in that precision writes: text of a student that differs from it by rounding, whose own
-    log-probabilities stand beside it."""
+    """How the student writes while it trains.
+
+    The writer is drawn `per` sample, or per batch (a whole step). Text for `ahead` steps is written at once, `rows`
+    answers at a time, in process or `through` a server. With `dtype: bfloat16`, a copy of the student in that precision
+    writes; it differs from the student by rounding, so the copy's log-probabilities are stored with the text.
+    """
 
     per: Literal["sample", "batch"] = "sample"
     dtype: Literal["bfloat16"] | None = None
@@ -182,7 +193,7 @@ class Rollout(Section):
 
 
 class Loss(Section):
-    """One term: its name, its weight (a number or a schedule) and its own parameters."""
+    """One term of the loss: its name, its weight (a number or a schedule) and its parameters."""
 
     name: str
     weight: Annotated[float, Field(gt=0)] | dict[str, Any] = 1.0
@@ -190,10 +201,11 @@ class Loss(Section):
 
 
 class Train(Section):
-    """`steps` updates of about `tokens_per_step` response tokens; AdamW, warm-up, cosine to `final_lr` x lr.
+    """`steps` updates (or `epochs`) of about `tokens_per_step` response tokens each.
 
-    With `mixup`, every micro-batch is followed by its rows mixed with others of the step in their embeddings (MixKD,
-    arXiv:2011.00593), with weights from Beta(mixup, mixup); a loss sees them under `only: mixed`.
+    The optimiser is AdamW, with warm-up and a cosine decay to `final_lr` x `lr`. With `mixup`, every micro-batch is
+    followed by a copy whose embeddings are mixed with other rows of the step (MixKD, arXiv:2011.00593), with weights
+    from Beta(mixup, mixup); losses with `only: mixed` see it.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -217,12 +229,13 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """What is measured: `fidelity` to the teacher, and tasks by name. `limit` bounds the held-out prompts.
+    """What to measure: `fidelity` to the teacher, and tasks by name.
 
-    Every system also writes text of its own to the first `own_prompts` of them (left out: OWN_PROMPTS). Controls that
-    are trained: `sft_control` on the teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on
-    the teacher's text with the answers dealt to other prompts; all for as many steps and tokens as the student. `judge`
-    is a model that compares the student's answers with every other system's.
+    `limit` bounds the held-out prompts. Every system also writes its own text for the first `own_prompts` of them (by
+    default OWN_PROMPTS). `untouched` is the student before training. The other controls are trained for as many steps
+    and tokens as the student: `sft_control` on the teacher's text, `gold_control` on the prompts' own answers,
+    `shuffled_control` on the teacher's answers shuffled over the prompts. `judge` is a model that compares the
+    student's answers with every other system's.
     """
 
     metrics: list[str] = ["fidelity"]
@@ -238,19 +251,23 @@ class Evaluate(Section):
 
 
 def check_shares(writers: Sequence[Writer]) -> None:
-    """Refuse shares that don't say who writes what (see `Writer`); ValueError."""
+    """Refuse shares that don't fit together (see `Writer`).
+
+    Raises:
+        ValueError: says which and why.
+    """
     if any(isinstance(writer.share, dict) or writer.share == 0 for writer in writers if writer.by != "student"):
-        raise ValueError("only the student's share may be a schedule, or 0; give the others a number above 0")
+        raise ValueError("only the student's share may be a schedule or 0; give the others a number above 0")
     shares = [writer.fixed_share for writer in writers if writer.by != "student"]
     own = [writer.share for writer in writers if writer.by == "student"]
     if len(own) > 1:
-        raise ValueError("only one writer can be the student; put all its settings into one")
-    moves = bool(own) and isinstance(own[0], dict)
+        raise ValueError("only one writer can be the student; merge them into one")
+    is_schedule = bool(own) and isinstance(own[0], dict)
     rest = 1.0 - (0.0 if not own or isinstance(own[0], dict) else own[0])
-    all_answer = all(share == 1 for share in shares) and not moves and rest in (0.0, 1.0) and own != [0]
+    all_answer = all(share == 1 for share in shares) and not is_schedule and rest in (0.0, 1.0) and own != [0]
     takes_the_rest = bool(own) and own != [1] and shares == [1]
     if not all_answer and not takes_the_rest and abs(sum(shares) - rest) > 1e-9:
         raise ValueError(
-            f"the writers' shares add up to {sum(shares) + 1 - rest:g}, not 1 (and are not all 1, for every writer to"
-            " answer every prompt)"
+            f"the writers' shares add up to {sum(shares) + 1 - rest:g}; they must add up to 1, or all be 1 so that"
+            " every writer answers every prompt"
         )

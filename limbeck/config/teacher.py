@@ -1,5 +1,4 @@
-"""The sections of a recipe that say who teaches: the model or server, what it is shown, what of it is kept, and who
-stands beside it."""
+"""The sections of a recipe about its teacher: model or server, extra context, cache, other teachers, bridge."""
 
 from __future__ import annotations
 
@@ -13,16 +12,16 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from limbeck.config.sections import Section
 from limbeck.types import RecipeError, nearest
 
-FIELDS = ("prompt", "answer", "feedback")  # what a teacher can be shown of a prompt's line
+FIELDS = ("prompt", "answer", "feedback")  # of a prompt's line, that a teacher can be shown
 Together = Literal["mean", "least_cross_entropy", "uncertainty"]
 Matching = Literal["strings", "edits"]
 
 
 class Context(Section):
-    """What the teacher sees beside the prompt and the student does not: a system message, the prompt in other words, or
-    both.
+    """What the teacher sees and the student does not: a system message, another user message, or both.
 
-    In `user`, `{prompt}`, `{answer}` (the corpus's first) and `{feedback}` stand for what the prompt's line holds.
+    In `user`, `{prompt}`, `{answer}` (the corpus's first one) and `{feedback}` are replaced by the fields of the
+    prompt's line.
     """
 
     system: str | None = None
@@ -33,7 +32,7 @@ class Context(Section):
         if self.system is None and self.user is None:
             raise ValueError("give system, user, or both, such as {system: Answer in one short sentence.}")
         if self.user is not None and "{prompt}" not in self.user:
-            raise ValueError("user must hold {prompt}, and may hold {answer} and {feedback}")
+            raise ValueError("user must contain {prompt}, and may contain {answer} and {feedback}")
         for name in re.findall(r"\{([a-z]+)\}", self.user or ""):
             if name not in FIELDS and (close := difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.6)):
                 raise ValueError(f"{{{name}}} in user is not filled in; did you mean {{{close[0]}}}?")
@@ -41,19 +40,19 @@ class Context(Section):
 
     @property
     def reads(self) -> list[str]:
-        """The fields of a prompt's line that it needs beside the prompt."""
+        """The fields of a prompt's line that it needs, besides the prompt."""
         return [name for name in ("answer", "feedback") if self.user is not None and f"{{{name}}}" in self.user]
 
 
 class Price(Section):
-    """Money per million tokens, read and written, in any currency."""
+    """The price of a million tokens read (`input`) and written (`output`), in any currency."""
 
     input: Annotated[float, Field(ge=0)] = 0.0
     output: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Limits(Section):
-    """Ceilings that are never passed: requests (tries count), tokens (read and written), money (by the price)."""
+    """Hard limits: requests (retries count), tokens (read and written) and money (by the price)."""
 
     requests: Annotated[int, Field(ge=1)] | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None
@@ -61,11 +60,13 @@ class Limits(Section):
 
 
 class Served(Section):
-    """An OpenAI-compatible server that writes the teacher's text: its address (up to `/v1`), the model's `name` there,
-    and the environment variable that holds its key. `concurrency` requests are under way at once; one answer may take
-    `timeout` seconds and be asked for `retries` times more. With `batch` the requests go through its batch interface:
-    within a day, at half the price where there is one. It `names` so many of its likeliest tokens at each position of
-    every step's text, which the student may write."""
+    """An OpenAI-compatible server that writes the teacher's text.
+
+    `url` is its address up to `/v1`, `name` the model's name there, `key` the environment variable with its key. Up to
+    `concurrency` requests run at once; each may take `timeout` seconds and is retried `retries` times. With `batch`,
+    requests use the server's batch interface: answers within a day, usually at half the price. With `names`, the server
+    also gives this many top tokens at each position of every step's text, which the student may write.
+    """
 
     url: str
     name: str
@@ -82,14 +83,16 @@ class Served(Section):
 
 
 class CachedHidden(Section):
-    """Its last hidden states, with its head once: the whole distribution, exactly in float32."""
+    """Keep the last hidden states, and the head once: the whole distribution, exact in float32."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 class CachedTop(Section):
-    """Its `k` likeliest tokens, or as few of them as together have `mass`, and what is left in one number. A
-    log-probability is kept in `bits` bits, evenly from 0 to the smallest of its position."""
+    """Keep the top `k` tokens, or only the first ones that together reach `mass`, and the rest as one number.
+
+    Log-probabilities are kept in `bits` bits, in even steps from 0 to the smallest at the position.
+    """
 
     k: Annotated[int, Field(ge=1, le=65535)] = 256
     mass: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -97,7 +100,7 @@ class CachedTop(Section):
 
 
 class CachedSamples(Section):
-    """Tokens drawn from its distribution at `temperature`, weighted so that their expectation is the distribution
+    """Keep tokens sampled at `temperature`, with weights that make their expectation the distribution
     (arXiv:2503.16870)."""
 
     draws: Annotated[int, Field(ge=1, le=65535)] = 50
@@ -105,8 +108,10 @@ class CachedSamples(Section):
 
 
 class CacheSettings(Section):
-    """What of the teacher is computed once and kept beside the text: exactly one of the three. `folder` is where, and
-    may be shared by runs; left out, the run's `signals/`."""
+    """What to compute once of the teacher and keep: exactly one of the three.
+
+    `folder` may be shared by runs; by default it is the run's `signals/`.
+    """
 
     hidden: CachedHidden | None = None
     top_k: CachedTop | None = None
@@ -115,21 +120,21 @@ class CacheSettings(Section):
 
     @model_validator(mode="after")
     def _one(self) -> CacheSettings:
-        given = [name for name in ("hidden", "top_k", "sampled") if getattr(self, name) is not None]
-        if len(given) != 1:
+        forms = [name for name in ("hidden", "top_k", "sampled") if getattr(self, name) is not None]
+        if len(forms) != 1:
             raise ValueError(
-                f"give exactly one of hidden, top_k, sampled, such as {{top_k: {{k: 64}}}}; got {given or 'none'}"
+                f"give exactly one of hidden, top_k, sampled, such as {{top_k: {{k: 64}}}}; got {forms or 'none'}"
             )
         return self
 
     @property
     def form(self) -> dict[str, Any]:
-        """What is kept, as plain data: two caches of one form hold the same."""
+        """What is kept, as plain data. Caches of the same form hold the same numbers."""
         return self.model_dump(mode="json", exclude_none=True, exclude={"folder"})
 
 
 class Other(Section):
-    """One more teacher, with its weight beside the others'; with `only` it teaches the text of that tag, and alone."""
+    """One more teacher with its weight. With `only`, it teaches the text with that tag, and teaches it alone."""
 
     model: str
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -137,11 +142,14 @@ class Other(Section):
 
 
 class BridgeSettings(Section):
-    """How a teacher with other tokens than the student's is read. Tokens are paired by their bytes (`strings`; with
-    `edits` a likely one without its like counts as the student's that is spelled most alike, and the rest is left out).
-    `rest`: what has no pair is one outcome, or its `sorted` probabilities are compared besides. `spans`: where several
-    tokens stand against others the `chain` rule tells the first one's probability, or only `equal` tokens are compared.
-    `others`: elsewhere nothing is taught (`skip`), or the text."""
+    """How to compare a teacher whose tokenizer differs from the student's.
+
+    `match`: with `strings`, tokens with the same bytes are paired; with `edits`, a likely teacher token without a pair
+    counts as the student token with the most similar spelling, and other unpaired tokens are ignored. `rest`: unpaired
+    tokens are one outcome (`bucket`), or their `sorted` probabilities are compared as well. `spans`: if the two split a
+    piece of text differently, the `chain` rule gives the probability of the student's first token; with `equal`, only
+    identical tokens are compared. `others`: at all other positions, teach nothing (`skip`) or the text (`written`).
+    """
 
     match: Matching = "strings"
     rest: Literal["bucket", "sorted"] = "bucket"
@@ -151,7 +159,9 @@ class BridgeSettings(Section):
     @model_validator(mode="after")
     def _agree(self) -> BridgeSettings:
         if self.match == "edits" and (self.rest == "sorted" or self.spans == "chain"):
-            raise ValueError("match: edits leaves no rest and compares equal spans: write {match: edits, spans: equal}")
+            raise ValueError(
+                "match: edits has no rest and only compares equal spans: write {match: edits, spans: equal}"
+            )
         return self
 
 

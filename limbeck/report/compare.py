@@ -1,4 +1,4 @@
-"""What the page of a comparison shows, gathered from its folder."""
+"""The content of a comparison's page, read from its folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from limbeck.report.table import paired_table, systems_tables
 from limbeck.report.teacher import teacher_facts
 from limbeck.report.verdict import against_base, compare_verdict
 
-MOST_COLUMNS = 6
+MAX_COLUMNS = 6
 
 
 def comparison_content(folder: Path, comparison: dict[str, Any]) -> dict[str, Any]:
-    """The values that `compare.html.jinja` needs.
+    """The variables of `compare.html.jinja`.
 
     Args:
-        folder: the comparison folder; its `evaluation` may hold answers of METHOD-sSEED, teacher and untouched.
+        folder: the comparison folder; its `evaluation` may have answers of METHOD-sSEED, teacher and untouched.
         comparison: its `comparison.json`.
     """
     names = {name: label(name) for name in comparison["systems"]}
@@ -64,7 +64,7 @@ def comparison_content(folder: Path, comparison: dict[str, Any]) -> dict[str, An
 
 
 def _runs(comparison: dict[str, Any], names: dict[str, str]) -> dict[str, str]:
-    """The systems of the answer files, METHOD-sSEED, with what to call them."""
+    """The titles of the systems in the answer files, METHOD-sSEED."""
     methods = comparison.get("methods") or comparison.get("by_seed") or {}
     return {
         f"{method}-s{seed}": f"{names.get(method, method)}, seed {seed}"
@@ -74,18 +74,18 @@ def _runs(comparison: dict[str, Any], names: dict[str, str]) -> dict[str, str]:
 
 
 def _shown(comparison: dict[str, Any], systems: list[str]) -> list[str]:
-    """The answers that are shown before the reader chooses: the teacher's and each method's with the first seed."""
-    first = [f"-s{seed}" for seed in comparison.get("seeds", [])[:1]]
-    chosen = [name for name in systems if name == "teacher" or any(name.endswith(tail) for tail in first)]
-    return (chosen or systems)[:MOST_COLUMNS]
+    """The columns shown at first: the teacher, and each method with its first seed."""
+    endings = tuple(f"-s{seed}" for seed in comparison.get("seeds", [])[:1])
+    first = [name for name in systems if name == "teacher" or name.endswith(endings)]
+    return (first or systems)[:MAX_COLUMNS]
 
 
 def _cards(comparison: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The data card: the settings that all methods share, what was held out, and the settings of each task."""
+    """Cards with the settings that all methods share, the held-out text, and each task's settings."""
     settings = comparison.get("settings") or {}
-    taught = teacher_facts(settings.get("teacher"))
-    rest = {key: value for key, value in settings.items() if key != "teacher" or not taught}
-    cards = [(title, facts) for title, facts in (("Teacher", taught), ("Common settings", grids.facts(rest))) if facts]
+    teacher = teacher_facts(settings.get("teacher"))
+    rest = {key: value for key, value in settings.items() if key != "teacher" or not teacher}
+    cards = [(title, facts) for title, facts in (("Teacher", teacher), ("Common settings", grids.facts(rest))) if facts]
     if comparison.get("held_out"):
         cards.append(("Held-out text", grids.facts(comparison["held_out"])))
     return cards + [(f"Task {name}", grids.facts(task)) for name, task in (comparison.get("tasks") or {}).items()]

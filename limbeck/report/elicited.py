@@ -1,4 +1,4 @@
-"""What the steps of elicitation took, gave and left out, as a report shows it."""
+"""The elicitation section of a report: what each step read, produced and left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from limbeck.report.metrics import number, percent
 from limbeck.storage.metrics_log import read_json
 
 FINISHES = {
-    "ok": "whole",
+    "ok": "complete",
     "length": "cut off",
     "empty": "empty",
     "filtered": "filtered by the server",
@@ -19,31 +19,32 @@ FINISHES = {
     "refused": "refused",
     "error": "failed",
 }
-MOST_REASONS = 12
+MAX_REASONS = 12
 
 
 @dataclass(frozen=True)
-class Elicited:
-    """A sentence, a row per step, and what was left out: (step, [(reason, how many, examples)])."""
+class ElicitationSection:
+    """A summary, a table with a row per step, what each step left out as (step, [(reason, count, examples)]), and
+    other numbers per step."""
 
-    told: str
+    summary: str
     grid: Grid
     left_out: list[tuple[str, list[tuple[str, str, list[str]]]]]
     facts: list[tuple[str, list[tuple[str, str]]]]
 
 
-def elicited(folder: Path) -> Elicited | None:
-    """What `elicitation.json` says; None where the recipe has no steps."""
-    account = read_json(folder / "elicitation.json")
-    steps: list[dict[str, Any]] = account["steps"] if account else []
+def elicitation_section(folder: Path) -> ElicitationSection | None:
+    """The section on `elicitation.json`; None if the recipe has no elicitation steps."""
+    elicitation = read_json(folder / "elicitation.json")
+    steps: list[dict[str, Any]] = elicitation["steps"] if elicitation else []
     if not steps:
         return None
     answers = {finish: sum(step["answers"].get(finish, 0) for step in steps) for finish in FINISHES}
-    asked = sum(answers.values())
+    total = sum(answers.values())
     kinds = ", ".join(f"{count:,} {FINISHES[finish]}" for finish, count in answers.items() if count)
-    told = f"{asked:,} answers were asked of the writer ({kinds})." if asked else "Nothing was asked of a model."
-    told += f" Of {steps[0]['taken']:,} given prompts the steps made {steps[-1]['given']:,} samples."
-    columns = [("Kind", ""), ("In", "samples"), ("Out", "samples"), ("Left out", ""), ("Answers", "asked for")]
+    summary = f"The writer was asked for {total:,} answers ({kinds})." if total else "No model was asked for anything."
+    summary += f" The steps turned {steps[0]['taken']:,} prompts into {steps[-1]['given']:,} samples."
+    columns = [("Kind", ""), ("In", "samples"), ("Out", "samples"), ("Left out", ""), ("Answers", "requested")]
     rows = [
         (
             step["step"],
@@ -63,7 +64,7 @@ def elicited(folder: Path) -> Elicited | None:
         for step in steps
         if step["facts"]
     ]
-    return Elicited(told, Grid("Step", columns, rows), left_out, facts)
+    return ElicitationSection(summary, Grid("Step", columns, rows), left_out, facts)
 
 
 def _count(counts: dict[str, int]) -> str:
@@ -71,10 +72,10 @@ def _count(counts: dict[str, int]) -> str:
 
 
 def _reasons(step: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """The reasons of one step, the most frequent first, each with its share of all that was left out there."""
+    """A step's most frequent reasons, each with its share of everything the step left out."""
     total = sum(step["dropped"].values())
     ranked = sorted(step["dropped"].items(), key=lambda entry: (-entry[1], entry[0]))
     return [
         (reason, f"{count:,} ({percent(count / total)})", step.get("examples", {}).get(reason, []))
-        for reason, count in ranked[:MOST_REASONS]
+        for reason, count in ranked[:MAX_REASONS]
     ]

@@ -1,7 +1,7 @@
-"""The answers that a page carries: a bounded part of the item files, ready to be embedded as JSON.
+"""The answers that are embedded in a page as JSON: a part of the item files, of limited size.
 
-The weight of a page stays bounded however large the run: long texts are shortened first, then prompts are left out at
-equal distances. What was shortened or left out is counted, so that the page can say it.
+However large the run, the page stays small: long texts are shortened first, then prompts are left out evenly. Both are
+counted, so that the page can say so.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Excerpt:
         systems: the names, in the order of each item's answers.
         items: {"id", "kind", "prompt", "answers": [[text, tokens, finished, passed, characters] or None, ...],
             "lens": {writer: [[token, nats, teacher's choices, student's choices], ...]}}. A choice is [text,
-            probability or None]. Characters are counted before the text was shortened.
-        prompts: how many prompts the run holds.
-        shortened: how many of the answers shown are shortened.
-        lenses_left_out: how many prompts have a token lens that found no room.
+            probability or None]. Characters are those of the text before it was shortened.
+        prompts: the number of prompts in the run.
+        shortened: the number of answers here that were shortened.
+        lenses_left_out: the number of prompts whose token lens did not fit.
     """
 
     systems: list[str]
@@ -46,7 +46,7 @@ class Excerpt:
     lenses_left_out: int
 
     def first(self, systems: Sequence[str]) -> list[Item]:
-        """The first prompts with the answers of `systems`, for readers without scripts."""
+        """The first prompts with the answers of `systems`, for browsers without scripts."""
         columns = [(name, self.systems.index(name)) for name in systems]
         return [
             item | {"answers": [(name, _shortened(item["answers"][column], FIRST_LENGTH)) for name, column in columns]}
@@ -55,36 +55,36 @@ class Excerpt:
 
 
 def read_excerpt(folder: Path, order: Sequence[str]) -> Excerpt | None:
-    """The excerpt of an `evaluation` folder, or None where it holds no answers.
+    """The excerpt of an `evaluation` folder, or None if it has no answers.
 
     Args:
-        order: names of systems that come first, in this order; the others follow by name.
+        order: the systems that come first, in this order; the others follow by name.
     """
     files = {file.stem.removeprefix("answers-"): file for file in sorted(folder.glob("answers-*.jsonl"))}
     systems = [*(name for name in order if name in files), *(name for name in files if name not in order)]
-    given = {name: {record["prompt_id"]: record for record in read_jsonl(files[name])} for name in systems}
+    answers = {name: {record["prompt_id"]: record for record in read_jsonl(files[name])} for name in systems}
     prompts = {record["prompt_id"]: record for record in read_jsonl(folder / "prompts.jsonl")}
-    ids = list(dict.fromkeys([*prompts, *(prompt_id for answers in given.values() for prompt_id in answers)]))
-    ids = [prompt_id for prompt_id in ids if any(prompt_id in answers for answers in given.values())]
+    ids = list(dict.fromkeys([*prompts, *(prompt_id for records in answers.values() for prompt_id in records)]))
+    ids = [prompt_id for prompt_id in ids if any(prompt_id in records for records in answers.values())]
     if not ids:
         return None
     lenses = _lenses(folder)
     ids.sort(key=lambda prompt_id: prompt_id not in lenses)
     items = [
-        _item(prompt_id, prompts.get(prompt_id, {}), [given[name].get(prompt_id) for name in systems])
+        _item(prompt_id, prompts.get(prompt_id, {}), [answers[name].get(prompt_id) for name in systems])
         for prompt_id in ids
     ]
     shown = _fitting(items, sum(prompt_id in lenses for prompt_id in ids))
     left_out = _add_lenses(shown, lenses)
     shortened = sum(len(answer[0]) < answer[4] for item in shown for answer in item["answers"] if answer)
-    return Excerpt(systems, shown, len(ids), shortened, left_out)
+    return Excerpt(systems, shown, prompts=len(ids), shortened=shortened, lenses_left_out=left_out)
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand inside a `<script>` element: no sign in it can end the element or open a comment."""
+    """JSON for a `<script>` element: no character in it can end the element or open a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for sign in ("<", ">", "&", "\u2028", "\u2029"):
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    for character in ("<", ">", "&", "\u2028", "\u2029"):
+        text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
@@ -103,9 +103,9 @@ def _item(prompt_id: str, prompt: Item, records: Sequence[Item | None]) -> Item:
 
 
 def _fitting(items: list[Item], first: int) -> list[Item]:
-    """The items with texts as long as fit into ANSWER_BYTES; where not even short ones fit, an even choice of them.
+    """Shorten the texts until they fit into ANSWER_BYTES; if the shortest don't fit, leave out items evenly.
 
-    The `first` items, those with a token lens, are always chosen.
+    The `first` items, which have a token lens, are always included.
     """
     cut = items
     for length in LENGTHS:
@@ -113,11 +113,11 @@ def _fitting(items: list[Item], first: int) -> list[Item]:
         weights = [_weight(item) for item in cut]
         if sum(weights) <= ANSWER_BYTES:
             return cut
-    rest = kept = len(cut) - first
+    rest = count = len(cut) - first
     places = list(range(len(cut)))
-    while kept and sum(weights[n] for n in places) > ANSWER_BYTES:
-        kept = kept * 9 // 10
-        places = [*range(first), *(first + n * rest // kept for n in range(kept))]
+    while count and sum(weights[n] for n in places) > ANSWER_BYTES:
+        count = count * 9 // 10
+        places = [*range(first), *(first + n * rest // count for n in range(count))]
     return [cut[n] for n in places]
 
 
@@ -135,11 +135,11 @@ def _weight(value: Any) -> int:
 
 
 def _lenses(folder: Path) -> dict[str, dict[str, list[Any]]]:
-    found: dict[str, dict[str, list[Any]]] = {}
+    lenses: dict[str, dict[str, list[Any]]] = {}
     for record in read_jsonl(folder / "lens.jsonl"):
         tokens = [_token(*token) for token in record["tokens"][:LENS_TOKENS]]
-        found.setdefault(record["prompt_id"], {})[record["writer"]] = tokens
-    return found
+        lenses.setdefault(record["prompt_id"], {})[record["writer"]] = tokens
+    return lenses
 
 
 def _token(text: str, nats: float, teacher: Any, student: Any) -> list[Any]:
@@ -148,14 +148,14 @@ def _token(text: str, nats: float, teacher: Any, student: Any) -> list[Any]:
 
 
 def _choices(choices: Any) -> list[list[Any]]:
-    """A first choice as text, or the top choices as [text, probability]: both become a list of [text, probability]."""
+    """Choices as a list of [text, probability]. They are stored so, or as the text of the first choice alone."""
     if isinstance(choices, str):
         return [[choices[:80], None]]
     return [[text[:80], round(probability, 4) if math.isfinite(probability) else None] for text, probability in choices]
 
 
 def _add_lenses(items: list[Item], lenses: dict[str, dict[str, list[Any]]]) -> int:
-    """Give the items their token lenses while there is room; returns for how many there was none."""
+    """Add token lenses to the items while there is room. Returns how many did not fit."""
     room = LENS_BYTES
     left_out = 0
     for item in items:

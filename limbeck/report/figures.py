@@ -1,14 +1,14 @@
-"""Which plots a report shows, from the records of a run or the numbers of a comparison."""
+"""The plots of a report, from the records of a run or the numbers of a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limbeck.report.metrics import Metric, is_clear, number, percent
-from limbeck.report.plots import Series, Spot, Text, Whisker, bars, curves, forest, scatter
+from limbeck.report.plots import Label, Series, Spot, Whisker, bars, curves, forest, scatter
 from limbeck.storage.files import read_jsonl
 
 STYLES = {"student": "accent", "teacher": "ink", "sft_control": "grey", "untouched": "dash"}
@@ -23,15 +23,16 @@ SHORT = {
 TRAININGS = {"student": ""} | {name: f"controls/{name}" for name in ("sft_control", "gold_control", "shuffled_control")}
 COSTS = {
     "seconds": ("Training time", "minutes of training", 1 / 60),
-    "teacher_tokens": ("Teacher tokens", "tokens that the teacher wrote", 1.0),
+    "teacher_tokens": ("Teacher tokens", "tokens written by the teacher", 1.0),
     "trained_tokens": ("Trained tokens", "tokens trained on", 1.0),
     "peak_memory_mib": ("Peak memory", "peak memory, MiB", 1.0),
 }
+MAX_CLASSES = 12
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot (SVG text), what stands over it, and the sentence under it."""
+    """A plot (as SVG text) with its title and caption."""
 
     title: str
     svg: str
@@ -39,9 +40,8 @@ class Figure:
 
 
 def loss_figures(folder: Path) -> list[Figure]:
-    """The loss by step of the student and of the fine-tuning control, each on its own axis: each has its own
-    objective."""
-    found = []
+    """The loss by step of the student and of each trained control, in separate plots: their objectives differ."""
+    figures = []
     for name, place in TRAININGS.items():
         records = read_jsonl(folder / place / "metrics.jsonl")
         if len(records) < 2:
@@ -54,28 +54,34 @@ def loss_figures(folder: Path) -> list[Figure]:
                 for term in terms
             ]
             lines = parts + lines
-        first = records[0]["loss"]
-        last = records[-1]["loss"]
         about = (
-            f"{SHORT[name]}: the loss goes from {first:.3f} at the first step to {last:.3f} at step"
-            f" {records[-1]['step']}."
+            f"{SHORT[name]}: the loss goes from {records[0]['loss']:.3f} at the first step to"
+            f" {records[-1]['loss']:.3f} at step {records[-1]['step']}."
         )
-        text = Text(f"loss-{name}", f"{SHORT[name]}: loss by step", about, "step", "loss")
-        found.append(Figure(text.title, curves(text, lines), about))
-    return [figure for figure in found if figure.svg]
+        label = Label(
+            key=f"loss-{name}", title=f"{SHORT[name]}: loss by step", about=about, x_title="step", y_title="loss"
+        )
+        figures.append(Figure(label.title, curves(label, lines), about))
+    return [figure for figure in figures if figure.svg]
 
 
 def calibration_figure(summary: dict[str, Any]) -> Figure | None:
-    """Accuracy of the next token by confidence. A model on the diagonal is right as often as it says."""
+    """The accuracy of next-token predictions by their confidence."""
     lines = [
         _system_line(name, [(b["confidence"], b["accuracy"]) for b in bins if b["count"]])
         for name, bins in (summary.get("calibration") or {}).items()
     ]
-    about = (
-        "How often the first choice is right, by how sure the model is of it. On the thin diagonal the two are equal."
+    label = Label(
+        key="calibration",
+        title="Calibration of next tokens",
+        about=(
+            "How often a model's top token is right, by the probability that the model gives it. A calibrated model"
+            " follows the dotted diagonal."
+        ),
+        x_title="confidence",
+        y_title="accuracy",
     )
-    text = Text("calibration", "Calibration on next tokens", about, "confidence", "accuracy")
-    return _figure(text, curves(text, lines, (0.0, 1.0), (0.0, 1.0), diagonal=True))
+    return _figure(label, curves(label, lines, x_limits=(0.0, 1.0), y_limits=(0.0, 1.0), diagonal=True))
 
 
 def exposure_figure(summary: dict[str, Any]) -> Figure | None:
@@ -84,14 +90,17 @@ def exposure_figure(summary: dict[str, Any]) -> Figure | None:
         _system_line(name, [(p["upto"], p["value"]) for p in points])
         for name, points in (summary.get("exposure") or {}).items()
     ]
-    about = (
-        "Excess error that builds up when a model continues its own text instead of the teacher's (ExAccErr). Zero: no"
-        " such error."
+    label = Label(
+        key="exposure",
+        title="Exposure bias by length",
+        about=(
+            "The excess error (ExAccErr) that a model accumulates when it continues its own text instead of the"
+            " teacher's. At zero there is none."
+        ),
+        x_title="length of its own text, tokens",
+        y_title="excess error, %",
     )
-    text = Text(
-        "exposure", "Exposure bias by length", about, "up to this many tokens of its own text", "excess error, %"
-    )
-    return _figure(text, curves(text, lines))
+    return _figure(label, curves(label, lines))
 
 
 def _system_line(name: str, points: Sequence[tuple[float, float]]) -> Series:
@@ -99,23 +108,33 @@ def _system_line(name: str, points: Sequence[tuple[float, float]]) -> Series:
 
 
 def token_class_figure(summary: dict[str, Any]) -> Figure | None:
-    """The share of the whole divergence that each class of tokens holds, the largest first."""
+    """The share of the total divergence per class of tokens, the largest first."""
     classes = (summary.get("by_token_class") or {}).items()
-    ranked = sorted(classes, key=lambda item: -item[1]["share_of_loss"])[:12]
+    ranked = sorted(classes, key=lambda item: -item[1]["share_of_loss"])[:MAX_CLASSES]
     rows = [(name, facts["share_of_loss"], percent(facts["share_of_loss"])) for name, facts in ranked]
-    about = "The share of the student's whole divergence that falls on each class of tokens."
-    text = Text("classes", "Share of the divergence by class of token", about, "")
-    return _figure(text, bars(text, rows))
+    label = Label(
+        key="classes",
+        title="Share of the divergence by token class",
+        about="How much of the student's total divergence falls on each class of tokens.",
+        x_title="",
+    )
+    return _figure(label, bars(label, rows))
 
 
 def forest_figures(
     metrics: Sequence[Metric], rows: dict[str, dict[str, Any]], names: dict[str, str], base: str
 ) -> list[Figure]:
-    """One plot per metric with a better side: every method's difference to the base."""
-    found = []
-    for place, metric in enumerate(metrics):
+    """A plot per metric that has a better side: every method's difference from the base."""
+    figures = []
+    for index, metric in enumerate(metrics):
         whiskers = [
-            Whisker(names.get(method, method), x["value"], x["low"], x["high"], is_clear(x, len(rows)))
+            Whisker(
+                label=names.get(method, method),
+                value=x["value"],
+                low=x["low"],
+                high=x["high"],
+                clear=is_clear(x, len(rows)),
+            )
             for method, differences in rows.items()
             if (x := differences.get(metric.name))
         ]
@@ -123,53 +142,70 @@ def forest_figures(
             continue
         side = "left" if metric.better == "low" else "right"
         unit = f", {metric.unit}" if metric.unit else ""
-        about = f"Difference to {base} with its 95 % interval. Better is to the {side}; filled points are clear."
-        title = f"{metric.group}: {metric.title}" if metric.group else metric.title
-        text = Text(
-            f"forest-{place}", title, about, f"difference{unit} ({'← better' if side == 'left' else 'better →'})"
+        label = Label(
+            key=f"forest-{index}",
+            title=f"{metric.group}: {metric.title}" if metric.group else metric.title,
+            about=f"Difference from {base} with its 95 % interval. Better is to the {side}. Filled points are clear.",
+            x_title=f"difference{unit} ({'← better' if side == 'left' else 'better →'})",
         )
-        found.append(Figure(title, forest(text, whiskers), ""))
-    return found
+        figures.append(Figure(label.title, forest(label, whiskers), ""))
+    return figures
 
 
 def pareto_figures(comparison: dict[str, Any], metric: Metric, names: dict[str, str]) -> list[Figure]:
-    """Quality against each cost in which the methods differ. The line joins methods that no other beats on both."""
-    found = []
-    for key, (title, words, factor) in COSTS.items():
-        spots = []
-        for method, cost in (comparison.get("cost") or {}).items():
-            quality = comparison["systems"].get(method, {}).get(metric.name)
-            if quality and cost.get(key) is not None:
-                spots.append((names.get(method, method), cost[key] * factor, quality))
-        if len({cost for _, cost, _ in spots}) < 2:
+    """Quality against each cost that differs between methods. A line joins the methods that no other beats on both."""
+    figures = []
+    better = "lower" if metric.better == "low" else "higher"
+    for key, (title, unit, factor) in COSTS.items():
+        spots = _pareto_spots(comparison, metric, names, (key, factor))
+        if len({spot.x for spot in spots}) < 2:
             continue
-        sign = 1 if metric.better == "low" else -1
-        best = {
-            name
-            for name, x, q in spots
-            if not any(_beats((a, sign * b["value"]), (x, sign * q["value"])) for _, a, b in spots)
-        }
-        drawn = [Spot(name, x, q["value"], q["low"], q["high"], name in best) for name, x, q in spots]
-        better = "lower" if metric.better == "low" else "higher"
-        listed = "; ".join(f"{spot.label}: {number(float(spot.x))} {words}, {number(spot.y)}" for spot in drawn)
-        about = (
-            f"{metric.title} ({better} is better) by {words}. The line joins the methods that no other beats on both."
-            f" {listed}."
+        values = "; ".join(f"{spot.label}: {number(float(spot.x))} {unit}, {number(spot.y)}" for spot in spots)
+        label = Label(
+            key=f"pareto-{key}",
+            title=f"{metric.title} by {title.lower()}",
+            about=(
+                f"{metric.title} ({better} is better) by {unit}. The line joins the methods that no other method beats"
+                f" on both. {values}."
+            ),
+            x_title=unit,
+            y_title=f"{metric.title}, {better} is better",
         )
-        text = Text(
-            f"pareto-{key}", f"{metric.title} by {title.lower()}", about, words, f"{metric.title}, {better} is better"
+        frontier = [(spot.x, spot.y) for spot in spots if spot.strong]
+        caption = "The line joins the methods that no other method beats on both. Bars are 95 % intervals."
+        figures.append(Figure(label.title, scatter(label, spots, frontier), caption))
+    return figures
+
+
+def _pareto_spots(
+    comparison: dict[str, Any], metric: Metric, names: dict[str, str], cost_and_factor: tuple[str, float]
+) -> list[Spot]:
+    """A spot per method whose cost and quality are known; those on the Pareto frontier are strong."""
+    key, factor = cost_and_factor
+    methods = []
+    for method, cost in (comparison.get("cost") or {}).items():
+        quality = comparison["systems"].get(method, {}).get(metric.name)
+        if quality and cost.get(key) is not None:
+            methods.append((names.get(method, method), cost[key] * factor, quality))
+    sign = 1 if metric.better == "low" else -1
+    points = [(x, sign * quality["value"]) for _, x, quality in methods]
+    return [
+        Spot(
+            label=name,
+            x=x,
+            y=quality["value"],
+            low=quality["low"],
+            high=quality["high"],
+            strong=not _is_beaten((x, sign * quality["value"]), points),
         )
-        caption = "The line joins the methods that no other beats on both; bars are 95 % intervals."
-        found.append(
-            Figure(text.title, scatter(text, drawn, [(spot.x, spot.y) for spot in drawn if spot.strong]), caption)
-        )
-    return found
+        for name, x, quality in methods
+    ]
 
 
-def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Is `one` at least as low in both numbers, and lower in one?"""
-    return one[0] <= other[0] and one[1] <= other[1] and one != other
+def _is_beaten(point: tuple[float, float], others: Iterable[tuple[float, float]]) -> bool:
+    """Is another point at least as low in both numbers, and lower in one?"""
+    return any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in others)
 
 
-def _figure(text: Text, svg: str) -> Figure | None:
-    return Figure(text.title, svg, text.about) if svg else None
+def _figure(label: Label, svg: str) -> Figure | None:
+    return Figure(label.title, svg, label.about) if svg else None

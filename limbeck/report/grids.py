@@ -1,4 +1,4 @@
-"""Plain tables of a report: size and speed, cost, where the student loses most, methods, seeds."""
+"""The text tables of a report: size and speed, cost, results by kind of prompt and of token, methods, seeds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MEASURES = {
     "layers": ("Layers", "", 1),
     "parameters": ("Parameters", "millions", 1e-6),
     "bytes": ("Weights", "MiB", 2**-20),
-    "prefill_tokens_per_second": ("Reading", "tokens a second", 1.0),
-    "decode_tokens_per_second": ("Writing", "tokens a second", 1.0),
+    "prefill_tokens_per_second": ("Reading", "tokens per second", 1.0),
+    "decode_tokens_per_second": ("Writing", "tokens per second", 1.0),
     "first_token_ms": ("First token", "milliseconds", 1.0),
     "peak_memory_mib": ("Peak memory", "MiB", 1.0),
 }
@@ -27,7 +27,7 @@ SPENT = {
     "trained_tokens": ("Trained tokens", "", 1),
     "steps": ("Steps", "", 1),
     "seconds": ("Minutes", "of training", 1 / 60),
-    "writing_share": ("Time writing", "% of the training", 100.0),
+    "writing_share": ("Writing time", "% of training", 100.0),
     "peak_memory_mib": ("Peak memory", "MiB", 1.0),
 }
 WORDING = {
@@ -35,14 +35,14 @@ WORDING = {
     "distinct_2": ("Distinct pairs", "% of all", 100.0),
     "self_bleu": ("Self-BLEU", "0 to 1, lower is more varied", 1.0),
 }
-MOST_KINDS = 40
+MAX_KINDS = 40
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of text: (title, unit) per column, (label, cells) per row. An empty cell was not measured.
+    """A table of text: (title, unit) per column, (label, cells) per row.
 
-    A cell may also be an interval, a record of value, low and high.
+    An empty cell was not measured. A cell can also be an interval: a dict with value, low and high.
     """
 
     corner: str
@@ -52,35 +52,35 @@ class Grid:
 
 
 def efficiency_grid(summary: dict[str, Any], names: dict[str, str]) -> Grid | None:
-    """Size and speed of every system; columns that nobody has are left out."""
+    """Size and speed of every system; columns without any value are left out."""
     facts = summary.get("efficiency") or summary.get("sizes") or {}
     return _measured("System", MEASURES, facts, names)
 
 
 def spent_grid(comparison: dict[str, Any], names: dict[str, str]) -> Grid | None:
-    """What each method cost, as means over its seeds."""
+    """What each method cost, averaged over its seeds."""
     return _spent("Method", comparison.get("cost") or {}, names)
 
 
 def training_grid(folder: Path) -> Grid | None:
     """Steps, tokens and minutes of every training of a run."""
-    facts = {}
+    by_training = {}
     for name, place in TRAININGS.items():
         records = read_jsonl(folder / place / "metrics.jsonl")
         if records:
             trained = sum(record["response_tokens"] for record in records)
             seconds = sum(record["seconds"] for record in records)
-            facts[name] = {
+            by_training[name] = {
                 "steps": len(records),
                 "trained_tokens": trained,
                 "seconds": seconds,
                 "writing_share": writing_share(records),
             }
-    return _spent("Training", facts, {})
+    return _spent("Training", by_training, {})
 
 
 def _spent(corner: str, facts: dict[str, Any], names: dict[str, str]) -> Grid | None:
-    """The time spent writing is a column only where a student wrote."""
+    """A table of costs, with the writing time only if a student wrote."""
     writes = any(values.get("writing_share") for values in facts.values())
     return _measured(
         corner, {key: measure for key, measure in SPENT.items() if writes or key != "writing_share"}, facts, names
@@ -90,12 +90,13 @@ def _spent(corner: str, facts: dict[str, Any], names: dict[str, str]) -> Grid | 
 def _measured(
     corner: str, measures: dict[str, tuple[str, str, float]], facts: dict[str, Any], names: dict[str, str]
 ) -> Grid | None:
-    kept = [key for key in measures if any(values.get(key) is not None for values in facts.values())]
+    """A table with a column for every measure (title, unit, factor) that some row has; None if there is none."""
+    keys = [key for key in measures if any(values.get(key) is not None for values in facts.values())]
     rows = [
-        (names.get(name, label(name)), [_cell(values.get(key), measures[key][2]) for key in kept])
+        (names.get(name, label(name)), [_cell(values.get(key), measures[key][2]) for key in keys])
         for name, values in facts.items()
     ]
-    return Grid(corner, [measures[key][:2] for key in kept], rows) if kept else None
+    return Grid(corner, [measures[key][:2] for key in keys], rows) if keys else None
 
 
 def _cell(value: float | None, factor: float) -> str:
@@ -106,7 +107,7 @@ def _cell(value: float | None, factor: float) -> str:
 
 
 def kinds_grid(summary: dict[str, Any], subject: str, names: dict[str, str]) -> Grid | None:
-    """The main metric by kind of prompt, for every system; the kinds where `subject` does worst come first."""
+    """The headline metric by kind of prompt for every system, with the worst kinds of `subject` first."""
     kinds = {kind: values for kind, values in (summary.get("by_kind") or {}).items() if values.get(subject)}
     metrics = metrics_of(
         {"systems": {kind: values[subject] for kind, values in kinds.items()}, "metrics": summary.get("metrics", {})}
@@ -126,43 +127,44 @@ def kinds_grid(summary: dict[str, Any], subject: str, names: dict[str, str]) -> 
             kind or "(none)",
             [str(values[subject][metric.name]["n"]), *((values.get(name) or {}).get(metric.name) for name in systems)],
         )
-        for kind, values in ranked[:MOST_KINDS]
+        for kind, values in ranked[:MAX_KINDS]
     ]
-    left_out = f" {len(ranked) - MOST_KINDS} more kinds are in summary.json." if len(ranked) > MOST_KINDS else ""
+    left_out = f" {len(ranked) - MAX_KINDS} more kinds are in summary.json." if len(ranked) > MAX_KINDS else ""
     columns = [("Answers", ""), *((names.get(name, label(name)), "") for name in systems)]
-    worst = f"where the {label(subject).lower()}" if subject == "student" else f"where {names.get(subject, subject)}"
-    return Grid("Kind of prompt", columns, rows, f"{_words(metric)}; {worst} does worst comes first.{left_out}")
+    whose = "the student" if subject == "student" else names.get(subject, subject)
+    note = f"{_metric_note(metric)}. The worst results of {whose} come first.{left_out}"
+    return Grid("Kind of prompt", columns, rows, note)
 
 
 def wording_grid(summary: dict[str, Any], names: dict[str, str]) -> Grid | None:
-    """How varied each system's own texts are, as one set; there is no interval."""
+    """How varied each system's own texts are, taken together. There is no interval."""
     return _measured("System", WORDING, summary.get("wording") or {}, names)
 
 
 def robustness_grid(summary: dict[str, Any], names: dict[str, str]) -> Grid | None:
-    """By how much each system's results fall when a task is asked in another way."""
+    """How much each system's results drop when a task is worded differently."""
     drops = summary.get("robustness") or {}
-    systems = [name for name in summary["systems"] if any(name in found for found in drops.values())]
-    rows = [(task, [found.get(name) for name in systems]) for task, found in drops.items()]
-    note = "1 - perturbed / plain, over the same items; below 0, it does better."
+    systems = [name for name in summary["systems"] if any(name in values for values in drops.values())]
+    rows = [(task, [values.get(name) for name in systems]) for task, values in drops.items()]
+    note = "1 - reworded / original, over the same items. Below 0, results improve."
     return (
         Grid("Task and metric", [(names.get(name, label(name)), "") for name in systems], rows, note) if rows else None
     )
 
 
 def classes_grid(summary: dict[str, Any]) -> Grid | None:
-    """How far student and teacher are apart on each class of tokens, and the share of the whole that is."""
+    """The divergence on each class of tokens, and its share of the total."""
     classes = summary.get("by_token_class") or {}
     ranked = sorted(classes.items(), key=lambda item: -item[1]["share_of_loss"])
     rows = [
         (name, [f"{x['tokens']:,}", number(float(x["forward_kl"])), percent(x["share_of_loss"])]) for name, x in ranked
     ]
-    columns = [("Tokens", ""), ("Forward KL", "nats a token"), ("Share", "of the whole divergence")]
+    columns = [("Tokens", ""), ("Forward KL", "nats per token"), ("Share", "of the total divergence")]
     return Grid("Class of token", columns, rows) if rows else None
 
 
 def methods_grid(comparison: dict[str, Any]) -> Grid:
-    """What was compared: paper, losses and recipe of each method."""
+    """The methods compared: title, paper, losses and recipe hash."""
     rows = [
         (
             name + (" (base)" if name == comparison["base"] else ""),
@@ -179,7 +181,7 @@ def methods_grid(comparison: dict[str, Any]) -> Grid:
 
 
 def seeds_grid(comparison: dict[str, Any], metric: Metric | None, names: dict[str, str]) -> Grid | None:
-    """The main metric of every single training."""
+    """The headline metric of every training, by seed."""
     table = comparison.get("by_seed") or {}
     if metric is None or not table:
         return None
@@ -187,22 +189,23 @@ def seeds_grid(comparison: dict[str, Any], metric: Metric | None, names: dict[st
     rows = []
     for method, by_seed in table.items():
         values = [by_seed.get(seed, {}).get(metric.name) for seed in seeds]
-        known = [value for value in values if value is not None]
+        measured = [value for value in values if value is not None]
         cells = ["" if value is None else number(float(value)) for value in values]
-        rows.append((names.get(method, method), [*cells, number(max(known) - min(known)) if len(known) > 1 else ""]))
-    return Grid("Method", [*((f"Seed {seed}", "") for seed in seeds), ("Range", "")], rows, f"{_words(metric)}.")
+        spread = number(max(measured) - min(measured)) if len(measured) > 1 else ""
+        rows.append((names.get(method, method), [*cells, spread]))
+    return Grid("Method", [*((f"Seed {seed}", "") for seed in seeds), ("Range", "")], rows, f"{_metric_note(metric)}.")
 
 
 def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """The entries of a record as (name in words, value as text); those of a record inside it follow one by one."""
-    found = []
+    """A record as (name, value as text) pairs. A nested record's entries are named "outer: inner"."""
+    pairs = []
     for key, value in record.items():
-        words = key.replace("_", " ")
+        title = key.replace("_", " ")
         if isinstance(value, dict) and value:
-            found += [(f"{words}: {name}", text) for name, text in facts(value)]
+            pairs += [(f"{title}: {name}", text) for name, text in facts(value)]
         else:
-            found.append((words, _fact(value)))
-    return found
+            pairs.append((title, _fact(value)))
+    return pairs
 
 
 def _fact(value: Any) -> str:
@@ -219,6 +222,6 @@ def _fact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _words(metric: Metric) -> str:
+def _metric_note(metric: Metric) -> str:
     side = f", {'lower' if metric.better == 'low' else 'higher'} is better" if metric.better != "none" else ""
     return f"{metric.title}{f' ({metric.unit})' if metric.unit else ''}{side}"

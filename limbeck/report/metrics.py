@@ -1,6 +1,6 @@
-"""What metrics and systems are called, which way is better, and how their numbers are written.
+"""Names of metrics and systems, which direction is better, and how numbers are written.
 
-A summary describes its metrics itself (`summary["metrics"]`); summaries of older runs don't, and get the titles here.
+A summary describes its own metrics (`summary["metrics"]`). Those of older runs don't; they get the titles below.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LEAST_ITEMS = 10  # fewer can't tell two systems apart; as in evaluate/statistic
 
 @dataclass(frozen=True)
 class Metric:
-    """One column of a table; `better` is "low", "high", or "none" where neither way is better."""
+    """One column of a table. `better` is "low", "high", or "none" if neither is better."""
 
     name: str
     title: str
@@ -43,7 +43,7 @@ class Metric:
 
 
 def metrics_of(summary: dict[str, Any]) -> dict[str, Metric]:
-    """Every metric that a system or a paired difference holds: those the summary describes first, in its order."""
+    """Every metric of a system or a paired difference: first those that the summary describes, in its order."""
     described = summary.get("metrics", {})
     tables = [*summary["systems"].values(), *summary.get("paired", {}).values()]
     present = dict.fromkeys(name for table in tables for name in table)
@@ -55,21 +55,26 @@ def metrics_of(summary: dict[str, Any]) -> dict[str, Metric]:
 
 def _described(name: str, facts: dict[str, str]) -> Metric:
     return Metric(
-        name, facts.get("title", name), facts.get("unit", ""), facts.get("better", "none"), facts.get("group", "")
+        name=name,
+        title=facts.get("title", name),
+        unit=facts.get("unit", ""),
+        better=facts.get("better", "none"),
+        group=facts.get("group", ""),
     )
 
 
 def _named(name: str) -> Metric:
-    """A metric of an older summary. Of a task's metrics only the pass rate has a better side."""
+    """A metric of an older summary. Of a task's metrics, only the pass rate has a better direction."""
     if name in KNOWN:
         return Metric(name, *KNOWN[name], FIDELITY)
     task, _, measure = name.rpartition("/")
     better = "high" if measure == "pass_rate" else "none"
-    return Metric(name, name.replace("/", " ").replace("_", " "), "", better, f"Task {task}" if task else "Other")
+    title = name.replace("/", " ").replace("_", " ")
+    return Metric(name, title, "", better=better, group=f"Task {task}" if task else "Other")
 
 
 def grouped(metrics: Iterable[Metric]) -> list[tuple[str, list[Metric]]]:
-    """The metrics by group, both in the order of first appearance."""
+    """The metrics by group, both in order of appearance."""
     groups: dict[str, list[Metric]] = {}
     for metric in metrics:
         groups.setdefault(metric.group, []).append(metric)
@@ -77,8 +82,7 @@ def grouped(metrics: Iterable[Metric]) -> list[tuple[str, list[Metric]]]:
 
 
 def headline(metrics: dict[str, Metric], systems: Iterable[dict[str, Any]]) -> Metric | None:
-    """The metric that a verdict speaks of: the forward KL, else the first with a better side, measured for all
-    `systems`."""
+    """The metric of the verdict: forward KL, else the first one with a better direction; measured for all `systems`."""
     measured = [
         metric
         for name, metric in metrics.items()
@@ -88,11 +92,11 @@ def headline(metrics: dict[str, Metric], systems: Iterable[dict[str, Any]]) -> M
 
 
 def is_clear(difference: dict[str, Any], comparisons: int = 1) -> bool:
-    """Does a difference stand? It is over LEAST_ITEMS items, its interval leaves out 0 and its p value, where given, is
-    below 0.05.
+    """Is a difference clear: over LEAST_ITEMS items or more, its interval excludes 0, and its p value (if any) is below
+    LEVEL?
 
     Args:
-        comparisons: how many differences were looked at together. With more than one, only a difference with a
+        comparisons: how many differences are tested together. With more than one, only a difference with a
             Holm-adjusted p value can be clear.
     """
     if difference["low"] <= 0 <= difference["high"] or difference.get("n", LEAST_ITEMS) < LEAST_ITEMS:
@@ -102,7 +106,7 @@ def is_clear(difference: dict[str, Any], comparisons: int = 1) -> bool:
 
 
 def mark(metric: Metric, difference: dict[str, Any], comparisons: int = 1) -> str:
-    """ "better", "worse", or "unclear"; "higher" or "lower" where neither side is better."""
+    """Return "better", "worse" or "unclear"; "higher" or "lower" if neither direction is better."""
     if not is_clear(difference, comparisons):
         return "unclear"
     if metric.better == "none":
@@ -115,7 +119,7 @@ def label(name: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three decimals for small numbers, none for large ones."""
+    """Write a number with three decimals if it is small, none if it is large."""
     if not math.isfinite(value):
         return "not finite"
     if isinstance(value, int) or abs(value) >= 1000:
@@ -124,7 +128,7 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """The same with its sign, for differences."""
+    """Write a difference, with its sign."""
     return number(value) if value < 0 or not math.isfinite(value) else f"+{number(value)}"
 
 

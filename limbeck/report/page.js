@@ -1,4 +1,4 @@
-// The page's one script: the theme switch and the answers. Whatever a model wrote is shown through textContent only.
+// The page's only script: the theme switch and the answers. Text that a model wrote is only set as textContent.
 "use strict";
 
 const PAGE = 10;
@@ -31,7 +31,7 @@ const themeSwitch = () => {
   name();
 };
 
-// The text of an element with every place marked where the searched words stand.
+// Fills an element with text, marking every match of the search.
 const fill = (element, text, needle) => {
   const lower = text.toLowerCase();
   if (!needle || lower.length !== text.length) { element.append(text); return element; }
@@ -46,12 +46,12 @@ const fill = (element, text, needle) => {
 
 const level = (nats) => (nats > 0 ? Math.min(LEVELS, Math.ceil(LEVELS * Math.sqrt(nats / SATURATED_NATS))) : 0);
 const quoted = (text) => `“${text.replaceAll("\n", "↵")}”`;
-const chosen = (choices) => choices.map(([text, share]) => quoted(text) + (share === null ? "" : ` ${(100 * share).toFixed(1)} %`)).join(", ");
+const listed = (choices) => choices.map(([text, share]) => quoted(text) + (share === null ? "" : ` ${(100 * share).toFixed(1)} %`)).join(", ");
 
-// One text with its tokens coloured. One tab stop; the arrow keys move from token to token.
+// One text with coloured tokens. It is one tab stop; the arrow keys move between tokens.
 const strip = (title, tokens) => {
   const box = make("div", "strip");
-  const detail = make("p", "detail", "Point at a token, or move with the arrow keys, for its divergence and both models' choices.");
+  const detail = make("p", "detail", "Point at a token, or use the arrow keys, to see its divergence and both models' top choices.");
   detail.setAttribute("role", "status");
   const list = make("div", "text tokens");
   list.setAttribute("role", "listbox");
@@ -74,7 +74,7 @@ const strip = (title, tokens) => {
     span.tabIndex = 0;
     span.setAttribute("aria-selected", "true");
     const first = `${quoted(text)}: ${nats === null ? "not finite" : `${nats.toFixed(2)} nats`}`;
-    detail.replaceChildren(make("span", "first", first), make("span", "", `Teacher's choice: ${chosen(teacher)}`), make("span", "", `Student's choice: ${chosen(student)}`));
+    detail.replaceChildren(make("span", "first", first), make("span", "", `Teacher's choices: ${listed(teacher)}`), make("span", "", `Student's choices: ${listed(student)}`));
   };
   const pick = (event) => { if (event.target.classList.contains("token")) show(event.target); };
   list.addEventListener("mouseover", pick);
@@ -104,7 +104,7 @@ const lens = (item, open) => {
   return box;
 };
 
-const given = (label, [text, tokens, finished, passed, characters], needle) => {
+const answerBox = (label, [text, tokens, finished, passed, characters], needle) => {
   const box = make("div", "given");
   const head = make("h4", "", label);
   if (passed !== null) head.append(" ", make("span", `badge ${passed ? "passes" : "fails"}`, passed ? "passes" : "fails"));
@@ -123,23 +123,23 @@ const article = (item, data, needle, open) => {
   head.append(make("span", "id", item.id), fill(make("h3", "prompt"), item.prompt, needle));
   const columns = make("div", "columns");
   item.answers.forEach((answer, at) => {
-    if (answer && data.systems[at].shown) columns.append(given(data.systems[at].label, answer, needle));
+    if (answer && data.systems[at].shown) columns.append(answerBox(data.systems[at].label, answer, needle));
   });
   box.append(head, columns);
   if (item.lens.student?.length || item.lens.teacher?.length) box.append(lens(item, open));
   return box;
 };
 
-// name: [words, does the item belong?]; `mine` is the chosen system's answer, `its` the teacher's.
+// value: [label, filter]; `own` is the answer of the selected system, `teachers` the teacher's.
 const WHICH = {
   all: ["All answers", () => true],
-  passes: ["Passes", (mine) => mine?.[3] === true],
-  fails: ["Fails", (mine) => mine?.[3] === false],
-  lost: ["Fails where the teacher passes", (mine, its) => mine?.[3] === false && its?.[3] === true],
-  won: ["Passes where the teacher fails", (mine, its) => mine?.[3] === true && its?.[3] === false],
-  differs: ["Text differs from the teacher's", (mine, its) => mine && its && mine[0] !== its[0]],
-  same: ["Same text as the teacher's", (mine, its) => mine && its && mine[0] === its[0]],
-  cut: ["Cut off", (mine) => mine?.[2] === false],
+  passes: ["Passes", (own) => own?.[3] === true],
+  fails: ["Fails", (own) => own?.[3] === false],
+  lost: ["Fails where the teacher passes", (own, teachers) => own?.[3] === false && teachers?.[3] === true],
+  won: ["Passes where the teacher fails", (own, teachers) => own?.[3] === true && teachers?.[3] === false],
+  differs: ["Text differs from the teacher's", (own, teachers) => own && teachers && own[0] !== teachers[0]],
+  same: ["Same text as the teacher's", (own, teachers) => own && teachers && own[0] === teachers[0]],
+  cut: ["Cut off", (own) => own?.[2] === false],
 };
 
 const answers = (data) => {
@@ -147,22 +147,22 @@ const answers = (data) => {
   const kinds = [...new Set(data.items.map((item) => item.kind))];
   let page = 0;
 
-  const haystack = (item) => (item.words ??= [item.prompt, item.id, ...item.answers.map((answer) => answer?.[0] ?? "")].join("\n").toLowerCase());
+  const haystack = (item) => (item.searchable ??= [item.prompt, item.id, ...item.answers.map((answer) => answer?.[0] ?? "")].join("\n").toLowerCase());
   const draw = () => {
     const needle = find.value.trim().toLowerCase();
-    const belongs = WHICH[which.value][1];
-    const found = data.items.filter((item) =>
+    const matchesFilter = WHICH[which.value][1];
+    const matches = data.items.filter((item) =>
       (kind.value === "" || item.kind === kinds[Number(kind.value)]) &&
-      belongs(item.answers[Number(system.value)], item.answers[data.teacher]) &&
+      matchesFilter(item.answers[Number(system.value)], item.answers[data.teacher]) &&
       (!needle || haystack(item).includes(needle)));
-    page = Math.max(0, Math.min(page, Math.ceil(found.length / PAGE) - 1));
+    page = Math.max(0, Math.min(page, Math.ceil(matches.length / PAGE) - 1));
     const from = page * PAGE;
-    const here = found.slice(from, from + PAGE);
+    const here = matches.slice(from, from + PAGE);
     list.replaceChildren(...here.map((item, at) => article(item, data, needle, at === 0 && !needle)));
     const shown = (n) => n.toLocaleString("en");
-    count.textContent = here.length ? `Prompts ${shown(from + 1)} to ${shown(from + here.length)} of ${shown(found.length)}` : "No prompt matches.";
+    count.textContent = here.length ? `Prompts ${shown(from + 1)} to ${shown(from + here.length)} of ${shown(matches.length)}` : "No prompt matches.";
     back.disabled = page === 0;
-    on.disabled = from + PAGE >= found.length;
+    on.disabled = from + PAGE >= matches.length;
   };
   const again = () => { page = 0; draw(); };
   const turn = (by) => { page += by; draw(); byId("pager").scrollIntoView({ block: "start" }); };
@@ -170,7 +170,7 @@ const answers = (data) => {
   kind.append(option("", "All kinds"), ...kinds.map((name, at) => option(String(at), name || "(none)")));
   system.append(...data.systems.map(({ label }, at) => option(String(at), label)));
   system.value = String(data.subject);
-  which.append(...Object.entries(WHICH).map(([value, [words]]) => option(value, words)));
+  which.append(...Object.entries(WHICH).map(([value, [label]]) => option(value, label)));
   byId("columns").append(...data.systems.map((one) => {
     const label = make("label", "");
     const box = make("input", "");

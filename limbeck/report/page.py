@@ -1,9 +1,9 @@
-"""One self-contained HTML page from the folder of a run or a comparison: no network, every text escaped.
+"""Write a self-contained HTML page about a run or a comparison: no network access, every text escaped.
 
-Reads files only; imports nothing that trains. Text that a model or a user wrote reaches the page through the template
-engine's escaping, through the SVG serialiser, or as JSON that the script shows as text; nowhere else. The page's policy
-allows the one script and the one style sheet of this folder, by their hashes. Without scripts the page still holds the
-tables, the plots and the first answers.
+Reads files only; imports nothing that trains. Text that a model or a user wrote enters the page in three ways only:
+escaped by the template engine, escaped by the SVG serialiser, or as JSON that the script shows as text. The page's
+security policy allows only the script and the style sheet of this folder, by their hashes. Without scripts, the page
+still has the tables, the plots and the first answers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from limbeck.types import UserError
 __all__ = ["compare_verdict", "read_comparison", "read_summary", "verdict", "write_report"]
 
 HERE = Path(__file__).parent
-MOST_LEAKS = 50
+MAX_LEAKS = 50
 
 
 def write_report(folder: Path) -> Path:
-    """Build `report.html` in the folder of a run, or of a comparison (one that holds `comparison.json`).
+    """Write `report.html` into the folder of a run, or of a comparison (a folder with a `comparison.json`).
 
     Raises:
-        UserError: the folder holds no evaluation.
+        UserError: the folder has no evaluation.
     """
     if (folder / "comparison.json").exists():
         comparison = read_comparison(folder)
@@ -50,28 +50,28 @@ def write_report(folder: Path) -> Path:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The measurements of a run folder.
+    """Read `evaluation/summary.json` of a run folder.
 
     Raises:
-        UserError: there are none.
+        UserError: there is none.
     """
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
     file = folder / "evaluation" / "summary.json"
     if not file.exists():
-        raise UserError(f"{folder} holds no evaluation/summary.json: run `limbeck evaluate` first")
+        raise UserError(f"{folder} has no evaluation/summary.json: run `limbeck evaluate` first")
     return dict(json.loads(file.read_text()))
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:
-    """The measurements of a comparison folder.
+    """Read `comparison.json` of a comparison folder.
 
     Raises:
-        UserError: there are none.
+        UserError: there is none.
     """
     file = folder / "comparison.json"
     if not file.exists():
-        raise UserError(f"{folder} holds no comparison.json: run `limbeck compare` first")
+        raise UserError(f"{folder} has no comparison.json: run `limbeck compare` first")
     return dict(json.loads(file.read_text()))
 
 
@@ -88,7 +88,7 @@ def _render(template: str, content: dict[str, Any], summary: dict[str, Any]) -> 
             style=style,
             script=script,
             policy=_policy(style, script),
-            leaks=leaks[:MOST_LEAKS],
+            leaks=leaks[:MAX_LEAKS],
             leaks_in_all=len(leaks),
             leaks_left_out=leaks_left_out(leaks),
             warnings=summary.get("warnings") or [],
@@ -111,19 +111,19 @@ def _templates() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _minus(written: Callable[[float], str]) -> Callable[[float], str]:
-    """The same number with a true minus sign."""
-    return lambda value: written(value).replace("-", "−")
+def _minus(write: Callable[[float], str]) -> Callable[[float], str]:
+    """Write numbers with a true minus sign."""
+    return lambda value: write(value).replace("-", "−")
 
 
 def _span(interval: dict[str, float]) -> str:
-    """An interval as "low–high", or in words where a minus sign would be mistaken for the dash."""
+    """An interval as "low–high", or as "low to high" if a minus sign could be mistaken for the dash."""
     low, high = (_minus(number)(interval[side]) for side in ("low", "high"))
     return f"{low} to {high}" if interval["low"] < 0 else f"{low}–{high}"
 
 
 def _policy(style: str, script: str) -> str:
-    """The content security policy: nothing but this script and this style sheet; no element made from a string."""
+    """The content security policy: only this script and this style sheet, and no HTML from strings."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
         f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; img-src data:; "
@@ -132,7 +132,7 @@ def _policy(style: str, script: str) -> str:
 
 
 def _data(excerpt: Excerpt, content: dict[str, Any]) -> dict[str, Any]:
-    """What the script shows: the excerpt, and which systems it begins with."""
+    """The data for the script: the excerpt, and which systems to show first."""
     systems = [
         {"label": content["names"].get(name, name), "shown": name in content["shown"]} for name in excerpt.systems
     ]

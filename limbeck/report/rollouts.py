@@ -1,8 +1,6 @@
-"""The text that the student wrote while it trained, as a report shows it: curves by step, means of the first and last
-steps, advice.
+"""The text that the student wrote while it trained: curves by step, means of the first and last steps, and advice.
 
-The facts are those of `metrics.jsonl` under "rollout"; a step in which the student wrote nothing has none, or only some
-of them.
+The numbers are those of `metrics.jsonl` under "rollout". Steps in which the student wrote nothing lack all or some.
 """
 
 from __future__ import annotations
@@ -15,15 +13,14 @@ from typing import Any
 from limbeck.report.figures import TRAININGS, Figure
 from limbeck.report.grids import Grid
 from limbeck.report.metrics import label, number, percent
-from limbeck.report.plots import Point, Series, Text, curves
+from limbeck.report.plots import Label, Point, Series, curves
 from limbeck.storage.files import read_jsonl
 from limbeck.storage.metrics_log import Record, is_number, mean_of, rollout_of, writing_share
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How a fact is called and written; shares are written in per cent. Shown only where it ever differed from
-    `usual`."""
+    """How a number is named and written; shares in per cent. A number that always equals `usual` is not shown."""
 
     title: str
     unit: str
@@ -32,13 +29,13 @@ class Measure:
 
 
 MEASURES = {
-    "length": Measure("Length", "tokens an answer"),
+    "length": Measure("Length", "tokens per answer"),
     "finished": Measure("Ended by itself", "% of answers", share=True),
     "repetition": Measure("Repetition", "% of 4-grams", share=True),
     "distinct_2": Measure("Distinct pairs", "% of 2-grams", share=True),
-    "teacher_log_prob": Measure("Teacher's log-probability", "nats a token"),
-    "student_log_prob": Measure("Student's log-probability", "nats a token"),
-    "overlap": Measure("Likeliest tokens shared", "% of 16", share=True),
+    "teacher_log_prob": Measure("Teacher's log-probability", "nats per token"),
+    "student_log_prob": Measure("Student's log-probability", "nats per token"),
+    "overlap": Measure("Shared top tokens", "% of 16", share=True),
     "teacher_entropy": Measure("Teacher's entropy", "nats"),
     "entropy": Measure("Student's entropy", "nats"),
     "age": Measure("Age", "steps", usual=0.0),
@@ -46,101 +43,124 @@ MEASURES = {
     "validation_loss": Measure("Validation loss", ""),
     "share": Measure("Student's share", "% of the text", share=True),
 }
-WHOLE = (0.0, 1.0)
+ZERO_TO_ONE = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot: a number of MEASURES by step."""
+
+    fact: str
+    name: str
+    style: str = "accent"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: its lines as (fact, label, style) and the sentence under it."""
+    """One figure of this section."""
 
     key: str
     title: str
     y_title: str
     caption: str
-    lines: tuple[tuple[str, str, str], ...]
+    lines: tuple[Line, ...]
     limits: Point | None = None
 
 
 PLOTS = (
     Plot(
-        "length", "Length of an answer", "tokens", "Mean over the answers of a step.", (("length", "tokens", "accent"),)
+        key="length",
+        title="Length of an answer",
+        y_title="tokens",
+        caption="Mean over the answers of a step.",
+        lines=(Line("length", "tokens"),),
     ),
     Plot(
-        "form",
-        "Endings and repetition",
-        "share",
-        "Answers that ended by themselves (the others ran into max_tokens), 2-grams that are distinct within a step,"
-        " and 4-grams that an answer repeats.",
-        (
-            ("finished", "ended by itself", "accent"),
-            ("distinct_2", "distinct pairs", "ink"),
-            ("repetition", "repeated", "grey"),
+        key="form",
+        title="Endings and repetition",
+        y_title="share",
+        caption=(
+            "Answers that ended by themselves (the others reached max_tokens), distinct 2-grams among all of a step,"
+            " and repeated 4-grams within an answer."
         ),
-        WHOLE,
+        lines=(
+            Line("finished", "ended by itself"),
+            Line("distinct_2", "distinct pairs", "ink"),
+            Line("repetition", "repeated", "grey"),
+        ),
+        limits=ZERO_TO_ONE,
     ),
     Plot(
-        "log-prob",
-        "Log-probability of the student's text",
-        "nats a token",
-        "How likely the student's tokens are to each of the two. The farther the teacher's line lies below the"
-        " student's, the stranger the text is to the teacher.",
-        (("teacher_log_prob", "Teacher", "ink"), ("student_log_prob", "Student", "accent")),
+        key="log-prob",
+        title="Log-probability of the student's text",
+        y_title="nats per token",
+        caption=(
+            "How likely teacher and student find the tokens that the student wrote. The further the teacher's line is"
+            " below the student's, the more unusual the text is for the teacher."
+        ),
+        lines=(Line("teacher_log_prob", "Teacher", "ink"), Line("student_log_prob", "Student")),
     ),
     Plot(
-        "overlap",
-        "Likeliest tokens shared",
-        "share",
-        "Of the 16 tokens that each of the two finds likeliest to come next, the share that both name.",
-        (("overlap", "shared", "accent"),),
-        WHOLE,
+        key="overlap",
+        title="Shared top tokens",
+        y_title="share",
+        caption="The share of the 16 most likely next tokens that teacher and student have in common.",
+        lines=(Line("overlap", "shared"),),
+        limits=ZERO_TO_ONE,
     ),
     Plot(
-        "entropy",
-        "Entropy on the student's text",
-        "nats",
-        "How undecided each of the two is about the next token. A student far below its teacher is narrower than it.",
-        (("teacher_entropy", "Teacher", "ink"), ("entropy", "Student", "accent")),
+        key="entropy",
+        title="Entropy on the student's text",
+        y_title="nats",
+        caption=(
+            "How uncertain teacher and student are about the next token. A student far below its teacher may be losing"
+            " diversity."
+        ),
+        lines=(Line("teacher_entropy", "Teacher", "ink"), Line("entropy", "Student")),
     ),
     Plot(
-        "age",
-        "Age of the text",
-        "steps",
-        "Steps since it was written: ahead of its step, or read again.",
-        (("age", "age", "accent"),),
+        key="age",
+        title="Age of the text",
+        y_title="steps",
+        caption="Steps between writing a text and training on it.",
+        lines=(Line("age", "age"),),
     ),
     Plot(
-        "own",
-        "Tokens of the student's own",
-        "share",
-        "Tokens that the student itself proposed; the others are the teacher's.",
-        (("own", "own", "accent"),),
-        WHOLE,
+        key="own",
+        title="The student's own tokens",
+        y_title="share",
+        caption="Tokens that the student proposed. The others are the teacher's.",
+        lines=(Line("own", "own"),),
+        limits=ZERO_TO_ONE,
     ),
     Plot(
-        "validation",
-        "Validation loss",
-        "loss",
-        "On prompts kept out of the training; it moves the student's share.",
-        (("validation_loss", "loss", "accent"),),
+        key="validation",
+        title="Validation loss",
+        y_title="loss",
+        caption="On prompts kept out of training. It controls the student's share.",
+        lines=(Line("validation_loss", "loss"),),
     ),
     Plot(
-        "share",
-        "The student's share",
-        "share",
-        "The part of the text that the student writes.",
-        (("share", "share", "accent"),),
-        WHOLE,
+        key="share",
+        title="The student's share",
+        y_title="share",
+        caption="The share of the training text that the student writes.",
+        lines=(Line("share", "share"),),
+        limits=ZERO_TO_ONE,
     ),
 )
 
 
 @dataclass(frozen=True)
 class OwnText:
-    """What a report says of one training in which the student wrote. `key` makes ids; advice is (step, sentence)."""
+    """What a report says about one training in which the student wrote.
+
+    `key` is the prefix of its element ids; `advice` is (step, sentence).
+    """
 
     key: str
     title: str
-    told: str
+    summary: str
     figures: list[Figure]
     grid: Grid | None
     advice: list[tuple[int, str]]
@@ -148,71 +168,88 @@ class OwnText:
 
 def own_texts(folder: Path) -> list[OwnText]:
     """Every training of a run in which the student wrote."""
-    found = []
+    texts = []
     for name, place in TRAININGS.items():
         records = read_jsonl(folder / place / "metrics.jsonl")
-        if any(map(rollout_of, records)):
-            advice = [
-                (record["step"], str(words)) for record in records for words in rollout_of(record).get("advice", ())
-            ]
-            found.append(OwnText(name, label(name), _told(records), _figures(name, records), _grid(records), advice))
-    return found
+        if not any(map(rollout_of, records)):
+            continue
+        text = OwnText(
+            key=name,
+            title=label(name),
+            summary=_summary(records),
+            figures=_figures(name, records),
+            grid=_grid(records),
+            advice=[
+                (record["step"], str(sentence))
+                for record in records
+                for sentence in rollout_of(record).get("advice", ())
+            ],
+        )
+        texts.append(text)
+    return texts
 
 
 def own_text_grid(comparison: dict[str, Any], names: dict[str, str]) -> Grid | None:
-    """The text of each method's student towards the end of its training; a method whose student wrote nothing has no
-    row."""
-    found = {method: values for method, values in (comparison.get("rollout") or {}).items() if values}
-    kept = [key for key in MEASURES if any(is_number(values.get(key)) for values in found.values())]
+    """The text that each method's student wrote late in its training. Methods whose student wrote nothing are left
+    out."""
+    by_method = {method: values for method, values in (comparison.get("rollout") or {}).items() if values}
+    facts = [fact for fact in MEASURES if any(is_number(values.get(fact)) for values in by_method.values())]
+    if not facts:
+        return None
     rows = [
-        (names.get(method, method), [_cell(key, values.get(key)) for key in kept]) for method, values in found.items()
+        (names.get(method, method), [_cell(fact, values.get(fact)) for fact in facts])
+        for method, values in by_method.items()
     ]
     note = "Means over the last third of the steps, and over seeds."
-    if comparison.get("methods", {}).keys() - found.keys():
-        note += " A method that is not here was trained on text of others."
-    return Grid("Method", [(MEASURES[key].title, MEASURES[key].unit) for key in kept], rows, note) if kept else None
+    if comparison.get("methods", {}).keys() - by_method.keys():
+        note += " Methods not listed trained on text that others wrote."
+    return Grid("Method", [(MEASURES[fact].title, MEASURES[fact].unit) for fact in facts], rows, note)
 
 
-def _told(records: Sequence[Record]) -> str:
-    """How much the student wrote, and what part of the time that took."""
-    facts = [rollout_of(record) for record in records]
-    written = sum(told.get("written", 0) for told in facts)
-    steps = sum("answers" in told for told in facts)
-    took = writing_share(records)
-    time = f" Writing took {percent(took)} of the training's time." if took is not None else ""
-    answers = "answer" if written == 1 else "answers"
+def _summary(records: Sequence[Record]) -> str:
+    """How much the student wrote, and what share of the time that took."""
+    rollouts = [rollout_of(record) for record in records]
+    answers = sum(rollout.get("written", 0) for rollout in rollouts)
+    steps = sum("answers" in rollout for rollout in rollouts)
+    share = writing_share(records)
+    time = f" Writing took {percent(share)} of the training time." if share is not None else ""
     return (
-        f"The student wrote {written:,} {answers}; text of its own was trained on in {steps:,} of {len(records):,}"
-        f" steps.{time}"
+        f"The student wrote {answers:,} {'answer' if answers == 1 else 'answers'}, and trained on its own text in"
+        f" {steps:,} of {len(records):,} steps.{time}"
     )
 
 
 def _figures(name: str, records: Sequence[Record]) -> list[Figure]:
-    found = []
+    figures = []
     for plot in PLOTS:
-        lines = [
-            (fact, Series(words, _points(fact, records), style))
-            for fact, words, style in plot.lines
-            if _is_shown(fact, records)
-        ]
-        spoken = "; ".join(_spoken(fact, records) for fact, _ in lines)
-        text = Text(f"{name}-own-{plot.key}", plot.title, f"{plot.caption} {spoken}.", "step", plot.y_title)
-        svg = curves(text, [line for _, line in lines], y_limits=plot.limits)
-        found += [Figure(plot.title, svg, plot.caption)] if svg else []
-    return found
+        lines = [line for line in plot.lines if _is_shown(line.fact, records)]
+        ends = "; ".join(_curve_ends(line.fact, records) for line in lines)
+        plot_label = Label(
+            key=f"{name}-own-{plot.key}",
+            title=plot.title,
+            about=f"{plot.caption} {ends}.",
+            x_title="step",
+            y_title=plot.y_title,
+        )
+        series = [Series(line.name, _points(line.fact, records), line.style) for line in lines]
+        if svg := curves(plot_label, series, y_limits=plot.limits):
+            figures.append(Figure(plot.title, svg, plot.caption))
+    return figures
 
 
-def _spoken(fact: str, records: Sequence[Record]) -> str:
-    """The ends of a curve, for those who hear the page."""
-    begin, end = (_cell(fact, mean_of(part, fact)) or "nothing" for part in _thirds(records))
+def _curve_ends(fact: str, records: Sequence[Record]) -> str:
+    """Where a curve starts and ends, for screen readers."""
+    first, last = (_cell(fact, mean_of(part, fact)) or "nothing" for part in _thirds(records))
     measure = MEASURES[fact]
     unit = f" ({measure.unit})" if measure.unit else ""
-    return f"{measure.title}{unit} {begin} in the first third of the steps, {end} in the last"
+    return f"{measure.title}{unit} {first} in the first third of the steps, {last} in the last"
 
 
 def _points(fact: str, records: Sequence[Record]) -> list[Point]:
     return [
-        (record["step"], float(told[fact])) for record in records if is_number((told := rollout_of(record)).get(fact))
+        (record["step"], float(rollout[fact]))
+        for record in records
+        if is_number((rollout := rollout_of(record)).get(fact))
     ]
 
 
@@ -221,7 +258,7 @@ def _is_shown(fact: str, records: Sequence[Record]) -> bool:
 
 
 def _grid(records: Sequence[Record]) -> Grid | None:
-    """Every measure in the first and in the last third of the steps."""
+    """Every number in the first and in the last third of the steps."""
     parts = _thirds(records)
     rows = [
         (", ".join(filter(None, (measure.title, measure.unit))), [_cell(fact, mean_of(part, fact)) for part in parts])
@@ -229,16 +266,16 @@ def _grid(records: Sequence[Record]) -> Grid | None:
         if _is_shown(fact, records)
     ]
     shares = [writing_share(part) for part in parts]
-    rows.append(("Time writing, % of the training", ["" if share is None else _percent(share) for share in shares]))
+    rows.append(("Writing time, % of training", ["" if share is None else _percent(share) for share in shares]))
     columns = [
         (title, f"steps {part[0]['step']:,} to {part[-1]['step']:,}")
         for title, part in zip(("First third", "Last third"), parts, strict=True)
     ]
     note = (
-        "Over the steps in which the student wrote; probabilities, likeliest tokens and entropies at a few places of"
-        " each step."
+        "Over the steps in which the student wrote. Log-probabilities, top tokens and entropies are measured at a few"
+        " positions per step."
     )
-    return Grid("Mean of", list(columns), rows, note)
+    return Grid("Mean of", columns, rows, note)
 
 
 def _thirds(records: Sequence[Record]) -> tuple[Sequence[Record], Sequence[Record]]:
@@ -254,5 +291,5 @@ def _cell(fact: str, value: float | None) -> str:
 
 
 def _percent(share: float) -> str:
-    """One decimal, unlike `percent`: a repetition of 0.4 % is not none."""
+    """With one decimal, unlike `percent`: 0.4 % of repetition is not none."""
     return f"{100 * share:.1f}"

@@ -1,4 +1,4 @@
-"""What the page of a run shows, gathered from its folder."""
+"""The content of a run's page, read from its folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from limbeck.report import figures, grids
-from limbeck.report.elicited import elicited
+from limbeck.report.elicited import elicitation_section
 from limbeck.report.excerpt import read_excerpt
-from limbeck.report.judge import judged
+from limbeck.report.judge import judge_section
 from limbeck.report.metrics import LABELS, label
 from limbeck.report.rollouts import own_texts
 from limbeck.report.table import paired_table, systems_tables
@@ -20,7 +20,7 @@ from limbeck.report.verdict import verdict
 
 
 def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """The values that `run.html.jinja` needs. Missing files and keys make a shorter page, never an error.
+    """The variables of `run.html.jinja`. Missing files and keys make a shorter page, not an error.
 
     Args:
         folder: the run folder, with `recipe.yaml`.
@@ -46,14 +46,14 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "tables": systems_tables(summary),
         "against": against,
         "differences": differences,
-        "judge": judged(summary),
+        "judge": judge_section(summary),
         "robustness": grids.robustness_grid(summary, {}),
         "wording": grids.wording_grid(summary, {}),
         "curves": [figure for figure in curves if figure],
         "kinds": grids.kinds_grid(summary, "student", {}),
         "classes": grids.classes_grid(summary),
         "class_figure": figures.token_class_figure(summary),
-        "elicited": elicited(folder),
+        "elicited": elicitation_section(folder),
         "losses": figures.loss_figures(folder),
         "training": grids.training_grid(folder),
         "own_texts": own_texts(folder),
@@ -71,11 +71,10 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cards(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The data card: what the teacher was shown, what was trained on, what was held out, and the settings of each
-    task."""
+    """Cards about the teacher, the training prompts, the bridge, the server's bill, the held-out text and each task."""
     cards = [("Teacher", facts)] if (facts := teacher_facts(recipe.get("teacher"))) else []
     if isinstance(recipe.get("prompts"), dict):
-        cards.append(("Prompts trained on", grids.facts(recipe["prompts"])))
+        cards.append(("Training prompts", grids.facts(recipe["prompts"])))
     if bridge := _json(folder / "bridge.json"):
         cards.append(("Bridge between the vocabularies", grids.facts(bridge)))
     if summary.get("bill"):

@@ -1,4 +1,4 @@
-"""The result tables of a run or a comparison: as data for the page, and as Markdown for a README or an issue."""
+"""The result tables of a run or a comparison: as data for the page, and as Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Interval = dict[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """Systems by the metrics of one group; a cell is None where nothing was measured."""
+    """Systems by the metrics of one group. A cell is None if nothing was measured."""
 
     group: str
     metrics: list[Metric]
@@ -22,8 +22,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A paired difference with what may be said of it."""
+class DifferenceCell:
+    """A paired difference with its mark (see `metrics.mark`) and p value as text."""
 
     interval: Interval
     mark: str
@@ -31,7 +31,7 @@ class Difference:
 
 
 def systems_tables(summary: dict[str, Any]) -> list[Table]:
-    """One table per group of metrics. `recovered` rows hold the share of the gap to the teacher that was closed."""
+    """One table per group of metrics. Rows in `recovered` are the share of the gap to the teacher that was closed."""
     metrics = metrics_of(summary)
     measured = {name for values in summary["systems"].values() for name in values}
     recovered = summary.get("recovered") or {}
@@ -46,8 +46,8 @@ def systems_tables(summary: dict[str, Any]) -> list[Table]:
 
 def paired_table(
     summary: dict[str, Any],
-) -> tuple[list[str], list[tuple[str, list[tuple[Metric, list[Difference | None]]]]]]:
-    """The columns (what each was paired with, or each method against the base) and, per group, a row per metric."""
+) -> tuple[list[str], list[tuple[str, list[tuple[Metric, list[DifferenceCell | None]]]]]]:
+    """The columns (each control, or each method against the base) and, per group, a row per metric."""
     if "base" in summary:
         columns = against_base(summary)
         comparisons = len(against_base(summary))
@@ -56,12 +56,12 @@ def paired_table(
         comparisons = 1
     metrics = [metric for name, metric in metrics_of(summary).items() if any(name in rows for rows in columns.values())]
 
-    def cell(metric: Metric, rows: dict[str, Interval]) -> Difference | None:
+    def cell(metric: Metric, rows: dict[str, Interval]) -> DifferenceCell | None:
         interval = rows.get(metric.name)
         if not interval:
             return None
         p = p_text(interval.get("p_holm", interval.get("p")))
-        return Difference(interval, mark(metric, interval, comparisons), p)
+        return DifferenceCell(interval, mark(metric, interval, comparisons), p)
 
     body = [
         (group, [(metric, [cell(metric, rows) for rows in columns.values()]) for metric in inner])
@@ -71,9 +71,9 @@ def paired_table(
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """Systems by metrics, then the paired differences; every value with its 95 % interval.
+    """A run as Markdown: systems by metrics, then the paired differences, all with 95 % intervals.
 
-    Metrics without a better side are left out. A summary that describes its metrics gets a table per group.
+    Metrics without a better direction are left out. A summary that describes its metrics gets a table per group.
     """
     lines = _markdown_tables(summary)
     metrics = metrics_of(summary)
@@ -89,13 +89,13 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def compare_markdown(comparison: dict[str, Any]) -> str:
-    """Methods by metrics, then each difference to the base with its Holm-adjusted p value and whether it is clear."""
+    """A comparison as Markdown: methods by metrics, then each difference from the base with its adjusted p value."""
     lines = _markdown_tables(comparison)
     methods, body = paired_table(comparison)
     rows = [row for _, inner in body for row in inner if row[0].better != "none"]
     if rows:
         names = [_plain(name) for name in methods]
-        lines += ["", f"Difference to {_plain(comparison['base'])} on the same answers:", ""]
+        lines += ["", f"Difference from {_plain(comparison['base'])} on the same answers:", ""]
         lines += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for metric, cells in rows:
             shown = [
@@ -108,12 +108,12 @@ def compare_markdown(comparison: dict[str, Any]) -> str:
 
 def _markdown_tables(summary: dict[str, Any]) -> list[str]:
     tables = systems_tables(summary)
-    kept = [(table.group, [metric for metric in table.metrics if metric.better != "none"]) for table in tables]
-    kept = [(group, metrics) for group, metrics in kept if metrics]
+    groups = [(table.group, [metric for metric in table.metrics if metric.better != "none"]) for table in tables]
+    groups = [(group, metrics) for group, metrics in groups if metrics]
     if "metrics" not in summary:
-        kept = [("", [metric for _, metrics in kept for metric in metrics])]
+        groups = [("", [metric for _, metrics in groups for metric in metrics])]
     lines: list[str] = []
-    for group, metrics in kept:
+    for group, metrics in groups:
         lines += ([""] if lines else []) + ([f"**{_plain(group)}**", ""] if group else [])
         lines += [
             "| | " + " | ".join(_plain(metric.title) for metric in metrics) + " |",
@@ -126,7 +126,7 @@ def _markdown_tables(summary: dict[str, Any]) -> list[str]:
 
 
 def _unique(metrics: dict[str, Metric], name: str) -> str:
-    """A metric's title, with its group where another group has a metric of that title."""
+    """A metric's title, with its group if another metric has the same title."""
     title = metrics[name].title
     group = metrics[name].group
     shared = any(other.title == title and other.name != name for other in metrics.values())
@@ -134,9 +134,9 @@ def _unique(metrics: dict[str, Metric], name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that stays in its cell and makes no markup: a model's or a user's name may hold any sign."""
+    """Escape text for a Markdown table: a model's or a user's name may contain any character."""
     inert = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return "".join(f"\\{sign}" if sign in "\\|`*_[]" else sign for sign in inert)
+    return "".join(f"\\{character}" if character in "\\|`*_[]" else character for character in inert)
 
 
 def _cell(interval: Interval | None) -> str:

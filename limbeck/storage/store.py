@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from limbeck.types import Evidence, Finish, LogProb, Request, Sample, UserError, canonical_json
@@ -152,9 +152,15 @@ class Store:
         answers, read, written = found.fetchone()
         return int(answers), int(read), int(written)
 
-    def count(self) -> dict[str, int]:
-        """How many answers there are of each finish."""
-        return dict(self._db.execute("select finish, count(*) from answers group by finish order by finish"))
+    @staticmethod
+    def count(path: Path) -> dict[str, int]:
+        """The number of answers by how they ended. Opens the file read-only, so that another process may be writing it.
+
+        Raises:
+            sqlite3.Error: the file is no store, or is just being made.
+        """
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            return dict(db.execute("select finish, count(*) from answers group by finish order by finish"))
 
 
 def _sample(body: str, finish: Finish) -> Sample:

@@ -10,7 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from limbeck.cli import app
-from limbeck.commands.doctor import Patient, _zero, examine
+from limbeck.commands.doctor.patient import Patient
+from limbeck.commands.doctor.run import examine
+from limbeck.commands.doctor.teacher import check_zero
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import load_recipe, parse
 from limbeck.data.batches import Row
@@ -25,13 +27,13 @@ from tests.models.test_score import PROTOCOLS, on, spoiled, without
 from tests.scoring_server import ScoringServer
 
 
-def said(findings, verdict="fault"):
-    return {one.name: one.seen for one in findings if one.verdict == verdict}
+def details(findings, verdict="fault"):
+    return {one.name: one.detail for one in findings if one.verdict == verdict}
 
 
 @pytest.fixture
 def recipe_of(recipe_data, tiny_folder):
-    """A sound recipe: the tiny teacher, with a server or a cache where they are given."""
+    """A sound recipe: the tiny teacher, with a server or a cache if asked for."""
 
     def made(folder=tiny_folder, **teacher):
         evaluate = {**recipe_data["evaluate"], "metrics": ["fidelity"], "limit": 2}
@@ -50,18 +52,18 @@ def served(server):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_what_is_sound_has_no_fault(protocol, tiny, recipe_of, tmp_path):
     with ScoringServer(tiny, protocol) as server:
-        told = []
-        findings = examine(recipe_of(server=served(server)), tmp_path / "run", told.append)
-    assert not said(findings) and told == [one.name for one in findings]
-    assert set(said(findings, "not looked at")) == {"bridge", "cache"}
-    seen = said(findings, "fine")
-    assert "0.0000 nats apart" in seen["served weights"] and "20.0 of 20 shared" in seen["served weights"]
+        checks = []
+        findings = examine(recipe_of(server=served(server)), tmp_path / "run", checks.append)
+    assert not details(findings) and checks == [one.name for one in findings]
+    assert set(details(findings, "not looked at")) == {"bridge", "cache"}
+    fine = details(findings, "fine")
+    assert "0.0000 nats apart" in fine["served weights"] and "20.0 of 20 top tokens shared" in fine["served weights"]
     assert not (tmp_path / "run").exists(), "it writes nothing"
 
 
 def test_a_recipe_that_cannot_run_is_all_that_is_said(recipe_of, tmp_path):
     data = recipe_of().model_copy(update={"evaluate": recipe_of().evaluate.model_copy(update={"max_tokens": 999})})
-    assert "leaves no room" in said(examine(data, tmp_path))["recipe"] and len(examine(data, tmp_path)) == 1
+    assert "leaves no room" in details(examine(data, tmp_path))["recipe"] and len(examine(data, tmp_path)) == 1
 
 
 def permuted(pairs):
@@ -77,7 +79,7 @@ SERVERS = {
     "log-probabilities dropped": ("server", {"spoil": on(("/completion",), lambda reply: without(reply, "completion_probabilities"))}, "no log-probabilities"),
     "fewer than asked": ("server", {"spoil": spoiled(lambda pairs: pairs[:5])}, "names 5 tokens"),
     "another model's answer": ("server", {"spoil": on(("/completion",), lambda reply: {**reply, "model": "other"})}, "of the model 'other'"),
-    "no room": ("server", {"spoil": on(("/props",), lambda reply: {"default_generation_settings": {"n_ctx": 8}})}, "takes 8 tokens"),
+    "no room": ("server", {"spoil": on(("/props",), lambda reply: {"default_generation_settings": {"n_ctx": 8}})}, "context is 8 tokens"),
     "nobody there": ("server", {"spoil": lambda path, reply: ("status", 404)}, "can't score text"),
 }  # fmt: skip
 
@@ -91,70 +93,72 @@ def test_a_fault_of_the_server_is_found(fault, tiny, tiny_folder, recipe_of, tmp
     if fault == "other weights":
         model.net.load_state_dict(make_net(seed=9, vocab_size=len(model.tokenizer)).state_dict())
     with ScoringServer(model, **settings) as server:
-        faults = said(examine(recipe_of(server=served(server)), tmp_path / "run"))
+        faults = details(examine(recipe_of(server=served(server)), tmp_path / "run"))
     assert says in faults[line]
     if line == "served weights":
         assert set(faults) == {line} and "after '" in faults[line], "and where the two differ"
 
 
 @pytest.fixture
-def kept(recipe_of, prompt_file, tmp_path):
+def trained(recipe_of, prompt_file, tmp_path):
     """A run that was trained from its cache, its recipe, and the cache's one shard. Its text is a corpus, since the tiny model never ends."""
     lines = [json.loads(line) | {"answer": "a mat and a dog"} for line in prompt_file.read_text().splitlines()]
     prompt_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     plain = recipe_of(cache={"top_k": {"k": 300, "bits": 16}})
     recipe = parse(plain.resolved() | {"writer": [{"by": "corpus"}]})
     folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
-    assert not said(findings := examine(recipe, folder)), "it is sound before a fault is planted"
-    assert set(said(findings, "not looked at")) == {"bridge", "server", "served weights"}
+    assert not details(findings := examine(recipe, folder)), "it is sound before a fault is planted"
+    assert set(details(findings, "not looked at")) == {"bridge", "server", "served weights"}
     (shard,) = (folder / "signals").glob("shard-*.safetensors")
     return recipe, folder, shard
 
 
-def test_a_shard_that_was_cut_or_changed_is_found(kept):
-    recipe, folder, shard = kept
+def test_a_shard_that_was_cut_or_changed_is_found(trained):
+    recipe, folder, shard = trained
     whole = shard.read_bytes()
     for damaged in (whole[:-40], whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:]):
         shard.write_bytes(damaged)
-        assert "cut short or has changed" in said(examine(recipe, folder))["cache"]
+        assert "cut short or has changed" in details(examine(recipe, folder))["cache"]
     shard.write_bytes(whole)
-    assert not said(examine(recipe, folder))
+    assert not details(examine(recipe, folder))
 
 
-def test_a_cache_of_another_teacher_is_found(kept, recipe_of, tmp_path):
-    recipe, folder, _ = kept
+def test_a_cache_of_another_teacher_is_found(trained, recipe_of, tmp_path):
+    recipe, folder, _ = trained
     save_model(make_net(seed=4, vocab_size=len(make_tokenizer())), make_tokenizer(), tmp_path / "other")
     about = folder / "signals" / "about.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"teacher": "other"}))
-    assert "cache of another teacher" in said(examine(recipe, folder))["cache"]
+    assert "cache of another teacher" in details(examine(recipe, folder))["cache"]
 
 
 @pytest.mark.parametrize(
     ("fault", "says"), [("moved", "1 position off"), ("warm", "other numbers"), ("short", "rows for a text of")]
 )
-def test_rows_that_moved_or_are_of_another_temperature_are_found(fault, says, kept, monkeypatch):
+def test_rows_that_moved_or_are_of_another_temperature_are_found(fault, says, trained, monkeypatch):
     """Written by a faulty tool of ours or another's, with hashes that hold."""
-    recipe, folder, _ = kept
+    recipe, folder, _ = trained
     text = SignalCache.text
 
     def faulty(self, key):
-        found = dict(text(self, key))
-        found["target"] = {"moved": found["target"].roll(1), "warm": found["target"] / 2, "short": found["target"][1:]}[
-            fault
-        ]
-        return found
+        columns = dict(text(self, key))
+        columns["target"] = {
+            "moved": columns["target"].roll(1),
+            "warm": columns["target"] / 2,
+            "short": columns["target"][1:],
+        }[fault]
+        return columns
 
     monkeypatch.setattr(SignalCache, "text", faulty)
-    assert says in said(examine(recipe, folder))["cache"]
+    assert says in details(examine(recipe, folder))["cache"]
 
 
-def test_answers_that_never_end_are_found(kept, monkeypatch):
-    recipe, folder, _ = kept
+def test_answers_that_never_end_are_found(trained, monkeypatch):
+    recipe, folder, _ = trained
     rows = Run.rows
     monkeypatch.setattr(
         Run, "rows", lambda self, samples, student: [endless(row) for row in rows(self, samples, student)]
     )
-    assert "never learn to stop" in said(examine(recipe, folder))["end of an answer"]
+    assert "never learn to stop" in details(examine(recipe, folder))["end of an answer"]
 
 
 def endless(row: Row) -> Row:
@@ -168,7 +172,7 @@ def test_a_template_that_ends_an_answer_with_another_token_is_found(tiny_folder,
     recipe = recipe_of(tmp_path / "odd").model_copy(
         update={"student": recipe_of().student.model_copy(update={"start": start(tmp_path / "odd")})}
     )
-    assert "would not stop in a conversation" in said(examine(recipe, tmp_path / "run"))["end of an answer"]
+    assert "would not stop in a conversation" in details(examine(recipe, tmp_path / "run"))["end of an answer"]
 
 
 def start(folder):
@@ -181,21 +185,21 @@ def test_weights_that_are_damaged_or_do_not_answer_alike_are_found(tiny_folder, 
     with torch.no_grad():
         model.net.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     save_model(model.net, model.tokenizer, tmp_path / "broken")
-    faults = said(examine(recipe_of(tmp_path / "broken"), tmp_path / "run"))
+    faults = details(examine(recipe_of(tmp_path / "broken"), tmp_path / "run"))
     assert "NaN or infinite" in faults["weights"] and len(faults) == 1
     view = InProcessTeacher.view
 
     def noisy(self, batch, *args, **kwargs):
-        found = view(self, batch, *args, **kwargs)
+        result = view(self, batch, *args, **kwargs)
         return replace(
-            found,
+            result,
             signal=replace(
-                found.signal, hidden_NE=found.signal.hidden_NE + 0.1 * torch.randn_like(found.signal.hidden_NE)
+                result.signal, hidden_NE=result.signal.hidden_NE + 0.1 * torch.randn_like(result.signal.hidden_NE)
             ),
         )
 
     monkeypatch.setattr(InProcessTeacher, "view", noisy)
-    assert "something else when it is asked again" in said(examine(recipe_of(), tmp_path / "run"))["repeatable"]
+    assert "different numbers for the same text" in details(examine(recipe_of(), tmp_path / "run"))["repeatable"]
 
 
 COMPARING = [name for name in recipe_files() if any(term.name in DIVERGENCES for term in terms_of(load_recipe(name)))]
@@ -209,11 +213,11 @@ def test_every_recipes_losses_are_zero_for_a_student_that_is_the_teacher(name, t
             "teacher": recipe.teacher.model_copy(update={"model": str(tiny_folder), "context": None, "bridge": None})
         }
     )
-    assert "gradient are 0" in _zero(Patient(recipe, tmp_path))
+    assert "gradient are 0" in check_zero(Patient(recipe, tmp_path))
 
 
 def test_the_command_says_it_and_ends_with_status_2_where_there_is_a_fault(tiny, tiny_folder, prompt_file, tmp_path):
-    given = [
+    options = [
         "--set",
         f"teacher={tiny_folder}",
         "--set",
@@ -221,7 +225,7 @@ def test_the_command_says_it_and_ends_with_status_2_where_there_is_a_fault(tiny,
         "--set",
         "student.start={prune: {layers: 3, keep: uniform}}",
     ]
-    given += [
+    options += [
         "--set",
         "evaluate.metrics=[fidelity]",
         "--set",
@@ -229,9 +233,11 @@ def test_the_command_says_it_and_ends_with_status_2_where_there_is_a_fault(tiny,
         "--set",
         "writer=[{by: teacher, max_tokens: 20}]",
     ]
-    found = CliRunner().invoke(app, ["doctor", "forward-kl", *given, "--out", str(tmp_path / "run"), "--json"])
-    assert found.exit_code == 0 and json.loads(found.stdout[found.stdout.index("{") :])["faults"] == 0, found.output
+    result = CliRunner().invoke(app, ["doctor", "forward-kl", *options, "--out", str(tmp_path / "run"), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout[result.stdout.index("{") :])["faults"] == 0, result.output
     with ScoringServer(tiny, temperature=3.0) as server:
-        given += ["--set", f"teacher={{model: {tiny_folder}, server: {{url: {server.url}, name: toy}}}}"]
-        found = CliRunner().invoke(app, ["doctor", "forward-kl", *given, "--out", str(tmp_path / "run")])
-    assert found.exit_code == 2 and "fault         served weights: the served model is not the one here" in found.output
+        options += ["--set", f"teacher={{model: {tiny_folder}, server: {{url: {server.url}, name: toy}}}}"]
+        result = CliRunner().invoke(app, ["doctor", "forward-kl", *options, "--out", str(tmp_path / "run")])
+    assert (
+        result.exit_code == 2 and "fault         served weights: the served model is not the one here" in result.output
+    )

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from limbeck.cli import app
-from limbeck.commands.exchange import bring_in, take_out
+from limbeck.commands.exchange import export_cache, import_file
 from limbeck.config.recipe import parse
 from limbeck.data.batches import make_batch
 from limbeck.progress import Silent
@@ -46,8 +46,8 @@ def made(recipe_data, prompt_file, tmp_path):
 
 
 def named(log_V, written=None, k=K):
-    found = {int(token): float(log_V[token]) for token in log_V.topk(k).indices}
-    return found if written is None else found | {written: float(log_V[written])}
+    log_probs = {int(token): float(log_V[token]) for token in log_V.topk(k).indices}
+    return log_probs if written is None else log_probs | {written: float(log_V[written])}
 
 
 def vllm(prompt, response, log_NV, k=K):
@@ -82,8 +82,8 @@ def write(folder, lines):
 @pytest.mark.parametrize("shape", [vllm, prepared, last])
 def test_what_another_tool_kept_is_trained_on_and_is_what_the_teacher_says(shape, made, tmp_path, monkeypatch):
     recipe, folder, texts = made
-    found = bring_in(recipe, folder, write(tmp_path, [shape(*text) for text in texts]))
-    assert found == {"texts": len(texts), "holds": len(texts), "read": len(texts), "other": 0}
+    counts = import_file(recipe, folder, write(tmp_path, [shape(*text) for text in texts]))
+    assert counts == {"texts": len(texts), "holds": len(texts), "read": len(texts), "other": 0}
     calls = []
     monkeypatch.setattr("limbeck.training.setup.fill_cache", lambda cache, view, rows, tell: calls.append(len(cache)))
     run(recipe, folder, stages=("train",))
@@ -98,8 +98,8 @@ def test_what_another_tool_kept_is_trained_on_and_is_what_the_teacher_says(shape
 
 def test_what_is_taken_out_can_be_brought_in(made, tmp_path):
     recipe, folder, texts = made
-    bring_in(recipe, folder, write(tmp_path, [vllm(*text) for text in texts]))
-    assert take_out(recipe, folder, tmp_path / "ours.jsonl") == {"texts": len(texts)}
+    import_file(recipe, folder, write(tmp_path, [vllm(*text) for text in texts]))
+    assert export_cache(recipe, folder, tmp_path / "ours.jsonl") == {"texts": len(texts)}
     lines = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
     for line, (prompt, response, log_NV) in zip(lines, texts, strict=True):
         assert line["input_ids"] == prompt + response and line["labels"] == [-100] * len(prompt) + response
@@ -109,7 +109,7 @@ def test_what_is_taken_out_can_be_brought_in(made, tmp_path):
         assert torch.allclose(logs, log_NV.gather(-1, ids), atol=2e-3)
     for file in (folder / "signals").glob("shard-*"):
         file.unlink()
-    assert bring_in(recipe, folder, tmp_path / "ours.jsonl")["holds"] == len(texts)
+    assert import_file(recipe, folder, tmp_path / "ours.jsonl")["holds"] == len(texts)
 
 
 def test_a_line_may_go_on_after_the_response_and_others_are_counted(made, tmp_path):
@@ -117,13 +117,13 @@ def test_a_line_may_go_on_after_the_response_and_others_are_counted(made, tmp_pa
     longer = [line | {"prompt_token_ids": [*line["prompt_token_ids"], 7], "prompt_logprobs": [*line["prompt_logprobs"], None]}
               for line in (vllm(*text) for text in texts[:2])]  # fmt: skip
     foreign = {"prompt_token_ids": [1, 2, 3], "prompt_logprobs": [None, None, None]}
-    assert bring_in(recipe, folder, write(tmp_path, [*longer, foreign])) == {
+    assert import_file(recipe, folder, write(tmp_path, [*longer, foreign])) == {
         "texts": len(texts),
         "holds": 2,
         "read": 2,
         "other": 1,
     }
-    assert bring_in(recipe, folder, write(tmp_path, longer))["read"] == 0, "what is there is not read again"
+    assert import_file(recipe, folder, write(tmp_path, longer))["read"] == 0, "what is there is not read again"
     run(recipe, folder, stages=("train",))
     assert (folder / "student").exists(), "what is missing is computed"
 
@@ -157,31 +157,31 @@ def spoiled(text, how):
     ("how", "says"),
     [
         ("moved", "one before"), ("missing", "names no tokens"), ("too much", "no probabilities"), ("no token", "no probabilities"),
-        ("not a number", "no probabilities"), ("short", "one for each"), ("no shape", "none of the known shapes"),
+        ("not a number", "no probabilities"), ("short", "one for each"), ("no shape", "none of the known formats"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_and_nothing_of_it_is_kept(how, says, made, tmp_path):
     recipe, folder, texts = made
     text = max(texts, key=lambda text: len(text[1]))
     with pytest.raises(UserError, match=says):
-        bring_in(
+        import_file(
             recipe, folder, write(tmp_path, [spoiled(text, how) for text in (texts if how == "moved" else [text])])
         )
     with pytest.raises(UserError, match="none of this run's texts"):
-        take_out(recipe, folder, tmp_path / "ours.jsonl")
+        export_cache(recipe, folder, tmp_path / "ours.jsonl")
 
 
 def test_another_tokenizers_file_and_another_form_are_refused(made, tmp_path, recipe_data):
     recipe, folder, texts = made
     shifted = [([token + 1 for token in prompt], response, log_NV) for prompt, response, log_NV in texts]
     with pytest.raises(UserError, match="other prompts, template or tokenizer"):
-        bring_in(recipe, folder, write(tmp_path, [vllm(*text) for text in shifted]))
+        import_file(recipe, folder, write(tmp_path, [vllm(*text) for text in shifted]))
     hidden = parse(recipe_data | {"teacher": {"model": recipe_data["teacher"], "cache": {"hidden": {}}}})
-    with pytest.raises(UserError, match="one form"):
-        bring_in(hidden, folder, tmp_path / "theirs.jsonl")
+    with pytest.raises(UserError, match="only a top-k cache"):
+        import_file(hidden, folder, tmp_path / "theirs.jsonl")
     unwritten = parse(recipe.resolved() | {"writer": [{"by": "teacher"}]})
     with pytest.raises(UserError, match="limbeck elicit"):
-        take_out(unwritten, tmp_path / "empty", tmp_path / "ours.jsonl")
+        export_cache(unwritten, tmp_path / "empty", tmp_path / "ours.jsonl")
 
 
 def test_the_command(made, tmp_path, recipe_data):

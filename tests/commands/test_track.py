@@ -1,4 +1,4 @@
-"""Trackers are told what the run folder holds: each step once, whatever stops, and never at the price of the run."""
+"""Trackers get what the run folder has: each step once, whatever stops, and never at the cost of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 
 import limbeck
 from limbeck.commands import track
-from limbeck.commands.track import TRACKERS, Tracked
+from limbeck.commands.track import TRACKERS, TrackingReporter
 from limbeck.config.recipe import parse
 from limbeck.progress import Silent
 from limbeck.types import UserError
@@ -36,21 +36,21 @@ class Notes(Silent):
 
 
 class Recorder:
-    """A tracker that keeps what it is told; `fail_at` raises at that step."""
+    """A tracker that records what it gets, and raises at step `fail_at`."""
 
-    told: ClassVar[dict] = {}
+    entries: ClassVar[dict] = {}
     opened: ClassVar[list] = []
     closed: ClassVar[list] = []
     fail_at = None
 
-    def __init__(self, place):
-        self.place, self.id = place, place.known or f"id-{place.training}"
-        Recorder.opened.append((place.training, place.known))
+    def __init__(self, info):
+        self.info, self.id = info, info.previous_id or f"id-{info.training}"
+        Recorder.opened.append((info.training, info.previous_id))
 
     def log(self, values, step):
         if step == Recorder.fail_at:
             raise ConnectionError("service down at https://me:canary@host/x\nwith a long trace")
-        Recorder.told.setdefault(self.place.training, []).append((step, values))
+        Recorder.entries.setdefault(self.info.training, []).append((step, values))
 
     def results(self, values, step):
         self.log(values, step)
@@ -59,7 +59,7 @@ class Recorder:
         pass
 
     def close(self):
-        Recorder.closed.append(self.place.training)
+        Recorder.closed.append(self.info.training)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def recorder(monkeypatch):
     monkeypatch.setitem(TRACKERS, "recorder", Recorder)
     monkeypatch.setattr(track, "installed", lambda name: True)
     monkeypatch.setattr(track, "SECONDS_BETWEEN", 0.0)
-    Recorder.told, Recorder.opened, Recorder.closed, Recorder.fail_at = {}, [], [], None
+    Recorder.entries, Recorder.opened, Recorder.closed, Recorder.fail_at = {}, [], [], None
     return Recorder
 
 
@@ -89,9 +89,9 @@ def step(number):
     }
 
 
-def tell(folder, tracker, reporter=None):
-    """All that is new in the folder, as a command does that begins its first stage and ends."""
-    tracked = Tracked(reporter or Notes(), folder, tracker)
+def send(folder, tracker, reporter=None):
+    """Send everything new in the folder, as a command does that starts one stage and ends."""
+    tracked = TrackingReporter(reporter or Notes(), folder, tracker)
     tracked.stage("Training: student")
     tracked.close()
 
@@ -105,26 +105,26 @@ def write(folder, *records):
 def scalars(folder):
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    found = {}
+    series = {}
     for file in sorted(folder.glob("events.*")):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                found.setdefault(value.tag, []).append(
+                series.setdefault(value.tag, []).append(
                     (event.step, value.tensor.float_val[0] if value.tensor.float_val else value.simple_value)
                 )
-    return found
+    return series
 
 
 def test_a_run_is_told_as_it_goes(recorder, recipe_data, tmp_path):
     out, reporter = tmp_path / "out", Notes()
-    tracked = Tracked(reporter, out, "recorder")
+    tracked = TrackingReporter(reporter, out, "recorder")
     limbeck.run(parse(recipe_data), out, tracked)
     tracked.close()
     for name, place in (("student", out), ("sft_control", out / "controls" / "sft_control")):
         records = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-        told = [entry for entry in recorder.told[name] if "loss" in entry[1]]
-        assert [at for at, _ in told] == [record["step"] for record in records] == list(range(1, 7))
-        for (_, values), record in zip(told, records, strict=True):
+        entries = [entry for entry in recorder.entries[name] if "loss" in entry[1]]
+        assert [at for at, _ in entries] == [record["step"] for record in records] == list(range(1, 7))
+        for (_, values), record in zip(entries, records, strict=True):
             assert (
                 values["loss"] == record["loss"]
                 and values["lr"] == record["lr"]
@@ -134,7 +134,7 @@ def test_a_run_is_told_as_it_goes(recorder, recipe_data, tmp_path):
             assert values["tokens_per_second"] == record["tokens"] / record["seconds"]
     summary = json.loads((out / "evaluation" / "summary.json").read_text())["systems"]
     for name, metrics in summary.items():
-        last = recorder.told[name][-1]
+        last = recorder.entries[name][-1]
         assert last == (
             6 if name in ("student", "sft_control") else 0,
             {f"evaluation/{m}": i["value"] for m, i in metrics.items()},
@@ -148,58 +148,58 @@ def test_a_run_is_told_as_it_goes(recorder, recipe_data, tmp_path):
 
 def test_killed_and_run_again_no_step_stands_twice(recorder, folder):
     write(folder, *map(step, (1, 2, 3, 4, 5)))
-    Tracked(Notes(), folder, "recorder").stage("killed after this: nothing is closed")
+    TrackingReporter(Notes(), folder, "recorder").stage("killed after this: nothing is closed")
     cut = folder / "cut"
     cut.write_text("".join(json.dumps(step(n)) + "\n" for n in (1, 2, 3)))  # back to the checkpoint of step 3
     cut.replace(folder / "metrics.jsonl")
-    again = Tracked(Notes(), folder, "recorder")
+    again = TrackingReporter(Notes(), folder, "recorder")
     again.stage("Training: student")
     for number in (4, 5, 6):
         write(folder, step(number))
         again.progress(number, 6)
     again.close()
-    assert [at for at, _ in recorder.told["student"]] == [1, 2, 3, 4, 5, 6]
+    assert [at for at, _ in recorder.entries["student"]] == [1, 2, 3, 4, 5, 6]
     assert recorder.opened == [("student", None), ("student", "id-student")]
-    tell(folder, "recorder")
-    assert len(recorder.told["student"]) == 6 and len(recorder.opened) == 2, "nothing new, so nothing was opened"
+    send(folder, "recorder")
+    assert len(recorder.entries["student"]) == 6 and len(recorder.opened) == 2, "nothing new, so nothing was opened"
 
 
 def test_a_folder_that_is_refused_is_not_told_of(recorder, folder, recipe_data):
     write(folder, step(1))
-    tracked = Tracked(Notes(), folder, "recorder")
+    tracked = TrackingReporter(Notes(), folder, "recorder")
     with pytest.raises(UserError, match="another recipe"):
         limbeck.run(parse(recipe_data), folder, tracked)
     tracked.close()
-    assert not recorder.told and not (folder / "tracking.json").exists()
+    assert not recorder.entries and not (folder / "tracking.json").exists()
 
 
 def test_a_tracker_that_fails_is_told_of_once_and_left_alone(recorder, recipe_data, tmp_path):
     recorder.fail_at, reporter, out = 3, Notes(), tmp_path / "out"
-    tracked = Tracked(reporter, out, "recorder")
+    tracked = TrackingReporter(reporter, out, "recorder")
     limbeck.run(parse(recipe_data), out, tracked, stages=("elicit", "train"))
     tracked.close()
-    said = [note for note in reporter.notes if "service down" in note]
-    assert len(said) == 1 and "the run goes on" in said[0]
-    assert "canary" not in said[0] and "https://host/x" in said[0] and "trace" not in said[0]
+    notes = [note for note in reporter.notes if "service down" in note]
+    assert len(notes) == 1 and "the run goes on" in notes[0]
+    assert "canary" not in notes[0] and "https://host/x" in notes[0] and "trace" not in notes[0]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 6 and (out / "student").is_dir()
 
 
 def test_what_is_sent_beside_the_numbers_is_numbers_only(recorder, folder, monkeypatch):
-    seen = []
-    monkeypatch.setitem(TRACKERS, "recorder", lambda place: seen.append(place) or Recorder(place))
+    infos = []
+    monkeypatch.setitem(TRACKERS, "recorder", lambda info: infos.append(info) or Recorder(info))
     write(folder, step(1))
-    tell(folder, "recorder")
-    assert seen[0].settings == {"steps": 4, "lr": 0.001, "seed": 3} and seen[0].project == "tiny"
+    send(folder, "recorder")
+    assert infos[0].settings == {"steps": 4, "lr": 0.001, "seed": 3} and infos[0].project == "tiny"
 
 
 def test_unknown_and_missing_trackers_are_refused_before_anything(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'tensorboard'"):
-        Tracked(Notes(), tmp_path, "tensorbord")
+        TrackingReporter(Notes(), tmp_path, "tensorbord")
     monkeypatch.setattr(track, "installed", lambda name: False)
     with pytest.raises(UserError, match=r"pip install limbeck\[track\]"):
-        Tracked(Notes(), tmp_path, "trackio")
+        TrackingReporter(Notes(), tmp_path, "trackio")
     with pytest.raises(UserError, match="pip install wandb"):
-        Tracked(Notes(), tmp_path, "wandb")
+        TrackingReporter(Notes(), tmp_path, "wandb")
     assert not list(tmp_path.iterdir())
 
 
@@ -231,11 +231,13 @@ def test_tensorboard_reads_back_what_was_trained(recipe_data, tmp_path):
     assert done.returncode == 0, done.stderr
     for name, place in (("student", out), ("sft_control", out / "controls" / "sft_control")):
         records = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-        found = scalars(out / "tensorboard" / name)
-        assert [at for at, _ in found["loss"]] == [1, 2, 3, 4, 5, 6]
-        assert [value for _, value in found["loss"]] == pytest.approx([record["loss"] for record in records], rel=1e-6)
-        assert {"lr", "grad_norm", "tokens_per_second"} <= set(found) and any(tag.startswith("terms/") for tag in found)
-        assert len(found["evaluation/forward_kl"]) == 1
+        series = scalars(out / "tensorboard" / name)
+        assert [at for at, _ in series["loss"]] == [1, 2, 3, 4, 5, 6]
+        assert [value for _, value in series["loss"]] == pytest.approx([record["loss"] for record in records], rel=1e-6)
+        assert {"lr", "grad_norm", "tokens_per_second"} <= set(series) and any(
+            tag.startswith("terms/") for tag in series
+        )
+        assert len(series["evaluation/forward_kl"]) == 1
     assert "evaluation/forward_kl" in scalars(out / "tensorboard" / "teacher")
 
 
@@ -243,8 +245,8 @@ def test_trackio_keeps_the_numbers_on_this_machine(folder, tmp_path):
     """In a process of its own: trackio reads its folder when it is imported."""
     write(folder, step(1), step(2))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom limbeck.progress import Silent\nfrom limbeck.commands.track import Tracked\n"
-        "tracked = Tracked(Silent(), Path(sys.argv[1]), 'trackio')\ntracked.stage('Training')\ntracked.close()\nsys.exit(tracked.failed)\n"
+        "import sys\nfrom pathlib import Path\nfrom limbeck.progress import Silent\nfrom limbeck.commands.track import TrackingReporter\n"
+        "tracked = TrackingReporter(Silent(), Path(sys.argv[1]), 'trackio')\ntracked.stage('Training')\ntracked.close()\nsys.exit(tracked.failed)\n"
     )
     environment = {
         **os.environ,
@@ -288,19 +290,24 @@ def test_wandb_is_asked_so(folder, monkeypatch):
     write(folder, step(1), step(2))
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "summary.json").write_text('{"systems": {"student": {"jsd": {"value": 0.5}}}}')
-    tell(folder, "wandb")
-    kind, asked = calls[0]
-    assert kind == "init" and asked["project"] == "tiny" and asked["name"] == "student" and asked["resume"] == "allow"
-    assert asked["dir"] == str(folder) and asked["config"] == {"steps": 4, "lr": 0.001, "seed": 3}
+    send(folder, "wandb")
+    kind, settings = calls[0]
+    assert (
+        kind == "init"
+        and settings["project"] == "tiny"
+        and settings["name"] == "student"
+        and settings["resume"] == "allow"
+    )
+    assert settings["dir"] == str(folder) and settings["config"] == {"steps": 4, "lr": 0.001, "seed": 3}
     assert calls[1:] == [("log", 1, 1.0), ("log", 2, 2.0), ("summary", {"evaluation/jsd": 0.5}), ("finish",)]
     write(folder, step(3))
-    tell(folder, "wandb")
+    send(folder, "wandb")
     again = [call for call in calls if call[0] == "init"][1][1]
     key_known, reporter = False, Notes()
     write(folder, step(4))
-    tell(folder, "wandb", reporter)
-    assert "knows no key" in reporter.notes[0], "it must not ask on the terminal while a training waits"
-    assert again["id"] == asked["id"] and calls[-2:] == [("log", 3, 3.0), ("finish",)]
+    send(folder, "wandb", reporter)
+    assert "has no key" in reporter.notes[0], "it must not ask on the terminal while a training waits"
+    assert again["id"] == settings["id"] and calls[-2:] == [("log", 3, 3.0), ("finish",)]
 
 
 def test_mlflow_is_asked_so(folder, monkeypatch):
@@ -333,7 +340,7 @@ def test_mlflow_is_asked_so(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", stub)
     monkeypatch.setattr(track, "installed", lambda name: True)
     write(folder, step(1))
-    tell(folder, "mlflow")
+    send(folder, "mlflow")
     assert calls[:2] == [("experiment", "tiny"), ("run", "7", "student")] and ("param", "r1", "lr", 0.001) in calls
     assert (
         ("metric", "r1", "loss", 1.0, 1) in calls
@@ -342,14 +349,14 @@ def test_mlflow_is_asked_so(folder, monkeypatch):
     )
     write(folder, step(2))
     before = len(calls)
-    tell(folder, "mlflow")
+    send(folder, "mlflow")
     assert all(call[0] in ("metric", "end") for call in calls[before:]), "the known run goes on"
 
 
 def test_no_key_is_read_or_written(recorder, folder, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "canary-key")
     write(folder, step(1))
-    tell(folder, "recorder")
+    send(folder, "recorder")
     assert (
         "canary"
         not in "".join(file.read_text() for file in folder.rglob("*") if file.is_file()) + capsys.readouterr().out

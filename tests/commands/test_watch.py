@@ -99,9 +99,9 @@ def test_values_leave_out_what_is_no_number():
 
 
 def test_the_stages_of_a_run(folder):
-    assert Watcher(folder).look().stage == "beginning"
+    assert Watcher(folder).look().stage == "starting"
     (folder / "start.json").write_text("{}")
-    assert Watcher(folder).look().stage == "student's start"
+    assert Watcher(folder).look().stage == "student's initial weights"
     write(folder / "metrics.jsonl", [step(n, loss=3.0 - n / 10) for n in range(1, 11)])
     watcher = Watcher(folder)
     view = watcher.look()
@@ -125,7 +125,7 @@ def test_the_stages_of_a_run(folder):
     assert watcher.look().stage == "report"
     (folder / "report.html").write_text("")
     view = watcher.look()
-    assert view.stage == "done" and view.measured == {"student": {"forward_kl": 0.25}}
+    assert view.stage == "done" and view.evaluation == {"student": {"forward_kl": 0.25}}
     assert "0.25" in shown(folder)
 
 
@@ -169,7 +169,7 @@ def wrote(number, **more):
 
 def test_what_the_student_writes_has_a_line_of_its_own(folder):
     write(folder / "metrics.jsonl", [step(1)])
-    assert "writes" not in shown(folder) and Watcher(folder).look().trainings[0].written is None
+    assert "writes:" not in shown(folder) and Watcher(folder).look().trainings[0].rollout is None
     advice = "more and more answers run into max_tokens: give the student a cold start, lower its share, or raise\x1b[2J max_tokens"
     records = [
         wrote(2, advice=["the first"]),
@@ -179,10 +179,13 @@ def test_what_the_student_writes_has_a_line_of_its_own(folder):
     ]
     write(folder / "metrics.jsonl", records)
     (student,) = Watcher(folder).look().trainings
-    assert student.written.length == pytest.approx(58.0) and student.written.finished == pytest.approx(0.9)
-    assert student.written.time == pytest.approx(0.2 * 9 / (0.5 * 10)), "of ten recent steps, in nine of which it wrote"
+    assert student.rollout.length == pytest.approx(58.0) and student.rollout.finished == pytest.approx(0.9)
+    assert student.rollout.time == pytest.approx(0.2 * 9 / (0.5 * 10)), "of ten recent steps, in nine of which it wrote"
     lines = shown(folder, width=200).splitlines()
-    assert "student writes: 58 tokens an answer, 90 % ended, overlap 75 %, 36 % of the time" in lines
+    assert (
+        "student writes: 58 tokens per answer, 90 % ended by themselves, 75 % of top tokens shared, 36 % of the time"
+        in lines
+    )
     assert f"advice, step 3: {advice}".replace("\x1b", "") in lines and "the first" not in "".join(lines)
 
 
@@ -190,7 +193,7 @@ def test_a_student_that_wrote_long_ago_or_with_few_facts(folder):
     write(folder / "metrics.jsonl", [wrote(1), *(step(n) for n in range(2, 12))])
     assert "student writes: nothing in the last 10 steps" in shown(folder)
     write(folder / "metrics.jsonl", [step(12, rollout={"length": 7.0})])
-    assert "student writes: 7 tokens an answer, 0 % of the time\n" in shown(folder).replace(" \n", "\n")
+    assert "student writes: 7 tokens per answer, 0 % of the time\n" in shown(folder).replace(" \n", "\n")
 
 
 def test_means_and_shares_of_what_was_written():
@@ -233,7 +236,7 @@ def test_a_run_of_ours_from_beginning_to_end(recipe_data, tmp_path):
         ("student", 6, 6),
         ("sft_control", 6, 6),
     ]
-    assert {"teacher", "untouched", "sft_control", "student"} == set(view.measured)
+    assert {"teacher", "untouched", "sft_control", "student"} == set(view.evaluation)
     assert "sft_control" in shown(out) and "forward_kl" in shown(out)
 
 
@@ -254,15 +257,15 @@ def test_ctrl_c_ends_the_watching_with_0_and_what_came_meanwhile_was_shown(folde
         stderr=subprocess.PIPE,
         text=True,
     )
-    seen = ""
-    while "1 of 20" not in seen:
-        seen += process.stdout.readline()
+    output = ""
+    while "1 of 20" not in output:
+        output += process.stdout.readline()
     write(folder / "metrics.jsonl", [step(2)])
-    while "2 of 20" not in seen:
-        seen += process.stdout.readline()
+    while "2 of 20" not in output:
+        output += process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 0 and said == ""
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0 and errors == ""
 
 
 def test_once_as_a_command(folder):

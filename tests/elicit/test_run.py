@@ -272,7 +272,7 @@ def test_a_wrong_step_is_refused_with_its_place(recipe_data, saying, elicit, mat
 
 
 def test_who_writes_must_fit_the_steps(recipe_data):
-    with pytest.raises(RecipeError, match="elicited writer is whoever answered"):
+    with pytest.raises(RecipeError, match="`elicited` needs steps"):
         parse({**recipe_data, "writer": [{"by": "elicited"}]})
     with pytest.raises(RecipeError, match="by: elicited"):
         parse({**recipe_data, "elicit": ["given"], "writer": [{"by": "corpus"}]})
@@ -302,7 +302,7 @@ def test_a_served_teacher_writes_the_text_and_is_not_needed_again(recipe_data, s
         f.read_text(errors="ignore") for f in folder.rglob("*") if f.is_file()
     )
     report = (folder / "report.html").read_bytes()
-    assert b"written by toy behind a server" in report
+    assert b"written by toy on a server" in report
     run(recipe, folder)  # the server is gone, and nothing is asked of it
     assert (folder / "report.html").read_bytes() == report
     with Scripted(models=[facts | {"meta": {"n_params": 2}}]) as server:

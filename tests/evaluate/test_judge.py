@@ -341,7 +341,7 @@ def test_a_judge_without_room_leaves_pairs_out_and_says_so(quick, tiny_folder, t
             pair["outcomes"]["too_long"] == 2 and pair["undefined"] == "every pair was too long for the judge's context"
         )
     assert "The judge's context has no room for 4 of 4 pairs of answers, which were left out." in summary["warnings"]
-    assert "not asked" in (tmp_path / "out" / "report.html").read_text()
+    assert "not judged" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_judge_that_cant_be_asked_is_refused_before_anything_is_spent(quick, tiny_folder, tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.commands.doctor import examine
+from limbeck.commands.doctor.run import examine
 from limbeck.config.recipe import parse
 from limbeck.config.sections import Train
 from limbeck.config.teacher import BridgeSettings
@@ -600,15 +600,15 @@ def test_a_student_that_writes_is_read_over_the_bridge(pair, tmp_path):
 
 def test_the_doctor_looks_at_the_bridge(pair, tmp_path):
     found = {one.name: one for one in examine(parse(pair), tmp_path / "run")}
-    assert found["bridge"].verdict == "fine" and "tokens are the teacher's, too" in found["bridge"].seen
+    assert found["bridge"].verdict == "fine" and "tokens are the teacher's, too" in found["bridge"].detail
     assert not [one for one in found.values() if one.verdict == "fault"]
     assert found["zero at the teacher"].verdict == "not looked at"
 
 
 def test_the_doctor_warns_of_tokenizers_with_little_in_common(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("limbeck.commands.doctor.LEAST_ALIGNED", 1.0)
+    monkeypatch.setattr("limbeck.commands.doctor.text.LEAST_ALIGNED", 1.0)
     found = {one.name: one for one in examine(parse(pair), tmp_path / "run")}
-    assert found["bridge"].verdict == "fault" and "others: written" in found["bridge"].seen
+    assert found["bridge"].verdict == "fault" and "others: written" in found["bridge"].detail
 
 
 def test_without_a_bridge_other_tokens_are_refused_with_the_cure(pair):

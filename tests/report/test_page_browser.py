@@ -37,7 +37,7 @@ CONTRAST = """() => {
   };
   const luminance = (rgb) => rgb.map((x) => x / 255).map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4))
     .reduce((sum, x, n) => sum + x * [0.2126, 0.7152, 0.0722][n], 0);
-  const found = [];
+  const failures = [];
   for (const element of document.body.querySelectorAll("*")) {
     const says = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
     if (!says || !element.getClientRects().length || element.disabled || ["SCRIPT", "title", "desc"].includes(element.tagName)) continue;
@@ -46,19 +46,19 @@ CONTRAST = """() => {
     const ink = over(parse(element instanceof SVGElement ? style.fill : style.color), behind);
     const [low, high] = [luminance(ink), luminance(behind)].sort((a, b) => a - b);
     const ratio = (high + 0.05) / (low + 0.05);
-    if (ratio < 4.5) found.push(`${element.tagName}.${element.getAttribute("class")} ${ratio.toFixed(2)} ${element.textContent.slice(0, 30)}`);
+    if (ratio < 4.5) failures.push(`${element.tagName}.${element.getAttribute("class")} ${ratio.toFixed(2)} ${element.textContent.slice(0, 30)}`);
   }
-  return found;
+  return failures;
 }"""
 
 
 @pytest.fixture(scope="module")
 def browser():
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    chromium = next(filter(None, map(shutil.which, NAMES)), None)
+    if chromium is None:
         pytest.fail("no browser to test the pages in: install the Debian package `chromium`")
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield started
         started.close()
 
@@ -146,11 +146,11 @@ def test_the_lens_speaks_to_the_pointer_and_to_the_keyboard(browser, run_page):
     with opened(browser, run_page) as page:
         strip = page.locator(".strip").first
         strip.locator(".token").nth(0).hover()
-        told = strip.get_by_role("status").inner_text()
+        detail = strip.get_by_role("status").inner_text()
         assert (
-            "“Bread”: 0.02 nats" in told
-            and "Teacher's choice: “Bread” 91.0 %, “The” 4.0 %" in told
-            and "Student's choice: “Bread” 88.0 %" in told
+            "“Bread”: 0.02 nats" in detail
+            and "Teacher's choices: “Bread” 91.0 %, “The” 4.0 %" in detail
+            and "Student's choices: “Bread” 88.0 %" in detail
         )
         assert strip.locator("[tabindex='0']").count() == 1
         strip.locator(".token").first.focus()
@@ -247,7 +247,7 @@ def test_without_scripts_everything_but_the_tools_is_there(browser, run_page):
     with opened(browser, run_page, java_script_enabled=False) as page:
         text = page.locator("body").inner_text()
         for words in (
-            "The student stays 0.69 nats per token",
+            "The student is 0.69 nats per token",
             "Fidelity on held-out text",
             "Question 0: why does bread rise?",
             "The first 24 prompts",
@@ -255,7 +255,7 @@ def test_without_scripts_everything_but_the_tools_is_there(browser, run_page):
             "Step 13: the student repeats itself",
             "Log-probability of the student's text",
             "What a judge says",
-            "How far it can be believed: with care",
+            "Trust the judge with care",
         ):
             assert words in text
         assert page.locator("article").count() == 24 and page.locator("svg").count() > 3

@@ -19,15 +19,15 @@ from limbeck.report.card import model_card
 from limbeck.report.excerpt import embedded, read_excerpt
 from limbeck.report.figures import pareto_figures
 from limbeck.report.grids import facts, kinds_grid, seeds_grid, spent_grid, training_grid
-from limbeck.report.judge import judged
+from limbeck.report.judge import judge_section
 from limbeck.report.metrics import LEAST_ITEMS, Metric, is_clear, mark, metrics_of
 from limbeck.report.page import compare_verdict, read_comparison, read_summary, verdict, write_report
 from limbeck.report.plots import (
-    MOST_POINTS,
+    MAX_POINTS,
+    Label,
     Scale,
     Series,
     Spot,
-    Text,
     Whisker,
     bars,
     curves,
@@ -42,7 +42,7 @@ from limbeck.report.teacher import teacher_aside, teacher_facts, teacher_name
 from limbeck.types import UserError
 from tests.report_folders import KINDS, PAYLOADS, interval, judged_pair, make_comparison, make_run, rollout, write_lines
 
-TEXT = Text("key", "A title", "What it shows", "x", "y")
+LABEL = Label("key", "A title", "What it shows", "x", y_title="y")
 LOW = Metric("forward_kl", "Forward KL", "nats", "low", "")
 
 
@@ -148,7 +148,7 @@ def test_a_summary_with_the_least_makes_a_page(tmp_path):
         json.dumps({"systems": {"student": {"forward_kl": interval(0.5, 0.4, 0.6)}}})
     )
     page = "".join(parsed(write_report(tmp_path)).text)
-    assert "stays 0.50 nats per token (0.40 to 0.60)" in page and "Answers side by side" not in page
+    assert "is 0.50 nats per token (0.40 to 0.60)" in page and "Answers side by side" not in page
 
 
 def test_lone_surrogates_and_controls_do_not_break_the_page(tmp_path):
@@ -166,19 +166,19 @@ def test_leaks_and_warnings_stand_before_the_results(tmp_path):
     text = "".join(parsed(write_report(make_run(tmp_path / "run"))).text)
     for words in (
         "4 evaluation items found",
-        "3 stand there in the same words and are left out",
-        "1 is like a training text, yet counted",
+        "3 appear there word for word and are left out",
+        "1 is similar to a training text and still counted",
         "intervals are wide",
     ):
-        assert text.index(words) < text.index("What was kept")
+        assert text.index(words) < text.index("Fidelity on held-out text")
     assert "everyday/3" in text
 
 
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
-        ((-0.1, -0.2, -0.05), "it is nearer than fine-tuning"),
-        ((0.1, 0.05, 0.2), "fine-tuning on the teacher's text came nearer"),
+        ((-0.1, -0.2, -0.05), "it is closer than fine-tuning"),
+        ((0.1, 0.05, 0.2), "fine-tuning on the teacher's text came closer"),
         ((-0.1, -0.2, 0.01), "may be chance"),
     ],
 )
@@ -215,9 +215,9 @@ def test_a_run_without_divergences_is_judged_by_its_task():
         "systems": {"student": {"t/score": interval(0.4, 0.3, 0.5)}}, "metrics": metrics,
         "paired": {"student - untouched": {"t/score": interval(0.2, 0.1, 0.3)}, "student - sft_control": {"t/score": interval(0.1, -0.1, 0.3)}},
     }  # fmt: skip
-    told = verdict(summary)
-    assert "reaches 0.400 (0.300 to 0.500); better than the student before training (+0.200" in told
-    assert "no clear difference from the fine-tuning control (+0.100" in told
+    sentence = verdict(summary)
+    assert "reaches 0.400 (0.300 to 0.500); better than the student before training (+0.200" in sentence
+    assert "no clear difference from the fine-tuning control (+0.100" in sentence
     assert "Nothing was measured" in verdict({"systems": {"student": {}}})
 
 
@@ -264,11 +264,13 @@ def comparison_of(**differences):
 def test_the_verdict_of_a_comparison_claims_what_holm_allows():
     clear, adjusted_away = interval(-0.1, -0.2, -0.05, p_holm=0.01), interval(-0.1, -0.2, -0.05, p_holm=0.2)
     worse = interval(0.1, 0.05, 0.2, p_holm=0.01)
-    told = compare_verdict(comparison_of(a=clear, b=worse, c=adjusted_away))
-    assert "over 2 seeds" in told and "a (-0.100, -0.200 to -0.050, p = 0.010) is clearly better than base" in told
+    sentence = compare_verdict(comparison_of(a=clear, b=worse, c=adjusted_away))
     assert (
-        "b (+0.100, +0.050 to +0.200, p = 0.010) is clearly worse" in told
-        and "of c (-0.100, -0.200 to -0.050) the difference may be chance" in told
+        "over 2 seeds" in sentence and "a (-0.100, -0.200 to -0.050, p = 0.010) is clearly better than base" in sentence
+    )
+    assert (
+        "b (+0.100, +0.050 to +0.200, p = 0.010) is clearly worse" in sentence
+        and "the difference of c (-0.100, -0.200 to -0.050) may be chance" in sentence
     )
     assert "no method is clearly better than base" in compare_verdict(comparison_of(a=adjusted_away, b=worse))
     assert "a (-0.100, -0.200 to -0.050, p = 0.010) and b (-0.1" in compare_verdict(comparison_of(a=clear, b=clear))
@@ -299,8 +301,8 @@ def test_markdown_keeps_cells_apart_and_leaves_out_what_has_no_better_side(tmp_p
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1
-    told = compare_markdown(read_comparison(make_comparison(tmp_path / "comparison")))
-    assert "| Forward KL (on its own text) | -0.110 (-0.140 to -0.080), p = 0.003, better |" in told
+    table = compare_markdown(read_comparison(make_comparison(tmp_path / "comparison")))
+    assert "| Forward KL (on its own text) | -0.110 (-0.140 to -0.080), p = 0.003, better |" in table
 
 
 def test_embedded_json_has_no_sign_that_ends_a_script():
@@ -332,7 +334,7 @@ def test_a_large_run_is_shortened_then_thinned_and_says_so(tmp_path, monkeypatch
     assert (
         f"{len(few.items)} of 200 prompts are on this page" in page
         and "shortened here" in page
-        and "found no room" in page
+        and "did not fit" in page
     )
 
 
@@ -361,12 +363,12 @@ def test_a_name_in_a_summary_is_never_a_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "wanted"),
+    ("low", "high", "ticks"),
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3, 12, [0, 5, 10]), (0.0, 4e-5, [0, 1e-5, 2e-5, 3e-5, 4e-5]), (5, 5, None)],
 )
-def test_ticks_are_round_and_inside(low, high, wanted):
+def test_ticks_are_round_and_inside(low, high, ticks):
     scale = Scale(low, high, 0, 100)
-    assert wanted is None or scale.ticks() == pytest.approx(wanted)
+    assert ticks is None or scale.ticks() == pytest.approx(ticks)
     assert scale(low) == 0 and (low == high or scale(high) == 100)
 
 
@@ -377,20 +379,20 @@ def test_labels_are_spread_and_keep_their_order():
 
 def test_long_curves_are_thinned_to_means():
     points = thinned([(n, n % 2) for n in range(10_000)])
-    assert len(points) <= MOST_POINTS + 1 and points[-1] == (9999, 1) and all(0.4 < y < 0.6 for _, y in points[:-1])
+    assert len(points) <= MAX_POINTS + 1 and points[-1] == (9999, 1) and all(0.4 < y < 0.6 for _, y in points[:-1])
 
 
 def test_plots_are_well_formed_and_say_what_they_show():
     hostile = "</svg><script>&\"'"
     plots = [
         curves(
-            TEXT,
+            LABEL,
             [Series(hostile, [(1, 2.0), (2, 1.0), (3, float("nan"))], "accent"), Series("flat", [(1, 0.0), (2, 0.0)])],
             diagonal=True,
         ),
-        scatter(TEXT, [Spot(hostile, 1, 2, 1.5, 2.5, True), Spot("b", 3, 1, 0.5, 1.5)], [(1, 2), (3, 1)]),
-        forest(TEXT, [Whisker(hostile, -0.1, -0.2, -0.05, True), Whisker("b", 0, -0.2, 0.2, False)]),
-        bars(TEXT, [(hostile, 0.5, "50 %"), ("b", 0.0, "0 %")]),
+        scatter(LABEL, [Spot(hostile, 1, 2, 1.5, 2.5, True), Spot("b", 3, 1, 0.5, 1.5)], [(1, 2), (3, 1)]),
+        forest(LABEL, [Whisker(hostile, -0.1, -0.2, -0.05, True), Whisker("b", 0, -0.2, 0.2, False)]),
+        bars(LABEL, [(hostile, 0.5, "50 %"), ("b", 0.0, "0 %")]),
     ]
     for svg in plots:
         root = ElementTree.fromstring(svg)
@@ -404,14 +406,14 @@ def test_plots_are_well_formed_and_say_what_they_show():
     assert [circle.get("class") for circle in whiskers] == ["dot accent", "dot hollow"]
     low, high = (ElementTree.fromstring(plots[0]).find("polyline").get("points").split()[n] for n in (1, 0))
     assert float(low.split(",")[1]) > float(high.split(",")[1]), "less stands lower on the page"
-    assert curves(TEXT, [Series("one", [(1, 1)])]) == scatter(TEXT, []) == forest(TEXT, []) == bars(TEXT, []) == ""
+    assert curves(LABEL, [Series("one", [(1, 1)])]) == scatter(LABEL, []) == forest(LABEL, []) == bars(LABEL, []) == ""
 
 
 @pytest.mark.parametrize(
     ("values", "top", "bottom"), [((-1.5, -0.5), "0", "−1.5"), ((-0.2, 0.4), "0.4", "−0.2"), ((1.0, 2.0), "2", "0")]
 )
 def test_curves_stay_inside_their_axes_on_either_side_of_zero(values, top, bottom):
-    root = ElementTree.fromstring(curves(TEXT, [Series("s", list(enumerate(values)))]))
+    root = ElementTree.fromstring(curves(LABEL, [Series("s", list(enumerate(values)))]))
     places = [float(place.split(",")[1]) for place in root.find("polyline").get("points").split()]
     assert 34 <= min(places) < max(places) <= 280 - 46
     ticks = {
@@ -455,11 +457,11 @@ def test_facts_are_written_one_by_one():
 def test_a_run_whose_student_wrote_has_a_section_on_it(tmp_path):
     folder = make_run(tmp_path / "run", prompts=3)
     (own,) = own_texts(folder)
-    assert own.told == (
-        "The student wrote 208 answers; text of its own was trained on in 26 of 39 steps. Writing took 27 % of the training's time."
+    assert own.summary == (
+        "The student wrote 208 answers, and trained on its own text in 26 of 39 steps. Writing took 27 % of the training time."
     )
     assert [figure.title for figure in own.figures] == [
-        "Length of an answer", "Endings and repetition", "Log-probability of the student's text", "Likeliest tokens shared", "Entropy on the student's text",
+        "Length of an answer", "Endings and repetition", "Log-probability of the student's text", "Shared top tokens", "Entropy on the student's text",
     ]  # fmt: skip
     endings = ElementTree.fromstring(own.figures[1].svg)
     ends = [float(line.get("points").split()[-1].split(",")[1]) for line in endings.findall("polyline")]
@@ -468,16 +470,16 @@ def test_a_run_whose_student_wrote_has_a_section_on_it(tmp_path):
     rows = dict(own.grid.rows)
     first, last = [1, 2, 4, 5, 7, 8, 10, 11, 13], [28, 29, 31, 32, 34, 35, 37, 38]
     assert (
-        rows["Length, tokens an answer"]
+        rows["Length, tokens per answer"]
         == [f"{80 - sum(part) / len(part):.1f}" for part in (first, last)]
         == ["73.2", "47.0"]
     )
-    assert rows["Ended by itself, % of answers"] == ["56.8", "83.0"] and rows["Likeliest tokens shared, % of 16"] == [
+    assert rows["Ended by itself, % of answers"] == ["56.8", "83.0"] and rows["Shared top tokens, % of 16"] == [
         "46.8",
         "73.0",
     ]
-    assert rows["Teacher's log-probability, nats a token"] == ["−1.831", "−1.175"]
-    assert rows["Time writing, % of the training"] == [
+    assert rows["Teacher's log-probability, nats per token"] == ["−1.831", "−1.175"]
+    assert rows["Writing time, % of training"] == [
         f"{100 * 0.6 * len(part) / (1.5 * 13):.1f}" for part in (first, last)
     ]
     page = parsed(write_report(folder))
@@ -492,15 +494,15 @@ def test_a_run_whose_student_wrote_nothing_has_no_such_section(tmp_path):
     write_lines(folder / "metrics.jsonl", records)
     page = parsed(write_report(folder))
     assert own_texts(folder) == [] and "rollouts" not in {value.lstrip("#") for _, _, value in page.attributes}
-    assert "Time writing" not in [title for title, _ in training_grid(folder).columns]
+    assert "Writing time" not in [title for title, _ in training_grid(folder).columns]
     write_lines(folder / "metrics.jsonl", [records[0], records[1] | {"rollout": {"seconds": 0.5, "written": 1}}])
     (own,) = own_texts(folder)
-    assert own.figures == [] and own.told.startswith(
-        "The student wrote 1 answer; text of its own was trained on in 0 of 2 steps. Writing took 25 %"
+    assert own.figures == [] and own.summary.startswith(
+        "The student wrote 1 answer, and trained on its own text in 0 of 2 steps. Writing took 25 %"
     )
-    assert [name for name, _ in own.grid.rows] == ["Time writing, % of the training"]
+    assert [name for name, _ in own.grid.rows] == ["Writing time, % of training"]
     grid = training_grid(folder)
-    assert grid.columns[3] == ("Time writing", "% of the training")
+    assert grid.columns[3] == ("Writing time", "% of training")
     assert {name: cells[3] for name, cells in grid.rows} == {"Student": "25.0", "Fine-tuning control": "0"}
 
 
@@ -521,7 +523,7 @@ def test_what_only_some_trainings_tell_is_shown_where_it_says_something(tmp_path
         ({"age": [0.0, 1.5, 2.5]}, "Age of the text", "Age, steps", ["0.000", "2.500"]),
         (
             {"own": [1.0, 0.9, 0.75]},
-            "Tokens of the student's own",
+            "The student's own tokens",
             "Student's own tokens, % of tokens",
             ["100.0", "75.0"],
         ),
@@ -534,8 +536,8 @@ def test_what_only_some_trainings_tell_is_shown_where_it_says_something(tmp_path
         ),
     ):
         assert title not in plain and row not in rows
-        found, told = titles(**facts_)
-        assert found - plain == {title} and told[row] == cells
+        shown, row_cells = titles(**facts_)
+        assert shown - plain == {title} and row_cells[row] == cells
     assert rows["Student's entropy, nats"] == ["1.200", "1.200"]
 
 
@@ -560,26 +562,26 @@ def test_advice_and_the_teachers_context_are_written_out_as_they_are(tmp_path, p
 def test_the_comparison_tells_of_the_text_and_of_the_time_it_took(tmp_path):
     comparison = read_comparison(make_comparison(tmp_path / "comparison", prompts=3))
     spent = spent_grid(comparison, {})
-    place = spent.columns.index(("Time writing", "% of the training"))
+    place = spent.columns.index(("Writing time", "% of training"))
     assert [cells[place] for _, cells in spent.rows] == ["0", "21.3", "42.6", "63.9"]
     own = own_text_grid(comparison, {"jsd": "JSD"})
     assert [title for title, _ in own.columns] == [
         "Length",
         "Ended by itself",
         "Repetition",
-        "Likeliest tokens shared",
+        "Shared top tokens",
         "Student's entropy",
     ]
     assert own.rows == [
         ("forward-kl", ["61.5", "93.4", "0.4", "71.0", "1.250"]),
         ("JSD", ["61.5", "93.4", "0.4", "71.0", "1.250"]),
     ]
-    assert "not here was trained on text of others" in own.note
+    assert "not listed trained on text that others wrote" in own.note
     comparison["rollout"] = {name: {"length": 5, "overlap": None} for name in comparison["methods"]}
     own = own_text_grid(comparison, {})
-    assert own.columns == [("Length", "tokens an answer")] and "not here" not in own.note
+    assert own.columns == [("Length", "tokens per answer")] and "not listed" not in own.note
     page = parsed(write_report(tmp_path / "comparison"))
-    assert ("a", "href", "#rollouts") in page.attributes and "The student's own text while it trained" in "".join(
+    assert ("a", "href", "#rollouts") in page.attributes and "The student's own text during training" in "".join(
         page.text
     )
     for cost in comparison["cost"].values():
@@ -587,7 +589,7 @@ def test_the_comparison_tells_of_the_text_and_of_the_time_it_took(tmp_path):
     del comparison["rollout"]
     (tmp_path / "comparison" / "comparison.json").write_text(json.dumps(comparison))
     page = parsed(write_report(tmp_path / "comparison"))
-    assert ("a", "href", "#rollouts") not in page.attributes and "Time writing" not in "".join(page.text)
+    assert ("a", "href", "#rollouts") not in page.attributes and "Writing time" not in "".join(page.text)
     assert own_text_grid(comparison, {}) is None
 
 
@@ -595,20 +597,20 @@ def test_the_comparison_tells_of_the_text_and_of_the_time_it_took(tmp_path):
     ("teacher", "head", "words"),
     [
         ("smollm2", "smollm2", []),
-        ({"model": "m"}, "m", [("model", "m"), ("shown", "the prompt alone, as the student is")]),
+        ({"model": "m"}, "m", [("model", "m"), ("prompt", "the same as the student's")]),
         (
-            {"model": "m", "weights": "average"}, "m, with weights of the student's own",
-            [("model", "m"), ("weights", "a moving average of the student's own, which keeps 0.95 of itself at every step"), ("shown", "the prompt alone, as the student is")],
+            {"model": "m", "weights": "average"}, "m, with the student's weights",
+            [("model", "m"), ("weights", "a moving average of the student's (decay 0.95 per step)"), ("prompt", "the same as the student's")],
         ),
         (
             {"model": "m", "weights": "live", "context": {"system": "Be brief.", "user": "{prompt} It is {answer}."}},
-            "m, with weights of the student's own, shown another prompt than the student",
-            [("model", "m"), ("weights", "the student's own, as they are at each step"), ("shown as a system message", "Be brief."),
-             ("shown in place of the prompt", "{prompt} It is {answer}."), ("where", "{prompt} stands for the prompt; {answer} stands for the prompt's known answer"),
-             ("shown to the student", "the prompt alone")],
+            "m, with the student's weights, with other prompts than the student",
+            [("model", "m"), ("weights", "the student's, at the current step"), ("system message", "Be brief."),
+             ("prompt", "{prompt} It is {answer}."), ("where", "{prompt} is the plain prompt; {answer} is the prompt's known answer"),
+             ("student sees", "the plain prompt")],
         ),
-        ({"model": "m", "context": {"system": "Be brief."}}, "m, shown another prompt than the student",
-         [("model", "m"), ("shown as a system message", "Be brief."), ("shown to the student", "the prompt alone")]),
+        ({"model": "m", "context": {"system": "Be brief."}}, "m, with other prompts than the student",
+         [("model", "m"), ("system message", "Be brief."), ("student sees", "the plain prompt")]),
     ],
 )  # fmt: skip
 def test_the_teacher_is_a_name_or_a_record_and_the_page_says_what_it_was_shown(tmp_path, teacher, head, words):
@@ -619,8 +621,8 @@ def test_the_teacher_is_a_name_or_a_record_and_the_page_says_what_it_was_shown(t
     text = "".join(parsed(write_report(folder)).text)
     name, _, aside = head.partition(",")
     assert f"Teacher: {name} (3 layers, 0 million parameters){',' if aside else ''}{aside}." in text
-    source = text[text.rindex("Data and source") :]
-    assert all(name + said in source for name, said in words)
+    source = text[text.rindex("Data and settings") :]
+    assert all(name + detail in source for name, detail in words)
 
 
 def test_a_model_card_says_what_the_teacher_was_shown_and_no_path(recipe_data):
@@ -647,50 +649,55 @@ def test_a_model_card_says_what_the_teacher_was_shown_and_no_path(recipe_data):
 
 
 def of_judge(**pairs):
-    return judged({"judge": {"model": "judge@1", "pairs": {f"student - {name}": pair for name, pair in pairs.items()}}})
+    return judge_section(
+        {"judge": {"model": "judge@1", "pairs": {f"student - {name}": pair for name, pair in pairs.items()}}}
+    )
 
 
 def test_what_a_judge_says_stands_in_a_table_with_how_far_to_believe_it(tmp_path):
     folder = make_run(tmp_path / "run", prompts=3)
-    found = judged(read_summary(folder))
-    assert [title for title, _ in found.grid.columns] == [
-        "Win rate", "Wins", "Ties", "Losses", "Unparsable", "Agreement", "First place", "Longer wins", "Length",
+    section = judge_section(read_summary(folder))
+    assert [title for title, _ in section.grid.columns] == [
+        "Win rate", "Wins", "Ties", "Losses", "Unreadable", "Consistency", "First answer wins", "Longer answer wins", "Length",
     ]  # fmt: skip
-    rows = dict(found.grid.rows)
+    rows = dict(section.grid.rows)
     assert list(rows) == ["Student before training", "Fine-tuning control", "Teacher"]
     assert (
         rows["Teacher"][1:] == ["9", "12", "36", "3", "80 %", "52 %", "55 %", "−0.62"] and rows["Teacher"][0]["n"] == 57
     )
-    assert found.belief == (
-        "How far it can be believed: with care, since when the answers change places it keeps to too few of its verdicts against the "
-        "fine-tuning control (41 %); its verdicts go with length against the teacher (correlation −0.62)."
+    assert section.trust == (
+        "Trust the judge with care: it keeps too few of its verdicts when answers are swapped, against the "
+        "fine-tuning control (41 %); its verdicts correlate with length against the teacher (correlation −0.62)."
     )
     page = parsed(write_report(folder))
     assert ("a", "href", "#judge") in page.attributes and ("h2", "id", "judge") in page.attributes
     text = "".join(page.text)
-    assert found.belief in text and found.told in text and "judge@0123456789abcdef" in text
+    assert section.trust in text and section.intro in text and "judge@0123456789abcdef" in text
     assert text.index("The student against each control") < text.index("Verdicts on the held-out prompts")
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"judge_is_teacher": True}, "it is the teacher itself and may favour its own manner"),
-        ({"swap_consistency": 0.59}, "keeps to too few of its verdicts against the fine-tuning control (59 %)"),
-        ({"length_correlation": 0.51}, "go with length against the fine-tuning control (correlation 0.51)"),
+        ({"judge_is_teacher": True}, "it is the teacher itself and may prefer its own style"),
+        (
+            {"swap_consistency": 0.59},
+            "too few of its verdicts when answers are swapped, against the fine-tuning control (59 %)",
+        ),
+        ({"length_correlation": 0.51}, "correlate with length against the fine-tuning control (correlation 0.51)"),
         ({"length_correlation": -0.51}, "(correlation −0.51)"),
-        ({"unparsable_share": 0.6}, "can't be read against the fine-tuning control (60 %)"),
-        ({"win_rate": interval(1, 1, 1, 9)}, "few pairs could be read against the fine-tuning control (9)"),
+        ({"unparsable_share": 0.6}, "are unreadable against the fine-tuning control (60 %)"),
+        ({"win_rate": interval(1, 1, 1, 9)}, "few of its verdicts are readable against the fine-tuning control (9)"),
     ],
 )
 def test_every_reason_to_doubt_a_judge_is_named(more, words):
     good = {"swap_consistency": 0.6, "length_correlation": 0.5}
-    assert "with care" not in of_judge(sft_control=judged_pair((9, 1, 5, 0), **good)).belief
-    found = of_judge(sft_control=judged_pair((9, 1, 5, 0), **good | more), teacher=judged_pair((9, 1, 5, 0), **good))
-    assert found.belief.startswith("How far it can be believed: with care, since ") and words in found.belief
+    assert "with care" not in of_judge(sft_control=judged_pair((9, 1, 5, 0), **good)).trust
+    section = of_judge(sft_control=judged_pair((9, 1, 5, 0), **good | more), teacher=judged_pair((9, 1, 5, 0), **good))
+    assert section.trust.startswith("Trust the judge with care: ") and words in section.trust
     both = of_judge(
         sft_control=judged_pair((9, 1, 5, 0), **good | more), untouched=judged_pair((9, 1, 5, 0), **good | more)
-    ).belief
+    ).trust
     assert ") and the student before training (" in both or "teacher itself" in both
 
 
@@ -703,12 +710,17 @@ def test_a_judge_that_said_nothing_is_believed_nothing():
         "length_correlation": None,
     }
     mute = of_judge(untouched=judged_pair((0, 0, 0, 5), **nothing))
-    assert mute.belief == "It gave no verdict that can be read, so nothing follows from it."
+    assert mute.trust == "The judge gave no readable verdict, so nothing follows from it."
     assert mute.grid.rows == [("Student before training", [None, "0", "0", "0", "5", "", "", "", ""])]
     long = judged_pair((8, 2, 2, 0))
-    found = of_judge(teacher=long | {"outcomes": long["outcomes"] | {"too_long": 3}})
-    assert found.grid.columns[5] == ("Too long", "not asked") and found.grid.rows[0][1][5] == "3"
-    assert judged({}) is judged({"judge": {}}) is judged({"judge": {"model": "m", "pairs": {}}}) is None
+    section = of_judge(teacher=long | {"outcomes": long["outcomes"] | {"too_long": 3}})
+    assert section.grid.columns[5] == ("Too long", "not judged") and section.grid.rows[0][1][5] == "3"
+    assert (
+        judge_section({})
+        is judge_section({"judge": {}})
+        is judge_section({"judge": {"model": "m", "pairs": {}}})
+        is None
+    )
 
 
 def test_a_run_without_a_judge_has_no_such_section(tmp_path):

@@ -70,7 +70,7 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     assert student["perplexity"]["value"] < summary["systems"]["untouched"]["perplexity"]["value"]
     assert "perplexity" in summary["paired"]["student - untouched"] or "nll" in summary["paired"]["student - untouched"]
     page = (folder / "report.html").read_text()
-    assert "toy, behind a server" in page and "gives text alone" in page and "Forward KL" not in page
+    assert "toy, on a server" in page and "gives text alone" in page and "Forward KL" not in page
     assert json.loads((folder / "inputs.json").read_text())["teacher"].startswith("served:toy-")
     assert "served:toy-" in (folder / "student" / "README.md").read_text()
     assert summary["bill"] == {"answers": asked, "tokens_read": 5 * asked, "tokens_written": 3 * asked}

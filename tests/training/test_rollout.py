@@ -488,7 +488,7 @@ def test_facts_of_text_count_what_they_say():
         (
             {"teacher": {"model": "TINY", "context": {"user": "no place for it"}}},
             "teacher.context",
-            "must hold {prompt}",
+            "must contain {prompt}",
         ),
         (
             {"teacher": {"model": "TINY", "context": {"system": "x"}}, "loss": [{"hidden_match": {}}]},

@@ -74,7 +74,7 @@ def job(tiny, tmp_path):
         ({"loss": [{"hidden_match": {"layers": [[4, 4]]}}]}, "loss[0].hidden_match.layers[0]", "student layer 4"),
         ({"loss": [{"forward_kl": {"weight": -1}}]}, "loss[0].weight", "greater"),
         ({"loss": [{"taid": {"t": {"from": 0, "to": 2}}}]}, "loss[0].taid.t.to", "outside"),
-        ({"writer": [BOTH[0], BOTH[0]]}, "", "same in everything"),
+        ({"writer": [BOTH[0], BOTH[0]]}, "", "same settings"),
         (
             {
                 "elicit": [{"given": {}}, {"difference": {}}],

@@ -1,0 +1,148 @@
+"""The doctor's checks of the teacher's weights, of the server that stands for it, and of the losses.
+
+Shapes: N response positions, K tokens named at a position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from limbeck.commands.doctor.patient import NothingToCheckError, Patient, response_targets, teacher_log_probs
+from limbeck.models.load import head_of
+from limbeck.objectives.distribution import Distribution
+from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.head import Block
+from limbeck.signals.dense import DenseRows
+from limbeck.signals.sparse import TopK
+from limbeck.types import UserError
+
+# KL in nats between local and served weights; 4-bit weights in llama.cpp's own arithmetic stay within 0.01
+MEAN_KL = 0.02
+LARGEST_KL = 0.2
+ZERO = 1e-4
+SAME_TEMPERATURE = 0.05
+RATIO_ERROR = 0.1
+
+
+def check_weights(patient: Patient) -> str:
+    """Check that the weights are finite, and show how well the teacher predicts plain text."""
+    model = patient.model  # loading it checks for NaN, and for a head with unknown logit scaling
+    dtype = str(head_of(model.net).weight_VD.dtype).removeprefix("torch.")
+    if patient.recipe.teacher.model is None or patient.run.models.other_tokens:
+        where = "are not here" if patient.recipe.teacher.model is None else "use another tokenizer"
+        return f"the student's are finite, in {dtype}; the teacher's {where}"
+    nats = float(-patient.log_probs.gather(-1, response_targets(patient.texts)[:, None]).mean())
+    guessing = math.log(head_of(model.net).vocab_size)
+    return (
+        f"finite, in {dtype}; the teacher's loss on plain text is {nats:.2f} nats per token, that of guessing"
+        f" {guessing:.2f}"
+    )
+
+
+def check_repeatable(patient: Patient) -> str:
+    """Check that the teacher gives the same numbers twice."""
+    difference = float((patient.log_probs - teacher_log_probs(patient.teacher, patient.texts)).abs().max())
+    if difference > ZERO:
+        raise UserError(
+            f"the teacher gives different numbers for the same text (up to {difference:.2g} nats): dropout is on, or"
+            " its kernels are not deterministic; put it in evaluation mode"
+        )
+    if difference == 0:
+        return "the teacher gives bit-identical numbers for the same text"
+    return f"the teacher's numbers for the same text differ by at most {difference:.1g} nats"
+
+
+def check_server(patient: Patient) -> str:
+    """Check that the server has the right tokenizer and template, gives log-probabilities, and has room."""
+    scorer = patient.scorer
+    scorer.probe()
+    longest = max(
+        len(patient.model.prompt_ids(prompt.messages)) for part in patient.run.text.given_prompts for prompt in part
+    )
+    needed = longest + max(writer.max_tokens for writer in patient.recipe.writer)
+    if (room := scorer.room()) is not None and room < needed:
+        raise UserError(
+            f"the server's context is {room} tokens, and a prompt with its answer may need {needed}: start it with a"
+            " larger context"
+        )
+    return f"{scorer.identity} has the same tokens and template and names {scorer.k} tokens at every position"
+
+
+def check_served_weights(patient: Patient) -> str:
+    """Check that the served model has the weights that are here, by its top tokens at every position."""
+    scorer = patient.scorer
+    log_NV = patient.log_probs
+    signal = scorer.view(patient.texts).signal
+    assert isinstance(signal, TopK)
+    local_NK = log_NV.gather(-1, signal.ids_NK)
+    kl_N = _bucketed_kl(local_NK, signal.log_prob_NK)
+    shared = [
+        len(set(a) & set(b))
+        for a, b in zip(log_NV.topk(scorer.k).indices.tolist(), signal.ids_NK.tolist(), strict=True)
+    ]
+    mean_kl = max(0.0, float(kl_N.mean()))
+    summary = (
+        f"{mean_kl:.4f} nats apart on average over {len(kl_N)} positions, {sum(shared) / len(shared):.1f} of"
+        f" {scorer.k} top tokens shared"
+    )
+    if mean_kl > MEAN_KL or float(kl_N.max()) > LARGEST_KL:
+        worst = kl_N.topk(min(3, len(kl_N))).indices.tolist()
+        where = "; ".join(_position(patient, number, kl_N) for number in worst)
+        raise UserError(
+            f"the served model is not the one here: {summary}. Largest differences:"
+            f" {where}.{_temperature_hint(local_NK, signal.log_prob_NK)} Serve the same weights and their plain"
+            " log-probabilities, or set teacher.model"
+        )
+    return summary
+
+
+def check_zero(patient: Patient) -> str:
+    """Check that the recipe's divergences are zero for a student that equals its teacher."""
+    log_NV = patient.log_probs
+    targets_N = response_targets(patient.texts)
+    labels = []
+    for term in patient.run.method.terms:
+        if term.name not in DIVERGENCES:
+            continue
+        p = Distribution(log_NV.clone())
+        q = Distribution(log_NV.clone())
+        values_N, gradient_NV = replace(term, by=None).at_step(0.0, {}).values(Block(q, targets_N, DenseRows(p)))
+        if float(values_N.abs().max()) > ZERO or float(gradient_NV.abs().max()) > ZERO:
+            raise UserError(
+                f"{term.label} is {float(values_N.abs().max()):.2g} nats for a student that equals its teacher, not 0:"
+                " please report this bug"
+            )
+        labels.append(term.label)
+    if not labels:
+        raise NothingToCheckError("no loss compares distributions")
+    return f"for a student that equals its teacher, {', '.join(labels)} and its gradient are 0"
+
+
+def _temperature_hint(local_NK: Tensor, served_NK: Tensor) -> str:
+    """Say so if the served numbers are the local ones at another temperature: then all differences from the top token
+    have the same ratio."""
+    local = local_NK - local_NK[:, :1]
+    served = served_NK - served_NK[:, :1]
+    ratio = float((local * served).sum() / served.square().sum().clamp_min(1e-9))
+    error = float((local - ratio * served).abs().mean() / local.abs().mean().clamp_min(1e-9))
+    if error < RATIO_ERROR and abs(ratio - 1) > SAME_TEMPERATURE:
+        return f" The served numbers are those of the model here at temperature {ratio:.2f}."
+    return ""
+
+
+def _position(patient: Patient, number: int, kl_N: Tensor) -> str:
+    row_N, position_N = patient.texts.response_positions()
+    ids = patient.texts.tokens_BT[row_N[number], : position_N[number] + 1].tolist()
+    return f"after {patient.model.tokenizer.decode(ids[-8:])!r}, {float(kl_N[number]):.2f} nats"
+
+
+def _bucketed_kl(local_NK: Tensor, served_NK: Tensor) -> Tensor:
+    """KL(local || served) [N] in nats, over the named tokens and one bucket for the rest of the probability."""
+    p, q = (
+        torch.cat([x.exp(), (1 - x.exp().sum(-1, keepdim=True)).clamp_min(1e-6)], -1) for x in (local_NK, served_NK)
+    )
+    return (p * (p / q).log()).sum(-1)

@@ -1,0 +1,92 @@
+"""The doctor's checks of the recipe and of its text: tokenizer, chat template, end of an answer, bridge."""
+
+from __future__ import annotations
+
+from limbeck.commands.doctor.patient import ANSWERS, QUESTIONS, NothingToCheckError, Patient
+from limbeck.config.teacher import BridgedTeacher
+from limbeck.models.bridge import TeacherOverBridge
+from limbeck.models.load import head_of
+from limbeck.runs.preflight import check
+from limbeck.types import UserError
+
+LEAST_ALIGNED = 0.5
+
+
+def check_recipe(patient: Patient) -> str:
+    """Check that the recipe's parts fit together."""
+    check(patient.recipe)
+    if patient.run.models.other_tokens:
+        return "its parts fit together; teacher and student have different tokenizers, with a bridge between them"
+    return "its parts fit together; teacher and student share vocabulary, chat template and end token"
+
+
+def check_tokens(patient: Patient) -> str:
+    """Check that texts survive the tokenizer, and that the model has a row for every token."""
+    model = patient.model
+    for text in (*QUESTIONS, *ANSWERS):
+        decoded = str(model.tokenizer.decode(model.text_ids(text)))
+        if decoded.strip() != text.strip():
+            raise UserError(
+                f"the tokenizer turns {text!r} into {decoded!r}: its files are damaged or belong to another model; use"
+                " the model's own"
+            )
+    rows = head_of(model.net).vocab_size
+    if len(model.tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(model.tokenizer)} tokens and the model {rows}: they belong to different models;"
+            " put the right tokenizer beside the weights"
+        )
+    return f"texts survive encoding and decoding; {len(model.tokenizer):,} tokens, {rows:,} rows in the model"
+
+
+def check_bridge(patient: Patient) -> str:
+    """Check that two tokenizers have enough in common for a loss to teach something."""
+    settings = patient.recipe.teacher
+    if not isinstance(settings, BridgedTeacher) or not patient.run.models.other_tokens:
+        raise NothingToCheckError("teacher and student have the same tokenizer")
+    bridge = TeacherOverBridge(patient.run.models.teacher, patient.model, settings.bridge)
+    try:
+        responses = [row.response_ids for row in patient.training_rows]
+    except NothingToCheckError:
+        texts = patient.texts
+        responses = [tuple(row[mask].tolist()) for row, mask in zip(texts.tokens_BT, texts.mask_BT, strict=True)]
+    facts = bridge.facts(responses)
+    summary = (
+        f"{facts['common_tokens']:,} of the student's {facts['student_tokens']:,} tokens are the teacher's, too; of the"
+        f" tokens in {len(responses)} answers {facts['aligned_share']:.0%} start where one of the teacher's starts,"
+        f" {facts['single_share']:.0%} are a single token in both"
+    )
+    if facts["aligned_share"] < LEAST_ALIGNED:
+        raise UserError(
+            f"{summary}: most of the text would teach nothing; choose another teacher, or teach the unaligned text"
+            " with others: written"
+        )
+    return summary
+
+
+def check_end_of_answer(patient: Patient) -> str:
+    """Check that answers end with an end token, both in the chat template and in the training text."""
+    model = patient.model
+    eos = model.tokenizer.eos_token_id
+    marker = "ANSWER"
+    messages = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": marker}]
+    conversation = str(model.tokenizer.apply_chat_template(messages, tokenize=False))
+    after_ids = model.tokenizer(conversation.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
+    if not after_ids or after_ids[0] not in model.eos_ids:
+        after = repr(model.tokenizer.decode(after_ids[:3])) if after_ids else "nothing"
+        raise UserError(
+            f"the chat template puts {after} after an answer, but text ends with {model.tokenizer.eos_token!r}: the"
+            " student would not stop in a conversation; set eos_token (or eos_token_id in generation_config.json) to"
+            " the token that the template puts there"
+        )
+    try:
+        rows = patient.training_rows
+    except NothingToCheckError:
+        return f"the template and the text end an answer with {model.tokenizer.decode([eos])!r}"
+    finished = sum(row.response_ids[-1] in model.eos_ids for row in rows)
+    if not finished:
+        raise UserError(
+            f"none of {len(rows)} training answers ends with an end token, so the student would never learn to stop:"
+            " raise max_tokens until answers finish"
+        )
+    return f"{finished} of {len(rows)} training answers end with an end token; the others were cut off"

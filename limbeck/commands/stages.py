@@ -1,0 +1,55 @@
+"""Run some stages of a recipe, with progress, a stop on Ctrl-C, and an optional tracker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.commands import console
+from limbeck.commands.printing import print_result
+from limbeck.config.recipe import Recipe, load_recipe
+from limbeck.progress import Reporter
+
+
+def run_stages(
+    recipe_path: str,
+    stages: tuple[str, ...],
+    *,
+    overrides: Sequence[str],
+    out: Path | None,
+    as_json: bool,
+    tracker: str | None = None,
+) -> None:
+    """Do what these stages still have to do, then print where the results are."""
+    recipe = load_recipe(recipe_path, overrides)
+    from limbeck.runs.pipeline import run  # after the recipe: a mistake in it shows before torch is loaded
+
+    with console.long_work(as_json) as (reporter, stop), _with_tracker(reporter, recipe, out, tracker) as tracked:
+        folder = run(recipe, out, tracked, stop, stages=stages)
+    result: dict[str, Any] = {"run": str(folder)}
+    if "report" in stages:
+        from limbeck.report.page import verdict
+
+        summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+        result |= {"verdict": verdict(summary), "report": str(folder / "report.html")}
+    print_result(result, as_json)
+
+
+@contextlib.contextmanager
+def _with_tracker(reporter: Reporter, recipe: Recipe, out: Path | None, tracker: str | None) -> Iterator[Reporter]:
+    """Yield the reporter, wrapped so that a tracker is kept up to date if one is named."""
+    if tracker is None:
+        yield reporter
+        return
+    from limbeck.runs.claim import run_folder
+
+    from limbeck.commands.track import TrackingReporter
+
+    tracking = TrackingReporter(reporter, run_folder(recipe, out), tracker)
+    try:
+        yield tracking
+    finally:
+        tracking.close()
