@@ -33,7 +33,7 @@ from limbeck.runs.pipeline import Run
 from limbeck.runs.preflight import check
 from limbeck.signals.cache import SignalCache, text_key
 from limbeck.signals.dense import DenseRows
-from limbeck.signals.sparse import TopK
+from limbeck.signals.forms import form_of
 from limbeck.training.setup import common_vocab_size
 from limbeck.types import Batch, Message, UserError
 
@@ -99,7 +99,7 @@ class Patient:
         if self.run.other_tokens:
             raise NothingToSeeError("the server writes text in tokens of its own")
         cache = self.recipe.teacher.cache
-        read = cache.top_k.k if cache and cache.top_k else api.settings.names
+        read = (form_of(cache).server_tokens if cache else None) or api.settings.names
         return ServerScorer(api, read if self.recipe.teacher.model is None and read else NAMED, self.model.tokenizer)
 
     @cached_property
@@ -283,12 +283,13 @@ def _served(patient: Patient) -> str:
     scorer = patient.scorer
     log_NV = patient.log_probs
     signal = scorer.view(patient.texts).signal
-    assert isinstance(signal, TopK)
-    own_NK = log_NV.gather(-1, signal.ids_NK)
-    kl_N = _bucketed_kl(own_NK, signal.log_prob_NK)
+    assert signal is not None
+    served = signal.named_tokens()
+    own_NK = log_NV.gather(-1, served.ids_NK)
+    kl_N = _bucketed_kl(own_NK, served.log_prob_NK)
     shared = [
         len(set(a) & set(b))
-        for a, b in zip(log_NV.topk(scorer.k).indices.tolist(), signal.ids_NK.tolist(), strict=True)
+        for a, b in zip(log_NV.topk(scorer.k).indices.tolist(), served.ids_NK.tolist(), strict=True)
     ]
     told = (
         f"{float(kl_N.mean()):.4f} nats apart on average over {len(kl_N)} positions, {sum(shared) / len(shared):.1f} of"
@@ -298,7 +299,7 @@ def _served(patient: Patient) -> str:
         where = "; ".join(_position(patient, number, kl_N) for number in kl_N.topk(min(3, len(kl_N))).indices.tolist())
         raise UserError(
             f"the served model is not the one here: {told}. Where they differ most:"
-            f" {where}.{_temperature(own_NK, signal.log_prob_NK)} Serve the same weights and their plain"
+            f" {where}.{_temperature(own_NK, served.log_prob_NK)} Serve the same weights and their plain"
             " log-probabilities, or set teacher.model"
         )
     return told
@@ -410,9 +411,8 @@ def _written_log_probs(teacher: InProcessTeacher | ServerScorer, batch: Batch) -
     if isinstance(teacher, InProcessTeacher):
         return _log_probs(teacher, batch).gather(-1, targets_N[:, None])[:, 0]
     signal = teacher.view(batch).signal
-    assert isinstance(signal, TopK)
-    here_NK = signal.ids_NK == targets_N[:, None]
-    return torch.where(here_NK.any(-1), signal.log_prob_NK.masked_fill(~here_NK, 0).sum(-1), torch.nan)
+    assert signal is not None
+    return signal.named_tokens().log_prob(targets_N)
 
 
 def _bucketed_kl(own_NK: Tensor, served_NK: Tensor) -> Tensor:

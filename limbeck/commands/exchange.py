@@ -30,6 +30,7 @@ from limbeck.runs.claim import claim
 from limbeck.runs.pipeline import Run
 from limbeck.runs.validate import validate
 from limbeck.signals.cache import SignalCache, ids_of, text_key
+from limbeck.signals.forms import form_of
 from limbeck.signals.sparse import TopK
 from limbeck.storage.files import exclusive, write_text
 from limbeck.training.setup import common_vocab_size
@@ -75,7 +76,7 @@ def bring_in(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
     _check_places(file, list(found.values()))
     with exclusive(cache.folder / "lock", wait=True):
         for key, (written, rows_K) in found.items():
-            cache.add([key], *_signal(written, rows_K, cache.form.top_k.k if cache.form.top_k else 1), [len(written)])
+            cache.add([key], *_signal(written, rows_K, cache.form.server_tokens or 1), [len(written)])
         cache.flush()
     read = len(found)
     if not read and other:
@@ -106,11 +107,11 @@ def take_out(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
         if text_key(prompt, response) not in cache:
             continue
         signal = cache.view(batch).signal
-        assert isinstance(signal, TopK)
-        count_N = [signal.ids_NK.shape[1]] * len(response) if signal.count_N is None else signal.count_N.tolist()
+        assert signal is not None
+        ids_NK, log_NK, count_N = (column.tolist() for column in signal.named_tokens())
         most = max(count_N)
         beside = [(list(range(most)), [ABSENT] * most, [0] * most)] * len(prompt)
-        for ids_K, log_K, count in zip(signal.ids_NK.tolist(), signal.log_prob_NK.tolist(), count_N, strict=True):
+        for ids_K, log_K, count in zip(ids_NK, log_NK, count_N, strict=True):
             absent = most - count
             logs = [round(value, 6) for value in log_K[:count]]
             beside.append((ids_K[:count] + [0] * absent, logs + [ABSENT] * absent, [1] * count + [0] * absent))
@@ -128,7 +129,7 @@ def _opened(recipe: Recipe, folder: Path) -> tuple[list[Row], SignalCache]:
     """(the run's training rows, its cache of likeliest tokens)."""
     validate(recipe)
     form = recipe.teacher.cache
-    if form is None or form.top_k is None:
+    if form is None or form_of(form).server_tokens is None:
         raise UserError(
             "named tokens with their probabilities are kept in one form: set teacher.cache: {top_k: {k: 64}}"
         )

@@ -12,6 +12,7 @@ from limbeck.models.joint import ContrastDecoding
 from limbeck.models.load import Model, head_of
 from limbeck.models.taps import features
 from limbeck.objectives.dual import TeacherStates
+from limbeck.objectives.feature import Features
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch, Finish, Generated, Request, Sampling
@@ -84,20 +85,24 @@ class InProcessTeacher:
         """The teacher's distribution at the batch's response positions, and the features asked for.
 
         Args:
-            vocabulary: how many tokens it is cut to, where the student's head is padded less.
+            vocab_size: how many tokens it is cut to, where the student's head is padded less.
         """
+        signal, tapped = self.forward(batch, taps, vocab_size)
+        row_N, _ = batch.seen_by_teacher().response_positions()
+        return TeacherView(
+            signal, tapped, TeacherStates(signal.hidden_NE, signal.head, row_N.to(self.model.net.device))
+        )
+
+    @torch.no_grad()
+    def signal(self, batch: Batch, vocab_size: int | None = None) -> DenseSignal:
+        """The teacher's distribution at the batch's response positions, cut to the first `vocab_size` tokens."""
+        return self.forward(batch, NO_TAPS, vocab_size)[0]
+
+    def forward(self, batch: Batch, taps: Taps, vocab_size: int | None) -> tuple[DenseSignal, Features]:
+        """One pass over the batch: the distribution as `signal` gives it, and the tapped layers' features."""
         net = self.model.net
         seen = batch.seen_by_teacher()
         with self.weights():
-            hidden_BTD, found = features(net, seen.tokens_BT.to(net.device), *taps, mixed=seen.mixed)
+            hidden_BTD, tapped = features(net, seen.tokens_BT.to(net.device), *taps, mixed=seen.mixed)
             head = head_of(net).detached()
-        signal = DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocab_size or head.vocab_size))
-        return TeacherView(
-            signal, found, TeacherStates(signal.hidden_NE, signal.head, seen.response_positions()[0].to(net.device))
-        )
-
-    def signal(self, batch: Batch) -> DenseSignal:
-        """The teacher's distribution at the batch's response positions."""
-        signal = self.view(batch).signal
-        assert isinstance(signal, DenseSignal)
-        return signal
+        return DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocab_size or head.vocab_size)), tapped

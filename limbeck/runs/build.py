@@ -36,6 +36,7 @@ from limbeck.objectives.rank import RANKINGS
 from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.supervised import cross_entropy
 from limbeck.objectives.term import CROSS_ENTROPY, Term, make_term
+from limbeck.signals.forms import form_of
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 HELD_OUT_SHARE = 0.1
@@ -116,9 +117,9 @@ def scorer(recipe: Recipe, api: ApiTeacher) -> ServerScorer | None:
     """The server as one that scores the training text, where the recipe reads that and has no weights of it."""
     cache = recipe.teacher.cache
     server = recipe.teacher.server
-    named = (
-        cache.top_k.k if cache is not None and cache.top_k is not None else server.names if server is not None else None
-    )
+    named = None if cache is None else form_of(cache).server_tokens
+    if named is None and server is not None:
+        named = server.names
     reads_written = any(term.name in POLICIES and "teacher_distribution" in term.reads for term in terms(recipe))
     return None if named is None else ServerScorer(api, named, load_tokenizer(recipe.speaker), reads_written)
 

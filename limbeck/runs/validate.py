@@ -15,6 +15,7 @@ from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.term import CROSS_ENTROPY, STUDENT, Term
 from limbeck.runs import build
 from limbeck.runs.cost import TEACHER_EVIDENCE
+from limbeck.signals.forms import form_of
 from limbeck.types import RecipeError, nearest
 
 
@@ -405,18 +406,8 @@ def _check_cache(recipe: Recipe, cache: CacheSettings) -> None:
         if "teacher_distribution" not in term.reads:
             continue
         read = True
-        loss = DIVERGENCES[term.name]
-        name = term.name
-        soft = _softened(term)
-        if cache.sampled is not None and (name != "forward_kl" or soft):
-            raise RecipeError(
-                at, "sampled tokens carry forward_kl at temperature 1 alone: use it, or keep {hidden: {}}"
-            )
-        if cache.top_k is not None and (not loss.buckets or soft):
-            raise RecipeError(
-                at,
-                f"{name} (or its temperature) needs whole distributions, and top tokens are not: keep {{hidden: {{}}}}",
-            )
+        if refusal := form_of(cache).refusal(DIVERGENCES[term.name], softened=_softened(term)):
+            raise RecipeError(at, refusal)
     if not read:
         raise RecipeError(path, "no loss reads the teacher's distribution, so nothing would be kept; leave it out")
 
@@ -425,7 +416,7 @@ def _check_text_only(recipe: Recipe, cache: CacheSettings | None) -> None:
     """Refuse what needs the weights of a teacher that is behind a server alone. Its likeliest tokens it may give, where
     they are kept."""
     cure = "or name the same model's weights in teacher.model"
-    if cache is not None and cache.top_k is None:
+    if cache is not None and form_of(cache).server_tokens is None:
         raise RecipeError(
             "teacher.cache", f"a server names its likeliest tokens at most: keep {{top_k: {{k: 20}}}}, {cure}"
         )
