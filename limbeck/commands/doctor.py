@@ -284,7 +284,7 @@ def _served(patient: Patient) -> str:
     log_NV = patient.log_probs
     signal = scorer.view(patient.texts).signal
     assert signal is not None
-    served = signal.named_tokens()
+    served = signal.top_tokens()
     own_NK = log_NV.gather(-1, served.ids_NK)
     kl_N = _bucketed_kl(own_NK, served.log_prob_NK)
     shared = [
@@ -412,7 +412,7 @@ def _written_log_probs(teacher: InProcessTeacher | ServerScorer, batch: Batch) -
         return _log_probs(teacher, batch).gather(-1, targets_N[:, None])[:, 0]
     signal = teacher.view(batch).signal
     assert signal is not None
-    return signal.named_tokens().log_prob(targets_N)
+    return signal.top_tokens().log_prob(targets_N)
 
 
 def _bucketed_kl(own_NK: Tensor, served_NK: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def take_out(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
             continue
         signal = cache.view(batch).signal
         assert signal is not None
-        ids_NK, log_NK, count_N = (column.tolist() for column in signal.named_tokens())
+        ids_NK, log_NK, count_N = (column.tolist() for column in signal.top_tokens())
         most = max(count_N)
         beside = [(list(range(most)), [ABSENT] * most, [0] * most)] * len(prompt)
         for ids_K, log_K, count in zip(ids_NK, log_NK, count_N, strict=True):

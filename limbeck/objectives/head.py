@@ -132,7 +132,7 @@ class TeacherChunk(Protocol):
     def rows(self, rows: slice) -> TeacherRows: ...
 
 
-class NamedTokens(NamedTuple):
+class TopTokens(NamedTuple):
     """The tokens that a sparse signal names at each position, the first `count_N` of each row, with log p in nats."""
 
     ids_NK: Tensor
@@ -176,7 +176,7 @@ class TeacherSignal(Protocol):
         """The teacher's last hidden states [N, E] and its head."""
         raise UserError("this signal has no hidden states; they need one teacher whose weights are here")
 
-    def named_tokens(self) -> NamedTokens:
+    def top_tokens(self) -> TopTokens:
         """The tokens that it names at each position."""
         raise UserError("this signal names no tokens; only a server's or a cache's top tokens do")
 

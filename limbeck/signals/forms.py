@@ -20,7 +20,7 @@ from torch import Tensor
 from limbeck.config.teacher import CachedHidden, CachedSamples, CachedTop, CacheSettings
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import Divergence
-from limbeck.objectives.head import CHUNK_ELEMENTS, Head, NamedTokens, TeacherSignal, chunks
+from limbeck.objectives.head import CHUNK_ELEMENTS, Head, TeacherSignal, TopTokens, chunks
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.pack import id_bits, pack_bits, unpack_bits
 from limbeck.signals.sparse import Sampled, TopK
@@ -121,23 +121,23 @@ class TopKForm(KeptForm):
     def pack(self, signal: TeacherSignal, targets_N: Tensor, seed: int, vocab_size: int) -> Packed:  # noqa: ARG002 (nothing is drawn)
         if signal.whole:
             return _pack_whole(signal, targets_N, vocab_size, columns=self._likeliest)
-        return _with_packed_ids(self._named(signal.named_tokens(), targets_N), vocab_size)
+        return _with_packed_ids(self._named(signal.top_tokens(), targets_N), vocab_size)
 
     def _likeliest(self, p: Distribution) -> Packed:
         log_CK, ids_CK = p.log.topk(min(self.settings.k, p.log.shape[-1]))
         count_C, chosen_CK = self._enough(log_CK)
         others_CV = p.log.scatter(-1, torch.where(chosen_CK, ids_CK, ids_CK[:, :1]), -math.inf)
         log_rest_C = others_CV.logsumexp(-1)  # -inf where all tokens are chosen
-        return self._levels(NamedTokens(ids_CK, log_CK, count_C), chosen_CK, log_rest_C)
+        return self._levels(TopTokens(ids_CK, log_CK, count_C), chosen_CK, log_rest_C)
 
-    def _named(self, named: NamedTokens, targets_N: Tensor) -> Packed:
+    def _named(self, named: TopTokens, targets_N: Tensor) -> Packed:
         """A server's tokens, the likeliest first. The bucket gets what is left of 1; `target` is NaN where the written
         token is not named."""
         log_NK, order_NK = named.log_prob_NK.float().sort(-1, descending=True)
         count_N, chosen_NK = self._enough(log_NK)
         rest_N = 1 - log_NK.double().exp().masked_fill(~chosen_NK, 0).sum(-1)
         log_rest_N = rest_N.clamp_min(MIN_REST).log().float()
-        chosen = NamedTokens(named.ids_NK.gather(-1, order_NK), log_NK, count_N)
+        chosen = TopTokens(named.ids_NK.gather(-1, order_NK), log_NK, count_N)
         return self._levels(chosen, chosen_NK, log_rest_N) | {"target": named.log_prob(targets_N).half()}
 
     def _enough(self, log_CK: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ class TopKForm(KeptForm):
             count_C = ((log_CK.exp().cumsum(-1) < self.settings.mass).sum(-1) + 1).clamp_max(log_CK.shape[-1])
         return count_C, torch.arange(log_CK.shape[-1], device=log_CK.device) < count_C[:, None]
 
-    def _levels(self, tokens: NamedTokens, chosen_CK: Tensor, log_rest_C: Tensor) -> Packed:
+    def _levels(self, tokens: TopTokens, chosen_CK: Tensor, log_rest_C: Tensor) -> Packed:
         """Log-probabilities as whole levels between 0 and the smallest of their position."""
         ids_CK, log_CK, count_C = tokens
         # a little below the smallest, so that no value exceeds the last level

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from limbeck.objectives.distribution import IMPOSSIBLE, Distribution
 from limbeck.objectives.divergence import TINY, Divergence, ValueAndGradient
-from limbeck.objectives.head import NamedTokens, TeacherSignal
+from limbeck.objectives.head import TeacherSignal, TopTokens
 from limbeck.types import UserError
 
 PARTIAL = "this signal holds a few tokens of the teacher's distribution only; measure with the teacher itself"
@@ -58,7 +58,7 @@ class TopK(TeacherSignal):
 
     def join(self, others: Sequence[TopK]) -> TopK:
         signals = (self, *others)
-        count_N = torch.cat([signal.named_tokens().count_N for signal in signals])
+        count_N = torch.cat([signal.top_tokens().count_N for signal in signals])
         ids_NK = _cat_rows([signal.ids_NK for signal in signals])
         return TopK(
             ids_NK,
@@ -83,11 +83,11 @@ class TopK(TeacherSignal):
             raise UserError(PARTIAL)
         return self.target_log_prob_N
 
-    def named_tokens(self) -> NamedTokens:
+    def top_tokens(self) -> TopTokens:
         count_N = self.count_N
         if count_N is None:
             count_N = torch.full((len(self.ids_NK),), self.ids_NK.shape[1], device=self.device)
-        return NamedTokens(self.ids_NK, self.log_prob_NK, count_N)
+        return TopTokens(self.ids_NK, self.log_prob_NK, count_N)
 
     @property
     def p(self) -> Distribution:
