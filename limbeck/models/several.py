@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from limbeck.config.teacher import Together
-from limbeck.models.teacher import InProcessTeacher
+from limbeck.models.teacher import InProcessTeacher, dense_signal
 from limbeck.objectives.head import TeacherSignal
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.several import GatedSignal, MixedSignal
@@ -51,16 +51,16 @@ class SeveralTeachers:
     def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:
         """The teachers' common distribution at the batch's response positions, and the main one's features."""
         vocab_size = vocab_size or self.vocab_size
-        first, tapped = self.teachers[0].forward(batch, taps, vocab_size)
-        signals = [first, *(teacher.signal(batch, vocab_size) for teacher in self.teachers[1:])]
+        main = self.teachers[0].view(batch, taps, vocab_size)
+        signals = [dense_signal(main), *(teacher.signal(batch, vocab_size) for teacher in self.teachers[1:])]
         if self.together == "uncertainty":
             large, small = signals
-            return TeacherView(GatedSignal(small, large), tapped)
+            return TeacherView(GatedSignal(small, large), main.features)
         weight_BM = self._shares(batch)
         row_N, _ = batch.response_positions()
         if self.together == "least_cross_entropy":
             weight_BM = self._likeliest(batch, signals, weight_BM > 0)
-        return TeacherView(MixedSignal(signals, weight_BM[row_N].to(first.device)), tapped)
+        return TeacherView(MixedSignal(signals, weight_BM[row_N].to(signals[0].device)), main.features)
 
     def _shares(self, batch: Batch) -> Tensor:
         """Each row's weights [B, M], which add up to 1."""

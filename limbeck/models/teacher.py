@@ -12,7 +12,6 @@ from limbeck.models.joint import ContrastDecoding
 from limbeck.models.load import Model, head_of
 from limbeck.models.taps import features
 from limbeck.objectives.dual import TeacherStates
-from limbeck.objectives.feature import Features
 from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch, Finish, Generated, Request, Sampling
@@ -87,22 +86,26 @@ class InProcessTeacher:
         Args:
             vocab_size: how many tokens it is cut to, where the student's head is padded less.
         """
-        signal, tapped = self.forward(batch, taps, vocab_size)
-        row_N, _ = batch.seen_by_teacher().response_positions()
-        return TeacherView(
-            signal, tapped, TeacherStates(signal.hidden_NE, signal.head, row_N.to(self.model.net.device))
-        )
-
-    @torch.no_grad()
-    def signal(self, batch: Batch, vocab_size: int | None = None) -> DenseSignal:
-        """The teacher's distribution at the batch's response positions, cut to the first `vocab_size` tokens."""
-        return self.forward(batch, NO_TAPS, vocab_size)[0]
-
-    def forward(self, batch: Batch, taps: Taps, vocab_size: int | None) -> tuple[DenseSignal, Features]:
-        """One pass over the batch: the distribution as `signal` gives it, and the tapped layers' features."""
         net = self.model.net
         seen = batch.seen_by_teacher()
         with self.weights():
-            hidden_BTD, tapped = features(net, seen.tokens_BT.to(net.device), *taps, mixed=seen.mixed)
+            hidden_BTD, found = features(net, seen.tokens_BT.to(net.device), *taps, mixed=seen.mixed)
             head = head_of(net).detached()
-        return DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocab_size or head.vocab_size)), tapped
+        signal = DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocab_size or head.vocab_size))
+        return TeacherView(
+            signal, found, TeacherStates(signal.hidden_NE, signal.head, seen.response_positions()[0].to(net.device))
+        )
+
+    def signal(self, batch: Batch, vocab_size: int | None = None) -> DenseSignal:
+        """The teacher's distribution at the batch's response positions, cut to the first `vocab_size` tokens."""
+        return dense_signal(self.view(batch, vocab_size=vocab_size))
+
+
+def dense_signal(view: TeacherView) -> DenseSignal:
+    """The view's signal as hidden states with their head.
+
+    Raises:
+        UserError: it has no hidden states.
+    """
+    assert view.signal is not None, "every teacher has a signal"
+    return DenseSignal(*view.signal.hidden_states())
