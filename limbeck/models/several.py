@@ -52,7 +52,8 @@ class SeveralTeachers:
         """The teachers' common distribution at the batch's response positions, and the main one's features."""
         vocab_size = vocab_size or self.vocab_size
         main = self.teachers[0].view(batch, taps, vocab_size)
-        signals = [dense_signal(main), *(teacher.signal(batch, vocab_size) for teacher in self.teachers[1:])]
+        others = [teacher.view(batch, NO_TAPS, vocab_size) for teacher in self.teachers[1:]]
+        signals = [dense_signal(view) for view in (main, *others)]
         if self.together == "uncertainty":
             large, small = signals
             return TeacherView(GatedSignal(small, large), main.features)

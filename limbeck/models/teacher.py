@@ -96,9 +96,9 @@ class InProcessTeacher:
             signal, found, TeacherStates(signal.hidden_NE, signal.head, seen.response_positions()[0].to(net.device))
         )
 
-    def signal(self, batch: Batch, vocab_size: int | None = None) -> DenseSignal:
-        """The teacher's distribution at the batch's response positions, cut to the first `vocab_size` tokens."""
-        return dense_signal(self.view(batch, vocab_size=vocab_size))
+    def signal(self, batch: Batch) -> DenseSignal:
+        """The teacher's distribution at the batch's response positions."""
+        return dense_signal(self.view(batch))
 
 
 def dense_signal(view: TeacherView) -> DenseSignal:
