@@ -34,7 +34,7 @@ from limbeck.objectives.term import make_term
 from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
 from limbeck.signals.cache import SignalCache
-from limbeck.signals.pack import pack, unpack
+from limbeck.signals.forms import form_of
 from limbeck.storage.files import write_json
 from limbeck.training.prepare import even_batches, fill_cache
 
@@ -134,12 +134,12 @@ def forms(run: Run, measure: Measure, folder: Path) -> list[dict[str, Any]]:
 def rounds(measure: Measure, settings: CacheSettings, exact: tuple[Tensor, Tensor]) -> list[float]:
     """The gradient's error where it is averaged over 1, 2, 4... caches of other draws: unbiased, it falls with the root
     of their number."""
+    form = form_of(settings)
     total_V = torch.zeros(measure.vocab_size)
     errors = []
     for number in range(1, ROUNDS + 1):
-        signal = unpack(
-            [pack(measure.teacher, measure.targets_N, settings, 1000 + number)], settings, measure.vocab_size
-        )
+        packed = form.pack(measure.teacher, measure.targets_N, 1000 + number, measure.vocab_size)
+        signal = form.unpack([packed], measure.vocab_size, None)
         total_V += measure.loss(signal)[1]
         if number & (number - 1) == 0:
             errors.append(float((total_V / number - exact[1]).norm() / exact[1].norm()))

@@ -29,6 +29,7 @@ from limbeck.progress import Silent, StoppedError
 from limbeck.runs.pipeline import Run, claim_run
 from limbeck.runs.resolve import resolve
 from limbeck.signals.cache import SignalCache, ids_of, text_key
+from limbeck.signals.forms import form_of
 from limbeck.signals.sparse import TopK
 from limbeck.storage.files import exclusive, write_text
 from limbeck.training.setup import common_vocab_size
@@ -77,7 +78,7 @@ def import_file(recipe: Recipe, folder: Path, file: Path) -> dict[str, int]:
             by_key[key] = text[start:], _sorted_rows(place, named[start : len(text)], cache.vocab_size)
     _refuse_shifted_rows(file, list(by_key.values()))
     with exclusive(cache.folder / "lock", wait=True):
-        k = cache.form.top_k.k if cache.form.top_k else 1
+        k = cache.form.server_tokens or 1
         for key, (response, rows_K) in by_key.items():
             cache.add([key], *_signal(response, rows_K, k), [len(response)])
         cache.flush()
@@ -117,11 +118,11 @@ def _prepared_line(row: Row, cache: SignalCache) -> Columns | None:
     if text_key(prompt, response) not in cache:
         return None
     signal = cache.view(batch).signal
-    assert isinstance(signal, TopK)
-    count_N = [signal.ids_NK.shape[1]] * len(response) if signal.count_N is None else signal.count_N.tolist()
+    assert signal is not None
+    ids_NK, log_prob_NK, count_N = (column.tolist() for column in signal.top_tokens())
     width = max(count_N)
     places = [(list(range(width)), [PADDING] * width, [0] * width)] * len(prompt)
-    for ids_K, log_K, count in zip(signal.ids_NK.tolist(), signal.log_prob_NK.tolist(), count_N, strict=True):
+    for ids_K, log_K, count in zip(ids_NK, log_prob_NK, count_N, strict=True):
         unused = width - count
         log_probs = [round(value, 6) for value in log_K[:count]]
         places.append((ids_K[:count] + [0] * unused, log_probs + [PADDING] * unused, [1] * count + [0] * unused))
@@ -140,7 +141,7 @@ def _prepared_line(row: Row, cache: SignalCache) -> Columns | None:
 def _open(recipe: Recipe, folder: Path) -> tuple[list[Row], SignalCache]:
     """The run's training rows and its top-k cache."""
     form = recipe.teacher.cache
-    if form is None or form.top_k is None:
+    if form is None or form_of(form).server_tokens is None:
         raise UserError("only a top-k cache can be imported or exported: set teacher.cache: {top_k: {k: 64}}")
     run = Run(resolve(recipe), folder, Silent(), lambda: True)  # stops before it sends any request
     with exclusive(folder / ".lock"):

@@ -44,9 +44,8 @@ def _with_tracker(reporter: Reporter, recipe: Recipe, out: Path | None, tracker:
     if tracker is None:
         yield reporter
         return
-    from limbeck.runs.claim import run_folder
-
     from limbeck.commands.track import TrackingReporter
+    from limbeck.runs.claim import run_folder
 
     tracking = TrackingReporter(reporter, run_folder(recipe, out), tracker)
     try:

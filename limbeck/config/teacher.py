@@ -120,12 +120,18 @@ class CacheSettings(Section):
 
     @model_validator(mode="after")
     def _one(self) -> CacheSettings:
-        forms = [name for name in ("hidden", "top_k", "sampled") if getattr(self, name) is not None]
-        if len(forms) != 1:
+        names = [name for name in type(self).model_fields if name != "folder"]
+        chosen = [name for name in names if getattr(self, name) is not None]
+        if len(chosen) != 1:
             raise ValueError(
-                f"give exactly one of hidden, top_k, sampled, such as {{top_k: {{k: 64}}}}; got {forms or 'none'}"
+                f"give exactly one of {', '.join(names)}, such as {{top_k: {{k: 64}}}}; got {chosen or 'none'}"
             )
         return self
+
+    @property
+    def chosen(self) -> tuple[str, Section]:
+        """The form that is set: its name and its settings. `signals/forms.py` has the class of each."""
+        return next((name, section) for name, section in self if isinstance(section, Section))
 
     @property
     def form(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import TINY
-from limbeck.objectives.head import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Buffer, Head, chunks, compared
+from limbeck.objectives.head import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Buffer, Head, chunks, distribution_pairs
 from limbeck.signals.dense import DenseSignal
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import Batch
@@ -144,7 +144,7 @@ def _columns(hidden_ND: Tensor, head: Head, signal: DenseSignal | None, targets_
     if signal is None:
         pairs = ((part, q, None) for part, q, _ in _alone(DenseSignal(hidden_ND, head)))
     else:
-        pairs = _alone(signal) if hidden_ND is signal.hidden_NE else compared(hidden_ND, head, signal)
+        pairs = _alone(signal) if hidden_ND is signal.hidden_NE else distribution_pairs(hidden_ND, head, signal)
     for part, q, p in pairs:
         for name, value in _measures(p, q, targets_N[part, None]).items():
             parts.setdefault(name, []).append(value)
@@ -152,7 +152,7 @@ def _columns(hidden_ND: Tensor, head: Head, signal: DenseSignal | None, targets_
 
 
 def _alone(signal: DenseSignal) -> Iterator[tuple[slice, Distribution, Distribution]]:
-    """As `compared`, of a model with itself: its logits are projected once."""
+    """As `distribution_pairs`, of a model with itself: its logits are projected once."""
     for part in chunks(len(signal.hidden_NE), signal.head.vocab_size, CHUNK_ELEMENTS):
         chunk = signal.chunk(part)
         for rows in chunks(part.stop - part.start, signal.head.vocab_size, BLOCK_ELEMENTS):

@@ -122,7 +122,7 @@ class ServerScorer:
         ), "a server has no layers, and its tokens are the student's"
         named = [position for text in self.score(list(ids_of(batch))) for position in text]
         ids_NK, log_NK, written_N = (torch.tensor([position[side] for position in named]) for side in (0, 1, 2))
-        return TeacherView(TopK(ids_NK, log_NK, written_N=None if bool(written_N.isnan().any()) else written_N))
+        return TeacherView(TopK(ids_NK, log_NK, target_log_prob_N=None if bool(written_N.isnan().any()) else written_N))
 
     def score(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[NamedTokens]]:
         """The likeliest tokens at every position of each (prompt, response), which are token ids."""

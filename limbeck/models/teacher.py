@@ -83,7 +83,7 @@ class InProcessTeacher:
         """The teacher's distribution at the batch's response positions, and the features asked for.
 
         Args:
-            vocabulary: how many tokens it is cut to, where the student's head is padded less.
+            vocab_size: how many tokens it is cut to, where the student's head is padded less.
         """
         net = self.model.net
         seen = batch.seen_by_teacher()
@@ -97,6 +97,14 @@ class InProcessTeacher:
 
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's distribution at the batch's response positions."""
-        signal = self.view(batch).signal
-        assert isinstance(signal, DenseSignal)
-        return signal
+        return dense_signal(self.view(batch))
+
+
+def dense_signal(view: TeacherView) -> DenseSignal:
+    """The view's signal as hidden states with their head.
+
+    Raises:
+        UserError: it has no hidden states.
+    """
+    assert view.signal is not None, "every teacher has a signal"
+    return DenseSignal(*view.signal.hidden_states())

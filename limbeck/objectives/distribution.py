@@ -1,6 +1,7 @@
-"""One model's next-token distributions at some positions, with what losses share computed once.
+"""A model's next-token distributions at some positions; what several losses read is computed once.
 
-Shapes: R positions, V outcomes (the vocabulary, or a teacher's top tokens and a bucket for the rest).
+Shapes: R positions, V outcomes (the vocabulary, or a teacher's top tokens and a bucket for the rest), H bins of a
+histogram, S outcomes that are sorted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from limbeck.objectives.precision import full_precision
 
-IMPOSSIBLE = -1e30  # the logit of an outcome of probability zero: finite, so that 0 log 0 stays 0 and no NaN is born
+IMPOSSIBLE = -1e30  # the logit of an outcome of probability 0: finite, so that 0 log 0 is 0 and not NaN
 
 
 class Distribution:
@@ -20,12 +21,12 @@ class Distribution:
 
     def __init__(self, logits_RV: Tensor) -> None:
         self.logits_RV = full_precision(logits_RV)
-        # not itself: a circle would keep its tensors until the next collection
-        self._softened: dict[float, Distribution] = {}
+        # never holds itself: a reference cycle would keep its tensors until the next garbage collection
+        self._by_temperature: dict[float, Distribution] = {}
 
     @cached_property
     def _log_and_prob(self) -> tuple[Tensor, Tensor]:
-        """Both from one exponential: all losses need both, and exponentials are most of their time."""
+        """Both from one exponential: every loss needs both, and exponentials take most of its time."""
         log_RV = self.logits_RV - self.logits_RV.amax(-1, keepdim=True)
         prob_RV = log_RV.exp()
         total_R1 = prob_RV.sum(-1, keepdim=True)
@@ -43,33 +44,32 @@ class Distribution:
         """The distribution of the logits divided by `temperature`."""
         if temperature == 1:
             return self
-        if temperature not in self._softened:
-            self._softened[temperature] = Distribution(self.logits_RV / temperature)
-        return self._softened[temperature]
+        if temperature not in self._by_temperature:
+            self._by_temperature[temperature] = Distribution(self.logits_RV / temperature)
+        return self._by_temperature[temperature]
 
 
 def finite(logits: Tensor) -> Tensor:
-    """-inf becomes IMPOSSIBLE; all else stays, so that NaN and +inf are still found."""
+    """Replace -inf by IMPOSSIBLE. NaN and +inf stay, so that a later check finds them."""
     return torch.where(logits == -torch.inf, IMPOSSIBLE, full_precision(logits))
 
 
 BIN_SHIFT = 20  # keeps 3 bits of a float's mantissa: eight bins from one power of two to the next
-BINS = (0x3F800000 >> BIN_SHIFT) + 1  # up to the bin of 1.0 (and of what rounding puts above it)
+BINS = (0x3F800000 >> BIN_SHIFT) + 1  # up to the bin of 1.0, which also takes what rounding puts above 1
 
 
 def least_of_mass(prob_RV: Tensor, mass: float) -> Tensor:
-    """The least probability in the smallest set of outcomes that holds `mass`: [R]. Exact, without sorting the
-    vocabulary.
+    """The least probability [R] in the smallest set of outcomes whose probabilities add up to `mass`.
 
-    The bits of a positive float rise with it, so their first few are a histogram's bin; only the bin in which the mass
-    is reached is sorted.
+    Exact, without sorting the vocabulary: the bits of a positive float rise with its value, so the first few serve as
+    the bin of a histogram, and only the bin in which the mass is reached is sorted.
     """
     bins_RV = prob_RV.float().view(torch.int32) >> BIN_SHIFT
-    inside_RH = prob_RV.new_zeros(len(prob_RV), BINS).scatter_add_(-1, bins_RV.long(), prob_RV)
-    from_RH = inside_RH.flip(-1).cumsum(-1).flip(-1)  # mass of a bin and all above it
-    wanted_R1 = from_RH[:, :1].clamp_max(mass)  # rounding may leave the mass out of reach
-    bin_R1 = (from_RH >= wanted_R1).sum(-1, keepdim=True) - 1
-    missing_R = (wanted_R1 - (from_RH - inside_RH).gather(-1, bin_R1))[:, 0]
+    mass_RH = prob_RV.new_zeros(len(prob_RV), BINS).scatter_add_(-1, bins_RV.long(), prob_RV)
+    upward_RH = mass_RH.flip(-1).cumsum(-1).flip(-1)  # mass of a bin and of all above it
+    goal_R1 = upward_RH[:, :1].clamp_max(mass)  # rounding may leave `mass` out of reach
+    bin_R1 = (upward_RH >= goal_R1).sum(-1, keepdim=True) - 1
+    missing_R = (goal_R1 - (upward_RH - mass_RH).gather(-1, bin_R1))[:, 0]
     row_S, column_S = (bins_RV == bin_R1.int()).nonzero(as_tuple=True)
     prob_S, order = prob_RV[row_S, column_S].sort(descending=True)
     row_S, by_row = row_S[order].sort(stable=True)

@@ -1,17 +1,20 @@
-"""The chunked head: losses over the vocabulary without ever holding [positions, vocabulary].
+"""The chunked head: losses over the vocabulary without a [positions, vocabulary] tensor.
 
 The head walks the response positions in chunks, projects their hidden states to logits, asks every term for its values
 and closed-form gradients in blocks small enough for the processor's cache, and turns those into the gradients of the
-hidden states and of the head in the same pass: no graph, no logits kept. Prompt and padding positions never get here.
+hidden states and of the head in the same pass. No graph is built and no logits are stored. Prompt and padding positions
+are not among the response positions, so they are never projected.
 
-Shapes: N response positions, C positions of a chunk, R of a block, D width of the student, V vocabulary, K terms.
+Shapes: N response positions, C positions of a chunk, R of a block, D width of the student, E of the teacher,
+V vocabulary, K terms or named tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from torch import Tensor
 from limbeck.objectives.distribution import IMPOSSIBLE, Distribution
 from limbeck.objectives.divergence import Divergence, ValueAndGradient
 from limbeck.objectives.precision import full_precision
+from limbeck.types import UserError
 
 CHUNK_ELEMENTS = 18 * 2**20  # logits projected at once: 72 MiB in fp32 for each model
 BLOCK_ELEMENTS = 2**19  # logits a term sees at once on a CPU
@@ -26,10 +30,10 @@ BLOCK_ELEMENTS = 2**19  # logits a term sees at once on a CPU
 
 @dataclass(frozen=True)
 class Head:
-    """logits = cap(scale (W h + B A h) + bias), cap(x) = c tanh(x / c): every part but W optional.
+    """logits = cap(scale (W h + B A h) + bias), cap(x) = c tanh(x / c). Every part but W is optional.
 
-    `softcap` is Gemma's, `scale` Cohere's (Granite's divides: its inverse), `low_rank` a LoRA adapter (A, B, its
-    scaling).
+    `softcap` is Gemma's; `scale` is Cohere's (and the inverse of Granite's divisor); `low_rank` is a LoRA adapter: A, B
+    and its scaling.
     """
 
     weight_VD: Tensor
@@ -43,30 +47,28 @@ class Head:
         return len(self.weight_VD)
 
     def cut(self, vocab_size: int) -> Head:
-        """Only the first `vocab_size` tokens: what is left when another model's vocabulary is padded less."""
+        """Keep only the first `vocab_size` tokens, for a model whose vocabulary is padded less."""
         if vocab_size == self.vocab_size:
             return self
-        low_rank = (
-            None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:vocab_size], self.low_rank[2])
-        )
-        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
-        return Head(self.weight_VD[:vocab_size], bias_V, self.scale, self.softcap, low_rank)
+        return self._map(lambda a_RD: a_RD, lambda by_token: by_token[:vocab_size])
 
     def detached(self) -> Head:
-        """The same numbers without a gradient, and these numbers even if the model's parameters are given others."""
-        low_rank = (
-            None if self.low_rank is None else (self.low_rank[0].detach(), self.low_rank[1].detach(), self.low_rank[2])
-        )
-        return Head(
-            self.weight_VD.detach(),
-            None if self.bias_V is None else self.bias_V.detach(),
-            self.scale,
-            self.softcap,
-            low_rank,
-        )
+        """The same numbers without a gradient; they stay the same when the model is given other parameters."""
+        return self._map(Tensor.detach, Tensor.detach)
+
+    def to(self, device: torch.device | str) -> Head:
+        """The head on another device."""
+        return self._map(lambda a_RD: a_RD.to(device), lambda by_token: by_token.to(device))
+
+    def _map(self, change_a: Callable[[Tensor], Tensor], change: Callable[[Tensor], Tensor]) -> Head:
+        """The head with the adapter's A and all tensors of V rows changed."""
+        low_rank = self.low_rank and (change_a(self.low_rank[0]), change(self.low_rank[1]), self.low_rank[2])
+        bias_V = None if self.bias_V is None else change(self.bias_V)
+        return replace(self, weight_VD=change(self.weight_VD), bias_V=bias_V, low_rank=low_rank)
 
     def products(self, hidden_ND: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(x, W) whose products x W^T add up to the logits before the cap; x is as small as the hidden states."""
+        """Pairs (x, W) whose products x W^T add up to the logits before the cap. No x is larger than the hidden
+        states."""
         scaled_ND = hidden_ND if self.scale == 1 else hidden_ND * self.scale
         parts = [(scaled_ND, self.weight_VD)]
         if self.low_rank is not None:
@@ -77,28 +79,28 @@ class Head:
         return parts
 
     def logits(self, hidden_ND: Tensor, buffer: Buffer | None = None) -> Tensor:
-        """Logits [N, V] in fp32 or better; for a few positions at a time. See `project` for `buffer`."""
+        """Logits [N, V] in fp32 or better, for a few positions at a time. See `project` for `buffer`."""
         return project(self.products(hidden_ND), self.softcap, buffer)
 
 
 class Buffer:
-    """The memory of one chunk's logits, written anew by each chunk: new pages cost more than what a loss does on
-    them."""
+    """Memory for one chunk's logits, reused by every chunk: allocating new pages costs more than the loss itself."""
 
     def __init__(self) -> None:
-        self._held: Tensor | None = None
+        self._memory: Tensor | None = None
 
     @torch.no_grad()
     def product(self, x_CD: Tensor, weight_VD: Tensor) -> Tensor:
         """x W^T without a graph, in memory that the next call overwrites."""
-        x_CD, rows = x_CD.to(weight_VD.dtype), len(x_CD)
-        if self._held is None or len(self._held) < rows:
-            self._held = weight_VD.new_empty(rows, len(weight_VD))
-        return torch.mm(x_CD, weight_VD.T, out=self._held[:rows])
+        rows = len(x_CD)
+        if self._memory is None or len(self._memory) < rows:
+            self._memory = weight_VD.new_empty(rows, len(weight_VD))
+        return torch.mm(x_CD.to(weight_VD.dtype), weight_VD.T, out=self._memory[:rows])
 
 
 def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None, buffer: Buffer | None = None) -> Tensor:
-    """cap(sum x W^T) in fp32 or better; where a `buffer` is given, without a graph and valid until its next use."""
+    """cap(sum x W^T) in fp32 or better. With a `buffer` there is no graph, and the result is valid until its next
+    use."""
     (x_CD, weight_VD), *others = parts
     logits_CV = full_precision(buffer.product(x_CD, weight_VD) if buffer else x_CD.to(weight_VD.dtype) @ weight_VD.T)
     for x, weight in others:
@@ -109,32 +111,80 @@ def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None, buffe
 
 
 class TeacherRows(Protocol):
-    """The teacher's side of a block. `p` is its whole distribution, where the signal has that; `log_prob` that of the
-    written tokens."""
+    """The teacher's side of a block."""
 
     @property
-    def p(self) -> Distribution: ...
+    def p(self) -> Distribution:
+        """The whole distribution. UserError where the signal is not `whole`."""
 
-    def log_prob(self, targets_R: Tensor, /) -> Tensor: ...
+    def log_prob(self, targets_R: Tensor, /) -> Tensor:
+        """log p of the target tokens [R], in nats."""
 
     def compare(
         self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor, /
-    ) -> ValueAndGradient: ...
+    ) -> ValueAndGradient:
+        """The divergence from the student's distribution `q`, and its gradient for the student's logits."""
 
 
 class TeacherChunk(Protocol):
+    """The teacher's side of a chunk; `rows` are counted from the chunk's first position."""
+
     def rows(self, rows: slice) -> TeacherRows: ...
 
 
-class TeacherSignal(Protocol):
-    """The teacher's side of the response positions; `signals/` has the implementations."""
+class TopTokens(NamedTuple):
+    """The tokens that a sparse signal names at each position, the first `count_N` of each row, with log p in nats."""
 
-    def chunk(self, positions: slice) -> TeacherChunk: ...
+    ids_NK: Tensor
+    log_prob_NK: Tensor
+    count_N: Tensor
+
+    def log_prob(self, targets_N: Tensor) -> Tensor:
+        """log p of the target tokens [N]; NaN where one is not named."""
+        named_NK = torch.arange(self.ids_NK.shape[1], device=self.ids_NK.device) < self.count_N[:, None]
+        target_NK = named_NK & (self.ids_NK == targets_N[:, None])
+        return torch.where(target_NK.any(-1), self.log_prob_NK.masked_fill(~target_NK, 0).sum(-1), math.nan)
+
+
+class TeacherSignal(Protocol):
+    """What a teacher says at N response positions. `signals/` has the implementations.
+
+    Signals inherit from it; what one can't do, it refuses with a `UserError` of its own. `whole` tells whether its rows
+    have `p`, the distribution over the whole vocabulary.
+    """
+
+    whole: ClassVar[bool] = False
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def to(self, device: torch.device | str, /) -> Self: ...
+
+    def select(self, positions: slice | Tensor, /) -> Self:
+        """The signal at some of its positions: a slice, or their indices."""
+
+    def join(self, others: Sequence[Self], /) -> Self:
+        """This signal's positions followed by those of others, which are of the same teacher and kind."""
+
+    def chunk(self, positions: slice, /) -> TeacherChunk: ...
+
+    def log_prob(self, targets_N: Tensor, /) -> Tensor:  # noqa: ARG002 (a signal that can overrides it)
+        """log p of the target tokens [N], in nats."""
+        raise UserError("this signal has no probability of every token; measure with the teacher itself")
+
+    def hidden_states(self) -> tuple[Tensor, Head]:
+        """The teacher's last hidden states [N, E] and its head."""
+        raise UserError("this signal has no hidden states; they need one teacher whose weights are here")
+
+    def top_tokens(self) -> TopTokens:
+        """The tokens that it names at each position."""
+        raise UserError("this signal names no tokens; only a server's or a cache's top tokens do")
 
 
 @dataclass(frozen=True)
 class Block:
-    """What a term over the vocabulary reads at R positions."""
+    """What a term over the vocabulary reads at R positions: the student's distribution `q`, the target tokens, the
+    teacher's side and named columns [R]."""
 
     q: Distribution
     targets_R: Tensor
@@ -153,28 +203,28 @@ class VocabularyTerm(Protocol):
 
 @dataclass(frozen=True)
 class PositionEvidence:
-    """What stands beside the N response positions: their tokens, the teacher's distribution, and named columns [N]."""
+    """What terms read at the N response positions: target tokens, the teacher's signal, and named columns [N]."""
 
     targets_N: Tensor
     teacher: TeacherSignal | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def block(self, positions: slice, q: Distribution, teacher: TeacherRows | None) -> Block:
-        return Block(
-            q, self.targets_N[positions], teacher, {name: column[positions] for name, column in self.columns.items()}
-        )
+        columns = {name: column_N[positions] for name, column_N in self.columns.items()}
+        return Block(q, self.targets_N[positions], teacher, columns)
 
 
 @dataclass(frozen=True)
 class Total:
-    """A loss to go backward from: `loss` carries the gradient, `sums` are each term's own weighted sum (detached)."""
+    """`loss` carries the gradient; `sums` are each term's own weighted sum, detached."""
 
     loss: Tensor
     sums: dict[str, float]
 
 
 def chunks(positions: int, vocab_size: int, elements: int) -> Iterator[slice]:
-    """Slices of the positions that keep one chunk of logits within `elements` numbers."""
+    """Slices of the positions such that the logits of one have at most `elements` numbers (but one position at
+    least)."""
     size = max(1, elements // vocab_size)
     for start in range(0, positions, size):
         yield slice(start, min(start + size, positions))
@@ -192,100 +242,101 @@ def fused_loss(
 
     Args:
         hidden_ND: last hidden states (after the final norm) that predict the response tokens.
-        head: the output projection; its parts get a gradient where they require one (tied embeddings add theirs as
-            usual).
-        terms: what is summed.
+        head: the output projection. Its parts get a gradient where they require one; tied embeddings add theirs as
+            usual.
+        terms: the losses to sum.
         scales: one factor per term: its weight divided by the global weight of its tokens.
-        weight_KN: a weight per term and token.
-        evidence: tokens, teacher and columns of the same N positions.
+        weight_KN: one weight per term and token.
+        evidence: target tokens, teacher and columns of the same N positions.
     """
     parts = head.products(hidden_ND)
     flat = [tensor for part in parts for tensor in part]
     # integers would round the scales away
     weight_KN = weight_KN.to(torch.promote_types(hidden_ND.dtype, torch.float32))
-    loss, sums_K = _Fused.apply(list(terms), list(scales), weight_KN, evidence, head.softcap, *flat)
+    loss, sums_K = _FusedLoss.apply(_Inputs(terms, scales, evidence, head.softcap), weight_KN, *flat)
     return Total(loss, {term.label: float(value) for term, value in zip(terms, sums_K.tolist(), strict=True)})
 
 
-class _Fused(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Inputs:
+    """What `_FusedLoss` reads and gives no gradient to."""
+
+    terms: Sequence[VocabularyTerm]
+    scales: Sequence[float]
+    evidence: PositionEvidence
+    softcap: float | None
+
+
+class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        terms: list[VocabularyTerm],
-        scales: list[float],
-        weight_KN: Tensor,
-        evidence: PositionEvidence,
-        softcap: float | None,
-        *flat: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, inputs: _Inputs, weight_KN: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
         xs = flat[0::2]
         weights = flat[1::2]
         grads = [
-            torch.zeros_like(t) if needed else None for t, needed in zip(flat, ctx.needs_input_grad[5:], strict=True)
+            torch.zeros_like(tensor) if needs_grad else None
+            for tensor, needs_grad in zip(flat, ctx.needs_input_grad[2:], strict=True)
         ]
-        sums_K = torch.zeros(len(terms), dtype=torch.float64, device=xs[0].device)
-        factors = weight_KN.new_tensor(scales)[:, None]
+        sums_K = torch.zeros(len(inputs.terms), dtype=torch.float64, device=xs[0].device)
+        scale_K1 = weight_KN.new_tensor(inputs.scales)[:, None]
+        signal = inputs.evidence.teacher
         buffer = Buffer()
         for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
-            grad_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], softcap, buffer)
-            teacher = None if evidence.teacher is None else evidence.teacher.chunk(part)
+            products = [(x[part], weight) for x, weight in zip(xs, weights, strict=True)]
+            grad_CV = project(products, inputs.softcap, buffer)  # logits first; their gradient overwrites them
+            teacher = None if signal is None else signal.chunk(part)
             for rows in _blocks(grad_CV):
-                here = slice(part.start + rows.start, part.start + rows.stop)
-                block = evidence.block(
-                    here, Distribution(grad_CV[rows]), None if teacher is None else teacher.rows(rows)
-                )
-                sums_K += _gradient(terms, block, weight_KN[:, here], factors, softcap, out_RV=grad_CV[rows])
+                positions = slice(part.start + rows.start, part.start + rows.stop)
+                q = Distribution(grad_CV[rows])
+                block = inputs.evidence.block(positions, q, None if teacher is None else teacher.rows(rows))
+                sums_K += _gradient(inputs, block, weight_KN[:, positions], scale_K1, out_RV=grad_CV[rows])
             for x, weight, grad_x, grad_weight in zip(xs, weights, grads[0::2], grads[1::2], strict=True):
-                own_CV = grad_CV.to(weight.dtype)
+                out_CV = grad_CV.to(weight.dtype)
                 if grad_x is not None:
-                    grad_x[part] = (own_CV @ weight).to(x.dtype)
+                    grad_x[part] = (out_CV @ weight).to(x.dtype)
                 if grad_weight is not None:
-                    grad_weight.addmm_(own_CV.T, x[part].to(weight.dtype))
+                    grad_weight.addmm_(out_CV.T, x[part].to(weight.dtype))
         ctx.grads = grads
         ctx.mark_non_differentiable(sums_K)
-        loss = (sums_K * sums_K.new_tensor(scales)).sum()
+        loss = (sums_K * sums_K.new_tensor(inputs.scales)).sum()
         return loss.to(weight_KN.dtype), sums_K
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         factor = grads[0]
         scaled = [None if g is None else g if factor == 1 else g * factor.to(g.dtype) for g in ctx.grads]
-        return None, None, None, None, None, *scaled
+        return None, None, *scaled
 
 
-def compared(
+def distribution_pairs(
     hidden_ND: Tensor, head: Head, teacher: TeacherSignal
 ) -> Iterator[tuple[slice, Distribution, Distribution]]:
-    """(positions, student's q, teacher's p) block by block, for measuring; a signal with whole distributions only."""
+    """(positions, student's q, teacher's p) block by block, for measuring.
+
+    Raises:
+        UserError: the signal has no whole distributions.
+    """
     parts = [(x_ND.detach(), weight.detach()) for x_ND, weight in head.products(hidden_ND)]
     buffer = Buffer()
     for part in chunks(len(hidden_ND), head.vocab_size, CHUNK_ELEMENTS):
         logits_CV = project([(x_ND[part], weight) for x_ND, weight in parts], head.softcap, buffer)
         chunk = teacher.chunk(part)
         for rows in _blocks(logits_CV):
-            here = slice(part.start + rows.start, part.start + rows.stop)
-            yield here, Distribution(logits_CV[rows]), chunk.rows(rows).p
+            positions = slice(part.start + rows.start, part.start + rows.stop)
+            yield positions, Distribution(logits_CV[rows]), chunk.rows(rows).p
 
 
 def _blocks(logits_CV: Tensor) -> Iterator[slice]:
-    """On a CPU a block stays in the cache while the terms pass over it; elsewhere the whole chunk is one block."""
+    """Rows of a chunk to treat at once: on a CPU as many as fit its cache, elsewhere all of them."""
     elements = BLOCK_ELEMENTS if logits_CV.device.type == "cpu" else logits_CV.numel()
     return chunks(len(logits_CV), logits_CV.shape[1], max(1, elements))
 
 
-def _gradient(
-    terms: Sequence[VocabularyTerm],
-    block: Block,
-    weight_KR: Tensor,
-    factors: Tensor,
-    softcap: float | None,
-    out_RV: Tensor,
-) -> Tensor:
-    """Each term's weighted sum [K]; the gradient of their whole for the projection goes over the logits in `out_RV`."""
-    slope = None if softcap is None else 1 - (out_RV / softcap).square()
+def _gradient(inputs: _Inputs, block: Block, weight_KR: Tensor, scale_K1: Tensor, out_RV: Tensor) -> Tensor:
+    """Each term's weighted sum [K]. Overwrites the logits in `out_RV` with their gradient, summed over the terms."""
+    slope = None if inputs.softcap is None else 1 - (out_RV / inputs.softcap).square()
     sums = []
     total_RV = None
-    for term, weight_R, factor_R in zip(terms, weight_KR, factors * weight_KR, strict=True):
+    for term, weight_R, factor_R in zip(inputs.terms, weight_KR, scale_K1 * weight_KR, strict=True):
         values_R, gradient_RV = term.values(block)
         sums.append((values_R * weight_R).double().sum())
         gradient_RV = gradient_RV.mul_(factor_R[:, None])
@@ -296,44 +347,43 @@ def _gradient(
 
 
 def token_log_probs(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-    """log q(target) per position [N], fp32 or better, differentiable: for losses that are not sums over tokens.
+    """log q(target) per position [N] in nats, fp32 or better, differentiable: for losses that are not sums over tokens.
 
-    The backward pass projects the chunks again, so no logits are kept.
+    The backward pass projects the chunks again, so no logits are stored.
     """
     parts = head.products(hidden_ND)
     flat = [tensor for part in parts for tensor in part]
-    result: Tensor = _LogProbs.apply(targets_N, head.softcap, *flat)
+    result: Tensor = _TokenLogProbs.apply(targets_N, head.softcap, *flat)
     return result
 
 
-class _LogProbs(torch.autograd.Function):
+class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, targets_N: Tensor, softcap: float | None, *flat: Tensor) -> Tensor:
         ctx.save_for_backward(targets_N, *flat)
         ctx.softcap = softcap
         xs = flat[0::2]
         weights = flat[1::2]
-        found = []
+        log_probs = []
         buffer = Buffer()
         for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
             logits_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], softcap, buffer)
-            found.append(logits_CV.gather(-1, targets_N[part, None])[:, 0] - logits_CV.logsumexp(-1))
-        return torch.cat(found) if found else full_precision(xs[0].new_zeros(0))
+            log_probs.append(logits_CV.gather(-1, targets_N[part, None])[:, 0] - logits_CV.logsumexp(-1))
+        return torch.cat(log_probs) if log_probs else full_precision(xs[0].new_zeros(0))
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
         targets_N, *flat = ctx.saved_tensors
         weight_KN = full_precision(outer[0])[None]
-        picked = _Picked()
+        inputs = _Inputs([_TargetLogProb()], [1.0], PositionEvidence(targets_N), ctx.softcap)
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(n) for t, n in zip(flat, ctx.needs_input_grad[2:], strict=True)]
-            loss, _ = _Fused.apply([picked], [1.0], weight_KN, PositionEvidence(targets_N), ctx.softcap, *leaves)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = iter(torch.autograd.grad(loss, wanted))
+            loss, _ = _FusedLoss.apply(inputs, weight_KN, *leaves)
+        grads = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
         return None, None, *(next(grads) if leaf.requires_grad else None for leaf in leaves)
 
 
-class _Picked:
+class _TargetLogProb:
     """log q(target) as a term."""
 
     label = "log_prob"

@@ -21,6 +21,7 @@ from limbeck.elicit.flow import Bill
 from limbeck.elicit.prompts import Prompt
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.objectives.term import Term
+from limbeck.signals.forms import form_of
 from limbeck.types import UserError
 
 TYPICAL_OVERHEAD = 1.7
@@ -192,19 +193,10 @@ def _training_bytes(student: Shape, tokens_per_step: int) -> float:
 
 
 def _kept_bytes(cache: CacheSettings | None, teacher: Shape | None, tokens: int) -> float:
-    """What a kept teacher takes at most: an id with its bits and a number for every token kept, 8 bytes a position, and
-    a head."""
+    """The most that a cache of the teacher takes."""
     if cache is None or teacher is None:
         return 0.0
-    id_bits = math.log2(max(2, teacher.head_parameters // max(1, teacher.width)))
-    if cache.hidden is not None:
-        return (
-            2.0 if cache.hidden.dtype == "bfloat16" else 4.0
-        ) * teacher.width * tokens + 4.0 * teacher.head_parameters
-    if cache.top_k is not None:
-        return (cache.top_k.k * (id_bits + cache.top_k.bits) / 8 + 8) * tokens
-    assert cache.sampled is not None
-    return (cache.sampled.draws * (id_bits / 8 + 4) + 8) * tokens
+    return form_of(cache).disk_bytes(tokens, width=teacher.width, head_parameters=teacher.head_parameters)
 
 
 def _disk_bytes(student: Shape, trainings: int) -> int:

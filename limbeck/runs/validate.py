@@ -17,6 +17,7 @@ from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.schedule import Schedule
 from limbeck.objectives.term import CROSS_ENTROPY, STUDENT, Term
+from limbeck.signals.forms import form_of
 from limbeck.types import RecipeError, nearest
 
 JUDGED_ON_TEXT = ("importance", "block_influence")  # choices of layers that need text
@@ -294,16 +295,7 @@ def _check_cache(use: TeacherUse, cache: CacheSettings) -> None:
     for term in use.terms:
         if "teacher_distribution" not in term.reads:
             continue
-        if cache.sampled is not None and (term.name != "forward_kl" or term.softened):
-            raise RecipeError(
-                use.loss_path(term),
-                "sampled tokens carry forward_kl at temperature 1 alone: use it, or keep {hidden: {}}",
-            )
-        if cache.top_k is not None and (not DIVERGENCES[term.name].buckets or term.softened):
-            raise RecipeError(
-                use.loss_path(term),
-                f"{term.name} (or its temperature) needs whole distributions, and top tokens are not: keep {{hidden:"
-                " {}}",
-            )
+        if refusal := form_of(cache).refusal(DIVERGENCES[term.name], softened=term.softened):
+            raise RecipeError(use.loss_path(term), refusal)
     if "teacher_distribution" not in use.read:
         raise RecipeError(path, "no loss reads the teacher's distribution, so nothing would be kept; leave it out")

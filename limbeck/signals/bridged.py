@@ -1,22 +1,23 @@
-"""A teacher with other tokens than the student's: its distributions at the student's positions, over what both can say.
+"""A teacher with another tokenizer than the student's: its distributions at the student's positions, over the tokens
+that both have.
 
-Where a token of each begins at the same byte, the teacher's next-token distribution is about the student's next token,
-too. Tokens of equal bytes are one outcome. The written token is told by the chain rule: with t_1 ... t_k the teacher's
-tokens that cover it, the text begins with it with probability P = p(t_1) ... p(t_k) at least, so P is moved from t_1's
-outcome to the written token's. All that has no counterpart is one outcome more, the bucket, or its sorted probabilities
-are compared as well (`sorted`, as ULD does).
+Where a token of each begins at the same byte, the teacher's next-token distribution is also about the student's next
+token. Tokens with equal bytes are one outcome. The probability of the written token follows from the chain rule: with
+t_1 ... t_k the teacher's tokens that cover it, the text begins with it with probability P = p(t_1) ... p(t_k) at least,
+so P moves from t_1's outcome to the written token's. All tokens without a counterpart are one more outcome, the bucket;
+or their sorted probabilities are compared, too (`sorted`, as in ULD).
 
-With equal tokenizers all tokens have counterparts, nothing is moved and no bucket is left: it is the loss on the dense
-signal.
+With equal tokenizers every token has a counterpart, nothing moves and there is no bucket: the loss equals the one on
+the dense signal.
 
-Shapes: N response positions of the student, M of the teacher, A aligned ones of a block, K common tokens, V vocabulary
-of the student, W of the teacher.
+Shapes: N response positions of the student, M of the teacher, C of a chunk, R of a block, A aligned ones, K common
+tokens, V vocabulary of the student, W of the teacher, L likely tokens without a counterpart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,20 +25,21 @@ from torch import Tensor
 
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import TINY, Divergence, ValueAndGradient, sorted_distance
-from limbeck.objectives.head import Buffer, Head
+from limbeck.objectives.head import Buffer, Head, TeacherSignal
 from limbeck.signals.sparse import TextSignal, TopK
 from limbeck.types import UserError
 
-LEAST = 1e-3  # a teacher's token without counterpart is looked up by its spelling from this probability on
+LIKELY = 1e-3  # above this probability a teacher's token without a counterpart is paired by its spelling
 NO_P = "a teacher with other tokens has no distribution over the student's; use a divergence"
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The two vocabularies: common tokens by their id in the student (`ours_K`) and in the teacher (`theirs_K`), the
-    ids without a counterpart on both sides, and the student's id of every teacher token (`ours_W`, -1 for none).
+    """How the two vocabularies correspond.
 
-    `nearest`, where it is given, names the student's token that is spelled most alike, or None: then no bucket is used.
+    Common tokens by their ids in the student (`ours_K`) and in the teacher (`theirs_K`), the ids without a counterpart
+    on either side, and the student's id of every teacher token (`ours_W`, -1 for none). `nearest`, where given, returns
+    the student's token whose spelling is closest to a teacher's token, or None; then there is no bucket.
     """
 
     ours_K: Tensor
@@ -48,43 +50,51 @@ class Pairs:
     nearest: Callable[[int], int | None] | None = field(default=None, compare=False)
 
     def to(self, device: torch.device | str) -> Pairs:
-        ours_K = self.ours_K.to(device)
-        theirs_K = self.theirs_K.to(device)
-        ours_W = self.ours_W.to(device)
-        return Pairs(ours_K, theirs_K, self.ours_alone.to(device), self.theirs_alone.to(device), ours_W, self.nearest)
+        return Pairs(
+            ours_K=self.ours_K.to(device),
+            theirs_K=self.theirs_K.to(device),
+            ours_alone=self.ours_alone.to(device),
+            theirs_alone=self.theirs_alone.to(device),
+            ours_W=self.ours_W.to(device),
+            nearest=self.nearest,
+        )
 
     @property
-    def whole(self) -> bool:
-        """Every token of the student has a counterpart, and every one of the teacher."""
+    def complete(self) -> bool:
+        """Whether every token of both vocabularies has a counterpart."""
         return not len(self.ours_alone) and not len(self.theirs_alone)
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the student's positions are in the teacher's text.
+    """Where the student's positions lie in the teacher's text.
 
     `at_N` is the teacher's position that predicts what begins at the same byte, or -1; `first_N` the teacher's token
-    there, `log_cover_N` log P of those that cover the student's written token, `written_N` that token.
+    there; `target_N` the student's written token; `log_cover_N` log P of the teacher's tokens that cover it.
     """
 
     at_N: Tensor
     first_N: Tensor
     log_cover_N: Tensor
-    written_N: Tensor
+    target_N: Tensor
 
-    def part(self, positions: slice) -> Places:
-        return Places(
-            self.at_N[positions], self.first_N[positions], self.log_cover_N[positions], self.written_N[positions]
-        )
+    def to(self, device: torch.device | str) -> Places:
+        return self._map(lambda column: column.to(device))
+
+    def select(self, positions: slice | Tensor) -> Places:
+        return self._map(lambda column: column[positions])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Places:
+        return Places(change(self.at_N), change(self.first_N), change(self.log_cover_N), change(self.target_N))
 
 
 @dataclass(frozen=True)
-class BridgedSignal:
-    """Holds the teacher's hidden states at its own positions, and projects a chunk at a time.
+class BridgedSignal(TeacherSignal):
+    """Holds the teacher's hidden states at its own positions, and projects one chunk at a time.
 
     Args:
-        rest: what becomes of tokens without a counterpart, see above.
-        others: at positions where no token of the teacher begins, nothing is taught (`skip`), or the text alone
+        rest: what happens to tokens without a counterpart, see above.
+        others: what is taught at positions where no token of the teacher begins: nothing (`skip`), or the text alone
             (`written`).
     """
 
@@ -96,12 +106,49 @@ class BridgedSignal:
     others: Literal["skip", "written"] = "skip"
     buffer: Buffer = field(default_factory=Buffer, repr=False, compare=False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.hidden_ME.device
+
+    def to(self, device: torch.device | str) -> BridgedSignal:
+        return replace(
+            self,
+            hidden_ME=self.hidden_ME.to(device),
+            head=self.head.to(device),
+            pairs=self.pairs.to(device),
+            places=self.places.to(device),
+            buffer=Buffer(),
+        )
+
+    def select(self, positions: slice | Tensor) -> BridgedSignal:
+        return replace(self, places=self.places.select(positions))
+
+    def join(self, others: Sequence[BridgedSignal]) -> BridgedSignal:
+        signals = (self, *others)
+        at = []
+        before = 0  # positions of the teacher in the signals so far
+        for signal in signals:
+            at_N = signal.places.at_N
+            at.append(torch.where(at_N >= 0, at_N + before, at_N))
+            before += len(signal.hidden_ME)
+        places = Places(
+            at_N=torch.cat(at),
+            first_N=torch.cat([signal.places.first_N for signal in signals]),
+            log_cover_N=torch.cat([signal.places.log_cover_N for signal in signals]),
+            target_N=torch.cat([signal.places.target_N for signal in signals]),
+        )
+        hidden_ME = torch.cat([signal.hidden_ME for signal in signals])
+        return replace(self, hidden_ME=hidden_ME, places=places, buffer=Buffer())
+
     @torch.no_grad()
     def chunk(self, positions: slice) -> BridgedChunk:
-        """Teacher logits of the aligned ones among these positions; valid until the next chunk."""
-        places = self.places.part(positions)
+        """Teacher logits at the aligned ones among these positions; valid until the next chunk."""
+        places = self.places.select(positions)
         at_A = places.at_N[places.at_N >= 0]
         return BridgedChunk(self, places, self.head.logits(self.hidden_ME[at_A], self.buffer))
+
+    def log_prob(self, _: Tensor) -> Tensor:
+        raise UserError(NO_P)
 
 
 @dataclass(frozen=True)
@@ -114,7 +161,7 @@ class BridgedChunk:
         aligned_C = self.places.at_N >= 0
         first = int(aligned_C[: rows.start].sum())
         count = int(aligned_C[rows].sum())
-        return BridgedRows(self.signal, self.places.part(rows), self.logits_AW[first : first + count])
+        return BridgedRows(self.signal, self.places.select(rows), self.logits_AW[first : first + count])
 
 
 @dataclass(frozen=True)
@@ -133,23 +180,21 @@ class BridgedRows:
     def compare(
         self, divergence: Divergence, params: Mapping[str, float], q: Distribution, _: Tensor
     ) -> ValueAndGradient:
-        """The divergence at aligned positions; elsewhere 0, or that to the written token."""
-        on_R = self.places.at_N >= 0
-        if bool(on_R.all()):
+        """The divergence at aligned positions; elsewhere 0, or the one to the written token."""
+        aligned_R = self.places.at_N >= 0
+        if bool(aligned_R.all()):
             return self._aligned(self.places, divergence, params, q)
-        values_R = q.log.new_zeros(len(on_R))
+        values_R = q.log.new_zeros(len(aligned_R))
         gradient_RV = torch.zeros_like(q.log)
         if self.signal.others == "written":
-            off_A = (~on_R).nonzero()[:, 0]
-            written_A = self.places.written_N[off_A]
-            found = TextSignal(written_A).compare(divergence, params, Distribution(q.logits_RV[off_A]), written_A)
-            values_R[off_A], gradient_RV[off_A] = found
-        if bool(on_R.any()):
-            on_A = on_R.nonzero()[:, 0]
-            places = Places(*(column_N[on_A] for column_N in vars(self.places).values()))
-            values_R[on_A], gradient_RV[on_A] = self._aligned(
-                places, divergence, params, Distribution(q.logits_RV[on_A])
-            )
+            row_A = (~aligned_R).nonzero()[:, 0]
+            target_A = self.places.target_N[row_A]
+            q_A = Distribution(q.logits_RV[row_A])
+            values_R[row_A], gradient_RV[row_A] = TextSignal(target_A).compare(divergence, params, q_A, target_A)
+        if bool(aligned_R.any()):
+            row_A = aligned_R.nonzero()[:, 0]
+            q_A = Distribution(q.logits_RV[row_A])
+            values_R[row_A], gradient_RV[row_A] = self._aligned(self.places.select(row_A), divergence, params, q_A)
         return values_R, gradient_RV
 
     def _aligned(
@@ -166,35 +211,36 @@ class BridgedRows:
             )
         if pairs.nearest is not None:
             return divergence(self._by_spelling(p, pairs), q, params)
-        return self._by_bytes(places, divergence, params, p, q)
+        return self._by_bytes(places, divergence, params, p=p, q=q)
 
     def _by_bytes(
         self, places: Places, divergence: Divergence, params: Mapping[str, float], p: Distribution, q: Distribution
     ) -> ValueAndGradient:
+        """The divergence over common tokens, the written token by the chain rule, and the bucket."""
         pairs = self.signal.pairs
         rows = len(places.at_N)
         prob_AW = p.prob
-        written_A1 = places.written_N[:, None]
+        target_A1 = places.target_N[:, None]
         first_A1 = places.first_N[:, None]
-        moved_A = pairs.ours_W[places.first_N] != places.written_N
-        amount_A1 = (places.log_cover_N.to(prob_AW.dtype).exp() * moved_A)[:, None]
+        moves_A = pairs.ours_W[places.first_N] != places.target_N
+        amount_A1 = (places.log_cover_N.to(prob_AW.dtype).exp() * moves_A)[:, None]
         prob_AW = prob_AW.scatter(-1, first_A1, (prob_AW.gather(-1, first_A1) - amount_A1).clamp_min(0))
         prob_AK = prob_AW[:, pairs.theirs_K]
         column_V = torch.full((q.log.shape[-1],), -1, device=prob_AK.device)
         column_V[pairs.ours_K] = torch.arange(len(pairs.ours_K), device=prob_AK.device)
-        column_A = column_V[places.written_N]
-        known_A1 = (column_A >= 0)[:, None]
-        prob_AK = prob_AK.scatter_add(-1, column_A.clamp_min(0)[:, None], torch.where(known_A1, amount_A1, 0))
+        column_A = column_V[places.target_N]
+        common_A1 = (column_A >= 0)[:, None]
+        prob_AK = prob_AK.scatter_add(-1, column_A.clamp_min(0)[:, None], torch.where(common_A1, amount_A1, 0))
         ids_AK = pairs.ours_K.expand(rows, -1)
         rest_A = prob_AW[:, pairs.theirs_alone].sum(-1)
         count_A = None
-        if not bool(known_A1.all()):  # a written token without counterpart is an outcome of its own, where there is one
-            ids_AK = torch.cat([ids_AK, torch.where(known_A1, pairs.ours_K[:1], written_A1)], -1)
-            prob_AK = torch.cat([prob_AK, torch.where(known_A1, 0, amount_A1)], -1)
-            count_A = ids_AK.shape[1] - known_A1[:, 0].long()
-        common = TopK(ids_AK, prob_AK.clamp_min(TINY).log(), rest_A, count_A)
-        values_A, gradient_AV = common.compare(divergence, params, q, places.written_N)
-        if self.signal.rest == "sorted" and not pairs.whole:
+        if not bool(common_A1.all()):  # a written token without a counterpart is one more outcome
+            ids_AK = torch.cat([ids_AK, torch.where(common_A1, pairs.ours_K[:1], target_A1)], -1)
+            prob_AK = torch.cat([prob_AK, torch.where(common_A1, 0, amount_A1)], -1)
+            count_A = ids_AK.shape[1] - common_A1[:, 0].long()
+        outcomes = TopK(ids_AK, prob_AK.clamp_min(TINY).log(), rest_A, count_A)
+        values_A, gradient_AV = outcomes.compare(divergence, params, q, places.target_N)
+        if self.signal.rest == "sorted" and not pairs.complete:
             others = (prob_AW[:, pairs.theirs_alone], pairs.ours_alone)
             more_A, more_AV = sorted_distance(*others, q)
             values_A, gradient_AV = values_A + more_A, gradient_AV.add_(more_AV)
@@ -202,13 +248,13 @@ class BridgedRows:
 
     @staticmethod
     def _by_spelling(p: Distribution, pairs: Pairs) -> Distribution:
-        """Over all of the student's tokens: common ones, and likely others as the one that is spelled most alike;
-        scaled to 1."""
+        """A distribution over the student's tokens: common ones keep their probability, likely others give theirs to
+        the token with the closest spelling, and the sum is scaled to 1."""
         assert pairs.nearest is not None
         vocab_size = len(pairs.ours_K) + len(pairs.ours_alone)
         prob_AV = p.prob.new_zeros(len(p.prob), vocab_size)
         prob_AV[:, pairs.ours_K] = p.prob[:, pairs.theirs_K]
-        row_L, column_L = (p.prob[:, pairs.theirs_alone] > LEAST).nonzero(as_tuple=True)
+        row_L, column_L = (p.prob[:, pairs.theirs_alone] > LIKELY).nonzero(as_tuple=True)
         for row, token in zip(row_L.tolist(), pairs.theirs_alone[column_L].tolist(), strict=True):
             if (near := pairs.nearest(token)) is not None:
                 prob_AV[row, near] += p.prob[row, token]

@@ -1,11 +1,11 @@
-"""The teacher's distributions over the training text, computed once and kept in files that check themselves.
+"""A teacher's distributions over the training text, computed once and stored in files that check themselves.
 
-A shard's name holds the SHA-256 of its bytes, so one that was cut short or changed is found before anything is trained
-on it; it appears whole or not at all, so a run that was killed goes on with the texts that no shard holds. A text is
-known by its very tokens, prompt and response as the teacher sees them: under another tokenizer, template or prompt it
-is another text.
+A shard's name holds the SHA-256 of its bytes, so a shard that was cut short or changed is found before anything is
+trained on it. A shard appears whole or not at all, so a run that was killed continues with the texts that no shard
+holds. A text is identified by its exact tokens, prompt and response as the teacher reads them: under another tokenizer,
+template or prompt it is another text.
 
-Shapes: N response positions, E width of the teacher, V vocabulary.
+Shapes: N response positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,139 +22,141 @@ from safetensors.torch import save
 from torch import Tensor
 
 from limbeck.config.teacher import CacheSettings
-from limbeck.objectives.head import Head
+from limbeck.objectives.head import Head, TeacherSignal
 from limbeck.objectives.total import TeacherView
-from limbeck.signals.dense import DenseSignal
-from limbeck.signals.pack import Packed, pack, unpack
-from limbeck.signals.sparse import TopK
+from limbeck.signals.forms import Packed, form_of
 from limbeck.storage.files import file_sha256, full_disk_as_os_error, sweep, write_bytes, write_json
 from limbeck.types import Batch, UserError, content_hash
 
 VERSION = 1
-SHARD_TOKENS = 16384  # response positions after which a shard is written: what a kill can cost
+SHARD_TOKENS = 16384  # response positions after which a shard is written: the most that a kill can cost
 
 
 class SignalCache:
     """One teacher's distributions in one form, in a folder of their own.
 
     Args:
-        folder: where; made if it is not there.
-        teacher: the teacher's identity, which holds its weights, tokenizer, template and what it is shown.
-        vocabulary: how many tokens its distributions are over.
-        form: what is kept.
+        folder: where the shards are; made if it does not exist.
+        teacher: the teacher's identity, which covers its weights, tokenizer, template and what it is shown.
+        vocab_size: how many tokens its distributions are over.
+        settings: the form in which they are stored.
         device: where signals are put.
 
     Raises:
-        UserError: the folder holds another teacher's, another form's or another version's, or a file that has changed.
+        UserError: the folder holds another teacher, form or version, or a file that has changed.
     """
 
     def __init__(
-        self, folder: Path, teacher: str, vocab_size: int, form: CacheSettings, device: torch.device | str = "cpu"
+        self, folder: Path, teacher: str, vocab_size: int, settings: CacheSettings, device: torch.device | str = "cpu"
     ) -> None:
         self.folder = folder
         self.vocab_size = vocab_size
-        self.form = form
+        self.form = form_of(settings)
         self.device = device
-        self._about = {"version": VERSION, "teacher": teacher, "vocabulary": vocab_size, "form": form.form}
-        self._check()
-        self._places: dict[str, tuple[Path, dict[str, tuple[int, int]]]] = {}
-        self._open: dict[Path, Any] = {}
-        self._waiting: dict[str, Packed] = {}
+        self._about = {"version": VERSION, "teacher": teacher, "vocabulary": vocab_size, "form": settings.form}
+        self._check_folder()
+        self._ranges: dict[
+            str, tuple[Path, dict[str, tuple[int, int]]]
+        ] = {}  # by text: its shard, start and stop there
+        self._shards: dict[Path, Any] = {}
+        self._pending: dict[str, Packed] = {}  # texts that no shard holds yet
         self._head: Head | None = None
         for shard in sorted(folder.glob("shard-*.safetensors")):
-            self._add(shard)
+            self._add_shard(shard)
 
-    def _check(self) -> None:
+    def _check_folder(self) -> None:
         file = self.folder / "about.json"
         if not file.exists():
             write_json(file, self._about)
         sweep(self.folder)
         try:
-            found = json.loads(file.read_text())
+            about = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(
-                f"{file} is damaged ({error}); remove {self.folder}, and what it held is computed again"
+                f"{file} is damaged ({error}); remove {self.folder} to compute its content again"
             ) from error
         for name, value in self._about.items():
-            if not isinstance(found, dict) or found.get(name) != value:
-                there = found.get(name) if isinstance(found, dict) else None
+            there = about.get(name) if isinstance(about, dict) else None
+            if there != value:
                 raise UserError(
                     f"{self.folder} is a cache of another {name}: it holds {there!r}, and this run needs {value!r}; "
                     "name another teacher.cache.folder, or remove it"
                 )
 
-    def _add(self, shard: Path) -> None:
-        """Take up a shard that is whole; its name says what its bytes must be."""
-        opened = _opened(shard, shard)
+    def _add_shard(self, shard: Path) -> None:
+        """Make a shard's texts available."""
+        opened = _open_checked(shard, shard)
         if json.loads(opened.metadata()["about"]) != self._about:
             raise UserError(f"{shard} is of another teacher, vocabulary or form than its folder says; remove it")
-        self._open[shard] = opened
-        for key, places in json.loads(opened.metadata()["texts"]).items():
-            self._places[key] = shard, {name: (start, stop) for name, (start, stop) in places.items()}
+        self._shards[shard] = opened
+        for key, ranges in json.loads(opened.metadata()["texts"]).items():
+            self._ranges[key] = shard, {name: (start, stop) for name, (start, stop) in ranges.items()}
 
     def __len__(self) -> int:
         """How many texts it holds."""
-        return len(self._places) + len(self._waiting)
+        return len(self._ranges) + len(self._pending)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places or key in self._waiting
+        return key in self._ranges or key in self._pending
 
     @property
     def bytes(self) -> int:
-        """What its shards take on the disk; a head is not counted."""
-        return sum(shard.stat().st_size for shard in self._open)
+        """The size of its shards on the disk, without a head."""
+        return sum(shard.stat().st_size for shard in self._shards)
 
-    def add(self, keys: Sequence[str], signal: DenseSignal | TopK, targets_N: Tensor, lengths: Sequence[int]) -> None:
-        """Keep the distributions of some texts, whose positions follow each other in `signal`; written once enough have
-        come together, and at once where a server gave them."""
+    def add(self, keys: Sequence[str], signal: TeacherSignal, targets_N: Tensor, lengths: Sequence[int]) -> None:
+        """Store the distributions of some texts, whose positions follow one another in `signal`.
+
+        A shard is written once enough texts have come together; a server's answers, which can't be computed again for
+        free, are written at once.
+
+        Raises:
+            UserError: the signal does not hold what this cache's form stores.
+        """
+        if self.form.keeps_head and not list(self.folder.glob("head-*.safetensors")):
+            _, head = signal.hidden_states()
+            self._write("head", *_plain_head(head))
         start = 0
-        if self.form.hidden is not None and not list(self.folder.glob("head-*.safetensors")):
-            assert isinstance(signal, DenseSignal)
-            self._write("head", *_plain_head(signal.head))
         for key, length in zip(keys, lengths, strict=True):
             part = slice(start, start + length)
-            own = (
-                signal.chunk(part)
-                if isinstance(signal, TopK)
-                else DenseSignal(signal.hidden_NE[part], signal.head, signal.buffer)
-            )
-            self._waiting[key] = pack(own, targets_N[part], self.form, int(key[:15], 16), self.vocab_size)
+            seed = int(key[:15], 16)
+            self._pending[key] = self.form.pack(signal.select(part), targets_N[part], seed, self.vocab_size)
             start += length
-        if isinstance(signal, TopK) or sum(len(text["target"]) for text in self._waiting.values()) >= SHARD_TOKENS:
+        if not signal.whole or sum(len(text["target"]) for text in self._pending.values()) >= SHARD_TOKENS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits as a shard."""
-        if not self._waiting:
+        """Write the texts that no shard holds yet as one."""
+        if not self._pending:
             return
         texts: dict[str, dict[str, tuple[int, int]]] = {}
-        ends = dict.fromkeys(next(iter(self._waiting.values())), 0)
-        for key, text in self._waiting.items():
+        ends = dict.fromkeys(next(iter(self._pending.values())), 0)
+        for key, text in self._pending.items():
             texts[key] = {name: (ends[name], ends[name] + len(tensor)) for name, tensor in text.items()}
             ends = {name: stop for name, (_, stop) in texts[key].items()}
-        joined = {name: torch.cat([text[name] for text in self._waiting.values()]) for name in ends}
-        self._add(self._write("shard", joined, {"texts": json.dumps(texts), "about": json.dumps(self._about)}))
-        self._waiting = {}
+        tensors = {name: torch.cat([text[name] for text in self._pending.values()]) for name in ends}
+        self._add_shard(self._write("shard", tensors, {"texts": json.dumps(texts), "about": json.dumps(self._about)}))
+        self._pending = {}
 
-    def _write(self, kind: str, tensors: dict[str, Tensor], about: dict[str, str]) -> Path:
-        content = save(tensors, about)
+    def _write(self, kind: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+        content = save(tensors, metadata)
         path = self.folder / f"{kind}-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
         with full_disk_as_os_error():
             write_bytes(path, content)
         return path
 
     def text(self, key: str) -> Packed:
-        """What is kept of one text; only its own bytes are read."""
-        if key in self._waiting:
-            return self._waiting[key]
-        shard, places = self._places[key]
-        return {name: self._open[shard].get_slice(name)[start:stop] for name, (start, stop) in places.items()}
+        """The packed tensors of one text; no other text is read."""
+        if key in self._pending:
+            return self._pending[key]
+        shard, ranges = self._ranges[key]
+        return {name: self._shards[shard].get_slice(name)[start:stop] for name, (start, stop) in ranges.items()}
 
     def view(self, batch: Batch) -> TeacherView:
-        """The teacher's distribution at the batch's response positions.
+        """The teacher's distributions at the batch's response positions.
 
         Raises:
-            UserError: a text that was never kept, or whose kept rows are not as many as its tokens.
+            UserError: a text that the cache does not hold, or whose rows are not as many as its tokens.
         """
         texts = []
         for key, length in texts_of(batch):
@@ -168,47 +170,46 @@ class SignalCache:
                 raise UserError(
                     f"{self.folder} holds {len(texts[-1]['target'])} rows for a text of {length} tokens; remove it"
                 )
-        if self.form.hidden is not None:
-            head = self.head
-            hidden_NE = torch.cat([text["hidden"] for text in texts]).to(self.device, head.weight_VD.dtype)
-            return TeacherView(DenseSignal(hidden_NE, head))
-        signal = unpack(texts, self.form, self.vocab_size)
+        signal = self.form.unpack(texts, self.vocab_size, head=self.head if self.form.keeps_head else None)
         return TeacherView(signal.to(self.device))
 
     @property
     def head(self) -> Head:
-        """The teacher's head, of a `hidden` form."""
+        """The teacher's head, where the form keeps it.
+
+        Raises:
+            UserError: its file is missing or has changed.
+        """
         if self._head is None:
             file = next(self.folder.glob("head-*.safetensors"), None)
             if file is None:
                 raise UserError(
-                    f"the teacher's head is missing in {self.folder}; remove the folder, and what it held is computed"
-                    " again"
+                    f"the teacher's head is missing in {self.folder}; remove the folder to compute its content again"
                 )
-            opened = _opened(file, self.folder)
-            told = json.loads(opened.metadata()["head"])
+            opened = _open_checked(file, self.folder)
+            numbers = json.loads(opened.metadata()["head"])
             bias_V = opened.get_tensor("bias").to(self.device) if "bias" in opened.keys() else None  # noqa: SIM118 (it is no dictionary)
-            self._head = Head(opened.get_tensor("weight").to(self.device), bias_V, told["scale"], told["softcap"])
+            weight_VE = opened.get_tensor("weight").to(self.device)
+            self._head = Head(weight_VE, bias_V, scale=numbers["scale"], softcap=numbers["softcap"])
         return self._head
 
 
-def _opened(file: Path, remove: Path) -> Any:
-    """A file whose bytes are what its name says they must be; what to `remove` where they are not."""
+def _open_checked(file: Path, to_remove: Path) -> Any:
+    """Open a file whose bytes are what its name says. `to_remove` is what the user must remove if they are not."""
     if file_sha256(file)[:32] != file.stem.partition("-")[2]:
         raise UserError(
-            f"{file} was cut short or has changed since it was written; remove {remove}, and what it held is computed"
-            " again"
+            f"{file} was cut short or has changed since it was written; remove {to_remove} to compute its content again"
         )
     return safe_open(str(file), framework="pt")
 
 
 def _plain_head(head: Head) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The head's tensors, adapters folded in, and its numbers."""
-    weight_VD = head.weight_VD
+    """The head's tensors, with adapters folded in, and its numbers."""
+    weight_VE = head.weight_VD
     if head.low_rank is not None:
-        a_RD, b_VR, scaling = head.low_rank
-        weight_VD = weight_VD + (b_VR @ a_RD * scaling).to(weight_VD.dtype)
-    tensors = {"weight": weight_VD.contiguous()} | ({} if head.bias_V is None else {"bias": head.bias_V.contiguous()})
+        a_RE, b_VR, scaling = head.low_rank
+        weight_VE = weight_VE + (b_VR @ a_RE * scaling).to(weight_VE.dtype)
+    tensors = {"weight": weight_VE.contiguous()} | ({} if head.bias_V is None else {"bias": head.bias_V.contiguous()})
     return tensors, {"head": json.dumps({"scale": head.scale, "softcap": head.softcap})}
 
 
@@ -219,7 +220,7 @@ def texts_of(batch: Batch) -> Iterator[tuple[str, int]]:
 
 
 def ids_of(batch: Batch) -> Iterator[tuple[list[int], list[int]]]:
-    """(prompt, response) of each row in token ids, as the teacher sees it."""
+    """(prompt, response) of each row in token ids, as the teacher reads them."""
     seen = batch.seen_by_teacher()
     for tokens_T, mask_T in zip(seen.tokens_BT, seen.mask_BT, strict=True):
         answer = mask_T.nonzero()[:, 0].tolist()
@@ -228,5 +229,5 @@ def ids_of(batch: Batch) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def text_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
-    """What a text is known by."""
+    """The key of a text: a hash of its prompt and response ids."""
     return content_hash([[*prompt_ids], [*response_ids]])

@@ -1,5 +1,4 @@
-"""Several teachers as one signal: the mean of their distributions, or the one or the other by how unsure the student
-is.
+"""Several teachers as one signal: the mean of their distributions, or one or the other by how unsure the student is.
 
 Shapes: N response positions, M teachers, C positions of a chunk, R of a block, V vocabulary.
 """
@@ -9,26 +8,45 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import Divergence, ValueAndGradient
+from limbeck.objectives.head import CHUNK_ELEMENTS, TeacherSignal, chunks
 from limbeck.signals.dense import DenseChunk, DenseRows, DenseSignal
 from limbeck.types import UserError
 
 
 @dataclass(frozen=True)
-class MixedSignal:
-    """p = sum_m w_nm p_m, with weights that add up to 1 at every position: the mean of probabilities, never of logits.
+class MixedSignal(TeacherSignal):
+    """p = sum_m w_nm p_m, with weights that add up to 1 at every position: the mean of probabilities, not of logits.
 
-    Where one teacher has all the weight it is that teacher's distribution; teachers without any in a chunk are not
+    Where one teacher has all the weight, p is that teacher's distribution. A teacher without weight in a chunk is not
     projected.
     """
 
+    whole: ClassVar[bool] = True
+
     signals: Sequence[DenseSignal]
     weight_NM: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight_NM.device
+
+    def to(self, device: torch.device | str) -> MixedSignal:
+        return MixedSignal([signal.to(device) for signal in self.signals], self.weight_NM.to(device))
+
+    def select(self, positions: slice | Tensor) -> MixedSignal:
+        return MixedSignal([signal.select(positions) for signal in self.signals], self.weight_NM[positions])
+
+    def join(self, others: Sequence[MixedSignal]) -> MixedSignal:
+        by_teacher = zip(self.signals, *(other.signals for other in others), strict=True)
+        weight_NM = torch.cat([signal.weight_NM for signal in (self, *others)])
+        return MixedSignal([first.join(rest) for first, *rest in by_teacher], weight_NM)
 
     @torch.no_grad()
     def chunk(self, positions: slice) -> DenseChunk:
@@ -37,25 +55,50 @@ class MixedSignal:
         for number, signal in enumerate(self.signals):
             if not bool(weight_CM[:, number].any()):
                 continue
-            own_CV = signal.chunk(positions).logits_CV
-            own_CV = own_CV - own_CV.logsumexp(-1, keepdim=True) + weight_CM[:, number, None].to(own_CV).log()
-            log_CV = own_CV if log_CV is None else torch.logaddexp(log_CV, own_CV)
+            part_CV = signal.chunk(positions).logits_CV
+            part_CV = part_CV - part_CV.logsumexp(-1, keepdim=True) + weight_CM[:, number, None].to(part_CV).log()
+            log_CV = part_CV if log_CV is None else torch.logaddexp(log_CV, part_CV)
         assert log_CV is not None, "weights add up to 1"
         return DenseChunk(log_CV)
 
+    def log_prob(self, targets_N: Tensor) -> Tensor:
+        parts = []
+        for part in chunks(len(targets_N), self.signals[0].head.vocab_size, CHUNK_ELEMENTS):
+            parts.append(self.chunk(part).rows(slice(None)).log_prob(targets_N[part]))
+        return torch.cat(parts)
+
 
 @dataclass(frozen=True)
-class GatedSignal:
-    """Dynamic KD's two teachers (arXiv:2109.11295): with h = H(q) / log V, the student's entropy as a share of the
-    largest, the loss is h times the one to the `small` teacher and 1 - h times the one to the `large`. No gradient
-    flows through h.
+class GatedSignal(TeacherSignal):
+    """Dynamic KD's two teachers (arXiv:2109.11295).
+
+    With h = H(q) / log V, the student's entropy as a share of the largest possible, the loss is h times the one to the
+    `small` teacher plus 1 - h times the one to the `large`. No gradient flows through h.
     """
 
     small: DenseSignal
     large: DenseSignal
 
+    @property
+    def device(self) -> torch.device:
+        return self.small.device
+
+    def to(self, device: torch.device | str) -> GatedSignal:
+        return GatedSignal(self.small.to(device), self.large.to(device))
+
+    def select(self, positions: slice | Tensor) -> GatedSignal:
+        return GatedSignal(self.small.select(positions), self.large.select(positions))
+
+    def join(self, others: Sequence[GatedSignal]) -> GatedSignal:
+        return GatedSignal(
+            self.small.join([other.small for other in others]), self.large.join([other.large for other in others])
+        )
+
     def chunk(self, positions: slice) -> GatedChunk:
         return GatedChunk(self.small.chunk(positions), self.large.chunk(positions))
+
+    def log_prob(self, _: Tensor) -> Tensor:
+        _refuse()
 
 
 @dataclass(frozen=True)
@@ -74,19 +117,22 @@ class GatedRows:
 
     @property
     def p(self) -> Distribution:
-        raise UserError(
-            "which of two teachers is followed depends on the student, so there is no one distribution; use a"
-            " divergence"
-        )
+        _refuse()
 
     def log_prob(self, _: Tensor) -> Tensor:
-        return self.p.log  # which is refused
+        _refuse()
 
     def compare(
         self, divergence: Divergence, params: Mapping[str, float], q: Distribution, targets_R: Tensor
     ) -> ValueAndGradient:
         share_R = (-(q.prob * q.log).sum(-1) / math.log(q.log.shape[-1])).clamp(0, 1)
-        values_R, gradient_RV = self.small.compare(divergence, params, q, targets_R)
-        other_R, other_RV = self.large.compare(divergence, params, q, targets_R)
-        gradient_RV = gradient_RV.mul_(share_R[:, None]).add_(other_RV.mul_(1 - share_R[:, None]))
-        return share_R * values_R + (1 - share_R) * other_R, gradient_RV
+        small_R, gradient_RV = self.small.compare(divergence, params, q, targets_R)
+        large_R, large_RV = self.large.compare(divergence, params, q, targets_R)
+        gradient_RV = gradient_RV.mul_(share_R[:, None]).add_(large_RV.mul_(1 - share_R[:, None]))
+        return share_R * small_R + (1 - share_R) * large_R, gradient_RV
+
+
+def _refuse() -> NoReturn:
+    raise UserError(
+        "which of two teachers is followed depends on the student, so there is no one distribution; use a divergence"
+    )

@@ -16,14 +16,12 @@ from limbeck.data.batches import MICRO_TOKENS, MicroBatch, Row, make_batch, step
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.feature import pair_name
-from limbeck.objectives.head import PositionEvidence, fused_loss, token_log_probs
+from limbeck.objectives.head import PositionEvidence, TeacherSignal, fused_loss, token_log_probs
 from limbeck.objectives.match import Match, Positions
 from limbeck.objectives.policy import Policy, Responses
 from limbeck.objectives.term import make_term
 from limbeck.objectives.total import TeacherView
 from limbeck.signals.cache import SignalCache, text_key, texts_of
-from limbeck.signals.dense import DenseSignal
-from limbeck.signals.sparse import TopK, joined
 from limbeck.types import Batch, UserError
 
 Progress = Callable[[int, int], None]
@@ -82,7 +80,7 @@ def response_log_probs(
 def fill_cache(
     cache: SignalCache, view: Callable[[Batch], TeacherView], rows: Sequence[Row], progress: Progress
 ) -> None:
-    """The teacher's distributions over all rows that the cache does not hold yet, each text once."""
+    """Store the teacher's distributions over all rows that the cache does not hold yet, each text once."""
     texts = {
         text_key(row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids): row
         for row in rows
@@ -93,9 +91,8 @@ def fill_cache(
         keys, lengths = zip(*texts_of(batch), strict=True)
         row_N, position_N = batch.response_positions()
         signal = view(batch).signal
-        assert isinstance(signal, DenseSignal | TopK)
-        device = signal.hidden_NE.device if isinstance(signal, DenseSignal) else signal.ids_NK.device
-        cache.add(keys, signal, batch.tokens_BT[row_N, position_N + 1].to(device), lengths)
+        assert signal is not None
+        cache.add(keys, signal, batch.tokens_BT[row_N, position_N + 1].to(signal.device), lengths)
         progress(number + 1, len(batches))
     cache.flush()
 
@@ -110,40 +107,31 @@ class Remembered:
 
     def __init__(self, view: Callable[[Batch], TeacherView]) -> None:
         self.view = view
-        self._known: dict[str, TopK | DenseSignal] = {}
+        self._by_sample: dict[str, TeacherSignal] = {}
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row]) -> list[Tensor]:
-        """log p of every response token, one tensor per row, in nats. What was remembered before is forgotten."""
-        self._known = {}
-        found = dict[str, Tensor]()
+        """log p of every response token, one tensor per row, in nats. Forgets the rows that were scored before."""
+        self._by_sample = {}
+        scores = dict[str, Tensor]()
         for micro_batch in even_batches(rows):
             batch = make_batch(rows, micro_batch)
             signal = self.view(batch).signal
-            assert isinstance(signal, DenseSignal | TopK)
+            assert signal is not None
             row_N, position_N = batch.response_positions()
-            if isinstance(signal, TopK):
-                log_prob_N = signal.log_prob(row_N)
-            else:
-                targets_N = batch.tokens_BT[row_N, position_N + 1].to(signal.hidden_NE.device)
-                log_prob_N = token_log_probs(signal.hidden_NE, signal.head, targets_N).cpu()
+            log_prob_N = signal.log_prob(batch.tokens_BT[row_N, position_N + 1].to(signal.device)).cpu()
             ends = batch.mask_BT.sum(1).cumsum(0).tolist()
             for sample_id, start, end in zip(batch.sample_ids, [0, *ends], ends, strict=False):
                 part = slice(start, end)
-                found[sample_id] = log_prob_N[part]
-                own = (
-                    signal.chunk(part) if isinstance(signal, TopK) else DenseSignal(signal.hidden_NE[part], signal.head)
-                )
-                self._known[sample_id] = own
-        return [found[row.sample_id] for row in rows]
+                scores[sample_id] = log_prob_N[part]
+                self._by_sample[sample_id] = signal.select(part)
+        return [scores[row.sample_id] for row in rows]
 
     def __call__(self, batch: Batch) -> TeacherView:
-        known = [self._known[sample_id] for sample_id in batch.sample_ids if sample_id in self._known]
-        if len(known) < len(batch.sample_ids):
+        if any(sample_id not in self._by_sample for sample_id in batch.sample_ids):
             return self.view(batch)
-        if dense := [one for one in known if isinstance(one, DenseSignal)]:
-            return TeacherView(DenseSignal(torch.cat([one.hidden_NE for one in dense]), dense[0].head))
-        return TeacherView(joined([one for one in known if isinstance(one, TopK)]))
+        first, *rest = (self._by_sample[sample_id] for sample_id in batch.sample_ids)
+        return TeacherView(first.join(rest))
 
 
 def with_columns(

@@ -16,7 +16,6 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.head import Buffer
 from limbeck.objectives.term import STUDENT
 from limbeck.objectives.total import StudentForward
-from limbeck.signals.dense import DenseSignal
 
 PLACES = 16  # positions of a micro-batch that are looked at: projecting all of them again would cost a pass of the head
 TOP = 16  # likeliest tokens whose overlap is counted (arXiv:2604.13016)
@@ -53,13 +52,13 @@ def teachers_view(data: StudentForward) -> dict[str, tuple[float, float]]:
     at_P = data.batch.rows_on(STUDENT)[row_N].nonzero()[:, 0]
     signal = data.teacher.signal
     device = data.hidden_ND.device
-    if not isinstance(signal, DenseSignal) or not len(at_P):
+    if signal is None or not signal.whole or not len(at_P):
         return {}
     at_P = at_P[torch.linspace(0, len(at_P) - 1, min(PLACES, len(at_P))).round().long()]
     target_P1 = data.batch.tokens_BT[row_N[at_P], position_N[at_P] + 1][:, None].to(device)
     logits_PV = data.head.logits(data.hidden_ND[at_P.to(device)].detach(), Buffer())
     q = Distribution(logits_PV)
-    p = Distribution(signal.head.logits(signal.hidden_NE[at_P.to(device)], Buffer()))
+    p = signal.select(at_P.to(device)).chunk(slice(0, len(at_P))).rows(slice(0, len(at_P))).p
     k = min(TOP, logits_PV.shape[1])
     ours_PK = q.log.topk(k).indices
     theirs_PK = p.log.topk(k).indices

@@ -674,7 +674,7 @@ def test_a_fused_loss_over_a_bridge_is_the_sum_of_its_rows(tiny, other):
     head = Head(torch.randn(len(tiny.tokenizer), width, generator=torch.Generator().manual_seed(4)))
     term = make_term("forward_kl", {}).at_step(0, {})
     total = fused_loss(
-        hidden, head, [term], [1.0], torch.ones(1, count), PositionEvidence(signal.places.written_N, signal)
+        hidden, head, [term], [1.0], torch.ones(1, count), PositionEvidence(signal.places.target_N, signal)
     )
     values, gradient = compared(signal, "forward_kl", head.logits(hidden.detach()))
     assert total.sums["forward_kl"] == pytest.approx(float(values.sum()), rel=1e-5)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.objectives import head as head_module
 from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.objectives.head import Head, PositionEvidence, compared, fused_loss, token_log_probs
+from limbeck.objectives.head import Head, PositionEvidence, distribution_pairs, fused_loss, token_log_probs
 from limbeck.objectives.on_logits import divergence
 from limbeck.objectives.term import TermAtStep, make_term
 from limbeck.signals.dense import DenseSignal
@@ -386,7 +386,7 @@ def test_compared_walks_all_positions_once(monkeypatch):
     hidden, weight, teacher, _, _ = setting()
     head, _ = make_head(weight.detach(), "lora bias scale softcap")
     seen = []
-    for part, q, p in compared(hidden.detach(), head, teacher):
+    for part, q, p in distribution_pairs(hidden.detach(), head, teacher):
         seen += range(N)[part]
         torch.testing.assert_close(q.log, torch.log_softmax(plain_logits(hidden, head), -1)[part].detach())
         torch.testing.assert_close(p.log, torch.log_softmax(plain_logits(teacher.hidden_NE, teacher.head), -1)[part])

@@ -25,7 +25,8 @@ from limbeck.objectives.term import make_term
 from limbeck.runs.preflight import check
 from limbeck.signals.cache import SignalCache, texts_of
 from limbeck.signals.dense import DenseSignal
-from limbeck.signals.pack import pack, pack_bits, unpack, unpack_bits, width
+from limbeck.signals.forms import form_of
+from limbeck.signals.pack import id_bits, pack_bits, unpack_bits
 from limbeck.signals.sparse import Sampled, TopK
 from limbeck.training.prepare import fill_cache
 
@@ -56,8 +57,8 @@ def targets() -> Tensor:
 
 
 def kept(signal: DenseSignal, **form) -> TopK | Sampled:
-    settings = CacheSettings(**form)
-    return unpack([pack(signal, targets(), settings, 1, V)], settings, V)
+    kept_form = form_of(CacheSettings(**form))
+    return kept_form.unpack([kept_form.pack(signal, targets(), 1, V)], V, None)
 
 
 # -- forms --------------------------------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def test_bits_come_back_and_take_no_more_than_they_need(case):
 
 @pytest.mark.parametrize(("vocab_size", "bits"), [(2, 1), (256, 8), (257, 9), (49152, 16), (151936, 18), (65536, 16)])
 def test_an_id_takes_the_bits_of_the_largest_one(vocab_size, bits):
-    assert width(vocab_size) == bits and 2**bits > vocab_size - 1
+    assert id_bits(vocab_size) == bits and 2**bits > vocab_size - 1
 
 
 @pytest.mark.parametrize("sharpness", [0.01, 1.0, 30.0])
@@ -133,10 +134,10 @@ def test_all_tokens_in_sixteen_bits_are_the_dense_signal():
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 def test_draws_are_the_distribution_in_the_mean(temperature):
-    signal, settings, rounds = dense(7, 0.3), CacheSettings(sampled={"draws": 50, "temperature": temperature}), 400
+    signal, form, rounds = dense(7, 0.3), form_of(CacheSettings(sampled={"draws": 50, "temperature": temperature})), 400
     total = torch.zeros(N, V, dtype=torch.float64)
     for seed in range(rounds):
-        got = unpack([pack(signal, targets(), settings, seed, V)], settings, V)
+        got = form.unpack([form.pack(signal, targets(), seed, V)], V, None)
         total.scatter_add_(-1, got.ids_NK, got.weight_NK.double())
     p = log_p(signal).exp()
     proposal = torch.softmax(log_p(signal) / temperature, -1)
@@ -151,7 +152,7 @@ def test_draws_are_the_distribution_in_the_mean(temperature):
 
 def test_the_draws_of_a_text_are_its_own_wherever_it_is_packed():
     first, again, other = (
-        pack(dense(8), targets(), CacheSettings(sampled={"draws": 5}), seed, V) for seed in (1, 1, 2)
+        form_of(CacheSettings(sampled={"draws": 5})).pack(dense(8), targets(), seed, V) for seed in (1, 1, 2)
     )
     assert torch.equal(first["ids"], again["ids"]) and not torch.equal(first["ids"], other["ids"])
 

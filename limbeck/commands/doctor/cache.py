@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from limbeck.commands.doctor.patient import NothingToCheckError, Patient, response_targets, teacher_log_probs
@@ -15,7 +14,6 @@ from limbeck.data.batches import Row, make_batch
 from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.signals.cache import SignalCache, text_key
-from limbeck.signals.sparse import TopK
 from limbeck.training.setup import common_vocab_size
 from limbeck.types import Batch, UserError
 
@@ -80,7 +78,5 @@ def _target_log_probs(teacher: InProcessTeacher | ServerScorer, batch: Batch) ->
     if isinstance(teacher, InProcessTeacher):
         return teacher_log_probs(teacher, batch).gather(-1, targets_N[:, None])[:, 0]
     signal = teacher.view(batch).signal
-    assert isinstance(signal, TopK)
-    is_target_NK = signal.ids_NK == targets_N[:, None]
-    log_prob_N = signal.log_prob_NK.masked_fill(~is_target_NK, 0).sum(-1)
-    return torch.where(is_target_NK.any(-1), log_prob_N, torch.nan)
+    assert signal is not None
+    return signal.top_tokens().log_prob(targets_N)

@@ -21,6 +21,7 @@ from limbeck.progress import Silent, StoppedError
 from limbeck.runs.models import served
 from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
+from limbeck.signals.forms import form_of
 from limbeck.types import Batch, Message
 
 QUESTIONS = ("Why is the sky blue?", "Name three fruits.", "Schreibe einen Satz über Zürich. 🙂")
@@ -68,7 +69,7 @@ class Patient:
         if self.run.models.other_tokens:
             raise NothingToCheckError("the server has its own tokenizer")
         cache = self.recipe.teacher.cache
-        k = cache.top_k.k if cache and cache.top_k else api.settings.names
+        k = (form_of(cache).server_tokens if cache else None) or api.settings.names
         if self.recipe.teacher.model is not None or not k:
             k = TOKENS_PER_POSITION
         return ServerScorer(api, k, self.model.tokenizer)

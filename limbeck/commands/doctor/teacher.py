@@ -17,7 +17,6 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import DIVERGENCES
 from limbeck.objectives.head import Block
 from limbeck.signals.dense import DenseRows
-from limbeck.signals.sparse import TopK
 from limbeck.types import UserError
 
 # KL in nats between local and served weights; 4-bit weights in llama.cpp's own arithmetic stay within 0.01
@@ -77,12 +76,13 @@ def check_served_weights(patient: Patient) -> str:
     scorer = patient.scorer
     log_NV = patient.log_probs
     signal = scorer.view(patient.texts).signal
-    assert isinstance(signal, TopK)
-    local_NK = log_NV.gather(-1, signal.ids_NK)
-    kl_N = _bucketed_kl(local_NK, signal.log_prob_NK)
+    assert signal is not None
+    served = signal.top_tokens()
+    local_NK = log_NV.gather(-1, served.ids_NK)
+    kl_N = _bucketed_kl(local_NK, served.log_prob_NK)
     shared = [
         len(set(a) & set(b))
-        for a, b in zip(log_NV.topk(scorer.k).indices.tolist(), signal.ids_NK.tolist(), strict=True)
+        for a, b in zip(log_NV.topk(scorer.k).indices.tolist(), served.ids_NK.tolist(), strict=True)
     ]
     mean_kl = max(0.0, float(kl_N.mean()))
     summary = (
@@ -94,7 +94,7 @@ def check_served_weights(patient: Patient) -> str:
         where = "; ".join(_position(patient, number, kl_N) for number in worst)
         raise UserError(
             f"the served model is not the one here: {summary}. Largest differences:"
-            f" {where}.{_temperature_hint(local_NK, signal.log_prob_NK)} Serve the same weights and their plain"
+            f" {where}.{_temperature_hint(local_NK, served.log_prob_NK)} Serve the same weights and their plain"
             " log-probabilities, or set teacher.model"
         )
     return summary
