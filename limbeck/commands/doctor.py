@@ -25,7 +25,7 @@ from limbeck.models.load import Model, head_of
 from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import Block
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs import build
@@ -380,7 +380,8 @@ def _zero(patient: Patient) -> str:
             continue
         p = Distribution(log_NV.clone())
         q = Distribution(log_NV.clone())
-        values_N, gradient_NV = replace(term, by=None).at_step(0.0, {}).values(Block(q, targets_N, DenseRows(p)))
+        unweighted = replace(term, settings=replace(term.settings, by=None))
+        values_N, gradient_NV = unweighted.at_step(0.0, {}).values(Block(q, targets_N, DenseRows(p)))
         if float(values_N.abs().max()) > ZERO or float(gradient_NV.abs().max()) > ZERO:
             raise UserError(
                 f"{term.label} is {float(values_N.abs().max()):.2g} nats for a student that is its teacher, not 0:"

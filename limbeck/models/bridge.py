@@ -22,9 +22,8 @@ from limbeck.models.byte_alignment import Tokens, segments, tokens_of
 from limbeck.models.load import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.dual import TeacherStates
+from limbeck.objectives.forward import NO_TAPS, Taps, TeacherStates, TeacherView
 from limbeck.objectives.head import token_log_probs
-from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.types import Batch, UserError, content_hash
 

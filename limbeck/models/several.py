@@ -12,8 +12,8 @@ from torch import Tensor
 
 from limbeck.config.teacher import Together
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.objectives.head import token_log_probs
-from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.several import GatedSignal, MixedSignal
 from limbeck.types import Batch, content_hash

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from limbeck.objectives.precision import full_precision
 
+ValueAndGradient = tuple[Tensor, Tensor]  # values [R] and their gradient for the student's logits [R, V]
 IMPOSSIBLE = -1e30  # the logit of an outcome of probability zero: finite, so that 0 log 0 stays 0 and no NaN is born
 
 

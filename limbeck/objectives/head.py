@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import IMPOSSIBLE, Distribution
-from limbeck.objectives.divergence import Divergence, ValueAndGradient
+from limbeck.objectives.distribution import IMPOSSIBLE, Distribution, ValueAndGradient
+from limbeck.objectives.divergence import Divergence
 from limbeck.objectives.precision import full_precision
 
 CHUNK_ELEMENTS = 18 * 2**20  # logits projected at once: 72 MiB in fp32 for each model

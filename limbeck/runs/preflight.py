@@ -58,8 +58,8 @@ def check(recipe: Recipe) -> Plan:
     others = [_beside(recipe, n) for n in range(len(recipe.teacher.beside))]
     training, held_out = build.prompts(recipe)
     for term in build.terms(recipe):
-        if term.match is not None and teacher is not None:
-            term.match.check(student, teacher)
+        if teacher is not None:
+            term.check_models(student, teacher)
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
     return make_plan(
         recipe, build.terms(recipe), training, held_out, teacher, student, judge, _bills(recipe, len(training)), others

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Rollout, Validation
-from limbeck.config.teacher import BridgeSettings, CacheSettings
+from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.prompts import Prompt
-from limbeck.objectives.consistency import CONSISTENCY
-from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.objectives.policy import POLICIES
-from limbeck.objectives.term import CROSS_ENTROPY, STUDENT, Term
+from limbeck.objectives.facts import Cache, TeacherFacts, TextFacts
+from limbeck.objectives.loss import STUDENT
+from limbeck.objectives.term import Term
 from limbeck.runs import build
 from limbeck.runs.cost import TEACHER_EVIDENCE
 from limbeck.types import RecipeError, nearest
@@ -29,8 +28,11 @@ def validate(recipe: Recipe) -> None:
     training, _ = build.prompts(recipe)
     _check_student_writer(recipe)
     _check_teacher(recipe, training)
-    for index, term in enumerate(build.terms(recipe)):
-        _check_evidence(recipe, term, training, f"loss[{index}].{term.name}")
+    _check_mixup(recipe)
+    terms = build.terms(recipe)
+    facts = _text_facts(recipe, terms, training)
+    for term in terms:
+        term.check_text(facts)
     trained = {prompt.text for prompt in training}
     for task in build.tasks(recipe):
         if leak := [name for name, text in task.texts if text in trained]:
@@ -68,129 +70,55 @@ def _check_writers(recipe: Recipe) -> None:
         )
 
 
-def _check_evidence(recipe: Recipe, term: Term, training: Sequence[Prompt], path: str) -> None:
-    """Refuse a term whose evidence no writer, prompt or teacher gives."""
+def _text_facts(recipe: Recipe, terms: Sequence[Term], training: Sequence[Prompt]) -> TextFacts:
+    """What the losses may know of the text that they are trained on."""
     writers = {writer.by for writer in recipe.writer}
-    several = recipe.all_answer or any(len(prompt.answers) > 1 for prompt in training)
-    tags = writers | {prompt.task for prompt in training if prompt.task} | ({CHOSEN, REJECTED} if several else {CHOSEN})
+    several = any(len(prompt.answers) > 1 for prompt in training)
+    tags = writers | {prompt.task for prompt in training if prompt.task} | {CHOSEN}
+    tags |= {REJECTED} if recipe.all_answer or several else set()
     tags |= {MIXED} if recipe.train.mixup is not None else set()
-    _check_written(recipe, term, path)
-    if term.only is not None and term.only not in tags and recipe.elicit is None:  # steps give tags of their own
-        raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
-    if term.name == CROSS_ENTROPY and STUDENT in writers:
-        legal = writers - {STUDENT} | ({CHOSEN} if recipe.writer[0].by != STUDENT and recipe.fixed_writers else set())
-        if term.only not in legal:
-            how = (
-                f"limit it, such as {{only: {min(writers - {STUDENT})}}}"
-                if writers != {STUDENT}
-                else "choose a divergence"
-            )
-            raise RecipeError(path, f"it would teach the student its own text, and so to stay as it is; {how}")
-    if recipe.train.mixup is not None:
-        _check_mixed(recipe, term, path)
-    poor = "untouched" in writers or ("corpus" in writers and any(len(prompt.answers) > 1 for prompt in training))
-    if term.name == CROSS_ENTROPY and term.only is None and poor:
-        raise RecipeError(
-            path,
-            "it would also fit answers that are not preferred, or the student's own; limit it, such as {only: best}",
-        )
-    if "answers" not in term.reads:
-        return
-    if STUDENT in writers and any(read.startswith("reference_") for read in term.reads):
-        raise RecipeError(
-            path, f"{term.name} compares with a frozen model's opinion, which text written while training does not have"
-        )
-    if term.name == CONSISTENCY:
-        if recipe.elicit is None and not several:
-            raise RecipeError(
-                path,
-                f"{term.name} compares answers to one prompt, and here every prompt has one: elicit several of them",
-            )
-        return
-    ranked = writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)
-    if not (recipe.all_answer or ranked):
-        raise RecipeError(
-            path,
-            f"{term.name} compares answers to one prompt, and here every prompt has one: let all writers answer every"
-            " prompt (leave their shares out, the preferred writer first), or give a corpus with `answers` or `chosen`"
-            " and `rejected`",
-        )
+    preferred = {CHOSEN} if recipe.writer[0].by != STUDENT and recipe.fixed_writers else set()
+    rollout = recipe.rollout or Rollout()
+    return TextFacts(
+        writers=frozenset(writers),
+        tags=frozenset(tags) if recipe.elicit is None else None,  # steps give tags of their own
+        others_tags=frozenset(writers - {STUDENT} | preferred),
+        fixed=bool(recipe.fixed_writers),
+        all_preferred="untouched" not in writers and not ("corpus" in writers and several),
+        several_answers=recipe.all_answer or several or recipe.elicit is not None,
+        ranked_answers=recipe.all_answer
+        or (writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)),
+        columns=frozenset(column for term in terms for column in term.loss.writes),
+        temperature=None if recipe.student_writer is None else recipe.student_writer.temperature,
+        reuses_rollouts=rollout.ahead > 1 or bool(rollout.replay),
+        copy_writes=bool(rollout.dtype),
+        teacher_prompts=recipe.teacher.context is not None,
+        self_taught=recipe.teacher.weights != "own",
+        mixed_tag=None if recipe.train.mixup is None else MIXED,
+    )
 
 
-def _check_mixed(recipe: Recipe, term: Term, path: str) -> None:
-    """Refuse what a mixture of two texts can't teach."""
+def _teacher_facts(recipe: Recipe) -> TeacherFacts:
+    """What the losses may know of how the teacher is read."""
+    teacher = recipe.teacher
+    forms: tuple[Cache, ...] = ("hidden", "top_k", "sampled")
+    return TeacherFacts(
+        bridged=teacher.bridge is not None,
+        written_elsewhere=teacher.bridge is not None and teacher.bridge.others == "written",
+        cache=next((form for form in forms if getattr(teacher.cache, form, None) is not None), None),
+        together=teacher.together if teacher.beside else None,
+    )
+
+
+def _check_mixup(recipe: Recipe) -> None:
+    """Refuse text that can't be mixed."""
+    if recipe.train.mixup is None:
+        return
     if recipe.student_writer is not None or recipe.all_answer or recipe.teacher.context is not None:
         raise RecipeError(
             "train.mixup",
             "only text that is there before the training is mixed, and a teacher that sees the same prompts reads it",
         )
-    if "answers" in term.reads:
-        raise RecipeError(
-            path, f"{term.name} compares answers to one prompt, and a mixed text answers none; leave train.mixup out"
-        )
-    if term.only in (None, MIXED) and "teacher_distribution" not in term.reads:
-        raise RecipeError(
-            path,
-            f"a mixed text has no label but the teacher's distribution, which {term.name} doesn't read; limit it to a"
-            " writer",
-        )
-
-
-def _check_written(recipe: Recipe, term: Term, path: str) -> None:
-    """Refuse a term that speaks of the student's own text where there is none, or of numbers that nobody writes beside
-    it."""
-    if STUDENT in term.reads and recipe.student_writer is None:
-        raise RecipeError(
-            path, f"{term.name} reads text that the student writes while it trains; add a writer {{by: student}}"
-        )
-    if missing := sorted(term.reads & {"advantage", "reference_log_prob", "importance_weight"}):
-        raise RecipeError(
-            path, f"{term.name} reads {missing[0]}, which comes from rewards, and nothing gives rewards yet"
-        )
-    policies = [POLICIES[other.name] for other in build.terms(recipe) if other.name in POLICIES]
-    made = {column for policy in policies if policy.prepare for column in policy.reads}
-    if term.by is not None and term.only != STUDENT and recipe.fixed_writers:
-        raise RecipeError(f"{path}.by", f"{term.by} stands beside the student's tokens alone; limit it: only: student")
-    if (
-        term.name in POLICIES
-        and POLICIES[term.name].prepare
-        and recipe.rollout
-        and (recipe.rollout.ahead > 1 or recipe.rollout.replay)
-    ):
-        raise RecipeError(
-            path,
-            f"{term.name} reads what the student thought when it wrote, so its text must be new: leave ahead and"
-            " replay out",
-        )
-    if term.name in POLICIES and POLICIES[term.name].prepare and recipe.rollout and recipe.rollout.dtype:
-        raise RecipeError(
-            path,
-            f"{term.name} takes the student itself to be the one that wrote, and its copy is another: leave dtype out",
-        )
-    if term.name in POLICIES and recipe.student_writer is not None and recipe.student_writer.temperature == 0:
-        raise RecipeError(
-            path,
-            f"{term.name} is right in expectation over drawn text, and this student draws none; give it a temperature",
-        )
-    if term.by is not None and term.by not in made:
-        makers = [name for name, policy in POLICIES.items() if policy.prepare and term.by in policy.reads]
-        raise RecipeError(
-            f"{path}.by", f"nothing writes {term.by} beside the tokens; add the loss {' or '.join(makers)}"
-        )
-    other_prompts = recipe.teacher.context is not None
-    if other_prompts and term.match is not None:
-        raise RecipeError(
-            path,
-            f"{term.name} compares position by position, and this teacher is shown other prompts; use a divergence",
-        )
-    if term.name == "contrast" and recipe.student_writer is not None:
-        raise RecipeError(
-            path, "its bank holds texts that are there before the training; leave the student out of the writers"
-        )
-    if term.name == "filtered_match" and not recipe.fixed_writers:
-        raise RecipeError(path, "its filters are learned from text that is there before the training; add a writer")
-    if recipe.teacher.weights != "own" and "reference_teacher" in term.reads:
-        raise RecipeError(path, f"{term.name} compares with a frozen teacher, and this student teaches itself")
 
 
 def _check_student_writer(recipe: Recipe) -> None:
@@ -280,9 +208,9 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
             f"{teacher.weights} weights are the student's own: set student.start.pretrained: {teacher.model}",
         )
     if teacher.bridge is not None:
-        _check_bridge(recipe, teacher.bridge)
+        _check_bridge(recipe)
     if teacher.cache is not None:
-        _check_cache(recipe, teacher.cache)
+        _check_cache(recipe)
     if teacher.beside or teacher.together != "mean" or teacher.weight != 1:
         _check_several(recipe, training)
     for name in teacher.context.reads if teacher.context else []:
@@ -295,7 +223,7 @@ def _check_teacher(recipe: Recipe, training: Sequence[Prompt]) -> None:
             )
 
 
-def _check_bridge(recipe: Recipe, bridge: BridgeSettings) -> None:
+def _check_bridge(recipe: Recipe) -> None:
     """Refuse what a teacher with other tokens can't give."""
     teacher = recipe.teacher
     path = "teacher.bridge"
@@ -313,35 +241,11 @@ def _check_bridge(recipe: Recipe, bridge: BridgeSettings) -> None:
         raise RecipeError(
             path, "texts are mixed, and written by two models, in one vocabulary only; leave train.mixup and joint out"
         )
-    read = False
-    for index, term in enumerate(build.terms(recipe)):
-        at = f"loss[{index}].{term.name}"
-        if (
-            term.match is not None
-            or "reference_teacher" in term.reads
-            or (term.name in POLICIES and "teacher_distribution" in term.reads)
-        ):
-            raise RecipeError(
-                at,
-                "it reads the teacher token by token, and this one has other tokens; use a divergence, uld or"
-                " dual_space",
-            )
-        read = read or bool(term.reads & TEACHER_EVIDENCE)
-        if "teacher_distribution" not in term.reads:
-            continue
-        loss = DIVERGENCES[term.name]
-        if not loss.sorts and (not loss.buckets or _softened(term)):
-            raise RecipeError(at, f"{term.name} (or its temperature) needs one vocabulary; use forward_kl, jsd or uld")
-        if bridge.others == "written" and not (loss.one_hot and loss.buckets):
-            raise RecipeError(
-                at, f"{term.name} says nothing of the text alone, which others: written teaches; use forward_kl or jsd"
-            )
-    if not read:
+    terms = build.terms(recipe)
+    for term in terms:
+        term.check_teacher(_teacher_facts(recipe))
+    if not any(term.reads & TEACHER_EVIDENCE for term in terms):
         raise RecipeError(path, "no loss reads the teacher's distribution or states; leave it out")
-
-
-def _softened(term: Term) -> bool:
-    return any(getattr(term.params.get("temperature"), end, 1) != 1 for end in ("start", "end"))
 
 
 def _check_several(recipe: Recipe, training: Sequence[Prompt]) -> None:
@@ -366,24 +270,16 @@ def _check_several(recipe: Recipe, training: Sequence[Prompt]) -> None:
             raise RecipeError(
                 f"{path}[{number}].only", f"no text is by or for {other.only!r}{nearest(other.only, tags - {''})}"
             )
-    for index, term in enumerate(build.terms(recipe)):
-        policy = POLICIES.get(term.name)
-        if (
-            policy is not None
-            and "teacher_distribution" in term.reads
-            and (policy.prepare or teacher.together == "uncertainty")
-        ):
-            raise RecipeError(
-                f"loss[{index}].{term.name}",
-                "it reads one teacher's opinion of the text; use a divergence, or one teacher",
-            )
-    if not any("teacher_distribution" in term.reads for term in build.terms(recipe)):
+    terms = build.terms(recipe)
+    for term in terms:
+        term.check_teacher(_teacher_facts(recipe))
+    if not any("teacher_distribution" in term.reads for term in terms):
         raise RecipeError(
             path, "no loss reads the teachers' distribution, so those beside would teach nothing; leave them out"
         )
 
 
-def _check_cache(recipe: Recipe, cache: CacheSettings) -> None:
+def _check_cache(recipe: Recipe) -> None:
     """Refuse what can't be kept before the training, and losses that read more than the form holds."""
     path = "teacher.cache"
     if recipe.student_writer is not None:
@@ -395,29 +291,10 @@ def _check_cache(recipe: Recipe, cache: CacheSettings) -> None:
         raise RecipeError(
             path, "a teacher that changes, or one that reads mixed text, is asked at every step; leave the cache out"
         )
-    read = False
-    for index, term in enumerate(build.terms(recipe)):
-        at = f"loss[{index}].{term.name}"
-        if term.match is not None or term.divergence:
-            raise RecipeError(
-                at, "it reads the teacher's layers, and the cache keeps its last distribution; leave teacher.cache out"
-            )
-        if "teacher_distribution" not in term.reads:
-            continue
-        read = True
-        loss = DIVERGENCES[term.name]
-        name = term.name
-        soft = _softened(term)
-        if cache.sampled is not None and (name != "forward_kl" or soft):
-            raise RecipeError(
-                at, "sampled tokens carry forward_kl at temperature 1 alone: use it, or keep {hidden: {}}"
-            )
-        if cache.top_k is not None and (not loss.buckets or soft):
-            raise RecipeError(
-                at,
-                f"{name} (or its temperature) needs whole distributions, and top tokens are not: keep {{hidden: {{}}}}",
-            )
-    if not read:
+    terms = build.terms(recipe)
+    for term in terms:
+        term.check_teacher(_teacher_facts(recipe))
+    if not any("teacher_distribution" in term.reads for term in terms):
         raise RecipeError(path, "no loss reads the teacher's distribution, so nothing would be kept; leave it out")
 
 

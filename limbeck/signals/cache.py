@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from limbeck.config.teacher import CacheSettings
+from limbeck.objectives.forward import TeacherView
 from limbeck.objectives.head import Head
-from limbeck.objectives.total import TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.pack import Packed, pack, unpack
 from limbeck.signals.sparse import TopK

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import Divergence, ValueAndGradient
+from limbeck.objectives.distribution import Distribution, ValueAndGradient
+from limbeck.objectives.divergence import Divergence
 from limbeck.objectives.head import Buffer, Head
 
 

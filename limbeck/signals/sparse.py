@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import IMPOSSIBLE, Distribution
-from limbeck.objectives.divergence import TINY, Divergence, ValueAndGradient
+from limbeck.objectives.distribution import IMPOSSIBLE, Distribution, ValueAndGradient
+from limbeck.objectives.divergence import TINY, Divergence
 from limbeck.types import UserError
 
 PARTIAL = "this signal holds a few tokens of the teacher's distribution only; measure with the teacher itself"

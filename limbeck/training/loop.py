@@ -25,10 +25,11 @@ from limbeck.data.mixup import Mixed
 from limbeck.models.load import head_of
 from limbeck.models.self_teacher import Average
 from limbeck.models.taps import features
-from limbeck.objectives.rank import clamped_baseline
+from limbeck.objectives.bound import BoundLoss
+from limbeck.objectives.forward import NO_TAPS, StudentForward, Sums, Taps, TeacherView
 from limbeck.objectives.schedule import State
 from limbeck.objectives.term import Term, TermAtStep
-from limbeck.objectives.total import NO_TAPS, Learned, StudentForward, Sums, Taps, TeacherView, total_loss
+from limbeck.objectives.total import total_loss
 from limbeck.progress import StoppedError
 from limbeck.storage import checkpoint
 from limbeck.storage.files import append_json, crash_point, read_jsonl, write_text
@@ -64,7 +65,7 @@ class TrainingJob:
     settings: Train
     folder: Path
     key: str
-    matches: Mapping[str, Learned] = field(default_factory=dict)
+    matches: Mapping[str, BoundLoss] = field(default_factory=dict)
     taps: Taps = NO_TAPS
     bank_rows: Mapping[str, int] = field(default_factory=dict)
     vocab_size: int | None = None
@@ -97,7 +98,8 @@ class TrainingJob:
     def times(self, name: str) -> float:
         """How many times as fast as the student this parameter is trained."""
         return next(
-            (learned.times for label, learned in self.matches.items() if name.startswith(f"match.{label}.")), 1.0
+            (learned.lr_multiplier for label, learned in self.matches.items() if name.startswith(f"match.{label}.")),
+            1.0,
         )
 
     def frozen(self) -> dict[str, Tensor]:
@@ -203,8 +205,7 @@ def _step(
     for term in job.terms:
         if not amounts[term.label]:
             continue  # a step without text for this term says nothing to its schedules
-        total, count = whole.measured.get(term.label, (0.0, 0.0))
-        term.after(job.states, (step + 1) / steps, means[term.label], clamped_baseline(total, count) if count else None)
+        term.after(job.states, (step + 1) / steps, means[term.label], whole.measured.get(term.label))
     return {
         "step": step + 1,
         "steps": steps,
@@ -224,7 +225,7 @@ def _step(
 
 def _told(turn: StepBatch, whole: Sums) -> dict[str, float]:
     """What the source and the monitor say of the text that the student wrote."""
-    return turn.facts | {name: total / count for name, (total, count) in whole.seen.items() if count}
+    return turn.facts | {name: total / count for name, (total, count) in whole.monitored.items() if count}
 
 
 def _moving(terms: Sequence[TermAtStep]) -> dict[str, float]:
@@ -277,7 +278,7 @@ def backward(
     loss, sums = total_loss(terms, amounts, job.matches, data)
     loss.backward()
     if job.monitor is not None:
-        sums.seen = job.monitor(data)
+        sums.monitored = job.monitor(data)
     return sums
 
 
@@ -349,8 +350,6 @@ def _restore(
     for label, match in job.matches.items():
         prefix = f"frozen/{label}."
         held = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if "bank_ME" in held:
-            match.register_buffer("bank_ME", held["bank_ME"].to(job.net.device))
         match.load_state_dict(held, strict=False)
 
 

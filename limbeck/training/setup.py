@@ -25,11 +25,9 @@ from limbeck.models.several import SeveralTeachers
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.vllm import VllmWriter
-from limbeck.objectives.dual import DualSpace
-from limbeck.objectives.match import Match, wanted
-from limbeck.objectives.policy import POLICIES
+from limbeck.objectives.bound import BoundLoss, ModelPair, joined_taps
+from limbeck.objectives.forward import TeacherView
 from limbeck.objectives.term import Term
-from limbeck.objectives.total import Learned, Taps, TeacherView
 from limbeck.progress import StoppedError
 from limbeck.runs import build
 from limbeck.runs.cost import TEACHER_EVIDENCE
@@ -41,10 +39,9 @@ from limbeck.training import distributed
 from limbeck.training import loop as train
 from limbeck.training.prepare import (
     Remembered,
+    TextBeforeTraining,
     even_batches,
-    fill_bank,
     fill_cache,
-    learn_filters,
     response_log_probs,
     with_columns,
     with_reference,
@@ -85,7 +82,7 @@ def make_job(
     Raises:
         UserError: no text for a term.
     """
-    if any(term.family == "ranking" for term in terms):
+    if any(term.loss.ranks for term in terms):
         rows = _whole_groups(rows, least=1 if written else 2, without_preferred=CHOSEN in written)
     for term in terms:
         if term.only is not None and term.only not in written and not any(term.only in row.tags for row in rows):
@@ -103,9 +100,7 @@ def make_job(
         read = rows if name == "start" else [_as_the_teacher_sees(row) for row in rows]
         rows = with_reference(rows, name, _known_log_probs(store, judge, read, vocab_size, progress))
     matches = {
-        term.label: _bind(term, student.net, _weights(teacher).net, settings.seed)
-        for term in terms
-        if term.match or term.divergence
+        term.label: _bind(term, student.net, _weights(teacher).net, settings.seed) for term in terms if term.loss.binds
     }
     if lora is not None:
         add_adapters(student.net, lora, settings.seed)
@@ -114,7 +109,7 @@ def make_job(
     )
     if reads & TEACHER_EVIDENCE:
         view = teacher().view
-        taps = [Taps(*map(frozenset, wanted(list(matches.values()), side))) for side in (0, 1)]
+        taps = [joined_taps(list(matches.values()), side) for side in (0, 1)]
         job.taps = taps[0]
         live = partial(view, taps=taps[1], vocab_size=vocab_size)
         job.teacher = (
@@ -249,12 +244,8 @@ def _watched(job: train.TrainingJob, slots: Sequence[Row], prompts: int) -> tupl
 
 
 def _columns(job: train.TrainingJob) -> Callable[[list[Row], float], list[Row]]:
-    """Adds what the job's policies read of whole responses."""
-    spanning = [
-        (POLICIES[term.name], term)
-        for term in job.terms
-        if term.name in POLICIES and POLICIES[term.name].prepare is not None
-    ]
+    """Adds the columns that the job's losses make of whole responses."""
+    spanning = [term for term in job.terms if term.loss.spans_responses]
     if not spanning:
         return lambda rows, _: rows
     remembered = Remembered(job.teacher)
@@ -262,9 +253,7 @@ def _columns(job: train.TrainingJob) -> Callable[[list[Row], float], list[Row]]:
         job.teacher = remembered
 
     def columns(rows: list[Row], progress: float) -> list[Row]:
-        return with_columns(
-            rows, remembered, [(policy, term.at_step(progress, job.states).params) for policy, term in spanning]
-        )
+        return with_columns(rows, remembered, [term.at_step(progress, job.states) for term in spanning])
 
     return columns
 
@@ -365,31 +354,31 @@ def _known_log_probs(
 
 
 def _prepare(job: train.TrainingJob, teacher: Callable[[], Teacher], progress: Progress) -> None:
-    for label, match in job.matches.items():
-        if not isinstance(match, Match):
-            continue
-        tell = partial(_tell, progress, f"{label}: getting ready")
-        if match.settings.name == "filtered_match":
-            learn_filters(
-                match, (job.net, _weights(teacher).net), job.rows, job.settings.tokens_per_step, job.settings.seed, tell
-            )
-        if match.settings.name == "contrast":
-            fill_bank(match, _weights(teacher).net, job.rows, job.bank_rows, tell)
+    for label, learned in job.matches.items():
+        text = TextBeforeTraining(
+            (job.net, _weights(teacher).net),
+            job.rows,
+            job.bank_rows,
+            tokens_per_step=job.settings.tokens_per_step,
+            seed=job.settings.seed,
+            on_progress=partial(_tell, progress, f"{label}: getting ready"),
+        )
+        learned.prepare(text)
 
 
 def _tell(progress: Progress, detail: str, done: int, total: int) -> None:
     progress(done, total, detail)
 
 
-def _bind(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> Learned:
+def _bind(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> BoundLoss:
     """What the term learns beside the student."""
     ours, theirs = (net.config.get_text_config() for net in (student, teacher))
-    layers = (ours.num_hidden_layers, theirs.num_hidden_layers)
-    widths = (ours.hidden_size, theirs.hidden_size)
-    if term.match is not None:
-        return Match(term.match, layers, widths, seed).to(student.device)
     embed: Any = student.get_input_embeddings()
-    dual = DualSpace(
-        widths, term.divergence, term.projection_rate, seed, lambda token_N: embed(token_N).detach(), DenseSignal
+    models = ModelPair(
+        layers=(ours.num_hidden_layers, theirs.num_hidden_layers),
+        widths=(ours.hidden_size, theirs.hidden_size),
+        seed=seed,
+        embed=lambda token_N: embed(token_N).detach(),
+        dense=DenseSignal,
     )
-    return dual.to(student.device)
+    return term.bind(models).to(student.device)
