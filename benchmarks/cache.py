@@ -28,7 +28,7 @@ from limbeck.data.batches import Row, make_batch
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import PositionEvidence, chunks, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.runs.pipeline import Run

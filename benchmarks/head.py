@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.signals.dense import DenseSignal

@@ -21,8 +21,8 @@ from typing import Any
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import load_recipe
 from limbeck.elicit.steps import STEPS
-from limbeck.objectives.divergence import DIVERGENCES, TEMPERATURE
-from limbeck.objectives.match import MATCHES, NUMBERS, WORDS
+from limbeck.objectives.bindable import BINDABLE
+from limbeck.objectives.divergence_loss import DIVERGENCES, TEMPERATURE
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
 from limbeck.report.verdict import compare_verdict
@@ -105,15 +105,15 @@ def shown_by(name: str) -> str:
 
 def divergences() -> str:
     rows = []
-    for name, known in sorted(DIVERGENCES.items()):
-        own = {key: value for key, value in known.defaults.items() if key != "temperature"}
+    for name, loss in sorted(DIVERGENCES.items()):
+        own = {key: value for key, value in loss.defaults.items() if key != "temperature"}
         # by top-k, sampled, written: signals/sparse.py
-        carried = (known.buckets, name == "forward_kl", known.buckets and known.one_hot)
+        carried = (loss.buckets, loss.sampled, loss.buckets and loss.one_hot)
         words = ["yes" if carries else "no" for carries in carried]
         rows.append(
-            [f"`{name}`", f"`{known.formula}`", parameters(own, known.ranges), *words, known.paper, shown_by(name)]
+            [f"`{name}`", f"`{loss.formula}`", parameters(own, loss.ranges), *words, loss.paper, shown_by(name)]
         )
-    hard = ", ".join(f"`{name}`" for name, known in sorted(DIVERGENCES.items()) if not known.softens)
+    hard = ", ".join(f"`{name}`" for name, loss in sorted(DIVERGENCES.items()) if not loss.softens)
     note = f"Beside their own parameters all but {hard} take `temperature`, 1 in {TEMPERATURE}."
     return (
         table(["name", "formula", "parameters", "top-k", "sampled", "text alone", "paper", "recipes"], rows)
@@ -123,38 +123,39 @@ def divergences() -> str:
 
 def ranking() -> str:
     rows = []
-    for name, known in sorted(RANKINGS.items()):
-        taken = parameters(
-            known.defaults | ({"baseline": "measured, or a number"} if known.measures else {}), known.ranges
-        )
-        rows.append([f"`{name}`", f"`{known.formula}`", taken, known.reference, known.paper, shown_by(name)])
+    for name, loss in sorted(RANKINGS.items()):
+        measured = {"baseline": "measured, or a number"} if loss.measures else {}
+        defaults = parameters(loss.defaults | measured, loss.legal)
+        rows.append([f"`{name}`", f"`{loss.formula}`", defaults, loss.reference, loss.paper, shown_by(name)])
     return table(["name", "formula", "parameters", "reference", "paper", "recipes"], rows)
 
 
 def features() -> str:
-    legal = {**NUMBERS, **{key: " or ".join(words) for key, words in WORDS.items()}}
     rows = [
         [
             f"`{name}`",
-            f"`{kind.formula}`",
-            parameters(kind.defaults, legal),
-            kind.reads,
-            kind.unit,
-            kind.paper,
+            f"`{loss.formula}`",
+            parameters(loss.defaults, loss.legal),
+            loss.bound.tapped,
+            loss.unit,
+            loss.paper,
             shown_by(name),
         ]
-        for name, kind in sorted(MATCHES.items())
+        for name, loss in sorted(BINDABLE.items())
+        if "teacher_features" in loss.reads
     ]
     return table(["name", "formula", "parameters", "reads", "unit", "paper", "recipes"], rows)
 
 
 def policy() -> str:
     rows = []
-    for name, known in sorted(POLICIES.items()):
-        reads = ", ".join(
-            [*(f"`{column}`" for column in known.reads), *(f"`{column}` (optional)" for column in known.optional)]
+    for name, loss in sorted(POLICIES.items()):
+        if not loss.listed:
+            continue
+        columns = ", ".join(
+            [*(f"`{column}`" for column in loss.needed), *(f"`{column}` (optional)" for column in loss.optional)]
         )
-        rows.append([f"`{name}`", f"`{known.formula}`", parameters(known.defaults, known.ranges), reads, known.paper])
+        rows.append([f"`{name}`", f"`{loss.formula}`", parameters(loss.defaults, loss.legal), columns, loss.paper])
     return table(["name", "formula", "parameters", "reads", "paper"], rows)
 
 

@@ -23,11 +23,8 @@ from limbeck.models.load import Model, head_of, load_tokenizer
 from limbeck.models.local import served_text_caveat
 from limbeck.models.states import shared_states
 from limbeck.models.teacher_interface import WRITES, Teacher, TeacherParts, TeacherUse
-from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.objectives.dual import TeacherStates
+from limbeck.objectives.forward import NO_TAPS, Taps, TeacherStates, TeacherView
 from limbeck.objectives.head import token_log_probs
-from limbeck.objectives.term import Term
-from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.types import Batch, RecipeError, UserError, content_hash
 
@@ -323,25 +320,8 @@ class BridgedKind:
                 path,
                 "texts are mixed, and written by two models, in one vocabulary only; leave train.mixup and joint out",
             )
-        for term in use.terms:
-            if "teacher_distribution" in term.reads:
-                self._refuse_loss(settings, term, use.loss_path(term))
         if not use.read & GIVES:
             raise RecipeError(path, "no loss reads the teacher's distribution or states; leave it out")
-
-    def _refuse_loss(self, settings: BridgedTeacher, term: Term, path: str) -> None:
-        if term.name not in DIVERGENCES:
-            raise RecipeError(path, self.lacks(settings, "teacher_distribution"))
-        loss = DIVERGENCES[term.name]
-        if not loss.sorts and (not loss.buckets or term.softened):
-            raise RecipeError(
-                path, f"{term.name} (or its temperature) needs one vocabulary; use forward_kl, jsd or uld"
-            )
-        if settings.bridge.others == "written" and not (loss.one_hot and loss.buckets):
-            raise RecipeError(
-                path,
-                f"{term.name} says nothing of the text alone, which others: written teaches; use forward_kl or jsd",
-            )
 
     def prepare(self, settings: BridgedTeacher, parts: TeacherParts) -> Teacher:
         bridged = TeacherOverBridge(parts.load(settings.model), parts.student, settings.bridge)

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.api import ApiTeacher, read_json, said
-from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
+from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.signals.cache import ids_of
 from limbeck.signals.sparse import TopK
 from limbeck.types import Batch, UserError

@@ -15,9 +15,8 @@ from limbeck.data.batches import CHOSEN, REJECTED
 from limbeck.models.local import served_text_caveat
 from limbeck.models.teacher import dense_signal
 from limbeck.models.teacher_interface import REFERENCE, WRITES, Teacher, TeacherParts, TeacherUse
+from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.objectives.head import TeacherSignal
-from limbeck.objectives.policy import POLICIES
-from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.signals.several import GatedSignal, MixedSignal
 from limbeck.types import Batch, RecipeError, content_hash, nearest
 
@@ -117,12 +116,6 @@ class SeveralKind:
                 raise RecipeError(
                     f"teacher.beside[{number}].only",
                     f"no text is by or for {other.only!r}{nearest(other.only, tags - {''})}",
-                )
-        for term in use.terms:
-            policy = POLICIES.get(term.name) if "teacher_distribution" in term.reads else None
-            if policy is not None and (policy.prepare or settings.together == "uncertainty"):
-                raise RecipeError(
-                    use.loss_path(term), "it reads one teacher's opinion of the text; use a divergence, or one teacher"
                 )
         if "teacher_distribution" not in use.read:
             raise RecipeError(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from limbeck.models.states import decoded, shared_states
-from limbeck.objectives.feature import Attention, Features
+from limbeck.objectives.forward import Attention, Features
 from limbeck.types import UserError
 
 NAME = "limbeck_taps"

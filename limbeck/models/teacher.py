@@ -12,8 +12,7 @@ from limbeck.models.joint import ContrastDecoding
 from limbeck.models.load import Model, head_of
 from limbeck.models.taps import features
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, WRITES, MovingAverage
-from limbeck.objectives.dual import TeacherStates
-from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
+from limbeck.objectives.forward import NO_TAPS, Taps, TeacherStates, TeacherView
 from limbeck.signals.dense import DenseSignal
 from limbeck.types import Batch, Finish, Generated, Request, Sampling
 

@@ -16,8 +16,8 @@ from limbeck.config.recipe import Recipe
 from limbeck.elicit.prompts import Prompt
 from limbeck.models.context import PromptContext
 from limbeck.models.load import Model
+from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.objectives.term import Term
-from limbeck.objectives.total import NO_TAPS, Taps, TeacherView
 from limbeck.types import Batch
 
 # what a loss may read of a teacher: asked at every step, or once before the training

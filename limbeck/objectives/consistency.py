@@ -11,22 +11,23 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from limbeck.objectives.facts import TextFacts
+from limbeck.objectives.forward import StudentForward, TermSum
 from limbeck.objectives.head import Head, project
-from limbeck.objectives.parameters import Range
-from limbeck.types import Batch
+from limbeck.objectives.loss import Loss, LossAtStep, LossSettings
+from limbeck.objectives.parameters import Range, defaults_of
+from limbeck.objectives.registry import register
+from limbeck.types import Batch, RecipeError
 
-CONSISTENCY = "consistency"
-LONGEST = 16  # tokens of a common end that are looked at
-FORMULA = "mean over pairs and their common last tokens of (KL(q_i || q_j) + KL(q_j || q_i)) / 2"
-PAPER = "Chen et al., arXiv:2310.14747"
-DEFAULTS = {"temperature": 1.0}
-RANGES = {"temperature": Range(0, float("inf"), open_low=True, open_high=True)}
+LONGEST = 16  # tokens of a common end that are compared
 Ends = Sequence[Sequence[tuple[range, range]]]
 
 
@@ -50,7 +51,7 @@ def common_ends(batch: Batch) -> Ends:
     return found
 
 
-def consistency(hidden_ND: Tensor, head: Head, ends: Ends, temperature: float = 1.0) -> Tensor:
+def consistency(hidden_ND: Tensor, head: Head, ends: Ends, *, temperature: float = 1.0) -> Tensor:
     """Nats [G], differentiable, in fp32 or better: how differently each group's responses predict their common ends. 0
     for a group without a pair.
 
@@ -76,3 +77,39 @@ def consistency(hidden_ND: Tensor, head: Head, ends: Ends, temperature: float = 
 def _apart(one_SV: Tensor, other_SV: Tensor) -> Tensor:
     """(KL(q_i || q_j) + KL(q_j || q_i)) / 2, the mean over the tokens."""
     return 0.5 * ((one_SV.exp() - other_SV.exp()) * (one_SV - other_SV)).sum() / len(one_SV)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency(Loss):
+    """`consistency` of the answers to each prompt."""
+
+    unlimited: ClassVar[str] = "compares all answers to a prompt, so it can't be limited to one kind"
+
+    @property
+    def defaults(self) -> Mapping[str, float]:
+        return defaults_of(consistency)
+
+    def check_text(self, settings: LossSettings, facts: TextFacts) -> None:
+        super().check_text(settings, facts)
+        if not facts.several_answers:
+            raise RecipeError(
+                settings.path,
+                f"{self.name} compares answers to one prompt, and here every prompt has one: elicit several of them",
+            )
+
+    def evaluate(self, at_step: LossAtStep, data: StudentForward) -> TermSum:
+        ends = common_ends(data.batch)
+        total = consistency(data.hidden_ND, data.head, ends, temperature=at_step.params["temperature"]).sum()
+        return TermSum(at_step.scale * total, float(total.detach().double()))
+
+
+register(
+    Consistency(
+        name="consistency",
+        formula="mean over pairs and their common last tokens of (KL(q_i || q_j) + KL(q_j || q_i)) / 2",
+        paper="Chen et al., arXiv:2310.14747",
+        reads=frozenset({"answers"}),
+        unit="group",
+        ranges={"temperature": Range(0, float("inf"), open_low=True, open_high=True)},
+    )
+)

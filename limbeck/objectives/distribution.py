@@ -14,6 +14,7 @@ from torch import Tensor
 from limbeck.objectives.precision import full_precision
 
 IMPOSSIBLE = -1e30  # the logit of an outcome of probability 0: finite, so that 0 log 0 is 0 and not NaN
+ValueAndGradient = tuple[Tensor, Tensor]  # values [R] and their gradient for the student's logits [R, V]
 
 
 class Distribution:

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import IMPOSSIBLE, Distribution
-from limbeck.objectives.divergence import Divergence, ValueAndGradient
+from limbeck.objectives.distribution import IMPOSSIBLE, Distribution, ValueAndGradient
+from limbeck.objectives.divergence import Divergence
 from limbeck.objectives.precision import full_precision
 from limbeck.types import UserError
 

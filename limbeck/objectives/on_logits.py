@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives.distribution import Distribution, finite
-from limbeck.objectives.divergence import DIVERGENCES, Divergence, checked_params
+from limbeck.objectives.divergence import Divergence
+from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.types import UserError
 
 
@@ -17,9 +18,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_NV: Tensor, teacher_NV: Tensor, known: Divergence, params: Any, targets_N: Tensor | None
+        ctx: Any, student_NV: Tensor, teacher_NV: Tensor, divergence: Divergence, params: Any, targets_N: Tensor | None
     ) -> Tensor:
-        values_N, gradient_NV = known(Distribution(teacher_NV), Distribution(student_NV), params, targets_N)
+        values_N, gradient_NV = divergence(Distribution(teacher_NV), Distribution(student_NV), params, targets_N)
         ctx.save_for_backward(gradient_NV.to(student_NV.dtype))
         return values_N
 

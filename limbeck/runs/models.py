@@ -21,7 +21,6 @@ from limbeck.models.score import ServerScorer
 from limbeck.models.start import begin, choose
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
-from limbeck.objectives.policy import POLICIES
 from limbeck.progress import Reporter
 from limbeck.runs.resolve import Method
 from limbeck.storage.files import write_json
@@ -137,9 +136,7 @@ class RunModels:
         settings = self.method.recipe.teacher
         if not isinstance(settings, ServedTeacher) or settings.named_tokens is None or self.server is None:
             return None
-        reads_written = any(
-            term.name in POLICIES and "teacher_distribution" in term.reads for term in self.method.terms
-        )
+        reads_written = any(term.loss.reads_teacher_log_prob for term in self.method.terms)
         tokenizer = load_tokenizer(self.method.recipe.speaker)
         return ServerScorer(self.server, settings.named_tokens, tokenizer, reads_written)
 

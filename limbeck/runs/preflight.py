@@ -52,8 +52,8 @@ def plan(method: Method) -> Plan:
     if isinstance(recipe.teacher, SeveralTeachers):
         others = tuple(_beside(recipe.speaker, other.model, n) for n, other in enumerate(recipe.teacher.beside))
     for term in method.terms:
-        if term.match is not None and teacher is not None:
-            term.match.check(student, teacher)
+        if teacher is not None:
+            term.check_models(student, teacher)
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
     prompts = (method.training_prompts, method.held_out_prompts)
     return make_plan(recipe, method.terms, prompts, Shapes(student, teacher, others, judge), _bills(method))

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Rollout, Validation
-from limbeck.config.teacher import CacheSettings
+from limbeck.config.teacher import BridgedTeacher, CacheSettings, SelfTeacher, SeveralTeachers
 from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.flow import Step
 from limbeck.evaluate.tasks import Task
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, TeacherUse
 from limbeck.models.teachers import kind
-from limbeck.objectives.consistency import CONSISTENCY
-from limbeck.objectives.divergence import DIVERGENCES
-from limbeck.objectives.policy import POLICIES
+from limbeck.objectives.divergence_loss import DIVERGENCES
+from limbeck.objectives.facts import TeacherFacts, TextFacts
+from limbeck.objectives.loss import STUDENT
 from limbeck.objectives.schedule import Schedule
-from limbeck.objectives.term import CROSS_ENTROPY, STUDENT, Term
+from limbeck.objectives.term import Term
 from limbeck.signals.forms import form_of
-from limbeck.types import RecipeError, nearest
+from limbeck.types import RecipeError
 
 JUDGED_ON_TEXT = ("importance", "block_influence")  # choices of layers that need text
 
@@ -36,8 +36,10 @@ def check_parts(
     _check_writers(recipe)
     _check_student_writer(recipe, use.terms, share)
     _check_teacher(use, steps)
+    _check_mixup(recipe)
+    facts = _text_facts(use)
     for term in use.terms:
-        _check_evidence(use, term, use.loss_path(term))
+        term.check_text(facts)
     trained = {prompt.text for prompt in training}
     for task in tasks:
         if leak := [name for name, text in task.texts if text in trained]:
@@ -75,124 +77,57 @@ def _check_writers(recipe: Recipe) -> None:
         )
 
 
-def _check_evidence(use: TeacherUse, term: Term, path: str) -> None:
-    """Refuse a term whose evidence no writer or prompt gives."""
+def _text_facts(use: TeacherUse) -> TextFacts:
+    """What the losses may know of the text that they are trained on."""
     recipe = use.recipe
     training = use.training_prompts
     writers = {writer.by for writer in recipe.writer}
-    several = recipe.all_answer or any(len(prompt.answers) > 1 for prompt in training)
-    tags = writers | {prompt.task for prompt in training if prompt.task} | ({CHOSEN, REJECTED} if several else {CHOSEN})
+    several = any(len(prompt.answers) > 1 for prompt in training)
+    tags = writers | {prompt.task for prompt in training if prompt.task} | {CHOSEN}
+    tags |= {REJECTED} if recipe.all_answer or several else set()
     tags |= {MIXED} if recipe.train.mixup is not None else set()
-    _check_written(use, term, path)
-    if term.only is not None and term.only not in tags and recipe.elicit is None:  # steps give tags of their own
-        raise RecipeError(f"{path}.only", f"no text is by or for {term.only!r}{nearest(term.only, tags)}")
-    if term.name == CROSS_ENTROPY and STUDENT in writers:
-        legal = writers - {STUDENT} | ({CHOSEN} if recipe.writer[0].by != STUDENT and recipe.fixed_writers else set())
-        if term.only not in legal:
-            how = (
-                f"limit it, such as {{only: {min(writers - {STUDENT})}}}"
-                if writers != {STUDENT}
-                else "choose a divergence"
-            )
-            raise RecipeError(path, f"it would teach the student its own text, and so to stay as it is; {how}")
-    if recipe.train.mixup is not None:
-        _check_mixed(recipe, term, path)
-    poor = "untouched" in writers or ("corpus" in writers and any(len(prompt.answers) > 1 for prompt in training))
-    if term.name == CROSS_ENTROPY and term.only is None and poor:
-        raise RecipeError(
-            path,
-            "it would also fit answers that are not preferred, or the student's own; limit it, such as {only: best}",
-        )
-    if "answers" not in term.reads:
-        return
-    if STUDENT in writers and any(read.startswith("reference_") for read in term.reads):
-        raise RecipeError(
-            path, f"{term.name} compares with a frozen model's opinion, which text written while training does not have"
-        )
-    if term.name == CONSISTENCY:
-        if recipe.elicit is None and not several:
-            raise RecipeError(
-                path,
-                f"{term.name} compares answers to one prompt, and here every prompt has one: elicit several of them",
-            )
-        return
-    ranked = writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)
-    if not (recipe.all_answer or ranked):
-        raise RecipeError(
-            path,
-            f"{term.name} compares answers to one prompt, and here every prompt has one: let all writers answer every"
-            " prompt (leave their shares out, the preferred writer first), or give a corpus with `answers` or `chosen`"
-            " and `rejected`",
-        )
+    preferred = {CHOSEN} if recipe.writer[0].by != STUDENT and recipe.fixed_writers else set()
+    rollout = recipe.rollout or Rollout()
+    return TextFacts(
+        writers=frozenset(writers),
+        tags=frozenset(tags) if recipe.elicit is None else None,  # steps give tags of their own
+        others_tags=frozenset(writers - {STUDENT} | preferred),
+        fixed=bool(recipe.fixed_writers),
+        all_preferred="untouched" not in writers and not ("corpus" in writers and several),
+        several_answers=recipe.all_answer or several or recipe.elicit is not None,
+        ranked_answers=recipe.all_answer
+        or (writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)),
+        columns=frozenset(column for term in use.terms for column in term.loss.writes),
+        temperature=None if recipe.student_writer is None else recipe.student_writer.temperature,
+        reuses_rollouts=rollout.ahead > 1 or bool(rollout.replay),
+        copy_writes=bool(rollout.dtype),
+        teacher_prompts=recipe.teacher.context is not None,
+        self_taught=isinstance(recipe.teacher, SelfTeacher),
+        mixed_tag=None if recipe.train.mixup is None else MIXED,
+    )
 
 
-def _check_mixed(recipe: Recipe, term: Term, path: str) -> None:
-    """Refuse what a mixture of two texts can't teach."""
+def _teacher_facts(recipe: Recipe) -> TeacherFacts:
+    """What the losses may know of how the teacher is read."""
+    teacher = recipe.teacher
+    bridge = teacher.bridge if isinstance(teacher, BridgedTeacher) else None
+    return TeacherFacts(
+        bridged=bridge is not None,
+        written_elsewhere=bridge is not None and bridge.others == "written",
+        cached=teacher.cache is not None,
+        together=teacher.together if isinstance(teacher, SeveralTeachers) else None,
+    )
+
+
+def _check_mixup(recipe: Recipe) -> None:
+    """Refuse text that can't be mixed."""
+    if recipe.train.mixup is None:
+        return
     if recipe.student_writer is not None or recipe.all_answer or recipe.teacher.context is not None:
         raise RecipeError(
             "train.mixup",
             "only text that is there before the training is mixed, and a teacher that sees the same prompts reads it",
         )
-    if "answers" in term.reads:
-        raise RecipeError(
-            path, f"{term.name} compares answers to one prompt, and a mixed text answers none; leave train.mixup out"
-        )
-    if term.only in (None, MIXED) and "teacher_distribution" not in term.reads:
-        raise RecipeError(
-            path,
-            f"a mixed text has no label but the teacher's distribution, which {term.name} doesn't read; limit it to a"
-            " writer",
-        )
-
-
-def _check_written(use: TeacherUse, term: Term, path: str) -> None:
-    """Refuse a term that speaks of the student's own text where there is none, or of numbers that nobody writes beside
-    it."""
-    recipe = use.recipe
-    if STUDENT in term.reads and recipe.student_writer is None:
-        raise RecipeError(
-            path, f"{term.name} reads text that the student writes while it trains; add a writer {{by: student}}"
-        )
-    if missing := sorted(term.reads & {"advantage", "reference_log_prob", "importance_weight"}):
-        raise RecipeError(
-            path, f"{term.name} reads {missing[0]}, which comes from rewards, and nothing gives rewards yet"
-        )
-    policies = [POLICIES[other.name] for other in use.terms if other.name in POLICIES]
-    made = {column for policy in policies if policy.prepare for column in policy.reads}
-    if term.by is not None and term.only != STUDENT and recipe.fixed_writers:
-        raise RecipeError(f"{path}.by", f"{term.by} stands beside the student's tokens alone; limit it: only: student")
-    if (
-        term.name in POLICIES
-        and POLICIES[term.name].prepare
-        and recipe.rollout
-        and (recipe.rollout.ahead > 1 or recipe.rollout.replay)
-    ):
-        raise RecipeError(
-            path,
-            f"{term.name} reads what the student thought when it wrote, so its text must be new: leave ahead and"
-            " replay out",
-        )
-    if term.name in POLICIES and POLICIES[term.name].prepare and recipe.rollout and recipe.rollout.dtype:
-        raise RecipeError(
-            path,
-            f"{term.name} takes the student itself to be the one that wrote, and its copy is another: leave dtype out",
-        )
-    if term.name in POLICIES and recipe.student_writer is not None and recipe.student_writer.temperature == 0:
-        raise RecipeError(
-            path,
-            f"{term.name} is right in expectation over drawn text, and this student draws none; give it a temperature",
-        )
-    if term.by is not None and term.by not in made:
-        makers = [name for name, policy in POLICIES.items() if policy.prepare and term.by in policy.reads]
-        raise RecipeError(
-            f"{path}.by", f"nothing writes {term.by} beside the tokens; add the loss {' or '.join(makers)}"
-        )
-    if term.name == "contrast" and recipe.student_writer is not None:
-        raise RecipeError(
-            path, "its bank holds texts that are there before the training; leave the student out of the writers"
-        )
-    if term.name == "filtered_match" and not recipe.fixed_writers:
-        raise RecipeError(path, "its filters are learned from text that is there before the training; add a writer")
 
 
 def _check_student_writer(recipe: Recipe, terms: Sequence[Term], share: Schedule | None) -> None:
@@ -251,7 +186,9 @@ def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, Step]]) -> None:
     teacher_kind = kind(teacher)
     teacher_kind.refuse(teacher, use)
     given = teacher_kind.gives(teacher)
+    facts = _teacher_facts(recipe)
     for term in use.terms:
+        term.check_teacher(facts)
         for evidence in sorted(term.reads & (TEACHER_EVIDENCE | {REFERENCE}) - given):
             raise RecipeError(use.loss_path(term), teacher_kind.lacks(teacher, evidence))
     prune = recipe.student.start.prune
@@ -295,7 +232,7 @@ def _check_cache(use: TeacherUse, cache: CacheSettings) -> None:
     for term in use.terms:
         if "teacher_distribution" not in term.reads:
             continue
-        if refusal := form_of(cache).refusal(DIVERGENCES[term.name], softened=term.softened):
+        if refusal := form_of(cache).refusal(DIVERGENCES[term.name], softened=term.settings.softened()):
             raise RecipeError(use.loss_path(term), refusal)
     if "teacher_distribution" not in use.read:
         raise RecipeError(path, "no loss reads the teacher's distribution, so nothing would be kept; leave it out")

@@ -23,8 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import TINY, Divergence, ValueAndGradient, sorted_distance
+from limbeck.objectives.distances import sorted_distance
+from limbeck.objectives.distribution import Distribution, ValueAndGradient
+from limbeck.objectives.divergence import TINY, Divergence
 from limbeck.objectives.head import Buffer, Head, TeacherSignal
 from limbeck.signals.sparse import TextSignal, TopK
 from limbeck.types import UserError

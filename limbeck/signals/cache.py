@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from limbeck.config.teacher import CacheSettings
+from limbeck.objectives.forward import TeacherView
 from limbeck.objectives.head import Head, TeacherSignal
-from limbeck.objectives.total import TeacherView
 from limbeck.signals.forms import Packed, form_of
 from limbeck.storage.files import file_sha256, full_disk_as_os_error, sweep, write_bytes, write_json
 from limbeck.types import Batch, UserError, content_hash

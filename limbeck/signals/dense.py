@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import Divergence, ValueAndGradient
+from limbeck.objectives.distribution import Distribution, ValueAndGradient
+from limbeck.objectives.divergence import Divergence
 from limbeck.objectives.head import Buffer, Head, TeacherSignal, token_log_probs
 
 

@@ -190,7 +190,7 @@ class SampledForm(KeptForm):
     settings: CachedSamples
 
     def refusal(self, divergence: Divergence, softened: bool) -> str | None:
-        if divergence.name == "forward_kl" and not softened:
+        if divergence.sampled and not softened:
             return None
         return "sampled tokens carry forward_kl at temperature 1 alone: use it, or keep {hidden: {}}"
 

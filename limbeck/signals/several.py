@@ -13,8 +13,8 @@ from typing import ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import Divergence, ValueAndGradient
+from limbeck.objectives.distribution import Distribution, ValueAndGradient
+from limbeck.objectives.divergence import Divergence
 from limbeck.objectives.head import CHUNK_ELEMENTS, TeacherSignal, chunks
 from limbeck.signals.dense import DenseChunk, DenseRows, DenseSignal
 from limbeck.types import UserError

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from limbeck.objectives.distribution import IMPOSSIBLE, Distribution
-from limbeck.objectives.divergence import TINY, Divergence, ValueAndGradient
+from limbeck.objectives.distribution import IMPOSSIBLE, Distribution, ValueAndGradient
+from limbeck.objectives.divergence import TINY, Divergence
 from limbeck.objectives.head import TeacherSignal, TopTokens
 from limbeck.types import UserError
 

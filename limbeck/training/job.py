@@ -16,9 +16,10 @@ from limbeck.data.mixup import Mixed
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.models.teacher_interface import MovingAverage
+from limbeck.objectives.bound import BoundLoss
+from limbeck.objectives.forward import NO_TAPS, StudentForward, Taps, TeacherView
 from limbeck.objectives.schedule import State
 from limbeck.objectives.term import Term
-from limbeck.objectives.total import NO_TAPS, Learned, StudentForward, Taps, TeacherView
 from limbeck.types import Batch
 
 
@@ -45,7 +46,7 @@ class Objective:
     net: PreTrainedModel
     terms: Sequence[Term]
     teacher: Callable[[Batch], TeacherView] = no_teacher
-    learned: Mapping[str, Learned] = field(default_factory=dict)
+    learned: Mapping[str, BoundLoss] = field(default_factory=dict)
     taps: Taps = NO_TAPS
     bank_rows: Mapping[str, int] = field(default_factory=dict)
     vocab_size: int | None = None
@@ -90,9 +91,10 @@ class Objective:
 
     def rate_multiplier(self, name: str) -> float:
         """How many times the student's learning rate a parameter is trained at."""
-        return next(
-            (learned.times for label, learned in self.learned.items() if name.startswith(f"match.{label}.")), 1.0
-        )
+        for label, learned in self.learned.items():
+            if name.startswith(f"match.{label}."):
+                return learned.lr_multiplier
+        return 1.0
 
 
 @dataclass(frozen=True)

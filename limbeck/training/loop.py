@@ -18,9 +18,9 @@ from torch import Tensor
 
 from limbeck.config.sections import Train
 from limbeck.data.batches import Row, make_batch
-from limbeck.objectives.rank import clamped_baseline
+from limbeck.objectives.forward import Sums
 from limbeck.objectives.term import TermAtStep
-from limbeck.objectives.total import Sums, total_loss
+from limbeck.objectives.total import total_loss
 from limbeck.progress import StoppedError
 from limbeck.storage import checkpoint
 from limbeck.storage.files import append_json, crash_point, read_jsonl, write_text
@@ -113,11 +113,9 @@ def _step(
         job.average.update()
     for term in job.terms:
         if amounts[term.label]:  # a step without text for this term says nothing to its schedules
-            total, count = sums.measured.get(term.label, (0.0, 0.0))
-            measured = clamped_baseline(total, count) if count else None
-            term.after(states, (step + 1) / steps, means[term.label], measured)
+            term.after(states, (step + 1) / steps, means[term.label], sums.measured.get(term.label))
     scheduled = _scheduled(terms)
-    rollout = text.facts | {name: total / count for name, (total, count) in sums.seen.items() if count}
+    rollout = text.facts | {name: total / count for name, (total, count) in sums.monitored.items() if count}
     tokens = int(sum(batch.tokens_BT.numel() for batch in batches))
     return {
         "step": step + 1,
@@ -190,7 +188,7 @@ def backward(
     loss, sums = total_loss(terms, amounts, job.objective.learned, forward)
     loss.backward()
     if job.monitor is not None:
-        sums.seen = job.monitor(forward)
+        sums.monitored = job.monitor(forward)
     return sums
 
 
@@ -267,8 +265,6 @@ def _restore(
     for label, match in job.objective.learned.items():
         prefix = f"frozen/{label}."
         held = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if "bank_ME" in held:
-            match.register_buffer("bank_ME", held["bank_ME"].to(job.net.device))
         match.load_state_dict(held, strict=False)
 
 

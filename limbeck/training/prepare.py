@@ -1,12 +1,13 @@
-"""What some terms need before the first step: a frozen model's opinion of the text, learned filters, a bank of states.
+"""What some terms need before the first step: frozen models' log-probabilities and states of the text.
 
-Shapes: N response positions, D width.
+Shapes: B rows, T positions, N response positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -15,12 +16,10 @@ from transformers import PreTrainedModel
 from limbeck.data.batches import MICRO_TOKENS, MicroBatch, Row, make_batch, steps_of_epoch
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
-from limbeck.objectives.feature import pair_name
-from limbeck.objectives.head import PositionEvidence, TeacherSignal, fused_loss, token_log_probs
-from limbeck.objectives.match import Match, Positions
-from limbeck.objectives.policy import Policy, Responses
-from limbeck.objectives.term import make_term
-from limbeck.objectives.total import TeacherView
+from limbeck.objectives.forward import Features, Taps, TeacherView
+from limbeck.objectives.head import Head, TeacherSignal, token_log_probs
+from limbeck.objectives.loss import Responses
+from limbeck.objectives.term import TermAtStep
 from limbeck.signals.cache import SignalCache, text_key, texts_of
 from limbeck.types import Batch, UserError
 
@@ -134,11 +133,11 @@ class Remembered:
         return TeacherView(first.join(rest))
 
 
-def with_columns(
-    rows: list[Row], teacher: Remembered, policies: Sequence[tuple[Policy, Mapping[str, float]]]
-) -> list[Row]:
-    """The student's rows with what the policies read of whole responses: the teacher's log-probabilities, advantages,
-    weights."""
+def with_columns(rows: list[Row], teacher: Remembered, terms: Sequence[TermAtStep]) -> list[Row]:
+    """The student's rows with the teacher's log-probabilities and the columns that the terms make of whole responses.
+
+    Such columns are advantages and weights, one number per response token.
+    """
     if not rows:
         return rows
     scores = [tuple(score.tolist()) for score in teacher.score(rows)]
@@ -151,73 +150,39 @@ def with_columns(
         batch.columns[name] for name in ("log_prob", "old_log_prob", "teacher_log_prob")
     )
     responses = Responses(log_prob_BT, sampler_BT, teacher_BT, batch.mask_BT)
-    for policy, params in policies:
-        for name, column_BT in policy.columns(responses, params).items():
+    for term in terms:
+        for name, column_BT in term.term.loss.columns(responses, term.params).items():
             values = [tuple(column_BT[number][batch.mask_BT[number]].tolist()) for number in range(len(rows))]
             rows = [replace(row, columns={**row.columns, name: value}) for row, value in zip(rows, values, strict=True)]
     return rows
 
 
-def learn_filters(
-    match: Match,
-    nets: Sequence[PreTrainedModel],
-    rows: Sequence[Row],
-    tokens_per_step: int,
-    seed: int,
-    progress: Progress,
-) -> None:
-    """TED's first stage (arXiv:2210.01351): each layer's filter learns, by cross-entropy, to be read by its model's own
-    head.
+@dataclass(frozen=True)
+class TextBeforeTraining:
+    """The training text as student (0) and teacher (1) read it before the first step; see `TrainingText`."""
 
-    Both models are frozen. The paper reads filtered states by a task head of their own; a language model has its head.
-    """
-    steps = match.settings.values["filter_steps"]
-    for side, (net, name) in enumerate(zip(nets, ("student", "teacher"), strict=True)):
-        filters = match.learned.get_submodule(name)
-        filters.requires_grad_(True)
-        optimizer = torch.optim.Adam(filters.parameters(), lr=match.settings.values["filter_lr"])
-        contents = steps_of_epoch(rows, seed, side, tokens_per_step)
-        for step in range(steps):
-            batches = [make_batch(rows, micro_batch) for micro_batch in contents[step % len(contents)]]
-            tokens = int(sum(batch.mask_BT.sum() for batch in batches))
-            for batch in batches:
-                _filter_loss(match, filters, net, batch, side, tokens).backward()
-            net.zero_grad(set_to_none=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress(side * steps + step + 1, 2 * steps)
-        filters.requires_grad_(name == "student")
+    nets: tuple[PreTrainedModel, PreTrainedModel]
+    rows: Sequence[Row]
+    bank_rows: Mapping[str, int]
+    tokens_per_step: int
+    seed: int
+    on_progress: Progress = lambda done, total: None
 
+    def steps(self, epoch: int) -> Iterator[list[Batch]]:
+        for step in cycle(steps_of_epoch(self.rows, self.seed, epoch, self.tokens_per_step)):
+            yield [make_batch(self.rows, micro_batch) for micro_batch in step]
 
-def _filter_loss(
-    match: Match, filters: torch.nn.Module, net: PreTrainedModel, batch: Batch, side: int, tokens: int
-) -> Tensor:
-    where = batch.response_positions()
-    with torch.no_grad():
-        _, found = features(net, batch.tokens_BT.to(net.device), *match.taps(side))
-    targets_N = batch.tokens_BT[where[0], where[1] + 1].to(net.device)
-    weight_KN = torch.ones(1, len(targets_N), device=net.device)
-    term = make_term("cross_entropy", {}).at_step(0.0, {})
-    head = head_of(net)
-    frozen = replace(head, weight_VD=head.weight_VD.detach())
-    loss = weight_KN.new_zeros(())
-    for pair in match.pairs:
-        filtered_ND = filters.get_submodule(pair_name(pair))(found.hidden[pair[side]][where])
-        loss = loss + fused_loss(filtered_ND, frozen, [term], [1 / tokens], weight_KN, PositionEvidence(targets_N)).loss
-    return loss
+    def batches(self) -> Iterator[Batch]:
+        for micro_batch in even_batches(self.rows):
+            yield make_batch(self.rows, micro_batch)
 
+    @torch.no_grad()
+    def features(self, side: int, batch: Batch, taps: Taps) -> Features:
+        net = self.nets[side]
+        return features(net, batch.tokens_BT.to(net.device), *taps)[1]
 
-@torch.no_grad()
-def fill_bank(
-    match: Match, teacher: PreTrainedModel, rows: Sequence[Row], bank_rows: Mapping[str, int], progress: Progress
-) -> None:
-    """The teacher's pooled states of every training text: what `contrast` draws its negatives from."""
-    found_E: dict[int, Tensor] = {}
-    for micro_batch in even_batches(rows):
-        batch = make_batch(rows, micro_batch)
-        _, found = features(teacher, batch.tokens_BT.to(teacher.device), *match.taps(1))
-        row_N, position_N = (index.to(teacher.device) for index in batch.response_positions())
-        pooled_BE = match.pooled_teacher(found, Positions(row_N, position_N, len(micro_batch)))
-        found_E |= dict(zip((bank_rows[sample_id] for sample_id in batch.sample_ids), pooled_BE, strict=True))
-        progress(len(found_E), len(rows))
-    match.bank_ME = torch.stack([found_E[place] for place in range(len(bank_rows))])
+    def head(self, side: int) -> Head:
+        return head_of(self.nets[side]).detached()
+
+    def report_progress(self, done: int, total: int) -> None:
+        self.on_progress(done, total)

@@ -15,8 +15,8 @@ from typing import Any
 from limbeck.config.sections import Rollout, Writer
 from limbeck.data.batches import CHOSEN, REJECTED, FixedText, Row, StepBatch, cut
 from limbeck.models.generate import Completion, GenerationJob
+from limbeck.objectives.loss import STUDENT
 from limbeck.objectives.schedule import Schedule, State
-from limbeck.objectives.term import STUDENT
 from limbeck.training import distributed
 from limbeck.training.rollout_stats import Advice, facts_of
 from limbeck.types import Sampling, UserError, content_hash

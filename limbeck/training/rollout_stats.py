@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from limbeck.objectives.distribution import Distribution
+from limbeck.objectives.forward import StudentForward
 from limbeck.objectives.head import Buffer
-from limbeck.objectives.term import STUDENT
-from limbeck.objectives.total import StudentForward
+from limbeck.objectives.loss import STUDENT
 
 PLACES = 16  # positions of a micro-batch that are looked at: projecting all of them again would cost a pass of the head
 TOP = 16  # likeliest tokens whose overlap is counted (arXiv:2604.13016)

@@ -16,19 +16,17 @@ from limbeck.data.batches import CHOSEN, MIXED, Row
 from limbeck.models.load import Model, head_of
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, Teacher
-from limbeck.objectives.dual import DualSpace
-from limbeck.objectives.match import Match, wanted
+from limbeck.objectives.bound import BoundLoss, ModelPair, joined_taps
+from limbeck.objectives.forward import NO_TAPS, TeacherView
 from limbeck.objectives.term import Term
-from limbeck.objectives.total import Learned, Taps, TeacherView
 from limbeck.signals.cache import SignalCache
 from limbeck.signals.dense import DenseSignal
 from limbeck.storage.files import exclusive
 from limbeck.storage.store import Store
 from limbeck.training.job import Objective, TrainingJob, no_teacher
 from limbeck.training.prepare import (
-    fill_bank,
+    TextBeforeTraining,
     fill_cache,
-    learn_filters,
     response_log_probs,
     with_reference,
 )
@@ -96,14 +94,14 @@ def make_job(
     learned = {
         term.label: _bind(term, student.net, _weights(teacher).net, plan.settings.seed)
         for term in plan.terms
-        if term.match or term.divergence
+        if term.loss.binds
     }
     if plan.lora is not None:
         add_adapters(student.net, plan.lora, plan.settings.seed)
     average = teacher().average if reads_teacher else None
     if average is not None:
         average.start(student.net)
-    student_taps, teacher_taps = (Taps(*map(frozenset, wanted(list(learned.values()), side))) for side in (0, 1))
+    student_taps, teacher_taps = (joined_taps(list(learned.values()), side) for side in (0, 1))
     view: View = no_teacher
     if reads_teacher:
         view = partial(teacher().view, taps=teacher_taps, vocab_size=vocab_size)
@@ -115,7 +113,7 @@ def make_job(
         plan.terms,
         teacher=scores if scores is not None and not learned else view,  # who reads layers reads more than scores
         learned=learned,
-        taps=student_taps if reads_teacher else Taps(),
+        taps=student_taps if reads_teacher else NO_TAPS,
         bank_rows=_numbered(rows) if reads_teacher else {},
         vocab_size=vocab_size,
     )
@@ -137,7 +135,7 @@ def _usable_rows(plan: TrainingPlan) -> Sequence[Row]:
     """The rows that the terms can read; UserError where a term has none."""
     rows = plan.rows
     to_come = plan.tags_to_come
-    if any(term.family == "ranking" for term in plan.terms):
+    if any(term.loss.ranks for term in plan.terms):
         rows = _whole_groups(rows, least=1 if to_come else 2, without_chosen=CHOSEN in to_come)
     for term in plan.terms:
         if term.only is not None and term.only not in to_come and not any(term.only in row.tags for row in rows):
@@ -252,32 +250,28 @@ def _report(progress: Progress, detail: str, done: int, total: int) -> None:
 
 
 def _prepare(job: TrainingJob, teacher: Callable[[], Teacher], progress: Progress) -> None:
-    for label, match in job.objective.learned.items():
-        if not isinstance(match, Match):
-            continue
-        report = partial(_report, progress, f"{label}: getting ready")
-        if match.settings.name == "filtered_match":
-            nets = (job.net, _weights(teacher).net)
-            learn_filters(match, nets, job.rows, job.settings.tokens_per_step, seed=job.settings.seed, progress=report)
-        if match.settings.name == "contrast":
-            fill_bank(match, _weights(teacher).net, job.rows, job.objective.bank_rows, report)
+    for label, learned in job.objective.learned.items():
+        text = TextBeforeTraining(
+            (job.net, _weights(teacher).net),
+            job.rows,
+            job.objective.bank_rows,
+            tokens_per_step=job.settings.tokens_per_step,
+            seed=job.settings.seed,
+            on_progress=partial(_report, progress, f"{label}: getting ready"),
+        )
+        learned.prepare(text)
 
 
-def _bind(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> Learned:
+def _bind(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> BoundLoss:
     """What the term learns beside the student."""
     ours = student.config.get_text_config()
     theirs = teacher.config.get_text_config()
-    layers = (ours.num_hidden_layers, theirs.num_hidden_layers)
-    widths = (ours.hidden_size, theirs.hidden_size)
-    if term.match is not None:
-        return Match(term.match, layers, widths, seed).to(student.device)
     embed: Any = student.get_input_embeddings()
-    dual = DualSpace(
-        widths,
-        term.divergence,
-        term.projection_rate,
-        seed,
+    models = ModelPair(
+        layers=(ours.num_hidden_layers, theirs.num_hidden_layers),
+        widths=(ours.hidden_size, theirs.hidden_size),
+        seed=seed,
         embed=lambda token_N: embed(token_N).detach(),
         dense=DenseSignal,
     )
-    return dual.to(student.device)
+    return term.bind(models).to(student.device)

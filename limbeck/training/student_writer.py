@@ -16,10 +16,10 @@ from limbeck.models.generate import Completion, GenerationJob, Joint, SecondMode
 from limbeck.models.joint import Mixture, Speculation
 from limbeck.models.load import Model, head_of
 from limbeck.models.vllm import VllmWriter
-from limbeck.objectives.policy import POLICIES
+from limbeck.objectives.forward import TeacherView
+from limbeck.objectives.loss import STUDENT
 from limbeck.objectives.schedule import Schedule
-from limbeck.objectives.term import STUDENT, Term
-from limbeck.objectives.total import TeacherView
+from limbeck.objectives.term import Term
 from limbeck.progress import StoppedError
 from limbeck.training import distributed
 from limbeck.training.job import TrainingJob
@@ -129,24 +129,23 @@ def rollouts(
 
 
 def remember_scores(terms: Sequence[Term], view: Callable[[Batch], TeacherView]) -> Remembered | None:
-    """The teacher as one that scores whole responses first and shows the same again, where a policy needs that."""
+    """The teacher as one that scores whole responses first and shows the same again, where a loss needs that."""
     return Remembered(view) if _spanning(terms) else None
 
 
 def _spanning(terms: Sequence[Term]) -> list[Term]:
     """The terms that read numbers computed of whole responses."""
-    return [term for term in terms if term.name in POLICIES and POLICIES[term.name].prepare is not None]
+    return [term for term in terms if term.loss.spans_responses]
 
 
 def _columns(job: TrainingJob, scores: Remembered | None) -> Callable[[list[Row], float], list[Row]]:
-    """Adds what the job's policies read of whole responses."""
+    """Adds the columns that the job's losses make of whole responses."""
     if scores is None:
         return lambda rows, _: rows
     terms = _spanning(job.terms)
 
     def columns(rows: list[Row], progress: float) -> list[Row]:
-        policies = [(POLICIES[term.name], term.at_step(progress, job.objective.states).params) for term in terms]
-        return with_columns(rows, scores, policies)
+        return with_columns(rows, scores, [term.at_step(progress, job.objective.states) for term in terms])
 
     return columns
 

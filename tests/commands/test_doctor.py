@@ -18,7 +18,7 @@ from limbeck.config.recipe import load_recipe, parse
 from limbeck.data.batches import Row
 from limbeck.models.load import load_model, save_model
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.runs.pipeline import Run, run
 from limbeck.runs.resolve import terms_of
 from limbeck.signals.cache import SignalCache

@@ -24,12 +24,15 @@ from limbeck.models.bridge import TeacherOverBridge, Vocabularies
 from limbeck.models.byte_alignment import segments, tokens_of
 from limbeck.models.load import Model, head_of, hidden_states, save_model
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.objectives.bound import ModelPair
+from limbeck.objectives.distances import sorted_distance
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES, checked_params, sorted_distance
-from limbeck.objectives.dual import DualSpace, TeacherStates
+from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
+from limbeck.objectives.dual import DualSpace
+from limbeck.objectives.forward import Features, StudentForward, TeacherStates, TeacherView
 from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
-from limbeck.objectives.total import StudentForward, total_loss
+from limbeck.objectives.total import total_loss
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
@@ -442,7 +445,7 @@ def test_no_split_into_micro_batches_changes_a_bridged_loss(loss, tiny, other):
 
 def whole_loss(name, batches, student, bridged):
     term = make_term(name, {})
-    matches = {term.label: _bind(term, student.net, bridged.model.net, 1)} if term.divergence else {}
+    matches = {term.label: _bind(term, student.net, bridged.model.net, 1)} if term.loss.binds else {}
     student.net.zero_grad()
     amount, value = sum(batch.amount("token") for batch in batches), 0.0
     for batch in batches:
@@ -464,7 +467,8 @@ def whole_loss(name, batches, student, bridged):
 
 def dual_of(widths, seed=2):
     table = noise(V, widths[0], seed=8)
-    return DualSpace(widths, "forward_kl", 2.0, seed, lambda token_N: table[token_N], DenseSignal).double(), table
+    models = ModelPair((1, 1), widths, seed, embed=lambda token_N: table[token_N], dense=DenseSignal)
+    return DualSpace({"divergence": "forward_kl", "projection_rate": 2.0}, models).double(), table
 
 
 @pytest.mark.parametrize("crossed", [False, True])
@@ -479,7 +483,10 @@ def test_dual_space_from_its_formula(crossed):
     head, their_head = Head(noise(V, D, seed=5).requires_grad_()), Head(noise(W, E, seed=6))
     embedded = (noise(M, E, seed=7), noise(M, E, seed=9)) if crossed else None
     weight = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.5, 0.5]).double()
-    loss, value = dual(batch, hidden, head, TeacherStates(theirs, their_head, row_M, embedded), weight, 0.25)
+    states = TeacherStates(theirs, their_head, row_M, embedded)
+    data = StudentForward(batch, hidden, head, Features(), TeacherView(states=states))
+    part = dual.three_sums(data, states, weight, 0.25)
+    loss, value = part.loss, part.total
     assert float(loss.detach()) == pytest.approx(0.25 * value)
     # from the formula
     if crossed:

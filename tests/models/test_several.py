@@ -15,7 +15,7 @@ from limbeck.models.load import Model, save_model
 from limbeck.models.several import TeacherEnsemble
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES, checked_params
+from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.objectives.head import Head
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check

@@ -69,12 +69,12 @@ def test_values_and_gradient_are_the_definitions(temperature, softcap):
             values.append(sum(each) / len(each))
         return sum(values) / len(values) if values else 0.0
 
-    found = consistency(hidden, Head(weight, softcap=softcap), ends, temperature)
+    found = consistency(hidden, Head(weight, softcap=softcap), ends, temperature=temperature)
     assert found.tolist() == pytest.approx([slow(0), 0.0, 0.0], rel=1e-10) and found[0] > 0.01
     bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
     for given in ((hidden, weight), (hidden, weight, bias)):
         assert torch.autograd.gradcheck(
-            lambda h, *parts: consistency(h, Head(*parts, softcap=softcap), ends, temperature).sum(), given
+            lambda h, *parts: consistency(h, Head(*parts, softcap=softcap), ends, temperature=temperature).sum(), given
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import limbeck
 from limbeck.objectives.distribution import least_of_mass
-from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.on_logits import divergence
 
 # -- the definitions, on lists of numbers: floats for the value, scalars of torch for the gradient by autograd ----------

@@ -13,22 +13,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import limbeck
-from limbeck.objectives.feature import (
-    Contrast,
-    TaskFilters,
-    attention_kl,
-    attention_match,
-    cka_distance,
-    draw_negatives,
-    filtered_match,
-    hidden_match,
-    layer_map,
-    pair_name,
-    pooled,
-    projections,
-    relations,
-    value_relation,
-)
+from limbeck.objectives.attention import attention_kl, attention_match, relations, value_relation
+from limbeck.objectives.contrast import Contrast, draw_negatives, pooled
+from limbeck.objectives.hidden import TaskFilters, cka_distance, filtered_match, hidden_match
+from limbeck.objectives.layers import layer_map, pair_name, projections
 from limbeck.types import Batch, RecipeError
 
 ROW_N = torch.tensor([0, 0, 0, 1, 1])

@@ -10,23 +10,11 @@ import pytest
 import torch
 
 import limbeck
-from limbeck.objectives import policy
-from limbeck.objectives.policy import (
-    POLICIES,
-    RETURN_FORMS,
-    Responses,
-    checked_params,
-    grpo,
-    importance_weights,
-    kl_estimate,
-    kl_penalty,
-    length_weights,
-    minillm_returns,
-    policy_loss,
-    rloo,
-    teacher_mixed,
-    whiten,
-)
+from limbeck.objectives import policy, returns, rewards
+from limbeck.objectives.loss import Responses
+from limbeck.objectives.policy import POLICIES, checked_params, policy_loss
+from limbeck.objectives.returns import RETURN_FORMS, importance_weights, minillm_returns, teacher_mixed, whiten
+from limbeck.objectives.rewards import grpo, kl_estimate, kl_penalty, length_weights, rloo
 from limbeck.types import RecipeError, UserError
 
 
@@ -96,7 +84,7 @@ def test_every_registered_loss_says_what_it_is():
         assert known.name == name and known.formula and known.paper and known.fn.__doc__
         assert set(known.defaults) == set(known.ranges)
         assert checked_params(name, {}) == known.defaults
-        given = {column: columns(4, 1)[column] for column in known.reads}
+        given = {column: columns(4, 1)[column] for column in known.needed}
         assert torch.isfinite(policy_loss(name, -torch.ones(4), given)).all(), "a loss reads no more than it says"
 
 
@@ -182,7 +170,7 @@ def expected_gradient(values: torch.Tensor, sampler: torch.Tensor, logits: torch
 def test_k1_k2_k3_give_zero_reverse_and_forward_gradients(pair):
     p, logits, log_q = pair
     q = log_q.detach().exp()
-    k1 = policy._k1_k2_k3(log_q, p, "k1")
+    k1 = rewards._k1_k2_k3(log_q, p, "k1")
     assert expected_gradient(k1, log_q, logits).abs().max() < 1e-14
     assert closed_form(p, log_q).abs().max() > 0.01, "there was something to learn"
     for values in (kl_penalty(log_q, p, "k2"), policy_loss("kl_penalty_k2", log_q, {"reference_log_prob": p})):
@@ -338,7 +326,7 @@ FORMS = [
 
 
 def direct_returns(
-    rows: list[list[float]], how: policy.ReturnForm, weights: list[list[float]] | None = None
+    rows: list[list[float]], how: returns.ReturnForm, weights: list[list[float]] | None = None
 ) -> list[list[float]]:
     """The double sum with absolute exponents, in plain Python."""
     every = []
@@ -386,13 +374,13 @@ def test_the_forms_have_the_papers_and_the_codes_parts():
 
 def test_a_long_response_does_not_underflow_the_discount():
     log_ratio, mask = torch.ones(1, 4000), torch.ones(1, 4000)
-    got = minillm_returns(log_ratio, mask, policy.ReturnForm(own_token=True, gamma=0.9, length_norm=False))
+    got = minillm_returns(log_ratio, mask, returns.ReturnForm(own_token=True, gamma=0.9, length_norm=False))
     torch.testing.assert_close(got[0, :3000], torch.full((3000,), 10.0))
 
 
 def test_gamma_zero_leaves_the_own_token_or_nothing():
     log_ratio, mask = randn(2, 5, seed=72), torch.ones(2, 5)
-    own = policy.ReturnForm(own_token=True, gamma=0.0, length_norm=False)
+    own = returns.ReturnForm(own_token=True, gamma=0.0, length_norm=False)
     torch.testing.assert_close(minillm_returns(log_ratio, mask, own), log_ratio)
     assert (minillm_returns(log_ratio, mask, replace(own, own_token=False)) == 0).all()
 

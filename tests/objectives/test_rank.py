@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import limbeck
+from limbeck.objectives.preference import kto_baseline
 from limbeck.objectives.rank import (
     RANKINGS,
     Candidates,
-    bradley_terry,
     checked_ranking_params,
     clamped_baseline,
-    kto_baseline,
 )
+from limbeck.objectives.rewards import bradley_terry
 
 CASES = [
     ("dpo", {}), ("dpo", {"beta": 0.7, "label_smoothing": 0.2}), ("robust_dpo", {}), ("robust_dpo", {"beta": 0.5, "noise": 0.3}),

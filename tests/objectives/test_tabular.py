@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import limbeck
-from limbeck.objectives.policy import RETURN_FORMS, importance_weights, minillm_returns, policy_loss, teacher_mixed
+from limbeck.objectives.policy import policy_loss
+from limbeck.objectives.returns import RETURN_FORMS, importance_weights, minillm_returns, teacher_mixed
 
 V, T = 3, 3
 PREFIXES = [prefix for n in range(T) for prefix in itertools.product(range(V), repeat=n)]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from limbeck.objectives.bindable import BINDABLE
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import Block
-from limbeck.objectives.match import MATCHES
 from limbeck.objectives.on_logits import divergence
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS, Candidates
@@ -22,7 +22,7 @@ from limbeck.signals.dense import DenseRows
 from limbeck.types import RecipeError, UserError
 
 VOCABULARY = ["cross_entropy", *DIVERGENCES, *POLICIES]
-NAMES = [*VOCABULARY, *RANKINGS, *MATCHES]
+NAMES = [*VOCABULARY, *RANKINGS, *BINDABLE]
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -53,23 +53,24 @@ def test_every_name_makes_a_term_with_its_defaults(name):
     settled = term.at_step(0.5, {})
     assert term.name == name and term.label == settled.label == (f"{name}@student" if name in POLICIES else name)
     assert settled.weight == 1.0
-    if name in MATCHES:
-        assert (term.family, term.unit, term.match.values) == ("match", MATCHES[name].unit, MATCHES[name].defaults)
-        assert term.reads == {"teacher_features"} and not settled.params
+    if name in BINDABLE:
+        assert term.loss.binds and not term.loss.fused and term.settings.values == BINDABLE[name].defaults
+        assert term.unit == ("row" if name in ("contrast", "cka") else "token") and not settled.params
+        assert term.reads == {"teacher_states" if name == "dual_space" else "teacher_features"}
     elif name in RANKINGS:
         known = RANKINGS[name]
-        assert (term.family, term.unit, settled.params) == ("ranking", "group", known.defaults)
+        assert (term.loss.ranks, term.unit, settled.params) == (True, "group", known.defaults)
         assert term.reads == {"answers"} | ({f"reference_{known.reference}"} if known.reference != "none" else set())
     else:
-        assert (term.family, term.unit) == ("vocabulary", "token")
+        assert (term.loss.fused, term.unit) == (True, "token")
         known = DIVERGENCES.get(name) or POLICIES.get(name)
         assert settled.params == (known.defaults if known else {"label_smoothing": 0.0})
         if (
             name in POLICIES
         ):  # the teacher's log-probability, and what is made of whole responses, come from its distribution
-            made = {"teacher_log_prob"} | (set(known.reads) if known.prepare else set())
-            taught = {"teacher_distribution"} if made & set(known.reads) else set()
-            assert term.reads == set(known.reads) - made | taught | {"student"}
+            made = {"teacher_log_prob"} | (set(known.needed) if known.prepare else set())
+            taught = {"teacher_distribution"} if made & set(known.needed) else set()
+            assert term.reads == set(known.needed) - made | taught | {"student"}
         else:
             assert term.reads == {"tokens" if known is None else "teacher_distribution"}
 
@@ -82,7 +83,7 @@ def test_every_parameter_has_a_range_that_holds_its_default(name):
     assert known is None or known.ranges.keys() == known.defaults.keys()
 
 
-@pytest.mark.parametrize("name", [*VOCABULARY, *MATCHES])
+@pytest.mark.parametrize("name", [*VOCABULARY, *BINDABLE])
 def test_the_label_says_whose_text_it_is_limited_to(name):
     term = make_term(name, {"only": "student"})
     assert (term.label, term.only, term.at_step(0, {}).label) == (f"{name}@student", "student", f"{name}@student")
@@ -177,12 +178,12 @@ def test_a_terms_weight_and_a_parameter_of_that_name_are_two_things(name):
 def test_ktos_baseline_is_measured_unless_it_is_given():
     term, states = make_term("kto", {}), {}
     assert term.params["baseline"].shape == "measured" and term.at_step(0.0, states).params["baseline"] == 0.0
-    term.after(states, 0.1, loss=5.0, measured=0.75)
+    term.after(states, 0.1, loss=5.0, measured=(3.0, 4.0))
     assert term.at_step(0.1, states).params["baseline"] == 0.75 and states == {"kto.baseline": {"value": 0.75}}
     term.after(states, 0.2, loss=5.0, measured=None)
     assert term.at_step(0.2, states).params["baseline"] == 0.75, "a step without answers measures nothing"
     given = make_term("kto", {"baseline": 0.3})
-    given.after(states, 0.3, loss=5.0, measured=9.0)
+    given.after(states, 0.3, loss=5.0, measured=(9.0, 1.0))
     assert given.at_step(0.3, {}).params["baseline"] == 0.3
 
 
@@ -240,12 +241,12 @@ def columns(n: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", POLICIES)
 def test_policy_terms_equal_autograd_on_the_logits(name, given):
     policy, c = POLICIES[name], columns(6)
-    c = c if given == "all" else {key: c[key] for key in policy.reads}
+    c = c if given == "all" else {key: c[key] for key in policy.needed}
     b, student, _ = block(c)
     with torch.no_grad():  # as the head calls it
         values, gradient = make_term(name, {}).at_step(0.0, {}).values(b)
     log_prob = torch.log_softmax(student, -1).gather(-1, b.targets_R[:, None])[:, 0]
-    want = policy.fn(log_prob, {key: c[key] for key in (*policy.reads, *policy.optional) if key in c})
+    want = policy.fn(log_prob, {key: c[key] for key in (*policy.needed, *policy.optional) if key in c})
     torch.testing.assert_close(values, want.detach(), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(gradient, torch.autograd.grad(want.sum(), student)[0], rtol=1e-10, atol=1e-14)
     assert gradient.abs().max() > 0 and not values.requires_grad and not gradient.requires_grad
@@ -255,7 +256,7 @@ def test_policy_terms_equal_autograd_on_the_logits(name, given):
 def test_a_policy_term_without_its_columns_says_which(name):
     """The teacher's log-probability is taken from its distribution, where no column holds it."""
     b, _, _ = block()
-    lacking = [column for column in POLICIES[name].reads if column != "teacher_log_prob"]
+    lacking = [column for column in POLICIES[name].needed if column != "teacher_log_prob"]
     if not lacking:
         values, _ = make_term(name, {}).at_step(0.0, {}).values(b)
         p, q = b.teacher.p.log, b.q.log
@@ -272,7 +273,7 @@ def test_ranking_terms_give_a_value_per_group(name):
         torch.randint(1, 6, (4, 3), generator=torch.Generator().manual_seed(21)),
     )
     candidates = Candidates(log_prob, length, torch.ones(4, 3, dtype=torch.bool), randn(4, 3, seed=22) - 6)
-    values = make_term(name, {}).at_step(0.0, {}).group_values(candidates)
+    values = RANKINGS[name].values(candidates, make_term(name, {}).at_step(0.0, {}).params)
     torch.testing.assert_close(values, RANKINGS[name].fn(candidates))
     values.sum().backward()
     assert values.shape == (4,) and log_prob.grad.abs().sum() > 0

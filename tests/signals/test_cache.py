@@ -19,7 +19,7 @@ from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES, checked_params
+from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.runs.preflight import check

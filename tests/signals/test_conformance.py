@@ -26,7 +26,7 @@ from limbeck.models.score import ServerScorer
 from limbeck.models.several import TeacherEnsemble
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES, checked_params
+from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.signals.cache import SignalCache
 from limbeck.training.prepare import fill_cache
 from limbeck.types import Batch

@@ -17,11 +17,11 @@ from limbeck.data.batches import Row, make_batch
 from limbeck.models.load import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES, checked_params
-from limbeck.objectives.feature import Features
+from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
+from limbeck.objectives.forward import Features, StudentForward, TeacherView
 from limbeck.objectives.head import Head, TeacherSignal
 from limbeck.objectives.term import make_term
-from limbeck.objectives.total import StudentForward, TeacherView, total_loss
+from limbeck.objectives.total import total_loss
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.signals.cache import SignalCache
 from limbeck.signals.dense import DenseSignal

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import limbeck
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES, checked_params
+from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.objectives.head import Head
 from limbeck.objectives.supervised import cross_entropy
 from limbeck.signals.dense import DenseSignal

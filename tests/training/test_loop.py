@@ -16,8 +16,8 @@ from limbeck.models.load import hidden_states
 from limbeck.models.prune import drop_layers
 from limbeck.models.start import add_adapters, merge_adapters
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.objectives.forward import Sums
 from limbeck.objectives.term import make_term
-from limbeck.objectives.total import Sums
 from limbeck.training import loop as train
 from limbeck.training.job import Objective, TrainingJob
 from limbeck.types import UserError

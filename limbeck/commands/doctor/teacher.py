@@ -14,7 +14,7 @@ from torch import Tensor
 from limbeck.commands.doctor.patient import NothingToCheckError, Patient, response_targets, teacher_log_probs
 from limbeck.models.load import head_of
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.divergence import DIVERGENCES
+from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import Block
 from limbeck.signals.dense import DenseRows
 from limbeck.types import UserError
@@ -110,7 +110,11 @@ def check_zero(patient: Patient) -> str:
             continue
         p = Distribution(log_NV.clone())
         q = Distribution(log_NV.clone())
-        values_N, gradient_NV = replace(term, by=None).at_step(0.0, {}).values(Block(q, targets_N, DenseRows(p)))
+        values_N, gradient_NV = (
+            replace(term, settings=replace(term.settings, by=None))
+            .at_step(0.0, {})
+            .values(Block(q, targets_N, DenseRows(p)))
+        )
         if float(values_N.abs().max()) > ZERO or float(gradient_NV.abs().max()) > ZERO:
             raise UserError(
                 f"{term.label} is {float(values_N.abs().max()):.2g} nats for a student that equals its teacher, not 0:"

@@ -1,0 +1,62 @@
+"""What a loss may be told about a recipe, so that it can refuse what it can't be trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Together = Literal["mean", "least_cross_entropy", "uncertainty"]
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """The text that a recipe trains on.
+
+    Args:
+        writers: who writes it: corpus, teacher, untouched, student.
+        tags: what `only` may name; None where that is not known before the text is written.
+        others_tags: the tags of text that is certainly not the student's own.
+        fixed: some text is there before the training.
+        all_preferred: every text is a preferred answer of somebody other than the student.
+        several_answers: prompts have, or may get, more than one answer.
+        ranked_answers: the answers to a prompt have an order, the preferred one first.
+        columns: columns that the recipe's losses write beside each token, such as importance_weight.
+        temperature: that of the student's own text, if it writes.
+        reuses_rollouts: the student's text may be older than the step that trains on it.
+        copy_writes: the student's text is written by a copy of it in another precision.
+        teacher_prompts: the teacher is shown other prompts than the student.
+        self_taught: the teacher has the student's own weights.
+        mixed_tag: the tag of rows whose embeddings are mixed with another's, if there are such rows.
+    """
+
+    writers: frozenset[str] = frozenset({"teacher"})
+    tags: frozenset[str] | None = None
+    others_tags: frozenset[str] = frozenset({"teacher"})
+    fixed: bool = True
+    all_preferred: bool = True
+    several_answers: bool = False
+    ranked_answers: bool = False
+    columns: frozenset[str] = frozenset()
+    temperature: float | None = None
+    reuses_rollouts: bool = False
+    copy_writes: bool = False
+    teacher_prompts: bool = False
+    self_taught: bool = False
+    mixed_tag: str | None = None
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """How a recipe's teacher is read.
+
+    Args:
+        bridged: it has another tokenizer than the student.
+        written_elsewhere: where the two tokenizers do not meet, the written token alone is taught.
+        cached: its distributions are stored before the training.
+        together: how several teachers are combined, if there are several.
+    """
+
+    bridged: bool = False
+    written_elsewhere: bool = False
+    cached: bool = False
+    together: Together | None = None
