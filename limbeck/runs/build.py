@@ -14,8 +14,8 @@ from limbeck.config.sections import JointSettings, Rollout
 from limbeck.elicit.flow import Step
 from limbeck.elicit.prompts import Prompt, load_prompts
 from limbeck.elicit.steps import STEPS
-from limbeck.evaluate.perturb import perturbed
-from limbeck.evaluate.tasks import Task, load_task
+from limbeck.evaluate.task import Task
+from limbeck.evaluate.tasks import tasks_of
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import BridgedTeacher
@@ -193,17 +193,8 @@ def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def tasks(recipe: Recipe) -> list[Task]:
-    """The tasks named beside `fidelity`; `NAME@HOW` is the task NAME asked in another way."""
-    found = []
-    for name in (name for name in recipe.evaluate.metrics if name != "fidelity"):
-        plain, _, how = name.partition("@")
-        task = load_task(plain, recipe.evaluate.limit)
-        found.append(perturbed(task, how) if how else task)
-    if twice := {task.name for task in found if [other.name for other in found].count(task.name) > 1}:
-        raise RecipeError("evaluate.metrics", f"the task {min(twice)} stands twice; leave one out")
-    if len(found) == len(recipe.evaluate.metrics):
-        raise RecipeError("evaluate.metrics", "fidelity is always measured, so list it")
-    return found
+    """The tasks that the recipe names."""
+    return tasks_of(recipe.evaluate.metrics, recipe.evaluate.limit)
 
 
 SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")

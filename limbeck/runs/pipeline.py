@@ -20,7 +20,8 @@ from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.engine import Answerer
 from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
-from limbeck.evaluate.measure import Bench, Measured
+from limbeck.evaluate.measure import Bench
+from limbeck.evaluate.records import SystemRecords
 from limbeck.models.api import ApiTeacher
 from limbeck.models.load import Model, header_of, is_ready, load_config, load_tokenizer, save_model
 from limbeck.models.prune import Calibration, Choice
@@ -39,8 +40,8 @@ from limbeck.runs.preflight import check
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
-from limbeck.training import controls
 from limbeck.training import loop as training_loop
+from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.scorer import ModelScorer
 from limbeck.training.setup import Teacher, let_write, make_job
 from limbeck.types import Message, Sample, UserError
@@ -369,13 +370,17 @@ class Run:
 
     def control_rows(self, name: str, rows: list[data.Row], student: Model) -> list[data.Row]:
         """What a control is fine-tuned on; `rows` is the student's own training text."""
-        if name == "gold_control":
-            return self.rows(controls.gold_samples(self.text.prompts[0]), student)
-        answers = controls.preferred(rows) if rows else self.rows(self.text.by_others(), student)
-        return (
-            controls.shuffled(answers, self.recipe.text_seed, student.max_length)
-            if name == "shuffled_control"
-            else answers
+        control = CONTROLS[name]
+        assert control.rows is not None
+        return control.rows(
+            ControlData(
+                student_rows=rows,
+                prompts=self.text.prompts[0],
+                others_text=self.text.by_others,
+                encode=lambda samples: self.rows(samples, student),
+                seed=self.recipe.text_seed,
+                max_length=student.max_length,
+            )
         )
 
     def home(self, name: str) -> str:
@@ -396,8 +401,9 @@ class Run:
                 raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
         bench = self.bench(self.path("evaluation"))
         systems = {"teacher": [self.measured_teacher(bench)]}
-        if "untouched" in self.recipe.evaluate.controls:
-            systems["untouched"] = [bench.measure("untouched", self.untouched)]
+        for name in self.recipe.evaluate.controls:
+            if not CONTROLS[name].is_trained:
+                systems[name] = [bench.measure(name, self.untouched)]
         for name in (*self.controls(), "student"):
             systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
         evaluation.write_summary(self.recipe, bench, self.text, systems)
@@ -405,10 +411,16 @@ class Run:
     def bench(self, folder: Path) -> Bench:
         """Where systems are measured, and their records kept."""
         return evaluation.bench(
-            self.recipe, folder, self.bench_teacher, self.reader, self.text, self.held_out_rows(), self.progress
+            self.recipe,
+            folder,
+            teacher=self.bench_teacher,
+            reader=self.reader,
+            text=self.text,
+            rows=self.held_out_rows(),
+            progress=self.progress,
         )
 
-    def measured_teacher(self, bench: Bench) -> Measured:
+    def measured_teacher(self, bench: Bench) -> SystemRecords:
         """The teacher as a system: in process, or by what its server says."""
         if self.bench_teacher is None:
             return bench.by_text("teacher", self.text.said)

@@ -15,6 +15,7 @@ from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.term import CROSS_ENTROPY, STUDENT, Term
 from limbeck.runs import build
 from limbeck.runs.cost import TEACHER_EVIDENCE
+from limbeck.training.controls import check_controls
 from limbeck.types import RecipeError, nearest
 
 
@@ -27,6 +28,7 @@ def validate(recipe: Recipe) -> None:
     _check_writers(recipe)
     build.steps(recipe)
     training, _ = build.prompts(recipe)
+    check_controls(recipe, training)
     _check_student_writer(recipe)
     _check_teacher(recipe, training)
     for index, term in enumerate(build.terms(recipe)):
@@ -38,11 +40,6 @@ def validate(recipe: Recipe) -> None:
                 "evaluate.metrics",
                 f"{len(leak)} items of the task {task.name} are training prompts too, such as {leak[0]}",
             )
-    if "gold_control" in recipe.evaluate.controls and not any(prompt.answers for prompt in training):
-        raise RecipeError(
-            "evaluate.controls",
-            "gold_control needs an answer beside the training prompts, and none has one; leave it out",
-        )
     if any(writer.by == "corpus" for writer in recipe.writer):
         for prompt in training:
             if not prompt.answers:
@@ -60,11 +57,6 @@ def _check_writers(recipe: Recipe) -> None:
     if not others and prune is not None and prune.keep in ("importance", "block_influence"):
         raise RecipeError(
             "writer", f"prune.keep: {prune.keep} is judged on others' text; add a writer, or set keep: uniform"
-        )
-    none_preferred = not others or (recipe.all_answer and recipe.writer[0].by in ("untouched", "student"))
-    if {"sft_control", "shuffled_control"} & set(recipe.evaluate.controls) and none_preferred:
-        raise RecipeError(
-            "evaluate.controls", "fine-tuning needs preferred text of a teacher or corpus; set controls: [untouched]"
         )
 
 

@@ -11,7 +11,7 @@ import limbeck
 from limbeck.config.recipe import parse
 from limbeck.data.batches import Row
 from limbeck.elicit.verify import verify
-from limbeck.evaluate.fidelity import Text, fidelity
+from limbeck.evaluate.fidelity import EvaluationText, fidelity
 from limbeck.evaluate.tasks import load_task
 from limbeck.progress import Silent
 from limbeck.runs import build
@@ -171,7 +171,7 @@ def test_what_a_student_thinks_alone_is_what_it_thinks_beside_a_teacher(tiny):
 
     rows = [Row("a", (1, 2, 3), (4, 5, 6, 7)), Row("b", (1, 2), (3, 4))]
     torch.manual_seed(0)
-    alone, beside = (fidelity(tiny, Text(rows, teacher)) for teacher in (None, InProcessTeacher(tiny)))
+    alone, beside = (fidelity(tiny, EvaluationText(rows, teacher)) for teacher in (None, InProcessTeacher(tiny)))
     for one, other in zip(alone, beside, strict=True):
         assert set(one.sums) == {"nll", "entropy", "wrong"} and one.tokens == other.tokens
         for name, value in one.sums.items():
