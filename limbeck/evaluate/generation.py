@@ -103,7 +103,7 @@ def _mean(draws: Sequence[Mapping[str, Any]], key: str) -> float:
     return sum(float(draw[key]) for draw in draws) / len(draws)
 
 
-class Generation(TaskKind):
+class GenerationKind(TaskKind):
     name = "generation"
     settings = GenerationSettings
     metrics = {  # noqa: RUF012

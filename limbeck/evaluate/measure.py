@@ -144,7 +144,7 @@ class Bench:
         write = partial(self._ask_server, ask)
         results = {}
         for task in protocol.tasks:
-            run = partial(run_task_by_text, task, write, by_prompt, protocol.max_tokens)
+            run = partial(run_task_by_text, task, write, answers=by_prompt, max_tokens=protocol.max_tokens)
             results[task.name] = self._cached(f"task-{task.name}+{name}.jsonl", ItemResult, run)
         return SystemRecords(
             name=name, fidelity=[], own=[], own_text=[], free=[], answers=answers, tasks=results, efficiency={}

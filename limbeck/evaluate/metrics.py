@@ -8,8 +8,9 @@ Shapes: R response positions of a block, I items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -82,16 +83,17 @@ class TokenRatio(MetricSource):
 
 
 class OwnTextMean(MetricSource):
-    """The mean over the system's own answers of a fact that is kept beside each; None counts for nothing."""
+    """The mean over the system's own answers of `value`, a function of an answer's facts (text, tokens, finished,
+    repetition); None counts for nothing."""
 
-    def __init__(self, fact: str) -> None:
-        self.fact = fact
+    def __init__(self, value: Callable[[Mapping[str, Any]], float | None]) -> None:
+        self.value = value
 
     def column(self, records: SystemRecords) -> Column:
         pairs = [
-            (item.sample_id, float(facts[self.fact]))
+            (item.sample_id, float(value))
             for item, facts in zip(records.own, records.own_text, strict=True)
-            if facts[self.fact] is not None
+            if (value := self.value(facts)) is not None
         ]
         return Column.of([sample_id for sample_id, _ in pairs], [value for _, value in pairs])
 
@@ -167,44 +169,43 @@ COMMON_FIVE = TokenSum("top5", _common_choices)
 WRONG = TokenSum("wrong", lambda block: block.is_wrong.float(), reads_teacher=False)
 SAME_WRONG = TokenSum("same_wrong", lambda block: (block.is_wrong & (block.first == block.teacher_first)).float())
 
+
+def _held_out(title: str, unit: str, better: Better, top: TokenSum, per: TokenSum | None = None) -> SystemMetric:
+    return SystemMetric(title, unit, better, group=HELD_OUT, source=TokenRatio("held_out", top, per))
+
+
+def _own(title: str, unit: str, better: Better, top: TokenSum) -> SystemMetric:
+    return SystemMetric(title, unit, better, group=OWN, source=TokenRatio("own", top))
+
+
 # the order is that of the report's columns
 METRICS: dict[str, SystemMetric] = {
-    "forward_kl": SystemMetric("Forward KL", "nats a token", "low", HELD_OUT, TokenRatio("held_out", FORWARD_KL)),
-    "reverse_kl": SystemMetric("Reverse KL", "nats a token", "low", HELD_OUT, TokenRatio("held_out", REVERSE_KL)),
-    "jsd": SystemMetric("Jensen-Shannon", "nats, at most 0.69", "low", HELD_OUT, TokenRatio("held_out", JSD)),
-    "tvd": SystemMetric("Total variation", "0 to 1", "low", HELD_OUT, TokenRatio("held_out", TVD)),
-    "top1_agreement": SystemMetric(
-        "Same first choice", "share of tokens", "high", HELD_OUT, TokenRatio("held_out", SAME_FIRST)
-    ),
-    "top5_overlap": SystemMetric(
-        "Common among first five", "share", "high", HELD_OUT, TokenRatio("held_out", COMMON_FIVE)
-    ),
-    "entropy": SystemMetric("Entropy", "nats a token", "none", HELD_OUT, TokenRatio("held_out", ENTROPY)),
-    "nll": SystemMetric("Negative log-likelihood", "nats a token", "low", HELD_OUT, TokenRatio("held_out", NLL)),
+    "forward_kl": _held_out("Forward KL", "nats a token", "low", FORWARD_KL),
+    "reverse_kl": _held_out("Reverse KL", "nats a token", "low", REVERSE_KL),
+    "jsd": _held_out("Jensen-Shannon", "nats, at most 0.69", "low", JSD),
+    "tvd": _held_out("Total variation", "0 to 1", "low", TVD),
+    "top1_agreement": _held_out("Same first choice", "share of tokens", "high", SAME_FIRST),
+    "top5_overlap": _held_out("Common among first five", "share", "high", COMMON_FIVE),
+    "entropy": _held_out("Entropy", "nats a token", "none", ENTROPY),
+    "nll": _held_out("Negative log-likelihood", "nats a token", "low", NLL),
     "perplexity": SystemMetric("Perplexity", "of the teacher's text", "low", HELD_OUT, exponential_of="nll"),
-    "own_forward_kl": SystemMetric("Forward KL", "nats a token", "low", OWN, TokenRatio("own", FORWARD_KL)),
-    "own_reverse_kl": SystemMetric("Reverse KL", "nats a token", "low", OWN, TokenRatio("own", REVERSE_KL)),
-    "own_top1_agreement": SystemMetric(
-        "Same first choice", "share of tokens", "high", OWN, TokenRatio("own", SAME_FIRST)
-    ),
-    "own_entropy": SystemMetric("Entropy", "nats a token", "none", OWN, TokenRatio("own", ENTROPY)),
-    "own_teacher_nll": SystemMetric(
-        "Teacher's negative log-likelihood", "nats a token", "low", OWN, TokenRatio("own", TEACHER_NLL)
-    ),
+    "own_forward_kl": _own("Forward KL", "nats a token", "low", FORWARD_KL),
+    "own_reverse_kl": _own("Reverse KL", "nats a token", "low", REVERSE_KL),
+    "own_top1_agreement": _own("Same first choice", "share of tokens", "high", SAME_FIRST),
+    "own_entropy": _own("Entropy", "nats a token", "none", ENTROPY),
+    "own_teacher_nll": _own("Teacher's negative log-likelihood", "nats a token", "low", TEACHER_NLL),
     "own_teacher_perplexity": SystemMetric(
         "Teacher's perplexity", "of its text", "low", OWN, exponential_of="own_teacher_nll"
     ),
-    "agree_when_wrong": SystemMetric(
-        "Same error as the teacher",
-        "share of its errors",
-        "none",
-        HELD_OUT,
-        TokenRatio("held_out", SAME_WRONG, WRONG),
+    "agree_when_wrong": _held_out("Same error as the teacher", "share of its errors", "none", SAME_WRONG, per=WRONG),
+    "own_tokens": SystemMetric("Length", "tokens an answer", "none", OWN, source=OwnTextMean(itemgetter("tokens"))),
+    "own_finished": SystemMetric(
+        "Finished", "share of answers", "none", OWN, source=OwnTextMean(itemgetter("finished"))
     ),
-    "own_tokens": SystemMetric("Length", "tokens an answer", "none", OWN, OwnTextMean("tokens")),
-    "own_finished": SystemMetric("Finished", "share of answers", "none", OWN, OwnTextMean("finished")),
-    "own_repetition": SystemMetric("Repetition", "share of 4-grams", "low", OWN, OwnTextMean("repetition")),
-    "ece": SystemMetric("Calibration error", "ECE, 10 bins, first choices", "low", HELD_OUT, CalibrationError()),
+    "own_repetition": SystemMetric(
+        "Repetition", "share of 4-grams", "low", OWN, source=OwnTextMean(itemgetter("repetition"))
+    ),
+    "ece": SystemMetric("Calibration error", "ECE, 10 bins, first choices", "low", HELD_OUT, source=CalibrationError()),
 }
 
 

@@ -44,7 +44,7 @@ def score_rankings(
     return results
 
 
-class Ranking(TaskKind):
+class RankingKind(TaskKind):
     name = "ranking"
     settings = RankingSettings
     metrics = {"ndcg": TaskMetric("nDCG", "high")}  # noqa: RUF012

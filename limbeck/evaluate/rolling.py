@@ -80,7 +80,7 @@ def perplexity(results: Sequence[ItemResult], unit: str) -> Interval | None:
     return Interval(math.exp(nats.value), math.exp(nats.low), math.exp(nats.high), nats.n)
 
 
-class Perplexity(TaskKind):
+class PerplexityKind(TaskKind):
     name = "perplexity"
     settings = PassageSettings
     metrics = {  # noqa: RUF012

@@ -15,19 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from limbeck.config.builtin import task_folders
 from limbeck.evaluate.choice import CLASSIFICATION, MULTIPLE_CHOICE
-from limbeck.evaluate.generation import Generation
+from limbeck.evaluate.generation import GenerationKind
 from limbeck.evaluate.items import read_items
 from limbeck.evaluate.perturb import perturbed
-from limbeck.evaluate.ranking import Ranking
+from limbeck.evaluate.ranking import RankingKind
 from limbeck.evaluate.records import CheckedAnswer, ItemResult, Progress
-from limbeck.evaluate.rolling import Perplexity
+from limbeck.evaluate.rolling import PerplexityKind
 from limbeck.evaluate.statistics import Interval, ratio_interval
 from limbeck.evaluate.task import GreedyAnswers, Task, TaskKind, WriteAnswers
 from limbeck.models.load import Model
 from limbeck.types import NAME, RecipeError, UserError, nearest
 
 KINDS: dict[str, TaskKind] = {
-    kind.name: kind for kind in (Generation(), MULTIPLE_CHOICE, CLASSIFICATION, Perplexity(), Ranking())
+    kind.name: kind for kind in (GenerationKind(), MULTIPLE_CHOICE, CLASSIFICATION, PerplexityKind(), RankingKind())
 }
 MAX_BYTES = 64 * 1024
 Section = TypeVar("Section", bound=BaseModel)

@@ -33,7 +33,7 @@ ROWS = [Row(f"s{i}", (5, 6, 7), (20 + i, 21, 0)) for i in range(3)]
 def test_a_metric_is_one_entry_from_the_distributions_to_the_report(tiny, monkeypatch):
     """The probability of the text's own token, averaged over tokens."""
     prob = TokenSum("prob", lambda block: block.q.prob.gather(-1, block.targets_R1)[:, 0], reads_teacher=False)
-    metric = SystemMetric("Token probability", "share", "high", HELD_OUT, TokenRatio("held_out", prob))
+    metric = SystemMetric("Token probability", "share", "high", HELD_OUT, source=TokenRatio("held_out", prob))
     monkeypatch.setitem(METRICS, "token_probability", metric)
     items = fidelity(tiny, EvaluationText(ROWS, InProcessTeacher(tiny)))
     summary = summarise({"a": [SystemRecords("a", items, [], [], [], [], {}, {})]}, [], [])
