@@ -105,7 +105,7 @@ class TemplateSettings(TaskSettings):
 class GenerationSettings(TemplateSettings):
     """Greedy (temperature 0) unless sampled: one answer for each of `seeds`, or `samples` of them (seeds 0, 1, ...).
 
-    `pass_at` asks for pass@k over the samples. Without `max_tokens`, the run's own limit holds. `stemmer` is ROUGE's.
+    `pass_at` asks for pass@k over the samples. Without `max_tokens`, the run's own limit applies. `stemmer` is ROUGE's.
     """
 
     format: Literal["plain", "chat"] = "chat"
@@ -124,7 +124,7 @@ class GenerationSettings(TemplateSettings):
         if self.seeds is not None and self.samples is not None:
             raise ValueError("give seeds or samples, not both")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands twice in seeds, so its answer would count twice")
+            raise ValueError("a seed is given twice in seeds, so its answer would count twice; leave one out")
         if self.temperature == 0 and self.draws != (0,):
             raise ValueError(
                 "at temperature 0 every answer is the same; set a temperature above 0, or leave seeds and samples out"
@@ -149,7 +149,7 @@ class GenerationSettings(TemplateSettings):
 
 
 class ChoiceSettings(TemplateSettings):
-    """Every field that the template names must stand in every item."""
+    """Every item must have every field that the template names."""
 
     template: str = "Question: {question}\nAnswer:"
 
@@ -158,7 +158,7 @@ class ChoiceSettings(TemplateSettings):
         if not self.placeholders:
             raise ValueError("template must name a field of the items, such as {question}")
         if reserved := {"id", "kind", "choices", "answer"} & set(self.placeholders):
-            raise ValueError(f"template can't name {min(reserved)}: it is no text of the question")
+            raise ValueError(f"template can't name {min(reserved)}: that is not a text of the question")
         return self
 
 
@@ -172,7 +172,7 @@ class LabelSettings(TemplateSettings):
     def _agree(self) -> LabelSettings:
         self._require("text")
         if len(set(self.labels)) < len(self.labels):
-            raise ValueError("a label stands twice in labels")
+            raise ValueError("a label is given twice in labels; leave one out")
         return self
 
 
@@ -302,7 +302,7 @@ def read_items(
             raise UserError(f"{place}: must be a JSON object, such as {{...}}")
         ident = f"{prefix}{data.get('id', f'line-{number}')}"
         if ident in idents:
-            raise UserError(f"{place}: the id {data.get('id')!r} stands twice")
+            raise UserError(f"{place}: the id {data.get('id')!r} is given twice")
         idents.add(ident)
         items.append(parse(data, ident, place, settings))
     if not items:

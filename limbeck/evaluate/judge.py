@@ -176,8 +176,8 @@ def load_or_judge(
 
 
 def question(prompt: str, a: str, b: str, control: Collection[str] = ()) -> tuple[Message, ...]:
-    """The judge's conversation about two answers. `control` are its tokenizer's own control tokens, beside the usual
-    ones."""
+    """The judge's conversation about two answers. `control` are its tokenizer's own control tokens, in addition to the
+    usual ones."""
     parts = {"prompt": fenced(prompt, control), "a": fenced(a, control), "b": fenced(b, control)}
     content = re.sub(r"\{(prompt|a|b)\}", lambda match: parts[match[1]], INSTRUCTION)
     return ({"role": "user", "content": content},)

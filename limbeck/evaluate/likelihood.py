@@ -108,7 +108,7 @@ def log_probs(
 
 
 def _shared_rows(continuations: Sequence[Continuation]) -> dict[int, list[int]]:
-    """{continuation to run: continuations whose positions it holds}. In lexical order a prefix stands right before its
+    """{continuation to run: continuations whose positions it holds}. In lexical order a prefix comes right before its
     extensions."""
     order = sorted(range(len(continuations)), key=lambda index: continuations[index].inputs)
     shared: dict[int, list[int]] = {}

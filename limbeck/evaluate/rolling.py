@@ -25,8 +25,8 @@ LARGEST = 700.0  # exp of more is no longer a double
 
 
 def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, first, end) of every window over a document of so many tokens, which stand at 1 to `tokens`; 0 is the
-    start token.
+    """(begin, first, end) of every window over a document; its tokens have positions 1 to `tokens`, and 0 is the start
+    token.
 
     A window holds positions begin to end - 1, at most `window` of them, and scores first to end - 1.
     """

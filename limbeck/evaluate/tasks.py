@@ -1,7 +1,7 @@
 """Tasks as versioned data: a folder with task.yaml and its items, one JSON object per line.
 
-A task is data: it names no code, and files beside task.yaml only. What a task of some kind asks and how it is scored
-is the kind's business: see KINDS.
+A task is data: it names no code, and only files in its own folder. Its kind (see KINDS) decides how it is asked and
+scored.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _TaskFile(BaseModel):
 
 
 def tasks_of(metrics: Sequence[str], limit: int | None = None) -> list[Task]:
-    """The tasks that `evaluate.metrics` names beside `fidelity`; `NAME@HOW` is the task NAME asked in another way.
+    """The tasks in `evaluate.metrics`, which also holds `fidelity`; `NAME@HOW` is the task NAME asked in another way.
 
     Raises:
         RecipeError: no such task, one named twice, or no `fidelity`.
@@ -65,7 +65,7 @@ def tasks_of(metrics: Sequence[str], limit: int | None = None) -> list[Task]:
         tasks.append(perturbed(task, how) if how else task)
     names = [task.name for task in tasks]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise RecipeError("evaluate.metrics", f"the task {min(twice)} stands twice; leave one out")
+        raise RecipeError("evaluate.metrics", f"the task {min(twice)} is given twice; leave one out")
     if len(tasks) == len(metrics):
         raise RecipeError("evaluate.metrics", "fidelity is always measured, so list it")
     return tasks
@@ -105,8 +105,8 @@ def load_task(name_or_path: str, limit: int | None = None, path: str = "evaluate
         if not kind.takes_references:
             able = " or ".join(name for name, other in KINDS.items() if other.takes_references)
             raise UserError(f"{file}: only a task of kind {able} has references; leave the key out")
-        references = _beside(folder, data.references)
-    items = read_items(_beside(folder, data.test), f"{data.name}/", kind.parse, protocol, references=references)
+        references = _file_in(folder, data.references)
+    items = read_items(_file_in(folder, data.test), f"{data.name}/", kind.parse, protocol, references=references)
     return Task(
         name=data.name,
         version=data.version,
@@ -132,10 +132,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return data
 
 
-def _beside(folder: Path, name: str) -> Path:
+def _file_in(folder: Path, name: str) -> Path:
     """A file in the task's own folder: a task that came from elsewhere reads nothing else."""
     if Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"{folder / 'task.yaml'}: {name!r} must be the name of a file beside it, without any folder")
+        raise UserError(
+            f"{folder / 'task.yaml'}: {name!r} must be the name of a file in the same folder, without any folder"
+        )
     return folder / name
 
 

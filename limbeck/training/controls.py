@@ -50,7 +50,7 @@ class Control:
     Args:
         rows: what it is fine-tuned on, with cross-entropy; None for the start itself, which is not trained.
         refusal: why the recipe with its training prompts can't have it, and the remedy; None where it can.
-        extra_text: (id, text) that it reads beside the student's training text, to be searched for test items.
+        extra_text: (id, text) that it reads in addition to the student's training text, to be searched for test items.
         same_as_fine_tuning: it equals the student of a recipe that is plain fine-tuning, so that is not trained twice.
     """
 

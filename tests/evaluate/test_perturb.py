@@ -73,7 +73,7 @@ def test_recipes_name_them():
     for metric, words in (
         ("everyday@tpyos", "did you mean 'typos'"),
         ("passages@typos", "asks no question"),
-        ("everyday", "stands twice"),
+        ("everyday", "is given twice"),
     ):
         with pytest.raises(RecipeError, match=words):
             tasks_of(["fidelity", "everyday", metric])

@@ -112,10 +112,10 @@ def test_an_unknown_task_is_named_with_the_nearest(tmp_path):
         ("settings: {temprature: 1}\n", "settings: temprature is unknown; did you mean 'temperature'?"),
         ("settings: {seeds: [1, 2]}\n", "at temperature 0 every answer is the same"), ("settings: {temperature: -1}\n", "temperature"),
         ("settings: {temperature: 1, samples: 4, pass_at: [5]}\n", "raise samples"), ("settings: {temperature: 1, samples: 4, seeds: [1]}\n", "not both"),
-        ("settings: {temperature: 1, seeds: [1, 1]}\n", "stands twice"), ("settings: {template: 'Say {x}'}\n", "template must name {prompt}"),
+        ("settings: {temperature: 1, seeds: [1, 1]}\n", "is given twice"), ("settings: {template: 'Say {x}'}\n", "template must name {prompt}"),
         ("metrics: [acc]\n", "can't give the metric 'acc'"), ("metrics: [rouge_l]\n", "can't give the metric 'rouge_l'"),
         ("test: ../test.jsonl\n", "without any folder"), ("test: none.jsonl\n", "can't read"), ("name: A/B\n", "name 'A/B'"), ("name: fidelity\n", "not fidelity"),
-        ("kind: classification\n", "labels is required"), ("kind: classification\nsettings: {labels: [a, a]}\n", "stands twice"),
+        ("kind: classification\n", "labels is required"), ("kind: classification\nsettings: {labels: [a, a]}\n", "is given twice"),
         ("kind: perplexity\nsettings: {window: 8, stride: 8}\n", "stride 8 must be below the window"), ("kind: ranking\nsettings: {k: []}\n", "settings: k"),
         ("kind: multiple_choice\nsettings: {template: 'Answer:'}\n", "must name a field"), ("kind: multiple_choice\nsettings: {template: '{answer}'}\n", "can't name answer"),
         ("kind: perplexity\nreferences: refs.jsonl\n", "only a task of kind generation"),
@@ -155,7 +155,7 @@ def test_labels_ids_and_empty_tasks_are_checked(tmp_path):
     labels = "kind: classification\nsettings: {labels: [spam, fine]}\n"
     with pytest.raises(UserError, match="line 1: 'spma' is not one of the task's labels; did you mean 'spam'"):
         load_task(write(tmp_path / "a", labels, {"text": "t", "label": "spma"}))
-    with pytest.raises(UserError, match="line 2: the id 'x' stands twice"):
+    with pytest.raises(UserError, match="line 2: the id 'x' is given twice"):
         load_task(write(tmp_path / "b", "", {"id": "x", "prompt": "p"}, {"id": "x", "prompt": "q"}))
     with pytest.raises(UserError, match="holds no item"):
         load_task(write(tmp_path / "c", "", "", "  "))

@@ -105,8 +105,8 @@ class TokenServer(TextServer):
             if token in likely:
                 return likely[token], max(likely, key=lambda id_: likely[id_]) == token
         raise UserError(
-            f"the server names {len(likely)} tokens that may come next, and token {token} is none: is --tokenizer its"
-            " model's?"
+            f"the server names {len(likely)} tokens that may come next, and token {token} is not among them: is"
+            " --tokenizer its model's?"
         )
 
 

@@ -98,9 +98,9 @@ def harness(
         out: a JSON file; for a run folder, evaluation/harness.json by default. Every item goes to harness-TASK.jsonl in
             the same folder.
         limit: how many items of each task, the first ones.
-        chat: put other programs' tasks through the model's chat template (Limbeck's own say so themselves).
+        chat: put tasks through the model's chat template (Limbeck's own tasks decide that themselves).
         base_url: of an OpenAI-compatible server, such as http://localhost:8000/v1.
-        tokenizer: whose tokenizer the server's model has; likelihood tasks need it.
+        tokenizer: a model with the tokenizer of the server's; likelihood tasks need it.
         note: called with a message before anything slow.
 
     Returns:
@@ -199,7 +199,7 @@ def _task_groups(names: Sequence[str], chat: bool, max_tokens: int, note: Callab
         groups.append(TaskGroup(loaded["tasks"], loaded.get("groups", {}), in_chat, apart))
     loaded_names = [task for group in groups for task in group.tasks]
     if twice := sorted({task for task in loaded_names if loaded_names.count(task) > 1}):
-        raise UserError(f"the task {twice[0]} stands twice among those given; leave one out")
+        raise UserError(f"the task {twice[0]} is given twice; leave one out")
     return groups
 
 
