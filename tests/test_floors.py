@@ -108,7 +108,7 @@ def test_nothing_that_runs_what_it_reads(file):
     """No pickle, no eval, one template engine in one file, subprocesses only where weights are fetched and verifiers need a process of
     their own."""
     allowed = {
-        "jinja2": {"report.page", "harness.run"},
+        "jinja2": {"report.page", "commands.harness.run"},
         "subprocess": {"models.named", "elicit.equivalence", "elicit.sandbox"},
         "pickle": set(),
         "marshal": set(),

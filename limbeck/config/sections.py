@@ -243,10 +243,7 @@ class Evaluate(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] = 96
     own_prompts: Annotated[int, Field(ge=1)] | None = None
-    controls: list[Literal["untouched", "sft_control", "gold_control", "shuffled_control"]] = [
-        "untouched",
-        "sft_control",
-    ]
+    controls: list[str] = ["untouched", "sft_control"]  # names in training.controls.CONTROLS
     judge: str | None = None
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from limbeck.evaluate.statistics import CHUNK, LEVEL, RESAMPLES, Interval
+from limbeck.config.significance import CONFIDENCE
+from limbeck.evaluate.statistics import CHUNK, RESAMPLES, Interval
 from limbeck.types import UserError
 
 BINS = 10
@@ -56,7 +57,7 @@ class Reliability:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[float]]) -> Reliability:
-        """What `rows` gave. No rows at all: an empty table."""
+        """The table that `rows` returned. No rows at all: an empty table."""
         count, confidence, correct = zip(*(rows or [[0, 0.0, 0.0]] * BINS), strict=True)
         return cls(tuple(map(int, count)), tuple(map(float, confidence)), tuple(map(float, correct)))
 
@@ -92,7 +93,7 @@ def ece(table: Reliability) -> float:
 def ece_interval(tables: Sequence[Reliability], seed: int = 0) -> Interval:
     """ECE over items with its bootstrap interval; an item's predictions stay together.
 
-    A resample's ECE is larger on average than that of the data, since it holds chance twice. That surplus (the
+    A resample's ECE is larger on average than that of the data, since it contains chance twice. That surplus (the
     resamples' mean minus the value) is taken off both limits, which are cut off at 0.
 
     Args:
@@ -104,14 +105,14 @@ def ece_interval(tables: Sequence[Reliability], seed: int = 0) -> Interval:
     table_IB3 = _stacked(tables)
     items = len(table_IB3)
     value = float(_ece(table_IB3.sum(0, keepdims=True))[0])
-    noise = np.random.default_rng(seed)
-    found = []
+    rng = np.random.default_rng(seed)
+    chunks = []
     for start in range(0, RESAMPLES, size := max(1, CHUNK // items)):
-        times_RI = noise.multinomial(items, np.full(items, 1 / items), min(size, RESAMPLES - start))
+        times_RI = rng.multinomial(items, np.full(items, 1 / items), min(size, RESAMPLES - start))
         table_RB3 = np.tensordot(times_RI.astype(float), table_IB3, 1)
-        found.append(_ece(table_RB3[table_RB3[:, :, 0].sum(1) > 0]))
-    drawn_R = np.concatenate(found)
-    low, high = np.quantile(drawn_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - (drawn_R.mean() - value)
+        chunks.append(_ece(table_RB3[table_RB3[:, :, 0].sum(1) > 0]))
+    drawn_R = np.concatenate(chunks)
+    low, high = np.quantile(drawn_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) - (drawn_R.mean() - value)
     return Interval(value, max(0.0, min(float(low), value)), max(float(high), value), items)
 
 

@@ -1,188 +1,58 @@
-"""Tasks that are scored by the probability of given text: multiple choice, classification, ranking by query likelihood.
+"""Multiple choice and classification, by the log-probability of every choice after the item's prompt.
 
-The prompt and each continuation are tokenised apart and joined as ids, so the boundary is the same for every choice and
-no token spans it. For byte-level BPE (SmolLM, Qwen, Llama 3) this gives the tokens of the joined text where the
-continuation begins with a space; a tokenizer of the SentencePiece kind that puts a space before every text may give
-another split, the same one for every choice. Log-probabilities are over the whole head, in fp32 or better, in nats.
-
-Shapes: B rows of a batch, N scored positions of a batch, I items, L labels, C choices, R resamples.
+Shapes: I items, L labels, C choices, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from limbeck.config.significance import CONFIDENCE
 from limbeck.evaluate.calibration import brier
-from limbeck.evaluate.items import ChoiceItem, RankingItem, RankingSettings, Scored, Wording
-from limbeck.evaluate.statistics import LEVEL, RESAMPLES, Interval, ndcg
-from limbeck.models.load import Model, head_of, hidden_states
-from limbeck.objectives.head import token_log_probs
-from limbeck.training.memory import keep_freed_memory
+from limbeck.evaluate.items import (
+    ChoiceItem,
+    ChoiceSettings,
+    LabelSettings,
+    TemplateSettings,
+    parse_choice,
+    parse_label,
+)
+from limbeck.evaluate.likelihood import Continuation, log_probs, prompt_ids, text_ids
+from limbeck.evaluate.metrics import TaskMetric
+from limbeck.evaluate.records import ItemResult, Progress
+from limbeck.evaluate.statistics import RESAMPLES, Interval
+from limbeck.evaluate.task import GreedyAnswers, HarnessForm, Task, TaskKind
+from limbeck.models.load import Model
 from limbeck.types import UserError
 
-TOKENS_TOGETHER = 1024
 COUNTS_TOGETHER = 2**22
-Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """Text to be scored after a prompt, both as token ids and neither empty. `item` is named in errors."""
-
-    item: str
-    prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """What the model reads: everything but the last token, which is only predicted."""
-        return self.prompt_ids + self.ids[:-1]
-
-
-def first_id(system: Model) -> int:
-    """The token before any text: begin-of-sequence, or end-of-sequence where the tokenizer has no other."""
-    tokenizer = system.tokenizer
-    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
-
-
-def text_ids(system: Model, text: str) -> list[int]:
-    """A text's tokens without any special ones around them."""
-    return list(system.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def prompt_ids(system: Model, wording: Wording, fields: dict[str, str] | ChoiceItem) -> tuple[int, ...]:
-    """The filled template as token ids: never none of them.
-
-    In plain format a begin-of-sequence token comes first where the tokenizer puts one by default.
-    """
-    text = wording.fill(fields.fields if isinstance(fields, ChoiceItem) else fields)
-    if wording.format == "chat":
-        return tuple(system.prompt_ids(({"role": "user", "content": text},)))
-    ids = text_ids(system, text)
-    bos = system.tokenizer.bos_token_id
-    default = list(system.tokenizer(text)["input_ids"])
-    if bos is not None and default[:1] == [bos] and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    return tuple(ids or [first_id(system)])
-
-
-def log_probs(
-    system: Model, wanted: Sequence[Continuation], progress: Progress = lambda done, total: None
-) -> list[float]:
-    """log q(continuation | prompt) in nats, summed over the continuation's tokens, in the order of `wanted`.
-
-    Where the inputs of one continuation begin those of another (short choices after one prompt), the model runs the
-    longer one only: attention is causal, so its hidden states serve both.
-
-    Raises:
-        UserError: an item that does not fit the model's context, or a log-probability that is not finite.
-    """
-    for continuation in wanted:
-        if not continuation.ids:
-            raise UserError(f"{continuation.item}: a text to be scored has no token; give it some text")
-        if len(continuation.inputs) > system.max_length:
-            raise UserError(
-                f"{continuation.item} takes {len(continuation.inputs)} tokens, and the model's context is"
-                f" {system.max_length}: shorten it"
-            )
-    keep_freed_memory()
-    served = _served(wanted)
-    found: dict[int, float] = {}
-    training = system.net.training
-    system.net.eval()
-    try:
-        for carriers in _batches([wanted[index].inputs for index in served], list(served)):
-            for index, value in _run(system, wanted, {carrier: served[carrier] for carrier in carriers}):
-                if not np.isfinite(value):
-                    raise UserError(
-                        f"{wanted[index].item}: the model gives it a log-probability that is not finite; its weights"
-                        " may be damaged"
-                    )
-                found[index] = value
-            progress(len(found), len(wanted))
-    finally:
-        system.net.train(training)
-    return [found[index] for index in range(len(wanted))]
-
-
-def _served(wanted: Sequence[Continuation]) -> dict[int, list[int]]:
-    """Which rows are run, and whose positions each of them holds. In lexical order a prefix stands right before its
-    extensions."""
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index].inputs)
-    served: dict[int, list[int]] = {}
-    carrier = -1
-    for index in reversed(order):
-        own = wanted[index].inputs
-        if carrier < 0 or wanted[carrier].inputs[: len(own)] != own:
-            carrier = index
-        served.setdefault(carrier, []).append(index)
-    return served
-
-
-def _batches(inputs: Sequence[tuple[int, ...]], carriers: Sequence[int]) -> list[list[int]]:
-    """Rows of like length together, at most TOKENS_TOGETHER with their padding."""
-    batches: list[list[int]] = []
-    for ids, carrier in sorted(zip(inputs, carriers, strict=True), key=lambda pair: len(pair[0])):
-        if batches and (len(batches[-1]) + 1) * len(ids) <= TOKENS_TOGETHER:
-            batches[-1].append(carrier)
-        else:
-            batches.append([carrier])
-    return batches
-
-
-@torch.no_grad()
-def _run(system: Model, wanted: Sequence[Continuation], served: dict[int, list[int]]) -> list[tuple[int, float]]:
-    """(index, log-probability) of every continuation that the rows serve. Padded on the right, which causal attention
-    never sees."""
-    net = system.net
-    width = max(len(wanted[carrier].inputs) for carrier in served)
-    tokens_BT = torch.zeros(len(served), width, dtype=torch.long)
-    rows: list[int] = []
-    positions: list[int] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    for row, (carrier, indices) in enumerate(served.items()):
-        tokens_BT[row, : len(wanted[carrier].inputs)] = torch.tensor(wanted[carrier].inputs)
-        for index in indices:
-            start = len(wanted[index].prompt_ids) - 1
-            ids = wanted[index].ids
-            rows += [row] * len(ids)
-            positions += range(start, start + len(ids))
-            targets += ids
-            owners += [index] * len(ids)
-    hidden_BTD = hidden_states(net, tokens_BT.to(net.device))
-    targets_N = torch.tensor(targets, device=net.device)
-    values_N: Tensor = token_log_probs(hidden_BTD[rows, positions], head_of(net), targets_N).double().cpu()
-    sums: dict[int, float] = {}
-    for owner, value in zip(owners, values_N.tolist(), strict=True):
-        sums[owner] = sums.get(owner, 0.0) + value
-    return list(sums.items())
-
-
-def score_choices(items: Sequence[ChoiceItem], wording: Wording, system: Model, progress: Progress) -> list[Scored]:
-    """Multiple choice and classification, by the log-probability of every choice after the item's prompt.
+def score_choices(
+    items: Sequence[ChoiceItem], settings: TemplateSettings, system: Model, progress: Progress
+) -> list[ItemResult]:
+    """The choices of every item by their log-probability after its prompt.
 
     `acc`: the most likely choice is the right one. `acc_norm`: the same with the log-probability divided by the
     choice's UTF-8 bytes; lm-evaluation-harness calls that acc_bytes, and its acc_norm divides by characters, which is
     the same for ASCII. `probability`: that of the right choice among the choices (softmax of their log-probabilities).
     `brier`: the sum over choices of (probability - truth)^2, 0 to 2. Of equal choices the first is taken.
     """
-    wanted = []
+    continuations = []
     for item in items:
-        prompt = prompt_ids(system, wording, item)
-        wanted += [
-            Continuation(item.id, prompt, tuple(text_ids(system, wording.joint + choice))) for choice in item.choices
+        prompt = prompt_ids(system, settings, item.fields)
+        continuations += [
+            Continuation(item.id, prompt, tuple(text_ids(system, settings.joint + choice))) for choice in item.choices
         ]
-    values = iter(log_probs(system, wanted, progress))
-    return [_scored_choice(item, np.array([next(values) for _ in item.choices])) for item in items]
+    values = iter(log_probs(system, continuations, progress))
+    return [_choice_result(item, np.array([next(values) for _ in item.choices])) for item in items]
 
 
-def _scored_choice(item: ChoiceItem, log_prob_C: np.ndarray) -> Scored:
+def _choice_result(item: ChoiceItem, log_prob_C: np.ndarray) -> ItemResult:
     bytes_C = np.array([len(choice.encode()) for choice in item.choices])
     odds_C = np.exp(log_prob_C - log_prob_C.max())
     prob_C = odds_C / odds_C.sum()
@@ -199,7 +69,7 @@ def _scored_choice(item: ChoiceItem, log_prob_C: np.ndarray) -> Scored:
         "chosen": chosen,
         "answer": item.answer,
     }
-    return Scored(item.id, scores, {}, item.choices[chosen], facts)
+    return ItemResult(item.id, scores, text=item.choices[chosen], facts=facts)
 
 
 def macro_f1(truth_I: np.ndarray, chosen_I: np.ndarray, labels: int, seed: int = 0) -> Interval:
@@ -216,45 +86,101 @@ def macro_f1(truth_I: np.ndarray, chosen_I: np.ndarray, labels: int, seed: int =
     hits_IL = truth_IL * chosen_IL
     named_IL = truth_IL + chosen_IL
 
-    def of(counts_RI: np.ndarray) -> np.ndarray:
+    def mean_f1(counts_RI: np.ndarray) -> np.ndarray:
         hits_RL = counts_RI @ hits_IL
         named_RL = counts_RI @ named_IL
         f1_RL = np.divide(2 * hits_RL, named_RL, out=np.zeros_like(hits_RL), where=named_RL > 0)
         return np.asarray(f1_RL.sum(1) / (named_RL > 0).sum(1))
 
     count = len(truth_I)
-    noise = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     shares_I = np.full(count, 1 / count)
     size = max(1, COUNTS_TOGETHER // count)
     resampled = [
-        of(noise.multinomial(count, shares_I, min(size, RESAMPLES - start))) for start in range(0, RESAMPLES, size)
+        mean_f1(rng.multinomial(count, shares_I, min(size, RESAMPLES - start))) for start in range(0, RESAMPLES, size)
     ]
-    low, high = np.quantile(np.concatenate(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(of(np.ones((1, count)))[0]), float(low), float(high), count)
+    low, high = np.quantile(np.concatenate(resampled), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(mean_f1(np.ones((1, count)))[0]), float(low), float(high), count)
 
 
-def score_rankings(
-    items: Sequence[RankingItem], settings: RankingSettings, system: Model, progress: Progress
-) -> list[Scored]:
-    """Documents ordered by the query's log-probability per token after each of them (query likelihood, Ponte and Croft
-    1998).
+def _macro_f1_of(settings: LabelSettings, results: Sequence[ItemResult]) -> Interval:
+    truth_I, chosen_I = (np.array([item.facts[key] for item in results]) for key in ("answer", "chosen"))
+    return macro_f1(truth_I, chosen_I, len(settings.labels))
 
-    Of documents with equal scores the earlier one comes first.
-    """
-    wanted = []
-    for item in items:
-        query = tuple(text_ids(system, settings.joint + item.query))
-        wanted += [
-            Continuation(item.id, prompt_ids(system, settings, {"document": text}), query) for text in item.documents
+
+class ChoiceKind(TaskKind):
+    """Tasks whose items have choices, one of which is right."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: type[TemplateSettings],
+        parse_item: Callable[..., ChoiceItem],
+        metrics: Mapping[str, TaskMetric],
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.parse_item = parse_item
+        self.metrics = metrics
+
+    def parse(self, data: dict[str, Any], ident: str, place: str, settings: Any) -> ChoiceItem:
+        return self.parse_item(data, ident, place, settings)
+
+    def score(self, task: Task, system: Model, progress: Progress, answers: GreedyAnswers) -> list[ItemResult]:
+        return score_choices(task.items, task.protocol, system, progress)
+
+    def change_question(self, item: ChoiceItem, change: Callable[[str], str]) -> ChoiceItem:
+        return replace(item, fields={key: change(text) for key, text in item.fields.items()})
+
+    def harness_form(self, task: Task, max_tokens: int) -> HarnessForm:
+        """`acc` of both programs is the same number; `acc_norm` is called `acc_bytes` there, `brier` `brier_score`."""
+        settings: TemplateSettings = task.protocol
+        if settings.format == "chat" and settings.joint:
+            raise UserError(
+                f"{task.name}: in a chat, lm-evaluation-harness puts no delimiter before a choice; leave"
+                " settings.delimiter out"
+            )
+        docs = [
+            {"id": item.id, "prompt": settings.fill(item.fields), "choices": list(item.choices), "answer": item.answer}
+            for item in task.items
         ]
-    values = log_probs(system, wanted, progress)
-    scored = []
-    at = 0
-    for item in items:
-        own = [values[at + place] / len(wanted[at + place].ids) for place in range(len(item.documents))]
-        at += len(own)
-        order = sorted(range(len(own)), key=lambda place: -own[place])
-        ranked = [item.relevances[place] for place in order]
-        scores = {f"ndcg@{k}": float(ndcg(ranked, k)) for k in settings.k}
-        scored.append(Scored(item.id, scores, {}, item.documents[order[0]], {"log_probs": own, "order": order}))
-    return scored
+        config = {
+            "output_type": "multiple_choice",
+            "doc_to_text": "prompt",
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
+            "target_delimiter": settings.joint,
+            "metric_list": [
+                {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+                {"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True},
+                {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False},
+            ],
+        }
+        return HarnessForm(docs, settings.format == "chat", config)
+
+
+ACC = TaskMetric("Accuracy", "high")
+PROBABILITY = TaskMetric("Probability of the right choice", "high")
+BRIER = TaskMetric("Brier score", "low")
+MULTIPLE_CHOICE = ChoiceKind(
+    "multiple_choice",
+    ChoiceSettings,
+    parse_choice,
+    {
+        "acc": ACC,
+        "acc_norm": TaskMetric("Accuracy, length-normalised", "high"),
+        "probability": PROBABILITY,
+        "brier": BRIER,
+    },
+)
+CLASSIFICATION = ChoiceKind(
+    "classification",
+    LabelSettings,
+    parse_label,
+    {
+        "acc": ACC,
+        "macro_f1": TaskMetric("Macro F1", "high", interval=_macro_f1_of),
+        "probability": PROBABILITY,
+        "brier": BRIER,
+    },
+)

@@ -29,34 +29,34 @@ def efficiency(model: Model, prompts: Sequence[Sequence[int]]) -> dict[str, Any]
         prompts: token ids of some prompts; the median over the first few is taken.
     """
     net = model.net
-    found: dict[str, Any] = sizes(model)
-    picked = [list(ids) for ids in prompts[:ROUNDS]]
-    decoded = max(2, min(DECODED, model.max_length - max(map(len, picked), default=0)))
+    facts: dict[str, Any] = sizes(model)
+    sequences = [list(ids) for ids in prompts[:ROUNDS]]
+    decoded = max(2, min(DECODED, model.max_length - max(map(len, sequences), default=0)))
     on_gpu = net.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(net.device)
-    first = []
-    every = []
-    prefill = []
-    filler = torch.tensor([token for ids in picked for token in ids] or [0])
+    first_seconds = []
+    token_seconds = []
+    prefill_rates = []
+    filler = torch.tensor([token for ids in sequences for token in ids] or [0])
     filler = filler.repeat(-(-PREFILL_TOKENS // len(filler)))[: min(PREFILL_TOKENS, model.max_length)][None].to(
         net.device
     )
     with torch.inference_mode():
-        for ids in picked:
-            first.append(_seconds(model, ids, 1))
-            every.append((_seconds(model, ids, decoded) - first[-1]) / (decoded - 1))
+        for ids in sequences:
+            first_seconds.append(_seconds(model, ids, 1))
+            token_seconds.append((_seconds(model, ids, decoded) - first_seconds[-1]) / (decoded - 1))
             began = time.perf_counter()
             hidden_states(net, filler).sum().item()
-            prefill.append(filler.shape[1] / (time.perf_counter() - began))
-    found |= {
-        "first_token_ms": round(1000 * statistics.median(first), 1),
-        "decode_tokens_per_second": round(1 / max(1e-9, statistics.median(every)), 1),
-        "prefill_tokens_per_second": round(statistics.median(prefill), 1),
+            prefill_rates.append(filler.shape[1] / (time.perf_counter() - began))
+    facts |= {
+        "first_token_ms": round(1000 * statistics.median(first_seconds), 1),
+        "decode_tokens_per_second": round(1 / max(1e-9, statistics.median(token_seconds)), 1),
+        "prefill_tokens_per_second": round(statistics.median(prefill_rates), 1),
     }
     if on_gpu:
-        found["peak_memory_mib"] = round(torch.cuda.max_memory_allocated(net.device) / 2**20)
-    return found
+        facts["peak_memory_mib"] = round(torch.cuda.max_memory_allocated(net.device) / 2**20)
+    return facts
 
 
 def sizes(model: Model) -> dict[str, Any]:

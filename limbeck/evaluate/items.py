@@ -1,4 +1,4 @@
-"""The items of evaluation tasks, the protocols they are asked by, and how both are read. No model in here.
+"""The items and settings of evaluation tasks, and how both are read. No model in here.
 
 An items file holds one JSON object per line. Every kind of task has a parser that takes such an object and refuses what
 is missing, unknown or of the wrong type, naming the file and the line. `{name}` in a template is replaced by the item's
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,24 +22,8 @@ from limbeck.elicit.verify import parse_check
 from limbeck.types import UserError, nearest
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-Count = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One system's result on one item.
-
-    `scores` holds the item's value of every metric that applies to it, `weights` its weight where that is not 1: a
-    metric is the sum of scores divided by the sum of weights. `text` is what the system wrote or chose, `facts` the
-    rest of the evidence as plain data.
-    """
-
-    item: str
-    scores: dict[str, float]
-    weights: dict[str, float] = field(default_factory=dict)
-    text: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
+PositiveInt = Annotated[int, Field(ge=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -82,14 +66,14 @@ class RankingItem:
 Item = Prompt | ChoiceItem | Passage | RankingItem
 
 
-class Settings(BaseModel):
-    """How a task is asked, as `settings` of task.yaml says."""
+class TaskSettings(BaseModel):
+    """How a task is asked: `settings` of task.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Wording(Settings):
-    """What stands before the continuation that is scored or written.
+class TemplateSettings(TaskSettings):
+    """What comes before the continuation that is scored or written.
 
     `plain` is the template alone, `chat` the template as a user's message in the model's own chat template. `delimiter`
     is put before a scored continuation, as part of it: by default a space in plain text, nothing in a chat.
@@ -110,18 +94,18 @@ class Wording(Settings):
         return list(dict.fromkeys(PLACEHOLDER.findall(self.template)))
 
     def fill(self, fields: Mapping[str, str]) -> str:
-        return PLACEHOLDER.sub(lambda found: fields[found[1]], self.template)
+        return PLACEHOLDER.sub(lambda match: fields[match[1]], self.template)
 
-    def _demand(self, *names: str) -> None:
+    def _require(self, *names: str) -> None:
         if sorted(self.placeholders) != sorted(names):
-            wanted = " and ".join(f"{{{name}}}" for name in names)
-            raise ValueError(f"template must name {wanted} and nothing else; got {self.template!r}")
+            required = " and ".join(f"{{{name}}}" for name in names)
+            raise ValueError(f"template must name {required} and nothing else; got {self.template!r}")
 
 
-class GenerationSettings(Wording):
+class GenerationSettings(TemplateSettings):
     """Greedy (temperature 0) unless sampled: one answer for each of `seeds`, or `samples` of them (seeds 0, 1, ...).
 
-    `pass_at` asks for pass@k over the samples. Without `max_tokens`, the run's own limit holds. `stemmer` is ROUGE's.
+    `pass_at` asks for pass@k over the samples. Without `max_tokens`, the run's own limit applies. `stemmer` is ROUGE's.
     """
 
     format: Literal["plain", "chat"] = "chat"
@@ -129,18 +113,18 @@ class GenerationSettings(Wording):
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    samples: Count | None = None
-    pass_at: tuple[Count, ...] = ()
-    max_tokens: Count | None = None
+    samples: PositiveInt | None = None
+    pass_at: tuple[PositiveInt, ...] = ()
+    max_tokens: PositiveInt | None = None
     stemmer: bool = True
 
     @model_validator(mode="after")
     def _agree(self) -> GenerationSettings:
-        self._demand("prompt")
+        self._require("prompt")
         if self.seeds is not None and self.samples is not None:
             raise ValueError("give seeds or samples, not both")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands twice in seeds, so its answer would count twice")
+            raise ValueError("a seed is given twice in seeds, so its answer would count twice; leave one out")
         if self.temperature == 0 and self.draws != (0,):
             raise ValueError(
                 "at temperature 0 every answer is the same; set a temperature above 0, or leave seeds and samples out"
@@ -164,8 +148,8 @@ class GenerationSettings(Wording):
         )
 
 
-class ChoiceSettings(Wording):
-    """Every field that the template names must stand in every item."""
+class ChoiceSettings(TemplateSettings):
+    """Every item must have every field that the template names."""
 
     template: str = "Question: {question}\nAnswer:"
 
@@ -173,42 +157,42 @@ class ChoiceSettings(Wording):
     def _agree(self) -> ChoiceSettings:
         if not self.placeholders:
             raise ValueError("template must name a field of the items, such as {question}")
-        if taken := {"id", "kind", "choices", "answer"} & set(self.placeholders):
-            raise ValueError(f"template can't name {min(taken)}: it is no text of the question")
+        if reserved := {"id", "kind", "choices", "answer"} & set(self.placeholders):
+            raise ValueError(f"template can't name {min(reserved)}: that is not a text of the question")
         return self
 
 
-class LabelSettings(Wording):
+class LabelSettings(TemplateSettings):
     """The labels are the choices of every item, in this order."""
 
     template: str = "Text: {text}\nLabel:"
-    labels: Annotated[tuple[Text, ...], Field(min_length=2)]
+    labels: Annotated[tuple[NonEmptyText, ...], Field(min_length=2)]
 
     @model_validator(mode="after")
     def _agree(self) -> LabelSettings:
-        self._demand("text")
+        self._require("text")
         if len(set(self.labels)) < len(self.labels):
-            raise ValueError("a label stands twice in labels")
+            raise ValueError("a label is given twice in labels; leave one out")
         return self
 
 
-class RankingSettings(Wording):
+class RankingSettings(TemplateSettings):
     """The query is scored as the continuation of a document; `k` are the cut-offs of nDCG@k."""
 
     template: str = "{document}\nQuestion:"
-    k: Annotated[tuple[Count, ...], Field(min_length=1)] = (10,)
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (10,)
 
     @model_validator(mode="after")
     def _agree(self) -> RankingSettings:
-        self._demand("document")
+        self._require("document")
         return self
 
 
-class PassageSettings(Settings):
+class PassageSettings(TaskSettings):
     """Tokens of a window (at most the model's context) and by how many it moves on (half a window by default)."""
 
     window: Annotated[int, Field(ge=2)] = 1024
-    stride: Count | None = None
+    stride: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> PassageSettings:
@@ -219,20 +203,20 @@ class PassageSettings(Settings):
         return self
 
 
-def parse_prompt(data: dict[str, Any], ident: str, place: str, _: Settings) -> Prompt:
+def parse_prompt(data: dict[str, Any], ident: str, place: str) -> Prompt:
     """A prompt with a `check`, `references`, both, or neither; the references become the prompt's answers."""
-    _refuse_others(data, ("prompt", "check", "references"), place)
+    _check_keys(data, ("prompt", "check", "references"), place)
     check = data.get("check")
     if check is not None:
         parse_check(check, place)
     references = _texts(data, "references", place) if "references" in data else ()
-    return Prompt(ident, _text(data, "prompt", place), str(data.get("kind", "")), references, check)
+    kind = str(data.get("kind", ""))
+    return Prompt(ident, _text(data, "prompt", place), kind, references, check=check)
 
 
-def parse_choice(data: dict[str, Any], ident: str, place: str, settings: Settings) -> ChoiceItem:
-    assert isinstance(settings, ChoiceSettings)
+def parse_choice(data: dict[str, Any], ident: str, place: str, settings: ChoiceSettings) -> ChoiceItem:
     names = settings.placeholders
-    _refuse_others(data, (*names, "choices", "answer"), place)
+    _check_keys(data, (*names, "choices", "answer"), place)
     choices = _texts(data, "choices", place)
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise UserError(f'{place}: "choices" must be at least two different texts')
@@ -244,30 +228,29 @@ def parse_choice(data: dict[str, Any], ident: str, place: str, settings: Setting
     return ChoiceItem(ident, {name: _text(data, name, place) for name in names}, choices, answer)
 
 
-def parse_label(data: dict[str, Any], ident: str, place: str, settings: Settings) -> ChoiceItem:
-    assert isinstance(settings, LabelSettings)
-    _refuse_others(data, ("text", "label"), place)
+def parse_label(data: dict[str, Any], ident: str, place: str, settings: LabelSettings) -> ChoiceItem:
+    _check_keys(data, ("text", "label"), place)
     label = data.get("label")
     if label not in settings.labels:
         raise UserError(f"{place}: {label!r} is not one of the task's labels{nearest(str(label), settings.labels)}")
     return ChoiceItem(ident, {"text": _text(data, "text", place)}, settings.labels, settings.labels.index(label))
 
 
-def parse_passage(data: dict[str, Any], ident: str, place: str, _: Settings) -> Passage:
-    _refuse_others(data, ("text",), place)
+def parse_passage(data: dict[str, Any], ident: str, place: str) -> Passage:
+    _check_keys(data, ("text",), place)
     return Passage(ident, _text(data, "text", place))
 
 
-def parse_ranking(data: dict[str, Any], ident: str, place: str, _: Settings) -> RankingItem:
+def parse_ranking(data: dict[str, Any], ident: str, place: str) -> RankingItem:
     """`documents` is a list of {"text": ..., "relevance": number}; nDCG needs two different relevances to be worth
     anything."""
-    _refuse_others(data, ("query", "documents"), place)
+    _check_keys(data, ("query", "documents"), place)
     documents = data.get("documents")
     if not isinstance(documents, list) or not all(isinstance(document, dict) for document in documents):
         raise UserError(f'{place}: "documents" must be a list such as [{{"text": "...", "relevance": 1}}, ...]')
     relevances = []
     for document in documents:
-        _refuse_others(document, ("text", "relevance"), place)
+        _check_keys(document, ("text", "relevance"), place)
         grade = document.get("relevance")
         if (
             isinstance(grade, bool)
@@ -285,11 +268,11 @@ def parse_ranking(data: dict[str, Any], ident: str, place: str, _: Settings) -> 
     return RankingItem(ident, _text(data, "query", place), texts, tuple(relevances))
 
 
-Parser = Callable[[dict[str, Any], str, str, Settings], Item]
+Parser = Callable[[dict[str, Any], str, str, Any], Item]  # called with (line, id, place for errors, settings)
 
 
 def read_items(
-    file: Path, prefix: str, parser: Parser, settings: Settings, references: Path | None = None
+    file: Path, prefix: str, parse: Parser, settings: TaskSettings, references: Path | None = None
 ) -> list[Item]:
     """The items of a JSONL file; their ids are `prefix` and the line's `id`, or its number.
 
@@ -302,26 +285,26 @@ def read_items(
     items: list[Item] = []
     lines = read_lines(file)
     if references is not None:
-        beside = read_lines(references)
-        if len(beside) != len(lines):
+        texts = read_lines(references)
+        if len(texts) != len(lines):
             raise UserError(
-                f"{references} holds references for {len(beside)} items, {file} holds {len(lines)}: give one line for"
+                f"{references} holds references for {len(texts)} items, {file} holds {len(lines)}: give one line for"
                 " each item"
             )
         lines = [
-            (number, _with_references(line, given, references))
-            for (number, line), given in zip(lines, beside, strict=True)
+            (number, _with_references(line, numbered, references))
+            for (number, line), numbered in zip(lines, texts, strict=True)
         ]
-    seen: set[str] = set()
+    idents: set[str] = set()
     for number, data in lines:
         place = f"{file}, line {number}"
         if not isinstance(data, dict):
             raise UserError(f"{place}: must be a JSON object, such as {{...}}")
         ident = f"{prefix}{data.get('id', f'line-{number}')}"
-        if ident in seen:
-            raise UserError(f"{place}: the id {data.get('id')!r} stands twice")
-        seen.add(ident)
-        items.append(parser(data, ident, place, settings))
+        if ident in idents:
+            raise UserError(f"{place}: the id {data.get('id')!r} is given twice")
+        idents.add(ident)
+        items.append(parse(data, ident, place, settings))
     if not items:
         raise UserError(f"{file} holds no item, and nothing can be measured on none; write one JSON object per line")
     return items
@@ -337,18 +320,18 @@ def read_lines(file: Path) -> list[tuple[int, Any]]:
         raise UserError(
             f"can't read {file}: {error.strerror}; put it there, or name another file in task.yaml"
         ) from error
-    found = []
+    values = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append((number, json.loads(line)))
+                values.append((number, json.loads(line)))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}, line {number}: not JSON ({error})") from error
-    return found
+    return values
 
 
-def _with_references(data: Any, given: tuple[int, Any], file: Path) -> Any:
-    number, texts = given
+def _with_references(data: Any, numbered: tuple[int, Any], file: Path) -> Any:
+    number, texts = numbered
     if not isinstance(texts, str | list):
         raise UserError(f"{file}, line {number}: must be a text or a list of texts")
     if isinstance(data, dict) and "references" in data:
@@ -356,7 +339,7 @@ def _with_references(data: Any, given: tuple[int, Any], file: Path) -> Any:
     return {**data, "references": [texts] if isinstance(texts, str) else texts} if isinstance(data, dict) else data
 
 
-def _refuse_others(data: dict[str, Any], legal: Collection[str], place: str) -> None:
+def _check_keys(data: dict[str, Any], legal: Collection[str], place: str) -> None:
     for key in data:
         if key not in legal and key not in ("id", "kind"):
             raise UserError(f"{place}: unknown key {key!r}{nearest(str(key), legal)}")

@@ -1,12 +1,12 @@
 """A judge model compares two systems' answers to the same prompts, each pair in both orders.
 
-The verdict is a value: the first, the second, a tie, or unparsable. A judge that changes its mind with the order has
-called a tie; one that can't be understood in either order has called nothing, and the pair is counted apart, never
-averaged in (MT-Bench's protocol, Zheng et al. 2306.05685); nor is a pair that leaves a judge no room to reply, which is
-not asked. Judges favour long answers and their own: both are reported.
+A ruling is the first, the second, a tie, or unparsable. A judge that changes its mind with the order has called a tie.
+Where either order can't be read, the pair is counted separately and never averaged in (MT-Bench's protocol, Zheng et
+al. 2306.05685); neither is a pair that leaves the judge no room to reply, which is not asked. Judges favour long
+answers and their own: both are reported.
 
-Prompt and answers are data for the judge: every line of theirs stands behind a bar, so that no text can close its
-fence, and control tokens in them are broken, so that none can end the message.
+Prompt and answers are data for the judge: every line of theirs follows a bar, so that no text can close its fence, and
+control tokens in them are broken, so that none can end the message.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from limbeck.elicit.prompts import Prompt
+from limbeck.evaluate.records import Progress
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import Model
@@ -28,7 +29,6 @@ from limbeck.types import Message, Sampling, UserError, canonical_json, content_
 
 Ruling = Literal["first", "second", "tie", "unparsable", "too_long"]
 Ask = Callable[[list[tuple[Message, ...]]], list[str]]
-Progress = Callable[[int, int], None]
 VERDICT = re.compile(r"verdict:[ \t]*(a|b|tie)\.?", re.IGNORECASE)
 CONTROL = re.compile(
     r"<\|[^\s|<>]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?(?:INST|SYSTEM_PROMPT)\]|</?think>"
@@ -58,12 +58,12 @@ VERDICT: TIE"""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the judge said of one pair. `forward` had the first answer as A, `backward` as B; both name the systems'
+class PairVerdict:
+    """The judge's rulings on one pair. `forward` had the first answer as A, `backward` as B; both name the systems'
     answers.
 
-    `first_length` and `second_length` are characters of the answers; the replies are kept as they came. A pair that was
-    too long to be asked has empty ones.
+    `first_length` and `second_length` are characters of the answers; `replies` are the judge's own words, empty for a
+    pair that was too long to be asked.
     """
 
     prompt_id: str
@@ -75,12 +75,12 @@ class Verdict:
 
     @property
     def parsed(self) -> bool:
-        """Both orders gave a verdict that can be read."""
+        """Whether both orders gave a verdict that can be read."""
         return not {"unparsable", "too_long"} & {self.forward, self.backward}
 
     @property
     def consistent(self) -> bool | None:
-        """The same in both orders; None where one can't be read."""
+        """Whether it is the same in both orders; None where one can't be read."""
         return self.forward == self.backward if self.parsed else None
 
     @property
@@ -97,15 +97,15 @@ def judge_pairs(
     second: Mapping[str, str],
     max_tokens: int = MAX_TOKENS,
     progress: Progress = lambda done, total: None,
-) -> list[Verdict]:
-    """Every pair of answers judged in both orders, in the order of the prompts.
+) -> list[PairVerdict]:
+    """Judge every pair of answers in both orders, in the order of the prompts.
 
     Args:
         judge: a model, which answers greedily, or a function from conversations to replies, one each.
         first, second: the systems' answers by prompt id.
         max_tokens: of a model's reply; a pair that leaves no room for it in the model's context is too long, and is not
             asked.
-        progress: told of a model's replies.
+        progress: called after each of a model's replies.
 
     Raises:
         UserError: an answer is missing, or there is another number of replies than of questions.
@@ -122,26 +122,27 @@ def judge_pairs(
         one = first[prompt.id]
         two = second[prompt.id]
         questions += [question(prompt.text, one, two, control), question(prompt.text, two, one, control)]
-    replies = _answered(judge, questions, max_tokens, progress) if isinstance(judge, Model) else judge(questions)
+    replies = _ask_model(judge, questions, max_tokens, progress) if isinstance(judge, Model) else judge(questions)
     if len(replies) != len(questions):
         raise UserError(
             f"the judge gave {len(replies)} replies to {len(questions)} questions; it must give one each, in order"
         )
     verdicts = []
     for prompt, forward, backward in zip(prompts, replies[0::2], replies[1::2], strict=True):
-        lengths = len(first[prompt.id]), len(second[prompt.id])
-        if forward is None or backward is None:
-            verdicts.append(Verdict(prompt.id, "too_long", "too_long", *lengths, ("", "")))
-        else:
-            verdicts.append(
-                Verdict(
-                    prompt.id, read_verdict(forward, "ab"), read_verdict(backward, "ba"), *lengths, (forward, backward)
-                )
+        verdicts.append(
+            PairVerdict(
+                prompt_id=prompt.id,
+                forward="too_long" if forward is None or backward is None else read_verdict(forward, "ab"),
+                backward="too_long" if forward is None or backward is None else read_verdict(backward, "ba"),
+                first_length=len(first[prompt.id]),
+                second_length=len(second[prompt.id]),
+                replies=("", "") if forward is None or backward is None else (forward, backward),
             )
+        )
     return verdicts
 
 
-def kept_verdicts(
+def load_or_judge(
     file: Path,
     judge: Callable[[], Model],
     identity: str,
@@ -149,81 +150,81 @@ def kept_verdicts(
     first: Mapping[str, str],
     second: Mapping[str, str],
     progress: Progress = lambda done, total: None,
-) -> list[Verdict]:
-    """`judge_pairs` once: the verdicts go whole to `file`, and are read from there ever after; then the judge is not
-    loaded.
+) -> list[PairVerdict]:
+    """The verdicts of `judge_pairs`, read from `file` where it exists (then the judge is not loaded), else written
+    there.
 
     Args:
-        identity: the judge's. Each record's key tells whom was asked what.
+        identity: the judge's; each record's key is a hash of it and of the question.
 
     Raises:
         UserError: the file holds another judge's verdicts, or some on other answers.
     """
-    asked = [
+    questions = [
         [identity, INSTRUCTION, MAX_TOKENS, prompt.text, first.get(prompt.id), second.get(prompt.id)]
         for prompt in prompts
     ]
-    keys = [content_hash(each) for each in asked]
+    keys = [content_hash(each) for each in questions]
     if not file.exists():
-        verdicts = judge_pairs(judge(), prompts, first, second, MAX_TOKENS, progress)
+        verdicts = judge_pairs(judge(), prompts, first, second, max_tokens=MAX_TOKENS, progress=progress)
         records = [{"key": key, **vars(verdict)} for key, verdict in zip(keys, verdicts, strict=True)]
         write_text(file, "".join(canonical_json(record) + "\n" for record in records))
-    found = read_jsonl(file)
-    if [record.pop("key") for record in found] != keys:
+    records = read_jsonl(file)
+    if [record.pop("key") for record in records] != keys:
         raise UserError(f"{file} holds another judge's verdicts, or some on other answers: remove it to ask again")
-    return [Verdict(**record | {"replies": tuple(record["replies"])}) for record in found]
+    return [PairVerdict(**record | {"replies": tuple(record["replies"])}) for record in records]
 
 
 def question(prompt: str, a: str, b: str, control: Collection[str] = ()) -> tuple[Message, ...]:
-    """The judge's conversation about two answers. `control` are its tokenizer's own control tokens, beside the usual
-    ones."""
+    """The judge's conversation about two answers. `control` are its tokenizer's own control tokens, in addition to the
+    usual ones."""
     parts = {"prompt": fenced(prompt, control), "a": fenced(a, control), "b": fenced(b, control)}
-    content = re.sub(r"\{(prompt|a|b)\}", lambda found: parts[found[1]], INSTRUCTION)
+    content = re.sub(r"\{(prompt|a|b)\}", lambda match: parts[match[1]], INSTRUCTION)
     return ({"role": "user", "content": content},)
 
 
 def fenced(text: str, control: Collection[str] = ()) -> str:
-    """Text as data: a bar before every line, whatever ends a line in Unicode, and a space in every control token."""
+    """The text as data: a bar before every line (Unicode's line ends count) and a space in every control token."""
     named = sorted((token for token in control if len(token.strip()) > 1), key=len, reverse=True)
     pattern = re.compile("|".join([*map(re.escape, named), CONTROL.pattern]))
     while pattern.search(text):
-        text = pattern.sub(lambda found: found[0][0] + " " + found[0][1:], text)
+        text = pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text)
     return "\n".join(BAR + line for line in text.splitlines() or [""])
 
 
 def read_verdict(reply: str, order: Literal["ab", "ba"]) -> Ruling:
-    """The system's answer that a reply names, where `order` says whether the first one was called A.
+    """The answer that a reply prefers, where `order` says whether the first one was called A.
 
     The last line that is not blank must hold a verdict and nothing else but emphasis, and no other line another
     verdict.
     """
     lines = [line.strip(" \t*_`") for line in reply.splitlines() if line.strip(" \t*_`")]
-    found = [match[1].lower() for line in lines if (match := VERDICT.fullmatch(line))]
-    if len(set(found)) != 1 or not VERDICT.fullmatch(lines[-1]):
+    letters = [match[1].lower() for line in lines if (match := VERDICT.fullmatch(line))]
+    if len(set(letters)) != 1 or not VERDICT.fullmatch(lines[-1]):
         return "unparsable"
-    if found[0] == "tie":
+    if letters[0] == "tie":
         return "tie"
-    return "first" if found[0] == order[0] else "second"
+    return "first" if letters[0] == order[0] else "second"
 
 
-def _answered(
+def _ask_model(
     judge: Model, questions: Sequence[tuple[Message, ...]], max_tokens: int, progress: Progress
 ) -> list[str | None]:
     """A reply to every question; None to both of a pair, which are neighbours, where either leaves no room for the
     reply."""
     prompts = [judge.prompt_ids(messages) for messages in questions]
     fits = [len(ids) + max_tokens <= judge.max_length for ids in prompts]
-    asked = [place for place in range(len(prompts)) if fits[place] and fits[place ^ 1]]
-    jobs = [GenerationJob(prompts[place], Sampling(temperature=0.0, max_tokens=max_tokens), 0) for place in asked]
+    places = [place for place in range(len(prompts)) if fits[place] and fits[place ^ 1]]
+    jobs = [GenerationJob(prompts[place], Sampling(temperature=0.0, max_tokens=max_tokens), 0) for place in places]
     replies: list[str | None] = [None] * len(questions)
     for done, (index, ids) in enumerate(generate(judge.net, jobs, judge.eos_ids, tokens=judge.vocab_size), 1):
-        replies[asked[index]] = judge.decode(ids)
+        replies[places[index]] = judge.decode(ids)
         progress(done, len(jobs))
     return replies
 
 
-def summarise_verdicts(verdicts: Sequence[Verdict], judge_is_teacher: bool) -> dict[str, Any]:
-    """Who wins, and how far the judge can be believed. What is undefined is None, never a number.
+def summarise_verdicts(verdicts: Sequence[PairVerdict], judge_is_teacher: bool) -> dict[str, Any]:
+    """Who wins, and how far the judge can be trusted. What is undefined is None, never a number.
 
     Returns, as plain data:
         win_rate: of the first system, a tie counted as half, over the pairs that could be read, with its interval.
@@ -239,10 +240,10 @@ def summarise_verdicts(verdicts: Sequence[Verdict], judge_is_teacher: bool) -> d
         undefined: why there is no win rate, where there is none.
     """
     counts = {name: sum(verdict.outcome == name for verdict in verdicts) for name in get_args(Ruling)}
-    asked = len(verdicts) - counts["too_long"]
-    read = [verdict for verdict in verdicts if verdict.parsed]
-    value_I = np.array([{"first": 1.0, "second": -1.0}.get(verdict.outcome, 0.0) for verdict in read])
-    margin_I = np.array([np.log1p(verdict.first_length) - np.log1p(verdict.second_length) for verdict in read])
+    asked_pairs = len(verdicts) - counts["too_long"]
+    readable = [verdict for verdict in verdicts if verdict.parsed]
+    value_I = np.array([{"first": 1.0, "second": -1.0}.get(verdict.outcome, 0.0) for verdict in readable])
+    margin_I = np.array([np.log1p(verdict.first_length) - np.log1p(verdict.second_length) for verdict in readable])
     decided_I = (value_I != 0) & (margin_I != 0)
     in_front = [
         ruling == place
@@ -250,21 +251,26 @@ def summarise_verdicts(verdicts: Sequence[Verdict], judge_is_teacher: bool) -> d
         for ruling, place in ((v.forward, "first"), (v.backward, "second"))
         if ruling in ("first", "second")
     ]
-    defined = len(read) > 2 and value_I.std() > 0 and margin_I.std() > 0
+    wins = ratio_interval(((value_I + 1) / 2).tolist(), [1.0] * len(readable)) if readable else None
+    defined = len(readable) > 2 and value_I.std() > 0 and margin_I.std() > 0
     return {
-        "win_rate": ratio_interval(((value_I + 1) / 2).tolist(), [1.0] * len(read)).as_dict() if read else None,
+        "win_rate": wins.as_dict() if wins else None,
         "outcomes": counts,
-        "unparsable_share": counts["unparsable"] / asked if asked else None,
-        "swap_consistency": _share([bool(verdict.consistent) for verdict in read]),
+        "unparsable_share": counts["unparsable"] / asked_pairs if asked_pairs else None,
+        "swap_consistency": _share([bool(verdict.consistent) for verdict in readable]),
         "first_position_share": _share(in_front),
         "longer_wins": _share((value_I * margin_I > 0)[decided_I].tolist()),
         "length_correlation": float(np.corrcoef(value_I, margin_I)[0, 1]) if defined else None,
         "judge_is_teacher": judge_is_teacher,
-        "undefined": "" if read else "no verdict of the judge could be read" if asked else _not_asked(verdicts),
+        "undefined": ""
+        if readable
+        else "no verdict of the judge could be read"
+        if asked_pairs
+        else _not_asked(verdicts),
     }
 
 
-def _not_asked(verdicts: Sequence[Verdict]) -> str:
+def _not_asked(verdicts: Sequence[PairVerdict]) -> str:
     return "every pair was too long for the judge's context" if verdicts else "there was nothing to judge"
 
 

@@ -1,21 +1,21 @@
-"""Decontamination: does an item of an evaluation stand in the training text?
+"""Decontamination: does an item of an evaluation occur in the training text?
 
 Both sides are reduced to words: NFKC, lower case, letters and numbers only (`1,000` is 1000, `5km` is two words), one
 word per character of Chinese and Japanese. Four kinds of leak, the strongest first:
 
 - `exact`: the training text is the item.
-- `contained`: the whole item stands in a longer training text, from word to word; for items of at least 4 words.
+- `contained`: a longer training text holds the whole item, word by word; for items of at least 4 words.
 - `overlap`: both share a run of `n` words (13, as in GPT-3, Brown et al. 2020, and lm-evaluation-harness). Items of
   `small_n` to n - 1 words: a run of `small_n` (8, as in Tulu 3, Lambert et al. 2024), two thirds of the item or more.
   Shorter: none.
-- `same_but_for_numbers`: the whole item stands there, but with other numbers. For items of at least 4 words besides
-  numbers. It's weaker: a task made from a template shows it by design.
+- `same_but_for_numbers`: the training text holds the whole item, but with other numbers. For items of at least 4 words
+  besides numbers. It is weaker: a task made from a template shows it by design.
 
 A run that more than 10 different items have is the wording of their task, and no overlap. Not covered: paraphrases,
 translations, numbers written as words.
 
-Items are indexed once by hashes of runs; the training text streams past in blocks, and every hit is compared word by
-word. Time is linear in the training text and in what is found: about 1 second per million words.
+Items are indexed once by hashes of runs; the training text is read in blocks, and every hit is compared word by word.
+Time is linear in the training text and in the number of leaks: about 1 second per million words.
 
 Shapes: N words of a block or item, P positions of runs, H of them with a hit.
 """
@@ -31,13 +31,13 @@ from typing import Literal
 
 import numpy as np
 
+from limbeck.evaluate.wording import CJK
 from limbeck.types import UserError
 
-Kind = Literal["exact", "contained", "overlap", "same_but_for_numbers"]
+LeakKind = Literal["exact", "contained", "overlap", "same_but_for_numbers"]
 Texts = Sequence[tuple[str, str]]
 
-CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"\d+(?:\.\d+)?|[{CHARACTER}]|[^\W\d_{CHARACTER}]+")
+WORD_OR_NUMBER = re.compile(rf"\d+(?:\.\d+)?|[{CJK}]|[^\W\d_{CJK}]+")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 LEAST_WORDS = 4
 COMMON = 10
@@ -51,15 +51,15 @@ BASE = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Leak:
-    """An item that stands in a training text.
+    """An item that occurs in a training text.
 
-    `share` is the part of the item's words that the text repeats in runs, 0 to 1 (of `same_but_for_numbers`: the part
-    that is no number). `excerpt` is the text's matching stretch as words, the first 40.
+    `share` is the share of the item's words that the text repeats in runs, 0 to 1 (of `same_but_for_numbers`: of those
+    that are no numbers). `excerpt` is the text's matching stretch as words, the first 40.
     """
 
     item: str
     training: str
-    kind: Kind
+    kind: LeakKind
     share: float
     excerpt: str
 
@@ -67,8 +67,8 @@ class Leak:
 def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> list[Leak]:
     """Every pair of item and training text with a leak, in the order of the items.
 
-    Of the last kind an item has at most one leak, with the first text that shows it, and none beside an exact or
-    contained one. An item without words leaks nowhere.
+    An item has at most one leak of the last kind, with the first text that shows it, and none where it has an exact or
+    contained one. An item without words has no leak.
 
     Args:
         training, items: (id, text).
@@ -86,30 +86,32 @@ def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> 
     masked = _Index(
         {p: own_N for p, own_N in skeletons.items() if _has_skeleton(own_N)}, codes, n, small_n, anchors_only=True
     )
-    found: dict[tuple[int, int], Leak] = {}
+    leaks: dict[tuple[int, int], Leak] = {}
     first_of: dict[int, tuple[str, str]] = {}
     for first in range(0, len(training), BLOCK):
         block = _Block(training[first : first + BLOCK], vocabulary)
         for match in plain.search(block.ids_N, block):
             for place in plain.places[match.entry]:
-                found[place, first + match.text] = _leak(block, match, items[place][0])
+                leaks[place, first + match.text] = _leak(block, match, items[place][0])
         for match in masked.search(np.where(is_number[block.ids_N], NUMBER, block.ids_N).astype(np.int32), block):
             first_of.setdefault(match.entry, (block.names[match.text], block.excerpt(match)))
-    strong = {place for (place, _), leak in found.items() if leak.kind != "overlap"}
+    strong = {place for (place, _), leak in leaks.items() if leak.kind != "overlap"}
     for entry, (name, excerpt) in first_of.items():
         for place in set(masked.places[entry]) - strong:
             share = float((skeletons[place] != NUMBER).mean())
-            found[place, len(training)] = Leak(items[place][0], name, "same_but_for_numbers", share, excerpt)
-    return [found[key] for key in sorted(found)]
+            leaks[place, len(training)] = Leak(
+                item=items[place][0], training=name, kind="same_but_for_numbers", share=share, excerpt=excerpt
+            )
+    return [leaks[key] for key in sorted(leaks)]
 
 
 def _words(text: str) -> list[str]:
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return WORD.findall(THOUSANDS.sub("", plain).casefold())
+    return WORD_OR_NUMBER.findall(THOUSANDS.sub("", plain).casefold())
 
 
 def _has_skeleton(own_N: np.ndarray) -> bool:
-    """Are there a number and enough words around it?"""
+    """Whether there are a number and enough words around it."""
     numbers = int((own_N == NUMBER).sum())
     return numbers > 0 and len(own_N) - numbers >= LEAST_WORDS
 
@@ -129,8 +131,14 @@ class _Match:
 
 def _leak(block: _Block, match: _Match, item: str) -> Leak:
     all_of_text = len(block.words[match.text]) == match.length
-    kind: Kind = "overlap" if not match.whole else "exact" if all_of_text else "contained"
-    return Leak(item, block.names[match.text], kind, match.share, block.excerpt(match))
+    kind: LeakKind = "overlap" if not match.whole else "exact" if all_of_text else "contained"
+    return Leak(
+        item=item,
+        training=block.names[match.text],
+        kind=kind,
+        share=match.share,
+        excerpt=block.excerpt(match),
+    )
 
 
 class _Vocabulary(dict[str, int]):
@@ -143,7 +151,7 @@ class _Vocabulary(dict[str, int]):
         return np.array([self.setdefault(word, len(self) + 2) for word in words], np.int32)
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """By id: is it a number, and its random 64 bits."""
+        """By id: whether it is a number, and its random 64 bits."""
         is_number = np.array([False, True, *(word[0].isdecimal() for word in self)])
         return is_number, np.random.default_rng(0).integers(0, 2**64, len(is_number), np.uint64)
 
@@ -167,8 +175,8 @@ class _Block:
 class _Index:
     """Different items (entries) by the hashes of their runs.
 
-    An entry's runs are n words long, or small_n, or the whole of it, whatever fits first. Runs that are not COMMON find
-    overlaps. An entry all of whose runs are common is found by the rarest of them, but only as a whole.
+    An entry's runs are n words long, or small_n, or the whole of it, whatever fits first. Runs that at most COMMON
+    entries share find overlaps. An entry without such a run is found by its rarest run, but only as a whole.
     """
 
     def __init__(
@@ -231,8 +239,8 @@ class _Index:
             )
 
     def _hits(self, ids_N: np.ndarray, block: _Block, width: int) -> Iterator[tuple[int, int, int, int, bool]]:
-        """(text, position in the block, entry, position in the entry, does it count as overlap) of all runs with equal
-        hashes."""
+        """(text, position in the block, entry, position in the entry, whether it counts as overlap) of all runs with
+        equal hashes."""
         hash_P = _hashes(self.codes[ids_N], width)
         at_H = np.flatnonzero(self.sieves[width][hash_P >> np.uint64(64 - SIEVE_BITS)])
         text_H = np.searchsorted(block.starts, at_H, "right") - 1
@@ -241,7 +249,7 @@ class _Index:
                 yield text, position, entry, start, counts
 
     def _overlap(self, text: int, entry: int, width: int, runs: list[tuple[int, int]]) -> _Match:
-        """The excerpt goes from the first to the last of the runs that stand in the text as they do in the item."""
+        """The excerpt goes from the first to the last of the runs that have the same places in text and item."""
         covered = {place for _, start in runs for place in range(start, start + width)}
         (shift, _), *_ = Counter(position - start for position, start in runs).most_common(1)
         stretch = [position for position, start in runs if position - start == shift]

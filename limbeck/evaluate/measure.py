@@ -1,17 +1,17 @@
-"""Measure systems one by one on the same held-out text and questions; keep every item. Summaries are made from the
+"""Measures systems one by one on the same held-out text and questions and keeps every item. Summaries are made from the
 items alone.
 
-Files, each written whole, so that a killed evaluation goes on where it was: `fidelity-SYSTEM.jsonl`, `own-SYSTEM.jsonl`
-(text that the system wrote itself), `free-SYSTEM.jsonl` (text that the teacher wrote in the same way),
-`answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json`, `lens.jsonl`; `protocol.json` knows what was
-asked.
+Files, each written whole, so that a killed evaluation continues where it stopped: `fidelity-SYSTEM.jsonl`,
+`own-SYSTEM.jsonl` (text that the system wrote itself), `free-SYSTEM.jsonl` (text that the teacher wrote in the same
+way), `answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json`, `lens.jsonl`; `protocol.json` holds a
+hash of all questions.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +22,19 @@ from limbeck.elicit.verify import verify
 from limbeck.evaluate import wording
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.efficiency import efficiency, sizes
-from limbeck.evaluate.fidelity import Choices, ItemFidelity, Text, fidelity
-from limbeck.evaluate.items import GenerationSettings, Item
-from limbeck.evaluate.tasks import Answer, Asked, Scored, Task, answer_all, run_task, score_written
+from limbeck.evaluate.fidelity import EvaluationText, fidelity
+from limbeck.evaluate.generation import answer_all
+from limbeck.evaluate.items import Item
+from limbeck.evaluate.records import (
+    CheckedAnswer,
+    Choices,
+    DetailedProgress,
+    ItemFidelity,
+    ItemResult,
+    SystemRecords,
+)
+from limbeck.evaluate.task import PromptDraw, Task
+from limbeck.evaluate.tasks import run_task, run_task_by_text
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import Model
 from limbeck.models.teacher import InProcessTeacher
@@ -33,14 +43,13 @@ from limbeck.types import Sample, Sampling, UserError, canonical_json, content_h
 
 SHOWN = 24
 OWN_FACTS = ("tokens", "text", "finished", "repetition")
-Progress = Callable[[int, int, str], None]
-# what a server answers to (prompt, seed), in their order
-Says = Callable[[Sequence[Asked], Sampling], Sequence[Sample]]
+# a server's answers to (prompt, seed), in their order
+AskServer = Callable[[Sequence[PromptDraw], Sampling], Sequence[Sample]]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """What every system is measured on.
 
     `rows` is held-out teacher text (one row per prompt that got an answer, named by its id); all systems answer
@@ -55,28 +64,12 @@ class Protocol:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Every item of one system. `own_text` stands beside `own`: tokens, whether it ended, repetition, text. `free` is
-    its distance from the teacher on what the teacher itself wrote to the same prompts in the same way (temperature
-    1)."""
-
-    name: str
-    fidelity: list[ItemFidelity]
-    own: list[ItemFidelity]
-    own_text: list[dict[str, Any]]
-    free: list[ItemFidelity]
-    answers: list[Answer]
-    tasks: dict[str, list[Scored]]
-    efficiency: dict[str, Any]
-
-
 class Bench:
-    """Measures into a folder; what is there already is read back, and a system all of whose files are there is not
-    loaded.
+    """Measures into a folder; records that are there already are read back, and a system all of whose files are there
+    is not loaded.
 
-    Without a `teacher` (its weights are not here) no distance from its distribution is measured. `reader` is whose
-    tokens the held-out text is in: the teacher, or else the student.
+    Without a `teacher` (its weights are not here) no distance from its distribution is measured. The held-out text is
+    in the tokens of `reader`: the teacher, or else the student.
     """
 
     def __init__(
@@ -84,16 +77,16 @@ class Bench:
         folder: Path,
         teacher: InProcessTeacher | None,
         reader: Model,
-        protocol: Protocol,
-        progress: Progress = lambda done, total, detail: None,
+        protocol: EvaluationProtocol,
+        progress: DetailedProgress = lambda done, total, detail: None,
     ) -> None:
         self.folder = folder
         self.teacher = teacher
         self.reader = reader
         self.protocol = protocol
         self.progress = progress
-        self.held_out = Text(protocol.rows, teacher)
-        self.free: Text | None = None
+        self.held_out = EvaluationText(protocol.rows, teacher)
+        self.free: EvaluationText | None = None
         self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
         self._claim()
         texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.text} for prompt in protocol.prompts]
@@ -101,82 +94,85 @@ class Bench:
 
     def _claim(self) -> None:
         """Refuse a folder whose records answer other questions."""
-        asked = self.protocol
+        protocol = self.protocol
         tasks = [
             {"name": t.name, "metrics": t.metrics, "settings": t.settings, "items": [_facts(item) for item in t.items]}
-            for t in asked.tasks
+            for t in protocol.tasks
         ]
         facts = {
-            "prompts": [prompt.facts for prompt in asked.prompts],
-            "max_tokens": asked.max_tokens,
-            "own_prompts": asked.own_prompts,
+            "prompts": [prompt.facts for prompt in protocol.prompts],
+            "max_tokens": protocol.max_tokens,
+            "own_prompts": protocol.own_prompts,
         }
-        print_ = content_hash(
-            facts | {"tasks": tasks, "rows": [row.response_ids for row in asked.rows], "seed": asked.seed}
+        fingerprint = content_hash(
+            facts | {"tasks": tasks, "rows": [row.response_ids for row in protocol.rows], "seed": protocol.seed}
         )
         file = self.folder / "protocol.json"
-        if file.exists() and json.loads(file.read_text())["hash"] != print_:
+        if file.exists() and json.loads(file.read_text())["hash"] != fingerprint:
             raise UserError(
                 f"{self.folder} holds answers to other questions (tasks or prompts changed since): remove it to measure"
-                " anew"
+                " again"
             )
-        write_json(file, {"hash": print_})
+        write_json(file, {"hash": fingerprint})
 
-    def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> Measured:
-        """All of one system's records. `lens` keeps single tokens of the first answers, too."""
+    def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> SystemRecords:
+        """All of one system's records. With `lens` single tokens of the first answers are kept, too."""
         model = cache(load)
         held_out = self._fidelity(name, model, lens)
         own, own_text = self._own(name, model, lens)
         free = self._free(name, model)
         answers = self._answers(name, model)
-        scored = {task.name: self._task(task, name, model, answers) for task in self.protocol.tasks}
-        return Measured(name, held_out, own, own_text, free, answers, scored, self._efficiency(name, model))
+        return SystemRecords(
+            name=name,
+            fidelity=held_out,
+            own=own,
+            own_text=own_text,
+            free=free,
+            answers=answers,
+            tasks={task.name: self._task(task, name, model, answers) for task in self.protocol.tasks},
+            efficiency=self._efficiency(name, model),
+        )
 
-    def by_text(self, name: str, says: Says) -> Measured:
+    def by_text(self, name: str, ask: AskServer) -> SystemRecords:
         """What can be measured of a system that gives text alone: its greedy answers, and the tasks that it answers in
         a chat."""
-        greedy = Sampling(temperature=0.0, max_tokens=self.protocol.max_tokens)
-        answers = self._kept(
-            f"answers-{name}.jsonl", Answer, lambda: self._said(says, [(p, 0) for p in self.protocol.prompts], greedy)
+        protocol = self.protocol
+        greedy = Sampling(temperature=0.0, max_tokens=protocol.max_tokens)
+        draws = [(prompt, 0) for prompt in protocol.prompts]
+        answers = self._cached(f"answers-{name}.jsonl", CheckedAnswer, lambda: self._ask_server(ask, draws, greedy))
+        by_prompt = {answer.prompt_id: answer for answer in answers}
+        write = partial(self._ask_server, ask)
+        results = {}
+        for task in protocol.tasks:
+            run = partial(run_task_by_text, task, write, answers=by_prompt, max_tokens=protocol.max_tokens)
+            results[task.name] = self._cached(f"task-{task.name}+{name}.jsonl", ItemResult, run)
+        return SystemRecords(
+            name=name, fidelity=[], own=[], own_text=[], free=[], answers=answers, tasks=results, efficiency={}
         )
-        given = {answer.prompt_id: answer for answer in answers}
-        scored = {}
-        for task in self.protocol.tasks:
-            scored[task.name] = self._kept(
-                f"task-{task.name}+{name}.jsonl", Scored, partial(self._scored, task, says, given)
-            )
-        return Measured(name, [], [], [], [], answers, scored, {})
 
-    def _scored(self, task: Task, says: Says, given: dict[str, Answer]) -> list[Scored]:
-        settings = task.protocol
-        if not isinstance(settings, GenerationSettings) or settings.format != "chat":
-            return []
-
-        def write(asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
-            return self._said(
-                says, [(replace(p, text=settings.fill({"prompt": p.text})), seed) for p, seed in asked], sampling
-            )
-
-        return score_written(task, write, given, self.protocol.max_tokens)
-
-    def _said(self, says: Says, asked: Sequence[Asked], sampling: Sampling) -> list[Answer]:
-        found = []
-        replies = says(asked, sampling)
-        if lost := [
-            prompt.id for (prompt, _), reply in zip(asked, replies, strict=True) if reply.meta.get("finish") == "error"
-        ]:
+    def _ask_server(self, ask: AskServer, draws: Sequence[PromptDraw], sampling: Sampling) -> list[CheckedAnswer]:
+        replies = ask(draws, sampling)
+        pairs = [(prompt, reply) for (prompt, _), reply in zip(draws, replies, strict=True)]
+        if lost := [prompt.id for prompt, reply in pairs if reply.meta.get("finish") == "error"]:
             raise UserError(
                 f"the server failed for {len(lost)} prompts of the evaluation, such as {lost[0]!r}: look at it and run"
                 " this again, or leave them out of evaluate.prompts"
             )
-        for (prompt, _), reply in zip(asked, replies, strict=True):
-            text = reply.messages[-1]["content"]
-            whole = reply.meta.get("finish") != "length"
-            tokens = len(self.reader.text_ids(text)) + whole
-            found.append(Answer(prompt.id, prompt.kind, text, tokens, whole, verify(prompt.check, text)))
-        return found
+        return [self._checked(prompt, reply) for prompt, reply in pairs]
 
-    def _kept(self, name: str, kind: type[T], make: Callable[[], Sequence[T]]) -> list[T]:
+    def _checked(self, prompt: Prompt, reply: Sample) -> CheckedAnswer:
+        text = reply.messages[-1]["content"]
+        finished = reply.meta.get("finish") != "length"
+        return CheckedAnswer(
+            prompt_id=prompt.id,
+            kind=prompt.kind,
+            text=text,
+            tokens=len(self.reader.text_ids(text)) + finished,
+            finished=finished,
+            passed=verify(prompt.check, text),
+        )
+
+    def _cached(self, name: str, kind: type[T], make: Callable[[], Sequence[T]]) -> list[T]:
         """The records of a file, which is written once."""
         if not (self.folder / name).exists():
             write_text(self.folder / name, _lines([vars(record) for record in make()]))
@@ -186,7 +182,7 @@ class Bench:
         file = self.folder / f"fidelity-{name}.jsonl"
         if not file.exists():
             shown = self.shown if lens else set()
-            items = fidelity(model(), self.held_out, shown, partial(self._told, f"fidelity of {name}"))
+            items = fidelity(model(), self.held_out, shown, partial(self._report_progress, f"fidelity of {name}"))
             if lens:
                 records = [_lens("teacher", item, model()) for item in items if item.lens]
                 write_text(self.folder / "lens.jsonl", _lines(records))
@@ -202,20 +198,22 @@ class Bench:
             system = model()
             rows = self._write(name, system)
             shown = {row.sample_id for row in rows[:SHOWN]} if lens else set[str]()
-            items = fidelity(system, Text(rows, self.teacher), shown, partial(self._told, f"own text of {name}"))
+            items = fidelity(
+                system, EvaluationText(rows, self.teacher), shown, partial(self._report_progress, f"own text of {name}")
+            )
             if lens:
-                kept = [record for record in read_jsonl(self.folder / "lens.jsonl") if record["writer"] != "student"]
-                kept += [_lens("student", item, system) for item in items if item.lens]
-                write_text(self.folder / "lens.jsonl", _lines(kept))
+                records = [rec for rec in read_jsonl(self.folder / "lens.jsonl") if rec["writer"] != "student"]
+                records += [_lens("student", item, system) for item in items if item.lens]
+                write_text(self.folder / "lens.jsonl", _lines(records))
             texts = [(system.decode(row.response_ids), row.response_ids[-1] in system.eos_ids) for row in rows]
             facts = [
                 {
                     "text": text,
-                    "finished": ended,
+                    "finished": finished,
                     "repetition": wording.repetition(text),
                     "ids": row.response_ids,
                 }
-                for row, (text, ended) in zip(rows, texts, strict=True)
+                for row, (text, finished) in zip(rows, texts, strict=True)
             ]
             write_text(file, _lines([_record(item) | extra for item, extra in zip(items, facts, strict=True)]))
         records = read_jsonl(file)
@@ -234,8 +232,10 @@ class Bench:
                 records = read_jsonl(self.folder / "own-teacher.jsonl")
                 prompts = {prompt.id: prompt for prompt in self.protocol.prompts}
                 rows = [self._row(prompts[record["prompt_id"]], record["ids"]) for record in records]
-                self.free = Text(rows, self.teacher)
-            items = fidelity(model(), self.free, (), partial(self._told, f"{name} on the teacher's free text"))
+                self.free = EvaluationText(rows, self.teacher)
+            items = fidelity(
+                model(), self.free, (), partial(self._report_progress, f"{name} on the teacher's free text")
+            )
             write_text(file, _lines([_record(item) for item in items]))
         return [_item(record) for record in read_jsonl(file)]
 
@@ -260,25 +260,35 @@ class Bench:
     def _row(self, prompt: Prompt, ids: Sequence[int]) -> Row:
         """An answer after the prompt as the students see it, and as the teacher does where that is another."""
         reader = self.reader
-        seen = None if reader.prompt_context is None else tuple(reader.prompt_ids(prompt.messages))
+        shown = None if reader.prompt_context is None else tuple(reader.prompt_ids(prompt.messages))
         return Row(
-            prompt.id, tuple(reader.with_context(None).prompt_ids(prompt.messages)), tuple(ids), teacher_prompt_ids=seen
+            prompt.id,
+            tuple(reader.with_context(None).prompt_ids(prompt.messages)),
+            tuple(ids),
+            teacher_prompt_ids=shown,
         )
 
-    def _answers(self, name: str, model: Callable[[], Model]) -> list[Answer]:
-        told = partial(self._told, f"answers of {name}")
-        asked = self.protocol
-        return self._kept(
-            f"answers-{name}.jsonl", Answer, lambda: answer_all(model(), asked.prompts, asked.max_tokens, told)
+    def _answers(self, name: str, model: Callable[[], Model]) -> list[CheckedAnswer]:
+        protocol = self.protocol
+        progress = partial(self._report_progress, f"answers of {name}")
+        return self._cached(
+            f"answers-{name}.jsonl",
+            CheckedAnswer,
+            lambda: answer_all(model(), protocol.prompts, protocol.max_tokens, progress),
         )
 
-    def _task(self, task: Task, name: str, model: Callable[[], Model], answers: Sequence[Answer]) -> list[Scored]:
-        given = {answer.prompt_id: answer for answer in answers}
-        told = partial(self._told, f"{task.name}: {name}")
-        most = self.protocol.max_tokens
-        return self._kept(f"task-{task.name}+{name}.jsonl", Scored, lambda: run_task(task, model(), told, given, most))
+    def _task(
+        self, task: Task, name: str, model: Callable[[], Model], answers: Sequence[CheckedAnswer]
+    ) -> list[ItemResult]:
+        by_prompt = {answer.prompt_id: answer for answer in answers}
+        progress = partial(self._report_progress, f"{task.name}: {name}")
+        return self._cached(
+            f"task-{task.name}+{name}.jsonl",
+            ItemResult,
+            lambda: run_task(task, model(), progress, by_prompt, max_tokens=self.protocol.max_tokens),
+        )
 
-    def _told(self, detail: str, done: int, total: int) -> None:
+    def _report_progress(self, detail: str, done: int, total: int) -> None:
         self.progress(done, total, detail)
 
     def _efficiency(self, name: str, model: Callable[[], Model]) -> dict[str, Any]:
@@ -288,8 +298,8 @@ class Bench:
         if not file.exists():
             system = model()
             shape = sizes(system)
-            known = [json.loads(other.read_text()) for other in sorted(self.folder.glob("efficiency-*.json"))]
-            same = [facts for facts in known if shape.items() <= facts.items()]
+            measured = [json.loads(other.read_text()) for other in sorted(self.folder.glob("efficiency-*.json"))]
+            same = [facts for facts in measured if shape.items() <= facts.items()]
             prompts = [system.prompt_ids(prompt.messages) for prompt in self.protocol.prompts[:SHOWN]]
             write_json(file, same[0] if same else efficiency(system, prompts))
         return dict(json.loads(file.read_text()))
@@ -304,8 +314,8 @@ def _lines(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _record(item: ItemFidelity) -> dict[str, Any]:
-    kept = {key: value for key, value in vars(item).items() if key not in ("lens", "reliability", "sample_id")}
-    return {"prompt_id": item.sample_id, **kept, "bins": item.reliability.rows() if item.reliability else []}
+    sums = {key: value for key, value in vars(item).items() if key not in ("lens", "reliability", "sample_id")}
+    return {"prompt_id": item.sample_id, **sums, "bins": item.reliability.rows() if item.reliability else []}
 
 
 def _item(record: dict[str, Any]) -> ItemFidelity:
@@ -313,7 +323,12 @@ def _item(record: dict[str, Any]) -> ItemFidelity:
         {name: (nats, count) for name, (nats, count) in record[key].items()} for key in ("lengths", "classes")
     )
     return ItemFidelity(
-        record["prompt_id"], record["tokens"], record["sums"], lengths, classes, Reliability.from_rows(record["bins"])
+        sample_id=record["prompt_id"],
+        tokens=record["tokens"],
+        sums=record["sums"],
+        lengths=lengths,
+        classes=classes,
+        reliability=Reliability.from_rows(record["bins"]),
     )
 
 
@@ -321,8 +336,8 @@ def _lens(writer: str, item: ItemFidelity, system: Model) -> dict[str, Any]:
     """Tokens as text with the divergence at each: [text, nats, the teacher's first choices, the system's]."""
     text = cache(lambda token: system.tokenizer.decode([token]))
 
-    def choices(found: Choices) -> list[list[Any]]:
-        return [[text(token), round(share, 4)] for token, share in found]
+    def choices(likeliest: Choices) -> list[list[Any]]:
+        return [[text(token), round(share, 4)] for token, share in likeliest]
 
     return {
         "writer": writer,

@@ -12,14 +12,13 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-from limbeck.elicit.prompts import Prompt
-from limbeck.evaluate.items import ChoiceItem, Item, Passage, RankingItem
-from limbeck.evaluate.tasks import Task
+from limbeck.evaluate.task import Task
 from limbeck.types import RecipeError, content_hash, nearest
 
-SHARE = 0.3  # of the words that a typo may stand in
-WORD = re.compile(r"\"[^\"]*\"|[^\W\d_]+")
+TYPO_SHARE = 0.3  # of the words that may have a typo
+QUOTE_OR_WORD = re.compile(r"\"[^\"]*\"|[^\W\d_]+")
 DISTRACTIONS = (
     "By the way, the weather has been mild this week.",
     "My neighbour bought a green bicycle last Tuesday.",
@@ -28,30 +27,29 @@ DISTRACTIONS = (
 )
 
 
-def typos(text: str, noise: random.Random) -> str:
-    """Two inner letters next to each other change places in about a third of the plain words of five letters or
-    more."""
+def typos(text: str, rng: random.Random) -> str:
+    """Swaps two neighbouring inner letters in about a third of the plain words of five letters or more."""
 
     def swap(match: re.Match[str]) -> str:
         word = match[0]
-        if word.startswith('"') or len(word) < 5 or not word[1:].islower() or noise.random() >= SHARE:
+        if word.startswith('"') or len(word) < 5 or not word[1:].islower() or rng.random() >= TYPO_SHARE:
             return word
-        at = noise.randrange(1, len(word) - 2)
+        at = rng.randrange(1, len(word) - 2)
         return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
 
-    return WORD.sub(swap, text)
+    return QUOTE_OR_WORD.sub(swap, text)
 
 
 def lower_case(text: str, _: random.Random) -> str:
-    """Plain words without their capitals."""
-    return WORD.sub(
+    """Writes plain words without capitals."""
+    return QUOTE_OR_WORD.sub(
         lambda match: match[0] if match[0].startswith('"') or not match[0][1:].islower() else match[0].lower(), text
     )
 
 
-def distraction(text: str, noise: random.Random) -> str:
-    """A sentence before the question that has nothing to do with it."""
-    return f"{noise.choice(DISTRACTIONS)} {text}"
+def distraction(text: str, rng: random.Random) -> str:
+    """Puts a sentence before the question that has nothing to do with it."""
+    return f"{rng.choice(DISTRACTIONS)} {text}"
 
 
 PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
@@ -69,23 +67,18 @@ def perturbed(task: Task, how: str, path: str = "evaluate.metrics") -> Task:
     """
     if how not in PERTURBATIONS:
         raise RecipeError(path, f"{task.name}@{how}: there is no perturbation {how!r}{nearest(how, PERTURBATIONS)}")
-    if task.kind == "perplexity":
+    items = [_changed(task, item, how) for item in task.items]
+    if any(item is None for item in items):
         raise RecipeError(
-            path, f"{task.name}@{how}: a task of kind perplexity asks no question that could be put in another way"
+            path,
+            f"{task.name}@{how}: a task of kind {task.kind.name} asks no question that could be put in another way",
         )
-    return replace(task, name=f"{task.name}@{how}", items=tuple(_item(item, how) for item in task.items))
+    return replace(task, name=f"{task.name}@{how}", items=tuple(items))
 
 
-def _item(item: Item, how: str) -> Item:
-    assert not isinstance(item, Passage)
-    name = f"{item.id}@{how}"
-
-    def changed(text: str) -> str:
+def _changed(task: Task, item: Any, how: str) -> Any:
+    def change(text: str) -> str:
         return PERTURBATIONS[how](text, random.Random(content_hash([item.id, text])))  # noqa: S311 (no secret)
 
-    if isinstance(item, Prompt):
-        return replace(item, id=name, text=changed(item.text))
-    if isinstance(item, ChoiceItem):
-        return replace(item, id=name, fields={key: changed(text) for key, text in item.fields.items()})
-    assert isinstance(item, RankingItem)
-    return replace(item, id=name, query=changed(item.query))
+    changed = task.kind.change_question(item, change)
+    return None if changed is None else replace(changed, id=f"{item.id}@{how}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,20 +15,21 @@ from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
 from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate.fidelity import by_class
-from limbeck.evaluate.judge import MAX_TOKENS, kept_verdicts, summarise_verdicts
+from limbeck.evaluate.judge import MAX_TOKENS, load_or_judge, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
-from limbeck.evaluate.measure import Bench, Measured, Protocol
+from limbeck.evaluate.measure import Bench, EvaluationProtocol
+from limbeck.evaluate.records import DetailedProgress, SystemRecords
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
-from limbeck.evaluate.tasks import Task
+from limbeck.evaluate.task import Task
 from limbeck.models.load import Model, load_model, model_identity
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teachers import kind
 from limbeck.storage.files import write_json
+from limbeck.training.controls import CONTROLS
 from limbeck.types import UserError
 
 OWN_PROMPTS = 24
 LEAK_KINDS = ("exact", "contained", "overlap", "same_but_for_numbers")  # the strongest first
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -47,59 +48,61 @@ def bench(
     teacher: InProcessTeacher | None,
     reader: Model,
     rows: Sequence[Row],
-    progress: Progress,
+    progress: DetailedProgress,
 ) -> Bench:
     """Where systems are measured: on the held-out prompts and tasks, without those that the training text gives away.
 
     Args:
         teacher: None where its weights are not here.
-        reader: in whose tokens the rows are.
+        reader: whose tokens the rows are in.
         rows: held-out teacher text, one row per answered prompt, named by its prompt's id.
     """
     recipe = questions.recipe
     text = questions.text
     leaked = {leak.item for leak in leaks(questions) if leak.kind != "same_but_for_numbers"}
-    first = {prompt.text: prompt.id for prompt in reversed(text.prompts[1])}  # a text that stands twice is one item
+    first = {prompt.text: prompt.id for prompt in reversed(text.prompts[1])}  # the same text twice is one item
     prompts = [prompt for prompt in text.prompts[1] if prompt.id not in leaked and first[prompt.text] == prompt.id]
-    kept = [row for row in rows if row.sample_id in {prompt.id for prompt in prompts}]
-    if not kept:
+    prompt_ids = {prompt.id for prompt in prompts}
+    rows = [row for row in rows if row.sample_id in prompt_ids]
+    if not rows:
         raise UserError(
             "no held-out answer is left to measure on: the training text holds all held-out prompts; give others in"
             " evaluate.prompts"
         )
-    own = recipe.evaluate.own_prompts or OWN_PROMPTS
     tasks = [
         replace(task, items=tuple(item for item in task.items if item.id.partition("@")[0] not in leaked))
         for task in questions.tasks
     ]
-    return Bench(
-        folder,
-        teacher,
-        reader,
-        Protocol(kept, prompts, tasks, recipe.evaluate.max_tokens, own, recipe.text_seed),
-        progress,
+    protocol = EvaluationProtocol(
+        rows=rows,
+        prompts=prompts,
+        tasks=tasks,
+        max_tokens=recipe.evaluate.max_tokens,
+        own_prompts=recipe.evaluate.own_prompts or OWN_PROMPTS,
+        seed=recipe.text_seed,
     )
+    return Bench(folder, teacher, reader, protocol, progress=progress)
 
 
 def leaks(questions: Questions) -> list[Leak]:
-    """Held-out prompts and task items that stand in the training text: per item the strongest leak, with one text that
+    """Held-out prompts and task items that occur in the training text: per item the strongest leak, with one text that
     shows it."""
-    recipe = questions.recipe
     text = questions.text
     training = [(prompt.id, prompt.text) for prompt in text.prompts[0]]
     training += [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
-    if "gold_control" in recipe.evaluate.controls:
-        training += [(prompt.id, answer) for prompt in text.prompts[0] for answer in prompt.answers]
+    for name in questions.recipe.evaluate.controls:
+        training += CONTROLS[name].extra_text(text.prompts[0])
     items = {(prompt.id, prompt.text) for prompt in text.prompts[1]}
     items |= {pair for task in questions.tasks if "@" not in task.name for pair in task.texts}
-    found: dict[str, Leak] = {}
+    strongest: dict[str, Leak] = {}
     for leak in find_leaks(training, sorted(items)):
-        if leak.item not in found or LEAK_KINDS.index(leak.kind) < LEAK_KINDS.index(found[leak.item].kind):
-            found[leak.item] = leak
-    return list(found.values())
+        other = strongest.get(leak.item)
+        if other is None or LEAK_KINDS.index(leak.kind) < LEAK_KINDS.index(other.kind):
+            strongest[leak.item] = leak
+    return list(strongest.values())
 
 
-def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[Measured]]) -> dict[str, Any]:
+def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[SystemRecords]]) -> dict[str, Any]:
     """`summary.json` of a run: the teacher first, the student last."""
     recipe = questions.recipe
     tasks = bench.protocol.tasks
@@ -118,30 +121,36 @@ def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[Me
     summary["warnings"] = warnings(systems, summary, ["student"])
     summary["warnings"] += teacher_warnings(recipe, questions.text)
     if recipe.evaluate.judge is not None:
-        summary["judge"] = judged(recipe.evaluate.judge, bench, {name: seeds[0] for name, seeds in systems.items()})
+        first_seeds = {name: seeds[0] for name, seeds in systems.items()}
+        summary["judge"] = judge_systems(recipe.evaluate.judge, bench, first_seeds)
         summary["warnings"] += judge_warnings(summary["judge"])
     write_json(bench.folder / "summary.json", summary)
     return summary
 
 
-def judged(source: str, bench: Bench, systems: Mapping[str, Measured]) -> dict[str, Any]:
-    """What a judge says of the student's greedy answers against those of each control and of the teacher.
+def judge_systems(source: str, bench: Bench, systems: Mapping[str, SystemRecords]) -> dict[str, Any]:
+    """A judge's verdicts on the student's greedy answers against those of each control and of the teacher.
 
     `judge-SYSTEM.jsonl` holds every verdict, written once. The judge is loaded where one is missing; where it is the
-    teacher, there is no second copy of it.
+    teacher, no second copy of it is loaded.
     """
-    teacher = (
-        None if bench.teacher is None else bench.teacher.model.with_context(None)
-    )  # a judge is shown the pair alone
+    # a judge is shown the pair alone
+    teacher = None if bench.teacher is None else bench.teacher.model.with_context(None)
     identity = model_identity(source)
     is_teacher = teacher is not None and _weights(identity) == _weights(teacher.identity)
     load = cache(lambda: teacher if is_teacher and teacher is not None else load_model(source))
-    answers = {name: {answer.prompt_id: answer.text for answer in one.answers} for name, one in systems.items()}
+    answers = {name: {answer.prompt_id: answer.text for answer in records.answers} for name, records in systems.items()}
     pairs = {}
     for name in sorted((name for name in systems if name != "student"), key=lambda name: name == "teacher"):
-        file = bench.folder / f"judge-{name}.jsonl"
-        told = partial(_told, bench.progress, f"the judge: student and {name}")
-        verdicts = kept_verdicts(file, load, identity, bench.protocol.prompts, answers["student"], answers[name], told)
+        verdicts = load_or_judge(
+            bench.folder / f"judge-{name}.jsonl",
+            judge=load,
+            identity=identity,
+            prompts=bench.protocol.prompts,
+            first=answers["student"],
+            second=answers[name],
+            progress=partial(_report_progress, bench.progress, f"the judge: student and {name}"),
+        )
         pairs[f"student - {name}"] = summarise_verdicts(verdicts, is_teacher)
     return {"model": identity, "max_tokens": MAX_TOKENS, "pairs": pairs}
 
@@ -151,43 +160,45 @@ def _weights(identity: str) -> str:
     return identity.rpartition("@")[2]
 
 
-def _told(progress: Progress, detail: str, done: int, total: int) -> None:
+def _report_progress(progress: DetailedProgress, detail: str, done: int, total: int) -> None:
     progress(done, total, detail)
 
 
-def judge_warnings(found: dict[str, Any]) -> list[str]:
+def judge_warnings(judge: dict[str, Any]) -> list[str]:
     """What a reader should know before believing the judge."""
-    pairs = found["pairs"]
-    told = []
+    pairs = judge["pairs"]
+    messages = []
     if any(pair["judge_is_teacher"] for pair in pairs.values()):
-        told.append(
+        messages.append(
             "The judge is the teacher itself: it may favour its own manner of writing, and whoever writes like it."
         )
-    mute = [name.removeprefix("student - ") for name, pair in pairs.items() if (pair["unparsable_share"] or 0) > 0.5]
-    if mute:
-        told.append(
-            f"More than half of what the judge says of the student against {', '.join(mute)} can't be read: this model"
-            " can't judge; name another in evaluate.judge."
+    unread = [name.removeprefix("student - ") for name, pair in pairs.items() if (pair["unparsable_share"] or 0) > 0.5]
+    if unread:
+        messages.append(
+            f"More than half of what the judge says of the student against {', '.join(unread)} can't be read: this"
+            " model can't judge; name another in evaluate.judge."
         )
     if left_out := sum(pair["outcomes"]["too_long"] for pair in pairs.values()):
-        every = sum(sum(pair["outcomes"].values()) for pair in pairs.values())
-        told.append(f"The judge's context has no room for {left_out} of {every} pairs of answers, which were left out.")
-    return told
+        total = sum(sum(pair["outcomes"].values()) for pair in pairs.values())
+        messages.append(
+            f"The judge's context has no room for {left_out} of {total} pairs of answers, which were left out."
+        )
+    return messages
 
 
 def teacher_warnings(recipe: Recipe, text: TrainingText) -> list[str]:
     """What to know of a teacher that is shown more than the students, or is the student itself, before believing its
     figures."""
     context = recipe.teacher.context
-    found = kind(recipe.teacher).caveats(recipe.teacher, recipe.student.start.pretrained)
+    messages = kind(recipe.teacher).caveats(recipe.teacher, recipe.student.start.pretrained)
     for name in context.reads if context else []:
-        known = [prompt.answers if name == "answer" else prompt.feedback for prompt in text.prompts[1]]
-        having = sum(map(bool, known))
-        found.append(
-            f"The teacher was shown the {name} of {having} of {len(text.prompts[1])} held-out prompts: there its"
+        fields = [prompt.answers if name == "answer" else prompt.feedback for prompt in text.prompts[1]]
+        count = sum(map(bool, fields))
+        messages.append(
+            f"The teacher was shown the {name} of {count} of {len(text.prompts[1])} held-out prompts: there its"
             " figures are no ceiling that a student could reach, and shares of its lead mean little."
         )
-    return found
+    return messages
 
 
 def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
@@ -195,14 +206,14 @@ def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
     if recipe.teacher.server is None:
         return {}
     answers, read, written = text.bill()
-    found: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
+    costs: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
     if (money := text.money()) is not None:
-        found["money"] = money
-    return {"bill": found}
+        costs["money"] = money
+    return {"bill": costs}
 
 
 def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
-    """How the figures came about: held-out text, tasks with their settings, leaks, machine."""
+    """How the figures were obtained: held-out text, tasks with their settings, leaks, machine."""
     recipe = questions.recipe
     text = questions.text
     tasks = bench.protocol.tasks
@@ -218,7 +229,9 @@ def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
             "top_p": 1.0,
             "max_tokens": recipe.evaluate.max_tokens,
         },
-        "tasks": {task.name: {"version": task.version, "kind": task.kind, "settings": task.settings} for task in tasks},
+        "tasks": {
+            task.name: {"version": task.version, "kind": task.kind.name, "settings": task.settings} for task in tasks
+        },
         "leaks": [vars(leak) for leak in leaks(questions)],
         "machine": {
             "python": platform.python_version(),

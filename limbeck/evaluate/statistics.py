@@ -4,12 +4,13 @@ A metric per token is a ratio, sum of values over sum of tokens; resampling item
 together, since they are not independent. Percentile bootstrap (Efron 1979), seeded, so a page can be made again.
 
 A method that was trained with several seeds adds an outer level, the seeds. All of them answer the same items, so the
-two levels are crossed: a resample draws seeds and items apart, and takes the same items from every seed it drew (Owen
-2007). Drawing items anew for each seed would treat one hard prompt as several independent ones. Seeds are few, and S
-draws of S seeds understate their spread: with 3 seeds that differ much, a plain percentile interval holds the truth in
-74 % of the cases, not 95 %. So each resample's deviation due to its seeds is stretched by sqrt(S / c) with c drawn from
-chi-square with S - 1 degrees of freedom: the sqrt(S / (S - 1)) of an unbiased variance times the spread that makes a
-normal deviate Student's. Where seeds differ by item noise alone the interval is too wide rather than too narrow.
+two levels are crossed: a resample draws seeds and items independently, and takes the same items from every seed it drew
+(Owen 2007). Drawing items anew for each seed would treat one hard prompt as several independent ones. Seeds are few,
+and S draws of S seeds understate their spread: with 3 seeds that differ much, a plain percentile interval holds the
+truth in 74 % of the cases, not 95 %. So each resample's deviation due to its seeds is stretched by sqrt(S / c) with c
+drawn from chi-square with S - 1 degrees of freedom: the sqrt(S / (S - 1)) of an unbiased variance times the spread that
+makes a normal deviate Student's. Where seeds differ by item noise alone the interval is too wide rather than too
+narrow.
 
 Shapes: I items, S seeds, R resamples, K tables.
 """
@@ -23,12 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.config.significance import CONFIDENCE, LEAST_ITEMS
 from limbeck.types import UserError
 
 RESAMPLES = 2000
-LEVEL = 0.95
-# below this the bootstrap finds a difference where there is none far too often: 15 % of the time with 5 items
-LEAST_ITEMS = 10
 CHUNK = 2**22
 
 Numbers = Sequence[float] | np.ndarray
@@ -54,7 +53,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Difference(Interval):
+class PairedDifference(Interval):
     """A difference with its 95 % interval over `n` items and the two-sided p-value of no difference.
 
     `test` names what p comes from, where that is not the bootstrap.
@@ -120,7 +119,7 @@ def nested_difference(
     second_weights: Rows,
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> Difference:
+) -> PairedDifference:
     """The first method's ratio minus the second's on the same items, with its interval over seeds and items.
 
     Where both have the same number of seeds these are drawn together, pair by pair; else apart from each other.
@@ -138,7 +137,7 @@ def nested_difference(
     drawn_R = (first_R - second_R)[np.isfinite(first_R - second_R)]
     tail = min((drawn_R <= 0).sum(), (drawn_R >= 0).sum())
     p = min(1.0, 2 * (1 + int(tail)) / (len(drawn_R) + 1)) if tables[0].items >= LEAST_ITEMS else 1.0
-    return Difference(tables[0].ratio - tables[1].ratio, *_limits(drawn_R), tables[0].items, p)
+    return PairedDifference(tables[0].ratio - tables[1].ratio, *_limits(drawn_R), tables[0].items, p)
 
 
 def recovered(
@@ -163,8 +162,8 @@ def recovered(
     if low <= 0 <= high:
         return None
     ours, base, theirs = (table.ratio for table in tables)
-    kept_R = lead_R * (theirs - base) > 0
-    shares_R = (student_R - untouched_R)[kept_R] / lead_R[kept_R]
+    usable_R = lead_R * (theirs - base) > 0
+    shares_R = (student_R - untouched_R)[usable_R] / lead_R[usable_R]
     return Interval((ours - base) / (theirs - base), *_limits(shares_R), tables[0].items)
 
 
@@ -302,23 +301,23 @@ def _resampled(tables: Sequence[_Table], seed: int, resamples: int) -> np.ndarra
         raise UserError(
             f"{sorted({table.items for table in tables})} items: a comparison needs the same items in the same order"
         )
-    item_noise = np.random.default_rng(seed)
-    seed_noise = np.random.default_rng([seed, 1])
-    found = []
+    item_rng = np.random.default_rng(seed)
+    seed_rng = np.random.default_rng([seed, 1])
+    chunks = []
     for start in range(0, resamples, size := max(1, CHUNK // items)):
         count = min(size, resamples - start)
-        picks_RI = item_noise.integers(0, items, (count, items))
-        drawn = {seeds: _draw_seeds(seeds, count, seed_noise) for seeds in sorted({table.seeds for table in tables})}
-        found.append([table.ratios(picks_RI, *drawn[table.seeds]) for table in tables])
-    return np.concatenate(found, axis=1)
+        picks_RI = item_rng.integers(0, items, (count, items))
+        drawn = {seeds: _draw_seeds(seeds, count, seed_rng) for seeds in sorted({table.seeds for table in tables})}
+        chunks.append([table.ratios(picks_RI, *drawn[table.seeds]) for table in tables])
+    return np.concatenate(chunks, axis=1)
 
 
-def _draw_seeds(seeds: int, resamples: int, noise: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _draw_seeds(seeds: int, resamples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """times_RS, how often each seed is drawn, and stretch_R (see the top of this file; 1 for one seed)."""
-    times_RS = noise.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
-    return times_RS, np.sqrt(seeds / noise.chisquare(seeds - 1, resamples)) if seeds > 1 else np.ones(resamples)
+    times_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
+    return times_RS, np.sqrt(seeds / rng.chisquare(seeds - 1, resamples)) if seeds > 1 else np.ones(resamples)
 
 
 def _limits(drawn_R: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(drawn_R[np.isfinite(drawn_R)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(drawn_R[np.isfinite(drawn_R)], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

@@ -2,7 +2,7 @@
 
 A word is a run of letters and digits, lower case, with apostrophes inside it; in Chinese and Japanese script every
 character is one. Scripts without spaces other than these (Thai, say) are not covered: a whole phrase is one word there.
-What has no answer, such as the variety of no words, is None and never 0.
+What is undefined, such as the variety of no words, is None and never 0.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 from limbeck.types import UserError
 
-CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{CHARACTER}]|[^\W_{CHARACTER}]+(?:['\u2019][^\W_{CHARACTER}]+)*")
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+(?:['\u2019][^\W_{CJK}]+)*")
 ORDERS = 4
 POOL = 1000
 
@@ -42,7 +42,7 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float | None:
 
 
 def repetition(text: str, n: int = 4) -> float | None:
-    """The share of a text's n-grams that stood in it before. None where the text has fewer than n words."""
+    """The share of a text's n-grams that occurred in it before. None where the text has fewer than n words."""
     grams = Counter(_grams(words(text), n))
     return 1 - len(grams) / grams.total() if grams else None
 
@@ -61,27 +61,26 @@ def self_bleu(texts: Sequence[str], pool: int = POOL, seed: int = 0) -> float | 
     Returns:
         None where fewer than two texts have a word.
     """
-    spoken = [found for found in map(words, texts) if found]
+    word_lists = [each for each in map(words, texts) if each]
     if pool < 2:
         raise UserError("self-BLEU needs a pool of two references at least")
-    if len(spoken) < 2:
+    if len(word_lists) < 2:
         return None
-    picks = range(len(spoken))
+    picks = range(len(word_lists))
     references = set(
-        picks if len(spoken) <= pool else np.random.default_rng(seed).permutation(len(spoken))[:pool].tolist()
+        picks if len(word_lists) <= pool else np.random.default_rng(seed).permutation(len(word_lists))[:pool].tolist()
     )
     largest: dict[Gram, tuple[int, int, int]] = {}  # the largest count, its text, the second largest
     for index in sorted(references):
-        for gram, count in _counts(spoken[index]).items():
+        for gram, count in _counts(word_lists[index]).items():
             best, owner, second = largest.get(gram, (0, -1, 0))
             if count > best:
                 largest[gram] = (count, index, best)
             elif count > second:
                 largest[gram] = (best, owner, count)
-    lengths = Counter(len(spoken[index]) for index in references)
-    return math.fsum(_bleu(spoken[index], index, largest, lengths, index in references) for index in picks) / len(
-        spoken
-    )
+    lengths = Counter(len(word_lists[index]) for index in references)
+    scores = (_bleu(word_lists[index], index, largest, lengths, in_pool=index in references) for index in picks)
+    return math.fsum(scores) / len(word_lists)
 
 
 def rouge_l(prediction: str, references: Sequence[str], stemmer: bool = True) -> float | None:
@@ -95,9 +94,9 @@ def rouge_l(prediction: str, references: Sequence[str], stemmer: bool = True) ->
     """
     if isinstance(references, str) or not references:
         raise UserError("ROUGE-L needs a list of at least one reference text")
-    known = [reference for reference in references if re.search(r"[a-z0-9]", reference.lower())]
+    latin = [reference for reference in references if re.search(r"[a-z0-9]", reference.lower())]
     scorer = _rouge(stemmer)
-    return max((float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference in known), default=None)
+    return max((float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference in latin), default=None)
 
 
 def _grams(tokens: Sequence[str], n: int) -> zip[Gram]:
@@ -112,9 +111,9 @@ def _counts(tokens: Sequence[str]) -> Counter[Gram]:
 
 
 def _bleu(
-    tokens: Sequence[str], index: int, largest: dict[Gram, tuple[int, int, int]], lengths: Counter[int], own: bool
+    tokens: Sequence[str], index: int, largest: dict[Gram, tuple[int, int, int]], lengths: Counter[int], in_pool: bool
 ) -> float:
-    """BLEU of text `index` against the pool without itself; `own` says that it is in the pool."""
+    """BLEU of text `index` against the pool without itself; `in_pool` says whether it is one of it."""
     matched = [0] * ORDERS
     for gram, count in _counts(tokens).items():
         best, owner, second = largest.get(gram, (0, -1, 0))
@@ -127,7 +126,7 @@ def _bleu(
     for order in range(orders):
         share = share if matched[order] else share / 2
         log_precision += math.log((matched[order] or share) / (len(tokens) - order))
-    others = (other for other, texts in lengths.items() if texts > (own and other == len(tokens)))
+    others = (other for other, texts in lengths.items() if texts > (in_pool and other == len(tokens)))
     _, nearest = min((abs(other - len(tokens)), other) for other in others)
     return math.exp(log_precision / orders + min(0.0, 1 - nearest / len(tokens)))
 

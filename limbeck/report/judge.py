@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.config.significance import LEAST_ITEMS
 from limbeck.report.grids import Grid
-from limbeck.report.metrics import LEAST_ITEMS, label, percent
+from limbeck.report.metrics import label, percent
 
 MIN_CONSISTENCY = 0.6
 MAX_CORRELATION = 0.5

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.config.significance import LEAST_ITEMS, SIGNIFICANCE
+
 LABELS = {
     "teacher": "Teacher",
     "untouched": "Student before training",
@@ -19,7 +21,8 @@ LABELS = {
     "student": "Student",
 }
 FIDELITY = "Fidelity on held-out text"
-KNOWN = {
+# of summaries that don't describe their metrics: what they could hold. New metrics are declared in evaluate/metrics.py
+OLDEST = {
     "forward_kl": ("Forward KL", "nats a token", "low"),
     "reverse_kl": ("Reverse KL", "nats a token", "low"),
     "jsd": ("Jensen-Shannon", "nats, at most 0.69", "low"),
@@ -27,8 +30,6 @@ KNOWN = {
     "perplexity": ("Perplexity", "teacher's text", "low"),
     "nll": ("Negative log-likelihood", "nats a token", "low"),
 }
-LEVEL = 0.05
-LEAST_ITEMS = 10  # fewer can't tell two systems apart; as in evaluate/statistics.py
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def metrics_of(summary: dict[str, Any]) -> dict[str, Metric]:
     tables = [*summary["systems"].values(), *summary.get("paired", {}).values()]
     present = dict.fromkeys(name for table in tables for name in table)
     order = dict.fromkeys(
-        [*(name for name in described if name in present), *(name for name in KNOWN if name in present), *present]
+        [*(name for name in described if name in present), *(name for name in OLDEST if name in present), *present]
     )
     return {name: _described(name, described[name]) if name in described else _named(name) for name in order}
 
@@ -64,9 +65,10 @@ def _described(name: str, facts: dict[str, str]) -> Metric:
 
 
 def _named(name: str) -> Metric:
-    """A metric of an older summary. Of a task's metrics, only the pass rate has a better direction."""
-    if name in KNOWN:
-        return Metric(name, *KNOWN[name], FIDELITY)
+    """A metric of an older summary. Of a task's metrics only the pass rate has a better side."""
+    if name in OLDEST:
+        title, unit, better = OLDEST[name]
+        return Metric(name, title, unit, better, group=FIDELITY)
     task, _, measure = name.rpartition("/")
     better = "high" if measure == "pass_rate" else "none"
     title = name.replace("/", " ").replace("_", " ")
@@ -102,7 +104,7 @@ def is_clear(difference: dict[str, Any], comparisons: int = 1) -> bool:
     if difference["low"] <= 0 <= difference["high"] or difference.get("n", LEAST_ITEMS) < LEAST_ITEMS:
         return False
     p = difference.get("p_holm", difference.get("p") if comparisons == 1 else None)
-    return bool(p < LEVEL) if p is not None else comparisons == 1
+    return bool(p < SIGNIFICANCE) if p is not None else comparisons == 1
 
 
 def mark(metric: Metric, difference: dict[str, Any], comparisons: int = 1) -> str:

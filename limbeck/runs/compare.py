@@ -19,7 +19,8 @@ import yaml
 from limbeck.config.recipe import Recipe, load_recipe, parse
 from limbeck.config.teacher import BridgedTeacher, SelfTeacher
 from limbeck.evaluate import run as evaluation
-from limbeck.evaluate.measure import Bench, Measured
+from limbeck.evaluate.measure import Bench
+from limbeck.evaluate.records import SystemRecords
 from limbeck.evaluate.statistics import holm
 from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_seed, warnings
 from limbeck.progress import Reporter, Silent
@@ -159,7 +160,7 @@ class Comparison:
     def bench(self) -> Bench:
         return self.common.bench(self.folder / "evaluation")
 
-    def train_and_measure(self) -> dict[str, list[Measured]]:
+    def train_and_measure(self) -> dict[str, list[SystemRecords]]:
         """Every system's records: teacher, untouched, then the methods with one entry per seed."""
         bench = self.bench()
         runs = self.runs()
@@ -180,7 +181,7 @@ class Comparison:
                 shutil.rmtree(run.path("student"), ignore_errors=True)
         return systems
 
-    def write(self, systems: dict[str, list[Measured]]) -> None:
+    def write(self, systems: dict[str, list[SystemRecords]]) -> None:
         """`comparison.json` and the page."""
         bench = self.bench()
         tasks = bench.protocol.tasks

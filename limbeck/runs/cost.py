@@ -22,6 +22,7 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.objectives.term import Term
 from limbeck.signals.forms import form_of
+from limbeck.training import controls
 from limbeck.types import UserError
 
 TYPICAL_OVERHEAD = 1.7
@@ -167,11 +168,7 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     plain = [(term.label, {key: schedule.start for key, schedule in term.params.items()}) for term in terms]
     by_others = all(writer.by not in ("untouched", "student") for writer in recipe.writer)
     is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and not recipe.all_answer and by_others
-    return [
-        name
-        for name in recipe.evaluate.controls
-        if name != "untouched" and not (name == "sft_control" and is_fine_tuning)
-    ]
+    return controls.trained_controls(recipe, is_fine_tuning)
 
 
 def _prompt_tokens(prompts: Sequence[Prompt]) -> float:

@@ -17,7 +17,8 @@ from limbeck.data.batches import Row, make_batch, make_rows
 from limbeck.elicit.run import TextSource
 from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
-from limbeck.evaluate.measure import Bench, Measured
+from limbeck.evaluate.measure import Bench
+from limbeck.evaluate.records import SystemRecords
 from limbeck.models.load import Model, load_config, load_model, save_model
 from limbeck.models.prune import Calibration
 from limbeck.models.start import merge_adapters
@@ -32,7 +33,8 @@ from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
-from limbeck.training import controls, loop
+from limbeck.training import loop
+from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
 from limbeck.training.setup import TrainingPlan, make_job
 from limbeck.training.student_writer import StudentWriting
@@ -245,12 +247,18 @@ class Run:
 
     def control_rows(self, name: str, rows: list[Row], student: Model) -> list[Row]:
         """What a control is fine-tuned on; `rows` is the student's own training text."""
-        if name == "gold_control":
-            return self.rows(controls.gold_samples(self.text.prompts[0]), student)
-        answers = controls.preferred(rows) if rows else self.rows(self.text.by_others(), student)
-        if name == "shuffled_control":
-            return controls.shuffled(answers, self.recipe.text_seed, student.max_length)
-        return answers
+        control = CONTROLS[name]
+        assert control.rows is not None
+        return control.rows(
+            ControlData(
+                student_rows=rows,
+                prompts=self.text.prompts[0],
+                others_text=self.text.by_others,
+                encode=lambda samples: self.rows(samples, student),
+                seed=self.recipe.text_seed,
+                max_length=student.max_length,
+            )
+        )
 
     # Measuring
 
@@ -263,8 +271,9 @@ class Run:
                 raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
         bench = self.bench(self.path("evaluation"))
         systems = {"teacher": [self.measured_teacher(bench)]}
-        if "untouched" in self.recipe.evaluate.controls:
-            systems["untouched"] = [bench.measure("untouched", self.models.initial_student)]
+        for name in self.recipe.evaluate.controls:
+            if not CONTROLS[name].is_trained:
+                systems[name] = [bench.measure(name, self.models.initial_student)]
         for name in (*self.method.controls, "student"):
             systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
         evaluation.write_summary(self.questions, bench, systems)
@@ -284,7 +293,7 @@ class Run:
             progress=self.progress,
         )
 
-    def measured_teacher(self, bench: Bench) -> Measured:
+    def measured_teacher(self, bench: Bench) -> SystemRecords:
         """The teacher as a system: in process, or by what its server says."""
         reference = self.models.reference
         if reference is None:

@@ -17,8 +17,8 @@ from limbeck.config.sections import Rollout
 from limbeck.elicit.flow import Step
 from limbeck.elicit.prompts import Prompt, load_prompts
 from limbeck.elicit.steps import STEPS
-from limbeck.evaluate.perturb import perturbed
-from limbeck.evaluate.tasks import Task, load_task
+from limbeck.evaluate.task import Task
+from limbeck.evaluate.tasks import tasks_of
 from limbeck.models.context import PromptContext
 from limbeck.models.teacher_interface import TeacherKind, TeacherUse
 from limbeck.models.teachers import kind
@@ -86,7 +86,7 @@ def resolve(recipe: Recipe) -> Method:
         steps=tuple(_steps(recipe)),
         training_prompts=tuple(training),
         held_out_prompts=tuple(held_out),
-        tasks=tuple(tasks_of(recipe)),
+        tasks=tuple(tasks_of(recipe.evaluate.metrics, recipe.evaluate.limit)),
         prompt_context=_prompt_context(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,
@@ -161,20 +161,6 @@ def split_prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
             "evaluate.prompts", f"{len(both)} held-out prompts are training prompts too, such as {min(both)!r}"
         )
     return training, held_out
-
-
-def tasks_of(recipe: Recipe) -> list[Task]:
-    """The tasks named beside `fidelity`; `NAME@HOW` is the task NAME asked in another way."""
-    tasks = []
-    for name in (name for name in recipe.evaluate.metrics if name != "fidelity"):
-        plain, _, how = name.partition("@")
-        task = load_task(plain, recipe.evaluate.limit)
-        tasks.append(perturbed(task, how) if how else task)
-    if twice := {task.name for task in tasks if [other.name for other in tasks].count(task.name) > 1}:
-        raise RecipeError("evaluate.metrics", f"the task {min(twice)} stands twice; leave one out")
-    if len(tasks) == len(recipe.evaluate.metrics):
-        raise RecipeError("evaluate.metrics", "fidelity is always measured, so list it")
-    return tasks
 
 
 def _prompt_context(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptContext | None:

@@ -9,7 +9,7 @@ from limbeck.config.sections import Rollout, Validation
 from limbeck.config.teacher import BridgedTeacher, CacheSettings, SelfTeacher, SeveralTeachers
 from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.flow import Step
-from limbeck.evaluate.tasks import Task
+from limbeck.evaluate.task import Task
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, TeacherUse
 from limbeck.models.teachers import kind
 from limbeck.objectives.divergence_loss import DIVERGENCES
@@ -18,6 +18,7 @@ from limbeck.objectives.loss import STUDENT
 from limbeck.objectives.schedule import Schedule
 from limbeck.objectives.term import Term
 from limbeck.signals.forms import form_of
+from limbeck.training.controls import check_controls
 from limbeck.types import RecipeError
 
 JUDGED_ON_TEXT = ("importance", "block_influence")  # choices of layers that need text
@@ -34,6 +35,7 @@ def check_parts(
     recipe = use.recipe
     training = use.training_prompts
     _check_writers(recipe)
+    check_controls(recipe, training)
     _check_student_writer(recipe, use.terms, share)
     _check_teacher(use, steps)
     _check_mixup(recipe)
@@ -47,11 +49,6 @@ def check_parts(
                 "evaluate.metrics",
                 f"{len(leak)} items of the task {task.name} are training prompts too, such as {leak[0]}",
             )
-    if "gold_control" in recipe.evaluate.controls and not any(prompt.answers for prompt in training):
-        raise RecipeError(
-            "evaluate.controls",
-            "gold_control needs an answer beside the training prompts, and none has one; leave it out",
-        )
     if any(writer.by == "corpus" for writer in recipe.writer):
         for prompt in training:
             if not prompt.answers:
@@ -69,11 +66,6 @@ def _check_writers(recipe: Recipe) -> None:
     if not others and prune is not None and prune.keep in JUDGED_ON_TEXT:
         raise RecipeError(
             "writer", f"prune.keep: {prune.keep} is judged on others' text; add a writer, or set keep: uniform"
-        )
-    none_preferred = not others or (recipe.all_answer and recipe.writer[0].by in ("untouched", "student"))
-    if {"sft_control", "shuffled_control"} & set(recipe.evaluate.controls) and none_preferred:
-        raise RecipeError(
-            "evaluate.controls", "fine-tuning needs preferred text of a teacher or corpus; set controls: [untouched]"
         )
 
 

@@ -120,8 +120,8 @@ def test_without_tokenising_apart_a_prompt_that_ends_in_white_space_would_differ
     from limbeck.commands.harness import models
 
     task_folder = choice_task(tmp_path / "pick", r'{template: "{question}\n", delimiter: ""}')
-    whole = models.Loaded.__init__
-    monkeypatch.setattr(models.Loaded, "__init__", lambda self, model, apart, chat: whole(self, model, False, chat))
+    whole = models.LocalModel.__init__
+    monkeypatch.setattr(models.LocalModel, "__init__", lambda self, model, apart, chat: whole(self, model, False, chat))
     harness(str(tiny_folder), [str(task_folder)], tmp_path / "harness.json")
     ours = tasks.run_task(tasks.load_task(str(task_folder)), tiny)
     sample = samples(tmp_path / "harness.json", "pick")[0]
@@ -204,7 +204,7 @@ def test_a_local_yaml_task_runs_offline_on_local_data(tmp_path, tiny, tiny_folde
         ({"metric_list": [{"metric": "./evil.py"}]}, "no metric is named"),
         ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, "fetches a metric"),
         ({"metric_list": "acc"}, "must be a list"),
-        ({"fewshot_config": {"process_docs": "f"}}, "can't stand in a local task"),
+        ({"fewshot_config": {"process_docs": "f"}}, "is not allowed in a local task"),
         ({"dataset_path": "pandas"}, "dataset_path must be"),
         ({"dataset_path": "./here"}, "dataset_path must be"),
         ({"dataset_kwargs": {"trust_remote_code": True}}, "may hold data_files"),

@@ -66,7 +66,6 @@ def test_bad_set_is_refused(file, override):
         ("loss", [], "loss", "at least 1"),
         ("loss", [{"jsd": 3}], "loss[0].jsd", "mapping"),
         ("loss", [{"jsd": {}, "forward_kl": {}}], "loss[0]", "one loss per list entry"),
-        ("evaluate.controls", ["untuched"], "evaluate.controls[0]", "untouched"),
     ],
 )
 def test_errors_name_place_value_and_cure(recipe_data, path, value, place, words):
@@ -89,6 +88,7 @@ def test_errors_name_place_value_and_cure(recipe_data, path, value, place, words
         ("loss", ["jsd", "jsd"], "loss[1]", "twice"),
         ("evaluate.metrics", ["everyday"], "evaluate.metrics", "fidelity is always measured"),
         ("evaluate.metrics", ["fidelity", "everyda"], "evaluate.metrics", "everyday"),
+        ("evaluate.controls", ["untuched"], "evaluate.controls[0]", "untouched"),
         ("prompts.from", "nowhere.jsonl", "prompts.from", "nowhere.jsonl"),
         ("writer", [{"by": "corpus"}], "writer", "answer"),
     ],

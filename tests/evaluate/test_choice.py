@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck.evaluate import choice
-from limbeck.evaluate.choice import (
-    Continuation,
-    log_probs,
-    macro_f1,
-    prompt_ids,
-    score_choices,
-    score_rankings,
-    text_ids,
-)
+from limbeck.evaluate import choice, likelihood
+from limbeck.evaluate.choice import macro_f1, score_choices
 from limbeck.evaluate.items import (
     ChoiceItem,
     ChoiceSettings,
@@ -27,6 +19,8 @@ from limbeck.evaluate.items import (
     RankingItem,
     RankingSettings,
 )
+from limbeck.evaluate.likelihood import Continuation, log_probs, prompt_ids, text_ids
+from limbeck.evaluate.ranking import score_rankings
 from limbeck.evaluate.rolling import perplexity, score_passages, windows
 from limbeck.models.load import Model
 from limbeck.types import UserError
@@ -100,15 +94,15 @@ def test_log_probs_do_not_depend_on_batch_padding_order_or_neighbours(tiny, monk
     assert told[-1] == (6, 6)
     assert alone == pytest.approx(want, rel=1e-4)
     assert log_probs(tiny, wanted[::-1])[::-1] == pytest.approx(want, rel=1e-4)
-    monkeypatch.setattr(choice, "TOKENS_TOGETHER", 1)
+    monkeypatch.setattr(likelihood, "TOKENS_TOGETHER", 1)
     assert log_probs(tiny, wanted) == pytest.approx(want, rel=1e-4)
 
 
 def test_rows_that_begin_a_longer_row_are_not_run(tiny, monkeypatch):
     rows = []
-    hidden_states = choice.hidden_states
+    hidden_states = likelihood.hidden_states
     monkeypatch.setattr(
-        choice, "hidden_states", lambda net, tokens_BT: rows.append(len(tokens_BT)) or hidden_states(net, tokens_BT)
+        likelihood, "hidden_states", lambda net, tokens_BT: rows.append(len(tokens_BT)) or hidden_states(net, tokens_BT)
     )
     wanted = [Continuation(str(n), (5, 6, 7), (n,)) for n in range(10, 16)] + [Continuation("long", (5, 6), (7, 8, 9))]
     log_probs(tiny, wanted)
@@ -140,15 +134,15 @@ def test_a_planted_answer_is_found(tiny):
 def test_the_begin_token_stands_first_where_the_tokenizer_puts_it(tiny):
     from tokenizers.processors import TemplateProcessing
 
-    plain = prompt_ids(tiny, ChoiceSettings(), ITEMS[0])
+    plain = prompt_ids(tiny, ChoiceSettings(), ITEMS[0].fields)
     tiny.tokenizer.bos_token = "<|system|>"
-    assert prompt_ids(tiny, ChoiceSettings(), ITEMS[0]) == plain
+    assert prompt_ids(tiny, ChoiceSettings(), ITEMS[0].fields) == plain
     bos, eos = tiny.tokenizer.bos_token_id, tiny.tokenizer.eos_token_id
     special = [("<|system|>", bos), ("<|end|>", eos)]
     tiny.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|system|> $A <|end|>", special_tokens=special
     )
-    assert prompt_ids(tiny, ChoiceSettings(), ITEMS[0]) == (bos, *plain)  # and no end-of-sequence token after it
+    assert prompt_ids(tiny, ChoiceSettings(), ITEMS[0].fields) == (bos, *plain)  # and no end-of-sequence token after it
     assert prompt_ids(tiny, LabelSettings(template="{text}", labels=("a", "b")), {"text": ""}) == (bos,)
 
 

@@ -13,7 +13,8 @@ import limbeck
 from limbeck.config.recipe import parse
 from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate import judge as judging
-from limbeck.evaluate.judge import fenced, judge_pairs, kept_verdicts, question, read_verdict, summarise_verdicts
+from limbeck.evaluate import run as evaluation
+from limbeck.evaluate.judge import fenced, judge_pairs, load_or_judge, question, read_verdict, summarise_verdicts
 from limbeck.models.load import Model, load_model, model_identity
 from limbeck.progress import StoppedError
 from limbeck.storage.files import read_jsonl
@@ -217,12 +218,12 @@ def test_a_pair_without_room_for_the_reply_is_counted_and_not_asked(tiny, monkey
 
 def test_verdicts_are_kept_and_not_asked_for_again(tiny, tmp_path, monkeypatch):
     file = tmp_path / "judge-x.jsonl"
-    monkeypatch.setattr(judging, "_answered", lambda judge, questions, *_: prefers("good")(questions))
-    found = kept_verdicts(file, lambda: tiny, "judge@1", PROMPTS, GOOD, BAD)
+    monkeypatch.setattr(judging, "_ask_model", lambda judge, questions, *_: prefers("good")(questions))
+    found = load_or_judge(file, lambda: tiny, "judge@1", PROMPTS, GOOD, BAD)
     assert [v.outcome for v in found] == ["first"] * 4 and [set(record) for record in read_jsonl(file)] == [
         {"key", "prompt_id", "forward", "backward", "first_length", "second_length", "replies"}
     ] * 4
-    assert kept_verdicts(file, lambda: pytest.fail("loaded again"), "judge@1", PROMPTS, GOOD, BAD) == found
+    assert load_or_judge(file, lambda: pytest.fail("loaded again"), "judge@1", PROMPTS, GOOD, BAD) == found
     for identity, prompts, first in (
         ("judge@2", PROMPTS, GOOD),
         ("judge@1", PROMPTS[:3], GOOD),
@@ -231,9 +232,9 @@ def test_verdicts_are_kept_and_not_asked_for_again(tiny, tmp_path, monkeypatch):
         with pytest.raises(
             UserError, match=r"judge-x\.jsonl holds another judge's verdicts, or some on other answers: remove it"
         ):
-            kept_verdicts(file, lambda: pytest.fail("loaded"), identity, prompts, first, BAD)
+            load_or_judge(file, lambda: pytest.fail("loaded"), identity, prompts, first, BAD)
     with pytest.raises(UserError, match="the first system has no answer to 4 prompts"):
-        kept_verdicts(tmp_path / "new.jsonl", lambda: tiny, "judge@1", PROMPTS, {}, BAD)
+        load_or_judge(tmp_path / "new.jsonl", lambda: tiny, "judge@1", PROMPTS, {}, BAD)
     assert not (tmp_path / "new.jsonl").exists()
 
 
@@ -284,7 +285,7 @@ def test_a_run_asks_its_judge_once_and_tells_of_it(quick, roomy, tmp_path, monke
     (folder / "summary.json").unlink()
     (folder / "judge-untouched.jsonl").unlink()
     loaded = []
-    monkeypatch.setattr("limbeck.evaluate.run.load_model", lambda source: loaded.append(source) or load_model(source))
+    monkeypatch.setattr(evaluation, "load_model", lambda source: loaded.append(source) or load_model(source))
     limbeck.run(recipe, out, stages=("evaluate",))
     assert loaded == [roomy] and summary_of(out)["judge"] == summary["judge"]
     (folder / "summary.json").unlink()
@@ -301,7 +302,7 @@ def test_a_killed_judge_goes_on_with_what_is_left(quick, roomy, tmp_path, monkey
         progress(len(questions), len(questions))
         return prefers("x")(questions)
 
-    monkeypatch.setattr(judging, "_answered", scripted)
+    monkeypatch.setattr(judging, "_ask_model", scripted)
     with pytest.raises(StoppedError, match="run it again to go on"):
         limbeck.run(parse(quick), out, stop=lambda: len(asked) == 2)
     left = sorted(file.name for file in (out / "evaluation").glob("judge-*"))
@@ -317,11 +318,11 @@ def test_a_judge_that_is_the_teacher_is_flagged_and_not_loaded_twice(quick, room
     source = str(shutil.copytree(roomy, tmp_path / "copy")) if copied else roomy
     quick["teacher"] = {"model": roomy, "context": {"system": "a dog ran"}}
     quick["evaluate"] |= {"judge": source, "controls": ["untouched"]}
-    monkeypatch.setattr("limbeck.evaluate.run.load_model", lambda _: pytest.fail("a second copy"))
+    monkeypatch.setattr(evaluation, "load_model", lambda _: pytest.fail("a second copy"))
     seen = []
-    plain = judging._answered
+    plain = judging._ask_model
     monkeypatch.setattr(
-        judging, "_answered", lambda judge, *rest: seen.append(judge.prompt_context) or plain(judge, *rest)
+        judging, "_ask_model", lambda judge, *rest: seen.append(judge.prompt_context) or plain(judge, *rest)
     )
     limbeck.run(parse(quick), tmp_path / "out")
     summary = summary_of(tmp_path / "out")

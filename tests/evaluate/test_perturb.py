@@ -6,12 +6,10 @@ import random
 
 import pytest
 
-from limbeck.config.recipe import parse
-from limbeck.evaluate.measure import Measured
 from limbeck.evaluate.perturb import PERTURBATIONS, perturbed
+from limbeck.evaluate.records import ItemResult, SystemRecords
 from limbeck.evaluate.summary import robustness
-from limbeck.evaluate.tasks import Scored, load_task
-from limbeck.runs.resolve import tasks_of
+from limbeck.evaluate.tasks import load_task, tasks_of
 from limbeck.types import RecipeError
 
 QUESTION = 'Which planet, "Jupiter Major" or McDonald 4500x, is nearest?'
@@ -49,9 +47,9 @@ def test_relative_drop_is_over_the_same_items():
     asked = perturbed(plain, "typos")
 
     def system(before, after):
-        scored = {task.name: [Scored(item.id, {"acc": float(value)}) for item, value in zip(task.items, values, strict=False)]
+        scored = {task.name: [ItemResult(item.id, {"acc": float(value)}) for item, value in zip(task.items, values, strict=False)]
                   for task, values in ((plain, before), (asked, after))}  # fmt: skip
-        return [Measured("m", [], [], [], [], [], scored, {})]
+        return [SystemRecords("m", [], [], [], [], [], scored, {})]
 
     found = robustness(
         {
@@ -67,14 +65,17 @@ def test_relative_drop_is_over_the_same_items():
     assert drops["c"]["value"] == pytest.approx(0.5) and drops["c"]["n"] == 2
 
 
-def test_recipes_name_them(recipe_data):
-    recipe_data["evaluate"]["metrics"] = ["fidelity", "everyday", "everyday@typos"]
-    assert [task.name for task in tasks_of(parse(recipe_data))] == ["everyday", "everyday@typos"]
+def test_recipes_name_them():
+    assert [task.name for task in tasks_of(["fidelity", "everyday", "everyday@typos"])] == [
+        "everyday",
+        "everyday@typos",
+    ]
     for metric, words in (
         ("everyday@tpyos", "did you mean 'typos'"),
         ("passages@typos", "asks no question"),
-        ("everyday", "stands twice"),
+        ("everyday", "is given twice"),
     ):
-        recipe_data["evaluate"]["metrics"] = ["fidelity", "everyday", metric]
         with pytest.raises(RecipeError, match=words):
-            tasks_of(parse(recipe_data))
+            tasks_of(["fidelity", "everyday", metric])
+    with pytest.raises(RecipeError, match="fidelity is always measured"):
+        tasks_of(["everyday"])

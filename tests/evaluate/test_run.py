@@ -12,12 +12,12 @@ import pytest
 import limbeck
 from limbeck.config.recipe import parse
 from limbeck.evaluate.calibration import Reliability
-from limbeck.evaluate.fidelity import ItemFidelity
-from limbeck.evaluate.items import ChoiceSettings, Scored
-from limbeck.evaluate.measure import Measured
+from limbeck.evaluate.choice import MULTIPLE_CHOICE
+from limbeck.evaluate.items import ChoiceSettings
+from limbeck.evaluate.records import ItemFidelity, ItemResult, SystemRecords
 from limbeck.evaluate.statistics import mcnemar
 from limbeck.evaluate.summary import by_kind, columns, recovery, summarise, values_by_seed, warnings
-from limbeck.evaluate.tasks import Task
+from limbeck.evaluate.task import Task
 from limbeck.models.load import Model
 from limbeck.progress import StoppedError
 from limbeck.storage.files import read_jsonl
@@ -57,7 +57,7 @@ def measured(name, nats, own=(), **sums):
         {"tokens": 5, "text": text, "finished": ended, "repetition": None if len(text) < 5 else 0.5}
         for text, ended in own
     ]
-    return Measured(
+    return SystemRecords(
         name, given, [item(chr(97 + n), 5, 1.0) for n in range(len(texts))], texts, [], [], {}, {"layers": 2}
     )
 
@@ -111,14 +111,15 @@ def test_few_items_prove_nothing():
     assert few["p"] == 1 and many["p"] < 0.01
 
 
-QUIZ = Task("quiz", "1", "", "multiple_choice", ("acc", "probability"), ChoiceSettings(), ())
+QUIZ = Task("quiz", "1", "", MULTIPLE_CHOICE, ("acc", "probability"), ChoiceSettings(), ())
 
 
 def quizzed(name, right, weight=1.0):
     """A system with these scores on the items of a task."""
     weights = {} if weight == 1 else {"acc": weight}
     scored = [
-        Scored(f"q{n}", {"acc": float(score), "probability": 0.5 + score / 4}, weights) for n, score in enumerate(right)
+        ItemResult(f"q{n}", {"acc": float(score), "probability": 0.5 + score / 4}, weights)
+        for n, score in enumerate(right)
     ]
     return replace(measured(name, [1.0] * 12), tasks={"quiz": scored})
 

@@ -11,8 +11,8 @@ import pytest
 
 from limbeck.evaluate.statistics import (
     RESAMPLES,
-    Difference,
     McNemar,
+    PairedDifference,
     holm,
     mcnemar,
     ndcg,
@@ -151,7 +151,7 @@ def test_a_difference_pairs_items_and_seeds():
     noise = np.random.default_rng(9)
     base = crossed(noise, 3, 60, 1.0, 2.0, 0.2)
     got = nested_difference(base + 0.05, np.ones_like(base), base, np.ones_like(base))
-    assert isinstance(got, Difference) and got.value == pytest.approx(0.05)
+    assert isinstance(got, PairedDifference) and got.value == pytest.approx(0.05)
     assert got.low == pytest.approx(0.05) and got.high == pytest.approx(0.05)
     assert got.p == 2 / (RESAMPLES + 1)
     finer = nested_difference(base + 0.05, np.ones_like(base), base, np.ones_like(base), resamples=5000)

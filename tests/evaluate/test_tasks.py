@@ -12,8 +12,10 @@ import pytest
 from limbeck.config.builtin import task_folders
 from limbeck.elicit.prompts import load_prompts
 from limbeck.elicit.verify import verify
+from limbeck.evaluate.generation import answer_all
+from limbeck.evaluate.records import CheckedAnswer, ItemResult
 from limbeck.evaluate.statistics import pass_at_k, ratio_interval
-from limbeck.evaluate.tasks import Answer, Scored, answer_all, load_task, run_task, summarise
+from limbeck.evaluate.tasks import load_task, run_task, summarise
 from limbeck.evaluate.wording import rouge_l
 from limbeck.storage.files import file_sha256
 from limbeck.types import RecipeError, UserError, canonical_json
@@ -83,7 +85,7 @@ def test_held_out_prompts_and_the_task_are_the_same_prompts():
 
 def test_a_folder_of_the_users_own_is_a_task(tmp_path):
     task = load_task(write(tmp_path / "t", "kind: multiple_choice\n", CHOICE, CHOICE | {"id": "x", "kind": "hard"}))
-    assert (task.name, task.version, task.kind, task.metrics) == (
+    assert (task.name, task.version, task.kind.name, task.metrics) == (
         "mine",
         "3",
         "multiple_choice",
@@ -110,10 +112,10 @@ def test_an_unknown_task_is_named_with_the_nearest(tmp_path):
         ("settings: {temprature: 1}\n", "settings: temprature is unknown; did you mean 'temperature'?"),
         ("settings: {seeds: [1, 2]}\n", "at temperature 0 every answer is the same"), ("settings: {temperature: -1}\n", "temperature"),
         ("settings: {temperature: 1, samples: 4, pass_at: [5]}\n", "raise samples"), ("settings: {temperature: 1, samples: 4, seeds: [1]}\n", "not both"),
-        ("settings: {temperature: 1, seeds: [1, 1]}\n", "stands twice"), ("settings: {template: 'Say {x}'}\n", "template must name {prompt}"),
+        ("settings: {temperature: 1, seeds: [1, 1]}\n", "is given twice"), ("settings: {template: 'Say {x}'}\n", "template must name {prompt}"),
         ("metrics: [acc]\n", "can't give the metric 'acc'"), ("metrics: [rouge_l]\n", "can't give the metric 'rouge_l'"),
         ("test: ../test.jsonl\n", "without any folder"), ("test: none.jsonl\n", "can't read"), ("name: A/B\n", "name 'A/B'"), ("name: fidelity\n", "not fidelity"),
-        ("kind: classification\n", "labels is required"), ("kind: classification\nsettings: {labels: [a, a]}\n", "stands twice"),
+        ("kind: classification\n", "labels is required"), ("kind: classification\nsettings: {labels: [a, a]}\n", "is given twice"),
         ("kind: perplexity\nsettings: {window: 8, stride: 8}\n", "stride 8 must be below the window"), ("kind: ranking\nsettings: {k: []}\n", "settings: k"),
         ("kind: multiple_choice\nsettings: {template: 'Answer:'}\n", "must name a field"), ("kind: multiple_choice\nsettings: {template: '{answer}'}\n", "can't name answer"),
         ("kind: perplexity\nreferences: refs.jsonl\n", "only a task of kind generation"),
@@ -153,7 +155,7 @@ def test_labels_ids_and_empty_tasks_are_checked(tmp_path):
     labels = "kind: classification\nsettings: {labels: [spam, fine]}\n"
     with pytest.raises(UserError, match="line 1: 'spma' is not one of the task's labels; did you mean 'spam'"):
         load_task(write(tmp_path / "a", labels, {"text": "t", "label": "spma"}))
-    with pytest.raises(UserError, match="line 2: the id 'x' stands twice"):
+    with pytest.raises(UserError, match="line 2: the id 'x' is given twice"):
         load_task(write(tmp_path / "b", "", {"id": "x", "prompt": "p"}, {"id": "x", "prompt": "q"}))
     with pytest.raises(UserError, match="holds no item"):
         load_task(write(tmp_path / "c", "", "", "  "))
@@ -215,20 +217,22 @@ def test_greedy_answers_are_scored_where_a_metric_applies(tmp_path, tiny):
     )
     assert (
         run_task(task, tiny, max_tokens=12) == scored
-        and Scored(**json.loads(canonical_json(vars(scored[0])))) == scored[0]
+        and ItemResult(**json.loads(canonical_json(vars(scored[0])))) == scored[0]
     )
 
 
 def test_given_answers_are_taken_and_only_the_others_written(tmp_path, tiny, monkeypatch):
     task = load_task(write(tmp_path / "t", "", *LINES))
-    given = {prompt.id: Answer(prompt.id, "", "the cat sat on the mat", 7, True, True) for prompt in task.prompts[1:]}
-    scored = run_task(task, tiny, given=given, max_tokens=6)
+    given = {
+        prompt.id: CheckedAnswer(prompt.id, "", "the cat sat on the mat", 7, True, True) for prompt in task.prompts[1:]
+    }
+    scored = run_task(task, tiny, answers=given, max_tokens=6)
     assert [item.text for item in scored[1:]] == ["the cat sat on the mat"] * 2
     assert scored[1].scores["pass_rate"] == 1 and scored[2].scores["rouge_l"] == 1
     assert scored[0] == run_task(load_task(str(tmp_path / "t"), limit=1), tiny, max_tokens=6)[0]
     own_length = load_task(write(tmp_path / "u", "settings: {max_tokens: 4}\n", *LINES))
     assert not own_length.shares_answers and task.shares_answers
-    assert all(item.scores["tokens"] <= 4 for item in run_task(own_length, tiny, given=given))
+    assert all(item.scores["tokens"] <= 4 for item in run_task(own_length, tiny, answers=given))
 
 
 def test_draws_of_a_prompt_are_one_item_and_its_mean(tmp_path, tiny):
@@ -238,8 +242,8 @@ def test_draws_of_a_prompt_are_one_item_and_its_mean(tmp_path, tiny):
     assert (
         task.metrics == ("pass_rate", "pass@1", "pass@3", "rouge_l", "finished", "tokens") and not task.shares_answers
     )
-    given = {prompt.id: Answer(prompt.id, "", "x", 1, True, True) for prompt in task.prompts}
-    scored = run_task(task, tiny, given=given)
+    given = {prompt.id: CheckedAnswer(prompt.id, "", "x", 1, True, True) for prompt in task.prompts}
+    scored = run_task(task, tiny, answers=given)
     for item, prompt in zip(scored, task.prompts, strict=True):
         draws = item.facts["draws"]
         assert [draw["seed"] for draw in draws] == [10, 20, 30, 40, 50] and len({draw["text"] for draw in draws}) > 1

@@ -13,14 +13,13 @@ import pytest
 import yaml
 
 from limbeck.config.recipe import parse
-from limbeck.evaluate import statistics
 from limbeck.report import excerpt as excerpts
 from limbeck.report.card import model_card
 from limbeck.report.excerpt import embedded, read_excerpt
 from limbeck.report.figures import pareto_figures
 from limbeck.report.grids import facts, kinds_grid, seeds_grid, spent_grid, training_grid
 from limbeck.report.judge import judge_section
-from limbeck.report.metrics import LEAST_ITEMS, Metric, is_clear, mark, metrics_of
+from limbeck.report.metrics import Metric, is_clear, mark, metrics_of
 from limbeck.report.page import compare_verdict, read_comparison, read_summary, verdict, write_report
 from limbeck.report.plots import (
     MAX_POINTS,
@@ -236,10 +235,6 @@ def test_a_run_without_divergences_is_judged_by_its_task():
 def test_a_difference_is_clear_by_its_interval_and_among_several_by_its_adjusted_p(difference, comparisons, clear):
     assert is_clear(difference, comparisons) is clear
     assert (mark(LOW, difference, comparisons) == "better") is clear
-
-
-def test_page_and_reckoning_agree_on_how_few_items_prove_nothing():
-    assert LEAST_ITEMS == statistics.LEAST_ITEMS, "floors keep the page from importing it"
 
 
 def test_marks_follow_the_better_side():

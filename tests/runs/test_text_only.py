@@ -11,12 +11,12 @@ import limbeck
 from limbeck.config.recipe import parse
 from limbeck.data.batches import Row
 from limbeck.elicit.verify import verify
-from limbeck.evaluate.fidelity import Text, fidelity
-from limbeck.evaluate.tasks import load_task
+from limbeck.evaluate.fidelity import EvaluationText, fidelity
+from limbeck.evaluate.tasks import load_task, tasks_of
 from limbeck.progress import Silent
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
-from limbeck.runs.resolve import split_prompts, tasks_of
+from limbeck.runs.resolve import split_prompts
 from limbeck.types import RecipeError, UserError
 from tests.scripted_server import Scripted, answer
 
@@ -61,7 +61,8 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
         asked = len(server.seen)
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     teacher, student = summary["systems"]["teacher"], summary["systems"]["student"]
-    (task,) = tasks_of(served(server.url))
+    evaluate = served(server.url).evaluate
+    (task,) = tasks_of(evaluate.metrics, evaluate.limit)
     passed = [verify(prompt.check, said(prompt.text)) for prompt in task.prompts if prompt.check]
     assert teacher["everyday/pass_rate"]["value"] == pytest.approx(sum(passed) / len(passed)) and any(passed)
     assert not set(teacher) & {"forward_kl", "perplexity", "own_tokens", "ece"}
@@ -171,7 +172,7 @@ def test_what_a_student_thinks_alone_is_what_it_thinks_beside_a_teacher(tiny):
 
     rows = [Row("a", (1, 2, 3), (4, 5, 6, 7)), Row("b", (1, 2), (3, 4))]
     torch.manual_seed(0)
-    alone, beside = (fidelity(tiny, Text(rows, teacher)) for teacher in (None, InProcessTeacher(tiny)))
+    alone, beside = (fidelity(tiny, EvaluationText(rows, teacher)) for teacher in (None, InProcessTeacher(tiny)))
     for one, other in zip(alone, beside, strict=True):
         assert set(one.sums) == {"nll", "entropy", "wrong"} and one.tokens == other.tokens
         for name, value in one.sums.items():

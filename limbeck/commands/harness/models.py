@@ -1,5 +1,4 @@
-"""Models in the form that lm-evaluation-harness asks: one that is loaded here, and one behind an OpenAI-compatible
-server.
+"""Models in the form of lm-evaluation-harness: one that is loaded here, and one behind an OpenAI-compatible server.
 
 Importing this file imports that program. Keys come from OPENAI_API_KEY, which it reads itself.
 """
@@ -24,8 +23,8 @@ LIKELIEST = 256
 ALL_TOKENS = 1_000_000  # how many next tokens are asked for: most choices are among the first
 
 
-class Loaded(HFLM):  # type: ignore[misc]
-    """A loaded model.
+class LocalModel(HFLM):  # type: ignore[misc]
+    """A model that is loaded here.
 
     With `apart`, prompt and choice are tokenised one by one and joined as ids, as Limbeck's own tasks do; without it,
     as lm-evaluation-harness does: white space at the prompt's end goes to the choice, and the choice's tokens are those
@@ -51,7 +50,7 @@ class Loaded(HFLM):  # type: ignore[misc]
         return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
 
 
-class ServedChat(LocalChatCompletion):  # type: ignore[misc]
+class ChatServer(LocalChatCompletion):  # type: ignore[misc]
     """The server's chat/completions: it applies its own chat template. Text only."""
 
     def __init__(self, model: str, base_url: str) -> None:
@@ -61,7 +60,7 @@ class ServedChat(LocalChatCompletion):  # type: ignore[misc]
         return [_text(choice.get("message"), "content") for choice in _choices(outputs)]
 
 
-class ServedText(LocalCompletionsAPI):  # type: ignore[misc]
+class TextServer(LocalCompletionsAPI):  # type: ignore[misc]
     """The server's completions. With the model's tokenizer (a folder) it gets token ids, and given text can be
     scored."""
 
@@ -85,7 +84,7 @@ class ServedText(LocalCompletionsAPI):  # type: ignore[misc]
         return [_text(choice, "text") for choice in _choices(outputs)]
 
 
-class ServedByToken(ServedText):
+class TokenServer(TextServer):
     """llama.cpp's server, which returns no log-probabilities of a given prompt: its own /completion says how likely
     each next token is, so a choice is scored token by token. The prompt stays in its cache; one request costs one
     token."""
@@ -93,11 +92,11 @@ class ServedByToken(ServedText):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """Per request ((context, choice), context ids, choice ids): (log p(choice | context) in nats, whether it is the
         greedy text)."""
-        found = []
+        results = []
         for _, context, continuation in requests:
             steps = [self._next(context + continuation[:at], token) for at, token in enumerate(continuation)]
-            found.append((sum(log_prob for log_prob, _ in steps), all(first for _, first in steps)))
-        return found
+            results.append((sum(log_prob for log_prob, _ in steps), all(first for _, first in steps)))
+        return results
 
     def _next(self, ids: list[int], token: int) -> tuple[float, bool]:
         """log p(token | ids), and whether it is the likeliest."""
@@ -106,8 +105,8 @@ class ServedByToken(ServedText):
             if token in likely:
                 return likely[token], max(likely, key=lambda id_: likely[id_]) == token
         raise UserError(
-            f"the server names {len(likely)} tokens that may come next, and token {token} is none: is --tokenizer its"
-            " model's?"
+            f"the server names {len(likely)} tokens that may come next, and token {token} is not among them: is"
+            " --tokenizer its model's?"
         )
 
 
@@ -118,7 +117,7 @@ def next_tokens(root: str, ids: list[int], count: int) -> dict[int, float]:
     Raises:
         UserError: it doesn't answer, or names none.
     """
-    asked = {
+    body = {
         "prompt": ids,
         "n_predict": 1,
         "n_probs": count,
@@ -126,7 +125,7 @@ def next_tokens(root: str, ids: list[int], count: int) -> dict[int, float]:
         "cache_prompt": True,
         "post_sampling_probs": False,
     }
-    reply = _posted(f"{root}/completion", asked)
+    reply = _post(f"{root}/completion", body)
     steps = reply.get("completion_probabilities") if isinstance(reply, dict) else None
     tops = steps[0].get("top_logprobs") if isinstance(steps, list) and steps and isinstance(steps[0], dict) else None
     if (
@@ -138,28 +137,28 @@ def next_tokens(root: str, ids: list[int], count: int) -> dict[int, float]:
     return {int(top["id"]): float(top["logprob"]) for top in tops}
 
 
-def _posted(url: str, asked: dict[str, Any]) -> Any:
+def _post(url: str, body: dict[str, Any]) -> Any:
     key = os.environ.get("OPENAI_API_KEY", "")
     try:
         return requests.post(
-            url, json=asked, timeout=PROBE_SECONDS, headers={"Authorization": f"Bearer {key}"}, allow_redirects=False
+            url, json=body, timeout=PROBE_SECONDS, headers={"Authorization": f"Bearer {key}"}, allow_redirects=False
         ).json()
     except requests.RequestException as error:
         raise UserError(f"no answer from {url}: {type(error).__name__}; is the server running?") from error
 
 
 def _choices(outputs: Any) -> list[dict[str, Any]]:
-    """The choices of a reply, in order. An answer that is none must not be scored as an empty one."""
+    """The choices of a reply, in order. A reply without any must not be scored as an empty one."""
     replies = outputs if isinstance(outputs, list) else [outputs]
-    found = []
+    all_choices = []
     for reply in replies:
         choices = reply.get("choices") if isinstance(reply, dict) else None
         if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
             raise UserError(
                 f"the server's reply holds no choices: {str(reply)[:200]!r}; is it an OpenAI-compatible server?"
             )
-        found += sorted(choices, key=lambda choice: int(choice.get("index") or 0))
-    return found
+        all_choices += sorted(choices, key=lambda choice: int(choice.get("index") or 0))
+    return all_choices
 
 
 def _text(part: Any, key: str) -> str:
@@ -172,18 +171,18 @@ def _text(part: Any, key: str) -> str:
     return text
 
 
-def scorer(model: str, base_url: str, prompt: list[int]) -> type[ServedText]:
-    """How this server scores given text: by the log-probabilities of a given prompt (`echo`), or, as llama.cpp's, token
-    by token.
+def scorer(model: str, base_url: str, prompt: list[int]) -> type[TextServer]:
+    """The class that scores given text on this server: by the log-probabilities of a given prompt (`echo`), or, for
+    llama.cpp's, token by token.
 
     Args:
         prompt: token ids, at least two of them.
 
     Raises:
-        UserError: in neither way, or it doesn't answer.
+        UserError: it can do neither, or doesn't answer.
     """
     if _echoes(model, base_url, prompt):
-        return ServedText
+        return TextServer
     try:
         next_tokens(base_url.removesuffix("/v1"), prompt, 1)
     except UserError as error:
@@ -192,12 +191,12 @@ def scorer(model: str, base_url: str, prompt: list[int]) -> type[ServedText]:
             " which multiple-choice and likelihood tasks need, nor those of the next token (llama.cpp's /completion):"
             " use a server that does, such as vLLM's or llama.cpp's, or give the model's folder instead of --base-url"
         ) from error
-    return ServedByToken
+    return TokenServer
 
 
 def _echoes(model: str, base_url: str, prompt: list[int]) -> bool:
     """Whether the server returns the log-probabilities of a given prompt."""
-    asked: dict[str, Any] = {
+    body: dict[str, Any] = {
         "model": model,
         "prompt": [prompt],
         "max_tokens": 1,
@@ -205,10 +204,10 @@ def _echoes(model: str, base_url: str, prompt: list[int]) -> bool:
         "logprobs": 1,
         "echo": True,
     }
-    reply = _posted(f"{base_url}/completions", asked)
+    reply = _post(f"{base_url}/completions", body)
     choices = reply.get("choices") if isinstance(reply, dict) else None
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    found = first.get("logprobs")
-    values = found.get("token_logprobs") if isinstance(found, dict) else None
-    tops = found.get("top_logprobs") if isinstance(found, dict) else None
+    log_probs = first.get("logprobs")
+    values = log_probs.get("token_logprobs") if isinstance(log_probs, dict) else None
+    tops = log_probs.get("top_logprobs") if isinstance(log_probs, dict) else None
     return isinstance(values, list) and isinstance(tops, list) and len(values) == len(tops) == len(prompt) + 1

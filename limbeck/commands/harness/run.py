@@ -1,8 +1,7 @@
-"""lm-evaluation-harness (EleutherAI) on a student, a model or a server, so that its numbers stand beside everyone
-else's.
+"""lm-evaluation-harness (EleutherAI) on a student, a model or a server, for numbers that compare with published ones.
 
-Its templates are rendered in a sandbox here; a local YAML task is plain data (see tasks.py). A task that is named is
-that program's own, with the Python files that it brings along. Nothing is fetched but what such a task asks for.
+Its templates are rendered in a sandbox here; a local YAML task is plain data (see tasks.py). A task given by name is
+that program's own, with its Python files. Nothing is fetched but what such a task asks for.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ LIKELIHOOD = frozenset({"multiple_choice", "loglikelihood", "loglikelihood_rolli
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Whom the tasks are put to: a model to load, or the model called `where` behind a server."""
+class TestedModel:
+    """The model that answers: one to load, or the model called `where` behind a server."""
 
     where: str
     base_url: str | None = None
@@ -64,13 +63,13 @@ class Subject:
 
     @property
     def max_tokens(self) -> int:
-        """The longest answer to Limbeck's own prompts: a run's own limit."""
+        """The longest answer to Limbeck's own prompts: for a run, its own limit."""
         recipe = yaml.safe_load((Path(self.where) / "recipe.yaml").read_text()) if self.is_run else {}
         return int(recipe.get("evaluate", {}).get("max_tokens", MAX_TOKENS))
 
 
 @dataclass(frozen=True)
-class Part:
+class TaskGroup:
     """A task (or a group of them) and how it is asked: through the chat template or not, choices tokenised apart or
     not."""
 
@@ -90,40 +89,41 @@ def harness(
     tokenizer: str | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Run tasks of lm-evaluation-harness; returns what is written to `out`, the new tasks beside those that stand there
-    already.
+    """Run tasks of lm-evaluation-harness; their results are added to those in `out`.
 
     Args:
         where: a run folder (its student), a model folder, a known model's name, or with `base_url` the server's name
             for its model.
         names: tasks of that program, local YAML files, folders with a task.yaml of Limbeck, or builtin/NAME.
-        out: a JSON file; of a run folder, evaluation/harness.json by default. Every item goes to harness-TASK.jsonl
-            beside it.
-        limit: the first so many items of each task.
-        chat: put other programs' tasks through the model's chat template (Limbeck's own say so themselves).
+        out: a JSON file; for a run folder, evaluation/harness.json by default. Every item goes to harness-TASK.jsonl in
+            the same folder.
+        limit: how many items of each task, the first ones.
+        chat: put tasks through the model's chat template (Limbeck's own tasks decide that themselves).
         base_url: of an OpenAI-compatible server, such as http://localhost:8000/v1.
-        tokenizer: whose tokenizer the server's model has; likelihood tasks need it.
-        note: told what takes long.
+        tokenizer: a model with the tokenizer of the server's; likelihood tasks need it.
+        note: called with a message before anything slow.
+
+    Returns:
+        The file, and the results of the new tasks.
 
     Raises:
         UserError: lm-evaluation-harness is missing, a task can't be run, the server can't do what a task needs.
     """
-    subject = Subject(where, _address(base_url), tokenizer)
+    tested = TestedModel(where, _address(base_url), tokenizer)
     if out is None:
-        if not subject.is_run:
+        if not tested.is_run:
             raise UserError("say where the results should go: --out FILE (only a run folder has a place for them)")
         out = Path(where) / "evaluation" / "harness.json"
     _check_installed()
     with _quiet_and_sandboxed():
-        parts = _parts(names, chat, subject.max_tokens, note)
-        asked = _speaker(subject, parts)
-        found: dict[str, Any] = {}
-        for part in parts:
-            found |= _evaluate(asked(part), part, limit, _facts(subject, part, limit), out)
-    known = (read_json(out) or {}).get("tasks", {})
-    result = {"tasks": {**known, **found}}
-    write_json(out, result)
-    return {"file": str(out), "tasks": found}
+        groups = _task_groups(names, chat, tested.max_tokens, note)
+        model_for = _answering_model(tested, groups)
+        entries: dict[str, Any] = {}
+        for group in groups:
+            entries |= _evaluate(model_for(group), group, limit, _facts(tested, group, limit), out=out)
+    earlier = (read_json(out) or {}).get("tasks", {})
+    write_json(out, {"tasks": {**earlier, **entries}})
+    return {"file": str(out), "tasks": entries}
 
 
 def _check_installed() -> None:
@@ -139,7 +139,7 @@ def _check_installed() -> None:
 
 @contextlib.contextmanager
 def _quiet_and_sandboxed() -> Iterator[None]:
-    """Its templates are rendered by an environment that runs no code, and only its errors are told."""
+    """Have its templates rendered by an environment that runs no code, and silence all but its errors."""
     from lm_eval import utils
 
     logger = logging.getLogger("lm_eval")
@@ -174,20 +174,20 @@ def _address(base_url: str | None) -> str | None:
 # Tasks
 
 
-def _parts(names: Sequence[str], chat: bool, max_tokens: int, note: Callable[[str], None]) -> list[Part]:
+def _task_groups(names: Sequence[str], chat: bool, max_tokens: int, note: Callable[[str], None]) -> list[TaskGroup]:
     """The tasks, loaded and checked, with how each is asked."""
     if len(set(names)) < len(names) or not names:
         raise UserError("give --task at least once, and each task only once")
-    parts: list[Part] = []
+    groups: list[TaskGroup] = []
     for name in names:
         path = Path(name).expanduser()
         spec: str | dict[str, Any] = name
         apart = False
-        asked_in_chat = chat
+        in_chat = chat
         if name.startswith("builtin/") or (path / "task.yaml").is_file():
             spec = as_harness_task(name.removeprefix("builtin/"), max_tokens)
             apart = True
-            asked_in_chat = spec["metadata"]["chat"]
+            in_chat = spec["metadata"]["chat"]
         elif path.suffix in (".yaml", ".yml"):
             if not path.is_file():
                 raise UserError(f"there is no task file {name}")
@@ -196,11 +196,11 @@ def _parts(names: Sequence[str], chat: bool, max_tokens: int, note: Callable[[st
             note("reading the list of lm-evaluation-harness's tasks, which takes a while")
         note(f"loading the task {name}")
         loaded = _load(name, spec)
-        parts.append(Part(loaded["tasks"], loaded.get("groups", {}), asked_in_chat, apart))
-    taken = [task for part in parts for task in part.tasks]
-    if twice := sorted({task for task in taken if taken.count(task) > 1}):
-        raise UserError(f"the task {twice[0]} stands twice among those that were asked for")
-    return parts
+        groups.append(TaskGroup(loaded["tasks"], loaded.get("groups", {}), in_chat, apart))
+    loaded_names = [task for group in groups for task in group.tasks]
+    if twice := sorted({task for task in loaded_names if loaded_names.count(task) > 1}):
+        raise UserError(f"the task {twice[0]} is given twice; leave one out")
+    return groups
 
 
 def _metrics() -> list[str]:
@@ -240,7 +240,7 @@ def _load(name: str, spec: str | dict[str, Any]) -> Any:
 
 @cache
 def _manager(named: bool) -> Any:
-    """What loads tasks; for those that are named it reads some 14,000 files, so once."""
+    """What loads tasks; for tasks given by name it reads some 14,000 files, so it is cached."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=named)
@@ -254,70 +254,70 @@ def _near(name: str, known: Sequence[str]) -> str:
 # Models
 
 
-def _speaker(subject: Subject, parts: Sequence[Part]) -> Any:
-    """A function from a part to the model that answers it, in the form of lm-evaluation-harness."""
+def _answering_model(tested: TestedModel, groups: Sequence[TaskGroup]) -> Any:
+    """A function from a group to the model that answers it, in the form of lm-evaluation-harness."""
     from limbeck.commands.harness import models
 
-    if subject.base_url is None:
-        model = load_model(subject.source)
-        return lambda part: models.Loaded(model, part.apart, part.chat)
-    folder = str(resolve(subject.tokenizer)[0]) if subject.tokenizer else None
-    scored = [name for part in parts for name, task in part.tasks.items() if task.OUTPUT_TYPE in LIKELIHOOD]
-    if scored and folder is None:
+    if tested.base_url is None:
+        model = load_model(tested.source)
+        return lambda group: models.LocalModel(model, group.apart, group.chat)
+    folder = str(resolve(tested.tokenizer)[0]) if tested.tokenizer else None
+    likelihood = [name for group in groups for name, task in group.tasks.items() if task.OUTPUT_TYPE in LIKELIHOOD]
+    if likelihood and folder is None:
         raise UserError(
-            f"{scored[0]} scores given text, which a chat server can't: say --tokenizer MODEL (whose tokenizer the"
+            f"{likelihood[0]} scores given text, which a chat server can't: say --tokenizer MODEL (whose tokenizer the"
             " served model has), and use a server that returns a prompt's log-probabilities; or give the model's"
             " folder instead of --base-url"
         )
-    served = models.ServedText
-    if scored and subject.tokenizer:
-        ids = load_tokenizer(subject.tokenizer)(PROBE_TEXT, add_special_tokens=False)["input_ids"]
-        served = models.scorer(subject.where, subject.base_url, list(ids))
+    text_server = models.TextServer
+    if likelihood and tested.tokenizer:
+        ids = load_tokenizer(tested.tokenizer)(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+        text_server = models.scorer(tested.where, tested.base_url, list(ids))
 
-    def speak(part: Part) -> Any:
-        assert subject.base_url is not None
-        if part.chat and folder is None:
-            return models.ServedChat(subject.where, subject.base_url)
-        return served(subject.where, subject.base_url, folder, part.apart)
+    def model_for(group: TaskGroup) -> Any:
+        assert tested.base_url is not None
+        if group.chat and folder is None:
+            return models.ChatServer(tested.where, tested.base_url)
+        return text_server(tested.where, tested.base_url, folder, group.apart)
 
-    return speak
+    return model_for
 
 
 # Results
 
 
-def _evaluate(speaker: Any, part: Part, limit: int | None, facts: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Run one part; writes every item, and returns each task's entry."""
+def _evaluate(model: Any, group: TaskGroup, limit: int | None, facts: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Run one group; writes every item, and returns each task's entry."""
     import requests
     from lm_eval.evaluator import evaluate
 
     random.seed(SEED)
     np.random.seed(OTHER_SEED)
     torch.manual_seed(OTHER_SEED)
-    loaded = {"tasks": part.tasks, "groups": part.groups, "group_map": {}}
+    loaded = {"tasks": group.tasks, "groups": group.groups, "group_map": {}}
     try:
-        found = evaluate(
-            speaker,
+        output = evaluate(
+            model,
             loaded,
             limit=limit,
             bootstrap_iters=RESAMPLES,
-            apply_chat_template=part.chat,
-            fewshot_as_multiturn=part.chat,
+            apply_chat_template=group.chat,
+            fewshot_as_multiturn=group.chat,
             confirm_run_unsafe_code=False,
         )
     except requests.RequestException as error:
         raise UserError(f"the server gave no usable answer: {type(error).__name__}: {str(error)[:300]}") from error
     entries = {}
-    for name, values in found["results"].items():
+    for name, values in output["results"].items():
         entry = {**facts, "results": _results(values)}
-        if name in part.tasks:
-            task = part.tasks[name]
-            samples = found["samples"][name]
+        if name in group.tasks:
+            task = group.tasks[name]
+            samples = output["samples"][name]
             file = out.parent / f"harness-{name if TASK_NAME.fullmatch(name) else content_hash(name)[:16]}.jsonl"
             write_text(file, "".join(canonical_json(_plain(sample)) + "\n" for sample in samples))
             entry |= {
                 "version": _plain(task.VERSION),
-                "items": found["n-samples"][name]["effective"],
+                "items": output["n-samples"][name]["effective"],
                 "samples": file.name,
             }
             entry["settings"] = facts["settings"] | {
@@ -331,8 +331,8 @@ def _evaluate(speaker: Any, part: Part, limit: int | None, facts: dict[str, Any]
 
 
 def _results(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{metric: {value, stderr}}; a filter other than none is part of the name. What has no number is None."""
-    found: dict[str, dict[str, Any]] = {}
+    """{metric: {value, stderr}}; a filter other than none is part of the name. None where there is no number."""
+    results: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         metric, comma, rule = key.partition(",")
         if not comma:
@@ -340,25 +340,25 @@ def _results(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         base = metric.removesuffix("_stderr")
         name = base if rule == "none" else f"{base}/{rule}"
         number = float(value) if isinstance(value, int | float | np.number) and math.isfinite(value) else None
-        found.setdefault(name, {"value": None, "stderr": None})["stderr" if metric != base else "value"] = number
-    return found
+        results.setdefault(name, {"value": None, "stderr": None})["stderr" if metric != base else "value"] = number
+    return results
 
 
-def _facts(subject: Subject, part: Part, limit: int | None) -> dict[str, Any]:
-    """What was asked how, to be stored with every number."""
+def _facts(tested: TestedModel, group: TaskGroup, limit: int | None) -> dict[str, Any]:
+    """Model, settings and versions, to be stored with every number."""
     from limbeck import __version__
 
-    if subject.base_url is None:
+    if tested.base_url is None:
         from limbeck.models.load import model_identity
 
-        model = {"model": model_identity(subject.source)}
+        model = {"model": model_identity(tested.source)}
     else:
-        model = {"model": subject.where, "server": subject.base_url}
+        model = {"model": tested.where, "server": tested.base_url}
     return {
         **model,
         "settings": {
-            "chat": part.chat,
-            "choices_tokenised": "apart" if part.apart else "joined",
+            "chat": group.chat,
+            "choices_tokenised": "apart" if group.apart else "joined",
             "limit": limit,
             "seed": SEED,
             "other_seeds": OTHER_SEED,
@@ -372,7 +372,7 @@ def _facts(subject: Subject, part: Part, limit: int | None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON holds it; a number that is not finite becomes None, a stranger its name."""
+    """The value as JSON holds it; a number that is not finite becomes None, an unknown object its text."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | str):
@@ -380,7 +380,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(part) for part in value]
+        return [_plain(each) for each in value]
     return str(value)

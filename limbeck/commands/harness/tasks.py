@@ -1,9 +1,8 @@
 """Tasks for lm-evaluation-harness as plain data: a user's own YAML, checked, and Limbeck's tasks, turned into its form.
 
-That program's YAML may name Python functions, metrics that are fetched and run, prompt files that are, and data in
-pickles. A local file here may not: only keys that are data are let through, and data are JSON, CSV, Parquet or text
-files on this machine, or a dataset of the hub by its name. Not covered: a regular expression of a filter that takes for
-ever.
+That program's YAML may name Python functions, metrics and prompt files that are fetched and run, and data in pickles. A
+local file here may not: only keys that hold data are accepted, and data are JSON, CSV, Parquet or text files on this
+machine, or a dataset of the hub by its name. Not covered: a filter's regular expression that never ends.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from limbeck.elicit.verify import verify
-from limbeck.evaluate.items import ChoiceItem, ChoiceSettings, GenerationSettings, LabelSettings
-from limbeck.evaluate.tasks import Task, load_task
+from limbeck.evaluate.task import TaskKind
+from limbeck.evaluate.tasks import KINDS, load_task
 from limbeck.types import UserError, nearest
 
 KEYS = frozenset(
@@ -77,7 +75,7 @@ def local_task(file: Path, metrics: Sequence[str]) -> dict[str, Any]:
     """The task in a local YAML file, as a dict of plain data that lm-evaluation-harness takes.
 
     Args:
-        metrics: the names of the metrics that it has itself; it would look for any other on the hub, and run it.
+        metrics: the names of its built-in metrics; it would look for any other on the hub, and run it.
 
     Raises:
         UserError: not readable, not plain data, or something in it that would run code.
@@ -127,28 +125,28 @@ def _check_fewshot(config: Any, file: Path) -> None:
     for key in config:
         if key not in FEWSHOT_KEYS:
             raise UserError(
-                f"{file}: fewshot_config.{key} can't stand in a local task{nearest(str(key), FEWSHOT_KEYS)}"
+                f"{file}: fewshot_config.{key} is not allowed in a local task{nearest(str(key), FEWSHOT_KEYS)}"
             )
 
 
-def _check_metrics(listed: Any, known: Sequence[str], file: Path) -> None:
-    if listed is None:
+def _check_metrics(metric_list: Any, names: Sequence[str], file: Path) -> None:
+    if metric_list is None:
         return
-    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+    if not isinstance(metric_list, list) or not all(isinstance(entry, dict) for entry in metric_list):
         raise UserError(f"{file}: metric_list must be a list such as [{{metric: acc}}]")
-    for entry in listed:
+    for entry in metric_list:
         if entry.get("hf_evaluate"):
             raise UserError(
                 f"{file}: hf_evaluate fetches a metric and runs it; use one of lm-evaluation-harness itself"
             )
-        if entry.get("metric") not in known:
+        if entry.get("metric") not in names:
             raise UserError(
-                f"{file}: no metric is named {entry.get('metric')!r}{nearest(str(entry.get('metric')), known)}"
+                f"{file}: no metric is named {entry.get('metric')!r}{nearest(str(entry.get('metric')), names)}"
             )
 
 
 def _dataset(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """`dataset_path` and `dataset_kwargs`, with local files found beside the task's own."""
+    """`dataset_path` and `dataset_kwargs`, with local files relative to the task's own."""
     path = config.get("dataset_path")
     kwargs = config.get("dataset_kwargs") or {}
     if not isinstance(kwargs, dict) or (other := sorted(set(kwargs) - {"data_files", "field"})):
@@ -165,9 +163,7 @@ def _dataset(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: dataset_path must be {', '.join(FILE_FORMATS)} with local data_files, or a hub dataset OWNER/NAME"
         )
     if "data_files" in kwargs:
-        raise UserError(
-            f"{file}: data_files stand beside dataset_path {FILE_FORMATS[0]}, not beside a dataset of the hub"
-        )
+        raise UserError(f"{file}: data_files go with dataset_path {FILE_FORMATS[0]}, not with a dataset of the hub")
     return {"dataset_path": path, "dataset_kwargs": kwargs or None}
 
 
@@ -178,10 +174,10 @@ def _located(files: Any, task_file: Path) -> Any:
         return [_located(part, task_file) for part in files]
     if not isinstance(files, str) or "://" in files:
         raise UserError(f"{task_file}: data_files must be paths of local files; got {files!r}")
-    found = task_file.parent / Path(files).expanduser()
-    if not found.is_file():
-        raise UserError(f"{task_file}: there is no data file {found}")
-    return str(found.resolve())
+    path = task_file.parent / Path(files).expanduser()
+    if not path.is_file():
+        raise UserError(f"{task_file}: there is no data file {path}")
+    return str(path.resolve())
 
 
 def as_harness_task(folder: str | Path, max_tokens: int = 128) -> dict[str, Any]:
@@ -199,80 +195,25 @@ def as_harness_task(folder: str | Path, max_tokens: int = 128) -> dict[str, Any]
         UserError: no such task, or one that can't be put so.
     """
     task = load_task(str(folder))
-    if isinstance(task.protocol, ChoiceSettings | LabelSettings):
-        own = _choice_task(task, task.protocol)
-    elif isinstance(task.protocol, GenerationSettings):
-        own = _generation_task(task, task.protocol, max_tokens)
-    else:
+    form = task.kind.harness_form(task, max_tokens)
+    if form is None:
+        able = [name for name, kind in KINDS.items() if type(kind).harness_form is not TaskKind.harness_form]
         raise UserError(
-            f"{task.name}: a task of kind {task.kind} has no form there; multiple_choice, classification and"
-            " generation do"
+            f"{task.name}: lm-evaluation-harness has no form for a task of kind {task.kind.name}; it has one for"
+            f" {', '.join(able)}"
         )
     return {
         "task": task.name,
         "test_split": "test",
         "num_fewshot": 0,
-        "metadata": {"version": task.version, "chat": task.protocol.format == "chat"},
-        **own,
-    }
-
-
-def _choice_task(task: Task, protocol: ChoiceSettings | LabelSettings) -> dict[str, Any]:
-    if protocol.format == "chat" and protocol.joint:
-        raise UserError(
-            f"{task.name}: in a chat, lm-evaluation-harness puts no delimiter before a choice; leave"
-            " settings.delimiter out"
-        )
-    items = [item for item in task.items if isinstance(item, ChoiceItem)]
-    docs = [
-        {"id": item.id, "prompt": protocol.fill(item.fields), "choices": list(item.choices), "answer": item.answer}
-        for item in items
-    ]
-    return {
-        "custom_dataset": _dataset_of(docs),
-        "output_type": "multiple_choice",
-        "doc_to_text": "prompt",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": protocol.joint,
-        "metric_list": [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False},
-        ],
-    }
-
-
-def _generation_task(task: Task, protocol: GenerationSettings, max_tokens: int) -> dict[str, Any]:
-    """Greedy answers, judged by the prompts' own checks; an answer without a check counts nowhere."""
-    checks = {prompt.id: prompt.check for prompt in task.prompts}
-    if protocol.temperature > 0:
-        raise UserError(
-            f"{task.name}: its answers are sampled, and other random numbers give other answers; only greedy ones"
-            " compare"
-        )
-    if not any(checks.values()):
-        raise UserError(f"{task.name}: none of its prompts has a check, so there is nothing to count")
-
-    def judged(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-        passed = verify(checks[doc["id"]], results[0])
-        return {} if passed is None else {"pass_rate": float(passed)}
-
-    docs = [{"id": prompt.id, "prompt": protocol.fill({"prompt": prompt.text})} for prompt in task.prompts]
-    return {
-        "custom_dataset": _dataset_of(docs),
-        "output_type": "generate_until",
-        "doc_to_text": "prompt",
-        "doc_to_target": "",
-        "target_delimiter": "",
-        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": protocol.max_tokens or max_tokens},
-        "process_results": judged,
-        "metric_list": [{"metric": "pass_rate", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": task.version, "chat": form.chat},
+        "custom_dataset": _dataset_of(form.docs),
+        **form.config,
     }
 
 
 def _dataset_of(docs: Sequence[dict[str, Any]]) -> Any:
-    """What lm-evaluation-harness calls for the data: they are in memory, so nothing is cached or fetched."""
+    """The function that lm-evaluation-harness calls for the data: in memory, so that nothing is cached or fetched."""
 
     def make(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
