@@ -252,11 +252,11 @@ def models(
     if action is not None and (action != "get" or name is None):
         raise UserError("say `limbeck models`, or `limbeck models get NAME`")
     if name is not None:
-        from limbeck.models.load import resolve
+        from limbeck.models.load import model_folder
         from limbeck.models.named import fetch
 
         fetch(name)
-        _result({"model": name, "folder": str(resolve(name)[0])}, json_)
+        _result({"model": name, "folder": str(model_folder(name))}, json_)
         return
     listed = [
         {

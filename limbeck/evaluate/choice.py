@@ -20,7 +20,7 @@ from torch import Tensor
 from limbeck.evaluate.calibration import brier
 from limbeck.evaluate.items import ChoiceItem, RankingItem, RankingSettings, Scored, Wording
 from limbeck.evaluate.statistics import LEVEL, RESAMPLES, Interval, ndcg
-from limbeck.models.load import Model, head_of, hidden_states
+from limbeck.models.model import Model, head_of, hidden_states
 from limbeck.objectives.head import token_log_probs
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import UserError

@@ -19,7 +19,7 @@ from torch import Tensor
 from limbeck.data.batches import MicroBatch, Row, make_batch
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.statistics import Interval, ratio_interval
-from limbeck.models.load import Model, head_of
+from limbeck.models.model import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from limbeck.evaluate.choice import Continuation, Progress, first_id, log_probs, text_ids
 from limbeck.evaluate.items import Passage, PassageSettings, Scored
 from limbeck.evaluate.statistics import Interval, ratio_interval
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import UserError
 
 LARGEST = 700.0  # exp of more is no longer a double

@@ -19,7 +19,7 @@ from limbeck.evaluate.judge import MAX_TOKENS, kept_verdicts, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
 from limbeck.evaluate.measure import Bench, Measured, Protocol
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.runs import build
 from limbeck.storage.files import write_json

@@ -47,7 +47,7 @@ from limbeck.evaluate.rolling import perplexity, score_passages
 from limbeck.evaluate.statistics import Interval, pass_at_k, ratio_interval
 from limbeck.evaluate.wording import rouge_l
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import NAME, RecipeError, Sampling, UserError, content_hash, nearest
 
 Better = Literal["low", "high", "none"]
@@ -283,7 +283,7 @@ def _written(
 ) -> list[Answer]:
     """The answer of every job, which asks the prompt at its place."""
     answers: dict[int, Answer] = {}
-    for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.vocab_size):
+    for index, ids in generate(system.net, jobs, system.eos_ids, vocab_size=system.vocab_size):
         prompt = prompts[index]
         text = system.decode(ids)
         answers[index] = Answer(

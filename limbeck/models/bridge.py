@@ -19,7 +19,7 @@ from torch import Tensor
 
 from limbeck.config.teacher import BridgeSettings
 from limbeck.models.byte_alignment import Tokens, segments, tokens_of
-from limbeck.models.load import Model, head_of
+from limbeck.models.model import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.dual import TeacherStates

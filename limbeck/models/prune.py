@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from limbeck.models.load import head_of, hidden_states
+from limbeck.models.model import head_of, hidden_states
 from limbeck.types import UserError
 
 CANDIDATES = 8

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck.models.context import PromptContext
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
 
 

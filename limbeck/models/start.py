@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.config.sections import Lora, Scratch, Student
-from limbeck.models.load import Model, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import Model
 from limbeck.models.prune import Calibration, Choice, choose_layers, drop_layers
 from limbeck.types import RecipeError, content_hash, nearest
 

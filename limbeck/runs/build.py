@@ -22,7 +22,8 @@ from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.context import PromptContext
 from limbeck.models.generate import Joint
 from limbeck.models.joint import Mixture, Speculation
-from limbeck.models.load import Model, load_model, load_tokenizer, model_identity
+from limbeck.models.load import load_model, load_tokenizer, model_identity
+from limbeck.models.model import Model
 from limbeck.models.score import ServerScorer
 from limbeck.models.several import SeveralTeachers
 from limbeck.models.teacher import InProcessTeacher

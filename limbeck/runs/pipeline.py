@@ -22,7 +22,9 @@ from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench, Measured
 from limbeck.models.api import ApiTeacher
-from limbeck.models.load import Model, header_of, is_ready, load_config, load_tokenizer, save_model
+from limbeck.models.folder import save_model
+from limbeck.models.load import is_ready, load_config, load_tokenizer
+from limbeck.models.model import Model, header_of
 from limbeck.models.prune import Calibration, Choice
 from limbeck.models.score import ServerScorer
 from limbeck.models.self_teacher import Average, adapters_off, self_teacher

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from limbeck.config.recipe import Recipe
 from limbeck.elicit.flow import Bill
-from limbeck.models.load import (
-    check_same_template,
-    check_same_vocabulary,
-    check_takes_system,
-    is_ready,
-    load_config,
-    load_tokenizer,
-)
+from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
+from limbeck.models.load import is_ready, load_config, load_tokenizer
 from limbeck.models.start import scratch_config
 from limbeck.runs import build
 from limbeck.runs.cost import Plan, Shape, make_plan

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from limbeck.config.sections import Train
 from limbeck.data.batches import FixedText, Row, Source, StepBatch, make_batch, steps_of_epoch
 from limbeck.data.mixup import Mixed
-from limbeck.models.load import head_of
+from limbeck.models.model import head_of
 from limbeck.models.self_teacher import Average
 from limbeck.models.taps import features
 from limbeck.objectives.rank import clamped_baseline

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.data.batches import MICRO_TOKENS, MicroBatch, Row, make_batch, steps_of_epoch
-from limbeck.models.load import head_of
+from limbeck.models.model import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.feature import pair_name
 from limbeck.objectives.head import PositionEvidence, fused_loss, token_log_probs

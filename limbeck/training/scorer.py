@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from limbeck.data.batches import Row
 from limbeck.elicit.flow import Score
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.training.prepare import response_log_probs
 from limbeck.types import LogProb, UserError
 

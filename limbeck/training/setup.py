@@ -18,13 +18,14 @@ from limbeck.data.batches import CHOSEN, FixedText, Row, make_batch
 from limbeck.models import generate as generation
 from limbeck.models.bridge import BridgedTeacher
 from limbeck.models.copy import Copy
-from limbeck.models.generate import Completion, SecondModel, write
-from limbeck.models.load import Model, head_of
+from limbeck.models.generate import Completion, Decoding, SecondModel, write
+from limbeck.models.model import Model, head_of
 from limbeck.models.score import ServerScorer
 from limbeck.models.several import SeveralTeachers
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.vllm import VllmWriter
+from limbeck.models.vllm_protocol import StudentTokens
 from limbeck.objectives.dual import DualSpace
 from limbeck.objectives.match import Match, wanted
 from limbeck.objectives.policy import POLICIES
@@ -283,9 +284,9 @@ def _ask(
     student.net.eval()
     net = student.net if copy is None else copy.now()
     asked_to_stop = stop if distributed.world_size() == 1 else lambda: False
-    found = {
-        t.index: t for t in write(net, mine, student.eos_ids, rows, asked_to_stop, student.vocab_size, True, beside)
-    }
+    decoding = Decoding(batch_rows=rows, record=True, second=beside)
+    answers = write(net, mine, student.eos_ids, student.vocab_size, decoding=decoding, stop=asked_to_stop)
+    found = {answer.index: answer for answer in answers}
     student.net.train(training)
     if len(found) < len(mine):
         raise StoppedError("stopped while the student wrote; the step has not begun")
@@ -294,10 +295,8 @@ def _ask(
 
 
 def _server(through: Server, student: Model, folder: Path, rows: int) -> VllmWriter:
-    known = head_of(student.net).vocab_size
-    return VllmWriter(
-        through.vllm, folder, student.eos_ids, student.vocab_size, known, through.model, through.folder_there, rows
-    )
+    tokens = StudentTokens(student.eos_ids, student.vocab_size, head_of(student.net).vocab_size)
+    return VllmWriter(through.vllm, folder, tokens, through.model, server_folder=through.folder_there, concurrency=rows)
 
 
 def _ask_server(

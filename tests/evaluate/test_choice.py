@@ -28,7 +28,7 @@ from limbeck.evaluate.items import (
     RankingSettings,
 )
 from limbeck.evaluate.rolling import perplexity, score_passages, windows
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 
 from limbeck.data.batches import Row
 from limbeck.evaluate.fidelity import LENGTHS, ItemFidelity, Text, TokenClasses, by_class, exposure, fidelity, summarise
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
 

@@ -14,7 +14,8 @@ from limbeck.config.recipe import parse
 from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate import judge as judging
 from limbeck.evaluate.judge import fenced, judge_pairs, kept_verdicts, question, read_verdict, summarise_verdicts
-from limbeck.models.load import Model, load_model, model_identity
+from limbeck.models.load import load_model, model_identity
+from limbeck.models.model import Model
 from limbeck.progress import StoppedError
 from limbeck.runs import build
 from limbeck.storage.files import read_jsonl

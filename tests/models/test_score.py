@@ -13,7 +13,8 @@ from limbeck.config.recipe import parse
 from limbeck.config.teacher import Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
-from limbeck.models.load import load_model, save_model
+from limbeck.models.folder import save_model
+from limbeck.models.load import load_model
 from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import PositionEvidence, fused_loss

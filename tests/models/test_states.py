@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from limbeck.models.load import hidden_states
+from limbeck.models.model import hidden_states
 from limbeck.models.states import LEAST, common_beginning, shared_states
 from tests.conftest import make_net
 

@@ -21,7 +21,8 @@ from limbeck.config.teacher import BridgeSettings, CacheSettings, Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
 from limbeck.models.bridge import BridgedTeacher
-from limbeck.models.load import Model, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import Model
 from limbeck.models.score import ServerScorer
 from limbeck.models.several import SeveralTeachers
 from limbeck.models.teacher import InProcessTeacher
@@ -111,9 +112,10 @@ def real_server(teacher, folder):
     """llama.cpp computes with the file's 4-bit weights and 8-bit states."""
     serving = serve("smollm2-135m-instruct", context=256, slots=2, threads=1)
     api = ApiTeacher(Served(url=serving.url, name=serving.name, concurrency=2))
-    api._key = serving.key
     scorer = ServerScorer(api, 64, teacher.model.tokenizer)
-    yield lambda batch: scorer.view(batch).signal
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_API_KEY", serving.key)
+        yield lambda batch: scorer.view(batch).signal
 
 
 def bridged(**settings):

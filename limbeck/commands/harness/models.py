@@ -14,7 +14,7 @@ import requests
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import UserError
 
 ROWS_TOGETHER = 8

@@ -26,7 +26,7 @@ import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from limbeck.commands.harness.tasks import TASK_NAME, as_harness_task, local_task
-from limbeck.models.load import load_model, load_tokenizer, resolve
+from limbeck.models.load import load_model, load_tokenizer, model_folder
 from limbeck.storage.files import write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import UserError, canonical_json, content_hash, nearest
@@ -261,7 +261,7 @@ def _speaker(subject: Subject, parts: Sequence[Part]) -> Any:
     if subject.base_url is None:
         model = load_model(subject.source)
         return lambda part: models.Loaded(model, part.apart, part.chat)
-    folder = str(resolve(subject.tokenizer)[0]) if subject.tokenizer else None
+    folder = str(model_folder(subject.tokenizer)) if subject.tokenizer else None
     scored = [name for part in parts for name, task in part.tasks.items() if task.OUTPUT_TYPE in LIKELIHOOD]
     if scored and folder is None:
         raise UserError(
