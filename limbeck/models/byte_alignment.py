@@ -1,4 +1,4 @@
-"""Two tokenizers on one text: what their tokens stand for in bytes, and where the tokens of both begin and end
+"""Align two tokenizers on one text: the bytes of their tokens, and the places where tokens of both begin and end
 together.
 
 Bytes, not characters: a character may be split between tokens, and no tokenizer splits a byte.
@@ -16,15 +16,14 @@ from limbeck.types import UserError
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 # bytes that byte-level tokenizers write as themselves
-PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 SPACE = "\u2581"
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """The alphabet of byte-level tokenizers: bytes that can't be printed are the letters from U+0100 on, in their
-    order."""
-    others = [byte for byte in range(256) if byte not in PRINTED]
-    return {chr(byte): byte for byte in PRINTED} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+    """The alphabet of byte-level tokenizers: unprintable bytes are the letters from U+0100 on, in order."""
+    others = [byte for byte in range(256) if byte not in PRINTABLE]
+    return {chr(byte): byte for byte in PRINTABLE} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
 LETTERS = _byte_of_letter()
@@ -32,31 +31,31 @@ LETTERS = _byte_of_letter()
 
 @dataclass(frozen=True)
 class Tokens:
-    """A vocabulary in bytes: `bytes_of` each id (None for control tokens and ids without a token), and the id that is
-    best taken for some bytes (`ids`; a token that stands for a lone byte gives way to a plain one)."""
+    """A vocabulary in bytes: `bytes_of` each id (None for control tokens and ids without a token), and `ids`, the
+    preferred id for some bytes (a plain token rather than a byte-fallback token)."""
 
     bytes_of: tuple[bytes | None, ...]
     ids: dict[bytes, int]
 
 
 def tokens_of(tokenizer: Any) -> Tokens:
-    """What every token of a tokenizer stands for.
+    """The bytes of every token of a tokenizer.
 
     Raises:
-        UserError: a tokenizer of neither of the two kinds that are known, byte-level and SentencePiece-like.
+        UserError: the tokenizer is neither byte-level nor SentencePiece-like.
     """
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     kinds = set(_kinds(core.get("decoder") or {}))
     byte_level = "ByteLevel" in kinds
     if not byte_level and not kinds & {"ByteFallback", "Metaspace", "Replace"}:
         raise UserError(
-            f"what the tokens of {type(tokenizer).__name__} stand for is not known (its decoder is"
+            f"the bytes of the tokens of {type(tokenizer).__name__} are not known (its decoder is"
             f" {sorted(kinds) or 'missing'}): a bridge needs a byte-level or a SentencePiece-like tokenizer"
         )
     added = {token["content"]: token["special"] for token in core.get("added_tokens", ())}
-    found: list[bytes | None] = [None] * len(tokenizer)
+    bytes_of: list[bytes | None] = [None] * len(tokenizer)
     plain: dict[bytes, int] = {}
-    lone: dict[bytes, int] = {}
+    fallback: dict[bytes, int] = {}
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
         if added.get(token):
             continue
@@ -64,9 +63,9 @@ def tokens_of(tokenizer: Any) -> Tokens:
             value = token.replace(SPACE, " ").encode() if not byte_level else token.encode()
         else:
             value = _byte_level(token) if byte_level else _sentence_piece(token)
-        found[number] = value
-        (lone if not byte_level and BYTE.fullmatch(token) else plain).setdefault(value, number)
-    return Tokens(tuple(found), lone | plain)
+        bytes_of[number] = value
+        (fallback if not byte_level and BYTE.fullmatch(token) else plain).setdefault(value, number)
+    return Tokens(tuple(bytes_of), fallback | plain)
 
 
 def _kinds(decoder: dict[str, Any]) -> Iterator[str]:
@@ -88,8 +87,7 @@ def _sentence_piece(token: str) -> bytes:
 
 @dataclass(frozen=True)
 class Segment:
-    """The least run of tokens that begins and ends at the same bytes in both: ours from `ours` on, theirs from `theirs`
-    on."""
+    """The shortest run of tokens that begins and ends at the same bytes in both; ranges of token positions."""
 
     ours: range
     theirs: range
@@ -101,37 +99,34 @@ class Segment:
 
 
 def segments(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Segment]:
-    """All segments from the beginning to where the bytes part (the end, where both are one text).
+    """All segments from the beginning to where the bytes differ (the end, if both are one text).
 
     Both lists are covered once, in order, without gaps.
     """
-    agree = _common(b"".join(ours), b"".join(theirs))
-    found = []
-    first = 0
-    second = 0  # where the present segment begins
-    here = 0
-    there = 0
-    mine = 0
-    other = 0  # tokens and bytes taken of each
-    while here < len(ours) or there < len(theirs):
-        if here < len(ours) and (mine <= other or there == len(theirs)):
-            mine += len(ours[here])
-            here += 1
+    common_bytes = _common_prefix(b"".join(ours), b"".join(theirs))
+    result = []
+    our_start = their_start = 0  # the tokens where the present segment begins
+    our_end = their_end = 0  # the tokens read so far
+    our_bytes = their_bytes = 0
+    while our_end < len(ours) or their_end < len(theirs):
+        if our_end < len(ours) and (our_bytes <= their_bytes or their_end == len(theirs)):
+            our_bytes += len(ours[our_end])
+            our_end += 1
         else:
-            other += len(theirs[there])
-            there += 1
-        if mine == other and here > first and there > second:
-            if mine > agree:
+            their_bytes += len(theirs[their_end])
+            their_end += 1
+        if our_bytes == their_bytes and our_end > our_start and their_end > their_start:
+            if our_bytes > common_bytes:
                 break
-            found.append(Segment(range(first, here), range(second, there)))
-            first = here
-            second = there
-    return found
+            result.append(Segment(range(our_start, our_end), range(their_start, their_end)))
+            our_start = our_end
+            their_start = their_end
+    return result
 
 
-def _common(one: bytes, two: bytes) -> int:
+def _common_prefix(one: bytes, two: bytes) -> int:
     """How many bytes both begin with."""
-    least = min(len(one), len(two))
-    if one[:least] == two[:least]:
-        return least
-    return next(at for at in range(least) if one[at] != two[at])
+    shorter = min(len(one), len(two))
+    if one[:shorter] == two[:shorter]:
+        return shorter
+    return next(at for at in range(shorter) if one[at] != two[at])

@@ -1,4 +1,4 @@
-"""Whether teacher and student mean the same by a token and frame a conversation alike."""
+"""Checks that teacher and student have the same tokens and the same chat template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROBE = (
 
 
 def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
-    """Losses over the vocabulary compare token by token, so both must mean the same by every id.
+    """Refuse two vocabularies that differ: losses over the vocabulary compare token by token.
 
     Raises:
         UserError: the vocabularies differ; the message shows where.
@@ -31,23 +31,24 @@ def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
 
 
 def check_takes_system(tokenizer: Tokenizer) -> None:
-    """Refuse a chat template that has no place for a system message.
+    """Refuse a chat template without a place for a system message.
 
     Raises:
-        UserError: it refuses one, or leaves it out.
+        UserError: the template refuses the message, or leaves it out.
     """
-    marked = [{"role": "system", "content": "limbeck-probe"}, PROBE[0]]
-    none = "the teacher's chat template has no place for a system message; put it into teacher.context.user instead"
+    messages = [{"role": "system", "content": "limbeck-probe"}, PROBE[0]]
+    problem = "the teacher's chat template has no place for a system message; put it into teacher.context.user instead"
     try:
-        shown = str(tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # a template raises whatever it likes
-        raise UserError(none) from error
-    if "limbeck-probe" not in shown:
-        raise UserError(none)
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template may raise anything
+        raise UserError(problem) from error
+    if "limbeck-probe" not in text:
+        raise UserError(problem)
 
 
 def check_same_template(teacher: Tokenizer, student: Tokenizer) -> None:
-    """The teacher judges the student's very tokens, so both must frame a conversation, and end an answer, alike.
+    """Refuse two chat templates that differ: the teacher judges the student's own tokens, so both must frame a
+    conversation, and end an answer, in the same way.
 
     Raises:
         UserError: chat templates that render differently, or different end-of-sequence tokens.

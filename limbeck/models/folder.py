@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from limbeck.storage.files import file_sha256, full_disk_as_os_error, new_directory, write_json
 from limbeck.types import UserError, content_hash
 
-EDGE = 2**20
+EDGE = 2**20  # bytes at both ends of a weight file that are hashed
 LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 
 
@@ -72,7 +72,7 @@ def read_config(folder: Path, source: str) -> Any:
 
 
 def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
-    """Dequantise a GGUF file to fp32 and save it as a Hugging Face directory, with a chat `template` where the file has
+    """Dequantise a GGUF file to fp32 and save it as a Hugging Face directory, with a chat `template` if the file has
     none.
 
     Raises:
@@ -96,7 +96,7 @@ def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
 
 
 def save_model(net: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a plain Hugging Face directory without traces of this machine. `folder` exists; see `new_directory`."""
+    """Write a plain Hugging Face directory without traces of this machine. `folder` must exist; see `new_directory`."""
     with quiet():
         with full_disk_as_os_error():
             net.save_pretrained(folder, safe_serialization=True)
@@ -107,10 +107,10 @@ def save_model(net: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits over the configuration, the tokenizer and the edges of every weight file (first and last MiB,
-    size).
+    """16 hex digits of a hash over the configuration, the tokenizer, and the size, first and last MiB of every weight
+    file.
 
-    Not a proof against tampering in the middle of a file: it tells models apart, cheaply.
+    It tells models apart cheaply; it does not detect tampering in the middle of a file.
     """
     parts: dict[str, Any] = {}
     for file in sorted(folder.iterdir()):
@@ -126,7 +126,7 @@ def fingerprint(folder: Path) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and notes off the terminal; errors still raise."""
+    """Hide the libraries' progress bars and warnings; errors still raise."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

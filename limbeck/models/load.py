@@ -75,17 +75,17 @@ def model_folder(name: str) -> Path:
 
 @torch.no_grad()
 def _check_head(net: PreTrainedModel, source: str) -> None:
-    """Families scale and cap their logits under many names: losses would silently be another model's if one were
-    missed."""
+    """Refuse a model whose logits are not those of `head_of`: families scale and cap them under many names, and a
+    missed one would silently give the losses of another model."""
     tokens_BT = torch.arange(1, 5, device=net.device)[None]
-    theirs_TV = net(tokens_BT, use_cache=False).logits[0].float()
-    if not bool(theirs_TV.isfinite().all()):
+    expected_TV = net(tokens_BT, use_cache=False).logits[0].float()
+    if not bool(expected_TV.isfinite().all()):
         raise UserError(
             f"{source}: its logits are NaN or infinite: its weights are damaged, or overflow in {net.dtype}; fetch it"
             " again"
         )
-    ours_TV = head_of(net).logits(hidden_states(net, tokens_BT)[0]).float()
-    if not torch.allclose(ours_TV, theirs_TV, rtol=1e-2, atol=1e-2 * float(theirs_TV.abs().max())):
+    logits_TV = head_of(net).logits(hidden_states(net, tokens_BT)[0]).float()
+    if not torch.allclose(logits_TV, expected_TV, rtol=1e-2, atol=1e-2 * float(expected_TV.abs().max())):
         raise UserError(
-            f"{source}: models of type {net.config.model_type!r} make logits in a way not known here; choose another"
+            f"{source}: models of type {net.config.model_type!r} compute their logits in an unknown way; choose another"
         )

@@ -20,9 +20,10 @@ from limbeck.types import Message, UserError
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder, its tokenizer, and `identity`: what a request key names (name and content, not a path).
+    """A decoder, its tokenizer, and `identity`, which stands for the model in request keys (name and content, not a
+    path).
 
-    `prompt_context` is what it is shown beside the prompt, where that is something.
+    `prompt_context` is what it is shown in addition to the prompt, if anything.
     """
 
     net: PreTrainedModel
@@ -32,14 +33,14 @@ class Model:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Tokens that end an answer, as the tokenizer and the generation settings name them."""
-        named = getattr(self.net.generation_config, "eos_token_id", None)
-        ids = {self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+        """Tokens that end an answer, according to the tokenizer and the generation settings."""
+        configured = getattr(self.net.generation_config, "eos_token_id", None)
+        ids = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
         return frozenset(token for token in ids if isinstance(token, int))
 
     @property
     def vocab_size(self) -> int:
-        """How many ids the tokenizer knows; a head may have more rows."""
+        """How many ids the tokenizer has; a head may have more rows."""
         return len(self.tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -48,25 +49,26 @@ class Model:
 
     @property
     def max_length(self) -> int:
+        """How many tokens its context takes."""
         return int(getattr(self.net.config, "max_position_embeddings", 0) or 2**31)
 
     def prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:
         """The conversation as token ids, through the model's own (sandboxed) chat template, ready to be answered."""
-        seen = messages if self.prompt_context is None else self.prompt_context(messages)
-        ids: Any = self.tokenizer.apply_chat_template(list(seen), add_generation_prompt=True, return_dict=True)
+        shown = messages if self.prompt_context is None else self.prompt_context(messages)
+        ids: Any = self.tokenizer.apply_chat_template(list(shown), add_generation_prompt=True, return_dict=True)
         return list(ids["input_ids"])
 
     def text_ids(self, text: str) -> list[int]:
-        """A text as token ids, nothing added; what looks like a control token in it is text."""
+        """A text as token ids, nothing added; what looks like a control token is treated as text."""
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def raw_ids(self, text: str) -> list[int]:
-        """A text as token ids, its control tokens taken as such: for texts of ours in the model's own format, never for
+        """A text as token ids, control tokens recognised: for our own texts in the model's format, never for
         content."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def with_context(self, prompt_context: PromptContext | None) -> Model:
-        """The same model shown something else beside the prompt: another teacher, with a name of its own."""
+        """The same model with another prompt context: another teacher, with another identity."""
         return replace(
             self,
             prompt_context=prompt_context,
@@ -75,18 +77,16 @@ class Model:
 
     @staticmethod
     def named(identity: str, prompt_context: PromptContext | None) -> str:
-        """The identity of a model that is shown something."""
+        """The identity of a model with this prompt context."""
         return identity if prompt_context is None else f"{identity}+sight-{prompt_context.name}"
 
 
 def header_of(tokenizer: Tokenizer) -> str | None:
-    """The text before a user's first message in the chat template; None where the template puts other things around
-    it."""
+    """The text before a user's first message in the chat template; None where there is none."""
     mark = "USER MESSAGE"
-    before, found, _ = str(
-        tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-    ).partition(mark)
-    return before if found and before else None
+    text = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+    before, separator, _ = text.partition(mark)
+    return before if separator and before else None
 
 
 def hidden_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
@@ -118,4 +118,4 @@ def head_of(net: PreTrainedModel) -> Head:
     divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite divides, Cohere multiplies
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor)
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, scale, float(cap) if cap else None, low_rank)
+    return Head(layer.weight, layer.bias, scale, softcap=float(cap) if cap else None, low_rank=low_rank)

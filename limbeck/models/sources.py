@@ -26,8 +26,10 @@ HUB_METADATA = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 
 
 class ModelSource(ABC):
-    """One kind of source. What ends as a folder in Hugging Face form says what it `matches`, its `folder` and `label`;
-    any other source replaces `config`, `tokenizer`, `identity` and `load`. All raise UserError for the user's mistakes.
+    """One kind of source; raises UserError for the user's mistakes.
+
+    A source that gives a folder in Hugging Face form defines `matches` and `folder` (and `label` if the name is a
+    path); any other defines `matches`, `config`, `tokenizer`, `identity` and `load`.
     """
 
     @abstractmethod
