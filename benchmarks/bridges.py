@@ -25,7 +25,8 @@ from limbeck.config.sections import Train
 from limbeck.config.teacher import BridgeSettings
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.bridge import TeacherOverBridge
-from limbeck.models.load import Model, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
 from limbeck.storage.files import write_json

@@ -25,7 +25,7 @@ from limbeck import load_recipe
 from limbeck.commands.console import Terminal
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import Row, make_batch
-from limbeck.models.load import head_of
+from limbeck.models.model import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES

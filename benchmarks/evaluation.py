@@ -21,7 +21,8 @@ from limbeck.data.batches import Row, make_batch
 from limbeck.elicit.prompts import load_prompts
 from limbeck.evaluate.fidelity import Text, fidelity
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import Model, head_of, hidden_states, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import Model, head_of, hidden_states
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import CHUNK_ELEMENTS, Buffer, chunks
@@ -44,7 +45,7 @@ def write_answers(teacher: Model) -> list[Row]:
         GenerationJob(teacher.prompt_ids(prompt.messages), Sampling(0.7, 0.95, LENGTH), number)
         for number, prompt in enumerate(prompts)
     ]
-    texts = dict(generate(teacher.net, jobs, teacher.eos_ids, tokens=teacher.tokens))
+    texts = dict(generate(teacher.net, jobs, teacher.eos_ids, vocab_size=teacher.vocab_size))
     return [
         Row(prompt.id, tuple(job.prompt_ids), tuple(texts[n]))
         for n, (prompt, job) in enumerate(zip(prompts, jobs, strict=True))

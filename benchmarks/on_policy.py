@@ -24,7 +24,8 @@ import torch
 
 from limbeck import load_recipe, run
 from limbeck.elicit.prompts import load_prompts
-from limbeck.models.load import load_model, resolve, save_model
+from limbeck.models.folder import save_model
+from limbeck.models.load import load_model, model_folder
 from limbeck.models.prune import drop_layers
 from limbeck.storage.files import read_jsonl, write_json
 from limbeck.training.memory import peak_mib
@@ -162,7 +163,7 @@ def main() -> None:
         whole = load_model(TEACHER)
         keep = [round(number * (whole.net.config.num_hidden_layers - 1) / (LAYERS - 1)) for number in range(LAYERS)]
         save_model(drop_layers(whole.net, keep), whole.tokenizer, student)
-        resolve(TEACHER)
+        model_folder(TEACHER)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in (*OURS, *THEIRS)}
         for turn in range(ROUNDS):
             for name in found:

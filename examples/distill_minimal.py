@@ -20,8 +20,11 @@ import torch
 import limbeck
 from limbeck.data.batches import Row, make_batch, steps_of_epoch
 from limbeck.elicit.prompts import load_prompts
+from limbeck.models.compatibility import check_same_vocabulary
+from limbeck.models.folder import save_model
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import check_same_vocabulary, head_of, hidden_states, load_model, load_tokenizer, save_model
+from limbeck.models.load import load_model, load_tokenizer
+from limbeck.models.model import head_of, hidden_states
 from limbeck.models.prune import Calibration, choose_layers, drop_layers
 from limbeck.types import Sampling
 
@@ -36,7 +39,7 @@ def write_answers(model, prompts):
     prompt_ids = [model.prompt_ids(prompt.messages) for prompt in prompts]
     sampling = Sampling(temperature=1.0, max_tokens=MAX_TOKENS)
     jobs = [GenerationJob(ids, sampling, SEED + number) for number, ids in enumerate(prompt_ids)]
-    answers = dict(generate(model.net, jobs, model.eos_ids, tokens=model.vocab_size))  # in the order they finish
+    answers = dict(generate(model.net, jobs, model.eos_ids, vocab_size=model.vocab_size))  # in the order they finish
     return [Row(prompts[n].id, tuple(prompt_ids[n]), tuple(answers[n])) for n in range(len(prompts))]
 
 

@@ -241,10 +241,10 @@ def models(
     if action is not None and (action != "get" or name is None):
         raise UserError("use `limbeck models`, or `limbeck models get NAME`")
     if name is not None:
-        from limbeck.models.load import resolve
+        from limbeck.models.load import model_folder
 
         fetch(name)
-        printing.print_result({"model": name, "folder": str(resolve(name)[0])}, json_)
+        printing.print_result({"model": name, "folder": str(model_folder(name))}, json_)
         return
     facts = ("name", "title", "licence", "terms", "download_mb")
     listing = [

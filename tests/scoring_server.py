@@ -9,7 +9,7 @@ import json
 
 import torch
 
-from limbeck.models.load import head_of, hidden_states
+from limbeck.models.model import head_of, hidden_states
 from tests.scripted_server import Handler, Scripted, answer
 
 

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from limbeck.commands import console
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import Model, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import Model
 from limbeck.types import Sampling, UserError
 
 
@@ -45,7 +46,9 @@ def converse(folder: Path, max_tokens: int, temperature: float) -> None:
 def answer(model: Model, question: str, sampling: Sampling, seed: int = 0) -> str:
     """The model's answer to one question, as text."""
     ids = model.prompt_ids(({"role": "user", "content": question},))
-    ((_, sampled),) = generate(model.net, [GenerationJob(ids, sampling, seed)], model.eos_ids, tokens=model.vocab_size)
+    ((_, sampled),) = generate(
+        model.net, [GenerationJob(ids, sampling, seed)], model.eos_ids, vocab_size=model.vocab_size
+    )
     return model.decode(sampled).strip()
 
 

@@ -26,7 +26,7 @@ from limbeck.evaluate.metrics import TaskMetric
 from limbeck.evaluate.records import ItemResult, Progress
 from limbeck.evaluate.statistics import RESAMPLES, Interval
 from limbeck.evaluate.task import GreedyAnswers, HarnessForm, Task, TaskKind
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import UserError
 
 COUNTS_TOGETHER = 2**22

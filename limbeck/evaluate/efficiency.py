@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import Model, hidden_states
+from limbeck.models.model import Model, hidden_states
 from limbeck.types import Sampling
 
 ROUNDS = 3
@@ -73,6 +73,6 @@ def _seconds(model: Model, ids: Sequence[int], tokens: int) -> float:
     """Seconds to write so many tokens after a prompt; no token ends the answer."""
     job = GenerationJob(ids, Sampling(temperature=0.0, max_tokens=tokens), 0)
     began = time.perf_counter()
-    for _ in generate(model.net, [job], frozenset(), tokens=model.vocab_size):
+    for _ in generate(model.net, [job], frozenset(), vocab_size=model.vocab_size):
         pass
     return time.perf_counter() - began

@@ -20,7 +20,7 @@ from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.metrics import token_sums
 from limbeck.evaluate.records import Choices, ItemFidelity, Progress
 from limbeck.evaluate.token_sums import TokenBlock
-from limbeck.models.load import Model, head_of
+from limbeck.models.model import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution

@@ -16,7 +16,7 @@ from limbeck.evaluate.statistics import pass_at_k
 from limbeck.evaluate.task import GreedyAnswers, HarnessForm, PromptDraw, Task, TaskKind, WriteAnswers
 from limbeck.evaluate.wording import rouge_l
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import Sampling, UserError, content_hash
 
 
@@ -34,7 +34,7 @@ def _answer_jobs(
 ) -> list[CheckedAnswer]:
     """The answer of every job; job i asks prompt i."""
     answers: dict[int, CheckedAnswer] = {}
-    for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.vocab_size):
+    for index, ids in generate(system.net, jobs, system.eos_ids, vocab_size=system.vocab_size):
         prompt = prompts[index]
         text = system.decode(ids)
         answers[index] = CheckedAnswer(

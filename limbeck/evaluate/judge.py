@@ -23,7 +23,7 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate.records import Progress
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.storage.files import read_jsonl, write_text
 from limbeck.types import Message, Sampling, UserError, canonical_json, content_hash
 
@@ -217,7 +217,7 @@ def _ask_model(
     places = [place for place in range(len(prompts)) if fits[place] and fits[place ^ 1]]
     jobs = [GenerationJob(prompts[place], Sampling(temperature=0.0, max_tokens=max_tokens), 0) for place in places]
     replies: list[str | None] = [None] * len(questions)
-    for done, (index, ids) in enumerate(generate(judge.net, jobs, judge.eos_ids, tokens=judge.vocab_size), 1):
+    for done, (index, ids) in enumerate(generate(judge.net, jobs, judge.eos_ids, vocab_size=judge.vocab_size), 1):
         replies[places[index]] = judge.decode(ids)
         progress(done, len(jobs))
     return replies

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from limbeck.evaluate.items import TemplateSettings
 from limbeck.evaluate.records import Progress
-from limbeck.models.load import Model, head_of, hidden_states
+from limbeck.models.model import Model, head_of, hidden_states
 from limbeck.objectives.head import token_log_probs
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import UserError

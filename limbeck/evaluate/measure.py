@@ -36,7 +36,7 @@ from limbeck.evaluate.records import (
 from limbeck.evaluate.task import PromptDraw, Task
 from limbeck.evaluate.tasks import run_task, run_task_by_text
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.storage.files import read_jsonl, write_json, write_text
 from limbeck.types import Sample, Sampling, UserError, canonical_json, content_hash
@@ -252,7 +252,7 @@ class Bench:
             for prompt in prompts
         ]
         rows: dict[int, Row] = {}
-        for index, ids in generate(system.net, jobs, system.eos_ids, tokens=system.vocab_size):
+        for index, ids in generate(system.net, jobs, system.eos_ids, vocab_size=system.vocab_size):
             rows[index] = self._row(prompts[index], ids)
             self.progress(len(rows), len(jobs), f"{name} writes")
         return [rows[index] for index in range(len(jobs))]

@@ -12,7 +12,7 @@ from limbeck.evaluate.metrics import TaskMetric
 from limbeck.evaluate.records import ItemResult, Progress
 from limbeck.evaluate.statistics import ndcg
 from limbeck.evaluate.task import GreedyAnswers, Task, TaskKind
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 
 
 def score_rankings(

@@ -18,7 +18,7 @@ from limbeck.evaluate.metrics import TaskMetric
 from limbeck.evaluate.records import ItemResult, Progress
 from limbeck.evaluate.statistics import Interval, ratio_interval
 from limbeck.evaluate.task import GreedyAnswers, Task, TaskKind
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import UserError
 
 LARGEST = 700.0  # exp of more is no longer a double

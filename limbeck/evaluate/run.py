@@ -21,7 +21,8 @@ from limbeck.evaluate.measure import Bench, EvaluationProtocol
 from limbeck.evaluate.records import DetailedProgress, SystemRecords
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.evaluate.task import Task
-from limbeck.models.load import Model, load_model, model_identity
+from limbeck.models.load import load_model, model_identity
+from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teachers import kind
 from limbeck.storage.files import write_json

@@ -11,7 +11,7 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate.items import Item, TaskSettings
 from limbeck.evaluate.metrics import Better, TaskMetric
 from limbeck.evaluate.records import CheckedAnswer, ItemResult, Progress
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import Sampling
 
 PromptDraw = tuple[Prompt, int]  # a prompt and the seed of one answer to it

@@ -23,7 +23,7 @@ from limbeck.evaluate.records import CheckedAnswer, ItemResult, Progress
 from limbeck.evaluate.rolling import PerplexityKind
 from limbeck.evaluate.statistics import Interval, ratio_interval
 from limbeck.evaluate.task import GreedyAnswers, Task, TaskKind, WriteAnswers
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import NAME, RecipeError, UserError, nearest
 
 KINDS: dict[str, TaskKind] = {

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from limbeck.config.teacher import BridgedTeacher, BridgeSettings
 from limbeck.models.byte_alignment import Tokens, segments, tokens_of
-from limbeck.models.load import Model, head_of, load_tokenizer
+from limbeck.models.load import load_tokenizer
 from limbeck.models.local import served_text_caveat
+from limbeck.models.model import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher_interface import WRITES, Teacher, TeacherParts, TeacherUse
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherStates, TeacherView

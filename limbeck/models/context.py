@@ -1,5 +1,5 @@
-"""What a teacher is shown beside the prompt, and the student is not: instructions, a demonstration, the solution,
-feedback."""
+"""What a teacher is shown in addition to the prompt and the student is not: instructions, a demonstration, the
+solution, feedback."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 
 from limbeck.types import Message, content_hash
 
-PLACE = re.compile(r"\{(prompt|answer|feedback)\}")
+PLACEHOLDER = re.compile(r"\{(prompt|answer|feedback)\}")
 
 
 @dataclass(frozen=True)
 class PromptContext:
     """Turns a conversation into the one that the teacher sees.
 
-    `system` stands before it; `user` takes the place of its last user message, `{prompt}`, `{answer}` and `{feedback}`
-    filled in once and literally from `fields`, which are known by the text of the prompt. A message of which a field is
-    not known stays.
+    `system` is put before it. `user` replaces its last user message; `{prompt}`, `{answer}` and `{feedback}` in it are
+    filled in once and literally from `fields`, which are stored by the text of the prompt. If a field is missing, the
+    message is not replaced.
     """
 
     system: str | None = None
@@ -27,18 +27,18 @@ class PromptContext:
 
     @property
     def name(self) -> str:
-        """A short hash: models that see different things are different teachers."""
+        """A short hash: a model with another context is another teacher."""
         return content_hash([self.system, self.user])[:12]
 
     def __call__(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=None)
-        seen = [*messages]
+        shown = [*messages]
         if self.user is not None and last is not None:
             text = messages[last]["content"]
-            known = {"prompt": text, **self.fields.get(text, {})}
-            if all(name in known for name in PLACE.findall(self.user)):
-                seen[last] = {"role": "user", "content": PLACE.sub(lambda found: known[found[1]], self.user)}
+            values = {"prompt": text, **self.fields.get(text, {})}
+            if all(name in values for name in PLACEHOLDER.findall(self.user)):
+                shown[last] = {"role": "user", "content": PLACEHOLDER.sub(lambda match: values[match[1]], self.user)}
         if self.system is not None:
-            before = f"\n\n{seen.pop(0)['content']}" if seen and seen[0]["role"] == "system" else ""
-            seen.insert(0, {"role": "system", "content": self.system + before})
-        return tuple(seen)
+            own_system = f"\n\n{shown.pop(0)['content']}" if shown and shown[0]["role"] == "system" else ""
+            shown.insert(0, {"role": "system", "content": self.system + own_system})
+        return tuple(shown)

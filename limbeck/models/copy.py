@@ -1,4 +1,4 @@
-"""A copy of a model in another precision that follows it while it trains."""
+"""A copy of a model in another precision, kept up to date while the model trains."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from transformers import PreTrainedModel
 
 
 class Copy:
-    """Made when it is first asked for, and kept; its memory is that of the weights in the other precision."""
+    """A lazy copy: made at the first `now`, then reused; it takes the memory of the weights in the other precision."""
 
     def __init__(self, net: PreTrainedModel, dtype: torch.dtype) -> None:
         self.net = net
         self.dtype = dtype
-        self._made: PreTrainedModel | None = None
+        self._copy: PreTrainedModel | None = None
 
     @torch.no_grad()
     def now(self) -> PreTrainedModel:
-        """The copy with the model's weights of this moment, in evaluation mode."""
-        if self._made is None:
-            made: Any = copy.deepcopy(self.net)  # transformers' own `to` is not typed
-            self._made = made.to(self.dtype).requires_grad_(False)
-            assert self._made is not None
+        """The copy with the model's present weights, in evaluation mode."""
+        if self._copy is None:
+            net: Any = copy.deepcopy(self.net)  # transformers' own `to` is not typed
+            self._copy = net.to(self.dtype).requires_grad_(False)
+            assert self._copy is not None
         else:
-            theirs = dict(self.net.named_parameters())
-            for name, own in self._made.named_parameters():
-                own.copy_(theirs[name])
-        self._made.eval()
-        return self._made
+            parameters = dict(self.net.named_parameters())
+            for name, parameter in self._copy.named_parameters():
+                parameter.copy_(parameters[name])
+        self._copy.eval()
+        return self._copy

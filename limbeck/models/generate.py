@@ -1,7 +1,7 @@
 """Batched generation in process, for any Hugging Face decoder, on CPU or GPU.
 
-Every row keeps its own random numbers, so an answer does not depend on who shares its batch (up to the rounding of
-the matrix products). A finished row leaves its slot to the next prompt at once; the cache is written in place.
+Every row has its own random numbers, so an answer does not depend on the rest of its batch (up to the rounding of the
+matrix products). A finished row leaves its slot to the next prompt at once; the cache is written in place.
 Not covered: sliding-window or recurrent caches, beam search.
 
 Shapes: B slots, T columns of the cache, V vocabulary, H key-value heads, D head width.
@@ -19,30 +19,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from limbeck.models.sample import Drawn, draw, log_prob_of
+from limbeck.models.sample import SampledTokens, draw, log_prob_of
 from limbeck.types import Sampling, UserError
 
 COLUMNS_BETWEEN_SHIFTS = 64
-CACHE_BYTES = 3 * 2**29  # fewer rows decode together where their keys and values would take more
+CACHE_BYTES = 3 * 2**29  # of keys and values; fewer rows decode together if they would take more
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """A prompt to continue. `seed` alone decides its random numbers. `beside_ids` is the prompt as the model beside
-    sees it, where that is another."""
+    """A prompt to continue. `seed` alone decides its random numbers. `second_prompt_ids` is the prompt for the second
+    model, if it gets another one."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     seed: int
-    beside_ids: Sequence[int] | None = None
+    second_prompt_ids: Sequence[int] | None = None
 
 
 @dataclass
 class Completion:
-    """What became of a job: `ids` as they were drawn, the end-of-sequence token among them when the model wrote one.
+    """The answer to job `index`: `ids` as sampled, with the end-of-sequence token if the model wrote one.
 
-    Where it was asked for, `log_prob` holds each token's log-probability under the model (temperature 1, whole
-    vocabulary) and `sampler_log_prob` that under what it was drawn from, in nats; `own` counts the tokens that the
+    If recorded, `log_prob` holds each token's log-probability under the model (temperature 1, whole vocabulary) and
+    `sampler_log_prob` that under the distribution it was sampled from, in nats. `own_tokens` counts the tokens that the
     model itself proposed.
     """
 
@@ -50,39 +50,58 @@ class Completion:
     ids: list[int] = field(default_factory=list)
     log_prob: list[float] = field(default_factory=list)
     sampler_log_prob: list[float] = field(default_factory=list)
-    own: int = 0
+    own_tokens: int = 0
 
 
 class Joint(Protocol):
-    """How two models write one text: a token for each row, from both their logits and two random numbers."""
+    """How two models write one text: one token per row from the logits of both and two uniform numbers."""
 
     def __call__(
-        self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor
-    ) -> Drawn: ...
+        self, own_BV: Tensor, second_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor
+    ) -> SampledTokens: ...
 
 
 @dataclass(frozen=True)
 class SecondModel:
-    """A second model that reads along with a cache of its own, and how it joins in."""
+    """A second model that reads along with its own cache, and how it takes part."""
 
     model: PreTrainedModel
     joint: Joint
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How prompts are continued.
+
+    Args:
+        batch_rows: how many rows decode together at most.
+        record: keep log-probabilities.
+        second: a second model that takes part in the writing.
+        is_finished: whether a text so far (its sampling, its ids) is complete; called after every token.
+    """
+
+    batch_rows: int = 64
+    record: bool = False
+    second: SecondModel | None = None
+    is_finished: Callable[[Sampling, Sequence[int]], bool] = lambda sampling, ids: False
+
+
+PLAIN = Decoding()
+
+
 @dataclass
 class _Row:
     job: GenerationJob
-    uniform_T2: Tensor  # two numbers per token to come, drawn from the row's own seed
-    written: Completion
+    uniform_T2: Tensor  # two numbers for each token to come, from the job's seed
+    completion: Completion
 
     @classmethod
-    def begin(cls, index: int, job: GenerationJob, second: bool) -> _Row:
-        noise = torch.Generator().manual_seed(job.seed)
-        uniform_T2 = torch.rand(job.sampling.max_tokens, 1, generator=noise, dtype=torch.float64)
-        if second:  # after all of the first, so that those are the same with and without it
-            uniform_T2 = torch.cat(
-                [uniform_T2, torch.rand(uniform_T2.shape, generator=noise, dtype=torch.float64)], dim=1
-            )
+    def begin(cls, index: int, job: GenerationJob, with_second: bool) -> _Row:
+        generator = torch.Generator().manual_seed(job.seed)
+        uniform_T2 = torch.rand(job.sampling.max_tokens, 1, generator=generator, dtype=torch.float64)
+        if with_second:  # after all of the first column, which is then the same with and without it
+            second_T1 = torch.rand(uniform_T2.shape, generator=generator, dtype=torch.float64)
+            uniform_T2 = torch.cat([uniform_T2, second_T1], dim=1)
         return cls(job, uniform_T2, Completion(index))
 
 
@@ -112,8 +131,8 @@ class _SlotLayer(DynamicLayer):
         self.at = end
         return self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
 
-    def place(self, slots: list[int], left: int, new: _SlotLayer, rows: int) -> None:
-        """Write the prefilled columns of `new` into these rows, from column `left` on."""
+    def insert(self, slots: list[int], left: int, new: _SlotLayer, rows: int) -> None:
+        """Copy the prefilled columns of `new` into these rows, from column `left` on."""
         if not self.is_initialized:
             blank = new.key_buffer[:1].expand(rows, -1, -1, -1), new.value_buffer[:1].expand(rows, -1, -1, -1)
             self.lazy_initialization(*blank)
@@ -133,19 +152,19 @@ class _SlotLayer(DynamicLayer):
 
 
 class _Slots:
-    """One model's side of the running batch: the shared cache and the column where the next token goes.
+    """One model's part of the running batch: its cache and the column where the next token goes.
 
-    A finished row stays as a dead slot until a new prompt takes its place or `compact` drops it: copying the cache for
-    every finished row would cost more than the dead row's arithmetic.
+    A finished row stays as a dead slot until a new prompt takes it or `compact` drops it: copying the cache for every
+    finished row would cost more than the dead row's arithmetic.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], answer: int, size: int) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int, size: int) -> None:
         longest = max(len(prompt) for prompt in prompts)
         self.model = model
         self.longest = longest
         self.at = longest
         self.size = size
-        self.columns = columns_of(longest, answer)
+        self.columns = columns_of(longest, max_tokens)
         self.starts = [0] * size
         self.layers = [_SlotLayer(self.columns, longest) for _ in range(model.config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
@@ -176,12 +195,12 @@ class _Slots:
         self.mask_BT[slots, left : self.at] = mask_BT.to(device)
         self.logits_BV[slots] = logits_B1V[:, -1].float()
         for layer, new in zip(self.layers, fresh, strict=True):
-            layer.place(slots, left, new, self.size)
+            layer.insert(slots, left, new, self.size)
         for slot, prompt in zip(slots, prompts, strict=True):
             self.starts[slot] = self.at - len(prompt)
 
     def step(self, last: Sequence[int | None]) -> None:
-        """Feed every running row its last token; None stands for a dead slot."""
+        """Feed every running row its last token; None marks a dead slot."""
         if self.at == self.columns:
             self._shift([slot for slot, token in enumerate(last) if token is not None])
         self.mask_BT[:, self.at] = 1
@@ -203,9 +222,9 @@ class _Slots:
         self.at += 1
 
     def _shift(self, running: Sequence[int]) -> None:
-        """Move what is still read to the left, so that the write column has room again."""
+        """Move the columns in use to the left, so that there are free columns again."""
         by = self.at - max(self.longest, *(self.at - self.starts[slot] for slot in running))
-        assert by > 0, "the cache has no column that every row has left behind"
+        assert by > 0, "no column of the cache is free of all running rows"
         self.mask_BT = torch.cat([self.mask_BT[:, by:], self.mask_BT.new_zeros(self.size, by)], dim=1)
         for layer in self.layers:
             layer.shift(by)
@@ -223,18 +242,16 @@ class _Slots:
 
 
 class _Batch:
-    """The running rows, and each model's side of them in step."""
+    """The running rows, and each model's slots for them, in step."""
 
-    def __init__(
-        self, model: PreTrainedModel, jobs: Sequence[GenerationJob], rows: int, beside: SecondModel | None
-    ) -> None:
-        answer = max(job.sampling.max_tokens for job in jobs)
-        sides = [(model, [job.prompt_ids for job in jobs])]
-        if beside is not None:
-            sides.append((beside.model, [_beside_ids(job) for job in jobs]))
-        bytes_each = sum(_row_bytes(net, columns_of(max(map(len, prompts)), answer)) for net, prompts in sides)
-        size = max(1, min(rows, len(jobs), CACHE_BYTES // bytes_each))
-        self.sides = [_Slots(net, prompts, answer, size) for net, prompts in sides]
+    def __init__(self, model: PreTrainedModel, jobs: Sequence[GenerationJob], decoding: Decoding) -> None:
+        max_tokens = max(job.sampling.max_tokens for job in jobs)
+        models = [(model, [job.prompt_ids for job in jobs])]
+        if decoding.second is not None:
+            models.append((decoding.second.model, [_second_prompt(job) for job in jobs]))
+        row_bytes = sum(_row_bytes(net, columns_of(max(map(len, prompts)), max_tokens)) for net, prompts in models)
+        size = max(1, min(decoding.batch_rows, len(jobs), CACHE_BYTES // row_bytes))
+        self.sides = [_Slots(net, prompts, max_tokens, size) for net, prompts in models]
         self.rows: list[_Row | None] = [None] * size
 
     def free(self) -> list[int]:
@@ -248,12 +265,12 @@ class _Batch:
         slots = self.free()[: len(waiting)]
         for slot, (index, job) in zip(slots, waiting, strict=True):
             self.rows[slot] = _Row.begin(index, job, len(self.sides) > 1)
-        for side, ids in zip(self.sides, (lambda job: job.prompt_ids, _beside_ids), strict=False):
+        for side, ids in zip(self.sides, (lambda job: job.prompt_ids, _second_prompt), strict=False):
             side.admit(slots, [ids(job) for _, job in waiting])
 
     @torch.inference_mode()
     def step(self) -> None:
-        last = [row.written.ids[-1] if row else None for row in self.rows]
+        last = [row.completion.ids[-1] if row else None for row in self.rows]
         for side in self.sides:
             side.step(last)
 
@@ -265,13 +282,13 @@ class _Batch:
             side.keep(slots)
 
 
-def _beside_ids(job: GenerationJob) -> Sequence[int]:
-    return job.prompt_ids if job.beside_ids is None else job.beside_ids
+def _second_prompt(job: GenerationJob) -> Sequence[int]:
+    return job.prompt_ids if job.second_prompt_ids is None else job.second_prompt_ids
 
 
-def columns_of(longest: int, answer: int) -> int:
-    """Columns of the cache for prompts of at most `longest` tokens and answers of at most `answer`."""
-    return longest + answer + COLUMNS_BETWEEN_SHIFTS
+def columns_of(longest: int, max_tokens: int) -> int:
+    """Columns of the cache for prompts of at most `longest` tokens and answers of at most `max_tokens`."""
+    return longest + max_tokens + COLUMNS_BETWEEN_SHIFTS
 
 
 def _row_bytes(model: PreTrainedModel, columns: int) -> int:
@@ -286,53 +303,45 @@ def generate(
     model: PreTrainedModel,
     jobs: Sequence[GenerationJob],
     eos_ids: frozenset[int],
-    batch_rows: int = 64,
+    vocab_size: int | None = None,
+    decoding: Decoding = PLAIN,
     stop: Callable[[], bool] = lambda: False,
-    tokens: int | None = None,
-    beside: SecondModel | None = None,
-    ended: Callable[[Sampling, Sequence[int]], bool] = lambda sampling, ids: False,
 ) -> Iterator[tuple[int, list[int]]]:
-    """`write` for those who want the ids alone: (index of the job, sampled ids)."""
-    for written in write(model, jobs, eos_ids, batch_rows, stop, tokens, beside=beside, ended=ended):
-        yield written.index, written.ids
+    """`write`, but the ids alone: (index of the job, sampled ids)."""
+    for completion in write(model, jobs, eos_ids, vocab_size, decoding=decoding, stop=stop):
+        yield completion.index, completion.ids
 
 
 def write(
     model: PreTrainedModel,
     jobs: Sequence[GenerationJob],
     eos_ids: frozenset[int],
-    batch_rows: int = 64,
+    vocab_size: int | None = None,
+    decoding: Decoding = PLAIN,
     stop: Callable[[], bool] = lambda: False,
-    tokens: int | None = None,
-    record: bool = False,
-    beside: SecondModel | None = None,
-    ended: Callable[[Sampling, Sequence[int]], bool] = lambda sampling, ids: False,
 ) -> Iterator[Completion]:
-    """Continue every prompt; yield each as it finishes. A row without an end-of-sequence token ran to `max_tokens`, or
-    was `ended`.
+    """Continue every prompt; yield each answer as it finishes: with an end-of-sequence token, at `max_tokens`, or
+    where `decoding` says so.
 
     Args:
         model: a decoder in evaluation mode.
         eos_ids: tokens that end an answer.
-        batch_rows: rows that decode together.
-        stop: asked before every step; when true, unfinished rows are dropped (Ctrl-C between two tokens).
-        tokens: ids from here on are never drawn: a head is often padded beyond its tokenizer.
-        record: keep log-probabilities.
-        beside: a second model that writes along.
-        ended: whether what was written is all that is wanted; asked after every token.
+        vocab_size: ids from here on are never sampled: a head is often padded beyond its tokenizer.
+        stop: called before every step; once true, unfinished rows are dropped (Ctrl-C between two tokens).
 
     Raises:
         UserError: a prompt and its answer don't fit the context of a model that writes.
     """
+    second = decoding.second
     for job in jobs:
         _check_room(model, len(job.prompt_ids), job.sampling)
-        if beside is not None:
-            _check_room(beside.model, len(_beside_ids(job)), job.sampling)
+        if second is not None:
+            _check_room(second.model, len(_second_prompt(job)), job.sampling)
     if not jobs:
         return
     order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].prompt_ids))
     waiting = deque((index, jobs[index]) for index in order)
-    batch = _Batch(model, jobs, batch_rows, beside)
+    batch = _Batch(model, jobs, decoding)
     while (waiting or batch.running()) and not stop():
         free = batch.free()
         if waiting and (len(free) >= max(1, len(batch.rows) // 8) or len(free) == len(batch.rows)):
@@ -340,45 +349,47 @@ def write(
         elif not waiting and len(free) >= max(1, len(batch.rows) // 4):
             batch.compact()
         running = batch.running()
-        _write_one(batch, running, tokens, record, beside)
+        _write_one_token(batch, running, vocab_size, decoding)
         for slot, row in running:
-            ids = row.written.ids
+            ids = row.completion.ids
             sampling = row.job.sampling
-            if ids[-1] in eos_ids or len(ids) == sampling.max_tokens or ended(sampling, ids):
+            if ids[-1] in eos_ids or len(ids) == sampling.max_tokens or decoding.is_finished(sampling, ids):
                 batch.rows[slot] = None
-                yield row.written
+                yield row.completion
         if batch.running():
             batch.step()
 
 
 @torch.inference_mode()
-def _write_one(
-    batch: _Batch, running: Sequence[tuple[int, _Row]], tokens: int | None, record: bool, beside: SecondModel | None
+def _write_one_token(
+    batch: _Batch, running: Sequence[tuple[int, _Row]], vocab_size: int | None, decoding: Decoding
 ) -> None:
-    """Every running row's next token, and what was asked for of it."""
+    """Add every running row's next token, with its log-probabilities if they are recorded."""
     slots = [slot for slot, _ in running]
     samplings = [row.job.sampling for _, row in running]
-    own_BV, *others = (side.logits_BV[slots, :tokens] for side in batch.sides)
+    own_BV, *second_BV = (side.logits_BV[slots, :vocab_size] for side in batch.sides)
     for number, (_, row) in enumerate(running):
         if row.job.sampling.presence_penalty:
-            own_BV[number, sorted(set(row.written.ids))] -= row.job.sampling.presence_penalty
-    uniform_B2 = torch.stack([row.uniform_T2[len(row.written.ids)] for _, row in running])
-    joint = None if beside is None else beside.joint
-    drawn = joint(own_BV, others[0], samplings, uniform_B2) if joint else draw(own_BV, samplings, uniform_B2[:, 0])
-    log_probs = log_prob_of(own_BV, drawn.token_B).tolist() if record else None
-    columns = zip(running, drawn.token_B.tolist(), drawn.log_prob_B.tolist(), drawn.own_B.tolist(), strict=True)
-    for number, ((_, row), token, log_prob, own) in enumerate(columns):
-        row.written.ids.append(token)
-        row.written.own += own
+            own_BV[number, sorted(set(row.completion.ids))] -= row.job.sampling.presence_penalty
+    uniform_B2 = torch.stack([row.uniform_T2[len(row.completion.ids)] for _, row in running])
+    if decoding.second is None:
+        sampled = draw(own_BV, samplings, uniform_B2[:, 0])
+    else:
+        sampled = decoding.second.joint(own_BV, second_BV[0], samplings, uniform_B2)
+    log_probs = log_prob_of(own_BV, sampled.token_B).tolist() if decoding.record else None
+    columns = zip(running, sampled.token_B.tolist(), sampled.log_prob_B.tolist(), sampled.own_B.tolist(), strict=True)
+    for number, ((_, row), token, log_prob, is_own) in enumerate(columns):
+        row.completion.ids.append(token)
+        row.completion.own_tokens += is_own
         if log_probs is not None:
-            row.written.log_prob.append(log_probs[number])
-            row.written.sampler_log_prob.append(log_prob)
+            row.completion.log_prob.append(log_probs[number])
+            row.completion.sampler_log_prob.append(log_prob)
 
 
-def _check_room(model: PreTrainedModel, prompt: int, sampling: Sampling) -> None:
+def _check_room(model: PreTrainedModel, prompt_length: int, sampling: Sampling) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
-    if context and prompt + sampling.max_tokens > context:
+    if context and prompt_length + sampling.max_tokens > context:
         raise UserError(
-            f"a prompt of {prompt} tokens leaves no room for {sampling.max_tokens} more in a "
+            f"a prompt of {prompt_length} tokens leaves no room for {sampling.max_tokens} more in a "
             f"context of {context}: shorten the prompt or lower max_tokens"
         )

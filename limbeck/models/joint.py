@@ -1,5 +1,5 @@
-"""Two models write one text: the teacher mixed into the student's distribution, or put in its place where the student
-strays; or one model writes against itself, shown something else.
+"""Two models write one text: the teacher mixed into the student's distribution, or replacing the student's unlikely
+tokens; or one model contrasted with itself under another prompt.
 
 Shapes: B rows, V vocabulary, K the teacher's likeliest tokens.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.models.sample import Drawn, draw, log_prob_of
+from limbeck.models.sample import SampledTokens, draw, log_prob_of
 from limbeck.types import Sampling
 
 
@@ -25,7 +25,7 @@ def _softened(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Each token is drawn from `teacher_share` p + (1 - `teacher_share`) q (MiniLLM, arXiv:2306.08543: 0.2).
+    """Samples each token from `teacher_share` p + (1 - `teacher_share`) q (MiniLLM, arXiv:2306.08543: 0.2).
 
     q is the student at the rows' temperature, p the teacher at its own. Limits: the student alone at 0, the teacher
     alone at 1.
@@ -34,21 +34,23 @@ class Mixture:
     teacher_share: float
     teacher_temperature: float = 1.0
 
-    def __call__(self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor) -> Drawn:
+    def __call__(
+        self, own_BV: Tensor, second_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor
+    ) -> SampledTokens:
         parts = []
         if self.teacher_share < 1:
             parts.append(_softened(own_BV, samplings) + math.log1p(-self.teacher_share))
         if self.teacher_share > 0:
             teacher = [Sampling(self.teacher_temperature)] * len(samplings)
-            parts.append(_softened(beside_BV, teacher) + math.log(self.teacher_share))
+            parts.append(_softened(second_BV, teacher) + math.log(self.teacher_share))
         mixed_BV = parts[0] if len(parts) == 1 else torch.logaddexp(*parts)
         return draw(mixed_BV, [Sampling(1.0)] * len(samplings), uniform_B2[:, 0])
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """The student's token stays where it is among the teacher's `top_k` likeliest; else the teacher draws one in its
-    place (speculative knowledge distillation, arXiv:2410.11325: 25). That drafts are checked several at a time there
+    """Keeps the student's token if it is among the teacher's `top_k` likeliest; otherwise samples one from the teacher
+    (speculative knowledge distillation, arXiv:2410.11325: 25). Checking several drafts at a time, as done there,
     changes the speed, not the text. Limits: the student alone with the whole vocabulary; the teacher's greedy text with
     1 and temperature 0.
     """
@@ -56,37 +58,41 @@ class Speculation:
     top_k: int
     teacher_temperature: float = 1.0
 
-    def __call__(self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor) -> Drawn:
+    def __call__(
+        self, own_BV: Tensor, second_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor
+    ) -> SampledTokens:
         teacher = [Sampling(self.teacher_temperature)] * len(samplings)
-        proposed = draw(own_BV, samplings, uniform_B2[:, 0])
-        other = draw(beside_BV, teacher, uniform_B2[:, 1])
-        top_BK = beside_BV.topk(min(self.top_k, beside_BV.shape[1])).indices
-        kept_B = (top_BK == proposed.token_B[:, None]).any(-1)
-        token_B = torch.where(kept_B, proposed.token_B, other.token_B)
+        own = draw(own_BV, samplings, uniform_B2[:, 0])
+        replacement = draw(second_BV, teacher, uniform_B2[:, 1])
+        top_BK = second_BV.topk(min(self.top_k, second_BV.shape[1])).indices
+        accepted_B = (top_BK == own.token_B[:, None]).any(-1)
+        token_B = torch.where(accepted_B, own.token_B, replacement.token_B)
         log_q_BV = _softened(own_BV, samplings)
-        # log of how often a token is replaced
-        replaced_B = torch.log1p(-log_q_BV.gather(1, top_BK).exp().sum(-1).clamp(max=1.0))
+        # log of the probability that a token is replaced
+        log_replace_B = torch.log1p(-log_q_BV.gather(1, top_BK).exp().sum(-1).clamp(max=1.0))
         if self.teacher_temperature > 0:
-            by_teacher_B = log_prob_of(beside_BV / self.teacher_temperature, token_B)
+            by_teacher_B = log_prob_of(second_BV / self.teacher_temperature, token_B)
         else:
-            by_teacher_B = torch.where(token_B == beside_BV.argmax(-1), 0.0, -math.inf)
+            by_teacher_B = torch.where(token_B == second_BV.argmax(-1), 0.0, -math.inf)
         own_B = torch.where((top_BK == token_B[:, None]).any(-1), log_q_BV.gather(1, token_B[:, None])[:, 0], -math.inf)
-        return Drawn(token_B, torch.logaddexp(own_B, replaced_B + by_teacher_B), kept_B)
+        return SampledTokens(token_B, torch.logaddexp(own_B, log_replace_B + by_teacher_B), accepted_B)
 
 
 @dataclass(frozen=True)
 class ContrastDecoding:
-    """Each token is drawn by log p(token) - `strength` * log p(token | the other prompt), at the rows' temperature:
-    what follows from this prompt and not from the other (contrastive decoding as in SCOTT, arXiv:2305.01879). Limit:
-    the model alone at 0.
+    """Samples each token by log p(token) - `strength` * log p(token | the other prompt), at the rows' temperature: what
+    follows from this prompt and not from the other (contrastive decoding as in SCOTT, arXiv:2305.01879). Limit: the
+    model alone at 0.
 
-    Not covered: a bar for tokens that are unlikely under both.
+    Not covered: a threshold for tokens that are unlikely under both.
     """
 
     strength: float
 
-    def __call__(self, own_BV: Tensor, beside_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor) -> Drawn:
+    def __call__(
+        self, own_BV: Tensor, second_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor
+    ) -> SampledTokens:
         contrast_BV = own_BV.float().log_softmax(-1)
         if self.strength:
-            contrast_BV = contrast_BV - self.strength * beside_BV.float().log_softmax(-1)
+            contrast_BV = contrast_BV - self.strength * second_BV.float().log_softmax(-1)
         return draw(contrast_BV, samplings, uniform_B2[:, 0])

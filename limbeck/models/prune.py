@@ -1,6 +1,6 @@
-"""Begin a student as its teacher with layers dropped.
+"""Make a student from its teacher by dropping layers.
 
-Which layers go matters more than anything that follows. Ways to choose: `importance` (greedy by the KL that a drop
+The choice of layers matters more than anything that follows. Ways to choose: `importance` (greedy by the KL that a drop
 costs on calibration text), `block_influence` (ShortGPT, arXiv:2403.03853: 1 - cos(input, output) of the layer),
 `uniform`, `first` (keep the first ones, drop the last), or an explicit list. Any decoder whose layers form one list
 and pass hidden states along works; others are refused.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from limbeck.models.load import head_of, hidden_states
+from limbeck.models.model import head_of, hidden_states
 from limbeck.types import UserError
 
 CANDIDATES = 8
@@ -29,7 +29,7 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text to judge layers on. `positions_BT` marks the hidden states that predict a response token."""
+    """Text to rate layers on. `positions_BT` marks the hidden states that predict a response token."""
 
     tokens_BT: Tensor
     positions_BT: Tensor
@@ -37,7 +37,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Choice:
-    """The layers that stay, and what each drop cost: (layer, KL to the full model in nats per token after the drop)."""
+    """The layers to keep, and the cost of each drop: (layer, KL to the full model in nats per token after the drop)."""
 
     kept: tuple[int, ...]
     drops: tuple[tuple[int, float], ...] = ()
@@ -84,7 +84,7 @@ def choose_layers(
     calibration: Callable[[], Calibration],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Choice:
-    """Decide which `count` layers stay. `calibration` is called only by the ways that look at text."""
+    """Choose the `count` layers to keep. `calibration` is called only by the ways that need text."""
     total = len(layers_of(net))
     if not isinstance(keep, str):
         return Choice(tuple(keep))
@@ -106,13 +106,13 @@ def choose_layers(
 @torch.inference_mode()
 def block_influence(net: PreTrainedModel, calibration: Calibration) -> list[float]:
     """Per layer 1 - E[cos(its input, its output)] over the calibration positions: 0 for a layer that does nothing."""
-    states = _Walk(net, calibration).states(list(range(len(layers_of(net)))))
+    states = _LayerRunner(net, calibration).states(list(range(len(layers_of(net)))))
     picked = [state[calibration.positions_BT] for state in states]
     return [float((1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).mean()) for a, b in pairwise(picked)]
 
 
-class _Walk:
-    """Runs chosen layers one by one, with the arguments that the decoder itself hands to them."""
+class _LayerRunner:
+    """Runs chosen layers one by one, with the arguments that the decoder itself passes to them."""
 
     def __init__(self, net: PreTrainedModel, calibration: Calibration) -> None:
         self.net = net
@@ -122,7 +122,7 @@ class _Walk:
         norms = [getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name)]
         if len(norms) != 1:
             raise UserError(
-                f"{net.config.model_type}: can't find the decoder's final norm, so layers can't be judged; list them"
+                f"{net.config.model_type}: can't find the decoder's final norm, so layers can't be rated; list them"
                 " under keep"
             )
         self.norm: nn.Module = norms[0]
@@ -138,7 +138,7 @@ class _Walk:
     def _record(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) > 1:
             raise UserError(
-                f"{self.net.config.model_type}: its layers take positional arguments, so they can't be judged; list"
+                f"{self.net.config.model_type}: its layers take positional arguments, so they can't be rated; list"
                 " them under keep"
             )
         if self.first is None:
@@ -152,7 +152,7 @@ class _Walk:
         return state_BTD
 
     def states(self, kept: Sequence[int]) -> list[Tensor]:
-        """The input of every kept layer, and behind them the output of the last."""
+        """The input of every kept layer, and at the end the output of the last."""
         assert self.first is not None
         states = [self.first]
         for index in kept:
@@ -167,15 +167,15 @@ class _Walk:
 
 @torch.inference_mode()
 def _greedy(net: PreTrainedModel, count: int, calibration: Calibration, progress: Callable[[int, int], None]) -> Choice:
-    """Drop, one at a time, the layer whose loss costs the least forward KL to the full model.
+    """Drop, one at a time, the layer whose loss adds the least forward KL to the full model.
 
-    After the first round only the CANDIDATES layers that cost least when they were last tried are tried again.
+    After the first round only the CANDIDATES layers that were cheapest when last tried are tried again.
     The states before the dropped layer are shared by all candidates.
     """
-    walk = _Walk(net, calibration)
-    kept = list(range(len(walk.layers)))
-    latest = dict.fromkeys(kept, 0.0)  # what each layer's drop cost when it was last tried
-    target_NV = walk.log_probs(walk.states(kept)[-1])
+    runner = _LayerRunner(net, calibration)
+    kept = list(range(len(runner.layers)))
+    latest = dict.fromkeys(kept, 0.0)  # the cost of each layer's drop when it was last tried
+    target_NV = runner.log_probs(runner.states(kept)[-1])
     probs_NV = target_NV.exp()
     drops: list[tuple[int, float]] = []
     rounds = len(kept) - count
@@ -184,10 +184,10 @@ def _greedy(net: PreTrainedModel, count: int, calibration: Calibration, progress
     tries = sum(tried)
     for number in range(rounds):
         candidates = kept if number == 0 else sorted(kept, key=lambda layer: (latest[layer], layer))[:CANDIDATES]
-        before = dict(zip(kept, walk.states(kept), strict=False))
+        before = dict(zip(kept, runner.states(kept), strict=False))
         for layer in candidates:
             rest = [other for other in kept if other > layer]
-            log_q_NV = walk.log_probs(walk.run(before[layer], rest))
+            log_q_NV = runner.log_probs(runner.run(before[layer], rest))
             latest[layer] = float((probs_NV * (target_NV - log_q_NV)).sum(-1).mean())
             done += 1
             progress(done, tries)

@@ -1,14 +1,14 @@
-"""A server that scores text it is given: the teacher's likeliest tokens at every response position, by token id.
+"""A server that scores given text: the teacher's likeliest tokens at every response position, by token id.
 
-Two protocols. llama.cpp's `/completion` is asked once for each position, with all token ids before it, for one token
-and the `n_probs` likeliest; its cache of the prompt makes each of these requests cost one token. vLLM's
-`/v1/completions` is asked once for each text, with `prompt_logprobs`. Both give log-probabilities of the whole softmax
-at temperature 1, whatever is drawn.
+Two protocols. llama.cpp's `/completion` is called once for each position, with all token ids before it, for one token
+and the `n_probs` likeliest; its prompt cache makes each of these calls cost one token. vLLM's `/v1/completions` is
+called once for each text, with `prompt_logprobs`. Both give log-probabilities of the whole softmax at temperature 1,
+whatever is sampled.
 
-Nothing a server says is believed: its tokens, its template and what it can do are probed before anything is asked, and
-every answer is looked at for the model's name, the number of its tokens, ids that are no tokens, and probabilities that
-are none. Not covered: servers that give log-probabilities of what they wrote alone (OpenAI's), and checking a server's
-weights (`limbeck doctor` compares them).
+Nothing a server says is trusted: its tokens, its template and its abilities are probed first, and every answer is
+checked for the model's name, the number of tokens, ids that are not tokens, and values that are not probabilities. Not
+covered: servers that give log-probabilities only of what they wrote (OpenAI's), and checking a server's weights
+(`limbeck doctor` compares them).
 
 Shapes: N response positions, K tokens named at a position.
 """
@@ -20,21 +20,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import httpx2
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from limbeck.models.api import ApiTeacher, read_json, said
+from limbeck.models.api import ApiTeacher
+from limbeck.models.http import Call, Connection, as_dict, as_dicts
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.signals.cache import ids_of
 from limbeck.signals.sparse import TopK
 from limbeck.types import Batch, UserError
 
 ScoringProtocol = Literal["llama.cpp", "vLLM"]
-# at one position: ids and log-probabilities of the likeliest tokens, and log p of the written
+# at one position: ids and log-probabilities of the likeliest tokens, and log p of the written one
 NamedTokens = tuple[list[int], list[float], float]
-ODD = "Zwölf Boxkämpfer, 12.5 % naïve 日本語 🙂\n\tdef f(x): return x  # <b>"  # what tokenizers differ in
-ASKED = ({"role": "user", "content": "Is it 1, or 2?"},)
+TEST_TEXT = "Zwölf Boxkämpfer, 12.5 % naïve 日本語 🙂\n\tdef f(x): return x  # <b>"  # what tokenizers differ in
+TEST_CHAT = ({"role": "user", "content": "Is it 1, or 2?"},)
 ROUNDING = 1e-3  # by how much probabilities in a server's float32 may pass 1
 
 
@@ -42,9 +42,9 @@ class ServerScorer:
     """A server's distributions over given text, as its `k` likeliest tokens at every position.
 
     Args:
-        api: how the server is reached, with its limits and retries.
-        k: how many tokens are wanted at every position.
-        tokenizer: the student's, in whose ids the text is.
+        api: the server, with its limits and retries.
+        k: how many tokens to ask for at every position.
+        tokenizer: the student's; the text is in its ids.
         written: whether log p of every written token is needed, too.
     """
 
@@ -65,82 +65,81 @@ class ServerScorer:
         return self.api.identity
 
     def probe(self) -> None:
-        """Find out how the server scores, and that its tokens, its template and its number of tokens are what is
-        needed.
+        """Find out how the server scores; check its tokens, its template and how many tokens it names.
 
         Raises:
-            UserError: it can't score, means other tokens by the ids, frames a conversation otherwise, or names fewer
-                tokens than asked for.
+            UserError: it can't score, its ids mean other tokens, it frames a conversation otherwise, or names too few
+                tokens.
         """
-        self._protocol = self.api.wait(self._find_protocol)
+        self._protocol = self.api.endpoint.run(self._find_protocol)
         if self.written and self._protocol != "vLLM":
             raise UserError(
                 "a llama.cpp server names its likeliest tokens, and what the student writes may not be among them: this"
                 " recipe's losses on the student's own text need a vLLM server, or divergences with a bucket (jsd,"
                 " reverse_kl)"
             )
-        told = self.api.wait(lambda client: self._tokens_of(client, ODD))
-        own = list(self.tokenizer(ODD, add_special_tokens=False)["input_ids"])
-        if told != own:
-            at = next((n for n, (a, b) in enumerate(zip(told, own, strict=False)) if a != b), min(len(told), len(own)))
+        theirs = self.api.endpoint.run(lambda connection: self._tokenize(connection, TEST_TEXT))
+        ours = list(self.tokenizer(TEST_TEXT, add_special_tokens=False)["input_ids"])
+        if theirs != ours:
+            pairs = enumerate(zip(theirs, ours, strict=False))
+            at = next((place for place, (there, here) in pairs if there != here), min(len(theirs), len(ours)))
             raise UserError(
-                f"the server's tokens are not the student's: token {at} of a test text is {told[at : at + 3]} there and"
-                f" {own[at : at + 3]} here; serve a model of the student's family with its own tokenizer, or give the"
-                " student the server's"
+                f"the server's tokens are not the student's: token {at} of a test text is {theirs[at : at + 3]} there"
+                f" and {ours[at : at + 3]} here; serve a model of the student's family with its own tokenizer, or give"
+                " the student the server's"
             )
-        framed = self.framed()
-        mine = [int(n) for n in _framed(self.tokenizer)]
-        if framed != mine:
-            theirs, ours = (repr(self.tokenizer.decode(ids))[:160] for ids in (framed, mine))
+        their_chat = self.framed()
+        our_chat = [int(n) for n in _framed(self.tokenizer)]
+        if their_chat != our_chat:
+            there, here = (repr(self.tokenizer.decode(ids))[:160] for ids in (their_chat, our_chat))
             raise UserError(
-                f"the server frames a conversation otherwise than the student: {theirs} there and {ours} here; start"
+                f"the server frames a conversation otherwise than the student: {there} there and {here} here; start"
                 " the server with the student's chat template"
             )
-        self.score([(mine, [own[0]])])
+        self.score([(our_chat, [ours[0]])])
 
     def room(self) -> int | None:
-        """How many tokens a prompt with its answer may have, where the server says it (llama.cpp's does)."""
-        _, data = self.api.wait(lambda client: self.api.peek(client, "GET", "//props"))
-        settings = data.get("default_generation_settings") if isinstance(data, dict) else None
-        found = settings.get("n_ctx") if isinstance(settings, dict) else None
-        return found if type(found) is int else None
+        """How many tokens a prompt with its answer may have, where the server says so (llama.cpp's does)."""
+        reply = self.api.endpoint.run(lambda connection: connection.send(Call("GET", "/props", at_root=True)))
+        n_ctx = as_dict(as_dict(reply.json()).get("default_generation_settings")).get("n_ctx")
+        return n_ctx if type(n_ctx) is int else None
 
     def framed(self) -> list[int]:
         """A short conversation in the server's chat template, as token ids."""
-        return self.api.wait(self._framed_there)
+        return self.api.endpoint.run(self._frame)
 
     @torch.no_grad()
     def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:
         """The server's distribution at the batch's response positions.
 
         Raises:
-            UserError: what the server says is not what was asked for.
+            UserError: the server's answer is not what was requested.
         """
         assert taps == NO_TAPS and vocab_size in (
             None,
             self.vocab_size,
         ), "a server has no layers, and its tokens are the student's"
-        named = [position for text in self.score(list(ids_of(batch))) for position in text]
-        ids_NK, log_NK, written_N = (torch.tensor([position[side] for position in named]) for side in (0, 1, 2))
+        positions = [position for text in self.score(list(ids_of(batch))) for position in text]
+        ids_NK, log_NK, written_N = (torch.tensor(column) for column in zip(*positions, strict=True))
         return TeacherView(TopK(ids_NK, log_NK, target_log_prob_N=None if bool(written_N.isnan().any()) else written_N))
 
     def score(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[NamedTokens]]:
         """The likeliest tokens at every position of each (prompt, response), which are token ids."""
         if self._protocol is None:
             self.probe()
-        return self.api.wait(lambda client: self._all(client, texts))
+        return self.api.endpoint.run(lambda connection: self._score_all(connection, texts))
 
-    async def _all(
-        self, client: httpx2.AsyncClient, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
+    async def _score_all(
+        self, connection: Connection, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[list[NamedTokens]]:
-        free = asyncio.Semaphore(self.api.settings.concurrency)
-        ask = self._by_position if self._protocol == "llama.cpp" else self._at_once
+        slots = asyncio.Semaphore(self.api.settings.concurrency)
+        score = self._score_by_position if self._protocol == "llama.cpp" else self._score_at_once
 
-        async def one(prompt: Sequence[int], response: Sequence[int]) -> list[NamedTokens]:
-            async with free:
-                return await ask(client, list(prompt), list(response))
+        async def score_one(prompt: Sequence[int], response: Sequence[int]) -> list[NamedTokens]:
+            async with slots:
+                return await score(connection, list(prompt), list(response))
 
-        tasks = [asyncio.ensure_future(one(*text)) for text in texts]
+        tasks = [asyncio.ensure_future(score_one(*text)) for text in texts]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -149,14 +148,13 @@ class ServerScorer:
 
     # llama.cpp and vLLM
 
-    async def _by_position(
-        self, client: httpx2.AsyncClient, prompt: list[int], response: list[int]
+    async def _score_by_position(
+        self, connection: Connection, prompt: list[int], response: list[int]
     ) -> list[NamedTokens]:
-        found = []
-        # A token that is part of a character is held back, and its log-probabilities with it: so a whole one is drawn,
-        # come what may. What
-        # the bias does to the draw it does not do to the log-probabilities.
-        drawn = [[int(self.tokenizer("a", add_special_tokens=False)["input_ids"][0]), 1000.0]]
+        positions = []
+        # The server holds back a token that is part of a character, and its log-probabilities with it. So a bias makes
+        # it write a whole character; the bias does not change the log-probabilities.
+        bias = [[int(self.tokenizer("a", add_special_tokens=False)["input_ids"][0]), 1000.0]]
         for place in range(len(response)):
             ids = prompt + response[:place]
             body = {
@@ -165,28 +163,23 @@ class ServerScorer:
                 "n_probs": self.k,
                 "cache_prompt": True,
                 "temperature": 0.0,
-                "logit_bias": drawn,
+                "logit_bias": bias,
             }
-            data = await self._asked(client, "//completion", body, len(ids) + 1)
+            data = await self._send(connection, Call("POST", "/completion", body, at_root=True), len(ids) + 1)
             if data.get("truncated") or data.get("tokens_evaluated", len(ids)) != len(ids):
                 raise UserError(
                     f"the server read {data.get('tokens_evaluated')} of {len(ids)} tokens: give it a larger context"
                 )
-            listed = data.get("completion_probabilities")
-            if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
+            steps = data.get("completion_probabilities")
+            if not isinstance(steps, list) or not steps or not isinstance(steps[0], dict):
                 raise UserError(
                     "the server gave no log-probabilities; it must be a llama.cpp server that knows n_probs"
                 )
-            entries = listed[0].get("top_logprobs")
-            pairs = (
-                [(one.get("id"), one.get("logprob")) for one in entries if isinstance(one, dict)]
-                if isinstance(entries, list)
-                else []
-            )
-            found.append(self._checked(pairs, response[place]))
-        return found
+            pairs = [(token.get("id"), token.get("logprob")) for token in as_dicts(steps[0].get("top_logprobs"))]
+            positions.append(self._check(pairs, response[place]))
+        return positions
 
-    async def _at_once(self, client: httpx2.AsyncClient, prompt: list[int], response: list[int]) -> list[NamedTokens]:
+    async def _score_at_once(self, connection: Connection, prompt: list[int], response: list[int]) -> list[NamedTokens]:
         ids = prompt + response
         body = {
             "model": self.api.settings.name,
@@ -195,53 +188,48 @@ class ServerScorer:
             "temperature": 0.0,
             "prompt_logprobs": self.k,
         }
-        data = await self._asked(client, "/completions", body, len(ids) + 1)
+        data = await self._send(connection, Call("POST", "/completions", body), len(ids) + 1)
         choices = data.get("choices")
-        listed = (
-            choices[0].get("prompt_logprobs")
-            if isinstance(choices, list) and choices and isinstance(choices[0], dict)
-            else None
-        )
-        if not isinstance(listed, list) or len(listed) != len(ids):
-            told = f"{len(listed)} rows" if isinstance(listed, list) else "no log-probabilities"
+        rows = as_dict(choices[0]).get("prompt_logprobs") if isinstance(choices, list) and choices else None
+        if not isinstance(rows, list) or len(rows) != len(ids):
+            what = f"{len(rows)} rows" if isinstance(rows, list) else "no log-probabilities"
             raise UserError(
-                f"the server gave {told} for a text of {len(ids)} tokens; it must be a vLLM server that knows"
+                f"the server gave {what} for a text of {len(ids)} tokens; it must be a vLLM server that knows"
                 " prompt_logprobs"
             )
-        return [
-            self._checked(_vllm_pairs(listed[place], ids[place]), ids[place]) for place in range(len(prompt), len(ids))
-        ]
+        return [self._check(_vllm_pairs(rows[at], ids[at]), ids[at]) for at in range(len(prompt), len(ids))]
 
-    async def _asked(self, client: httpx2.AsyncClient, path: str, body: Any, tokens: int) -> dict[str, Any]:
-        status, content = await self.api.tried(client, path, body, "", tokens)
-        data = read_json(content)
-        if status != 200 or not isinstance(data, dict):
+    async def _send(self, connection: Connection, call: Call, tokens: int) -> dict[str, Any]:
+        reply = await self.api.send(connection, call, tokens)
+        data = reply.json()
+        if reply.status != 200 or not isinstance(data, dict):
             raise UserError(
-                f"the server does not score a text of {tokens - 1} tokens (status {status or 'none'}). {said(content)}"
+                f"the server does not score a text of {tokens - 1} tokens (status {reply.status or 'none'})."
+                f" {reply.quote()}"
             )
-        named = data.get("model")
-        if (
-            isinstance(named, str)
-            and named != self.api.settings.name
-            and not named.endswith(f"/{self.api.settings.name}")
-        ):
-            raise UserError(f"the answer is of the model {named[:80]!r}, and {self.api.settings.name!r} was asked")
+        model = data.get("model")
+        name = self.api.settings.name
+        if isinstance(model, str) and model != name and not model.endswith(f"/{name}"):
+            raise UserError(f"the answer is of the model {model[:80]!r}, not of {name!r}")
         return data
 
-    def _checked(self, pairs: Sequence[tuple[Any, Any]], written: int) -> NamedTokens:
-        """The `k` likeliest, once they are tokens with probabilities, and the written one's, NaN where it is not
-        named."""
+    def _check(self, pairs: Sequence[tuple[Any, Any]], written: int) -> NamedTokens:
+        """The `k` likeliest tokens, refused if they are not tokens with probabilities; and log p of the written one,
+        NaN where it is not named."""
         good = [
-            (n, x)
-            for n, x in pairs
-            if type(n) is int and 0 <= n < self.vocab_size and type(x) in (int, float) and not math.isnan(x)
+            (token, log_prob)
+            for token, log_prob in pairs
+            if type(token) is int
+            and 0 <= token < self.vocab_size
+            and type(log_prob) in (int, float)
+            and not math.isnan(log_prob)
         ]
         if len(good) < len(pairs):
             raise UserError(
                 f"the server names {len(pairs) - len(good)} tokens that are none of the student's, or have no"
                 " log-probability"
             )
-        if len({n for n, _ in good}) < len(good) or any(x > ROUNDING for _, x in good):
+        if len({token for token, _ in good}) < len(good) or any(log_prob > ROUNDING for _, log_prob in good):
             raise UserError("the server names a token twice, or gives one a probability above 1")
         if len(good) < self.k:
             raise UserError(
@@ -249,70 +237,69 @@ class ServerScorer:
                 f" teacher.cache.top_k.k: {len(good) or 1}, or let the server give more (vLLM: --max-logprobs)"
             )
         good.sort(key=lambda pair: -pair[1])
-        if (total := sum(math.exp(x) for _, x in good)) > 1 + ROUNDING:
+        if (total := sum(math.exp(log_prob) for _, log_prob in good)) > 1 + ROUNDING:
             raise UserError(f"the probabilities that the server gives add up to {total:.3f}: they are no softmax")
         return (
-            [n for n, _ in good[: self.k]],
-            [float(x) for _, x in good[: self.k]],
+            [token for token, _ in good[: self.k]],
+            [float(log_prob) for _, log_prob in good[: self.k]],
             float(dict(good).get(written, math.nan)),
         )
 
-    # What is probed
+    # Probing
 
-    async def _find_protocol(self, client: httpx2.AsyncClient) -> ScoringProtocol:
-        for path, key, protocol in (
-            ("//props", "default_generation_settings", "llama.cpp"),
-            ("//version", "version", "vLLM"),
-        ):
-            status, data = await self.api.peek(client, "GET", path)
-            if status == 200 and isinstance(data, dict) and key in data:
-                return protocol  # type: ignore[return-value]
+    async def _find_protocol(self, connection: Connection) -> ScoringProtocol:
+        protocols: dict[ScoringProtocol, tuple[str, str]] = {
+            "llama.cpp": ("/props", "default_generation_settings"),
+            "vLLM": ("/version", "version"),
+        }
+        for protocol, (path, key) in protocols.items():
+            reply = await connection.send(Call("GET", path, at_root=True))
+            if reply.status == 200 and key in as_dict(reply.json()):
+                return protocol
         raise UserError(
             f"{self.api.settings.url} can't score text: it is neither a llama.cpp nor a vLLM server; use losses on text"
             " (cross_entropy), or serve the model with one of them (`limbeck serve`)"
         )
 
-    async def _tokens_of(self, client: httpx2.AsyncClient, text: str) -> list[int]:
+    async def _tokenize(self, connection: Connection, text: str) -> list[int]:
         body = {"content": text, "add_special": False, "parse_special": True}
         if self._protocol == "vLLM":
             body = {"model": self.api.settings.name, "prompt": text, "add_special_tokens": False}
-        return await self._ids(client, body)
+        return await self._ids(connection, body)
 
-    async def _framed_there(self, client: httpx2.AsyncClient) -> list[int]:
+    async def _frame(self, connection: Connection) -> list[int]:
         if self._protocol == "vLLM":
-            body = {"model": self.api.settings.name, "messages": list(ASKED), "add_generation_prompt": True}
-            return await self._ids(client, body)
-        status, data = await self.api.peek(client, "POST", "//apply-template", {"messages": list(ASKED)})
-        if status != 200 or not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
+            body = {"model": self.api.settings.name, "messages": list(TEST_CHAT), "add_generation_prompt": True}
+            return await self._ids(connection, body)
+        call = Call("POST", "/apply-template", {"messages": list(TEST_CHAT)}, at_root=True)
+        reply = await connection.send(call)
+        prompt = as_dict(reply.json()).get("prompt")
+        if reply.status != 200 or not isinstance(prompt, str):
             raise UserError(
                 "the server does not say how it frames a conversation (/apply-template): use a newer llama.cpp server"
             )
-        return await self._tokens_of(client, data["prompt"])
+        return await self._tokenize(connection, prompt)
 
-    async def _ids(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> list[int]:
-        status, data = await self.api.peek(client, "POST", "//tokenize", body)
-        ids = data.get("tokens") if isinstance(data, dict) else None
-        if status != 200 or not isinstance(ids, list) or not all(type(one) is int for one in ids):
+    async def _ids(self, connection: Connection, body: Mapping[str, Any]) -> list[int]:
+        reply = await connection.send(Call("POST", "/tokenize", body, at_root=True))
+        ids = as_dict(reply.json()).get("tokens")
+        if reply.status != 200 or not isinstance(ids, list) or not all(type(token) is int for token in ids):
             raise UserError(
-                "the server does not say what its tokens are (/tokenize), so they can't be held against the student's"
+                "the server does not say what its tokens are (/tokenize), so they can't be compared with the student's"
             )
         return ids
 
 
 def _framed(tokenizer: Tokenizer) -> Sequence[int]:
-    text = tokenizer.apply_chat_template(list(ASKED), add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(list(TEST_CHAT), add_generation_prompt=True, tokenize=False)
     ids: Sequence[int] = tokenizer(str(text), add_special_tokens=False)["input_ids"]
     return ids
 
 
 def _vllm_pairs(row: Any, written: int) -> list[tuple[Any, Any]]:
-    """(id, log-probability) of one position. The written token stands in every row, so a row that has moved is
-    found."""
+    """(id, log-probability) of one position. Every row names the written token, so a shifted row is noticed."""
     if not isinstance(row, dict) or str(written) not in row:
         raise UserError(
-            "the server's rows are not those of the tokens that were sent: a row lacks the token written at its place"
+            "the server's rows are not those of the tokens that were sent: a row lacks the token written there"
         )
-    return [
-        (int(key) if key.isdecimal() else None, one.get("logprob") if isinstance(one, dict) else None)
-        for key, one in row.items()
-    ]
+    return [(int(key) if key.isdecimal() else None, as_dict(entry).get("logprob")) for key, entry in row.items()]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from limbeck.config.teacher import SelfTeacher
 from limbeck.models.context import PromptContext
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, WRITES, Teacher, TeacherParts, TeacherUse
 from limbeck.types import RecipeError

@@ -1,4 +1,4 @@
-"""How a student begins: a pretrained model, the teacher with layers dropped, or random weights; adapters on request."""
+"""The initial weights of a student: a pretrained model, the teacher with layers dropped, or random; and adapters."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.config.sections import Lora, Scratch, Student
-from limbeck.models.load import Model, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import Model
 from limbeck.models.prune import Calibration, Choice, choose_layers, drop_layers
 from limbeck.types import RecipeError, content_hash, nearest
 
 
 def begin(student: Student, teacher: Callable[[], Model], choice: Choice | None, seed: int) -> Model:
     """The student before training, without adapters. `choice` holds the layers that a pruned student keeps. The teacher
-    is loaded only where the student is made from it.
+    is loaded only if the student is made from it.
 
-    Embeddings lose their `padding_idx`: where the padding token is the end-of-sequence token (SmolLM2, most Llamas),
-    it would silently keep that token's input embedding from learning. Padding needs no such help: no loss reads it.
+    Embeddings lose their `padding_idx`: if the padding token is the end-of-sequence token (SmolLM2, most Llamas), it
+    would silently keep that token's input embedding from learning. Padding does not need it: no loss reads padding.
     """
     started = _begin(student, teacher, choice, seed)
     for module in started.net.modules():
@@ -42,8 +43,8 @@ def _begin(student: Student, teacher: Callable[[], Model], choice: Choice | None
             f"{like.identity}/layers-{content_hash(choice.kept)[:12]}",
         )
     assert start.scratch is not None
-    made = _random(start.scratch, like.net, seed)
-    return Model(made, like.tokenizer, f"{like.identity}/scratch-{content_hash([start.scratch.config, seed])[:12]}")
+    net = _random(start.scratch, like.net, seed)
+    return Model(net, like.tokenizer, f"{like.identity}/scratch-{content_hash([start.scratch.config, seed])[:12]}")
 
 
 def choose(
@@ -52,12 +53,12 @@ def choose(
     calibration: Callable[[], Calibration],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Choice | None:
-    """Which layers a pruned student keeps; None for the other starts."""
+    """The layers that a pruned student keeps; None for the other starts."""
     prune = student.start.prune
     if prune is None:
         return None
     count = prune.layers if prune.layers is not None else len(prune.keep)
-    return choose_layers(teacher().net, prune.keep, count, calibration, progress)
+    return choose_layers(teacher().net, prune.keep, count, calibration, progress=progress)
 
 
 def _random(scratch: Scratch, like: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -70,7 +71,7 @@ def _random(scratch: Scratch, like: PreTrainedModel, seed: int) -> PreTrainedMod
 
 
 def scratch_config(scratch: Scratch, like: Any) -> Any:
-    """The teacher's configuration with some settings replaced; lists with an entry per layer are made anew.
+    """The teacher's configuration with some settings replaced; lists with an entry per layer are left to the defaults.
 
     Raises:
         RecipeError: a setting that the configuration does not have, or the vocabulary, which is the teacher's.
@@ -86,12 +87,12 @@ def scratch_config(scratch: Scratch, like: Any) -> Any:
     per_layer = [
         key for key, value in settings.items() if isinstance(value, list) and len(value) == like.num_hidden_layers
     ]
-    kept = {key: value for key, value in settings.items() if key not in per_layer}
-    return type(like)(**(kept | scratch.config))
+    general = {key: value for key, value in settings.items() if key not in per_layer}
+    return type(like)(**(general | scratch.config))
 
 
 def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
-    """Put low-rank adapters into every linear layer but the head, in place, and freeze all else. B starts at 0."""
+    """Put low-rank adapters into every linear layer but the head, in place, and freeze the rest. B starts at 0."""
     from peft import LoraConfig, inject_adapter_in_model  # 12 s of imports that only adapters need
 
     head = net.get_output_embeddings()
@@ -104,7 +105,7 @@ def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
 
 
 def merge_adapters(net: PreTrainedModel) -> None:
-    """Fold the adapters into the weights and take them out, in place."""
+    """Fold the adapters into the weights and remove them, in place."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(net.named_modules()):

@@ -1,9 +1,9 @@
-"""Last hidden states of a batch, what all rows begin with computed once.
+"""Last hidden states of a batch, with the common prefix of all rows computed once.
 
-Attention is causal, so the states of a common beginning are the same in every row: a chat template's first lines need
-one pass, not one per row. Exact, with gradients; up to the rounding of the matrix products.
+Attention is causal, so the states of a common prefix are the same in every row: a chat template's first lines need one
+pass, not one per row. Exact, with gradients; up to the rounding of the matrix products.
 
-Shapes: B rows, T positions, P positions of the common beginning, D hidden width.
+Shapes: B rows, T positions, P positions of the common prefix, D hidden width.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-LEAST = 8  # a shorter beginning is not worth a second pass
+SHORTEST_PREFIX = 8  # a shorter one is not worth a second pass
 
 
 def decoded(net: PreTrainedModel, tokens_BT: Tensor, mixed: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Last hidden states [B, T, D] after the final norm, every row by itself; of mixed embeddings where other tokens
-    and the weight of the own ones are given, both [B, T]."""
+    """Last hidden states [B, T, D] after the final norm, every row by itself. With `mixed` (other tokens [B, T], the
+    weight of the row's own tokens [B, T]) the embeddings of both are mixed first."""
     decoder: Any = net.get_decoder()
     if mixed is None:
         states_BTD: Tensor = decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
@@ -35,11 +35,11 @@ def decoded(net: PreTrainedModel, tokens_BT: Tensor, mixed: tuple[Tensor, Tensor
 def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     """Last hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal.
 
-    Models with other than full attention, with dropout or gradient checkpointing go through as they are.
+    Models with other than full attention, with dropout or gradient checkpointing compute every row by itself.
     """
     decoder: Any = net.get_decoder()
-    shared = common_beginning(tokens_BT) if _may_share(decoder) else 0
-    if shared < LEAST:
+    shared = common_prefix(tokens_BT) if _may_share(decoder) else 0
+    if shared < SHORTEST_PREFIX:
         return decoded(net, tokens_BT)
     cache = DynamicCache()
     first_1PD: Tensor = decoder(
@@ -53,8 +53,8 @@ def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     return torch.cat([first_1PD.expand(rows, -1, -1), rest_BTD], dim=1)
 
 
-def common_beginning(tokens_BT: Tensor) -> int:
-    """How many tokens all rows begin with; never all of them, and 0 for a single row."""
+def common_prefix(tokens_BT: Tensor) -> int:
+    """The length of the prefix that all rows share; less than the width, and 0 for a single row."""
     rows, width = tokens_BT.shape
     if rows < 2:
         return 0
@@ -68,7 +68,7 @@ def _may_share(decoder: Any) -> bool:
     full = all(kind == "full_attention" for kind in kinds) if kinds else not getattr(config, "sliding_window", None)
     attends = hasattr(config, "num_attention_heads") and config._attn_implementation in ("sdpa", "eager")
     drops = float(getattr(config, "attention_dropout", 0.0) or 0.0) > 0 or any(
-        isinstance(m, nn.Dropout) and m.p > 0 for m in decoder.modules()
+        isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules()
     )
     dropout = decoder.training and drops
     checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)

@@ -1,10 +1,10 @@
 """Record hidden states, and attention's queries, keys and values, while a decoder runs once.
 
-Attention is tapped through transformers' AttentionInterface: for one forward pass the decoder's implementation is a
-function that notes its inputs and calls the stock `sdpa`, with the mask that `sdpa` gets. So the results stay the same
-bit for bit. Hidden states come from hooks that live as long as the pass.
+Attention is recorded through transformers' AttentionInterface: for one forward pass the decoder's implementation is a
+function that stores its inputs and calls the stock `sdpa`, with the mask that `sdpa` gets. So the results stay the same
+bit for bit. Hidden states come from hooks that are removed after the pass.
 
-Not covered: recordings inside one another, two threads on one model, compiled models, and attention other than `sdpa`.
+Not covered: nested recordings, two threads on one model, compiled models, and attention other than `sdpa`.
 
 Shapes: B rows, T positions, D hidden width, H query heads, G key-value heads, A head width.
 """
@@ -31,9 +31,9 @@ NAME = "limbeck_taps"
 
 @dataclass
 class _Recorder:
-    wanted: frozenset[int]
+    layers: frozenset[int]
     with_gradient: bool
-    taken: dict[int, Attention] = field(default_factory=dict)
+    attention: dict[int, Attention] = field(default_factory=dict)
 
 
 _ACTIVE: ContextVar[_Recorder | None] = ContextVar(NAME, default=None)
@@ -46,12 +46,13 @@ def features(
     attention_layers: Collection[int] = (),
     mixed: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Features]:
-    """One pass of the decoder: (last hidden states [B, T, D], what the layers asked for left).
+    """One pass of the decoder: (last hidden states [B, T, D], the features of the requested layers).
 
     Layers count from 1; hidden layer 0 is the embeddings, and the last one is taken after the final norm. Gradients
     flow through all of it, so run a teacher under `torch.no_grad()`. Right padding needs no mask: attention is causal.
-    With `mixed`, other tokens [B, T] and the weight of the own ones [B, T], the embeddings of both are mixed first. A
-    query is scaled so that q k / sqrt(A) is the model's own score, also where it divides by another number (Gemma 3).
+    With `mixed` (other tokens [B, T], the weight of the row's own tokens [B, T]) the embeddings of both are mixed
+    first. Queries are scaled so that q k / sqrt(A) is the model's own score, even if it divides by another number
+    (Gemma 3).
 
     Raises:
         UserError: layers that the model does not have or that have no attention of the usual kind, or a model whose
@@ -68,28 +69,28 @@ def features(
         last_BTD = decoded(net, tokens_BT, mixed)
     if count in hidden_layers:
         hidden[count] = last_BTD
-    missing = sorted(recorder.wanted - recorder.taken.keys())
+    missing = sorted(recorder.layers - recorder.attention.keys())
     if missing:
         raise UserError(
             f"{net.config.model_type}: layers {missing} have no queries, keys and values to record; name other layers"
         )
-    return last_BTD, Features(hidden, recorder.taken)
+    return last_BTD, Features(hidden, recorder.attention)
 
 
-def _check_layers(what: str, asked: Collection[int], first: int, last: int) -> None:
-    wrong = sorted(layer for layer in asked if not first <= layer <= last)
+def _check_layers(what: str, layers: Collection[int], first: int, last: int) -> None:
+    wrong = sorted(layer for layer in layers if not first <= layer <= last)
     if wrong:
         raise UserError(f"{what} layers {wrong} are outside {first} to {last}; name layers that the model has")
 
 
 @contextlib.contextmanager
-def _tapped(decoder: Any, wanted: frozenset[int]) -> Iterator[_Recorder]:
-    """While inside, the wanted layers' attention is recorded; afterwards the model's implementation is what it was."""
-    recorder = _Recorder(wanted, torch.is_grad_enabled())
-    if not wanted:
+def _tapped(decoder: Any, layers: frozenset[int]) -> Iterator[_Recorder]:
+    """Record these layers' attention while the block runs; restore the model's implementation after it."""
+    recorder = _Recorder(layers, torch.is_grad_enabled())
+    if not layers:
         yield recorder
         return
-    assert _ACTIVE.get() is None, "recordings can't stand inside one another"
+    assert _ACTIVE.get() is None, "recordings can't be nested"
     kind = decoder.config.model_type
     before = decoder.config._attn_implementation
     if before != "sdpa":
@@ -121,11 +122,11 @@ def _recorded_sdpa(
     attention_mask: Tensor | None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """The signature and the passing on of `settings` are transformers' contract for an attention function."""
+    """The signature, with `settings` passed on, is transformers' contract for an attention function."""
     recorder = _ACTIVE.get()
     layer = module.layer_idx + 1
-    if recorder is not None and layer in recorder.wanted:
-        assert layer not in recorder.taken, f"layer {layer} ran twice in one pass"
+    if recorder is not None and layer in recorder.layers:
+        assert layer not in recorder.attention, f"layer {layer} ran twice in one pass"
         if recorder.with_gradient and not torch.is_grad_enabled():
             raise UserError(
                 "attention can't be recorded under reentrant gradient checkpointing; set use_reentrant to False"
@@ -133,18 +134,18 @@ def _recorded_sdpa(
         usual = query_BHTA.shape[-1] ** -0.5
         scaling = settings.get("scaling") or usual
         same = math.isclose(scaling, usual, rel_tol=1e-9)
-        recorder.taken[layer] = (query_BHTA if same else query_BHTA * (scaling / usual), key_BGTA, value_BGTA)
+        recorder.attention[layer] = (query_BHTA if same else query_BHTA * (scaling / usual), key_BGTA, value_BGTA)
     result: tuple[Tensor, None] = AttentionInterface()["sdpa"](
-        module, query_BHTA, key_BGTA, value_BGTA, attention_mask, **settings
+        module, query_BHTA, key_BGTA, value_BGTA, attention_mask=attention_mask, **settings
     )
     return result
 
 
 @contextlib.contextmanager
-def _hooked(decoder: Any, wanted: frozenset[int], hidden: dict[int, Tensor]) -> Iterator[None]:
-    """While inside, hidden states before layer 1 (0) and after layer i (i) are put into `hidden`."""
+def _hooked(decoder: Any, requested: frozenset[int], hidden: dict[int, Tensor]) -> Iterator[None]:
+    """Store the hidden states before layer 1 (as 0) and after layer i (as i) in `hidden` while the block runs."""
     layers = getattr(decoder, "layers", None)
-    if wanted and not isinstance(layers, nn.ModuleList):
+    if requested and not isinstance(layers, nn.ModuleList):
         raise UserError(
             f"{decoder.config.model_type}: hidden states can be recorded in a decoder with one list of layers only"
         )
@@ -158,9 +159,9 @@ def _hooked(decoder: Any, wanted: frozenset[int], hidden: dict[int, Tensor]) -> 
 
         return note
 
-    handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)] if 0 in wanted and layers else []
+    handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)] if 0 in requested and layers else []
     handles += (
-        [layers[index - 1].register_forward_hook(after(index)) for index in sorted(wanted - {0})] if layers else []
+        [layers[index - 1].register_forward_hook(after(index)) for index in sorted(requested - {0})] if layers else []
     )
     try:
         yield

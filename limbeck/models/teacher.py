@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from limbeck.models.generate import GenerationJob, SecondModel, generate
+from limbeck.models.generate import Decoding, GenerationJob, SecondModel, generate
 from limbeck.models.joint import ContrastDecoding
-from limbeck.models.load import Model, head_of
+from limbeck.models.model import Model, head_of
 from limbeck.models.taps import features
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, WRITES, MovingAverage
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherStates, TeacherView
@@ -46,13 +46,12 @@ class InProcessTeacher:
         for request in requests:
             kinds.setdefault(None if request.against is None else request.contrast, []).append(request)
         for strength, alike in kinds.items():
-            beside = None if strength is None else SecondModel(self.model.net, ContrastDecoding(strength))
+            second = None if strength is None else SecondModel(self.model.net, ContrastDecoding(strength))
+            decoding = Decoding(second=second, is_finished=self._ended)
             jobs = [self._job(request) for request in alike]
             net = self.model.net
             eos = self.model.eos_ids
-            for index, ids in generate(
-                net, jobs, eos, stop=stop, tokens=self.model.vocab_size, beside=beside, ended=self._ended
-            ):
+            for index, ids in generate(net, jobs, eos, self.model.vocab_size, decoding=decoding, stop=stop):
                 yield alike[index], self._generated(alike[index], ids)
 
     def _job(self, request: Request) -> GenerationJob:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from limbeck.config.recipe import Recipe
 from limbeck.elicit.prompts import Prompt
 from limbeck.models.context import PromptContext
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.objectives.term import Term
 from limbeck.types import Batch

@@ -15,7 +15,8 @@ from limbeck.elicit.engine import Answerer
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import has_other_tokens
-from limbeck.models.load import Model, header_of, is_ready, load_model, load_tokenizer, model_identity
+from limbeck.models.load import is_ready, load_model, load_tokenizer, model_identity
+from limbeck.models.model import Model, header_of
 from limbeck.models.prune import Calibration, Choice
 from limbeck.models.score import ServerScorer
 from limbeck.models.start import begin, choose

@@ -19,7 +19,9 @@ from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.records import SystemRecords
-from limbeck.models.load import Model, load_config, load_model, save_model
+from limbeck.models.folder import save_model
+from limbeck.models.load import load_config, load_model
+from limbeck.models.model import Model
 from limbeck.models.prune import Calibration
 from limbeck.models.start import merge_adapters
 from limbeck.models.teacher_interface import TeacherParts

@@ -7,14 +7,8 @@ from typing import Any
 from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
 from limbeck.elicit.flow import Bill
-from limbeck.models.load import (
-    check_same_template,
-    check_same_vocabulary,
-    check_takes_system,
-    is_ready,
-    load_config,
-    load_tokenizer,
-)
+from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
+from limbeck.models.load import is_ready, load_config, load_tokenizer
 from limbeck.models.start import scratch_config
 from limbeck.runs.cost import Plan, Shape, Shapes, make_plan
 from limbeck.runs.resolve import Method, resolve

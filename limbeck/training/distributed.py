@@ -1,7 +1,8 @@
-"""Several processes on one training (`torchrun`): each takes its share of a step's micro-batches, gradients are summed.
+"""One training on several processes (`torchrun`): each computes its share of a step's micro-batches, and gradients are
+summed.
 
-The caller starts the process group and calls `train.train` in every rank (from Python; the commands run one process).
-With one process everything here does nothing. Sums are exact sums over ranks, so the global division stays the loop's.
+The caller starts the process group and calls `loop.train` in every rank (from Python; the commands run one process).
+With one process all functions here do nothing. Sums are exact sums over ranks, so the global division stays the loop's.
 Not covered: sharded weights (every rank holds the whole model).
 """
 
@@ -25,7 +26,7 @@ def rank() -> int:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This rank's part of a step's micro-batches; it may be empty."""
+    """This rank's share of a step's micro-batches; it may be empty."""
     return items[rank() :: world_size()]
 
 
@@ -43,12 +44,12 @@ def gather(value: T) -> list[T]:
     """Every rank's `value`, in the order of the ranks."""
     if world_size() == 1:
         return [value]
-    found: list[T | None] = [None] * world_size()
-    distributed.all_gather_object(found, value)
-    return found  # type: ignore[return-value]
+    values: list[T | None] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Wait until every rank is here."""
     if world_size() > 1:
         distributed.barrier()

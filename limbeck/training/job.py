@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from limbeck.config.sections import Train
 from limbeck.data.batches import FixedText, Row, Source, steps_of_epoch
 from limbeck.data.mixup import Mixed
-from limbeck.models.load import head_of
+from limbeck.models.model import head_of
 from limbeck.models.taps import features
 from limbeck.models.teacher_interface import MovingAverage
 from limbeck.objectives.bound import BoundLoss

@@ -1,7 +1,10 @@
-"""Keep freed memory for the next block instead of handing it back to the system.
+"""Keep freed memory in the process, and measure its peak.
 
-glibc gives the top of its heap back as soon as a few megabytes are free, and maps larger tensors anew each time. Blocks
-of logits come and go a hundred times a second, and faulting their pages in again costs several times their arithmetic.
+glibc returns the top of its heap to the system as soon as a few megabytes are free, and maps larger tensors anew each
+time. Blocks of logits are allocated a hundred times a second, and faulting their pages in again costs several times
+their arithmetic.
+
+The peak is read from /proc: psutil has none on Linux, and that of `resource` may be the parent process's.
 """
 
 from __future__ import annotations
@@ -14,28 +17,28 @@ from pathlib import Path
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-KEPT = 512 * 2**20  # bytes that stay with the process once freed
-LARGEST = 32 * 2**20  # larger blocks still go to the system and back; glibc takes no more than this
+RETAINED_BYTES = 512 * 2**20  # stay with the process once freed
+LARGEST_BLOCK = 32 * 2**20  # larger blocks are still returned; glibc allows no more than this
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Ask for it once per process. False where the C library has no such setting (not glibc)."""
+    """Set it once per process. False if the C library has no such setting (not glibc)."""
     try:
         mallopt = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(M_TRIM_THRESHOLD, KEPT))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)) and bool(mallopt(M_TRIM_THRESHOLD, RETAINED_BYTES))
 
 
 def forget_peak() -> None:
-    """Begin to count the process's peak memory anew, where the system can (Linux)."""
+    """Reset the process's peak memory, if the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mib() -> int | None:
-    """The most memory the process held since `forget_peak`, in MiB; None where the system can't say."""
+    """The process's peak memory since `forget_peak`, in MiB; None if the system can't say."""
     try:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.data.batches import MICRO_TOKENS, MicroBatch, Row, make_batch, steps_of_epoch
-from limbeck.models.load import head_of
+from limbeck.models.model import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.forward import Features, Taps, TeacherView
 from limbeck.objectives.head import Head, TeacherSignal, token_log_probs

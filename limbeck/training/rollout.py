@@ -217,7 +217,9 @@ class Rollouts:
         ]
         written = self.write(jobs)
         found = [
-            Answer(slot, tuple(text.ids), tuple(text.log_prob), tuple(text.sampler_log_prob), step, text.own, name)
+            Answer(
+                slot, tuple(text.ids), tuple(text.log_prob), tuple(text.sampler_log_prob), step, text.own_tokens, name
+            )
             for slot, name, text in zip(slots, names, written, strict=True)
         ]
         spoken = self.memory.spoken + sum(len(answer.ids) > 1 or answer.ids[0] not in self.ends for answer in found)

@@ -1,4 +1,4 @@
-"""How likely a model in process finds given answers."""
+"""Score given answers by their log-probability under a model in process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from limbeck.data.batches import Row
 from limbeck.elicit.flow import Score
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.training.prepare import response_log_probs
 from limbeck.types import LogProb, UserError
 
 
 class ModelScorer:
-    """Answers `Score` questions. A text without messages stands after the token that begins texts, or else ends them.
-    What goes beyond the model's context is left out of the answer, and of its number of tokens."""
+    """Answers `Score` questions. A text without messages follows the token that begins texts, or else the one that ends
+    them. Tokens beyond the model's context are left out of the score and of the token count."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -26,10 +26,9 @@ class ModelScorer:
             UserError: a prompt that fills the context.
         """
         rows = [self._row(question) for question in questions]
-        found = response_log_probs(
-            self.model.net, list({row.sample_id: row for row in rows if row.response_ids}.values())
-        )
-        return [LogProb(found[row.sample_id] if row.response_ids else 0.0, len(row.response_ids)) for row in rows]
+        unique = {row.sample_id: row for row in rows if row.response_ids}
+        log_probs = response_log_probs(self.model.net, list(unique.values()))
+        return [LogProb(log_probs[row.sample_id] if row.response_ids else 0.0, len(row.response_ids)) for row in rows]
 
     def _row(self, question: Score) -> Row:
         tokenizer = self.model.tokenizer

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from limbeck.config.sections import Lora, Train
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import CHOSEN, MIXED, Row
-from limbeck.models.load import Model, head_of
+from limbeck.models.model import Model, head_of
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, Teacher
 from limbeck.objectives.bound import BoundLoss, ModelPair, joined_taps

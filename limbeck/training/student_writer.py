@@ -12,10 +12,11 @@ from limbeck.config.recipe import Recipe
 from limbeck.config.sections import JointSettings, Rollout, Server
 from limbeck.data.batches import CHOSEN, REJECTED, FixedText, Row, make_batch
 from limbeck.models.copy import Copy
-from limbeck.models.generate import Completion, GenerationJob, Joint, SecondModel, write
+from limbeck.models.generate import Completion, Decoding, GenerationJob, Joint, SecondModel, write
 from limbeck.models.joint import Mixture, Speculation
-from limbeck.models.load import Model, head_of
+from limbeck.models.model import Model, head_of
 from limbeck.models.vllm import VllmWriter
+from limbeck.models.vllm_protocol import StudentTokens
 from limbeck.objectives.forward import TeacherView
 from limbeck.objectives.loss import STUDENT
 from limbeck.objectives.schedule import Schedule
@@ -201,11 +202,9 @@ class _InProcess:
             student.net if self.copy is None else self.copy.now(),
             own_jobs,
             student.eos_ids,
-            self.rows,
+            student.vocab_size,
+            decoding=Decoding(batch_rows=self.rows, record=True, second=self.second),
             stop=self.stop if distributed.world_size() == 1 else lambda: False,
-            tokens=student.vocab_size,
-            record=True,
-            beside=self.second,
         )
         completions = {completion.index: completion for completion in written}
         student.net.train(training)
@@ -216,15 +215,14 @@ class _InProcess:
 
 
 def _server(through: Server, job: TrainingJob, student: Model, rows: int) -> VllmWriter:
+    tokens = StudentTokens(student.eos_ids, student.vocab_size, head_of(student.net).vocab_size)
     return VllmWriter(
         through.vllm,
         job.folder / "vllm",
-        student.eos_ids,
-        student.vocab_size,
-        rows=head_of(student.net).vocab_size,
-        model=through.model,
-        folder_there=through.folder_there,
-        together=rows,
+        tokens,
+        through.model,
+        server_folder=through.folder_there,
+        concurrency=rows,
     )
 
 

@@ -16,7 +16,8 @@ from limbeck.commands.doctor.teacher import check_zero
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import load_recipe, parse
 from limbeck.data.batches import Row
-from limbeck.models.load import load_model, save_model
+from limbeck.models.folder import save_model
+from limbeck.models.load import load_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.runs.pipeline import Run, run

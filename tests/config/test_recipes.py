@@ -9,7 +9,8 @@ import pytest
 
 from limbeck import load_recipe, run
 from limbeck.config.builtin import recipe_files
-from limbeck.models.load import load_model, save_model
+from limbeck.models.folder import save_model
+from limbeck.models.load import load_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.runs.resolve import resolve, terms_of
 from limbeck.training.scorer import ModelScorer

@@ -11,7 +11,7 @@ import torch
 from limbeck.config.recipe import parse
 from limbeck.data.batches import FixedText, Row, make_batch
 from limbeck.data.mixup import Mixed
-from limbeck.models.load import Model, head_of
+from limbeck.models.model import Model, head_of
 from limbeck.models.taps import features
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.runs.pipeline import run

@@ -22,7 +22,7 @@ from limbeck.evaluate.items import (
 from limbeck.evaluate.likelihood import Continuation, log_probs, prompt_ids, text_ids
 from limbeck.evaluate.ranking import score_rankings
 from limbeck.evaluate.rolling import perplexity, score_passages, windows
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.types import UserError
 
 

@@ -11,7 +11,7 @@ from limbeck.data.batches import Row
 from limbeck.evaluate.fidelity import LENGTHS, EvaluationText, TokenClasses, by_class, exposure, fidelity
 from limbeck.evaluate.records import ItemFidelity, SystemRecords
 from limbeck.evaluate.summary import summarise
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
 

@@ -15,7 +15,8 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate import judge as judging
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.judge import fenced, judge_pairs, load_or_judge, question, read_verdict, summarise_verdicts
-from limbeck.models.load import Model, load_model, model_identity
+from limbeck.models.load import load_model, model_identity
+from limbeck.models.model import Model
 from limbeck.progress import StoppedError
 from limbeck.storage.files import read_jsonl
 from limbeck.types import RecipeError, UserError

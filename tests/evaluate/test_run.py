@@ -18,7 +18,7 @@ from limbeck.evaluate.records import ItemFidelity, ItemResult, SystemRecords
 from limbeck.evaluate.statistics import mcnemar
 from limbeck.evaluate.summary import by_kind, columns, recovery, summarise, values_by_seed, warnings
 from limbeck.evaluate.task import Task
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.progress import StoppedError
 from limbeck.storage.files import read_jsonl
 from limbeck.types import RecipeError, UserError

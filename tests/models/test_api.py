@@ -16,7 +16,8 @@ import pytest
 from limbeck.config.teacher import Served
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import Scene, user
-from limbeck.models.api import MOST_BYTES, ApiTeacher, _retry_after, read_answer
+from limbeck.models.api import ApiTeacher, read_answer
+from limbeck.models.http import MAX_BYTES, Backoff, Reply, parse_retry_after
 from limbeck.storage.store import Store
 from limbeck.types import Sampling, UserError
 from tests.scripted_server import MODEL, Scripted, answer
@@ -68,8 +69,12 @@ def test_without_faults_every_request_is_sent_and_billed_once(tmp_path):
             samples = elicit(requests(20), store, lambda: made)
             assert elicit(requests(20), store, lambda: pytest.fail("asked again")) == samples
         assert [sample.messages[-1]["content"] for sample in samples] == [f"to question {n}" for n in range(20)]
-        assert len(server.seen) == 20 == made.spent.sent and set(server.bills.values()) == {1} and made.spent.again == 0
-        assert (made.spent.read, made.spent.written) == (100, 60) and made.spent.money == pytest.approx(
+        assert (
+            len(server.seen) == 20 == made.spending.sent
+            and set(server.bills.values()) == {1}
+            and made.spending.repeated == 0
+        )
+        assert (made.spending.read, made.spending.written) == (100, 60) and made.spending.money == pytest.approx(
             (100 + 120) / 1e6
         )
         path, body, headers = server.seen[0]
@@ -101,7 +106,9 @@ def test_settings_of_a_draw_go_along_and_raw_texts_go_elsewhere():
 def test_no_more_are_under_way_than_allowed_also_while_trying_again():
     with Scripted(lambda number, body: ("status", 503) if number % 3 == 0 else ("slow", 0.01)) as server:
         found, made = ask(server, 60, concurrency=4)
-        assert len(found) == 60 and server.most <= 4 and made.spent.again > 0 and set(server.bills.values()) == {1}
+        assert (
+            len(found) == 60 and server.most <= 4 and made.spending.repeated > 0 and set(server.bills.values()) == {1}
+        )
 
 
 def test_a_storm_of_429_is_weathered_as_the_server_asks():
@@ -109,24 +116,24 @@ def test_a_storm_of_429_is_weathered_as_the_server_asks():
         made, waits = teacher(server, concurrency=1)
         ((_, found),) = made.answers(requests(1))
         assert (
-            found.finish == "ok" and waits.pauses == [7.0] * 4 and made.spent.maybe_billed == 0 and made.spent.sent == 5
+            found.finish == "ok"
+            and waits.pauses == [7.0] * 4
+            and made.spending.maybe_billed == 0
+            and made.spending.sent == 5
         )
-    assert (
-        _retry_after("3.5") == 3.5
-        and _retry_after("9999") == 60.0
-        and _retry_after(None) is _retry_after("soon") is None
-    )
-    assert (
-        1 <= _retry_after(formatdate(time.time() + 5, usegmt=True)) <= 5
-        and _retry_after(formatdate(0, usegmt=True)) == 0.0
-    )
+    assert parse_retry_after("3.5") == 3.5 and parse_retry_after(None) is parse_retry_after("soon") is None
+    assert 1 <= parse_retry_after(formatdate(time.time() + 5, usegmt=True)) <= 5
+    assert parse_retry_after(formatdate(0, usegmt=True)) == 0.0
+    assert Backoff(2).pause(0, Reply(retry_after=9999.0)) == 60.0
 
 
 def test_tries_end_and_grow_apart():
     with Scripted(lambda number, body: ("status", 500)) as server:
         made, waits = teacher(server, retries=3, concurrency=1)
         ((_, found),) = made.answers(requests(1))
-        assert found.finish == "error" and len(server.seen) == 4 == made.spent.maybe_billed and len(waits.pauses) == 3
+        assert (
+            found.finish == "error" and len(server.seen) == 4 == made.spending.maybe_billed and len(waits.pauses) == 3
+        )
         assert all(low * 0.5 <= pause <= low * 1.5 for low, pause in zip((0.5, 1, 2), waits.pauses, strict=True))
 
 
@@ -141,7 +148,7 @@ def test_a_server_that_fails_on_and_on_is_given_up():
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(401, "the key"), (403, "rights"), (404, "model's name"), (302, "leads elsewhere")]
+    ("status", "words"), [(401, "the key"), (403, "rights"), (404, "model's name"), (302, "redirects elsewhere")]
 )
 def test_what_every_request_would_meet_ends_the_run_at_once(status, words):
     headers = {"Location": "http://169.254.169.254/"} if status == 302 else {}
@@ -158,7 +165,7 @@ def test_one_request_s_own_fault_is_its_own():
         )
     ) as server:
         found, made = ask(server, 3)
-        assert sorted(one.finish for one in found) == ["error", "ok", "ok"] and made.spent.again == 0
+        assert sorted(one.finish for one in found) == ["error", "ok", "ok"] and made.spending.repeated == 0
         assert "too long" in next(one.raw for one in found if one.finish == "error")
 
 
@@ -170,7 +177,7 @@ def test_every_wait_ends_and_may_have_been_billed(fault):
     with Scripted(lambda number, body: WAITING[fault] if number == 0 else answer()) as server:
         began = time.monotonic()
         found, made = ask(server, 1, timeout=0.4)
-        assert found[0].finish == "ok" and made.spent.maybe_billed == 1 and time.monotonic() - began < 2.5
+        assert found[0].finish == "ok" and made.spending.maybe_billed == 1 and time.monotonic() - began < 2.5
 
 
 BODIES = {
@@ -217,7 +224,7 @@ def test_a_flood_is_not_read_to_its_end():
         assert (
             found.finish == "malformed"
             and len(found.raw) <= 2**16
-            and (peak_mib() or 0) - before < 4 * MOST_BYTES / 2**20
+            and (peak_mib() or 0) - before < 4 * MAX_BYTES / 2**20
         )
 
 
@@ -235,7 +242,7 @@ def test_a_ceiling_is_never_passed_and_what_was_answered_is_kept(settings, most,
             elicit(requests(50), store, lambda: made)
         kept = store.count()["ok"]
         assert 1 <= kept == len(server.seen) <= most
-        spent = made.spent
+        spent = made.spending
         limits = settings["limits"]
         assert spent.sent <= limits.get("requests", 99) and spent.read + spent.written <= limits.get("tokens", 9999)
         assert spent.money <= limits.get("money", 1)
@@ -291,10 +298,12 @@ def test_who_a_server_is_depends_on_what_it_serves():
 
 def test_a_text_is_read_by_its_kind():
     assert (
-        read_answer(answer("x"), MODEL, True, 9, None) == ("x", "ok") == read_answer(answer("x"), MODEL, False, 9, None)
+        read_answer(answer("x"), MODEL, raw=True, max_tokens=9, usage=None)
+        == ("x", "ok")
+        == read_answer(answer("x"), MODEL, raw=False, max_tokens=9, usage=None)
     )
-    assert read_answer(answer(model="org/toy"), "toy", False, 9, None)[1] == "ok" and read_answer(
-        None, "toy", False, 9, None
+    assert read_answer(answer(model="org/toy"), "toy", raw=False, max_tokens=9, usage=None)[1] == "ok" and read_answer(
+        None, "toy", raw=False, max_tokens=9, usage=None
     ) == (
         "",
         "malformed",

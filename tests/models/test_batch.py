@@ -156,8 +156,8 @@ def test_all_requests_go_into_one_batch_and_are_answered(teacher):
         )
         sent = [json.loads(line) for line in server.files["file-0"].splitlines()]
     assert {name: one.finish for name, one in found.items()} == {"a": "ok", "b": "ok", "cut": "length", "long": "error"}
-    assert found["a"].text == "A" and (made.spent.sent, made.spent.read, made.spent.written) == (4, 15, 9)
-    assert made.spent.money == pytest.approx((15 + 18) / 1e6) and {line["method"] for line in sent} == {"POST"}
+    assert found["a"].text == "A" and (made.spending.sent, made.spending.read, made.spending.written) == (4, 15, 9)
+    assert made.spending.money == pytest.approx((15 + 18) / 1e6) and {line["method"] for line in sent} == {"POST"}
     assert all(
         line["body"]["model"] == MODEL and line["body"]["seed"] == int(line["custom_id"][:7], 16) for line in sent
     )
@@ -176,7 +176,7 @@ def test_a_run_that_starts_again_finds_its_batches(teacher):
         rest = [request for request in asked if request.key != first[0].key]
         again = teacher(server)
         assert {request.key for request, _ in again.answers(rest)} == {request.key for request in rest}
-        assert again.spent.sent == 0 and again.spent.read == 10 and len(server.batches) == 1
+        assert again.spending.sent == 0 and again.spending.read == 10 and len(server.batches) == 1
         new = requests("d")
         assert len(list(teacher(server).answers([*rest, *new]))) == 3
     assert sorted(server.billed) == sorted(request.key for request in [*asked, *new]) and len(server.batches) == 2
@@ -204,7 +204,7 @@ def test_faults_are_told(teacher):
             list(teacher(server, retries=1).answers(requests("x")))
     with (
         Provider() as server,
-        pytest.raises(UserError, match=r"answers 404: look at .* leave teacher.server.batch out"),
+        pytest.raises(UserError, match=r"answers 404: check .* leave teacher.server.batch out"),
     ):
         server.plain = True
         list(teacher(server).answers(requests("a")))

@@ -22,7 +22,8 @@ from limbeck.config.teacher import BridgeSettings
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.bridge import TeacherOverBridge, Vocabularies
 from limbeck.models.byte_alignment import segments, tokens_of
-from limbeck.models.load import Model, head_of, hidden_states, save_model
+from limbeck.models.folder import save_model
+from limbeck.models.model import Model, head_of, hidden_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.bound import ModelPair
 from limbeck.objectives.distances import sorted_distance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from limbeck.models.generate import GenerationJob, SecondModel, generate, write
+from limbeck.models.generate import Decoding, GenerationJob, SecondModel, generate, write
 from limbeck.models.joint import Mixture, Speculation
 from limbeck.models.prune import drop_layers
 from limbeck.models.sample import _from_nucleus, draw
@@ -21,7 +21,7 @@ def prompts(tiny, count=10):
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_greedy_text_equals_the_librarys_own(tiny, rows):
     jobs = [GenerationJob(ids, Sampling(max_tokens=90), 0) for ids in prompts(tiny)]
-    got = dict(generate(tiny.net, jobs, tiny.eos_ids, batch_rows=rows))
+    got = dict(generate(tiny.net, jobs, tiny.eos_ids, decoding=Decoding(rows)))
     for index, job in enumerate(jobs):
         want = tiny.net.generate(
             torch.tensor([job.prompt_ids]),
@@ -36,9 +36,11 @@ def test_sampled_text_does_not_depend_on_the_batch(tiny):
     jobs = [
         GenerationJob(ids, Sampling(1.0, 0.9, 5 + 7 * (number % 6)), number) for number, ids in enumerate(prompts(tiny))
     ]
-    alone = {index: dict(generate(tiny.net, [job], frozenset(), 1))[0] for index, job in enumerate(jobs)}
+    alone = {
+        index: dict(generate(tiny.net, [job], frozenset(), decoding=Decoding(1)))[0] for index, job in enumerate(jobs)
+    }
     for rows in (2, 5, 64):
-        assert dict(generate(tiny.net, jobs, frozenset(), rows)) == alone
+        assert dict(generate(tiny.net, jobs, frozenset(), decoding=Decoding(rows))) == alone
     assert len({tuple(ids) for ids in alone.values()}) > 5
 
 
@@ -49,17 +51,17 @@ def test_rows_of_very_different_length_share_the_cache(tiny):
         GenerationJob(ids[number % len(ids)], Sampling(1.0, 1.0, 100 if number == 0 else 6), number)
         for number in range(60)
     ]
-    together = dict(generate(tiny.net, jobs, frozenset(), 3))
+    together = dict(generate(tiny.net, jobs, frozenset(), decoding=Decoding(3)))
     assert [len(together[index]) for index in range(60)] == [100, *[6] * 59]
     for index in (0, 7, 59):
-        assert dict(generate(tiny.net, [jobs[index]], frozenset(), 1))[0] == together[index]
+        assert dict(generate(tiny.net, [jobs[index]], frozenset(), decoding=Decoding(1)))[0] == together[index]
 
 
 def test_an_answer_ends_with_the_end_token_or_at_its_limit(tiny):
     job = GenerationJob(prompts(tiny)[0], Sampling(1.0, 1.0, 200), 5)
-    free = dict(generate(tiny.net, [job], frozenset(), 1))[0]
+    free = dict(generate(tiny.net, [job], frozenset(), decoding=Decoding(1)))[0]
     end = free[3]
-    stopped = dict(generate(tiny.net, [job], frozenset({end}), 1))[0]
+    stopped = dict(generate(tiny.net, [job], frozenset({end}), decoding=Decoding(1)))[0]
     assert stopped == free[: free.index(end) + 1]
 
 
@@ -119,7 +121,7 @@ def exact_log_probs(net, prompt, ids, temperature=1.0):
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.7, 0.8)])
 def test_recorded_log_probs_are_those_of_one_pass_over_the_text(tiny, temperature, top_p):
     jobs = [GenerationJob(ids, Sampling(temperature, top_p, 9), number) for number, ids in enumerate(prompts(tiny, 6))]
-    for text in write(tiny.net, jobs, frozenset(), 4, record=True):
+    for text in write(tiny.net, jobs, frozenset(), decoding=Decoding(4, record=True)):
         prompt = jobs[text.index].prompt_ids
         torch.testing.assert_close(
             torch.tensor(text.log_prob), exact_log_probs(tiny.net, prompt, text.ids), rtol=1e-4, atol=1e-4
@@ -138,8 +140,10 @@ def student(tiny):
     return drop_layers(tiny.net, [0, 3])
 
 
-def drawn(net, jobs, beside=None, rows=4):
-    return {text.index: text for text in write(net, jobs, frozenset(), rows, record=True, beside=beside)}
+def drawn(net, jobs, second=None, rows=4):
+    return {
+        text.index: text for text in write(net, jobs, frozenset(), decoding=Decoding(rows, record=True, second=second))
+    }
 
 
 def jobs_of(tiny, temperature=1.0):
@@ -151,7 +155,7 @@ def test_speculation_over_the_whole_vocabulary_is_the_student_alone(tiny, studen
     alone = drawn(student, jobs)
     both = drawn(student, jobs, SecondModel(tiny.net, Speculation(10**6)))
     for index, text in alone.items():
-        assert both[index].ids == text.ids and both[index].own == 12
+        assert both[index].ids == text.ids and both[index].own_tokens == 12
         torch.testing.assert_close(
             torch.tensor(both[index].sampler_log_prob), torch.tensor(text.sampler_log_prob), rtol=1e-4, atol=1e-4
         )
@@ -164,7 +168,7 @@ def test_speculation_with_1_and_a_greedy_teacher_is_the_teachers_greedy_text(tin
     )
     both = drawn(student, jobs, SecondModel(tiny.net, Speculation(1, 0.0)))
     assert {index: text.ids for index, text in both.items()} == greedy
-    assert any(text.own < 12 for text in both.values())
+    assert any(text.own_tokens < 12 for text in both.values())
 
 
 def test_every_token_of_speculation_is_among_the_teachers_likeliest_or_its_own(tiny, student):
@@ -172,14 +176,14 @@ def test_every_token_of_speculation_is_among_the_teachers_likeliest_or_its_own(t
     accepted = []
     for wide in (2, k, 40):
         both = drawn(student, jobs, SecondModel(tiny.net, Speculation(wide)))
-        accepted.append(sum(text.own for text in both.values()))
+        accepted.append(sum(text.own_tokens for text in both.values()))
         if wide == k:
             for index, text in both.items():
                 logits = tiny.net(torch.tensor([[*jobs[index].prompt_ids, *text.ids]])).logits[
                     0, len(jobs[index].prompt_ids) - 1 : -1
                 ]
                 rank = (logits > logits.gather(1, torch.tensor(text.ids)[:, None])).sum(-1)
-                assert int((rank < k).sum()) >= text.own
+                assert int((rank < k).sum()) >= text.own_tokens
     assert accepted[0] < accepted[1] < accepted[2] <= 12 * len(jobs)
 
 

@@ -20,7 +20,8 @@ from transformers import (
 
 from limbeck import UserError, run
 from limbeck.config.recipe import parse
-from limbeck.models.load import head_of, hidden_states, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import head_of, hidden_states
 from tests.conftest import make_net, make_tokenizer
 
 SIZES = {"vocab_size": 90, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from limbeck.models import named
+from limbeck.models.compatibility import check_same_vocabulary
+from limbeck.models.folder import convert_gguf, fingerprint, save_model
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import check_same_vocabulary, convert_gguf, fingerprint, load_model, model_identity, save_model
+from limbeck.models.load import load_model, model_identity
 from limbeck.models.prune import drop_layers, layers_of
 from limbeck.types import Sampling, UserError
 from tests.conftest import make_net, make_tokenizer

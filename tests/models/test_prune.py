@@ -52,7 +52,8 @@ def test_cached_generation_equals_uncached_after_dropping(tiny):
 
 
 def test_a_pruned_student_loads_again_with_the_same_logits(tiny, calibration, tmp_path):
-    from limbeck.models.load import load_model, save_model
+    from limbeck.models.folder import save_model
+    from limbeck.models.load import load_model
 
     student = drop_layers(tiny.net, [0, 2, 3])
     save_model(student, tiny.tokenizer, tmp_path)

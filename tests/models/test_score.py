@@ -13,7 +13,8 @@ from limbeck.config.recipe import parse
 from limbeck.config.teacher import Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
-from limbeck.models.load import load_model, save_model
+from limbeck.models.folder import save_model
+from limbeck.models.load import load_model
 from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import PositionEvidence, fused_loss
@@ -205,12 +206,12 @@ def test_a_twice_named_token_and_rows_that_moved_are_found(tiny):
         scorer(server, tiny).view(batch_of(tiny))
 
 
-def test_the_real_server_agrees_with_the_weights_it_was_made_from():
+def test_the_real_server_agrees_with_the_weights_it_was_made_from(monkeypatch):
     """llama.cpp computes with the file's 4-bit weights and 8-bit states, we with the same weights in fp32: near, not equal."""
     model = load_model("smollm2-135m-instruct")
     serving = serve("smollm2-135m-instruct", context=256, slots=2, threads=1)
     api = ApiTeacher(Served(url=serving.url, name=serving.name, concurrency=2))
-    api._key = serving.key
+    monkeypatch.setenv("LIMBECK_API_KEY", serving.key)
     batch = batch_of(model)
     signal = ServerScorer(api, 20, model.tokenizer).view(batch).signal
     log_NV = InProcessTeacher(model).signal(batch).chunk(slice(None)).logits_CV.log_softmax(-1)

@@ -12,7 +12,8 @@ from limbeck.config.recipe import parse
 from limbeck.config.sections import Lora
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.context import PromptContext
-from limbeck.models.load import hidden_states, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import hidden_states
 from limbeck.models.self_teacher import Average, adapters_off, self_teacher
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher

@@ -11,7 +11,8 @@ import torch
 
 from limbeck.config.recipe import parse
 from limbeck.data.batches import Row, make_batch
-from limbeck.models.load import Model, save_model
+from limbeck.models.folder import save_model
+from limbeck.models.model import Model
 from limbeck.models.several import TeacherEnsemble
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution

@@ -7,7 +7,7 @@ import torch
 
 from limbeck import RecipeError
 from limbeck.config.sections import Student
-from limbeck.models.load import hidden_states
+from limbeck.models.model import hidden_states
 from limbeck.models.prune import Choice
 from limbeck.models.start import begin
 
@@ -43,7 +43,9 @@ def test_an_unknown_setting_names_the_nearest(tiny):
 def test_scratch_of_a_model_with_settings_per_layer_can_be_exported(tiny, tmp_path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from limbeck.models.load import Model, load_model, save_model
+    from limbeck.models.folder import save_model
+    from limbeck.models.load import load_model
+    from limbeck.models.model import Model
 
     config = Qwen3Config(
         vocab_size=300,

@@ -6,26 +6,26 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from limbeck.models.load import hidden_states
-from limbeck.models.states import LEAST, common_beginning, shared_states
+from limbeck.models.model import hidden_states
+from limbeck.models.states import SHORTEST_PREFIX, common_prefix, shared_states
 from tests.conftest import make_net
 
 
-def batch(shared=LEAST + 4, rows=3, width=30, seed=0):
+def batch(shared=SHORTEST_PREFIX + 4, rows=3, width=30, seed=0):
     tokens = torch.randint(1, 200, (rows, width), generator=torch.Generator().manual_seed(seed))
     tokens[:, :shared] = tokens[:1, :shared]
     tokens[:, shared] = torch.arange(rows) + 1
     return tokens
 
 
-def test_the_common_beginning_is_counted():
-    assert common_beginning(batch(11)) == 11
-    assert common_beginning(batch(11)[:1]) == 0, "one row shares with nobody"
-    assert common_beginning(torch.ones(3, 6, dtype=torch.long)) == 5, "never all of it"
-    assert common_beginning(torch.tensor([[1, 2], [3, 2]])) == 0
+def test_the_common_prefix_is_counted():
+    assert common_prefix(batch(11)) == 11
+    assert common_prefix(batch(11)[:1]) == 0, "one row shares with nobody"
+    assert common_prefix(torch.ones(3, 6, dtype=torch.long)) == 5, "never all of it"
+    assert common_prefix(torch.tensor([[1, 2], [3, 2]])) == 0
 
 
-@pytest.mark.parametrize("shared", [LEAST, 20, 29])
+@pytest.mark.parametrize("shared", [SHORTEST_PREFIX, 20, 29])
 def test_states_and_gradients_are_those_of_a_plain_pass(shared):
     net, tokens = make_net().double(), batch(shared)
     weight = torch.randn(3, 30, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -47,9 +47,9 @@ def test_the_beginning_goes_through_once():
     net, tokens, seen = make_net(), batch(), []
     net.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
     shared_states(net, tokens)
-    assert seen == [(1, LEAST + 4), (3, 30 - LEAST - 4)]
+    assert seen == [(1, SHORTEST_PREFIX + 4), (3, 30 - SHORTEST_PREFIX - 4)]
     seen.clear()
-    shared_states(net, batch(LEAST - 1))
+    shared_states(net, batch(SHORTEST_PREFIX - 1))
     assert seen == [(3, 30)], "a short beginning is not worth it"
 
 
@@ -62,7 +62,7 @@ def test_dropout_and_sliding_windows_go_through_as_they_are():
     shared_states(net, tokens)
     net.eval()
     shared_states(net, tokens)
-    assert seen == [(3, 30), (1, LEAST + 4), (3, 30 - LEAST - 4)]
+    assert seen == [(3, 30), (1, SHORTEST_PREFIX + 4), (3, 30 - SHORTEST_PREFIX - 4)]
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

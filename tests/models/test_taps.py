@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import limbeck
-from limbeck.models.load import hidden_states
+from limbeck.models.model import hidden_states
 from limbeck.models.taps import features
 
 SIZES = {

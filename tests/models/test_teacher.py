@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from limbeck.elicit.flow import Scene, Score
-from limbeck.models.load import header_of
+from limbeck.models.model import header_of
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.training.scorer import ModelScorer
 from limbeck.types import Sampling, UserError

@@ -25,9 +25,10 @@ from torch import nn
 import limbeck
 from limbeck.config.recipe import parse
 from limbeck.models import vllm
-from limbeck.models.generate import GenerationJob, write
-from limbeck.models.load import Model
-from limbeck.models.vllm import Patience, VllmWriter
+from limbeck.models.generate import Decoding, GenerationJob, write
+from limbeck.models.model import Model
+from limbeck.models.vllm import VllmWriter
+from limbeck.models.vllm_protocol import Patience, StudentTokens
 from limbeck.types import Sampling, UserError
 from tests.conftest import make_net, make_tokenizer
 
@@ -47,7 +48,7 @@ def drawn(net, job, ends):
     """What these weights write, and the log-probability of their likeliest first token; remembered, as most tests ask for the same."""
     key = tuple(float(tensor.double().square().sum()) for tensor in net.parameters()), job, ends
     if key not in known:
-        (text,) = write(net, [job], ends, record=True)
+        (text,) = write(net, [job], ends, decoding=Decoding(record=True))
         with torch.inference_mode():
             best = net(torch.tensor([job.prompt_ids])).logits[0, -1].log_softmax(-1).max()
         known[key] = text, float(best)
@@ -167,7 +168,9 @@ def server(tiny):
 @pytest.fixture
 def writer(server, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", SECRET)
-    return VllmWriter(server.url + "/v1/", tmp_path / "weights", tiny.eos_ids, tiny.vocab_size, patience=QUICK)
+    return VllmWriter(
+        server.url + "/v1/", tmp_path / "weights", StudentTokens(tiny.eos_ids, tiny.vocab_size), patience=QUICK
+    )
 
 
 def prompt(tiny, text="why is the sky blue"):
@@ -197,14 +200,14 @@ def paths(server):
 def test_answers_come_back_exact_and_in_order(server, writer, tiny):
     jobs = jobs_of(tiny, 12) + jobs_of(tiny, 2, Sampling(0.0, 0.5, 9))
     server.bend = completions(lambda answer, choice: time.sleep(0.001 * (len(choice["prompt_token_ids"]) * 7 % 5)))
-    want = sorted(write(tiny.net, jobs, tiny.eos_ids, record=True), key=lambda text: text.index)
+    want = sorted(write(tiny.net, jobs, tiny.eos_ids, decoding=Decoding(record=True)), key=lambda text: text.index)
     got = writer.write(jobs)
     assert [text.index for text in got] == list(range(14))
     assert [text.ids for text in got] == [text.ids for text in want] and len({len(text.ids) for text in got}) > 1
     for ours, theirs in zip(got, want, strict=True):
         assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
         assert ours.sampler_log_prob == pytest.approx(theirs.sampler_log_prob, abs=1e-4)
-        assert ours.own == theirs.own == len(ours.ids)
+        assert ours.own_tokens == theirs.own_tokens == len(ours.ids)
     assert writer.write([]) == []
 
 
@@ -221,7 +224,7 @@ def test_what_is_asked_leaves_nothing_to_the_servers_defaults(server, writer, ti
 
 def test_padding_of_the_head_is_never_drawn(server, writer, tiny):
     server.net = make_net(layers=1, vocab_size=tiny.vocab_size + 3)
-    writer.rows = tiny.vocab_size + 3
+    writer.tokens = replace(writer.tokens, head_rows=tiny.vocab_size + 3)
     server.bend = lambda path, body, answer: answer
     with pytest.raises(UserError, match="the tokenizer has"):  # our server does not know biases
         for seed in range(200):
@@ -270,7 +273,7 @@ def test_the_end_token_stands_at_the_end(server, writer, tiny, ids, finish, reas
 
 
 def test_of_several_end_tokens_the_one_left_out_must_be_named(server, writer, tiny):
-    writer.eos_ids = frozenset({0, 3})
+    writer.tokens = replace(writer.tokens, eos_ids=frozenset({0, 3}))
     server.bend = completions(lambda answer, choice: given(choice, [5], "stop", None, 2))
     with pytest.raises(UserError, match="no end token"):
         writer.write(jobs_of(tiny))
@@ -292,18 +295,18 @@ def test_of_several_end_tokens_the_one_left_out_must_be_named(server, writer, ti
         (lambda answer, choice: choice["logprobs"]["token_logprobs"].__setitem__(0, 3.5), "raw_logprobs"),
         (lambda answer, choice: choice["logprobs"]["token_logprobs"].__setitem__(0, float("nan")), "raw_logprobs"),
         (lambda answer, choice: choice["logprobs"]["token_logprobs"].__setitem__(0, -9999.0), "raw_logprobs"),
-        (lambda answer, choice: choice["token_ids"].__setitem__(0, 300), "drew token"),
-        (lambda answer, choice: choice["token_ids"].__setitem__(0, -1), "drew token"),
+        (lambda answer, choice: choice["token_ids"].__setitem__(0, 300), "wrote token"),
+        (lambda answer, choice: choice["token_ids"].__setitem__(0, -1), "wrote token"),
         (lambda answer, choice: answer.update(model="other"), "answered as other"),
         (lambda answer, choice: answer.update(choices=[]), "0 answers for one"),
         (lambda answer, choice: answer.update(choices=[choice, choice]), "2 answers for one"),
         (lambda answer, choice: (200, [1]), "answered as None"),
-        (lambda answer, choice: (200, b"<html>"), "no JSON"),
-        (lambda answer, choice: (200, b"[" * 100_000), "no JSON"),
+        (lambda answer, choice: (200, b"<html>"), "not JSON"),
+        (lambda answer, choice: (200, b"[" * 100_000), "not JSON"),
         (lambda answer, choice: (200, b" " * 2**21), "bytes"),
         (lambda answer, choice: (500, b""), "status 500"),
         (lambda answer, choice: (401, {"error": f"Unauthorized {SECRET}"}), "VLLM_API_KEY"),
-        (lambda answer, choice: error(400, "Token id 9 is out\nof \x1b[1mvocabulary"), r"status 400: Token id 9 is out.nof"),
+        (lambda answer, choice: error(400, "Token id 9 is out\nof \x1b[1mvocabulary"), r"status 400: Token id 9 is out of"),
     ],
 )  # fmt: skip
 def test_answers_that_are_not_what_was_asked_are_refused(server, writer, tiny, change, words):
@@ -329,26 +332,23 @@ def test_answers_that_are_not_what_was_asked_are_refused(server, writer, tiny, c
         ([(None, None)], [0.0]),
     ],
 )
-def test_a_busy_server_is_asked_again(server, writer, tiny, monkeypatch, busy, least):
+def test_a_busy_server_is_asked_again(server, writer, tiny, busy, least):
     for _, _, *headers in busy:
         for header in headers:
             if isinstance(header["Retry-After"], int):
                 header["Retry-After"] = formatdate(time.time() + header["Retry-After"], usegmt=True)
-    answers, waits, sleep = iter(busy), [], asyncio.sleep
+    answers, waits = iter(busy), []
 
     async def noted(seconds):
         waits.append(seconds)
-        await sleep(0)
 
     writer.write(jobs_of(tiny))  # it knows the model's name now
     server.bend = completions(lambda answer, choice: next(answers, None))
-    monkeypatch.setattr(asyncio, "sleep", noted)
+    writer.sleep = noted
     server.seen.clear()
     assert len(writer.write(jobs_of(tiny))) == 1
     assert paths(server) == ["/v1/completions"] * (len(busy) + 1)
-    assert waits[0] == 0.0 and all(
-        low <= wait <= low + 20 and wait > 0 for low, wait in zip(least, waits[1:], strict=True)
-    )
+    assert all(low <= wait <= low + 20 and wait > 0 for low, wait in zip(least, waits, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_a_busy_server_is_asked_again(server, writer, tiny, monkeypatch, busy, l
     [
         ((503, None), 3, "3 times .status 503"),
         ((None, None), 3, "3 times .RemoteProtocolError"),
-        ((503, None, {"Retry-After": "3600"}), 1, "longer than the 30 s it may .status 503"),
+        ((503, None, {"Retry-After": "3600"}), 1, "longer than the 30 s of its budget .status 503"),
         ((307, None, {"Location": "http://127.0.0.1:9/v1/completions"}), 1, "redirects are not followed"),
     ],
 )
@@ -410,7 +410,7 @@ def test_requests_under_way_are_limited_and_end_when_asked_to(server, writer, ti
         both.wait(5)
         now.pop()
 
-    server.bend, writer.together = completions(hold), 2
+    server.bend, writer.concurrency = completions(hold), 2
     assert len(writer.write(jobs_of(tiny, 8))) == 8 and max(most) == 2
     server.bend = completions(lambda answer, choice: over.wait(5) if len(choice["prompt_token_ids"]) > 60 else None)
     long = GenerationJob(prompt(tiny, "a cat " * 30), FREE, 0)
@@ -441,7 +441,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, writer, tiny, monke
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://me:word@host", "http://host?key=1"])
 def test_addresses(url, tmp_path):
     with pytest.raises(UserError, match="http://localhost:8000") as found:
-        VllmWriter(url, tmp_path, frozenset({0}), 10)
+        VllmWriter(url, tmp_path, StudentTokens(frozenset({0}), 10))
     assert "word@" not in str(found.value)
 
 
@@ -497,7 +497,7 @@ def test_sync_gives_the_server_the_students_weights(server, writer, tiny, monkey
 
 def test_the_server_may_know_the_folder_by_another_name(server, writer, tiny, tmp_path):
     (tmp_path / "there").symlink_to(tmp_path / "weights")
-    writer.folder_there = str(tmp_path / "there") + "/"
+    writer.server_folder = str(tmp_path / "there") + "/"
     writer.sync(tiny.net, tiny.tokenizer)
     assert server.seen[1][2]["kwargs"]["weights_path"].startswith(str(tmp_path / "there/weights-"))
 
@@ -573,7 +573,7 @@ def test_probe_tells_what_the_server_is(server, writer, tiny, mode):
         256,
         "0.28.0",
         mode,
-    ) and found.off < 1e-3
+    ) and found.difference < 1e-3
 
 
 def seeds(server, seed):
@@ -586,7 +586,7 @@ def seeds(server, seed):
     ("spoil", "words"),
     [
         (lambda server, tiny: seeds(server, lambda body: {"seed": len(server.seen)}), "one seed gave two texts"),
-        (lambda server, tiny: seeds(server, lambda body: {"temperature": 0.0}), "same text for every seed"),
+        (lambda server, tiny: seeds(server, lambda body: {"temperature": 0.0}), "the same text for every seed"),
         (lambda server, tiny: setattr(server, "net", make_net(vocab_size=400)), "more than the student's"),
         (lambda server, tiny: setattr(server, "net", make_net(vocab_size=100)), "out-of-vocab"),
         (lambda server, tiny: setattr(server, "net", trained(tiny)), "nats off"),

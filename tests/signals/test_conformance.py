@@ -21,7 +21,8 @@ from limbeck.config.teacher import BridgeSettings, CacheSettings, Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
 from limbeck.models.bridge import TeacherOverBridge
-from limbeck.models.load import Model, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import Model
 from limbeck.models.score import ServerScorer
 from limbeck.models.several import TeacherEnsemble
 from limbeck.models.teacher import InProcessTeacher

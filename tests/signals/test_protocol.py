@@ -14,7 +14,7 @@ from torch import Tensor
 from limbeck import UserError
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import Row, make_batch
-from limbeck.models.load import head_of
+from limbeck.models.model import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params

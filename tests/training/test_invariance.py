@@ -12,7 +12,8 @@ from torch import distributed, multiprocessing
 
 from limbeck.config.sections import Train
 from limbeck.data.batches import CHOSEN, REJECTED, Row, make_batch, steps_of_epoch
-from limbeck.models.load import head_of, load_model
+from limbeck.models.load import load_model
+from limbeck.models.model import head_of
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.bound import ModelPair, joined_taps

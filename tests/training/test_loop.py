@@ -12,7 +12,7 @@ import torch
 
 from limbeck.config.sections import Lora, Train
 from limbeck.data.batches import Row, make_batch
-from limbeck.models.load import hidden_states
+from limbeck.models.model import hidden_states
 from limbeck.models.prune import drop_layers
 from limbeck.models.start import add_adapters, merge_adapters
 from limbeck.models.teacher import InProcessTeacher

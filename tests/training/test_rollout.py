@@ -14,7 +14,7 @@ from limbeck.config.recipe import parse
 from limbeck.config.sections import Rollout, Writer
 from limbeck.data.batches import FixedText, Row
 from limbeck.models.copy import Copy
-from limbeck.models.generate import Completion, GenerationJob, write
+from limbeck.models.generate import Completion, Decoding, GenerationJob, write
 from limbeck.objectives.parameters import Range
 from limbeck.objectives.schedule import make_schedule
 from limbeck.training.rollout import SHARE, Rollouts
@@ -130,7 +130,7 @@ def test_a_copy_in_another_precision_follows_the_student(tiny):
     job = GenerationJob(
         tiny.prompt_ids(({"role": "user", "content": "why is the sky blue"},)), Sampling(1.0, 1.0, 12), 3
     )
-    (text,) = write(copy.now(), [job], tiny.eos_ids, record=True)
+    (text,) = write(copy.now(), [job], tiny.eos_ids, decoding=Decoding(record=True))
     for place, token in enumerate(text.ids):
         logits = first(torch.tensor([[*job.prompt_ids, *text.ids[:place]]])).logits[0, -1].float()
         assert text.sampler_log_prob[place] == pytest.approx(float(logits.log_softmax(-1)[token]), abs=0.05)

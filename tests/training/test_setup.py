@@ -13,7 +13,7 @@ from limbeck import RecipeError, UserError, run
 from limbeck.config.recipe import parse
 from limbeck.config.sections import Train
 from limbeck.data.batches import CHOSEN, REJECTED, Row, make_batch
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import Head, PositionEvidence, fused_loss

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row, make_batch
-from limbeck.models.load import Model
+from limbeck.models.model import Model
 from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.progress import Silent, StoppedError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from limbeck.commands.doctor.patient import NothingToCheckError, Patient, response_targets, teacher_log_probs
-from limbeck.models.load import head_of
+from limbeck.models.model import head_of
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import Block

@@ -5,7 +5,7 @@ from __future__ import annotations
 from limbeck.commands.doctor.patient import ANSWERS, QUESTIONS, NothingToCheckError, Patient
 from limbeck.config.teacher import BridgedTeacher
 from limbeck.models.bridge import TeacherOverBridge
-from limbeck.models.load import head_of
+from limbeck.models.model import head_of
 from limbeck.runs.preflight import check
 from limbeck.types import UserError
 

@@ -1,24 +1,25 @@
 """Models in the form of lm-evaluation-harness: one that is loaded here, and one behind an OpenAI-compatible server.
 
-Importing this file imports that program. Keys come from OPENAI_API_KEY, which it reads itself.
+Importing this file imports that program. Keys come from OPENAI_API_KEY, which it reads itself; what is probed here goes
+through `models.http`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-import requests
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
-from limbeck.models.load import Model
+from limbeck.models.http import Call, Endpoint, read_json
+from limbeck.models.model import Model
 from limbeck.types import UserError
 
 ROWS_TOGETHER = 8
 SECONDS_TO_ANSWER = 300
 PROBE_SECONDS = 60
+PROBE_BYTES = 2**28  # of an answer that names every token of a vocabulary
 LIKELIEST = 256
 ALL_TOKENS = 1_000_000  # how many next tokens are asked for: most choices are among the first
 
@@ -125,7 +126,7 @@ def next_tokens(root: str, ids: list[int], count: int) -> dict[int, float]:
         "cache_prompt": True,
         "post_sampling_probs": False,
     }
-    reply = _post(f"{root}/completion", body)
+    reply = _post(root, "/completion", body)
     steps = reply.get("completion_probabilities") if isinstance(reply, dict) else None
     tops = steps[0].get("top_logprobs") if isinstance(steps, list) and steps and isinstance(steps[0], dict) else None
     if (
@@ -137,14 +138,13 @@ def next_tokens(root: str, ids: list[int], count: int) -> dict[int, float]:
     return {int(top["id"]): float(top["logprob"]) for top in tops}
 
 
-def _post(url: str, body: dict[str, Any]) -> Any:
-    key = os.environ.get("OPENAI_API_KEY", "")
-    try:
-        return requests.post(
-            url, json=body, timeout=PROBE_SECONDS, headers={"Authorization": f"Bearer {key}"}, allow_redirects=False
-        ).json()
-    except requests.RequestException as error:
-        raise UserError(f"no answer from {url}: {type(error).__name__}; is the server running?") from error
+def _post(url: str, path: str, body: dict[str, Any]) -> Any:
+    """The answer's JSON, None where it is none."""
+    endpoint = Endpoint(url, "OPENAI_API_KEY", PROBE_SECONDS)
+    reply = endpoint.run(lambda connection: connection.send(Call("POST", path, body), PROBE_BYTES))
+    if reply.failure:
+        raise UserError(f"no answer from {url}{path}: {reply.error}; is the server running?")
+    return None if reply.truncated else read_json(reply.body, allow_nan=True)
 
 
 def _choices(outputs: Any) -> list[dict[str, Any]]:
@@ -204,7 +204,7 @@ def _echoes(model: str, base_url: str, prompt: list[int]) -> bool:
         "logprobs": 1,
         "echo": True,
     }
-    reply = _post(f"{base_url}/completions", body)
+    reply = _post(base_url, "/completions", body)
     choices = reply.get("choices") if isinstance(reply, dict) else None
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     log_probs = first.get("logprobs")

@@ -25,7 +25,8 @@ import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from limbeck.commands.harness.tasks import TASK_NAME, as_harness_task, local_task
-from limbeck.models.load import load_model, load_tokenizer, resolve
+from limbeck.models.http import check_address
+from limbeck.models.load import load_model, load_tokenizer, model_folder
 from limbeck.storage.files import write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import UserError, canonical_json, content_hash, nearest
@@ -162,13 +163,8 @@ def _address(base_url: str | None) -> str | None:
     """The server's address ending in its version, as in http://localhost:8000/v1, without name and password."""
     if base_url is None:
         return None
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise UserError(
-            "--base-url must look like http://localhost:8000/v1; a key comes from OPENAI_API_KEY, never from the"
-            " address"
-        )
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+    url = check_address(base_url, "--base-url", "http://localhost:8000/v1", "OPENAI_API_KEY")
+    return url if urlsplit(url).path else f"{url}/v1"
 
 
 # Tasks
@@ -261,7 +257,7 @@ def _answering_model(tested: TestedModel, groups: Sequence[TaskGroup]) -> Any:
     if tested.base_url is None:
         model = load_model(tested.source)
         return lambda group: models.LocalModel(model, group.apart, group.chat)
-    folder = str(resolve(tested.tokenizer)[0]) if tested.tokenizer else None
+    folder = str(model_folder(tested.tokenizer)) if tested.tokenizer else None
     likelihood = [name for group in groups for name, task in group.tasks.items() if task.OUTPUT_TYPE in LIKELIHOOD]
     if likelihood and folder is None:
         raise UserError(

@@ -1,0 +1,73 @@
+"""Checks that teacher and student have the same tokens and the same chat template."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from limbeck.types import UserError
+
+PROBE = (
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+)
+
+
+def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
+    """Refuse two vocabularies that differ: losses over the vocabulary compare token by token.
+
+    Raises:
+        UserError: the vocabularies differ; the message shows where.
+    """
+    ours = student.get_vocab()
+    theirs = teacher.get_vocab()
+    if ours == theirs:
+        return
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    raise UserError(
+        f"teacher and student have different vocabularies: {len(different)} tokens differ, for example {different[:3]};"
+        " use a student of the teacher's family, or read the teacher through a bridge (teacher.bridge: {})"
+    )
+
+
+def check_takes_system(tokenizer: Tokenizer) -> None:
+    """Refuse a chat template without a place for a system message.
+
+    Raises:
+        UserError: the template refuses the message, or leaves it out.
+    """
+    messages = [{"role": "system", "content": "limbeck-probe"}, PROBE[0]]
+    problem = "the teacher's chat template has no place for a system message; put it into teacher.context.user instead"
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template may raise anything
+        raise UserError(problem) from error
+    if "limbeck-probe" not in text:
+        raise UserError(problem)
+
+
+def check_same_template(teacher: Tokenizer, student: Tokenizer) -> None:
+    """Refuse two chat templates that differ: the teacher judges the student's own tokens, so both must frame a
+    conversation, and end an answer, in the same way.
+
+    Raises:
+        UserError: chat templates that render differently, or different end-of-sequence tokens.
+    """
+    if teacher.eos_token != student.eos_token:
+        raise UserError(
+            f"teacher and student end an answer with different tokens, {teacher.eos_token!r} and {student.eos_token!r}:"
+            " give the student the teacher's tokenizer (copy its tokenizer files into the student's folder)"
+        )
+    ours, theirs = (
+        str(tokenizer.apply_chat_template(list(PROBE), add_generation_prompt=True, tokenize=False))
+        for tokenizer in (student, teacher)
+    )
+    if ours != theirs:
+        at = next(
+            (n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        raise UserError(
+            f"teacher and student frame a conversation differently (chat templates): {theirs[at : at + 40]!r} of the"
+            f" teacher is {ours[at : at + 40]!r} of the student, so the teacher would judge prompts that it does not"
+            " know; give the student the teacher's chat template"
+        )

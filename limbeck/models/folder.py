@@ -1,0 +1,138 @@
+"""A model as a Hugging Face folder: read, written, converted from GGUF, fingerprinted.
+
+No remote code is run and no pickle is read: safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from limbeck.storage.files import file_sha256, full_disk_as_os_error, new_directory, write_json
+from limbeck.types import UserError, content_hash
+
+EDGE = 2**20  # bytes at both ends of a weight file that are hashed
+LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
+
+
+def read_weights(folder: Path, source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The decoder in a folder, in evaluation mode. `source` is the user's name for it.
+
+    Raises:
+        UserError: not a causal language model, or damaged.
+    """
+    try:
+        net: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"can't load the model {source!r}: {str(error).splitlines()[0]}") from error
+    return net.eval()
+
+
+def read_tokenizer(folder: Path, source: str) -> Tokenizer:
+    """The tokenizer in a folder.
+
+    Raises:
+        UserError: there is none, or it lacks what a conversation needs.
+    """
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"can't load the tokenizer of {source!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
+        missing = "end-of-sequence token" if tokenizer.eos_token_id is None else "chat template"
+        raise UserError(
+            f"the tokenizer of {source!r} has no {missing}; use an instruction-tuned model, or add one to its tokenizer"
+        )
+    return tokenizer
+
+
+def read_config(folder: Path, source: str) -> Any:
+    """The configuration in a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read the configuration of {source!r}: {str(error).splitlines()[0]}") from error
+
+
+def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
+    """Dequantise a GGUF file to fp32 and save it as a Hugging Face directory, with a chat `template` if the file has
+    none.
+
+    Raises:
+        UserError: a file that is not a GGUF model of a known architecture.
+    """
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            net = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # the reader raises many kinds on a broken file; the user needs one
+            raise UserError(f"{path} can't be read as a GGUF model: {error}") from error
+        tokenizer.chat_template = tokenizer.chat_template or template
+        with new_directory(target) as folder:
+            save_model(net, tokenizer, folder)
+
+
+def save_model(net: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a plain Hugging Face directory without traces of this machine. `folder` must exist; see `new_directory`."""
+    with quiet():
+        with full_disk_as_os_error():
+            net.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        write_json(folder / name, {key: value for key, value in settings.items() if key not in LOCAL_TRACES})
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits of a hash over the configuration, the tokenizer, and the size, first and last MiB of every weight
+    file.
+
+    It tells models apart cheaply; it does not detect tampering in the middle of a file.
+    """
+    parts: dict[str, Any] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":
+            with file.open("rb") as weights:
+                head = weights.read(EDGE)
+                weights.seek(max(0, file.stat().st_size - EDGE))
+                parts[file.name] = [file.stat().st_size, content_hash([head.hex(), weights.read(EDGE).hex()])]
+        elif file.suffix in {".json", ".jinja", ".model"}:
+            parts[file.name] = file_sha256(file)
+    return content_hash(parts)[:16]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the libraries' progress bars and warnings; errors still raise."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)

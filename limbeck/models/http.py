@@ -1,0 +1,310 @@
+"""HTTP to model servers: addresses, keys, connections, bounded answers, JSON that is not trusted, and retries.
+
+A connection knows no proxy and follows no redirect, so the key goes to the named host alone. The key is read from the
+environment for each connection, stored nowhere, and removed from everything the server says.
+
+Retries are ours, not tenacity's: the budget must be checked and counted before each try and the pause depends on the
+reply, so only the six lines of `send_with_retries` would go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from functools import cache
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+
+from limbeck.types import UserError
+
+MAX_BYTES = 16 * 2**20  # of one answer
+CONNECT_SECONDS = 10.0
+LONGEST_PAUSE = 60.0
+SHOWN = 300  # characters of a server's words in a message of ours
+KEY_CHARACTERS = re.compile(r"[!#-\[\]-~]*")  # a header can carry them, and JSON does not escape them
+Failure = Literal["", "no connection", "timeout", "broken connection"]
+T = TypeVar("T")
+
+certificates = cache(ssl.create_default_context)  # reading them takes longer than a request
+
+
+def check_address(url: str, setting: str, example: str, key_variable: str) -> str:
+    """The address of a server, without a slash at its end.
+
+    Args:
+        setting: where the user wrote it, for the message.
+        key_variable: the environment variable that holds the server's key.
+
+    Raises:
+        UserError: not an http address, or one with a password, a query or a fragment.
+    """
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        is_plain = not (parts.query or parts.fragment or "@" in parts.netloc)
+        if parts.scheme in ("http", "https") and parts.hostname and is_plain and parts.port != 0:
+            return url.rstrip("/")
+    raise UserError(
+        f"{setting} must look like {example}, without a password: the key comes from the environment variable"
+        f" {key_variable}"
+    )
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file to send as a form, with the form's other fields."""
+
+    name: str
+    content: bytes
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request. `path` is below the endpoint's address, or at the server's root (beside `/v1`)."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    body: Any = None
+    at_root: bool = False
+    upload: Upload | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The outcome of one request: an answer, or (with `status` 0) why there is none.
+
+    `error` is the exception's name where there is no answer; `truncated` means that the body is longer than was read;
+    `retry_after` is in seconds.
+    """
+
+    status: int = 0
+    body: bytes = b""
+    truncated: bool = False
+    retry_after: float | None = None
+    failure: Failure = ""
+    error: str = ""
+
+    def json(self) -> Any:
+        """The body as JSON, None where it is not (see `read_json`) or not whole."""
+        return None if self.truncated else read_json(self.body)
+
+    def text(self, limit: int | None = None) -> str:
+        """The body as text, at most `limit` bytes of it."""
+        return self.body[:limit].decode("utf-8", "replace")
+
+    def outcome(self) -> str:
+        """The status or the failure, for a message."""
+        return str(self.status) if self.status else self.failure
+
+    def error_text(self) -> str:
+        """What the server says went wrong, fit for a message; empty where it says nothing."""
+        data = as_dict(self.json())
+        error = data.get("error") or data.get("message") or data.get("detail")
+        message = (error.get("message") or error) if isinstance(error, dict) else error
+        return printable(message or self.text(4 * SHOWN))
+
+    def quote(self) -> str:
+        """A sentence with what the server says went wrong, empty where it says nothing."""
+        said = self.error_text()
+        return f"It says: {said!r}" if said else ""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server is and which environment variable holds its key. One exchange may take `timeout` seconds."""
+
+    url: str
+    key_variable: str
+    timeout: float
+    connect_timeout: float = CONNECT_SECONDS
+
+    @contextlib.asynccontextmanager
+    async def connect(self) -> AsyncIterator[Connection]:
+        """A pool of connections, as many as there are requests under way.
+
+        Raises:
+            UserError: the key has characters that a header can't carry.
+        """
+        key = read_key(self.key_variable)
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        verify: Any = certificates() if self.url.startswith("https") else False
+        async with httpx2.AsyncClient(
+            headers=headers,
+            verify=verify,
+            timeout=httpx2.Timeout(None, connect=min(self.connect_timeout, self.timeout)),
+            limits=httpx2.Limits(max_connections=None),
+            follow_redirects=False,
+            trust_env=False,
+        ) as client:
+            yield Connection(self, client, key)
+
+    def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """The result of `work` with a connection of its own."""
+
+        async def connected() -> T:
+            async with self.connect() as connection:
+                return await work(connection)
+
+        return run_async(connected)
+
+
+class Connection:
+    """An open pool of connections to one endpoint."""
+
+    def __init__(self, endpoint: Endpoint, client: httpx2.AsyncClient, key: str) -> None:
+        self.endpoint = endpoint
+        self._client = client
+        self._key = key.encode()
+
+    async def send(self, call: Call, max_bytes: int = MAX_BYTES, seconds: float | None = None) -> Reply:
+        """One try, in `seconds` (the endpoint's timeout if left out). A failed exchange is a reply, too.
+
+        Args:
+            max_bytes: no more of the answer is read.
+        """
+        url = self.endpoint.url.removesuffix("/v1") if call.at_root else self.endpoint.url
+        upload = call.upload
+        try:
+            async with (
+                asyncio.timeout(self.endpoint.timeout if seconds is None else seconds),
+                self._client.stream(
+                    call.method,
+                    url + call.path,
+                    json=call.body,
+                    headers=dict(call.headers),
+                    data=dict(upload.fields) if upload else None,
+                    files={"file": (upload.name, upload.content)} if upload else None,
+                ) as response,
+            ):
+                body = bytearray()
+                async for part in response.aiter_bytes():
+                    body += part
+                    if len(body) > max_bytes:
+                        break
+                retry_after = parse_retry_after(response.headers.get("retry-after"))
+                content = self._redact(bytes(body))
+                return Reply(response.status_code, content, len(body) > max_bytes, retry_after)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
+            return Reply(failure="no connection", error=type(error).__name__)
+        except TimeoutError as error:
+            return Reply(failure="timeout", error=type(error).__name__)
+        except httpx2.HTTPError as error:
+            return Reply(failure="broken connection", error=type(error).__name__)
+
+    def _redact(self, body: bytes) -> bytes:
+        return body.replace(self._key, b"[key]") if self._key else body
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """How often a request is tried and how long the pauses are: what the server asks for (up to `longest_asked`), or
+    else pauses that double from `first` to `longest`, each up to half shorter or longer."""
+
+    tries: int
+    first: float = 0.5
+    longest: float = LONGEST_PAUSE
+    longest_asked: float = LONGEST_PAUSE
+
+    def pause(self, attempt: int, reply: Reply) -> float:
+        """Seconds to wait after try `attempt` (from 0)."""
+        if reply.retry_after:
+            return min(self.longest_asked, reply.retry_after)
+        return min(self.longest, self.first * 2**attempt) * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
+
+
+async def send_with_retries(
+    send: Callable[[int], Awaitable[Reply]],
+    is_final: Callable[[Reply], bool],
+    backoff: Backoff,
+    sleep: Callable[[float], Awaitable[None]],
+) -> Reply:
+    """Call `send` with 0, 1, ... until its reply is final or the tries are used up; returns the last reply."""
+    for attempt in range(backoff.tries):
+        reply = await send(attempt)
+        if is_final(reply) or attempt == backoff.tries - 1:
+            return reply
+        await sleep(backoff.pause(attempt, reply))
+    raise ValueError("a request needs at least one try")
+
+
+def run_async(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """The coroutine's result, also in a thread that already runs a loop (a notebook's)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work()).result()
+
+
+def read_key(variable: str) -> str:
+    """The key in this environment variable, empty where there is none.
+
+    Raises:
+        UserError: it has characters that a header can't carry.
+    """
+    key = os.environ.get(variable, "")
+    if not KEY_CHARACTERS.fullmatch(key):
+        raise UserError(
+            f"{variable} holds characters that a header can't carry: set it again, without spaces, quotes or line"
+            " breaks"
+        )
+    return key
+
+
+def read_json(body: bytes, allow_nan: bool = False) -> Any:
+    """The body as JSON; None where it is not, has a key twice, or holds NaN or infinities (unless they are allowed)."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(constant)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise ValueError("a key appears twice")
+        return dict(pairs)
+
+    try:
+        text = body.decode("utf-8")
+        return json.loads(text, parse_constant=None if allow_nan else refuse, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        return None
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """The value if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_dicts(value: Any) -> list[dict[str, Any]]:
+    """The JSON objects in the value, if it is a list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """The seconds that a Retry-After header asks to wait, given as a number or a date; None where it says neither."""
+    if value is None:
+        return None
+    try:
+        if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
+            return float(value)
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def printable(value: object) -> str:
+    """The value as one line of at most 300 characters that a terminal can show."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(value)[:SHOWN])

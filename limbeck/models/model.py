@@ -1,0 +1,121 @@
+"""A loaded model: a decoder with its tokenizer, and the readings of it that everything else is built on.
+
+Shapes: B rows, T positions, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from limbeck.models.context import PromptContext
+from limbeck.objectives.head import Head
+from limbeck.types import Message, UserError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder, its tokenizer, and `identity`, which stands for the model in request keys (name and content, not a
+    path).
+
+    `prompt_context` is what it is shown in addition to the prompt, if anything.
+    """
+
+    net: PreTrainedModel
+    tokenizer: Tokenizer
+    identity: str
+    prompt_context: PromptContext | None = None
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, according to the tokenizer and the generation settings."""
+        configured = getattr(self.net.generation_config, "eos_token_id", None)
+        ids = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        return frozenset(token for token in ids if isinstance(token, int))
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the tokenizer has; a head may have more rows."""
+        return len(self.tokenizer)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids as text, without control tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens its context takes."""
+        return int(getattr(self.net.config, "max_position_embeddings", 0) or 2**31)
+
+    def prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:
+        """The conversation as token ids, through the model's own (sandboxed) chat template, ready to be answered."""
+        shown = messages if self.prompt_context is None else self.prompt_context(messages)
+        ids: Any = self.tokenizer.apply_chat_template(list(shown), add_generation_prompt=True, return_dict=True)
+        return list(ids["input_ids"])
+
+    def text_ids(self, text: str) -> list[int]:
+        """A text as token ids, nothing added; what looks like a control token is treated as text."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def raw_ids(self, text: str) -> list[int]:
+        """A text as token ids, control tokens recognised: for our own texts in the model's format, never for
+        content."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def with_context(self, prompt_context: PromptContext | None) -> Model:
+        """The same model with another prompt context: another teacher, with another identity."""
+        return replace(
+            self,
+            prompt_context=prompt_context,
+            identity=self.named(self.identity.partition("+sight-")[0], prompt_context),
+        )
+
+    @staticmethod
+    def named(identity: str, prompt_context: PromptContext | None) -> str:
+        """The identity of a model with this prompt context."""
+        return identity if prompt_context is None else f"{identity}+sight-{prompt_context.name}"
+
+
+def header_of(tokenizer: Tokenizer) -> str | None:
+    """The text before a user's first message in the chat template; None where there is none."""
+    mark = "USER MESSAGE"
+    text = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+    before, separator, _ = text.partition(mark)
+    return before if separator and before else None
+
+
+def hidden_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+    """Last hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal."""
+    hidden_BTD: Tensor = net.get_decoder()(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    return hidden_BTD
+
+
+def head_of(net: PreTrainedModel) -> Head:
+    """The output projection, with the bias, soft cap, logit scale and LoRA adapter that the model has.
+
+    Raises:
+        UserError: a head that is not a linear layer.
+    """
+    config: Any = net.config.get_text_config()
+    layer: Any = net.get_output_embeddings()
+    low_rank = None
+    if hasattr(layer, "lora_A"):
+        if len(layer.active_adapters) != 1 or layer.disable_adapters:
+            raise UserError(
+                f"{net.config.model_type}: its head has several adapters, or a disabled one; merge them first"
+            )
+        (name,) = layer.active_adapters
+        if not layer.merged:
+            low_rank = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+        layer = layer.get_base_layer()
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"{net.config.model_type}: its head is not a linear layer; choose another model")
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite divides, Cohere multiplies
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, layer.bias, scale, softcap=float(cap) if cap else None, low_rank=low_rank)
