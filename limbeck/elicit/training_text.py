@@ -16,7 +16,7 @@ from typing import Any
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Writer
-from limbeck.elicit.engine import Answerer, Desk, Scorer, StoppedEarlyError, elicit
+from limbeck.elicit.engine import Answerer, Engine, LikelihoodScorer, StoppedEarlyError, elicit
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.run import Elicitation, prompts_of
@@ -38,7 +38,7 @@ class TrainingText:
     stop: Callable[[], bool]
     writers: dict[str, Callable[[], Answerer]]
     identities: dict[str, Callable[[], str]]
-    scorer: Callable[[str], Scorer]
+    scorer: Callable[[str], LikelihoodScorer]
     judge: Callable[[str], str]
     header: Callable[[], str | None]
 
@@ -61,11 +61,11 @@ class TrainingText:
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
             told = partial(self._tell, "teacher", began)
-            desk = Desk(store, self.writers["teacher"], self.scorer, self.judge, told, self.stop)
+            engine = Engine(store, self.writers["teacher"], self.scorer, self.judge, on_progress=told, stop=self.stop)
             try:
-                return prompts_of(work.run(desk, self.reporter.stage, self.reporter.note))
+                return prompts_of(work.run(engine, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:
-                raise self._stopped(error.there, error.wanted) from None
+                raise self._stopped(error.done, error.total) from None
 
     def given(self) -> list[Sample]:
         """The training text that does not come from the student: what a student's start may be chosen by."""
@@ -201,7 +201,13 @@ class TrainingText:
 
     def _ask(self, requests: Sequence[Request], by: str) -> list[Sample]:
         with Store(self.folder / "store.sqlite") as store:
-            answers = elicit(requests, store, self.writers[by], partial(self._tell, by, time.monotonic()), self.stop)
+            answers = elicit(
+                requests,
+                store,
+                self.writers[by],
+                on_progress=partial(self._tell, by, time.monotonic()),
+                stop=self.stop,
+            )
         if len(answers) < len(requests):
             raise self._stopped(len(answers), len(requests))
         return answers

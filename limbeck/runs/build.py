@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
-
-from pydantic import ValidationError
+from typing import Any
 
 from limbeck.config.builtin import recipe_files, task_folders
-from limbeck.config.recipe import Recipe, explain, load_recipe
+from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.config.sections import JointSettings, Rollout
-from limbeck.elicit.flow import Step
-from limbeck.elicit.prompts import Prompt, load_prompts
-from limbeck.elicit.steps import STEPS
+from limbeck.elicit.prompts import Prompt, split_prompts
+from limbeck.elicit.step import ElicitStep
+from limbeck.elicit.steps import STEPS, steps_of
 from limbeck.evaluate.perturb import perturbed
 from limbeck.evaluate.tasks import Task, load_task
 from limbeck.models.api import ApiTeacher
@@ -36,9 +34,7 @@ from limbeck.objectives.rank import RANKINGS
 from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.supervised import cross_entropy
 from limbeck.objectives.term import CROSS_ENTROPY, Term, make_term
-from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
-
-HELD_OUT_SHARE = 0.1
+from limbeck.types import NAME, RecipeError, UserError
 
 
 def terms(recipe: Recipe) -> list[Term]:
@@ -56,19 +52,9 @@ def terms(recipe: Recipe) -> list[Term]:
     return built
 
 
-def steps(recipe: Recipe) -> list[tuple[str, Step]]:
+def steps(recipe: Recipe) -> list[tuple[str, ElicitStep]]:
     """The recipe's steps of elicitation by name, their settings checked."""
-    found = []
-    for index, entry in enumerate(recipe.elicit or ()):
-        path = f"elicit[{index}].{entry.name}"
-        if entry.name not in STEPS:
-            raise RecipeError(f"elicit[{index}]", f"there is no step {entry.name!r}{nearest(entry.name, STEPS)}")
-        kind = STEPS[entry.name]
-        try:
-            found.append((entry.name, cast(Step, kind.model_validate(entry.params))))
-        except ValidationError as error:
-            raise explain(error, kind, path) from None
-    return found
+    return steps_of(recipe.elicit or ())
 
 
 def teacher(recipe: Recipe) -> InProcessTeacher:
@@ -160,36 +146,9 @@ def judge_identity(source: str) -> str:
 
 
 def prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts), the two without a common text.
-
-    Built-in prompts come with a held-out part. Of a user's own file every tenth or so is held out (by a hash of its
-    text, so that it stays held out when lines are added), unless `evaluate.prompts` names another file.
-
-    Raises:
-        RecipeError: one of the two is empty, or a held-out prompt is among the training ones.
-    """
-    source = recipe.prompts.source
-    settings = recipe.evaluate
-    training = load_prompts(source)
-    if settings.prompts is not None:
-        held_out = load_prompts(settings.prompts, part="test", path="evaluate.prompts")
-    elif source.startswith("builtin/"):
-        held_out = load_prompts(source, part="test")
-    else:
-        apart = [int(content_hash(prompt.text)[:8], 16) < HELD_OUT_SHARE * 16**8 for prompt in training]
-        held_out = [prompt for prompt, out in zip(training, apart, strict=True) if out]
-        training = [prompt for prompt, out in zip(training, apart, strict=True) if not out]
-    training, held_out = training[: recipe.prompts.limit], held_out[: settings.limit]
-    for part, path in ((training, "prompts"), (held_out, "evaluate.prompts")):
-        if not part:
-            raise RecipeError(
-                path, "no prompt is left for this part; give more prompts, or a file under evaluate.prompts"
-            )
-    if both := {prompt.text for prompt in training} & {prompt.text for prompt in held_out}:
-        raise RecipeError(
-            "evaluate.prompts", f"{len(both)} held-out prompts are training prompts too, such as {min(both)!r}"
-        )
-    return training, held_out
+    """(training prompts, held-out prompts), the two without a common text."""
+    evaluate = recipe.evaluate
+    return split_prompts(recipe.prompts.source, recipe.prompts.limit, evaluate.prompts, evaluate.limit)
 
 
 def tasks(recipe: Recipe) -> list[Task]:

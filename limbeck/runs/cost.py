@@ -17,8 +17,8 @@ import torch
 from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import MICRO_TOKENS
-from limbeck.elicit.flow import Bill
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.step import Estimate
 from limbeck.objectives.term import Term
 from limbeck.types import UserError
 
@@ -179,7 +179,7 @@ def _prompt_tokens(prompts: Sequence[Prompt]) -> float:
     return sum(len(prompt.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in prompts) / len(prompts)
 
 
-def _elicited(bills: Sequence[Bill]) -> float:
+def _elicited(bills: Sequence[Estimate]) -> float:
     """Tokens that the steps of elicitation have a model read and write."""
     return sum(bill.tokens + ASKED_TOKENS * bill.requests + SCORED_TOKENS * bill.scores for bill in bills)
 
@@ -227,13 +227,13 @@ def make_plan(
     teacher: Shape | None,
     student: Shape,
     judge: Shape | None = None,
-    bills: Sequence[Bill] = (),
+    bills: Sequence[Estimate] = (),
     others: Sequence[Shape] = (),
 ) -> Plan:
     """Estimate a run from the sizes alone; nothing is loaded. `bills` are what the steps of elicitation will ask for,
     `others` the teachers beside the first. Where there is no `teacher`, its text costs no time here."""
     settings = recipe.train
-    count = bills[-1].given if bills else len(training)
+    count = bills[-1].samples if bills else len(training)
     answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
     fixed = recipe.fixed_writers
     own = recipe.student_writer

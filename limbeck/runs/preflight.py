@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from limbeck.config.recipe import Recipe
-from limbeck.elicit.flow import Bill
+from limbeck.elicit.step import Estimate
 from limbeck.models.load import (
     check_same_template,
     check_same_vocabulary,
@@ -79,11 +79,11 @@ def _beside(recipe: Recipe, number: int) -> Shape:
         raise RecipeError(f"teacher.beside[{number}].model", str(error)) from error
 
 
-def _bills(recipe: Recipe, prompts: int) -> list[Bill]:
+def _bills(recipe: Recipe, prompts: int) -> list[Estimate]:
     """What the steps of elicitation will ask for, each after the one before."""
-    bills: list[Bill] = []
+    bills: list[Estimate] = []
     for _, step in build.steps(recipe):
-        bills.append(step.bill(bills[-1].given if bills else prompts))
+        bills.append(step.estimate(bills[-1].samples if bills else prompts))
     return bills
 
 
