@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -126,3 +128,14 @@ def test_a_name_is_given_once_and_a_step_says_what_it_does():
         class Silent(LocalStep):
             def apply(self, pool, context, tally):
                 return pool
+
+
+def test_the_examples_of_the_documentation_run(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "elicitation.md"
+    for name in ("pirate", "short"):
+        del steps.STEPS[name]
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, {})
+    entries = [Elicit(name="pirate"), Elicit(name="short", params={"most": 6})]
+    pool, _ = run(entries, pool_of("a", "def"), tmp_path)
+    assert [answer_of(sample) for sample in pool] == ["arr a"]
