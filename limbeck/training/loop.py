@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from limbeck.config.sections import Train
 from limbeck.data.batches import FixedText, Row, Source, StepBatch, make_batch, steps_of_epoch
-from limbeck.data.mixup import Mixed
+from limbeck.data.mixup import MixupSource
 from limbeck.models.load import head_of
 from limbeck.models.self_teacher import Average
 from limbeck.models.taps import features
@@ -79,7 +79,9 @@ class TrainingJob:
         """Where the steps' text comes from."""
         if self.source is None:
             text = FixedText(self.rows, self.settings.seed, self.settings.tokens_per_step, self.together)
-            self.source = text if self.settings.mixup is None else Mixed(text, self.settings.seed, self.settings.mixup)
+            self.source = (
+                text if self.settings.mixup is None else MixupSource(text, self.settings.seed, self.settings.mixup)
+            )
         return self.source
 
     @property
