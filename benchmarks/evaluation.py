@@ -19,7 +19,7 @@ import torch
 
 from limbeck.data.batches import Row, make_batch
 from limbeck.elicit.prompts import load_prompts
-from limbeck.evaluate.fidelity import Text, fidelity
+from limbeck.evaluate.fidelity import EvaluationText, fidelity
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import load_model
 from limbeck.models.model import Model, head_of, hidden_states
@@ -81,7 +81,7 @@ def main() -> None:
     passes([teacher, half], rows[:TOGETHER])
 
     def evaluate() -> None:
-        text = Text(rows, InProcessTeacher(teacher))
+        text = EvaluationText(rows, InProcessTeacher(teacher))
         for system in (teacher, half):
             fidelity(system, text)
 

@@ -36,14 +36,14 @@ CHILD = f"""
 import sys
 from pathlib import Path
 from limbeck.elicit.engine import elicit
-from limbeck.elicit.flow import Scene, user
+from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher
 from limbeck.config.teacher import Served
 from limbeck.storage.store import Store
 from limbeck.types import Sampling
 
 url, folder = sys.argv[1:]
-scene = Scene("served:toy", 7, "0/x")
+scene = StepContext("served:toy", 7, "0/x")
 requests = [scene.request((user(f"question {{n}}"),), Sampling(max_tokens=16)) for n in range({REQUESTS})]
 said = Path(folder, "acknowledged").open("a")
 with Store(Path(folder) / "s.sqlite") as store:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from limbeck.elicit.flow import Scene, Score, Tally
+from limbeck.elicit.flow import ScoreRequest, StepContext, Tally
 from limbeck.types import LogProb, Request, Sample
 
 
@@ -29,7 +29,7 @@ def answers(*pairs, **meta):
 def drive(step, pool, reply=None, score=None, seed=0, header="<|user|>"):
     """(pool, tally, requests asked). `reply(request, n)` is the n-th answer's text, or (text, finish); `score(question)` its nats."""
     tally, asked = Tally("step", taken=len(pool)), []
-    plan = step.run(pool, Scene("writer", seed, "0/step", header), tally)
+    plan = step.run(pool, StepContext("writer", seed, "0/step", header), tally)
     sent = None
     while True:
         try:
@@ -39,7 +39,7 @@ def drive(step, pool, reply=None, score=None, seed=0, header="<|user|>"):
             return end.value, tally, asked
         sent = []
         for question in questions:
-            if isinstance(question, Score):
+            if isinstance(question, ScoreRequest):
                 found = score(question)
                 sent.append(
                     found if isinstance(found, LogProb) else LogProb(found, max(1, len(question.answer.split())))

@@ -1,7 +1,7 @@
-"""The order of the text and its batches: pure functions of (rows, seed, epoch), so a step can be replayed alone.
+"""The order of the training text and its batches: pure functions of (rows, seed, epoch), so any step can be replayed.
 
-Rows of like length share a micro-batch, padded on the right; response tokens are counted, not rows. The state of the
-data is one integer, the step.
+Rows of similar length share a micro-batch, padded on the right; a step's size is counted in response tokens, not rows.
+The state of the data is one integer, the step.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ REJECTED = "rest"
 MIXED = "mixed"  # the tag of a row whose embeddings are mixed with another's
 WINDOW_STEPS = 8
 
-MicroBatch = tuple[int, ...]
-Step = tuple[MicroBatch, ...]
+MicroBatch = tuple[int, ...]  # places of rows
+StepPlan = tuple[MicroBatch, ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation in the student's token ids, split where the response begins (it ends with end-of-sequence).
+    """A conversation in the student's token ids: a prompt, and a response that ends with the end-of-sequence token.
 
-    `tags` are its writer, its task, and whether it is the `best` answer or one of the `rest`; `group` is the prompt it
-    answers, `weight` that of each of its tokens, `references` the log-probabilities of the response under frozen
-    models. Rows of a group stand in the order of their rank, the best first. `teacher_prompt_ids` is the prompt as the
-    teacher sees it, where that is another; `columns` hold numbers that stand beside each response token, such as its
-    log-probability when drawn. `mixed` is (another row, this row's own weight) where their embeddings are mixed,
-    position by position.
+    Args:
+        tags: its writer, its task, and whether it is the chosen answer ("best") or a rejected one ("rest").
+        group: the prompt that it answers. The rows of a group are in order of preference, the best first.
+        weight: the weight of each of its tokens.
+        references: log-probability of the response under frozen models, by name.
+        teacher_prompt_ids: the prompt that the teacher sees, if it sees another one.
+        columns: numbers for each response token, such as its log-probability when it was sampled.
+        mixed: (another row, the weight of this one) if their embeddings are mixed, position by position.
     """
 
     sample_id: str
@@ -58,14 +60,18 @@ def make_rows(
     samples: Sequence[Sample],
     prompt_ids: Callable[[tuple[Message, ...]], list[int]],
     response_ids: Callable[[Sample], Sequence[int]],
-    context: int,
+    max_length: int,
     teacher_prompt_ids: Callable[[tuple[Message, ...]], list[int]] | None = None,
 ) -> list[Row]:
-    """Samples as token rows; empty answers are left out. `teacher_prompt_ids` is given where the teacher sees another
-    prompt.
+    """Tokenize samples; those with an empty answer are left out.
+
+    Args:
+        prompt_ids, response_ids: tokenize the conversation before the answer, and the answer.
+        max_length: of prompt and response together, in tokens.
+        teacher_prompt_ids: tokenizes the prompt for a teacher that sees another one.
 
     Raises:
-        UserError: a row longer than the student's context, or no row at all.
+        UserError: a row is longer than `max_length`, or there is no row at all.
     """
     rows = []
     for sample in samples:
@@ -76,15 +82,20 @@ def make_rows(
                 REJECTED if meta.get("place", 0) else CHOSEN,
             }
         )
-        group = str(meta.get("prompt_id", sample.id))
-        weight = float(meta.get("weight", 1.0))
-        seen = None if teacher_prompt_ids is None else tuple(teacher_prompt_ids(sample.messages[:-1]))
-        ids = tuple(prompt_ids(sample.messages[:-1])), tuple(response_ids(sample))
-        row = Row(sample.id, *ids, tags, group, weight, teacher_prompt_ids=seen)
-        if max(len(row), len(seen or ()) + len(row.response_ids)) > context:
+        teacher_ids = None if teacher_prompt_ids is None else tuple(teacher_prompt_ids(sample.messages[:-1]))
+        row = Row(
+            sample.id,
+            tuple(prompt_ids(sample.messages[:-1])),
+            tuple(response_ids(sample)),
+            tags,
+            group=str(meta.get("prompt_id", sample.id)),
+            weight=float(meta.get("weight", 1.0)),
+            teacher_prompt_ids=teacher_ids,
+        )
+        if max(len(row), len(teacher_ids or ()) + len(row.response_ids)) > max_length:
             raise UserError(
                 f"the prompt {sample.messages[0]['content'][:60]!r}... and its answer take {len(row)} tokens, more than"
-                f" the student's context of {context}: shorten it, or lower writer.max_tokens"
+                f" the student's context of {max_length}: shorten it, or lower writer.max_tokens"
             )
         if sample.messages[-1]["content"].strip():
             rows.append(row)
@@ -94,7 +105,7 @@ def make_rows(
 
 
 def units_of(rows: Sequence[Row], together: bool) -> list[MicroBatch]:
-    """What is shuffled and never parted: single rows, or all the answers to one prompt where they are compared."""
+    """What stays in one micro-batch: single rows, or (`together`) all the answers to one prompt."""
     if not together:
         return [(index,) for index in range(len(rows))]
     groups: dict[str, list[int]] = {}
@@ -105,17 +116,17 @@ def units_of(rows: Sequence[Row], together: bool) -> list[MicroBatch]:
 
 def steps_of_epoch(
     rows: Sequence[Row], seed: int, epoch: int, tokens_per_step: int, together: bool = False
-) -> list[Step]:
-    """All steps of one epoch, each of about `tokens_per_step` response tokens.
+) -> list[StepPlan]:
+    """All steps of one epoch, each of about `tokens_per_step` response tokens. Every row occurs exactly once.
 
-    Units (rows, or the answers to one prompt when they stay `together`) are shuffled, sorted by length within windows
-    of WINDOW_STEPS steps, cut into micro-batches of at most MICRO_TOKENS (and of a step) padded tokens, shuffled again
-    and dealt out. Every row comes exactly once.
+    Units (rows, or with `together` all the answers to one prompt) are shuffled, sorted by length within windows of
+    WINDOW_STEPS steps, and packed into micro-batches of at most MICRO_TOKENS (and at most a step's) padded tokens,
+    which are shuffled and dealt out to the steps.
     """
-    noise = random.Random(f"{seed}/{epoch}")  # noqa: S311 (an order, not a secret)
+    rng = random.Random(f"{seed}/{epoch}")  # noqa: S311 (no secret)
     units = units_of(rows, together)
     shuffled = list(range(len(units)))
-    noise.shuffle(shuffled)
+    rng.shuffle(shuffled)
     micro_batches: list[MicroBatch] = []
     window: list[MicroBatch] = []
     tokens = 0
@@ -123,28 +134,29 @@ def steps_of_epoch(
         window.append(units[index])
         tokens += sum(len(rows[row].response_ids) for row in units[index])
         if tokens >= WINDOW_STEPS * tokens_per_step:
-            micro_batches += _cut(rows, window, noise, tokens_per_step)
+            micro_batches += _pack(rows, window, rng, tokens_per_step)
             window = []
             tokens = 0
-    micro_batches += _cut(rows, window, noise, tokens_per_step)
+    micro_batches += _pack(rows, window, rng, tokens_per_step)
     return _deal(rows, micro_batches, tokens_per_step)
 
 
-def _cut(rows: Sequence[Row], window: list[MicroBatch], noise: random.Random, tokens_per_step: int) -> list[MicroBatch]:
+def _pack(rows: Sequence[Row], units: list[MicroBatch], rng: random.Random, tokens_per_step: int) -> list[MicroBatch]:
+    """Micro-batches of units of similar length, in random order."""
     limit = min(MICRO_TOKENS, tokens_per_step)
-    widths = {unit: max(len(rows[index]) for index in unit) for unit in window}
-    cut: list[list[int]] = []
-    for unit in sorted(window, key=lambda unit: (widths[unit], unit)):
-        if cut and (len(cut[-1]) + len(unit)) * widths[unit] <= limit:
-            cut[-1] += unit
+    widths = {unit: max(len(rows[index]) for index in unit) for unit in units}
+    micro_batches: list[list[int]] = []
+    for unit in sorted(units, key=lambda unit: (widths[unit], unit)):
+        if micro_batches and (len(micro_batches[-1]) + len(unit)) * widths[unit] <= limit:
+            micro_batches[-1] += unit
         else:
-            cut.append([*unit])
-    noise.shuffle(cut)
-    return [tuple(micro_batch) for micro_batch in cut]
+            micro_batches.append([*unit])
+    rng.shuffle(micro_batches)
+    return [tuple(micro_batch) for micro_batch in micro_batches]
 
 
-def _deal(rows: Sequence[Row], micro_batches: list[MicroBatch], tokens_per_step: int) -> list[Step]:
-    """Consecutive micro-batches make a step; as many steps as the tokens call for, all of nearly equal weight."""
+def _deal(rows: Sequence[Row], micro_batches: list[MicroBatch], tokens_per_step: int) -> list[StepPlan]:
+    """Steps of consecutive micro-batches with nearly equal numbers of response tokens."""
     weights = [sum(len(rows[index].response_ids) for index in micro_batch) for micro_batch in micro_batches]
     count = min(len(micro_batches), max(1, round(sum(weights) / tokens_per_step)))
     share = sum(weights) / count
@@ -167,7 +179,7 @@ def _deal(rows: Sequence[Row], micro_batches: list[MicroBatch], tokens_per_step:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A step's text in micro-batches, and what the metrics shall say of it."""
+    """The text of a step in micro-batches, and facts about it for the metrics."""
 
     micro_batches: list[list[Row]]
     facts: dict[str, float] = field(default_factory=dict)
@@ -177,35 +189,36 @@ class Source(Protocol):
     """Where the text of a step comes from."""
 
     def step_batch(self, step: int, progress: float, states: dict[str, dict[str, float]], /) -> StepBatch:
-        """The text of step number `step`, asked for in order; `progress` is the part of the training that is done."""
+        """The text of step number `step`; steps are requested in order. `progress` is the share of the training
+        done."""
 
     def state(self) -> dict[str, Any]:
-        """What it must know to go on after the last turn, as plain data for the checkpoint."""
+        """What it needs to go on after the last step, as plain data for the checkpoint."""
 
     def restore(self, state: Mapping[str, Any], /) -> None: ...
 
 
 class FixedText:
-    """Text that is there before the training: every step is a function of the seed and its number."""
+    """Text that exists before the training: every step is a function of the seed and its number."""
 
     def __init__(self, rows: Sequence[Row], seed: int, tokens_per_step: int, together: bool = False) -> None:
         self.rows = rows
         self._epochs = partial(steps_of_epoch, rows, seed, tokens_per_step=tokens_per_step, together=together)
         self._epoch = -1
         self._first = 0
-        self._contents = list[Step]()
+        self._plans = list[StepPlan]()
 
     def step(self, number: int) -> list[list[Row]]:
-        """The micro-batches of step `number`, counted from 0."""
+        """The micro-batches of step `number`, the first being 0."""
         if number < self._first:
             self._epoch = -1
             self._first = 0
-            self._contents = []
-        while number >= self._first + len(self._contents):
-            self._first += len(self._contents)
+            self._plans = []
+        while number >= self._first + len(self._plans):
+            self._first += len(self._plans)
             self._epoch += 1
-            self._contents = self._epochs(epoch=self._epoch)
-        return [[self.rows[index] for index in micro_batch] for micro_batch in self._contents[number - self._first]]
+            self._plans = self._epochs(epoch=self._epoch)
+        return [[self.rows[index] for index in micro_batch] for micro_batch in self._plans[number - self._first]]
 
     def step_batch(self, step: int, _: float, __: Mapping[str, Any]) -> StepBatch:
         return StepBatch(self.step(step))
@@ -218,9 +231,9 @@ class FixedText:
 
 
 def cut(rows: Sequence[Row], seed: str, tokens_per_step: int, together: bool = False) -> list[list[Row]]:
-    """Rows of one step in micro-batches, those of like length together."""
-    noise = random.Random(seed)  # noqa: S311 (an order, not a secret)
-    micro_batches = _cut(rows, units_of(rows, together), noise, tokens_per_step)
+    """The rows of one step in micro-batches of similar length."""
+    rng = random.Random(seed)  # noqa: S311 (no secret)
+    micro_batches = _pack(rows, units_of(rows, together), rng, tokens_per_step)
     return [[rows[index] for index in micro_batch] for micro_batch in micro_batches]
 
 
@@ -234,33 +247,26 @@ def make_batch(rows: Sequence[Row], micro_batch: MicroBatch | None = None, pad_i
     weight_BT = mask_BT * torch.tensor([row.weight for row in chosen], dtype=torch.float32)[:, None]
     names = {name for row in chosen for name, _ in row.references}
     references = {name: torch.tensor([dict(row.references)[name] for row in chosen]) for name in sorted(names)}
-    ids = tuple(row.sample_id for row in chosen)
-    tags = tuple(row.tags for row in chosen)
     seen = None
     if any(row.teacher_prompt_ids is not None for row in chosen):
-        seen = _padded(
-            [
-                (row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids)
-                for row in chosen
-            ]
-        )
-    together = tuple(tuple(group) for group in groups.values())
+        prompts = [row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids for row in chosen]
+        seen = _padded([(prompt, row.response_ids) for prompt, row in zip(prompts, chosen, strict=True)])
     return Batch(
         tokens_BT,
         mask_BT,
         weight_BT,
-        ids,
-        tags,
-        together,
-        references,
-        _columns(chosen, mask_BT),
-        seen,
-        _mixed(chosen, tokens_BT),
+        sample_ids=tuple(row.sample_id for row in chosen),
+        tags=tuple(row.tags for row in chosen),
+        groups=tuple(tuple(group) for group in groups.values()),
+        references=references,
+        columns=_columns(chosen, mask_BT),
+        seen=seen,
+        mixed=_mixed(chosen, tokens_BT),
     )
 
 
 def _mixed(rows: Sequence[Row], tokens_BT: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(the tokens that each row is mixed with [B, T], the weight of its own [B, T]): 1 where the other row has no
+    """(tokens mixed into each row [B, T], weight of the row's own [B, T]); the weight is 1 where the other row has no
     token."""
     if all(row.mixed is None for row in rows):
         return None
@@ -276,7 +282,7 @@ def _mixed(rows: Sequence[Row], tokens_BT: Tensor) -> tuple[Tensor, Tensor] | No
 
 
 def _padded(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """(tokens [B, T], which are response tokens) of (prompt, response) pairs."""
+    """(tokens [B, T], mask of response tokens [B, T]) of (prompt, response) pairs."""
     width = max(len(prompt) + len(response) for prompt, response in pairs)
     tokens_BT = torch.full((len(pairs), width), pad_id, dtype=torch.long)
     mask_BT = torch.zeros(len(pairs), width, dtype=torch.bool)
@@ -287,12 +293,12 @@ def _padded(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: in
 
 
 def _columns(rows: Sequence[Row], mask_BT: Tensor) -> dict[str, Tensor]:
-    """Every column that some row has, [B, T]: 0 outside the responses, and where a row does not have it."""
-    found = {}
+    """Every column that some row has, [B, T]: 0 outside the responses and in rows without it."""
+    columns = {}
     for name in sorted({name for row in rows for name in row.columns}):
         column_BT = torch.zeros(mask_BT.shape)
         for number, row in enumerate(rows):
             if name in row.columns:
                 column_BT[number, len(row.prompt_ids) : len(row)] = torch.tensor(row.columns[name])
-        found[name] = column_BT
-    return found
+        columns[name] = column_BT
+    return columns

@@ -1,9 +1,9 @@
-"""Mixup of texts: beside every micro-batch stand its rows with the embeddings of others mixed in (MixKD,
+"""Mixup of texts: every micro-batch is followed by its rows with the embeddings of other rows mixed in (MixKD,
 arXiv:2011.00593).
 
-There is no label for a mixed text but the teacher, which reads the same mixture. In the paper sentences of
-classification tasks are mixed, and the student also fits their mixed labels; here rows of a step are mixed position by
-position, each leading its own, and only the teacher is followed.
+The only label of a mixed text is what the teacher says of the same mixture. The paper mixes sentences of classification
+tasks, and the student also fits their mixed labels; here the rows of a step are mixed position by position, the row's
+own embedding having the larger weight, and the student follows only the teacher.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from limbeck.data.batches import MIXED, Row, Source, StepBatch
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """A `Source` that follows each micro-batch of `source` by its mixed twin. Every draw is a function of the seed and
-    the step.
+class MixupSource:
+    """A `Source` that adds a mixed copy after each micro-batch of `source`. All draws depend on the seed and the step.
 
     Args:
-        alpha: of the Beta distribution that the weights are drawn from. A row's own weight is the larger of the two, so
-            that its response positions are its own.
+        alpha: of the Beta distribution of the weights. A row's own weight is the larger of the two, so that it
+            keeps its response positions.
     """
 
     source: Source
@@ -31,21 +30,19 @@ class Mixed:
     alpha: float
 
     def step_batch(self, step: int, progress: float, states: dict[str, dict[str, float]], /) -> StepBatch:
-        turn = self.source.step_batch(step, progress, states)
-        noise = random.Random(f"{self.seed}/{step}/mixed")  # noqa: S311 (a draw, not a secret)
-        others = [row for micro_batch in turn.micro_batches for row in micro_batch]
-        noise.shuffle(others)
+        batch = self.source.step_batch(step, progress, states)
+        rng = random.Random(f"{self.seed}/{step}/mixed")  # noqa: S311 (no secret)
+        others = [row for micro_batch in batch.micro_batches for row in micro_batch]
+        rng.shuffle(others)
         partners = iter(others)
-        found = []
-        for micro_batch in turn.micro_batches:
-            found += [
-                micro_batch,
-                [self._mixed(row, next(partners), noise.betavariate(self.alpha, self.alpha)) for row in micro_batch],
-            ]
-        return StepBatch(found, turn.facts)
+        micro_batches = []
+        for micro_batch in batch.micro_batches:
+            mixed = [self._mixed(row, next(partners), rng.betavariate(self.alpha, self.alpha)) for row in micro_batch]
+            micro_batches += [micro_batch, mixed]
+        return StepBatch(micro_batches, batch.facts)
 
     def _mixed(self, row: Row, other: Row, weight: float) -> Row:
-        """The row with another mixed in; it has no writer, no preference and no group."""
+        """The row with another one mixed in; it has no writer, no preference, and is a group by itself."""
         name = f"{row.sample_id}/{MIXED}"
         return replace(
             row,

@@ -1,20 +1,26 @@
-"""Labeling: a writer answers prompts, once or several times, plainly or shown what the student is not."""
+"""Labelling: a model answers prompts, once or several times, with or without instructions that the student won't
+see."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answered, ask, asked_of, finished
-from limbeck.types import Message, Sample, Sampling
+from limbeck.elicit.flow import (
+    Pool,
+    Questions,
+    StepContext,
+    Tally,
+    ask,
+    complete_replies,
+    prompt_messages,
+    with_answer,
+)
+from limbeck.elicit.step import AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.types import Message, Sampling
 
-Temperature = Annotated[float, Field(ge=0, le=10)]
-TopP = Annotated[float, Field(gt=0, le=1)]
-Tokens = Annotated[int, Field(ge=1)]
-ANSWER_SHARE = 0.65  # of max_tokens: how long answers are expected to be
 EXPLAINING = (
     "You are a patient teacher. Say what the question is about, then explain each part of your answer.",
     "Answer as you would for a ten-year-old: simple words, one idea after the other, an example where it helps.",
@@ -35,90 +41,75 @@ EXPLAINING = (
 )
 
 
-def shown(sample_messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """The conversation with a system message before it (in place of its own, where it has one)."""
+def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
+    """The conversation with this system message in place of its own, if any."""
     if system is None:
-        return sample_messages
-    rest = sample_messages[1:] if sample_messages and sample_messages[0]["role"] == "system" else sample_messages
+        return messages
+    rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
     return ({"role": "system", "content": system}, *rest)
 
 
-class Answer(Section):
-    """The writer answers every prompt, `n` times: several answers are equals, and equal ones are kept once. What
-    `system` tells it the student does not see (prompt erasure), unless `keep_system`."""
+@register("answer")
+class AnswerPrompts(AskingStep):
+    """Answers every prompt `n` times; repeated answers to a prompt are dropped. The student doesn't see the `system`
+    message that the writer gets (prompt erasure), unless `keep_system`."""
 
-    kind: ClassVar[Kind] = "label"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
     n: Annotated[int, Field(ge=1, le=1000)] = 1
     temperature: Temperature = 0.7
     top_p: TopP = 0.95
-    max_tokens: Tokens = 256
+    max_tokens: TokenCount = 256
     system: str | None = None
     keep_system: bool = False
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         turns = [(sample, number) for sample in pool for number in range(self.n)]
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
-        asked = [scene.request(shown(asked_of(sample), self.system), sampling, number) for sample, number in turns]
-        replies = yield from ask(asked)
-        found: Pool = []
-        seen: set[tuple[int, str]] = set()
-        for (sample, number), request, reply, whole in zip(
-            turns, asked, replies, finished(replies, tally), strict=True
+        requests = [
+            context.request(with_system(prompt_messages(sample), self.system), sampling, number)
+            for sample, number in turns
+        ]
+        replies = yield from ask(requests)
+        answered: Pool = []
+        texts: set[tuple[int, str]] = set()  # (prompt, answer)
+        for ((sample, number), request), reply in complete_replies(
+            list(zip(turns, requests, strict=True)), replies, tally
         ):
-            if not whole:
+            prompt = replace(sample, messages=request.messages) if self.keep_system else sample
+            new = with_answer(prompt, reply)
+            text = new.messages[-1]["content"]
+            if number and (id(sample), text) in texts:
+                tally.drop("the same answer again", text)
                 continue
-            new = (
-                answered(sample, reply)
-                if not self.keep_system
-                else answered(_as_asked(sample, request.messages), reply)
-            )
-            if number and (id(sample), new.messages[-1]["content"]) in seen:
-                tally.drop("the same answer again", new.messages[-1]["content"])
-                continue
-            seen.add((id(sample), new.messages[-1]["content"]))
-            found.append(new)
-        return found
+            texts.add((id(sample), text))
+            answered.append(new)
+        return answered
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(taken * self.n, int(taken * self.n * self.max_tokens * ANSWER_SHARE), given=taken * self.n)
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate.of_answers(samples * self.n, self.max_tokens)
 
 
-class Explain(Section):
-    """Explanation traces: a system message, drawn for each prompt out of 16, asks for an explained answer. The student
-    is trained without it (Orca 2's prompt erasure), or, with `keep_system`, sees it (Orca). The paper's 16 messages
-    were not at hand: these are our own."""
+@register("explain")
+class Explain(AskingStep):
+    """Explanation traces: one of 16 system messages, drawn for each prompt, asks for an explained answer. The student
+    is trained without it (prompt erasure, as in Orca 2), or with it where `keep_system` is set (Orca). The wording of
+    the 16 messages is ours, not the paper's."""
 
-    kind: ClassVar[Kind] = "label"
-    paper: ClassVar[str] = "Mukherjee et al., arXiv:2306.02707; erasure: Mitra et al., arXiv:2311.11045"
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    paper = "Mukherjee et al., arXiv:2306.02707; erasure: Mitra et al., arXiv:2311.11045"
     temperature: Temperature = 0.7
     top_p: TopP = 0.95
-    max_tokens: Tokens = 384
+    max_tokens: TokenCount = 384
     keep_system: bool = False
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
-        systems = [EXPLAINING[scene.draw("system", sample.id).randrange(len(EXPLAINING))] for sample in pool]
-        asked = [
-            scene.request(shown(asked_of(sample), system), sampling)
+        systems = [EXPLAINING[context.rng("system", sample.id).randrange(len(EXPLAINING))] for sample in pool]
+        requests = [
+            context.request(with_system(prompt_messages(sample), system), sampling)
             for sample, system in zip(pool, systems, strict=True)
         ]
-        replies = yield from ask(asked)
-        found: Pool = []
-        for sample, request, reply, whole in zip(pool, asked, replies, finished(replies, tally), strict=True):
-            if whole:
-                found.append(answered(_as_asked(sample, request.messages) if self.keep_system else sample, reply))
-        return found
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(taken, int(taken * self.max_tokens * ANSWER_SHARE), given=taken)
-
-
-def _as_asked(sample: Sample, messages: tuple[Message, ...]) -> Sample:
-    """The prompt as the writer saw it."""
-    return replace(sample, messages=messages)
-
-
-STEPS: dict[str, type[Section]] = {"answer": Answer, "explain": Explain}
+        replies = yield from ask(requests)
+        turns = list(zip(pool, requests, strict=True))
+        return [
+            with_answer(replace(sample, messages=request.messages) if self.keep_system else sample, reply)
+            for (sample, request), reply in complete_replies(turns, replies, tally)
+        ]

@@ -1,7 +1,7 @@
 """More verifiers: exact text, sets, patterns, tool calls, citations, and instructions that a program can check.
 
-Each takes a check, which is plain data beside a prompt, and an answer. A pattern runs for half a second at most: what
-takes longer has not passed. Not covered: whether a cited passage supports what is said beside it, and languages.
+Each takes a check (plain data that comes with a prompt) and an answer. A pattern runs for half a second at most; after
+that the answer has failed. Not covered: whether a cited passage supports the claim beside it, and languages.
 """
 
 from __future__ import annotations
@@ -32,36 +32,37 @@ SENTENCE = re.compile(r"[^.!?…]+[.!?…]+[\"'”’)\]]*(?=\s|$)")
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and doubled spaces, as SQuAD compares answers (Rajpurkar et al.,
-    arXiv:1606.05250)."""
+    """The text in lower case without punctuation, articles and repeated spaces, as SQuAD compares answers (Rajpurkar et
+    al., arXiv:1606.05250)."""
     plain = re.sub(r"[^\w\s]", " ", text.casefold())
     return " ".join(ARTICLES.sub(" ", plain).split())
 
 
 def exact(check: Check, answer: str) -> bool:
-    """The whole answer is one of the given ones."""
-    given = check["answer"] if isinstance(check["answer"], list) else [check["answer"]]
+    """Whether the answer is one of the right ones, word for word."""
+    right = check["answer"] if isinstance(check["answer"], list) else [check["answer"]]
     if check.get("normalise", True):
-        return normalised(answer) in {normalised(text) for text in given}
-    return answer.strip() in {text.strip() for text in given}
+        return normalised(answer) in {normalised(text) for text in right}
+    return answer.strip() in {text.strip() for text in right}
 
 
 def items(check: Check, answer: str) -> bool:
-    """The answer lists these items and no others, in any order, parted by commas, semicolons or lines."""
-    said = Counter(
+    """Whether the answer lists these items and no others, each once and in any order, separated by commas, semicolons,
+    "and", or line breaks."""
+    listed = Counter(
         plain
         for part in re.split(r"[,;\n]|\band\b", answer)
         if (plain := normalised(re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", part)))
     )
-    return set(said) == {normalised(item) for item in check["items"]} and max(said.values(), default=1) == 1
+    return set(listed) == {normalised(item) for item in check["items"]} and max(listed.values(), default=1) == 1
 
 
 def pattern(check: Check, answer: str) -> bool:
-    """The regular expression is found in the answer (`whole`: is the answer)."""
+    """Whether the regular expression occurs in the answer (or, with `whole`, matches all of it)."""
     compiled = regex.compile(check["pattern"])
-    find = compiled.fullmatch if check.get("whole") else compiled.search
+    match = compiled.fullmatch if check.get("whole") else compiled.search
     try:
-        return find(answer.strip(), timeout=PATTERN_SECONDS) is not None
+        return match(answer.strip(), timeout=PATTERN_SECONDS) is not None
     except TimeoutError:
         return False
 
@@ -72,58 +73,60 @@ def check_pattern(check: Check, place: str) -> None:
     try:
         regex.compile(check["pattern"])
     except regex.error as error:
-        raise UserError(f"{place}: {check['pattern']!r} is no regular expression: {error}") from error
+        raise UserError(f"{place}: {check['pattern']!r} is not a regular expression: {error}") from error
 
 
 # Tool calls
 
 
 def tool_calls(text: str) -> list[dict[str, Any]] | None:
-    """The calls of an answer: JSON in <tool_call> tags, or an object or list that is the answer's first JSON. None
-    where they can't be read."""
-    found: list[Any] = []
-    for part in CALL.findall(text) or [
-        text[start:] for start in [min((at for at in map(text.find, "{[") if at >= 0), default=-1)] if start >= 0
-    ]:
+    """The calls in an answer: JSON in <tool_call> tags, or the answer's first JSON object or list. None if they can't
+    be parsed, or there are none."""
+    calls: list[Any] = []
+    start = min((at for at in map(text.find, "{[") if at >= 0), default=len(text))
+    for part in CALL.findall(text) or ([text[start:]] if text[start:] else []):
         try:
             read, _ = json.JSONDecoder().raw_decode(part.strip())
         except (ValueError, RecursionError):
             return None
-        found += read if isinstance(read, list) else [read]
-    good = all(
-        isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments", {}), dict)
-        for call in found
-    )
-    return found if good and found else None
+        calls += read if isinstance(read, list) else [read]
+    return calls if calls and all(_is_call(call) for call in calls) else None
 
 
-def called(check: Check, answer: str) -> bool:
-    """These calls were made and no others: the name, and for every argument one of its values (null among them: it may
-    be left out). With `any_order`, in any order."""
-    made = tool_calls(answer)
-    wanted = list(check["calls"])
-    if made is None or len(made) != len(wanted):
+def _is_call(call: Any) -> bool:
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return False
+    return isinstance(call.get("arguments", {}), dict)
+
+
+def tool_call(check: Check, answer: str) -> bool:
+    """Whether the answer makes these calls and no others: the name, and for every argument one of its values (null
+    among them: it may be left out). With `any_order`, in any order."""
+    calls = tool_calls(answer)
+    expected = list(check["calls"])
+    if calls is None or len(calls) != len(expected):
         return False
     if not check.get("any_order", False):
-        return all(_is_call(call, want) for call, want in zip(made, wanted, strict=True))
-    for call in made:  # each wanted call differs, so that the first that fits is right
-        place = next((number for number, want in enumerate(wanted) if _is_call(call, want)), None)
+        return all(_matches(call, other) for call, other in zip(calls, expected, strict=True))
+    for call in calls:  # the expected calls differ from each other, so the first that matches is right
+        place = next((number for number, other in enumerate(expected) if _matches(call, other)), None)
         if place is None:
             return False
-        wanted.pop(place)
+        expected.pop(place)
     return True
 
 
-def _is_call(call: dict[str, Any], want: dict[str, Any]) -> bool:
-    given = call.get("arguments", {})
-    allowed = want.get("arguments", {})
-    if call["name"] != want["name"] or not given.keys() <= allowed.keys():
+def _matches(call: dict[str, Any], expected: dict[str, Any]) -> bool:
+    arguments = call.get("arguments", {})
+    allowed = expected.get("arguments", {})
+    if call["name"] != expected["name"] or not arguments.keys() <= allowed.keys():
         return False
-    return all(any(_same(given.get(name), value) for value in values) for name, values in allowed.items())
+    return all(any(_same(arguments.get(name), value) for value in values) for name, values in allowed.items())
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal values of equal kinds: 1 is not true, and text is compared without case and outer spaces."""
+    """Whether values are equal and of equal type (1 is not true); text is compared without case and outer
+    whitespace."""
     if isinstance(one, str) and isinstance(other, str):
         return one.strip().casefold() == other.strip().casefold()
     if isinstance(one, bool) or isinstance(other, bool):
@@ -133,16 +136,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def check_calls(check: Check, place: str) -> None:
     for call in check["calls"]:
-        values = (
-            call.get("arguments", {}).values()
-            if isinstance(call, dict) and isinstance(call.get("arguments", {}), dict)
-            else [None]
-        )
-        if (
-            not isinstance(call, dict)
-            or not isinstance(call.get("name"), str)
-            or not all(isinstance(allowed, list) for allowed in values)
-        ):
+        if not _is_call(call) or not all(isinstance(allowed, list) for allowed in call.get("arguments", {}).values()):
             raise UserError(
                 f'{place}: a call needs a name and, for each argument, a list of values: {{"name": "f", "arguments":'
                 ' {"x": [1, 2]}}'
@@ -153,9 +147,9 @@ def check_calls(check: Check, place: str) -> None:
 
 
 def citations(check: Check, answer: str) -> bool:
-    """Every [n] names one of the passages, some one is of the `gold` ones (all of them, with `all`), none is of others,
-    and what stands in quotation marks stands in a cited passage. Where no passage answers (`answerable: false`), the
-    answer says so and cites nothing."""
+    """Whether every [n] names one of the `gold` passages (all passages by default), at least one is cited (with `all`,
+    every gold one), and every quotation is in a cited passage. If no passage answers the question (`answerable:
+    false`), the answer must say so and cite nothing."""
     passages = check["passages"]
     cited = {int(number) for number in CITED.findall(answer)}
     if not check.get("answerable", True):
@@ -165,15 +159,15 @@ def citations(check: Check, answer: str) -> bool:
         return False
     if check.get("all") and cited != gold:
         return False
-    read = " ".join(normalised(passages[number - 1]) for number in sorted(cited))
-    return all(normalised(quote) in read for quote in QUOTED.findall(answer))
+    cited_text = " ".join(normalised(passages[number - 1]) for number in sorted(cited))
+    return all(normalised(quote) in cited_text for quote in QUOTED.findall(answer))
 
 
 # Instructions that a program can check (after Zhou et al., arXiv:2311.07911; the definitions are our own)
 
 
 def _within(count: int, rule: Any) -> bool:
-    """Whether a count is what a rule asks for: a number, or bounds."""
+    """Whether a count is what a rule demands: a number, or bounds."""
     if isinstance(rule, dict):
         return bool(rule.get("least", 0) <= count <= rule.get("most", count))
     return bool(count == rule)
@@ -183,14 +177,14 @@ def _lines(text: str) -> Iterator[str]:
     return (line.strip() for line in text.splitlines() if line.strip())
 
 
-def _holds(text: str, word: str) -> bool:
+def _has_word(text: str, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _is_json(text: str) -> bool:
-    inside = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), re.DOTALL)
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), re.DOTALL)
     try:
-        json.loads(inside[1] if inside else text)
+        json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         return False
     return True
@@ -204,8 +198,8 @@ RULES: dict[str, Callable[[str, Any], bool]] = {
     ),
     "bullets": lambda text, rule: _within(sum(bool(re.match(r"[-*•]\s+\S", line)) for line in _lines(text)), rule),
     "numbered": lambda text, rule: _within(sum(bool(re.match(r"\d+[.)]\s+\S", line)) for line in _lines(text)), rule),
-    "with": lambda text, rule: all(_holds(text, word) for word in rule),
-    "without": lambda text, rule: not any(_holds(text, word) for word in rule),
+    "with": lambda text, rule: all(_has_word(text, word) for word in rule),
+    "without": lambda text, rule: not any(_has_word(text, word) for word in rule),
     "letter": lambda text, rule: _within(text.casefold().count(str(rule["letter"]).casefold()), rule),
     "word": lambda text, rule: _within(
         len(re.findall(rf"(?<!\w){re.escape(str(rule['word']))}(?!\w)", text, re.IGNORECASE)), rule
@@ -234,20 +228,20 @@ RULES: dict[str, Callable[[str, Any], bool]] = {
 
 
 def instructions(check: Check, answer: str) -> bool:
-    """Every rule is followed. With `loose`, it is enough if one way of reading the answer follows it: without its first
+    """Whether the answer follows every rule. With `loose`, a rule may also be followed by the answer without its first
     or last line, or both, or without asterisks."""
     readings = [answer]
     if check.get("loose"):
         lines = answer.strip().splitlines()
-        cut = [answer, "\n".join(lines[1:]), "\n".join(lines[:-1]), "\n".join(lines[1:-1])]
-        readings = [text for reading in cut for text in (reading, reading.replace("*", ""))]
+        shortened = [answer, "\n".join(lines[1:]), "\n".join(lines[:-1]), "\n".join(lines[1:-1])]
+        readings = [text for reading in shortened for text in (reading, reading.replace("*", ""))]
     return all(
         any(text.strip() and RULES[name](text, rule) for text in readings) for name, rule in check["rules"].items()
     )
 
 
 def check_rules(check: Check, place: str) -> None:
-    """Refuse rules that don't exist, or of the wrong kind: each is tried once on a text."""
+    """Refuse unknown rules, and rules of the wrong type: each is tried once on a text."""
     for name, rule in check["rules"].items():
         if name not in RULES:
             raise UserError(f"{place}: there is no rule {name!r}{nearest(name, RULES)}")

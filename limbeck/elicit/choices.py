@@ -1,31 +1,30 @@
-"""Multiple-choice questions on a topic, with the writer's probability of every choice as a soft label."""
+"""Multiple-choice questions on a topic, with the model's probability of every choice as a soft label."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import (
-    Asking,
-    Bill,
-    Kind,
     Pool,
-    Scene,
-    Score,
+    Questions,
+    ScoreRequest,
+    StepContext,
     Tally,
     answer_of,
+    are_complete,
     ask,
-    finished,
+    complete_replies,
     prompt_of,
     score,
     user,
 )
+from limbeck.elicit.merit import normalised
+from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.wording import fill, items, numbered
 from limbeck.types import Sample, Sampling
 
@@ -46,145 +45,140 @@ WRONG = (
 LETTERS = "ABCD"
 
 
-class FewShotChoices(Section):
-    """Quiz questions like the pool's (`shown` of them in each request): in one piece as JSON (`direct`), or by steps,
-    the question, its right answer, three wrong ones (`decomposed`). The writer's probability of each choice's letter,
-    normalised over the four, stands in `probabilities`; the sample's answer is the likeliest letter, and its weight
-    that probability. The paper trains an encoder on the soft labels; a decoder gets the letter, weighted."""
+@dataclass(frozen=True)
+class QuizQuestion:
+    """A question with four choices, the place of the right one, and the ids of the samples that it came from."""
 
-    kind: ClassVar[Kind] = "curate"
-    paper: ClassVar[str] = "Sutanto et al., arXiv:2412.09807 (number recalled, not confirmed)"
-    needs: ClassVar[frozenset[str]] = frozenset({"text", "log_probs"})
+    text: str
+    choices: list[str]
+    right: int
+    parents: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=True))
+        return f"{self.text}\n\n{choices}\n\nAnswer with the letter of the right choice."
+
+
+@register("few_shot_choices")
+class FewShotChoices(AskingStep):
+    """Asks for quiz questions like those in the pool, `shown` of them in each request: as one JSON object (`direct`),
+    or in parts, the question, its right answer, and three wrong ones (`decomposed`). The sample's answer is the letter
+    that the model finds likeliest; its weight is that probability, and `probabilities` holds those of all four letters.
+    The paper trains an encoder on these soft labels; a decoder gets the letter, weighted."""
+
+    kind = "curate"
+    paper = "Sutanto et al., arXiv:2412.09807 (number recalled, not confirmed)"
+    needs = frozenset({"text", "log_probs"})
     count: Annotated[int, Field(ge=1)] = 100
     how: Literal["direct", "decomposed"] = "decomposed"
     shown: Annotated[int, Field(ge=1)] = 5
     temperature: Temperature = 1.0
     top_p: TopP = 0.95
-    max_tokens: Tokens = 160
+    max_tokens: TokenCount = 160
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        shown = [scene.draw("shown", n).sample(pool, min(self.shown, len(pool))) for n in range(self.count)]
-        made = yield from (
-            self._direct(shown, scene, tally) if self.how == "direct" else self._decomposed(shown, scene, tally)
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        groups = [context.rng("shown", n).sample(pool, min(self.shown, len(pool))) for n in range(self.count)]
+        write = self._direct if self.how == "direct" else self._decomposed
+        questions = yield from write(groups, context, tally)
+        scores = yield from score(
+            [ScoreRequest((user(question.prompt),), letter) for question in questions for letter in LETTERS]
         )
-        texts = [
-            f"{question}\n\n" + "\n".join(f"{letter}. {c}" for letter, c in zip(LETTERS, choices, strict=True))
-            for question, choices, _, _ in made
-        ]
-        asked = [f"{text}\n\nAnswer with the letter of the right choice." for text in texts]
-        scores = yield from score([Score((user(text),), letter) for text in asked for letter in LETTERS])
-        found: Pool = []
-        for number, (text, (_, _, right, parents)) in enumerate(zip(asked, made, strict=True)):
-            weights = _normalised([one.nats for one in scores[4 * number : 4 * number + 4]])
-            best = weights.index(max(weights))
-            tally.add("likeliest_is_the_one_named", best == right)
+        samples: Pool = []
+        for number, question in enumerate(questions):
+            probabilities = normalised([log_prob.nats for log_prob in scores[4 * number : 4 * number + 4]])
+            best = probabilities.index(max(probabilities))
+            tally.add("likeliest_is_the_one_named", best == question.right)
             meta = {
                 "kind": "choices",
-                "probabilities": weights,
-                "weight": max(weights[best], 1e-3),
+                "probabilities": probabilities,
+                "weight": max(probabilities[best], 1e-3),
                 "finish": "ok",
                 "prompt_id": f"choices-{number}",
-                "check": {"type": "choice", "labels": list(LETTERS), "answer": LETTERS[right]},
+                "check": {"type": "choice", "labels": list(LETTERS), "answer": LETTERS[question.right]},
             }
-            found.append(
-                Sample((user(text), {"role": "assistant", "content": LETTERS[best]}), scene.model, None, parents, meta)
-            )
-        return found
+            messages = (user(question.prompt), {"role": "assistant", "content": LETTERS[best]})
+            samples.append(Sample(messages, context.model, parents=question.parents, meta=meta))
+        return samples
 
-    def _direct(
-        self, shown: list[Pool], scene: Scene, tally: Tally
-    ) -> Asking[list[tuple[str, list[str], int, tuple[str, ...]]]]:
-        questions = [AS_JSON.replace("{examples}", _examples(group)) for group in shown]
-        replies = yield from ask(
-            [scene.request((user(text),), self._sampling(), n) for n, text in enumerate(questions)]
-        )
-        found = []
-        for group, reply, whole in zip(shown, replies, finished(replies, tally), strict=True):
-            read = read_question(answer_of(reply) or "") if whole else None
-            if read is not None:
-                found.append((*read, tuple(sample.id for sample in (*group, reply))))
-            elif whole:
+    def _direct(self, groups: list[Pool], context: StepContext, tally: Tally) -> Questions[list[QuizQuestion]]:
+        texts = [AS_JSON.replace("{examples}", _examples(group)) for group in groups]
+        replies = yield from ask([context.request((user(text),), self._sampling(), n) for n, text in enumerate(texts)])
+        questions = []
+        for group, reply in complete_replies(groups, replies, tally):
+            read = read_question(answer_of(reply) or "")
+            if read is None:
                 tally.drop("no question with four choices", answer_of(reply) or "")
-        return found
+            else:
+                questions.append(QuizQuestion(*read, parents=tuple(sample.id for sample in (*group, reply))))
+        return questions
 
-    def _decomposed(
-        self, shown: list[Pool], scene: Scene, tally: Tally
-    ) -> Asking[list[tuple[str, list[str], int, tuple[str, ...]]]]:
-        asked = [
-            scene.request((user(fill(QUESTION, examples=_examples(group))),), self._sampling(), n)
-            for n, group in enumerate(shown)
+    def _decomposed(self, groups: list[Pool], context: StepContext, tally: Tally) -> Questions[list[QuizQuestion]]:
+        texts = [fill(QUESTION, examples=_examples(group)) for group in groups]
+        replies = yield from ask([context.request((user(text),), self._sampling(), n) for n, text in enumerate(texts)])
+        complete = are_complete(replies, tally)
+        drafts = [  # (question, the samples that it came from)
+            ((answer_of(reply) or "").strip(), [*group, reply])
+            for group, reply, whole in zip(groups, replies, complete, strict=True)
+            if whole
         ]
-        first = yield from ask(asked)
-        whole = finished(first, tally)
-        questions = [
-            ((answer_of(r) or "").strip(), group, r) for group, r, good in zip(shown, first, whole, strict=True) if good
+        texts = [fill(RIGHT, question=question) for question, _ in drafts]
+        right = yield from ask([context.request((user(text),), Sampling(0.0, 1.0, 24)) for text in texts])
+        answers = [(answer_of(reply) or "").strip().rstrip(".") for reply in right]
+        texts = [
+            fill(WRONG, question=question, answer=answer) for (question, _), answer in zip(drafts, answers, strict=True)
         ]
-        short = Sampling(0.0, 1.0, 24)
-        right = yield from ask([scene.request((user(fill(RIGHT, question=q)),), short) for q, _, _ in questions])
-        answers = [
-            (q, (answer_of(r) or "").strip().rstrip("."), group, one)
-            for (q, group, one), r in zip(questions, right, strict=True)
-        ]
-        wrong = yield from ask(
-            [scene.request((user(fill(WRONG, question=q, answer=a)),), self._sampling()) for q, a, _, _ in answers]
-        )
-        found = []
-        for (question, answer, group, one), reply in zip(answers, wrong, strict=True):
-            listed = [
-                text.splitlines()[0].rstrip(".")
-                for _, text in items(f"1. {(answer_of(reply) or '').lstrip('1. ')}")
-                if text
-            ]
-            others = [text for text in dict.fromkeys(listed) if text.casefold() != answer.casefold()][:3]
+        wrong = yield from ask([context.request((user(text),), self._sampling()) for text in texts])
+        questions = []
+        for (question, parents), answer, reply in zip(drafts, answers, wrong, strict=True):
+            others = _wrong_answers(answer_of(reply) or "", answer)
             if not answer or len(others) < 3:
                 tally.drop("fewer than three wrong answers", answer_of(reply) or "")
                 continue
-            place = scene.draw("place", question).randrange(4)
+            place = context.rng("place", question).randrange(4)
             choices = [*others[:place], answer, *others[place:]]
-            found.append((question, choices, place, tuple(sample.id for sample in (*group, one, reply))))
-        return found
+            ids = tuple(sample.id for sample in (*parents, reply))
+            questions.append(QuizQuestion(question, choices, place, parents=ids))
+        return questions
 
     def _sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.max_tokens)
 
-    def bill(self, _: int) -> Bill:
-        asked = self.count * (1 if self.how == "direct" else 3)
-        return Bill(asked, int(asked * self.max_tokens * ANSWER_SHARE), 4 * self.count, self.count)
+    def estimate(self, _: int) -> Estimate:
+        requests = self.count * (1 if self.how == "direct" else 3)
+        tokens = int(requests * self.max_tokens * ANSWER_SHARE)
+        return Estimate(requests, tokens, scores=4 * self.count, samples=self.count)
 
 
 def _examples(group: Pool) -> str:
     return numbered([prompt_of(sample) for sample in group])
 
 
-def _normalised(log_probs: list[float]) -> list[float]:
-    highest = max(log_probs)
-    weights = [math.exp(nats - highest) for nats in log_probs]
-    return [weight / sum(weights) for weight in weights]
+def _wrong_answers(text: str, right: str) -> list[str]:
+    """Up to three different entries of a numbered list that are not the right answer."""
+    listed = [entry.splitlines()[0].rstrip(".") for _, entry in items(f"1. {text.lstrip('1. ')}") if entry]
+    return [entry for entry in dict.fromkeys(listed) if entry.casefold() != right.casefold()][:3]
 
 
 def read_question(text: str) -> tuple[str, list[str], int] | None:
-    """(question, four different choices, the place of the right one) out of an answer's first JSON object; None where
-    it holds none."""
+    """(question, four different choices, the place of the right one) from the first JSON object in a reply; None if it
+    holds no such question."""
     start = re.search(r"\{", text)
     try:
-        found = json.JSONDecoder().raw_decode(text[start.start() :])[0] if start else None
+        data = json.JSONDecoder().raw_decode(text[start.start() :])[0] if start else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict):
+    if not isinstance(data, dict):
         return None
-    question = found.get("question")
-    choices = found.get("choices")
-    right = found.get("answer")
+    question = data.get("question")
+    choices = data.get("choices")
+    right = data.get("answer")
     if not isinstance(question, str) or not question.strip() or not isinstance(choices, list) or len(choices) != 4:
         return None
-    if (
-        not all(isinstance(choice, str) and choice.strip() for choice in choices)
-        or len({c.casefold().strip() for c in choices}) < 4
-    ):
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        return None
+    if len({choice.casefold().strip() for choice in choices}) < 4:
         return None
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < 4:
         return None
     return question.strip(), [choice.strip() for choice in choices], right
-
-
-STEPS: dict[str, type[Section]] = {"few_shot_choices": FewShotChoices}

@@ -1,27 +1,24 @@
-"""Curation: texts made to a specification, of given words or for a topic, a reader and a purpose."""
+"""Curation: texts written to a specification, from given words or for a topic, a reader and a purpose."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import (
-    Asking,
-    Bill,
-    Kind,
     Pool,
-    Scene,
+    Questions,
+    StepContext,
     Tally,
     answer_of,
-    answered,
     ask,
-    finished,
+    complete_replies,
     new_prompt,
     prompt_of,
+    with_answer,
 )
+from limbeck.elicit.step import AskingStep, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.wording import ends_well, fill, words
 from limbeck.types import Sample, Sampling
 
@@ -53,103 +50,97 @@ PURPOSES = (
 )
 
 
-class Stories(Section):
-    """TinyStories: a verb, a noun and an adjective out of the pool (its prompts are words, their `kind` says which),
-    and features such as a dialogue or a twist, all drawn; the story must hold the three words and end in a sentence.
-    The paper's words are some 1,500 of a small child, its writers GPT-3.5 and GPT-4."""
+@register("stories")
+class Stories(AskingStep):
+    """TinyStories: asks for short stories that use a verb, a noun and an adjective from the pool (each prompt is a
+    word, its `kind` says which) and have features such as a dialogue or a twist; words and features are drawn. Drops
+    stories without one of the words, or that don't end in a whole sentence. The paper draws from some 1,500 words that
+    a small child knows and has GPT-3.5 and GPT-4 write."""
 
-    kind: ClassVar[Kind] = "curate"
-    paper: ClassVar[str] = "Eldan and Li, arXiv:2305.07759"
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    kind = "curate"
+    paper = "Eldan and Li, arXiv:2305.07759"
     count: Annotated[int, Field(ge=1)] = 100
     features: Annotated[int, Field(ge=0, le=6)] = 1
     temperature: Temperature = 1.0
     top_p: TopP = 0.95
-    max_tokens: Tokens = 320
+    max_tokens: TokenCount = 320
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        known: dict[str, list[Sample]] = {
-            name: [s for s in pool if s.meta.get("kind") == name] for name in ("verb", "noun", "adjective")
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        by_kind: dict[str, list[Sample]] = {
+            kind: [sample for sample in pool if sample.meta.get("kind") == kind]
+            for kind in ("verb", "noun", "adjective")
         }
-        if missing := [name for name, having in known.items() if not having]:
+        if missing := [kind for kind, samples in by_kind.items() if not samples]:
             tally.drop(f"no {missing[0]} among the words")
             return []
-        drawn = []
-        for number in range(self.count):
-            noise = scene.draw("words", number)
-            chosen = {name: noise.choice(having) for name, having in known.items()}
-            told = "".join(f" {FEATURES[name]}" for name in sorted(noise.sample(sorted(FEATURES), self.features)))
-            text = fill(STORY, features=told, **{name: prompt_of(sample) for name, sample in chosen.items()})
-            drawn.append(
-                (
-                    new_prompt(text, list(chosen.values()), "corpus", kind="story"),
-                    [prompt_of(s) for s in chosen.values()],
-                )
-            )
+        drawn = [self._prompt(by_kind, context, number) for number in range(self.count)]
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
-        replies = yield from ask([scene.request(prompt.messages, sampling) for prompt, _ in drawn])
-        found: Pool = []
-        for (prompt, wanted), reply, whole in zip(drawn, replies, finished(replies, tally), strict=True):
+        replies = yield from ask([context.request(prompt.messages, sampling) for prompt, _ in drawn])
+        stories: Pool = []
+        for (prompt, required), reply in complete_replies(drawn, replies, tally):
             text = answer_of(reply) or ""
-            if not whole:
-                continue
-            if any(not _has(text, word) for word in wanted):
+            if any(not _uses(text, word) for word in required):
                 tally.drop("a word is missing", text)
             elif not ends_well(text):
                 tally.drop("no end", text)
             else:
-                found.append(answered(prompt, reply))
-        return found
+                stories.append(with_answer(prompt, reply))
+        return stories
 
-    def bill(self, _: int) -> Bill:
-        return Bill(self.count, int(self.count * self.max_tokens * ANSWER_SHARE), given=self.count)
+    def _prompt(self, by_kind: dict[str, list[Sample]], context: StepContext, number: int) -> tuple[Sample, list[str]]:
+        """(prompt for a story, the words that it must use)"""
+        rng = context.rng("words", number)
+        chosen = {kind: rng.choice(samples) for kind, samples in by_kind.items()}
+        features = "".join(f" {FEATURES[name]}" for name in sorted(rng.sample(sorted(FEATURES), self.features)))
+        text = fill(STORY, features=features, **{kind: prompt_of(sample) for kind, sample in chosen.items()})
+        prompt = new_prompt(text, list(chosen.values()), "corpus", kind="story")
+        return prompt, [prompt_of(sample) for sample in chosen.values()]
+
+    def estimate(self, _: int) -> Estimate:
+        return Estimate.of_answers(self.count, self.max_tokens)
 
 
-def _has(text: str, word: str) -> bool:
-    """Whether the word stands there, in this form or a common other one (jumped, boxes)."""
+def _uses(text: str, word: str) -> bool:
+    """Whether the text has the word, in this form or another common one (jumped, boxes)."""
     stem = word.lower()[:-1] if word.lower().endswith(("e", "y")) and len(word) > 3 else word.lower()
-    return any(said.startswith(stem) and len(said) <= len(word) + 4 for said in words(text))
+    return any(other.startswith(stem) and len(other) <= len(word) + 4 for other in words(text))
 
 
-class Textbook(Section):
-    """Textbook-like texts: for every topic of the pool a lesson, or an exercise with its solution, for a reader and
-    with a purpose that are drawn, so that texts on one topic differ. The paper does it for programming, with
-    GPT-3.5."""
+@register("textbook")
+class Textbook(AskingStep):
+    """Textbook-like texts: asks for a lesson on every topic in the pool, or for an exercise with its solution. Reader
+    and purpose are drawn, so that texts on one topic differ. The paper does this for programming, with GPT-3.5."""
 
-    kind: ClassVar[Kind] = "curate"
-    paper: ClassVar[str] = "Gunasekar et al., arXiv:2306.11644"
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    kind = "curate"
+    paper = "Gunasekar et al., arXiv:2306.11644"
     form: Literal["lesson", "exercise"] = "lesson"
     each: Annotated[int, Field(ge=1)] = 1
     readers: Annotated[tuple[str, ...], Field(min_length=1)] = READERS
     temperature: Temperature = 0.8
     top_p: TopP = 0.95
-    max_tokens: Tokens = 384
+    max_tokens: TokenCount = 384
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        prompts = []
-        for sample in pool:
-            for number in range(self.each):
-                noise = scene.draw("specification", sample.id, number)
-                fields = {
-                    "topic": prompt_of(sample),
-                    "reader": noise.choice(self.readers),
-                    "purpose": noise.choice(PURPOSES),
-                }
-                text = fill(LESSON if self.form == "lesson" else EXERCISE, **fields)
-                prompts.append(new_prompt(text, [sample], "corpus", kind=self.form))
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        prompts = [self._prompt(sample, context, number) for sample in pool for number in range(self.each)]
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
-        replies = yield from ask([scene.request(prompt.messages, sampling, n) for n, prompt in enumerate(prompts)])
-        found: Pool = []
-        for prompt, reply, whole in zip(prompts, replies, finished(replies, tally), strict=True):
-            if whole and self.form == "exercise" and "solution" not in (answer_of(reply) or "").lower():
+        replies = yield from ask([context.request(prompt.messages, sampling, n) for n, prompt in enumerate(prompts)])
+        texts: Pool = []
+        for prompt, reply in complete_replies(prompts, replies, tally):
+            if self.form == "exercise" and "solution" not in (answer_of(reply) or "").lower():
                 tally.drop("no solution", answer_of(reply) or "")
-            elif whole:
-                found.append(answered(prompt, reply))
-        return found
+            else:
+                texts.append(with_answer(prompt, reply))
+        return texts
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(taken * self.each, int(taken * self.each * self.max_tokens * ANSWER_SHARE), given=taken * self.each)
+    def _prompt(self, sample: Sample, context: StepContext, number: int) -> Sample:
+        rng = context.rng("specification", sample.id, number)
+        text = fill(
+            LESSON if self.form == "lesson" else EXERCISE,
+            topic=prompt_of(sample),
+            reader=rng.choice(self.readers),
+            purpose=rng.choice(PURPOSES),
+        )
+        return new_prompt(text, [sample], "corpus", kind=self.form)
 
-
-STEPS: dict[str, type[Section]] = {"stories": Stories, "textbook": Textbook}
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate.of_answers(samples * self.each, self.max_tokens)

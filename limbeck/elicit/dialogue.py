@@ -1,16 +1,26 @@
-"""Conversations of several turns that a model has with itself, in one piece or turn by turn."""
+"""Conversations of several turns that a model has with itself, in one reply or turn by turn."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, ask, finished, prompt_of, user
+from limbeck.elicit.flow import (
+    Pool,
+    Questions,
+    StepContext,
+    Tally,
+    answer_of,
+    are_complete,
+    ask,
+    inherited,
+    prompt_of,
+    user,
+)
+from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.wording import fill, spans
 from limbeck.types import Message, Sample, Sampling
 
@@ -30,127 +40,116 @@ OUT_OF_ROLE = re.compile(
 )
 
 
-class SelfChat(Section):
-    """A model talks with itself about each prompt of the pool. `two_roles` (UltraChat): the prompt is the first turn,
-    the writer answers as an assistant and then, shown the conversation, speaks as the user, for `turns` answers.
-    `one_call` (Baize): the writer puts down the whole conversation about the prompt, which is read out of its text. The
-    sample ends with an assistant's turn; `turns` trains on every one."""
+@register("self_chat")
+class SelfChat(AskingStep):
+    """The model talks with itself about each prompt in the pool. `two_roles` (UltraChat): the prompt is the first turn;
+    the model answers as the assistant and then, shown the conversation, writes the user's next turn, for `turns`
+    answers. `one_call` (Baize): the model writes the whole conversation about the prompt in one reply. Samples end with
+    an assistant's turn; the step `turns` trains on every one."""
 
-    kind: ClassVar[Kind] = "curate"
-    paper: ClassVar[str] = "Ding et al., arXiv:2305.14233; one call: Xu et al., arXiv:2304.01196"
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    kind = "curate"
+    paper = "Ding et al., arXiv:2305.14233; one call: Xu et al., arXiv:2304.01196"
     how: Literal["two_roles", "one_call"] = "two_roles"
     turns: Annotated[int, Field(ge=1, le=20)] = 3
     temperature: Temperature = 0.8
     top_p: TopP = 0.95
-    user_tokens: Tokens = 64
-    max_tokens: Tokens = 192
+    user_tokens: TokenCount = 64
+    max_tokens: TokenCount = 192
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        return (
-            yield from (
-                self._one_call(pool, scene, tally) if self.how == "one_call" else self._two_roles(pool, scene, tally)
-            )
-        )
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        chat = self._one_call if self.how == "one_call" else self._two_roles
+        return (yield from chat(pool, context, tally))
 
-    def _two_roles(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        talks = [replace(sample, messages=(user(prompt_of(sample)),), parents=(sample.id,)) for sample in pool]
+    def _two_roles(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        chats = [replace(sample, messages=(user(prompt_of(sample)),), parents=(sample.id,)) for sample in pool]
         done: Pool = []
         for turn in range(1, self.turns + 1):
             replies = yield from ask(
-                [scene.request(talk.messages, self._sampling(self.max_tokens), turn) for talk in talks]
+                [context.request(chat.messages, self._sampling(self.max_tokens), turn) for chat in chats]
             )
-            talks, over = _went_on(talks, replies, tally, "assistant")
-            done += over
+            chats, ended = _add_turn(chats, replies, tally, "assistant")
+            done += ended
             if turn < self.turns:
-                asked = [
-                    scene.request(
-                        (user(fill(PLAYED, talk=_told(talk.messages))),), self._sampling(self.user_tokens), turn
-                    )
-                    for talk in talks
-                ]
-                talks, over = _went_on(talks, (yield from ask(asked)), tally, "user")
-                done += over
-        return [*done, *talks]
+                sampling = self._sampling(self.user_tokens)
+                questions = [fill(PLAYED, talk=_as_text(chat.messages)) for chat in chats]
+                replies = yield from ask([context.request((user(text),), sampling, turn) for text in questions])
+                chats, ended = _add_turn(chats, replies, tally, "user")
+                done += ended
+        return [*done, *chats]
 
-    def _one_call(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
+    def _one_call(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         sampling = self._sampling(self.turns * (self.user_tokens + self.max_tokens))
         replies = yield from ask(
-            [scene.request((user(fill(TRANSCRIPT, topic=prompt_of(sample))),), sampling) for sample in pool]
+            [context.request((user(fill(TRANSCRIPT, topic=prompt_of(sample))),), sampling) for sample in pool]
         )
-        found: Pool = []
+        chats: Pool = []
         for sample, reply in zip(pool, replies, strict=True):
             text = answer_of(reply) or ""
+            finish = reply.meta.get("finish")
             messages = read_transcript(text if ROLE.match(text.lstrip()) else f"[Human] {text}", self.turns)
-            if reply.meta.get("finish") not in ("ok", "length"):
-                tally.drop(f"answer: {reply.meta.get('finish')}", text)
-            elif reply.meta.get("finish") == "length" and len(messages) <= 2:
+            if finish not in ("ok", "length"):
+                tally.drop(f"answer: {finish}", text)
+            elif finish == "length" and len(messages) <= 2:
                 tally.drop("answer: length", text)
             elif len(messages) < 2:
                 tally.drop("no conversation", text)
             else:
-                # the last answer was cut off
-                kept = messages[:-2] if reply.meta.get("finish") == "length" else messages
-                meta = {key: sample.meta[key] for key in ("prompt_id", "kind", "weight") if key in sample.meta}
-                found.append(Sample(tuple(kept), reply.writer, None, (sample.id, reply.id), meta | {"finish": "ok"}))
-        return found
+                complete = messages[:-2] if finish == "length" else messages  # the last answer was cut off
+                meta = inherited(sample, "prompt_id", "kind", "weight") | {"finish": "ok"}
+                chats.append(Sample(tuple(complete), reply.writer, parents=(sample.id, reply.id), meta=meta))
+        return chats
 
-    def _sampling(self, tokens: int) -> Sampling:
-        return Sampling(self.temperature, self.top_p, tokens)
+    def _sampling(self, max_tokens: int) -> Sampling:
+        return Sampling(self.temperature, self.top_p, max_tokens)
 
-    def bill(self, taken: int) -> Bill:
-        asked = taken if self.how == "one_call" else taken * (2 * self.turns - 1)
-        tokens = taken * (self.turns * self.max_tokens + (self.turns - 1) * self.user_tokens)
-        return Bill(asked, int(tokens * ANSWER_SHARE), given=taken)
+    def estimate(self, samples: int) -> Estimate:
+        requests = samples if self.how == "one_call" else samples * (2 * self.turns - 1)
+        tokens = samples * (self.turns * self.max_tokens + (self.turns - 1) * self.user_tokens)
+        return Estimate(requests, int(tokens * ANSWER_SHARE), samples=samples)
 
 
-def _went_on(talks: Pool, replies: list[Sample], tally: Tally, role: str) -> tuple[Pool, Pool]:
-    """(conversations with one more turn, those that are over before it but whole)."""
-    further = []
-    over = []
-    for talk, reply, whole in zip(talks, replies, finished(replies, tally), strict=True):
+def _add_turn(chats: Pool, replies: list[Sample], tally: Tally, role: str) -> tuple[Pool, Pool]:
+    """(conversations with this turn added, those that end before it but are whole)"""
+    longer: Pool = []
+    ended: Pool = []
+    for chat, reply, complete in zip(chats, replies, are_complete(replies, tally), strict=True):
         text = (answer_of(reply) or "").strip().strip('"').strip()
-        said = {message["content"].casefold() for message in talk.messages}
-        if whole and OUT_OF_ROLE.search(text) and role == "user":
+        if complete and OUT_OF_ROLE.search(text) and role == "user":
             tally.drop("the user falls out of the role", text)
-            whole = False
-        elif whole and text.casefold() in said:
+            complete = False
+        elif complete and text.casefold() in {message["content"].casefold() for message in chat.messages}:
             tally.drop("a turn is repeated", text)
-            whole = False
-        if whole:
+            complete = False
+        if complete:
             message = {"role": role, "content": text if role == "user" else answer_of(reply) or ""}
-            ids = reply.response_ids if role == "assistant" else None
-            further.append(
+            longer.append(
                 replace(
-                    talk,
-                    messages=(*talk.messages, message),
+                    chat,
+                    messages=(*chat.messages, message),
                     writer=reply.writer,
-                    response_ids=ids,
-                    parents=(*talk.parents, reply.id),
-                    meta=talk.meta | {"finish": "ok"},
+                    response_ids=reply.response_ids if role == "assistant" else None,
+                    parents=(*chat.parents, reply.id),
+                    meta=chat.meta | {"finish": "ok"},
                 )
             )
-        elif talk.messages[-1]["role"] == "assistant":
-            over.append(talk)
+        elif chat.messages[-1]["role"] == "assistant":
+            ended.append(chat)
             tally.add("ended_early")
-    return further, over
+    return longer, ended
 
 
-def _told(messages: tuple[Message, ...]) -> str:
+def _as_text(messages: tuple[Message, ...]) -> str:
     return "\n\n".join(f"{'User' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in messages)
 
 
 def read_transcript(text: str, turns: int) -> list[Message]:
-    """The messages of a transcript, as far as human and AI take turns, at most so many pairs, ending with the AI."""
-    found: list[Message] = []
+    """The messages of a transcript, as long as human and AI alternate, at most `turns` pairs, ending with the AI."""
+    messages: list[Message] = []
     for mark, between in spans(ROLE, text):
         role = "user" if mark[1].lower() == "human" else "assistant"
-        said = between.strip()
-        wanted = "assistant" if found and found[-1]["role"] == "user" else "user"
-        if role != wanted or not said or len(found) == 2 * turns:
+        content = between.strip()
+        expected = "assistant" if messages and messages[-1]["role"] == "user" else "user"
+        if role != expected or not content or len(messages) == 2 * turns:
             break
-        found.append({"role": role, "content": said})
-    return found if not found or found[-1]["role"] == "assistant" else found[:-1]
-
-
-STEPS: dict[str, type[Section]] = {"self_chat": SelfChat}
+        messages.append({"role": role, "content": content})
+    return messages if not messages or messages[-1]["role"] == "assistant" else messages[:-1]

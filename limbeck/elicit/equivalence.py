@@ -1,9 +1,9 @@
-"""A verifier: an answer that equals the right one as mathematics (1/2, 0.5 and \\frac{1}{2} do), by the library
+"""A verifier: whether an answer equals the right one mathematically (as 1/2, 0.5 and \\frac{1}{2} do), by the library
 math-verify.
 
-Algebra on a text that a model wrote may take for ever or all memory, so it happens in a process of its own, with bounds
-on time and memory; one that goes beyond them is ended, and what it was asked has not passed. No part of the text is run
-as code: LaTeX goes through a grammar, and of plain text only digits and operators are read.
+Algebra on text that a model wrote may take for ever or all memory, so it runs in a process of its own with limits on
+time and memory. A process that exceeds them is killed, and its answer has failed. No part of the text is run as code:
+LaTeX goes through a grammar, and only digits and operators of plain text are read.
 """
 
 from __future__ import annotations
@@ -25,25 +25,23 @@ MAX_CHARS = 20_000
 
 
 def equivalent(check: dict[str, Any], answer: str) -> bool:
-    """The last mathematical statement of the answer (in a box, after "the answer is", in dollars, or a plain number)
-    equals `check["answer"]`, which is LaTeX or a plain number. With `digits`, decimals are compared rounded to as many
-    (6)."""
+    """Whether the last mathematical expression in the answer (in a box, after "the answer is", in dollars, or a plain
+    number) equals `check["answer"]`, which is LaTeX or a plain number. Decimals are compared to `digits` places (6)."""
     return _WORKER.ask({"gold": check["answer"], "answer": answer[-MAX_CHARS:], "digits": check.get("digits", 6)})
 
 
 def check_answer(check: dict[str, Any], place: str) -> None:
-    """Refuse a right answer that can't be read."""
+    """Refuse a right answer that can't be parsed."""
     from limbeck.types import UserError
 
     if importlib.util.find_spec("math_verify") is None:
         raise UserError(f"{place}: a check of type 'math' needs the extra: pip install limbeck[math]")
     if not _WORKER.ask({"gold": check["answer"]}):
-        raise UserError(f"{place}: {check['answer']!r} can't be read as mathematics; write LaTeX or a number")
+        raise UserError(f"{place}: {check['answer']!r} can't be parsed as mathematics; write LaTeX or a number")
 
 
 class _Worker:
-    """The process that does the algebra: started at the first question, and anew after one that it could not answer in
-    time."""
+    """The process that does the algebra: started by the first question, and again after one that took too long."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -60,7 +58,7 @@ class _Worker:
                     env={},
                 )
                 atexit.register(self.process.kill)
-                self._answer(self.process, START_SECONDS)  # it says that it is ready
+                self._answer(self.process, START_SECONDS)  # its first line says that it is ready
             try:
                 assert self.process.stdin is not None
                 self.process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -70,7 +68,7 @@ class _Worker:
             return self._answer(self.process, SECONDS) == b"true\n"
 
     def _answer(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:
-        """Its next line; empty where it ended or was ended."""
+        """The next line of the process; empty if it ended or was killed."""
         assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
@@ -85,28 +83,28 @@ _WORKER = _Worker()
 
 
 def _serve() -> None:
-    """Answer questions, a JSON line each, with true or false."""
+    """Read questions, one JSON object a line, and answer each with true or false."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
     from math_verify import verify as same
 
-    how = (LatexExtractionConfig(), ExprExtractionConfig())
+    formats = (LatexExtractionConfig(), ExprExtractionConfig())
     print("ready", flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        gold = asked["gold"] if "$" in asked["gold"] or "\\boxed" in asked["gold"] else f"${asked['gold']}$"
+        question = json.loads(line)
+        gold = question["gold"]
         try:
-            wanted = parse(gold, how, parsing_timeout=None)
-            if "answer" in asked:
-                found = parse(asked["answer"], how, parsing_timeout=None)
-                verdict = bool(wanted and found) and same(
-                    wanted, found, float_rounding=asked["digits"], timeout_seconds=None
+            right = parse(gold if "$" in gold or "\\boxed" in gold else f"${gold}$", formats, parsing_timeout=None)
+            if "answer" in question:
+                answer = parse(question["answer"], formats, parsing_timeout=None)
+                verdict = bool(right and answer) and same(
+                    right, answer, float_rounding=question["digits"], timeout_seconds=None
                 )
             else:  # is this mathematics?
-                verdict = any(not isinstance(part, str) for part in wanted)
-        except Exception:  # noqa: BLE001 (whatever the algebra stumbles over: it has not passed)
+                verdict = any(not isinstance(part, str) for part in right)
+        except Exception:  # noqa: BLE001 (whatever the algebra fails on, the answer has not passed)
             verdict = False
         print(json.dumps(bool(verdict)), flush=True)
 

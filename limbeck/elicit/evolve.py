@@ -1,28 +1,26 @@
-"""Evol-Instruct: prompts made harder, or others in their vein, round by round, and what failed thrown out."""
+"""Evol-Instruct: prompts made harder, or varied, round by round, without those that fail."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import (
-    Asking,
-    Bill,
-    Kind,
     Pool,
-    Scene,
+    Questions,
+    StepContext,
     Tally,
     answer_of,
-    answered,
     ask,
+    inherited,
     new_prompt,
     prompt_of,
     user,
+    with_answer,
 )
+from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.wording import fill, words
 from limbeck.types import Sample, Sampling
 
@@ -57,92 +55,83 @@ STOP_WORDS = frozenset(
 )
 
 
-class EvolInstruct(Section):
-    """`rounds` in which every prompt is rewritten by one of five operators that make it harder or one that makes
-    another (drawn evenly), and the new one is answered. Out goes what adds nothing (asked of the writer), whose answer
-    says "sorry" in under 80 words or is nothing but stop words and signs, or that speaks of "the given prompt"; then
-    the old prompt tries again in the next round. All generations are given, and the first prompts too with `originals`.
-    The paper takes 2,048 tokens an answer; the wording here is ours."""
+@register("evol_instruct")
+class EvolInstruct(AskingStep):
+    """Rewrites every prompt in `rounds`, each time by an operator drawn from six: five make it harder, one replaces it
+    by a related one. The new prompt is then answered. It fails if it adds nothing (the model is asked), if it speaks of
+    "the given prompt", or if its answer says "sorry" in under 80 words or has only stop words and punctuation; then the
+    old prompt is tried again in the next round. Gives the prompts of all rounds, and with `originals` the first ones,
+    too. The paper allows 2,048 tokens an answer; the wording here is ours."""
 
-    kind: ClassVar[Kind] = "expand"
-    paper: ClassVar[str] = "Xu et al., arXiv:2304.12244"
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    kind = "expand"
+    paper = "Xu et al., arXiv:2304.12244"
     rounds: Annotated[int, Field(ge=1, le=20)] = 4
     originals: bool = False
     temperature: Temperature = 1.0
     top_p: TopP = 0.95
-    prompt_tokens: Tokens = 256
-    max_tokens: Tokens = 512
+    prompt_tokens: TokenCount = 256
+    max_tokens: TokenCount = 512
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        alive = list(pool)
-        found = list[Sample]()
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        current = list(pool)
+        samples: Pool = []
         if self.originals:
             replies = yield from ask(
-                [scene.request(sample.messages, self._sampling(self.max_tokens)) for sample in pool]
+                [context.request(sample.messages, self._sampling(self.max_tokens)) for sample in pool]
             )
-            found += [
-                answered(sample, reply)
+            samples += [
+                with_answer(sample, reply)
                 for sample, reply in zip(pool, replies, strict=True)
                 if not self._failed(reply, tally)
             ]
         for turn in range(1, self.rounds + 1):
-            evolved = yield from self._evolve(alive, scene, tally, turn)
-            equal = yield from ask(
-                [
-                    scene.request((user(_same(old, new)),), Sampling(0.0, 1.0, 8))
-                    for old, new in zip(alive, evolved, strict=True)
-                    if new
-                ]
-            )
-            verdicts = iter(equal)
-            survivors = [
-                None if new is None or self._adds_nothing(new, next(verdicts), tally) else new for new in evolved
-            ]
-            asked = [scene.request(new.messages, self._sampling(self.max_tokens)) for new in survivors if new]
-            said = iter((yield from ask(asked)))
-            for place, new in enumerate(survivors):
-                if new is None or self._failed(reply := next(said), tally):
+            evolved = yield from self._evolve(current, context, tally, turn)
+            evolved = yield from self._without_equal(current, evolved, context, tally)
+            requests = [context.request(new.messages, self._sampling(self.max_tokens)) for new in evolved if new]
+            replies_left = iter((yield from ask(requests)))
+            for place, new in enumerate(evolved):
+                if new is None or self._failed(reply := next(replies_left), tally):
                     continue
-                found.append(answered(new, reply))
-                alive[place] = new
-        return found
+                samples.append(with_answer(new, reply))
+                current[place] = new
+        return samples
 
-    def _sampling(self, tokens: int) -> Sampling:
-        return Sampling(self.temperature, self.top_p, tokens)
+    def _sampling(self, max_tokens: int) -> Sampling:
+        return Sampling(self.temperature, self.top_p, max_tokens)
 
-    def _evolve(self, alive: Pool, scene: Scene, tally: Tally, turn: int) -> Asking[list[Sample | None]]:
-        """The next generation of every prompt; None where there is none."""
-        operators = [scene.draw("operator", turn, place).choice(OPERATORS) for place in range(len(alive))]
+    def _evolve(self, current: Pool, context: StepContext, tally: Tally, turn: int) -> Questions[list[Sample | None]]:
+        """The next version of every prompt; None where the rewriting failed."""
+        operators = [context.rng("operator", turn, place).choice(OPERATORS) for place in range(len(current))]
         questions = [
             fill(WIDER, prompt=prompt_of(s)) if name == "widen" else fill(DEEPER, how=HOW[name], prompt=prompt_of(s))
-            for s, name in zip(alive, operators, strict=True)
+            for s, name in zip(current, operators, strict=True)
         ]
         replies = yield from ask(
-            [scene.request((user(text),), self._sampling(self.prompt_tokens), turn) for text in questions]
+            [context.request((user(text),), self._sampling(self.prompt_tokens), turn) for text in questions]
         )
-        found: list[Sample | None] = []
-        for sample, name, reply in zip(alive, operators, replies, strict=True):
+        evolved: list[Sample | None] = []
+        for sample, name, reply in zip(current, operators, replies, strict=True):
             text = (answer_of(reply) or "").strip().strip('"').strip()
-            reason = "prompt cut off" if reply.meta.get("finish") == "length" else "no prompt" if not text else None
-            if reason is None and LEAKED.search(text):
-                reason = "speaks of the prompt"
-            if reason is None and text.casefold() == prompt_of(sample).casefold():
-                reason = "adds nothing"
             tally.add(f"{name}_tried")
-            if reason:
+            if reason := _unusable(text, str(reply.meta.get("finish")), prompt_of(sample)):
                 tally.drop(reason, text)
-            kept = {key: sample.meta[key] for key in ("kind", "task", "weight") if key in sample.meta}
-            found.append(
-                None
-                if reason
-                else new_prompt(text, [sample, reply], reply.writer, **kept, evolved=name, generation=turn)
-            )
-        return found
+                evolved.append(None)
+            else:
+                meta = inherited(sample, "kind", "task", "weight") | {"evolved": name, "generation": turn}
+                evolved.append(new_prompt(text, [sample, reply], reply.writer, **meta))
+        return evolved
+
+    def _without_equal(
+        self, current: Pool, evolved: list[Sample | None], context: StepContext, tally: Tally
+    ) -> Questions[list[Sample | None]]:
+        """`evolved` with None in place of prompts that ask for the same as before, according to the model."""
+        questions = [_same(old, new) for old, new in zip(current, evolved, strict=True) if new]
+        verdicts = iter((yield from ask([context.request((user(text),), Sampling(0.0, 1.0, 8)) for text in questions])))
+        return [None if new is None or self._adds_nothing(new, next(verdicts), tally) else new for new in evolved]
 
     def _adds_nothing(self, new: Sample, verdict: Sample, tally: Tally) -> bool:
-        said = words(answer_of(verdict) or "")
-        equal = "equal" in said[:3] and "not" not in said[:3]
+        first_words = words(answer_of(verdict) or "")[:3]
+        equal = "equal" in first_words and "not" not in first_words
         if equal:
             tally.drop("adds nothing", prompt_of(new))
         return equal
@@ -151,28 +140,33 @@ class EvolInstruct(Section):
         """Whether the answer shows that the prompt can't be answered."""
         text = answer_of(reply) or ""
         finish = str(reply.meta.get("finish"))
-        said = words(text)
+        reply_words = words(text)
         reason = None if finish == "ok" else f"answer: {finish}"
-        if reason is None and "sorry" in said and len(said) < 80:
+        if reason is None and "sorry" in reply_words and len(reply_words) < 80:
             reason = "the answer says sorry"
-        if reason is None and all(word in STOP_WORDS for word in said):
+        if reason is None and all(word in STOP_WORDS for word in reply_words):
             reason = "the answer says nothing"
         if reason:
             tally.drop(reason, text)
         return reason is not None
 
-    def bill(self, taken: int) -> Bill:
-        times = taken * self.rounds
-        tokens = times * (self.prompt_tokens + self.max_tokens) + (taken * self.max_tokens if self.originals else 0)
-        return Bill(
-            3 * times + (taken if self.originals else 0),
-            int(tokens * ANSWER_SHARE),
-            given=times + (taken if self.originals else 0),
-        )
+    def estimate(self, samples: int) -> Estimate:
+        rewrites = samples * self.rounds
+        originals = samples if self.originals else 0
+        tokens = rewrites * (self.prompt_tokens + self.max_tokens) + originals * self.max_tokens
+        return Estimate(3 * rewrites + originals, int(tokens * ANSWER_SHARE), samples=rewrites + originals)
+
+
+def _unusable(text: str, finish: str, old: str) -> str | None:
+    """Why a rewritten prompt can't be used; None if it can."""
+    if finish == "length":
+        return "prompt cut off"
+    if not text:
+        return "no prompt"
+    if LEAKED.search(text):
+        return "speaks of the prompt"
+    return "adds nothing" if text.casefold() == old.casefold() else None
 
 
 def _same(old: Sample, new: Sample) -> str:
     return fill(SAME, one=prompt_of(old), other=prompt_of(new))
-
-
-STEPS: dict[str, type[Section]] = {"evol_instruct": EvolInstruct}

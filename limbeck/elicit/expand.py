@@ -1,18 +1,17 @@
-"""Expansion: many tasks out of few (Self-Instruct), and its one-call form (Alpaca)."""
+"""Expansion: many tasks from a few (Self-Instruct), and its one-call form (Alpaca)."""
 
 from __future__ import annotations
 
 import re
 from random import Random
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answered, ask, new_prompt, prompt_of, user
-from limbeck.elicit.select import holds
+from limbeck.elicit.flow import Pool, Questions, StepContext, Tally, ask, new_prompt, prompt_of, user, with_answer
+from limbeck.elicit.select import has_word
 from limbeck.elicit.similar import Novelty
+from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.wording import fill, items, numbered, parts
 from limbeck.types import Sample, Sampling
 
@@ -20,7 +19,7 @@ MORE = (
     "Here is a list of tasks that people give to an assistant. Continue it with new tasks of other"
     " kinds.\n\n{tasks}\n{next}."
 )
-IS_IT = (
+IS_CLASSIFICATION = (
     "Is the task a classification, where the answer is one of a few given labels? Say Yes or No.\n\n{examples}\n\nTask:"
     " {task}\nClassification:"
 )
@@ -38,7 +37,7 @@ ALL_AT_ONCE = (
     "Write {count} more tasks like these, of different kinds, each with an instruction, an input (or <noinput>) and an"
     " output. Keep the form.\n\n{tasks}\n\n{next}. Instruction:"
 )
-UNFIT = (
+UNFIT_WORDS = (
     "image",
     "images",
     "graph",
@@ -53,8 +52,8 @@ UNFIT = (
     "plot",
     "go to",
 )
-UNFIT_TOO = (*UNFIT, "video", "videos", "audio", "music", "flowchart", "flowcharts", "diagram", "diagrams")
-KNOWN_KINDS = (
+MORE_UNFIT_WORDS = (*UNFIT_WORDS, "video", "videos", "audio", "music", "flowchart", "flowcharts", "diagram", "diagrams")
+CLASSIFIED = (
     ("Sort the e-mail into work or private.", "Yes"),
     ("Write a birthday wish for my aunt.", "No"),
     ("Is the sentence true or false?", "Yes"),
@@ -63,10 +62,10 @@ NO_INPUT = re.compile(r"<?\s*no\s*-?input\s*>?\.?", re.IGNORECASE)
 
 
 def unfit(text: str, barred: tuple[str, ...]) -> str | None:
-    """Why an instruction is left out before it is compared with others; None where it may stay."""
+    """Why an instruction is dropped before it is compared with others; None if it may stay."""
     if not 3 < len(text.split()) <= 150:
         return "too short" if len(text.split()) <= 3 else "too long"
-    if any(holds(text, word) for word in barred):
+    if any(has_word(text, word) for word in barred):
         return "needs what a text can't hold"
     if text.lower().startswith("write a program"):
         return "asks for a program"
@@ -75,16 +74,16 @@ def unfit(text: str, barred: tuple[str, ...]) -> str | None:
     return None
 
 
-class SelfInstruct(Section):
-    """Rounds of questions for more tasks, each shown 8 (6 of the seeds and 2 made before; seeds fill up), until there
-    are `count` new ones or `requests` are used up. What passes the filters and is new (ROUGE-L of 0.7 at most) is asked
-    whether it is a classification, and then for instances: the label first for those, else the input first. The paper's
-    sampler is kept but for its frequency penalty and its stop texts; its prompts were for GPT-3, these are ours, and a
-    task's first instance is kept (`instances` for more)."""
+@register("self_instruct")
+class SelfInstruct(AskingStep):
+    """Asks for more tasks in rounds until there are `count` new ones or `requests` are used up; each request shows
+    `shown` tasks, `made` of them new ones and the rest seeds. New tasks must pass some filters, and their ROUGE-L with
+    all others must be at most `threshold`. The model then says whether a task is a classification and writes instances:
+    the label first if it is, the input first if not. The sampler is the paper's without the frequency penalty and stop
+    texts; the paper prompted GPT-3, the prompts here are ours. `instances` of each task are kept."""
 
-    kind: ClassVar[Kind] = "expand"
-    paper: ClassVar[str] = "Wang et al., arXiv:2212.10560"
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    kind = "expand"
+    paper = "Wang et al., arXiv:2212.10560"
     count: Annotated[int, Field(ge=1)] = 100
     requests: Annotated[int, Field(ge=1)] = 100
     together: Annotated[int, Field(ge=1)] = 5
@@ -94,97 +93,101 @@ class SelfInstruct(Section):
     temperature: Temperature = 0.7
     top_p: TopP = 0.5
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 2.0
-    max_tokens: Tokens = 512
-    instance_tokens: Tokens = 300
+    max_tokens: TokenCount = 512
+    instance_tokens: TokenCount = 300
     instances: Annotated[int, Field(ge=1, le=5)] = 1
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        made = yield from self._instructions(pool, scene, tally)
-        kinds = yield from ask([scene.request((user(_is_it(sample)),), Sampling(0.0, 1.0, 3)) for sample in made])
-        labelled = [reply.messages[-1]["content"].strip().lower().startswith("yes") for reply in kinds]
-        tally.facts["classification"] = sum(labelled) / max(1, len(labelled))
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        tasks = yield from self._tasks(pool, context, tally)
+        replies = yield from ask(
+            [context.request((user(_is_classification(task)),), Sampling(0.0, 1.0, 3)) for task in tasks]
+        )
+        classification = [reply.messages[-1]["content"].strip().lower().startswith("yes") for reply in replies]
+        tally.facts["classification"] = sum(classification) / max(1, len(classification))
         sampling = Sampling(0.0, 1.0, self.instance_tokens, presence_penalty=1.5)
-        templates = [OUTPUT_FIRST if first else INPUT_FIRST for first in labelled]
-        asked = [
-            scene.request((user(fill(t, task=prompt_of(s))),), sampling) for s, t in zip(made, templates, strict=True)
-        ]
-        replies = yield from ask(asked)
-        found: Pool = []
-        for sample, reply, first in zip(made, replies, labelled, strict=True):
-            found += self._instances(sample, reply, first, tally)
-        return found
+        templates = [OUTPUT_FIRST if label_first else INPUT_FIRST for label_first in classification]
+        replies = yield from ask(
+            [
+                context.request((user(fill(template, task=prompt_of(task))),), sampling)
+                for task, template in zip(tasks, templates, strict=True)
+            ]
+        )
+        samples: Pool = []
+        for task, reply, label_first in zip(tasks, replies, classification, strict=True):
+            samples += self._instances(task, reply, label_first, tally)
+        return samples
 
-    def _instructions(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        known = Novelty(self.threshold, [prompt_of(sample) for sample in pool])
-        made = list[Sample]()
+    def _tasks(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        """The new tasks, without instances."""
+        novelty = Novelty(self.threshold, [prompt_of(sample) for sample in pool])
+        tasks: Pool = []
         used = 0
         for sample in pool:
-            known.remember(prompt_of(sample))
+            novelty.remember(prompt_of(sample))
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens, presence_penalty=self.presence_penalty)
-        while len(made) < self.count and used < self.requests:
-            batch = min(self.together, self.requests - used)
-            groups = [self._demonstrations(pool, made, scene.draw("shown", used + number)) for number in range(batch)]
-            asked = [
-                scene.request((user(_more(group)),), sampling, used + number) for number, group in enumerate(groups)
-            ]
-            used += batch
-            replies = yield from ask(asked)
+        while len(tasks) < self.count and used < self.requests:
+            numbers = range(used, used + min(self.together, self.requests - used))
+            groups = [self._demonstrations(pool, tasks, context.rng("shown", number)) for number in numbers]
+            replies = yield from ask(
+                [
+                    context.request((user(_more(group)),), sampling, number)
+                    for number, group in zip(numbers, groups, strict=True)
+                ]
+            )
+            used += len(numbers)
             for group, reply in zip(groups, replies, strict=True):
-                made += self._new(group, reply, known, tally)
-        tally.facts |= {"requests": used, "new_instructions": len(made)}
-        for sample in made[self.count :]:
-            tally.drop("more than wanted", prompt_of(sample))
-        return made[: self.count]
+                tasks += self._new_tasks(group, reply, novelty, tally)
+        tally.facts |= {"requests": used, "new_instructions": len(tasks)}
+        for task in tasks[self.count :]:
+            tally.drop("more than wanted", prompt_of(task))
+        return tasks[: self.count]
 
-    def _demonstrations(self, pool: Pool, made: Pool, noise: Random) -> Pool:
-        ours = noise.sample(made, min(self.made, len(made)))
-        chosen = ours + noise.sample(pool, min(self.shown - len(ours), len(pool)))
-        noise.shuffle(chosen)
-        return chosen
+    def _demonstrations(self, pool: Pool, tasks: Pool, rng: Random) -> Pool:
+        new = rng.sample(tasks, min(self.made, len(tasks)))
+        shown = new + rng.sample(pool, min(self.shown - len(new), len(pool)))
+        rng.shuffle(shown)
+        return shown
 
-    def _new(self, group: Pool, reply: Sample, known: Novelty, tally: Tally) -> Pool:
-        """The instructions of one answer that are fit and new. An answer that was cut off loses its last one; the paper
-        drops it whole."""
-        listed = [
-            text
-            for _, text in items(f"{len(group) + 1}. {_without_number(reply.messages[-1]['content'], len(group) + 1)}")
-        ]
+    def _new_tasks(self, group: Pool, reply: Sample, novelty: Novelty, tally: Tally) -> Pool:
+        """The fit and new instructions of one reply. A reply that was cut off loses its last one; the paper drops it
+        whole."""
+        first = len(group) + 1
+        listed = [text for _, text in items(f"{first}. {_without_number(reply.messages[-1]['content'], first)}")]
         if reply.meta.get("finish") == "length" and listed:
             tally.drop("cut off", listed.pop())
-        found: Pool = []
+        tasks: Pool = []
         for text in (" ".join(each.split()) for each in listed):
-            if reason := ("empty" if not text else unfit(text, UNFIT)):
+            if reason := ("empty" if not text else unfit(text, UNFIT_WORDS)):
                 tally.drop(reason, text)
-            elif not known.add(text):
+            elif not novelty.add(text):
                 tally.drop("like another task", text)
             else:
-                found.append(new_prompt(text, [*group, reply], reply.writer, kind="self-instruct"))
-        return found
+                tasks.append(new_prompt(text, [*group, reply], reply.writer, kind="self-instruct"))
+        return tasks
 
-    def _instances(self, sample: Sample, reply: Sample, label_first: bool, tally: Tally) -> Pool:
-        pairs = _pairs(reply.messages[-1]["content"], label_first)
+    def _instances(self, task: Sample, reply: Sample, label_first: bool, tally: Tally) -> Pool:
+        pairs = _input_output_pairs(reply.messages[-1]["content"], label_first)
         if reply.meta.get("finish") == "length" and len(pairs) > 1:
             tally.drop("instance cut off", pairs.pop()[1])
-        kept: dict[str, str] = {}
-        for given, output in pairs:
-            if not output or output.endswith(":") or output == given:
-                tally.drop("instance without a proper output", f"{given} -> {output}")
-            elif kept.setdefault(given, output) != output:
-                tally.drop("same input with different outputs", prompt_of(sample))
+        outputs: dict[str, str] = {}  # by input
+        for task_input, output in pairs:
+            if not output or output.endswith(":") or output == task_input:
+                tally.drop("instance without a proper output", f"{task_input} -> {output}")
+            elif outputs.setdefault(task_input, output) != output:
+                tally.drop("same input with different outputs", prompt_of(task))
                 return []
-        if not kept:
+        if not outputs:
             tally.drop("no instance", reply.messages[-1]["content"])
-        found = []
-        for given, output in list(kept.items())[: self.instances]:
-            text = f"{prompt_of(sample)}\n\n{given}" if given else prompt_of(sample)
-            found.append(
-                answered(new_prompt(text, [sample], reply.writer, kind=sample.meta["kind"]), reply, output, finish="ok")
-            )
-        return found
+        samples = []
+        for task_input, output in list(outputs.items())[: self.instances]:
+            text = f"{prompt_of(task)}\n\n{task_input}" if task_input else prompt_of(task)
+            prompt = new_prompt(text, [task], reply.writer, kind=task.meta["kind"])
+            samples.append(with_answer(prompt, reply, output, finish="ok"))
+        return samples
 
-    def bill(self, _: int) -> Bill:
+    def estimate(self, _: int) -> Estimate:
         tokens = self.requests * self.max_tokens + self.count * (self.instance_tokens + 3)
-        return Bill(self.requests + 2 * self.count, int(tokens * ANSWER_SHARE), given=self.count * self.instances)
+        return Estimate(self.requests + 2 * self.count, int(tokens * ANSWER_SHARE), samples=self.count * self.instances)
 
 
 def _more(group: Pool) -> str:
@@ -192,40 +195,39 @@ def _more(group: Pool) -> str:
 
 
 def _without_number(text: str, number: int) -> str:
-    """The answer without the number that it may repeat at its beginning."""
+    """The reply without the number that it may repeat at its beginning."""
     return re.sub(rf"^\s*{number}\s*[.)]\s*", "", text)
 
 
-def _is_it(sample: Sample) -> str:
-    examples = "\n\n".join(f"Task: {task}\nClassification: {answer}" for task, answer in KNOWN_KINDS)
-    return fill(IS_IT, examples=examples, task=prompt_of(sample))
+def _is_classification(task: Sample) -> str:
+    examples = "\n\n".join(f"Task: {text}\nClassification: {answer}" for text, answer in CLASSIFIED)
+    return fill(IS_CLASSIFICATION, examples=examples, task=prompt_of(task))
 
 
-def _pairs(text: str, label_first: bool) -> list[tuple[str, str]]:
-    """(input, output) of every instance that was written, in either order."""
-    ahead, behind = ("label", "input") if label_first else ("input", "output")
-    blocks = re.split(rf"(?im)^(?=[ \t*#]*{ahead}[ \t*]*:)", text)
+def _input_output_pairs(text: str, label_first: bool) -> list[tuple[str, str]]:
+    """(input, output) of every instance in a reply that has either of them first."""
+    first, second = ("label", "input") if label_first else ("input", "output")
+    blocks = re.split(rf"(?im)^(?=[ \t*#]*{first}[ \t*]*:)", text)
     if not label_first and not re.search(r"(?im)^[ \t*#]*(?:input|output)[ \t*]*:", text):
         return [("", text.strip())] if text.strip() else []
-    found = []
+    pairs = []
     for block in blocks:
-        read = parts(block, (ahead, behind, "task"))
-        given, output = (
-            (read.get(behind, ""), read.get(ahead, "")) if label_first else (read.get(ahead, ""), read.get(behind, ""))
-        )
-        if ahead in read or behind in read:
-            found.append(("" if NO_INPUT.fullmatch(given) else given, output))
-    return found
+        read = parts(block, (first, second, "task"))
+        if first in read or second in read:
+            task_input = read.get(second if label_first else first, "")
+            output = read.get(first if label_first else second, "")
+            pairs.append(("" if NO_INPUT.fullmatch(task_input) else task_input, output))
+    return pairs
 
 
-class Alpaca(Section):
-    """Self-Instruct in one call: three seeds with their answers are shown, and `tasks` more are asked for, each with
-    instruction, input and output; until there are `count` or `requests` are used up. The original shows the seeds to
-    text-davinci-003 with a page of requirements; the wording here is ours."""
+@register("alpaca")
+class Alpaca(AskingStep):
+    """Self-Instruct in one call: each request shows `shown` seeds with their answers and asks for `tasks` more, each
+    with an instruction, an input and an output, until there are `count` new ones or `requests` are used up. The
+    original shows the seeds to text-davinci-003 with a page of requirements; the wording here is ours."""
 
-    kind: ClassVar[Kind] = "expand"
-    paper: ClassVar[str] = "Taori et al. 2023, Stanford Alpaca"
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    kind = "expand"
+    paper = "Taori et al. 2023, Stanford Alpaca"
     count: Annotated[int, Field(ge=1)] = 100
     requests: Annotated[int, Field(ge=1)] = 100
     together: Annotated[int, Field(ge=1)] = 5
@@ -234,77 +236,72 @@ class Alpaca(Section):
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.7
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
-    max_tokens: Tokens = 1024
+    max_tokens: TokenCount = 1024
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        having = [sample for sample in pool if sample.meta.get("answers")]
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        seeds = [sample for sample in pool if sample.meta.get("answers")]
         for sample in pool:
             if not sample.meta.get("answers"):
                 tally.drop("a seed without an answer", prompt_of(sample))
-        known = Novelty(self.threshold, [prompt_of(sample) for sample in having])
-        found = list[Sample]()
+        novelty = Novelty(self.threshold, [prompt_of(seed) for seed in seeds])
+        samples: Pool = []
         used = 0
-        for sample in having:
-            known.remember(prompt_of(sample))
-        while len(found) < self.count and used < self.requests and having:
-            batch = min(self.together, self.requests - used)
-            groups = [scene.draw("shown", used + n).sample(having, min(self.shown, len(having))) for n in range(batch)]
-            asked = [
-                scene.request((user(self._question(group)),), self._sampling, used + n)
-                for n, group in enumerate(groups)
-            ]
-            used += batch
-            replies = yield from ask(asked)
+        for seed in seeds:
+            novelty.remember(prompt_of(seed))
+        sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
+        while len(samples) < self.count and used < self.requests and seeds:
+            numbers = range(used, used + min(self.together, self.requests - used))
+            groups = [context.rng("shown", n).sample(seeds, min(self.shown, len(seeds))) for n in numbers]
+            replies = yield from ask(
+                [
+                    context.request((user(self._question(group)),), sampling, n)
+                    for n, group in zip(numbers, groups, strict=True)
+                ]
+            )
+            used += len(numbers)
             for group, reply in zip(groups, replies, strict=True):
-                found += self._new(group, reply, known, tally)
-        tally.facts |= {"requests": used, "new_instructions": len(found)}
-        for sample in found[self.count :]:
+                samples += self._new_tasks(group, reply, novelty, tally)
+        tally.facts |= {"requests": used, "new_instructions": len(samples)}
+        for sample in samples[self.count :]:
             tally.drop("more than wanted", prompt_of(sample))
-        return found[: self.count]
-
-    @property
-    def _sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.max_tokens)
+        return samples[: self.count]
 
     def _question(self, group: Pool) -> str:
         shown = [
-            f"{n}. Instruction: {prompt_of(s)}\nInput: <noinput>\nOutput: {s.meta['answers'][0]}"
-            for n, s in enumerate(group, 1)
+            f"{n}. Instruction: {prompt_of(seed)}\nInput: <noinput>\nOutput: {seed.meta['answers'][0]}"
+            for n, seed in enumerate(group, 1)
         ]
         return fill(ALL_AT_ONCE, count=str(self.tasks), tasks="\n\n".join(shown), next=str(len(group) + 1))
 
-    def _new(self, group: Pool, reply: Sample, known: Novelty, tally: Tally) -> Pool:
-        text = re.sub(
-            r"(?im)^[ \t*#]*\d{1,3}[ \t]*[.)][ \t]*(?=\**instruction)",
-            "",
-            f"Instruction: {reply.messages[-1]['content']}",
-        )
-        blocks = [
-            parts(block, ("instruction", "input", "output"))
-            for block in re.split(r"(?im)^(?=[ \t*#]*instruction[ \t*]*:)", text)
-            if block.strip()
-        ]
+    def _new_tasks(self, group: Pool, reply: Sample, novelty: Novelty, tally: Tally) -> Pool:
+        blocks = _instruction_blocks(reply.messages[-1]["content"])
         if reply.meta.get("finish") == "length" and blocks:
             tally.drop("cut off", blocks.pop().get("instruction", ""))
-        found: Pool = []
+        samples: Pool = []
         for block in blocks:
-            instruction, given, output = (block.get(name, "").strip() for name in ("instruction", "input", "output"))
+            instruction, task_input, output = (
+                block.get(name, "").strip() for name in ("instruction", "input", "output")
+            )
             instruction = " ".join(instruction.split())
             if not instruction or not output:
                 tally.drop("a part is missing", instruction or output)
-            elif reason := unfit(instruction, UNFIT_TOO):
+            elif reason := unfit(instruction, MORE_UNFIT_WORDS):
                 tally.drop(reason, instruction)
-            elif not known.add(instruction):
+            elif not novelty.add(instruction):
                 tally.drop("like another task", instruction)
             else:
-                asked = instruction if not given or NO_INPUT.fullmatch(given) else f"{instruction}\n\n{given}"
-                found.append(
-                    answered(new_prompt(asked, group, reply.writer, kind="alpaca"), reply, output, finish="ok")
-                )
-        return found
+                no_input = not task_input or NO_INPUT.fullmatch(task_input)
+                text = instruction if no_input else f"{instruction}\n\n{task_input}"
+                prompt = new_prompt(text, group, reply.writer, kind="alpaca")
+                samples.append(with_answer(prompt, reply, output, finish="ok"))
+        return samples
 
-    def bill(self, _: int) -> Bill:
-        return Bill(self.requests, int(self.requests * self.max_tokens * ANSWER_SHARE), given=self.count)
+    def estimate(self, _: int) -> Estimate:
+        return Estimate(self.requests, int(self.requests * self.max_tokens * ANSWER_SHARE), samples=self.count)
 
 
-STEPS: dict[str, type[Section]] = {"self_instruct": SelfInstruct, "alpaca": Alpaca}
+def _instruction_blocks(text: str) -> list[dict[str, str]]:
+    """The named parts of every task in a reply, which goes on after the word Instruction."""
+    text = re.sub(r"(?im)^[ \t*#]*\d{1,3}[ \t]*[.)][ \t]*(?=\**instruction)", "", f"Instruction: {text}")
+    blocks = re.split(r"(?im)^(?=[ \t*#]*instruction[ \t*]*:)", text)
+    return [parts(block, ("instruction", "input", "output")) for block in blocks if block.strip()]

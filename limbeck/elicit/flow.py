@@ -1,64 +1,68 @@
-"""What flows through elicitation: pools of samples, questions to models, and the count of everything that was left out.
+"""The data that elicitation works on: pools of samples, questions to models, and counts of what was left out.
 
-A step is a pure generator: it yields questions (`ask`, `score`) and is sent the answers, in the order of the questions
-whoever answered first. So the same seed and stored answers give the same pool, byte for byte. Only `engine` does I/O.
+A step yields questions (`ask`, `score`) and is sent the answers in the order of the questions, whoever answered first.
+So the same seed and the same stored answers give the same pool, byte for byte. Only `engine` does I/O.
 
-A pool's sample is a conversation. One that ends with a user's message is a prompt that waits for an answer; one that
-ends with an assistant's message is answered. Its `meta` may hold: `prompt_id` (samples that answer one prompt share
-it), `kind`, `task` (the tag that a loss's `only` names), `weight`, `check` (see `verify`), `answers` (given ones, the
-best first), `finish`, `scores` (by name) and whatever later steps are to read.
+A sample in a pool is a conversation. If it ends with a user's message it is a prompt that waits for an answer; if it
+ends with an assistant's message it is answered. Its `meta` may hold: `prompt_id` (shared by all answers to one prompt),
+`kind`, `task` (the tag that a loss's `only` names), `weight`, `check` (see `verify`), `answers` (from the corpus, the
+best first), `finish`, `scores` (by name), and whatever later steps read.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from limbeck.types import LogProb, Message, Request, Sample, Sampling, content_hash
 
 Pool = list[Sample]
 T = TypeVar("T")
-KEPT_EXAMPLES = 3
+MAX_EXAMPLES = 3
 EXAMPLE_CHARS = 160
-Kind = Literal["expand", "curate", "label", "verify", "select", "transform"]
 
 
 @dataclass(frozen=True)
-class Score:
-    """How likely does the scoring model find this answer? Answered by a `LogProb`. Without messages, it is a plain text
-    without a template. `by` names another model, or `untouched`, the student before training; questions that are asked
-    together are all to one."""
+class ScoreRequest:
+    """Asks a model how likely it finds an answer; the reply is a `LogProb`.
+
+    Without messages the answer is plain text, outside any chat template. `model` is empty for the scoring model itself,
+    or names another one, or `untouched` (the student before training); all requests of one batch go to one model.
+    """
 
     messages: tuple[Message, ...]
     answer: str
-    by: str = ""
+    model: str = ""
 
     @property
-    def name(self) -> str:
+    def key(self) -> str:
         return content_hash([list(self.messages), self.answer])
 
 
-Asking = Generator[Sequence[Request] | Sequence[Score], Sequence[Any], T]
+Questions = Generator[Sequence[Request] | Sequence[ScoreRequest], Sequence[Any], T]
 
 
-def ask(requests: Sequence[Request]) -> Asking[list[Sample]]:
-    """`answers = yield from ask(requests)`: one sample per request, in their order; the last message is the answer,
-    `meta["finish"]` what became of it. One that failed for good has the text "" and the finish "error"."""
+def ask(requests: Sequence[Request]) -> Questions[list[Sample]]:
+    """`replies = yield from ask(requests)`: one sample per request, in the order of the requests.
+
+    The last message is the answer and `meta["finish"]` says how it ended. A request that failed for good has the answer
+    "" and the finish "error".
+    """
     return list((yield list(requests))) if requests else []
 
 
-def score(scores: Sequence[Score]) -> Asking[list[LogProb]]:
-    """`found = yield from score(questions)`: one LogProb per question, in their order."""
-    return list((yield list(scores))) if scores else []
+def score(requests: Sequence[ScoreRequest]) -> Questions[list[LogProb]]:
+    """`log_probs = yield from score(requests)`: one LogProb per request, in the order of the requests."""
+    return list((yield list(requests))) if requests else []
 
 
 @dataclass
 class Tally:
-    """What a step did: samples it was given and gave, why others went (with an example or three), and facts such as an
-    accept rate."""
+    """What a step did: samples in (`taken`) and out (`given`), how many were dropped and why, with a few examples, and
+    facts such as an acceptance rate."""
 
     step: str
     taken: int = 0
@@ -68,22 +72,21 @@ class Tally:
     facts: dict[str, float] = field(default_factory=dict)
 
     def drop(self, reason: str, text: str = "") -> None:
-        """Count one that goes no further; `reason` in a few plain words."""
+        """Count a dropped sample or answer under `reason`, a few plain words."""
         self.dropped[reason] += 1
-        shown = self.examples.setdefault(reason, [])
-        if text and len(shown) < KEPT_EXAMPLES:
-            shown.append(text if len(text) <= EXAMPLE_CHARS else f"{text[:EXAMPLE_CHARS]}…")
+        examples = self.examples.setdefault(reason, [])
+        if text and len(examples) < MAX_EXAMPLES:
+            examples.append(text if len(text) <= EXAMPLE_CHARS else f"{text[:EXAMPLE_CHARS]}…")
 
-    def add(self, fact: str, by: float = 1) -> None:
-        self.facts[fact] = self.facts.get(fact, 0) + by
+    def add(self, fact: str, amount: float = 1) -> None:
+        self.facts[fact] = self.facts.get(fact, 0) + amount
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a step is given beside the pool: whom it asks, and where its random numbers come from.
+class StepContext:
+    """What a step knows beside the pool: the model that it asks, and its source of random numbers.
 
-    `header` is the text before a user's first message in the writer's own chat format, where that is known (see
-    `magpie`).
+    `header` is the text before a user's message in the model's own chat format, where that is known (see `magpie`).
     """
 
     model: str
@@ -101,41 +104,14 @@ class Scene:
         against: Sequence[Message] | None = None,
         contrast: float = 0.0,
     ) -> Request:
-        """A question to the writer; `number` tells several answers to the same messages apart."""
+        """A request to the model. `number` tells several answers to the same messages apart."""
         seed = self.seed if number == 0 else int(content_hash([self.seed, number])[:7], 16)
         other = None if against is None else tuple(against)
         return Request(self.model, tuple(messages), sampling, seed, raw=raw, against=other, contrast=contrast)
 
-    def draw(self, *what: Any) -> random.Random:
-        """Random numbers of this step's own, the same for the same `what` (such as the round, or a sample's id)."""
-        return random.Random(content_hash([self.seed, self.step, [str(part) for part in what]]))  # noqa: S311 (a draw, not a secret)
-
-
-@dataclass(frozen=True)
-class Bill:
-    """What a step will ask for, about: requests, tokens to be written, texts to be scored; and how many samples come
-    out of it."""
-
-    requests: int = 0
-    tokens: int = 0
-    scores: int = 0
-    given: int = 0
-
-
-class Step(Protocol):
-    """A step of `elicit:` in a recipe: its settings (a pydantic model) and what it does with them.
-
-    `needs` are what the writer must be able to do: "text", "raw" (continue a text without a template), "contrast",
-    "log_probs".
-    """
-
-    kind: ClassVar[Kind]
-    paper: ClassVar[str]
-    needs: ClassVar[frozenset[str]]
-
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]: ...
-
-    def bill(self, taken: int) -> Bill: ...
+    def rng(self, *key: Any) -> random.Random:
+        """Random numbers for this step, always the same for the same `key` (such as a round, or a sample's id)."""
+        return random.Random(content_hash([self.seed, self.step, [str(part) for part in key]]))  # noqa: S311 (no secret)
 
 
 def user(text: str) -> Message:
@@ -143,63 +119,88 @@ def user(text: str) -> Message:
 
 
 def prompt_of(sample: Sample) -> str:
-    """The last thing that the user said."""
+    """The user's last message."""
     return next((message["content"] for message in reversed(sample.messages) if message["role"] == "user"), "")
 
 
 def answer_of(sample: Sample) -> str | None:
-    """The answer; None for a prompt that waits for one."""
+    """The answer, or None for a prompt that waits for one."""
     last = sample.messages[-1]
     return last["content"] if last["role"] == "assistant" else None
 
 
-def asked_of(sample: Sample) -> tuple[Message, ...]:
-    """The conversation before the answer."""
+def prompt_messages(sample: Sample) -> tuple[Message, ...]:
+    """The conversation up to the answer."""
     return sample.messages[:-1] if sample.messages[-1]["role"] == "assistant" else sample.messages
 
 
 def new_prompt(text: str, parents: Sequence[Sample], writer: str, **meta: Any) -> Sample:
-    """A prompt that came from these samples. Facts of the parents aren't taken over: name those that still hold."""
+    """A prompt made from `parents`. It inherits none of their meta: pass what still holds."""
     sample = Sample((user(text),), writer, parents=tuple(parent.id for parent in parents), meta=meta)
     return replace(sample, meta={"prompt_id": sample.id[:16], **meta})
 
 
-def answered(prompt: Sample, reply: Sample, text: str | None = None, **meta: Any) -> Sample:
-    """The prompt with an answer out of `reply`: its very text and ids, or `text` that was read out of it. Keeps the
-    prompt's facts.
+def with_answer(prompt: Sample, reply: Sample, text: str | None = None, **meta: Any) -> Sample:
+    """The prompt with the answer of `reply` (text and token ids), or with `text` that was parsed from it.
 
-    The answer stands after the prompt's own messages, whatever else the writer was shown (a system message,
-    demonstrations).
+    The answer follows the prompt's own messages, whatever else the model was shown (a system message, demonstrations).
+    The prompt's meta stays.
     """
     content, ids = (reply.messages[-1]["content"], reply.response_ids) if text is None else (text, None)
-    facts = {**prompt.meta, "finish": reply.meta.get("finish", "ok"), **meta}
     message = {"role": "assistant", "content": content}
-    return Sample((*asked_of(prompt), message), reply.writer, ids, (prompt.id, reply.id), facts)
-
-
-def rewritten(sample: Sample, answer: str, writer: str, **meta: Any) -> Sample:
-    """The sample with another answer, made from its own."""
     return Sample(
-        (*asked_of(sample), {"role": "assistant", "content": answer}),
-        writer,
-        None,
-        (sample.id,),
-        {**sample.meta, **meta},
+        (*prompt_messages(prompt), message),
+        reply.writer,
+        ids,
+        parents=(prompt.id, reply.id),
+        meta={**prompt.meta, "finish": reply.meta.get("finish", "ok"), **meta},
     )
 
 
-def scored(sample: Sample, **scores: float) -> Sample:
-    """The sample with these scores beside it."""
+def with_new_answer(sample: Sample, answer: str, writer: str, **meta: Any) -> Sample:
+    """The sample with another answer, derived from its own."""
+    return Sample(
+        (*prompt_messages(sample), {"role": "assistant", "content": answer}),
+        writer,
+        parents=(sample.id,),
+        meta={**sample.meta, **meta},
+    )
+
+
+def with_scores(sample: Sample, **scores: float) -> Sample:
+    """The sample with these scores added to its meta."""
     return replace(sample, meta=sample.meta | {"scores": {**sample.meta.get("scores", {}), **scores}})
 
 
-def finished(replies: Sequence[Sample], tally: Tally) -> list[bool]:
-    """Which answers are whole; the others are counted as dropped by what became of them (length, empty, refused,
+def inherited(sample: Sample, *keys: str) -> dict[str, Any]:
+    """The entries of the sample's meta under these keys, where it has them."""
+    return {key: sample.meta[key] for key in keys if key in sample.meta}
+
+
+def drop_if(reject: Callable[[Sample], tuple[str, str] | None], pool: Pool, tally: Tally) -> Pool:
+    """The samples that `reject` has nothing against. For others it gives (reason, the text to show as an example)."""
+    passed: Pool = []
+    for sample in pool:
+        if rejection := reject(sample):
+            tally.drop(*rejection)
+        else:
+            passed.append(sample)
+    return passed
+
+
+def are_complete(replies: Sequence[Sample], tally: Tally) -> list[bool]:
+    """Which replies ended by themselves. The others count as dropped, by how they ended (length, empty, refused,
     ...)."""
-    whole = []
+    complete = []
     for reply in replies:
         finish = str(reply.meta.get("finish", "ok"))
-        whole.append(finish == "ok")
+        complete.append(finish == "ok")
         if finish != "ok":
             tally.drop(f"answer: {finish}", reply.messages[-1]["content"])
-    return whole
+    return complete
+
+
+def complete_replies(turns: Sequence[T], replies: Sequence[Sample], tally: Tally) -> list[tuple[T, Sample]]:
+    """(turn, its reply) for every reply that is complete; the others count as dropped. One reply per turn."""
+    complete = are_complete(replies, tally)
+    return [(turn, reply) for turn, reply, whole in zip(turns, replies, complete, strict=True) if whole]

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, rewritten
+from limbeck.elicit.flow import Pool, StepContext, Tally, with_new_answer
+from limbeck.elicit.step import LocalStep, register
 
 
-class Given(Section):
-    """Every prompt is answered by what stands beside it in the corpus: its first `answers`, the best first; prompts
-    without any go."""
+@register("given")
+class CorpusAnswers(LocalStep):
+    """Answers every prompt with the first `answers` that the corpus has for it, the best first. Drops prompts without
+    any."""
 
-    kind: ClassVar[Kind] = "label"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
+    kind = "label"
     answers: Annotated[int, Field(ge=1)] = 1
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()  # a plan is a generator; this one asks nothing
-        found: Pool = []
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        answered: Pool = []
         for sample in pool:
-            known = sample.meta.get("answers") or ()
-            if not known:
+            answers = sample.meta.get("answers") or ()
+            if not answers:
                 tally.drop("no answer is given", sample.messages[-1]["content"])
-            found += [rewritten(sample, answer, "corpus", finish="ok") for answer in known[: self.answers]]
-        return found
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
-
-
-STEPS: dict[str, type[Section]] = {"given": Given}
+            answered += [with_new_answer(sample, answer, "corpus", finish="ok") for answer in answers[: self.answers]]
+        return answered

@@ -1,4 +1,4 @@
-"""Labeling: a writer answers given prompts. Pure: prompts in, requests out."""
+"""Requests for answers to prompts."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ def label(prompts: Sequence[Prompt], model: str, sampling: Sampling, seed: int) 
     """One request per prompt."""
     for prompt in prompts:
         meta = {"prompt_id": prompt.id, "kind": prompt.kind}
-        yield Request(model, prompt.messages, sampling, seed, meta)
+        yield Request(model, prompt.messages, sampling, seed, meta=meta)

@@ -1,30 +1,28 @@
-"""Selection by what a model thinks of a sample: how much the prompt helps with the answer, how hard it is, how complex
-and how good."""
+"""Selection by what a model makes of a sample: how much the prompt helps with the answer, how hard the answer is, how
+complex the task and how good the answer."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
 from limbeck.elicit.flow import (
-    Asking,
-    Bill,
-    Kind,
     Pool,
-    Scene,
-    Score,
+    Questions,
+    ScoreRequest,
+    StepContext,
     Tally,
     answer_of,
-    asked_of,
+    prompt_messages,
     prompt_of,
     score,
-    scored,
     user,
+    with_scores,
 )
 from limbeck.elicit.similar import vectors
+from limbeck.elicit.step import AskingStep, Estimate, register
 from limbeck.elicit.wording import fill
 from limbeck.types import LogProb
 
@@ -40,147 +38,23 @@ DIGITS = ("1", "2", "3", "4", "5", "6")
 
 
 def answered_only(pool: Pool, tally: Tally) -> Pool:
-    """The samples with an answer that is not empty; the others are counted."""
+    """The samples that have an answer; the others count as dropped."""
     for sample in pool:
         if not (answer_of(sample) or "").strip():
             tally.drop("no answer", prompt_of(sample))
     return [sample for sample in pool if (answer_of(sample) or "").strip()]
 
 
-def per_token(found: LogProb) -> float:
+def nats_per_token(log_prob: LogProb) -> float:
     """Mean negative log-likelihood in nats per token."""
-    return -found.nats / max(1, found.tokens)
+    return -log_prob.nats / max(1, log_prob.tokens)
 
 
-def _highest(rated: Pool, name: str, share: float, tally: Tally, reason: str) -> Pool:
-    """The `share` of the samples with the highest score of this name, in their own order; the others go, for this
-    reason."""
-    count = max(1, round(share * len(rated)))
-    best = {id(sample) for sample in sorted(rated, key=lambda sample: -sample.meta["scores"][name])[:count]}
-    for sample in rated:
-        if id(sample) not in best:
-            tally.drop(reason, prompt_of(sample))
-    return [sample for sample in rated if id(sample) in best]
-
-
-class Difficulty(Section):
-    """Scores how hard an answer is to foresee: `difficulty`, its mean negative log-likelihood under the scoring model,
-    in nats per token. Nothing is left out but samples without an answer: `bins` and `top` select by it."""
-
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset({"log_probs"})
-
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        kept = answered_only(pool, tally)
-        found = yield from score([Score(asked_of(sample), answer_of(sample) or "") for sample in kept])
-        return [scored(sample, difficulty=per_token(one)) for sample, one in zip(kept, found, strict=True)]
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(scores=taken, given=taken)
-
-
-class Ifd(Section):
-    """Superfiltering: IFD = perplexity of the answer after its prompt / perplexity of the answer alone, under a small
-    model. At 1 and more the prompt doesn't help with the answer, and the sample goes; of the others the `share` with
-    the highest IFD stays, where the prompt helps least. The paper scores with GPT-2 and keeps 5 to 10 %; here the
-    scoring model is the recipe's teacher."""
-
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = "Li et al., arXiv:2402.00530 and arXiv:2308.12032"
-    needs: ClassVar[frozenset[str]] = frozenset({"log_probs"})
-    share: Annotated[float, Field(gt=0, le=1)] = 0.1
-
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        kept = answered_only(pool, tally)
-        texts = [answer_of(sample) or "" for sample in kept]
-        after = yield from score([Score(asked_of(sample), text) for sample, text in zip(kept, texts, strict=True)])
-        alone = yield from score([Score((), text) for text in texts])
-        below = []
-        for sample, one, other in zip(kept, after, alone, strict=True):
-            ifd = math.exp(per_token(one) - per_token(other))
-            if ifd >= 1:
-                tally.drop("the prompt does not help with the answer", prompt_of(sample))
-            else:
-                below.append(scored(sample, ifd=ifd))
-        return _highest(below, "ifd", self.share, tally, "the prompt helps too much")
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(scores=2 * taken, given=max(1, round(self.share * taken)))
-
-
-class Difference(Section):
-    """Difference sampling (MiniPLM): the `share` of samples stays that the scoring model finds likelier than a small
-    `reference` does by most, in nats per byte of the answer, so that length and tokenizer have no part in it. What both
-    find easy goes, and what neither foresees. The reference is a model's name, or `untouched`, the student before
-    training. The paper compares equally long pieces of a pre-training corpus by their sums, with a 104M reference
-    trained on 5B tokens of it; here answers are compared after their prompts."""
-
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = "Gu et al., arXiv:2410.17215"
-    needs: ClassVar[frozenset[str]] = frozenset({"log_probs"})
-    reference: str = "untouched"
-    share: Annotated[float, Field(gt=0, le=1)] = 0.5
-
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        kept = answered_only(pool, tally)
-        texts = [(asked_of(sample), answer_of(sample) or "") for sample in kept]
-        large = yield from score([Score(asked, text) for asked, text in texts])
-        small = yield from score([Score(asked, text, self.reference) for asked, text in texts])
-        rated = [
-            scored(sample, difference=(one.nats - other.nats) / len(text.encode()))
-            for sample, (_, text), one, other in zip(kept, texts, large, small, strict=True)
-        ]
-        return _highest(rated, "difference", self.share, tally, "the reference finds it as likely")
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(scores=2 * taken, given=max(1, round(self.share * taken)))
-
-
-class Deita(Section):
-    """Complexity times quality, then variety: samples are taken in the order of the product of both scores, one at a
-    time, unless the cosine with one that was taken is `similar` or more, until there are `count`. A score is the
-    expected digit from 1 to 6 under the writer's probabilities. The paper's scorers are trained for it and score every
-    turn, and its vectors are a language model's; here the writer is asked, about the last turn, and the vectors are
-    TF-IDF."""
-
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = "Liu et al., arXiv:2312.15685"
-    needs: ClassVar[frozenset[str]] = frozenset({"log_probs"})
-    count: Annotated[int, Field(ge=1)]
-    similar: Annotated[float, Field(gt=0, le=1)] = 0.9
-
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        kept = answered_only(pool, tally)
-        complexity = yield from self._digits([fill(COMPLEXITY, prompt=prompt_of(sample)) for sample in kept])
-        quality = yield from self._digits(
-            [fill(QUALITY, prompt=prompt_of(sample), answer=answer_of(sample) or "") for sample in kept]
-        )
-        rated = [
-            scored(sample, complexity=c, quality=q, deita=c * q)
-            for sample, c, q in zip(kept, complexity, quality, strict=True)
-        ]
-        points_ND = vectors([f"{prompt_of(sample)}\n{answer_of(sample)}" for sample in rated])
-        order = sorted(range(len(rated)), key=lambda number: (-rated[number].meta["scores"]["deita"], number))
-        taken: list[int] = []
-        for number in order:
-            if len(taken) == self.count:
-                tally.drop("enough samples", prompt_of(rated[number]))
-            elif taken and float((points_ND[taken] @ points_ND[number]).max()) >= self.similar:
-                tally.drop("like a better one", prompt_of(rated[number]))
-            else:
-                taken.append(number)
-        return [rated[number] for number in taken]
-
-    def _digits(self, questions: list[str]) -> Asking[list[float]]:
-        """The expected digit for every question."""
-        found = yield from score([Score((user(question),), digit) for question in questions for digit in DIGITS])
-        return [
-            expected([one.nats for one in found[at : at + len(DIGITS)]]) for at in range(0, len(found), len(DIGITS))
-        ]
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(scores=2 * len(DIGITS) * taken, given=min(taken, self.count))
+def normalised(log_probs: list[float]) -> list[float]:
+    """The probabilities, scaled so that they sum to 1."""
+    highest = max(log_probs)
+    weights = [math.exp(nats - highest) for nats in log_probs]
+    return [weight / sum(weights) for weight in weights]
 
 
 def expected(log_probs: list[float]) -> float:
@@ -190,4 +64,143 @@ def expected(log_probs: list[float]) -> float:
     return sum(number * weight for number, weight in enumerate(weights, 1)) / sum(weights)
 
 
-STEPS: dict[str, type[Section]] = {"difficulty": Difficulty, "ifd": Ifd, "difference": Difference, "deita": Deita}
+def _highest(samples: Pool, name: str, share: float, *, tally: Tally, reason: str) -> Pool:
+    """The `share` of the samples with the highest scores of this name, in their own order; drops the others."""
+    count = max(1, round(share * len(samples)))
+    best = {id(sample) for sample in sorted(samples, key=lambda sample: -sample.meta["scores"][name])[:count]}
+    for sample in samples:
+        if id(sample) not in best:
+            tally.drop(reason, prompt_of(sample))
+    return [sample for sample in samples if id(sample) in best]
+
+
+@register("difficulty")
+class Difficulty(AskingStep):
+    """Scores how hard an answer is to predict: `difficulty`, its mean negative log-likelihood under the scoring model,
+    in nats per token. Drops only samples without an answer; `bins` and `top` can then select by the score."""
+
+    kind = "select"
+    needs = frozenset({"log_probs"})
+
+    def run(self, pool: Pool, _: StepContext, tally: Tally) -> Questions[Pool]:
+        samples = answered_only(pool, tally)
+        log_probs = yield from score(
+            [ScoreRequest(prompt_messages(sample), answer_of(sample) or "") for sample in samples]
+        )
+        return [
+            with_scores(sample, difficulty=nats_per_token(log_prob))
+            for sample, log_prob in zip(samples, log_probs, strict=True)
+        ]
+
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(scores=samples, samples=samples)
+
+
+@register("ifd")
+class InstructionFollowingDifficulty(AskingStep):
+    """Superfiltering by IFD, the perplexity of the answer after its prompt divided by the perplexity of the answer
+    alone. Drops samples with an IFD of 1 or more, where the prompt doesn't help with the answer; keeps the `share` of
+    the others with the highest IFD, where it helps least. The paper scores with GPT-2 and keeps 5 to 10 %; here the
+    recipe's teacher scores."""
+
+    kind = "select"
+    paper = "Li et al., arXiv:2402.00530 and arXiv:2308.12032"
+    needs = frozenset({"log_probs"})
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    def run(self, pool: Pool, _: StepContext, tally: Tally) -> Questions[Pool]:
+        samples = answered_only(pool, tally)
+        texts = [answer_of(sample) or "" for sample in samples]
+        after_prompt = yield from score(
+            [ScoreRequest(prompt_messages(sample), text) for sample, text in zip(samples, texts, strict=True)]
+        )
+        alone = yield from score([ScoreRequest((), text) for text in texts])
+        below: Pool = []
+        for sample, with_prompt, without in zip(samples, after_prompt, alone, strict=True):
+            ifd = math.exp(nats_per_token(with_prompt) - nats_per_token(without))
+            if ifd >= 1:
+                tally.drop("the prompt does not help with the answer", prompt_of(sample))
+            else:
+                below.append(with_scores(sample, ifd=ifd))
+        return _highest(below, "ifd", self.share, tally=tally, reason="the prompt helps too much")
+
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(scores=2 * samples, samples=max(1, round(self.share * samples)))
+
+
+@register("difference")
+class DifferenceSampling(AskingStep):
+    """Difference sampling (MiniPLM): keeps the `share` of samples whose answers the scoring model finds likelier than a
+    small `reference` does by the widest margin. So what both find easy is dropped, and what neither predicts. The
+    margin is in nats per byte of the answer, independent of length and tokenizer. The reference is a model's name, or
+    `untouched`, the student before training. The paper compares pieces of equal length of a pre-training corpus, with a
+    104M reference trained on 5B tokens of it; here answers are compared, after their prompts."""
+
+    kind = "select"
+    paper = "Gu et al., arXiv:2410.17215"
+    needs = frozenset({"log_probs"})
+    reference: str = "untouched"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    def run(self, pool: Pool, _: StepContext, tally: Tally) -> Questions[Pool]:
+        samples = answered_only(pool, tally)
+        texts = [answer_of(sample) or "" for sample in samples]
+        prompts = [prompt_messages(sample) for sample in samples]
+        pairs = list(zip(prompts, texts, strict=True))
+        large = yield from score([ScoreRequest(prompt, text) for prompt, text in pairs])
+        small = yield from score([ScoreRequest(prompt, text, self.reference) for prompt, text in pairs])
+        rated = [
+            with_scores(sample, difference=(one.nats - other.nats) / len(text.encode()))
+            for sample, text, one, other in zip(samples, texts, large, small, strict=True)
+        ]
+        return _highest(rated, "difference", self.share, tally=tally, reason="the reference finds it as likely")
+
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(scores=2 * samples, samples=max(1, round(self.share * samples)))
+
+
+@register("deita")
+class Deita(AskingStep):
+    """Scores complexity and quality, then takes samples in the order of the product, skipping those whose cosine with
+    one already taken is `similar` or more, until there are `count`. A score is the expected digit from 1 to 6 under the
+    writer's probabilities. The paper trains its scorers, scores every turn, and takes vectors from a language model;
+    here the writer is asked, about the last turn, and the vectors are TF-IDF."""
+
+    kind = "select"
+    paper = "Liu et al., arXiv:2312.15685"
+    needs = frozenset({"log_probs"})
+    count: Annotated[int, Field(ge=1)]
+    similar: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    def run(self, pool: Pool, _: StepContext, tally: Tally) -> Questions[Pool]:
+        samples = answered_only(pool, tally)
+        complexity = yield from self._digits([fill(COMPLEXITY, prompt=prompt_of(sample)) for sample in samples])
+        quality = yield from self._digits(
+            [fill(QUALITY, prompt=prompt_of(sample), answer=answer_of(sample) or "") for sample in samples]
+        )
+        rated = [
+            with_scores(sample, complexity=c, quality=q, deita=c * q)
+            for sample, c, q in zip(samples, complexity, quality, strict=True)
+        ]
+        points_ND = vectors([f"{prompt_of(sample)}\n{answer_of(sample)}" for sample in rated])
+        order = sorted(range(len(rated)), key=lambda number: (-rated[number].meta["scores"]["deita"], number))
+        chosen: list[int] = []
+        for number in order:
+            if len(chosen) == self.count:
+                tally.drop("enough samples", prompt_of(rated[number]))
+            elif chosen and float((points_ND[chosen] @ points_ND[number]).max()) >= self.similar:
+                tally.drop("like a better one", prompt_of(rated[number]))
+            else:
+                chosen.append(number)
+        return [rated[number] for number in chosen]
+
+    def _digits(self, questions: list[str]) -> Questions[list[float]]:
+        """The expected digit for every question."""
+        log_probs = yield from score(
+            [ScoreRequest((user(question),), digit) for question in questions for digit in DIGITS]
+        )
+        nats = [log_prob.nats for log_prob in log_probs]
+        return [expected(nats[at : at + len(DIGITS)]) for at in range(0, len(nats), len(DIGITS))]
+
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(scores=2 * len(DIGITS) * samples, samples=min(samples, self.count))

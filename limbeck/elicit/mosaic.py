@@ -1,16 +1,16 @@
-"""Mosaic-IT: several samples put into one, with an instruction about the form, the order or the leaving out of the
-answers."""
+"""Mosaic-IT: several samples joined into one, with an instruction about the form of the answers, their order, or which
+to leave out."""
 
 from __future__ import annotations
 
 import random
 import re
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, prompt_of, user
+from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_of, user
+from limbeck.elicit.step import Estimate, LocalStep, register
 from limbeck.types import Sample
 
 FORMATS = {
@@ -45,8 +45,8 @@ MASKS = {
 PLAIN = "Do all of these tasks, one after the other."
 
 
-def ordered(name: str, texts: list[str], noise: random.Random) -> list[int]:
-    """The tasks' places in this order; equal ones as they stand."""
+def ordered(name: str, texts: list[str], rng: random.Random) -> list[int]:
+    """The places of the tasks in this order; equal ones stay as they stand."""
     places = list(range(len(texts)))
     keys = {
         "alphabetical": lambda place: texts[place],
@@ -62,106 +62,102 @@ def ordered(name: str, texts: list[str], noise: random.Random) -> list[int]:
     if name == "alphabetical_reverse":
         return sorted(places, key=lambda place: texts[place], reverse=True)
     if name == "fixed":
-        noise.shuffle(places)
+        rng.shuffle(places)
         return places
     return sorted(places, key=keys[name])
 
 
-def left_out(name: str, texts: list[str], noise: random.Random) -> list[int]:
-    """The places of the tasks that are left out: 10 to 50 % of them, or those of a kind; never all, and at least one of
-    two or more."""
+def left_out(name: str, texts: list[str], rng: random.Random) -> list[int]:
+    """The places of the tasks to leave out: 10 to 50 % of them, or the odd or even ones. At least one of two or more,
+    and never all."""
     places = list(range(len(texts)))
-    count = min(len(texts) - 1, max(1, round(noise.uniform(0.1, 0.5) * len(texts))))
+    count = min(len(texts) - 1, max(1, round(rng.uniform(0.1, 0.5) * len(texts))))
     if name in ("odd", "even"):
         return places[0 if name == "odd" else 1 :: 2]
     if name == "fixed":
-        return sorted(noise.sample(places, count))
+        return sorted(rng.sample(places, count))
     ranked = sorted(places, key=lambda place: (-len(texts[place]) if name == "longest" else len(texts[place]), place))
     return sorted(ranked[:count])
 
 
-class Mosaic(Section):
-    """Joins k ~ U{1..`most`} samples into one, `passes` times over the pool: with an instruction that sets the form of
-    the answers, their order, or which tasks are left out (one of the three, drawn), in our own words. Lone samples stay
-    as they are. A mosaic is cut short where it would have more than `words` words; the paper counts tokens (2,000)."""
+@register("mosaic")
+class Mosaic(LocalStep):
+    """Joins k ~ U{1..`most`} samples into one, in `passes` over the pool, with one drawn instruction: the form of the
+    answers, their order, or which tasks to leave out (in our own words). Where k is 1 the sample stays as it is. A
+    mosaic has at most `words` words; the paper limits tokens (2,000)."""
 
-    kind: ClassVar[Kind] = "transform"
-    paper: ClassVar[str] = "Li et al., arXiv:2405.13326"
-    needs: ClassVar[frozenset[str]] = frozenset()
+    kind = "transform"
+    paper = "Li et al., arXiv:2405.13326"
     passes: Annotated[int, Field(ge=1)] = 4
     most: Annotated[int, Field(ge=2, le=50)] = 10
     words: Annotated[int, Field(ge=20)] = 1200
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        whole = []
+    def apply(self, pool: Pool, context: StepContext, tally: Tally) -> Pool:
+        single_turn = []
         for sample in pool:
             if answer_of(sample) is None or len(sample.messages) != 2:
                 tally.drop("not one question with its answer", prompt_of(sample))
             else:
-                whole.append(sample)
-        found: Pool = []
+                single_turn.append(sample)
+        mosaics: Pool = []
         for turn in range(self.passes):
-            noise = scene.draw("pass", turn)
-            order = list(whole)
-            noise.shuffle(order)
-            while order:
-                group = self._group(order, noise)
-                found.append(group[0] if len(group) == 1 else self._joined(group, noise, f"{turn}/{len(found)}"))
+            rng = context.rng("pass", turn)
+            queue = list(single_turn)
+            rng.shuffle(queue)
+            while queue:
+                group = self._take_group(queue, rng)
+                joined = group[0] if len(group) == 1 else _joined(group, rng, f"{turn}/{len(mosaics)}")
+                mosaics.append(joined)
                 tally.add("joined" if len(group) > 1 else "alone")
-        return found
+        return mosaics
 
-    def _group(self, order: Pool, noise: random.Random) -> Pool:
-        """The next samples off the list, as many as drawn, or as fit."""
-        wanted = noise.randint(1, self.most)
-        group = [order.pop(0)]
-        size = 0
-        size = _size(group[0])
-        while order and len(group) < wanted and size + _size(order[0]) <= self.words:
-            size += _size(order[0])
-            group.append(order.pop(0))
+    def _take_group(self, queue: Pool, rng: random.Random) -> Pool:
+        """Take samples off the front of the queue: a drawn number, or as many as fit."""
+        count = rng.randint(1, self.most)
+        group = [queue.pop(0)]
+        size = _word_count(group[0])
+        while queue and len(group) < count and size + _word_count(queue[0]) <= self.words:
+            size += _word_count(queue[0])
+            group.append(queue.pop(0))
         return group
 
-    def _joined(self, group: Pool, noise: random.Random, name: str) -> Sample:
-        texts = [prompt_of(sample).strip() for sample in group]
-        answers = [(answer_of(sample) or "").strip() for sample in group]
-        strategy = noise.choice(("format", "order", "mask"))
-        told = PLAIN
-        form = "{answer}"
-        places = list(range(len(group)))
-        if strategy == "format":
-            words, form = FORMATS[noise.choice(sorted(FORMATS))]
-            told = f"{PLAIN} {words}"
-        elif strategy == "order":
-            how = noise.choice(sorted(ORDERS))
-            places = ordered(how, texts, noise)
-            told = ORDERS[how].replace("{order}", ", ".join(str(place + 1) for place in places))
-        else:
-            how = noise.choice(sorted(MASKS))
-            gone = left_out(how, texts, noise)
-            places = [place for place in places if place not in gone]
-            named = (
-                MASKS[how]
-                .replace("{left_out}", ", ".join(str(place + 1) for place in gone))
-                .replace("{count}", str(len(gone)))
-            )
-            told = f"{PLAIN} {named}"
-        tasks = "\n\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-        said = "\n\n".join(_formed(form, place + 1, answers[place]) for place in places)
-        meta = {"prompt_id": f"mosaic-{name}", "kind": "mosaic", "mosaic": strategy, "finish": "ok"}
-        messages = (user(f"{told}\n\n{tasks}"), {"role": "assistant", "content": said})
-        return Sample(messages, "mosaic", None, tuple(sample.id for sample in group), meta)
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=max(1, round(self.passes * taken / ((1 + self.most) / 2))))
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(samples=max(1, round(self.passes * samples / ((1 + self.most) / 2))))
 
 
-def _formed(form: str, number: int, answer: str) -> str:
-    return re.sub(r"\{(number|answer)\}", lambda found: str(number) if found[1] == "number" else answer, form)
+def _joined(group: Pool, rng: random.Random, name: str) -> Sample:
+    texts = [prompt_of(sample).strip() for sample in group]
+    answers = [(answer_of(sample) or "").strip() for sample in group]
+    strategy = rng.choice(("format", "order", "mask"))
+    form = "{answer}"
+    places = list(range(len(group)))
+    if strategy == "format":
+        words, form = FORMATS[rng.choice(sorted(FORMATS))]
+        instruction = f"{PLAIN} {words}"
+    elif strategy == "order":
+        order = rng.choice(sorted(ORDERS))
+        places = ordered(order, texts, rng)
+        instruction = ORDERS[order].replace("{order}", _numbers(places))
+    else:
+        mask = rng.choice(sorted(MASKS))
+        masked = left_out(mask, texts, rng)
+        places = [place for place in places if place not in masked]
+        words = MASKS[mask].replace("{left_out}", _numbers(masked)).replace("{count}", str(len(masked)))
+        instruction = f"{PLAIN} {words}"
+    tasks = "\n\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
+    answer = "\n\n".join(_formatted(form, place + 1, answers[place]) for place in places)
+    meta = {"prompt_id": f"mosaic-{name}", "kind": "mosaic", "mosaic": strategy, "finish": "ok"}
+    messages = (user(f"{instruction}\n\n{tasks}"), {"role": "assistant", "content": answer})
+    return Sample(messages, "mosaic", parents=tuple(sample.id for sample in group), meta=meta)
 
 
-def _size(sample: Sample) -> int:
+def _numbers(places: list[int]) -> str:
+    return ", ".join(str(place + 1) for place in places)
+
+
+def _formatted(form: str, number: int, answer: str) -> str:
+    return re.sub(r"\{(number|answer)\}", lambda match: str(number) if match[1] == "number" else answer, form)
+
+
+def _word_count(sample: Sample) -> int:
     return sum(len(message["content"].split()) for message in sample.messages)
-
-
-STEPS: dict[str, type[Section]] = {"mosaic": Mosaic}

@@ -1,8 +1,8 @@
-"""Prompts: where a run's questions come from. A file of ours or the user's, one JSON object per line.
+"""Prompts: the questions of a run, from a built-in file or the user's, one JSON object per line.
 
-A line holds `prompt` and may hold `id`, `kind`, `answer` or `answers` (a corpus: one answer, or several, the best
-first), `chosen` and `rejected` (the same for two), `task` and `weight` (for terms on one task, and for tokens that
-count more), `check` (see `verify`), and `feedback` (on an earlier answer, for a teacher that is shown it).
+A line has `prompt` and may have `id`, `kind`, `answer` or `answers` (a corpus: one answer, or several, the best first),
+`chosen` and `rejected` (the same for two), `task` and `weight` (for losses on one task, and for tokens that count
+more), `check` (see `verify`), and `feedback` (on an earlier answer, for a teacher that is shown it).
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any
 
 from limbeck.config.builtin import seed_files, task_folders
 from limbeck.elicit.verify import parse_check
-from limbeck.types import Message, RecipeError, UserError, nearest
+from limbeck.types import Message, RecipeError, UserError, content_hash, nearest
 
 BUILTIN = "builtin/"
-LISTS = (("answers",), ("references",))  # a task's items name what they are held against "references"
+HELD_OUT_SHARE = 0.1  # of a user's own file
+LISTS = (("answers",), ("references",))  # the items of a task call their right answers "references"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question; `check` is None where no program can judge the answer. `before` is the conversation that it comes
-    at the end of."""
+    """One question. `check` is None if no program can judge the answer; `before` is the conversation that comes before
+    it."""
 
     id: str
     text: str
@@ -41,22 +42,24 @@ class Prompt:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As plain data, to be hashed and kept."""
+        """As plain data, to be hashed and stored."""
         facts = asdict(self)
         return facts if self.before else {name: value for name, value in facts.items() if name != "before"}
 
 
 def load_prompts(source: str, part: str = "train", path: str = "prompts.from") -> list[Prompt]:
-    """The prompts of `builtin/NAME` (seeds, or a task's training or test part) or of a JSONL file. `path` is where the
-    recipe names it.
+    """The prompts of `builtin/NAME` (seeds, or a task's training or test part) or of a JSONL file.
+
+    Args:
+        path: where the recipe names the source, for error messages.
 
     Raises:
-        UserError: nothing there, nothing in it, or a malformed line, which is named by its number.
+        UserError: the source does not exist or is empty, or a line, named by its number, is malformed.
     """
     file = _locate(source, part, path)
     prefix = f"{source.removeprefix(BUILTIN)}/" if source.startswith(BUILTIN) else ""
     prompts: list[Prompt] = []
-    seen: set[str] = set()
+    ids: set[str] = set()
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -65,15 +68,52 @@ def load_prompts(source: str, part: str = "train", path: str = "prompts.from") -
         if not line.strip():
             continue
         prompt = _prompt(line, f"{file}, line {number}", number, prefix)
-        if prompt.id in seen:
-            raise UserError(f"{file}, line {number}: the id {prompt.id!r} stands twice")
-        seen.add(prompt.id)
+        if prompt.id in ids:
+            raise UserError(f"{file}, line {number}: the id {prompt.id!r} is used twice")
+        ids.add(prompt.id)
         prompts.append(prompt)
     if not prompts:
         raise UserError(
-            f'{file} holds no prompt; write one JSON object per line, such as {{"prompt": "Why is the sky blue?"}}'
+            f'{file} has no prompt; write one JSON object per line, such as {{"prompt": "Why is the sky blue?"}}'
         )
     return prompts
+
+
+def split_prompts(
+    source: str, limit: int | None, evaluate_source: str | None, evaluate_limit: int | None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, held-out prompts), without a common text.
+
+    Built-in prompts come with a held-out part. Of a user's own file about a tenth is held out (by a hash of the text,
+    so that a prompt stays held out when lines are added), unless `evaluate_source` names another file.
+
+    Raises:
+        RecipeError: one of the two is empty, or a held-out prompt is among the training prompts.
+    """
+    training = load_prompts(source)
+    if evaluate_source is not None:
+        held_out = load_prompts(evaluate_source, part="test", path="evaluate.prompts")
+    elif source.startswith(BUILTIN):
+        held_out = load_prompts(source, part="test")
+    else:
+        held_out = [prompt for prompt in training if _is_held_out(prompt)]
+        training = [prompt for prompt in training if not _is_held_out(prompt)]
+    training = training[:limit]
+    held_out = held_out[:evaluate_limit]
+    for part, path in ((training, "prompts"), (held_out, "evaluate.prompts")):
+        if not part:
+            raise RecipeError(
+                path, "no prompt is left for this part; give more prompts, or a file under evaluate.prompts"
+            )
+    if both := {prompt.text for prompt in training} & {prompt.text for prompt in held_out}:
+        raise RecipeError(
+            "evaluate.prompts", f"{len(both)} held-out prompts are training prompts too, such as {min(both)!r}"
+        )
+    return training, held_out
+
+
+def _is_held_out(prompt: Prompt) -> bool:
+    return int(content_hash(prompt.text)[:8], 16) < HELD_OUT_SHARE * 16**8
 
 
 def _locate(source: str, part: str, path: str) -> Path:
@@ -92,9 +132,9 @@ def _locate(source: str, part: str, path: str) -> Path:
             raise RecipeError(path, f"there are no built-in prompts {name!r}{nearest(name, (*tasks, *seeds))}")
         file = tasks[name] / f"{part}.jsonl"
         if part == "train" and not file.is_file():
-            having = [known for known, folder in tasks.items() if (folder / "train.jsonl").is_file()]
+            trainable = [task for task, folder in tasks.items() if (folder / "train.jsonl").is_file()]
             raise RecipeError(
-                path, f"the task {name} has nothing to train on, only to be measured by; take {' or '.join(having)}"
+                path, f"the task {name} has no training prompts, only test ones; take {' or '.join(trainable)}"
             )
         return file
     file = Path(source).expanduser()
@@ -116,31 +156,33 @@ def _prompt(line: str, place: str, number: int, prefix: str) -> Prompt:
     weight = data.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
         raise UserError(f'{place}: "weight" must be a number above 0')
-    ident = prefix + str(data.get("id", f"line-{number}"))
-    kind = str(data.get("kind", ""))
-    task = str(data.get("task", ""))
     feedback = data.get("feedback", "")
     if not isinstance(feedback, str):
         raise UserError(f'{place}: "feedback" must be text')
-    return Prompt(ident, data["prompt"], kind, _answers(data, place), check, task, float(weight), feedback)
+    return Prompt(
+        id=prefix + str(data.get("id", f"line-{number}")),
+        text=data["prompt"],
+        kind=str(data.get("kind", "")),
+        answers=_answers(data, place),
+        check=check,
+        task=str(data.get("task", "")),
+        weight=float(weight),
+        feedback=feedback,
+    )
 
 
 def _answers(data: dict[str, Any], place: str) -> tuple[str, ...]:
     """The corpus's answers, the best first."""
-    given = [
-        keys for keys in (*LISTS, ("answer",), ("chosen", "rejected")) if any(data.get(key) is not None for key in keys)
-    ]
-    if len(given) > 1:
+    forms = (*LISTS, ("answer",), ("chosen", "rejected"))
+    used = [keys for keys in forms if any(data.get(key) is not None for key in keys)]
+    if len(used) > 1:
         raise UserError(f'{place}: give one of "answer", "answers" (or "references"), or "chosen" with "rejected"')
-    if not given:
+    if not used:
         return ()
-    listed = given[0] in LISTS
-    answers = data[given[0][0]] if listed else [data.get(key) for key in given[0]]
-    if (
-        not isinstance(answers, list)
-        or not answers
-        or not all(isinstance(answer, str) and answer.strip() for answer in answers)
-    ):
-        keys = " and ".join(f'"{key}"' for key in given[0])
-        raise UserError(f"{place}: {keys} must be text that is not empty" + (", in a list" if listed else ""))
+    is_list = used[0] in LISTS
+    answers = data[used[0][0]] if is_list else [data.get(key) for key in used[0]]
+    is_text = isinstance(answers, list) and all(isinstance(answer, str) and answer.strip() for answer in answers)
+    if not is_text or not answers:
+        keys = " and ".join(f'"{key}"' for key in used[0])
+        raise UserError(f"{place}: {keys} must be text that is not empty" + (", in a list" if is_list else ""))
     return tuple(answers)

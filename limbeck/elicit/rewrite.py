@@ -1,30 +1,28 @@
-"""MetaMath's rewritings of questions with a known number as their answer: in other words, turned into a statement,
-asked backwards."""
+"""MetaMath's rewriting of questions that have a number as their answer: in other words, as a statement, and
+backwards."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from random import Random
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.answer import ANSWER_SHARE, Temperature, Tokens, TopP
 from limbeck.elicit.flow import (
-    Asking,
-    Bill,
-    Kind,
     Pool,
-    Scene,
+    Questions,
+    StepContext,
     Tally,
     answer_of,
     ask,
-    finished,
+    complete_replies,
+    inherited,
     new_prompt,
     prompt_of,
     user,
 )
+from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.verify import NUMBER
 from limbeck.elicit.wording import fill
 from limbeck.types import Sample, Sampling
@@ -39,131 +37,131 @@ STATEMENT = (
 )
 MASKED = "What is the value of the unknown number x?"
 KNOWING = "If we know that the answer to the question above is {answer}, what is the value of the unknown number x?"
+INHERITED = ("kind", "task", "weight")
 
-Way = Literal["rephrase", "self_verification", "backward"]
+RewriteWay = Literal["rephrase", "self_verification", "backward"]
+
+
+def plain_number(text: str) -> str:
+    """A number without commas and trailing zeros."""
+    return f"{float(text.replace(',', '')):g}"
 
 
 def numbers(text: str) -> list[str]:
-    """The numbers of a text in plain form, sorted."""
-    return sorted(f"{float(found.replace(',', '')):g}" for found in NUMBER.findall(text))
+    """The numbers in a text in plain form, sorted."""
+    return sorted(plain_number(match) for match in NUMBER.findall(text))
 
 
-def gold(sample: Sample) -> str | None:
-    """The number that is the right answer, as the check or the given answers have it."""
+def right_number(sample: Sample) -> str | None:
+    """The number that is the right answer, from the sample's check or the corpus; None if there is none."""
     check = sample.meta.get("check") or {}
     if check.get("type") == "number":
         return f"{float(check['answer']):g}"
-    found = NUMBER.findall(str((sample.meta.get("answers") or [""])[0]))
-    return f"{float(found[-1].replace(',', '')):g}" if found else None
+    in_answer = NUMBER.findall(str((sample.meta.get("answers") or [""])[0]))
+    return plain_number(in_answer[-1]) if in_answer else None
 
 
-class Rewrite(Section):
-    """New questions out of old ones whose answer is a number (MetaMath); answer them with `rationale` and keep what
-    `verify` passes. `rephrase`: in other words, all numbers kept. `backward` (FOBAR): one number of the question
-    becomes x, the answer is told, and x is asked for; nothing is asked of the writer. `self_verification`: the writer
-    makes a statement of question and answer, in which x takes a number's place. Samples whose check changes get a new
-    one. The old questions stay with `originals`."""
+@register("rewrite")
+class Rewrite(AskingStep):
+    """Makes new questions from old ones whose answer is a number (MetaMath); answer them with `rationale` and keep what
+    `verify` passes. `rephrase`: in other words, with the same numbers. `backward` (FOBAR): a number in the question
+    becomes x, the answer is stated, and x is asked for; no model is asked. `self_verification`: the model joins
+    question and answer into a statement, and a number in it becomes x. The last two have a new check. `originals` keeps
+    the old questions."""
 
-    kind: ClassVar[Kind] = "curate"
-    paper: ClassVar[str] = "Yu et al., arXiv:2309.12284"
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
-    how: Annotated[tuple[Way, ...], Field(min_length=1)] = ("rephrase", "self_verification", "backward")
+    kind = "curate"
+    paper = "Yu et al., arXiv:2309.12284"
+    how: Annotated[tuple[RewriteWay, ...], Field(min_length=1)] = ("rephrase", "self_verification", "backward")
     each: Annotated[int, Field(ge=1)] = 1
     originals: bool = True
     temperature: Temperature = 0.7
     top_p: TopP = 1.0
-    max_tokens: Tokens = 160
+    max_tokens: TokenCount = 160
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        known = [(sample, answer) for sample in pool if (answer := gold(sample)) is not None]
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        solved = [(sample, answer) for sample in pool if (answer := right_number(sample)) is not None]
         for sample in pool:
-            if gold(sample) is None:
+            if right_number(sample) is None:
                 tally.drop("no number as its answer", prompt_of(sample))
-        found = [sample for sample, _ in known] if self.originals else []
+        questions = [sample for sample, _ in solved] if self.originals else []
         if "rephrase" in self.how:
-            found += yield from self._rephrased(known, scene, tally)
+            questions += yield from self._rephrase(solved, context, tally)
         if "self_verification" in self.how:
-            found += yield from self._stated(known, scene, tally)
+            questions += yield from self._state(solved, context, tally)
         if "backward" in self.how:
-            for sample, answer in known:
-                found += self._masked(sample, prompt_of(sample), fill(KNOWING, answer=answer), scene, tally, "backward")
-        return found
+            for sample, answer in solved:
+                text = prompt_of(sample)
+                hidden = _choose_number(text, context.rng("backward", sample.id), tally)
+                if hidden is not None:
+                    questions.append(
+                        _masked(sample, text, hidden, question=fill(KNOWING, answer=answer), how="backward")
+                    )
+        return questions
 
     def _sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.max_tokens)
 
-    def _rephrased(self, known: list[tuple[Sample, str]], scene: Scene, tally: Tally) -> Asking[Pool]:
-        turns = [(sample, number) for sample, _ in known for number in range(self.each)]
-        asked = [
-            scene.request((user(fill(REPHRASE, question=prompt_of(sample))),), self._sampling(), number)
-            for sample, number in turns
-        ]
-        replies = yield from ask(asked)
-        found: Pool = []
-        for (sample, _), reply, whole in zip(turns, replies, finished(replies, tally), strict=True):
-            text = (answer_of(reply) or "").strip()
-            if whole and numbers(text) != numbers(prompt_of(sample)):
-                tally.drop("numbers changed", text)
-            elif whole and text.casefold() == prompt_of(sample).casefold():
-                tally.drop("the same words", text)
-            elif whole:
-                kept = {
-                    key: sample.meta[key]
-                    for key in ("kind", "task", "weight", "check", "answers")
-                    if key in sample.meta
-                }
-                found.append(new_prompt(text, [sample, reply], reply.writer, **kept, rewritten="rephrase"))
-        return found
-
-    def _stated(self, known: list[tuple[Sample, str]], scene: Scene, tally: Tally) -> Asking[Pool]:
-        asked = [
-            scene.request((user(fill(STATEMENT, question=prompt_of(s), answer=answer)),), self._sampling())
-            for s, answer in known
-        ]
-        replies = yield from ask(asked)
-        found: Pool = []
-        for (sample, answer), reply, whole in zip(known, replies, finished(replies, tally), strict=True):
-            text = (answer_of(reply) or "").strip().partition("\n")[0]
-            if whole and answer not in numbers(text):
-                tally.drop("the answer is not in the statement", text)
-            elif whole:
-                body = f"{_without_question(prompt_of(sample))} {text}".strip()
-                found += self._masked(sample, body, MASKED, scene, tally, "self_verification", keep=answer)
-        return found
-
-    def _masked(
-        self, sample: Sample, text: str, question: str, scene: Scene, tally: Tally, how: str, keep: str | None = None
-    ) -> Pool:
-        """The text with one of its numbers, drawn, as x; not the one that is the answer, where that stands in it."""
-        places = [found for found in NUMBER.finditer(text) if f"{float(found[0].replace(',', '')):g}" != keep]
-        if not places:
-            tally.drop("no number to mask", text)
-            return []
-        hidden = scene.draw(how, sample.id).choice(places)
-        value = float(hidden[0].replace(",", ""))
-        asked = f"{text[: hidden.start()]}x{text[hidden.end() :]}\n{question}"
-        meta = {key: sample.meta[key] for key in ("kind", "task", "weight") if key in sample.meta}
-        check = {"type": "number", "answer": int(value) if value.is_integer() else value}
-        return [
-            replace(
-                made := new_prompt(asked, [sample], sample.writer, **meta, rewritten=how),
-                meta=made.meta | {"check": check},
-            )
-        ]
-
-    def bill(self, taken: int) -> Bill:
-        asked = taken * (self.each * ("rephrase" in self.how) + ("self_verification" in self.how))
-        return Bill(
-            asked,
-            int(asked * self.max_tokens * ANSWER_SHARE),
-            given=asked + taken * (("backward" in self.how) + self.originals),
+    def _rephrase(self, solved: list[tuple[Sample, str]], context: StepContext, tally: Tally) -> Questions[Pool]:
+        turns = [(sample, number) for sample, _ in solved for number in range(self.each)]
+        replies = yield from ask(
+            [
+                context.request((user(fill(REPHRASE, question=prompt_of(sample))),), self._sampling(), number)
+                for sample, number in turns
+            ]
         )
+        questions: Pool = []
+        for (sample, _), reply in complete_replies(turns, replies, tally):
+            text = (answer_of(reply) or "").strip()
+            if numbers(text) != numbers(prompt_of(sample)):
+                tally.drop("numbers changed", text)
+            elif text.casefold() == prompt_of(sample).casefold():
+                tally.drop("the same words", text)
+            else:
+                meta = inherited(sample, *INHERITED, "check", "answers") | {"rewritten": "rephrase"}
+                questions.append(new_prompt(text, [sample, reply], reply.writer, **meta))
+        return questions
+
+    def _state(self, solved: list[tuple[Sample, str]], context: StepContext, tally: Tally) -> Questions[Pool]:
+        texts = [fill(STATEMENT, question=prompt_of(sample), answer=answer) for sample, answer in solved]
+        replies = yield from ask([context.request((user(text),), self._sampling()) for text in texts])
+        questions: Pool = []
+        for (sample, answer), reply in complete_replies(solved, replies, tally):
+            statement = (answer_of(reply) or "").strip().partition("\n")[0]
+            if answer not in numbers(statement):
+                tally.drop("the answer is not in the statement", statement)
+                continue
+            text = f"{_without_question(prompt_of(sample))} {statement}".strip()
+            rng = context.rng("self_verification", sample.id)
+            hidden = _choose_number(text, rng, tally, keep=answer)
+            if hidden is not None:
+                questions.append(_masked(sample, text, hidden, question=MASKED, how="self_verification"))
+        return questions
+
+    def estimate(self, samples: int) -> Estimate:
+        requests = samples * (self.each * ("rephrase" in self.how) + ("self_verification" in self.how))
+        unasked = samples * (("backward" in self.how) + self.originals)
+        return Estimate(requests, int(requests * self.max_tokens * ANSWER_SHARE), samples=requests + unasked)
+
+
+def _choose_number(text: str, rng: Random, tally: Tally, keep: str | None = None) -> re.Match[str] | None:
+    """A drawn number in the text, other than `keep`; None, and counted as dropped, if there is none."""
+    places = [match for match in NUMBER.finditer(text) if plain_number(match[0]) != keep]
+    if not places:
+        tally.drop("no number to mask", text)
+        return None
+    return rng.choice(places)
+
+
+def _masked(sample: Sample, text: str, hidden: re.Match[str], *, question: str, how: RewriteWay) -> Sample:
+    """A prompt with x in place of the hidden number of the text, and a check for that number."""
+    value = float(hidden[0].replace(",", ""))
+    check = {"type": "number", "answer": int(value) if value.is_integer() else value}
+    meta = inherited(sample, *INHERITED) | {"rewritten": how, "check": check}
+    masked = f"{text[: hidden.start()]}x{text[hidden.end() :]}\n{question}"
+    return new_prompt(masked, [sample], sample.writer, **meta)
 
 
 def _without_question(text: str) -> str:
-    """The text without its last sentence, where that asks."""
+    """The text without its last sentence, if that is a question."""
     sentences = re.split(r"(?<=[.!?])\s+", text.strip())
     return " ".join(sentences[:-1]) if sentences[-1].endswith("?") else text
-
-
-STEPS: dict[str, type[Section]] = {"rewrite": Rewrite}

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.config.recipe import Recipe
-from limbeck.elicit.engine import Desk
-from limbeck.elicit.flow import Pool, Scene, Step, Tally, answer_of, asked_of, prompt_of
+from limbeck.elicit.engine import Engine
+from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_messages, prompt_of
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.step import ElicitStep
 from limbeck.storage.files import read_jsonl, write_json, write_text
 from limbeck.types import Sample, UserError, canonical_json, content_hash
 
@@ -30,7 +31,7 @@ class TextSource:
     """What a recipe's text is made of: prompts, and the steps of elicitation by name."""
 
     recipe: Recipe
-    steps: Sequence[tuple[str, Step]]
+    steps: Sequence[tuple[str, ElicitStep]]
     training_prompts: Sequence[Prompt]
     held_out_prompts: Sequence[Prompt]
 
@@ -68,7 +69,7 @@ class Elicitation:
 
     def run(
         self,
-        desk: Desk,
+        engine: Engine,
         begin: Callable[[str], None] = lambda step: None,
         told: Callable[[str], None] = lambda text: None,
     ) -> Pool:
@@ -87,17 +88,16 @@ class Elicitation:
         for index, (name, step) in enumerate(self.source.steps):
             begin(name)
             tally = Tally(name, taken=len(pool))
-            before = desk.finishes.copy()
+            before = engine.finishes.copy()
             header = self.header() if "raw" in step.needs else None
-            pool = desk.drive(
-                step.run(pool, Scene(self.identity, self.source.recipe.text_seed, f"{index}/{name}", header), tally)
-            )
+            context = StepContext(self.identity, self.source.recipe.text_seed, f"{index}/{name}", header)
+            pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)
-            tallies.append((step.kind, tally, desk.finishes - before))
+            tallies.append((step.kind, tally, engine.finishes - before))
             told(_in_words(tally))
         pool, last = self._without_held_out(pool)
         if last.dropped:
-            tallies.append(("select", last, desk.finishes - desk.finishes))
+            tallies.append(("select", last, engine.finishes - engine.finishes))
         steps = [
             {**_facts(tally), "kind": kind, "answers": dict(sorted(finishes.items()))}
             for kind, tally, finishes in tallies
@@ -137,12 +137,12 @@ def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
     answers: dict[str, list[Sample]] = {}
     names: dict[str, str] = {}
     for sample in pool:
-        asked = content_hash(list(asked_of(sample)))
+        asked = content_hash(list(prompt_messages(sample)))
         if asked not in names:
             wanted = str(sample.meta.get("prompt_id", asked[:16]))
             names[asked] = wanted if wanted not in prompts else f"{wanted}/{asked[:8]}"
             meta = sample.meta
-            before = asked_of(sample)[:-1]
+            before = prompt_messages(sample)[:-1]
             prompts[names[asked]] = Prompt(
                 names[asked],
                 prompt_of(sample),

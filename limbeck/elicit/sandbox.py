@@ -1,18 +1,17 @@
-"""Runs a program that a model wrote, on its unit tests, where it can do little harm: bubblewrap, limits, another user.
+"""Runs the unit tests of a program that a model wrote where it can do little harm: bubblewrap, limits, another user.
 
-Off unless LIMBECK_RUN_CODE=1 stands in the environment of whoever runs Limbeck: a recipe can't turn it on. Refuses
-where bubblewrap is missing or its self-test fails; there is no way to run without it.
+Off unless the environment has LIMBECK_RUN_CODE=1; a recipe can't turn it on. Refuses to run if bubblewrap is missing or
+its self-test fails; there is no way to run without it.
 
-The program sees its own namespaces only (processes, network without any interface, mounts, users), no variable of our
-environment, a read-only Python with nothing but the standard library, and 16 MiB of its own in /tmp. It has no /proc
-and no device but null, zero and urandom. It is bound in seconds, processor seconds, memory, processes, file size and
-what it may print. Started by root, it runs under a user number that nobody has, drawn for it alone; started by another
-user, as that user in a user namespace where it is nobody.
+The program gets namespaces of its own (processes, mounts, users, a network without any interface), none of our
+environment variables, a read-only Python with only the standard library, and 16 MiB in /tmp. It has no /proc, and no
+devices but null, zero and urandom. Time, processor time, memory, processes, file size and output are limited. Started
+by root, it runs under a random user number that nobody else has; started by another user, it runs as that user in a
+user namespace where it is nobody.
 
-What this does not do: it does not filter system calls, so a hole in the kernel is open to it (run hostile code in a
-virtual machine); and a program that wants to can forge its verdict, since its tests run in its own process. It can't by
-leaving early, printing, or
-raising: only a program that reached the end of its tests knows the word that says so.
+What this does not do: it does not filter system calls, so a hole in the kernel is open to the program (run hostile code
+in a virtual machine). And a malicious program can forge its verdict, since its tests run in its own process; but not by
+exiting early, printing or raising, because the word that reports success is printed only after the last test.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ from limbeck.types import UserError
 ALLOW = "LIMBECK_RUN_CODE"
 NOBODY = 65534
 FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
-# Runs inside, and is what the program and its tests are executed by. The limits are set here, where only the program's
-# own processes
-# count, because its user or its user namespace is new. Hard ones: they can't be raised again.
+# Runs inside the sandbox and executes the program and its tests. The limits are set here, where only the program's own
+# processes count, because its user or its user namespace is new. They are hard limits, which can't be raised again.
 INSIDE = """
 import json, os, resource, sys
 job = json.load(sys.stdin)
@@ -56,7 +54,7 @@ sys.stdout.flush()
 os.write(1, ("\\n" + job["word"]).encode())
 os._exit(0)
 """
-# No network: the kernel has no way to anywhere, so that this fails at once and sends nothing.
+# Without a network the kernel has no route, so this fails at once and sends nothing.
 PROBE = """
 import os, socket
 try:
@@ -66,12 +64,13 @@ except OSError:
 else:
     raise SystemError("there is a network")
 """
-OWN = "/tmp"  # noqa: S108 (inside, where nothing else is)
+HOME = "/tmp"  # noqa: S108 (inside the sandbox, where nothing else is)
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Bounds of one program; `memory` and `file` in MiB, `memory` for each of its processes."""
+class SandboxLimits:
+    """Limits of one program. `memory` (of each process), `file` (size of a file) and `room` (in /tmp) are in MiB;
+    `files` is the number of open ones."""
 
     seconds: float = 20.0
     cpu_seconds: int = 10
@@ -95,94 +94,107 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`passed`: the tests ran to their end. `why` not: "timeout", or the last line of what it said, cut short."""
+    """Whether the tests ran to their end, and if not, `why`: "timeout", or the last line of output, shortened."""
 
     passed: bool
     why: str = ""
 
 
 def refusal() -> str | None:
-    """Why no program may run here, with the cure; None where one may."""
+    """Why no program can run here, with the remedy; None if one can."""
     if os.environ.get(ALLOW) != "1":
         return f"unit tests would run programs that a model wrote; set {ALLOW}=1 to allow it, in a sandbox"
     return _missing()
 
 
 def require(place: str = "") -> None:
-    """UserError where no program may run."""
+    """Raise UserError if no program can run here."""
     if why := refusal():
         raise UserError(f"{place}: {why}" if place else why)
 
 
 @functools.cache
 def _missing() -> str | None:
-    """Why the sandbox doesn't work on this machine: asked once."""
+    """Why the sandbox doesn't work on this machine, None if it does; tried once."""
     if sys.platform != "linux" or shutil.which("bwrap") is None:
         return "the sandbox needs bubblewrap (Linux): install the package bubblewrap, version 0.8 or newer"
-    outcome = _run(PROBE, "assert not os.path.exists('/proc/1') and 'PATH' not in os.environ", Limits())
+    outcome = _run(PROBE, "assert not os.path.exists('/proc/1') and 'PATH' not in os.environ", SandboxLimits())
     if outcome.passed:
         return None
     return (
-        f"the sandbox does not work here, so that no program is run ({outcome.why}): are user namespaces allowed, is"
-        " bubblewrap 0.8?"
+        f"the sandbox does not work here, so no program is run ({outcome.why}): are user namespaces allowed, and is"
+        " bubblewrap 0.8 or newer?"
     )
 
 
 def program_in(answer: str) -> str:
-    """The program of an answer: its first fenced block of Python, or the whole of it."""
-    found = FENCED.search(answer)
-    return found[1] if found else answer
+    """The program in an answer: its first fenced block of Python, or the whole answer."""
+    fenced = FENCED.search(answer)
+    return fenced[1] if fenced else answer
 
 
-def passes(program: str, tests: str, limits: Limits | None = None) -> Outcome:
-    """Run the program, then the tests in the same scope, in a new sandbox. They pass when nothing is raised and they
-    end in time."""
+def run_tests(program: str, tests: str, limits: SandboxLimits | None = None) -> Outcome:
+    """Run the program, then its tests in the same scope, in a new sandbox. They pass if nothing is raised and they end
+    in time.
+
+    Raises:
+        UserError: no program can run here.
+    """
     require()
-    return _run(program, tests, limits or Limits())
+    return _run(program, tests, limits or SandboxLimits())
 
 
-def _run(program: str, tests: str, limits: Limits) -> Outcome:
+def _run(program: str, tests: str, limits: SandboxLimits) -> Outcome:
     word = secrets.token_hex(16)
     user = 1 << 30 | secrets.randbits(29) if os.geteuid() == 0 else None
     job = json.dumps({"program": program, "tests": tests, "word": word, "limits": limits.as_rlimits(), "user": user})
-    with tempfile.TemporaryFile() as said:  # a file, so that the bound on files bounds it
+    with tempfile.TemporaryFile() as output:  # a file, so that the limit on file sizes holds
         process = subprocess.Popen(  # noqa: S603 (the command is ours; the program goes in by a pipe)
-            _command(limits, user), stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT, env={}, cwd="/"
+            _command(limits, user), stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env={}, cwd="/"
         )
         try:
             process.communicate(job.encode(), timeout=limits.seconds)
         except subprocess.TimeoutExpired:
-            process.kill()  # its whole process namespace goes with it
+            process.kill()  # kills its whole process namespace
             process.wait()
             return Outcome(False, "timeout")
-        said.seek(max(0, said.seek(0, os.SEEK_END) - 4096))
-        tail = said.read().decode(errors="replace")
+        output.seek(max(0, output.seek(0, os.SEEK_END) - 4096))
+        tail = output.read().decode(errors="replace")
     if process.returncode == 0 and tail.endswith("\n" + word):
         return Outcome(True)
     lines = [line.strip() for line in tail.replace(word, "").splitlines() if line.strip()]
     return Outcome(False, (lines[-1] if lines else f"ended early with status {process.returncode}")[:200])
 
 
-def _command(limits: Limits, user: int | None) -> list[str]:
-    """bubblewrap's command line: what is not named here is not there."""
+def _command(limits: SandboxLimits, user: int | None) -> list[str]:
+    """bubblewrap's command line: what is not named here does not exist inside."""
     binary = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     places = [Path("/usr"), Path(sys.base_prefix).resolve(), *map(Path, ("/lib", "/lib64", "/etc/ld.so.cache"))]
-    there = [place for place in places if place.exists()]
+    mounts = [place for place in places if place.exists()]
     parents = dict.fromkeys(
-        parent for place in (*there, Path("/dev/null")) for parent in reversed(place.parents) if parent != Path("/")
+        parent for place in (*mounts, Path("/dev/null")) for parent in reversed(place.parents) if parent != Path("/")
     )
     folders = [part for parent in parents for part in ("--perms", "0755", "--dir", str(parent))]
-    binds = [part for place in there for part in ("--ro-bind", str(place), str(place))]
+    binds = [part for place in mounts for part in ("--ro-bind", str(place), str(place))]
     devices = [part for name in ("null", "zero", "urandom") for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
     namespaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     if user is None:
-        people = ["--unshare-user", "--disable-userns", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"]
-    else:  # the interpreter may be root's own, so that root opens it, and then becomes the other user
-        people = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        identity = [
+            "--unshare-user",
+            "--disable-userns",
+            "--uid",
+            str(NOBODY),
+            "--gid",
+            str(NOBODY),
+            "--cap-drop",
+            "ALL",
+        ]
+    else:  # the interpreter may be readable by root only: root opens it, and then becomes the other user
+        identity = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     return [
         shutil.which("bwrap") or "bwrap",
         *namespaces,
-        *people,
+        *identity,
         "--die-with-parent",
         "--new-session",
         "--clearenv",
@@ -194,14 +206,14 @@ def _command(limits: Limits, user: int | None) -> list[str]:
         "--size",
         str(limits.room * 1024 * 1024),
         "--tmpfs",
-        OWN,
+        HOME,
         "--remount-ro",
         "/",
         "--chdir",
-        OWN,
+        HOME,
         "--setenv",
         "HOME",
-        OWN,
+        HOME,
         "--setenv",
         "LANG",
         "C.UTF-8",

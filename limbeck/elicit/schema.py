@@ -1,6 +1,6 @@
 """A verifier: JSON that conforms to a JSON Schema (draft 2020-12, or the draft that the schema names).
 
-A schema is data: no reference is fetched from anywhere, and its patterns run for half a second at most.
+A schema is data: references are not fetched, and its patterns run for half a second at most.
 """
 
 from __future__ import annotations
@@ -24,31 +24,33 @@ FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
 def conforms(check: dict[str, Any], answer: str) -> bool:
-    """The whole answer, or its first fenced block, is JSON that conforms to `schema`."""
-    inside = FENCED.search(answer)
+    """Whether the answer, or its first fenced block, is JSON that conforms to `schema`."""
+    fenced = FENCED.search(answer)
     try:
-        found = json.loads(inside[1] if inside else answer, parse_constant=_refuse)
-        return bool(_validator(check["schema"]).is_valid(found))
+        value = json.loads(fenced[1] if fenced else answer, parse_constant=_refuse)
+        return bool(_validator(check["schema"]).is_valid(value))
     except (ValueError, RecursionError, TimeoutError):
         return False
 
 
 def check_schema(check: dict[str, Any], place: str) -> None:
-    """Refuse what isn't a schema, and one that points elsewhere."""
+    """Refuse what is no schema, and a schema with references to other documents."""
     schema = check["schema"]
     try:
         validator_for(schema, Draft202012Validator).check_schema(schema)
         list(_validator(schema).iter_errors({}))
     except SchemaError as error:
-        raise UserError(f"{place}: this is no JSON Schema: {error.message}") from error
+        raise UserError(f"{place}: this is not a JSON Schema: {error.message}") from error
     except (Unresolvable, RecursionError) as error:
-        raise UserError(f"{place}: the schema points to what is not in it; nothing is fetched: {error}") from error
+        raise UserError(
+            f"{place}: the schema refers to something outside of it, and nothing is fetched: {error}"
+        ) from error
 
 
 def _validator(schema: dict[str, Any]) -> Any:
     bounded = extend(
         validator_for(schema, Draft202012Validator),
-        {"pattern": _pattern, "patternProperties": _named, "additionalProperties": _others},
+        {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional},
     )
     return bounded(schema, registry=Registry())
 
@@ -57,31 +59,31 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _found(pattern: str, text: str) -> bool:
+def _matches(pattern: str, text: str) -> bool:
     return regex.search(pattern, text, timeout=PATTERN_SECONDS) is not None
 
 
 def _pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[ValidationError]:
-    if isinstance(instance, str) and not _found(pattern, instance):
+    if isinstance(instance, str) and not _matches(pattern, instance):
         yield ValidationError(f"does not match {pattern!r}")
 
 
-def _named(validator: Any, patterns: dict[str, Any], instance: Any, _: Any) -> Iterator[ValidationError]:
+def _pattern_properties(validator: Any, patterns: dict[str, Any], instance: Any, _: Any) -> Iterator[ValidationError]:
     if isinstance(instance, dict):
         for pattern, part in patterns.items():
             for name, value in instance.items():
-                if _found(pattern, name):
+                if _matches(pattern, name):
                     yield from validator.descend(value, part, path=name, schema_path=pattern)
 
 
-def _others(validator: Any, allowed: Any, instance: Any, schema: dict[str, Any]) -> Iterator[ValidationError]:
-    """`additionalProperties`: what neither a name nor a pattern names."""
+def _additional(validator: Any, allowed: Any, instance: Any, schema: dict[str, Any]) -> Iterator[ValidationError]:
+    """`additionalProperties`: those that neither a name nor a pattern covers."""
     if not isinstance(instance, dict):
         return
     named = schema.get("properties", {})
     patterns = schema.get("patternProperties", {})
     for name, value in instance.items():
-        if name in named or any(_found(pattern, name) for pattern in patterns):
+        if name in named or any(_matches(pattern, name) for pattern in patterns):
             continue
         if isinstance(allowed, dict):
             yield from validator.descend(value, allowed, path=name)

@@ -1,23 +1,22 @@
-"""Selection without a model: novelty, duplicates, length, script, words, repetition, scores, diversity. What goes is
-counted by its reason."""
+"""Selection without a model: novelty, duplicates, length, script, words, repetition, scores, diversity. What is dropped
+is counted by its reason."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from limbeck.config.sections import Section
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, prompt_of
+from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, drop_if, prompt_of
 from limbeck.elicit.similar import Novelty, k_center, near_duplicates, vectors
+from limbeck.elicit.step import Estimate, LocalStep, register
 from limbeck.elicit.wording import words
 from limbeck.types import Sample
 
-Part = Literal["prompt", "answer", "both"]
+SamplePart = Literal["prompt", "answer", "both"]
 REFUSING = re.compile(
     r"(?:i\s*(?:'m| am)?\s*(?:very |so |truly )?(?:sorry|afraid|unable)\b|i (?:can(?:no|')t|cannot|won't|will not|am"
     r" not able to|do not "
@@ -25,10 +24,11 @@ REFUSING = re.compile(
     r"|(?:unfortunately|regrettably),? i\b|as an? (?:ai|artificial|language)\b|(?:my )?apologies\b|i apologi[sz]e\b)",
     re.IGNORECASE,
 )
-OPENING = 120  # characters of an answer in which it declines, where it does
+OPENING = 120  # characters of an answer within which a refusal begins
 
 
-def part_of(sample: Sample, part: Part) -> str:
+def text_of(sample: Sample, part: SamplePart) -> str:
+    """The prompt, the answer, or both."""
     texts = {
         "prompt": [prompt_of(sample)],
         "answer": [answer_of(sample) or ""],
@@ -37,70 +37,70 @@ def part_of(sample: Sample, part: Part) -> str:
     return "\n".join(texts[part])
 
 
-class Novel(Section):
-    """A sample goes where its ROUGE-L with an earlier one that was kept is above the threshold (Self-Instruct: 0.7)."""
+def has_word(text: str, word: str) -> bool:
+    """Whether the text has the word, as a whole word in upper or lower case."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = "Wang et al., arXiv:2212.10560"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    of: Part = "prompt"
+
+def score_of(sample: Sample, name: str) -> float | None:
+    """The sample's score of this name, None if it has none."""
+    score: float | None = sample.meta.get("scores", {}).get(name)
+    return score
+
+
+def _keep_places(pool: Pool, places: set[int], tally: Tally, reason: str) -> Pool:
+    """The samples at these places; drops the others."""
+    for place, sample in enumerate(pool):
+        if place not in places:
+            tally.drop(reason, prompt_of(sample))
+    return [sample for place, sample in enumerate(pool) if place in places]
+
+
+@register("novel")
+class Novel(LocalStep):
+    """Drops samples whose ROUGE-L with an earlier kept sample is above the threshold (0.7 in Self-Instruct)."""
+
+    paper = "Wang et al., arXiv:2212.10560"
+    of: SamplePart = "prompt"
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.7
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        texts = [part_of(sample, self.of) for sample in pool]
-        known = Novelty(self.threshold, texts)
-        found = []
-        for sample, text in zip(pool, texts, strict=True):
-            if known.add(text):
-                found.append(sample)
-            else:
-                tally.drop("like an earlier one", text)
-        return found
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        novelty = Novelty(self.threshold, [text_of(sample, self.of) for sample in pool])
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+        def reject(sample: Sample) -> tuple[str, str] | None:
+            text = text_of(sample, self.of)
+            return None if novelty.add(text) else ("like an earlier one", text)
+
+        return drop_if(reject, pool, tally)
 
 
-class Deduplicate(Section):
-    """Of texts that are equal but for case and spaces, and of near-duplicates (Jaccard similarity of word shingles,
-    found by MinHash), the first stays."""
+@register("deduplicate")
+class Deduplicate(LocalStep):
+    """Keeps the first of texts that are equal apart from case and whitespace, and the first of near-duplicates (by the
+    Jaccard similarity of their word shingles, found with MinHash)."""
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = "Broder 1997"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    of: Part = "both"
+    paper = "Broder 1997"
+    of: SamplePart = "both"
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        texts = [part_of(sample, self.of) for sample in pool]
-        seen = set[str]()
-        first = list[int]()
-        for number, text in enumerate(texts):
-            plain = " ".join(text.casefold().split())
-            if plain in seen:
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        texts = [text_of(sample, self.of) for sample in pool]
+        unique: dict[str, int] = {}  # text without case and whitespace -> place of the first sample that has it
+        for place, text in enumerate(texts):
+            if unique.setdefault(" ".join(text.casefold().split()), place) != place:
                 tally.drop("the same text", text)
-            else:
-                seen.add(plain)
-                first.append(number)
-        twins = near_duplicates([texts[number] for number in first], self.threshold)
-        for number, twin in zip(first, twins, strict=True):
+        twins = near_duplicates([texts[place] for place in unique.values()], self.threshold)
+        for place, twin in zip(unique.values(), twins, strict=True):
             if twin is not None:
-                tally.drop("a near-duplicate", texts[number])
-        return [pool[number] for number, twin in zip(first, twins, strict=True) if twin is None]
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+                tally.drop("a near-duplicate", texts[place])
+        return [pool[place] for place, twin in zip(unique.values(), twins, strict=True) if twin is None]
 
 
-class Length(Section):
-    """Keeps texts of so many words."""
+@register("length")
+class Length(LocalStep):
+    """Keeps texts of `least` to `most` words."""
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    of: Part = "answer"
+    of: SamplePart = "answer"
     least: Annotated[int, Field(ge=0)] = 1
     most: Annotated[int, Field(ge=1)] = 1000
 
@@ -110,173 +110,124 @@ class Length(Section):
             raise ValueError(f"least is {self.least}, more than most, {self.most}")
         return self
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found = []
-        for sample in pool:
-            text = part_of(sample, self.of)
-            count = len(text.split())
-            if self.least <= count <= self.most:
-                found.append(sample)
-            else:
-                tally.drop("too short" if count < self.least else "too long", text)
-        return found
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        return drop_if(self._reject, pool, tally)
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+    def _reject(self, sample: Sample) -> tuple[str, str] | None:
+        text = text_of(sample, self.of)
+        count = len(text.split())
+        if self.least <= count <= self.most:
+            return None
+        return "too short" if count < self.least else "too long", text
 
 
-class Script(Section):
-    """Keeps texts most of whose letters are of one script (by the letters' Unicode names). Which language it is, it
-    can't tell."""
+@register("script")
+class Script(LocalStep):
+    """Keeps texts in one script: at least a `share` of their letters belong to it, by Unicode name. It can't tell
+    languages apart."""
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    of: Part = "both"
+    of: SamplePart = "both"
     script: Literal["latin", "cyrillic", "greek", "arabic", "hebrew", "cjk", "hangul", "devanagari"] = "latin"
     share: Annotated[float, Field(gt=0, le=1)] = 0.9
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found = []
-        for sample in pool:
-            text = part_of(sample, self.of)
-            letters = [letter for letter in text if letter.isalpha()]
-            own = sum(unicodedata.name(letter, "").startswith(self.script.upper()) for letter in letters)
-            if letters and own >= self.share * len(letters):
-                found.append(sample)
-            else:
-                tally.drop("no letters" if not letters else "another script", text)
-        return found
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        return drop_if(self._reject, pool, tally)
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+    def _reject(self, sample: Sample) -> tuple[str, str] | None:
+        text = text_of(sample, self.of)
+        letters = [letter for letter in text if letter.isalpha()]
+        in_script = sum(unicodedata.name(letter, "").startswith(self.script.upper()) for letter in letters)
+        if letters and in_script >= self.share * len(letters):
+            return None
+        return "another script" if letters else "no letters", text
 
 
-class Without(Section):
-    """A sample goes where its text holds one of the words, as a whole word and whatever its case."""
+@register("without")
+class Without(LocalStep):
+    """Drops samples whose text has one of the words, as a whole word in upper or lower case."""
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
     words: Annotated[list[str], Field(min_length=1)]
-    of: Part = "both"
+    of: SamplePart = "both"
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found = []
-        for sample in pool:
-            text = part_of(sample, self.of)
-            held = next((word for word in self.words if holds(text, word)), None)
-            if held is None:
-                found.append(sample)
-            else:
-                tally.drop(f"holds {held!r}", text)
-        return found
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        return drop_if(self._reject, pool, tally)
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+    def _reject(self, sample: Sample) -> tuple[str, str] | None:
+        text = text_of(sample, self.of)
+        barred = next((word for word in self.words if has_word(text, word)), None)
+        return None if barred is None else (f"holds {barred!r}", text)
 
 
-def holds(text: str, word: str) -> bool:
-    """Whether the word stands in the text as a whole word."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+@register("refusals")
+class Refusals(LocalStep):
+    """Drops answers that begin by declining ("I'm sorry, but", "As an AI"). Only such openings are recognised: an
+    answer that declines in other words is kept."""
+
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        return drop_if(self._reject, pool, tally)
+
+    @staticmethod
+    def _reject(sample: Sample) -> tuple[str, str] | None:
+        answer = (answer_of(sample) or "").replace("’", "'")
+        return ("declines", answer) if REFUSING.match(answer[:OPENING].lstrip(" *\"'")) else None
 
 
-class Refusals(Section):
-    """An answer goes that begins by declining ("I'm sorry, but", "As an AI"). Found by how answers open: one that
-    declines in other words stays."""
+@register("repetitive")
+class Repetitive(LocalStep):
+    """Drops answers in which more than a share `most` of the `gram`-grams of words have occurred before."""
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found = []
-        for sample in pool:
-            answer = (answer_of(sample) or "").replace("’", "'")
-            if REFUSING.match(answer[:OPENING].lstrip(" *\"'")):
-                tally.drop("declines", answer)
-            else:
-                found.append(sample)
-        return found
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
-
-
-class Repetitive(Section):
-    """An answer goes in which more than `most` of the `gram`-grams of words stand there before."""
-
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
     gram: Annotated[int, Field(ge=1, le=50)] = 4
     most: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found = []
-        for sample in pool:
-            said = words(answer_of(sample) or "")
-            grams = [tuple(said[at : at + self.gram]) for at in range(len(said) - self.gram + 1)]
-            if grams and len(grams) - len(set(grams)) > self.most * len(grams):
-                tally.drop("repeats itself", answer_of(sample) or "")
-            else:
-                found.append(sample)
-        return found
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        return drop_if(self._reject, pool, tally)
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+    def _reject(self, sample: Sample) -> tuple[str, str] | None:
+        answer = answer_of(sample) or ""
+        tokens = words(answer)
+        grams = [tuple(tokens[at : at + self.gram]) for at in range(len(tokens) - self.gram + 1)]
+        repeated = len(grams) - len(set(grams))
+        return ("repeats itself", answer) if grams and repeated > self.most * len(grams) else None
 
 
-class Limit(Section):
-    """`count` of the samples: the first, or a random draw that keeps their order."""
+@register("limit")
+class Limit(LocalStep):
+    """Keeps `count` samples: the first ones, or a random draw, in the pool's order."""
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
     count: Annotated[int, Field(ge=1)]
     how: Literal["first", "random"] = "first"
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
+    def apply(self, pool: Pool, context: StepContext, tally: Tally) -> Pool:
         count = min(self.count, len(pool))
-        kept = set(range(count) if self.how == "first" else scene.draw("limit").sample(range(len(pool)), count))
-        return list(_kept(pool, kept, tally, "beyond the limit"))
+        places = range(count) if self.how == "first" else context.rng("limit").sample(range(len(pool)), count)
+        return _keep_places(pool, set(places), tally, "beyond the limit")
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=min(taken, self.count))
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(samples=min(samples, self.count))
 
 
-class Diverse(Section):
-    """`count` samples that are as unlike each other as can be: greedy k-center over TF-IDF vectors of the texts,
-    beginning with the first."""
+@register("diverse")
+class Diverse(LocalStep):
+    """Keeps `count` samples that are as unlike each other as possible: greedy k-center over TF-IDF vectors of the
+    texts, starting from the first."""
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = "Sener and Savarese, arXiv:1708.00489"
-    needs: ClassVar[frozenset[str]] = frozenset()
+    paper = "Sener and Savarese, arXiv:1708.00489"
     count: Annotated[int, Field(ge=1)]
-    of: Part = "both"
+    of: SamplePart = "both"
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        kept = set(k_center(vectors([part_of(sample, self.of) for sample in pool]), self.count))
-        return list(_kept(pool, kept, tally, "near one that is kept"))
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        places = k_center(vectors([text_of(sample, self.of) for sample in pool]), self.count)
+        return _keep_places(pool, set(places), tally, "near one that is kept")
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=min(taken, self.count))
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(samples=min(samples, self.count))
 
 
-class Top(Section):
-    """The samples with the highest score of that name (`lowest: true`: the lowest): `count` of them or a `share`, in
-    the pool's order; or all from `least` to `most`."""
+@register("top")
+class Top(LocalStep):
+    """Keeps the samples with the highest `score` of that name (the lowest, with `lowest: true`), in the pool's order:
+    `count` of them, a `share`, or all from `least` to `most`."""
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
     score: str
     count: Annotated[int, Field(ge=1)] | None = None
     share: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -285,90 +236,61 @@ class Top(Section):
     lowest: bool = False
 
     @model_validator(mode="after")
-    def _something(self) -> Top:
+    def _limits(self) -> Top:
         if self.count is not None and self.share is not None:
             raise ValueError("give count or share, not both")
         if self.count is self.share is self.least is self.most is None:
             raise ValueError("say how many: count, share, or the bounds least and most")
         return self
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        values = [sample.meta.get("scores", {}).get(self.score) for sample in pool]
-        within = []
-        for number, (sample, value) in enumerate(zip(pool, values, strict=True)):
-            if value is None:
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        scores: dict[int, float] = {}  # by place in the pool
+        for place, sample in enumerate(pool):
+            score = score_of(sample, self.score)
+            if score is None:
                 tally.drop(f"no score {self.score}", prompt_of(sample))
-            elif (self.least is not None and value < self.least) or (self.most is not None and value > self.most):
+            elif (self.least is not None and score < self.least) or (self.most is not None and score > self.most):
                 tally.drop(f"{self.score} out of bounds", prompt_of(sample))
             else:
-                within.append(number)
-        count = (
-            self.count
-            if self.count is not None
-            else len(within)
-            if self.share is None
-            else max(1, round(self.share * len(within)))
-        )
-        ranked = sorted(within, key=lambda number: (values[number] if self.lowest else -values[number], number))
-        for number in sorted(ranked[count:]):
-            tally.drop("not among the best", prompt_of(pool[number]))
-        return [pool[number] for number in sorted(ranked[:count])]
+                scores[place] = score
+        count = len(scores) if self.share is None else max(1, round(self.share * len(scores)))
+        if self.count is not None:
+            count = self.count
+        ranked = sorted(scores, key=lambda place: (scores[place] if self.lowest else -scores[place], place))
+        for place in sorted(ranked[count:]):
+            tally.drop("not among the best", prompt_of(pool[place]))
+        return [pool[place] for place in sorted(ranked[:count])]
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=min(taken, self.count) if self.count else round(taken * (self.share or 1.0)))
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(samples=min(samples, self.count) if self.count else round(samples * (self.share or 1.0)))
 
 
-class Bins(Section):
-    """As many samples of each part of a score's range: the samples are cut into `bins` of equal number by their rank,
-    and of each the `count` first are kept."""
+@register("bins")
+class Bins(LocalStep):
+    """Keeps equally many samples from each part of a score's range: ranks the samples by `score`, cuts them into `bins`
+    of equal size, and keeps the first `count` of each."""
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
     score: str
     bins: Annotated[int, Field(ge=2)] = 4
     count: Annotated[int, Field(ge=1)]
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        having = [number for number, sample in enumerate(pool) if self.score in sample.meta.get("scores", {})]
-        ranked = sorted(having, key=lambda number: (pool[number].meta["scores"][self.score], number))
-        place = {number: rank * self.bins // max(1, len(ranked)) for rank, number in enumerate(ranked)}
-        taken: Counter[int] = Counter()
-        found = []
-        for number, sample in enumerate(pool):
-            if number not in place:
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        scores = {
+            place: score for place, sample in enumerate(pool) if (score := score_of(sample, self.score)) is not None
+        }
+        ranked = sorted(scores, key=lambda place: (scores[place], place))
+        bin_of = {place: rank * self.bins // len(ranked) for rank, place in enumerate(ranked)}
+        sizes: Counter[int] = Counter()
+        samples: Pool = []
+        for place, sample in enumerate(pool):
+            if place not in bin_of:
                 tally.drop(f"no score {self.score}", prompt_of(sample))
-            elif taken[place[number]] == self.count:
+            elif sizes[bin_of[place]] == self.count:
                 tally.drop("its part of the range is full", prompt_of(sample))
             else:
-                taken[place[number]] += 1
-                found.append(sample)
-        return found
+                sizes[bin_of[place]] += 1
+                samples.append(sample)
+        return samples
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=min(taken, self.bins * self.count))
-
-
-def _kept(pool: Pool, kept: set[int], tally: Tally, reason: str) -> Iterator[Sample]:
-    for number, sample in enumerate(pool):
-        if number in kept:
-            yield sample
-        else:
-            tally.drop(reason, prompt_of(sample))
-
-
-STEPS: dict[str, type[Section]] = {
-    "novel": Novel,
-    "deduplicate": Deduplicate,
-    "length": Length,
-    "script": Script,
-    "without": Without,
-    "refusals": Refusals,
-    "repetitive": Repetitive,
-    "limit": Limit,
-    "diverse": Diverse,
-    "top": Top,
-    "bins": Bins,
-}
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(samples=min(samples, self.bins * self.count))

@@ -1,43 +1,50 @@
-"""Every step of elicitation by the name that a recipe calls it."""
+"""The steps of elicitation, by the names that recipes call them. Importing a module registers its steps."""
 
 from __future__ import annotations
 
-from limbeck.config.sections import Section
-from limbeck.elicit import (
-    answer,
-    choices,
-    curate,
-    dialogue,
-    document,
-    evolve,
-    expand,
-    given,
-    imagine,
-    merit,
-    mosaic,
-    rationale,
-    rewrite,
-    select,
-    transform,
-    verified,
-)
+from collections.abc import Sequence
 
-HOMES = (
-    expand,
-    evolve,
-    imagine,
-    curate,
-    document,
-    dialogue,
-    rewrite,
-    choices,
+from pydantic import ValidationError
+
+from limbeck.config.recipe import explain
+from limbeck.config.sections import Elicit
+from limbeck.elicit import (  # noqa: F401 (imported for the steps that they register)
     answer,
-    rationale,
+    choices,
+    curate,
+    dialogue,
+    document,
+    evolve,
+    expand,
     given,
-    verified,
-    select,
+    imagine,
     merit,
-    transform,
     mosaic,
+    rationale,
+    rewrite,
+    select,
+    transform,
+    verified,
 )
-STEPS: dict[str, type[Section]] = {name: step for home in HOMES for name, step in home.STEPS.items()}
+from limbeck.elicit.step import REGISTRY, ElicitStep
+from limbeck.types import RecipeError, nearest
+
+STEPS = REGISTRY
+
+
+def steps_of(entries: Sequence[Elicit]) -> list[tuple[str, ElicitStep]]:
+    """(name, step) for every entry of a recipe's `elicit`, settings checked.
+
+    Raises:
+        RecipeError: an unknown step, or a wrong setting, with its path.
+    """
+    steps: list[tuple[str, ElicitStep]] = []
+    for index, entry in enumerate(entries):
+        if entry.name not in STEPS:
+            raise RecipeError(f"elicit[{index}]", f"there is no step {entry.name!r}{nearest(entry.name, STEPS)}")
+        step = STEPS[entry.name]
+        try:
+            steps.append((entry.name, step.model_validate(entry.params)))
+        except ValidationError as error:
+            raise explain(error, step, f"elicit[{index}].{entry.name}") from None
+    return steps

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Writer
-from limbeck.elicit.engine import Answerer, Desk, Scorer, StoppedEarlyError, elicit
+from limbeck.elicit.engine import Answerer, Engine, LikelihoodScorer, StoppedEarlyError, elicit
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.run import Elicitation, TextSource, prompts_of
@@ -34,7 +34,7 @@ class TextModels(Protocol):
     def writer_identity(self, name: str, /) -> str:
         """What request keys call that writer."""
 
-    def scorer(self, by: str, /) -> Scorer:
+    def scorer(self, by: str, /) -> LikelihoodScorer:
         """Who says how likely a text is: the teacher (""), `untouched`, or a model by its source."""
 
     def scorer_identity(self, by: str, /) -> str:
@@ -77,18 +77,18 @@ class TrainingText:
         work = Elicitation(self.source, self.home, self.models.writer_identity("teacher"), self.models.header)
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
-            desk = Desk(
+            engine = Engine(
                 store,
                 answerer=partial(self.models.writer, "teacher"),
                 scorer=self.models.scorer,
-                judge=self.models.scorer_identity,
-                progress=partial(self._tell, "teacher", began),
+                scorer_identity=self.models.scorer_identity,
+                on_progress=partial(self._tell, "teacher", began),
                 stop=self.stop,
             )
             try:
-                return prompts_of(work.run(desk, self.reporter.stage, self.reporter.note))
+                return prompts_of(work.run(engine, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:
-                raise self._stopped(error.there, error.wanted) from None
+                raise self._stopped(error.done, error.total) from None
 
     def given(self) -> list[Sample]:
         """The training text that does not come from the student: what a student's start may be chosen by."""
@@ -228,7 +228,7 @@ class TrainingText:
                 requests,
                 store,
                 partial(self.models.writer, by),
-                progress=partial(self._tell, by, time.monotonic()),
+                on_progress=partial(self._tell, by, time.monotonic()),
                 stop=self.stop,
             )
         if len(answers) < len(requests):

@@ -1,15 +1,15 @@
-"""Transforms without a model: samples in another form. Each names the samples it was made from."""
+"""Transforms without a model: samples in another form. Each names the sample that it was made from as its parent."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, asked_of, prompt_of, rewritten, user
+from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_messages, prompt_of, user, with_new_answer
+from limbeck.elicit.step import Estimate, LocalStep, register
 from limbeck.elicit.wording import fill
 from limbeck.types import Sample
 
@@ -17,201 +17,180 @@ NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?%?"
 EQUATION = re.compile(rf"{NUMBER}(?:\s*[-+*/x×÷]\s*\(?\s*{NUMBER}\s*\)?)+\s*=\s*{NUMBER}")
 
 
-def asks_another(sample: Sample, text: str, answer: str, task: str, writer: str) -> Sample:
-    """A sample with another question, its facts kept but for what was said of the old answer."""
-    messages = (*asked_of(sample)[:-1], user(text), {"role": "assistant", "content": answer})
-    kept = {name: value for name, value in sample.meta.items() if name not in ("prompt_id", "check", "scores")}
+def with_new_question(sample: Sample, question: str, answer: str, task: str) -> Sample:
+    """The sample with another question and answer, for this task. Its meta stays, except what judged the old answer."""
+    messages = (*prompt_messages(sample)[:-1], user(question), {"role": "assistant", "content": answer})
+    meta = {name: value for name, value in sample.meta.items() if name not in ("prompt_id", "check", "scores")}
     prompt_id = f"{sample.meta.get('prompt_id', sample.id[:16])}/{task}"
-    return Sample(messages, writer, None, (sample.id,), kept | {"prompt_id": prompt_id, "task": task})
+    return Sample(messages, sample.writer, parents=(sample.id,), meta=meta | {"prompt_id": prompt_id, "task": task})
 
 
-class Multitask(Section):
-    """Distilling step by step: of every answer with reasons two samples, the question with the final answer alone (task
-    `label`) and the question with `wording` after it, answered by the reasons (task `rationale`). The recipe weighs
-    them: two cross-entropies under `only`. The paper tells the tasks apart by a prefix to both; here the plain question
-    is the label's, so that nothing need be put before it when the student is used."""
+def _reasons(sample: Sample, tally: Tally) -> tuple[str, str] | None:
+    """(rationale, final answer) of a sample; None, and counted as dropped, if it lacks one of them."""
+    rationale = sample.meta.get("rationale")
+    final = sample.meta.get("final")
+    if not rationale or not final:
+        tally.drop("no reasons with a final answer", answer_of(sample) or prompt_of(sample))
+        return None
+    return str(rationale), str(final)
 
-    kind: ClassVar[Kind] = "transform"
-    paper: ClassVar[str] = "Hsieh et al., arXiv:2305.02301"
-    needs: ClassVar[frozenset[str]] = frozenset()
+
+@register("multitask")
+class Multitask(LocalStep):
+    """Distilling step by step: makes two samples of every answer with reasons, the question with the final answer alone
+    (task `label`) and the question in `wording` with the reasons (task `rationale`). The recipe weighs the tasks with
+    two cross-entropies under `only`. The paper tells them apart by a prefix to each; here the label's question is
+    unchanged, so that the student needs no prefix when it is used."""
+
+    kind = "transform"
+    paper = "Hsieh et al., arXiv:2305.02301"
     wording: str = "{prompt}\n\nExplain how to find the answer."
     label: str = "The answer is {final}."
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found: Pool = []
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        samples: Pool = []
         for sample in pool:
-            rationale = sample.meta.get("rationale")
-            final = sample.meta.get("final")
-            if not rationale or not final:
-                tally.drop("no reasons with a final answer", answer_of(sample) or prompt_of(sample))
+            if (reasons := _reasons(sample, tally)) is None:
                 continue
+            rationale, final = reasons
             prompt = prompt_of(sample)
-            found.append(asks_another(sample, prompt, fill(self.label, final=str(final)), "label", sample.writer))
-            found.append(
-                asks_another(sample, fill(self.wording, prompt=prompt), str(rationale), "rationale", sample.writer)
-            )
-        return found
+            samples.append(with_new_question(sample, prompt, fill(self.label, final=final), "label"))
+            samples.append(with_new_question(sample, fill(self.wording, prompt=prompt), rationale, "rationale"))
+        return samples
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=2 * taken)
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(samples=2 * samples)
 
 
-class LabelOnly(Section):
-    """The final answer without its reasons: what a student is trained on beside which reasons have to prove
-    themselves."""
+@register("label_only")
+class LabelOnly(LocalStep):
+    """Keeps the final answer without its reasons: the baseline that training on reasons has to beat."""
 
-    kind: ClassVar[Kind] = "transform"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
+    kind = "transform"
     label: str = "The answer is {final}."
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found: Pool = []
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        samples: Pool = []
         for sample in pool:
             if not sample.meta.get("final"):
                 tally.drop("no final answer", answer_of(sample) or prompt_of(sample))
             else:
-                found.append(rewritten(sample, fill(self.label, final=str(sample.meta["final"])), sample.writer))
-        return found
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+                answer = fill(self.label, final=str(sample.meta["final"]))
+                samples.append(with_new_answer(sample, answer, sample.writer))
+        return samples
 
 
-class Equations(Section):
-    """Of a worked solution only its equations, one a line, and the final answer. Answers without an equation go."""
+@register("equations")
+class Equations(LocalStep):
+    """Reduces a worked solution to its equations, one a line, and the final answer. Drops answers without an
+    equation."""
 
-    kind: ClassVar[Kind] = "transform"
-    paper: ClassVar[str] = "Kim et al., arXiv:2409.12393 (recalled, not confirmed)"
-    needs: ClassVar[frozenset[str]] = frozenset()
+    kind = "transform"
+    paper = "Kim et al., arXiv:2409.12393 (recalled, not confirmed)"
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found: Pool = []
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        samples: Pool = []
         for sample in pool:
             text = str(sample.meta.get("rationale") or answer_of(sample) or "")
             equations = [" ".join(match[0].split()) for match in EQUATION.finditer(text)]
             if not equations:
                 tally.drop("no equation", text)
                 continue
-            final = sample.meta.get("final") or equations[-1].rpartition("=")[2].strip()
+            final = str(sample.meta.get("final") or equations[-1].rpartition("=")[2].strip())
             body = "\n".join(dict.fromkeys(equations))
-            found.append(
-                rewritten(sample, f"{body}\nThe answer is {final}.", sample.writer, rationale=body, final=str(final))
-            )
-        return found
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+            answer = f"{body}\nThe answer is {final}."
+            samples.append(with_new_answer(sample, answer, sample.writer, rationale=body, final=final))
+        return samples
 
 
-class Counterfactual(Section):
-    """The student's side of SCOTT: a prefix tells reasons for the right answer from reasons for a wrong one, so that
+@register("counterfactual")
+class Counterfactual(LocalStep):
+    """The student's part of SCOTT: a prefix marks whether the reasons are for the right answer or a wrong one, so that
     the student learns to follow its reasons. Samples with `counterfactual` get the task `counterfactual`, the others
-    `factual`. The paper takes the loss of a counterfactual sample on the answer alone; here its reasons stand in the
-    prompt, which comes to the same."""
+    `factual`. The paper trains on the answer alone of a counterfactual sample; here its reasons are part of the prompt,
+    which has the same effect."""
 
-    kind: ClassVar[Kind] = "transform"
-    paper: ClassVar[str] = "Wang et al., arXiv:2305.01879"
-    needs: ClassVar[frozenset[str]] = frozenset()
+    kind = "transform"
+    paper = "Wang et al., arXiv:2305.01879"
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found: Pool = []
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        samples: Pool = []
         for sample in pool:
-            rationale = sample.meta.get("rationale")
-            final = sample.meta.get("final")
-            if not rationale or not final:
-                tally.drop("no reasons with a final answer", answer_of(sample) or prompt_of(sample))
-            elif sample.meta.get("counterfactual"):
-                text = f"[counterfactual] {prompt_of(sample)}\n\n{rationale}"
-                found.append(
-                    asks_another(sample, text, f"Therefore, the answer is {final}.", "counterfactual", sample.writer)
-                )
+            if (reasons := _reasons(sample, tally)) is None:
+                continue
+            rationale, final = reasons
+            answer = f"Therefore, the answer is {final}."
+            if sample.meta.get("counterfactual"):
+                question = f"[counterfactual] {prompt_of(sample)}\n\n{rationale}"
+                samples.append(with_new_question(sample, question, answer, "counterfactual"))
             else:
-                text = f"[factual] {prompt_of(sample)}"
-                answer = f"{rationale}\n\nTherefore, the answer is {final}."
-                found.append(asks_another(sample, text, answer, "factual", sample.writer))
-        return found
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+                question = f"[factual] {prompt_of(sample)}"
+                samples.append(with_new_question(sample, question, f"{rationale}\n\n{answer}", "factual"))
+        return samples
 
 
-class RemoveContext(Section):
-    """Takes out of the conversation what the student shall do without: its system message, and of the prompt everything
-    from `begin` to `end` (both included), where it has them."""
+@register("remove_context")
+class RemoveContext(LocalStep):
+    """Removes what the student should do without: the system message, and everything in the prompt from `begin` to
+    `end` (both included), where it has them."""
 
-    kind: ClassVar[Kind] = "transform"
-    paper: ClassVar[str] = "Snell et al., arXiv:2209.15189"
-    needs: ClassVar[frozenset[str]] = frozenset()
+    kind = "transform"
+    paper = "Snell et al., arXiv:2209.15189"
     system: bool = True
     begin: str | None = None
     end: str | None = None
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found: Pool = []
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        samples: Pool = []
         for sample in pool:
             messages = [m for m in sample.messages if not (self.system and m["role"] == "system")]
             shorter = tuple(
-                {**m, "content": self._without(m["content"])} if m["role"] == "user" else m for m in messages
+                {**m, "content": self._without_context(m["content"])} if m["role"] == "user" else m for m in messages
             )
             if shorter == sample.messages:
                 tally.add("without_context")
-                found.append(sample)
+                samples.append(sample)
             elif not all(m["content"].strip() for m in shorter):
                 tally.drop("nothing is left of the prompt", prompt_of(sample))
             else:
-                found.append(replace(sample, messages=shorter, parents=(sample.id,)))
-        return found
+                samples.append(replace(sample, messages=shorter, parents=(sample.id,)))
+        return samples
 
-    def _without(self, text: str) -> str:
+    def _without_context(self, text: str) -> str:
         if self.begin is None or self.end is None or self.begin not in text:
             return text
         before, _, rest = text.partition(self.begin)
-        inside, found, after = rest.partition(self.end)
-        return f"{before.rstrip()}\n{after.lstrip()}".strip() if found and inside is not None else text
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+        _, end, after = rest.partition(self.end)
+        return f"{before.rstrip()}\n{after.lstrip()}".strip() if end else text
 
 
-class Turns(Section):
-    """A conversation of several answers becomes one sample for each of them, all that was said before it being its
+@register("turns")
+class Turns(LocalStep):
+    """Splits a conversation with several answers into one sample for each of them, with everything before it as the
     prompt."""
 
-    kind: ClassVar[Kind] = "transform"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
+    kind = "transform"
     expected: Annotated[int, Field(ge=1)] = 2
 
-    def run(self, pool: Pool, _: Scene, __: Tally) -> Asking[Pool]:
-        yield from ()
-        found: Pool = []
+    def apply(self, pool: Pool, _: StepContext, __: Tally) -> Pool:
+        samples: Pool = []
         for sample in pool:
             places = [number for number, message in enumerate(sample.messages) if message["role"] == "assistant"]
             if len(places) < 2:
-                found.append(sample)
+                samples.append(sample)
                 continue
             for turn, place in enumerate(places, 1):
-                last = place == len(sample.messages) - 1
-                ids = sample.response_ids if last else None
-                meta = sample.meta | {"prompt_id": f"{sample.meta.get('prompt_id', sample.id[:16])}/{turn}"}
-                found.append(Sample(sample.messages[: place + 1], sample.writer, ids, (sample.id,), meta))
-        return found
+                is_last = place == len(sample.messages) - 1
+                prompt_id = f"{sample.meta.get('prompt_id', sample.id[:16])}/{turn}"
+                part = Sample(
+                    sample.messages[: place + 1],
+                    sample.writer,
+                    sample.response_ids if is_last else None,
+                    parents=(sample.id,),
+                    meta=sample.meta | {"prompt_id": prompt_id},
+                )
+                samples.append(part)
+        return samples
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken * self.expected)
-
-
-STEPS: dict[str, type[Section]] = {
-    "multitask": Multitask,
-    "label_only": LabelOnly,
-    "equations": Equations,
-    "counterfactual": Counterfactual,
-    "remove_context": RemoveContext,
-    "turns": Turns,
-}
+    def estimate(self, samples: int) -> Estimate:
+        return Estimate(samples=samples * self.expected)

@@ -1,48 +1,55 @@
-"""Keeping what can be checked: by a verifier, by a majority, by a score."""
+"""Steps that keep what can be checked: by a verifier, by a majority, by a score."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
-from limbeck.elicit.flow import Asking, Bill, Kind, Pool, Scene, Tally, answer_of, prompt_of, scored
+from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_of, with_scores
+from limbeck.elicit.step import LocalStep, register
 from limbeck.elicit.verify import NUMBER, verify
 from limbeck.types import Sample
 
-Rule = Literal["number", "choice", "exact"]
+AnswerType = Literal["number", "choice", "exact"]
 LETTER = re.compile(r"(?<![A-Za-z])\(?([A-J])(?:\)|\.|:|\b)(?![A-Za-z'’])")
 
 
-def final_answer(sample: Sample, rule: Rule) -> str | None:
-    """What a sample's answer comes to: its last number (in plain form), its last letter of a choice, or its text
-    without case and outer signs. Where the labeling noted a `final` answer, that is read instead of the whole text."""
+def final_answer(sample: Sample, answer_type: AnswerType) -> str | None:
+    """The answer that a sample ends in: its last number (in plain form), the last letter of a choice, or its text
+    without case and punctuation. Reads `final` in the meta if it is there, else the whole answer."""
     text = str(sample.meta.get("final") or answer_of(sample) or "")
-    if rule == "number":
-        found = NUMBER.findall(text)
-        return f"{float(found[-1].replace(',', '')):g}" if found else None
-    if rule == "choice":
+    if answer_type == "number":
+        numbers = NUMBER.findall(text)
+        return f"{float(numbers[-1].replace(',', '')):g}" if numbers else None
+    if answer_type == "choice":
         letters = LETTER.findall(text)
         return str(letters[-1]) if letters else None
     return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split()) or None
 
 
-class Verify(Section):
-    """Keeps answers that pass their prompt's check. With `against`, a prompt without a check is held against its first
-    given answer, by that rule. What can't be checked goes, unless `unchecked: keep`."""
+def groups_by_prompt(pool: Pool) -> list[list[Sample]]:
+    """The samples in groups that answer one prompt, in the order of the first of each."""
+    groups: dict[Any, list[Sample]] = {}
+    for sample in pool:
+        groups.setdefault(sample.meta.get("prompt_id", prompt_of(sample)), []).append(sample)
+    return list(groups.values())
 
-    kind: ClassVar[Kind] = "verify"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    against: Rule | None = None
+
+@register("verify")
+class Verify(LocalStep):
+    """Keeps answers that pass their prompt's check. With `against`, an answer whose prompt has no check is compared
+    with the corpus's first answer, as a `number`, a `choice` or `exact` text. Drops what can't be checked, unless
+    `unchecked: keep`."""
+
+    kind = "verify"
+    against: AnswerType | None = None
     unchecked: Literal["drop", "keep"] = "drop"
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()  # nothing is asked
-        found: Pool = []
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        passed: Pool = []
         for sample in pool:
             verdict, how = self._verdict(sample)
             if answer_of(sample) is None:
@@ -52,50 +59,49 @@ class Verify(Section):
             elif verdict is False:
                 tally.drop(f"check: {how}", answer_of(sample) or "")
             else:
-                found.append(scored(sample, verified=1.0) if verdict else sample)
-        tally.facts["pass_rate"] = len(found) / max(1, len(pool))
-        return found
+                passed.append(with_scores(sample, verified=1.0) if verdict else sample)
+        tally.facts["pass_rate"] = len(passed) / max(1, len(pool))
+        return passed
 
     def _verdict(self, sample: Sample) -> tuple[bool | None, str]:
+        """(whether the answer is right, or None; how it was checked)"""
         check = sample.meta.get("check")
         answer = answer_of(sample)
-        given = sample.meta.get("answers")
+        corpus_answers = sample.meta.get("answers")
         if answer is None:
             return None, ""
         if check is not None:
             return verify(check, answer), str(check.get("type"))
-        if self.against is None or not given:
+        if self.against is None or not corpus_answers:
             return None, ""
-        wanted = final_answer(Sample(({"role": "assistant", "content": str(given[0])},), ""), self.against)
-        return wanted is not None and final_answer(sample, self.against) == wanted, f"given answer, by {self.against}"
+        reference = Sample(({"role": "assistant", "content": str(corpus_answers[0])},), "")
+        right = final_answer(reference, self.against)
+        is_right = right is not None and final_answer(sample, self.against) == right
+        return is_right, f"given answer, by {self.against}"
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
 
+@register("vote")
+class Vote(LocalStep):
+    """Self-consistency: among the answers to one prompt, keeps those that agree with the most frequent final answer (of
+    equally frequent ones, the one that came first), `all` of them or only the `first`. Needs no right answer. Drops
+    prompts on which fewer than a share `least` agree."""
 
-class Vote(Section):
-    """Self-consistency: of the answers to one prompt those that agree with the most frequent final answer (of equally
-    frequent ones the first seen) are kept, all of them or the `first`. No right answer need be known."""
-
-    kind: ClassVar[Kind] = "verify"
-    paper: ClassVar[str] = "Wang et al., arXiv:2203.11171; as labels: Huang et al., arXiv:2210.11610"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    by: Rule = "number"
+    kind = "verify"
+    paper = "Wang et al., arXiv:2203.11171; as labels: Huang et al., arXiv:2210.11610"
+    by: AnswerType = "number"
     keep: Literal["all", "first"] = "all"
     least: Annotated[float, Field(ge=0, le=1)] = 0.0
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found: Pool = []
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        agreed: Pool = []
         shares = []
-        for group in grouped(pool):
+        for group in groups_by_prompt(pool):
             finals = [final_answer(sample, self.by) for sample in group]
             counts = Counter(final for final in finals if final is not None)
             if not counts:
-                for sample in group:
-                    tally.drop("no final answer", answer_of(sample) or "")
+                _drop(group, "no final answer", tally)
                 continue
-            winner = max(counts, key=lambda final: counts[final])  # the first seen of the most frequent
+            winner = max(counts, key=lambda final: counts[final])  # max takes the first of equals
             share = counts[winner] / len(group)
             shares.append(share)
             agreeing = [sample for sample, final in zip(group, finals, strict=True) if final == winner]
@@ -103,56 +109,39 @@ class Vote(Section):
                 if final != winner:
                     tally.drop("outvoted" if final is not None else "no final answer", answer_of(sample) or "")
             if share < self.least:
-                for sample in agreeing:
-                    tally.drop("too little agreement", answer_of(sample) or "")
+                _drop(agreeing, "too little agreement", tally)
                 continue
-            chosen = agreeing if self.keep == "all" else agreeing[:1]
-            for sample in agreeing[len(chosen) :]:
-                tally.drop("agrees with one that is kept", answer_of(sample) or "")
-            found += [scored(sample, agreement=share) for sample in chosen]
+            winners = agreeing if self.keep == "all" else agreeing[:1]
+            _drop(agreeing[len(winners) :], "agrees with one that is kept", tally)
+            agreed += [with_scores(sample, agreement=share) for sample in winners]
         tally.facts["agreement"] = sum(shares) / max(1, len(shares))
-        return found
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
+        return agreed
 
 
-class BestOf(Section):
-    """Of the answers to one prompt the `n` with the highest score of that name; of equal ones the first."""
+def _drop(samples: Pool, reason: str, tally: Tally) -> None:
+    for sample in samples:
+        tally.drop(reason, answer_of(sample) or "")
 
-    kind: ClassVar[Kind] = "select"
-    paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
+
+@register("best_of")
+class BestOf(LocalStep):
+    """Keeps, among the answers to one prompt, the `n` with the highest `score` of that name; of equal ones, the
+    first."""
+
     score: str
     n: Annotated[int, Field(ge=1)] = 1
 
-    def run(self, pool: Pool, _: Scene, tally: Tally) -> Asking[Pool]:
-        yield from ()
-        found: Pool = []
-        for group in grouped(pool):
-            having = [sample for sample in group if self.score in sample.meta.get("scores", {})]
-            ranked = sorted(having, key=lambda sample: -sample.meta["scores"][self.score])
-            kept = {id(sample) for sample in ranked[: self.n]}
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        selected: Pool = []
+        for group in groups_by_prompt(pool):
+            rated = [sample for sample in group if self.score in sample.meta.get("scores", {})]
+            ranked = sorted(rated, key=lambda sample: -sample.meta["scores"][self.score])
+            best = {id(sample) for sample in ranked[: self.n]}
             for sample in group:
-                if id(sample) in kept:
-                    found.append(sample)
+                if id(sample) in best:
+                    selected.append(sample)
                 else:
-                    reason = (
-                        "not among the best" if any(sample is other for other in having) else f"no score {self.score}"
-                    )
+                    is_rated = any(sample is other for other in rated)
+                    reason = "not among the best" if is_rated else f"no score {self.score}"
                     tally.drop(reason, answer_of(sample) or "")
-        return found
-
-    def bill(self, taken: int) -> Bill:
-        return Bill(given=taken)
-
-
-def grouped(pool: Pool) -> list[list[Sample]]:
-    """The samples that answer one prompt together, in the order of their first."""
-    groups: dict[Any, list[Sample]] = {}
-    for sample in pool:
-        groups.setdefault(sample.meta.get("prompt_id", prompt_of(sample)), []).append(sample)
-    return list(groups.values())
-
-
-STEPS: dict[str, type[Section]] = {"verify": Verify, "vote": Vote, "best_of": BestOf}
+        return selected

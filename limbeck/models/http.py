@@ -222,7 +222,7 @@ class Backoff:
         """Seconds to wait after try `attempt` (from 0)."""
         if reply.retry_after:
             return min(self.longest_asked, reply.retry_after)
-        return min(self.longest, self.first * 2**attempt) * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
+        return min(self.longest, self.first * 2.0**attempt) * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
 
 
 async def send_with_retries(

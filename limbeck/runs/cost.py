@@ -17,8 +17,8 @@ import torch
 from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import MICRO_TOKENS
-from limbeck.elicit.flow import Bill
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.step import Estimate
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.objectives.term import Term
 from limbeck.signals.forms import form_of
@@ -176,7 +176,7 @@ def _prompt_tokens(prompts: Sequence[Prompt]) -> float:
     return sum(len(prompt.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in prompts) / len(prompts)
 
 
-def _elicited(bills: Sequence[Bill]) -> float:
+def _elicited(bills: Sequence[Estimate]) -> float:
     """Tokens that the steps of elicitation have a model read and write."""
     return sum(bill.tokens + ASKED_TOKENS * bill.requests + SCORED_TOKENS * bill.scores for bill in bills)
 
@@ -223,7 +223,7 @@ def make_plan(
     terms: Sequence[Term],
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     shapes: Shapes,
-    bills: Sequence[Bill] = (),
+    bills: Sequence[Estimate] = (),
 ) -> Plan:
     """Estimate a run from the sizes alone; nothing is loaded. Where there is no teacher in process, its text costs no
     time here.
@@ -238,7 +238,7 @@ def make_plan(
     judge = shapes.judge
     others = shapes.others
     settings = recipe.train
-    count = bills[-1].given if bills else len(training)
+    count = bills[-1].samples if bills else len(training)
     answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
     fixed = recipe.fixed_writers
     own = recipe.student_writer

@@ -6,7 +6,7 @@ from typing import Any
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
-from limbeck.elicit.flow import Bill
+from limbeck.elicit.step import Estimate
 from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
 from limbeck.models.load import is_ready, load_config, load_tokenizer
 from limbeck.models.start import scratch_config
@@ -89,11 +89,11 @@ def _beside(speaker: str, source: str, number: int) -> Shape:
         raise RecipeError(f"teacher.beside[{number}].model", str(error)) from error
 
 
-def _bills(method: Method) -> list[Bill]:
+def _bills(method: Method) -> list[Estimate]:
     """What the steps of elicitation will ask for, each after the one before."""
-    bills: list[Bill] = []
+    bills: list[Estimate] = []
     for _, step in method.steps:
-        bills.append(step.bill(bills[-1].given if bills else len(method.training_prompts)))
+        bills.append(step.estimate(bills[-1].samples if bills else len(method.training_prompts)))
     return bills
 
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
-from pydantic import ValidationError
-
-from limbeck.config.recipe import Recipe, explain
+from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Rollout
-from limbeck.elicit.flow import Step
-from limbeck.elicit.prompts import Prompt, load_prompts
-from limbeck.elicit.steps import STEPS
+from limbeck.elicit.prompts import Prompt, split_prompts
+from limbeck.elicit.step import ElicitStep
+from limbeck.elicit.steps import steps_of
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.tasks import tasks_of
 from limbeck.models.context import PromptContext
@@ -27,9 +24,8 @@ from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.term import Term, make_term
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
-from limbeck.types import RecipeError, content_hash, nearest
+from limbeck.types import RecipeError, content_hash
 
-HELD_OUT_SHARE = 0.1
 SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
 
 
@@ -43,7 +39,7 @@ class Method:
 
     recipe: Recipe
     terms: tuple[Term, ...]
-    steps: tuple[tuple[str, Step], ...]
+    steps: tuple[tuple[str, ElicitStep], ...]
     training_prompts: tuple[Prompt, ...]
     held_out_prompts: tuple[Prompt, ...]
     tasks: tuple[Task, ...]
@@ -78,15 +74,16 @@ def resolve(recipe: Recipe) -> Method:
         RecipeError: an unknown name, a value out of range, prompts that aren't there, or parts that don't fit, with the
             place in the recipe and the cure.
     """
-    training, held_out = split_prompts(recipe)
+    evaluate = recipe.evaluate
+    training, held_out = split_prompts(recipe.prompts.source, recipe.prompts.limit, evaluate.prompts, evaluate.limit)
     share, fresh = _shares(recipe)
     method = Method(
         recipe=recipe,
         terms=tuple(terms_of(recipe)),
-        steps=tuple(_steps(recipe)),
+        steps=tuple(steps_of(recipe.elicit or ())),
         training_prompts=tuple(training),
         held_out_prompts=tuple(held_out),
-        tasks=tuple(tasks_of(recipe.evaluate.metrics, recipe.evaluate.limit)),
+        tasks=tuple(tasks_of(evaluate.metrics, evaluate.limit)),
         prompt_context=_prompt_context(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,
@@ -113,54 +110,6 @@ def terms_of(recipe: Recipe) -> list[Term]:
                 f"{label} stands twice; give it once with the summed weight, or other text to each by `only`",
             )
     return terms
-
-
-def _steps(recipe: Recipe) -> list[tuple[str, Step]]:
-    """The recipe's steps of elicitation by name, their settings checked."""
-    steps = []
-    for index, entry in enumerate(recipe.elicit or ()):
-        if entry.name not in STEPS:
-            raise RecipeError(f"elicit[{index}]", f"there is no step {entry.name!r}{nearest(entry.name, STEPS)}")
-        step = STEPS[entry.name]
-        try:
-            steps.append((entry.name, cast(Step, step.model_validate(entry.params))))
-        except ValidationError as error:
-            raise explain(error, step, f"elicit[{index}].{entry.name}") from None
-    return steps
-
-
-def split_prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts), the two without a common text.
-
-    Built-in prompts come with a held-out part. Of a user's own file every tenth or so is held out (by a hash of its
-    text, so that it stays held out when lines are added), unless `evaluate.prompts` names another file.
-
-    Raises:
-        RecipeError: one of the two is empty, or a held-out prompt is among the training ones.
-    """
-    source = recipe.prompts.source
-    settings = recipe.evaluate
-    training = load_prompts(source)
-    if settings.prompts is not None:
-        held_out = load_prompts(settings.prompts, part="test", path="evaluate.prompts")
-    elif source.startswith("builtin/"):
-        held_out = load_prompts(source, part="test")
-    else:
-        apart = [int(content_hash(prompt.text)[:8], 16) < HELD_OUT_SHARE * 16**8 for prompt in training]
-        held_out = [prompt for prompt, out in zip(training, apart, strict=True) if out]
-        training = [prompt for prompt, out in zip(training, apart, strict=True) if not out]
-    training = training[: recipe.prompts.limit]
-    held_out = held_out[: settings.limit]
-    for part, path in ((training, "prompts"), (held_out, "evaluate.prompts")):
-        if not part:
-            raise RecipeError(
-                path, "no prompt is left for this part; give more prompts, or a file under evaluate.prompts"
-            )
-    if both := {prompt.text for prompt in training} & {prompt.text for prompt in held_out}:
-        raise RecipeError(
-            "evaluate.prompts", f"{len(both)} held-out prompts are training prompts too, such as {min(both)!r}"
-        )
-    return training, held_out
 
 
 def _prompt_context(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptContext | None:

@@ -8,7 +8,7 @@ from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Rollout, Validation
 from limbeck.config.teacher import BridgedTeacher, CacheSettings, SelfTeacher, SeveralTeachers
 from limbeck.data.batches import CHOSEN, MIXED, REJECTED
-from limbeck.elicit.flow import Step
+from limbeck.elicit.step import ElicitStep
 from limbeck.evaluate.task import Task
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, TeacherUse
 from limbeck.models.teachers import kind
@@ -25,7 +25,7 @@ JUDGED_ON_TEXT = ("importance", "block_influence")  # choices of layers that nee
 
 
 def check_parts(
-    use: TeacherUse, *, steps: Sequence[tuple[str, Step]], tasks: Sequence[Task], share: Schedule | None
+    use: TeacherUse, *, steps: Sequence[tuple[str, ElicitStep]], tasks: Sequence[Task], share: Schedule | None
 ) -> None:
     """Refuse parts of a recipe that can't work together.
 
@@ -171,7 +171,7 @@ def _check_student_writer(recipe: Recipe, terms: Sequence[Term], share: Schedule
         )
 
 
-def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, Step]]) -> None:
+def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> None:
     """Refuse what this kind of teacher can't give, can't be shown, or can't do beside the rest of the recipe."""
     recipe = use.recipe
     teacher = recipe.teacher

@@ -1,6 +1,7 @@
-"""Checkpoints that are whole or invisible: tensors in safetensors, a manifest with sizes and SHA-256 written last.
+"""Checkpoints that are complete or invisible: tensors in safetensors, and a manifest with sizes and SHA-256 written
+last.
 
-Shapes and types are the tensors' own; nothing is pickled.
+Tensors keep their shapes and types; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -33,48 +34,50 @@ KEEP = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """What a training needs to go on: the step, its tensors, and its state as plain JSON data."""
+
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write checkpoint `step` and remove all but the newest KEEP. `state` is JSON: cursors, hashes, schedules."""
+    """Write checkpoint `step` and remove all but the newest KEEP. `state` is plain JSON data."""
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    with new_directory(folder / f"step-{step:08d}") as beside:
+    with new_directory(folder / f"step-{step:08d}") as new:
         crash_point("checkpoint.before_tensors")
         with full_disk_as_os_error():
             save_file(
-                {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors"
+                {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new / "tensors.safetensors"
             )
         crash_point("checkpoint.before_manifest")
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in beside.iterdir()}
-        write_json(beside / MANIFEST, {"step": step, "files": files, "state": dict(state)})
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in new.iterdir()}
+        write_json(new / MANIFEST, {"step": step, "files": files, "state": dict(state)})
     crash_point("checkpoint.before_prune")
     prune(folder, KEEP)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
-    found = _complete(folder)
-    for _, old in found[: len(found) - keep]:
+    checkpoints = _complete(folder)
+    for _, old in checkpoints[: len(checkpoints) - keep]:
         remove_directory(old)
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are passed over. None where there is none.
+    """The newest intact checkpoint, None if there are no checkpoints. Damaged ones are skipped.
 
     Raises:
-        UserError: there are checkpoints, and none of them is whole.
+        UserError: all checkpoints are damaged.
     """
-    found = _complete(folder)
-    for step, path in reversed(found):
+    checkpoints = _complete(folder)
+    for step, path in reversed(checkpoints):
         manifest = json.loads((path / MANIFEST).read_text())
         if all(_intact(path / name, facts) for name, facts in manifest["files"].items()):
             return Checkpoint(step, load_file(path / "tensors.safetensors"), manifest["state"])
-    if found:
-        raise UserError(f"no checkpoint in {folder} is whole; remove the folder to train again from the start")
+    if checkpoints:
+        raise UserError(f"every checkpoint in {folder} is damaged; remove the folder to train again from the start")
     return None
 
 
@@ -83,8 +86,8 @@ def _intact(file: Path, facts: Mapping[str, Any]) -> bool:
 
 
 def _complete(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint that has a readable manifest, oldest first."""
-    found = []
+    """(step, path) of every checkpoint with a readable manifest, oldest first."""
+    checkpoints = []
     for path in folder.glob("step-*") if folder.exists() else []:
         match = FOLDER.fullmatch(path.name)
         try:
@@ -92,5 +95,5 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
         except (OSError, ValueError):
             readable = False
         if match and readable:
-            found.append((int(match[1]), path))
-    return sorted(found)
+            checkpoints.append((int(match[1]), path))
+    return sorted(checkpoints)

@@ -1,13 +1,12 @@
-"""Files that are whole or absent: atomic writes, directories that appear at once, append-only records, one lock.
+"""Files that are complete or absent: atomic writes, directories that appear at once, append-only records, a lock.
 
-The rule everywhere: write beside, fsync, rename. A name that exists is a file that is complete. Not covered: disks
-that acknowledge an fsync they did not do, and network file systems without rename semantics.
+The rule everywhere: write under a temporary name, fsync, rename. So a file that exists is complete. Not covered: disks
+that report an fsync they did not do, and network file systems without atomic renames.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from limbeck.types import UserError
@@ -26,11 +26,11 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.(?:tmp|old)")
 
 
 def crash_point(name: str) -> None:
-    """For fault tests only: end the process at once where LIMBECK_CRASH_AT says `name` or `name:n` (the n-th time)."""
-    wanted = os.environ.get("LIMBECK_CRASH_AT")
-    if not wanted:
+    """For fault tests only: end the process here if LIMBECK_CRASH_AT is `name`, or `name:n` (the n-th time)."""
+    crash_at = os.environ.get("LIMBECK_CRASH_AT")
+    if not crash_at:
         return
-    label, _, count = wanted.partition(":")
+    label, _, count = crash_at.partition(":")
     if label != name:
         return
     left = int(count or 1) - 1
@@ -48,17 +48,17 @@ def fsync_directory(folder: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either the old bytes or all the new ones."""
+    """Write `content` so that `path` has either the old bytes or all the new ones, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
 
 
@@ -72,61 +72,61 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends well, and vanishes when it does not.
+    """A folder to fill. It becomes `path` when the block ends, and is removed if the block raises.
 
-    An existing `path` is replaced; between the two renames a crash leaves it absent, never mixed.
+    An existing `path` is replaced; a crash between the two renames leaves it absent, never mixed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    beside.mkdir()
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
     try:
-        yield beside
-        for file in sorted(beside.rglob("*")):
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        fsync_directory(beside)
+        fsync_directory(temporary)
         crash_point("directory.before_rename")
         if path.exists():
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
             path.rename(old)
-            beside.rename(path)
+            temporary.rename(path)
             shutil.rmtree(old)
         else:
-            beside.rename(path)
+            temporary.rename(path)
     finally:
-        if beside.exists():
-            shutil.rmtree(beside, ignore_errors=True)
+        if temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
     fsync_directory(path.parent)
 
 
 def is_leftover(path: Path) -> bool:
-    """Is this a name that `new_directory` or `write_bytes` gives to what is not whole yet?"""
+    """Whether this is a temporary name that `new_directory` or `write_bytes` gives."""
     return LEFTOVER.fullmatch(path.name) is not None
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process of ours left half-written in `folder`; no other name is touched."""
-    for left in folder.iterdir() if folder.is_dir() else []:
-        if is_leftover(left):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    """Remove what a killed process left half-written in `folder`. Files of other names stay."""
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if is_leftover(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def remove_directory(path: Path) -> None:
-    """Make a folder vanish at once: renamed first, so that a kill half-way leaves no half folder under its name."""
+    """Remove a folder. It is renamed first, so that a crash leaves no half-removed folder under its name."""
     old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
     path.rename(old)
     shutil.rmtree(old)
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Add one line to a JSONL file. A torn last line of an earlier crash is cut off by `read_jsonl`."""
+    """Append one line to a JSONL file. If a crash truncates the line, `read_jsonl` ignores it."""
     with path.open("a") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file of ours; a torn last line is dropped."""
+    """The records of a JSONL file; a truncated last line is ignored."""
     if not path.exists():
         return []
     records = []
@@ -149,27 +149,30 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
-    """One process at a time. The kernel frees the lock when its holder ends, however it ends.
+    """Hold the lock file `path` while the block runs. The kernel releases it when the process ends, however it ends.
 
     Raises:
-        UserError: another process holds it, and `wait` is false; or a file stands where the folder should be.
+        UserError: another process holds the lock, and `wait` is false; or the folder's name is that of a file.
     """
     if path.parent.exists() and not path.parent.is_dir():
         raise UserError(f"{path.parent} is a file, not a folder: give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(
-                f"{path.parent} is in use by another limbeck process; wait for it or choose another --out"
-            ) from None
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        raise UserError(
+            f"{path.parent} is in use by another limbeck process; wait for it or choose another --out"
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
 def full_disk_as_os_error() -> Iterator[None]:
-    """The tensor library has an error of its own for a disk without room; the rest of us knows OSError."""
+    """Turn the error that safetensors raises when it can't write into the OSError that everyone else raises."""
     try:
         yield
     except SafetensorError as error:

@@ -1,5 +1,4 @@
-"""A run folder as it grows: the steps of its trainings, read while another process may be writing them. Nothing is
-written here."""
+"""Reads a run folder as it grows: the steps of its trainings, while another process may be writing them."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ Record = dict[str, Any]
 
 
 class Metrics:
-    """A `metrics.jsonl` that another process appends to, and writes anew when a training goes on from a checkpoint."""
+    """A `metrics.jsonl` that another process appends to, and rewrites when a training resumes from a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -23,8 +22,7 @@ class Metrics:
         self._offset = 0
 
     def update(self) -> list[Record]:
-        """All records of the file as it is now; only what is new is read. A half-written last line waits for its
-        end."""
+        """All records in the file now. Only what is new is read, up to the last complete line."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -46,7 +44,7 @@ class Metrics:
 
 
 def _record(line: bytes) -> Record | None:
-    """A step's record, or None for a line that is none (a damaged disk; a write that was cut off)."""
+    """The record of a step, or None for a line that is none (damaged or truncated)."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -55,16 +53,16 @@ def _record(line: bytes) -> Record | None:
 
 
 def trainings(folder: Path) -> dict[str, Path]:
-    """The folder of every training that has begun, by name: the student's first, then those of its controls."""
+    """The folder of every training that has started, by name: the student's first, then its controls'."""
     controls = folder / "controls"
-    found = {"student": folder} | {
+    folders = {"student": folder} | {
         path.name: path for path in (sorted(controls.iterdir()) if controls.is_dir() else [])
     }
-    return {name: path for name, path in found.items() if (path / "metrics.jsonl").exists()}
+    return {name: path for name, path in folders.items() if (path / "metrics.jsonl").exists()}
 
 
 def evaluation(folder: Path) -> dict[str, dict[str, float]]:
-    """Every system's measured values by metric; empty as long as the run is not measured."""
+    """The measured values of every system by metric; empty before the evaluation."""
     summary = read_json(folder / "evaluation" / "summary.json")
     systems = summary.get("systems", {}) if summary else {}
     return {
@@ -74,28 +72,28 @@ def evaluation(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def read_json(file: Path) -> Record | None:
-    """The object in a file of ours; None where there is no file or no object in it."""
+    """The object in a JSON file; None if there is no file, or no object in it."""
     try:
-        found = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def rollout_of(record: Mapping[str, Any]) -> Record:
-    """What a step's record says of the text that the student wrote; empty where it wrote none."""
+    """The part of a step's record about the text that the student wrote; empty if it wrote none."""
     part = record.get("rollout")
     return part if isinstance(part, dict) else {}
 
 
 def mean_of(records: Sequence[Mapping[str, Any]], fact: str) -> float | None:
-    """The mean of a fact of the student's text over the steps that have it; None where none has."""
+    """The mean of a fact about the student's text over the steps that have it; None if none has."""
     values = [value for record in records if is_number(value := rollout_of(record).get(fact))]
     return sum(values) / len(values) if values else None
 
 
 def writing_share(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """The part (0 to 1) of these steps' time in which the student wrote; None where no time was noted."""
+    """The share (0 to 1) of these steps' time that the student spent writing; None if no time was recorded."""
     timed = [record for record in records if is_number(record.get("seconds"))]
     total = sum(record["seconds"] for record in timed)
     writing = [seconds for record in timed if is_number(seconds := rollout_of(record).get("seconds"))]
@@ -103,22 +101,22 @@ def writing_share(records: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value out of a file is a finite number."""
+    """Whether a value read from a file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def values_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one step by name; what is no finite number is left out.
+    """The numbers of one step by name, without those that are not finite.
 
     loss and `terms/NAME` in nats per response token (or per the term's own unit), `scheduled/NAME`, lr, grad_norm,
     memory_mib, and tokens_per_second over all tokens of the step, prompts and padding included.
     """
-    found = {name: record.get(name) for name in ("loss", "lr", "grad_norm", "memory_mib")}
+    values = {name: record.get(name) for name in ("loss", "lr", "grad_norm", "memory_mib")}
     for group in ("terms", "scheduled"):
         part = record.get(group)
-        found |= {f"{group}/{name}": value for name, value in part.items()} if isinstance(part, dict) else {}
+        values |= {f"{group}/{name}": value for name, value in part.items()} if isinstance(part, dict) else {}
     tokens = record.get("tokens")
     seconds = record.get("seconds")
     if is_number(tokens) and is_number(seconds) and seconds:
-        found["tokens_per_second"] = tokens / seconds
-    return {name: float(value) for name, value in found.items() if value is not None and is_number(value)}
+        values["tokens_per_second"] = tokens / seconds
+    return {name: float(value) for name, value in values.items() if value is not None and is_number(value)}

@@ -1,7 +1,7 @@
-"""Samples and evidence of a run: one SQLite file, content-addressed, every answer committed before it is acknowledged.
+"""Samples and evidence of a run in one SQLite file, by content; every answer is committed before it is acknowledged.
 
-A request is known by its key; asking again for a key that is here costs nothing. Killed at any moment, the file holds
-exactly the answers that were acknowledged (write-ahead log, synchronous=FULL).
+A request is identified by its key, so an answer in the store is never paid for again. After a crash at any moment, the
+file has exactly the acknowledged answers (write-ahead log, synchronous=FULL).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VERSION = 1
 
 
 class Store:
-    """Open with a path; use as a context manager."""
+    """The store in a file, which is created if it does not exist. Use it as a context manager."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,17 +46,17 @@ class Store:
             self._db.execute("pragma journal_mode=wal")
             self._db.execute("pragma synchronous=full")
             self._db.executescript(SCHEMA)
-            found = self._db.execute("select version from about").fetchone()
-            if found is None:
+            version = self._db.execute("select version from about").fetchone()
+            if version is None:
                 self._db.execute("insert into about values (?)", (VERSION,))
         except sqlite3.OperationalError:
-            raise  # no room, no permission: the file is not to blame
+            raise  # no space or no permission: nothing is wrong with the file
         except sqlite3.DatabaseError as error:
             raise UserError(
-                f"{path} is not a store of this program ({error}); move it away or choose another --out"
+                f"{path} is not a store of Limbeck ({error}); move it away or choose another --out"
             ) from error
-        if found is not None and found[0] != VERSION:
-            raise UserError(f"{path} was written by another version of the store ({found[0]}); choose another --out")
+        if version is not None and version[0] != VERSION:
+            raise UserError(f"{path} was written by another version of the store ({version[0]}); choose another --out")
 
     def __enter__(self) -> Store:
         return self
@@ -72,8 +72,12 @@ class Store:
         raw: str | None = None,
         usage: tuple[int, int] | None = None,
     ) -> None:
-        """Keep an answer, and where they are given the body it came in and the tokens it was billed for (read,
-        written). When this returns, it survives the process."""
+        """Store an answer. When this returns, it is on disk.
+
+        Args:
+            raw: the body of the server's reply.
+            usage: tokens billed for it, (read, written).
+        """
         body = {
             "messages": list(sample.messages),
             "writer": sample.writer,
@@ -81,12 +85,12 @@ class Store:
             "parents": list(sample.parents),
             "meta": sample.meta,
         }
-        asked = request.asked | {"meta": request.meta}
+        question = request.asked | {"meta": request.meta}
         with self._all_or_none():
             self._db.execute("insert or ignore into samples values (?, ?)", (sample.id, canonical_json(body)))
             self._db.execute(
                 "insert or ignore into answers values (?, ?, ?, ?)",
-                (request.key, canonical_json(asked), finish, sample.id),
+                (request.key, canonical_json(question), finish, sample.id),
             )
             if raw is not None:
                 self._db.execute("insert or ignore into bodies values (?, ?)", (request.key, raw))
@@ -107,49 +111,49 @@ class Store:
             raise
 
     def answered(self, request: Request) -> Sample | None:
-        """The stored answer to this request, if there is one."""
+        """The stored answer to this request, None if there is none."""
         row = self._db.execute(
             "select body, finish from answers join samples on id = sample_id where key = ?", (request.key,)
         ).fetchone()
         return None if row is None else _sample(row[0], row[1])
 
     def write_evidence(self, *evidence: Evidence) -> None:
-        """Keep evidence, all of it or none."""
+        """Store evidence, all of it or none."""
         rows = [(e.sample_id, e.kind, e.judge, canonical_json(e.value), e.tensor_ref) for e in evidence]
         with self._all_or_none():
             self._db.executemany("insert or replace into evidence values (?, ?, ?, ?, ?)", rows)
 
     def evidence(self, kind: str) -> Iterator[Evidence]:
+        """All evidence of this kind, by sample and judge."""
         rows = self._db.execute(
             "select sample_id, kind, judge, value, tensor_ref from evidence where kind = ? order by sample_id, judge",
             (kind,),
         )
         for sample_id, kind_, judge, value, tensor_ref in rows:
-            yield Evidence(sample_id, kind_, judge, json.loads(value), tensor_ref)
+            yield Evidence(sample_id, kind_, judge, json.loads(value), tensor_ref=tensor_ref)
 
     def write_scores(self, judge: str, scores: Mapping[str, LogProb]) -> None:
-        """Keep how likely a model finds answers, all of them or none."""
-        rows = [(judge, name, found.nats, found.tokens) for name, found in scores.items()]
+        """Store how likely a model finds answers, by the key of the `ScoreRequest`; all of them or none."""
+        rows = [(judge, name, score.nats, score.tokens) for name, score in scores.items()]
         with self._all_or_none():
             self._db.executemany("insert or replace into scores values (?, ?, ?, ?)", rows)
 
     def scores(self, judge: str) -> dict[str, LogProb]:
-        """How likely this model finds answers, by the question's name."""
+        """How likely this model finds answers, by the key of the `ScoreRequest`."""
         rows = self._db.execute("select name, nats, tokens from scores where judge = ?", (judge,))
         return {name: LogProb(nats, tokens) for name, nats, tokens in rows}
 
     def body(self, key: str) -> str | None:
-        """The body that an answer came in, where it was kept."""
+        """The stored body of the server's reply, None if there is none."""
         row = self._db.execute("select raw from bodies where key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
     def bill(self, writer: str) -> tuple[int, int, int]:
-        """What the kept answers of this writer cost: how many they are, and the tokens read and written for them, as it
-        said itself."""
-        found = self._db.execute(
+        """The cost of this writer's answers: (how many, tokens read, tokens written), as the server billed them."""
+        row = self._db.execute(
             "select count(*), coalesce(sum(read), 0), coalesce(sum(written), 0) from bills where writer = ?", (writer,)
         )
-        answers, read, written = found.fetchone()
+        answers, read, written = row.fetchone()
         return int(answers), int(read), int(written)
 
     @staticmethod

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from limbeck.config.sections import Train
 from limbeck.data.batches import FixedText, Row, Source, steps_of_epoch
-from limbeck.data.mixup import Mixed
+from limbeck.data.mixup import MixupSource
 from limbeck.models.model import head_of
 from limbeck.models.taps import features
 from limbeck.models.teacher_interface import MovingAverage
@@ -136,7 +136,7 @@ class TrainingJob:
         if self.source is not None:
             return self.source
         text = FixedText(self.rows, self.settings.seed, self.settings.tokens_per_step, self.objective.keeps_groups)
-        return text if self.settings.mixup is None else Mixed(text, self.settings.seed, self.settings.mixup)
+        return text if self.settings.mixup is None else MixupSource(text, self.settings.seed, self.settings.mixup)
 
     @property
     def steps(self) -> int:

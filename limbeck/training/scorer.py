@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from limbeck.data.batches import Row
-from limbeck.elicit.flow import Score
+from limbeck.elicit.flow import ScoreRequest
 from limbeck.models.model import Model
 from limbeck.training.prepare import response_log_probs
 from limbeck.types import LogProb, UserError
 
 
 class ModelScorer:
-    """Answers `Score` questions. A text without messages follows the token that begins texts, or else the one that ends
+    """Answers `ScoreRequest`s. A text without messages follows the token that begins texts, or else the one that ends
     them. Tokens beyond the model's context are left out of the score and of the token count."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.identity = model.identity
 
-    def log_probs(self, questions: Sequence[Score]) -> list[LogProb]:
+    def log_probs(self, questions: Sequence[ScoreRequest]) -> list[LogProb]:
         """In the order of the questions.
 
         Raises:
@@ -30,7 +30,7 @@ class ModelScorer:
         log_probs = response_log_probs(self.model.net, list(unique.values()))
         return [LogProb(log_probs[row.sample_id] if row.response_ids else 0.0, len(row.response_ids)) for row in rows]
 
-    def _row(self, question: Score) -> Row:
+    def _row(self, question: ScoreRequest) -> Row:
         tokenizer = self.model.tokenizer
         begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         prompt = self.model.prompt_ids(question.messages) if question.messages else [begin]
@@ -40,4 +40,4 @@ class ModelScorer:
                 f"a prompt of {len(prompt)} tokens leaves no room for an answer to be scored in a context of"
                 f" {self.model.max_length}"
             )
-        return Row(question.name, tuple(prompt), tuple(self.model.text_ids(question.answer)[:room]))
+        return Row(question.key, tuple(prompt), tuple(self.model.text_ids(question.answer)[:room]))

@@ -7,7 +7,7 @@ import pytest
 
 from limbeck.commands.serve import serve
 from limbeck.config.teacher import Served
-from limbeck.elicit.flow import Scene, user
+from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher
 from limbeck.types import Sampling, UserError
 
@@ -22,7 +22,7 @@ def test_the_real_server_answers_chat_and_raw_texts_and_wants_its_key(monkeypatc
     assert httpx2.post(f"{serving.url}/chat/completions", json={"messages": []}, trust_env=False).status_code == 401
     teacher = ApiTeacher(Served(url=serving.url, name=serving.name, concurrency=2))
     assert teacher.identity.startswith("served:smollm2-135m-instruct-")
-    scene = Scene(teacher.identity, 7, "0/x")
+    scene = StepContext(teacher.identity, 7, "0/x")
     chat = [scene.request((user(text),), Sampling(max_tokens=12)) for text in ("Say hello.", "Count to three.")]
     raw = scene.request((), Sampling(1.0, 1.0, 24, ("\n",)), raw=HEADER)
     answers = {request.key: answer for request, answer in teacher.answers([*chat, raw])}

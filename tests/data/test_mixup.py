@@ -10,7 +10,7 @@ import torch
 
 from limbeck.config.recipe import parse
 from limbeck.data.batches import FixedText, Row, make_batch
-from limbeck.data.mixup import Mixed
+from limbeck.data.mixup import MixupSource
 from limbeck.models.model import Model, head_of
 from limbeck.models.taps import features
 from limbeck.models.teacher import InProcessTeacher
@@ -65,7 +65,7 @@ def test_the_teacher_reads_the_same_mixture(net):
 
 
 def test_every_micro_batch_is_followed_by_its_mixed_twin():
-    text = Mixed(FixedText(ROWS, 7, 20), 7, 0.4)
+    text = MixupSource(FixedText(ROWS, 7, 20), 7, 0.4)
     for step in range(4):
         turn, plain = text.step_batch(step, 0.0, {}), text.source.step_batch(step, 0.0, {})
         assert turn.micro_batches[::2] == plain.micro_batches
@@ -75,7 +75,7 @@ def test_every_micro_batch_is_followed_by_its_mixed_twin():
         assert all(row.tags == {"mixed"} and 0.5 <= row.mixed[1] <= 1 for row in twins)
         assert sorted(row.mixed[0].sample_id for row in twins) == sorted(row.sample_id for row in rows)
         assert text.step_batch(step, 0.0, {}) == turn  # a step is replayed alone
-    assert text.step_batch(0, 0.0, {}) != Mixed(FixedText(ROWS, 7, 20), 8, 0.4).step_batch(0, 0.0, {})
+    assert text.step_batch(0, 0.0, {}) != MixupSource(FixedText(ROWS, 7, 20), 8, 0.4).step_batch(0, 0.0, {})
 
 
 def recipe_of(recipe_data, **changes):

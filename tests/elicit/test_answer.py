@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from limbeck.elicit.answer import EXPLAINING, Answer, Explain
-from limbeck.elicit.given import Given
+from limbeck.elicit.answer import EXPLAINING, AnswerPrompts, Explain
+from limbeck.elicit.given import CorpusAnswers
 from limbeck.elicit.rationale import CONCLUDE, Contrastive, DiverseRationales, Rationale, final_of
 from tests.flow_driver import drive, prompts, texts
 
 
 def test_every_prompt_is_asked_n_times_and_equal_answers_are_kept_once():
     pool, tally, asked = drive(
-        Answer(n=3), prompts("a", "b"), lambda request, n: "same" if request.messages[-1]["content"] == "a" else str(n)
+        AnswerPrompts(n=3),
+        prompts("a", "b"),
+        lambda request, n: "same" if request.messages[-1]["content"] == "a" else str(n),
     )
     assert texts(pool) == [("a", "same"), ("b", "3"), ("b", "4"), ("b", "5")]
     assert len(asked) == len({request.key for request in asked}) == 6 and tally.dropped == {"the same answer again": 2}
@@ -21,14 +23,16 @@ def test_every_prompt_is_asked_n_times_and_equal_answers_are_kept_once():
 
 def test_what_is_not_whole_is_counted_by_what_became_of_it():
     finishes = ["ok", "length", "empty", "refused", "error"]
-    pool, tally, _ = drive(Answer(), prompts(*"abcde"), lambda request, n: ("text", finishes[n]))
+    pool, tally, _ = drive(AnswerPrompts(), prompts(*"abcde"), lambda request, n: ("text", finishes[n]))
     assert len(pool) == 1 and tally.dropped == {f"answer: {finish}": 1 for finish in finishes[1:]}
     assert tally.taken == tally.given + sum(tally.dropped.values())
 
 
 def test_a_system_message_is_the_writers_alone_unless_it_is_kept():
     for keep in (False, True):
-        (sample,), _, (request,) = drive(Answer(system="Be brief.", keep_system=keep), prompts("a"), lambda *_: "x")
+        (sample,), _, (request,) = drive(
+            AnswerPrompts(system="Be brief.", keep_system=keep), prompts("a"), lambda *_: "x"
+        )
         assert [m["role"] for m in request.messages] == ["system", "user"]
         assert [m["role"] for m in sample.messages] == (["system"] if keep else []) + ["user", "assistant"]
 
@@ -67,7 +71,7 @@ def test_reasons_take_two_calls_a_question():
     assert [m["role"] for m in second] == ["user", "assistant", "user"] and second[0]["content"].endswith(
         "step by step."
     )
-    assert Rationale(n=2).bill(2).requests == 8
+    assert Rationale(n=2).estimate(2).requests == 8
 
 
 def test_reasons_in_one_call_end_in_an_answer_or_go():
@@ -112,9 +116,11 @@ def test_contrast_explains_the_given_answer_against_another():
 def test_given_answers_are_the_corpus_own():
     pool = prompts("a", "b", "c")
     pool[0].meta["answers"], pool[1].meta["answers"] = ["x", "y"], ["z"]
-    found, tally, asked = drive(Given(), pool)
+    found, tally, asked = drive(CorpusAnswers(), pool)
     assert texts(found) == [("a", "x"), ("b", "z")] and not asked and tally.dropped == {"no answer is given": 1}
-    assert {sample.writer for sample in found} == {"corpus"} and texts(drive(Given(answers=2), pool)[0])[:2] == [
+    assert {sample.writer for sample in found} == {"corpus"} and texts(drive(CorpusAnswers(answers=2), pool)[0])[
+        :2
+    ] == [
         ("a", "x"),
         ("a", "y"),
     ]

@@ -65,7 +65,7 @@ def test_two_roles_take_turns():
     (talk,), tally, asked = drive(SelfChat(turns=3), prompts("first?"), reply)
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 3 and len(asked) == 5 == SelfChat(
         turns=3
-    ).bill(1).requests
+    ).estimate(1).requests
     assert [m["content"] for m in talk.messages] == [
         "first?",
         "answer 0",

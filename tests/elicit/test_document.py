@@ -19,7 +19,7 @@ def test_tasks_of_drawn_types_about_every_text():
         prompts(TEXT, "Bees make honey."),
         lambda r, n: f"Task: do {n} and {n}\nAnswer: so {n}",
     )
-    assert len(pool) == len(asked) == 6 == DocumentTasks(each=3).bill(2).requests and not tally.dropped
+    assert len(pool) == len(asked) == 6 == DocumentTasks(each=3).estimate(2).requests and not tally.dropped
     assert all(said(request).startswith(("Text:\nThe mill", "Text:\nBees")) for request in asked)
     for text in (TEXT, "Bees make honey."):
         kinds = [sample.meta["kind"] for sample in pool if sample.messages[0]["content"].startswith(text)]
@@ -75,7 +75,9 @@ def test_pieces_of_code_are_consecutive_lines_and_inspire_problems():
     program = "\n".join(f"line_{n} = {n}" for n in range(40))
     fine = "Problem: Print {n} numbers of kind {n}\nSolution: thus\n```python\nprint({n})\n```"
     pool, tally, asked = drive(OssInstruct(each=8), prompts(program), lambda r, n: fine.replace("{n}", str(n)))
-    assert len(pool) + tally.dropped["like another problem"] == len(asked) == 8 == OssInstruct(each=8).bill(1).requests
+    assert (
+        len(pool) + tally.dropped["like another problem"] == len(asked) == 8 == OssInstruct(each=8).estimate(1).requests
+    )
     sizes = set()
     for request in asked:
         lines = said(request).split("```")[1].strip().splitlines()

@@ -9,7 +9,7 @@ import pytest
 from limbeck.config.builtin import seed_files
 from limbeck.elicit.evolve import EvolInstruct
 from limbeck.elicit.expand import Alpaca, SelfInstruct, unfit
-from limbeck.elicit.imagine import Backtranslate, Imagined, Magpie
+from limbeck.elicit.imagine import Backtranslate, Imagine, Magpie
 from limbeck.elicit.prompts import load_prompts
 from limbeck.elicit.similar import Novelty
 from limbeck.types import UserError
@@ -163,7 +163,7 @@ class Evolving:
 def test_each_round_evolves_the_last_and_gives_all_generations():
     pool, tally, asked = drive(EvolInstruct(rounds=3), prompts("a first prompt"), Evolving())
     assert texts(pool) == [(f"harder {n} than before", f"answer {n} with content") for n in (1, 2, 3)]
-    assert len(asked) == 9 == EvolInstruct(rounds=3).bill(1).requests and not tally.dropped
+    assert len(asked) == 9 == EvolInstruct(rounds=3).estimate(1).requests and not tally.dropped
     evolving = [said(request) for request in asked if said(request).endswith("New prompt:")]
     assert "a first prompt" in evolving[0] and "harder 1 than before" in evolving[1] and "harder 2" in evolving[2]
     assert [sample.meta["generation"] for sample in pool] == [1, 2, 3]
@@ -228,7 +228,7 @@ def test_magpie_lets_the_writer_speak_as_the_user():
 
 def test_people_and_topics_give_prompts():
     pool, tally, asked = drive(
-        Imagined(kinds=["math", "logic"], each=2),
+        Imagine(kinds=["math", "logic"], each=2),
         prompts("a baker", "a nurse."),
         lambda request, n: f"Problem {n % 7} of {n % 7} loaves",
     )
@@ -238,7 +238,7 @@ def test_people_and_topics_give_prompts():
         and tally.dropped == {"like another one": 1}
         and "a nurse would meet" in said(asked[4])
     )
-    pool, _, asked = drive(Imagined(of="topics"), prompts("tides"), lambda *_: '"Why are there tides?"')
+    pool, _, asked = drive(Imagine(of="topics"), prompts("tides"), lambda *_: '"Why are there tides?"')
     assert texts(pool) == [("Why are there tides?", None)] and "Topic: tides" in said(asked[0])
 
 

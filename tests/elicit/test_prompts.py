@@ -48,8 +48,8 @@ def test_no_held_out_prompt_resembles_a_training_prompt():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no prompt"), ("\n \n", "holds no prompt"), ("not json", "line 1: not JSON"), ('{"text": "x"}', 'line 1: needs a non-empty text under "prompt"'),
-        ('{"prompt": "a"}\n{"prompt": "  "}', "line 2"), ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "stands twice"),
+        ("", "has no prompt"), ("\n \n", "has no prompt"), ("not json", "line 1: not JSON"), ('{"text": "x"}', 'line 1: needs a non-empty text under "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": "  "}', "line 2"), ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "is used twice"),
         ('{"prompt": "a", "check": {"type": "numbr", "answer": 1}}', "number"), ('{"prompt": "a", "check": {"type": "number"}}', "needs 'answer'"),
         ('{"prompt": "a", "check": {"type": "choice", "labels": ["x"], "answer": "y"}}', "not among the labels"),
         ('{"prompt": "a", "check": {"type": "contains", "all": [3]}}', "must be text"), ('{"prompt": "a", "check": {"type": "number", "answer": true}}', "a number"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import pytest
 import yaml
@@ -13,25 +13,23 @@ from pydantic import Field
 
 import limbeck
 from limbeck.config.recipe import parse
-from limbeck.config.sections import Section
 from limbeck.elicit import steps
-from limbeck.elicit.engine import Desk, StoppedEarlyError, elicit
+from limbeck.elicit.engine import Engine, StoppedEarlyError, elicit
 from limbeck.elicit.flow import (
-    Asking,
-    Bill,
-    Kind,
     Pool,
-    Scene,
-    Score,
+    Questions,
+    ScoreRequest,
+    StepContext,
     Tally,
-    answered,
+    are_complete,
     ask,
-    finished,
     prompt_of,
     score,
-    scored,
+    with_answer,
+    with_scores,
 )
 from limbeck.elicit.run import Elicitation, prompts_of
+from limbeck.elicit.step import AskingStep, Estimate
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
 from limbeck.storage.store import Store
@@ -39,29 +37,31 @@ from limbeck.types import Generated, LogProb, RecipeError, Request, Sample, Samp
 from tests.scripted_server import Scripted, answer
 
 
-class Say(Section):
+class Say(AskingStep):
     """Asks every prompt `n` times, then scores the answers."""
 
-    kind: ClassVar[Kind] = "label"
-    paper: ClassVar[str] = "none"
-    needs: ClassVar[frozenset[str]] = frozenset({"text", "log_probs"})
+    paper = "none"
+    needs = frozenset({"text", "log_probs"})
     n: Annotated[int, Field(ge=1)] = 1
     max_tokens: Annotated[int, Field(ge=1)] = 8
 
-    def run(self, pool: Pool, scene: Scene, tally: Tally) -> Asking[Pool]:
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         turns = [(sample, number) for sample in pool for number in range(self.n)]
         sampling = Sampling(1.0, 1.0, self.max_tokens)
-        replies = yield from ask([scene.request(sample.messages, sampling, number) for sample, number in turns])
-        kept = [
-            answered(sample, reply)
-            for (sample, _), reply, whole in zip(turns, replies, finished(replies, tally), strict=True)
-            if whole or reply.meta["finish"] == "length"
+        replies = yield from ask([context.request(sample.messages, sampling, number) for sample, number in turns])
+        samples = [
+            with_answer(sample, reply)
+            for (sample, _), reply, complete in zip(turns, replies, are_complete(replies, tally), strict=True)
+            if complete or reply.meta["finish"] == "length"
         ]
-        found = yield from score([Score(sample.messages[:-1], sample.messages[-1]["content"]) for sample in kept])
-        return [scored(sample, nats=one.nats) for sample, one in zip(kept, found, strict=True)]
+        log_probs = yield from score(
+            [ScoreRequest(sample.messages[:-1], sample.messages[-1]["content"]) for sample in samples]
+        )
+        return [with_scores(sample, nats=one.nats) for sample, one in zip(samples, log_probs, strict=True)]
 
-    def bill(self, taken: int) -> Bill:
-        return Bill(taken * self.n, taken * self.n * self.max_tokens, taken * self.n, taken * self.n)
+    def estimate(self, samples: int) -> Estimate:
+        answers = samples * self.n
+        return Estimate(answers, answers * self.max_tokens, answers, answers)
 
 
 class Backwards:
@@ -87,7 +87,7 @@ class ByLength:
     identity = "length@1"
     asked = 0
 
-    def log_probs(self, questions: Sequence[Score]) -> list[LogProb]:
+    def log_probs(self, questions: Sequence[ScoreRequest]) -> list[LogProb]:
         self.asked += len(questions)
         return [LogProb(-float(len(question.answer)), len(question.answer)) for question in questions]
 
@@ -96,30 +96,32 @@ def pool_of(*texts: str) -> Pool:
     return [Sample(({"role": "user", "content": text},), "corpus", meta={"prompt_id": text}) for text in texts]
 
 
-def desk(store: Store, writer: Backwards, scorer: ByLength | None = None, stop=lambda: False) -> Desk:
+def engine(store: Store, writer: Backwards, scorer: ByLength | None = None, stop=lambda: False) -> Engine:
     judge = scorer or ByLength()
-    return Desk(store, lambda: writer, lambda by: judge, lambda by: f"{judge.identity}{by}", stop=stop)
+    return Engine(store, lambda: writer, lambda by: judge, lambda by: f"{judge.identity}{by}", stop=stop)
 
 
 def test_another_model_is_asked_and_its_opinion_kept_under_its_own_name(tmp_path):
     first, other = ByLength(), ByLength()
     with Store(tmp_path / "store.sqlite") as store:
-        both = Desk(
+        both = Engine(
             store, lambda: Backwards(), lambda by: other if by == "small" else first, lambda by: f"length@1{by}"
         )
         for by in ("", "small", "", "small"):
-            both.drive(score([Score((), "a text", by)]))
+            both.run(score([ScoreRequest((), "a text", by)]))
         assert (first.asked, other.asked) == (1, 1) and len(store.scores("length@1small")) == 1
         with pytest.raises(AssertionError, match="all to one model"):
-            both.drive(score([Score((), "a text"), Score((), "a text", "small")]))
+            both.run(score([ScoreRequest((), "a text"), ScoreRequest((), "a text", "small")]))
 
 
 def test_answers_come_in_the_order_of_the_questions_and_are_paid_once(tmp_path):
     writer, scorer, tally = Backwards(), ByLength(), Tally("say")
     pool = pool_of("say one", "say two", "say three")
     with Store(tmp_path / "s.sqlite") as store:
-        first = desk(store, writer, scorer).drive(Say(n=2).run(pool, Scene(writer.identity, 7, "0/say"), tally))
-        again = desk(store, writer, scorer).drive(Say(n=2).run(pool, Scene(writer.identity, 7, "0/say"), Tally("say")))
+        first = engine(store, writer, scorer).run(Say(n=2).run(pool, StepContext(writer.identity, 7, "0/say"), tally))
+        again = engine(store, writer, scorer).run(
+            Say(n=2).run(pool, StepContext(writer.identity, 7, "0/say"), Tally("say"))
+        )
     assert [sample.messages[-1]["content"] for sample in first] == ["one", "one", "two", "two", "three", "three"]
     assert [sample.meta["scores"] for sample in first] == [{"nats": -float(n)} for n in (3, 3, 3, 3, 5, 5)]
     assert first == again and len(writer.asked) == 6 and scorer.asked == 3  # equal answers are one question
@@ -128,7 +130,9 @@ def test_answers_come_in_the_order_of_the_questions_and_are_paid_once(tmp_path):
 
 def test_what_failed_is_asked_again_and_what_was_answered_is_not(tmp_path):
     writer = Backwards(broken=["two"])
-    requests = [Scene("m", 7, "0/x").request(sample.messages, Sampling()) for sample in pool_of("say one", "say two")]
+    requests = [
+        StepContext("m", 7, "0/x").request(sample.messages, Sampling()) for sample in pool_of("say one", "say two")
+    ]
     with Store(tmp_path / "s.sqlite") as store:
         found = elicit(requests, store, lambda: writer)
         assert [sample.meta["finish"] for sample in found] == ["ok", "error"]
@@ -142,10 +146,10 @@ def test_a_stop_keeps_what_was_answered(tmp_path):
     writer, pool = Backwards(), pool_of("say one", "say two", "say three")
     with Store(tmp_path / "s.sqlite") as store:
         with pytest.raises(StoppedEarlyError) as stopped:
-            plan = Say().run(pool, Scene(writer.identity, 7, "0/say"), Tally("say"))
-            desk(store, writer, stop=lambda: len(writer.asked) == 2).drive(plan)
-        assert (stopped.value.there, stopped.value.wanted) == (2, 3)
-        desk(store, writer).drive(Say().run(pool, Scene(writer.identity, 7, "0/say"), Tally("say")))
+            plan = Say().run(pool, StepContext(writer.identity, 7, "0/say"), Tally("say"))
+            engine(store, writer, stop=lambda: len(writer.asked) == 2).run(plan)
+        assert (stopped.value.done, stopped.value.total) == (2, 3)
+        engine(store, writer).run(Say().run(pool, StepContext(writer.identity, 7, "0/say"), Tally("say")))
     assert len(writer.asked) == 3
 
 
@@ -156,14 +160,14 @@ def test_an_answer_stands_after_its_prompt_whatever_else_the_writer_was_shown():
         "m",
         (5, 0),
     )
-    sample = answered(prompt, reply, extra=1)
+    sample = with_answer(prompt, reply, extra=1)
     assert [message["role"] for message in sample.messages] == ["user", "assistant"]
     assert sample.response_ids == (5, 0) and sample.meta["extra"] == 1 and sample.parents == (prompt.id, reply.id)
-    assert answered(prompt, reply, "thus").response_ids is None
+    assert with_answer(prompt, reply, "thus").response_ids is None
 
 
 def test_request_keys_of_the_new_kinds_differ_and_the_old_ones_stay():
-    scene, messages = Scene("m", 7, "0/x"), ({"role": "user", "content": "q"},)
+    scene, messages = StepContext("m", 7, "0/x"), ({"role": "user", "content": "q"},)
     plain = scene.request(messages, Sampling())
     others = [
         scene.request(messages, Sampling(), 1), scene.request(messages, Sampling(stop=("\n",))), scene.request((), Sampling(), raw="q"),
@@ -249,12 +253,12 @@ def test_a_held_out_prompt_is_never_trained_on(recipe_data, saying, tmp_path):
 
     prompts = [Prompt(str(n), text) for n, text in enumerate(("say one", "say two"))]
     with Store(tmp_path / "s.sqlite") as store:
-        pool = elicitation([Prompt("h", "Say  TWO")]).run(desk(store, Backwards()))
+        pool = elicitation([Prompt("h", "Say  TWO")]).run(engine(store, Backwards()))
         assert [prompt_of(sample) for sample in pool] == ["say one"]
         account = json.loads((tmp_path / "elicitation.json").read_text())
         assert account["steps"][-1]["dropped"] == {"asks a held-out prompt": 1}
         with pytest.raises(UserError, match=r"left no sample.*held-out prompt \(2\)"):
-            elicitation([Prompt("h", "say two"), Prompt("i", "say one")]).run(desk(store, Backwards()))
+            elicitation([Prompt("h", "say two"), Prompt("i", "say one")]).run(engine(store, Backwards()))
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from limbeck.elicit import sandbox
-from limbeck.elicit.sandbox import Limits, Outcome, passes
+from limbeck.elicit.sandbox import Outcome, SandboxLimits, run_tests
 from limbeck.elicit.verify import parse_check, verify
 from limbeck.types import UserError
 
 WORKS = sandbox._missing() is None
 needs_sandbox = pytest.mark.skipif(not WORKS, reason="the sandbox refuses to work on this machine, and says so")
-QUICK = Limits(seconds=5, cpu_seconds=2)
+QUICK = SandboxLimits(seconds=5, cpu_seconds=2)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def allowed(monkeypatch):
 def test_no_program_runs_unless_allowed(monkeypatch, tmp_path):
     monkeypatch.delenv(sandbox.ALLOW, raising=False)
     with pytest.raises(UserError, match="LIMBECK_RUN_CODE=1"):
-        passes(f"open({str(tmp_path / 'ran')!r}, 'w')", "")
+        run_tests(f"open({str(tmp_path / 'ran')!r}, 'w')", "")
     with pytest.raises(UserError, match="LIMBECK_RUN_CODE=1"):
         parse_check({"type": "unit_tests", "tests": "assert True"}, "items.jsonl, line 1")
     assert not (tmp_path / "ran").exists()
@@ -41,7 +41,7 @@ def test_without_bubblewrap_it_refuses(monkeypatch, allowed):
     sandbox._missing.cache_clear()
     try:
         with pytest.raises(UserError, match="install the package bubblewrap"):
-            passes("", "")
+            run_tests("", "")
     finally:
         sandbox._missing.cache_clear()
 
@@ -52,7 +52,7 @@ def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch, allowed):
     sandbox._missing.cache_clear()
     try:
         with pytest.raises(UserError, match="does not work here"):
-            passes("", "")
+            run_tests("", "")
     finally:
         sandbox._missing.cache_clear()
 
@@ -60,15 +60,15 @@ def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch, allowed):
 @needs_sandbox
 def test_what_passes_and_what_does_not(allowed):
     program = "def add(a, b):\n    return a + b\n"
-    assert passes(program, "assert add(1, 2) == 3") == Outcome(True)
-    assert passes(program, "assert add(1, 2) == 4, 'wrong sum'") == Outcome(False, "AssertionError: wrong sum")
-    assert "SyntaxError" in passes("def add(:", "").why
-    assert "NameError" in passes("", "add(1, 2)").why
-    assert passes("print('x' * 100)", "assert True").passed
-    assert passes(
+    assert run_tests(program, "assert add(1, 2) == 3") == Outcome(True)
+    assert run_tests(program, "assert add(1, 2) == 4, 'wrong sum'") == Outcome(False, "AssertionError: wrong sum")
+    assert "SyntaxError" in run_tests("def add(:", "").why
+    assert "NameError" in run_tests("", "add(1, 2)").why
+    assert run_tests("print('x' * 100)", "assert True").passed
+    assert run_tests(
         "import math, json, re, collections, itertools, heapq, dataclasses, typing, decimal, datetime, random", ""
     ).passed
-    assert "No module named" in passes("import torch", "").why  # nothing but the standard library
+    assert "No module named" in run_tests("import torch", "").why  # nothing but the standard library
 
 
 @needs_sandbox
@@ -87,7 +87,7 @@ def test_what_passes_and_what_does_not(allowed):
     ],
 )
 def test_leaving_early_is_not_passing(allowed, program):
-    assert not passes(program, "assert False", QUICK).passed
+    assert not run_tests(program, "assert False", QUICK).passed
 
 
 ESCAPES = {
@@ -145,7 +145,7 @@ def escape(tmp_path, monkeypatch):
 @needs_sandbox
 @pytest.mark.parametrize("name", ESCAPES)
 def test_it_stays_in(allowed, escape, name):
-    assert passes(escape(name), "", Limits(seconds=20, cpu_seconds=10)) == Outcome(True)
+    assert run_tests(escape(name), "", SandboxLimits(seconds=20, cpu_seconds=10)) == Outcome(True)
 
 
 OUTSIDE = [
@@ -198,7 +198,7 @@ def processes() -> set[str]:
 )
 def test_it_ends(allowed, program):
     before, started = processes(), time.monotonic()
-    assert not passes(program, "", Limits(seconds=4, cpu_seconds=2)).passed
+    assert not run_tests(program, "", SandboxLimits(seconds=4, cpu_seconds=2)).passed
     assert time.monotonic() - started < 12
     deadline = time.monotonic() + 5
     while (left := processes() - before) and time.monotonic() < deadline:
@@ -211,7 +211,7 @@ def test_no_grandchild_outlives_it(allowed, tmp_path):
     """A grandchild in a session of its own is gone when the program has ended."""
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)"
     before = processes()
-    assert passes(program, "", QUICK).passed
+    assert run_tests(program, "", QUICK).passed
     deadline = time.monotonic() + 5
     while (left := processes() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -224,10 +224,10 @@ def test_two_at_once_do_not_share_their_bounds(allowed):
     found: list[Outcome] = []
     bomb = "import os, time\nfor _ in range(50):\n    try:\n        if os.fork() == 0:\n            time.sleep(3)\n            os._exit(0)\n    except OSError:\n        pass\ntime.sleep(2)"
     other = "import subprocess\nsubprocess.run(['/usr/bin/true'], check=True)"
-    beside = threading.Thread(target=lambda: found.append(passes(bomb, "", Limits(seconds=10))))
+    beside = threading.Thread(target=lambda: found.append(run_tests(bomb, "", SandboxLimits(seconds=10))))
     beside.start()
     time.sleep(0.7)
-    assert passes(other, "").passed
+    assert run_tests(other, "").passed
     beside.join()
 
 
@@ -248,7 +248,7 @@ def test_the_tests_of_a_check_must_be_text(allowed):
 @needs_sandbox
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 def test_root_is_not_who_runs_it(allowed):
-    assert passes(
+    assert run_tests(
         "import os\nassert os.getuid() >= 1 << 30 and os.getgid() >= 1 << 30 and os.getgroups() == []", ""
     ).passed
     assert subprocess.run(["id", "-u"], capture_output=True, text=True, check=True).stdout.strip() == "0"

@@ -7,8 +7,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from limbeck.elicit.flow import scored
-from limbeck.elicit.merit import DIGITS, Deita, Difference, Difficulty, Ifd, expected
+from limbeck.elicit.flow import with_scores
+from limbeck.elicit.merit import DIGITS, Deita, DifferenceSampling, Difficulty, InstructionFollowingDifficulty, expected
 from limbeck.elicit.select import (
     Bins,
     Deduplicate,
@@ -87,23 +87,24 @@ def test_limits_and_diversity():
     assert kept(Diverse(count=2, of="answer"), pool) == (["red cat", "blue dog"], {"near one that is kept": 1})
 
 
-def with_scores(*values, name="s"):
+def rated(*values, name="s"):
     pool = answers(*[("p", str(n)) for n in range(len(values))])
     return [
-        sample if value is None else scored(sample, **{name: value}) for sample, value in zip(pool, values, strict=True)
+        sample if value is None else with_scores(sample, **{name: value})
+        for sample, value in zip(pool, values, strict=True)
     ]
 
 
 def test_the_best_by_a_score():
-    pool = with_scores(3.0, 1.0, None, 2.0)
+    pool = rated(3.0, 1.0, None, 2.0)
     assert kept(Top(score="s", count=2), pool) == (["0", "3"], {"no score s": 1, "not among the best": 1})
     assert kept(Top(score="s", share=0.34, lowest=True), pool)[0] == ["1"]
     assert kept(Top(score="s", least=1.5, most=2.5), pool)[0] == ["3"]
     for wrong in ({}, {"count": 1, "share": 0.5}):
         with pytest.raises(ValidationError):
             Top(score="s", **wrong)
-    assert kept(Bins(score="s", bins=2, count=1), with_scores(0.1, 0.2, 0.3, 0.4, None))[0] == ["0", "2"]
-    pool = with_scores(1.0, 3.0, 3.0, None)
+    assert kept(Bins(score="s", bins=2, count=1), rated(0.1, 0.2, 0.3, 0.4, None))[0] == ["0", "2"]
+    pool = rated(1.0, 3.0, 3.0, None)
     pool = [type(sample)(sample.messages, sample.writer, meta=sample.meta | {"prompt_id": "q"}) for sample in pool]
     assert kept(BestOf(score="s"), pool) == (["1"], {"not among the best": 2, "no score s": 1})
 
@@ -158,17 +159,17 @@ def test_the_difference_keeps_what_the_scoring_model_alone_foresees():
     pool = answers(*((f"question {n}", text) for n, text in enumerate(nats)), ("question 9", " "))
 
     def score(question):
-        return nats[question.answer][question.by == "small"]
+        return nats[question.answer][question.model == "small"]
 
-    found, tally, _ = drive(Difference(reference="small", share=0.5), pool, score=score)
+    found, tally, _ = drive(DifferenceSampling(reference="small", share=0.5), pool, score=score)
     assert [text for _, text in texts(found)] == ["the Rhine", "Marie Curie"]
     assert tally.dropped == {"no answer": 1, "the reference finds it as likely": 2}
     assert found[0].meta["scores"]["difference"] == pytest.approx((20 - 3) / len("the Rhine"))
     shifted, _, _ = drive(
-        Difference(reference="small", share=0.5), pool, score=lambda one: score(one) - 0.3 * len(one.answer)
+        DifferenceSampling(reference="small", share=0.5), pool, score=lambda one: score(one) - 0.3 * len(one.answer)
     )
     assert texts(shifted) == texts(found), "as much worse for both, and the same is chosen"
-    everything, _, _ = drive(Difference(share=1.0), pool, score=score)
+    everything, _, _ = drive(DifferenceSampling(share=1.0), pool, score=score)
     assert len(everything) == 4
 
 
@@ -179,7 +180,7 @@ def test_ifd_is_the_ratio_of_both_perplexities():
     def score(question):
         return LogProb(after[question.answer] if question.messages else -4.0, 2)
 
-    found, tally, _ = drive(Ifd(share=0.5), pool, score=score)
+    found, tally, _ = drive(InstructionFollowingDifficulty(share=0.5), pool, score=score)
     assert texts(found) == [("hard", "five six")] and tally.dropped == {
         "no answer": 1, "the prompt does not help with the answer": 1, "the prompt helps too much": 1,
     }  # fmt: skip

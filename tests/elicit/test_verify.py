@@ -131,11 +131,11 @@ def test_without_its_library_a_mathematical_check_says_what_to_install(monkeypat
 @pytest.mark.parametrize(
     ("check", "words"),
     [
-        ({"type": "pattern", "pattern": "("}, "no regular expression"), ({"type": "pattern", "pattern": "a" * 501}, "make it shorter"),
+        ({"type": "pattern", "pattern": "("}, "not a regular expression"), ({"type": "pattern", "pattern": "a" * 501}, "make it shorter"),
         ({"type": "tool_call", "calls": [{"arguments": {}}]}, "a call needs a name"), ({"type": "tool_call", "calls": [{"name": "f", "arguments": {"x": 1}}]}, "list of values"),
         ({"type": "instructions", "rules": {"wrods": 3}}, "did you mean 'words'"), ({"type": "instructions", "rules": {"with": 3}}, "can't be 3"),
-        ({"type": "json_schema", "schema": {"type": "thing"}}, "no JSON Schema"), ({"type": "json_schema", "schema": {"pattern": "("}}, "is not a 'regex'"),
-        ({"type": "json_schema", "schema": {"$ref": "https://example.org/schema"}}, "nothing is fetched"), ({"type": "math", "answer": "\\frac{"}, "can't be read"),
+        ({"type": "json_schema", "schema": {"type": "thing"}}, "not a JSON Schema"), ({"type": "json_schema", "schema": {"pattern": "("}}, "is not a 'regex'"),
+        ({"type": "json_schema", "schema": {"$ref": "https://example.org/schema"}}, "nothing is fetched"), ({"type": "math", "answer": "\\frac{"}, "can't be parsed"),
         ({"type": "set", "items": [1]}, "must be text"), ({"type": "exact"}, "needs 'answer'"), ({"type": "citations", "passages": [1]}, "must be text"),
     ],
 )  # fmt: skip

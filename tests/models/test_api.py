@@ -15,7 +15,7 @@ import pytest
 
 from limbeck.config.teacher import Served
 from limbeck.elicit.engine import elicit
-from limbeck.elicit.flow import Scene, user
+from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher, read_answer
 from limbeck.models.http import MAX_BYTES, Backoff, Reply, parse_retry_after
 from limbeck.storage.store import Store
@@ -53,7 +53,7 @@ SHORT = Sampling(max_tokens=16)
 
 
 def requests(count=3, sampling=SHORT, raw=None):
-    scene = Scene("served:toy", 7, "0/x")
+    scene = StepContext("served:toy", 7, "0/x")
     return [scene.request((user(f"question {n}"),), sampling, raw=raw) for n in range(count)]
 
 
@@ -314,14 +314,14 @@ CHILD = """
 import sys
 from pathlib import Path
 from limbeck.elicit.engine import elicit
-from limbeck.elicit.flow import Scene, user
+from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher
 from limbeck.config.teacher import Served
 from limbeck.storage.store import Store
 from limbeck.types import Sampling
 
 url, folder = sys.argv[1:]
-requests = [Scene("served:toy", 7, "0/x").request((user(f"question {n}"),), Sampling(max_tokens=16)) for n in range(150)]
+requests = [StepContext("served:toy", 7, "0/x").request((user(f"question {n}"),), Sampling(max_tokens=16)) for n in range(150)]
 said = Path(folder, "acknowledged").open("a")
 with Store(Path(folder) / "s.sqlite") as store:
     def told(done, total, tokens):

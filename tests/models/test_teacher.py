@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from limbeck.elicit.flow import Scene, Score
+from limbeck.elicit.flow import ScoreRequest, StepContext
 from limbeck.models.model import header_of
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.training.scorer import ModelScorer
@@ -31,7 +31,7 @@ def next_logits(model, ids):
 
 
 def test_a_raw_text_is_continued_as_it_stands(tiny):
-    teacher, scene = InProcessTeacher(tiny), Scene(tiny.identity, 7, "0/x")
+    teacher, scene = InProcessTeacher(tiny), StepContext(tiny.identity, 7, "0/x")
     chat = the_answer(teacher, scene.request(WHY, GREEDY))
     raw = tiny.tokenizer.apply_chat_template(list(WHY), tokenize=False, add_generation_prompt=True)
     assert the_answer(teacher, scene.request((), GREEDY, raw=raw)).ids == chat.ids
@@ -49,7 +49,7 @@ def test_control_tokens_in_a_text_are_text(tiny):
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_contrast_draws_what_follows_from_one_prompt_and_not_the_other(tiny, strength):
-    teacher, scene = InProcessTeacher(tiny), Scene(tiny.identity, 7, "0/x")
+    teacher, scene = InProcessTeacher(tiny), StepContext(tiny.identity, 7, "0/x")
     answer = the_answer(teacher, scene.request(WHY, GREEDY, against=COUNT, contrast=strength))
     own, other = tiny.prompt_ids(WHY), tiny.prompt_ids(COUNT)
     for place, token in enumerate(answer.ids):
@@ -63,7 +63,7 @@ def test_contrast_draws_what_follows_from_one_prompt_and_not_the_other(tiny, str
 
 
 def test_an_answer_ends_before_a_text_that_stops_it(tiny):
-    teacher, scene = InProcessTeacher(tiny), Scene(tiny.identity, 7, "0/x")
+    teacher, scene = InProcessTeacher(tiny), StepContext(tiny.identity, 7, "0/x")
     found = [
         the_answer(teacher, scene.request(WHY, Sampling(1.0, 1.0, 24, stop=("e", "a")), number)) for number in range(8)
     ]
@@ -74,7 +74,7 @@ def test_an_answer_ends_before_a_text_that_stops_it(tiny):
 
 
 def test_presence_penalty_keeps_a_greedy_text_from_repeating(tiny):
-    teacher, scene = InProcessTeacher(tiny), Scene(tiny.identity, 7, "0/x")
+    teacher, scene = InProcessTeacher(tiny), StepContext(tiny.identity, 7, "0/x")
     plain = the_answer(teacher, scene.request(WHY, Sampling(max_tokens=24))).ids
     varied = the_answer(teacher, scene.request(WHY, Sampling(max_tokens=24, presence_penalty=100.0))).ids
     assert len(set(varied)) == len(varied) and len(set(plain)) < len(plain)
@@ -88,7 +88,7 @@ def test_presence_penalty_keeps_a_greedy_text_from_repeating(tiny):
 def test_scores_are_the_sum_of_the_tokens_log_probabilities(tiny):
     scorer = ModelScorer(tiny)
     answers = ["the cat sat", "a dog ran to the red house", ""]
-    found = scorer.log_probs([Score(WHY, answer) for answer in answers] + [Score((), "the cat sat")])
+    found = scorer.log_probs([ScoreRequest(WHY, answer) for answer in answers] + [ScoreRequest((), "the cat sat")])
     for answer, one in zip(answers, found, strict=False):
         prompt, ids = tiny.prompt_ids(WHY), tiny.text_ids(answer)
         wanted = sum(
@@ -105,7 +105,7 @@ def test_scores_are_the_sum_of_the_tokens_log_probabilities(tiny):
 
 def test_a_text_beyond_the_context_is_scored_as_far_as_it_fits(tiny):
     long = "the cat sat on the mat " * 100
-    (one,) = ModelScorer(tiny).log_probs([Score(WHY, long)])
+    (one,) = ModelScorer(tiny).log_probs([ScoreRequest(WHY, long)])
     assert one.tokens == tiny.max_length - len(tiny.prompt_ids(WHY)) < len(tiny.text_ids(long))
     with pytest.raises(UserError, match="leaves no room"):
-        ModelScorer(tiny).log_probs([Score(({"role": "user", "content": long},), "a")])
+        ModelScorer(tiny).log_probs([ScoreRequest(({"role": "user", "content": long},), "a")])

@@ -10,13 +10,13 @@ import torch
 import limbeck
 from limbeck.config.recipe import parse
 from limbeck.data.batches import Row
+from limbeck.elicit.prompts import split_prompts
 from limbeck.elicit.verify import verify
 from limbeck.evaluate.fidelity import EvaluationText, fidelity
 from limbeck.evaluate.tasks import load_task, tasks_of
 from limbeck.progress import Silent
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
-from limbeck.runs.resolve import split_prompts
 from limbeck.types import RecipeError, UserError
 from tests.scripted_server import Scripted, answer
 
@@ -81,7 +81,8 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     (folder / "evaluation" / "summary.json").unlink()
     run(served(server.url), folder)
     assert json.loads((folder / "evaluation" / "summary.json").read_text())["systems"] == summary["systems"]
-    prompts = split_prompts(served(server.url))
+    recipe = served(server.url)
+    prompts = split_prompts(recipe.prompts.source, recipe.prompts.limit, recipe.evaluate.prompts, recipe.evaluate.limit)
     assert asked == len(prompts[0]) + 2 * len(prompts[1]) + len(
         task.prompts
     )  # held-out ones are asked as training ones, and greedily

@@ -57,7 +57,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
 def test_when_none_is_whole_the_user_is_told(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "tensors.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="is damaged"):
         checkpoint.load_newest(tmp_path)
 
 

@@ -1,0 +1,113 @@
+"""The base classes of the steps of elicitation, and the decorator that gives a step its name.
+
+A step is declared in one place:
+
+    @register("shout")
+    class Shout(LocalStep):
+        '''Rewrites every answer in capitals, `times` times.'''
+
+        kind = "transform"
+        times: int = 1
+
+        def apply(self, pool, context, tally):
+            ...
+
+Its fields are its settings in a recipe; its docstring is what `limbeck methods` and the documentation say of it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+from pydantic import Field
+
+from limbeck.config.sections import Section
+from limbeck.elicit.flow import Pool, Questions, StepContext, Tally
+
+StepKind = Literal["expand", "curate", "label", "verify", "select", "transform"]
+Temperature = Annotated[float, Field(ge=0, le=10)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TokenCount = Annotated[int, Field(ge=1)]
+ANSWER_SHARE = 0.65  # how long answers are expected to be, as a share of max_tokens
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """About what a step will ask for (requests, tokens to be generated, texts to be scored) and how many samples it
+    gives."""
+
+    requests: int = 0
+    tokens: int = 0
+    scores: int = 0
+    samples: int = 0
+
+    @classmethod
+    def of_answers(cls, requests: int, max_tokens: int) -> Estimate:
+        """Every request is answered in at most `max_tokens` tokens and gives one sample."""
+        return cls(requests, int(requests * max_tokens * ANSWER_SHARE), samples=requests)
+
+
+class AskingStep(Section):
+    """A step that asks a model: implement `run`, a generator of questions.
+
+    `needs` lists what the model must be able to do: "text", "raw" (continue a text outside the chat template),
+    "contrast" (sample against another prompt), "log_probs".
+    """
+
+    kind: ClassVar[StepKind] = "label"
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    @abstractmethod
+    def run(self, pool: Pool, context: StepContext, tally: Tally, /) -> Questions[Pool]:
+        """Yield questions with `ask` and `score`, return the new pool, and count what is dropped in `tally`."""
+
+    def estimate(self, samples: int) -> Estimate:
+        """What `run` will ask for when it gets so many samples; by default one answer to each."""
+        return Estimate.of_answers(samples, getattr(self, "max_tokens", 0))
+
+
+class LocalStep(Section):
+    """A step that asks no model: implement `apply`, a pure function of the pool."""
+
+    kind: ClassVar[StepKind] = "select"
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def apply(self, pool: Pool, context: StepContext, tally: Tally, /) -> Pool:
+        """The new pool. Count what is dropped in `tally`."""
+
+    def run(self, pool: Pool, context: StepContext, tally: Tally, /) -> Questions[Pool]:
+        yield from ()  # the engine runs generators; this one has no question
+        return self.apply(pool, context, tally)
+
+    def estimate(self, samples: int) -> Estimate:
+        """How many samples `apply` gives when it gets so many; by default as many."""
+        return Estimate(samples=samples)
+
+
+ElicitStep = AskingStep | LocalStep
+StepClass = TypeVar("StepClass", bound=type[AskingStep] | type[LocalStep])
+REGISTRY: dict[str, type[AskingStep] | type[LocalStep]] = {}
+
+
+def register(name: str) -> Callable[[StepClass], StepClass]:
+    """Make the decorated class the step `name` of a recipe's `elicit`.
+
+    Raises:
+        ValueError: another class has this name, or the class has no docstring.
+    """
+
+    def add(step: StepClass) -> StepClass:
+        if name in REGISTRY:
+            raise ValueError(f"there are two steps {name!r}: {REGISTRY[name].__qualname__} and {step.__qualname__}")
+        if not step.__doc__:
+            raise ValueError(f"the step {name!r} needs a docstring: `limbeck methods` shows it")
+        REGISTRY[name] = step
+        return step
+
+    return add
