@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from limbeck.runs.build import methods
+from limbeck.runs.catalogue import methods
 from pydantic import Field
 
 from limbeck.config.sections import Elicit
