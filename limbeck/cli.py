@@ -145,11 +145,16 @@ def compare(
     json_: JsonOption = False,
 ) -> None:
     """Train several recipes under the same conditions and test their differences."""
+    from limbeck.config.recipe import load_recipe
     from limbeck.runs.compare import compare as compare_recipes
+    from limbeck.types import UserError
 
+    if set_ and like is None:
+        raise UserError("--set changes the common settings, so say whose they are: --like RECIPE")
+    common = None if like is None else load_recipe(like, set_)
     with console.long_work(json_) as (reporter, stop):
         folder = compare_recipes(
-            recipes, out, like=like, seeds=seeds, base=base, overrides=set_, keep=keep, reporter=reporter, stop=stop
+            recipes, out, like=common, seeds=seeds, base=base, keep=keep, reporter=reporter, stop=stop
         )
     from limbeck.report.verdict import compare_verdict
 

@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "limbeck"
 FLOORS = [
-    ["types", "progress"],
-    ["config", "storage"],
+    ["types"],
+    ["config", "progress", "storage"],
     ["objectives", "data"],
     ["signals", "elicit", "report"],
     ["models"],

@@ -272,7 +272,6 @@ def compare(
     like: str | Path | Recipe | None = None,
     seeds: int | Sequence[int] = SEEDS,
     base: str | None = None,
-    overrides: Sequence[str] = (),
     keep: bool = False,
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -286,14 +285,13 @@ def compare(
         like: whose teacher, student, prompts, training and evaluation all take; by default the first recipe.
         seeds: how many (counted from the common recipe's own), or which. They vary the training, not the text.
         base: the method that the others are held against; by default the first recipe.
-        overrides: `a.b=c` settings for the common recipe.
         keep: keep every trained student, not only each method's first.
 
     Raises:
         UserError: recipes that can't be compared, or a folder that holds something else.
     """
     loaded = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
-    common = _common(loaded, like, overrides)
+    common = _common(loaded, like)
     found = entries(loaded, common)
     numbers = [common.train.seed + n for n in range(seeds)] if isinstance(seeds, int) else list(seeds)
     if not numbers or len(set(numbers)) < len(numbers):
@@ -310,20 +308,27 @@ def compare(
         else Path("runs") / f"compare-{content_hash([entry.recipe.hash for entry in found])[:8]}"
     )
     with exclusive(folder / ".lock"):
-        comparison = Comparison(folder, common, found, numbers, against, reporter or Silent(), stop, keep)
+        comparison = Comparison(
+            folder,
+            common,
+            entries=found,
+            seeds=numbers,
+            base=against,
+            reporter=reporter or Silent(),
+            stop=stop,
+            keep=keep,
+        )
         _claim(comparison)
         comparison.reporter.stage("Teacher's text and student's start")
         comparison.write(comparison.train_and_measure())
     return folder
 
 
-def _common(loaded: Sequence[Recipe], like: str | Path | Recipe | None, overrides: Sequence[str]) -> Recipe:
+def _common(loaded: Sequence[Recipe], like: str | Path | Recipe | None) -> Recipe:
     """The recipe whose settings all share, measured against nothing but the start."""
     if not loaded:
         raise UserError("name the recipes to compare, such as `limbeck compare seq-kd forward-kl --like quickstart`")
-    common = loaded[0] if like is None else like if isinstance(like, Recipe) else load_recipe(like, overrides)
-    if overrides and (like is None or isinstance(like, Recipe)):
-        raise UserError("--set changes the common settings, so say whose they are: --like RECIPE")
+    common = loaded[0] if like is None else like if isinstance(like, Recipe) else load_recipe(like)
     return common.model_copy(update={"evaluate": common.evaluate.model_copy(update=UNJUDGED)})
 
 

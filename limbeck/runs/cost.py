@@ -74,7 +74,13 @@ class Shape:
         attention = 2 * width * heads * head_width + 2 * width * key_value
         layer = attention + 3 * width * config.intermediate_size
         return cls(
-            config.num_hidden_layers, layer, config.vocab_size * width, width, heads, heads * head_width, key_value
+            layers=config.num_hidden_layers,
+            layer_parameters=layer,
+            head_parameters=config.vocab_size * width,
+            width=width,
+            heads=heads,
+            query_width=heads * head_width,
+            key_value_width=key_value,
         )
 
     @property
@@ -159,6 +165,10 @@ class Plan:
             ),
         ]
 
+    def at_rate(self, flops_per_second: float) -> Plan:
+        """The same plan with operations turned into seconds."""
+        return replace(self, seconds={stage: flops / flops_per_second for stage, flops in self.seconds.items()})
+
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()}}
 
@@ -218,11 +228,61 @@ class Shapes:
     judge: Shape | None = None
 
 
+@dataclass(frozen=True)
+class TextAmounts:
+    """How much text a run has, estimated before it is written: tokens, and the writers' parts of them.
+
+    Args:
+        prompts: training prompts; `prompt_tokens` counts each once for every answer to it.
+        response_tokens: of the training text.
+        answer_tokens: of one answer of the teacher to a held-out prompt.
+        held_out_tokens: of all held-out prompts with their answers.
+        by_teacher, by_untouched: answers per prompt; `by_all` those of all writers.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    response_tokens: int
+    answer_tokens: int
+    held_out_tokens: int
+    by_teacher: float
+    by_untouched: float
+    by_all: float
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[Prompt], bills: Sequence[Estimate]
+    ) -> TextAmounts:
+        fixed = recipe.fixed_writers
+        own = recipe.student_writer
+        prompts = bills[-1].samples if bills else len(training)
+        answer_tokens = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
+        longest = sum(w.fixed_share * w.max_tokens for w in fixed) if fixed else own.max_tokens if own else 0
+        by_writer = {w.by: w.fixed_share for w in fixed} if fixed else {"student": 1.0}
+        by_all = sum(by_writer.values())
+        return cls(
+            prompts=prompts,
+            prompt_tokens=int(_prompt_tokens(training) * prompts * by_all),
+            response_tokens=max(1, int(longest * ANSWER_SHARE * prompts)),
+            answer_tokens=answer_tokens,
+            held_out_tokens=len(held_out) * (answer_tokens + TEMPLATE_TOKENS + 20),
+            by_teacher=sum(w.fixed_share for w in fixed if w.by == "teacher"),
+            by_untouched=sum(w.fixed_share for w in fixed if w.by == "untouched"),
+            by_all=by_all,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Prompts and responses of the training text."""
+        return self.prompt_tokens + self.response_tokens
+
+
 def make_plan(
     recipe: Recipe,
     terms: Sequence[Term],
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     shapes: Shapes,
+    *,
     bills: Sequence[Estimate] = (),
 ) -> Plan:
     """Estimate a run from the sizes alone; nothing is loaded. Where there is no teacher in process, its text costs no
@@ -233,63 +293,65 @@ def make_plan(
         bills: what the steps of elicitation will ask for.
     """
     training, held_out = prompts
-    teacher = shapes.teacher
-    student = shapes.student
-    judge = shapes.judge
-    others = shapes.others
+    text = TextAmounts.of(recipe, training, held_out, bills)
     settings = recipe.train
-    count = bills[-1].samples if bills else len(training)
-    answer = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
-    fixed = recipe.fixed_writers
-    own = recipe.student_writer
-    by_teacher = sum(w.fixed_share for w in fixed if w.by == "teacher")
-    written = sum(w.fixed_share for w in fixed if w.by == "untouched")
-    answering = {w.by: w.fixed_share for w in fixed} if fixed else {"student": 1.0}
-    every = sum(answering.values())
-    longest = sum(w.fixed_share * w.max_tokens for w in fixed) if fixed else own.max_tokens if own else 0
-    response = max(1, int(longest * ANSWER_SHARE * count))
-    prompt_tokens = int(_prompt_tokens(training) * count * every)  # every answer repeats its prompt
-    steps = settings.steps or max(1, round((settings.epochs or 1) * response / settings.tokens_per_step))
-    epochs = steps * settings.tokens_per_step / response
+    steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
+    epochs = steps * settings.tokens_per_step / text.response_tokens
     trainings = 1 + len(trained_controls(recipe, terms))
-    reads = any(term.reads & TEACHER_EVIDENCE for term in terms)
-    rate = matrix_rate() / TYPICAL_OVERHEAD
-    tokens = int((prompt_tokens + response) * epochs)
-    trained = int(response * epochs)
-    held = len(held_out) * (answer + TEMPLATE_TOKENS + 20)
-    cache = recipe.teacher.cache if teacher is not None else None
+    controls_write = trainings > 1 and not recipe.fixed_writers  # text of others that only the controls read
+    cache = recipe.teacher.cache if shapes.teacher is not None else None
     # by a llama.cpp server; vLLM is asked once for each text
-    scored = response if teacher is None and recipe.teacher.cache else 0
-    train = step_flops(
-        student, teacher.joined(others) if teacher and reads and cache is None else None, tokens, trained
-    )
-    train += step_flops(student, None, tokens, trained) if trainings > 1 else 0.0
-    # once, whatever the number of epochs
-    train += _forward(teacher, prompt_tokens + response) if cache is not None else 0.0
-    text_of_controls = 0.0 if fixed or trainings == 1 else float(prompt_tokens + response)
-    drawn = recipe.written_share * (tokens + trained)
-    text = (by_teacher / every * (prompt_tokens + response) + text_of_controls + held + _elicited(bills)) * 1.5
-    own_text = written / every * (prompt_tokens + response) * 1.5
-    evaluated = 2 + len(recipe.evaluate.controls)
-    seconds = {
-        "elicit": (_forward(teacher, int(text)) + forward_flops(student, int(own_text), int(own_text))) / rate,
-        "train": (train + 1.5 * forward_flops(student, int(drawn), int(drawn))) / rate,
-        "evaluate": evaluated * 2.5 * forward_flops(teacher or student, held, held) / rate,
-    }
-    if judge is not None:  # each pair in both orders, against every system but the student
-        seconds["judge"] = judging_flops(judge, 2 * (evaluated - 1) * len(held_out), answer) / rate
-    judging = judge if recipe.evaluate.judge != recipe.teacher.model else None
+    scored = text.response_tokens if shapes.teacher is None and recipe.teacher.cache else 0
+    judging = shapes.judge if recipe.evaluate.judge != recipe.teacher.model else None
+    requests = round(text.by_teacher * text.prompts) + len(held_out) + (text.prompts if controls_write else 0)
+    teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * len(held_out)
+    disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)
     return Plan(
-        requests=round(by_teacher * count)
-        + len(held_out)
-        + (count if text_of_controls else 0)
-        + sum(b.requests for b in bills)
-        + scored,
-        teacher_tokens=int(by_teacher / every * response) + answer * len(held_out) + sum(b.tokens for b in bills),
-        trained_tokens=trained,
+        requests=requests + sum(bill.requests for bill in bills) + scored,
+        teacher_tokens=teacher_tokens + sum(bill.tokens for bill in bills),
+        trained_tokens=int(text.response_tokens * epochs),
         steps=steps,
         trainings=trainings,
-        disk_bytes=int(_kept_bytes(cache, teacher, response)) + _disk_bytes(student, trainings),
-        memory_bytes=_memory_bytes((teacher, *others), student, judging, settings.tokens_per_step),
-        seconds=seconds,
-    )
+        disk_bytes=disk,
+        memory_bytes=_memory_bytes((shapes.teacher, *shapes.others), shapes.student, judging, settings.tokens_per_step),
+        seconds={
+            "elicit": _elicit_flops(text, shapes, float(text.tokens) if controls_write else 0.0, bills),
+            "train": _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings),
+            **_evaluate_flops(recipe, text, shapes, len(held_out)),
+        },
+    ).at_rate(matrix_rate() / TYPICAL_OVERHEAD)
+
+
+def _elicit_flops(text: TextAmounts, shapes: Shapes, for_controls: float, bills: Sequence[Estimate]) -> float:
+    """What the writers' text costs; written tokens count half more than read ones."""
+    by_teacher = text.by_teacher / text.by_all * text.tokens + for_controls + text.held_out_tokens + _elicited(bills)
+    by_untouched = int(text.by_untouched / text.by_all * text.tokens * 1.5)
+    return _forward(shapes.teacher, int(by_teacher * 1.5)) + forward_flops(shapes.student, by_untouched, by_untouched)
+
+
+def _train_flops(
+    recipe: Recipe, terms: Sequence[Term], text: TextAmounts, shapes: Shapes, *, epochs: float, trainings: int
+) -> float:
+    """The training of the student and of one control, with what the student writes and what a cache is filled with."""
+    tokens = int(text.tokens * epochs)
+    trained = int(text.response_tokens * epochs)
+    cached = shapes.teacher is not None and recipe.teacher.cache is not None
+    teacher = None
+    if shapes.teacher is not None and not cached and any(term.reads & TEACHER_EVIDENCE for term in terms):
+        teacher = shapes.teacher.joined(shapes.others)
+    flops = step_flops(shapes.student, teacher, tokens, trained)
+    if trainings > 1:
+        flops += step_flops(shapes.student, None, tokens, trained)
+    if cached:  # once, whatever the number of epochs
+        flops += _forward(shapes.teacher, text.tokens)
+    written = int(recipe.written_share * (tokens + trained))
+    return flops + 1.5 * forward_flops(shapes.student, written, written)
+
+
+def _evaluate_flops(recipe: Recipe, text: TextAmounts, shapes: Shapes, held_out: int) -> dict[str, float]:
+    systems = 2 + len(recipe.evaluate.controls)
+    shape = shapes.teacher or shapes.student
+    flops = {"evaluate": systems * 2.5 * forward_flops(shape, text.held_out_tokens, text.held_out_tokens)}
+    if shapes.judge is not None:  # each pair in both orders, against every system but the student
+        flops["judge"] = judging_flops(shapes.judge, 2 * (systems - 1) * held_out, text.answer_tokens)
+    return flops

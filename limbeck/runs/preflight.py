@@ -50,7 +50,7 @@ def plan(method: Method) -> Plan:
             term.check_models(student, teacher)
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
     prompts = (method.training_prompts, method.held_out_prompts)
-    return make_plan(recipe, method.terms, prompts, Shapes(student, teacher, others, judge), _bills(method))
+    return make_plan(recipe, method.terms, prompts, Shapes(student, teacher, others, judge), bills=_bills(method))
 
 
 def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:

@@ -7,8 +7,10 @@ import re
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import limbeck
+from limbeck.cli import app
 from limbeck.config.recipe import parse
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.progress import StoppedError
@@ -116,8 +118,8 @@ def test_what_cannot_be_compared_is_refused(methods, tmp_path, recipe_data):
         limbeck.compare(made, tmp_path / "a", like=common, base="dpo")
     with pytest.raises(UserError, match="at least one, each once"):
         limbeck.compare(made, tmp_path / "a", like=common, seeds=[3, 3])
-    with pytest.raises(UserError, match="--like"):
-        limbeck.compare(made, tmp_path / "a", overrides=["train.steps=3"])
+    refused = CliRunner().invoke(app, ["compare", "seq-kd", "forward-kl", "--set", "train.steps=3"])
+    assert isinstance(refused.exception, UserError) and "--like" in str(refused.exception)
     corpus = parse(recipe_data | {"name": "gold", "writer": [{"by": "corpus"}]})
     with pytest.raises(UserError, match="whether a corpus writes"):
         entries([made[0], corpus], common)
