@@ -38,7 +38,8 @@ def read_weights(folder: Path, source: str, dtype: torch.dtype) -> PreTrainedMod
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"can't load the model {source!r}: {str(error).splitlines()[0]}") from error
-    return net.eval()
+    net.eval()
+    return net
 
 
 def read_tokenizer(folder: Path, source: str) -> Tokenizer:

@@ -118,8 +118,8 @@ class Reply:
 
     def quote(self) -> str:
         """A sentence with what the server says went wrong, empty where it says nothing."""
-        said = self.error_text()
-        return f"It says: {said!r}" if said else ""
+        text = self.error_text()
+        return f"It says: {text!r}" if text else ""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Backoff:
         """Seconds to wait after try `attempt` (from 0)."""
         if reply.retry_after:
             return min(self.longest_asked, reply.retry_after)
-        return min(self.longest, self.first * 2**attempt) * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
+        return min(self.longest, self.first * 2.0**attempt) * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
 
 
 async def send_with_retries(
