@@ -118,8 +118,8 @@ class Reply:
 
     def quote(self) -> str:
         """A sentence with what the server says went wrong, empty where it says nothing."""
-        said = self.error_text()
-        return f"It says: {said!r}" if said else ""
+        text = self.error_text()
+        return f"It says: {text!r}" if text else ""
 
 
 @dataclass(frozen=True)
