@@ -29,6 +29,7 @@ from limbeck.config.teacher import TEACHER_KINDS, TeacherSettings, teacher_data
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
+OLD_TAGS = {"best": "chosen", "rest": "rejected"}  # as recipes once called the answers of a preference
 NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic adds between the keys of a path
 
 
@@ -218,6 +219,10 @@ def _loss(entry: Any, path: str) -> Any:
     named = _named(entry, path, "loss", "- jsd: {teacher_share: 0.5}")
     if named is not entry and "weight" in named["params"]:
         named["weight"] = named["params"].pop("weight")
+    params = named.get("params") if isinstance(named, dict) else None
+    if isinstance(params, dict) and isinstance(params.get("only"), str):
+        only = params["only"]
+        named = named | {"params": params | {"only": OLD_TAGS.get(only, only)}}
     return named
 
 

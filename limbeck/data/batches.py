@@ -18,8 +18,8 @@ from torch import Tensor
 from limbeck.types import Batch, Message, Sample, UserError
 
 MICRO_TOKENS = 1024
-CHOSEN = "best"
-REJECTED = "rest"
+CHOSEN = "chosen"
+REJECTED = "rejected"
 MIXED = "mixed"  # the tag of a row whose embeddings are mixed with another's
 WINDOW_STEPS = 8
 
@@ -32,7 +32,7 @@ class Row:
     """A conversation in the student's token ids: a prompt, and a response that ends with the end-of-sequence token.
 
     Args:
-        tags: its writer, its task, and whether it is the chosen answer ("best") or a rejected one ("rest").
+        tags: its writer, its task, and whether it is the `chosen` answer or a `rejected` one.
         group: the prompt that it answers. The rows of a group are in order of preference, the best first.
         weight: the weight of each of its tokens.
         references: log-probability of the response under frozen models, by name.

@@ -68,7 +68,7 @@ class CrossEntropy(Loss):
             raise RecipeError(
                 settings.path,
                 "it would also fit answers that are not preferred, or the student's own; limit it, such as {only:"
-                " best}",
+                " chosen}",
             )
 
     def token_values(self, block: Block, params: Mapping[str, float]) -> ValueAndGradient:

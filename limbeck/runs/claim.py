@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from limbeck.config.recipe import Recipe
+from limbeck.config.recipe import Recipe, parse
 from limbeck.storage.files import is_leftover, sweep, write_json, write_text
-from limbeck.types import NAME, UserError, content_hash
+from limbeck.types import NAME, RecipeError, UserError, content_hash
 
 
 def run_folder(recipe: Recipe, out: str | Path | None) -> Path:
@@ -18,6 +19,14 @@ def run_folder(recipe: Recipe, out: str | Path | None) -> Path:
     if out is None and not NAME.fullmatch(recipe.name):
         raise UserError(f"the recipe's name {recipe.name!r} can't be a folder's name; give --out")
     return Path(out) if out is not None else Path("runs") / recipe.name
+
+
+def _hash_now(resolved: Any) -> str | None:
+    """The hash of a recipe that an older version wrote, in today's words; None for one that is none today."""
+    try:
+        return parse(resolved).hash
+    except RecipeError:
+        return None
 
 
 def claim(folder: Path, recipe: Recipe, inputs: dict[str, str], probe: Callable[[], None]) -> None:
@@ -31,7 +40,7 @@ def claim(folder: Path, recipe: Recipe, inputs: dict[str, str], probe: Callable[
     if file.exists():
         sweep(folder)
         before = yaml.safe_load(file.read_text())
-        if content_hash(before) != recipe.hash:
+        if recipe.hash not in (content_hash(before), _hash_now(before)):
             now = recipe.resolved()
             changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
             raise UserError(

@@ -170,3 +170,9 @@ def test_the_plan_counts_requests_and_needs_no_weights(recipe_data):
     plan = check(parse(recipe_data))
     assert plan.requests == 18 + 2 and plan.steps == 6 and plan.trainings == 2
     assert plan.disk_bytes > 0 and plan.memory_bytes > 0 and all(seconds > 0 for seconds in plan.seconds.values())
+
+
+def test_the_older_words_of_a_preference_are_still_read(recipe_data):
+    old = parse(recipe_data | {"loss": [{"cross_entropy": {"only": "best"}}]})
+    new = parse(recipe_data | {"loss": [{"cross_entropy": {"only": "chosen"}}]})
+    assert old.hash == new.hash and old.loss[0].params == {"only": "chosen"}

@@ -110,13 +110,13 @@ def several(recipe_data, tmp_path):
         for n, word in enumerate(words)
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    loss = [{"cross_entropy": {"only": "best"}}, {"consistency": {"weight": 0.5}}]
+    loss = [{"cross_entropy": {"only": "chosen"}}, {"consistency": {"weight": 0.5}}]
     return {**recipe_data, "prompts": {"from": str(file)}, "writer": [{"by": "corpus"}], "loss": loss}
 
 
 def test_a_student_becomes_more_consistent(several, tmp_path):
     several["train"] = {"steps": 30, "tokens_per_step": 64, "lr": 3e-3, "seed": 3}
-    several["loss"] = [{"cross_entropy": {"only": "best", "weight": 1e-6}}, "consistency"]
+    several["loss"] = [{"cross_entropy": {"only": "chosen", "weight": 1e-6}}, "consistency"]
     folder = run(parse(several), tmp_path / "run", stages=("elicit", "train"))
     losses = [json.loads(line)["terms"]["consistency"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert 0 < losses[-1] < 0.5 * losses[0]
@@ -125,7 +125,7 @@ def test_a_student_becomes_more_consistent(several, tmp_path):
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
-        ({"consistency": {"only": "best"}}, "can't be limited"), ({"consistency": {"temperature": 0}}, "outside"),
+        ({"consistency": {"only": "chosen"}}, "can't be limited"), ({"consistency": {"temperature": 0}}, "outside"),
         ({"consistency": {"by": "importance_weight"}}, "no number beside every token"), ({"consistency": {"alpha": 1}}, "alpha"),
     ],
 )  # fmt: skip

@@ -36,8 +36,8 @@ def row(number: int) -> Row:
 
 ROWS = [row(number) for number in range(24)]
 MIXES = {
-    "vocabulary": [("forward_kl", {}), ("jsd", {"only": "teacher"}), ("cross_entropy", {"only": "best", "label_smoothing": 0.1})],
-    "ranking": [("dpo", {}), ("orpo", {}), ("kto", {}), ("cross_entropy", {"only": "best"})],
+    "vocabulary": [("forward_kl", {}), ("jsd", {"only": "teacher"}), ("cross_entropy", {"only": "chosen", "label_smoothing": 0.1})],
+    "ranking": [("dpo", {}), ("orpo", {}), ("kto", {}), ("cross_entropy", {"only": "chosen"})],
     "match": [
         ("hidden_match", {"layers": "uniform", "embeddings": True}), ("attention_match", {"layers": "last"}), ("cka", {"only": "teacher"}),
         ("relations", {"relation_heads": 4}), ("filtered_match", {}), ("contrast", {"negatives": 5, "dim": 8}), ("forward_kl", {}),

@@ -228,7 +228,7 @@ def rows_of(turn):
 
 def fixed_text(count=6, length=5, tokens=20):
     rows = [
-        Row(f"t{n}", (1, 2, 3 + n), (*range(40, 40 + length - 1), EOS), frozenset({"teacher", "best"}), f"p{n}")
+        Row(f"t{n}", (1, 2, 3 + n), (*range(40, 40 + length - 1), EOS), frozenset({"teacher", "chosen"}), f"p{n}")
         for n in range(count)
     ]
     return FixedText(rows, 7, tokens)
@@ -288,7 +288,7 @@ def test_where_all_answer_every_prompt_has_all_texts_the_preferred_first():
                         "never parted, in their order"
                     )
                     own = rows[order.index("student")]
-                    assert own.tags == {"student", "best" if order[0] == "student" else "rest"}
+                    assert own.tags == {"student", "chosen" if order[0] == "student" else "rejected"}
 
 
 def test_the_buffer_is_first_in_first_out_and_read_again_as_its_schedule_says():
@@ -411,18 +411,26 @@ def test_facts_of_text_count_what_they_say():
         ),
         ({"writer": [TEACHER, STUDENT], "loss": ["cross_entropy"]}, "loss[0]", "its own text"),
         (
-            {"writer": [STUDENT, TEACHER], "loss": [{"cross_entropy": {"only": "best"}}]},
+            {"writer": [STUDENT, TEACHER], "loss": [{"cross_entropy": {"only": "chosen"}}]},
             "evaluate.controls",
             "preferred text",
         ),
-        ({"writer": [TEACHER, STUDENT], "loss": [{"cross_entropy": {"only": "rest"}}]}, "loss[0]", "{only: teacher}"),
+        (
+            {"writer": [TEACHER, STUDENT], "loss": [{"cross_entropy": {"only": "rejected"}}]},
+            "loss[0]",
+            "{only: teacher}",
+        ),
         (
             {"writer": [TEACHER, STUDENT], "loss": [{"cross_entropy": {"only": "student"}}]},
             "loss[0]",
             "{only: teacher}",
         ),
         ({"writer": [STUDENT], "loss": ["cross_entropy"]}, "loss[0]", "choose a divergence"),
-        ({"writer": [STUDENT], "loss": [{"on_policy_distillation": {"only": "best"}}]}, "loss[0]", "leave `only` out"),
+        (
+            {"writer": [STUDENT], "loss": [{"on_policy_distillation": {"only": "chosen"}}]},
+            "loss[0]",
+            "leave `only` out",
+        ),
         (
             {"writer": [TEACHER, STUDENT | {"share": 0.5}], "loss": ["on_policy_distillation"]},
             "loss",

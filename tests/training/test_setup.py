@@ -66,8 +66,8 @@ def job(tiny, tmp_path):
         ({"loss": ["dpo"]}, "loss[0].dpo", "every prompt has one"),
         ({"loss": ["reinforce"]}, "loss[0].reinforce", "while it trains"),
         ({"loss": [{"forward_kl": {"only": "techer"}}]}, "loss[0].forward_kl.only", "teacher"),
-        ({"loss": [{"forward_kl": {"only": "rest"}}]}, "loss[0].forward_kl.only", "rest"),
-        ({"loss": ["cross_entropy"], "writer": BOTH}, "loss[0].cross_entropy", "only: best"),
+        ({"loss": [{"forward_kl": {"only": "rejected"}}]}, "loss[0].forward_kl.only", "rejected"),
+        ({"loss": ["cross_entropy"], "writer": BOTH}, "loss[0].cross_entropy", "only: chosen"),
         ({"loss": ["forward_kl"], "writer": [{"by": "untouched"}]}, "writer", "keep: uniform"),
         ({"loss": ["dpo"], "writer": BOTH[::-1]}, "evaluate.controls", "controls"),
         ({"loss": [{"relations": {"relation_heads": 7}}]}, "loss[0].relations.relation_heads", "7"),
@@ -95,7 +95,7 @@ def test_what_cannot_work_is_refused_before_anything_is_spent(recipe_data, chang
 def test_the_control_takes_as_many_steps_as_the_student(recipe_data, tmp_path):
     settings = {"epochs": 1, "tokens_per_step": 40, "lr": 1e-3}
     recipe = parse(
-        recipe_data | {"writer": BOTH, "loss": ["dpo", {"cross_entropy": {"only": "best"}}], "train": settings}
+        recipe_data | {"writer": BOTH, "loss": ["dpo", {"cross_entropy": {"only": "chosen"}}], "train": settings}
     )
     folder = run(recipe, tmp_path / "run", stages=("train",))
     counts = [len((folder / home / "metrics.jsonl").read_text().splitlines()) for home in (".", "controls/sft_control")]
