@@ -1,4 +1,4 @@
-"""How long-running work reports its progress, and the error that ends it on request."""
+"""Reports the progress of long-running work, and defines the error that ends it on request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SPEED_STEPS = 10
 
 
 class Reporter(Protocol):
-    """Where progress goes: a terminal, JSON lines, or nowhere."""
+    """Receives progress and prints it: to a terminal, as JSON lines, or nowhere."""
 
     def stage(self, title: str) -> None: ...
 
@@ -21,7 +21,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A reporter that prints nothing."""
+    """A `Reporter` that prints nothing."""
 
     def stage(self, title: str) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The nouns that every floor above shares. Imports nothing of Limbeck and, at run time, nothing heavy.
+"""The types that all other modules share. Imports nothing of Limbeck and, at run time, nothing heavy.
 
 Shape legend used in the whole package: B rows (sequences), T positions of a row, N response positions of a batch,
 D hidden width, V vocabulary, L layers.
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 Finish = Literal["ok", "length", "empty", "filtered", "malformed", "refused", "error"]
 
-# settings of a draw that every request key has held from the first version on
-OLDEST = ("temperature", "top_p", "max_tokens")
+# sampling settings that have been in every request key since the first version
+ALWAYS_IN_KEYS = ("temperature", "top_p", "max_tokens")
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
 
 class UserError(ValueError):
-    """What the user can mend: a message that says what is wrong, where, and the remedy. The command exits with 2."""
+    """An error that the user can fix: its message has the place, the cause and the remedy. The command exits with 2."""
 
 
 class RecipeError(UserError):
@@ -39,7 +39,7 @@ class RecipeError(UserError):
 
 
 def canonical_json(value: Any) -> str:
-    """One spelling for equal values: sorted keys, no spaces, UTF-8. NaN is refused, since it equals nothing."""
+    """JSON, the same for equal values: sorted keys, no spaces, UTF-8. NaN is refused, since it equals nothing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -50,8 +50,8 @@ def content_hash(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn. `temperature` 0 is greedy. `max_tokens` counts the end-of-sequence token. Text ends before the
-    first of `stop`; a token that was written before loses `presence_penalty` of its logit."""
+    """How text is sampled. `temperature` 0 is greedy. `max_tokens` counts the end-of-sequence token. Text ends before
+    the first of `stop`; `presence_penalty` is subtracted from the logits of tokens that were written before."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -62,11 +62,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to one model. Its `key` makes it idempotent: whoever asks again reads the stored answer.
+    """One question to one model. Its `key` makes it idempotent: a second request reads the stored answer.
 
-    A `raw` request has the model continue that very text, control tokens and all, without a chat template; `messages`
-    are then what the answer is filed under. With `against`, every token is drawn from log p(token | messages) -
-    `contrast` * log p(token | against).
+    A `raw` request has the model continue that text, control tokens included, without a chat template; `messages` are
+    then the conversation that the answer is stored with. With `against`, every token is drawn from
+    log p(token | messages) - `contrast` * log p(token | against).
     """
 
     model: str
@@ -80,12 +80,12 @@ class Request:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What its answer depends on, as plain data. What is left at its default has no part in it, so that old keys
-        stay."""
+        """What its answer depends on, as plain data. Settings at their default are left out, so that old keys stay
+        valid."""
         sampling = {
             name: value
             for name, value in vars(self.sampling).items()
-            if name in OLDEST or value != getattr(Sampling, name)
+            if name in ALWAYS_IN_KEYS or value != getattr(Sampling, name)
         }
         fields: dict[str, Any] = {
             "model": self.model,
@@ -106,10 +106,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote: `ids` as sampled (they end with the end-of-sequence token when `finish` is ok), None where
-    only text is known.
+    """What a model wrote: `ids` as sampled (they end with the end-of-sequence token if `finish` is ok), or None if
+    there is only text.
 
-    `raw` is the body of a server's answer, kept for audit; `usage` its bill in tokens, (read, written).
+    `raw` is the body of a server's answer, kept for audit; `usage` the billed tokens, (read, written).
     """
 
     ids: tuple[int, ...] | None
@@ -123,8 +123,8 @@ class Generated:
 class Sample:
     """A conversation that a student may train on; the last message is the response.
 
-    `response_ids` are the very tokens the writer sampled; what was sampled is what is trained. A text
-    without ids (a corpus, an API) has None.
+    `response_ids` are the tokens that the writer sampled, and the student is trained on just these. Text without ids
+    (of a corpus or an API) has None.
     """
 
     messages: tuple[Message, ...]
@@ -141,7 +141,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a judge wrote beside a sample. `value` is JSON; `tensor_ref` names a tensor in a shard."""
+    """A judgement of a sample. `value` is JSON; `tensor_ref` names a tensor in a shard."""
 
     sample_id: str
     kind: str
@@ -162,11 +162,16 @@ class LogProb:
 class Batch:
     """One micro-batch, padded on the right. `mask_BT[b, t]` is 1 where `tokens_BT[b, t]` is a response token.
 
-    Position t is predicted from position t - 1: `response_positions` says which hidden states are projected. `tags`
-    name each row's writer and task; `groups` list the rows that answer one prompt, the best first; `references` hold,
-    by name, the log-probability that a frozen model gives to each row's response, `columns` [B, T] what stands beside
-    each response token. `seen` is (tokens, mask) as the teacher sees the same responses, where it sees other prompts;
-    `mixed` is (tokens, weight of the row's own) [B, T] of the rows whose embeddings are mixed into these.
+    Position t is predicted from position t - 1: `response_positions` are the hidden states that are projected.
+
+    Args:
+        weight_BT: the weight of each response token.
+        tags: each row's writer, task and rank.
+        groups: the rows that answer one prompt, the chosen one first.
+        references: by name of a frozen model, log-probabilities [B] of the responses.
+        columns: by name, numbers [B, T] of the response tokens.
+        seen: (tokens, mask) [B, S] of the same responses after the teacher's prompts, if those differ.
+        mixed: (tokens, weight of the row's own embedding) [B, T] of the rows whose embeddings are mixed into these.
     """
 
     tokens_BT: Tensor
@@ -181,8 +186,7 @@ class Batch:
     mixed: tuple[Tensor, Tensor] | None = None
 
     def seen_by_teacher(self) -> Batch:
-        """The same responses after the prompts that the teacher sees; the n-th response position of both is the same
-        token's."""
+        """The same responses after the teacher's prompts; the n-th response position is the same token in both."""
         return self if self.seen is None else replace(self, tokens_BT=self.seen[0], mask_BT=self.seen[1], seen=None)
 
     def response_positions(self) -> tuple[Tensor, Tensor]:
@@ -191,12 +195,12 @@ class Batch:
         return rows_N, targets_N - 1
 
     def rows_on(self, tag: str | None) -> Tensor:
-        """[B], true where a row has the tag; all of them without one."""
-        here = [tag in tags for tags in self.tags] if tag is not None else [True] * len(self.sample_ids)
-        return self.mask_BT.new_tensor(here)
+        """[B], whether a row has the tag; true for all rows if `tag` is None."""
+        has_tag = [tag in tags for tags in self.tags] if tag is not None else [True] * len(self.sample_ids)
+        return self.mask_BT.new_tensor(has_tag)
 
     def amount(self, unit: str, tag: str | None = None) -> float:
-        """What a term of this unit is divided by, summed over a step: token weights, rows, or groups."""
+        """The denominator of a term with this unit: the sum of token weights, the number of rows, or of groups."""
         if unit == "group":
             return float(len(self.groups))
         on_B = self.rows_on(tag)

@@ -33,7 +33,7 @@ class Row:
 
     Args:
         tags: its writer, its task, and whether it is the `chosen` answer or a `rejected` one.
-        group: the prompt that it answers. The rows of a group are in order of preference, the best first.
+        group: the prompt that it answers. The rows of a group are in order of preference, the chosen one first.
         weight: the weight of each of its tokens.
         references: log-probability of the response under frozen models, by name.
         teacher_prompt_ids: the prompt that the teacher sees, if it sees another one.
@@ -105,7 +105,7 @@ def make_rows(
 
 
 def units_of(rows: Sequence[Row], together: bool) -> list[MicroBatch]:
-    """What stays in one micro-batch: single rows, or (`together`) all the answers to one prompt."""
+    """The groups of rows that stay in one micro-batch: single rows, or with `together` all answers to one prompt."""
     if not together:
         return [(index,) for index in range(len(rows))]
     groups: dict[str, list[int]] = {}
@@ -186,20 +186,20 @@ class StepBatch:
 
 
 class Source(Protocol):
-    """Where the text of a step comes from."""
+    """A source of the text of every step."""
 
     def step_batch(self, step: int, progress: float, states: dict[str, dict[str, float]], /) -> StepBatch:
         """The text of step number `step`; steps are requested in order. `progress` is the share of the training
         done."""
 
     def state(self) -> dict[str, Any]:
-        """What it needs to go on after the last step, as plain data for the checkpoint."""
+        """Its state after the last step, as plain data for the checkpoint."""
 
     def restore(self, state: Mapping[str, Any], /) -> None: ...
 
 
 class FixedText:
-    """Text that exists before the training: every step is a function of the seed and its number."""
+    """Text written before the training: every step is a function of the seed and its number."""
 
     def __init__(self, rows: Sequence[Row], seed: int, tokens_per_step: int, together: bool = False) -> None:
         self.rows = rows
@@ -239,29 +239,29 @@ def cut(rows: Sequence[Row], seed: str, tokens_per_step: int, together: bool = F
 
 def make_batch(rows: Sequence[Row], micro_batch: MicroBatch | None = None, pad_id: int = 0) -> Batch:
     """The rows of a micro-batch (all of them by default) as tensors, padded on the right."""
-    chosen = list(rows) if micro_batch is None else [rows[index] for index in micro_batch]
-    tokens_BT, mask_BT = _padded([(row.prompt_ids, row.response_ids) for row in chosen], pad_id)
+    rows = list(rows) if micro_batch is None else [rows[index] for index in micro_batch]
+    tokens_BT, mask_BT = _padded([(row.prompt_ids, row.response_ids) for row in rows], pad_id)
     groups: dict[str, list[int]] = {}
-    for number, row in enumerate(chosen):
+    for number, row in enumerate(rows):
         groups.setdefault(row.group, []).append(number)
-    weight_BT = mask_BT * torch.tensor([row.weight for row in chosen], dtype=torch.float32)[:, None]
-    names = {name for row in chosen for name, _ in row.references}
-    references = {name: torch.tensor([dict(row.references)[name] for row in chosen]) for name in sorted(names)}
-    seen = None
-    if any(row.teacher_prompt_ids is not None for row in chosen):
-        prompts = [row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids for row in chosen]
-        seen = _padded([(prompt, row.response_ids) for prompt, row in zip(prompts, chosen, strict=True)])
+    weight_BT = mask_BT * torch.tensor([row.weight for row in rows], dtype=torch.float32)[:, None]
+    names = {name for row in rows for name, _ in row.references}
+    references = {name: torch.tensor([dict(row.references)[name] for row in rows]) for name in sorted(names)}
+    teacher_tokens = None
+    if any(row.teacher_prompt_ids is not None for row in rows):
+        prompts = [row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids for row in rows]
+        teacher_tokens = _padded([(prompt, row.response_ids) for prompt, row in zip(prompts, rows, strict=True)])
     return Batch(
         tokens_BT,
         mask_BT,
         weight_BT,
-        sample_ids=tuple(row.sample_id for row in chosen),
-        tags=tuple(row.tags for row in chosen),
+        sample_ids=tuple(row.sample_id for row in rows),
+        tags=tuple(row.tags for row in rows),
         groups=tuple(tuple(group) for group in groups.values()),
         references=references,
-        columns=_columns(chosen, mask_BT),
-        seen=seen,
-        mixed=_mixed(chosen, tokens_BT),
+        columns=_columns(rows, mask_BT),
+        seen=teacher_tokens,
+        mixed=_mixed(rows, tokens_BT),
     )
 
 

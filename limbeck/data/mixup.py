@@ -1,9 +1,9 @@
 """Mixup of texts: every micro-batch is followed by its rows with the embeddings of other rows mixed in (MixKD,
 arXiv:2011.00593).
 
-The only label of a mixed text is what the teacher says of the same mixture. The paper mixes sentences of classification
-tasks, and the student also fits their mixed labels; here the rows of a step are mixed position by position, the row's
-own embedding having the larger weight, and the student follows only the teacher.
+The only label of a mixed text is the teacher's distribution over the same mixture. The paper mixes sentences of
+classification tasks, and the student also fits their mixed labels; here the rows of a step are mixed position by
+position, the row's own embedding having the larger weight, and the student follows only the teacher.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The steps of a recipe's `elicit:` in order, from the given prompts to the samples that the student is trained on.
+"""Runs the steps of a recipe's `elicit:` in order, from the prompts to the samples that the student is trained on.
 
-A run folder gets `elicited.jsonl` (the samples, one a line) and `elicitation.json` (what each step took, gave and left
-out, and why). Both are a function of the recipe, the prompts and the answers in the store, whoever answered first; a
-finished elicitation is read back.
+Writes `elicited.jsonl` (the samples, one a line) and `elicitation.json` (samples in and out of each step, and why some
+were dropped) into the run folder. Both depend only on the recipe, the prompts and the answers in the store; a finished
+elicitation is read back.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from limbeck.types import Sample, UserError, canonical_json, content_hash
 
 POOL = "elicited.jsonl"
 ACCOUNT = "elicitation.json"
-HELD_OUT = "held-out"  # what the last look, for held-out prompts among the samples, is called in the account
+HELD_OUT = "held-out"  # the name, in the account, of the last step: dropping held-out prompts
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """What a recipe's text is made of: prompts, and the steps of elicitation by name."""
+    """What a recipe's text is made from: prompts, and the steps of elicitation by name."""
 
     recipe: Recipe
     steps: Sequence[tuple[str, ElicitStep]]
@@ -38,12 +38,12 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Elicitation:
-    """The steps of a recipe over its prompts.
+    """The steps of elicitation of one recipe over its prompts.
 
     Args:
         folder: receives the samples and the account of what each step did.
         identity: of the model that answers.
-        header: the text before a user's message in that model's own format; called only where a step needs it.
+        header: returns the text before a user's message in that model's own format; called only if a step needs it.
     """
 
     source: TextSource
@@ -53,15 +53,15 @@ class Elicitation:
 
     @property
     def key(self) -> str:
-        """What the result depends on beside the answers."""
+        """A hash of all that the result depends on, except the answers."""
         steps = [step.model_dump(mode="json") for step in self.source.recipe.elicit or ()]
         parts = [
             [prompt.facts for prompt in part] for part in (self.source.training_prompts, self.source.held_out_prompts)
         ]
         return content_hash([steps, parts, self.source.recipe.text_seed, self.identity])
 
-    def known(self) -> Pool | None:
-        """The samples of a finished elicitation."""
+    def finished(self) -> Pool | None:
+        """The samples of a finished elicitation; None if there is none in the folder."""
         account = self.folder / ACCOUNT
         if not account.exists() or json.loads(account.read_text()).get("key") != self.key:
             return None
@@ -70,31 +70,32 @@ class Elicitation:
     def run(
         self,
         engine: Engine,
-        begin: Callable[[str], None] = lambda step: None,
-        told: Callable[[str], None] = lambda text: None,
+        on_start: Callable[[str], None] = lambda step: None,
+        on_done: Callable[[str], None] = lambda text: None,
     ) -> Pool:
-        """All steps, unless they are done.
+        """Run all steps, unless they are finished. Returns the samples.
 
         Args:
-            begin, told: hear each step's name before it starts, and what it did.
+            on_start: called with the name of each step before it starts.
+            on_done: called with a summary of each step after it.
 
         Raises:
             UserError: nothing is left to train on.
         """
-        if (known := self.known()) is not None:
-            return known
+        if (finished := self.finished()) is not None:
+            return finished
         pool = [_prompt_sample(prompt) for prompt in self.source.training_prompts]
         tallies = []
         for index, (name, step) in enumerate(self.source.steps):
-            begin(name)
+            on_start(name)
             tally = Tally(name, taken=len(pool))
-            before = engine.finishes.copy()
+            finishes_before = engine.finishes.copy()
             header = self.header() if "raw" in step.needs else None
             context = StepContext(self.identity, self.source.recipe.text_seed, f"{index}/{name}", header)
             pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)
-            tallies.append((step.kind, tally, engine.finishes - before))
-            told(_in_words(tally))
+            tallies.append((step.kind, tally, engine.finishes - finishes_before))
+            on_done(_summary(tally))
         pool, last = self._without_held_out(pool)
         if last.dropped:
             tallies.append(("select", last, engine.finishes - engine.finishes))
@@ -105,63 +106,64 @@ class Elicitation:
         write_text(self.folder / POOL, "".join(canonical_json(_record(sample)) + "\n" for sample in pool))
         write_json(self.folder / ACCOUNT, {"key": self.key, "writer": self.identity, "steps": steps})
         if not pool:
-            lost = [
+            dropped = [
                 f"{tally.step}: {reason} ({count})"
                 for _, tally, _ in tallies
                 for reason, count in tally.dropped.most_common(2)
             ]
             raise UserError(
-                f"the steps under elicit left no sample ({'; '.join(lost)}); see {self.folder / ACCOUNT} for what each"
-                " one left out"
+                f"the steps under elicit left no sample ({'; '.join(dropped)}); see {self.folder / ACCOUNT} for what"
+                " each one left out"
             )
         return pool
 
     def _without_held_out(self, pool: Pool) -> tuple[Pool, Tally]:
-        """The pool without samples that ask a held-out prompt's very words."""
-        asked = {_plain(prompt.text) for prompt in self.source.held_out_prompts}
+        """The pool without samples whose prompt is a held-out one, up to case and white space; and the tally."""
+        held_out = {_plain(prompt.text) for prompt in self.source.held_out_prompts}
         tally = Tally(HELD_OUT, taken=len(pool))
-        kept = []
+        remaining = []
         for sample in pool:
-            if _plain(prompt_of(sample)) in asked:
+            if _plain(prompt_of(sample)) in held_out:
                 tally.drop("asks a held-out prompt", prompt_of(sample))
             else:
-                kept.append(sample)
-        tally.given = len(kept)
-        return kept, tally
+                remaining.append(sample)
+        tally.given = len(remaining)
+        return remaining, tally
 
 
 def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
-    """(the prompts of a pool, each once, and the answered samples of each by its id). Where samples of one `prompt_id`
-    ask different things, they are different prompts."""
+    """(the prompts of a pool, each once; the samples with an answer by prompt id). Samples with one `prompt_id` but
+    different messages are different prompts."""
     prompts: dict[str, Prompt] = {}
     answers: dict[str, list[Sample]] = {}
-    names: dict[str, str] = {}
+    ids: dict[str, str] = {}  # by the hash of the messages
     for sample in pool:
-        asked = content_hash(list(prompt_messages(sample)))
-        if asked not in names:
-            wanted = str(sample.meta.get("prompt_id", asked[:16]))
-            names[asked] = wanted if wanted not in prompts else f"{wanted}/{asked[:8]}"
+        messages_hash = content_hash(list(prompt_messages(sample)))
+        if messages_hash not in ids:
             meta = sample.meta
-            before = prompt_messages(sample)[:-1]
-            prompts[names[asked]] = Prompt(
-                names[asked],
+            prompt_id = str(meta.get("prompt_id", messages_hash[:16]))
+            prompt_id = prompt_id if prompt_id not in prompts else f"{prompt_id}/{messages_hash[:8]}"
+            ids[messages_hash] = prompt_id
+            prompts[prompt_id] = Prompt(
+                prompt_id,
                 prompt_of(sample),
-                str(meta.get("kind", "")),
-                (),
-                meta.get("check"),
-                str(meta.get("task", "")),
-                float(meta.get("weight", 1.0)),
-                before=before,
+                kind=str(meta.get("kind", "")),
+                check=meta.get("check"),
+                task=str(meta.get("task", "")),
+                weight=float(meta.get("weight", 1.0)),
+                before=prompt_messages(sample)[:-1],
             )
         if answer_of(sample) is not None:
-            answers.setdefault(names[asked], []).append(sample)
+            answers.setdefault(ids[messages_hash], []).append(sample)
     return list(prompts.values()), answers
 
 
-def _in_words(tally: Tally) -> str:
-    lost = "; ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common(3))
+def _summary(tally: Tally) -> str:
+    dropped = "; ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common(3))
     more = ", and others" if len(tally.dropped) > 3 else ""
-    return f"{tally.step}: {tally.taken:,} in, {tally.given:,} out" + (f" (left out: {lost}{more})" if lost else "")
+    return f"{tally.step}: {tally.taken:,} in, {tally.given:,} out" + (
+        f" (left out: {dropped}{more})" if dropped else ""
+    )
 
 
 def _plain(text: str) -> str:
@@ -204,4 +206,10 @@ def _sample(record: dict[str, Any]) -> Sample:
     ids = record["response_ids"]
     messages = tuple(record["messages"])
     parents = tuple(record["parents"])
-    return Sample(messages, record["writer"], None if ids is None else tuple(ids), parents, record["meta"])
+    return Sample(
+        messages,
+        record["writer"],
+        response_ids=None if ids is None else tuple(ids),
+        parents=parents,
+        meta=record["meta"],
+    )

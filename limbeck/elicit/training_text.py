@@ -1,8 +1,8 @@
-"""The text of a run: who answers which prompt, asked for once, read back ever after.
+"""The training and held-out text of a run: has each prompt answered once by its writers, then reads the store.
 
-The prompts are given, or made of given ones by the steps under `elicit`, which may answer them, too. Every prompt goes
-to one writer (by their shares) or, where all shares are 1, to all of them; then the order of the writers is the order
-of preference that ranking losses read. A corpus may bring several answers, the best first.
+The prompts are the recipe's, or made from those by the steps under `elicit`, which may answer them too. Every prompt
+goes to one writer (by their shares) or, if all shares are 1, to all of them; then the order of the writers is the order
+of preference that ranking losses read. A corpus may have several answers, the best first.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from limbeck.types import Request, Sample, Sampling, content_hash
 
 
 class TextModels(Protocol):
-    """The models of a run, by the names that writers and steps give them; each is loaded when first called for."""
+    """The models of a run, by their names in writers and steps; each is loaded when first needed."""
 
     def writer(self, name: str, /) -> Answerer:
-        """Who writes as `teacher` or `untouched`."""
+        """The model that writes as `teacher` or `untouched`."""
 
     def writer_identity(self, name: str, /) -> str:
-        """What request keys call that writer."""
+        """The writer's name in request keys."""
 
     def scorer(self, by: str, /) -> LikelihoodScorer:
-        """Who says how likely a text is: the teacher (""), `untouched`, or a model by its source."""
+        """Scores how likely a text is under the teacher (""), `untouched`, or a model by its source."""
 
     def scorer_identity(self, by: str, /) -> str:
-        """What stored scores call that scorer."""
+        """The scorer's name in the store."""
 
     def header(self) -> str | None:
         """The text before a user's message in the teacher's own format."""
@@ -46,7 +46,7 @@ class TextModels(Protocol):
 
 @dataclass
 class TrainingText:
-    """Reads and fills `store.sqlite` in `folder`; what steps of elicitation make of it goes to `home`."""
+    """Reads and fills `store.sqlite` in `folder`; steps of elicitation write their files to `home`."""
 
     source: TextSource
     folder: Path
@@ -61,20 +61,19 @@ class TrainingText:
 
     @property
     def given_prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-        """(training prompts as they are given, held-out prompts)."""
+        """(the recipe's training prompts before elicitation, held-out prompts)."""
         return self.source.training_prompts, self.source.held_out_prompts
 
     @property
     def prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-        """(training prompts, held-out prompts); where there are steps of elicitation, what they made of the training
-        prompts."""
+        """(training prompts, held-out prompts); the former as the steps of elicitation left them, if there are any."""
         training = self._elicited[0] if self.source.steps else self.source.training_prompts
         return training, self.source.held_out_prompts
 
     @cached_property
     def _elicited(self) -> tuple[list[Prompt], dict[str, list[Sample]]]:
         """The prompts that the steps under `elicit` left, and the answers to each by its id."""
-        work = Elicitation(self.source, self.home, self.models.writer_identity("teacher"), self.models.header)
+        elicitation = Elicitation(self.source, self.home, self.models.writer_identity("teacher"), self.models.header)
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
             engine = Engine(
@@ -82,29 +81,28 @@ class TrainingText:
                 answerer=partial(self.models.writer, "teacher"),
                 scorer=self.models.scorer,
                 scorer_identity=self.models.scorer_identity,
-                on_progress=partial(self._tell, "teacher", began),
+                on_progress=partial(self._report_progress, "teacher", began),
                 stop=self.stop,
             )
             try:
-                return prompts_of(work.run(engine, self.reporter.stage, self.reporter.note))
+                return prompts_of(elicitation.run(engine, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:
                 raise self._stopped(error.done, error.total) from None
 
-    def given(self) -> list[Sample]:
-        """The training text that does not come from the student: what a student's start may be chosen by."""
+    def _without_untouched(self) -> list[Sample]:
+        """The training text that does not come from the student; layers of a pruned student are chosen by it."""
         return self._samples([writer for writer in self.recipe.fixed_writers if writer.by != "untouched"])
 
     def training(self) -> list[Sample]:
-        """All text that is there before the training, prompt by prompt, each prompt's answers in the order of
-        preference."""
-        self.given()  # first, since the student's start may depend on it
+        """All text written before the training, prompt by prompt, each prompt's answers in the order of preference."""
+        self._without_untouched()  # first, since the initial student may depend on it
         return self._samples(self.recipe.fixed_writers)
 
     def by_others(self, limit: int | None = None) -> list[Sample]:
-        """The text of others, which the controls and a student's start are made from: where only the student writes,
-        what the teacher answers to the training prompts (the first `limit` of them)."""
+        """The text that is not the student's, for controls and for pruning. If only the student writes, the teacher's
+        answers to the training prompts. Only the first `limit` samples or prompts."""
         if self.recipe.fixed_writers:
-            return self.given()[:limit]
+            return self._without_untouched()[:limit]
         writer = self.recipe.held_out_writer
         prompts = self.prompts[0][:limit]
         samples = self._ask([self._request(prompt, "teacher", _sampling(writer)) for prompt in prompts], "teacher")
@@ -114,25 +112,25 @@ class TrainingText:
         """The teacher's answers to the held-out prompts."""
         return self.said([(prompt, 0) for prompt in self.prompts[1]], self.held_out_sampling())
 
-    def said(self, asked: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
-        """What the teacher says to these (prompt, seed), in their order; seed 0 is the text's own."""
+    def said(self, prompts: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
+        """The teacher's answers to these (prompt, seed), in their order; the seed is added to the text's."""
         requests = [
             replace(request := self._request(prompt, "teacher", sampling), seed=request.seed + seed)
-            for prompt, seed in asked
+            for prompt, seed in prompts
         ]
         return self._ask(requests, "teacher")
 
     def held_out_sampling(self) -> Sampling:
-        """How held-out text is drawn: as the teacher's training text (see `Recipe.held_out_writer`)."""
+        """The sampling of held-out text, that of the teacher's training text (see `Recipe.held_out_writer`)."""
         return _sampling(self.recipe.held_out_writer)
 
     def bill(self) -> tuple[int, int, int]:
-        """Answers that the teacher's server was paid for, and the tokens read and written for them."""
+        """(answers, tokens read, tokens written) that the teacher's server billed."""
         with Store(self.folder / "store.sqlite") as store:
             return store.bill(self.models.writer_identity("teacher"))
 
     def money(self) -> float | None:
-        """What the answers cost so far by the recipe's price; None without one."""
+        """The cost of the answers so far by the recipe's price; None without one."""
         server = self.recipe.teacher.server
         if server is None or server.price is None:
             return None
@@ -140,7 +138,7 @@ class TrainingText:
         return (read * server.price.input + written * server.price.output) / 1e6
 
     def facts(self) -> dict[str, Any]:
-        """How the held-out text came about, for the evaluation."""
+        """Facts about the held-out text, for the evaluation."""
         samples = self.held_out()
         finishes = [str(sample.meta["finish"]) for sample in samples]
         counts = {
@@ -150,33 +148,33 @@ class TrainingText:
         }
         return counts | asdict(self.held_out_sampling())
 
-    def _samples(self, wanted: Sequence[Writer]) -> list[Sample]:
-        """The answers of these writers to their training prompts; all requests to one model go out together."""
-        if not wanted:
+    def _samples(self, writers: Sequence[Writer]) -> list[Sample]:
+        """The answers of these writers to their training prompts; all requests to one model are sent together."""
+        if not writers:
             return []
         turns = [
             (prompt, place, writer)
             for prompt in self.prompts[0]
             for place, writer in self._turns(prompt)
-            if writer in wanted
+            if writer in writers
         ]
-        answered: dict[str, Sample] = {}
+        by_key: dict[str, Sample] = {}
         for by in dict.fromkeys(writer.by for _, _, writer in turns if writer.by not in ("corpus", "elicited")):
             requests = [self._request(prompt, by, _sampling(writer)) for prompt, _, writer in turns if writer.by == by]
-            answered |= {request.key: sample for request, sample in zip(requests, self._ask(requests, by), strict=True)}
-        found = []
+            by_key |= {request.key: sample for request, sample in zip(requests, self._ask(requests, by), strict=True)}
+        samples: list[Sample] = []
         for prompt, place, writer in turns:
             if writer.by == "elicited":
-                found += [
+                samples += [
                     self._elicited_sample(sample, prompt, place) for sample in self._elicited[1].get(prompt.id, ())
                 ]
                 continue
             if writer.by == "corpus":
-                samples = [_corpus_sample(prompt, answer) for answer in prompt.answers]
+                answers = [_corpus_sample(prompt, answer) for answer in prompt.answers]
             else:
-                samples = [answered[self._request(prompt, writer.by, _sampling(writer)).key]]
-            found += [self._described(sample, prompt, writer.by, place + rank) for rank, sample in enumerate(samples)]
-        return found
+                answers = [by_key[self._request(prompt, writer.by, _sampling(writer)).key]]
+            samples += [self._described(sample, prompt, writer.by, place + rank) for rank, sample in enumerate(answers)]
+        return samples
 
     @staticmethod
     def _described(sample: Sample, prompt: Prompt, by: str, place: int) -> Sample:
@@ -191,8 +189,8 @@ class TrainingText:
 
     @staticmethod
     def _elicited_sample(sample: Sample, prompt: Prompt, place: int) -> Sample:
-        """A sample of the pool with what is known of its prompt, and its own task and weight. Answers to one prompt are
-        equals, unless a step said which is preferred (`place`)."""
+        """A sample of the pool with the facts of its prompt, and its own task and weight. Answers to one prompt are
+        equally good, unless a step ranked them (`place`)."""
         own = {name: sample.meta[name] for name in ("kind", "task", "weight", "finish") if name in sample.meta}
         facts = {
             "prompt_id": prompt.id,
@@ -205,8 +203,8 @@ class TrainingText:
         return replace(sample, meta=facts | {"place": place + int(sample.meta.get("place", 0))})
 
     def _turns(self, prompt: Prompt) -> list[tuple[int, Writer]]:
-        """(place in the order of preference, writer) of those that answer this prompt. A share's draw depends on seed
-        and prompt alone."""
+        """(place in the order of preference, writer) of those that answer this prompt. By shares, the writer depends
+        only on the seed and the prompt."""
         writers = self.recipe.fixed_writers
         if self.recipe.all_answer:
             places = {writer: place for place, writer in enumerate(self.recipe.writer)}
@@ -228,21 +226,21 @@ class TrainingText:
                 requests,
                 store,
                 partial(self.models.writer, by),
-                on_progress=partial(self._tell, by, time.monotonic()),
+                on_progress=partial(self._report_progress, by, time.monotonic()),
                 stop=self.stop,
             )
         if len(answers) < len(requests):
             raise self._stopped(len(answers), len(requests))
         return answers
 
-    def _tell(self, by: str, began: float, done: int, total: int, tokens: int) -> None:
+    def _report_progress(self, by: str, began: float, done: int, total: int, tokens: int) -> None:
         rate = tokens / max(1e-9, time.monotonic() - began)
-        told = f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else ""
+        text = f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else ""
         money = self.money() if by == "teacher" else None
-        self.reporter.progress(done, total, told if money is None or not told else f"{told}, {money:.4g} spent")
+        self.reporter.progress(done, total, text if money is None or not text else f"{text}, {money:.4g} spent")
 
-    def _stopped(self, there: int, wanted: int) -> StoppedError:
-        return StoppedError(f"stopped; {there} of {wanted} answers are kept in {self.folder}, run it again to go on")
+    def _stopped(self, done: int, total: int) -> StoppedError:
+        return StoppedError(f"stopped; {done} of {total} answers are kept in {self.folder}, run it again to go on")
 
 
 def _sampling(writer: Writer) -> Sampling:

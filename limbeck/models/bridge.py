@@ -1,5 +1,4 @@
-"""A teacher with tokens and a template of its own beside a student's text: the response is put into its tokens and the
-two are aligned.
+"""A teacher with another tokenizer or template: the student's responses are re-encoded in its tokens and aligned.
 
 Shapes: N response positions of the student, M of the teacher, E width of the teacher.
 """
@@ -30,16 +29,21 @@ from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.types import Batch, RecipeError, UserError, content_hash
 
 GIVES = frozenset({"text", "raw", "teacher_distribution", "teacher_states"})
-BEGINNING = 8  # bytes by which it is seen whether a tokenizer puts a space before every text
-REMEMBERED = 50_000  # responses whose alignment is kept
-SPREAD = 256  # tokens whose embeddings tell how large embeddings are
+PREFIX_BYTES = 8  # compared to detect a tokenizer that puts a space before every text
+ALIGNMENT_CACHE_SIZE = 50_000  # responses
+SCALE_TOKENS = 256  # tokens by which the scale of the embeddings is measured
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """A response in the teacher's tokens. For each of the student's tokens: the place of the teacher's token that
-    begins at the same byte (-1 for none), and the number of teacher's tokens that it takes to cover it. `single` counts
-    the student's tokens that are one token in both."""
+    """A response in the teacher's tokens.
+
+    Args:
+        ids: the response in the teacher's tokens.
+        at: for each of the student's tokens, the place of the teacher's token that begins at the same byte, or -1.
+        cover: for each of the student's tokens, the number of teacher's tokens that cover it.
+        single: how many of the student's tokens are one token in both.
+    """
 
     ids: tuple[int, ...]
     at: tuple[int, ...]
@@ -48,12 +52,14 @@ class Aligned:
 
 
 class Vocabularies:
-    """Two tokenizers: which tokens stand for the same, and one's responses in the other's tokens.
+    """Two tokenizers: which of their tokens correspond, and the student's responses in the teacher's tokens.
 
     Args:
-        ours: the student's tokenizer; theirs: the teacher's.
+        ours: the student's tokenizer.
+        theirs: the teacher's tokenizer.
         our_ends, their_end: the tokens that end an answer.
-        sizes: how many ids both can say, ours and theirs.
+        sizes: the vocabulary sizes, (student's, teacher's).
+        nearest: whether tokens without a counterpart are matched by edit distance.
     """
 
     def __init__(
@@ -68,34 +74,40 @@ class Vocabularies:
         self._tokens: tuple[Tokens, Tokens] | None = None if self.same else (tokens_of(ours), tokens_of(theirs))
         self._our_end = ours.eos_token_id
         self._our_texts = {number: ours.convert_ids_to_tokens(number) for number in ours.all_special_ids}
-        self.align = lru_cache(REMEMBERED)(self._align)
+        self.align = lru_cache(ALIGNMENT_CACHE_SIZE)(self._align)
 
     @cached_property
     def pairs(self) -> Pairs:
-        """Tokens of the same bytes, and the two ends of an answer."""
+        """The correspondence of tokens with the same bytes, and of the tokens that end an answer."""
         ours, theirs = self.sizes
         if self._tokens is None:
-            every = torch.arange(min(ours, theirs))
-            found = dict(zip(every.tolist(), every.tolist(), strict=True))
+            counterparts = {number: number for number in range(min(ours, theirs))}
         else:
             mine, other = self._tokens
-            found = {}
+            counterparts = {}
             for value, number in mine.ids.items():
-                if number < ours and (there := other.ids.get(value)) is not None and there < theirs:
-                    found[number] = there
-            found[self._our_end] = self.their_end
-        ours_K = torch.tensor(sorted(found))
-        theirs_K = torch.tensor([found[number] for number in ours_K.tolist()])
+                if number < ours and (counterpart := other.ids.get(value)) is not None and counterpart < theirs:
+                    counterparts[number] = counterpart
+            counterparts[self._our_end] = self.their_end
+        ours_K = torch.tensor(sorted(counterparts))
+        theirs_K = torch.tensor([counterparts[number] for number in ours_K.tolist()])
         ours_W = torch.full((theirs,), -1).index_copy_(0, theirs_K, ours_K)
         nearest = self._nearest() if self.by_spelling else None
-        return Pairs(ours_K, theirs_K, _without(ours, ours_K), _without(theirs, theirs_K), ours_W, nearest)
+        return Pairs(
+            ours_K,
+            theirs_K,
+            ours_alone=_without(ours, ours_K),
+            theirs_alone=_without(theirs, theirs_K),
+            ours_W=ours_W,
+            nearest=nearest,
+        )
 
     def _nearest(self) -> Callable[[int], int | None]:
-        """The student's token with the least edit distance to a teacher's, in bytes; the first of equals."""
+        """Maps a teacher's token to the student's with the least edit distance in bytes; the first of equals."""
         if self._tokens is None:
             return lambda token: None
         mine, other = self._tokens
-        spelled = {
+        spellings = {
             number: value.decode("latin-1")
             for number, value in enumerate(mine.bytes_of)
             if value and number < self.sizes[0]
@@ -106,28 +118,28 @@ class Vocabularies:
             value = other.bytes_of[token]
             if not value:
                 return None
-            return int(process.extractOne(value.decode("latin-1"), spelled, scorer=Levenshtein.distance)[2])
+            return int(process.extractOne(value.decode("latin-1"), spellings, scorer=Levenshtein.distance)[2])
 
         return near
 
     def _align(self, response: tuple[int, ...], equal_only: bool) -> Aligned:
-        """A response of the student in the teacher's tokens.
+        """Re-encode a response of the student in the teacher's tokens, and align the two.
 
         Args:
-            equal_only: only tokens that are one token in both are aligned.
+            equal_only: align only tokens that are one token in both.
         """
         if self._tokens is None:
             return Aligned(response, tuple(range(len(response))), (1,) * len(response), len(response))
         mine, other = self._tokens
         ended = bool(response) and response[-1] in self.our_ends
-        said = response[:-1] if ended else response
-        ours = [self._bytes(mine, token) for token in said]
+        body = response[:-1] if ended else response
+        ours = [self._bytes(mine, token) for token in body]
         text = b"".join(ours)
         ids = self._their_ids(text.decode("utf-8", errors="replace"))
         theirs = [other.bytes_of[token] or b"" for token in ids]
         joined = b"".join(theirs)
-        beginning = text[:BEGINNING]
-        if not joined.startswith(beginning) and joined.startswith(b" " + beginning):
+        prefix = text[:PREFIX_BYTES]
+        if not joined.startswith(prefix) and joined.startswith(b" " + prefix):
             theirs[0] = theirs[0].removeprefix(b" ")  # a tokenizer that puts a space before every text
         at = [-1] * len(response)
         cover = [0] * len(response)
@@ -139,21 +151,21 @@ class Vocabularies:
                 continue
             first = segment.ours.start
             size = 0
-            taken = 0
+            count = 0
             while size < len(ours[first]):
-                size += len(theirs[segment.theirs.start + taken])
-                taken += 1
+                size += len(theirs[segment.theirs.start + count])
+                count += 1
             at[first] = segment.theirs.start
-            cover[first] = max(1, taken)
+            cover[first] = max(1, count)
         if ended:
-            if done == len(said):
+            if done == len(body):
                 at[-1], cover[-1], single = len(ids), 1, single + 1
             ids = [*ids, self.their_end]
         return Aligned(tuple(ids), tuple(at), tuple(cover), single)
 
     def _bytes(self, tokens: Tokens, token: int) -> bytes:
-        known = tokens.bytes_of[token] if token < len(tokens.bytes_of) else None
-        return known if known is not None else str(self._our_texts.get(token, "\ufffd")).encode()
+        value = tokens.bytes_of[token] if token < len(tokens.bytes_of) else None
+        return value if value is not None else str(self._our_texts.get(token, "\ufffd")).encode()
 
     def _their_ids(self, text: str) -> list[int]:
         return list(self.theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) if text else []
@@ -169,7 +181,7 @@ class TeacherOverBridge:
 
     gives = GIVES
     average = None
-    vocab_size = sys.maxsize  # a bridge leaves out nothing of the student's
+    vocab_size = sys.maxsize  # a bridge cuts nothing off the student's vocabulary
 
     def __init__(self, teacher: Teacher, student: Model, settings: BridgeSettings) -> None:
         assert teacher.model is not None
@@ -182,9 +194,11 @@ class TeacherOverBridge:
         )
         end = self.model.tokenizer.eos_token_id
         edits = settings.match == "edits"
-        self.between = Vocabularies(student.tokenizer, self.model.tokenizer, student.eos_ids, end, sizes, edits)
+        self.vocabularies = Vocabularies(
+            student.tokenizer, self.model.tokenizer, our_ends=student.eos_ids, their_end=end, sizes=sizes, nearest=edits
+        )
         self.identity = f"{teacher.identity}+bridge-{content_hash([settings.model_dump(), student.identity])[:16]}"
-        pairs = self.between.pairs
+        pairs = self.vocabularies.pairs
         if len(pairs.ours_K) < 2:
             raise UserError(
                 f"no token of {teacher.identity} is one of the student's, so there is nothing to compare; choose"
@@ -194,25 +208,25 @@ class TeacherOverBridge:
 
     def align(self, response: Sequence[int]) -> Aligned:
         """The response in the teacher's tokens."""
-        return self.between.align(tuple(response), self.settings.spans == "equal")
+        return self.vocabularies.align(tuple(response), self.settings.spans == "equal")
 
     def facts(self, responses: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """How much the two have in common: tokens of the vocabularies, and of these responses the shares that are
-        aligned and that are one token in both."""
-        found = [self.align(response) for response in responses]
-        tokens = sum(len(one.at) for one in found)
+        """How much the two have in common: tokens of the vocabularies, and the shares of these responses' tokens that
+        are aligned and that are one token in both."""
+        texts = [self.align(response) for response in responses]
+        tokens = sum(len(text.at) for text in texts)
         return {
-            "student_tokens": self.between.sizes[0],
-            "teacher_tokens": self.between.sizes[1],
+            "student_tokens": self.vocabularies.sizes[0],
+            "teacher_tokens": self.vocabularies.sizes[1],
             "common_tokens": len(self.pairs.ours_K),
-            "aligned_share": sum(place >= 0 for one in found for place in one.at) / max(1, tokens),
-            "single_share": sum(one.single for one in found) / max(1, tokens),
-            "tokens_per_student_token": sum(len(one.ids) for one in found) / max(1, tokens),
+            "aligned_share": sum(place >= 0 for text in texts for place in text.at) / max(1, tokens),
+            "single_share": sum(text.single for text in texts) / max(1, tokens),
+            "tokens_per_student_token": sum(len(text.ids) for text in texts) / max(1, tokens),
         }
 
     @torch.no_grad()
     def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:  # noqa: ARG002 (as of every teacher)
-        """The teacher's distributions at the student's response positions, and its states at its own."""
+        """The teacher's distributions at the student's response positions, and its states at its own positions."""
         assert not any(taps), "validate refuses layers of a teacher with other tokens"
         net = self.model.net
         device = self.model.net.device
@@ -222,21 +236,24 @@ class TeacherOverBridge:
         row_M, target_M = mask_BT.nonzero(as_tuple=True)
         hidden_ME = hidden_BTE[row_M, target_M - 1]
         head = head_of(net).detached()
-        head = head.cut(min(head.vocab_size, self.between.sizes[1]))
-        said_M = tokens_BT[row_M, target_M].to(device)
-        places = self._places(batch, texts, hidden_ME, head, said_M)
-        signal = BridgedSignal(hidden_ME, head, self.pairs, places, self.settings.rest, self.settings.others)
+        head = head.cut(min(head.vocab_size, self.vocabularies.sizes[1]))
+        target_ids_M = tokens_BT[row_M, target_M].to(device)
+        places = self._places(batch, texts, hidden_ME, head=head, target_ids_M=target_ids_M)
+        signal = BridgedSignal(
+            hidden_ME, head, self.pairs, places, rest=self.settings.rest, others=self.settings.others
+        )
         embed: Any = net.get_input_embeddings()
-        spread = embed(torch.arange(SPREAD, device=device)).std()
-        before_ME = embed(tokens_BT[row_M, target_M - 1].to(device)) / spread
-        embedded = None if self.between.same else (before_ME, embed(said_M) / spread)
+        scale = embed(torch.arange(SCALE_TOKENS, device=device)).std()
+        before_ME = embed(tokens_BT[row_M, target_M - 1].to(device)) / scale
+        embedded = None if self.vocabularies.same else (before_ME, embed(target_ids_M) / scale)
         return TeacherView(signal, states=TeacherStates(hidden_ME, head, row_M.to(device), embedded))
 
     def _tokens(self, batch: Batch, texts: Sequence[Aligned]) -> tuple[Tensor, Tensor]:
-        """(tokens [B, T], which are response tokens) in the teacher's tokens."""
-        seen = batch.seen_by_teacher()
+        """(tokens [B, T], mask of response tokens [B, T]) in the teacher's tokens."""
+        teacher_batch = batch.seen_by_teacher()
         prompts = [
-            row[: int(mask.nonzero()[0, 0])].tolist() for row, mask in zip(seen.tokens_BT, seen.mask_BT, strict=True)
+            row[: int(mask.nonzero()[0, 0])].tolist()
+            for row, mask in zip(teacher_batch.tokens_BT, teacher_batch.mask_BT, strict=True)
         ]
         rows = [(prompt, text.ids) for prompt, text in zip(prompts, texts, strict=True)]
         width = max(len(prompt) + len(ids) for prompt, ids in rows)
@@ -252,7 +269,10 @@ class TeacherOverBridge:
             mask_BT[number, len(prompt) : len(prompt) + len(ids)] = True
         return tokens_BT, mask_BT
 
-    def _places(self, batch: Batch, texts: Sequence[Aligned], hidden_ME: Tensor, head: Any, said_M: Tensor) -> Places:
+    def _places(
+        self, batch: Batch, texts: Sequence[Aligned], hidden_ME: Tensor, *, head: Any, target_ids_M: Tensor
+    ) -> Places:
+        """Where the student's response positions lie in the teacher's, with log P of each token's cover."""
         device = hidden_ME.device
         starts = torch.tensor([0, *(len(text.ids) for text in texts)]).cumsum(0)
         at = [
@@ -264,23 +284,23 @@ class TeacherOverBridge:
         cover_N = torch.tensor([count for text in texts for count in text.cover], device=device) * (at_N >= 0)
         row_N, position_N = batch.response_positions()
         written_N = batch.tokens_BT[row_N, position_N + 1].to(device)
-        first_N = said_M[at_N.clamp_min(0)]
+        first_N = target_ids_M[at_N.clamp_min(0)]
         moved_N = (self.pairs.ours_W[first_N] != written_N) & (at_N >= 0)
         log_cover_N = hidden_ME.new_zeros(len(at_N), dtype=torch.promote_types(hidden_ME.dtype, torch.float32))
         if bool(moved_N.any()):
             covered = [range(int(a), int(a) + int(c)) for a, c in zip(at_N[moved_N], cover_N[moved_N], strict=True)]
             owner = torch.tensor([number for number, each in enumerate(covered) for _ in each], device=device)
             where = torch.tensor([place for each in covered for place in each], device=device)
-            log_prob = token_log_probs(hidden_ME[where], head, said_M[where])
+            log_prob = token_log_probs(hidden_ME[where], head, target_ids_M[where])
             log_cover_N[moved_N] = torch.zeros(len(covered), dtype=log_prob.dtype, device=device).index_add_(
                 0, owner, log_prob
             )
         return Places(at_N, first_N, log_cover_N, written_N)
 
 
-def _without(size: int, known: Tensor) -> Tensor:
-    """The ids below `size` that are not among the known."""
-    return torch.ones(size, dtype=torch.bool).index_fill_(0, known, False).nonzero()[:, 0]
+def _without(size: int, ids: Tensor) -> Tensor:
+    """The numbers below `size` that are not among `ids`."""
+    return torch.ones(size, dtype=torch.bool).index_fill_(0, ids, False).nonzero()[:, 0]
 
 
 def _responses(batch: Batch) -> list[list[int]]:
@@ -289,7 +309,7 @@ def _responses(batch: Batch) -> list[list[int]]:
 
 
 def has_other_tokens(settings: BridgedTeacher, student: str) -> bool:
-    """Whether the teacher behind the bridge really has other tokens, or another template, than the student."""
+    """Whether teacher and student differ in their tokens or their template."""
     theirs = load_tokenizer(settings.model)
     ours = load_tokenizer(student)
     return theirs.get_vocab() != ours.get_vocab() or theirs.chat_template != ours.chat_template
@@ -299,8 +319,8 @@ class BridgedKind:
     """A model in process whose tokens are not the student's."""
 
     def gives(self, settings: BridgedTeacher) -> frozenset[str]:
-        given = GIVES | WRITES
-        return given if settings.server is None else given - {"contrast"}
+        evidence = GIVES | WRITES
+        return evidence if settings.server is None else evidence - {"contrast"}
 
     def lacks(self, _: BridgedTeacher, evidence: str) -> str:
         if evidence == "contrast":

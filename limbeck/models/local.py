@@ -1,4 +1,4 @@
-"""The plain kind of teacher: a model whose weights are here."""
+"""The plain kind of teacher: one model in process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from limbeck.types import RecipeError
 
 
 class LocalKind:
-    """One model, in process. Where the student is this very model with adapters, no second copy is held: the student
-    with its adapters off is the teacher."""
+    """One model in process. If the student is this model with adapters, no second copy is loaded: the teacher is the
+    student with its adapters off."""
 
     def gives(self, settings: LocalTeacher) -> frozenset[str]:
-        given = WRITES | TEACHER_EVIDENCE | {REFERENCE}
+        evidence = WRITES | TEACHER_EVIDENCE | {REFERENCE}
         if settings.server is not None:
-            given -= {"contrast"}
+            evidence -= {"contrast"}
         if settings.context is not None:
-            given -= {"teacher_features"}
-        return given if settings.cache is None else given - {"teacher_features", "teacher_states"}
+            evidence -= {"teacher_features"}
+        return evidence if settings.cache is None else evidence - {"teacher_features", "teacher_states"}
 
     def lacks(self, settings: LocalTeacher, evidence: str) -> str:
         if evidence == "contrast":
@@ -44,7 +44,7 @@ class LocalKind:
 
 
 def served_text_caveat(server: str, model: str) -> str:
-    """For a teacher whose text comes from a server while its weights are here."""
+    """The caveat of a teacher whose text comes from a server while its distribution is computed in process."""
     return (
         f"The teacher's text was written by {server} behind a server; what is measured as the teacher here, its"
         f" distribution and its answers, is {model} in process."

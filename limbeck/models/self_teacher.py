@@ -1,6 +1,6 @@
-"""The student as its own teacher: its weights as they were before the training, as they are, or their moving average.
+"""The student as its own teacher: with its weights before the training, its current ones, or their moving average.
 
-No second copy of a model is loaded: around the teacher's pass the student's own modules run with other numbers.
+No second copy of the model is loaded: the teacher's pass runs the student's modules with other weights.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from limbeck.types import RecipeError
 
 
 class Average:
-    """An exponential moving average of parameters: `decay` of itself and the rest of the new at every step. Starts as
-    they are."""
+    """An exponential moving average of the trained parameters: `decay` of the average and the rest of the new values
+    at every step. Starts with the parameters' values."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -30,7 +30,7 @@ class Average:
         self.tensors: dict[str, Tensor] = {}
 
     def start(self, net: nn.Module) -> None:
-        """Begin with what is trained of `net`, as it is."""
+        """Begin with the trained parameters of `net`."""
         self.parameters = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
         self.tensors = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -46,7 +46,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the parameters hold the average. No graph may be alive across the border."""
+        """Put the average into the parameters. No autograd graph may span the start or the end of this context."""
         live = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
             for name, parameter in self.parameters.items():
@@ -59,7 +59,7 @@ class Average:
 
 @contextmanager
 def adapters_off(net: PreTrainedModel) -> Iterator[None]:
-    """Inside, the low-rank adapters add nothing: the model is what it was before they were put in, to the bit."""
+    """Switch the low-rank adapters off: the model computes, to the bit, what it did before they were added."""
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in net.modules() if isinstance(module, LoraLayer)]
@@ -78,7 +78,7 @@ def self_teacher(
     inside: Callable[[], AbstractContextManager[None]],
     average: Average | None = None,
 ) -> InProcessTeacher:
-    """The student's modules as a teacher that is shown `prompt_context`; `inside` puts the teacher's weights in."""
+    """The student's modules as a teacher that is shown `prompt_context`; `inside` switches to the teacher's weights."""
 
     @contextmanager
     def as_teacher() -> Iterator[None]:
@@ -94,11 +94,11 @@ def self_teacher(
 
 
 class SelfKind:
-    """The student with its weights of this step, or with their moving average."""
+    """The student with its current weights, or with their moving average."""
 
     def gives(self, settings: SelfTeacher) -> frozenset[str]:
-        given = WRITES | TEACHER_EVIDENCE
-        return given if settings.context is None else given - {"teacher_features"}
+        evidence = WRITES | TEACHER_EVIDENCE
+        return evidence if settings.context is None else evidence - {"teacher_features"}
 
     def lacks(self, _: SelfTeacher, evidence: str) -> str:
         if evidence == REFERENCE:

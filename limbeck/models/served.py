@@ -1,4 +1,4 @@
-"""The kind of teacher that is behind a server alone."""
+"""The kind of teacher that is reached only through a server."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from limbeck.config.teacher import ServedTeacher
 from limbeck.models.teacher_interface import Teacher, TeacherParts, TeacherUse
 from limbeck.types import RecipeError
 
-CURE = "or name the same model's weights in teacher.model"
+REMEDY = "or name the same model's weights in teacher.model"
 
 
 class ServedKind:
-    """It gives text; its distribution as its likeliest tokens, where a cache keeps them or the server names them."""
+    """Gives text, and its likeliest tokens as a distribution if the recipe has them cached or named by the server."""
 
     def gives(self, settings: ServedTeacher) -> frozenset[str]:
         return frozenset({"text"} | ({"teacher_distribution"} if settings.named_tokens is not None else set()))
@@ -18,24 +18,24 @@ class ServedKind:
     def lacks(self, _: ServedTeacher, evidence: str) -> str:
         what = evidence.replace("_", " ")
         if evidence in ("raw", "contrast", "log_probs"):
-            return f"it needs {what}, and a server gives text: leave it out, {CURE}"
+            return f"it needs {what}, and a server gives text: leave it out, {REMEDY}"
         keep = ""
         if evidence == "teacher_distribution":
             keep = (
                 "keep what it says of the text (teacher.cache: {top_k: {k: 20}}), or ask it at every step"
                 " (teacher.server.names: 20), "
             )
-        return f"it reads the {what}, and a server gives text: use cross_entropy, {keep}{CURE}"
+        return f"it reads the {what}, and a server gives text: use cross_entropy, {keep}{REMEDY}"
 
     def refuse(self, _: ServedTeacher, use: TeacherUse) -> None:
         recipe = use.recipe
         if recipe.student.start.pretrained is None:
             raise RecipeError(
                 "student.start",
-                f"nothing can be made of a teacher whose weights are not here: give pretrained, {CURE}",
+                f"nothing can be made of a teacher whose weights are not here: give pretrained, {REMEDY}",
             )
         if recipe.rollout is not None and recipe.rollout.joint is not None:
-            raise RecipeError("rollout.joint", f"two models write one text in process only: leave it out, {CURE}")
+            raise RecipeError("rollout.joint", f"two models write one text in process only: leave it out, {REMEDY}")
 
     def prepare(self, _: ServedTeacher, parts: TeacherParts) -> Teacher:
         return parts.scorer()

@@ -1,4 +1,4 @@
-"""Several teachers of one text. The first writes the text and is the reference for evaluation; all of them teach.
+"""Several teachers of one student. The first also writes the text and is the reference for evaluation.
 
 Shapes: N response positions, B rows, M teachers.
 """
@@ -29,7 +29,7 @@ class TeacherEnsemble:
     Args:
         teachers: the first is the main one.
         weights: one for each.
-        tags: the tag of the rows that a teacher is for, or None. A row with tags of some teachers is for them alone.
+        tags: the tag of the rows that a teacher teaches, or None for all rows that no tag claims.
         together: how the teachers of a row are combined: the weighted `mean` of their probabilities, the teacher with
             the `least_cross_entropy` on the row's response (FuseLLM, arXiv:2401.10491), or by the student's
             `uncertainty` (Dynamic KD; the second teacher is the small one).
@@ -76,13 +76,13 @@ class TeacherEnsemble:
         for row in range(len(batch.sample_ids)):
             tags = batch.tags[row] if batch.tags else frozenset()
             by_tag = [tag is not None and tag in tags for tag in self.tags]
-            chosen = by_tag if any(by_tag) else [tag is None for tag in self.tags]
-            row_weights = [weight if use else 0.0 for weight, use in zip(self.weights, chosen, strict=True)]
+            teaches = by_tag if any(by_tag) else [tag is None for tag in self.tags]
+            row_weights = [weight if use else 0.0 for weight, use in zip(self.weights, teaches, strict=True)]
             shares.append([weight / sum(row_weights) for weight in row_weights])
         return torch.tensor(shares)
 
     def _likeliest(self, batch: Batch, signals: Sequence[TeacherSignal], candidate_BM: Tensor) -> Tensor:
-        """1 for the candidate that gives the row's response the highest probability, the first of equals; else 0."""
+        """One-hot [B, M] of the candidate under which the row's response is most probable; the first of equals."""
         row_N, position_N = batch.response_positions()
         targets_N = batch.tokens_BT[row_N, position_N + 1].to(signals[0].device)
         log_prob_NM = torch.stack([signal.log_prob(targets_N).double().cpu() for signal in signals], 1)
@@ -92,11 +92,11 @@ class TeacherEnsemble:
 
 
 class SeveralKind:
-    """Several models in process, of the same tokens and template."""
+    """Several models in process with the same tokens and template."""
 
     def gives(self, settings: SeveralTeachers) -> frozenset[str]:
-        given = GIVES if settings.server is None else GIVES - {"contrast"}
-        return given if settings.context is None else given - {"teacher_features"}
+        evidence = GIVES if settings.server is None else GIVES - {"contrast"}
+        return evidence if settings.context is None else evidence - {"teacher_features"}
 
     def lacks(self, _: SeveralTeachers, evidence: str) -> str:
         if evidence == "contrast":

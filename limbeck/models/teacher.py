@@ -1,4 +1,4 @@
-"""The in-process teacher: text from `generate`, full distributions from its hidden states and head."""
+"""A teacher in process: text from `generate`, full distributions from its hidden states and head."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Weights = Callable[[], AbstractContextManager[None]]
 
 
 class InProcessTeacher:
-    """A `Model` that answers requests and stands beside the student's text with its distribution.
+    """A `Model` that answers requests and gives its distribution over the student's text.
 
-    `weights` is entered around every pass: a student that teaches itself has other weights, or no adapters, inside.
+    `weights` is entered around every `view`: a student that teaches itself switches weights, or adapters, there.
     """
 
     gives = WRITES | TEACHER_EVIDENCE | {REFERENCE}
@@ -35,14 +35,14 @@ class InProcessTeacher:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens its distributions are over."""
+        """The number of tokens in its distributions."""
         return head_of(self.model.net).vocab_size
 
     def answers(
         self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[Request, Generated]]:
         """Answer every request, each as it finishes. A request's own key seeds its random numbers."""
-        kinds: dict[float | None, list[Request]] = {}  # those of one strength of contrast decode together
+        kinds: dict[float | None, list[Request]] = {}  # requests with the same contrast are decoded together
         for request in requests:
             kinds.setdefault(None if request.against is None else request.contrast, []).append(request)
         for strength, alike in kinds.items():
@@ -56,41 +56,42 @@ class InProcessTeacher:
 
     def _job(self, request: Request) -> GenerationJob:
         model = self.model
-        beside = None if request.against is None else model.prompt_ids(request.against)
+        against_ids = None if request.against is None else model.prompt_ids(request.against)
         ids = model.prompt_ids(request.messages) if request.raw is None else model.raw_ids(request.raw)
-        return GenerationJob(ids, request.sampling, int(request.key[:15], 16), beside)
+        return GenerationJob(ids, request.sampling, int(request.key[:15], 16), against_ids)
 
     def _ended(self, sampling: Sampling, ids: Sequence[int]) -> bool:
-        """Whether a text that ends the answer stands at its end. Only its last tokens are looked at: each of them is a
-        byte or more."""
+        """Whether a stop string stands at the text's end. Only the last tokens are decoded; each has a byte or more."""
         if not sampling.stop:
             return False
         last = self.model.decode(ids[-max(map(len, sampling.stop)) * 4 :])
         return any(stop in last for stop in sampling.stop)
 
     def _generated(self, request: Request, ids: Sequence[int]) -> Generated:
-        """The answer, cut before the first text that ends it. Ids that say more than the text are left out."""
+        """The answer, cut before the first stop string; then it has no ids, since they would say more than the text."""
         text = self.model.decode(ids)
-        found = [text.find(stop) for stop in request.sampling.stop if stop in text]
-        kept, whole = (text[: min(found)], True) if found else (text, ids[-1] in self.model.eos_ids)
-        finish: Finish = "length" if not whole else "ok" if kept.strip() else "empty"
-        return Generated(None if found else tuple(ids), kept, finish)
+        stops_at = [text.find(stop) for stop in request.sampling.stop if stop in text]
+        whole = bool(stops_at) or ids[-1] in self.model.eos_ids
+        if stops_at:
+            text = text[: min(stops_at)]
+        finish: Finish = "length" if not whole else "ok" if text.strip() else "empty"
+        return Generated(None if stops_at else tuple(ids), text, finish)
 
     @torch.no_grad()
     def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:
-        """The teacher's distribution at the batch's response positions, and the features asked for.
+        """The teacher's distribution at the batch's response positions, and the features in `taps`.
 
         Args:
-            vocab_size: how many tokens it is cut to, where the student's head is padded less.
+            vocab_size: how many tokens the distribution is cut to.
         """
         net = self.model.net
-        seen = batch.seen_by_teacher()
+        batch = batch.seen_by_teacher()
         with self.weights():
-            hidden_BTD, found = features(net, seen.tokens_BT.to(net.device), *taps, mixed=seen.mixed)
+            hidden_BTD, tapped = features(net, batch.tokens_BT.to(net.device), *taps, mixed=batch.mixed)
             head = head_of(net).detached()
-        signal = DenseSignal(hidden_BTD[seen.response_positions()], head.cut(vocab_size or head.vocab_size))
+        signal = DenseSignal(hidden_BTD[batch.response_positions()], head.cut(vocab_size or head.vocab_size))
         return TeacherView(
-            signal, found, TeacherStates(signal.hidden_NE, signal.head, seen.response_positions()[0].to(net.device))
+            signal, tapped, TeacherStates(signal.hidden_NE, signal.head, batch.response_positions()[0].to(net.device))
         )
 
     def signal(self, batch: Batch) -> DenseSignal:
@@ -102,7 +103,7 @@ def dense_signal(view: TeacherView) -> DenseSignal:
     """The view's signal as hidden states with their head.
 
     Raises:
-        UserError: it has no hidden states.
+        UserError: the signal has no hidden states.
     """
     assert view.signal is not None, "every teacher has a signal"
     return DenseSignal(*view.signal.hidden_states())

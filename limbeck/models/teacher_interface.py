@@ -1,7 +1,6 @@
-"""What every kind of teacher is to the rest: a `Teacher` beside the student's text, and a `TeacherKind` that says what
-it can give, what it refuses, and how it is loaded.
+"""The interfaces of a teacher: `Teacher` gives evidence over a batch, `TeacherKind` checks its settings and loads it.
 
-A kind is added with its settings in `config/teacher.py`, a file here with both classes, and a line in `teachers.py`.
+To add a kind: its settings in `config/teacher.py`, a file here with both classes, and a line in `teachers.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.objectives.term import Term
 from limbeck.types import Batch
 
-# what a loss may read of a teacher: asked at every step, or once before the training
+# what a loss may read of a teacher, at every step or once before the training
 TEACHER_EVIDENCE = frozenset({"teacher_distribution", "teacher_features", "teacher_states"})
 REFERENCE = "reference_teacher"
-# what a step of elicitation may need of the model that it asks
+# what a step of elicitation may need of its model
 WRITES = frozenset({"text", "raw", "contrast", "log_probs"})
 
 
@@ -33,17 +32,20 @@ class MovingAverage(Protocol):
     tensors: dict[str, Tensor]
 
     def start(self, net: nn.Module, /) -> None:
-        """Begins with what is trained of `net`, as it is."""
+        """Begin with the trained parameters of `net`."""
 
     def update(self) -> None:
-        """Takes in the parameters after a step."""
+        """Add the parameters after a step to the average."""
 
     def restore(self, tensors: Mapping[str, Tensor], /) -> None: ...
 
 
 class Teacher(Protocol):
-    """A teacher beside the student's text. `gives` is the evidence that it has, `model` holds its weights where they
-    are here, `average` is the moving average of the student that it is, where it is one: the loop updates it."""
+    """A teacher of a student in training.
+
+    `gives` is the evidence it can give, `model` its weights if it is in process, `average` the student's moving average
+    if that is the teacher; the loop updates it.
+    """
 
     @property
     def gives(self) -> frozenset[str]: ...
@@ -61,12 +63,12 @@ class Teacher(Protocol):
     def vocab_size(self) -> int: ...
 
     def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:
-        """Its distribution at the batch's response positions, cut to `vocab_size` tokens, and the layers asked for."""
+        """The distribution at the batch's response positions, cut to `vocab_size` tokens, and the layers in `taps`."""
 
 
 @dataclass(frozen=True)
 class TeacherUse:
-    """What a recipe asks of its teacher: what `TeacherKind.refuse` looks at."""
+    """What a recipe uses its teacher for; `TeacherKind.refuse` checks it."""
 
     recipe: Recipe
     terms: Sequence[Term]
@@ -78,24 +80,24 @@ class TeacherUse:
 
     @property
     def read(self) -> frozenset[str]:
-        """All evidence that some loss reads."""
+        """All evidence that the losses read."""
         return frozenset(evidence for term in self.terms for evidence in term.reads)
 
 
 @dataclass(frozen=True)
 class TeacherParts:
-    """What a teacher is made of when a training begins.
+    """What a `TeacherKind` makes a teacher from when a training begins.
 
     Args:
         student: the student that is about to be trained.
-        student_is_adapted_teacher: whether it is the teacher's own weights with adapters to be trained.
+        student_is_adapted_teacher: whether the student is the teacher's own weights with adapters.
         prompt_context: what the teacher is shown beside the prompt.
-        load: a model by its source as a teacher in process, shown `prompt_context`; loaded once.
-        release: forgets the models that `load` holds, where no other run needs them.
-        scorer: the recipe's server as one that scores given text.
-        responses: the responses of the training text in the student's tokens.
-        report_facts: takes a file's name in the run folder, facts about the teacher to be kept there, and the facts in
-            words for the reporter.
+        load: loads a model by its source as a teacher in process with `prompt_context`; each once.
+        release: drops the loaded models, unless another run needs them.
+        scorer: returns the recipe's server as a scorer of text.
+        responses: returns the responses of the training text in the student's tokens.
+        report_facts: called with a file's name in the run folder, facts about the teacher to write there, and the same
+            in words for the reporter.
     """
 
     student: Model
@@ -115,13 +117,13 @@ class TeacherKind(Protocol):
         """Which of TEACHER_EVIDENCE, REFERENCE and WRITES it can give."""
 
     def lacks(self, settings: Any, evidence: str, /) -> str:
-        """Why it can't give some evidence, and the cure."""
+        """The error text for evidence that it can't give: why, and the remedy."""
 
     def refuse(self, settings: Any, use: TeacherUse, /) -> None:
-        """Raise RecipeError for a recipe that asks what this kind can't do, with the place and the cure."""
+        """Raise RecipeError, with place and remedy, for a recipe that needs what this kind can't do."""
 
     def prepare(self, settings: Any, parts: TeacherParts, /) -> Teacher:
-        """The teacher beside a student that is about to be trained."""
+        """Load the teacher of a student that is about to be trained."""
 
     def caveats(self, settings: Any, student: str | None, /) -> list[str]:
-        """What a reader of the evaluation should know of it, beside a student that starts from that model."""
+        """Caveats for a reader of the evaluation; `student` is the model that the student starts from."""

@@ -1,4 +1,4 @@
-"""All kinds of teacher by the `kind` of their section in the recipe."""
+"""The kinds of teacher, by the `kind` of their section in the recipe."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ KINDS: dict[str, TeacherKind] = {
 
 
 def kind(settings: TeacherSettings) -> TeacherKind:
-    """What a recipe's teacher is and can do."""
+    """The `TeacherKind` of a recipe's teacher."""
     return KINDS[settings.kind]

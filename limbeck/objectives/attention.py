@@ -178,7 +178,7 @@ class AttentionMatch(BoundLoss):
     same_heads = True
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:
-        return _over_pairs(self, attention_match, student, teacher, positions)
+        return _over_pairs(self, attention_match, student, teacher, positions=positions)
 
 
 @register_bound("attention_kl", "KL(attention_p || attention_q) over heads", "MiniLM, arXiv:2002.10957")
@@ -190,7 +190,7 @@ class AttentionKl(BoundLoss):
     same_heads = True
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:
-        return _over_pairs(self, attention_kl, student, teacher, positions)
+        return _over_pairs(self, attention_kl, student, teacher, positions=positions)
 
 
 @register_bound("value_relation", "KL(softmax(v v)_p || softmax(v v)_q) over heads", "MiniLM, arXiv:2002.10957")
@@ -202,12 +202,17 @@ class ValueRelation(BoundLoss):
     same_heads = True
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:
-        return _over_pairs(self, value_relation, student, teacher, positions)
+        return _over_pairs(self, value_relation, student, teacher, positions=positions)
 
 
-def _over_pairs(loss: BoundLoss, fn: AttentionLoss, student: Features, teacher: Features, at: Positions) -> Tensor:
+def _over_pairs(
+    loss: BoundLoss, fn: AttentionLoss, student: Features, teacher: Features, *, positions: Positions
+) -> Tensor:
+    """The mean of `fn` over the loss's pairs of layers."""
+    row_N = positions.row_N
+    position_N = positions.position_N
     return mean_over_pairs(
-        [fn(student.attention[pair[0]], teacher.attention[pair[1]], at.row_N, at.position_N) for pair in loss.pairs]
+        [fn(student.attention[pair[0]], teacher.attention[pair[1]], row_N, position_N) for pair in loss.pairs]
     )
 
 
@@ -241,7 +246,7 @@ class Relations(BoundLoss):
             )
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:
-        return _over_pairs(self, self._of_layer, student, teacher, positions)
+        return _over_pairs(self, self._of_layer, student, teacher, positions=positions)
 
     def _of_layer(self, student: Attention, teacher: Attention, row_N: Tensor, position_N: Tensor) -> Tensor:
         heads = self.values["relation_heads"]

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.objectives.distribution import Distribution, finite
-from limbeck.objectives.divergence import Divergence
 from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.types import UserError
 
 
 class _Differentiable(torch.autograd.Function):
-    """Hands on the closed-form gradient; there is no second derivative."""
+    """Passes on a closed-form gradient; there is no second derivative."""
 
     @staticmethod
-    def forward(
-        ctx: Any, student_NV: Tensor, teacher_NV: Tensor, divergence: Divergence, params: Any, targets_N: Tensor | None
-    ) -> Tensor:
-        values_N, gradient_NV = divergence(Distribution(teacher_NV), Distribution(student_NV), params, targets_N)
+    def forward(ctx: Any, student_NV: Tensor, values_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        values_N, gradient_NV = values_and_gradient(student_NV)
         ctx.save_for_backward(gradient_NV.to(student_NV.dtype))
         return values_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (gradient_NV,) = ctx.saved_tensors
-        return grads[0].to(gradient_NV.dtype)[:, None] * gradient_NV, None, None, None, None
+        return grads[0].to(gradient_NV.dtype)[:, None] * gradient_NV, None
 
 
 def divergence(
@@ -70,7 +68,11 @@ def divergence(
         raise UserError(f"{name}: at some position every token is masked (-inf); leave that position out")
     if targets_N is not None:
         _check_targets(name, targets_N, teacher_logits_NV)
-    result: Tensor = _Differentiable.apply(student_NV, teacher_NV, DIVERGENCES[name], values, targets_N)
+
+    def values_and_gradient(student_NV: Tensor) -> tuple[Tensor, Tensor]:
+        return DIVERGENCES[name](Distribution(teacher_NV), Distribution(student_NV), values, targets_N)
+
+    result: Tensor = _Differentiable.apply(student_NV, values_and_gradient)
     return result
 
 

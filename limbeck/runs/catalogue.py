@@ -1,4 +1,4 @@
-"""What a recipe can name: `limbeck methods`."""
+"""Lists what a recipe can name, for `limbeck methods`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from limbeck.objectives.registry import LOSSES
 
 
 def methods() -> dict[str, Any]:
-    """What can be named in a recipe: divergences, other losses, steps of elicitation, built-in recipes and tasks."""
+    """All that a recipe can name: divergences, other losses, steps of elicitation, built-in recipes and tasks."""
     recipes = {name: load_recipe(path) for name, path in recipe_files().items()}
     losses = {name: loss for name, loss in sorted(LOSSES.items()) if loss.listed}
     return {

@@ -1,4 +1,4 @@
-"""Which recipe a run folder belongs to: made one recipe's with its text and its teacher, or refused."""
+"""Binds a run folder to one recipe, text and teacher; a folder of another run is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from limbeck.types import NAME, RecipeError, UserError, content_hash
 
 
 def run_folder(recipe: Recipe, out: str | Path | None) -> Path:
-    """Where a run lives: `--out`, else runs/NAME."""
+    """The folder of a run: `out`, else runs/NAME.
+
+    Raises:
+        UserError: the recipe's name can't be a folder's name.
+    """
     if out is None and not NAME.fullmatch(recipe.name):
         raise UserError(f"the recipe's name {recipe.name!r} can't be a folder's name; give --out")
     return Path(out) if out is not None else Path("runs") / recipe.name
@@ -30,11 +34,14 @@ def _hash_now(resolved: Any) -> str | None:
 
 
 def claim(folder: Path, recipe: Recipe, inputs: dict[str, str], probe: Callable[[], None]) -> None:
-    """Make the folder this recipe's with these inputs, or refuse one that is another's.
+    """Bind the folder to this recipe and these inputs.
 
     Args:
-        inputs: hashes of what the run is made from beside the recipe, by name.
-        probe: called once, before the first claim is written; raises where the run could not go on.
+        inputs: hashes of the run's other inputs, by name.
+        probe: called once, before the inputs are first written; raises if the run could not continue.
+
+    Raises:
+        UserError: the folder belongs to another recipe or other inputs, or holds something else.
     """
     file = folder / "recipe.yaml"
     if file.exists():

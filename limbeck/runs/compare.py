@@ -1,8 +1,9 @@
-"""Compare methods fairly: the same teacher, start, text, steps, tokens, seeds and questions for all; only writers and
+"""Compares methods fairly: same teacher, initial weights, text, steps, tokens, seeds and questions; only writers and
 losses differ.
 
 A comparison's folder holds `store.sqlite` (the text, drawn once), `runs/METHOD-sSEED/` (one run folder per training),
-`evaluation/` (every item of every system), `comparison.json` and `report.html`. Killed, the same command goes on.
+`evaluation/` (every item of every system), `comparison.json` and `report.html`. A killed comparison goes on with the
+same command.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from limbeck.types import UserError, content_hash
 SEEDS = 3
 ROLLOUT_FACTS = ("length", "finished", "repetition", "overlap", "entropy", "teacher_log_prob")
 COMMON = ("teacher", "student", "prompts", "train", "evaluate")
-# methods are held against each other, and no judge is asked
+# a comparison trains no controls and uses no judge
 UNJUDGED: dict[str, Any] = {"controls": ["untouched"], "judge": None}
 
 
@@ -48,16 +49,16 @@ class Entry:
     recipe: Recipe
 
     def seeded(self, seed: int) -> Recipe:
-        """The recipe of one training. The text stays that of the common seed."""
+        """The recipe of one training; the text keeps the common seed."""
         return self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update={"seed": seed})})
 
 
 def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
-    """Every recipe with the common settings of `like`. Its teacher writer draws as `like`'s does, so that all read the
-    same text.
+    """Every recipe with the common settings of `like`. Its teacher writer samples as `like`'s does, so that all methods
+    train on the same text.
 
     Raises:
-        UserError: the same name twice, or fewer than two recipes.
+        UserError: the same name twice, a reserved name, fewer than two recipes, or recipes that can't be compared.
     """
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -71,11 +72,11 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
         raise UserError(
             "a comparison needs at least two recipes, such as `limbeck compare seq-kd forward-kl --like quickstart`"
         )
-    drawn = like.held_out_writer.model_dump(include={"temperature", "top_p", "max_tokens"})
+    sampling = like.held_out_writer.model_dump(include={"temperature", "top_p", "max_tokens"})
     common = {key: like.resolved()[key] for key in COMMON}
     common["prompts"] = common["prompts"] | {"seed": like.text_seed}
     common["evaluate"] = common["evaluate"] | UNJUDGED
-    found = []
+    methods = []
     for recipe in recipes:
         own = recipe.resolved()
         if any(writer.by == "corpus" for writer in recipe.writer) != any(
@@ -84,27 +85,28 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
             raise UserError(
                 f"{recipe.name} and {like.name} differ in whether a corpus writes; compare recipes of one kind"
             )
-        if _teaching(recipe) != _teaching(like):
+        if _teacher_traits(recipe) != _teacher_traits(like):
             raise UserError(
-                f"{recipe.name} has a teacher that is shown more, is the student itself or is read over a bridge, and"
-                f" {like.name} has another: methods are compared under one teacher, so give a --like that has this one"
+                f"{recipe.name} and {like.name} differ in their kind of teacher (shown more than the prompt, the"
+                " student itself, or over a bridge): methods are compared under one teacher, so give a --like that has"
+                " this one"
             )
-        writers = [writer | _drawn(writer, drawn) for writer in own["writer"]]
-        found.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
-    return found
+        writers = [writer | _sampling(writer, sampling) for writer in own["writer"]]
+        methods.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
+    return methods
 
 
-def _teaching(recipe: Recipe) -> tuple[Any, ...]:
-    """What must be the same of two teachers for methods to be compared under one of them."""
+def _teacher_traits(recipe: Recipe) -> tuple[Any, ...]:
+    """What two recipes' teachers must have in common for their methods to be compared."""
     teacher = recipe.teacher
     weights = teacher.weights if isinstance(teacher, SelfTeacher) else "own"
     bridge = teacher.bridge if isinstance(teacher, BridgedTeacher) else None
     return teacher.context, weights, bridge
 
 
-def _drawn(writer: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """How a writer of a method draws: the sampling teacher as the common recipe's; a greedy one stays greedy; all
-    answers are as long."""
+def _sampling(writer: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """How a writer samples: a teacher as the common recipe's teacher, unless it is greedy; `max_tokens` is the same for
+    all."""
     if writer["by"] == "corpus":
         return {}
     return like if writer["by"] == "teacher" and writer["temperature"] > 0 else {"max_tokens": like["max_tokens"]}
@@ -125,43 +127,43 @@ class Comparison:
 
     @cached_property
     def common(self) -> Run:
-        """Whose teacher and text all runs share, and whose start they copy."""
+        """The run whose teacher, text and initial student all others share."""
         return Run(resolve(self.like), self.folder, self.reporter, self.stop)
 
     @cached_property
-    def settled(self) -> list[Entry]:
-        """The entries with what only the text can tell written out: which layers the student keeps, and how many steps
-        there are."""
+    def complete_entries(self) -> list[Entry]:
+        """The entries with the settings that depend on the text: which layers the student keeps, and the number of
+        steps."""
         choice = self.common.models.choice()
         rows = (
             self.common.rows(self.common.text.training(), self.common.models.reader) if self.like.fixed_writers else []
         )
         steps = total_steps(rows, self.like.train, False)
         train = self.like.train.model_copy(update={"steps": steps, "epochs": None})
-        found = []
+        complete = []
         for entry in self.entries:
             student = entry.recipe.student
             if choice is not None and student.start.prune is not None:
                 prune = student.start.prune.model_copy(update={"keep": list(choice.kept), "layers": None})
                 student = student.model_copy(update={"start": student.start.model_copy(update={"prune": prune})})
-            found.append(Entry(entry.name, entry.recipe.model_copy(update={"student": student, "train": train})))
-        return found
+            complete.append(Entry(entry.name, entry.recipe.model_copy(update={"student": student, "train": train})))
+        return complete
 
     def runs(self) -> list[tuple[str, int, Run]]:
-        """(method, seed, its run), seed by seed, so that an unfinished comparison has every method."""
+        """(method, seed, run), seed by seed, so that an unfinished comparison covers every method."""
 
         def run(entry: Entry, seed: int) -> Run:
             folder = self.folder / "runs" / f"{entry.name}-s{seed}"
             method = resolve(entry.seeded(seed))
             return Run(method, folder, self.reporter, self.stop, shared=self.common)
 
-        return [(entry.name, seed, run(entry, seed)) for seed in self.seeds for entry in self.settled]
+        return [(entry.name, seed, run(entry, seed)) for seed in self.seeds for entry in self.complete_entries]
 
     def bench(self) -> Bench:
         return self.common.bench(self.folder / "evaluation")
 
     def train_and_measure(self) -> dict[str, list[SystemRecords]]:
-        """Every system's records: teacher, untouched, then the methods with one entry per seed."""
+        """Every system's records: teacher, untouched, then the methods with one per seed."""
         bench = self.bench()
         runs = self.runs()
         for _, _, run in runs:
@@ -173,8 +175,8 @@ class Comparison:
             self.reporter.stage(f"{method}, seed {seed} ({number + 1} of {len(runs)})")
             if not run.path("measured").exists():
                 run.train("student")
-            measured = bench.measure(f"{method}-s{seed}", partial(run.trained, "student"))
-            systems.setdefault(method, []).append(measured)
+            records = bench.measure(f"{method}-s{seed}", partial(run.trained, "student"))
+            systems.setdefault(method, []).append(records)
             shutil.rmtree(run.path("checkpoints"), ignore_errors=True)
             if not self.keep and seed != self.seeds[0]:  # half a gigabyte each; the first seed's student stays
                 write_text(run.path("measured"), "the student was measured and removed; `--keep` keeps it\n")
@@ -182,7 +184,7 @@ class Comparison:
         return systems
 
     def write(self, systems: dict[str, list[SystemRecords]]) -> None:
-        """`comparison.json` and the page."""
+        """Write `comparison.json` and `report.html`."""
         bench = self.bench()
         tasks = bench.protocol.tasks
         methods = [entry.name for entry in self.entries]
@@ -196,52 +198,53 @@ class Comparison:
             "seeds": list(self.seeds),
             **summary,
             **evaluation.facts(self.common.questions, bench),
-            "methods": {entry.name: _method(entry) for entry in self.settled},
+            "methods": {entry.name: _method(entry) for entry in self.complete_entries},
             "by_seed": {method: values_by_seed(self.seeds, systems[method], tasks) for method in methods},
             "recovered": {
                 method: recovery(systems[method], systems["untouched"], systems["teacher"], tasks) for method in methods
             },
             "by_kind": by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks),
             "cost": {method: self._cost([run for name, _, run in runs if name == method]) for method in methods},
-            "rollout": _written({method: [run for name, _, run in runs if name == method] for method in methods}),
+            "rollout": _rollout_facts({method: [run for name, _, run in runs if name == method] for method in methods}),
             "warnings": [
                 *warnings(systems, summary, methods),
                 *evaluation.teacher_warnings(self.like, self.common.text),
             ],
-            "settings": {key: self.settled[0].recipe.resolved()[key] for key in COMMON},
+            "settings": {key: self.complete_entries[0].recipe.resolved()[key] for key in COMMON},
         }
         write_json(self.folder / "comparison.json", comparison)
         write_report(self.folder)
 
     def _cost(self, runs: Sequence[Run]) -> dict[str, float]:
-        """Means over the seeds: tokens, steps, seconds of training, memory; and the tokens the teacher wrote for it."""
+        """Tokens, steps and seconds of training as means over the seeds, peak memory, and the tokens that the teacher
+        wrote."""
         records = [read_jsonl(run.path("metrics.jsonl")) for run in runs]
-        written = sum(
+        teacher_tokens = sum(
             len(sample.response_ids or ()) for sample in runs[0].text.training() if sample.meta["writer"] == "teacher"
         )
-        found = {
-            "teacher_tokens": written,
-            "trained_tokens": sum(record["response_tokens"] for each in records for record in each) / len(runs),
-            "steps": sum(len(each) for each in records) / len(runs),
-            "seconds": sum(record["seconds"] for each in records for record in each) / len(runs),
+        all_records = [record for of_seed in records for record in of_seed]
+        cost = {
+            "teacher_tokens": teacher_tokens,
+            "trained_tokens": sum(record["response_tokens"] for record in all_records) / len(runs),
+            "steps": len(all_records) / len(runs),
+            "seconds": sum(record["seconds"] for record in all_records) / len(runs),
         }
-        if writing := writing_share([record for each in records for record in each]):
-            found["writing_share"] = writing
-        peaks = [record["memory_mib"] for each in records for record in each if record.get("memory_mib")]
-        return found | ({"peak_memory_mib": max(peaks)} if peaks else {})
+        if writing := writing_share(all_records):
+            cost["writing_share"] = writing
+        peaks = [record["memory_mib"] for record in all_records if record.get("memory_mib")]
+        return cost | ({"peak_memory_mib": max(peaks)} if peaks else {})
 
 
-def _written(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
-    """What the student's own text was like while it trained: means over the last third of the steps, and over the
-    seeds."""
-    found: dict[str, dict[str, float]] = {}
-    for method, each in runs.items():
-        records = [read_jsonl(run.path("metrics.jsonl")) for run in each]
-        late = [record for each in records for record in each[2 * len(each) // 3 :]]
+def _rollout_facts(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
+    """Facts about the student's text during training: means over the last third of the steps, and over the seeds."""
+    by_method: dict[str, dict[str, float]] = {}
+    for method, runs_of_method in runs.items():
+        records = [read_jsonl(run.path("metrics.jsonl")) for run in runs_of_method]
+        late = [record for of_seed in records for record in of_seed[2 * len(of_seed) // 3 :]]
         means = {fact: mean_of(late, fact) for fact in ROLLOUT_FACTS}
-        if told := {fact: mean for fact, mean in means.items() if mean is not None}:
-            found[method] = told
-    return found
+        if facts := {fact: mean for fact, mean in means.items() if mean is not None}:
+            by_method[method] = facts
+    return by_method
 
 
 def _method(entry: Entry) -> dict[str, Any]:
@@ -256,7 +259,7 @@ def _method(entry: Entry) -> dict[str, Any]:
 
 
 def _adjust(paired: dict[str, dict[str, Any]]) -> None:
-    """Holm's adjustment within each metric, over the methods that are held against the base."""
+    """Add p-values with Holm's adjustment within each metric, over the methods compared with the base."""
     for metric in {metric for differences in paired.values() for metric in differences}:
         adjusted = holm(
             {pair: differences[metric]["p"] for pair, differences in paired.items() if metric in differences}
@@ -333,7 +336,7 @@ def _common(loaded: Sequence[Recipe], like: str | Path | Recipe | None) -> Recip
 
 
 def _claim(comparison: Comparison) -> None:
-    """Make the folder this comparison's, or refuse one that is another's."""
+    """Bind the folder to this comparison, or refuse that of another."""
     claim_run(comparison.common)
     facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
     file = comparison.folder / "comparison.yaml"

@@ -1,4 +1,4 @@
-"""What a run will cost, before any of it is spent: requests, tokens, bytes, memory and time on this machine.
+"""Estimates what a run will cost on this machine: requests, tokens, disk, memory and time.
 
 Counts of floating-point operations are the floor of dense decoders: 2 per weight and token forward, 4 more backward;
 attention, norms and memory traffic come on top, so times are lower bounds stretched by TYPICAL_OVERHEAD.
@@ -29,10 +29,10 @@ TYPICAL_OVERHEAD = 1.7
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
-QUESTION_TOKENS = 400
-VERDICT_TOKENS = 100  # what a judge reads beside two answers and writes, about
-ASKED_TOKENS = 200
-SCORED_TOKENS = 200  # what a question of an elicitation's step holds, and a text that is scored, about
+QUESTION_TOKENS = 400  # what a judge reads beside two answers, about
+VERDICT_TOKENS = 100  # what a judge writes, about
+ASKED_TOKENS = 200  # length of a question of a step of elicitation, about
+SCORED_TOKENS = 200  # length of a text that is scored, about
 GIB = 2**30
 SIZES = (
     "hidden_size",
@@ -42,14 +42,14 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-# kept for the backward pass per token and layer, as a multiple of the root of the layer's weights
+# activations for the backward pass, per token and layer, as a multiple of the root of the layer's weights
 ACTIVATION_BYTES = 33
 BASE_BYTES = 0.9 * GIB  # the libraries, one chunk of logits and its gradients
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder that its costs follow from."""
+    """The sizes of a decoder that determine its costs."""
 
     layers: int
     layer_parameters: int
@@ -88,10 +88,10 @@ class Shape:
         return self.layers * self.layer_parameters + self.head_parameters
 
     def joined(self, others: Sequence[Shape]) -> Shape:
-        """All of them as one, for counting: a single layer with the weights of all."""
-        every = (self, *others)
-        layer = sum(s.layers * s.layer_parameters for s in every)
-        head = sum(s.head_parameters for s in every)
+        """All of them as one for counting: a single layer with all their weights."""
+        shapes = (self, *others)
+        layer = sum(s.layers * s.layer_parameters for s in shapes)
+        head = sum(s.head_parameters for s in shapes)
         return replace(self, layers=1, layer_parameters=layer, head_parameters=head) if others else self
 
     def with_layers(self, layers: int) -> Shape:
@@ -117,27 +117,27 @@ def _forward(shape: Shape | None, tokens: int) -> float:
 
 
 def judging_flops(judge: Shape, questions: int, answer: int) -> float:
-    """Floor of so many verdicts, each on two answers of `answer` tokens; written text counts half more, as that of the
+    """Floor of `questions` verdicts, each on two answers of `answer` tokens; half is added for decoding, as for the
     teacher."""
     return 1.5 * forward_flops(judge, questions * (QUESTION_TOKENS + 2 * answer), questions * VERDICT_TOKENS)
 
 
 def matrix_rate(seconds: float = 0.4, rows: int = 512, inner: int = 576, outer: int = 1536) -> float:
-    """Measured matrix products of this machine in operations per second, fp32, with torch's threads."""
+    """Measure this machine's fp32 matrix products, in operations per second, with torch's threads."""
     a = torch.randn(rows, inner)
     b = torch.randn(outer, inner)
     a @ b.T
     began = time.perf_counter()
-    done = 0
+    products = 0
     while time.perf_counter() - began < seconds:
         a @ b.T
-        done += 1
-    return 2.0 * rows * inner * outer * done / (time.perf_counter() - began)
+        products += 1
+    return 2.0 * rows * inner * outer * products / (time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The bill. Tokens are estimates until the text is written."""
+    """The estimated cost of a run."""
 
     requests: int
     teacher_tokens: int
@@ -174,7 +174,7 @@ class Plan:
 
 
 def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
-    """The trainings beside the student's. Fine-tuning as its own control would be the same run twice."""
+    """The controls that are trained. Fine-tuning is no control of itself: that would be the same run twice."""
     plain = [(term.label, {key: schedule.start for key, schedule in term.params.items()}) for term in terms]
     by_others = all(writer.by not in ("untouched", "student") for writer in recipe.writer)
     is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and not recipe.all_answer and by_others
@@ -182,45 +182,45 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
 
 
 def _prompt_tokens(prompts: Sequence[Prompt]) -> float:
-    """The mean length of a prompt in its template, about."""
+    """The estimated mean length of a prompt in its template."""
     return sum(len(prompt.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in prompts) / len(prompts)
 
 
 def _elicited(bills: Sequence[Estimate]) -> float:
-    """Tokens that the steps of elicitation have a model read and write."""
+    """Tokens that a model reads and writes in the steps of elicitation."""
     return sum(bill.tokens + ASKED_TOKENS * bill.requests + SCORED_TOKENS * bill.scores for bill in bills)
 
 
 def _training_bytes(student: Shape, tokens_per_step: int) -> float:
-    """Weights, gradients and Adam's two moments in fp32, and what a micro-batch keeps for its backward pass."""
-    together = min(MICRO_TOKENS, tokens_per_step)
-    return 16.0 * student.parameters + together * student.layers * ACTIVATION_BYTES * math.sqrt(
+    """Weights, gradients and Adam's two moments in fp32, and the activations of a micro-batch."""
+    micro_tokens = min(MICRO_TOKENS, tokens_per_step)
+    return 16.0 * student.parameters + micro_tokens * student.layers * ACTIVATION_BYTES * math.sqrt(
         student.layer_parameters
     )
 
 
 def _kept_bytes(cache: CacheSettings | None, teacher: Shape | None, tokens: int) -> float:
-    """The most that a cache of the teacher takes."""
+    """An upper bound of the cache of the teacher's distributions."""
     if cache is None or teacher is None:
         return 0.0
     return form_of(cache).disk_bytes(tokens, width=teacher.width, head_parameters=teacher.head_parameters)
 
 
 def _disk_bytes(student: Shape, trainings: int) -> int:
-    """Two checkpoints and one being written, each thrice the weights; and the exports."""
+    """Two checkpoints and one being written, each three times the weights; and the exports."""
     return 4 * student.parameters * (3 * 3 + trainings)
 
 
 def _memory_bytes(teachers: Sequence[Shape | None], student: Shape, judge: Shape | None, tokens_per_step: int) -> int:
-    """The teachers, and beside them the training or a judge."""
-    beside = max(_training_bytes(student, tokens_per_step), 4 * judge.parameters if judge else 0)
-    return int(4 * sum(teacher.parameters for teacher in teachers if teacher) + beside + BASE_BYTES)
+    """The teachers, and the larger of the training and a judge."""
+    training_or_judge = max(_training_bytes(student, tokens_per_step), 4 * judge.parameters if judge else 0)
+    return int(4 * sum(teacher.parameters for teacher in teachers if teacher) + training_or_judge + BASE_BYTES)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes of a run's models. `teacher` and `judge` are None where there is none in process; `others` are the
-    teachers beside the first."""
+    """The sizes of a run's models. `teacher` and `judge` are None if they don't run in process; `others` are the other
+    teachers."""
 
     student: Shape
     teacher: Shape | None = None

@@ -1,5 +1,5 @@
-"""The models of a run by the part they play: teacher, server, student before training, judge. Each is loaded when first
-needed, and once; the runs of a comparison share the teacher.
+"""The models of a run by their role: teacher, server, initial student, scorers. Each is loaded once, when first needed;
+the runs of a comparison share the teacher.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class RunModels:
     """The models of the run in `folder`.
 
     Args:
-        calibration: texts by which a pruned student's layers are chosen, as many as asked for.
-        progress: told (done, total, what) during long work; may raise StoppedError.
-        billed: (answers, tokens read, tokens written) of the server so far.
-        shared: the models of the run whose teacher this one uses, too.
+        calibration: returns so many texts by which a pruned student's layers are chosen.
+        progress: called with (done, total, what) during long work; may raise StoppedError.
+        billed: returns (answers, tokens read, tokens written) of the server so far.
+        shared: the models of the run whose teacher this one shares.
     """
 
     method: Method
@@ -60,7 +60,7 @@ class RunModels:
         return self.load(source)
 
     def load(self, source: str) -> InProcessTeacher:
-        """A model as a teacher in process, shown what the recipe says."""
+        """A model as a teacher in process, with the recipe's prompt context."""
         if self.shared is not None:
             return self.shared.load(source)
         if source not in self.loaded:
@@ -69,31 +69,30 @@ class RunModels:
         return self.loaded[source]
 
     def release(self) -> None:
-        """Forget the teachers that were loaded; the runs of a comparison keep theirs."""
+        """Drop the loaded teachers, unless they are another run's."""
         if self.shared is None:
             self.loaded.clear()
 
     @cached_property
     def other_tokens(self) -> bool:
-        """Whether the teacher has tokens of its own, so that student and teacher share text alone."""
+        """Whether teacher and student differ in their tokens or template, so that they share only text."""
         teacher = self.method.recipe.teacher
         student = self.method.recipe.student.start.pretrained
         return isinstance(teacher, BridgedTeacher) and student is not None and has_other_tokens(teacher, student)
 
     @property
     def reference(self) -> InProcessTeacher | None:
-        """The teacher that systems are measured against; None where its weights are not here, or it has other
-        tokens."""
+        """The teacher that systems are measured against; None if its weights are not here, or it has other tokens."""
         return None if self.method.recipe.teacher.model is None or self.other_tokens else self.teacher
 
     @cached_property
     def reader(self) -> Model:
-        """In whose tokens the held-out text is."""
+        """The model in whose tokens the held-out text is."""
         return self.initial_student() if self.reference is None else self.teacher.model
 
     @cached_property
     def teacher_identity(self) -> str:
-        """What the teacher is called in request keys, without loading its weights."""
+        """The teacher's name in request keys, without loading its weights."""
         source = self.method.recipe.teacher.model
         if source is None:
             return self.server_identity
@@ -105,7 +104,7 @@ class RunModels:
 
     @cached_property
     def server(self) -> ApiTeacher | None:
-        """The server that writes the teacher's text, where there is one."""
+        """The server that writes the teacher's text, if there is one."""
         if self.shared is not None:
             return self.shared.server
         server = served(self.method)
@@ -120,26 +119,26 @@ class RunModels:
 
     @cached_property
     def server_identity(self) -> str:
-        """What the served model is called; a server is asked once, so that a run whose text is there needs it no
-        more."""
+        """The name of the served model. It is kept in `inputs.json`, so that a run whose text is complete does not need
+        the server."""
         if self.shared is not None:
             return self.shared.server_identity
-        kept = read_json(self.folder / "inputs.json") or {}
-        if "server" in kept:
-            return str(kept["server"])
+        inputs = read_json(self.folder / "inputs.json") or {}
+        if "server" in inputs:
+            return str(inputs["server"])
         server = served(self.method)
         assert server is not None
         return server.identity
 
     @cached_property
     def server_scorer(self) -> ServerScorer | None:
-        """The server as one that scores text, where that is all there is of the teacher's distribution."""
+        """The server as a scorer of text, if the teacher's distribution is only known from there."""
         settings = self.method.recipe.teacher
         if not isinstance(settings, ServedTeacher) or settings.named_tokens is None or self.server is None:
             return None
-        reads_written = any(term.loss.reads_teacher_log_prob for term in self.method.terms)
+        reads_log_prob = any(term.loss.reads_teacher_log_prob for term in self.method.terms)
         tokenizer = load_tokenizer(self.method.recipe.speaker)
-        return ServerScorer(self.server, settings.named_tokens, tokenizer, reads_written)
+        return ServerScorer(self.server, settings.named_tokens, tokenizer, reads_log_prob)
 
     def scoring_server(self) -> Teacher:
         assert self.server_scorer is not None
@@ -148,13 +147,13 @@ class RunModels:
     # The student before training
 
     def choice(self) -> Choice | None:
-        """Which layers the student keeps: decided once, kept in `start.json`."""
+        """Which layers the student keeps: chosen once and stored in `start.json`."""
         file = self.folder / "start.json"
         if file.exists():
-            kept = json.loads(file.read_text())
-            if not kept:
+            record = json.loads(file.read_text())
+            if not record:
                 return None
-            return Choice(tuple(kept["kept"]), tuple((layer, cost) for layer, cost in kept["drops"]))
+            return Choice(tuple(record["kept"]), tuple((layer, cost) for layer, cost in record["drops"]))
 
         def calibration() -> Calibration:
             prune = self.method.recipe.student.start.prune
@@ -164,12 +163,12 @@ class RunModels:
         def progress(done: int, total: int) -> None:
             self.progress(done, total, "choosing which layers to keep")
 
-        chosen = choose(self.method.recipe.student, lambda: self.teacher.model, calibration, progress)
-        write_json(file, asdict(chosen) if chosen else {})
-        if chosen and chosen.drops:
-            layers = ", ".join(f"{layer} ({cost:.2f})" for layer, cost in chosen.drops)
+        choice = choose(self.method.recipe.student, lambda: self.teacher.model, calibration, progress)
+        write_json(file, asdict(choice) if choice else {})
+        if choice and choice.drops:
+            layers = ", ".join(f"{layer} ({cost:.2f})" for layer, cost in choice.drops)
             self.reporter.note(f"dropped layers {layers} (KL so far)")
-        return chosen
+        return choice
 
     def initial_student(self) -> Model:
         """The student before training."""
@@ -178,10 +177,10 @@ class RunModels:
 
     @cached_property
     def initial_identity(self) -> str:
-        """What the student before training is called; the same weights have the same name."""
+        """The identity of the student before training; equal weights have equal identities."""
         return self.initial_student().identity
 
-    # By the names that writers and steps of elicitation give them: see `elicit.training_text.TextModels`
+    # By the names in writers and steps of elicitation: see `elicit.training_text.TextModels`
 
     def writer(self, name: str) -> Answerer:
         if name == "untouched":
@@ -208,7 +207,7 @@ class RunModels:
 
 
 def served(method: Method) -> ApiTeacher | None:
-    """The server that writes the teacher's text, where the recipe names one."""
+    """The server that writes the teacher's text, if the recipe names one."""
     server = method.recipe.teacher.server
     if server is None:
         return None

@@ -1,7 +1,7 @@
-"""A recipe's stages in order: elicit, begin, train (student and control), evaluate, report. Each is done once.
+"""Runs a recipe's stages in order: elicit, train (student and controls), evaluate, report. Each is done once.
 
-What a stage finished is found again by the next call: answers by their request keys, trainings by their checkpoints,
-exports and measurements by files that are written whole. `limbeck run` on a killed run just goes on.
+Finished work is reused by the next call: answers by their request keys, trainings by their checkpoints, exports and
+measurements by files that are written whole. `limbeck run` on a killed run goes on where it ended.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STAGES = ("elicit", "train", "evaluate", "report")
 
 @dataclass
 class Run:
-    """One method in one folder: its text, its models, its trainings and what was measured of them.
+    """One method in one folder: its text, models, trainings and measurements.
 
     The runs of a comparison share the teacher and the text of the run `shared`.
     """
@@ -95,7 +95,7 @@ class Run:
         return self.folder if name == "student" else self.folder / "controls" / name
 
     def progress(self, done: int, total: int, detail: str) -> None:
-        """Report progress, and end here if the user asked to (for stages that keep nothing half-done)."""
+        """Report progress; raise StoppedError if the user asked to stop. For stages that can stop at any point."""
         self.reporter.progress(done, total, detail)
         if self.stop():
             raise StoppedError(f"stopped; what was finished is kept in {self.folder}, run it again to go on")
@@ -103,12 +103,12 @@ class Run:
     # Text in tokens
 
     def rows(self, samples: Sequence[Sample], student: Model) -> list[Row]:
-        """Samples in token ids: sampled ones as they are; a text is encoded, and ends with the end token unless it was
-        cut off."""
+        """Samples as rows of token ids. Sampled ids are used as they are; text without ids is encoded, and gets the end
+        token unless it was cut off."""
 
         def response_ids(sample: Sample) -> Sequence[int]:
-            own = not self.models.other_tokens or sample.writer == self.models.initial_identity
-            if sample.response_ids is not None and own:
+            same_tokens = not self.models.other_tokens or sample.writer == self.models.initial_identity
+            if sample.response_ids is not None and same_tokens:
                 return sample.response_ids
             ids = student.text_ids(sample.messages[-1]["content"])
             return ids if sample.meta.get("finish") == "length" else [*ids, student.tokenizer.eos_token_id]
@@ -119,14 +119,14 @@ class Run:
         )
 
     def _teacher_prompt_ids(self, student: Model) -> Callable[[tuple[Message, ...]], list[int]] | None:
-        """The prompt as the teacher sees it, in its tokens; None where that is as the student sees it."""
+        """Encodes the prompt as the teacher sees it, in its tokens; None if it sees the same as the student."""
         if self.models.other_tokens:
             return self.models.teacher.model.prompt_ids
         context = self.method.prompt_context
         return None if context is None else student.with_context(context).prompt_ids
 
     def slots(self, student: Model) -> list[Row]:
-        """The training prompts as rows that wait for the student's answer."""
+        """The training prompts as rows without a response."""
         teacher_prompt_ids = self._teacher_prompt_ids(student)
         return [
             Row(
@@ -142,7 +142,7 @@ class Run:
         ]
 
     def _calibration(self, texts: int) -> Calibration:
-        """So many texts of others, by which the layers of a pruned student are chosen."""
+        """So many texts not by the student, by which the layers of a pruned student are chosen."""
         rows = self.rows(self.text.by_others(texts), self.models.teacher.model)
         batch = make_batch(rows)
         positions_BT = batch.mask_BT.roll(-1, 1)
@@ -173,12 +173,12 @@ class Run:
         checkpoint.prune(home / "checkpoints", checkpoints_left)
 
     def fill_cache(self) -> None:
-        """Have the teacher's distributions over the training text computed and kept, where the recipe keeps them."""
+        """Compute and cache the teacher's distributions over the training text, if the recipe has a cache."""
         if not self.path("student").exists():
             self.job("student", self.models.initial_student())
 
     def job(self, name: str, student: Model) -> TrainingJob:
-        """The training called `name`, ready to start or to go on."""
+        """The training of the student or a control, ready to start or to go on."""
         recipe = self.recipe
         terms = self.method.terms
         settings = recipe.train
@@ -186,14 +186,14 @@ class Run:
         writing = None
         if name == "student":
             writing = self._writing(student)
-        else:  # for as many steps, and plainly
+        else:  # plain fine-tuning for as many steps
             steps = total_steps(rows, settings, any(term.unit == "group" for term in terms))
             settings = settings.model_copy(update={"steps": steps, "epochs": None, "mixup": None})
             terms = (make_term("cross_entropy", {}),)
             rows = self.control_rows(name, rows, student)
         folder = self.home(name)
         folder.mkdir(parents=True, exist_ok=True)
-        job = TrainingPlan(
+        training_plan = TrainingPlan(
             terms,
             rows,
             settings,
@@ -206,10 +206,10 @@ class Run:
         )
         parts = self._teacher_parts(student)
         teacher = cache(lambda: self.method.teacher_kind.prepare(recipe.teacher, parts))
-        return make_job(job, student, teacher, self.progress)
+        return make_job(training_plan, student, teacher, self.progress)
 
     def _writing(self, student: Model) -> StudentWriting | None:
-        """How the student writes while it trains, where it does."""
+        """How the student writes during training, if it does."""
         if self.method.share is None or self.method.fresh is None:
             return None
         max_length = min(student.max_length, load_config(self.recipe.speaker).max_position_embeddings)
@@ -248,7 +248,7 @@ class Run:
         self.reporter.note(text)
 
     def control_rows(self, name: str, rows: list[Row], student: Model) -> list[Row]:
-        """What a control is fine-tuned on; `rows` is the student's own training text."""
+        """The rows that a control is fine-tuned on; `rows` is the student's training text."""
         control = CONTROLS[name]
         assert control.rows is not None
         return control.rows(
@@ -265,7 +265,7 @@ class Run:
     # Measuring
 
     def evaluate(self) -> None:
-        """Measure every system on the held-out prompts; writes `evaluation/`."""
+        """Measure every system on the held-out prompts, into `evaluation/`."""
         if self.path("evaluation", "summary.json").exists():
             return
         for name in ("student", *self.method.controls):
@@ -285,7 +285,7 @@ class Run:
         return evaluation.Questions(self.recipe, self.method.tasks, self.text)
 
     def bench(self, folder: Path) -> Bench:
-        """Where systems are measured, and their records kept."""
+        """The bench that measures systems and keeps their records in `folder`."""
         return evaluation.bench(
             self.questions,
             folder,
@@ -296,7 +296,7 @@ class Run:
         )
 
     def measured_teacher(self, bench: Bench) -> SystemRecords:
-        """The teacher as a system: in process, or by what its server says."""
+        """The records of the teacher: in process, or by the text of its server."""
         reference = self.models.reference
         if reference is None:
             return bench.by_text("teacher", self.text.said)
@@ -307,7 +307,7 @@ class Run:
         return load_model(str(self.home(name) / "student"))
 
     def held_out_rows(self) -> list[Row]:
-        """The teacher's answers to the held-out prompts; each row's id is its prompt's."""
+        """The teacher's answers to the held-out prompts; each row has its prompt's id."""
         samples = self.text.held_out()
         rows = {row.sample_id: row for row in self.rows(samples, self.models.reader)}
         pairs = zip(samples, self.text.prompts[1], strict=True)
@@ -325,15 +325,15 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     stages: Sequence[str] = STAGES,
 ) -> Path:
-    """Do all that the recipe asks for and that is not done yet. Returns the run folder.
+    """Run the stages of a recipe that are not done yet. Returns the run folder.
 
     Args:
         out: the run folder; by default runs/NAME.
-        stop: asked between two steps; when true, the state is saved and `StoppedError` raised.
-        stages: which of elicit, train, evaluate, report; each does what it needs of the earlier ones.
+        stop: called between two steps; if it returns true, the state is saved and `StoppedError` raised.
+        stages: which of elicit, train, evaluate, report; a stage also does what it needs of earlier ones.
 
     Raises:
-        UserError: the recipe or the folder can't be used; nothing that was done is lost.
+        UserError: the recipe or the folder can't be used; finished work is kept.
     """
     method = resolve(recipe)
     plan(method)  # refuses what the models' configurations rule out
@@ -367,7 +367,7 @@ def run(
 
 
 def claim_run(run: Run) -> None:
-    """Make the run's folder its recipe's with this text and this teacher, or refuse one that is another's."""
+    """Bind the run's folder to its recipe, prompts and teacher, or refuse that of another run."""
     inputs = {"teacher": run.models.teacher_identity, "prompts": run.method.prompts_key}
     if run.recipe.teacher.server is not None:
         inputs["server"] = run.models.server_identity

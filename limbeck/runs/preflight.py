@@ -1,4 +1,4 @@
-"""What can be refused before anything is spent: combinations that can't work, and what the rest will cost."""
+"""Checks a recipe against its models' configurations before anything is spent, and estimates its cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from limbeck.types import RecipeError, UserError
 
 
 def check(recipe: Recipe) -> Plan:
-    """Refuse what can't work and say what the rest will cost; no weights are loaded.
+    """Refuse a recipe that can't work, and estimate the cost of one that can; no weights are loaded.
 
     Raises:
         RecipeError: an impossible combination, with its place in the recipe.
@@ -25,7 +25,7 @@ def check(recipe: Recipe) -> Plan:
 
 
 def plan(method: Method) -> Plan:
-    """What a method will cost, from its models' configurations alone.
+    """Estimate the cost of a method from its models' configurations.
 
     Raises:
         RecipeError: models that don't fit together, or that a loss can't compare.
@@ -44,7 +44,7 @@ def plan(method: Method) -> Plan:
         check_takes_system(load_tokenizer(recipe.speaker))
     others: tuple[Shape, ...] = ()
     if isinstance(recipe.teacher, SeveralTeachers):
-        others = tuple(_beside(recipe.speaker, other.model, n) for n, other in enumerate(recipe.teacher.beside))
+        others = tuple(_other_teacher(recipe.speaker, other.model, n) for n, other in enumerate(recipe.teacher.beside))
     for term in method.terms:
         if teacher is not None:
             term.check_models(student, teacher)
@@ -59,10 +59,10 @@ def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
     like = Shape.of(config)
     max_length = config.max_position_embeddings
     if start.prune is not None:
-        kept = start.prune.keep if isinstance(start.prune.keep, list) else None
-        layers = start.prune.layers if kept is None else len(kept)
+        layer_numbers = start.prune.keep if isinstance(start.prune.keep, list) else None
+        layers = start.prune.layers if layer_numbers is None else len(layer_numbers)
         assert layers is not None
-        if layers > like.layers or (kept and kept[-1] >= like.layers):
+        if layers > like.layers or (layer_numbers and layer_numbers[-1] >= like.layers):
             raise RecipeError("student.start.prune", f"the teacher has only {like.layers} layers, numbered from 0")
         return like.with_layers(layers), max_length
     if start.scratch is not None:
@@ -77,8 +77,8 @@ def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
     return Shape.of(other), min(max_length, other.max_position_embeddings)
 
 
-def _beside(speaker: str, source: str, number: int) -> Shape:
-    """A teacher beside the first: it reads the same tokens, so they must mean the same to it."""
+def _other_teacher(speaker: str, source: str, number: int) -> Shape:
+    """The sizes of a further teacher; refused if its tokens or template differ from the first's."""
     try:
         first = load_tokenizer(speaker)
         other = load_tokenizer(source)
@@ -90,7 +90,7 @@ def _beside(speaker: str, source: str, number: int) -> Shape:
 
 
 def _bills(method: Method) -> list[Estimate]:
-    """What the steps of elicitation will ask for, each after the one before."""
+    """What each step of elicitation will ask for, given the samples that the step before it leaves."""
     bills: list[Estimate] = []
     for _, step in method.steps:
         bills.append(step.estimate(bills[-1].samples if bills else len(method.training_prompts)))
@@ -98,8 +98,7 @@ def _bills(method: Method) -> list[Estimate]:
 
 
 def _judge_shape(source: str) -> Shape:
-    """A judge that is no model, or none that can be asked, is refused here: the evaluation, hours later, would be too
-    late."""
+    """The judge's sizes. A judge that can't be loaded is refused here, not hours later by the evaluation."""
     try:
         shape = Shape.of(load_config(source))
         if is_ready(source):

@@ -1,6 +1,6 @@
-"""A recipe's words to what they stand for, once: losses, steps, prompts, tasks, and what the teacher is shown.
+"""Resolves a recipe once: its losses, steps of elicitation, prompts, tasks and prompt context.
 
-Everything after this is handed the `Method`; nothing parses a recipe's parts or reads the prompt file again.
+Later stages are given the `Method`; none parses a recipe's parts or reads the prompt file again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe with all that its words stand for, checked as far as can be without loading a model.
+    """A resolved recipe, checked as far as possible without loading a model.
 
-    `share` is the student's share of the text and `fresh` how much of that is written anew, where the student writes;
-    `prompt_context` is what the teacher is shown beside the prompts.
+    Args:
+        prompt_context: what the teacher is shown beside the prompts.
+        share: the student's share of the text, if it writes.
+        fresh: the part of the student's text that is not replayed.
     """
 
     recipe: Recipe
@@ -57,22 +59,22 @@ class Method:
 
     @property
     def prompts_key(self) -> str:
-        """A hash of all prompts, with what is known of each."""
+        """A hash of all prompts with their facts."""
         parts = (self.training_prompts, self.held_out_prompts)
         return content_hash([[prompt.facts for prompt in part] for part in parts])
 
     @cached_property
     def controls(self) -> list[str]:
-        """The trainings beside the student's."""
+        """The controls that are trained."""
         return trained_controls(self.recipe, self.terms)
 
 
 def resolve(recipe: Recipe) -> Method:
-    """Everything that a recipe names, and the refusal of what can't work together; no model is loaded.
+    """Resolve all that a recipe names and refuse what can't work together; no model is loaded.
 
     Raises:
         RecipeError: an unknown name, a value out of range, prompts that aren't there, or parts that don't fit, with the
-            place in the recipe and the cure.
+            place in the recipe and the remedy.
     """
     evaluate = recipe.evaluate
     training, held_out = split_prompts(recipe.prompts.source, recipe.prompts.limit, evaluate.prompts, evaluate.limit)
@@ -130,7 +132,7 @@ def _prompt_context(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptContext 
 
 
 def _shares(recipe: Recipe) -> tuple[Schedule | None, Schedule | None]:
-    """(the student's share of the text, how much of that is written anew) as schedules, where the student writes."""
+    """The schedules of (the student's share of the text, the part of that which is not replayed), if it writes."""
     writer = recipe.student_writer
     if writer is None:
         return None, None

@@ -1,4 +1,4 @@
-"""Combinations in a recipe that can't work, each refused with its place and the cure, before a model is loaded."""
+"""Refuses combinations in a recipe that can't work, with place and remedy, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def check_parts(
 
 
 def _check_writers(recipe: Recipe) -> None:
-    """Refuse text by the untouched student alone where something needs other text."""
+    """Refuse a recipe whose only text is the untouched student's if pruning needs other text."""
     beside_untouched = [writer for writer in recipe.fixed_writers if writer.by != "untouched"]
-    # for a student alone the teacher writes what these need
+    # if only the student writes, the teacher's text serves for pruning
     others = beside_untouched if recipe.fixed_writers else recipe.writer
     prune = recipe.student.start.prune
     if not others and prune is not None and prune.keep in JUDGED_ON_TEXT:
@@ -70,7 +70,7 @@ def _check_writers(recipe: Recipe) -> None:
 
 
 def _text_facts(use: TeacherUse) -> TextFacts:
-    """What the losses may know of the text that they are trained on."""
+    """Facts about the training text, for the losses' checks."""
     recipe = use.recipe
     training = use.training_prompts
     writers = {writer.by for writer in recipe.writer}
@@ -100,7 +100,7 @@ def _text_facts(use: TeacherUse) -> TextFacts:
 
 
 def _teacher_facts(recipe: Recipe) -> TeacherFacts:
-    """What the losses may know of how the teacher is read."""
+    """Facts about the teacher, for the losses' checks."""
     teacher = recipe.teacher
     bridge = teacher.bridge if isinstance(teacher, BridgedTeacher) else None
     return TeacherFacts(
@@ -123,7 +123,7 @@ def _check_mixup(recipe: Recipe) -> None:
 
 
 def _check_student_writer(recipe: Recipe, terms: Sequence[Term], share: Schedule | None) -> None:
-    """Refuse what the student can't write, or the loop can't train."""
+    """Refuse settings of the student's writing that can't work."""
     writer = recipe.student_writer
     settings = recipe.rollout or Rollout()
     if writer is None:
@@ -172,21 +172,21 @@ def _check_student_writer(recipe: Recipe, terms: Sequence[Term], share: Schedule
 
 
 def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> None:
-    """Refuse what this kind of teacher can't give, can't be shown, or can't do beside the rest of the recipe."""
+    """Refuse what this kind of teacher can't give or be shown, or can't do with the rest of the recipe."""
     recipe = use.recipe
     teacher = recipe.teacher
     teacher_kind = kind(teacher)
     teacher_kind.refuse(teacher, use)
-    given = teacher_kind.gives(teacher)
+    available = teacher_kind.gives(teacher)
     facts = _teacher_facts(recipe)
     for term in use.terms:
         term.check_teacher(facts)
-        for evidence in sorted(term.reads & (TEACHER_EVIDENCE | {REFERENCE}) - given):
+        for evidence in sorted(term.reads & (TEACHER_EVIDENCE | {REFERENCE}) - available):
             raise RecipeError(use.loss_path(term), teacher_kind.lacks(teacher, evidence))
     prune = recipe.student.start.prune
     for index, (name, step) in enumerate(steps):
         path = f"elicit[{index}].{name}"
-        for evidence in sorted(step.needs - given):
+        for evidence in sorted(step.needs - available):
             raise RecipeError(path, teacher_kind.lacks(teacher, evidence))
         if getattr(step, "reference", "") == "untouched" and prune is not None and prune.keep in JUDGED_ON_TEXT:
             raise RecipeError(
@@ -211,7 +211,7 @@ def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> 
 
 
 def _check_cache(use: TeacherUse, cache: CacheSettings) -> None:
-    """Refuse what can't be kept before the training, and losses that read more than the form holds."""
+    """Refuse text that can't be cached before the training, and losses that read more than the cache holds."""
     recipe = use.recipe
     path = "teacher.cache"
     if recipe.student_writer is not None:

@@ -1,4 +1,4 @@
-"""What one training is made of: the objective of a micro-batch, the text, the settings, and where its state is kept."""
+"""One training: the objective of a micro-batch, the text, the settings, and the folder of its state."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from limbeck.types import Batch
 
 
 def no_teacher(_: Batch) -> TeacherView:
-    """The view of a teacher that no term reads."""
+    """An empty view, for objectives whose terms read no teacher."""
     return TeacherView()
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loss of a micro-batch is computed from.
+    """Computes what the losses of a micro-batch read.
 
     Args:
         net: the student.
         terms: the recipe's losses.
         teacher: the teacher's side of a micro-batch.
-        learned: what losses learn beside the student, by term label.
+        learned: losses with parameters of their own, by term label.
         taps: the layers of the student that losses read.
         bank_rows: each sample's row in the losses' banks.
-        vocab_size: how many tokens are compared, where the student's head has more rows than the teacher's.
+        vocab_size: how many tokens are compared, if the student's head has more rows than the teacher's.
         states: of the adaptive schedules; kept in checkpoints.
     """
 
@@ -73,14 +73,14 @@ class Objective:
         )
 
     def parameters(self) -> dict[str, Tensor]:
-        """All that is trained: the student's weights and what losses learn."""
+        """All trained parameters: the student's and the losses' own."""
         parameters: dict[str, Tensor] = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         for label, match in self.learned.items():
             parameters |= {f"match.{label}.{name}": p for name, p in match.named_parameters() if p.requires_grad}
         return parameters
 
     def frozen(self) -> dict[str, Tensor]:
-        """What losses hold without training it: filters of the teacher, banks."""
+        """Tensors of the losses that are not trained: filters of the teacher, banks."""
         tensors = {
             f"{label}.{name}": value
             for label, match in self.learned.items()
@@ -90,7 +90,7 @@ class Objective:
         return {name: value for name, value in tensors.items() if f"match.{name}" not in trained and value.numel()}
 
     def rate_multiplier(self, name: str) -> float:
-        """How many times the student's learning rate a parameter is trained at."""
+        """The learning rate of a parameter as a multiple of the student's."""
         for label, learned in self.learned.items():
             if name.startswith(f"match.{label}."):
                 return learned.lr_multiplier
@@ -102,14 +102,14 @@ class TrainingJob:
     """All that one training needs.
 
     Args:
-        rows: the text that is there before the training.
+        rows: text written before the training.
         settings: steps, rates, seed.
         folder: receives `checkpoints/` and `metrics.jsonl`.
-        key: names the job in its checkpoints; one of another name is refused.
+        key: names the job in its checkpoints; a checkpoint with another key is refused.
         source: where the steps' text comes from; by default the rows, in an order that the seed decides.
-        prepare: called before the first step of all, and again where a run is killed before its first checkpoint.
-        average: the student's moving average, where that teaches.
-        monitor: looks at each micro-batch that the student wrote; (sum, count) by name.
+        prepare: called before step 0, and again if the run was killed before its first checkpoint.
+        average: the student's moving average, if that is the teacher.
+        monitor: returns (sum, count) by metric of each micro-batch of the student's own text.
     """
 
     objective: Objective
@@ -140,14 +140,14 @@ class TrainingJob:
 
     @property
     def steps(self) -> int:
-        """How many updates there will be."""
+        """The number of updates."""
         return total_steps(self.rows, self.settings, self.objective.keeps_groups)
 
 
 def total_steps(rows: Sequence[Row], settings: Train, together: bool = False) -> int:
-    """How many updates the settings ask for."""
+    """The number of updates that the settings ask for."""
     if settings.steps is not None:
         return settings.steps
     assert settings.epochs is not None
-    per_epoch = len(steps_of_epoch(rows, settings.seed, 0, settings.tokens_per_step, together))
+    per_epoch = len(steps_of_epoch(rows, settings.seed, 0, settings.tokens_per_step, together=together))
     return max(1, round(settings.epochs * per_epoch))

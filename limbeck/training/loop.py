@@ -45,7 +45,7 @@ def learning_rate(settings: Train, step: int, steps: int) -> float:
 def train(
     job: TrainingJob, progress: Progress = lambda step, steps, record: None, stop: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Train to the end, or until `stop` says so. Returns whether the end was reached; the state is saved either way.
+    """Train to the end, or until `stop` returns true. Returns whether the end was reached; the state is always saved.
 
     Raises:
         UserError: the loss or the gradient is not finite; no update was made from it.
@@ -62,7 +62,7 @@ def train(
     pause = settings.save_seconds
     for step in range(start, steps):
         try:
-            record = _step(job, step, steps, parameters, optimizer)
+            record = _step(job, step, steps, parameters=parameters, optimizer=optimizer)
         except StoppedError:  # while the student wrote: the step has not begun
             _save(job, step, parameters, optimizer)
             return False
@@ -84,9 +84,9 @@ def train(
 
 
 def _step(
-    job: TrainingJob, step: int, steps: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    job: TrainingJob, step: int, steps: int, *, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """One update from the text of step number `step`; returns its line of the metrics."""
+    """Make the update of step number `step`; returns its line of the metrics."""
     began = time.perf_counter()
     states = job.objective.states
     text = job.text.step_batch(step, step / steps, states)
@@ -103,7 +103,7 @@ def _step(
     means = {t.label: sums.terms.get(t.label, 0.0) / amounts[t.label] if amounts[t.label] else 0.0 for t in terms}
     loss = sum(t.weight * means[t.label] for t in terms)
     norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), job.settings.clip))
-    _check_finite(step, loss, norm, means, batches)
+    _check_finite(step, loss, norm, means=means, batches=batches)
     rate = learning_rate(job.settings, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["times"]
@@ -112,7 +112,7 @@ def _step(
     if job.average is not None:
         job.average.update()
     for term in job.terms:
-        if amounts[term.label]:  # a step without text for this term says nothing to its schedules
+        if amounts[term.label]:  # a step without text for this term leaves its schedules alone
             term.after(states, (step + 1) / steps, means[term.label], sums.measured.get(term.label))
     scheduled = _scheduled(terms)
     rollout = text.facts | {name: total / count for name, (total, count) in sums.monitored.items() if count}
@@ -144,15 +144,15 @@ def _over_ranks(sums: Sums) -> Sums:
 
 def _scheduled(terms: Sequence[TermAtStep]) -> dict[str, float]:
     """The scheduled numbers of this step, for the metrics."""
-    found = {f"{t.label}.weight": t.weight for t in terms if t.term.weight.shape != "constant"}
+    values = {f"{t.label}.weight": t.weight for t in terms if t.term.weight.shape != "constant"}
     for t in terms:
-        found |= {
+        values |= {
             f"{t.label}.{key}": t.params[key] for key, schedule in t.term.params.items() if schedule.shape != "constant"
         }
-    return found
+    return values
 
 
-def _check_finite(step: int, loss: float, norm: float, means: Mapping[str, float], batches: Sequence[Batch]) -> None:
+def _check_finite(step: int, loss: float, norm: float, *, means: Mapping[str, float], batches: Sequence[Batch]) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     bad = [label for label, value in means.items() if not math.isfinite(value)] or list(means)
@@ -165,7 +165,7 @@ def _check_finite(step: int, loss: float, norm: float, means: Mapping[str, float
 
 @torch.no_grad()
 def loss_on(objective: Objective, batches: Sequence[Batch], progress: float) -> float:
-    """The weighted loss of all terms on this text, without a step: what is watched, not trained."""
+    """The weighted loss of all terms on these batches, without an update."""
     terms = [term.at_step(progress, objective.states) for term in objective.terms]
     training = objective.net.training
     amounts = _amounts(terms, batches)
@@ -193,7 +193,7 @@ def backward(
 
 
 def _optimizer(job: TrainingJob, parameters: dict[str, Tensor]) -> torch.optim.AdamW:
-    """AdamW; weight decay for matrices only. What a term learns may go `times` as fast as the student."""
+    """AdamW; weight decay for matrices only. A loss's own parameters may have `times` the learning rate."""
     settings = job.settings
     groups = dict[tuple[float, bool], dict[str, Any]]()
     for matrices in (True, False):
@@ -227,24 +227,24 @@ def _save(job: TrainingJob, step: int, parameters: dict[str, Tensor], optimizer:
 
 
 def _resume(job: TrainingJob, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Put the newest checkpoint back, cut the metrics to it, and return the step to go on with."""
+    """Restore the newest checkpoint, cut the metrics to it, and return the next step."""
     metrics = job.folder / "metrics.jsonl"
-    found = checkpoint.load_newest(job.folder / "checkpoints")
-    step = 0 if found is None else found.step
-    if found is None:
+    newest = checkpoint.load_newest(job.folder / "checkpoints")
+    step = 0 if newest is None else newest.step
+    if newest is None:
         job.prepare()
     else:
-        if (found.state["job"], found.state["rows"]) != (job.key, _rows_key(job.rows)):
+        if (newest.state["job"], newest.state["rows"]) != (job.key, _rows_key(job.rows)):
             raise UserError(
                 f"{job.folder / 'checkpoints'} belongs to other settings or other text; remove it or choose another"
                 " --out"
             )
-        job.objective.states.update(found.state.get("schedules", {}))
-        job.text.restore(found.state.get("text", {}))
-        _restore(job, found.tensors, parameters, optimizer)
+        job.objective.states.update(newest.state.get("schedules", {}))
+        job.text.restore(newest.state.get("text", {}))
+        _restore(job, newest.tensors, parameters, optimizer)
     if distributed.rank() == 0:
-        kept = [record for record in read_jsonl(metrics) if record["step"] <= step]
-        write_text(metrics, "".join(canonical_json(record) + "\n" for record in kept))
+        records = [record for record in read_jsonl(metrics) if record["step"] <= step]
+        write_text(metrics, "".join(canonical_json(record) + "\n" for record in records))
     distributed.wait()
     return step
 
@@ -262,12 +262,12 @@ def _restore(
             }
     if job.average is not None:
         job.average.restore({name: tensors[f"average/{name}"] for name in job.average.tensors})
-    for label, match in job.objective.learned.items():
+    for label, learned in job.objective.learned.items():
         prefix = f"frozen/{label}."
-        held = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        match.load_state_dict(held, strict=False)
+        frozen = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        learned.load_state_dict(frozen, strict=False)
 
 
 def _rows_key(rows: Sequence[Row]) -> str:
-    """A short name of the text in its order, so that a checkpoint never goes on with another."""
+    """A hash of the rows in their order, so that a checkpoint is never continued on other text."""
     return content_hash([row.sample_id for row in rows])[:16]

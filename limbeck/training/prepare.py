@@ -1,4 +1,4 @@
-"""What some terms need before the first step: frozen models' log-probabilities and states of the text.
+"""What some terms need of frozen models before they train on a text: log-probabilities, distributions and states.
 
 Shapes: B rows, T positions, N response positions.
 """
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 def even_batches(rows: Sequence[Row]) -> list[MicroBatch]:
-    """All rows, those of like length together."""
+    """All rows in micro-batches of similar length."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     batches: list[list[int]] = []
     for index in order:
@@ -45,12 +45,12 @@ def response_log_probs(
     vocab_size: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, float]:
-    """log q(response | prompt) in nats for every row, by sample id; the head cut to `vocab_size` as in training.
+    """log q(response | prompt) in nats of every row, by sample id. The head is cut to `vocab_size`, as in training.
 
     Raises:
-        UserError: a response that the model gives no probability, or NaN.
+        UserError: the log-probability of a response is not finite.
     """
-    found: dict[str, float] = {}
+    log_probs: dict[str, float] = {}
     done = 0
     for micro_batch in even_batches(rows):
         batch = make_batch(rows, micro_batch)
@@ -64,7 +64,7 @@ def response_log_probs(
             .cpu()
         )
         sums_B = torch.zeros(len(micro_batch), dtype=torch.float64).index_add_(0, row_N, log_prob_N)
-        found |= dict(zip(batch.sample_ids, sums_B.tolist(), strict=True))
+        log_probs |= dict(zip(batch.sample_ids, sums_B.tolist(), strict=True))
         if not bool(sums_B.isfinite().all()):
             bad = batch.sample_ids[int((~sums_B.isfinite()).nonzero()[0])]
             raise UserError(
@@ -72,14 +72,14 @@ def response_log_probs(
             )
         done += len(micro_batch)
         progress(done, len(rows))
-    return found
+    return log_probs
 
 
 @torch.no_grad()
 def fill_cache(
     cache: SignalCache, view: Callable[[Batch], TeacherView], rows: Sequence[Row], progress: Progress
 ) -> None:
-    """Store the teacher's distributions over all rows that the cache does not hold yet, each text once."""
+    """Add the teacher's distributions over the rows that are not in the cache yet, each text once."""
     texts = {
         text_key(row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids, row.response_ids): row
         for row in rows
@@ -97,12 +97,12 @@ def fill_cache(
 
 
 def with_reference(rows: Sequence[Row], name: str, log_probs: Mapping[str, float]) -> list[Row]:
-    """The rows with a frozen model's log-probabilities beside them."""
+    """The rows with their log-probabilities under the frozen model `name`."""
     return [replace(row, references=(*row.references, (name, log_probs[row.sample_id]))) for row in rows]
 
 
 class Remembered:
-    """A teacher's view that scores a step's rows once and hands the same on when they are trained."""
+    """A teacher's view that scores a step's rows and reuses its signals when they are trained on."""
 
     def __init__(self, view: Callable[[Batch], TeacherView]) -> None:
         self.view = view
@@ -134,10 +134,8 @@ class Remembered:
 
 
 def with_columns(rows: list[Row], teacher: Remembered, terms: Sequence[TermAtStep]) -> list[Row]:
-    """The student's rows with the teacher's log-probabilities and the columns that the terms make of whole responses.
-
-    Such columns are advantages and weights, one number per response token.
-    """
+    """Add the teacher's log-probabilities, and the columns that the terms compute from whole responses, such as
+    advantages: one number per response token."""
     if not rows:
         return rows
     scores = [tuple(score.tolist()) for score in teacher.score(rows)]
@@ -159,7 +157,7 @@ def with_columns(rows: list[Row], teacher: Remembered, terms: Sequence[TermAtSte
 
 @dataclass(frozen=True)
 class TextBeforeTraining:
-    """The training text as student (0) and teacher (1) read it before the first step; see `TrainingText`."""
+    """The `TrainingText` that losses prepare on before the first step; side 0 is the student, 1 the teacher."""
 
     nets: tuple[PreTrainedModel, PreTrainedModel]
     rows: Sequence[Row]

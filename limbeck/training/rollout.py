@@ -1,7 +1,7 @@
-"""The student as a writer inside the loop: who writes a step's text, how much of it, and what is read again.
+"""On-policy text in the training loop: decides who writes a step's text, how much of it, and what is replayed.
 
-The ids that were drawn are the ids that are trained. Every draw is a function of the seed and of counters that stand in
-the checkpoint beside the text that waits or may be read again: a run that was killed goes on with the same text.
+The sampled ids are the ids that are trained. Every draw is a function of the seed and of counters in the checkpoint,
+which also holds the waiting and the replayed answers: a killed run goes on with the same text.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from limbeck.training import distributed
 from limbeck.training.rollout_stats import Advice, facts_of
 from limbeck.types import Sampling, UserError, content_hash
 
-SHARE = "student.share"  # what the state of an adaptive share is called
-FIRST_GUESS = 0.65  # of max_tokens: how long an answer is expected to be before any was written
-ENOUGH = 8  # answers that are nothing but their end, before the student is given up
-MEMORY = 0.5  # of what answers were expected to be, after each batch of new ones
-ALONE = (
+SHARE = "student.share"  # the key of an adaptive share's state
+FIRST_GUESS = 0.65  # expected length of an answer before any was written, as a part of max_tokens
+MAX_EMPTY_ANSWERS = 8  # if the first answers are all empty, stop after this many
+LENGTH_MOMENTUM = 0.5  # weight of the old expected length when a batch of new answers arrives
+ONLY_EMPTY = (
     "the student answers with nothing but the end token, so there is nothing to learn from: give it a cold start"
     " (fine-tune it on the teacher's text first, and name that student in student.start.pretrained), or lower its share"
 )
@@ -33,8 +33,16 @@ ALONE = (
 
 @dataclass(frozen=True)
 class Answer:
-    """A text of the student: the slot it answers, its ids as drawn with their log-probabilities, the step it was
-    written at."""
+    """An answer of the student.
+
+    Args:
+        slot: the number of the prompt.
+        ids: as sampled.
+        log_prob, sampler_log_prob: of each id, under the student and under the distribution it was drawn from.
+        born: the step it was written at.
+        own: how many of the ids the student itself proposed.
+        name: becomes the sample's id.
+    """
 
     slot: int
     ids: tuple[int, ...]
@@ -47,9 +55,16 @@ class Answer:
 
 @dataclass
 class Memory:
-    """What the writer must know to go on: how many answers it asked for, how many were more than their end, tokens it
-    still owes, how long answers are expected to be, answers that wait for their step, and those that may be read again,
-    the oldest first."""
+    """The writer's state in the checkpoint.
+
+    Args:
+        asked: answers requested so far.
+        spoken: how many of them were not empty.
+        owed: tokens that the student has still to write.
+        expected: expected length of an answer, in tokens.
+        waiting: answers written ahead of their step.
+        buffer: answers that may be replayed, the oldest first.
+    """
 
     asked: int = 0
     spoken: int = 0
@@ -63,20 +78,21 @@ class Memory:
 class Rollouts:
     """A `Source` in which the student writes.
 
-    Where other text is there, the student takes over its share of each step's rows, and writes about as many tokens as
-    those had; otherwise it writes `tokens_per_step`. What comes out too long or too short is made up for by the steps
-    that follow, so that trained tokens stay what they would be without it. With share 0 the text is the other text,
-    step by step. With `beside`, every prompt of a step keeps its text and gets the student's, too.
+    If there is fixed text, the student replaces its share of each step's rows and writes about as many tokens as those
+    had; otherwise it writes `tokens_per_step`. Later steps make up for answers that are too long or too short, so the
+    number of trained tokens stays the same. With share 0 every step is the fixed text. With `order`, every prompt of a
+    step keeps its text and gets the student's too.
 
     Args:
         slots: the training prompts, as rows without a response.
-        fixed: the other text.
-        write: asks the student, in the order of the jobs.
-        share, fresh: part of the text that is the student's, and part of that which is written anew.
-        columns: adds what terms read of whole responses, at this part of the training.
-        watched: the loss that an adaptive share looks at.
+        fixed: text written before the training.
+        write: has the student answer, in the order of the jobs.
+        share: the part of the text that the student writes.
+        fresh: the part of the student's text that is not replayed.
+        columns: adds the columns that terms compute from whole responses; called with (rows, progress).
+        watched: the validation loss that an adaptive share follows, at this progress.
         ends: the ids that end an answer.
-        order: the writers' names, the preferred first, where every prompt has the text of all.
+        order: the writers' names, the preferred first, if every prompt is answered by all of them.
     """
 
     slots: Sequence[Row]
@@ -107,45 +123,47 @@ class Rollouts:
     # A step's text
 
     def step_batch(self, step: int, progress: float, states: dict[str, State]) -> StepBatch:
-        """The text of step number `step`. Nothing is remembered of a turn that is stopped while the student writes."""
+        """The text of step number `step`. A step that is stopped while the student writes leaves no trace."""
         facts = self._watch(step, progress, states)
         base = self.fixed.step(step) if self.fixed else []
         rows = [row for micro_batch in base for row in micro_batch]
-        taken = self._taken_over(rows, step, self.share.value(progress, states.get(SHARE)))
-        if not taken and self.fixed is not None:
+        replaced = self._replaced(rows, step, self.share.value(progress, states.get(SHARE)))
+        if not replaced and self.fixed is not None:
             return StepBatch(base, facts)
         began = time.perf_counter()
-        before = self.memory.asked
+        answers_before = self.memory.asked
         if self.beside:
             prompts = list(dict.fromkeys(self._slot_of[row.group] for row in rows))
             answers = self._ask(prompts, step)
-            kept = rows
+            fixed_rows = rows
         else:
-            tokens = sum(len(rows[index].response_ids) for index in taken) if self.fixed else self.tokens_per_step
-            kept = [row for index, row in enumerate(rows) if index not in taken]
-            answers = self._answers(step, progress, tokens, bool(kept))
-        facts |= {"seconds": round(time.perf_counter() - began, 4), "written": self.memory.asked - before}
-        own = self.columns([self._row(answer) for answer in answers], progress)
+            tokens = sum(len(rows[index].response_ids) for index in replaced) if self.fixed else self.tokens_per_step
+            fixed_rows = [row for index, row in enumerate(rows) if index not in replaced]
+            answers = self._answers(step, progress, tokens, bool(fixed_rows))
+        facts |= {"seconds": round(time.perf_counter() - began, 4), "written": self.memory.asked - answers_before}
+        own_rows = self.columns([self._row(answer) for answer in answers], progress)
         if answers:
             facts |= facts_of([(answer.ids, answer.own, step - answer.born) for answer in answers], self.ends)
             facts |= self.advice.on(facts)
-        every = sorted([*kept, *own], key=self._rank) if self.beside else [*kept, *own]
-        return StepBatch(cut(every, f"{self.seed}/{step}/rows", self.tokens_per_step, self.beside), facts)
+        all_rows = [*fixed_rows, *own_rows]
+        if self.beside:
+            all_rows.sort(key=self._rank)
+        return StepBatch(cut(all_rows, f"{self.seed}/{step}/rows", self.tokens_per_step, self.beside), facts)
 
     def _rank(self, row: Row) -> int:
-        """The place of a row's writer in the order of preference; answers of one writer stay in theirs."""
+        """The place of a row's writer in the order of preference."""
         return min(place for place, name in enumerate(self.order) if name in row.tags)
 
     def _watch(self, step: int, progress: float, states: dict[str, State]) -> dict[str, float]:
-        """Let an adaptive share see the loss it watches."""
+        """Update an adaptive share from the validation loss."""
         if self.watched is None or step == 0 or step % self.settings.validation.every:
             return {}
-        seen = distributed.gather(self.watched(progress))[0]  # a last bit's difference must not part the ranks
-        states[SHARE] = self.share.after(states.get(SHARE), progress, seen)
-        return {"validation_loss": seen, "share": self.share.value(progress, states[SHARE])}
+        loss = distributed.gather(self.watched(progress))[0]  # one value for all ranks, equal to the last bit
+        states[SHARE] = self.share.after(states.get(SHARE), progress, loss)
+        return {"validation_loss": loss, "share": self.share.value(progress, states[SHARE])}
 
-    def _taken_over(self, rows: Sequence[Row], step: int, share: float) -> set[int]:
-        """Which rows the student takes over; all of them, or none, where who writes is drawn per batch."""
+    def _replaced(self, rows: Sequence[Row], step: int, share: float) -> set[int]:
+        """The rows that the student writes instead; with `per: batch`, all of them or none."""
         draw = random.Random(f"{self.seed}/{step}/who")  # noqa: S311 (a draw, not a secret)
         if self.beside or self.fixed is None:
             return set(range(len(rows)))
@@ -153,47 +171,46 @@ class Rollouts:
             return set(range(len(rows))) if draw.random() < share else set()
         return {index for index in range(len(rows)) if draw.random() < share}
 
-    def _answers(self, step: int, progress: float, tokens: int, others: bool) -> list[Answer]:
-        """Answers of about as many tokens as the student owes now; none, where it has written ahead of its share and
-        `others` wrote."""
+    def _answers(self, step: int, progress: float, tokens: int, has_fixed_rows: bool) -> list[Answer]:
+        """Answers of about as many tokens as the student owes now; none if it is ahead of its share and the step has
+        fixed rows."""
         replay = self.settings.replay
         memory = self.memory
         owed = self.memory.owed + tokens
-        if owed <= 0 and others:
+        if owed <= 0 and has_fixed_rows:
             memory.owed = owed
             return []
         draw = random.Random(f"{self.seed}/{step}/again")  # noqa: S311 (a draw, not a secret)
         if replay and len(memory.buffer) >= replay.size and draw.random() >= self.fresh.value(progress):
-            found = self._again(draw, owed)
+            answers = self._replayed(draw, owed)
         else:
-            found = self._new(step, owed, tokens)
-            memory.buffer = [*memory.buffer, *found][-replay.size :] if replay else []
-        # a small buffer's debt makes no giant step
-        memory.owed = min(owed - sum(len(answer.ids) for answer in found), float(tokens))
-        return found
+            answers = self._new(step, owed, tokens)
+            memory.buffer = [*memory.buffer, *answers][-replay.size :] if replay else []
+        # capped, so that what a small buffer leaves owed makes no giant step
+        memory.owed = min(owed - sum(len(answer.ids) for answer in answers), float(tokens))
+        return answers
 
-    def _again(self, draw: random.Random, owed: float) -> list[Answer]:
-        """Answers that were read before, each at most once in a step."""
+    def _replayed(self, draw: random.Random, owed: float) -> list[Answer]:
+        """Answers from the replay buffer, each at most once in a step."""
         order = draw.sample(range(len(self.memory.buffer)), len(self.memory.buffer))
         return _up_to([self.memory.buffer[index] for index in order], owed)
 
     def _new(self, step: int, owed: float, tokens: int) -> list[Answer]:
-        """Answers written now, or ahead at an earlier step; written for several steps at once, they go out in their
-        order."""
+        """Answers that no step has used yet, in the order they were written: now, or ahead at an earlier step."""
         memory = self.memory
         ahead = self.settings.ahead
-        short = owed - sum(len(answer.ids) for answer in memory.waiting)
-        if short > 0 or not memory.waiting:
-            count = max(1, round((max(short, 1.0) + (ahead - 1) * tokens) / memory.expected))
+        missing = owed - sum(len(answer.ids) for answer in memory.waiting)
+        if missing > 0 or not memory.waiting:
+            count = max(1, round((max(missing, 1.0) + (ahead - 1) * tokens) / memory.expected))
             memory.waiting = memory.waiting + self._ask([self._next(memory.asked + n) for n in range(count)], step)
-        found = memory.waiting if ahead == 1 else _up_to(memory.waiting, owed)
-        memory.waiting = memory.waiting[len(found) :]
-        return found
+        answers = memory.waiting if ahead == 1 else _up_to(memory.waiting, owed)
+        memory.waiting = memory.waiting[len(answers) :]
+        return answers
 
     # Asking
 
     def _next(self, number: int) -> int:
-        """The slot of answer number `number`: all prompts in one order, then all in another."""
+        """The slot of answer number `number`: every epoch runs through all prompts in an order of its own."""
         epoch, place = divmod(number, len(self.slots))
         if self._order is None or self._order[0] != epoch:
             order = list(range(len(self.slots)))
@@ -203,50 +220,63 @@ class Rollouts:
 
     def _ask(self, slots: Sequence[int], step: int) -> list[Answer]:
         sampling = Sampling(self.writer.temperature, self.writer.top_p, self.writer.max_tokens)
-        asked = self.memory.asked
-        together = self.settings.joint is not None
-        names = [content_hash([self.seed, STUDENT, asked + n, self.slots[slot].group]) for n, slot in enumerate(slots)]
+        first = self.memory.asked
+        joint = self.settings.joint is not None
+        names = [content_hash([self.seed, STUDENT, first + n, self.slots[slot].group]) for n, slot in enumerate(slots)]
         jobs = [
             GenerationJob(
                 self.slots[slot].prompt_ids,
                 sampling,
                 int(name[:15], 16),
-                self.slots[slot].teacher_prompt_ids if together else None,
+                self.slots[slot].teacher_prompt_ids if joint else None,
             )
             for slot, name in zip(slots, names, strict=True)
         ]
-        written = self.write(jobs)
-        found = [
+        completions = self.write(jobs)
+        answers = [
             Answer(
-                slot, tuple(text.ids), tuple(text.log_prob), tuple(text.sampler_log_prob), step, text.own_tokens, name
+                slot=slot,
+                ids=tuple(completion.ids),
+                log_prob=tuple(completion.log_prob),
+                sampler_log_prob=tuple(completion.sampler_log_prob),
+                born=step,
+                own=completion.own_tokens,
+                name=name,
             )
-            for slot, name, text in zip(slots, names, written, strict=True)
+            for slot, name, completion in zip(slots, names, completions, strict=True)
         ]
-        spoken = self.memory.spoken + sum(len(answer.ids) > 1 or answer.ids[0] not in self.ends for answer in found)
-        if not spoken and asked + len(found) >= ENOUGH:
-            raise UserError(ALONE)
-        self.memory.asked = asked + len(found)
+        spoken = self.memory.spoken + sum(len(answer.ids) > 1 or answer.ids[0] not in self.ends for answer in answers)
+        if not spoken and first + len(answers) >= MAX_EMPTY_ANSWERS:
+            raise UserError(ONLY_EMPTY)
+        self.memory.asked = first + len(answers)
         self.memory.spoken = spoken
-        mean = sum(len(answer.ids) for answer in found) / len(found)
-        self.memory.expected = MEMORY * self.memory.expected + (1 - MEMORY) * mean
-        return found
+        mean = sum(len(answer.ids) for answer in answers) / len(answers)
+        self.memory.expected = LENGTH_MOMENTUM * self.memory.expected + (1 - LENGTH_MOMENTUM) * mean
+        return answers
 
     def _row(self, answer: Answer) -> Row:
-        """The answer as a row: the slot's prompt, the very ids that were drawn, their log-probabilities beside them."""
+        """The answer as a row: the slot's prompt, the sampled ids, and their log-probabilities as columns."""
         slot = self.slots[answer.slot]
         columns = {"log_prob": answer.log_prob, "old_log_prob": answer.sampler_log_prob}
         place = {CHOSEN if self.order[0] == STUDENT else REJECTED} if self.beside else set()
         tags = slot.tags | {STUDENT} | place
         return replace(slot, sample_id=answer.name, response_ids=answer.ids, tags=frozenset(tags), columns=columns)
 
-    # Going on
+    # Checkpoints
 
     def state(self) -> dict[str, Any]:
         return asdict(self.memory) | {"advice": self.advice.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         waiting, buffer = ([_answer(record) for record in state[key]] for key in ("waiting", "buffer"))
-        self.memory = Memory(state["asked"], state["spoken"], state["owed"], state["expected"], waiting, buffer)
+        self.memory = Memory(
+            asked=state["asked"],
+            spoken=state["spoken"],
+            owed=state["owed"],
+            expected=state["expected"],
+            waiting=waiting,
+            buffer=buffer,
+        )
         self.advice.restore(state["advice"])
 
 
@@ -256,12 +286,12 @@ def _answer(record: Mapping[str, Any]) -> Answer:
 
 
 def _up_to(answers: Sequence[Answer], tokens: float) -> list[Answer]:
-    """The first answers that come nearest to so many tokens, at least one."""
-    found = [answers[0]]
-    done = float(len(answers[0].ids))
+    """The first answers, as many as come nearest to `tokens` tokens; at least one."""
+    count = 1
+    total = float(len(answers[0].ids))
     for answer in answers[1:]:
-        if done + len(answer.ids) / 2 > tokens:
+        if total + len(answer.ids) / 2 > tokens:
             break
-        found.append(answer)
-        done += len(answer.ids)
-    return found
+        count += 1
+        total += len(answer.ids)
+    return list(answers[:count])

@@ -1,6 +1,6 @@
-"""Is the student's own text still worth learning from? Measured at every step, with advice when it drifts.
+"""Statistics of the student's own text at every step, and advice when it degenerates.
 
-Shapes: N response positions of a micro-batch, P of them that are looked at, V vocabulary, K likeliest tokens.
+Shapes: N response positions of a micro-batch, P of them that are sampled, V vocabulary, K likeliest tokens.
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ from limbeck.objectives.forward import StudentForward
 from limbeck.objectives.head import Buffer
 from limbeck.objectives.loss import STUDENT
 
-PLACES = 16  # positions of a micro-batch that are looked at: projecting all of them again would cost a pass of the head
+POSITIONS = 16  # sampled per micro-batch: projecting all of them again would cost a pass of the head
 TOP = 16  # likeliest tokens whose overlap is counted (arXiv:2604.13016)
 GRAM = 4
 Facts = dict[str, float]
 
 
 def facts_of(answers: Sequence[tuple[Sequence[int], int, int]], ends: Collection[int]) -> Facts:
-    """Of answers (ids, how many of them the student itself proposed, steps since it was written): their number, mean
-    length in tokens, share that ended by themselves, share of repeated 4-grams, distinct 2-grams, mean age in steps,
-    share of own tokens."""
+    """Statistics of a step's answers.
+
+    Number of answers and tokens, mean length in tokens, share that ended before max_tokens, share of repeated 4-grams,
+    share of distinct 2-grams, mean age in steps, and share of tokens that the student itself proposed.
+
+    Args:
+        answers: (ids, tokens that the student itself proposed, steps since it was written).
+        ends: the ids that end an answer.
+    """
     tokens = sum(len(ids) for ids, _, _ in answers)
     grams = [[tuple(ids[at : at + GRAM]) for at in range(len(ids) - GRAM + 1)] for ids, _, _ in answers]
     pairs = [pair for ids, _, _ in answers for pair in pairwise(ids)]
@@ -36,7 +42,7 @@ def facts_of(answers: Sequence[tuple[Sequence[int], int, int]], ends: Collection
         "tokens": tokens,
         "length": round(tokens / len(answers), 2),
         "finished": round(sum(ids[-1] in ends for ids, _, _ in answers) / len(answers), 4),
-        "repetition": round(1 - sum(len(set(each)) for each in grams) / count, 4) if count else 0.0,
+        "repetition": round(1 - sum(len(set(of_answer)) for of_answer in grams) / count, 4) if count else 0.0,
         "distinct_2": round(len(set(pairs)) / len(pairs), 4) if pairs else 1.0,
         "age": round(sum(age for _, _, age in answers) / len(answers), 3),
         "own": round(sum(own for _, own, _ in answers) / tokens, 4),
@@ -45,16 +51,18 @@ def facts_of(answers: Sequence[tuple[Sequence[int], int, int]], ends: Collection
 
 @torch.no_grad()
 def teachers_view(data: StudentForward) -> dict[str, tuple[float, float]]:
-    """(sum, count) over a few positions of the student's text: log p and log q of the token (nats), overlap of the
-    likeliest tokens, both entropies. Empty where the teacher has no distribution to show, or the student wrote nothing
-    here."""
+    """Compare teacher and student at a few positions of the student's text: (sum, count) by metric.
+
+    Log p and log q of the token in nats, overlap of the likeliest tokens, both entropies. Empty if the teacher has no
+    whole distribution, or the student wrote nothing in this micro-batch.
+    """
     row_N, position_N = data.batch.response_positions()
     at_P = data.batch.rows_on(STUDENT)[row_N].nonzero()[:, 0]
     signal = data.teacher.signal
     device = data.hidden_ND.device
     if signal is None or not signal.whole or not len(at_P):
         return {}
-    at_P = at_P[torch.linspace(0, len(at_P) - 1, min(PLACES, len(at_P))).round().long()]
+    at_P = at_P[torch.linspace(0, len(at_P) - 1, min(POSITIONS, len(at_P))).round().long()]
     target_P1 = data.batch.tokens_BT[row_N[at_P], position_N[at_P] + 1][:, None].to(device)
     logits_PV = data.head.logits(data.hidden_ND[at_P.to(device)].detach(), Buffer())
     q = Distribution(logits_PV)
@@ -74,7 +82,7 @@ def teachers_view(data: StudentForward) -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is said when `key` is on the wrong side of `limit` and has moved by `factor` since the first steps."""
+    """Advice for when `key` is beyond `limit` (below or above it) and has changed by `factor` since the first steps."""
 
     key: str
     below: bool
@@ -85,31 +93,45 @@ class Rule:
 
 COLD_START = "give the student a cold start, lower its share, or raise max_tokens"
 RULES = (
-    Rule("finished", True, 0.5, 0.7, f"more and more answers run into max_tokens: {COLD_START}"),
+    Rule(
+        "finished", below=True, limit=0.5, factor=0.7, text=f"more and more answers run into max_tokens: {COLD_START}"
+    ),
     Rule(
         "repetition",
-        False,
-        0.3,
-        1.5,
-        "the student repeats itself: lower its share, or let the teacher join in (rollout.joint)",
+        below=False,
+        limit=0.3,
+        factor=1.5,
+        text="the student repeats itself: lower its share, or let the teacher join in (rollout.joint)",
     ),
-    Rule("length", True, 1e9, 0.5, "answers have become half as long: add text of the teacher, or lower train.lr"),
-    Rule("length", False, 0.0, 2.0, "answers have become twice as long: add text of the teacher, or lower train.lr"),
+    Rule(
+        "length",
+        below=True,
+        limit=1e9,
+        factor=0.5,
+        text="answers have become half as long: add text of the teacher, or lower train.lr",
+    ),
+    Rule(
+        "length",
+        below=False,
+        limit=0.0,
+        factor=2.0,
+        text="answers have become twice as long: add text of the teacher, or lower train.lr",
+    ),
     Rule(
         "distinct_2",
-        True,
-        0.3,
-        0.7,
-        "answers are becoming alike: add text of the teacher, or a divergence that covers (forward_kl)",
+        below=True,
+        limit=0.3,
+        factor=0.7,
+        text="answers are becoming alike: add text of the teacher, or a divergence that covers (forward_kl)",
     ),
 )
 FIRST_STEPS = 3
-RECENT = 0.7  # weight of what was seen before in the running mean that rules look at
+MOMENTUM = 0.7  # weight of earlier steps in the running mean that rules are checked on
 
 
 @dataclass
 class Advice:
-    """Watches the facts of the steps; every rule speaks once."""
+    """Checks the rules at every step; each gives its advice once. `said` lists the numbers of those that did."""
 
     first: Facts = field(default_factory=dict)
     recent: Facts = field(default_factory=dict)
@@ -117,13 +139,13 @@ class Advice:
     said: list[int] = field(default_factory=list)
 
     def on(self, facts: Mapping[str, float]) -> dict[str, Any]:
-        """What to say after this step: {"advice": [...]}, or nothing."""
+        """The advice after this step: {"advice": [...]}, or an empty dictionary."""
         self.steps += 1
         for key in {rule.key for rule in RULES}:
             value = float(facts[key])
             if self.steps <= FIRST_STEPS:
                 self.first[key] = self.first.get(key, 0.0) + value / FIRST_STEPS
-            self.recent[key] = RECENT * self.recent.get(key, value) + (1 - RECENT) * value
+            self.recent[key] = MOMENTUM * self.recent.get(key, value) + (1 - MOMENTUM) * value
         if self.steps <= FIRST_STEPS:
             return {}
         new = [number for number, rule in enumerate(RULES) if number not in self.said and self._broken(rule)]

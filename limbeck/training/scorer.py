@@ -1,4 +1,4 @@
-"""Score given answers by their log-probability under a model in process."""
+"""Scores answers by their log-probability under a model in process."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from limbeck.types import LogProb, UserError
 
 
 class ModelScorer:
-    """Answers `ScoreRequest`s. A text without messages follows the token that begins texts, or else the one that ends
-    them. Tokens beyond the model's context are left out of the score and of the token count."""
+    """Answers `ScoreRequest`s. Without messages, the answer follows the BOS token, or EOS if there is none. Tokens
+    beyond the model's context count neither for the score nor for the number of tokens."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.identity = model.identity
 
     def log_probs(self, questions: Sequence[ScoreRequest]) -> list[LogProb]:
-        """In the order of the questions.
+        """The log-probabilities, in the order of the questions.
 
         Raises:
             UserError: a prompt that fills the context.

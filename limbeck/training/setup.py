@@ -1,4 +1,4 @@
-"""From a recipe's terms to a training that is ready to start: what they read is computed or wired up here."""
+"""Makes a training ready to start: computes or connects what its terms read."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ View = Callable[[Batch], TeacherView]
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is to be trained on what, before anything is computed for it.
+    """A training before anything is computed for it.
 
     Args:
         terms: the losses.
-        rows: the text that is there before the training.
+        rows: text written before the training.
         settings: steps, rates, seed.
         folder: receives checkpoints and metrics.
         key: names the job in its checkpoints.
-        store: the database that keeps frozen models' opinions of the text; a cache lies beside it.
-        lora: adapters to train instead of all weights; they are added after references were scored.
-        cache: the form in which the teacher's distributions are kept, where they are.
-        writing: how the student writes its share of the text, where it does.
+        store: the database with the log-probabilities under frozen models; by default the cache lies beside it.
+        lora: adapters to train instead of all weights; added after the references are scored.
+        cache: the form in which the teacher's distributions are cached, if they are.
+        writing: how the student writes its share of the text, if it does.
     """
 
     terms: Sequence[Term]
@@ -66,7 +66,7 @@ class TrainingPlan:
 
     @property
     def tags_to_come(self) -> frozenset[str]:
-        """The tags of text that will be there only while training."""
+        """The tags of text that is only made during training."""
         tags = self.writing.tags if self.writing is not None else frozenset()
         return tags | ({MIXED} if self.settings.mixup is not None else set())
 
@@ -77,8 +77,8 @@ def make_job(
     teacher: Callable[[], Teacher],
     progress: Progress = lambda done, total, detail: None,
 ) -> TrainingJob:
-    """The training of `student` (as it is before any training), ready to start or to go on. The teacher is loaded only
-    where a term reads it.
+    """Make the training of `student` (with its initial weights) ready to start or to go on. The teacher is loaded only
+    if a term reads it.
 
     Raises:
         UserError: no text for a term, evidence that this teacher does not give, or a prompt that leaves no room.
@@ -126,13 +126,12 @@ def make_job(
 
 
 def common_vocab_size(student: Model, teacher: Teacher) -> int:
-    """How many tokens are compared: those that have a name. What a head is padded with means nothing, in either
-    model."""
+    """How many tokens are compared: all that both models have, without the padding of either head."""
     return min(head_of(student.net).vocab_size, teacher.vocab_size, student.vocab_size)
 
 
 def _usable_rows(plan: TrainingPlan) -> Sequence[Row]:
-    """The rows that the terms can read; UserError where a term has none."""
+    """The rows that the terms can read; UserError if a term has none."""
     rows = plan.rows
     to_come = plan.tags_to_come
     if any(term.loss.ranks for term in plan.terms):
@@ -152,7 +151,7 @@ def _check_gives(teacher: Teacher, reads: set[str]) -> None:
 
 
 def _weights(teacher: Callable[[], Teacher]) -> Model:
-    """The teacher's model; a recipe whose losses read it without weights was refused before."""
+    """The teacher's model; validation has refused losses that read it from a teacher without weights."""
     model = teacher().model
     assert model is not None
     return model
@@ -164,10 +163,11 @@ def _numbered(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _whole_groups(rows: Sequence[Row], least: int = 2, without_chosen: bool = False) -> list[Row]:
-    """Only prompts whose chosen answer is there and has another beside it; of equal answers the better placed one.
-    Where the student will write the other one, or the chosen one (`without_chosen`), that may lack.
+    """Drop prompts without a chosen answer or with fewer than `least` different answers. Of equal answers the better
+    placed one stays.
 
-    Without its chosen answer, a prompt's next one would pass for it; a lone answer is compared with nothing.
+    Without its chosen answer a prompt's next one would pass for it; a single answer is compared with nothing.
+    If the student will write the rejected answer, `least` is 1; if it will write the chosen one, `without_chosen`.
     """
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -184,7 +184,7 @@ def _whole_groups(rows: Sequence[Row], least: int = 2, without_chosen: bool = Fa
     return [row for group in whole for row in group.values()]
 
 
-# What is computed of the text before the first step
+# What is computed from the text before the first step
 
 
 def _with_references(
@@ -195,19 +195,19 @@ def _with_references(
     vocab_size: int | None,
     progress: Progress,
 ) -> Sequence[Row]:
-    """The rows with the log-probability that each frozen model gives their responses, where terms read that."""
+    """The rows with the log-probabilities of their responses under the frozen models that terms read."""
     names = {
         read.removeprefix("reference_") for term in plan.terms for read in term.reads if read.startswith("reference_")
     }
     for name in sorted(names):
         model = student if name == "start" else _weights(teacher)
-        read = rows if name == "start" else [_as_teacher_reads(row) for row in rows]
-        log_probs = _reference_log_probs(plan.store, model, read, vocab_size, progress=progress)
+        model_rows = rows if name == "start" else [_with_teacher_prompt(row) for row in rows]
+        log_probs = _reference_log_probs(plan.store, model, model_rows, vocab_size, progress=progress)
         rows = with_reference(rows, name, log_probs)
     return rows
 
 
-def _as_teacher_reads(row: Row) -> Row:
+def _with_teacher_prompt(row: Row) -> Row:
     if row.teacher_prompt_ids is None:
         return row
     return replace(row, prompt_ids=row.teacher_prompt_ids, teacher_prompt_ids=None)
@@ -216,14 +216,14 @@ def _as_teacher_reads(row: Row) -> Row:
 def _reference_log_probs(
     store: Path, model: Model, rows: Sequence[Row], vocab_size: int | None, progress: Progress
 ) -> dict[str, float]:
-    """log p(response) under a frozen model by sample id, from the store or computed now and kept there."""
+    """log p(response) under a frozen model by sample id, read from the store or computed and stored."""
     kind = "log_prob" if vocab_size is None else f"log_prob of {vocab_size} tokens"
-    with Store(store) as opened:
-        log_probs = {e.sample_id: float(e.value) for e in opened.evidence(kind) if e.judge == model.identity}
+    with Store(store) as database:
+        log_probs = {e.sample_id: float(e.value) for e in database.evidence(kind) if e.judge == model.identity}
         if missing := [row for row in rows if row.sample_id not in log_probs]:
             report = partial(_report, progress, "answers scored by the reference")
             computed = response_log_probs(model.net, missing, vocab_size, report)
-            opened.write_evidence(
+            database.write_evidence(
                 *(Evidence(sample_id, kind, model.identity, value) for sample_id, value in computed.items())
             )
             log_probs |= computed
@@ -233,11 +233,11 @@ def _reference_log_probs(
 def _cached(
     plan: TrainingPlan, student: Model, teacher: Teacher, live: View, rows: Sequence[Row], progress: Progress
 ) -> View:
-    """The teacher's side of a batch from the cache, filled now with what it lacks."""
+    """A view that reads the teacher's distributions from the cache; computes those that are missing first."""
     assert plan.cache is not None
     home = plan.store.parent
     folder = home / "signals" if plan.cache.folder is None else Path(plan.cache.folder).expanduser()
-    with exclusive(folder / "lock", wait=True):  # runs that share it fill it one after the other
+    with exclusive(folder / "lock", wait=True):  # runs that share it fill it one after another
         vocab_size = common_vocab_size(student, teacher)
         cache = SignalCache(folder, teacher.identity, vocab_size, plan.cache, device=student.net.device)
         report = partial(_report, progress, "keeping what the teacher knows of the text")
@@ -263,7 +263,7 @@ def _prepare(job: TrainingJob, teacher: Callable[[], Teacher], progress: Progres
 
 
 def _bind(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> BoundLoss:
-    """What the term learns beside the student."""
+    """The term's loss with its own parameters, for these two models."""
     ours = student.config.get_text_config()
     theirs = teacher.config.get_text_config()
     embed: Any = student.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""The student as a writer, wired up: who asks it, in process or through a server, and what stands beside its text."""
+"""How the student writes text during training, in process or through a server, and the columns beside its text."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class StudentWriting:
 
     Args:
         slots: the training prompts as rows without a response.
-        share: the student's share of the text; `fresh`, how much of that is written anew.
+        share: the student's share of the text.
+        fresh: the part of the student's text that is not replayed.
         max_length: how many tokens student and teacher both can read.
-        second_model: loads the model that writes together with the student, where the recipe has two write one text.
+        second_model: loads the model that writes jointly with the student, if the recipe has one.
     """
 
     recipe: Recipe
@@ -58,7 +59,7 @@ class StudentWriting:
 
     @property
     def tags(self) -> frozenset[str]:
-        """The tags that its text will have."""
+        """The tags that the student's text will have."""
         tags = frozenset(tag for slot in self.slots for tag in slot.tags) | {STUDENT}
         if not self.recipe.all_answer:
             return tags
@@ -66,10 +67,13 @@ class StudentWriting:
 
 
 def watch_prompts(job: TrainingJob, writing: StudentWriting) -> tuple[TrainingJob, Watch | None, Sequence[Row]]:
-    """For an adaptive share: (the job without the rows that are watched, the loss on those, the slots without theirs).
+    """Set validation prompts aside for an adaptive share.
+
+    Returns (job without their rows, the loss on those rows, slots without theirs); for any other share, the job and
+    the slots as they are, and None.
 
     Raises:
-        UserError: a prompt that leaves no room for an answer, or too few prompts to watch some.
+        UserError: a prompt that leaves no room for an answer, or too few prompts to set some aside.
     """
     _check_room(writing)
     if writing.share.shape != "plateau":
@@ -83,7 +87,7 @@ def watch_prompts(job: TrainingJob, writing: StudentWriting) -> tuple[TrainingJo
             f"an adaptive share watches the text of {prompts} prompts, and there are {len(groups)}: add prompts"
         )
     watched = set(groups[:prompts])
-    settings = job.settings.model_copy(update={"steps": job.steps, "epochs": None})  # as many as without watching
+    settings = job.settings.model_copy(update={"steps": job.steps, "epochs": None})  # as many as with all prompts
     watched_rows = [row for row in job.rows if row.group in watched]
     batches = [make_batch(watched_rows, micro_batch) for micro_batch in even_batches(watched_rows)]
     job = replace(job, rows=[row for row in job.rows if row.group not in watched], settings=settings)
@@ -100,7 +104,7 @@ def rollouts(
     scores: Remembered | None,
     watched: Watch | None,
 ) -> Rollouts:
-    """The student's text, mixed with the job's rows where there are any, as the source of the steps' text."""
+    """The `Source` in which the student's text is mixed with the job's rows, if there are any."""
     recipe = writing.recipe
     settings = writing.settings
     writer = recipe.student_writer
@@ -123,24 +127,24 @@ def rollouts(
         seed=job.settings.seed,
         tokens_per_step=job.settings.tokens_per_step,
         ends=student.eos_ids,
-        order=[each.by for each in recipe.writer] if recipe.all_answer else [],
+        order=[each_writer.by for each_writer in recipe.writer] if recipe.all_answer else [],
         columns=_columns(job, scores),
         watched=watched,
     )
 
 
 def remember_scores(terms: Sequence[Term], view: Callable[[Batch], TeacherView]) -> Remembered | None:
-    """The teacher as one that scores whole responses first and shows the same again, where a loss needs that."""
+    """A teacher that scores whole responses before they are trained on; None if no loss needs that."""
     return Remembered(view) if _spanning(terms) else None
 
 
 def _spanning(terms: Sequence[Term]) -> list[Term]:
-    """The terms that read numbers computed of whole responses."""
+    """The terms that read columns computed from whole responses."""
     return [term for term in terms if term.loss.spans_responses]
 
 
 def _columns(job: TrainingJob, scores: Remembered | None) -> Callable[[list[Row], float], list[Row]]:
-    """Adds the columns that the job's losses make of whole responses."""
+    """A function that adds the columns which the job's losses compute from whole responses."""
     if scores is None:
         return lambda rows, _: rows
     terms = _spanning(job.terms)
@@ -160,7 +164,7 @@ def _writer_of(
     settings = writing.settings
     if settings.through is not None:
         server = _server(settings.through, job, student, settings.rows)
-        if distributed.rank() == 0:  # so that a server that can't do it is found out now
+        if distributed.rank() == 0:  # so that a server that can't do it fails now
             server.sync(student.net, student.tokenizer)
             server.probe(student.net, slots[0].prompt_ids)
         return partial(_ask_server, student, server, writing.stop)
@@ -227,7 +231,7 @@ def _server(through: Server, job: TrainingJob, student: Model, rows: int) -> Vll
 
 
 def _ask_server(student: Model, server: VllmWriter, stop: Stop, jobs: Sequence[GenerationJob]) -> list[Completion]:
-    """The same from a server that is given the student's weights first; the first rank asks for all."""
+    """The answers from a server, which is sent the student's weights first; rank 0 asks for all ranks."""
     completions: list[Completion] = []
     if distributed.rank() == 0:
         server.sync(student.net, student.tokenizer)
