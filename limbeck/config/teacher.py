@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
@@ -142,12 +143,17 @@ class CacheSettings(Section):
 MORE_FORMS: dict[str, type[Section]] = {}  # settings of forms from outside the package; `signals/forms.py` fills it
 
 
-def _with_more_forms(cache: Any) -> Any:
+def _with_more_forms(settings: Any) -> Any:
     """The settings of a cache, which may also name one of `MORE_FORMS`."""
-    if not MORE_FORMS or isinstance(cache, CacheSettings):
-        return cache
-    fields: Any = {name: (section | None, None) for name, section in MORE_FORMS.items()}
-    return create_model("CacheSettings", __base__=CacheSettings, **fields).model_validate(cache)
+    if not MORE_FORMS or isinstance(settings, CacheSettings):
+        return settings
+    return _settings_of(tuple(MORE_FORMS.items())).model_validate(settings)
+
+
+@cache
+def _settings_of(forms: tuple[tuple[str, type[Section]], ...]) -> type[CacheSettings]:
+    fields: Any = {name: (section | None, None) for name, section in forms}
+    return create_model("CacheSettings", __base__=CacheSettings, **fields)
 
 
 Cache = Annotated[SerializeAsAny[CacheSettings], BeforeValidator(_with_more_forms)]

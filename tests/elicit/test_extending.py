@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from limbeck.runs.catalogue import methods
 from pydantic import Field
 
 from limbeck.config.sections import Elicit
@@ -28,6 +27,7 @@ from limbeck.elicit.flow import (
     with_scores,
 )
 from limbeck.elicit.step import AskingStep, Estimate, LocalStep, register
+from limbeck.runs.catalogue import methods
 from limbeck.storage.store import Store
 from limbeck.types import Generated, RecipeError, Sample, Sampling
 
