@@ -25,7 +25,7 @@ from limbeck.config.sections import (
     Writer,
     check_shares,
 )
-from limbeck.config.teacher import TEACHER_KINDS, TeacherSettings, teacher_data
+from limbeck.config.teacher import TEACHER_KINDS, TeacherSettings, kind_of, teacher_data
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
@@ -72,10 +72,15 @@ class Recipe(Section):
             )
         return self
 
-    @field_validator("teacher", mode="before")
+    @field_validator("teacher", mode="plain")
     @classmethod
     def _by_kind(cls, teacher: Any) -> Any:
-        return teacher_data(teacher)
+        data = teacher_data(teacher)
+        section = TEACHER_KINDS[kind_of(data)]
+        try:
+            return section.model_validate(data)
+        except ValidationError as error:
+            raise explain(error, section, "teacher") from None
 
     @field_serializer("teacher")
     def _as_short_as_possible(self, teacher: TeacherSettings) -> Any:
@@ -276,16 +281,12 @@ def explain(error: ValidationError, root: type[Section], path: str = "") -> Reci
     if isinstance(refusal := first.get("ctx", {}).get("error"), RecipeError):
         return refusal
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith(NOT_KEYS))]
-    teacher_kind = location[1] if location[:1] == ["teacher"] and location[1:2] and location[1] in TEACHER_KINDS else ""
-    location = [part for part in location if part != teacher_kind]
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     kind = first["type"]
     value = first.get("input")
     if kind == "extra_forbidden":
-        return RecipeError(
-            path, f"unknown key{nearest(str(location[-1]), _legal_keys(root, location[:-1], str(teacher_kind)))}"
-        )
+        return RecipeError(path, f"unknown key{nearest(str(location[-1]), _legal_keys(root, location[:-1]))}")
     if kind == "missing":
         return RecipeError(path, "is required")
     if kind == "literal_error":
@@ -296,7 +297,7 @@ def explain(error: ValidationError, root: type[Section], path: str = "") -> Reci
     return RecipeError(path, message if kind == "value_error" else f"{message}; got {value!r}")
 
 
-def _legal_keys(root: type[Section], location: Sequence[str | int], teacher_kind: str = "") -> list[str]:
+def _legal_keys(root: type[Section], location: Sequence[str | int]) -> list[str]:
     """The keys of the section at `location`."""
     section: Any = root
     for part in location:
@@ -306,8 +307,6 @@ def _legal_keys(root: type[Section], location: Sequence[str | int], teacher_kind
         if part not in fields:
             return []
         section = _section_in(fields[part].annotation) or section
-        if part == "teacher":
-            section = TEACHER_KINDS.get(teacher_kind, section)
     return [field.alias or name for name, field in section.model_fields.items()]
 
 

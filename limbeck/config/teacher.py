@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
 
 from limbeck.config.sections import Section
 from limbeck.types import RecipeError, nearest
@@ -108,7 +109,7 @@ class CachedSamples(Section):
 
 
 class CacheSettings(Section):
-    """What to compute once of the teacher and keep: exactly one of the three.
+    """What to compute once of the teacher and keep: exactly one of the three, or of `MORE_FORMS`.
 
     `folder` may be shared by runs; by default it is the run's `signals/`.
     """
@@ -137,6 +138,25 @@ class CacheSettings(Section):
     def form(self) -> dict[str, Any]:
         """What is kept, as plain data. Caches of the same form hold the same numbers."""
         return self.model_dump(mode="json", exclude_none=True, exclude={"folder"})
+
+
+MORE_FORMS: dict[str, type[Section]] = {}  # settings of forms from outside the package; `signals/forms.py` fills it
+
+
+def _with_more_forms(settings: Any) -> Any:
+    """The settings of a cache, which may also name one of `MORE_FORMS`."""
+    if not MORE_FORMS or isinstance(settings, CacheSettings):
+        return settings
+    return _settings_of(tuple(MORE_FORMS.items())).model_validate(settings)
+
+
+@cache
+def _settings_of(forms: tuple[tuple[str, type[Section]], ...]) -> type[CacheSettings]:
+    fields: Any = {name: (section | None, None) for name, section in forms}
+    return create_model("CacheSettings", __base__=CacheSettings, **fields)
+
+
+Cache = Annotated[SerializeAsAny[CacheSettings], BeforeValidator(_with_more_forms)]
 
 
 class Other(Section):
@@ -179,7 +199,7 @@ class LocalTeacher(Section):
     kind: Literal["local"] = "local"
     model: str
     server: Served | None = None
-    cache: CacheSettings | None = None
+    cache: Cache | None = None
     context: Context | None = None
 
     REFUSES: ClassVar[dict[str, str]] = {}
@@ -258,7 +278,7 @@ class ServedTeacher(Section):
     kind: Literal["served"] = "served"
     model: None = None
     server: Served
-    cache: CacheSettings | None = None
+    cache: Cache | None = None
     context: None = None
 
     REFUSES: ClassVar[dict[str, str]] = {
@@ -302,15 +322,9 @@ def kind_of(teacher: Any) -> str:
     return "served" if teacher.get("model") is None and teacher.get("server") is not None else "local"
 
 
-TeacherSettings = Annotated[
-    Annotated[LocalTeacher, Tag("local")]
-    | Annotated[SelfTeacher, Tag("self")]
-    | Annotated[SeveralTeachers, Tag("several")]
-    | Annotated[BridgedTeacher, Tag("bridged")]
-    | Annotated[ServedTeacher, Tag("served")],
-    Discriminator(kind_of),
-]
-TEACHER_KINDS = {
+TeacherSettings = LocalTeacher | SelfTeacher | SeveralTeachers | BridgedTeacher | ServedTeacher
+# A kind from outside the package has these keys too: `kind` (without a default), model, server, cache, context.
+TEACHER_KINDS: dict[str, type[Section]] = {
     "local": LocalTeacher,
     "self": SelfTeacher,
     "several": SeveralTeachers,

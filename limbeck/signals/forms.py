@@ -1,7 +1,8 @@
 """The forms in which a cache can hold a teacher's distributions, one class for each.
 
 A new form is a section of `CacheSettings` (config/teacher.py) and a class here, listed in FORMS: its name in the
-recipe, what it can be filled from, what it packs and unpacks, and which divergences it supports.
+recipe, what it can be filled from, what it packs and unpacks, and which divergences it supports. From outside the
+package, `register_form` adds both.
 
 Shapes: N response positions, E width of the teacher, V vocabulary, C positions of a chunk, K tokens of a position, S
 draws, M ids of all positions.
@@ -12,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from limbeck.config.teacher import CachedHidden, CachedSamples, CachedTop, CacheSettings
+from limbeck.config.sections import Section
+from limbeck.config.teacher import MORE_FORMS, CachedHidden, CachedSamples, CachedTop, CacheSettings
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import Divergence
 from limbeck.objectives.head import CHUNK_ELEMENTS, Head, TeacherSignal, TopTokens, chunks
@@ -65,6 +67,9 @@ class KeptForm(Protocol):
 
     def unpack(self, texts: Sequence[Mapping[str, Tensor]], vocab_size: int, head: Head | None) -> TeacherSignal:
         """The signal of several texts' positions, one text after the other."""
+
+
+AnyForm = TypeVar("AnyForm", bound=KeptForm)
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,18 @@ class SampledForm(KeptForm):
 
 
 FORMS: dict[str, Callable[[Any], KeptForm]] = {form.name: form for form in (HiddenForm, TopKForm, SampledForm)}
+
+
+def register_form(section: type[Section]) -> Callable[[type[AnyForm]], type[AnyForm]]:
+    """Make the decorated class a form that `teacher.cache` can name, with `section` as its settings."""
+
+    def add(form: type[AnyForm]) -> type[AnyForm]:
+        assert form.name not in FORMS, f"two forms are named {form.name}"
+        FORMS[form.name] = form
+        MORE_FORMS[form.name] = section
+        return form
+
+    return add
 
 
 def form_of(settings: CacheSettings) -> KeptForm:
