@@ -233,7 +233,7 @@ class SeveralTeachers(Section):
     kind: Literal["several"] = "several"
     model: str
     weight: Annotated[float, Field(gt=0)] = 1.0
-    beside: Annotated[list[Other], Field(min_length=1)]
+    beside: list[Other] = Field(default_factory=list)
     together: Together = "mean"
     server: Served | None = None
     cache: None = None
@@ -247,6 +247,8 @@ class SeveralTeachers(Section):
 
     @model_validator(mode="after")
     def _two(self) -> SeveralTeachers:
+        if not self.beside:
+            raise ValueError("weight and together speak of several teachers: name others in beside, or leave those out")
         if self.together == "uncertainty" and (len(self.beside) != 1 or self.beside[0].only is not None):
             raise ValueError(
                 "uncertainty moves between two teachers: name one small model beside the large one, without `only`"
@@ -333,6 +335,10 @@ TEACHER_KINDS: dict[str, type[Section]] = {
 }
 
 
+# what a recipe could say of any teacher before there were kinds, and changed nothing
+OLD_DEFAULTS: dict[str, Any] = {"weights": "own", "decay": 0.95, "weight": 1.0, "together": "mean", "beside": []}
+
+
 def teacher_data(teacher: Any) -> Any:
     """A recipe's teacher as the data of its kind: a name stands for a local model, and a key of another kind is
     refused.
@@ -344,7 +350,7 @@ def teacher_data(teacher: Any) -> Any:
         return {"model": teacher}
     if not isinstance(teacher, Mapping):
         return teacher
-    data = {key: value for key, value in teacher.items() if value is not None and (key, value) != ("weights", "own")}
+    data = {key: value for key, value in teacher.items() if value is not None and value != OLD_DEFAULTS.get(key)}
     kind = kind_of(data)
     if kind not in TEACHER_KINDS:
         raise RecipeError("teacher.kind", f"{kind!r} is no kind of teacher{nearest(kind, TEACHER_KINDS)}")

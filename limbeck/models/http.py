@@ -210,8 +210,8 @@ class Connection:
 
 @dataclass(frozen=True)
 class Backoff:
-    """How often a request is tried and how long the pauses are: what the server asks for (up to `longest_asked`), or
-    else pauses that double from `first` to `longest`, each up to half shorter or longer."""
+    """How often a request is tried and how long the pauses are: they double from `first` to `longest`, each up to half
+    shorter or longer, and are at least what the server asks for (up to `longest_asked`)."""
 
     tries: int
     first: float = 0.5
@@ -220,9 +220,8 @@ class Backoff:
 
     def pause(self, attempt: int, reply: Reply) -> float:
         """Seconds to wait after try `attempt` (from 0)."""
-        if reply.retry_after:
-            return min(self.longest_asked, reply.retry_after)
-        return min(self.longest, self.first * 2.0**attempt) * random.uniform(0.5, 1.5)  # noqa: S311 (jitter, not a secret)
+        pause = min(self.longest, self.first * 2.0**attempt) * random.uniform(0.5, 1.5)  # noqa: S311 (no secret)
+        return max(pause, min(self.longest_asked, reply.retry_after or 0.0))
 
 
 async def send_with_retries(

@@ -33,7 +33,7 @@ def _hash_now(resolved: Any) -> str | None:
         return None
 
 
-def claim(folder: Path, recipe: Recipe, inputs: dict[str, str], probe: Callable[[], None]) -> None:
+def claim(folder: Path, recipe: Recipe, inputs: Callable[[], dict[str, str]], probe: Callable[[], None]) -> None:
     """Bind the folder to this recipe and these inputs.
 
     Args:
@@ -59,12 +59,13 @@ def claim(folder: Path, recipe: Recipe, inputs: dict[str, str], probe: Callable[
     else:
         write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
     inputs_file = folder / "inputs.json"
+    facts = inputs()
     if inputs_file.exists():
         before = json.loads(inputs_file.read_text())
-        if changed := sorted(key for key in inputs.keys() | before.keys() if before.get(key) != inputs.get(key)):
+        if changed := sorted(key for key in facts.keys() | before.keys() if before.get(key) != facts.get(key)):
             raise UserError(
                 f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out"
             )
     else:
         probe()
-        write_json(inputs_file, inputs)
+        write_json(inputs_file, facts)

@@ -149,6 +149,7 @@ class Comparison:
             complete.append(Entry(entry.name, entry.recipe.model_copy(update={"student": student, "train": train})))
         return complete
 
+    @cached_property
     def runs(self) -> list[tuple[str, int, Run]]:
         """(method, seed, run), seed by seed, so that an unfinished comparison covers every method."""
 
@@ -165,7 +166,7 @@ class Comparison:
     def train_and_measure(self) -> dict[str, list[SystemRecords]]:
         """Every system's records: teacher, untouched, then the methods with one per seed."""
         bench = self.bench()
-        runs = self.runs()
+        runs = self.runs
         for _, _, run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
             claim_run(run)
@@ -191,7 +192,7 @@ class Comparison:
         pairs = [(method, self.base) for method in methods if method != self.base]
         summary = summarise(systems, tasks, pairs)
         _adjust(summary["paired"])
-        runs = self.runs()
+        runs = self.runs
         comparison = {
             "name": self.folder.name,
             "base": self.base,
@@ -305,6 +306,7 @@ def compare(
     for entry in found:  # how many steps there will be is known once the text is there
         length = {"steps": entry.recipe.train.steps or 1, "epochs": None} if common.fixed_writers else {}
         check(entry.recipe.model_copy(update={"train": entry.recipe.train.model_copy(update=length)}))
+    resolve(common)  # refused before the folder is made
     folder = (
         Path(out)
         if out is not None

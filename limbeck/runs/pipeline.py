@@ -368,9 +368,12 @@ def run(
 
 def claim_run(run: Run) -> None:
     """Bind the run's folder to its recipe, prompts and teacher, or refuse that of another run."""
-    inputs = {"teacher": run.models.teacher_identity, "prompts": run.method.prompts_key}
-    if run.recipe.teacher.server is not None:
-        inputs["server"] = run.models.server_identity
+
+    def inputs() -> dict[str, str]:
+        facts = {"teacher": run.models.teacher_identity, "prompts": run.method.prompts_key}
+        if run.recipe.teacher.server is not None:
+            facts["server"] = run.models.server_identity
+        return facts
 
     def probe() -> None:
         if (scorer := run.models.server_scorer) is not None:

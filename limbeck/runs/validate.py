@@ -222,7 +222,7 @@ def _check_cache(use: TeacherUse, cache: CacheSettings) -> None:
     if recipe.train.mixup is not None:
         raise RecipeError(path, "a teacher that reads mixed text is asked at every step; leave the cache out")
     for term in use.terms:
-        if "teacher_distribution" not in term.reads:
+        if term.name not in DIVERGENCES:  # other losses say themselves whether they can do with a cache
             continue
         if refusal := form_of(cache).refusal(DIVERGENCES[term.name], softened=term.settings.softened()):
             raise RecipeError(use.loss_path(term), refusal)

@@ -157,7 +157,7 @@ def test_a_recipe_says_what_several_teachers_cannot(recipe_data, tiny_folder):
     model = str(tiny_folder)
     beside = [{"model": model}]
     for change, says in (
-        ({"together": "uncertainty"}, "is required"),
+        ({"together": "uncertainty"}, "speak of several teachers"),
         ({"beside": beside, "cache": {"hidden": {}}}, "asked at every step"),
         ({"beside": [*beside, *beside], "together": "uncertainty"}, "between two teachers"),
         ({"beside": [{"model": model, "only": "techer"}]}, "did you mean 'teacher'"),
