@@ -1,4 +1,4 @@
-"""One model's next-token distributions at some positions, with what losses share computed once.
+"""One model's next-token distributions at some positions; what losses share is computed once.
 
 Shapes: R positions, V outcomes (the vocabulary, or a teacher's top tokens and a bucket for the rest).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from limbeck.objectives.precision import full_precision
 
 ValueAndGradient = tuple[Tensor, Tensor]  # values [R] and their gradient for the student's logits [R, V]
-IMPOSSIBLE = -1e30  # the logit of an outcome of probability zero: finite, so that 0 log 0 stays 0 and no NaN is born
+IMPOSSIBLE = -1e30  # the logit of an outcome of probability zero: finite, so that 0 log 0 is 0 and not NaN
 
 
 class Distribution:
@@ -21,7 +21,7 @@ class Distribution:
 
     def __init__(self, logits_RV: Tensor) -> None:
         self.logits_RV = full_precision(logits_RV)
-        # not itself: a circle would keep its tensors until the next collection
+        # never `self`: a reference cycle would keep its tensors until the next garbage collection
         self._softened: dict[float, Distribution] = {}
 
     @cached_property
@@ -50,7 +50,7 @@ class Distribution:
 
 
 def finite(logits: Tensor) -> Tensor:
-    """-inf becomes IMPOSSIBLE; all else stays, so that NaN and +inf are still found."""
+    """The logits with IMPOSSIBLE in place of -inf. NaN and +inf stay, so that a check can find them."""
     return torch.where(logits == -torch.inf, IMPOSSIBLE, full_precision(logits))
 
 
@@ -68,9 +68,9 @@ def least_of_mass(prob_RV: Tensor, mass: float) -> Tensor:
     bins_RV = prob_RV.float().view(torch.int32) >> BIN_SHIFT
     inside_RH = prob_RV.new_zeros(len(prob_RV), BINS).scatter_add_(-1, bins_RV.long(), prob_RV)
     from_RH = inside_RH.flip(-1).cumsum(-1).flip(-1)  # mass of a bin and all above it
-    wanted_R1 = from_RH[:, :1].clamp_max(mass)  # rounding may leave the mass out of reach
-    bin_R1 = (from_RH >= wanted_R1).sum(-1, keepdim=True) - 1
-    missing_R = (wanted_R1 - (from_RH - inside_RH).gather(-1, bin_R1))[:, 0]
+    target_R1 = from_RH[:, :1].clamp_max(mass)  # rounding may leave the mass out of reach
+    bin_R1 = (from_RH >= target_R1).sum(-1, keepdim=True) - 1
+    missing_R = (target_R1 - (from_RH - inside_RH).gather(-1, bin_R1))[:, 0]
     row_S, column_S = (bins_RV == bin_R1.int()).nonzero(as_tuple=True)
     prob_S, order = prob_RV[row_S, column_S].sort(descending=True)
     row_S, by_row = row_S[order].sort(stable=True)

@@ -2,7 +2,7 @@
 
 The head walks the response positions in chunks, projects their hidden states to logits, asks every term for its values
 and closed-form gradients in blocks small enough for the processor's cache, and turns those into the gradients of the
-hidden states and of the head in the same pass: no graph, no logits kept. Prompt and padding positions never get here.
+hidden states and of the head in the same pass: no graph, no stored logits. Prompt and padding positions are left out.
 
 Shapes: N response positions, C positions of a chunk, R of a block, D width of the student, V vocabulary, K terms.
 """
@@ -10,7 +10,7 @@ Shapes: N response positions, C positions of a chunk, R of a block, D width of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from limbeck.objectives.divergence import Divergence
 from limbeck.objectives.precision import full_precision
 
 CHUNK_ELEMENTS = 18 * 2**20  # logits projected at once: 72 MiB in fp32 for each model
-BLOCK_ELEMENTS = 2**19  # logits a term sees at once on a CPU
+BLOCK_ELEMENTS = 2**19  # logits that a term reads at once on a CPU
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,22 @@ class Head:
         return len(self.weight_VD)
 
     def cut(self, vocab_size: int) -> Head:
-        """Only the first `vocab_size` tokens: what is left when another model's vocabulary is padded less."""
+        """The head of the first `vocab_size` tokens: without padding that the other model does not have."""
         if vocab_size == self.vocab_size:
             return self
         low_rank = (
             None if self.low_rank is None else (self.low_rank[0], self.low_rank[1][:vocab_size], self.low_rank[2])
         )
         bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
-        return Head(self.weight_VD[:vocab_size], bias_V, self.scale, self.softcap, low_rank)
+        return replace(self, weight_VD=self.weight_VD[:vocab_size], bias_V=bias_V, low_rank=low_rank)
 
     def detached(self) -> Head:
-        """The same numbers without a gradient, and these numbers even if the model's parameters are given others."""
+        """The same numbers without a gradient."""
         low_rank = (
             None if self.low_rank is None else (self.low_rank[0].detach(), self.low_rank[1].detach(), self.low_rank[2])
         )
-        return Head(
-            self.weight_VD.detach(),
-            None if self.bias_V is None else self.bias_V.detach(),
-            self.scale,
-            self.softcap,
-            low_rank,
-        )
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return replace(self, weight_VD=self.weight_VD.detach(), bias_V=bias_V, low_rank=low_rank)
 
     def products(self, hidden_ND: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(x, W) whose products x W^T add up to the logits before the cap; x is as small as the hidden states."""
@@ -82,23 +77,23 @@ class Head:
 
 
 class Buffer:
-    """The memory of one chunk's logits, written anew by each chunk: new pages cost more than what a loss does on
+    """The memory of one chunk's logits, which each chunk overwrites: new pages cost more than what a loss does on
     them."""
 
     def __init__(self) -> None:
-        self._held: Tensor | None = None
+        self._memory: Tensor | None = None
 
     @torch.no_grad()
     def product(self, x_CD: Tensor, weight_VD: Tensor) -> Tensor:
         """x W^T without a graph, in memory that the next call overwrites."""
         x_CD, rows = x_CD.to(weight_VD.dtype), len(x_CD)
-        if self._held is None or len(self._held) < rows:
-            self._held = weight_VD.new_empty(rows, len(weight_VD))
-        return torch.mm(x_CD, weight_VD.T, out=self._held[:rows])
+        if self._memory is None or len(self._memory) < rows:
+            self._memory = weight_VD.new_empty(rows, len(weight_VD))
+        return torch.mm(x_CD, weight_VD.T, out=self._memory[:rows])
 
 
 def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None, buffer: Buffer | None = None) -> Tensor:
-    """cap(sum x W^T) in fp32 or better; where a `buffer` is given, without a graph and valid until its next use."""
+    """cap(sum x W^T) in fp32 or better. In a `buffer` it has no graph and is valid until the buffer's next use."""
     (x_CD, weight_VD), *others = parts
     logits_CV = full_precision(buffer.product(x_CD, weight_VD) if buffer else x_CD.to(weight_VD.dtype) @ weight_VD.T)
     for x, weight in others:
@@ -109,8 +104,10 @@ def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None, buffe
 
 
 class TeacherRows(Protocol):
-    """The teacher's side of a block. `p` is its whole distribution, where the signal has that; `log_prob` that of the
-    written tokens."""
+    """The teacher's side of a block.
+
+    `p` is its whole distribution, if the signal has one, and `log_prob` its log-probability of the target tokens.
+    """
 
     @property
     def p(self) -> Distribution: ...
@@ -153,7 +150,7 @@ class VocabularyTerm(Protocol):
 
 @dataclass(frozen=True)
 class PositionEvidence:
-    """What stands beside the N response positions: their tokens, the teacher's distribution, and named columns [N]."""
+    """The evidence at the N response positions: target tokens, the teacher's distribution, and named columns [N]."""
 
     targets_N: Tensor
     teacher: TeacherSignal | None = None
@@ -203,38 +200,48 @@ def fused_loss(
     flat = [tensor for part in parts for tensor in part]
     # integers would round the scales away
     weight_KN = weight_KN.to(torch.promote_types(hidden_ND.dtype, torch.float32))
-    loss, sums_K = _Fused.apply(list(terms), list(scales), weight_KN, evidence, head.softcap, *flat)
+    loss, sums_K = _Fused.apply(_FusedTask(terms, scales, weight_KN, evidence, softcap=head.softcap), *flat)
     return Total(loss, {term.label: float(value) for term, value in zip(terms, sums_K.tolist(), strict=True)})
+
+
+@dataclass(frozen=True)
+class _FusedTask:
+    """What `fused_loss` computes, apart from the tensors that get a gradient."""
+
+    terms: Sequence[VocabularyTerm]
+    scales: Sequence[float]
+    weight_KN: Tensor
+    evidence: PositionEvidence
+    softcap: float | None
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        terms: list[VocabularyTerm],
-        scales: list[float],
-        weight_KN: Tensor,
-        evidence: PositionEvidence,
-        softcap: float | None,
-        *flat: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, task: _FusedTask, *flat: Tensor) -> tuple[Tensor, Tensor]:
         xs = flat[0::2]
         weights = flat[1::2]
         grads = [
-            torch.zeros_like(t) if needed else None for t, needed in zip(flat, ctx.needs_input_grad[5:], strict=True)
+            torch.zeros_like(t) if needed else None for t, needed in zip(flat, ctx.needs_input_grad[1:], strict=True)
         ]
-        sums_K = torch.zeros(len(terms), dtype=torch.float64, device=xs[0].device)
-        factors = weight_KN.new_tensor(scales)[:, None]
+        sums_K = torch.zeros(len(task.terms), dtype=torch.float64, device=xs[0].device)
+        factors = task.weight_KN.new_tensor(task.scales)[:, None]
         buffer = Buffer()
         for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
-            grad_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], softcap, buffer)
-            teacher = None if evidence.teacher is None else evidence.teacher.chunk(part)
+            grad_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], task.softcap, buffer)
+            teacher = None if task.evidence.teacher is None else task.evidence.teacher.chunk(part)
             for rows in _blocks(grad_CV):
                 here = slice(part.start + rows.start, part.start + rows.stop)
-                block = evidence.block(
+                block = task.evidence.block(
                     here, Distribution(grad_CV[rows]), None if teacher is None else teacher.rows(rows)
                 )
-                sums_K += _gradient(terms, block, weight_KN[:, here], factors, softcap, out_RV=grad_CV[rows])
+                sums_K += _gradient(
+                    task.terms,
+                    block,
+                    task.weight_KN[:, here],
+                    factors,
+                    softcap=task.softcap,
+                    out_RV=grad_CV[rows],
+                )
             for x, weight, grad_x, grad_weight in zip(xs, weights, grads[0::2], grads[1::2], strict=True):
                 own_CV = grad_CV.to(weight.dtype)
                 if grad_x is not None:
@@ -243,20 +250,20 @@ class _Fused(torch.autograd.Function):
                     grad_weight.addmm_(own_CV.T, x[part].to(weight.dtype))
         ctx.grads = grads
         ctx.mark_non_differentiable(sums_K)
-        loss = (sums_K * sums_K.new_tensor(scales)).sum()
-        return loss.to(weight_KN.dtype), sums_K
+        loss = (sums_K * sums_K.new_tensor(task.scales)).sum()
+        return loss.to(task.weight_KN.dtype), sums_K
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         factor = grads[0]
         scaled = [None if g is None else g if factor == 1 else g * factor.to(g.dtype) for g in ctx.grads]
-        return None, None, None, None, None, *scaled
+        return None, *scaled
 
 
 def compared(
     hidden_ND: Tensor, head: Head, teacher: TeacherSignal
 ) -> Iterator[tuple[slice, Distribution, Distribution]]:
-    """(positions, student's q, teacher's p) block by block, for measuring; a signal with whole distributions only."""
+    """(positions, student's q, teacher's p) block by block. The signal must have whole distributions."""
     parts = [(x_ND.detach(), weight.detach()) for x_ND, weight in head.products(hidden_ND)]
     buffer = Buffer()
     for part in chunks(len(hidden_ND), head.vocab_size, CHUNK_ELEMENTS):
@@ -281,7 +288,7 @@ def _gradient(
     softcap: float | None,
     out_RV: Tensor,
 ) -> Tensor:
-    """Each term's weighted sum [K]; the gradient of their whole for the projection goes over the logits in `out_RV`."""
+    """Each term's weighted sum [K]. The gradient of their sum overwrites the projected logits in `out_RV`."""
     slope = None if softcap is None else 1 - (out_RV / softcap).square()
     sums = []
     total_RV = None
@@ -298,7 +305,7 @@ def _gradient(
 def token_log_probs(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
     """log q(target) per position [N], fp32 or better, differentiable: for losses that are not sums over tokens.
 
-    The backward pass projects the chunks again, so no logits are kept.
+    The backward pass projects the chunks again, so no logits are stored.
     """
     parts = head.products(hidden_ND)
     flat = [tensor for part in parts for tensor in part]
@@ -313,27 +320,26 @@ class _LogProbs(torch.autograd.Function):
         ctx.softcap = softcap
         xs = flat[0::2]
         weights = flat[1::2]
-        found = []
+        log_probs = []
         buffer = Buffer()
         for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
             logits_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], softcap, buffer)
-            found.append(logits_CV.gather(-1, targets_N[part, None])[:, 0] - logits_CV.logsumexp(-1))
-        return torch.cat(found) if found else full_precision(xs[0].new_zeros(0))
+            log_probs.append(logits_CV.gather(-1, targets_N[part, None])[:, 0] - logits_CV.logsumexp(-1))
+        return torch.cat(log_probs) if log_probs else full_precision(xs[0].new_zeros(0))
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
         targets_N, *flat = ctx.saved_tensors
         weight_KN = full_precision(outer[0])[None]
-        picked = _Picked()
+        task = _FusedTask([_LogProbTerm()], [1.0], weight_KN, PositionEvidence(targets_N), softcap=ctx.softcap)
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(n) for t, n in zip(flat, ctx.needs_input_grad[2:], strict=True)]
-            loss, _ = _Fused.apply([picked], [1.0], weight_KN, PositionEvidence(targets_N), ctx.softcap, *leaves)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = iter(torch.autograd.grad(loss, wanted))
+            loss, _ = _Fused.apply(task, *leaves)
+        grads = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
         return None, None, *(next(grads) if leaf.requires_grad else None for leaf in leaves)
 
 
-class _Picked:
+class _LogProbTerm:
     """log q(target) as a term."""
 
     label = "log_prob"

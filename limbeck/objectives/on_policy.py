@@ -46,7 +46,14 @@ def _minillm_columns(
     clip: float = 1e6,
     whiten: float = 0.0,
 ) -> dict[str, Tensor]:
-    form = ReturnForm(bool(own_token), gamma, bool(length_norm), reward_scale, clip, bool(whiten))
+    form = ReturnForm(
+        own_token=bool(own_token),
+        gamma=gamma,
+        length_norm=bool(length_norm),
+        reward_scale=reward_scale,
+        clip=clip,
+        whiten=bool(whiten),
+    )
     log_ratio_BT = responses.teacher_log_prob_BT - responses.log_prob_BT
     weight_BT = importance_weights(responses.log_prob_BT, responses.sampler_log_prob_BT, responses.mask_BT)
     return {"advantage": minillm_returns(log_ratio_BT, responses.mask_BT, form), "importance_weight": weight_BT}

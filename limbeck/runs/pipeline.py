@@ -28,7 +28,8 @@ from limbeck.models.score import ServerScorer
 from limbeck.models.self_teacher import Average, adapters_off, self_teacher
 from limbeck.models.start import begin, choose, merge_adapters
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.term import STUDENT, make_term
+from limbeck.objectives.loss import STUDENT
+from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
