@@ -23,7 +23,7 @@ from torch.nn.functional import kl_div, log_softmax
 from limbeck.objectives.bindable import register_bound
 from limbeck.objectives.bound import BoundLoss, ModelSizes
 from limbeck.objectives.forward import Attention, Features, Positions
-from limbeck.objectives.layers import mean_over_pairs
+from limbeck.objectives.layers import Pair, mean_over_pairs
 from limbeck.objectives.parameters import Anything, Number, Range, Setting, Words
 from limbeck.objectives.precision import full_precision
 from limbeck.types import RecipeError, UserError
@@ -36,8 +36,8 @@ USE_RELATIONS = "use the relations loss, which compares any two numbers of heads
 def attention_match(student: Attention, teacher: Attention, row_N: Tensor, position_N: Tensor) -> Tensor:
     """sum over heads and visible keys of (score_s - score_t)^2 / (heads x visible keys), score = q k / sqrt(A): [N].
 
-    The scores stand before the softmax, as in the paper. So a score shifted by the same amount for all keys of a query
-    costs, although attention does not notice it; `attention_kl` is the loss that is blind to it. Key heads that several
+    The scores are those before the softmax, as in the paper. So shifting all scores of a query by the same amount is
+    penalised, although it does not change the attention; `attention_kl` ignores such a shift. Key heads that several
     query heads share are repeated. Future keys are left out (the paper's models are bidirectional).
 
     Raises:
@@ -70,8 +70,7 @@ def attention_kl(student: Attention, teacher: Attention, row_N: Tensor, position
 
 
 def value_relation(student: Attention, teacher: Attention, row_N: Tensor, position_N: Tensor) -> Tensor:
-    """`attention_kl` with the values in the place of queries and keys, head by head: softmax(v v / sqrt(A)): [N], in
-    nats.
+    """`attention_kl` with values in place of queries and keys, head by head: softmax(v v / sqrt(A)): [N], in nats.
 
     Where key-value heads are fewer than query heads, a value head counts once for each query head that uses it.
 
@@ -90,7 +89,7 @@ def relations(
 ) -> Tensor:
     """sum_r KL(relation_t || relation_s) / R, relation = softmax over j <= i of x_i x_j / sqrt(W): [N], in nats.
 
-    The heads of x (queries, or keys, or values) are joined to one vector per position and cut anew into R relation
+    The heads of x (queries, keys or values) are joined to one vector per position and split again into R relation
     heads of width W, so the models may differ in heads and widths; keys and values have the width of their own heads.
     Limits: unchanged by a rotation inside each relation head, in either model; 0 at position 0.
 
@@ -104,11 +103,11 @@ def relations(
         raise UserError(
             f"{relation_heads} relation heads do not divide the widths of student and teacher; legal: {legal}"
         )
-    ours, theirs = (_cut_anew(x, relation_heads) for x in (student_BHTA, teacher_BHTA))
+    ours, theirs = (_split_again(x, relation_heads) for x in (student_BHTA, teacher_BHTA))
     return _attention_divergence((ours, ours), (theirs, theirs), row_N, position_N)
 
 
-def _cut_anew(x_BHTA: Tensor, heads: int) -> Tensor:
+def _split_again(x_BHTA: Tensor, heads: int) -> Tensor:
     rows, _, positions, _ = x_BHTA.shape
     return x_BHTA.transpose(1, 2).reshape(rows, positions, heads, -1).transpose(1, 2)
 
@@ -124,8 +123,7 @@ def _same_heads(student: Attention, teacher: Attention) -> int:
 def _attention_divergence(
     student: Sequence[Tensor], teacher: Sequence[Tensor], row_N: Tensor, position_N: Tensor
 ) -> Tensor:
-    """KL between causal softmaxes of (query, key), teacher first, summed over heads and divided by their number:
-    [N]."""
+    """[N] KL between causal softmaxes of (query, key), teacher first, summed over heads and divided by their number."""
     heads = student[0].shape[1]
 
     def of_row(row: int, position_Q: Tensor) -> Tensor:
@@ -144,7 +142,7 @@ def _log_attention(query_HTA: Tensor, key_GTA: Tensor, position_Q: Tensor) -> Te
 
 
 def _scores(query_HTA: Tensor, key_GTA: Tensor, position_Q: Tensor) -> Tensor:
-    """q k / sqrt(A), [H, Q, S]: the queries asked for, the keys up to the last of them."""
+    """q k / sqrt(A), [H, Q, S]: the queries at these positions, and the keys up to the last of them."""
     query_HQA = full_precision(query_HTA[:, position_Q]) / math.sqrt(query_HTA.shape[-1])
     key_GSA = full_precision(key_GTA[:, : int(position_Q.max()) + 1])
     key_HSA = key_GSA.repeat_interleave(len(query_HQA) // len(key_GSA), dim=0)
@@ -178,7 +176,7 @@ class AttentionMatch(BoundLoss):
     same_heads = True
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:
-        return _over_pairs(self, attention_match, student, teacher, positions=positions)
+        return _over_pairs(self.pairs, attention_match, student, teacher, at=positions)
 
 
 @register_bound("attention_kl", "KL(attention_p || attention_q) over heads", "MiniLM, arXiv:2002.10957")
@@ -190,7 +188,7 @@ class AttentionKl(BoundLoss):
     same_heads = True
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:
-        return _over_pairs(self, attention_kl, student, teacher, positions=positions)
+        return _over_pairs(self.pairs, attention_kl, student, teacher, at=positions)
 
 
 @register_bound("value_relation", "KL(softmax(v v)_p || softmax(v v)_q) over heads", "MiniLM, arXiv:2002.10957")
@@ -202,17 +200,14 @@ class ValueRelation(BoundLoss):
     same_heads = True
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:
-        return _over_pairs(self, value_relation, student, teacher, positions=positions)
+        return _over_pairs(self.pairs, value_relation, student, teacher, at=positions)
 
 
 def _over_pairs(
-    loss: BoundLoss, fn: AttentionLoss, student: Features, teacher: Features, *, positions: Positions
+    pairs: Sequence[Pair], fn: AttentionLoss, student: Features, teacher: Features, *, at: Positions
 ) -> Tensor:
-    """The mean of `fn` over the loss's pairs of layers."""
-    row_N = positions.row_N
-    position_N = positions.position_N
     return mean_over_pairs(
-        [fn(student.attention[pair[0]], teacher.attention[pair[1]], row_N, position_N) for pair in loss.pairs]
+        [fn(student.attention[pair[0]], teacher.attention[pair[1]], at.row_N, at.position_N) for pair in pairs]
     )
 
 
@@ -246,7 +241,7 @@ class Relations(BoundLoss):
             )
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:
-        return _over_pairs(self, self._of_layer, student, teacher, positions=positions)
+        return _over_pairs(self.pairs, self._of_layer, student, teacher, at=positions)
 
     def _of_layer(self, student: Attention, teacher: Attention, row_N: Tensor, position_N: Tensor) -> Tensor:
         heads = self.values["relation_heads"]

@@ -37,7 +37,7 @@ class BindableLoss(Loss):
 
     def parse(self, params: Mapping[str, Any], path: str) -> tuple[dict[str, Schedule], dict[str, Any]]:
         values = check_settings(self.name, self.bound.settings, params=params, path=path)
-        if "layers" in values:  # its form; whether the models have these layers is checked when they are known
+        if "layers" in values:  # their form only: whether the models have these layers is checked in `check_models`
             layer_pairs(values, MOST_LAYERS, MOST_LAYERS, path)
         return {}, values
 

@@ -1,12 +1,10 @@
-"""Consistency: answers to one prompt that end alike should be predicted alike there, whatever reasons led to them.
+"""Consistency: where answers to one prompt end alike, their endings should be predicted alike, whatever precedes them.
 
-Chen et al., arXiv:2310.14747 (MCC-KD): beside cross-entropy on several rationales, the Kullback-Leibler divergence
-between the predictions of the answer after two of them. Here the answer is what two responses have in common at their
-end, token for token, so that nothing need be marked; both directions count (recalled, not confirmed), and every pair of
-a group's responses.
+Chen et al., arXiv:2310.14747 (MCC-KD) add to cross-entropy on several rationales the Kullback-Leibler divergence
+between the predictions of the answer after two of them. Here the answer is the common end of two responses, token for
+token, so it needs no marking. Both directions count (recalled, not confirmed), for every pair of a group's responses.
 
-Shapes: N response positions, G groups, P pairs, S tokens that a pair ends with, U positions that some pair reads, V
-vocabulary.
+Shapes: N response positions, G groups, S tokens of a common end, U positions in some common end, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,11 +30,11 @@ Ends = Sequence[Sequence[tuple[range, range]]]
 
 
 def common_ends(batch: Batch) -> Ends:
-    """For every group, for every pair of its responses that end alike: where, as places among the N response
-    positions."""
+    """For every group, and every pair of its responses that end alike: the common end in both, as indices of the N
+    response positions."""
     responses = [batch.tokens_BT[row][mask].tolist() for row, mask in enumerate(batch.mask_BT)]
     ends = torch.tensor([len(response) for response in responses]).cumsum(0).tolist()
-    found = []
+    groups = []
     for group in batch.groups:
         pairs = []
         for one, other in combinations(group, 2):
@@ -47,13 +45,14 @@ def common_ends(batch: Batch) -> Ends:
             )
             if size:
                 pairs.append((range(ends[one] - size, ends[one]), range(ends[other] - size, ends[other])))
-        found.append(pairs)
-    return found
+        groups.append(pairs)
+    return groups
 
 
 def consistency(hidden_ND: Tensor, head: Head, ends: Ends, *, temperature: float = 1.0) -> Tensor:
-    """Nats [G], differentiable, in fp32 or better: how differently each group's responses predict their common ends. 0
-    for a group without a pair.
+    """How differently each group's responses predict their common ends: nats [G], differentiable, in fp32 or better.
+
+    0 for a group without a pair.
 
     Args:
         hidden_ND: the student's hidden states at the response positions.
@@ -63,7 +62,7 @@ def consistency(hidden_ND: Tensor, head: Head, ends: Ends, *, temperature: float
     if not places:
         return (hidden_ND * 0).sum().expand(len(ends))
     logits_UV = project(head.products(hidden_ND[torch.tensor(places, device=hidden_ND.device)]), None)
-    if head.softcap is not None:  # not in place, as the chunked head does it, which takes no gradient through it
+    if head.softcap is not None:  # not in place as in the chunked head: here the gradient flows through it
         logits_UV = head.softcap * torch.tanh(logits_UV / head.softcap)
     log_UV = (logits_UV / temperature).log_softmax(-1)
     row = {place: number for number, place in enumerate(places)}

@@ -20,8 +20,7 @@ SMALL_EXPONENT = 0.05
 
 @register_divergence("1/2 sum |p - q|", "Wen et al., arXiv:2307.15190")
 def tvd(p: Distribution, q: Distribution) -> ValueAndGradient:
-    """Total variation distance. Bounded by 1; its square is at most half the forward KL (Pinsker). Not smooth at q =
-    p."""
+    """Total variation distance: at most 1; its square is at most half the forward KL (Pinsker). Not smooth at q = p."""
     difference_RV = q.prob - p.prob
     return 0.5 * difference_RV.abs().sum(-1), through_softmax(0.5 * difference_RV.sign() * q.prob, q)
 
@@ -95,8 +94,8 @@ def logit_mse(p: Distribution, q: Distribution) -> ValueAndGradient:
 def uld(p: Distribution, q: Distribution) -> ValueAndGradient:
     """Sorted probabilities compared rank by rank, the shorter list filled with zeros: the two vocabularies may differ.
 
-    At most 2. It is 0 for every permutation of p, too, so it says nothing of which token is meant: keep cross-entropy
-    beside it.
+    At most 2. It is 0 for every permutation of p, too, so it does not say which token is meant: add cross-entropy to
+    it.
     """
     return sorted_distance(p.prob, None, q)
 
@@ -109,7 +108,7 @@ def sorted_distance(p_RW: Tensor, ours_J: Tensor | None, q: Distribution) -> Val
     shared = min(p_RW.shape[-1], own_RJ.shape[-1])
     teacher_RJ = torch.zeros_like(ranked_RJ)
     teacher_RJ[:, :shared] = p_RW.topk(shared, -1).values
-    beyond_R = (p_RW.sum(-1) - teacher_RJ.sum(-1)).clamp_min(0)  # the teacher's smaller ones, which stand against zeros
+    beyond_R = (p_RW.sum(-1) - teacher_RJ.sum(-1)).clamp_min(0)  # the teacher's smaller ones are compared with zeros
     difference_RJ = ranked_RJ - teacher_RJ
     slope_RJ = torch.zeros_like(own_RJ).scatter_(-1, order_RJ, difference_RJ.sign())
     slope_RV = slope_RJ if ours_J is None else torch.zeros_like(q.prob).index_copy_(-1, ours_J, slope_RJ)

@@ -1,4 +1,4 @@
-"""What a loss may be told about a recipe, so that it can refuse what it can't be trained on."""
+"""Facts about a recipe, by which a loss refuses what it can't be trained on."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class TextFacts:
 
     Args:
         writers: who writes it: corpus, teacher, untouched, student.
-        tags: what `only` may name; None where that is not known before the text is written.
+        tags: what `only` may name; None if that is unknown until the text is written.
         others_tags: the tags of text that is certainly not the student's own.
         fixed: some text is there before the training.
         all_preferred: every text is a preferred answer of somebody other than the student.
         several_answers: prompts have, or may get, more than one answer.
         ranked_answers: the answers to a prompt have an order, the preferred one first.
-        columns: columns that the recipe's losses write beside each token, such as importance_weight.
+        columns: columns that the recipe's losses write for each token, such as importance_weight.
         temperature: that of the student's own text, if it writes.
         reuses_rollouts: the student's text may be older than the step that trains on it.
         copy_writes: the student's text is written by a copy of it in another precision.
         teacher_prompts: the teacher is shown other prompts than the student.
         self_taught: the teacher has the student's own weights.
-        mixed_tag: the tag of rows whose embeddings are mixed with another's, if there are such rows.
+        mixed_tag: the tag of rows whose embeddings are mixed with those of other rows, if there are such rows.
     """
 
     writers: frozenset[str] = frozenset({"teacher"})

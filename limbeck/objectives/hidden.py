@@ -79,8 +79,8 @@ class TaskFilters(nn.Module):
     ) -> None:
         super().__init__()
         width = teacher_width if width is None else width
-        self.student = projections(pairs, student_width, width, "learned", seed=seed)
-        self.teacher = projections(pairs, teacher_width, width, "learned", seed=seed).requires_grad_(False)
+        self.student = projections(pairs, student_width, width, kind="learned", seed=seed)
+        self.teacher = projections(pairs, teacher_width, width, kind="learned", seed=seed).requires_grad_(False)
 
     def forward(self, pair: Pair, student_ND: Tensor, teacher_NE: Tensor) -> Tensor:
         return filtered_match(student_ND, teacher_NE, self.student[pair_name(pair)], self.teacher[pair_name(pair)])

@@ -159,8 +159,7 @@ def taid(p: Distribution, q: Distribution, *, t: float = 0.4) -> ValueAndGradien
     mu=Range(0, 1, open_low=True, open_high=True),
 )
 def adaptive_kl(p: Distribution, q: Distribution, *, mu: float = 0.5) -> ValueAndGradient:
-    """Forward and reverse KL weighed by where the student is wrong: g = sum |p - q| in the teacher's head and in its
-    tail.
+    """Forward and reverse KL weighted by where the student is wrong: g = sum |p - q| in the teacher's head and tail.
 
     The head is the smallest set of tokens with mass mu (with the token that crosses mu, and with all that tie with it,
     so that no order of the vocabulary matters). Weights are held fixed; equal models share them evenly. The authors'
@@ -180,10 +179,9 @@ def adaptive_kl(p: Distribution, q: Distribution, *, mu: float = 0.5) -> ValueAn
     "sum w p log(p/q) + (1-w) q log(q/p), w = sg[p / (p + q)]", "Jung et al. (ToDi), arXiv:2505.16297", one_hot=False
 )
 def todi(p: Distribution, q: Distribution) -> ValueAndGradient:
-    """Forward KL where the student gives a token too little, reverse KL where too much: w = sigmoid(log p/q), held
-    fixed.
+    """Forward KL where the student gives a token too little, reverse KL where too much: w = sigmoid(log p/q), fixed.
 
-    The weight by the abstract; that it is held fixed is our reading.
+    The weight is the abstract's; that it has no gradient is our reading.
     """
     ratio_RV = p.log - q.log
     w_RV = ratio_RV.sigmoid()
@@ -203,8 +201,7 @@ def todi(p: Distribution, q: Distribution) -> ValueAndGradient:
 def entropy_aware_kl(
     p: Distribution, q: Distribution, *, threshold: float = 0.8, forward_weight: float = 1.0
 ) -> ValueAndGradient:
-    """Reverse KL, and forward KL beside it where the teacher has many ways to go on (entropy in nats above
-    `threshold`).
+    """Reverse KL, plus forward KL where the teacher has many ways to go on (its entropy in nats exceeds `threshold`).
 
     Limits: `reverse_kl` for a threshold above log V; the sum of both KLs (w = 1) at 0. That forward KL is added where
     the teacher's entropy is high is the paper's abstract; threshold and weight were not confirmed there.
@@ -227,7 +224,7 @@ def dkd(
 ) -> ValueAndGradient:
     """Decoupled KD: the binary KL of the target token and the KL among all other tokens, weighed apart.
 
-    The target is the token that the text goes on with; where none is given, the teacher's most likely one.
+    The target is the next token of the text; without targets it is the teacher's most likely token.
     Identity: forward KL = binary KL + (1 - p_y) KL among the others. The paper's beta for images is 8; TAID's port
     for language takes 0.5, our default.
     """

@@ -84,7 +84,7 @@ class Loss:
             reference_start, reference_teacher, student (text that the student writes while it trains), or columns.
         unit: what its sum is divided by: token weights, rows, or groups of answers to one prompt.
         ranges: the legal values of its numbers.
-        writes: columns that it writes beside the tokens, which may multiply other losses (`by`).
+        writes: columns that it writes for each token, which may multiply other losses (`by`).
     """
 
     name: str
@@ -112,12 +112,12 @@ class Loss:
 
     @property
     def listed(self) -> bool:
-        """Whether a recipe can use it; what needs rewards waits for them."""
+        """Whether a recipe can use it. Nothing gives rewards yet, so losses that need them are not listed."""
         return not self.reads & FROM_REWARDS
 
     @property
     def needs(self) -> str:
-        """What a recipe must have for it, where that is not said by the evidence it reads."""
+        """What a recipe must have for it, beyond the evidence that it reads."""
         return ""
 
     @property
@@ -201,7 +201,7 @@ class Loss:
     # before and in the training
 
     def bind(self, settings: LossSettings, models: ModelPair) -> BoundLoss:
-        """What it learns beside the student, or taps of the two models, where it `binds`."""
+        """The module that taps the two models and holds what it learns beside the student, if it `binds`."""
         raise NotImplementedError
 
     def columns(self, responses: Responses, params: Mapping[str, float]) -> dict[str, Tensor]:

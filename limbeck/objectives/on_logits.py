@@ -1,4 +1,4 @@
-"""`limbeck.divergence`: a divergence on logits that somebody has, checked and differentiable."""
+"""`limbeck.divergence`: a divergence of two tensors of logits, checked and differentiable."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.objectives.distribution import Distribution, finite
+from limbeck.objectives.distribution import Distribution, ValueAndGradient, finite
 from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.types import UserError
 
 
 class _Differentiable(torch.autograd.Function):
-    """Passes on a closed-form gradient; there is no second derivative."""
+    """Passes the closed-form gradient on; there is no second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, student_NV: Tensor, values_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        values_N, gradient_NV = values_and_gradient(student_NV)
+    def forward(ctx: Any, student_NV: Tensor, compare: Callable[[Distribution], ValueAndGradient]) -> Tensor:
+        values_N, gradient_NV = compare(Distribution(student_NV))
         ctx.save_for_backward(gradient_NV.to(student_NV.dtype))
         return values_N
 
@@ -38,7 +38,7 @@ def divergence(
         teacher_logits_NV: unnormalised log-probabilities of the teacher, [N, V]; no gradient flows into them.
         student_logits_NV: those of the student, same shape and vocabulary. A column masked with -inf in both counts for
             nothing (but for `logit_mse`, which still counts it in the size of the vocabulary).
-        targets_N: the tokens that the text went on with; only `dkd` reads them.
+        targets_N: the target tokens; only `dkd` reads them.
         params: the divergence's own parameters, such as `teacher_share` of `jsd`.
 
     Raises:
@@ -69,17 +69,17 @@ def divergence(
     if targets_N is not None:
         _check_targets(name, targets_N, teacher_logits_NV)
 
-    def values_and_gradient(student_NV: Tensor) -> tuple[Tensor, Tensor]:
-        return DIVERGENCES[name](Distribution(teacher_NV), Distribution(student_NV), values, targets_N)
+    def compare(q: Distribution) -> ValueAndGradient:
+        return DIVERGENCES[name](Distribution(teacher_NV), q, values, targets_N)
 
-    result: Tensor = _Differentiable.apply(student_NV, values_and_gradient)
+    result: Tensor = _Differentiable.apply(student_NV, compare)
     return result
 
 
 def _check_targets(name: str, targets_N: Tensor, logits_NV: Tensor) -> None:
     positions, vocab_size = logits_NV.shape
-    whole = isinstance(targets_N, Tensor) and targets_N.shape == (positions,) and targets_N.dtype == torch.long
-    if not whole or not ((targets_N >= 0) & (targets_N < vocab_size)).all():
+    is_column = isinstance(targets_N, Tensor) and targets_N.shape == (positions,) and targets_N.dtype == torch.long
+    if not is_column or not ((targets_N >= 0) & (targets_N < vocab_size)).all():
         raise UserError(
             f"{name}: targets_N must be a long tensor of {positions} token ids from 0 to {vocab_size - 1}; leave"
             " positions without a target (such as -100) out"

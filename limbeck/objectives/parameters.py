@@ -157,7 +157,7 @@ class Anything:
     default: Any
     legal: str = ""
 
-    def check(self, path: str, value: object) -> Any:  # noqa: ARG002 (one signature for all settings)
+    def check(self, path: str, value: object) -> Any:  # noqa: ARG002 (the signature of all settings)
         return value
 
 

@@ -34,7 +34,7 @@ from limbeck.types import RecipeError, UserError, nearest
 Columns = Mapping[str, Tensor]
 PolicyFn = Callable[..., Tensor]
 Prepare = Callable[..., dict[str, Tensor]]
-# log-ratios are held below this before exp, so that fp32 stays finite; a token held there has no gradient
+# log-ratios are clamped to this before exp, so that fp32 stays finite; a clamped token has no gradient
 LOG_CAP = 20.0
 K1_REMEDY = (
     "k1 = log q - log p differentiated on sampled tokens trains nothing on average (its expected gradient is 0); use"
@@ -78,7 +78,7 @@ class Policy(Loss):
     def limit(self, only: str | None, path: str) -> str | None:
         if only not in (None, STUDENT):
             raise RecipeError(
-                path, f"{self.name} speaks of text that the student writes while it trains; leave `only` out"
+                path, f"{self.name} applies to text that the student writes while it trains; leave `only` out"
             )
         return STUDENT
 

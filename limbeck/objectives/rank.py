@@ -98,7 +98,7 @@ class Candidates:
         return values_GK.gather(-1, index_G1).squeeze(-1)
 
     def margin(self, values_GK: Tensor) -> Tensor:
-        """How far the best answer's value stands above the worst one's, [G]."""
+        """The best answer's value minus the worst one's, [G]."""
         return self.best(values_GK) - self.worst(values_GK)
 
     def where_paired(self, values_G: Tensor) -> Tensor:

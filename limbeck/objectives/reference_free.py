@@ -94,8 +94,7 @@ def pro(candidates: Candidates, *, sft_weight: float = 0.05) -> Tensor:
 def plackett_luce(score_GK: Tensor, present_GK: Tensor) -> Tensor:
     """-log of the probability that drawing without replacement in proportion to exp(score) gives the order, [G]."""
     itself_KK = torch.eye(score_GK.shape[1], dtype=torch.bool, device=score_GK.device)
-    # Row k holds the answers that stand at k or behind it. An absent answer keeps its own row finite; it is struck
-    # below.
-    left_GKK = present_GK.unsqueeze(-2).expand(-1, score_GK.shape[1], -1).triu(1) | itself_KK
-    tail_GK = score_GK.unsqueeze(-2).masked_fill(~left_GKK, -math.inf).logsumexp(-1)
+    # Row k holds the answers from rank k on. An absent answer keeps its own row finite; it is masked below.
+    remaining_GKK = present_GK.unsqueeze(-2).expand(-1, score_GK.shape[1], -1).triu(1) | itself_KK
+    tail_GK = score_GK.unsqueeze(-2).masked_fill(~remaining_GKK, -math.inf).logsumexp(-1)
     return (tail_GK - score_GK).masked_fill(~present_GK, 0.0).sum(-1)

@@ -13,7 +13,7 @@ AnyLoss = TypeVar("AnyLoss", bound=Loss)
 
 
 def register(loss: AnyLoss) -> AnyLoss:
-    """Make a loss known by its name."""
+    """Add a loss to the registry under its name."""
     assert loss.name not in LOSSES, f"two losses are named {loss.name}"
     LOSSES[loss.name] = loss
     return loss

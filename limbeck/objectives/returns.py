@@ -30,7 +30,7 @@ def importance_weights(
             weighted
             too: give the token weights to `minillm_returns`. Its variance grows exponentially with the length.
 
-    Log-weights above 20 are held at 20.
+    Log-weights above 20 are clamped to 20.
     """
     if mode not in ("token", "prefix"):
         raise UserError(f"no importance weight is named {mode!r}; legal: token, prefix")
@@ -81,8 +81,8 @@ def minillm_returns(
 
     Change a part with `dataclasses.replace(RETURN_FORMS["paper"], length_norm=False)`: with that, y ~ q and the
     single-step term, the expected gradient is exactly the sequence-level reverse KL's. Length normalisation, gamma < 1,
-    the clip and whitening each change it. The code form beside the single-step term counts r_t twice, as their code
-    does. Masked positions are skipped: padding on either side or inside changes nothing. `token_weight_BT`
+    the clip and whitening each change it. The code form together with the single-step term counts r_t twice, as
+    their code does. Masked positions are skipped: padding on either side or inside changes nothing. `token_weight_BT`
     (`importance_weights`, mode token) weights each later reward by the tokens up to it: with prefix weights the
     expectation is then exact under any sampler. The sum is a backward recursion.
     """

@@ -1,7 +1,7 @@
-"""Numbers that change with the training: a term's weight or one of its parameters.
+"""Numbers that change during the training: a term's weight or one of its parameters.
 
 A schedule is a pure function of progress (0 at the first step, 1 after the last) and, for the adaptive ones, of a small
-state that the loop keeps beside the weights in its checkpoint, so that a resumed run goes on with the same numbers.
+state that the loop stores in its checkpoint with the weights, so that a resumed run continues with the same numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Schedule:
       step before. Its code feeds the rule a cross-entropy; here it is the term's own loss.
     - plateau: DistiLLM's threshold (arXiv:2402.03898): rises by `rise` whenever the loss it watches has grown by
       `tolerance` since it last rose.
-    - measured: what the term itself measured at the step before (KTO's baseline); `start` at the first step.
+    - measured: what the term itself measured at the previous step (KTO's baseline); `start` at the first step.
     """
 
     start: float
@@ -52,7 +52,7 @@ class Schedule:
 
     @property
     def remembers(self) -> bool:
-        """Whether the number depends on what was seen, not on progress alone."""
+        """Whether the number depends on observed losses, not on progress alone."""
         return self.shape in ("adaptive", "plateau", "measured")
 
     def value(self, progress: float, state: Mapping[str, float] | None = None) -> float:
@@ -67,17 +67,16 @@ class Schedule:
         eased = part if self.shape == "linear" else 0.5 * (1 - math.cos(math.pi * part))
         return self.start + (self.end - self.start) * eased
 
-    def after(self, state: Mapping[str, float] | None, progress: float, seen: float) -> State:
-        """The state once a step ended at `progress` with `seen`: the loss that the schedule watches, or the
-        measurement."""
+    def after(self, state: Mapping[str, float] | None, progress: float, observed: float) -> State:
+        """The state after a step that ended at `progress`; `observed` is the watched loss, or the measurement."""
         if self.shape == "measured":
-            return {"value": seen}
-        return self._adapted(state, progress, seen) if self.shape == "adaptive" else self._risen(state, seen)
+            return {"value": observed}
+        return self._adapted(state, progress, observed) if self.shape == "adaptive" else self._risen(state, observed)
 
     def _adapted(self, state: Mapping[str, float] | None, progress: float, loss: float) -> State:
         value = self.value(progress, state)
-        speed, fallen = (state["speed"], (state["loss"] - loss) / (state["loss"] + 1e-15)) if state else (0.0, 0.0)
-        speed = self.momentum * speed + (1 - self.momentum) * fallen
+        speed, drop = (state["speed"], (state["loss"] - loss) / (state["loss"] + 1e-15)) if state else (0.0, 0.0)
+        speed = self.momentum * speed + (1 - self.momentum) * drop
         ahead = value + self.rate / (1 + math.exp(-max(-60.0, min(60.0, speed)))) * (1 - value)
         value = min(self.end, max(self.start + (self.end - self.start) * progress, ahead))
         return {"value": value, "speed": speed, "loss": loss}
@@ -100,7 +99,7 @@ def make_schedule(raw: object, path: str, check: Callable[[str, object], float])
         value = check(path, raw)
         return Schedule(value, value)
     shape = raw.get("shape", "linear")
-    # a loss says itself what it measures
+    # `measured` is chosen by the loss, not by a recipe
     legal = tuple(name for name in get_args(Shape) if name not in ("constant", "measured"))
     if shape not in legal:
         raise RecipeError(f"{path}.shape", f"no schedule has the shape {shape!r}{nearest(str(shape), legal)}")

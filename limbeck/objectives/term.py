@@ -99,7 +99,7 @@ class Term:
         self.loss.check_models(self.settings, student, teacher)
 
     def bind(self, models: ModelPair) -> BoundLoss:
-        """What the loss learns beside the student, where it `binds`."""
+        """The module of a loss that `binds`: it taps the two models and holds what is learned beside the student."""
         return self.loss.bind(self.settings, models)
 
 
