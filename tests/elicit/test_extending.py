@@ -9,7 +9,6 @@ from typing import Annotated
 import pytest
 from pydantic import Field
 
-import limbeck
 from limbeck.config.sections import Elicit
 from limbeck.elicit import steps
 from limbeck.elicit.engine import Engine
@@ -28,6 +27,7 @@ from limbeck.elicit.flow import (
     with_scores,
 )
 from limbeck.elicit.step import AskingStep, Estimate, LocalStep, register
+from limbeck.runs.build import methods
 from limbeck.storage.store import Store
 from limbeck.types import Generated, RecipeError, Sample, Sampling
 
@@ -108,7 +108,7 @@ def test_defaults_stand_in_for_what_a_step_does_not_say():
 
 
 def test_a_new_step_is_listed_with_its_docstring_and_settings():
-    listed = limbeck.methods()["steps"]["short"]
+    listed = methods()["steps"]["short"]
     assert listed["what"] == "Keeps answers of at most `most` letters." and listed["settings"] == {"most": 5}
 
 
