@@ -121,36 +121,37 @@ class Elicitation:
 
 
 def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
-    """(the prompts of a pool, each once; the answered samples of each, by its id). Samples with one `prompt_id` but
-    different questions belong to different prompts."""
+    """(the prompts of a pool, each once, and the answered samples of each by its id). Where samples of one `prompt_id`
+    ask different things, they are different prompts."""
     prompts: dict[str, Prompt] = {}
     answers: dict[str, list[Sample]] = {}
-    ids: dict[str, str] = {}  # by the hash of the question
+    names: dict[str, str] = {}
     for sample in pool:
-        question = content_hash(list(prompt_messages(sample)))
-        if question not in ids:
+        asked = content_hash(list(prompt_messages(sample)))
+        if asked not in names:
+            wanted = str(sample.meta.get("prompt_id", asked[:16]))
+            names[asked] = wanted if wanted not in prompts else f"{wanted}/{asked[:8]}"
             meta = sample.meta
-            prompt_id = str(meta.get("prompt_id", question[:16]))
-            ids[question] = prompt_id if prompt_id not in prompts else f"{prompt_id}/{question[:8]}"
-            prompts[ids[question]] = Prompt(
-                id=ids[question],
-                text=prompt_of(sample),
-                kind=str(meta.get("kind", "")),
-                check=meta.get("check"),
-                task=str(meta.get("task", "")),
-                weight=float(meta.get("weight", 1.0)),
-                before=prompt_messages(sample)[:-1],
+            before = prompt_messages(sample)[:-1]
+            prompts[names[asked]] = Prompt(
+                names[asked],
+                prompt_of(sample),
+                str(meta.get("kind", "")),
+                (),
+                meta.get("check"),
+                str(meta.get("task", "")),
+                float(meta.get("weight", 1.0)),
+                before=before,
             )
         if answer_of(sample) is not None:
-            answers.setdefault(ids[question], []).append(sample)
+            answers.setdefault(names[asked], []).append(sample)
     return list(prompts.values()), answers
 
 
 def _in_words(tally: Tally) -> str:
-    reasons = "; ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common(3))
+    lost = "; ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common(3))
     more = ", and others" if len(tally.dropped) > 3 else ""
-    dropped = f" (left out: {reasons}{more})" if reasons else ""
-    return f"{tally.step}: {tally.taken:,} in, {tally.given:,} out{dropped}"
+    return f"{tally.step}: {tally.taken:,} in, {tally.given:,} out" + (f" (left out: {lost}{more})" if lost else "")
 
 
 def _plain(text: str) -> str:
@@ -191,10 +192,6 @@ def _record(sample: Sample) -> dict[str, Any]:
 
 def _sample(record: dict[str, Any]) -> Sample:
     ids = record["response_ids"]
-    return Sample(
-        tuple(record["messages"]),
-        record["writer"],
-        None if ids is None else tuple(ids),
-        parents=tuple(record["parents"]),
-        meta=record["meta"],
-    )
+    messages = tuple(record["messages"])
+    parents = tuple(record["parents"])
+    return Sample(messages, record["writer"], None if ids is None else tuple(ids), parents, record["meta"])
