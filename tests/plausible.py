@@ -52,6 +52,6 @@ def answers(_teacher, requests, stop=lambda: False):
 def log_probs(_scorer, questions):
     """In place of a scorer's: a text after its prompt is somewhat likelier than alone, and the first choice the likeliest."""
     return [
-        LogProb(-(0.5 + int(question.name[:4], 16) / 2**17) * (1.0 if question.messages else 1.5) * 4, 4)
+        LogProb(-(0.5 + int(question.key[:4], 16) / 2**17) * (1.0 if question.messages else 1.5) * 4, 4)
         for question in questions
     ]

@@ -171,9 +171,9 @@ COMMON = frozenset(
 def minhash(texts: Sequence[str]) -> NDArray[np.uint64]:
     """[N, P] signatures of the texts' sets of word shingles (5 words; 3 for texts of less than 20). Two signatures
     agree at a place with a probability equal to the Jaccard similarity of the sets."""
-    noise = np.random.Generator(np.random.PCG64(20))
+    rng = np.random.Generator(np.random.PCG64(20))
     top = np.iinfo(np.uint64).max
-    multiply, shift = noise.integers(0, top, (2, PERMUTATIONS), dtype=np.uint64)
+    multiply, shift = rng.integers(0, top, (2, PERMUTATIONS), dtype=np.uint64)
     multiply |= np.uint64(1)  # odd, so that the product mod 2**64 is a permutation
     signatures_NP = np.full((len(texts), PERMUTATIONS), top, dtype=np.uint64)
     for number, text in enumerate(texts):
