@@ -74,9 +74,8 @@ class MeanGap(BoundLoss):
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:
         at = (positions.row_N, positions.position_N)
-        return mean_over_pairs(
-            [(student.hidden[i][at].mean(dim=-1) - teacher.hidden[j][at].mean(dim=-1)).square() for i, j in self.pairs]
-        )
+        gaps = [student.hidden[i][at].mean(-1) - teacher.hidden[j][at].mean(-1) for i, j in self.pairs]
+        return mean_over_pairs([gap.square() for gap in gaps])
 
 
 @dataclass(frozen=True)
@@ -265,9 +264,8 @@ def folder(tmp_path_factory) -> Path:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS[:6]))
     (folder / "held_out.jsonl").write_text('{"prompt": "count one two"}\n{"prompt": "a dog ran"}\n')
     (folder / "count").mkdir()
-    (folder / "count" / "task.yaml").write_text(
-        "{name: count, version: 1, kind: counting, description: d, test: test.jsonl}"
-    )
+    task = "{name: count, version: 1, kind: counting, description: d, test: test.jsonl}"
+    (folder / "count" / "task.yaml").write_text(task)
     (folder / "count" / "test.jsonl").write_text('{"word": "\\n", "tokens": 1}\n{"word": "dog", "tokens": 99}\n')
     return folder
 
