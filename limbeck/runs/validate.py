@@ -176,11 +176,12 @@ def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> 
     recipe = use.recipe
     teacher = recipe.teacher
     teacher_kind = kind(teacher)
-    teacher_kind.refuse(teacher, use)
-    available = teacher_kind.gives(teacher)
     facts = _teacher_facts(recipe)
     for term in use.terms:
         term.check_teacher(facts)
+    teacher_kind.refuse(teacher, use)
+    available = teacher_kind.gives(teacher)
+    for term in use.terms:
         for evidence in sorted(term.reads & (TEACHER_EVIDENCE | {REFERENCE}) - available):
             raise RecipeError(use.loss_path(term), teacher_kind.lacks(teacher, evidence))
     prune = recipe.student.start.prune
