@@ -28,7 +28,7 @@ from limbeck.elicit.flow import (
     with_answer,
     with_scores,
 )
-from limbeck.elicit.run import Elicitation, prompts_of
+from limbeck.elicit.run import Elicitation, TextSource, prompts_of
 from limbeck.elicit.step import AskingStep, Estimate
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
@@ -138,7 +138,7 @@ def test_what_failed_is_asked_again_and_what_was_answered_is_not(tmp_path):
         assert [sample.meta["finish"] for sample in found] == ["ok", "error"]
         writer.broken = []
         assert [sample.meta["finish"] for sample in elicit(requests, store, lambda: writer)] == ["ok", "ok"]
-        assert store.count() == {"ok": 2}
+        assert Store.count(store.path) == {"ok": 2}
     assert len(writer.asked) == 3
 
 
@@ -247,7 +247,8 @@ def test_a_held_out_prompt_is_never_trained_on(recipe_data, saying, tmp_path):
     recipe = recipe_of(recipe_data, ["say"])
 
     def elicitation(held_out):
-        return Elicitation(recipe, prompts, held_out, tmp_path, "backwards@1", lambda: None)
+        source = TextSource(recipe, steps.steps_of(recipe.elicit), prompts, held_out)
+        return Elicitation(source, tmp_path, "backwards@1", lambda: None)
 
     from limbeck.elicit.prompts import Prompt
 
@@ -267,7 +268,7 @@ def test_a_held_out_prompt_is_never_trained_on(recipe_data, saying, tmp_path):
         ([{"sayy": {}}], r"elicit\[0\]: there is no step 'sayy'; did you mean 'say'"),
         ([{"say": {"m": 2}}], r"elicit\[0\].say.m: unknown key"),
         ([{"say": {"n": 0}}], r"elicit\[0\].say.n: "),
-        ([{"say": {}, "given": {}}], r"elicit\[0\]: one step per list entry"),
+        ([{"say": {}, "given": {}}], r"elicit\[0\]: give one step per list entry"),
     ],
 )
 def test_a_wrong_step_is_refused_with_its_place(recipe_data, saying, elicit, match):
@@ -323,7 +324,7 @@ def test_a_served_teacher_writes_the_text_and_is_not_needed_again(recipe_data, s
     ("changes", "match"),
     [
         ({"elicit": ["contrastive"]}, r"elicit\[0\].contrastive: it writes against another prompt"),
-        ({"teacher": {"context": {"system": "x"}}}, "teacher.server: a server has the model's own weights"),
+        ({"teacher": {"context": {"system": "x"}}}, "teacher.server: a server sees the prompt alone"),
         ({"teacher": {"server": {"url": "http://x/v1", "name": "m", "key": "sk-123"}}}, "teacher.server.key"),
     ],
 )
