@@ -42,25 +42,16 @@ def floor(name: str) -> int:
 
 
 def imports(file: Path) -> set[str]:
-    """Modules of ours that a file imports while it is loaded or later; those only for type checkers don't count."""
-    tree = ast.parse(file.read_text())
-    typing_only = {
-        id(n)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for n in ast.walk(node)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+    """Modules of ours that a file imports while it is loaded, later, or for type checkers."""
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "limbeck":
             inner = node.module.removeprefix("limbeck").lstrip(".")
             for alias in node.names:
                 candidate = f"{inner}.{alias.name}".lstrip(".")
                 is_module = (PACKAGE / Path(*candidate.split("."))).with_suffix(".py").exists()
-                found.add(candidate if is_module else inner)
-    return found - {""}
+                modules.add(candidate if is_module else inner)
+    return modules - {""}
 
 
 @pytest.mark.parametrize("file", FILES, ids=module)
@@ -97,6 +88,43 @@ def test_sizes(file):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module)
+def test_calls_by_keyword(file):
+    """At most four positional arguments in a call, at most eight parameters of a function."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call):
+            assert len(node.args) <= 4, f"line {node.lineno}: {ast.unparse(node.func)} has {len(node.args)} positional"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+            assert len(names) <= 8, f"{node.name} has {len(names)} parameters"
+
+
+def test_no_two_classes_of_one_name():
+    homes: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module(file))
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
+def test_the_root_is_small_and_the_table_short():
+    assert len(list(PACKAGE.glob("*.py"))) <= 6 and len(FLOORS) <= 12
+    assert {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in FILES} == {
+        name for row in FLOORS for name in row
+    }
+
+
+def test_every_file_has_its_line_in_the_map_of_the_house():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    for file in FILES:
+        folder = file.relative_to(PACKAGE).parts[0] if file.parent != PACKAGE else ""
+        heading = f"**`limbeck/{folder}/`**" if folder else "**`limbeck/`**"
+        section = text.split(heading, 1)[1].split("\n**`", 1)[0]
+        assert f"- `{file.relative_to(PACKAGE / folder).as_posix()}`: " in section, file
 
 
 def test_no_room_for_odds_and_ends():

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 from limbeck.config.sections import (
     Elicit,
     Evaluate,
-    Loss,
+    LossEntry,
     Prompts,
     Rollout,
     Section,
@@ -45,7 +45,7 @@ class Recipe(Section):
     elicit: Annotated[list[Elicit], Field(min_length=1)] | None = None
     writer: Annotated[list[Writer], Field(min_length=1, default_factory=lambda: [Writer(by="teacher")])]
     rollout: Rollout | None = None
-    loss: Annotated[list[Loss], Field(min_length=1)]
+    loss: Annotated[list[LossEntry], Field(min_length=1)]
     train: Train
     evaluate: Evaluate = Evaluate()
 

@@ -192,7 +192,7 @@ class Rollout(Section):
     validation: Validation = Validation()
 
 
-class Loss(Section):
+class LossEntry(Section):
     """One term of the loss: its name, its weight (a number or a schedule) and its parameters."""
 
     name: str

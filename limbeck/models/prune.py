@@ -36,7 +36,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayerChoice:
     """The layers to keep, and the cost of each drop: (layer, KL to the full model in nats per token after the drop)."""
 
     kept: tuple[int, ...]
@@ -83,21 +83,21 @@ def choose_layers(
     count: int,
     calibration: Callable[[], Calibration],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Choice:
+) -> LayerChoice:
     """Choose the `count` layers to keep. `calibration` is called only by the ways that need text."""
     total = len(layers_of(net))
     if not isinstance(keep, str):
-        return Choice(tuple(keep))
+        return LayerChoice(tuple(keep))
     if not 1 <= count <= total:
         raise UserError(f"student.start.prune.layers: {count} is not between 1 and the teacher's {total} layers")
     if keep == "first":
-        return Choice(tuple(range(count)))
+        return LayerChoice(tuple(range(count)))
     if keep == "uniform":
         step = (total - 1) / max(1, count - 1)
-        return Choice(tuple(int(index * step + 0.5) for index in range(count)))
+        return LayerChoice(tuple(int(index * step + 0.5) for index in range(count)))
     if keep == "block_influence":
         influence = block_influence(net, calibration())
-        return Choice(tuple(sorted(sorted(range(total), key=lambda index: -influence[index])[:count])))
+        return LayerChoice(tuple(sorted(sorted(range(total), key=lambda index: -influence[index])[:count])))
     if keep == "importance":
         return _greedy(net, count, calibration(), progress)
     raise AssertionError(f"unknown way to keep layers: {keep}")
@@ -166,7 +166,9 @@ class _LayerRunner:
 
 
 @torch.inference_mode()
-def _greedy(net: PreTrainedModel, count: int, calibration: Calibration, progress: Callable[[int, int], None]) -> Choice:
+def _greedy(
+    net: PreTrainedModel, count: int, calibration: Calibration, progress: Callable[[int, int], None]
+) -> LayerChoice:
     """Drop, one at a time, the layer whose loss adds the least forward KL to the full model.
 
     After the first round only the CANDIDATES layers that were cheapest when last tried are tried again.
@@ -194,4 +196,4 @@ def _greedy(net: PreTrainedModel, count: int, calibration: Calibration, progress
         cheapest = min(candidates, key=lambda layer: (latest[layer], layer))
         drops.append((cheapest, latest[cheapest]))
         kept = [layer for layer in kept if layer != cheapest]
-    return Choice(tuple(kept), tuple(drops))
+    return LayerChoice(tuple(kept), tuple(drops))

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from limbeck.config.sections import Lora, Scratch, Student
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
-from limbeck.models.prune import Calibration, Choice, choose_layers, drop_layers
+from limbeck.models.prune import Calibration, LayerChoice, choose_layers, drop_layers
 from limbeck.types import RecipeError, content_hash, nearest
 
 
-def begin(student: Student, teacher: Callable[[], Model], choice: Choice | None, seed: int) -> Model:
+def begin(student: Student, teacher: Callable[[], Model], choice: LayerChoice | None, seed: int) -> Model:
     """The student before training, without adapters. `choice` holds the layers that a pruned student keeps. The teacher
     is loaded only if the student is made from it.
 
@@ -30,7 +30,7 @@ def begin(student: Student, teacher: Callable[[], Model], choice: Choice | None,
     return started
 
 
-def _begin(student: Student, teacher: Callable[[], Model], choice: Choice | None, seed: int) -> Model:
+def _begin(student: Student, teacher: Callable[[], Model], choice: LayerChoice | None, seed: int) -> Model:
     start = student.start
     if start.pretrained is not None:
         return load_model(start.pretrained)
@@ -52,7 +52,7 @@ def choose(
     teacher: Callable[[], Model],
     calibration: Callable[[], Calibration],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Choice | None:
+) -> LayerChoice | None:
     """The layers that a pruned student keeps; None for the other starts."""
     prune = student.start.prune
     if prune is None:

@@ -58,7 +58,7 @@ class ModelPair:
     dense: Callable[[Tensor, Head], TeacherSignal]
 
 
-class TrainingText(Protocol):
+class PreparationText(Protocol):
     """The training text as the frozen models read it before the first step. Side 0 is the student, 1 the teacher."""
 
     @property
@@ -126,7 +126,7 @@ class BoundLoss(nn.Module):
             return NO_TAPS
         return Taps(hidden=layers) if self.tapped == "hidden" else Taps(attention=layers)
 
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: PreparationText) -> None:
         """Learn or compute what must be there before the first step."""
 
     def forward(self, student: Features, teacher: Features, positions: Positions) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize
 
 from limbeck.objectives.bindable import register_bound
-from limbeck.objectives.bound import TEACHER_SIDE, BoundLoss, ModelPair, TrainingText
+from limbeck.objectives.bound import TEACHER_SIDE, BoundLoss, ModelPair, PreparationText
 from limbeck.objectives.forward import Features, Positions
 from limbeck.objectives.layers import linear
 from limbeck.objectives.parameters import Anything, Number, Range, Setting
@@ -121,7 +121,7 @@ class ContrastiveLoss(BoundLoss):
         return values_B
 
     @torch.no_grad()
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: PreparationText) -> None:
         """Fill the bank with the teacher's pooled states of every training text."""
         bank: dict[int, Tensor] = {}
         for batch in text.batches():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from limbeck.objectives.bindable import register_bound
-from limbeck.objectives.bound import BoundLoss, ModelPair, ModelSizes, TrainingText, check_width
+from limbeck.objectives.bound import BoundLoss, ModelPair, ModelSizes, PreparationText, check_width
 from limbeck.objectives.forward import Features, Positions
 from limbeck.objectives.head import PositionEvidence, fused_loss
 from limbeck.objectives.layers import PROJECTIONS, Pair, Project, mean_over_pairs, pair_name, projections
@@ -154,7 +154,7 @@ class FilteredMatch(BoundLoss):
             [self.learned(pair, student.hidden[pair[0]][where], teacher.hidden[pair[1]][where]) for pair in self.pairs]
         )
 
-    def prepare(self, text: TrainingText) -> None:
+    def prepare(self, text: PreparationText) -> None:
         """Each layer's filter learns, by cross-entropy, to be read by its model's own head. Both models are frozen."""
         steps = self.values["filter_steps"]
         for side, name in enumerate(("student", "teacher")):
@@ -170,7 +170,7 @@ class FilteredMatch(BoundLoss):
                 text.report_progress(side * steps + step + 1, 2 * steps)
             filters.requires_grad_(name == "student")
 
-    def _filter_loss(self, text: TrainingText, side: int, batch: Batch, scale: float) -> Tensor:
+    def _filter_loss(self, text: PreparationText, side: int, batch: Batch, scale: float) -> Tensor:
         filters = self.learned.get_submodule("student" if side == 0 else "teacher")
         where = batch.response_positions()
         features = text.features(side, batch, self.taps(side))

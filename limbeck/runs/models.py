@@ -17,7 +17,7 @@ from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import has_other_tokens
 from limbeck.models.load import is_ready, load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model, header_of
-from limbeck.models.prune import Calibration, Choice
+from limbeck.models.prune import Calibration, LayerChoice
 from limbeck.models.score import ServerScorer
 from limbeck.models.start import begin, choose
 from limbeck.models.teacher import InProcessTeacher
@@ -146,14 +146,14 @@ class RunModels:
 
     # The student before training
 
-    def choice(self) -> Choice | None:
+    def choice(self) -> LayerChoice | None:
         """Which layers the student keeps: chosen once and stored in `start.json`."""
         file = self.folder / "start.json"
         if file.exists():
             record = json.loads(file.read_text())
             if not record:
                 return None
-            return Choice(tuple(record["kept"]), tuple((layer, cost) for layer, cost in record["drops"]))
+            return LayerChoice(tuple(record["kept"]), tuple((layer, cost) for layer, cost in record["drops"]))
 
         def calibration() -> Calibration:
             prune = self.method.recipe.student.start.prune

@@ -157,7 +157,7 @@ def with_columns(rows: list[Row], teacher: Remembered, terms: Sequence[TermAtSte
 
 @dataclass(frozen=True)
 class TextBeforeTraining:
-    """The `TrainingText` that losses prepare on before the first step; side 0 is the student, 1 the teacher."""
+    """The `PreparationText` that losses prepare on before the first step; side 0 is the student, 1 the teacher."""
 
     nets: tuple[PreTrainedModel, PreTrainedModel]
     rows: Sequence[Row]

@@ -8,7 +8,7 @@ import torch
 from limbeck import RecipeError
 from limbeck.config.sections import Student
 from limbeck.models.model import hidden_states
-from limbeck.models.prune import Choice
+from limbeck.models.prune import LayerChoice
 from limbeck.models.start import begin
 
 TOKENS = torch.tensor([[5, 0, 7, 0, 9]])
@@ -20,7 +20,7 @@ def student(**start):
 
 def test_the_end_token_learns_on_the_input_side_too_although_it_is_the_padding_token(tiny):
     assert tiny.net.get_input_embeddings().padding_idx == 0 and tiny.tokenizer.eos_token_id == 0
-    net = begin(student(prune={"layers": 2}), lambda: tiny, Choice((0, 3)), seed=0).net
+    net = begin(student(prune={"layers": 2}), lambda: tiny, LayerChoice((0, 3)), seed=0).net
     hidden_states(net, TOKENS).sum().backward()
     assert net.get_input_embeddings().weight.grad[0].any()
 
