@@ -38,9 +38,9 @@ def made(recipe_data, prompt_file, tmp_path):
     job = Run(resolve(plain), tmp_path / "plain", Silent())
     job.folder.mkdir()
     texts = []
-    for row in job.rows(job.text.training(), job.untouched()):
+    for row in job.rows(job.text.training(), job.models.initial_student()):
         batch = make_batch([row])
-        signal = job.teacher.signal(batch)
+        signal = job.models.teacher.signal(batch)
         texts.append((*next(ids_of(batch)), signal.head.logits(signal.hidden_NE).detach().log_softmax(-1)))
     return recipe, folder, texts
 
