@@ -3,10 +3,8 @@
     python examples/distill_minimal.py      # SmolLM2-135M into 24 of its own 30 layers, on the CPU
     python examples/distill_minimal.py --teacher DIR --student DIR --prompts my.jsonl --steps 100 --out my-student
 
-The teacher answers every prompt once. The student learns to predict each token of the answers as the teacher does:
-
-    loss = sum over the answers' tokens of KL(teacher || student) / number of these tokens
-
+The teacher answers every prompt once. The student learns to predict each token of the answers as the teacher does: the
+loss is the sum over the answers' tokens of KL(teacher || student), divided by the number of these tokens.
 `limbeck run forward-kl` does it with checkpoints, controls, an evaluation and a report.
 Shapes: B rows, T positions, N answer tokens of a batch, D hidden width, V vocabulary.
 """
@@ -114,7 +112,6 @@ def main(argv=None):
     # 4. Result: the difference it made, and a folder that AutoModelForCausalLM loads.
     net.eval()
     print(f"held-out forward KL, nats per token: {before:.4f} before, {mean_kl(teacher, net, held_out):.4f} after")
-    args.out.mkdir(parents=True, exist_ok=True)
     save_model(net, teacher.tokenizer, args.out)
     return losses
 

@@ -323,7 +323,7 @@ def test_a_llama_cpp_server_is_refused_where_every_written_token_is_read(tiny, t
 def test_what_a_server_names_at_every_step_is_not_kept_too(tiny, tiny_folder, recipe_data):
     recipe_data |= {"student": {"start": {"pretrained": str(tiny_folder)}}, "loss": ["jsd"]}
     server = {"url": "http://127.0.0.1:1/v1", "name": "toy", "names": 4}
-    with pytest.raises(RecipeError, match="leave names or the cache out"):
+    with pytest.raises(RecipeError, match=r"leave server\.names or the cache out"):
         resolve(parse(recipe_data | {"teacher": {"server": server, "cache": {"top_k": {}}}}))
     with pytest.raises(RecipeError, match=r"teacher.server.names: 20"):
         resolve(parse(recipe_data | {"teacher": {"server": server | {"names": None}}}))

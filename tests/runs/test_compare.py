@@ -130,7 +130,7 @@ def test_a_judge_is_left_out_of_a_comparison(methods, recipe_data):
     common, made = methods
     recipe_data["evaluate"]["judge"] = "./nowhere"
     with_judge = parse(recipe_data)
-    assert with_judge.hash != common.hash and _common([with_judge], None, ()).hash == _common([common], None, ()).hash
+    assert with_judge.hash != common.hash and _common([with_judge], None).hash == _common([common], None).hash
     judged = [recipe.model_copy(update={"evaluate": with_judge.evaluate}) for recipe in made]
     found = entries(judged, with_judge)
     assert [entry.recipe.hash for entry in found] == [entry.recipe.hash for entry in entries(made, common)]

@@ -154,7 +154,7 @@ def test_methods_are_compared_by_what_text_can_say(served, tmp_path):
         ({"teacher": {}}, "name a model, a server that writes its text, or both"),
         (
             {"teacher": {"server": {"url": "http://x/v1", "name": "m"}, "context": {"system": "x"}}},
-            "leave context and weights out",
+            "a server sees the prompt alone",
         ),
     ],
 )

@@ -8,9 +8,11 @@ Shapes: N response positions, V vocabulary, K tokens kept.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -112,9 +114,9 @@ def real_server(teacher, folder):
     """llama.cpp computes with the file's 4-bit weights and 8-bit states."""
     serving = serve("smollm2-135m-instruct", context=256, slots=2, threads=1)
     api = ApiTeacher(Served(url=serving.url, name=serving.name, concurrency=2))
-    api._key = serving.key
     scorer = ServerScorer(api, 64, teacher.model.tokenizer)
-    yield lambda batch: scorer.view(batch).signal
+    with patch.dict(os.environ, {api.settings.key: serving.key}):
+        yield lambda batch: scorer.view(batch).signal
 
 
 def bridged(**settings):
