@@ -100,15 +100,17 @@ def one(name: str, teacher: InProcessTeacher, rows: tuple[list[Row], list[Row], 
     home = folder / name.replace(" ", "-")
     plan = TrainingPlan(terms, training, how, home, key=name, store=folder / "store.sqlite")
     job = make_job(plan, student, lambda: bridged)
-    before = measured(job, student, common, held, size)
+    before = measured(job, student, common, held, size=size)
     began = time.monotonic()
     train(
         job,
-        lambda step, steps, record: print(name, step, steps, round(record["loss"], 4), record["seconds"], flush=True),
+        lambda step, steps, record: print(
+            f"{name} {step} {steps} {record['loss']:.4f} {record['seconds']}", flush=True
+        ),
     )
     seconds = time.monotonic() - began
     facts = bridged.facts([row.response_ids for row in training])
-    after = measured(job, student, common, held, size)
+    after = measured(job, student, common, held, size=size)
     return {
         "before": before,
         "after": after,

@@ -190,7 +190,12 @@ def epoch_step(net: Any, signal: Any, batch: Any, term: Any) -> None:
     targets_N = batch.tokens_BT[where[0], where[1] + 1]
     weight_KN = torch.ones(1, len(targets_N))
     fused_loss(
-        hidden_BTD[where], head_of(net), [term], [1.0], weight_KN, PositionEvidence(targets_N, signal)
+        hidden_BTD[where],
+        head_of(net),
+        [term],
+        [1.0],
+        weight_KN=weight_KN,
+        evidence=PositionEvidence(targets_N, signal),
     ).loss.backward()
     net.zero_grad(set_to_none=True)
 

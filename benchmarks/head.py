@@ -73,7 +73,12 @@ def fused(data: dict[str, Tensor], name: str) -> None:
     evidence = PositionEvidence(data["targets"], DenseSignal(data["teacher"], Head(data["teacher_head"])))
     weights = torch.ones(1, positions, device=data["hidden"].device)
     total = fused_loss(
-        data["hidden"], Head(data["head"]), [make_term(name, {}).at_step(0, {})], [1 / positions], weights, evidence
+        data["hidden"],
+        Head(data["head"]),
+        [make_term(name, {}).at_step(0, {})],
+        [1 / positions],
+        weight_KN=weights,
+        evidence=evidence,
     )
     torch.autograd.grad(total.loss, (data["hidden"], data["head"]))
 

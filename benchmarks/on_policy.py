@@ -86,6 +86,23 @@ def ours(name: str, student: Path, work: Path) -> list[dict[str, float]]:
     ]
 
 
+def counting(base: type, steps: list[dict[str, float]], gkd: bool) -> Any:
+    """A trainer of theirs that writes down how many tokens each step had and trained."""
+
+    class Counting(base):  # type: ignore[misc, valid-type]
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:  # their signature
+            if gkd:
+                trained = (inputs["labels"] != -100).sum()
+                real = inputs["attention_mask"].sum()
+            else:
+                trained = inputs["completion_mask"].sum()
+                real = inputs["prompt_mask"].sum() + trained
+            steps.append({"trained": int(trained), "real": int(real)})
+            return super().compute_loss(model, inputs, *rest, **named)
+
+    return Counting
+
+
 def theirs(name: str, student: Path, work: Path) -> list[dict[str, float]]:
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -113,20 +130,6 @@ def theirs(name: str, student: Path, work: Path) -> list[dict[str, float]]:
     steps: list[dict[str, float]] = []
     ends: list[float] = []
 
-    def counting(base: type) -> type:
-        class Counting(base):  # type: ignore[misc, valid-type]
-            def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:  # their signature
-                trained = (inputs["labels"] != -100).sum() if gkd else inputs["completion_mask"].sum()
-                real = (
-                    inputs["attention_mask"].sum()
-                    if gkd
-                    else inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
-                )
-                steps.append({"trained": int(trained), "real": int(real)})
-                return super().compute_loss(model, inputs, *rest, **named)
-
-        return Counting
-
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:  # their signature
             ends.append(time.perf_counter())
@@ -136,11 +139,11 @@ def theirs(name: str, student: Path, work: Path) -> list[dict[str, float]]:
             {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "."}]} for text in prompts
         ]
         settings = GKDConfig(**common, lmbda=1.0, max_new_tokens=LENGTH, max_length=512)
-        made = counting(GKDTrainer)
+        made = counting(GKDTrainer, steps, gkd)
     else:
         rows = [{"prompt": [{"role": "user", "content": text}]} for text in prompts]
         settings = DistillationConfig(**common, max_completion_length=LENGTH)
-        made = counting(DistillationTrainer)
+        made = counting(DistillationTrainer, steps, gkd)
     trainer = made(
         model.net, teacher.net, settings, train_dataset=Dataset.from_list(rows), processing_class=model.tokenizer
     )
@@ -170,7 +173,9 @@ def main() -> None:
                 work = Path(folder) / f"{turn}-{[*found].index(name)}"
                 work.mkdir()
                 command = [sys.executable, __file__, name, str(student), str(work)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)  # noqa: S603 (our own file)
+                done = subprocess.run(  # noqa: S603 (our own file)
+                    command, capture_output=True, text=True, check=False, cwd=work
+                )
                 if done.returncode:
                     raise SystemExit(f"{name}: {done.stderr[-2000:]}")
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))

@@ -111,7 +111,7 @@ class StepContext:
 
     def rng(self, *key: Any) -> random.Random:
         """Random numbers for this step, always the same for the same `key` (such as a round, or a sample's id)."""
-        return random.Random(content_hash([self.seed, self.step, [str(part) for part in key]]))  # noqa: S311 (no secret)
+        return random.Random(content_hash([self.seed, self.step, [str(part) for part in key]]))  # noqa: S311
 
 
 def user(text: str) -> Message:

@@ -196,7 +196,9 @@ def recovery(
 
 def _pooled(by_seed: Sequence[Column]) -> Column:
     """Seeds added up, item by item."""
-    return Column(by_seed[0].ids, sum(column.values for column in by_seed), sum(column.weights for column in by_seed))  # type: ignore[arg-type]
+    values = sum(column.values for column in by_seed)
+    weights = sum(column.weights for column in by_seed)
+    return Column(by_seed[0].ids, values, weights)  # type: ignore[arg-type]
 
 
 def values_by_seed(

@@ -225,7 +225,7 @@ class TeacherOverBridge:
         }
 
     @torch.no_grad()
-    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:  # noqa: ARG002 (as of every teacher)
+    def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:  # noqa: ARG002
         """The teacher's distributions at the student's response positions, and its states at its own positions."""
         assert not any(taps), "validate refuses layers of a teacher with other tokens"
         net = self.model.net

