@@ -29,6 +29,7 @@ from limbeck.models.http import (
     as_dicts,
     check_address,
     send_with_retries,
+    without_key,
 )
 from limbeck.types import Finish, Generated, Request, UserError, content_hash
 
@@ -225,7 +226,7 @@ class ApiTeacher:
             data, self.settings.name, raw=request.raw is not None, max_tokens=request.sampling.max_tokens, usage=usage
         )
         raw = None if finish == "ok" else reply.text(STORED_BYTES)
-        return Generated(None, text, finish, raw=raw, usage=usage or (0, 0))
+        return Generated(None, without_key(text, reply.key), finish, raw=raw, usage=usage or (0, 0))
 
 
 def _is_answer(status: int) -> bool:

@@ -203,7 +203,7 @@ class BatchTeacher(ApiTeacher):
                 status = response.get("status_code")
                 if not isinstance(status, int) or status >= 500 or status in (*NOT_PROCESSED, *FATAL, *REPEATABLE):
                     continue
-                reply = Reply(status, json.dumps(response.get("body")).encode())
+                reply = Reply(status, json.dumps(response.get("body")).encode(), key=connection.key)
                 answers[key] = self._generated(by_key[key], reply, count)
         return list(answers.items())
 

@@ -1,7 +1,8 @@
 """HTTP to model servers: addresses, keys, connections, bounded answers, JSON that is not trusted, and retries.
 
 A connection knows no proxy and follows no redirect, so the key goes to the named host alone. The key is read from the
-environment for each connection, stored nowhere, and removed from everything the server says.
+environment for each connection, stored nowhere, and taken out of what is shown or stored of the server's words; what
+is parsed is what the server sent.
 
 Retries are ours, not tenacity's: the budget must be checked and counted before each try and the pause depends on the
 reply, so only the six lines of `send_with_retries` would go.
@@ -33,6 +34,7 @@ MAX_BYTES = 16 * 2**20  # of one answer
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
 SHOWN = 300  # characters of a server's words in a message of ours
+LEAST_SECRET = 8  # characters; a shorter key could be a piece of any word, and keeps no secret
 KEY_CHARACTERS = re.compile(r"[!#-\[\]-~]*")  # a header can carry them, and JSON does not escape them
 Failure = Literal["", "no connection", "timeout", "broken connection"]
 T = TypeVar("T")
@@ -86,24 +88,27 @@ class Call:
 class Reply:
     """The outcome of one request: an answer, or (with `status` 0) why there is none.
 
-    `error` is the exception's name where there is no answer; `truncated` means that the body is longer than was read;
-    `retry_after` is in seconds.
+    `body` and `json` are what the server sent, `text`, `error_text` and `quote` are without the `key`. `error` is the
+    exception's name where there is no answer; `truncated` means that the body is longer than was read; `retry_after`
+    is in seconds.
     """
 
     status: int = 0
-    body: bytes = b""
+    body: bytes = field(default=b"", repr=False)
     truncated: bool = False
     retry_after: float | None = None
     failure: Failure = ""
     error: str = ""
+    key: str = field(default="", repr=False)
 
     def json(self) -> Any:
         """The body as JSON, None where it is not (see `read_json`) or not whole."""
         return None if self.truncated else read_json(self.body)
 
     def text(self, limit: int | None = None) -> str:
-        """The body as text, at most `limit` bytes of it."""
-        return self.body[:limit].decode("utf-8", "replace")
+        """The body as text without the key, at most `limit` bytes of it."""
+        end = None if limit is None else limit + len(self.key)  # a key that the limit cuts is found, too
+        return without_key(self.body[:end].decode("utf-8", "replace"), self.key)[:limit]
 
     def outcome(self) -> str:
         """The status or the failure, for a message."""
@@ -114,7 +119,7 @@ class Reply:
         data = as_dict(self.json())
         error = data.get("error") or data.get("message") or data.get("detail")
         message = (error.get("message") or error) if isinstance(error, dict) else error
-        return printable(message or self.text(4 * SHOWN))
+        return printable(without_key(str(message), self.key) if message else self.text(4 * SHOWN))
 
     def quote(self) -> str:
         """A sentence with what the server says went wrong, empty where it says nothing."""
@@ -135,6 +140,8 @@ class Endpoint:
     async def connect(self) -> AsyncIterator[Connection]:
         """A pool of connections, as many as there are requests under way.
 
+        A `UserError` that is raised within loses the key, if it has it from the server.
+
         Raises:
             UserError: the key has characters that a header can't carry.
         """
@@ -149,7 +156,11 @@ class Endpoint:
             follow_redirects=False,
             trust_env=False,
         ) as client:
-            yield Connection(self, client, key)
+            try:
+                yield Connection(self, client, key)
+            except UserError as error:
+                error.args = tuple(without_key(str(part), key) for part in error.args)
+                raise
 
     def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """The result of `work` with a connection of its own."""
@@ -167,7 +178,7 @@ class Connection:
     def __init__(self, endpoint: Endpoint, client: httpx2.AsyncClient, key: str) -> None:
         self.endpoint = endpoint
         self._client = client
-        self._key = key.encode()
+        self.key = key
 
     async def send(self, call: Call, max_bytes: int = MAX_BYTES, seconds: float | None = None) -> Reply:
         """One try, in `seconds` (the endpoint's timeout if left out). A failed exchange is a reply, too.
@@ -195,17 +206,14 @@ class Connection:
                     if len(body) > max_bytes:
                         break
                 retry_after = parse_retry_after(response.headers.get("retry-after"))
-                content = self._redact(bytes(body))
-                return Reply(response.status_code, content, len(body) > max_bytes, retry_after)
+                truncated = len(body) > max_bytes
+                return Reply(response.status_code, bytes(body), truncated, retry_after, key=self.key)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
             return Reply(failure="no connection", error=type(error).__name__)
         except TimeoutError as error:
             return Reply(failure="timeout", error=type(error).__name__)
         except httpx2.HTTPError as error:
             return Reply(failure="broken connection", error=type(error).__name__)
-
-    def _redact(self, body: bytes) -> bytes:
-        return body.replace(self._key, b"[key]") if self._key else body
 
 
 @dataclass(frozen=True)
@@ -262,6 +270,11 @@ def read_key(variable: str) -> str:
             " breaks"
         )
     return key
+
+
+def without_key(text: str, key: str) -> str:
+    """The text with `[key]` in place of the key. A key of fewer than 8 characters is left where it is."""
+    return text.replace(key, "[key]") if len(key) >= LEAST_SECRET else text
 
 
 def read_json(body: bytes, allow_nan: bool = False) -> Any:

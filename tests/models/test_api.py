@@ -158,6 +158,22 @@ def test_what_every_request_would_meet_ends_the_run_at_once(status, words):
         assert len(server.seen) == 1 and SECRET not in str(caught.value) and "[key]" in str(caught.value)
 
 
+def test_a_key_that_a_server_writes_into_its_answers_is_not_stored(tmp_path):
+    bodies = [answer(f"it is {SECRET}"), answer(f"it is {SECRET}", "content_filter")]
+    with Scripted(lambda number, body: bodies[number]) as server, Store(tmp_path / "s.sqlite") as store:
+        samples = elicit(requests(2), store, lambda: teacher(server, concurrency=1)[0])
+    assert [sample.messages[-1]["content"] for sample in samples] == ["it is [key]"] * 2
+    assert SECRET.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["o", "stop", "assistant", "choices"])
+def test_no_key_makes_an_answer_another_one(key, monkeypatch):
+    monkeypatch.setenv("LIMBECK_API_KEY", key)
+    with Scripted(lambda number, body: answer("to be or not")) as server:
+        (found,), _ = ask(server)
+    assert (found.text, found.finish, found.usage) == ("to be or not", "ok", (5, 3))
+
+
 def test_one_request_s_own_fault_is_its_own():
     with Scripted(
         lambda number, body: (

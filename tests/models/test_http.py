@@ -54,8 +54,38 @@ def test_the_key_is_sent_and_taken_out_of_what_comes_back():
         reply = send(server, Call("POST", "/x", {"a": 1}, headers={"X-Other": "b"}))
         path, body, headers = server.seen[0]
     assert (path, body, headers["X-Other"], headers["Authorization"]) == ("/v1/x", {"a": 1}, "b", f"Bearer {SECRET}")
-    assert reply.body == b"no: [key]" and reply.quote() == "It says: 'no: [key]'" and SECRET not in repr(reply)
+    assert reply.text() == "no: [key]" and reply.quote() == "It says: 'no: [key]'" and SECRET not in repr(reply)
+    assert reply.body == f"no: {SECRET}".encode(), "what is parsed is what was sent"
     assert SECRET not in repr(endpoint(server))
+
+
+@pytest.mark.parametrize("key", ["k", "0", "tokens", "logprobs", "token_id:7", "prompt_logprobs", "null", ":"])
+def test_no_key_changes_what_is_parsed(key, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", key)
+    sent = {"tokens": [0, 10, 7], "logprobs": {"token_id:7": -0.5, "prompt_logprobs": None}, "text": "the key is k"}
+    with Scripted(lambda number, body: sent) as server:
+        assert send(server, Call("POST", "/x", {})).json() == sent
+
+
+def test_a_key_is_hidden_where_a_limit_cuts_it_and_a_short_one_leaves_words_whole():
+    body = b"x" * 290 + SECRET.encode() + b" and more"
+    for limit in range(280, 320):
+        assert SECRET[:8] not in Reply(500, body, key=SECRET).text(limit)
+    assert SECRET[:8] not in Reply(500, body, key=SECRET).error_text()
+    escaped = json.dumps({"error": {"message": "no: sk/canary/4711"}}).replace("/", "\\/").encode()
+    assert Reply(401, escaped, key="sk/canary/4711").error_text() == "no: [key]"
+    assert Reply(400, b'{"error": "the token is asked for"}', key="k").error_text() == "the token is asked for"
+
+
+def test_an_error_of_ours_that_quotes_what_was_parsed_has_no_key():
+    async def ask(connection):
+        reply = await connection.send(Call("POST", "/x", {}))
+        raise UserError(f"it answered as {reply.json()['model']}")
+
+    with Scripted(lambda number, body: answer(model=f"toy {SECRET}")) as server:
+        with pytest.raises(UserError, match=r"it answered as toy \[key\]") as caught:
+            endpoint(server).run(ask)
+    assert SECRET not in str(caught.value)
 
 
 def test_a_call_at_the_root_leaves_the_version_out():
