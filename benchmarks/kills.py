@@ -38,7 +38,7 @@ from pathlib import Path
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher
-from limbeck.config.teacher import Served
+from limbeck.config.server import Served
 from limbeck.storage.store import Store
 from limbeck.types import Sampling
 

@@ -21,6 +21,7 @@ from typing import Any
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import load_recipe
 from limbeck.elicit.steps import STEPS
+from limbeck.models.engines import ALL, ENGINES
 from limbeck.objectives.bindable import BINDABLE
 from limbeck.objectives.divergence_loss import DIVERGENCES, TEMPERATURE
 from limbeck.objectives.policy import POLICIES
@@ -375,6 +376,44 @@ def bridges() -> str:
     return f"{told}\n\n{table(titles, rows)}"
 
 
+def engines() -> str:
+    """The kinds of servers, with what each takes and an example of its options."""
+    rows = []
+    for kind, engine in ENGINES.items():
+        header, prefix = engine.key_header
+        examples = [f"`{_flow(example)}`" for example in (engine.schema, engine.effort) if example is not None]
+        named = f"{engine.most_logprobs}" if engine.most_logprobs else "none"
+        named += ", plain" if engine.plain_logprobs else ""
+        lacks = ", ".join(f"`{name}`" for name in sorted(ALL - engine.takes)) or "nothing"
+        limit = engine.limit or engine.dialect.places["max_tokens"]
+        key = f"`{header}: {prefix}…`"
+        rows.append(
+            [f"`{kind}`", engine.title, f"`{engine.url}`", f"`{limit}`", lacks, key, named, "; ".join(examples)]
+        )
+    titles = [
+        "kind",
+        "server",
+        "`url`",
+        "longest answer",
+        "lacks",
+        "key",
+        "`logprobs` at most",
+        "examples of `options`",
+    ]
+    return table(titles, rows)
+
+
+def _flow(value: Any) -> str:
+    """Plain data as YAML in one line, with SCHEMA for a schema."""
+    if isinstance(value, Mapping) and value.get("type") == "object":
+        return "SCHEMA"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return json.dumps(value).strip('"')
+
+
 def house() -> str:
     """Every folder of the package from the top floor down, and what each of its files is for, in its own words."""
     lines = []
@@ -408,6 +447,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         reasoning,
         kept,
         bridges,
+        engines,
         methods,
         on_policy_methods,
     )

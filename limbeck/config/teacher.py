@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
 
 from limbeck.config.sections import Section
+from limbeck.config.server import Served
 from limbeck.types import RecipeError, nearest
 
 FIELDS = ("prompt", "answer", "feedback")  # of a prompt's line, that a teacher can be shown
@@ -43,44 +44,6 @@ class Context(Section):
     def reads(self) -> list[str]:
         """The fields of a prompt's line that it needs, besides the prompt."""
         return [name for name in ("answer", "feedback") if self.user is not None and f"{{{name}}}" in self.user]
-
-
-class Price(Section):
-    """The price of a million tokens read (`input`) and written (`output`), in any currency."""
-
-    input: Annotated[float, Field(ge=0)] = 0.0
-    output: Annotated[float, Field(ge=0)] = 0.0
-
-
-class Limits(Section):
-    """Hard limits: requests (retries count), tokens (read and written) and money (by the price)."""
-
-    requests: Annotated[int, Field(ge=1)] | None = None
-    tokens: Annotated[int, Field(ge=1)] | None = None
-    money: Annotated[float, Field(gt=0)] | None = None
-
-
-class Served(Section):
-    """An OpenAI-compatible server that writes the teacher's text.
-
-    `url` is its address up to `/v1`, `name` the model's name there, `key` the environment variable with its key. Up to
-    `concurrency` requests run at once; each may take `timeout` seconds and is retried `retries` times. With `batch`,
-    requests use the server's batch interface: answers within a day, usually at half the price. With `names`, the server
-    also gives this many top tokens at each position of every step's text, which the student may write.
-    """
-
-    url: str
-    name: str
-    key: str = Field(default="LIMBECK_API_KEY", pattern=r"^[A-Z][A-Z0-9_]*$")
-    concurrency: Annotated[int, Field(ge=1, le=1024)] = 4
-    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
-    timeout: Annotated[float, Field(gt=0)] = 300.0
-    retries: Annotated[int, Field(ge=0, le=20)] = 5
-    batch: bool = False
-    names: Annotated[int, Field(ge=1, le=65535)] | None = None
-    price: Price | None = None
-    limits: Limits = Limits()
 
 
 class CachedHidden(Section):
@@ -274,8 +237,8 @@ class BridgedTeacher(Section):
 
 
 class ServedTeacher(Section):
-    """A model behind a server alone: it gives text, and its likeliest tokens where a `cache` keeps them or the server
-    `names` them at every step."""
+    """A model behind a server alone: it gives text, and its likeliest tokens where a `cache` keeps them, the server
+    `names` them at every step, or gives them with its own text (`logprobs`)."""
 
     kind: Literal["served"] = "served"
     model: None = None
@@ -299,11 +262,13 @@ class ServedTeacher(Section):
             raise ValueError(f"text is scored by requests of its own: leave server.batch or the cache out, {cure}")
         if self.cache is not None and self.server.names is not None:
             raise ValueError("what a cache keeps is asked for once; leave server.names or the cache out")
+        if self.cache is not None and self.server.logprobs is not None:
+            raise ValueError("log-probabilities of its own text are kept with the text; leave the cache out")
         return self
 
     @property
     def named_tokens(self) -> int | None:
-        """How many likeliest tokens the server is asked for at each position; None where it gives text alone."""
+        """How many likeliest tokens the server is asked for at each position of given text; None where it is not."""
         if self.cache is not None and self.cache.top_k is not None:
             return self.cache.top_k.k
         return self.server.names
@@ -358,6 +323,12 @@ def teacher_data(teacher: Any) -> Any:
     for key, reason in refused.items():
         if data.get(key) not in (None, []):
             raise RecipeError(f"teacher.{key}", reason)
+    server = data.get("server")
+    if kind != "served" and isinstance(server, Mapping) and server.get("logprobs") is not None:
+        raise RecipeError(
+            "teacher.server.logprobs",
+            "weights that are here know more of the text than its server says; leave logprobs or teacher.model out",
+        )
     if "model" not in data and "server" not in data:
         raise RecipeError("teacher", "name a model, a server that writes its text, or both")
     return data

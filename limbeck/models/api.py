@@ -1,24 +1,29 @@
-"""A teacher behind an OpenAI-compatible server.
+"""A teacher behind a server: OpenAI's protocol, or that of the kind of server that the recipe names (`engines.py`).
 
 A request that the server certainly did not process (429, 503, no connection) is repeated; one that it may have
 processed (timeout, broken connection, another 5xx) is repeated, too, and counted as possibly billed. A slot is freed
 only when its answer has been consumed, so no more than `concurrency` answers are ever under way.
 
-Not covered: streaming, several answers to one request, providers that speak another protocol.
+A setting that this model does not take is named by the server in a reply of status 400. Where nothing is lost by it
+(the other name of the longest answer, no seed), the request is sent once more without; else the run ends and says so.
+
+Not covered: streaming, several answers to one request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
-from limbeck.config.teacher import Served
+from limbeck.config.server import Served
 from limbeck.models.budget import Budget, Spending
+from limbeck.models.dialects import OPENAI, merged, put, read_answer, read_usage, refused_setting
+from limbeck.models.engines import ALL, ENGINES, is_engine
 from limbeck.models.http import (
     Backoff,
     Call,
@@ -26,20 +31,19 @@ from limbeck.models.http import (
     Endpoint,
     Reply,
     as_dict,
-    as_dicts,
     check_address,
     send_with_retries,
     without_key,
 )
-from limbeck.types import Finish, Generated, Request, UserError, content_hash
+from limbeck.types import Generated, Request, UserError, content_hash
 
 STORED_BYTES = 64 * 2**10  # of an answer that is not whole
 POLL_SECONDS = 0.2
-NOT_PROCESSED = frozenset({429, 503})
+NOT_PROCESSED = frozenset({429, 503, 529})  # 529: Anthropic's "overloaded"
 REPEATABLE = frozenset({408, 409})  # the request's own fault otherwise
 # every request would get these; where to look
 FATAL = {401: "the key", 403: "the key's rights", 404: "the address and the model's name"}
-CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|</?s>|<(?:start|end)_of_turn>")
+LIMITS = ("max_tokens", "max_completion_tokens")  # names of the longest answer in OpenAI's protocol
 CHARS_PER_TOKEN = 3
 FAILURES_IN_A_ROW = 10  # and two for each request under way, before the server is given up
 
@@ -56,9 +60,15 @@ class ApiTeacher:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        url = check_address(settings.url, "teacher.server.url", "http://127.0.0.1:8080/v1", settings.key)
-        self.endpoint = Endpoint(url, settings.key, settings.timeout)
+        self.engine = ENGINES[settings.kind]
+        self.dialect = self.engine.dialect
+        url = check_address(settings.url, "teacher.server.url", self.engine.url, settings.key)
+        self.endpoint = Endpoint(
+            url, settings.key, settings.timeout, key_header=self.engine.key_header, headers=self.engine.headers
+        )
         self.budget = Budget(settings, self.sleep, self.clock)
+        self._limit = self.engine.limit or self.dialect.places["max_tokens"]
+        self._seeded = "seed" in self.engine.takes
         self._failures = 0
         self._identity: str | None = None
 
@@ -72,23 +82,30 @@ class ApiTeacher:
 
     @property
     def identity(self) -> str:
-        """The model's name with a hash of what the server says of it; the same on another port.
+        """The model's name with a hash of what the server says of it and of what is asked of it; the same on another
+        port.
 
         Raises:
-            UserError: no such server, or no such model.
+            UserError: no such server, another kind of server, or no such model.
         """
         if self._identity is None:
             self._identity = self.endpoint.run(self._request_identity)
         return self._identity
 
     async def _request_identity(self, connection: Connection) -> str:
-        reply = await connection.send(Call("GET", "/models"))
+        reply = await connection.send(Call("GET", self.dialect.models))
         if reply.failure:
             raise UserError(f"no answer from {self.endpoint.url}: {reply.error}; is the server running?")
         if reply.status != 200:
-            where = FATAL.get(reply.status, "the server")
+            where = "the key" if self._is_bad_key(reply) else FATAL.get(reply.status, "the server")
             raise UserError(f"{self.endpoint.url}/models answers {reply.status}: check {where}")
-        models = {str(model.get("id")): model for model in as_dicts(as_dict(reply.json()).get("data"))}
+        kind = self.settings.kind
+        if self.engine.probe is not None and not await is_engine(connection, self.engine):
+            raise UserError(
+                f"{self.endpoint.url} is not {self.engine.title} ({self.engine.probe[0]} says nothing of it): correct"
+                f" teacher.server.kind, {kind!r}, or leave it out"
+            )
+        models = self.dialect.listed(reply.json())
         name = self.settings.name
         if name not in models:
             raise UserError(
@@ -97,7 +114,12 @@ class ApiTeacher:
             )
         meta = as_dict(models[name].get("meta"))
         sizes = {key: meta[key] for key in ("n_params", "size", "n_vocab") if isinstance(meta.get(key), int)}
-        return f"served:{name}-{content_hash([name, str(models[name].get('root', '')), sizes])[:12]}"
+        facts = [name, str(models[name].get("root", "")), sizes]
+        chosen = {"kind": kind, "options": self.settings.options, "logprobs": self.settings.logprobs}
+        defaults = {key: Served.model_fields[key].get_default(call_default_factory=True) for key in chosen}
+        if chosen != defaults:  # left out before, so that old answers keep their keys
+            facts.append(chosen)
+        return f"served:{name}-{content_hash(facts)[:12]}"
 
     def answers(
         self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False
@@ -152,9 +174,47 @@ class ApiTeacher:
     # One request
 
     async def _answer(self, connection: Connection, request: Request) -> Generated:
-        path = "/completions" if request.raw is not None else "/chat/completions"
-        call = Call("POST", path, self._body(request), headers={"Idempotency-Key": request.key})
-        return self._generated(request, await self.send(connection, call, estimated_tokens(request)))
+        call = self._call(request)
+        tokens = estimated_tokens(request)
+        reply = await self.send(connection, call, tokens)
+        refused = refused_setting(reply)
+        if refused is not None and self._can_do_without(refused, reply):
+            reply = await self.send(connection, self._call(request, suffix="-2"), tokens)
+        return self._generated(request, reply)
+
+    def _call(self, request: Request, suffix: str = "") -> Call:
+        """The HTTP request. `suffix` distinguishes one with another body from the first."""
+        path = self.dialect.path.format(model=quote(self.settings.name, safe=""))
+        if request.raw is not None:
+            if self.dialect.raw_path is None:
+                raise UserError(
+                    f"{self.engine.title} answers conversations only: leave out the step that continues plain text, or"
+                    " use another server"
+                )
+            path = self.dialect.raw_path
+        return Call("POST", path, self._body(request), headers={"Idempotency-Key": request.key + suffix})
+
+    def _can_do_without(self, refused: str, reply: Reply) -> bool:
+        """Whether the request can be worded otherwise, now that the server has refused this key of it. The new wording
+        holds for all that follow.
+
+        Raises:
+            UserError: the recipe asks for what this model does not take.
+        """
+        if refused in LIMITS and self.dialect is OPENAI:
+            self._limit = next(name for name in LIMITS if name != refused)
+            return True
+        if refused == "seed":
+            self._seeded = False
+            return True
+        where = f"teacher.server.options.{refused}: leave it out" if refused in self.settings.options else ""
+        if refused in ("temperature", "top_p", "topP"):
+            where = "the writer's temperature and top_p: set them to 1, or only one of them to another value"
+        if refused in ("logprobs", "top_logprobs"):
+            where = "teacher.server.logprobs: leave it out, or lower it"
+        if where:
+            raise UserError(f"{self.endpoint.url} refuses {refused}: change {where}. {reply.quote()}")
+        return False
 
     async def send(self, connection: Connection, call: Call, tokens: int) -> Reply:
         """The reply to one call, repeated as often as the settings allow and within the budget. The reply has an
@@ -180,10 +240,12 @@ class ApiTeacher:
 
     def _is_final(self, reply: Reply) -> bool:
         """Whether to keep this reply, rather than try again; counts failures."""
+        url = self.endpoint.url
+        if self._is_bad_key(reply):
+            raise UserError(f"{url} answers {reply.status}: check {FATAL[401]}. {reply.quote()}")
         if _is_answer(reply.status):
             self._failures = 0
             return True
-        url = self.endpoint.url
         if reply.status in FATAL or 300 <= reply.status < 400:
             where = FATAL.get(reply.status, "the address, which redirects elsewhere")
             raise UserError(f"{url} answers {reply.status}: check {where}. {reply.quote()}")
@@ -197,33 +259,52 @@ class ApiTeacher:
             )
         return False
 
+    def _is_bad_key(self, reply: Reply) -> bool:
+        return reply.status == 400 and self.dialect.bad_key is not None and self.dialect.bad_key in reply.body
+
     def _body(self, request: Request) -> dict[str, Any]:
+        """The body of a request: the conversation, the settings that the server takes, and the recipe's options."""
+        dialect = self.dialect
         sampling = request.sampling
-        prompt = {"messages": list(request.messages)} if request.raw is None else {"prompt": request.raw}
-        body = prompt | {
+        settings: dict[str, Any] = {
             "model": self.settings.name,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
-            "seed": int(request.key[:7], 16),
-            "stream": False,
+            "seed": int(request.key[:7], 16) if self._seeded else None,
+            "stop": list(sampling.stop) or None,
+            "presence_penalty": sampling.presence_penalty or None,
         }
-        if sampling.stop:
-            body["stop"] = list(sampling.stop)
-        if sampling.presence_penalty:
-            body["presence_penalty"] = sampling.presence_penalty
-        return body
+        if self.settings.logprobs is not None and request.raw is None:
+            settings |= {"logprobs": True, "top_logprobs": self.settings.logprobs}
+        body: dict[str, Any] = dialect.frame(request.messages) if request.raw is None else {"prompt": request.raw}
+        for name, value in settings.items():
+            if value is None or self.engine.defaults.get(name) == value:
+                continue
+            if name in ALL and name not in self.engine.takes:
+                raise UserError(
+                    f"{self.engine.title} takes no {name}, and this recipe's text needs it: use another server"
+                )
+            place = self._limit if name == "max_tokens" else dialect.places.get(name)
+            if place is not None:
+                put(body, place, value)
+        return merged(self.settings.options, body | dict(dialect.always))
 
     def _generated(self, request: Request, reply: Reply, count: bool = True) -> Generated:
         """The answer in a reply; `count` adds its tokens to the bill, where the server says how many they are."""
         if reply.status != 200:
             return Generated(None, "", "error", reply.text(STORED_BYTES))
         data = reply.json()
-        usage = read_usage(data)
+        usage = read_usage(data, self.dialect)
         if usage is not None and count:
             self.budget.count_tokens(*usage)
         text, finish = read_answer(
-            data, self.settings.name, raw=request.raw is not None, max_tokens=request.sampling.max_tokens, usage=usage
+            data,
+            self.settings.name,
+            raw=request.raw is not None,
+            max_tokens=request.sampling.max_tokens,
+            usage=usage,
+            dialect=self.dialect,
         )
         raw = None if finish == "ok" else reply.text(STORED_BYTES)
         return Generated(None, without_key(text, reply.key), finish, raw=raw, usage=usage or (0, 0))
@@ -238,57 +319,7 @@ async def _next(stream: AsyncGenerator[tuple[Request, Generated]]) -> tuple[Requ
     return await anext(stream, None)
 
 
-def read_answer(
-    data: Any, model: str, *, raw: bool, max_tokens: int, usage: tuple[int, int] | None
-) -> tuple[str, Finish]:
-    """(text, how it finished) of a reply's one choice.
-
-    A reply of the wrong shape is `malformed`, whatever it says; an answer of `max_tokens` tokens is `length`, even if
-    it says "stop".
-
-    Args:
-        raw: the reply is a completion's, not a chat's.
-        usage: tokens read and written, where the server says them.
-    """
-    choices = as_dict(data).get("choices")
-    answered_by = as_dict(data).get("model")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        return "", "malformed"
-    if isinstance(answered_by, str) and answered_by and not _is_same_model(answered_by, model):
-        return "", "malformed"
-    message = choices[0] if raw else choices[0].get("message")
-    if not isinstance(message, dict):
-        return "", "malformed"
-    text = message.get("text" if raw else "content")
-    reason = choices[0].get("finish_reason")
-    if isinstance(message.get("refusal"), str) and message["refusal"].strip():
-        return message["refusal"], "refused"
-    if reason == "content_filter":
-        return text if isinstance(text, str) else "", "filtered"
-    if text is None and reason in ("stop", "length"):
-        text = ""
-    if not isinstance(text, str) or reason not in ("stop", "length") or CONTROL_TOKEN.search(text):
-        return text if isinstance(text, str) else "", "malformed"
-    if reason == "length" or (usage is not None and usage[1] >= max_tokens):
-        return text, "length"
-    return text, "ok" if text.strip() else "empty"
-
-
-def _is_same_model(answered_by: str, model: str) -> bool:
-    """Whether one name is the other with a date, or with an owner before it."""
-    return answered_by.startswith(model) or model.startswith(answered_by) or answered_by.endswith(f"/{model}")
-
-
 def estimated_tokens(request: Request) -> int:
     """About how many tokens a request may cost."""
     characters = len(request.raw or "") + sum(len(message["content"]) for message in request.messages)
     return characters // CHARS_PER_TOKEN + request.sampling.max_tokens
-
-
-def read_usage(data: Any) -> tuple[int, int] | None:
-    """(tokens read, tokens written) of a reply, None where it does not say both."""
-    usage = as_dict(as_dict(data).get("usage"))
-    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if type(read) is int and type(written) is int and 0 <= read < 2**40 and 0 <= written < 2**40:
-        return read, written
-    return None

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 
-from limbeck.config.teacher import Served
+from limbeck.config.server import Served
 from limbeck.types import UserError
 
 

@@ -129,12 +129,17 @@ class Reply:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server is and which environment variable holds its key. One exchange may take `timeout` seconds."""
+    """Where a server is and which environment variable holds its key. One exchange may take `timeout` seconds.
+
+    `key_header` is the header of the key and what stands before it there; `headers` go along with every request.
+    """
 
     url: str
     key_variable: str
     timeout: float
     connect_timeout: float = CONNECT_SECONDS
+    key_header: tuple[str, str] = ("Authorization", "Bearer ")
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @contextlib.asynccontextmanager
     async def connect(self) -> AsyncIterator[Connection]:
@@ -146,7 +151,8 @@ class Endpoint:
             UserError: the key has characters that a header can't carry.
         """
         key = read_key(self.key_variable)
-        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        header, prefix = self.key_header
+        headers = {"Accept-Encoding": "identity", **self.headers} | ({header: f"{prefix}{key}"} if key else {})
         verify: Any = certificates() if self.url.startswith("https") else False
         async with httpx2.AsyncClient(
             headers=headers,

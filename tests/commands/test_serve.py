@@ -6,7 +6,7 @@ import httpx2
 import pytest
 
 from limbeck.commands.serve import serve
-from limbeck.config.teacher import Served
+from limbeck.config.server import Served
 from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher
 from limbeck.types import Sampling, UserError

@@ -13,10 +13,11 @@ from email.utils import formatdate
 
 import pytest
 
-from limbeck.config.teacher import Served
+from limbeck.config.server import Served
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import StepContext, user
-from limbeck.models.api import ApiTeacher, read_answer
+from limbeck.models.api import ApiTeacher
+from limbeck.models.dialects import read_answer
 from limbeck.models.http import MAX_BYTES, Backoff, Reply, parse_retry_after
 from limbeck.storage.store import Store
 from limbeck.types import Sampling, UserError
@@ -332,7 +333,7 @@ from pathlib import Path
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher
-from limbeck.config.teacher import Served
+from limbeck.config.server import Served
 from limbeck.storage.store import Store
 from limbeck.types import Sampling
 

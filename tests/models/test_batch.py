@@ -9,7 +9,7 @@ import pytest
 
 from limbeck import run
 from limbeck.config.recipe import parse
-from limbeck.config.teacher import Served
+from limbeck.config.server import Served
 from limbeck.models.batch import BatchTeacher
 from limbeck.types import Request, Sampling, UserError
 from tests.scripted_server import MODEL, Handler, Scripted, answer

@@ -10,7 +10,7 @@ import torch
 
 from limbeck.commands.serve import serve
 from limbeck.config.recipe import parse
-from limbeck.config.teacher import Served
+from limbeck.config.server import Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
 from limbeck.models.folder import save_model

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from limbeck.commands.serve import serve
-from limbeck.config.teacher import BridgeSettings, CacheSettings, Served
+from limbeck.config.server import Served
+from limbeck.config.teacher import BridgeSettings, CacheSettings
 from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
 from limbeck.models.bridge import TeacherOverBridge

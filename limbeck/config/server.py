@@ -1,0 +1,108 @@
+"""The section of a recipe about the server that writes the teacher's text: address, kind, options, limits, prices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from limbeck.config.sections import Section
+
+ServerKind = Literal[
+    "openai-compatible", "openai", "vllm", "sglang", "ollama", "lm-studio", "llama.cpp", "anthropic", "gemini"
+]
+# keys of a request that are set from elsewhere, whatever the protocol; and where
+_NAME = "teacher.server.name says it"
+_TEXT = "the prompts are the conversation"
+_DRAW = "the writer's settings say it"
+_READING = "answers are read whole, one to a request"
+_LOG_PROBS = "teacher.server.logprobs asks for them"
+_KEY = "keys come from the environment, see teacher.server.key"
+OURS: dict[str, str] = (
+    dict.fromkeys(("model",), _NAME)
+    | dict.fromkeys(("messages", "prompt", "input", "contents", "system", "systemInstruction"), _TEXT)
+    | dict.fromkeys(("temperature", "top_p", "topP", "presence_penalty", "presencePenalty"), _DRAW)
+    | dict.fromkeys(("max_tokens", "max_completion_tokens", "maxOutputTokens"), _DRAW)
+    | dict.fromkeys(("stop", "stop_sequences", "stopSequences"), "the steps that need one set it")
+    | dict.fromkeys(("seed",), "every request has its own, from its key")
+    | dict.fromkeys(("stream", "stream_options", "n", "candidateCount", "best_of", "echo"), _READING)
+    | dict.fromkeys(("logprobs", "top_logprobs", "responseLogprobs", "prompt_logprobs", "n_probs"), _LOG_PROBS)
+    | dict.fromkeys(("key", "api_key", "apiKey", "authorization", "Authorization", "password"), _KEY)
+)
+NESTED = ("generationConfig",)  # a part of a request in which keys of ours stand, too
+
+
+class Price(Section):
+    """The price of a million tokens read (`input`) and written (`output`), in any currency."""
+
+    input: Annotated[float, Field(ge=0)] = 0.0
+    output: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Limits(Section):
+    """Hard limits: requests (retries count), tokens (read and written) and money (by the price)."""
+
+    requests: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    money: Annotated[float, Field(gt=0)] | None = None
+
+
+class Served(Section):
+    """A server that writes the teacher's text.
+
+    `url` is its address up to `/v1`, `name` the model's name there, `key` the environment variable with its key. `kind`
+    is the program or the provider (`models/engines.py` has their table); `options` go into the body of every request as
+    they are. Up to `concurrency` requests run at once; each may take `timeout` seconds and is retried `retries` times.
+    With `batch`, requests use the server's batch interface: answers within a day, usually at half the price. With
+    `names`, the server also gives this many top tokens at each position of every step's text, which the student may
+    write. With `logprobs`, it gives this many at each position of the text that it writes itself.
+    """
+
+    url: str
+    name: str
+    kind: ServerKind = "openai-compatible"
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    key: str = Field(default="LIMBECK_API_KEY", pattern=r"^[A-Z][A-Z0-9_]*$")
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = 4
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    timeout: Annotated[float, Field(gt=0)] = 300.0
+    retries: Annotated[int, Field(ge=0, le=20)] = 5
+    batch: bool = False
+    names: Annotated[int, Field(ge=1, le=65535)] | None = None
+    logprobs: Annotated[int, Field(ge=1, le=1024)] | None = None
+    price: Price | None = None
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Served:
+        for path, key in _keys(self.options):
+            if key in OURS:
+                raise ValueError(f"options.{path} can't be set here: {OURS[key]}")
+        if (unkept := _unkept("options", self.options)) is not None:
+            raise ValueError(f"{unkept} has no value, and would not be kept: leave it out")
+        if self.batch and self.kind in ("anthropic", "gemini"):
+            raise ValueError(f"batch speaks OpenAI's protocol, and {self.kind} has its own; leave batch out")
+        if self.names is not None and self.logprobs is not None:
+            raise ValueError("names asks about any text, logprobs about the server's own; leave one of them out")
+        return self
+
+
+def _keys(options: Mapping[str, JsonValue]) -> Iterator[tuple[str, str]]:
+    """(path, key) of every option that stands where keys of ours can stand."""
+    for key, value in options.items():
+        yield key, key
+        if key in NESTED and isinstance(value, dict):
+            yield from ((f"{key}.{inner}", inner) for inner in value)
+
+
+def _unkept(path: str, value: JsonValue) -> str | None:
+    """The path of a key that is null, which a recipe's data would lose; None without one."""
+    parts = {**value} if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+    for key, inner in parts.items():
+        if inner is None and isinstance(value, dict):
+            return f"{path}.{key}"
+        if (found := _unkept(f"{path}.{key}", inner)) is not None:
+            return found
+    return None

@@ -1,0 +1,344 @@
+"""How the protocols of model servers word a request for text and their reply: OpenAI's, Anthropic's and Google's.
+
+What a reply says is not trusted: a shape that is not the protocol's is `malformed`, and so is text with control tokens
+in it. The shapes follow the providers' published references; only llama.cpp's and vLLM's servers, which speak OpenAI's
+protocol, were also tried for real.
+
+Not covered: tools whose calls would be text to train on (an answer that calls one is `malformed`), images and sound.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from limbeck.models.http import Reply, as_dict, as_dicts
+from limbeck.types import Finish, Message
+
+CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|</?s>|<(?:start|end)_of_turn>")
+MOST_TOKENS = 2**40  # that a bill may name
+# how servers name a setting that they don't take, where the reply has no field for it
+REFUSALS = (
+    re.compile(r"[Uu]nsupported (?:parameter|value):? ['\"`](\w+)['\"`]"),
+    re.compile(r"^['\"`](\w+)['\"`] (?:is (?:deprecated|not supported)|(?:and ['\"`]\w+['\"`] )?cannot)"),
+)
+
+
+class Said(NamedTuple):
+    """What one reply says before it is judged: text, why it ended, a refusal in words, and its tokens' `logprobs`."""
+
+    text: Any
+    reason: Any
+    refusal: str = ""
+    logprobs: Any = None
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One protocol.
+
+    Args:
+        path: where requests go; `{model}` stands for the model's name.
+        raw_path: where text without a template goes to be continued; None where there is no such place.
+        models: where the server lists its models, and `listed` their descriptions by name.
+        frame: the conversation as the request's body has it.
+        places: where each of our settings stands in the body, its keys joined by dots.
+        always: what every body has.
+        read: what a reply says; None where it has not exactly one answer.
+        finishes: what its reasons to end mean; any other is `malformed`.
+        read_tokens, written_tokens: where a reply counts the tokens read and written. The counts are added up.
+        answered_by: where a reply names the model.
+        bad_key: how a reply of status 400 says that the key is wrong.
+    """
+
+    path: str
+    raw_path: str | None
+    models: str
+    listed: Callable[[Any], dict[str, dict[str, Any]]]
+    frame: Callable[[Sequence[Message]], dict[str, Any]]
+    places: Mapping[str, str]
+    read: Callable[[dict[str, Any], bool], Said | None]
+    finishes: Mapping[str, Finish]
+    read_tokens: Sequence[str]
+    written_tokens: Sequence[str]
+    answered_by: str = "model"
+    always: Mapping[str, Any] = field(default_factory=dict)
+    bad_key: bytes | None = None
+
+
+def put(body: dict[str, Any], place: str, value: Any) -> None:
+    """Set a value at a place of a body."""
+    *outer, last = place.split(".")
+    for key in outer:
+        body = body.setdefault(key, {})
+    body[last] = value
+
+
+def get(data: Any, place: str) -> Any:
+    """The value at a place of a reply; None where there is none."""
+    for key in place.split("."):
+        data = as_dict(data).get(key)
+    return data
+
+
+def merged(options: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the body's keys, which win; parts that are objects in both are merged."""
+    result = dict(options)
+    for key, value in body.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+# OpenAI: /v1/chat/completions
+
+
+def _openai_listed(data: Any) -> dict[str, dict[str, Any]]:
+    return {str(model.get("id")): model for model in as_dicts(as_dict(data).get("data"))}
+
+
+def _openai_frame(messages: Sequence[Message]) -> dict[str, Any]:
+    return {"messages": list(messages)}
+
+
+def _openai_said(data: dict[str, Any], raw: bool) -> Said | None:
+    choices = data.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        return None
+    message = choices[0] if raw else choices[0].get("message")
+    if not isinstance(message, dict):
+        return None
+    refusal = message.get("refusal")
+    text = message.get("text" if raw else "content")
+    return Said(
+        "" if text is None else text,
+        choices[0].get("finish_reason"),
+        refusal if isinstance(refusal, str) and refusal.strip() else "",
+        as_dict(choices[0].get("logprobs")).get("content"),
+    )
+
+
+OPENAI = Dialect(
+    path="/chat/completions",
+    raw_path="/completions",
+    models="/models",
+    listed=_openai_listed,
+    frame=_openai_frame,
+    places={
+        "model": "model",
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "max_tokens": "max_tokens",
+        "seed": "seed",
+        "stop": "stop",
+        "presence_penalty": "presence_penalty",
+        "logprobs": "logprobs",
+        "top_logprobs": "top_logprobs",
+    },
+    always={"stream": False},
+    read=_openai_said,
+    finishes={"stop": "ok", "length": "length", "content_filter": "filtered"},
+    read_tokens=("usage.prompt_tokens",),
+    written_tokens=("usage.completion_tokens",),
+)
+
+
+# Anthropic: /v1/messages
+
+
+def _anthropic_frame(messages: Sequence[Message]) -> dict[str, Any]:
+    system, others = _system_apart(messages)
+    return ({"system": system} if system else {}) | {"messages": others}
+
+
+def _anthropic_said(data: dict[str, Any], _: bool) -> Said | None:
+    content = data.get("content")
+    if data.get("type") != "message" or not isinstance(content, list):
+        return None
+    return Said(_joined([block for block in as_dicts(content) if block.get("type") == "text"]), data.get("stop_reason"))
+
+
+ANTHROPIC = Dialect(
+    path="/messages",
+    raw_path=None,
+    models="/models?limit=1000",
+    listed=_openai_listed,
+    frame=_anthropic_frame,
+    places={
+        "model": "model",
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "max_tokens": "max_tokens",
+        "stop": "stop_sequences",
+    },
+    always={"stream": False},
+    read=_anthropic_said,
+    finishes={
+        "end_turn": "ok",
+        "stop_sequence": "ok",
+        "max_tokens": "length",
+        "model_context_window_exceeded": "length",
+        "refusal": "refused",
+    },
+    read_tokens=("usage.input_tokens", "usage.cache_creation_input_tokens", "usage.cache_read_input_tokens"),
+    written_tokens=("usage.output_tokens",),
+)
+
+
+# Google: models/NAME:generateContent
+
+
+def _gemini_listed(data: Any) -> dict[str, dict[str, Any]]:
+    models = as_dicts(as_dict(data).get("models"))
+    return {str(model.get("name")).removeprefix("models/"): model for model in models}
+
+
+def _gemini_frame(messages: Sequence[Message]) -> dict[str, Any]:
+    system, others = _system_apart(messages)
+    contents = [
+        {
+            "role": "model" if message["role"] == "assistant" else message["role"],
+            "parts": [{"text": message["content"]}],
+        }
+        for message in others
+    ]
+    return ({"systemInstruction": {"parts": [{"text": system}]}} if system else {}) | {"contents": contents}
+
+
+def _gemini_said(data: dict[str, Any], _: bool) -> Said | None:
+    if get(data, "promptFeedback.blockReason") is not None and not data.get("candidates"):
+        return Said("", "BLOCKED")  # the prompt was filtered, so there is no answer
+    candidates = data.get("candidates")
+    if not isinstance(candidates, list) or len(candidates) != 1 or not isinstance(candidates[0], dict):
+        return None
+    parts = as_dicts(as_dict(candidates[0].get("content")).get("parts"))
+    return Said(
+        _joined([part for part in parts if not part.get("thought")]),
+        candidates[0].get("finishReason"),
+        logprobs=_gemini_logprobs(candidates[0].get("logprobsResult")),
+    )
+
+
+def _gemini_logprobs(result: Any) -> list[dict[str, Any]] | None:
+    """Google's two lists of tokens in OpenAI's shape; they have no bytes, so a token's text stands for them."""
+    chosen = as_dicts(as_dict(result).get("chosenCandidates"))
+    top = as_dicts(as_dict(result).get("topCandidates"))
+    if not chosen or len(chosen) != len(top):
+        return None
+    return [
+        _gemini_token(token) | {"top_logprobs": [_gemini_token(each) for each in as_dicts(named.get("candidates"))]}
+        for token, named in zip(chosen, top, strict=True)
+    ]
+
+
+def _gemini_token(token: Mapping[str, Any]) -> dict[str, Any]:
+    return {"token": token.get("token"), "logprob": token.get("logProbability")}
+
+
+GEMINI = Dialect(
+    path="/models/{model}:generateContent",
+    raw_path=None,
+    models="/models?pageSize=1000",
+    listed=_gemini_listed,
+    frame=_gemini_frame,
+    places={
+        "temperature": "generationConfig.temperature",
+        "top_p": "generationConfig.topP",
+        "max_tokens": "generationConfig.maxOutputTokens",
+        "seed": "generationConfig.seed",
+        "stop": "generationConfig.stopSequences",
+        "presence_penalty": "generationConfig.presencePenalty",
+        "logprobs": "generationConfig.responseLogprobs",
+        "top_logprobs": "generationConfig.logprobs",
+    },
+    read=_gemini_said,
+    finishes={
+        "STOP": "ok",
+        "MAX_TOKENS": "length",
+        **dict.fromkeys(
+            ("BLOCKED", "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"), "filtered"
+        ),
+    },
+    read_tokens=("usageMetadata.promptTokenCount",),
+    written_tokens=("usageMetadata.candidatesTokenCount", "usageMetadata.thoughtsTokenCount"),
+    answered_by="modelVersion",
+    bad_key=b"API_KEY_INVALID",
+)
+
+
+def _system_apart(messages: Sequence[Message]) -> tuple[str, list[Message]]:
+    """The system messages as one text, and the others."""
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    return system, [message for message in messages if message["role"] != "system"]
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> str | None:
+    """The text of all parts; None where one has none, such as a call of a function."""
+    texts = [text for part in parts if isinstance(text := part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(parts) else None
+
+
+# Reading any of them
+
+
+def read_answer(
+    data: Any, model: str, *, raw: bool, max_tokens: int, usage: tuple[int, int] | None, dialect: Dialect = OPENAI
+) -> tuple[str, Finish]:
+    """(text, how it finished) of a reply's one answer.
+
+    A reply of the wrong shape is `malformed`, whatever it says; an answer of `max_tokens` tokens is `length`, even if
+    it says "stop".
+
+    Args:
+        raw: the reply is a completion's, not a chat's.
+        usage: tokens read and written, where the server says them.
+    """
+    said = dialect.read(as_dict(data), raw)
+    answered_by = get(data, dialect.answered_by)
+    if said is None or (isinstance(answered_by, str) and answered_by and not _is_same_model(answered_by, model)):
+        return "", "malformed"
+    if said.refusal:
+        return said.refusal, "refused"
+    finish = dialect.finishes.get(said.reason, "malformed") if isinstance(said.reason, str) else "malformed"
+    text = said.text
+    if finish in ("filtered", "refused"):
+        return text if isinstance(text, str) else "", finish
+    if not isinstance(text, str) or finish == "malformed" or CONTROL_TOKEN.search(text):
+        return text if isinstance(text, str) else "", "malformed"
+    if finish == "length" or (usage is not None and usage[1] >= max_tokens):
+        return text, "length"
+    return text, "ok" if text.strip() else "empty"
+
+
+def _is_same_model(answered_by: str, model: str) -> bool:
+    """Whether one name is the other with a date, or with an owner before it."""
+    return answered_by.startswith(model) or model.startswith(answered_by) or answered_by.endswith(f"/{model}")
+
+
+def read_usage(data: Any, dialect: Dialect = OPENAI) -> tuple[int, int] | None:
+    """(tokens read, tokens written) of a reply, None where it does not say both."""
+    sums = []
+    for places in (dialect.read_tokens, dialect.written_tokens):
+        counts = [count for place in places if type(count := get(data, place)) is int]
+        if not counts or not all(0 <= count < MOST_TOKENS for count in counts):
+            return None
+        sums.append(sum(counts))
+    return sums[0], sums[1]
+
+
+def refused_setting(reply: Reply) -> str | None:
+    """The key of the body that a reply of status 400 or 422 says this model does not take; None where it says none."""
+    if reply.status not in (400, 422):
+        return None
+    data = as_dict(reply.json())
+    error = as_dict(data.get("error"))
+    if error.get("code") in ("unsupported_parameter", "unsupported_value") and isinstance(error.get("param"), str):
+        return str(error["param"])
+    for detail in as_dicts(data.get("detail")):  # of servers that check requests with pydantic
+        where = detail.get("loc")
+        if detail.get("type") == "extra_forbidden" and isinstance(where, list) and where:
+            return str(where[-1])
+    matches = [found for pattern in REFUSALS if (found := pattern.search(reply.error_text()))]
+    return matches[0][1] if matches else None

@@ -1,0 +1,132 @@
+"""What each kind of model server takes: one row per program or provider, read by `api.py` and shown in docs/signals.md.
+
+The names come from the providers' references and issue threads, looked up in 2026. Confirmed against a program that ran
+here: llama.cpp. Not confirmed by any reference that we found: whether the log-probabilities of openai, gemini, ollama
+and of other compatible servers are those of the plain softmax at other temperatures than 1 (some providers scale them,
+so such text must be drawn plainly); whether LM Studio checks a key; how many `top_logprobs` Ollama and SGLang give at
+most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from limbeck.models.dialects import ANTHROPIC, GEMINI, OPENAI, Dialect
+from limbeck.models.http import Call, Connection, as_dict
+
+ALL = frozenset({"temperature", "top_p", "max_tokens", "seed", "stop", "presence_penalty"})
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
+OPENAI_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}
+EFFORT = {"reasoning_effort": "low"}
+
+
+@dataclass(frozen=True)
+class EndpointKind:
+    """One kind of server.
+
+    Args:
+        title: its name in words.
+        url: an address of it, as a recipe names it.
+        dialect: its protocol.
+        limit: the key of the longest answer, where it is not the dialect's. Of a reasoning model it counts the
+            reasoning, too.
+        takes: which of our settings it takes. A `seed` that it does not take is left out; another one is refused.
+        defaults: settings that are left out at these values, since they are its own and some models refuse them.
+        key_header: the header of the key, and what stands before the key there.
+        headers: what every request needs beside it.
+        most_logprobs: the most likely tokens that it names with its text; 0 for none.
+        plain_logprobs: whether their probabilities are those of the softmax at temperature 1, whatever is drawn.
+        schema, effort: options for an answer in a JSON schema, and for how long to reason; None where it has none.
+        tools: whether it takes tools (answers that call one are no text, see `dialects.py`).
+        probe: (path beside `/v1`, key of the reply) that only this program has.
+    """
+
+    title: str
+    url: str
+    dialect: Dialect = OPENAI
+    limit: str | None = None
+    takes: frozenset[str] = ALL
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    key_header: tuple[str, str] = ("Authorization", "Bearer ")
+    headers: Mapping[str, str] = field(default_factory=dict)
+    most_logprobs: int = 20
+    plain_logprobs: bool = False
+    schema: Mapping[str, Any] | None = field(default_factory=lambda: OPENAI_SCHEMA)
+    effort: Mapping[str, Any] | None = field(default_factory=lambda: EFFORT)
+    tools: bool = True
+    probe: tuple[str, str] | None = None
+
+
+ENGINES: dict[str, EndpointKind] = {
+    "openai-compatible": EndpointKind(
+        "any other server with OpenAI's protocol", "http://127.0.0.1:8080/v1", most_logprobs=1024
+    ),
+    "openai": EndpointKind(
+        "OpenAI",
+        "https://api.openai.com/v1",
+        limit="max_completion_tokens",
+        defaults={"temperature": 1.0, "top_p": 1.0},  # reasoning models refuse any other
+    ),
+    "vllm": EndpointKind(
+        "vLLM",
+        "http://127.0.0.1:8000/v1",
+        plain_logprobs=True,  # unless it was started with another --logprobs-mode than raw_logprobs
+        probe=("/version", "version"),
+    ),
+    "sglang": EndpointKind("SGLang", "http://127.0.0.1:30000/v1", probe=("/get_server_info", "model_path")),
+    "ollama": EndpointKind("Ollama", "http://127.0.0.1:11434/v1", probe=("/api/version", "version")),
+    "lm-studio": EndpointKind(
+        "LM Studio",
+        "http://127.0.0.1:1234/v1",
+        most_logprobs=0,  # its /v1/chat/completions answers without them
+    ),
+    "llama.cpp": EndpointKind(
+        "llama.cpp",
+        "http://127.0.0.1:8080/v1",
+        most_logprobs=1024,
+        plain_logprobs=True,
+        effort={"chat_template_kwargs": {"enable_thinking": False}},
+        probe=("/props", "default_generation_settings"),
+    ),
+    "anthropic": EndpointKind(
+        "Anthropic (/v1/messages)",
+        "https://api.anthropic.com/v1",
+        ANTHROPIC,
+        takes=frozenset({"temperature", "top_p", "max_tokens", "stop"}),
+        defaults={"temperature": 1.0, "top_p": 1.0},  # newer models take only one of the two, the newest neither
+        key_header=("x-api-key", ""),
+        headers={"anthropic-version": "2023-06-01"},
+        most_logprobs=0,
+        schema={
+            "output_config": {"format": {"type": "json_schema", "schema": SCHEMA | {"additionalProperties": False}}}
+        },
+        effort={"output_config": {"effort": "low"}},
+    ),
+    "gemini": EndpointKind(
+        "Google (generateContent)",
+        "https://generativelanguage.googleapis.com/v1beta",
+        GEMINI,
+        key_header=("x-goog-api-key", ""),
+        schema={"generationConfig": {"responseMimeType": "application/json", "responseJsonSchema": SCHEMA}},
+        effort={"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}},
+    ),
+}
+
+
+async def find_engine(connection: Connection) -> str | None:
+    """Which of the programs that can be told apart this server is: a key of ENGINES, None where it is none of them."""
+    for kind, engine in ENGINES.items():
+        if engine.probe is not None and await is_engine(connection, engine):
+            return kind
+    return None
+
+
+async def is_engine(connection: Connection, engine: EndpointKind) -> bool:
+    """Whether the server answers this engine's probe."""
+    if engine.probe is None:
+        return False
+    path, key = engine.probe
+    reply = await connection.send(Call("GET", path, at_root=True))
+    return reply.status == 200 and key in as_dict(reply.json())

@@ -1,0 +1,375 @@
+"""Every kind of server in its own protocol, with replies in the shapes of the providers' references: what is asked of it, and what becomes of
+answers, refusals, filters, cut-off answers and errors. Loopback servers play them; llama.cpp runs for real in tests/engines."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from limbeck.config.recipe import load_recipe
+from limbeck.config.server import OURS, Served, ServerKind
+from limbeck.elicit.flow import StepContext, user
+from limbeck.models.api import ApiTeacher
+from limbeck.models.dialects import ANTHROPIC, GEMINI, OPENAI, merged, refused_setting
+from limbeck.models.engines import ENGINES, find_engine
+from limbeck.models.http import Reply
+from limbeck.types import RecipeError, Sampling, UserError
+from tests.scripted_server import MODEL, Handler, Scripted, answer
+
+SECRET = "sk-canary-4711"
+SAYS = {  # what each program says of itself
+    "vllm": {"/version": {"version": "0.32.0"}},
+    "sglang": {"/get_server_info": {"model_path": "m", "version": "0.5"}},
+    "ollama": {"/api/version": {"version": "0.13.0"}},
+    "llama.cpp": {"/props": {"default_generation_settings": {"n_ctx": 512}}},
+    "anthropic": {"/v1/models?limit=1000": {"data": [{"type": "model", "id": MODEL}], "has_more": False}},
+    "gemini": {"/v1/models?pageSize=1000": {"models": [{"name": f"models/{MODEL}"}]}},
+}
+
+
+class Engine(Scripted):
+    """A server that also answers its kind's probe and lists its models in its kind's way."""
+
+    def __init__(self, kind, script=lambda number, body: answer()):
+        super().__init__(script)
+        self.says, self.RequestHandlerClass = SAYS.get(kind, {}), EngineHandler
+
+
+class EngineHandler(Handler):
+    def do_GET(self):
+        says = self.server.says | (
+            {} if any("models" in path for path in self.server.says) else {"/v1/models": {"data": self.server.models}}
+        )
+        found = says.get(self.path)
+        self.reply(404 if found is None else 200, json.dumps(found).encode())
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("LIMBECK_API_KEY", SECRET)
+
+
+class Waits:
+    def __init__(self):
+        self.pauses = []
+
+    async def sleep(self, seconds):
+        self.pauses.append(seconds)
+
+
+def ask(server, kind, sampling=None, raw=None, count=1, **settings):
+    """(answers, the teacher, how long it waited)."""
+    waits = Waits()
+    made = ApiTeacher(Served(url=server.url, name=MODEL, kind=kind, **settings), waits.sleep)
+    scene = StepContext("served:toy", 7, "0/x")
+    asked = [
+        scene.request(
+            ({"role": "system", "content": "be brief"}, user(f"question {n}")),
+            sampling or Sampling(0.5, 0.9, 16),
+            raw=raw,
+        )
+        for n in range(count)
+    ]
+    return [found for _, found in made.answers(asked)], made, waits.pauses
+
+
+def claude(text="fine", reason="end_turn", **more):
+    return {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": f"{MODEL}-20260101",
+        "content": [{"type": "text", "text": text}], "stop_reason": reason, "stop_sequence": None,
+        "usage": {"input_tokens": 5, "cache_read_input_tokens": 2, "output_tokens": 3}, **more,
+    }  # fmt: skip
+
+
+def gemini(*parts, reason="STOP", **more):
+    found = parts or ({"text": "fine"},)
+    usage = {"promptTokenCount": 5, "candidatesTokenCount": 3, "thoughtsTokenCount": 4, "totalTokenCount": 12}
+    candidate = {"content": {"role": "model", "parts": list(found)}, "finishReason": reason, "index": 0}
+    return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": MODEL, **more}
+
+
+FINE = {"anthropic": claude(), "gemini": gemini()}
+
+
+def said(kind):
+    return FINE.get(kind, answer())
+
+
+# The table
+
+
+def test_the_table_is_whole():
+    assert set(ENGINES) == set(get_args(ServerKind))
+    for kind, engine in ENGINES.items():
+        assert "max_tokens" in engine.takes and set(engine.takes) <= set(engine.dialect.places), kind
+        assert not set(engine.defaults) - engine.takes and (engine.most_logprobs > 0) <= (
+            "top_logprobs" in engine.dialect.places
+        ), kind
+        assert engine.limit is None or engine.limit in OURS
+        for example in (engine.schema, engine.effort):  # the options that the docs show are legal ones
+            assert example is None or Served(url=engine.url, name="m", kind=kind, options=example).options == example
+
+
+def test_no_option_stands_where_limbeck_writes():
+    for dialect in (OPENAI, ANTHROPIC, GEMINI):
+        body = dialect.frame([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+        ours = (
+            {place.rpartition(".")[2] for place in dialect.places.values()} - {"logprobs"}
+            | set(body)
+            | set(dialect.always)
+        )
+        assert ours <= set(OURS), dialect.path
+    for options, place in (
+        ({"model": "x"}, "options.model"),
+        ({"stream": True}, "options.stream"),
+        ({"logprobs": True}, "options.logprobs"),
+        ({"api_key": "x"}, "options.api_key can't be set here: keys come from the environment"),
+        ({"generationConfig": {"temperature": 1}}, "options.generationConfig.temperature"),
+        ({"a": {"b": None}}, "options.a.b has no value"),
+        ({"a": [{"b": None}]}, "options.a.0.b has no value"),
+    ):
+        with pytest.raises(ValueError, match=place.replace(".", r"\.")):
+            Served(url="http://x/v1", name="m", options=options)
+    schema = {"response_format": {"json_schema": {"schema": {"properties": {"model": {}, "seed": {}}}}}}
+    assert Served(url="http://x/v1", name="m", options=schema).options == schema  # names of a schema are its own
+    with pytest.raises(ValueError, match="leave batch out"):
+        Served(url="http://x/v1", name="m", kind="anthropic", batch=True)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_each_kind_is_asked_in_its_own_words(kind):
+    with Engine(kind, lambda number, body: said(kind)) as server:
+        (found,), made, _ = ask(server, kind, options={"extra": {"deep": 1}})
+        assert (found.text, found.finish) == ("fine", "ok") and made.identity.startswith("served:toy-")
+        path, body, headers = server.seen[0]
+        header, prefix = ENGINES[kind].key_header
+        assert headers[header] == f"{prefix}{SECRET}" and body["extra"] == {"deep": 1}
+        assert sum(SECRET in value for value in headers.values()) == 1
+    if kind == "gemini":
+        assert path == f"/v1/models/{MODEL}:generateContent" and "model" not in body and "stream" not in body
+        assert body["systemInstruction"] == {"parts": [{"text": "be brief"}]}
+        assert body["contents"] == [{"role": "user", "parts": [{"text": "question 0"}]}]
+        config = body["generationConfig"]
+        assert config.pop("seed") and config == {"temperature": 0.5, "topP": 0.9, "maxOutputTokens": 16}
+        assert found.usage == (5, 7)  # thoughts are billed, too
+    elif kind == "anthropic":
+        assert path == "/v1/messages" and headers["anthropic-version"] == "2023-06-01" and "seed" not in body
+        assert body["system"] == "be brief" and [message["role"] for message in body["messages"]] == ["user"]
+        assert body["max_tokens"] == 16 and found.usage == (7, 3)
+    else:
+        assert path == "/v1/chat/completions" and [message["role"] for message in body["messages"]] == [
+            "system",
+            "user",
+        ]
+        limit = "max_completion_tokens" if kind == "openai" else "max_tokens"
+        assert body[limit] == 16 and len({"max_tokens", "max_completion_tokens"} & set(body)) == 1 and body["seed"]
+        assert body["stream"] is False and found.usage == (5, 3)
+
+
+def test_what_a_provider_does_anyway_is_left_out():
+    """Reasoning models refuse a temperature, even the one that they use."""
+    for kind in ("openai", "anthropic"):
+        with Engine(kind, lambda number, body, kind=kind: said(kind)) as server:
+            ask(server, kind, Sampling(1.0, 1.0, 16))
+            assert not {"temperature", "top_p"} & set(server.seen[0][1])
+    with Engine("openai-compatible") as server:
+        ask(server, "openai-compatible", Sampling(1.0, 1.0, 16))
+        assert server.seen[0][1]["temperature"] == 1.0
+
+
+def test_options_are_merged_into_parts_that_limbeck_writes_too():
+    options = {"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}}
+    with Engine("gemini", lambda number, body: gemini()) as server:
+        ask(server, "gemini", options=options)
+        config = server.seen[0][1]["generationConfig"]
+        assert config["thinkingConfig"] == {"thinkingBudget": 0} and config["maxOutputTokens"] == 16
+    assert merged({"a": {"x": 1, "y": 1}, "b": 1}, {"a": {"x": 2}, "b": {}}) == {"a": {"x": 2, "y": 1}, "b": {}}
+    assert options == {"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}}
+
+
+def test_a_setting_that_a_server_lacks_is_not_dropped():
+    with Engine("anthropic", lambda number, body: claude()) as server:
+        with pytest.raises(UserError, match="takes no presence_penalty"):
+            ask(server, "anthropic", Sampling(0.5, 1.0, 16, presence_penalty=1.0))
+        with pytest.raises(UserError, match="conversations only"):
+            ask(server, "anthropic", raw="<|user|>")
+        assert not server.seen
+
+
+def test_the_example_in_the_docs_is_a_recipe(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "signals.md").read_text()
+    blocks = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "server:" in block]
+    assert len(blocks) >= 2
+    rest = "name: x\nstudent: {start: {pretrained: smollm2-135m-instruct}}\nprompts: {from: builtin/everyday}\nloss: [cross_entropy]\ntrain: {epochs: 1}\n"
+    for block in blocks:
+        lines = [
+            line
+            for line in rest.splitlines()
+            if line.split(":")[0] + ":" not in block.split("\n", 1)[1] or line.startswith("name")
+        ]
+        (tmp_path / "recipe.yaml").write_text("\n".join(lines) + "\n" + block)
+        assert load_recipe(tmp_path / "recipe.yaml").teacher.server is not None
+
+
+# What replies mean
+
+ENDS = [
+    ("openai", answer("", "stop", refusal="I can't"), ("I can't", "refused")),
+    ("openai", answer(None, "content_filter"), ("", "filtered")),
+    ("openai", answer("fi", "length"), ("fi", "length")),
+    ("openai", answer(None, "tool_calls", tool_calls=[{"id": "1"}]), ("", "malformed")),
+    ("openai", {"id": "x", "model": MODEL, "choices": [], "usage": {}}, ("", "malformed")),
+    ("openai", {"error": {"message": "upstream failed"}}, ("", "malformed")),
+    ("anthropic", claude("I can't", "refusal"), ("I can't", "refused")),
+    ("anthropic", claude("fi", "max_tokens"), ("fi", "length")),
+    ("anthropic", claude("fi", "model_context_window_exceeded"), ("fi", "length")),
+    ("anthropic", claude(content=[]), ("", "empty")),
+    ("anthropic", claude(content=[{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "fine"}]), ("fine", "ok")),
+    ("anthropic", claude("", "tool_use", content=[{"type": "tool_use", "id": "1"}]), ("", "malformed")),
+    ("anthropic", claude(model="another"), ("", "malformed")),
+    ("anthropic", {"type": "error", "error": {"type": "api_error"}}, ("", "malformed")),
+    ("anthropic", claude(content="fine"), ("", "malformed")),
+    ("gemini", gemini(reason="SAFETY"), ("fine", "filtered")),
+    ("gemini", {"promptFeedback": {"blockReason": "SAFETY"}, "modelVersion": MODEL}, ("", "filtered")),
+    ("gemini", gemini({"text": "fi"}, reason="MAX_TOKENS"), ("fi", "length")),
+    ("gemini", gemini({"text": "hm", "thought": True}, {"text": "fi"}, {"text": "ne"}), ("fine", "ok")),
+    ("gemini", gemini({"functionCall": {"name": "f"}}), ("", "malformed")),
+    ("gemini", gemini(reason="MALFORMED_FUNCTION_CALL"), ("fine", "malformed")),
+    ("gemini", {"candidates": [], "modelVersion": MODEL}, ("", "malformed")),
+    ("gemini", gemini(reason=["STOP"]), ("fine", "malformed")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "reply", "expected"), ENDS, ids=lambda value: value if isinstance(value, str) else "")
+def test_ends_of_answers(kind, reply, expected):
+    with Engine(kind, lambda number, body: reply) as server:
+        (found,), _, _ = ask(server, kind)
+    assert (found.text, found.finish) == expected
+    assert (found.raw is None) == (found.finish == "ok"), "what is no whole answer is kept for a look"
+
+
+def unsupported(param, message, code="unsupported_parameter"):
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    return ("status", 400, {}, json.dumps({"error": error}).encode())
+
+
+O_SERIES = unsupported(
+    "max_tokens", "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+)  # fmt: skip
+
+
+def test_a_reasoning_model_is_asked_again_with_the_other_limit_once():
+    with Engine("x", lambda number, body: O_SERIES if "max_tokens" in body else answer()) as server:
+        found, _, _ = ask(server, "openai-compatible", count=3, concurrency=1)
+        assert [each.finish for each in found] == ["ok"] * 3
+        limits = [sorted({"max_tokens", "max_completion_tokens"} & set(body)) for _, body, _ in server.seen]
+        assert limits == [["max_tokens"]] + [["max_completion_tokens"]] * 3, "it is remembered"
+        keys = [headers["Idempotency-Key"] for _, _, headers in server.seen]
+        assert len(set(keys)) == 4, "another body is another request"
+    with Engine("x", lambda number, body: O_SERIES) as server:  # it refuses both: asked twice, no more
+        (found,), _, _ = ask(server, "openai-compatible")
+        assert found.finish == "error" and len(server.seen) == 2
+    old = unsupported("max_completion_tokens", "Unrecognized request argument supplied: max_completion_tokens")
+    with Engine("openai", lambda number, body: answer() if "max_tokens" in body else old) as server:
+        assert ask(server, "openai")[0][0].finish == "ok"
+
+
+def test_a_server_without_seeds_is_asked_without():
+    extra = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}
+    refusal = ("status", 422, {}, json.dumps(extra).encode())
+    with Engine("x", lambda number, body: refusal if "seed" in body else answer()) as server:
+        found, _, _ = ask(server, "openai-compatible", count=2, concurrency=1)
+        assert [each.finish for each in found] == ["ok"] * 2 and len(server.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply", "options", "message"),
+    [
+        (
+            "openai",
+            unsupported("temperature", "'temperature' does not support 0.5 with this model", "unsupported_value"),
+            {},
+            "set them to 1",
+        ),
+        (
+            "anthropic",
+            ("status", 400, {}, b'{"type": "error", "error": {"type": "invalid_request_error", "message": "`temperature` and `top_p` cannot both be specified for this model. Please use only one."}}'),
+            {},
+            "only one of them",
+        ),
+        (
+            "anthropic",
+            ("status", 400, {}, b'{"type": "error", "error": {"type": "invalid_request_error", "message": "`temperature` is deprecated for this model."}}'),
+            {},
+            "set them to 1",
+        ),
+        (
+            "openai",
+            unsupported("reasoning_effort", "Unsupported parameter: 'reasoning_effort' is not supported"),
+            {"reasoning_effort": "low"},
+            "options.reasoning_effort: leave it out",
+        ),
+        ("gemini", ("status", 400, {}, b'{"error": {"code": 400, "message": "API key not valid.", "status": "INVALID_ARGUMENT", "details": [{"reason": "API_KEY_INVALID"}]}}'), {}, "check the key"),
+    ],
+)  # fmt: skip
+def test_what_would_befall_every_request_ends_the_run(kind, reply, options, message):
+    with Engine(kind, lambda number, body: reply) as server, pytest.raises(UserError, match=message):
+        ask(server, kind, options=options, count=5, concurrency=1)
+    assert len(server.seen) == 1
+
+
+def test_an_error_that_names_no_setting_is_this_requests_own():
+    too_long = json.dumps({"error": {"message": "This model's maximum context length is 8 tokens", "code": None}})
+    with Engine("x", lambda number, body: ("status", 400, {}, too_long.encode())) as server:
+        (found,), _, _ = ask(server, "openai-compatible")
+        assert found.finish == "error" and len(server.seen) == 1
+    assert refused_setting(Reply(400, b"not json")) is None and refused_setting(Reply(500, O_SERIES[3])) is None
+
+
+@pytest.mark.parametrize("kind", ["openai", "anthropic", "gemini"])
+@pytest.mark.parametrize("status", [429, 503, 529])
+def test_busy_servers_are_waited_for_as_they_ask(kind, status):
+    script = lambda number, body: ("status", status, {"Retry-After": "9"}) if number < 2 else said(kind)  # noqa: E731
+    with Engine(kind, script) as server:
+        (found,), made, pauses = ask(server, kind)
+        assert found.finish == "ok" and pauses == [9.0, 9.0] and made.spending.maybe_billed == 0
+
+
+# Who it is
+
+
+@pytest.mark.parametrize("kind", [kind for kind, engine in ENGINES.items() if engine.probe])
+def test_programs_are_told_apart(kind):
+    with Engine(kind) as server:
+        made = ApiTeacher(Served(url=server.url, name=MODEL, kind=kind))
+        assert made.identity and made.endpoint.run(find_engine) == kind
+        for other in set(SAYS) & {name for name, engine in ENGINES.items() if engine.probe} - {kind}:
+            with pytest.raises(UserError, match=r"correct teacher\.server\.kind"):
+                _ = ApiTeacher(Served(url=server.url, name=MODEL, kind=other)).identity
+    with Engine("nothing") as server:
+        assert ApiTeacher(Served(url=server.url, name=MODEL)).endpoint.run(find_engine) is None
+
+
+def test_kind_and_options_are_part_of_the_teacher_and_of_the_recipe(tmp_path):
+    with Engine("vllm") as server:
+        names = [
+            ApiTeacher(Served(url=server.url, name=MODEL, **more)).identity
+            for more in ({}, {"options": {}}, {"kind": "vllm"}, {"options": {"top_k": 5}}, {"options": {"top_k": 6}}, {"logprobs": 5})
+        ]  # fmt: skip
+    assert names[0] == names[1] and len(set(names)) == 5
+    plain = load_recipe("api-top-logprobs")
+    same = load_recipe("api-top-logprobs", ["teacher.server.kind=openai-compatible", "teacher.server.options={}"])
+    assert plain.hash == same.hash and "kind" not in json.dumps(plain.resolved()["teacher"])
+    hashes = {
+        load_recipe("api-top-logprobs", [change]).hash
+        for change in ("teacher.server.kind=vllm", "teacher.server.options={top_k: 5}", "teacher.server.options={top_k: 6}")
+    }  # fmt: skip
+    assert len(hashes | {plain.hash}) == 4
+    with pytest.raises(RecipeError, match=r"teacher\.server.*did you mean 'llama.cpp'"):
+        load_recipe("api-top-logprobs", ["teacher.server.kind=llamacpp"])
+    with pytest.raises(RecipeError, match=r"teacher\.server\.kind"):
+        load_recipe("api-top-logprobs", ["teacher.server.kind=grpc"])
