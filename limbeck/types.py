@@ -23,6 +23,9 @@ Finish = Literal["ok", "length", "empty", "filtered", "malformed", "refused", "e
 # sampling settings that have been in every request key since the first version
 ALWAYS_IN_KEYS = ("temperature", "top_p", "max_tokens")
 
+TOLD = "told"  # the kind of evidence that a server's log-probabilities of its own text are stored as
+TAUGHT = "taught"  # the column of text with gaps: 1 at tokens at which the teacher's distribution is known, else 0
+
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
 
@@ -109,7 +112,8 @@ class Generated:
     """What a model wrote: `ids` as sampled (they end with the end-of-sequence token if `finish` is ok), or None if
     there is only text.
 
-    `raw` is the body of a server's answer, kept for audit; `usage` the billed tokens, (read, written).
+    `raw` is the body of a server's answer, kept for audit; `usage` the billed tokens, (read, written); `told` the
+    server's likeliest tokens at every position of the text, as `models/told.py` keeps them.
     """
 
     ids: tuple[int, ...] | None
@@ -117,6 +121,7 @@ class Generated:
     finish: Finish
     raw: str | None = None
     usage: tuple[int, int] | None = None
+    told: Any = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -199,12 +204,18 @@ class Batch:
         has_tag = [tag in tags for tags in self.tags] if tag is not None else [True] * len(self.sample_ids)
         return self.mask_BT.new_tensor(has_tag)
 
-    def amount(self, unit: str, tag: str | None = None) -> float:
-        """The denominator of a term with this unit: the sum of token weights, the number of rows, or of groups."""
+    def token_weights(self, column: str | None = None) -> Tensor:
+        """[B, T] weights of the response tokens, times the named column if the batch has it."""
+        weight_BT = self.weight_BT * self.mask_BT
+        return weight_BT if column is None or column not in self.columns else weight_BT * self.columns[column]
+
+    def amount(self, unit: str, tag: str | None = None, column: str | None = None) -> float:
+        """The denominator of a term with this unit: the sum of token weights (times the named column, if the batch has
+        it), the number of rows, or of groups."""
         if unit == "group":
             return float(len(self.groups))
         on_B = self.rows_on(tag)
-        return float(on_B.sum()) if unit == "row" else float((self.weight_BT * self.mask_BT).sum(1)[on_B].sum())
+        return float(on_B.sum()) if unit == "row" else float(self.token_weights(column).sum(1)[on_B].sum())
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:

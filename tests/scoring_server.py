@@ -1,4 +1,5 @@
-"""A server that scores text with a model in this process, in llama.cpp's protocol or vLLM's, and can be made to do it wrongly.
+"""A server that scores text with a model in this process, in llama.cpp's protocol or vLLM's, and can be made to do it wrongly. With its own
+text (`say`) it gives log-probabilities in OpenAI's shape, the end token's with llama.cpp's.
 
 vLLM's shape follows its documentation (`prompt_logprobs` of /v1/completions, /tokenize, /version); no recording of a real server was at hand.
 """
@@ -9,6 +10,7 @@ import json
 
 import torch
 
+from limbeck.models.byte_alignment import tokens_of
 from limbeck.models.model import head_of, hidden_states
 from tests.scripted_server import Handler, Scripted, answer
 
@@ -25,6 +27,7 @@ class ScoringServer(Scripted):
         say="the cat sat on the mat",
     ):
         self.model, self.protocol, self.spoil, self.temperature, self.say = model, protocol, spoil, temperature, say
+        self.octets = tokens_of(model.tokenizer)
         super().__init__()
         self.RequestHandlerClass = ScoringHandler
 
@@ -39,6 +42,24 @@ class ScoringServer(Scripted):
         values, ids = log_V.topk(min(k, len(log_V)))
         return list(zip(ids.tolist(), values.tolist(), strict=True))
 
+    def said(self, body):
+        """The tokens of `say` with `top_logprobs` likely ones at each."""
+        tokenizer = self.model.tokenizer
+        prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+        prompt_ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = [*tokenizer(self.say, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        log_TV = self.log_probs(prompt_ids + ids)[len(prompt_ids) - 1 :]
+        entries = []
+        for log_V, written in zip(log_TV, ids, strict=False):
+            top = [self.token(n, x) for n, x in self.top(log_V, body["top_logprobs"])]
+            entries.append({**self.token(written, float(log_V[written])), "top_logprobs": top})
+        return entries if self.protocol == "llama.cpp" else entries[:-1]
+
+    def token(self, number, log_prob):
+        octets = self.octets.bytes_of[number]
+        entry = {"token": (octets or b"").decode("utf-8", "replace"), "bytes": list(octets or b""), "logprob": log_prob}
+        return {"id": number, **entry} if self.protocol == "llama.cpp" else entry
+
     def asked(self, path, body):
         tokenizer = self.model.tokenizer
         if path == "/v1/models":
@@ -48,7 +69,11 @@ class ScoringServer(Scripted):
         if path == "/version" and self.protocol == "vLLM":
             return {"version": "0.11.0"}
         if path == "/v1/chat/completions":
-            return answer(self.say)
+            if not body.get("logprobs"):
+                return answer(self.say)
+            reply = answer(self.say, tokens=len(self.said(body)))
+            reply["choices"][0]["logprobs"] = {"content": self.said(body)}
+            return reply
         if path == "/apply-template" and self.protocol == "llama.cpp":
             return {
                 "prompt": tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)

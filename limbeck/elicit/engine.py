@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from limbeck.elicit.flow import Questions, ScoreRequest
 from limbeck.storage.files import crash_point
 from limbeck.storage.store import Store
-from limbeck.types import Generated, LogProb, Request, Sample
+from limbeck.types import TOLD, Evidence, Generated, LogProb, Request, Sample
 
 OnProgress = Callable[[int, int, int], None]
 T = TypeVar("T")
@@ -72,7 +72,8 @@ def elicit(
             sample = Sample((*request.messages, message), request.model, answer.ids, meta=dict(request.meta))
             crash_point("elicit.before_record")
             if answer.finish != "error":
-                store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage)
+                told = [] if answer.told is None else [Evidence(sample.id, TOLD, request.model, answer.told)]
+                store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage, evidence=told)
             by_key[request.key] = replace(sample, meta=sample.meta | {"finish": answer.finish})
             tokens += answer.usage[1] if answer.usage else len(answer.ids or ())
             on_progress(len(by_key), total, tokens)

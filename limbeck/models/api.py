@@ -35,6 +35,7 @@ from limbeck.models.http import (
     send_with_retries,
     without_key,
 )
+from limbeck.models.told import keep
 from limbeck.types import Generated, Request, UserError, content_hash
 
 STORED_BYTES = 64 * 2**10  # of an answer that is not whole
@@ -262,6 +263,14 @@ class ApiTeacher:
     def _is_bad_key(self, reply: Reply) -> bool:
         return reply.status == 400 and self.dialect.bad_key is not None and self.dialect.bad_key in reply.body
 
+    def _names_tokens_of(self, request: Request) -> bool:
+        """Whether log-probabilities are asked for with this text: the recipe wants them, and they are of the plain
+        softmax, since either the server gives no others or the text is drawn plainly."""
+        sampling = request.sampling
+        plain = (sampling.temperature, sampling.top_p, sampling.presence_penalty) == (1.0, 1.0, 0.0)
+        wanted = self.settings.logprobs is not None and request.raw is None
+        return wanted and (plain or self.engine.plain_logprobs)
+
     def _body(self, request: Request) -> dict[str, Any]:
         """The body of a request: the conversation, the settings that the server takes, and the recipe's options."""
         dialect = self.dialect
@@ -275,7 +284,7 @@ class ApiTeacher:
             "stop": list(sampling.stop) or None,
             "presence_penalty": sampling.presence_penalty or None,
         }
-        if self.settings.logprobs is not None and request.raw is None:
+        if self._names_tokens_of(request):
             settings |= {"logprobs": True, "top_logprobs": self.settings.logprobs}
         body: dict[str, Any] = dialect.frame(request.messages) if request.raw is None else {"prompt": request.raw}
         for name, value in settings.items():
@@ -307,7 +316,10 @@ class ApiTeacher:
             dialect=self.dialect,
         )
         raw = None if finish == "ok" else reply.text(STORED_BYTES)
-        return Generated(None, without_key(text, reply.key), finish, raw=raw, usage=usage or (0, 0))
+        told = None
+        if self._names_tokens_of(request) and (said := self.dialect.read(as_dict(data), False)) is not None:
+            told = keep(said.logprobs, self.settings.logprobs or 0)
+        return Generated(None, without_key(text, reply.key), finish, raw=raw, usage=usage or (0, 0), told=told)
 
 
 def _is_answer(status: int) -> bool:

@@ -111,10 +111,11 @@ class StudentForward:
         log_prob_N = token_log_probs(self.hidden_ND, self.head, targets_N)
         return log_prob_N.new_zeros(len(self.batch.sample_ids)).index_add(0, row_N.to(device), log_prob_N)
 
-    def token_weights(self, tag: str | None) -> Tensor:
-        """[N] weights of the response tokens in rows with this tag (of all rows if None), 0 for the others, on CPU."""
+    def token_weights(self, tag: str | None, column: str | None = None) -> Tensor:
+        """[N] weights of the response tokens in rows with this tag (of all rows if None), 0 for the others, on CPU.
+        They are multiplied by the named column, if the batch has it."""
         row_N, position_N = self.batch.response_positions()
-        return self.batch.weight_BT[row_N, position_N + 1] * self.batch.rows_on(tag)[row_N]
+        return self.batch.token_weights(column)[row_N, position_N + 1] * self.batch.rows_on(tag)[row_N]
 
 
 @dataclass(frozen=True)

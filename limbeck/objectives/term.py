@@ -20,7 +20,7 @@ from limbeck.objectives.loss import STUDENT, Loss, LossAtStep, LossSettings, Uni
 from limbeck.objectives.parameters import Range
 from limbeck.objectives.registry import LOSSES, loss_named
 from limbeck.objectives.schedule import Schedule, State, make_schedule
-from limbeck.types import RecipeError
+from limbeck.types import TAUGHT, RecipeError
 
 WEIGHT = Range(0, float("inf"), open_high=True)
 
@@ -49,6 +49,12 @@ class Term:
     @property
     def unit(self) -> Unit:
         return self.loss.unit
+
+    @property
+    def column(self) -> str | None:
+        """The column that its tokens' weights are multiplied by, where the text has it: gaps in the teacher's
+        distribution are left out of its sum and of its amount."""
+        return TAUGHT if "teacher_distribution" in self.reads and self.unit == "token" else None
 
     @property
     def params(self) -> Mapping[str, Schedule]:

@@ -46,7 +46,7 @@ def total_loss(
 
 def _fused(terms: Sequence[TermAtStep], scales: Mapping[str, float], data: StudentForward) -> Total:
     """The terms that share one pass through the head; one without text in this micro-batch is left out."""
-    weights = {term.label: data.token_weights(term.term.only) for term in terms}
+    weights = {term.label: data.token_weights(term.term.only, term.term.column) for term in terms}
     present = [term for term in terms if weights[term.label].any()]
     if not present:
         return Total((data.hidden_ND * 0).sum(), {})

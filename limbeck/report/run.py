@@ -71,12 +71,15 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cards(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Cards about the teacher, the training prompts, the bridge, the server's bill, the held-out text and each task."""
+    """Cards about the teacher, the training prompts, the bridge, what the server said of its
+    text, its bill, the held-out text and each task."""
     cards = [("Teacher", facts)] if (facts := teacher_facts(recipe.get("teacher"))) else []
     if isinstance(recipe.get("prompts"), dict):
         cards.append(("Training prompts", grids.facts(recipe["prompts"])))
     if bridge := _json(folder / "bridge.json"):
         cards.append(("Bridge between the vocabularies", grids.facts(bridge)))
+    if told := _json(folder / "logprobs.json"):
+        cards.append(("Log-probabilities that came with the server's text", grids.facts(told)))
     if summary.get("bill"):
         cards.append(("Bill of the teacher's server", grids.facts(summary["bill"])))
     if summary.get("held_out"):

@@ -5,7 +5,7 @@ the runs of a comparison share the teacher.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,17 +17,20 @@ from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import has_other_tokens
 from limbeck.models.load import is_ready, load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model, header_of
+from limbeck.models.own_text import Aligner, OwnTextTeacher, probe
 from limbeck.models.prune import Calibration, LayerChoice
 from limbeck.models.score import ServerScorer
 from limbeck.models.start import begin, choose
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
+from limbeck.models.told import Kept
 from limbeck.progress import Reporter
 from limbeck.runs.resolve import Method
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
+from limbeck.storage.store import Store
 from limbeck.training.scorer import ModelScorer
-from limbeck.types import UserError
+from limbeck.types import TOLD, UserError
 
 
 @dataclass
@@ -143,6 +146,28 @@ class RunModels:
     def scoring_server(self) -> Teacher:
         assert self.server_scorer is not None
         return self.server_scorer
+
+    def probe_server(self) -> None:
+        """Check that the server says of text what the recipe needs."""
+        if (scorer := self.server_scorer) is not None:
+            scorer.probe()
+        if self.server is not None and self.server.settings.logprobs is not None:
+            probe(self.server)
+
+    def own_text(self, student: Model, library: Path) -> OwnTextTeacher | None:
+        """The server as a teacher of its own text, which `library` has with its log-probabilities; None if the recipe
+        does not ask for them."""
+        settings = self.method.recipe.teacher
+        if not isinstance(settings, ServedTeacher) or settings.server.logprobs is None:
+            return None
+        identity = self.server_identity
+
+        def told(sample_ids: Sequence[str]) -> Iterator[Kept | None]:
+            with Store(library / "store.sqlite") as store:
+                yield from (store.evidence_of(sample_id, TOLD, identity) for sample_id in sample_ids)
+
+        aligner = Aligner(student.tokenizer, student.eos_ids)
+        return OwnTextTeacher(identity, told, aligner, student.vocab_size, device=student.net.device)
 
     # The student before training
 

@@ -22,6 +22,7 @@ from limbeck.evaluate.records import SystemRecords
 from limbeck.models.folder import save_model
 from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
+from limbeck.models.own_text import OwnTextTeacher
 from limbeck.models.prune import Calibration
 from limbeck.models.start import merge_adapters
 from limbeck.models.teacher_interface import TeacherParts
@@ -184,8 +185,10 @@ class Run:
         settings = recipe.train
         rows = self.rows(self.text.training(), student) if recipe.fixed_writers else []
         writing = None
+        own_text = self.models.own_text(student, self.library) if name == "student" else None
         if name == "student":
             writing = self._writing(student)
+            rows = rows if own_text is None else own_text.mark(rows, self._report_teacher)
         else:  # plain fine-tuning for as many steps
             steps = total_steps(rows, settings, any(term.unit == "group" for term in terms))
             settings = settings.model_copy(update={"steps": steps, "epochs": None, "mixup": None})
@@ -204,7 +207,7 @@ class Run:
             cache=recipe.teacher.cache,
             writing=writing,
         )
-        parts = self._teacher_parts(student)
+        parts = self._teacher_parts(student, own_text)
         teacher = cache(lambda: self.method.teacher_kind.prepare(recipe.teacher, parts))
         return make_job(training_plan, student, teacher, self.progress)
 
@@ -223,8 +226,13 @@ class Run:
             stop=self.stop,
         )
 
-    def _teacher_parts(self, student: Model) -> TeacherParts:
+    def _teacher_parts(self, student: Model, own_text: OwnTextTeacher | None) -> TeacherParts:
         recipe = self.recipe
+
+        def of_own_text() -> OwnTextTeacher:
+            assert own_text is not None
+            return own_text
+
         return TeacherParts(
             student=student,
             student_is_adapted_teacher=recipe.student.lora is not None
@@ -233,6 +241,7 @@ class Run:
             load=self.models.load,
             release=self.models.release,
             scorer=self.models.scoring_server,
+            own_text=of_own_text,
             responses=partial(self._responses, student),
             report_facts=self._report_teacher,
         )
@@ -375,8 +384,4 @@ def claim_run(run: Run) -> None:
             facts["server"] = run.models.server_identity
         return facts
 
-    def probe() -> None:
-        if (scorer := run.models.server_scorer) is not None:
-            scorer.probe()
-
-    claim(run.folder, run.recipe, inputs, probe)
+    claim(run.folder, run.recipe, inputs, run.models.probe_server)

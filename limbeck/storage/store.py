@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from limbeck.types import Evidence, Finish, LogProb, Request, Sample, UserError, canonical_json
 
@@ -71,12 +72,14 @@ class Store:
         finish: Finish,
         raw: str | None = None,
         usage: tuple[int, int] | None = None,
+        evidence: Sequence[Evidence] = (),
     ) -> None:
         """Store an answer. When this returns, it is on disk.
 
         Args:
             raw: the body of the server's reply.
             usage: tokens billed for it, (read, written).
+            evidence: what is known of the sample from the same reply.
         """
         body = {
             "messages": list(sample.messages),
@@ -98,6 +101,7 @@ class Store:
                 self._db.execute(
                     "insert or ignore into bills values (?, ?, ?, ?)", (request.key, sample.writer, *usage)
                 )
+            self._db.executemany("insert or replace into evidence values (?, ?, ?, ?, ?)", _evidence_rows(evidence))
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
@@ -119,9 +123,15 @@ class Store:
 
     def write_evidence(self, *evidence: Evidence) -> None:
         """Store evidence, all of it or none."""
-        rows = [(e.sample_id, e.kind, e.judge, canonical_json(e.value), e.tensor_ref) for e in evidence]
         with self._all_or_none():
-            self._db.executemany("insert or replace into evidence values (?, ?, ?, ?, ?)", rows)
+            self._db.executemany("insert or replace into evidence values (?, ?, ?, ?, ?)", _evidence_rows(evidence))
+
+    def evidence_of(self, sample_id: str, kind: str, judge: str) -> Any:
+        """The value of one piece of evidence, None if there is none."""
+        row = self._db.execute(
+            "select value from evidence where sample_id = ? and kind = ? and judge = ?", (sample_id, kind, judge)
+        ).fetchone()
+        return None if row is None else json.loads(row[0])
 
     def evidence(self, kind: str) -> Iterator[Evidence]:
         """All evidence of this kind, by sample and judge."""
@@ -165,6 +175,10 @@ class Store:
         """
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             return dict(db.execute("select finish, count(*) from answers group by finish order by finish"))
+
+
+def _evidence_rows(evidence: Sequence[Evidence]) -> list[tuple[str, str, str, str, str | None]]:
+    return [(e.sample_id, e.kind, e.judge, canonical_json(e.value), e.tensor_ref) for e in evidence]
 
 
 def _sample(body: str, finish: Finish) -> Sample:

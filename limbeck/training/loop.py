@@ -27,7 +27,7 @@ from limbeck.storage.files import append_json, crash_point, read_jsonl, write_te
 from limbeck.training import distributed
 from limbeck.training.job import Objective, TrainingJob
 from limbeck.training.memory import forget_peak, keep_freed_memory, peak_mib
-from limbeck.types import Batch, UserError, canonical_json, content_hash
+from limbeck.types import TAUGHT, Batch, UserError, canonical_json, content_hash
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 SAVING_SHARE = 0.05  # checkpoints take at most about this share of the time
@@ -127,6 +127,7 @@ def _step(
         "grad_norm": norm,
         "lr": rate,
         "response_tokens": int(sum(int(batch.mask_BT.sum()) for batch in batches)),
+        **_taught(batches),
         "tokens": tokens,
         "padding": tokens - sum(len(row) for micro_batch in text.micro_batches for row in micro_batch),
         "seconds": round(time.perf_counter() - began, 4),
@@ -150,6 +151,12 @@ def _scheduled(terms: Sequence[TermAtStep]) -> dict[str, float]:
             f"{t.label}.{key}": t.params[key] for key, schedule in t.term.params.items() if schedule.shape != "constant"
         }
     return values
+
+
+def _taught(batches: Sequence[Batch]) -> dict[str, int]:
+    """How many of the step's tokens have the teacher's distribution, where it has gaps."""
+    columns = [batch.columns[TAUGHT] for batch in batches if TAUGHT in batch.columns]
+    return {"taught_tokens": int(sum(float(column_BT.sum()) for column_BT in columns))} if columns else {}
 
 
 def _check_finite(step: int, loss: float, norm: float, *, means: Mapping[str, float], batches: Sequence[Batch]) -> None:
@@ -177,7 +184,7 @@ def loss_on(objective: Objective, batches: Sequence[Batch], progress: float) -> 
 
 def _amounts(terms: Sequence[TermAtStep], batches: Sequence[Batch]) -> dict[str, float]:
     """By term label, the weight of its unit over all micro-batches: what its sum is divided by."""
-    return {t.label: sum(batch.amount(t.term.unit, t.term.only) for batch in batches) for t in terms}
+    return {t.label: sum(batch.amount(t.term.unit, t.term.only, t.term.column) for batch in batches) for t in terms}
 
 
 def backward(
