@@ -14,7 +14,7 @@ quickstart: $(RUNTIME)
 
 test: $(DEV) system
 	$(if $(BROWSER),,@echo "No Chromium: the pages are not tested in a browser. Install the Debian package chromium.")
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(BROWSER),,-m "not browser")
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not engines$(if $(BROWSER),, and not browser)"
 
 # The pages are tested in a real browser, programs that models wrote in bubblewrap; where there is none and we may, they are installed.
 system:
@@ -25,6 +25,11 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The packaged llama.cpp server, killed and started again; it comes with the development environment.
+.PHONY: test-llama
+test-llama: $(DEV)
+	$(BIN)/python -m pytest -m engines tests/engines/test_llama.py
 
 # What the README and docs/comparison.md say of methods: two measurements of an hour or so each on two cores. Killed, they go on.
 METHODS := seq-kd forward-kl reverse-kl jsd distillm-skew taid akl tvd

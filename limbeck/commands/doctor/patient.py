@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from limbeck.config.recipe import Recipe
+from limbeck.config.teacher import ServedTeacher
 from limbeck.data.batches import Row, make_batch
+from limbeck.models.api import ApiTeacher
 from limbeck.models.model import Model
 from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
@@ -62,10 +64,21 @@ class Patient:
         return self.run.models.reader
 
     @cached_property
-    def scorer(self) -> ServerScorer:
+    def server(self) -> ApiTeacher:
         api = served(self.run.method)
         if api is None:
             raise NothingToCheckError("the recipe names no server")
+        return api
+
+    @property
+    def reads_given_text(self) -> bool:
+        """Whether the recipe's server has to score text, or stands for weights that are here."""
+        teacher = self.recipe.teacher
+        return not isinstance(teacher, ServedTeacher) or teacher.named_tokens is not None
+
+    @cached_property
+    def scorer(self) -> ServerScorer:
+        api = self.server
         if self.run.models.other_tokens:
             raise NothingToCheckError("the server has its own tokenizer")
         cache = self.recipe.teacher.cache

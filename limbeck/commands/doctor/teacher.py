@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from limbeck.commands.doctor.patient import NothingToCheckError, Patient, response_targets, teacher_log_probs
+from limbeck.models.api import ApiTeacher
+from limbeck.models.engines import ENGINES, find_engine
+from limbeck.models.http import printable
 from limbeck.models.model import head_of
+from limbeck.models.own_text import PROBE, probe
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import Block
 from limbeck.signals.dense import DenseRows
-from limbeck.types import UserError
+from limbeck.types import Request, Sampling, UserError
 
 # KL in nats between local and served weights; 4-bit weights in llama.cpp's own arithmetic stay within 0.01
 MEAN_KL = 0.02
@@ -56,7 +60,10 @@ def check_repeatable(patient: Patient) -> str:
 
 
 def check_server(patient: Patient) -> str:
-    """Check that the server has the right tokenizer and template, gives log-probabilities, and has room."""
+    """Check that the server has the right tokenizer and template, gives log-probabilities, and has room; or that it
+    answers, where its own text is all that is needed of it."""
+    if not patient.reads_given_text:
+        return _answers(patient.server)
     scorer = patient.scorer
     scorer.probe()
     longest = max(
@@ -71,8 +78,23 @@ def check_server(patient: Patient) -> str:
     return f"{scorer.identity} has the same tokens and template and names {scorer.k} tokens at every position"
 
 
+def _answers(server: ApiTeacher) -> str:
+    """What a server says that only writes."""
+    kind = server.endpoint.run(find_engine)
+    program = f" ({ENGINES[kind].title})" if kind is not None else ""
+    if server.settings.logprobs is not None:
+        named = probe(server)
+        return f"{server.identity}{program} answers, and names {named} tokens at each position of its own text"
+    ((_, answer),) = server.answers([Request(server.identity, PROBE, Sampling(1.0, 1.0, 8), seed=0)])
+    if answer.finish in ("error", "malformed"):
+        raise UserError(f"the server's answer can't be used ({answer.finish}): {printable(answer.raw or 'no reply')}")
+    return f"{server.identity}{program} answers"
+
+
 def check_served_weights(patient: Patient) -> str:
     """Check that the served model has the weights that are here, by its top tokens at every position."""
+    if not patient.reads_given_text:
+        raise NothingToCheckError("the teacher's weights are not here")
     scorer = patient.scorer
     log_NV = patient.log_probs
     signal = scorer.view(patient.texts).signal
