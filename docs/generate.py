@@ -75,6 +75,7 @@ ELICITED, REASONING = (DOCS / "evidence" / f"{name}.json" for name in ("elicitat
 HEAD, ON_POLICY, KEPT, BRIDGES = (
     DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges")
 )
+LLAMA = DOCS / "evidence" / "engines-llama.json"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -403,6 +404,28 @@ def engines() -> str:
     return table(titles, rows)
 
 
+def engines_llama() -> str:
+    """The packaged llama.cpp server as a teacher, from what benchmarks/engines_llama.py wrote."""
+    if not LLAMA.is_file():
+        return "Not measured yet: run python benchmarks/engines_llama.py"
+    found = json.loads(LLAMA.read_text(encoding="utf-8"))
+    rows = [
+        ["tokens a second, writing", f"{found['tokens_per_second']:.0f} ({found['at_once']} at once)"],
+        ["tokens a second, scoring given text", f"{found['scored_tokens_per_second']:.0f}"],
+        ["share of tokens taught", f"{found['taught_share']:.1%} of {found['tokens']:,}"],
+        ["probability that the likeliest name", f"{found['named_probability']:.1%} ({found['named']} tokens)"],
+        ["nats apart, with its own text", f"{found['nats_apart']:.4f}"],
+        [
+            "of these, before any other split of the text",
+            f"{found['same_tokens_nats_apart']:.4f}, at most {found['same_tokens_nats_apart_at_most']:.3f}"
+            f" ({found['same_tokens']:,} tokens)",
+        ],
+        ["nats apart, scoring given text", f"{found['scored_nats_apart']:.4f}"],
+    ]
+    about = f"{found['engine']} ({found['version']}) with {found['model']}; {found['machine']}."
+    return f"{table(['', 'measured'], rows)}\n\n{about}"
+
+
 def _flow(value: Any) -> str:
     """Plain data as YAML in one line, with SCHEMA for a schema."""
     if isinstance(value, Mapping) and value.get("type") == "object":
@@ -448,6 +471,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         kept,
         bridges,
         engines,
+        engines_llama,
         methods,
         on_policy_methods,
     )
