@@ -13,6 +13,7 @@ Not covered: streaming, several answers to one request.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -208,7 +209,8 @@ class ApiTeacher:
         if refused == "seed":
             self._seeded = False
             return True
-        where = f"teacher.server.options.{refused}: leave it out" if refused in self.settings.options else ""
+        option = re.split(r"[.\[]", refused)[0]
+        where = f"teacher.server.options.{option}: leave it out" if option in self.settings.options else ""
         if refused in ("temperature", "top_p", "topP"):
             where = "the writer's temperature and top_p: set them to 1, or only one of them to another value"
         if refused in ("logprobs", "top_logprobs"):
@@ -317,7 +319,8 @@ class ApiTeacher:
         )
         raw = None if finish == "ok" else reply.text(STORED_BYTES)
         told = None
-        if self._names_tokens_of(request) and (said := self.dialect.read(as_dict(data), False)) is not None:
+        whole = finish in ("ok", "length") and without_key(text, reply.key) == text  # what is cut out is kept nowhere
+        if whole and self._names_tokens_of(request) and (said := self.dialect.read(as_dict(data), False)) is not None:
             told = keep(said.logprobs, self.settings.logprobs or 0)
         return Generated(None, without_key(text, reply.key), finish, raw=raw, usage=usage or (0, 0), told=told)
 

@@ -30,6 +30,7 @@ def test_the_recipes_of_the_field_are_there():
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
         "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd", "minillm-from-server",
+        "api-own-logprobs",
     }  # fmt: skip
 
 
@@ -110,10 +111,10 @@ def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file,
     ).elicit:  # a tiny model's answers would pass no filter: the writer is played, and long texts need room
         changes += elicited_from(tmp_path, monkeypatch)
     elif load_recipe(name).teacher.model is None:
-        names = load_recipe(name).teacher.server.names
-        url = servers["llama.cpp" if names is None else "vLLM"].url
+        names, logprobs = load_recipe(name).teacher.server.names, load_recipe(name).teacher.server.logprobs
+        url = servers["llama.cpp" if names is None and logprobs is None else "vLLM"].url
         changes += [
-            f"teacher.server={{url: {url}, name: toy, names: {names or 'null'}}}",
+            f"teacher.server={{url: {url}, name: toy, names: {names or 'null'}, logprobs: {logprobs or 'null'}}}",
             f"student={{start: {{pretrained: {tiny_folder}}}}}",
         ]
     else:

@@ -313,6 +313,12 @@ def test_a_server_without_seeds_is_asked_without():
             {"reasoning_effort": "low"},
             "options.reasoning_effort: leave it out",
         ),
+        (
+            "openai",
+            unsupported("response_format.json_schema", "Unsupported value", "unsupported_value"),
+            {"response_format": {"type": "json_schema"}},
+            "options.response_format: leave it out",
+        ),
         ("gemini", ("status", 400, {}, b'{"error": {"code": 400, "message": "API key not valid.", "status": "INVALID_ARGUMENT", "details": [{"reason": "API_KEY_INVALID"}]}}'), {}, "check the key"),
     ],
 )  # fmt: skip

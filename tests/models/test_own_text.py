@@ -367,7 +367,7 @@ def test_a_step_of_gaps_alone_teaches_nothing(tiny):
     term = make_term("forward_kl", {}).at_step(0.0, {})
     data = forward(tiny, batch, TeacherView())
     loss, sums = total_loss([term], {"forward_kl": batch.amount("token", None, term.term.column)}, {}, data)
-    assert float(loss) == 0 and sums.terms == {}
+    assert float(loss.detach()) == 0 and sums.terms == {}
 
 
 def test_with_every_position_known_it_is_the_signal_of_a_scoring_server(tiny):
@@ -429,6 +429,16 @@ def test_they_are_stored_in_one_stroke_with_the_answer(tiny, tmp_path):
         assert "".join(entry[0] for entry in kept) == SAY and all(len(entry[3]) == 3 for entry in kept)
         assert store.evidence_of(sample.id, TOLD, "another") is None
         elicit([request], store, lambda: pytest.fail("asked again"))
+
+
+def test_a_key_that_a_server_says_is_not_kept_in_pieces(tiny, monkeypatch):
+    monkeypatch.setenv("LIMBECK_API_KEY", "sk-canary-4711")
+    for say, is_kept in (("the key is sk-canary-4711", False), (SAY, True)):
+        with ScoringServer(tiny, say=say) as server:
+            made = ApiTeacher(Served(url=server.url, name="toy", logprobs=3))
+            request = Request("x", ({"role": "user", "content": "q"},), Sampling(1.0, 1.0, 64), 1)
+            ((_, found),) = made.answers([request])
+            assert (found.told is not None) == is_kept and "4711" not in found.text
 
 
 def test_a_server_without_them_is_found_at_the_start(tiny):

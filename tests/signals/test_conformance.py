@@ -26,6 +26,7 @@ from limbeck.models.api import ApiTeacher
 from limbeck.models.bridge import TeacherOverBridge
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
+from limbeck.models.own_text import Aligner, OwnTextTeacher
 from limbeck.models.score import ServerScorer
 from limbeck.models.several import TeacherEnsemble
 from limbeck.models.teacher import InProcessTeacher
@@ -33,7 +34,7 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.signals.cache import SignalCache
 from limbeck.training.prepare import fill_cache
-from limbeck.types import Batch
+from limbeck.types import Batch, Request, Sampling
 from tests.conftest import make_net
 from tests.scoring_server import ScoringServer
 
@@ -106,6 +107,23 @@ def served_and_kept(protocol):
 
 
 @contextmanager
+def with_its_own_text(teacher, folder):
+    """The server writes the texts itself, and says with them what it knew."""
+    model, rows = teacher.model, rows_of(teacher.model)
+    told = []
+    for question, say in TEXTS:
+        with ScoringServer(model, say=say) as server:
+            api = ApiTeacher(Served(url=server.url, name="toy", kind="openai-compatible", logprobs=1024))
+            request = Request("x", ({"role": "user", "content": question},), Sampling(1.0, 1.0, 99), 1)
+            told += [answer.told for _, answer in api.answers([request])]
+    aligner = Aligner(model.tokenizer, model.eos_ids)
+    own = OwnTextTeacher("x", lambda ids: [told[int(number)] for number in ids], aligner, model.vocab_size)
+    own.mark(rows, lambda *_: None)
+    assert own.reasons == "no gaps"
+    yield lambda batch: own.view(batch).signal
+
+
+@contextmanager
 def several(teacher, folder):
     yield lambda batch: TeacherEnsemble([teacher, teacher], [1.0, 2.0], [None, None], "mean").view(batch).signal
 
@@ -141,6 +159,7 @@ BACK_ENDS = {
     "llama.cpp's protocol, 16 tokens": BackEnd(served("llama.cpp", 16), 2e-5, 16),
     "vLLM's protocol, 16 tokens": BackEnd(served("vLLM", 16), 2e-5, 16),
     "a server, kept": BackEnd(served_and_kept("vLLM"), 2e-3),
+    "a server's own text, all tokens": BackEnd(with_its_own_text, 2e-4),
     "several that are one": BackEnd(several, 2e-6),
     "a bridge between equal tokens": BackEnd(bridged(), 2e-6),
     "a bridge, the rest sorted": BackEnd(bridged(rest="sorted"), 2e-6),

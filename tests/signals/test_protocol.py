@@ -4,7 +4,7 @@ can be cut, joined and moved, or says why it can't be asked something."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -26,6 +26,7 @@ from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.signals.cache import SignalCache
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.forms import FORMS, form_of
+from limbeck.signals.gaps import GappedSignal
 from limbeck.signals.several import GatedSignal, MixedSignal
 from limbeck.signals.sparse import Sampled, TextSignal, TopK
 from limbeck.training.prepare import Remembered, fill_cache
@@ -148,6 +149,9 @@ SIGNALS = {
     "dense": dense(),
     "top": top(),
     "top, uneven": top(torch.tensor([1, 4, 2, 3, 4, 2])),
+    "gapped": GappedSignal(
+        replace(top(), target_log_prob_N=None), torch.tensor([True, False, True, True, False, True])
+    ),
     "sampled": sampled(),
     "text": TextSignal(torch.arange(N) % V),
     "mixed": MixedSignal([dense(), dense(9)], torch.tensor([0.25, 0.75]).double().expand(N, 2)),
@@ -191,9 +195,16 @@ def test_a_whole_signal_gives_the_probability_of_every_token_and_others_refuse(n
     if name != "dense":
         with pytest.raises(UserError, match="no hidden states"):
             signal.hidden_states()
-    if not name.startswith("top"):
+    if not name.startswith(("top", "gapped")):
         with pytest.raises(UserError, match="names no tokens"):
             signal.top_tokens()
+
+
+def test_at_a_gap_there_is_nothing():
+    known_N = SIGNALS["gapped"].known_N
+    with_gaps, without = values(SIGNALS["gapped"], torch.arange(N)), values(top(), torch.arange(N))
+    assert (with_gaps[~known_N] == 0).all() and (without[~known_N] != 0).any()
+    torch.testing.assert_close(with_gaps[known_N], without[known_N], rtol=0, atol=0)
 
 
 def test_joined_rows_may_name_different_numbers_of_tokens():
