@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limbeck.commands.doctor.run import examine
 from limbeck.config.recipe import parse
 from limbeck.config.server import Served
 from limbeck.data.batches import Row, make_batch
@@ -501,6 +502,27 @@ def test_too_many_gaps_are_refused_before_the_training(tiny, tiny_folder, recipe
         with pytest.raises(UserError, match=r"stand at \d+% of the text's tokens.*other text.*half are needed"):
             run(parse(data), tmp_path / "run", stages=("elicit", "train"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_doctor_looks_whether_a_server_that_only_writes_answers(tiny, tiny_folder, recipe_data, tmp_path):
+    def seen(server, **more):
+        findings = examine(parse(recipe_of(recipe_data, server, tiny_folder, **more)), tmp_path / "none")
+        return {finding.name: (finding.verdict, finding.detail) for finding in findings}
+
+    with ScoringServer(tiny, say=SAY) as server:
+        verdict, detail = seen(server)["server"]
+        assert verdict == "fine" and "(llama.cpp) answers, and names 6 tokens" in detail
+        assert seen(server)["served weights"][0] == "not looked at"
+    with Scripted() as server:
+        assert (
+            seen(server)["server"] == ("fault", seen(server)["server"][1]) and "log-prob" in seen(server)["server"][1]
+        )
+        data = recipe_of(recipe_data, server, tiny_folder, logprobs=None) | {"loss": ["cross_entropy"]}
+        findings = {finding.name: finding for finding in examine(parse(data), tmp_path / "none")}
+        assert findings["server"].verdict == "fine" and findings["server"].detail.endswith(" answers")
+        server.script = lambda number, body: {"choices": []}
+        findings = {finding.name: finding for finding in examine(parse(data), tmp_path / "none")}
+        assert findings["server"].verdict == "fault" and "malformed" in findings["server"].detail
 
 
 @pytest.mark.parametrize(
