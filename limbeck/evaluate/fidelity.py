@@ -24,7 +24,7 @@ from limbeck.models.model import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.head import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Buffer, Head, chunks, distribution_pairs
+from limbeck.objectives.head import BLOCK_ELEMENTS, Buffer, Head, chunk_elements, chunks, distribution_pairs
 from limbeck.signals.dense import DenseSignal
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import Batch
@@ -119,7 +119,7 @@ def _columns(hidden_ND: Tensor, head: Head, signal: DenseSignal | None, targets_
 
 def _with_itself(signal: DenseSignal) -> Iterator[tuple[slice, Distribution, Distribution]]:
     """As `distribution_pairs`, of a model with itself: its logits are projected once."""
-    for part in chunks(len(signal.hidden_NE), signal.head.vocab_size, CHUNK_ELEMENTS):
+    for part in chunks(len(signal.hidden_NE), signal.head.vocab_size, chunk_elements(signal.device)):
         chunk = signal.chunk(part)
         for rows in chunks(part.stop - part.start, signal.head.vocab_size, BLOCK_ELEMENTS):
             p = chunk.rows(rows).p

@@ -20,7 +20,7 @@ from torch import Tensor
 from limbeck.evaluate.items import TemplateSettings
 from limbeck.evaluate.records import Progress
 from limbeck.models.model import Model, head_of, hidden_states
-from limbeck.objectives.head import token_log_probs
+from limbeck.objectives.log_probs import token_log_probs
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import UserError
 

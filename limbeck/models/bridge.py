@@ -24,7 +24,7 @@ from limbeck.models.model import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher_interface import WRITES, Teacher, TeacherParts, TeacherUse
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherStates, TeacherView
-from limbeck.objectives.head import token_log_probs
+from limbeck.objectives.log_probs import token_log_probs
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.types import Batch, RecipeError, UserError, content_hash
 

@@ -92,7 +92,8 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
                 " this one"
             )
         writers = [writer | _sampling(writer, sampling) for writer in own["writer"]]
-        methods.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
+        method = parse({**own, **common, "writer": writers})
+        methods.append(Entry(recipe.name, method.model_copy(update={"machine": like.machine})))
     return methods
 
 

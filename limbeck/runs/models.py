@@ -17,6 +17,7 @@ from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import has_other_tokens
 from limbeck.models.load import is_ready, load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model, header_of
+from limbeck.models.placement import FULL, Devices, Precision
 from limbeck.models.prune import Calibration, LayerChoice
 from limbeck.models.score import ServerScorer
 from limbeck.models.start import begin, choose
@@ -50,7 +51,16 @@ class RunModels:
     shared: RunModels | None = None
     loaded: dict[str, InProcessTeacher] = field(default_factory=dict)
 
+    @cached_property
+    def devices(self) -> Devices:
+        return Devices(self.method.recipe.machine)
+
     # The teacher
+
+    @cached_property
+    def teacher_precision(self) -> Precision:
+        settings = self.method.recipe.teacher
+        return Precision.named(getattr(settings, "dtype", None), getattr(settings, "quantise", None))
 
     @property
     def teacher(self) -> InProcessTeacher:
@@ -65,7 +75,8 @@ class RunModels:
             return self.shared.load(source)
         if source not in self.loaded:
             self.reporter.note(f"loading the teacher, {source}")
-            self.loaded[source] = InProcessTeacher(load_model(source).with_context(self.method.prompt_context))
+            model = load_model(source, self.teacher_precision, self.devices.teacher)
+            self.loaded[source] = InProcessTeacher(model.with_context(self.method.prompt_context))
         return self.loaded[source]
 
     def release(self) -> None:
@@ -98,7 +109,7 @@ class RunModels:
             return self.server_identity
         if not is_ready(source):
             self.reporter.note(f"fetching and converting {source}, once")
-        return Model.named(model_identity(source), self.method.prompt_context)
+        return Model.named(model_identity(source, self.teacher_precision), self.method.prompt_context)
 
     # The server
 
@@ -173,7 +184,13 @@ class RunModels:
     def initial_student(self) -> Model:
         """The student before training."""
         recipe = self.method.recipe
-        return begin(recipe.student, lambda: self.teacher.model, self.choice(), recipe.train.seed)
+        return begin(recipe.student, self._start, self.choice(), recipe.train.seed, self.devices.student)
+
+    def _start(self) -> Model:
+        """The teacher in float32, to make a student from."""
+        source = self.method.recipe.teacher.model
+        assert source is not None
+        return self.teacher.model if self.teacher_precision == FULL else load_model(source)
 
     @cached_property
     def initial_identity(self) -> str:
@@ -195,7 +212,7 @@ class RunModels:
     def scorer(self, by: str) -> ModelScorer:
         if by == "untouched":
             return ModelScorer(self.initial_student())
-        return ModelScorer(load_model(by) if by else self.teacher.model)
+        return ModelScorer(load_model(by, placement=self.devices.teacher) if by else self.teacher.model)
 
     def scorer_identity(self, by: str) -> str:
         if by == "untouched":

@@ -203,6 +203,7 @@ class Run:
             lora=recipe.student.lora,
             cache=recipe.teacher.cache,
             writing=writing,
+            machine=recipe.machine,
         )
         parts = self._teacher_parts(student)
         teacher = cache(lambda: self.method.teacher_kind.prepare(recipe.teacher, parts))
@@ -282,7 +283,7 @@ class Run:
 
     @property
     def questions(self) -> evaluation.Questions:
-        return evaluation.Questions(self.recipe, self.method.tasks, self.text)
+        return evaluation.Questions(self.recipe, self.method.tasks, self.text, self.models.devices.teacher)
 
     def bench(self, folder: Path) -> Bench:
         """The bench that measures systems and keeps their records in `folder`."""
@@ -304,7 +305,7 @@ class Run:
 
     def trained(self, name: str) -> Model:
         """The exported student, or a trained control."""
-        return load_model(str(self.home(name) / "student"))
+        return load_model(str(self.home(name) / "student"), placement=self.models.devices.student)
 
     def held_out_rows(self) -> list[Row]:
         """The teacher's answers to the held-out prompts; each row has its prompt's id."""

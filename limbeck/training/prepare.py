@@ -17,7 +17,8 @@ from limbeck.data.batches import MICRO_TOKENS, MicroBatch, Row, make_batch, step
 from limbeck.models.model import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.forward import Features, Taps, TeacherView
-from limbeck.objectives.head import Head, TeacherSignal, token_log_probs
+from limbeck.objectives.head import Head, TeacherSignal
+from limbeck.objectives.log_probs import token_log_probs
 from limbeck.objectives.loss import Responses
 from limbeck.objectives.term import TermAtStep
 from limbeck.signals.cache import SignalCache, text_key, texts_of
