@@ -183,13 +183,22 @@ def compare(
 
 
 @app.command(epilog="Example: limbeck check recipes/quickstart.yaml --set teacher=./my-model")
-def check(recipe: RecipeArgument, set_: SetOption, machine: MachineOption = None, json_: JsonOption = False) -> None:
+def check(
+    recipe: RecipeArgument,
+    set_: SetOption,
+    machine: MachineOption = None,
+    device_like: Annotated[
+        str | None,
+        typer.Option("--device-like", help="Estimate for hardware that is not here: h100-80gb, ...", metavar="NAME"),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
     """Check that a recipe can run and print what it will cost, without loading a model."""
     from limbeck.config.recipe import load_recipe
     from limbeck.runs.preflight import check as check_recipe
 
     loaded = load_recipe(recipe, set_, machine)
-    plan = check_recipe(loaded)
+    plan = check_recipe(loaded, device_like)
     if json_:
         printing.print_result({"recipe": loaded.hash, "plan": plan.as_dict()}, json_)
     else:

@@ -25,7 +25,6 @@ class Machine(Section):
         micro_tokens: tokens (with padding) of one forward pass in training.
         cache_gib: memory for keys and values while a model writes.
         head_mib: memory for one chunk of logits.
-        timeout: seconds to wait for other ranks.
     """
 
     device: Device = "auto"
@@ -35,4 +34,3 @@ class Machine(Section):
     micro_tokens: Annotated[int, Field(ge=16)] | None = None
     cache_gib: Annotated[float, Field(gt=0)] | None = None
     head_mib: Annotated[float, Field(ge=1)] | None = None
-    timeout: Annotated[float, Field(gt=0)] = 600.0

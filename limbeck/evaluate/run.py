@@ -23,7 +23,7 @@ from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.evaluate.task import Task
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
-from limbeck.models.placement import Placement
+from limbeck.models.placement import Devices, Placement
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teachers import kind
 from limbeck.storage.files import write_json
@@ -41,7 +41,7 @@ class Questions:
     recipe: Recipe
     tasks: Sequence[Task]
     text: TrainingText
-    placement: Placement  # of the judge
+    devices: Devices
 
 
 def bench(
@@ -125,7 +125,7 @@ def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[Sy
     summary["warnings"] += teacher_warnings(recipe, questions.text)
     if recipe.evaluate.judge is not None:
         first_seeds = {name: seeds[0] for name, seeds in systems.items()}
-        summary["judge"] = judge_systems(recipe.evaluate.judge, bench, first_seeds, questions.placement)
+        summary["judge"] = judge_systems(recipe.evaluate.judge, bench, first_seeds, questions.devices.teacher)
         summary["warnings"] += judge_warnings(summary["judge"])
     write_json(bench.folder / "summary.json", summary)
     return summary
@@ -242,5 +242,6 @@ def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            **questions.devices.facts(),
         },
     }

@@ -233,7 +233,7 @@ class Comparison:
         }
         if writing := writing_share(all_records):
             cost["writing_share"] = writing
-        peaks = [record["memory_mib"] for record in all_records if record.get("memory_mib")]
+        peaks = [peak for record in all_records if (peak := record.get("device_memory_mib", record.get("memory_mib")))]
         return cost | ({"peak_memory_mib": max(peaks)} if peaks else {})
 
 

@@ -24,6 +24,7 @@ from limbeck.models.start import begin, choose
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
 from limbeck.progress import Reporter
+from limbeck.runs.cost import teacher_precision
 from limbeck.runs.resolve import Method
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
@@ -59,8 +60,7 @@ class RunModels:
 
     @cached_property
     def teacher_precision(self) -> Precision:
-        settings = self.method.recipe.teacher
-        return Precision.named(getattr(settings, "dtype", None), getattr(settings, "quantise", None))
+        return teacher_precision(self.method.recipe)
 
     @property
     def teacher(self) -> InProcessTeacher:

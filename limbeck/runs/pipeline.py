@@ -25,6 +25,7 @@ from limbeck.models.model import Model
 from limbeck.models.prune import Calibration
 from limbeck.models.start import merge_adapters
 from limbeck.models.teacher_interface import TeacherParts
+from limbeck.objectives.head import SIZES
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
@@ -283,7 +284,7 @@ class Run:
 
     @property
     def questions(self) -> evaluation.Questions:
-        return evaluation.Questions(self.recipe, self.method.tasks, self.text, self.models.devices.teacher)
+        return evaluation.Questions(self.recipe, self.method.tasks, self.text, self.models.devices)
 
     def bench(self, folder: Path) -> Bench:
         """The bench that measures systems and keeps their records in `folder`."""
@@ -381,3 +382,15 @@ def claim_run(run: Run) -> None:
             scorer.probe()
 
     claim(run.folder, run.recipe, inputs, probe)
+    _settle(run)
+
+
+def _settle(run: Run) -> None:
+    """Take the devices and sizes of the recipe's `machine`, say so, and record them."""
+    machine = run.recipe.machine
+    SIZES.head_bytes = None if machine.head_mib is None else int(machine.head_mib * 2**20)
+    facts = run.models.devices.facts()
+    if machine.device == "auto" or len(set(facts.values())) > 1:
+        teacher = "" if facts["teacher_device"] == facts["device"] else f", teachers on {facts['teacher_device']}"
+        run.reporter.note(f"running on {facts['device']}{teacher}")
+    write_json(run.folder / "machine.json", {**facts, "settings": machine.model_dump(exclude_none=True)})
