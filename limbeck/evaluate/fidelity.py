@@ -91,7 +91,8 @@ def fidelity(
         if signal is not None and text.teacher is not None and system is text.teacher.model:
             hidden_ND = signal.hidden_NE
         else:
-            hidden_ND = shared_states(system.net, batch.tokens_BT.to(system.net.device))[rows_N, positions_N]
+            hidden_ND = shared_states(system.net, batch.tokens_BT)[rows_N, positions_N]
+            signal = None if signal is None else signal.to(system.net.device)
         targets_N = batch.tokens_BT[rows_N, positions_N + 1].to(hidden_ND.device)
         columns = _columns(hidden_ND, head.cut(min(text.vocab_size, head.vocab_size)), signal, targets_N)
         at = 0

@@ -232,7 +232,7 @@ class TeacherOverBridge:
         device = self.model.net.device
         texts = [self.align(ids) for ids in _responses(batch)]
         tokens_BT, mask_BT = self._tokens(batch, texts)
-        hidden_BTE = shared_states(net, tokens_BT.to(device))
+        hidden_BTE = shared_states(net, tokens_BT)
         row_M, target_M = mask_BT.nonzero(as_tuple=True)
         hidden_ME = hidden_BTE[row_M, target_M - 1]
         head = head_of(net).detached()

@@ -283,7 +283,7 @@ def fused_loss(
     flat = [tensor for part in parts for tensor in part]
     # integers would round the scales away
     weight_KN = weight_KN.to(torch.promote_types(hidden_ND.dtype, torch.float32))
-    inputs = LossInputs(terms, scales, evidence, head.softcap, head.rounded)
+    inputs = LossInputs(terms, scales, evidence, softcap=head.softcap, rounded=head.rounded)
     loss, sums_K = FusedLoss.apply(inputs, weight_KN, *flat)
     return Total(loss, {term.label: float(value) for term, value in zip(terms, sums_K.tolist(), strict=True)})
 
@@ -336,8 +336,9 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         factor = grads[0]
-        scaled = [None if g is None else g if factor == 1 else g * factor.to(g.dtype) for g in ctx.grads]
-        return None, None, *scaled
+        if bool(factor == 1):  # as in the loop; a copy of the head's gradient would cost more than the question
+            return None, None, *ctx.grads
+        return None, None, *(None if g is None else g * factor.to(g.dtype) for g in ctx.grads)
 
 
 def distribution_pairs(

@@ -184,7 +184,7 @@ class RunModels:
     def initial_student(self) -> Model:
         """The student before training."""
         recipe = self.method.recipe
-        return begin(recipe.student, self._start, self.choice(), recipe.train.seed, self.devices.student)
+        return begin(recipe.student, self._start, self.choice(), recipe.train.seed, placement=self.devices.student)
 
     def _start(self) -> Model:
         """The teacher in float32, to make a student from."""

@@ -66,7 +66,7 @@ class Objective:
         """The teacher's side of a micro-batch, and the student's forward pass."""
         view = self.teacher(batch)
         with torch.autocast(self.net.device.type, dtype=self.rounded) if self.rounded is not None else nullcontext():
-            hidden_BTD, states = features(self.net, batch.tokens_BT.to(self.net.device), *self.taps, mixed=batch.mixed)
+            hidden_BTD, states = features(self.net, batch.tokens_BT, *self.taps, mixed=batch.mixed)
         head = replace(head_of(self.net), rounded=self.rounded)
         return StudentForward(
             batch,

@@ -56,7 +56,7 @@ def response_log_probs(
     for micro_batch in even_batches(rows):
         batch = make_batch(rows, micro_batch)
         row_N, position_N = batch.response_positions()
-        hidden_BTD, _ = features(net, batch.tokens_BT.to(net.device))
+        hidden_BTD, _ = features(net, batch.tokens_BT)
         targets_N = batch.tokens_BT[row_N, position_N + 1].to(net.device)
         head = head_of(net)
         log_prob_N = (
@@ -178,7 +178,7 @@ class TextBeforeTraining:
     @torch.no_grad()
     def features(self, side: int, batch: Batch, taps: Taps) -> Features:
         net = self.nets[side]
-        return features(net, batch.tokens_BT.to(net.device), *taps)[1]
+        return features(net, batch.tokens_BT, *taps)[1]
 
     def head(self, side: int) -> Head:
         return head_of(self.nets[side]).detached()

@@ -103,7 +103,7 @@ def make_job(
     if plan.lora is not None:
         add_adapters(student.net, plan.lora, plan.settings.seed)
     if plan.machine.checkpointing:
-        student.net.gradient_checkpointing_enable({"use_reentrant": False})
+        student.net.activation_checkpointing_enable({"use_reentrant": False})
     average = teacher().average if reads_teacher else None
     if average is not None:
         average.start(student.net)

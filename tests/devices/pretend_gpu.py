@@ -91,6 +91,7 @@ def device() -> torch.device:
             return torch._C._autograd.DeviceType.PrivateUse1
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, device_guard=Guard())
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]  # asked for by activation checkpointing
     return torch.device(f"{NAME}:0")
 
 
