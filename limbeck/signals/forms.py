@@ -126,7 +126,7 @@ class TopKForm(KeptForm):
     def pack(self, signal: TeacherSignal, targets_N: Tensor, seed: int, vocab_size: int) -> Packed:
         if signal.whole:
             return _pack_whole(signal, targets_N, vocab_size, columns=self._likeliest)
-        return _with_packed_ids(self._named(signal.top_tokens(), targets_N), vocab_size)
+        return _with_packed_ids(self._named(signal.to("cpu").top_tokens(), targets_N.cpu()), vocab_size)
 
     def _likeliest(self, p: Distribution) -> Packed:
         log_CK, ids_CK = p.log.topk(min(self.settings.k, p.log.shape[-1]))

@@ -21,14 +21,21 @@ import torch.nn.attention
 import transformers
 
 import limbeck
+from limbeck.commands.chat import answer
+from limbeck.commands.doctor.run import examine
+from limbeck.commands.profile import profile
 from limbeck.config.recipe import parse
 from limbeck.evaluate import fidelity
+from limbeck.models.load import load_model
+from limbeck.models.placement import Placement, find_device
 from limbeck.objectives import head
-from limbeck.progress import StoppedError
+from limbeck.progress import Silent, StoppedError
 from limbeck.signals import cache
 from limbeck.storage import checkpoint
+from limbeck.types import Sampling
 from tests.conftest import PROMPTS, make_net, make_tokenizer
 from tests.devices.pretend_gpu import Gpu, device, pretend_gpu
+from tests.scoring_server import ScoringServer
 
 TEACHER = {"by": "teacher", "temperature": 1.0, "top_p": 1.0, "max_tokens": 12}
 NUCLEUS = {"by": "teacher", "temperature": 0.7, "top_p": 0.9, "max_tokens": 12}
@@ -59,8 +66,9 @@ def prune(keep: str) -> dict[str, Any]:
     return {"start": {"prune": settings if keep in ("uniform", "first") else settings | {"calibration": 2}}}
 
 
-def cases(tiny: str, other: str) -> dict[str, dict[str, Any]]:
-    """The sections of each recipe that differ from the common ones; `stages` and `resume` are for `losses`."""
+def cases(tiny: str, other: str, url: str) -> dict[str, dict[str, Any]]:
+    """The sections of each recipe that differ from the common ones; `stages`, `resume` and `doctor` are for
+    `losses`."""
     own = {"start": {"pretrained": tiny}}
     live = {"model": tiny, "weights": "live", "context": {"system": "be short"}}
     table: dict[str, dict[str, Any]] = {f"divergence {name}": {"loss": [name]} for name in DIVERGENCES}
@@ -89,7 +97,15 @@ def cases(tiny: str, other: str) -> dict[str, dict[str, Any]]:
         "nucleus sampling": {"writer": [NUCLEUS]},
         "start scratch": {"student": {"start": {"scratch": {"config": {"num_hidden_layers": 2}}}}},
         "start lora": {"student": {"start": {"pretrained": other}, "lora": {"rank": 2, "alpha": 4}}},
-        "lora on the teacher": {"student": {"start": {"pretrained": tiny}, "lora": {"rank": 2, "alpha": 4}}},
+        "lora on the teacher": {
+            "student": {"start": {"pretrained": tiny}, "lora": {"rank": 2, "alpha": 4}},
+            "teacher": {"model": tiny, "context": {"system": "be short"}},
+        },
+        "served": {"teacher": {"server": {"url": url, "name": "toy", "names": 8}}, "student": own},
+        "served cache": {
+            "teacher": {"server": {"url": url, "name": "toy"}, "cache": {"top_k": {"k": 8}}},
+            "student": own,
+        },
         "bridge": {"teacher": {"model": tiny, "bridge": {}}, "student": {"start": {"pretrained": other}}},
         "mixup": {"train": TRAIN | {"mixup": 0.4}, "loss": mixed},
         "adaptive taid": {"loss": [{"taid": {"t": {"from": 0.2, "to": 1.0, "shape": "adaptive"}}}]},
@@ -111,6 +127,7 @@ def cases(tiny: str, other: str) -> dict[str, dict[str, Any]]:
         "small micro-batches": {"machine": {"micro_tokens": 20}},
         "evaluate and judge": {"stages": ("elicit", "train", "evaluate", "report"), "judge": other},
         "resume": {"resume": True},
+        "doctor and profile": {"doctor": True},
     }
 
 
@@ -127,7 +144,9 @@ def recipe_data(sections: dict[str, Any], tiny: str, folder: Path, device: str) 
     measured = {"metrics": ["fidelity"], "prompts": str(held_out), "max_tokens": 12, "controls": ["untouched"]}
     if judge := sections.get("judge"):
         measured["judge"] = judge
-    own = {key: value for key, value in sections.items() if key not in ("stages", "resume", "judge", "machine")}
+    own = {
+        key: value for key, value in sections.items() if key not in ("stages", "resume", "doctor", "judge", "machine")
+    }
     return {
         "name": "tiny",
         "teacher": tiny,
@@ -157,6 +176,13 @@ def losses(sections: dict[str, Any], tiny: str, folder: Path, device: str) -> li
     if "evaluate" in stages:
         measured = json.loads((run / "evaluation" / "summary.json").read_text())["systems"]["student"]
         values += [measured[name]["value"] for name in ("forward_kl", "reverse_kl", "top1_agreement")]
+    if sections.get("doctor"):
+        verdicts = [finding.verdict for finding in examine(recipe, run)]
+        assert "fine" in verdicts
+        values += [float(["fine", "not looked at", "fault"].index(verdict)) for verdict in verdicts]
+        assert profile(recipe, folder / "profile", Silent())["seconds_per_step"] > 0
+        student = load_model(str(run / "student"), placement=Placement(find_device(device)))
+        values.append(float(len(answer(student, "why is the sky blue", Sampling(temperature=0.0, max_tokens=6)))))
     return values
 
 
@@ -220,12 +246,13 @@ def main() -> None:
             folders.append(str(Path(home) / name))
             make_net(vocab_size=len(tokenizer), seed=seed).save_pretrained(folders[-1])
             tokenizer.save_pretrained(folders[-1])
-        for number, (name, sections) in enumerate(cases(*folders).items()):
-            if names and not any(one in name for one in names):
-                continue
-            folder = Path(home) / str(number)
-            folder.mkdir()
-            print(json.dumps({"recipe": name} | compared(sections, folders[0], folder)), flush=True)
+        with ScoringServer(load_model(folders[1]), "vLLM") as server:
+            for number, (name, sections) in enumerate(cases(*folders, server.url).items()):
+                if names and not any(one in name for one in names):
+                    continue
+                folder = Path(home) / str(number)
+                folder.mkdir()
+                print(json.dumps({"recipe": name} | compared(sections, folders[0], folder)), flush=True)
 
 
 if __name__ == "__main__":
