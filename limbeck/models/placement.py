@@ -122,3 +122,9 @@ def describe(device: torch.device) -> str:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that is free on an accelerator; None for the CPU, and where the device can't say."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the process, has no memory left."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)

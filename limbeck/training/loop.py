@@ -18,6 +18,7 @@ from torch import Tensor
 
 from limbeck.config.sections import Train
 from limbeck.data.batches import Row, make_batch, resized
+from limbeck.models.placement import is_out_of_memory
 from limbeck.objectives.forward import Sums
 from limbeck.objectives.term import TermAtStep
 from limbeck.objectives.total import total_loss
@@ -26,7 +27,7 @@ from limbeck.storage import checkpoint
 from limbeck.storage.files import append_json, crash_point, read_jsonl, write_text
 from limbeck.training import distributed
 from limbeck.training.job import Objective, TrainingJob
-from limbeck.training.memory import forget_peak, is_out_of_memory, keep_freed_memory, peaks
+from limbeck.training.memory import forget_peak, keep_freed_memory, peaks
 from limbeck.training.room import Room
 from limbeck.types import Batch, UserError, canonical_json, content_hash
 

@@ -56,9 +56,3 @@ def peaks(device: torch.device) -> dict[str, int | None]:
     if device.type == "cuda":
         own["device_memory_mib"] = torch.cuda.max_memory_allocated(device) // 2**20
     return own
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the process, has no memory left."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
