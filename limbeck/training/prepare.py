@@ -61,8 +61,8 @@ def response_log_probs(
         head = head_of(net)
         log_prob_N = (
             token_log_probs(hidden_BTD[row_N, position_N], head.cut(vocab_size or head.vocab_size), targets_N)
-            .double()
             .cpu()
+            .double()
         )
         sums_B = torch.zeros(len(micro_batch), dtype=torch.float64).index_add_(0, row_N, log_prob_N)
         log_probs |= dict(zip(batch.sample_ids, sums_B.tolist(), strict=True))
