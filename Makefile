@@ -7,7 +7,7 @@ SANDBOX = $(shell command -v bwrap 2>/dev/null)
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: quickstart test system lint evidence evidence-on-policy clean
+.PHONY: quickstart test test-all test-long system lint evidence evidence-on-policy clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/limbeck run recipes/quickstart.yaml
@@ -15,6 +15,12 @@ quickstart: $(RUNTIME)
 test: $(DEV) system
 	$(if $(BROWSER),,@echo "No Chromium: the pages are not tested in a browser. Install the Debian package chromium.")
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not engines$(if $(BROWSER),, and not browser)"
+
+# What takes longer: real servers, and every kind of recipe on a pretend device.
+test-all: test test-long
+
+test-long: $(DEV)
+	$(BIN)/python -m pytest tests/long
 
 # The pages are tested in a real browser, programs that models wrote in bubblewrap; where there is none and we may, they are installed.
 system:

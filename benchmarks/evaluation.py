@@ -25,7 +25,7 @@ from limbeck.models.load import load_model
 from limbeck.models.model import Model, head_of, hidden_states
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.objectives.head import CHUNK_ELEMENTS, Buffer, chunks
+from limbeck.objectives.head import Buffer, chunk_elements, chunks
 from limbeck.storage.files import write_json
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import Sampling
@@ -62,7 +62,7 @@ def passes(models: Sequence[Model], rows: Sequence[Row]) -> None:
         for model in models:
             hidden_ND = hidden_states(model.net, batch.tokens_BT)[batch.response_positions()]
             head = head_of(model.net)
-            for part in chunks(len(hidden_ND), head.vocab_size, CHUNK_ELEMENTS):
+            for part in chunks(len(hidden_ND), head.vocab_size, chunk_elements(hidden_ND.device)):
                 head.logits(hidden_ND[part], buffer)
 
 

@@ -32,6 +32,11 @@ SetOption = Annotated[
         show_default=False,
     ),
 ]
+MachineOption = Annotated[
+    Path | None,
+    typer.Option("--machine", help="A file with the machine section: device, sizes.", metavar="FILE"),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="DEVICE")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run folder. Default: runs/NAME.", metavar="DIR")]
 TrackOption = Annotated[
     str | None,
@@ -50,6 +55,7 @@ def main() -> None:
 def run(
     recipe: RecipeArgument,
     set_: SetOption,
+    machine: MachineOption = None,
     out: OutOption = None,
     json_: JsonOption = False,
     track: TrackOption = None,
@@ -58,21 +64,28 @@ def run(
     from limbeck.commands.stages import run_stages
 
     stages = ("elicit", "train", "evaluate", "report")
-    run_stages(recipe, stages, overrides=set_, out=out, as_json=json_, tracker=track)
+    run_stages(recipe, stages, overrides=set_, machine=machine, out=out, as_json=json_, tracker=track)
 
 
 @app.command(epilog="Example: limbeck elicit recipes/quickstart.yaml")
-def elicit(recipe: RecipeArgument, set_: SetOption, out: OutOption = None, json_: JsonOption = False) -> None:
+def elicit(
+    recipe: RecipeArgument,
+    set_: SetOption,
+    machine: MachineOption = None,
+    out: OutOption = None,
+    json_: JsonOption = False,
+) -> None:
     """Collect the teacher's text, and its distributions if the recipe caches them."""
     from limbeck.commands.stages import run_stages
 
-    run_stages(recipe, ("elicit",), overrides=set_, out=out, as_json=json_)
+    run_stages(recipe, ("elicit",), overrides=set_, machine=machine, out=out, as_json=json_)
 
 
 @app.command(epilog="Example: limbeck train recipes/quickstart.yaml --profile")
 def train(
     recipe: RecipeArgument,
     set_: SetOption,
+    machine: MachineOption = None,
     out: OutOption = None,
     json_: JsonOption = False,
     profile: Annotated[
@@ -84,20 +97,26 @@ def train(
     if not profile:
         from limbeck.commands.stages import run_stages
 
-        run_stages(recipe, ("elicit", "train"), overrides=set_, out=out, as_json=json_, tracker=track)
+        run_stages(recipe, ("elicit", "train"), overrides=set_, machine=machine, out=out, as_json=json_, tracker=track)
         return
     from limbeck.commands.profile import profile as profile_steps
     from limbeck.config.recipe import load_recipe
 
-    printing.print_result(profile_steps(load_recipe(recipe, set_), out, console.Terminal()), json_)
+    printing.print_result(profile_steps(load_recipe(recipe, set_, machine), out, console.Terminal()), json_)
 
 
 @app.command(epilog="Example: limbeck evaluate recipes/quickstart.yaml")
-def evaluate(recipe: RecipeArgument, set_: SetOption, out: OutOption = None, json_: JsonOption = False) -> None:
+def evaluate(
+    recipe: RecipeArgument,
+    set_: SetOption,
+    machine: MachineOption = None,
+    out: OutOption = None,
+    json_: JsonOption = False,
+) -> None:
     """Evaluate the teacher, the controls and the student of a trained run, and write its report."""
     from limbeck.commands.stages import run_stages
 
-    run_stages(recipe, ("evaluate", "report"), overrides=set_, out=out, as_json=json_)
+    run_stages(recipe, ("evaluate", "report"), overrides=set_, machine=machine, out=out, as_json=json_)
 
 
 @app.command(epilog="Example: limbeck report runs/quickstart")
@@ -164,13 +183,22 @@ def compare(
 
 
 @app.command(epilog="Example: limbeck check recipes/quickstart.yaml --set teacher=./my-model")
-def check(recipe: RecipeArgument, set_: SetOption, json_: JsonOption = False) -> None:
+def check(
+    recipe: RecipeArgument,
+    set_: SetOption,
+    machine: MachineOption = None,
+    device_like: Annotated[
+        str | None,
+        typer.Option("--device-like", help="Estimate for hardware that is not here: h100-80gb, ...", metavar="NAME"),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
     """Check that a recipe can run and print what it will cost, without loading a model."""
     from limbeck.config.recipe import load_recipe
     from limbeck.runs.preflight import check as check_recipe
 
-    loaded = load_recipe(recipe, set_)
-    plan = check_recipe(loaded)
+    loaded = load_recipe(recipe, set_, machine)
+    plan = check_recipe(loaded, device_like)
     if json_:
         printing.print_result({"recipe": loaded.hash, "plan": plan.as_dict()}, json_)
     else:
@@ -178,12 +206,20 @@ def check(recipe: RecipeArgument, set_: SetOption, json_: JsonOption = False) ->
 
 
 @app.command(epilog="Example: limbeck doctor recipes/offline-top-k.yaml")
-def doctor(recipe: RecipeArgument, set_: SetOption, out: OutOption = None, json_: JsonOption = False) -> None:
+def doctor(
+    recipe: RecipeArgument,
+    set_: SetOption,
+    machine: MachineOption = None,
+    out: OutOption = None,
+    json_: JsonOption = False,
+) -> None:
     """Look for faults that silently ruin a distillation, with a few texts. Exit status 2 if there is one."""
     from limbeck.commands.doctor.run import as_data, examine
     from limbeck.config.recipe import load_recipe
 
-    findings = examine(load_recipe(recipe, set_), out, lambda name: console.err.print(f"[dim]{name} ...[/dim]"))
+    findings = examine(
+        load_recipe(recipe, set_, machine), out, lambda name: console.err.print(f"[dim]{name} ...[/dim]")
+    )
     data = as_data(findings)
     if json_:
         printing.print_result(data, json_)
@@ -197,6 +233,7 @@ def doctor(recipe: RecipeArgument, set_: SetOption, out: OutOption = None, json_
 def cache(
     recipe: RecipeArgument,
     set_: SetOption,
+    machine: MachineOption = None,
     import_: Annotated[
         Path | None, typer.Option("--import", help="A file of another tool's log-probabilities, to put into the cache.")
     ] = None,
@@ -210,7 +247,7 @@ def cache(
     from limbeck.runs.claim import run_folder
     from limbeck.types import UserError
 
-    loaded = load_recipe(recipe, set_)
+    loaded = load_recipe(recipe, set_, machine)
     folder = run_folder(loaded, out)
     if import_ is not None and export is None:
         printing.print_result(import_file(loaded, folder, import_), json_)
@@ -266,11 +303,12 @@ def chat(
     run_folder: RunArgument,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Maximum tokens per answer.", min=1)] = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0)] = 0.0,
+    device: DeviceOption = "auto",
 ) -> None:
     """Ask the teacher and the student the same questions, side by side. An empty line quits."""
     from limbeck.commands.chat import converse
 
-    converse(run_folder, max_tokens, temperature)
+    converse(run_folder, max_tokens, temperature, device)
 
 
 @app.command(epilog="Example: limbeck watch runs/quickstart")

@@ -14,10 +14,11 @@ from limbeck.commands import console
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
+from limbeck.models.placement import Placement, find_device
 from limbeck.types import Sampling, UserError
 
 
-def converse(folder: Path, max_tokens: int, temperature: float) -> None:
+def converse(folder: Path, max_tokens: int, temperature: float, device: str = "auto") -> None:
     """Answer lines from standard input until an empty one. Each line is a conversation of its own.
 
     Raises:
@@ -29,8 +30,9 @@ def converse(folder: Path, max_tokens: int, temperature: float) -> None:
         raise UserError(f"{folder} has no finished student: run `limbeck run RECIPE --out {folder}` first")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     teacher = recipe["teacher"] if isinstance(recipe["teacher"], str) else recipe["teacher"].get("model")
-    speakers = {"teacher": load_model(teacher)} if teacher else {}  # a teacher behind a server is not asked
-    speakers["student"] = load_model(str(folder / "student"))
+    place = Placement(find_device(device))
+    speakers = {"teacher": load_model(teacher, placement=place)} if teacher else {}  # one behind a server is not asked
+    speakers["student"] = load_model(str(folder / "student"), placement=place)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     while True:
         line = _ask()

@@ -158,6 +158,15 @@ def error_messages() -> Iterator[None]:
         raise _exit_with(
             f"{reason}; finished work is kept: make room and run it again, or choose another --out"
         ) from error
+    except (RuntimeError, MemoryError) as error:
+        from limbeck.models.placement import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise _exit_with(
+            f"memory ran out ({str(error).splitlines()[0]}); finished work is kept: set teacher.dtype or"
+            " teacher.quantise, machine.checkpointing, machine.cache_gib or machine.head_mib, and run it again"
+        ) from error
 
 
 def _interrupted(*_: object) -> None:

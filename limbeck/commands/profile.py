@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from limbeck.data.batches import make_batch, steps_of_epoch
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.progress import Reporter
 from limbeck.runs.claim import run_folder
-from limbeck.runs.cost import Shape, matrix_rate, step_flops
+from limbeck.runs.cost import compute_dtype
+from limbeck.runs.hardware import matrix_rate, synchronize
 from limbeck.runs.pipeline import Run, claim_run
 from limbeck.runs.resolve import resolve
+from limbeck.runs.shapes import Shape, step_flops
 from limbeck.storage.files import exclusive
 from limbeck.training import loop as train
 from limbeck.training.memory import keep_freed_memory
@@ -26,8 +29,9 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     """Time STEPS steps (forward and backward, no update) and compare them with the floor. Elicits any missing text.
 
     The floor counts 2 operations per weight and token forward and 4 backward, over every token of the rows without
-    padding, and over the head for response tokens only. Its rate is that of an fp32 matrix product of the student's own
-    MLP shape, measured just before and just after each step, since a shared machine's speed drifts.
+    padding, and over the head for response tokens only. Its rate is that of a matrix product of the student's own MLP
+    shape in the recipe's precision, measured just before and just after each step, since a shared machine's speed
+    drifts.
     """
     keep_freed_memory()
     folder = run_folder(recipe, out)
@@ -36,8 +40,11 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
         claim_run(run)
         student = run.models.initial_student()
         job = run.job("student", student)
-    width = student.net.config.hidden_size
-    inner = student.net.config.intermediate_size
+    device = student.net.device
+    shape = (512, student.net.config.hidden_size, student.net.config.intermediate_size)
+    if device.type == "cuda":  # smaller products don't fill it
+        shape = (8192, *shape[1:])
+    rate = partial(matrix_rate, device, compute_dtype(recipe), shape=shape)
     steps = steps_of_epoch(
         job.rows,
         recipe.train.seed,
@@ -55,15 +62,16 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     floors = []
     tokens = 0
     for step in steps[: STEPS + 1]:
-        rate_before = matrix_rate(rows=512, inner=width, outer=inner)
+        rate_before = rate()
         step_tokens = sum(len(job.rows[index]) for micro_batch in step for index in micro_batch)
         response_tokens = sum(len(job.rows[index].response_ids) for micro_batch in step for index in micro_batch)
         floors.append(step_flops(Shape.of(student.net.config), teacher, step_tokens, response_tokens))
         began = time.perf_counter()
         for micro_batch in step:
             train.backward(job, make_batch(job.rows, micro_batch), terms, {term.label: 1.0 for term in job.terms})
+        synchronize(device)
         seconds.append(time.perf_counter() - began)
-        rates.append((rate_before + matrix_rate(rows=512, inner=width, outer=inner)) / 2)
+        rates.append((rate_before + rate()) / 2)
         tokens += step_tokens
         job.net.zero_grad(set_to_none=True)
     ratios = [elapsed / (floor / rate) for elapsed, floor, rate in zip(seconds, floors, rates, strict=True)]

@@ -19,12 +19,13 @@ def run_stages(
     stages: tuple[str, ...],
     *,
     overrides: Sequence[str],
+    machine: Path | None,
     out: Path | None,
     as_json: bool,
     tracker: str | None = None,
 ) -> None:
     """Do what these stages still have to do, then print where the results are."""
-    recipe = load_recipe(recipe_path, overrides)
+    recipe = load_recipe(recipe_path, overrides, machine)
     from limbeck.runs.pipeline import run  # after the recipe: a mistake in it shows before torch is loaded
 
     with console.long_work(as_json) as (reporter, stop), _with_tracker(reporter, recipe, out, tracker) as tracked:

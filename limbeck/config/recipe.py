@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
+from limbeck.config.machine import Machine
 from limbeck.config.sections import (
     Elicit,
     Evaluate,
@@ -48,6 +49,7 @@ class Recipe(Section):
     loss: Annotated[list[LossEntry], Field(min_length=1)]
     train: Train
     evaluate: Evaluate = Evaluate()
+    machine: Annotated[Machine, Field(exclude=True)] = Machine()  # not in the hash: see `config.machine`
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -147,12 +149,13 @@ class Recipe(Section):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | Path | None = None) -> Recipe:
     """Read a recipe file.
 
     Args:
         path: a YAML file, or the name of a built-in recipe.
         overrides: `a.b=c` pairs as given to `--set`; `c` is read as YAML.
+        machine: a YAML file with the `machine` section, which replaces keys of the recipe's own.
 
     Raises:
         RecipeError: the file is missing, malformed or has an invalid setting; the message names the place.
@@ -167,6 +170,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 "", f"there is no recipe file {str(path)!r} and no built-in one{nearest(str(path), built_in)}"
             )
         file = built_in[str(path)]
+    data = _expand(_read(file, "start from a built-in recipe, such as recipes/quickstart.yaml"))
+    if machine is not None:
+        settings = _read(Path(machine), "give it settings, such as `device: cuda`")
+        settings = settings["machine"] if settings.keys() == {"machine"} else settings
+        if not isinstance(settings, dict) or not isinstance(data.get("machine", {}), dict | None):
+            raise RecipeError("machine", "must be a mapping, such as {device: cuda}")
+        data["machine"] = (data.get("machine") or {}) | settings
+    for override in overrides:
+        _set(data, override)
+    return parse(data)
+
+
+def _read(file: Path, cure: str) -> dict[str, Any]:
+    """A YAML file of settings."""
+    if not file.is_file():
+        raise RecipeError("", f"there is no file {str(file)!r}")
     if file.stat().st_size > MAX_BYTES:
         raise RecipeError("", f"{file} is larger than {MAX_BYTES} bytes, too large for a recipe")
     try:
@@ -174,13 +193,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError("", f"{file} is not valid YAML: {error}") from error
     if data is None:
-        raise RecipeError("", f"{file} is empty; start from a built-in recipe, such as recipes/quickstart.yaml")
+        raise RecipeError("", f"{file} is empty; {cure}")
     if not isinstance(data, dict):
         raise RecipeError("", f"{file} must be a mapping of settings, not {type(data).__name__}")
-    data = _expand(data)
-    for override in overrides:
-        _set(data, override)
-    return parse(data)
+    return data
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Keep = Literal["importance", "block_influence", "uniform", "first"]
 
@@ -48,11 +48,26 @@ class Scratch(Section):
     config: dict[str, int | float | bool] = {}
 
 
+def _none_for_default(value: Any) -> Any:
+    """float32 is the default, so saying it is saying nothing: both have the same hash."""
+    return None if value == "float32" else value
+
+
+Precision = Annotated[Literal["bfloat16"] | None, BeforeValidator(_none_for_default)]
+Dtype = Annotated[Literal["bfloat16", "float16"] | None, BeforeValidator(_none_for_default)]
+Quantise = Literal["int8", "int4"]
+
+
 class Lora(Section):
-    """Train low-rank adapters (arXiv:2106.09685) instead of all weights. They are merged on export."""
+    """Train low-rank adapters (arXiv:2106.09685) instead of all weights. They are merged on export.
+
+    The frozen weights may be in bfloat16, or quantised (QLoRA, arXiv:2305.14314); the adapters stay in float32, and are
+    merged into the weights as they were.
+    """
 
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[int, Field(ge=1)] = 32
+    base: Annotated[Literal["bfloat16"] | Quantise | None, BeforeValidator(_none_for_default)] = None
 
 
 class Start(Section):
@@ -205,7 +220,8 @@ class Train(Section):
 
     The optimiser is AdamW, with warm-up and a cosine decay to `final_lr` x `lr`. With `mixup`, every micro-batch is
     followed by a copy whose embeddings are mixed with other rows of the step (MixKD, arXiv:2011.00593), with weights
-    from Beta(mixup, mixup); losses with `only: mixed` see it.
+    from Beta(mixup, mixup); losses with `only: mixed` see it. `precision: bfloat16` computes the student's passes in
+    bfloat16; its weights, their gradients, the optimiser's moments and the losses stay in float32.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -218,6 +234,7 @@ class Train(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     clip: Annotated[float, Field(gt=0)] = 1.0
     mixup: Annotated[float, Field(gt=0, le=100)] | None = None
+    precision: Precision = None
     save_seconds: Annotated[float, Field(ge=0)] = 60.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
 
-from limbeck.config.sections import Section
+from limbeck.config.sections import Dtype, Quantise, Section
 from limbeck.config.server import Served
 from limbeck.types import RecipeError, nearest
 
@@ -154,7 +154,15 @@ class BridgeSettings(Section):
         return self
 
 
-class LocalTeacher(Section):
+class InProcess(Section):
+    """How the weights of a teacher that runs here are kept: float32 by default, in a shorter `dtype`, or `quantise`d
+    (embeddings and head stay in `dtype`). Both are part of its identity, and so of every answer and cache."""
+
+    dtype: Dtype = None
+    quantise: Quantise | None = None
+
+
+class LocalTeacher(InProcess):
     """A model whose weights are here. With a `server`, its text comes from there, and from the model here only what
     text can't say. With a `cache`, its distributions over the training text are computed once, and read by every epoch
     and every later run."""
@@ -185,10 +193,12 @@ class SelfTeacher(Section):
         "cache": "a teacher that changes is asked at every step; leave the cache out",
         "beside": "a student that teaches itself has no teachers beside it; leave beside or weights out",
         "bridge": "a student that teaches itself has its own tokens and needs no bridge; leave bridge or weights out",
+        "dtype": "a student that teaches itself has its own weights: set train.precision, or leave dtype out",
+        "quantise": "a student that teaches itself has its own weights; leave quantise out",
     }
 
 
-class SeveralTeachers(Section):
+class SeveralTeachers(InProcess):
     """Several models of the same tokens and template, whose distributions become one: the `mean` of all by weight, the
     one that finds a text likeliest (`least_cross_entropy`), or by the student's `uncertainty`: the large model's where
     the student is sure, the small one's, which stands in `beside`, where it is not."""
@@ -219,7 +229,7 @@ class SeveralTeachers(Section):
         return self
 
 
-class BridgedTeacher(Section):
+class BridgedTeacher(InProcess):
     """A model with other tokens or another template than the student's, read over a `bridge` at every step."""
 
     kind: Literal["bridged"] = "bridged"
@@ -248,6 +258,8 @@ class ServedTeacher(Section):
 
     REFUSES: ClassVar[dict[str, str]] = {
         "context": "a server sees the prompt alone; leave context out, or name the model's weights in teacher.model",
+        "dtype": "a server chooses the precision of its model; leave dtype out, and start the server with it",
+        "quantise": "a server chooses the precision of its model; leave quantise out, and start the server with it",
         "weights": "a server has the model's own weights; leave weights out",
         "beside": "several teachers need weights that are here; name them in teacher.model",
         "bridge": "a bridge reads weights that are here; name them in teacher.model, or leave bridge out",

@@ -143,7 +143,13 @@ def steps_of_epoch(
 
 def _pack(rows: Sequence[Row], units: list[MicroBatch], rng: random.Random, tokens_per_step: int) -> list[MicroBatch]:
     """Micro-batches of units of similar length, in random order."""
-    limit = min(MICRO_TOKENS, tokens_per_step)
+    micro_batches = _packed(rows, units, min(MICRO_TOKENS, tokens_per_step))
+    rng.shuffle(micro_batches)
+    return [tuple(micro_batch) for micro_batch in micro_batches]
+
+
+def _packed(rows: Sequence[Row], units: Sequence[MicroBatch], limit: int) -> list[list[int]]:
+    """Micro-batches of units of similar length, each of at most `limit` padded tokens (but one unit at least)."""
     widths = {unit: max(len(rows[index]) for index in unit) for unit in units}
     micro_batches: list[list[int]] = []
     for unit in sorted(units, key=lambda unit: (widths[unit], unit)):
@@ -151,8 +157,16 @@ def _pack(rows: Sequence[Row], units: list[MicroBatch], rng: random.Random, toke
             micro_batches[-1] += unit
         else:
             micro_batches.append([*unit])
-    rng.shuffle(micro_batches)
-    return [tuple(micro_batch) for micro_batch in micro_batches]
+    return micro_batches
+
+
+def resized(micro_batches: Sequence[Sequence[Row]], limit: int, together: bool = False) -> list[list[Row]]:
+    """The rows of a step in micro-batches of at most `limit` padded tokens (but one row, or group, at least).
+
+    The text of a step follows from the seed alone; only its split depends on the machine, and no loss on that.
+    """
+    rows = [row for micro_batch in micro_batches for row in micro_batch]
+    return [[rows[index] for index in packed] for packed in _packed(rows, units_of(rows, together), limit)]
 
 
 def _deal(rows: Sequence[Row], micro_batches: list[MicroBatch], tokens_per_step: int) -> list[StepPlan]:

@@ -24,7 +24,7 @@ from limbeck.models.model import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
-from limbeck.objectives.head import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Buffer, Head, chunks, distribution_pairs
+from limbeck.objectives.head import BLOCK_ELEMENTS, Buffer, Head, chunk_elements, chunks, distribution_pairs
 from limbeck.signals.dense import DenseSignal
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import Batch
@@ -91,7 +91,8 @@ def fidelity(
         if signal is not None and text.teacher is not None and system is text.teacher.model:
             hidden_ND = signal.hidden_NE
         else:
-            hidden_ND = shared_states(system.net, batch.tokens_BT.to(system.net.device))[rows_N, positions_N]
+            hidden_ND = shared_states(system.net, batch.tokens_BT)[rows_N, positions_N]
+            signal = None if signal is None else signal.to(system.net.device)
         targets_N = batch.tokens_BT[rows_N, positions_N + 1].to(hidden_ND.device)
         columns = _columns(hidden_ND, head.cut(min(text.vocab_size, head.vocab_size)), signal, targets_N)
         at = 0
@@ -119,7 +120,7 @@ def _columns(hidden_ND: Tensor, head: Head, signal: DenseSignal | None, targets_
 
 def _with_itself(signal: DenseSignal) -> Iterator[tuple[slice, Distribution, Distribution]]:
     """As `distribution_pairs`, of a model with itself: its logits are projected once."""
-    for part in chunks(len(signal.hidden_NE), signal.head.vocab_size, CHUNK_ELEMENTS):
+    for part in chunks(len(signal.hidden_NE), signal.head.vocab_size, chunk_elements(signal.device)):
         chunk = signal.chunk(part)
         for rows in chunks(part.stop - part.start, signal.head.vocab_size, BLOCK_ELEMENTS):
             p = chunk.rows(rows).p

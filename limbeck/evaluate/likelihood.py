@@ -20,7 +20,7 @@ from torch import Tensor
 from limbeck.evaluate.items import TemplateSettings
 from limbeck.evaluate.records import Progress
 from limbeck.models.model import Model, head_of, hidden_states
-from limbeck.objectives.head import token_log_probs
+from limbeck.objectives.log_probs import token_log_probs
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import UserError
 
@@ -154,7 +154,7 @@ def _run(system: Model, continuations: Sequence[Continuation], shared: dict[int,
             owners += [index] * len(ids)
     hidden_BTD = hidden_states(net, tokens_BT.to(net.device))
     targets_N = torch.tensor(targets, device=net.device)
-    values_N: Tensor = token_log_probs(hidden_BTD[rows, positions], head_of(net), targets_N).double().cpu()
+    values_N: Tensor = token_log_probs(hidden_BTD[rows, positions], head_of(net), targets_N).cpu().double()
     sums: dict[int, float] = {}
     for owner, value in zip(owners, values_N.tolist(), strict=True):
         sums[owner] = sums.get(owner, 0.0) + value

@@ -23,6 +23,7 @@ from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.evaluate.task import Task
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
+from limbeck.models.placement import Devices, Placement
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teachers import kind
 from limbeck.storage.files import write_json
@@ -40,6 +41,7 @@ class Questions:
     recipe: Recipe
     tasks: Sequence[Task]
     text: TrainingText
+    devices: Devices
 
 
 def bench(
@@ -123,13 +125,15 @@ def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[Sy
     summary["warnings"] += teacher_warnings(recipe, questions.text)
     if recipe.evaluate.judge is not None:
         first_seeds = {name: seeds[0] for name, seeds in systems.items()}
-        summary["judge"] = judge_systems(recipe.evaluate.judge, bench, first_seeds)
+        summary["judge"] = judge_systems(recipe.evaluate.judge, bench, first_seeds, questions.devices.teacher)
         summary["warnings"] += judge_warnings(summary["judge"])
     write_json(bench.folder / "summary.json", summary)
     return summary
 
 
-def judge_systems(source: str, bench: Bench, systems: Mapping[str, SystemRecords]) -> dict[str, Any]:
+def judge_systems(
+    source: str, bench: Bench, systems: Mapping[str, SystemRecords], placement: Placement
+) -> dict[str, Any]:
     """A judge's verdicts on the student's greedy answers against those of each control and of the teacher.
 
     `judge-SYSTEM.jsonl` holds every verdict, written once. The judge is loaded where one is missing; where it is the
@@ -139,7 +143,7 @@ def judge_systems(source: str, bench: Bench, systems: Mapping[str, SystemRecords
     teacher = None if bench.teacher is None else bench.teacher.model.with_context(None)
     identity = model_identity(source)
     is_teacher = teacher is not None and _weights(identity) == _weights(teacher.identity)
-    load = cache(lambda: teacher if is_teacher and teacher is not None else load_model(source))
+    load = cache(lambda: teacher if is_teacher and teacher is not None else load_model(source, placement=placement))
     answers = {name: {answer.prompt_id: answer.text for answer in records.answers} for name, records in systems.items()}
     pairs = {}
     for name in sorted((name for name in systems if name != "student"), key=lambda name: name == "teacher"):
@@ -238,5 +242,6 @@ def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            **questions.devices.facts(),
         },
     }

@@ -24,7 +24,7 @@ from limbeck.models.model import Model, head_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher_interface import WRITES, Teacher, TeacherParts, TeacherUse
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherStates, TeacherView
-from limbeck.objectives.head import token_log_probs
+from limbeck.objectives.log_probs import token_log_probs
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
 from limbeck.types import Batch, RecipeError, UserError, content_hash
 
@@ -232,7 +232,7 @@ class TeacherOverBridge:
         device = self.model.net.device
         texts = [self.align(ids) for ids in _responses(batch)]
         tokens_BT, mask_BT = self._tokens(batch, texts)
-        hidden_BTE = shared_states(net, tokens_BT.to(device))
+        hidden_BTE = shared_states(net, tokens_BT)
         row_M, target_M = mask_BT.nonzero(as_tuple=True)
         hidden_ME = hidden_BTE[row_M, target_M - 1]
         head = head_of(net).detached()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,26 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.model import Model, head_of, hidden_states
+from limbeck.models.placement import FULL, Placement, Precision
 from limbeck.models.sources import source_of
 from limbeck.types import UserError
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> Model:
+def load_model(name: str, precision: Precision = FULL, placement: Placement | None = None) -> Model:
     """Load a model for inference, in evaluation mode.
 
     Args:
         name: a name of `limbeck models`, a directory in Hugging Face form, a `.gguf` file, or a hub id `owner/name`.
+        precision: of the weights; part of the model's identity.
+        placement: the device; by default the CPU.
 
     Raises:
         UserError: nothing there, or something that is not a causal language model; the message says what to do.
     """
-    model = source_of(name).load(name, dtype)
-    _check_head(model.net, name)
-    return model
+    model = source_of(name).load(name, precision.dtype)
+    net = (placement or Placement()).put(model.net)
+    _check_head(net, name)
+    return replace(model, net=net, identity=model.identity + precision.suffix)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -55,13 +60,13 @@ def is_ready(name: str) -> bool:
     return source_of(name).is_ready(name)
 
 
-def model_identity(name: str) -> str:
-    """What `load_model(name).identity` will be, without loading the weights.
+def model_identity(name: str, precision: Precision = FULL) -> str:
+    """What `load_model(name, precision).identity` will be, without loading the weights.
 
     Raises:
         UserError: no such model.
     """
-    return source_of(name).identity(name)
+    return source_of(name).identity(name) + precision.suffix
 
 
 def model_folder(name: str) -> Path:

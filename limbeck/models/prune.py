@@ -34,6 +34,9 @@ class Calibration:
     tokens_BT: Tensor
     positions_BT: Tensor
 
+    def to(self, device: torch.device) -> Calibration:
+        return Calibration(self.tokens_BT.to(device), self.positions_BT.to(device))
+
 
 @dataclass(frozen=True)
 class LayerChoice:
@@ -96,10 +99,10 @@ def choose_layers(
         step = (total - 1) / max(1, count - 1)
         return LayerChoice(tuple(int(index * step + 0.5) for index in range(count)))
     if keep == "block_influence":
-        influence = block_influence(net, calibration())
+        influence = block_influence(net, calibration().to(net.device))
         return LayerChoice(tuple(sorted(sorted(range(total), key=lambda index: -influence[index])[:count])))
     if keep == "importance":
-        return _greedy(net, count, calibration(), progress)
+        return _greedy(net, count, calibration().to(net.device), progress)
     raise AssertionError(f"unknown way to keep layers: {keep}")
 
 

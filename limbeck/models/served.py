@@ -44,7 +44,10 @@ class ServedKind:
             raise RecipeError("rollout.joint", f"two models write one text in process only: leave it out, {REMEDY}")
 
     def prepare(self, settings: ServedTeacher, parts: TeacherParts) -> Teacher:
-        return parts.scorer() if settings.server.logprobs is None else parts.own_text()
+        if settings.server.logprobs is None:
+            return parts.scorer()
+        assert parts.own_text is not None, "whoever makes the parts gives it where the recipe asks for it"
+        return parts.own_text
 
     def caveats(self, settings: ServedTeacher, _: str | None) -> list[str]:
         return [

@@ -85,7 +85,7 @@ class TeacherEnsemble:
         """One-hot [B, M] of the candidate under which the row's response is most probable; the first of equals."""
         row_N, position_N = batch.response_positions()
         targets_N = batch.tokens_BT[row_N, position_N + 1].to(signals[0].device)
-        log_prob_NM = torch.stack([signal.log_prob(targets_N).double().cpu() for signal in signals], 1)
+        log_prob_NM = torch.stack([signal.log_prob(targets_N).cpu().double() for signal in signals], 1)
         sums_BM = torch.zeros(candidate_BM.shape, dtype=torch.float64).index_add_(0, row_N, log_prob_NM)
         best_B = sums_BM.masked_fill(~candidate_BM, -torch.inf).argmax(-1)
         return torch.nn.functional.one_hot(best_B, len(signals)).float()

@@ -12,18 +12,26 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from limbeck.config.sections import Lora, Scratch, Student
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
+from limbeck.models.placement import Placement
 from limbeck.models.prune import Calibration, LayerChoice, choose_layers, drop_layers
 from limbeck.types import RecipeError, content_hash, nearest
 
 
-def begin(student: Student, teacher: Callable[[], Model], choice: LayerChoice | None, seed: int) -> Model:
-    """The student before training, without adapters. `choice` holds the layers that a pruned student keeps. The teacher
-    is loaded only if the student is made from it.
+def begin(
+    student: Student,
+    teacher: Callable[[], Model],
+    choice: LayerChoice | None,
+    seed: int,
+    placement: Placement | None = None,
+) -> Model:
+    """The student before training, without adapters, in float32. `choice` holds the layers that a pruned student keeps.
+    The teacher, in float32 too, is loaded only if the student is made from it.
 
     Embeddings lose their `padding_idx`: if the padding token is the end-of-sequence token (SmolLM2, most Llamas), it
     would silently keep that token's input embedding from learning. Padding does not need it: no loss reads padding.
     """
     started = _begin(student, teacher, choice, seed)
+    (placement or Placement()).put(started.net)
     for module in started.net.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None

@@ -22,6 +22,7 @@ def decoded(net: PreTrainedModel, tokens_BT: Tensor, mixed: tuple[Tensor, Tensor
     """Last hidden states [B, T, D] after the final norm, every row by itself. With `mixed` (other tokens [B, T], the
     weight of the row's own tokens [B, T]) the embeddings of both are mixed first."""
     decoder: Any = net.get_decoder()
+    tokens_BT = tokens_BT.to(net.device)
     if mixed is None:
         states_BTD: Tensor = decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
         return states_BTD
@@ -35,12 +36,14 @@ def decoded(net: PreTrainedModel, tokens_BT: Tensor, mixed: tuple[Tensor, Tensor
 def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     """Last hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal.
 
-    Models with other than full attention, with dropout or gradient checkpointing compute every row by itself.
+    Tokens are best given on the host: they are compared there, so that nobody waits for the device. Models with other
+    than full attention, with dropout or gradient checkpointing compute every row by itself.
     """
     decoder: Any = net.get_decoder()
     shared = common_prefix(tokens_BT) if _may_share(decoder) else 0
     if shared < SHORTEST_PREFIX:
         return decoded(net, tokens_BT)
+    tokens_BT = tokens_BT.to(net.device)
     cache = DynamicCache()
     first_1PD: Tensor = decoder(
         input_ids=tokens_BT[:1, :shared], past_key_values=cache, use_cache=True

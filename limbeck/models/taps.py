@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from limbeck.models.states import decoded, shared_states
 from limbeck.objectives.forward import Attention, Features
+from limbeck.objectives.precision import full_precision
 from limbeck.types import UserError
 
 NAME = "limbeck_taps"
@@ -74,7 +75,12 @@ def features(
         raise UserError(
             f"{net.config.model_type}: layers {missing} have no queries, keys and values to record; name other layers"
         )
-    return last_BTD, Features(hidden, recorder.attention)
+    # losses on features compute in fp32, whatever the model computes in
+    attention = {
+        layer: (full_precision(q), full_precision(k), full_precision(v))
+        for layer, (q, k, v) in recorder.attention.items()
+    }
+    return last_BTD, Features({layer: full_precision(states) for layer, states in hidden.items()}, attention)
 
 
 def _check_layers(what: str, layers: Collection[int], first: int, last: int) -> None:

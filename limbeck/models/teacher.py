@@ -87,7 +87,7 @@ class InProcessTeacher:
         net = self.model.net
         batch = batch.seen_by_teacher()
         with self.weights():
-            hidden_BTD, tapped = features(net, batch.tokens_BT.to(net.device), *taps, mixed=batch.mixed)
+            hidden_BTD, tapped = features(net, batch.tokens_BT, *taps, mixed=batch.mixed)
             head = head_of(net).detached()
         signal = DenseSignal(hidden_BTD[batch.response_positions()], head.cut(vocab_size or head.vocab_size))
         return TeacherView(

@@ -95,7 +95,7 @@ class TeacherParts:
         load: loads a model by its source as a teacher in process with `prompt_context`; each once.
         release: drops the loaded models, unless another run needs them.
         scorer: returns the recipe's server as a scorer of text.
-        own_text: returns the recipe's server as a teacher of its own text, by what it said of that text's tokens.
+        own_text: the recipe's server as a teacher of its own text, if the recipe asks for its log-probabilities.
         responses: returns the responses of the training text in the student's tokens.
         report_facts: called with a file's name in the run folder, facts about the teacher to write there, and the same
             in words for the reporter.
@@ -107,7 +107,7 @@ class TeacherParts:
     load: Callable[[str], Teacher]
     release: Callable[[], None]
     scorer: Callable[[], Teacher]
-    own_text: Callable[[], Teacher]
+    own_text: Teacher | None
     responses: Callable[[], Sequence[Sequence[int]]]
     report_facts: Callable[[str, dict[str, Any], str], None]
 

@@ -137,7 +137,7 @@ class BoundLoss(nn.Module):
         values = full_precision(self(data.features, data.teacher.features, data.positions))
         weight = data.batch.rows_on(only) if self.unit == "row" else data.token_weights(only)
         total = (values * weight.to(values.device, values.dtype)).sum()
-        return TermSum(scale * total, float(total.detach().double()))
+        return TermSum(scale * total, float(total.detach()))
 
 
 def check_width(student: ModelSizes, teacher: ModelSizes, path: str, remedy: str) -> None:

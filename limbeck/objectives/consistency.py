@@ -99,7 +99,7 @@ class Consistency(Loss):
     def evaluate(self, at_step: LossAtStep, data: StudentForward) -> TermSum:
         ends = common_ends(data.batch)
         total = consistency(data.hidden_ND, data.head, ends, temperature=at_step.params["temperature"]).sum()
-        return TermSum(at_step.scale * total, float(total.detach().double()))
+        return TermSum(at_step.scale * total, float(total.detach()))
 
 
 register(

@@ -14,6 +14,7 @@ from limbeck.objectives.distribution import Distribution, ValueAndGradient
 from limbeck.objectives.divergence import through_softmax
 from limbeck.objectives.divergence_loss import register_divergence
 from limbeck.objectives.parameters import Range
+from limbeck.objectives.precision import accumulation_dtype
 
 SMALL_EXPONENT = 0.05
 
@@ -47,7 +48,8 @@ def alpha_beta(p: Distribution, q: Distribution, *, alpha: float = 0.2, beta: fl
     a = alpha
     b = beta
     small = 0 < min(a or 1, b or 1) < SMALL_EXPONENT  # near a limit, half of fp32's digits cancel
-    log_p_RV, log_q_RV = (p.log.double(), q.log.double()) if small else (p.log, q.log)
+    finer = accumulation_dtype(p.log.device)
+    log_p_RV, log_q_RV = (p.log.to(finer), q.log.to(finer)) if small else (p.log, q.log)
     q_ab_RV = ((a + b) * log_q_RV).exp_()
     p_ab_RV = ((a + b) * log_p_RV).exp_()
     mixed_RV = (a * log_p_RV).add_(log_q_RV, alpha=b).exp_()

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from limbeck.objectives.precision import full_precision
+from limbeck.objectives.precision import accumulation_dtype, full_precision
 
 IMPOSSIBLE = -1e30  # the logit of an outcome of probability 0: finite, so that 0 log 0 is 0 and not NaN
 ValueAndGradient = tuple[Tensor, Tensor]  # values [R] and their gradient for the student's logits [R, V]
@@ -77,7 +77,7 @@ def least_of_mass(prob_RV: Tensor, mass: float) -> Tensor:
     prob_S = prob_S[by_row]
     count_R = row_S.bincount(minlength=len(prob_RV))
     start_R = count_R.cumsum(0) - count_R
-    sum_S = prob_S.double().cumsum(0)
+    sum_S = prob_S.to(accumulation_dtype(prob_S.device)).cumsum(0)
     before_R = (sum_S - prob_S)[start_R]
     short_S = sum_S - before_R[row_S] < missing_R[row_S]
     short_R = torch.zeros_like(count_R).index_add_(0, row_S, short_S.long())

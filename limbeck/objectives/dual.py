@@ -31,7 +31,7 @@ from limbeck.objectives.distribution import ValueAndGradient
 from limbeck.objectives.divergence import Divergence
 from limbeck.objectives.divergence_loss import DIVERGENCES, divergence_named
 from limbeck.objectives.forward import StudentForward, TeacherStates, TermSum
-from limbeck.objectives.head import CHUNK_ELEMENTS, Block, Head, PositionEvidence, chunks, fused_loss
+from limbeck.objectives.head import Block, Head, PositionEvidence, chunk_elements, chunks, fused_loss
 from limbeck.objectives.parameters import Number, Range, Setting
 from limbeck.objectives.supervised import PlainCrossEntropy
 
@@ -150,7 +150,8 @@ def _random_linear(inputs: int, outputs: int, noise: torch.Generator) -> nn.Line
 def _correct(hidden_ND: Tensor, head: Head, target_N: Tensor) -> Tensor:
     """1 where the target token is the most likely one, else 0: [N]."""
     likeliest = [
-        head.logits(hidden_ND[part]).argmax(-1) for part in chunks(len(hidden_ND), head.vocab_size, CHUNK_ELEMENTS)
+        head.logits(hidden_ND[part]).argmax(-1)
+        for part in chunks(len(hidden_ND), head.vocab_size, chunk_elements(hidden_ND.device))
     ]
     return (torch.cat(likeliest) == target_N).to(hidden_ND.dtype)
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from limbeck.objectives.head import Head, TeacherSignal, token_log_probs
+from limbeck.objectives.head import Head, TeacherSignal
+from limbeck.objectives.log_probs import token_log_probs
 from limbeck.types import Batch
 
 Attention = tuple[Tensor, Tensor, Tensor]
@@ -42,6 +43,11 @@ class Features:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, Attention] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> Features:
+        hidden = {layer: states.to(device) for layer, states in self.hidden.items()}
+        attention = {layer: (q.to(device), k.to(device), v.to(device)) for layer, (q, k, v) in self.attention.items()}
+        return Features(hidden, attention)
+
 
 @dataclass(frozen=True)
 class TeacherStates:
@@ -56,6 +62,10 @@ class TeacherStates:
     row_M: Tensor
     embedded: tuple[Tensor, Tensor] | None = None
 
+    def to(self, device: torch.device) -> TeacherStates:
+        embedded = None if self.embedded is None else (self.embedded[0].to(device), self.embedded[1].to(device))
+        return TeacherStates(self.hidden_ME.to(device), self.head.to(device), self.row_M.to(device), embedded)
+
 
 @dataclass(frozen=True)
 class TeacherView:
@@ -64,6 +74,13 @@ class TeacherView:
     signal: TeacherSignal | None = None
     features: Features = field(default_factory=Features)
     states: TeacherStates | None = None
+
+    def to(self, device: torch.device) -> TeacherView:
+        """The same evidence on another device."""
+        if self.signal is None or self.signal.device == device:
+            return self
+        states = None if self.states is None else self.states.to(device)
+        return TeacherView(self.signal.to(device), self.features.to(device), states)
 
 
 @dataclass(frozen=True)

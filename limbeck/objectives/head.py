@@ -21,11 +21,29 @@ from torch import Tensor
 
 from limbeck.objectives.distribution import IMPOSSIBLE, Distribution, ValueAndGradient
 from limbeck.objectives.divergence import Divergence
-from limbeck.objectives.precision import full_precision
+from limbeck.objectives.precision import (
+    accumulation_dtype,
+    add_product,
+    full_precision,
+    multiply,
+    product_dtype,
+    to_multiply,
+)
 from limbeck.types import UserError
 
 CHUNK_ELEMENTS = 18 * 2**20  # logits projected at once: 72 MiB in fp32 for each model
 BLOCK_ELEMENTS = 2**19  # logits a term sees at once on a CPU
+
+
+@dataclass
+class Sizes:
+    """`head_bytes`: memory of one chunk of logits in fp32, where the user has set it. It belongs to the process, as the
+    number of threads does; results do not depend on it."""
+
+    head_bytes: int | None = None
+
+
+SIZES = Sizes()
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,8 @@ class Head:
     """logits = cap(scale (W h + B A h) + bias), cap(x) = c tanh(x / c). Every part but W is optional.
 
     `softcap` is Gemma's; `scale` is Cohere's (and the inverse of Granite's divisor); `low_rank` is a LoRA adapter: A, B
-    and its scaling.
+    and its scaling. `rounded` is the type that the losses round hidden states and weights to before they multiply them;
+    products are summed in fp32 all the same.
     """
 
     weight_VD: Tensor
@@ -41,6 +60,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     low_rank: tuple[Tensor, Tensor, float] | None = None
+    rounded: torch.dtype | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -94,8 +114,8 @@ class Buffer:
         """x W^T without a graph, in memory that the next call overwrites."""
         rows = len(x_CD)
         if self._memory is None or len(self._memory) < rows:
-            self._memory = weight_VD.new_empty(rows, len(weight_VD))
-        return torch.mm(x_CD.to(weight_VD.dtype), weight_VD.T, out=self._memory[:rows])
+            self._memory = weight_VD.new_empty(rows, len(weight_VD), dtype=product_dtype(weight_VD))
+        return multiply(x_CD.to(weight_VD.dtype), weight_VD.T, self._memory[:rows])
 
 
 def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None, buffer: Buffer | None = None) -> Tensor:
@@ -222,6 +242,16 @@ class Total:
     sums: dict[str, float]
 
 
+def chunk_elements(device: torch.device) -> int:
+    """How many logits to project at once: on the CPU CHUNK_ELEMENTS, elsewhere 1/64 of the device's memory, unless
+    `SIZES` says otherwise."""
+    if SIZES.head_bytes is not None:
+        return max(1, SIZES.head_bytes // 4)
+    if device.type != "cuda":
+        return CHUNK_ELEMENTS
+    return max(CHUNK_ELEMENTS, torch.cuda.get_device_properties(device).total_memory // 256)
+
+
 def chunks(positions: int, vocab_size: int, elements: int) -> Iterator[slice]:
     """Slices of the positions such that the logits of one have at most `elements` numbers (but one position at
     least)."""
@@ -253,34 +283,37 @@ def fused_loss(
     flat = [tensor for part in parts for tensor in part]
     # integers would round the scales away
     weight_KN = weight_KN.to(torch.promote_types(hidden_ND.dtype, torch.float32))
-    loss, sums_K = _FusedLoss.apply(_Inputs(terms, scales, evidence, head.softcap), weight_KN, *flat)
+    inputs = LossInputs(terms, scales, evidence, softcap=head.softcap, rounded=head.rounded)
+    loss, sums_K = FusedLoss.apply(inputs, weight_KN, *flat)
     return Total(loss, {term.label: float(value) for term, value in zip(terms, sums_K.tolist(), strict=True)})
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What `_FusedLoss` reads and gives no gradient to."""
+class LossInputs:
+    """What `FusedLoss` reads and gives no gradient to."""
 
     terms: Sequence[VocabularyTerm]
     scales: Sequence[float]
     evidence: PositionEvidence
     softcap: float | None
+    rounded: torch.dtype | None = None
 
 
-class _FusedLoss(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: _Inputs, weight_KN: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
-        xs = flat[0::2]
-        weights = flat[1::2]
+    def forward(ctx: Any, inputs: LossInputs, weight_KN: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+        xs = [to_multiply(x, inputs.rounded) for x in flat[0::2]]
+        weights = [to_multiply(weight, inputs.rounded) for weight in flat[1::2]]
+        # summed over many chunks, so in fp32 whatever the weights are in
         grads = [
-            torch.zeros_like(tensor) if needs_grad else None
+            torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if needs_grad else None
             for tensor, needs_grad in zip(flat, ctx.needs_input_grad[2:], strict=True)
         ]
-        sums_K = torch.zeros(len(inputs.terms), dtype=torch.float64, device=xs[0].device)
+        sums_K = torch.zeros(len(inputs.terms), dtype=accumulation_dtype(xs[0].device), device=xs[0].device)
         scale_K1 = weight_KN.new_tensor(inputs.scales)[:, None]
         signal = inputs.evidence.teacher
         buffer = Buffer()
-        for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
+        for part in chunks(len(xs[0]), len(weights[0]), chunk_elements(xs[0].device)):
             products = [(x[part], weight) for x, weight in zip(xs, weights, strict=True)]
             grad_CV = project(products, inputs.softcap, buffer)  # logits first; their gradient overwrites them
             teacher = None if signal is None else signal.chunk(part)
@@ -290,12 +323,12 @@ class _FusedLoss(torch.autograd.Function):
                 block = inputs.evidence.block(positions, q, None if teacher is None else teacher.rows(rows))
                 sums_K += _gradient(inputs, block, weight_KN[:, positions], scale_K1, out_RV=grad_CV[rows])
             for x, weight, grad_x, grad_weight in zip(xs, weights, grads[0::2], grads[1::2], strict=True):
-                out_CV = grad_CV.to(weight.dtype)
+                out_CV = to_multiply(grad_CV, inputs.rounded).to(weight.dtype)
                 if grad_x is not None:
-                    grad_x[part] = (out_CV @ weight).to(x.dtype)
+                    grad_x[part] = out_CV @ weight
                 if grad_weight is not None:
-                    grad_weight.addmm_(out_CV.T, x[part].to(weight.dtype))
-        ctx.grads = grads
+                    add_product(grad_weight, out_CV.T, x[part].to(weight.dtype))
+        ctx.grads = [None if g is None else g.to(tensor.dtype) for g, tensor in zip(grads, flat, strict=True)]
         ctx.mark_non_differentiable(sums_K)
         loss = (sums_K * sums_K.new_tensor(inputs.scales)).sum()
         return loss.to(weight_KN.dtype), sums_K
@@ -303,8 +336,9 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         factor = grads[0]
-        scaled = [None if g is None else g if factor == 1 else g * factor.to(g.dtype) for g in ctx.grads]
-        return None, None, *scaled
+        if bool(factor == 1):  # as in the loop; a copy of the head's gradient would cost more than the question
+            return None, None, *ctx.grads
+        return None, None, *(None if g is None else g * factor.to(g.dtype) for g in ctx.grads)
 
 
 def distribution_pairs(
@@ -317,7 +351,7 @@ def distribution_pairs(
     """
     parts = [(x_ND.detach(), weight.detach()) for x_ND, weight in head.products(hidden_ND)]
     buffer = Buffer()
-    for part in chunks(len(hidden_ND), head.vocab_size, CHUNK_ELEMENTS):
+    for part in chunks(len(hidden_ND), head.vocab_size, chunk_elements(hidden_ND.device)):
         logits_CV = project([(x_ND[part], weight) for x_ND, weight in parts], head.softcap, buffer)
         chunk = teacher.chunk(part)
         for rows in _blocks(logits_CV):
@@ -331,65 +365,16 @@ def _blocks(logits_CV: Tensor) -> Iterator[slice]:
     return chunks(len(logits_CV), logits_CV.shape[1], max(1, elements))
 
 
-def _gradient(inputs: _Inputs, block: Block, weight_KR: Tensor, scale_K1: Tensor, out_RV: Tensor) -> Tensor:
+def _gradient(inputs: LossInputs, block: Block, weight_KR: Tensor, scale_K1: Tensor, out_RV: Tensor) -> Tensor:
     """Each term's weighted sum [K]. Overwrites the logits in `out_RV` with their gradient, summed over the terms."""
     slope = None if inputs.softcap is None else 1 - (out_RV / inputs.softcap).square()
     sums = []
     total_RV = None
     for term, weight_R, factor_R in zip(inputs.terms, weight_KR, scale_K1 * weight_KR, strict=True):
         values_R, gradient_RV = term.values(block)
-        sums.append((values_R * weight_R).double().sum())
+        sums.append((values_R * weight_R).to(accumulation_dtype(values_R.device)).sum())
         gradient_RV = gradient_RV.mul_(factor_R[:, None])
         total_RV = gradient_RV if total_RV is None else total_RV.add_(gradient_RV)
     assert total_RV is not None
     torch.mul(total_RV, 1 if slope is None else slope, out=out_RV)
     return torch.stack(sums)
-
-
-def token_log_probs(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-    """log q(target) per position [N] in nats, fp32 or better, differentiable: for losses that are not sums over tokens.
-
-    The backward pass projects the chunks again, so no logits are stored.
-    """
-    parts = head.products(hidden_ND)
-    flat = [tensor for part in parts for tensor in part]
-    result: Tensor = _TokenLogProbs.apply(targets_N, head.softcap, *flat)
-    return result
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, targets_N: Tensor, softcap: float | None, *flat: Tensor) -> Tensor:
-        ctx.save_for_backward(targets_N, *flat)
-        ctx.softcap = softcap
-        xs = flat[0::2]
-        weights = flat[1::2]
-        log_probs = []
-        buffer = Buffer()
-        for part in chunks(len(xs[0]), len(weights[0]), CHUNK_ELEMENTS):
-            logits_CV = project([(x[part], weight) for x, weight in zip(xs, weights, strict=True)], softcap, buffer)
-            log_probs.append(logits_CV.gather(-1, targets_N[part, None])[:, 0] - logits_CV.logsumexp(-1))
-        return torch.cat(log_probs) if log_probs else full_precision(xs[0].new_zeros(0))
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> Any:
-        targets_N, *flat = ctx.saved_tensors
-        weight_KN = full_precision(outer[0])[None]
-        inputs = _Inputs([_TargetLogProb()], [1.0], PositionEvidence(targets_N), ctx.softcap)
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(n) for t, n in zip(flat, ctx.needs_input_grad[2:], strict=True)]
-            loss, _ = _FusedLoss.apply(inputs, weight_KN, *leaves)
-        grads = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
-        return None, None, *(next(grads) if leaf.requires_grad else None for leaf in leaves)
-
-
-class _TargetLogProb:
-    """log q(target) as a term."""
-
-    label = "log_prob"
-
-    def values(self, block: Block) -> ValueAndGradient:
-        gradient_RV = block.q.prob.neg()
-        index_R1 = block.targets_R[:, None]
-        gradient_RV.scatter_add_(-1, index_R1, torch.ones_like(index_R1, dtype=gradient_RV.dtype))
-        return block.q.log.gather(-1, index_R1)[:, 0], gradient_RV

@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def full_precision(values: Tensor) -> Tensor:
     """fp16 and bf16 become fp32; fp32 and fp64 stay as they are."""
     return values if values.dtype.itemsize >= 4 else values.float()
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """The type of long sums: float64, but float32 on devices without it (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+# Products of matrices in a shorter type with sums in fp32. CUDA has them; elsewhere the rounded numbers are multiplied
+# in fp32, which gives the same products.
+
+
+def to_multiply(values: Tensor, rounded: torch.dtype | None) -> Tensor:
+    """The values rounded to `rounded`, in the type that this device multiplies such numbers in."""
+    if rounded is None or values.dtype == rounded:
+        return values
+    short = values.to(rounded)
+    return short if values.device.type == "cuda" else short.to(values.dtype)
+
+
+def product_dtype(matrix: Tensor) -> torch.dtype:
+    """The type of `multiply`'s result."""
+    return torch.float32 if matrix.device.type == "cuda" and matrix.dtype.itemsize < 4 else matrix.dtype
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b, written into `out`, which is in fp32 where the device can sum products of shorter numbers so."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to `total` in place, in the type of `total`."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

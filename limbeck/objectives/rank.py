@@ -169,7 +169,7 @@ class Ranking(Loss):
         if self.measures is not None:
             total, count = self.measures(candidates)
             measured = (float(total), float(count))
-        return TermSum(at_step.scale * values_G.sum(), float(values_G.detach().double().sum()), measured)
+        return TermSum(at_step.scale * values_G.sum(), float(values_G.detach().cpu().double().sum()), measured)
 
     def measurement(self, total: float, count: float) -> float:
         return clamped_baseline(total, count)

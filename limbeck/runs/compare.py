@@ -92,7 +92,8 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
                 " this one"
             )
         writers = [writer | _sampling(writer, sampling) for writer in own["writer"]]
-        methods.append(Entry(recipe.name, parse({**own, **common, "writer": writers})))
+        method = parse({**own, **common, "writer": writers})
+        methods.append(Entry(recipe.name, method.model_copy(update={"machine": like.machine})))
     return methods
 
 
@@ -232,7 +233,7 @@ class Comparison:
         }
         if writing := writing_share(all_records):
             cost["writing_share"] = writing
-        peaks = [record["memory_mib"] for record in all_records if record.get("memory_mib")]
+        peaks = [peak for record in all_records if (peak := record.get("device_memory_mib", record.get("memory_mib")))]
         return cost | ({"peak_memory_mib": max(peaks)} if peaks else {})
 
 

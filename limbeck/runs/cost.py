@@ -1,13 +1,12 @@
-"""Estimates what a run will cost on this machine: requests, tokens, disk, memory and time.
+"""Estimates what a run will cost on a device: requests, tokens, disk, memory and time.
 
 Counts of floating-point operations are the floor of dense decoders: 2 per weight and token forward, 4 more backward;
-attention, norms and memory traffic come on top, so times are lower bounds stretched by TYPICAL_OVERHEAD.
+attention, norms and memory traffic come on top, so times are lower bounds stretched by the hardware's `overhead`.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +18,14 @@ from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import MICRO_TOKENS
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import Estimate
+from limbeck.models.placement import Precision
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.objectives.term import Term
+from limbeck.runs.hardware import GIB, Hardware
+from limbeck.runs.shapes import Shape, forward_flops, step_flops
 from limbeck.signals.forms import form_of
 from limbeck.training import controls
-from limbeck.types import UserError
 
-TYPICAL_OVERHEAD = 1.7
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 ANSWER_SHARE = 0.65
@@ -33,83 +33,10 @@ QUESTION_TOKENS = 400  # what a judge reads beside two answers, about
 VERDICT_TOKENS = 100  # what a judge writes, about
 ASKED_TOKENS = 200  # length of a question of a step of elicitation, about
 SCORED_TOKENS = 200  # length of a text that is scored, about
-GIB = 2**30
-SIZES = (
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "max_position_embeddings",
-)
 # activations for the backward pass, per token and layer, as a multiple of the root of the layer's weights
 ACTIVATION_BYTES = 33
+LORA_WIDTHS = 20  # inputs and outputs of a layer's matrices together, in widths, about
 BASE_BYTES = 0.9 * GIB  # the libraries, one chunk of logits and its gradients
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a decoder that determine its costs."""
-
-    layers: int
-    layer_parameters: int
-    head_parameters: int
-    width: int = 0
-    heads: int = 0
-    query_width: int = 0
-    key_value_width: int = 0
-
-    @classmethod
-    def of(cls, config: Any) -> Shape:
-        missing = [name for name in SIZES if getattr(config, name, None) is None]
-        if missing:
-            raise UserError(
-                f"models of type {getattr(config, 'model_type', '?')!r} are not supported: their configuration has no"
-                f" {missing[0]}"
-            )
-        width = config.hidden_size
-        heads = config.num_attention_heads
-        head_width = getattr(config, "head_dim", None) or width // heads
-        key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_width
-        attention = 2 * width * heads * head_width + 2 * width * key_value
-        layer = attention + 3 * width * config.intermediate_size
-        return cls(
-            layers=config.num_hidden_layers,
-            layer_parameters=layer,
-            head_parameters=config.vocab_size * width,
-            width=width,
-            heads=heads,
-            query_width=heads * head_width,
-            key_value_width=key_value,
-        )
-
-    @property
-    def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.head_parameters
-
-    def joined(self, others: Sequence[Shape]) -> Shape:
-        """All of them as one for counting: a single layer with all their weights."""
-        shapes = (self, *others)
-        layer = sum(s.layers * s.layer_parameters for s in shapes)
-        head = sum(s.head_parameters for s in shapes)
-        return replace(self, layers=1, layer_parameters=layer, head_parameters=head) if others else self
-
-    def with_layers(self, layers: int) -> Shape:
-        return replace(self, layers=layers)
-
-
-def step_flops(student: Shape, teacher: Shape | None, tokens: int, response_tokens: int) -> float:
-    """Floor of one training step: student forward and backward, teacher forward; heads on response tokens only."""
-    body = 6.0 * student.layers * student.layer_parameters * tokens + 6.0 * student.head_parameters * response_tokens
-    if teacher is not None:
-        body += (
-            2.0 * teacher.layers * teacher.layer_parameters * tokens + 2.0 * teacher.head_parameters * response_tokens
-        )
-    return body
-
-
-def forward_flops(shape: Shape, tokens: int, response_tokens: int) -> float:
-    return 2.0 * shape.layers * shape.layer_parameters * tokens + 2.0 * shape.head_parameters * response_tokens
 
 
 def _forward(shape: Shape | None, tokens: int) -> float:
@@ -120,19 +47,6 @@ def judging_flops(judge: Shape, questions: int, answer: int) -> float:
     """Floor of `questions` verdicts, each on two answers of `answer` tokens; half is added for decoding, as for the
     teacher."""
     return 1.5 * forward_flops(judge, questions * (QUESTION_TOKENS + 2 * answer), questions * VERDICT_TOKENS)
-
-
-def matrix_rate(seconds: float = 0.4, rows: int = 512, inner: int = 576, outer: int = 1536) -> float:
-    """Measure this machine's fp32 matrix products, in operations per second, with torch's threads."""
-    a = torch.randn(rows, inner)
-    b = torch.randn(outer, inner)
-    a @ b.T
-    began = time.perf_counter()
-    products = 0
-    while time.perf_counter() - began < seconds:
-        a @ b.T
-        products += 1
-    return 2.0 * rows * inner * outer * products / (time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -147,6 +61,9 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     seconds: dict[str, float]
+    device: str = "cpu"
+    device_memory: int | None = None
+    measured: bool = True
 
     def lines(self) -> list[tuple[str, str]]:
         minutes = {stage: f"{value / 60:.1f} min" for stage, value in self.seconds.items()}
@@ -157,20 +74,55 @@ class Plan:
             ("steps of each", f"about {self.steps:,}"),
             ("trained tokens of each", f"about {self.trained_tokens:,}"),
             ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB"),
-            ("peak memory", f"{self.memory_bytes / GIB:.1f} GiB"),
+            ("device", self.device),
+            ("peak memory", self._memory()),
             *((f"time, {stage}", text) for stage, text in minutes.items()),
             (
                 "time, all",
-                f"{sum(self.seconds.values()) / 60:.0f} min on this machine under its present load (an estimate)",
+                f"{sum(self.seconds.values()) / 60:.0f} min {self._where()} (an estimate)",
             ),
         ]
 
-    def at_rate(self, flops_per_second: float) -> Plan:
-        """The same plan with operations turned into seconds."""
-        return replace(self, seconds={stage: flops / flops_per_second for stage, flops in self.seconds.items()})
+    @property
+    def fits(self) -> bool:
+        """Whether the device has as much memory; true where that is not known."""
+        return self.device_memory is None or self.memory_bytes <= self.device_memory
+
+    def _memory(self) -> str:
+        needed = f"{self.memory_bytes / GIB:.1f} GiB"
+        if self.device_memory is None:
+            return needed
+        room = f"{needed} of {self.device_memory / GIB:.0f} GiB"
+        cures = "teacher.dtype or teacher.quantise, student.lora, machine.checkpointing, machine.teacher_device"
+        return room if self.fits else f"{room}: TOO MUCH; it needs {cures}, or a larger device"
+
+    def _where(self) -> str:
+        return "on this machine under its present load" if self.measured else f"on a {self.device} by its data sheet"
+
+    def on(self, hardware: Hardware, dtype: torch.dtype) -> Plan:
+        """The same plan with operations turned into seconds on this hardware."""
+        rate = hardware.rate(dtype)
+        return replace(
+            self,
+            seconds={stage: flops / rate for stage, flops in self.seconds.items()},
+            device=hardware.name,
+            device_memory=hardware.memory,
+            measured=hardware.measured,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()}}
+
+
+def teacher_precision(recipe: Recipe) -> Precision:
+    """How the weights of the recipe's teachers are kept."""
+    settings = recipe.teacher
+    return Precision.named(getattr(settings, "dtype", None), getattr(settings, "quantise", None))
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """The type that the student's passes compute in."""
+    return Precision.named(recipe.train.precision).dtype
 
 
 def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
@@ -191,12 +143,36 @@ def _elicited(bills: Sequence[Estimate]) -> float:
     return sum(bill.tokens + ASKED_TOKENS * bill.requests + SCORED_TOKENS * bill.scores for bill in bills)
 
 
-def _training_bytes(student: Shape, tokens_per_step: int) -> float:
+def _weight_bytes(shape: Shape, precision: Precision) -> float:
+    """A frozen model's weights. Those of quantised layers have a scale for every 32 or so."""
+    dense = precision.dtype.itemsize
+    layer = {"int8": 1.05, "int4": 0.6}.get(precision.quantise or "", dense)
+    return layer * shape.layers * shape.layer_parameters + dense * shape.embedded_parameters
+
+
+def _training_bytes(recipe: Recipe, student: Shape) -> float:
     """Weights, gradients and Adam's two moments in fp32, and the activations of a micro-batch."""
-    micro_tokens = min(MICRO_TOKENS, tokens_per_step)
-    return 16.0 * student.parameters + micro_tokens * student.layers * ACTIVATION_BYTES * math.sqrt(
-        student.layer_parameters
-    )
+    settings = recipe.train
+    tokens = min(recipe.machine.micro_tokens or MICRO_TOKENS, settings.tokens_per_step)
+    activations = student.layers * ACTIVATION_BYTES * math.sqrt(student.layer_parameters)
+    if recipe.machine.checkpointing:  # each layer's input, and the inside of one layer at a time
+        activations = activations / student.layers + 4 * student.layers * student.width
+    if settings.precision is None:
+        activations_bytes = tokens * activations
+        copies = 0.0
+    else:  # the inside of the layers in half the bytes, and a copy of every matrix
+        activations_bytes = tokens * activations / 2
+        copies = 2.0 * student.parameters
+    lora = recipe.student.lora
+    if lora is None:
+        return 16.0 * student.parameters + copies + activations_bytes
+    base = Precision() if lora.base is None else _base_precision(lora.base)
+    adapters = lora.rank * student.layers * LORA_WIDTHS * student.width
+    return _weight_bytes(student, base) + 16.0 * adapters + copies + activations_bytes
+
+
+def _base_precision(base: str) -> Precision:
+    return Precision.named(None, base) if base.startswith("int") else Precision.named(base)
 
 
 def _kept_bytes(cache: CacheSettings | None, teacher: Shape | None, tokens: int) -> float:
@@ -211,10 +187,16 @@ def _disk_bytes(student: Shape, trainings: int) -> int:
     return 4 * student.parameters * (3 * 3 + trainings)
 
 
-def _memory_bytes(teachers: Sequence[Shape | None], student: Shape, judge: Shape | None, tokens_per_step: int) -> int:
-    """The teachers, and the larger of the training and a judge."""
-    training_or_judge = max(_training_bytes(student, tokens_per_step), 4 * judge.parameters if judge else 0)
-    return int(4 * sum(teacher.parameters for teacher in teachers if teacher) + training_or_judge + BASE_BYTES)
+def _memory_bytes(recipe: Recipe, shapes: Shapes, judge: Shape | None, hardware: Hardware) -> int:
+    """The teachers, unless they are on a device of their own, and the larger of the training and a judge."""
+    teachers = [shape for shape in (shapes.teacher, *shapes.others) if shape is not None]
+    precision = teacher_precision(recipe)
+    frozen = sum(_weight_bytes(shape, precision) for shape in teachers)
+    if recipe.machine.teacher_device not in (None, recipe.machine.device):
+        frozen = 0.0
+    training_or_judge = max(_training_bytes(recipe, shapes.student), 4 * judge.parameters if judge else 0)
+    chunk = 0 if hardware.memory is None else 4 * hardware.memory // 64  # larger ones than on the CPU
+    return int(frozen + training_or_judge + BASE_BYTES + chunk)
 
 
 @dataclass(frozen=True)
@@ -283,6 +265,7 @@ def make_plan(
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     shapes: Shapes,
     *,
+    hardware: Hardware,
     bills: Sequence[Estimate] = (),
 ) -> Plan:
     """Estimate a run from the sizes alone; nothing is loaded. Where there is no teacher in process, its text costs no
@@ -290,6 +273,7 @@ def make_plan(
 
     Args:
         prompts: (training, held out).
+        hardware: where it will run.
         bills: what the steps of elicitation will ask for.
     """
     training, held_out = prompts
@@ -313,13 +297,13 @@ def make_plan(
         steps=steps,
         trainings=trainings,
         disk_bytes=disk,
-        memory_bytes=_memory_bytes((shapes.teacher, *shapes.others), shapes.student, judging, settings.tokens_per_step),
+        memory_bytes=_memory_bytes(recipe, shapes, judging, hardware),
         seconds={
             "elicit": _elicit_flops(text, shapes, float(text.tokens) if controls_write else 0.0, bills),
             "train": _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings),
             **_evaluate_flops(recipe, text, shapes, len(held_out)),
         },
-    ).at_rate(matrix_rate() / TYPICAL_OVERHEAD)
+    ).on(hardware, compute_dtype(recipe))
 
 
 def _elicit_flops(text: TextAmounts, shapes: Shapes, for_controls: float, bills: Sequence[Estimate]) -> float:

@@ -18,6 +18,7 @@ from limbeck.models.bridge import has_other_tokens
 from limbeck.models.load import is_ready, load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model, header_of
 from limbeck.models.own_text import Aligner, OwnTextTeacher, probe
+from limbeck.models.placement import FULL, Devices, Precision
 from limbeck.models.prune import Calibration, LayerChoice
 from limbeck.models.score import ServerScorer
 from limbeck.models.start import begin, choose
@@ -25,6 +26,7 @@ from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
 from limbeck.models.told import Kept
 from limbeck.progress import Reporter
+from limbeck.runs.cost import teacher_precision
 from limbeck.runs.resolve import Method
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
@@ -53,7 +55,15 @@ class RunModels:
     shared: RunModels | None = None
     loaded: dict[str, InProcessTeacher] = field(default_factory=dict)
 
+    @cached_property
+    def devices(self) -> Devices:
+        return Devices(self.method.recipe.machine)
+
     # The teacher
+
+    @cached_property
+    def teacher_precision(self) -> Precision:
+        return teacher_precision(self.method.recipe)
 
     @property
     def teacher(self) -> InProcessTeacher:
@@ -68,7 +78,8 @@ class RunModels:
             return self.shared.load(source)
         if source not in self.loaded:
             self.reporter.note(f"loading the teacher, {source}")
-            self.loaded[source] = InProcessTeacher(load_model(source).with_context(self.method.prompt_context))
+            model = load_model(source, self.teacher_precision, self.devices.teacher)
+            self.loaded[source] = InProcessTeacher(model.with_context(self.method.prompt_context))
         return self.loaded[source]
 
     def release(self) -> None:
@@ -101,7 +112,7 @@ class RunModels:
             return self.server_identity
         if not is_ready(source):
             self.reporter.note(f"fetching and converting {source}, once")
-        return Model.named(model_identity(source), self.method.prompt_context)
+        return Model.named(model_identity(source, self.teacher_precision), self.method.prompt_context)
 
     # The server
 
@@ -198,7 +209,13 @@ class RunModels:
     def initial_student(self) -> Model:
         """The student before training."""
         recipe = self.method.recipe
-        return begin(recipe.student, lambda: self.teacher.model, self.choice(), recipe.train.seed)
+        return begin(recipe.student, self._start, self.choice(), recipe.train.seed, placement=self.devices.student)
+
+    def _start(self) -> Model:
+        """The teacher in float32, to make a student from."""
+        source = self.method.recipe.teacher.model
+        assert source is not None
+        return self.teacher.model if self.teacher_precision == FULL else load_model(source)
 
     @cached_property
     def initial_identity(self) -> str:
@@ -220,7 +237,7 @@ class RunModels:
     def scorer(self, by: str) -> ModelScorer:
         if by == "untouched":
             return ModelScorer(self.initial_student())
-        return ModelScorer(load_model(by) if by else self.teacher.model)
+        return ModelScorer(load_model(by, placement=self.devices.teacher) if by else self.teacher.model)
 
     def scorer_identity(self, by: str) -> str:
         if by == "untouched":

@@ -26,6 +26,7 @@ from limbeck.models.own_text import OwnTextTeacher
 from limbeck.models.prune import Calibration
 from limbeck.models.start import merge_adapters
 from limbeck.models.teacher_interface import TeacherParts
+from limbeck.objectives.head import SIZES
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
@@ -206,6 +207,7 @@ class Run:
             lora=recipe.student.lora,
             cache=recipe.teacher.cache,
             writing=writing,
+            machine=recipe.machine,
         )
         parts = self._teacher_parts(student, own_text)
         teacher = cache(lambda: self.method.teacher_kind.prepare(recipe.teacher, parts))
@@ -228,11 +230,6 @@ class Run:
 
     def _teacher_parts(self, student: Model, own_text: OwnTextTeacher | None) -> TeacherParts:
         recipe = self.recipe
-
-        def of_own_text() -> OwnTextTeacher:
-            assert own_text is not None
-            return own_text
-
         return TeacherParts(
             student=student,
             student_is_adapted_teacher=recipe.student.lora is not None
@@ -241,7 +238,7 @@ class Run:
             load=self.models.load,
             release=self.models.release,
             scorer=self.models.scoring_server,
-            own_text=of_own_text,
+            own_text=own_text,
             responses=partial(self._responses, student),
             report_facts=self._report_teacher,
         )
@@ -291,7 +288,7 @@ class Run:
 
     @property
     def questions(self) -> evaluation.Questions:
-        return evaluation.Questions(self.recipe, self.method.tasks, self.text)
+        return evaluation.Questions(self.recipe, self.method.tasks, self.text, self.models.devices)
 
     def bench(self, folder: Path) -> Bench:
         """The bench that measures systems and keeps their records in `folder`."""
@@ -313,7 +310,7 @@ class Run:
 
     def trained(self, name: str) -> Model:
         """The exported student, or a trained control."""
-        return load_model(str(self.home(name) / "student"))
+        return load_model(str(self.home(name) / "student"), placement=self.models.devices.student)
 
     def held_out_rows(self) -> list[Row]:
         """The teacher's answers to the held-out prompts; each row has its prompt's id."""
@@ -385,3 +382,15 @@ def claim_run(run: Run) -> None:
         return facts
 
     claim(run.folder, run.recipe, inputs, run.models.probe_server)
+    _settle(run)
+
+
+def _settle(run: Run) -> None:
+    """Take the devices and sizes of the recipe's `machine`, say so, and record them."""
+    machine = run.recipe.machine
+    SIZES.head_bytes = None if machine.head_mib is None else int(machine.head_mib * 2**20)
+    facts = run.models.devices.facts()
+    if machine.device == "auto" or len(set(facts.values())) > 1:
+        teacher = "" if facts["teacher_device"] == facts["device"] else f", teachers on {facts['teacher_device']}"
+        run.reporter.note(f"running on {facts['device']}{teacher}")
+    write_json(run.folder / "machine.json", {**facts, "settings": machine.model_dump(exclude_none=True)})

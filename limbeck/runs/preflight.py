@@ -9,28 +9,42 @@ from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
 from limbeck.elicit.step import Estimate
 from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
 from limbeck.models.load import is_ready, load_config, load_tokenizer
+from limbeck.models.placement import Devices
 from limbeck.models.start import scratch_config
-from limbeck.runs.cost import Plan, Shape, Shapes, make_plan
+from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
+from limbeck.runs.hardware import Hardware, listed, measured
 from limbeck.runs.resolve import Method, resolve
+from limbeck.runs.shapes import Shape
 from limbeck.types import RecipeError, UserError
 
 
-def check(recipe: Recipe) -> Plan:
+def check(recipe: Recipe, device_like: str | None = None) -> Plan:
     """Refuse a recipe that can't work, and estimate the cost of one that can; no weights are loaded.
+
+    Args:
+        device_like: hardware of `runs.hardware` to estimate for, such as h100-80gb; by default the recipe's device.
 
     Raises:
         RecipeError: an impossible combination, with its place in the recipe.
+        UserError: a device that is not here.
     """
-    return plan(resolve(recipe))
+    return plan(resolve(recipe), None if device_like is None else listed(device_like))
 
 
-def plan(method: Method) -> Plan:
+def plan(method: Method, hardware: Hardware | None = None) -> Plan:
     """Estimate the cost of a method from its models' configurations.
+
+    Args:
+        hardware: where it will run; by default the recipe's device, which must be here then.
 
     Raises:
         RecipeError: models that don't fit together, or that a loss can't compare.
     """
     recipe = method.recipe
+    if hardware is None:
+        devices = Devices(recipe.machine)
+        hardware = measured(devices.student.device, compute_dtype(recipe))
+        devices.teacher  # noqa: B018 (refused where it is missing)
     config = load_config(recipe.speaker)
     teacher = None if recipe.teacher.model is None else Shape.of(config)
     student, max_length = _student_shape(recipe, config)
@@ -50,7 +64,8 @@ def plan(method: Method) -> Plan:
             term.check_models(student, teacher)
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
     prompts = (method.training_prompts, method.held_out_prompts)
-    return make_plan(recipe, method.terms, prompts, Shapes(student, teacher, others, judge), bills=_bills(method))
+    shapes = Shapes(student, teacher, others, judge)
+    return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, bills=_bills(method))
 
 
 def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:

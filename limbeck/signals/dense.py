@@ -14,7 +14,8 @@ from torch import Tensor
 
 from limbeck.objectives.distribution import Distribution, ValueAndGradient
 from limbeck.objectives.divergence import Divergence
-from limbeck.objectives.head import Buffer, Head, TeacherSignal, token_log_probs
+from limbeck.objectives.head import Buffer, Head, TeacherSignal
+from limbeck.objectives.log_probs import token_log_probs
 
 
 @dataclass(frozen=True)

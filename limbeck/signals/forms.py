@@ -22,7 +22,7 @@ from limbeck.config.sections import Section
 from limbeck.config.teacher import MORE_FORMS, CachedHidden, CachedSamples, CachedTop, CacheSettings
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import Divergence
-from limbeck.objectives.head import CHUNK_ELEMENTS, Head, TeacherSignal, TopTokens, chunks
+from limbeck.objectives.head import Head, TeacherSignal, TopTokens, chunk_elements, chunks
 from limbeck.signals.dense import DenseSignal
 from limbeck.signals.pack import id_bits, pack_bits, unpack_bits
 from limbeck.signals.sparse import Sampled, TopK
@@ -126,7 +126,7 @@ class TopKForm(KeptForm):
     def pack(self, signal: TeacherSignal, targets_N: Tensor, seed: int, vocab_size: int) -> Packed:
         if signal.whole:
             return _pack_whole(signal, targets_N, vocab_size, columns=self._likeliest)
-        return _with_packed_ids(self._named(signal.top_tokens(), targets_N), vocab_size)
+        return _with_packed_ids(self._named(signal.to("cpu").top_tokens(), targets_N.cpu()), vocab_size)
 
     def _likeliest(self, p: Distribution) -> Packed:
         log_CK, ids_CK = p.log.topk(min(self.settings.k, p.log.shape[-1]))
@@ -257,7 +257,7 @@ def form_of(settings: CacheSettings) -> KeptForm:
 
 def _distributions(signal: TeacherSignal, positions: int, vocab_size: int) -> Iterator[tuple[slice, Distribution]]:
     """The signal's whole distributions, one chunk at a time."""
-    for part in chunks(positions, vocab_size, CHUNK_ELEMENTS):
+    for part in chunks(positions, vocab_size, chunk_elements(signal.device)):
         yield part, signal.chunk(part).rows(slice(0, part.stop - part.start)).p
 
 

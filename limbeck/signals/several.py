@@ -15,7 +15,7 @@ from torch import Tensor
 
 from limbeck.objectives.distribution import Distribution, ValueAndGradient
 from limbeck.objectives.divergence import Divergence
-from limbeck.objectives.head import CHUNK_ELEMENTS, TeacherSignal, chunks
+from limbeck.objectives.head import TeacherSignal, chunk_elements, chunks
 from limbeck.signals.dense import DenseChunk, DenseRows, DenseSignal
 from limbeck.types import UserError
 
@@ -63,7 +63,7 @@ class MixedSignal(TeacherSignal):
 
     def log_prob(self, targets_N: Tensor) -> Tensor:
         parts = []
-        for part in chunks(len(targets_N), self.signals[0].head.vocab_size, CHUNK_ELEMENTS):
+        for part in chunks(len(targets_N), self.signals[0].head.vocab_size, chunk_elements(targets_N.device)):
             parts.append(self.chunk(part).rows(slice(None)).log_prob(targets_N[part]))
         return torch.cat(parts)
 

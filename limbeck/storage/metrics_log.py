@@ -109,9 +109,9 @@ def values_of(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one step by name, without those that are not finite.
 
     loss and `terms/NAME` in nats per response token (or per the term's own unit), `scheduled/NAME`, lr, grad_norm,
-    memory_mib, and tokens_per_second over all tokens of the step, prompts and padding included.
+    memory_mib, device_memory_mib, and tokens_per_second over all tokens of the step, prompts and padding included.
     """
-    values = {name: record.get(name) for name in ("loss", "lr", "grad_norm", "memory_mib")}
+    values = {name: record.get(name) for name in ("loss", "lr", "grad_norm", "memory_mib", "device_memory_mib")}
     for group in ("terms", "scheduled"):
         part = record.get(group)
         values |= {f"{group}/{name}": value for name, value in part.items()} if isinstance(part, dict) else {}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from limbeck.config.machine import Machine
 from limbeck.config.sections import Train
 from limbeck.data.batches import FixedText, Row, Source, steps_of_epoch
 from limbeck.data.mixup import MixupSource
@@ -41,6 +44,7 @@ class Objective:
         bank_rows: each sample's row in the losses' banks.
         vocab_size: how many tokens are compared, if the student's head has more rows than the teacher's.
         states: of the adaptive schedules; kept in checkpoints.
+        rounded: the type in which the student's passes compute; its weights stay in float32.
     """
 
     net: PreTrainedModel
@@ -51,6 +55,7 @@ class Objective:
     bank_rows: Mapping[str, int] = field(default_factory=dict)
     vocab_size: int | None = None
     states: dict[str, State] = field(default_factory=dict)
+    rounded: torch.dtype | None = None
 
     @property
     def keeps_groups(self) -> bool:
@@ -60,8 +65,9 @@ class Objective:
     def forward(self, batch: Batch, step: int) -> StudentForward:
         """The teacher's side of a micro-batch, and the student's forward pass."""
         view = self.teacher(batch)
-        hidden_BTD, states = features(self.net, batch.tokens_BT.to(self.net.device), *self.taps, mixed=batch.mixed)
-        head = head_of(self.net)
+        with torch.autocast(self.net.device.type, dtype=self.rounded) if self.rounded is not None else nullcontext():
+            hidden_BTD, states = features(self.net, batch.tokens_BT, *self.taps, mixed=batch.mixed)
+        head = replace(head_of(self.net), rounded=self.rounded)
         return StudentForward(
             batch,
             hidden_ND=hidden_BTD[batch.response_positions()],
@@ -110,6 +116,7 @@ class TrainingJob:
         prepare: called before step 0, and again if the run was killed before its first checkpoint.
         average: the student's moving average, if that is the teacher.
         monitor: returns (sum, count) by metric of each micro-batch of the student's own text.
+        machine: sizes that suit the device.
     """
 
     objective: Objective
@@ -121,6 +128,7 @@ class TrainingJob:
     prepare: Callable[[], None] = lambda: None
     average: MovingAverage | None = None
     monitor: Callable[[StudentForward], dict[str, tuple[float, float]]] | None = None
+    machine: Machine = field(default_factory=Machine)
 
     @property
     def net(self) -> PreTrainedModel:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from limbeck.config.sections import Train
-from limbeck.data.batches import Row, make_batch
+from limbeck.data.batches import Row, make_batch, resized
+from limbeck.models.placement import is_out_of_memory
 from limbeck.objectives.forward import Sums
 from limbeck.objectives.term import TermAtStep
 from limbeck.objectives.total import total_loss
@@ -26,7 +27,8 @@ from limbeck.storage import checkpoint
 from limbeck.storage.files import append_json, crash_point, read_jsonl, write_text
 from limbeck.training import distributed
 from limbeck.training.job import Objective, TrainingJob
-from limbeck.training.memory import forget_peak, keep_freed_memory, peak_mib
+from limbeck.training.memory import forget_peak, keep_freed_memory, peaks
+from limbeck.training.room import Room
 from limbeck.types import TAUGHT, Batch, UserError, canonical_json, content_hash
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -51,8 +53,9 @@ def train(
         UserError: the loss or the gradient is not finite; no update was made from it.
     """
     keep_freed_memory()
-    forget_peak()
+    forget_peak(job.net.device)
     settings = job.settings
+    room = Room.begin(job.folder, job.net, job.machine.micro_tokens)
     steps = job.steps
     parameters = job.objective.parameters()
     optimizer = _optimizer(job, parameters)
@@ -62,7 +65,7 @@ def train(
     pause = settings.save_seconds
     for step in range(start, steps):
         try:
-            record = _step(job, step, steps, parameters=parameters, optimizer=optimizer)
+            record = _step(job, step, steps, room, parameters=parameters, optimizer=optimizer)
         except StoppedError:  # while the student wrote: the step has not begun
             _save(job, step, parameters, optimizer)
             return False
@@ -84,20 +87,20 @@ def train(
 
 
 def _step(
-    job: TrainingJob, step: int, steps: int, *, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    job: TrainingJob,
+    step: int,
+    steps: int,
+    room: Room,
+    *,
+    parameters: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:
     """Make the update of step number `step`; returns its line of the metrics."""
     began = time.perf_counter()
     states = job.objective.states
     text = job.text.step_batch(step, step / steps, states)
-    # dropout, where the model has any: a step is replayed to the bit
-    torch.manual_seed(job.settings.seed * 2**24 + step)
     terms = [term.at_step(step / steps, states) for term in job.terms]
-    batches = [make_batch(micro_batch) for micro_batch in text.micro_batches]
-    amounts = _amounts(terms, batches)
-    sums = Sums()
-    for batch in distributed.share(batches):
-        sums.add(backward(job, batch, terms, amounts, step=step))
+    amounts, batches, sums = _gradients(job, text.micro_batches, terms, room, step=step)
     distributed.add_gradients(parameters.values())
     sums = _over_ranks(sums)
     means = {t.label: sums.terms.get(t.label, 0.0) / amounts[t.label] if amounts[t.label] else 0.0 for t in terms}
@@ -131,8 +134,39 @@ def _step(
         "tokens": tokens,
         "padding": tokens - sum(len(row) for micro_batch in text.micro_batches for row in micro_batch),
         "seconds": round(time.perf_counter() - began, 4),
-        "memory_mib": peak_mib(),
+        **peaks(job.net.device),
     }
+
+
+def _gradients(
+    job: TrainingJob, micro_batches: Sequence[Sequence[Row]], terms: Sequence[TermAtStep], room: Room, *, step: int
+) -> tuple[dict[str, float], list[Batch], Sums]:
+    """Every micro-batch forward and backward; returns (the terms' amounts, the batches, the terms' sums).
+
+    Where memory runs out, the step is replayed in smaller micro-batches; the sums are the same up to rounding.
+    """
+    while True:
+        # dropout, where the model has any: a step is replayed to the bit
+        torch.manual_seed(job.settings.seed * 2**24 + step)
+        if room.tokens is not None:
+            micro_batches = resized(micro_batches, room.tokens, job.objective.keeps_groups)
+        batches = [make_batch(micro_batch) for micro_batch in micro_batches]
+        amounts = _amounts(terms, batches)
+        sums = Sums()
+        shortage: str | None = None
+        try:
+            for batch in distributed.share(batches):
+                sums.add(backward(job, batch, terms, amounts, step=step))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = str(error).splitlines()[0]
+        if not any(distributed.gather(shortage is not None)):
+            return amounts, batches, sums
+        job.net.zero_grad(set_to_none=True)
+        for learned in job.objective.learned.values():
+            learned.zero_grad(set_to_none=True)
+        room.shrink(batches, shortage or "on another rank", job.objective.keeps_groups)
 
 
 def _over_ranks(sums: Sums) -> Sums:
@@ -264,9 +298,7 @@ def _restore(
         p.copy_(tensors[f"weight/{name}"])
         if f"step/{name}" in tensors:  # a parameter that no loss has reached yet has no state
             keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[p] = {
-                key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu") for key in keys
-            }
+            optimizer.state[p] = {key: tensors[f"{key}/{name}"].to(p.device) for key in keys}
     if job.average is not None:
         job.average.restore({name: tensors[f"average/{name}"] for name in job.average.tensors})
     for label, learned in job.objective.learned.items():

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process, and measure its peak.
+"""Keep freed memory in the process, and measure the peaks of the process and of the device.
 
 glibc returns the top of its heap to the system as soon as a few megabytes are free, and maps larger tensors anew each
 time. Blocks of logits are allocated a hundred times a second, and faulting their pages in again costs several times
@@ -14,6 +14,8 @@ import ctypes
 import ctypes.util
 import functools
 from pathlib import Path
+
+import torch
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -31,8 +33,10 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)) and bool(mallopt(M_TRIM_THRESHOLD, RETAINED_BYTES))
 
 
-def forget_peak() -> None:
-    """Reset the process's peak memory, if the system can (Linux)."""
+def forget_peak(device: torch.device | None = None) -> None:
+    """Reset the process's peak memory, if the system can (Linux), and the device's."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -44,3 +48,11 @@ def peak_mib() -> int | None:
     except (OSError, StopIteration):
         return None
     return int(line.split()[1]) // 1024
+
+
+def peaks(device: torch.device) -> dict[str, int | None]:
+    """The peaks of the process's memory and of the device's, for the metrics."""
+    own: dict[str, int | None] = {"memory_mib": peak_mib()}
+    if device.type == "cuda":
+        own["device_memory_mib"] = torch.cuda.max_memory_allocated(device) // 2**20
+    return own

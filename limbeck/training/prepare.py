@@ -17,7 +17,8 @@ from limbeck.data.batches import MICRO_TOKENS, MicroBatch, Row, make_batch, step
 from limbeck.models.model import head_of
 from limbeck.models.taps import features
 from limbeck.objectives.forward import Features, Taps, TeacherView
-from limbeck.objectives.head import Head, TeacherSignal, token_log_probs
+from limbeck.objectives.head import Head, TeacherSignal
+from limbeck.objectives.log_probs import token_log_probs
 from limbeck.objectives.loss import Responses
 from limbeck.objectives.term import TermAtStep
 from limbeck.signals.cache import SignalCache, text_key, texts_of
@@ -55,13 +56,13 @@ def response_log_probs(
     for micro_batch in even_batches(rows):
         batch = make_batch(rows, micro_batch)
         row_N, position_N = batch.response_positions()
-        hidden_BTD, _ = features(net, batch.tokens_BT.to(net.device))
+        hidden_BTD, _ = features(net, batch.tokens_BT)
         targets_N = batch.tokens_BT[row_N, position_N + 1].to(net.device)
         head = head_of(net)
         log_prob_N = (
             token_log_probs(hidden_BTD[row_N, position_N], head.cut(vocab_size or head.vocab_size), targets_N)
-            .double()
             .cpu()
+            .double()
         )
         sums_B = torch.zeros(len(micro_batch), dtype=torch.float64).index_add_(0, row_N, log_prob_N)
         log_probs |= dict(zip(batch.sample_ids, sums_B.tolist(), strict=True))
@@ -177,7 +178,7 @@ class TextBeforeTraining:
     @torch.no_grad()
     def features(self, side: int, batch: Batch, taps: Taps) -> Features:
         net = self.nets[side]
-        return features(net, batch.tokens_BT.to(net.device), *taps)[1]
+        return features(net, batch.tokens_BT, *taps)[1]
 
     def head(self, side: int) -> Head:
         return head_of(self.nets[side]).detached()

@@ -77,7 +77,7 @@ def teachers_view(data: StudentForward) -> dict[str, tuple[float, float]]:
         "entropy": -(q.prob * q.log).sum(-1),
         "teacher_entropy": -(p.prob * p.log).sum(-1),
     }
-    return {name: (float(value.double().sum()), float(len(at_P))) for name, value in values.items()}
+    return {name: (float(value.cpu().double().sum()), float(len(at_P))) for name, value in values.items()}
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from limbeck.config.machine import Machine
 from limbeck.config.sections import Lora, Train
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import CHOSEN, MIXED, Row
@@ -52,6 +54,7 @@ class TrainingPlan:
         lora: adapters to train instead of all weights; added after the references are scored.
         cache: the form in which the teacher's distributions are cached, if they are.
         writing: how the student writes its share of the text, if it does.
+        machine: attention, checkpointing of activations, sizes.
     """
 
     terms: Sequence[Term]
@@ -63,6 +66,7 @@ class TrainingPlan:
     lora: Lora | None = None
     cache: CacheSettings | None = None
     writing: StudentWriting | None = None
+    machine: Machine = field(default_factory=Machine)
 
     @property
     def tags_to_come(self) -> frozenset[str]:
@@ -98,6 +102,8 @@ def make_job(
     }
     if plan.lora is not None:
         add_adapters(student.net, plan.lora, plan.settings.seed)
+    if plan.machine.checkpointing:
+        student.net.activation_checkpointing_enable({"use_reentrant": False})
     average = teacher().average if reads_teacher else None
     if average is not None:
         average.start(student.net)
@@ -105,6 +111,7 @@ def make_job(
     view: View = no_teacher
     if reads_teacher:
         view = partial(teacher().view, taps=teacher_taps, vocab_size=vocab_size)
+        view = partial(_on_device, view, student.net.device)
         if plan.cache is not None:
             view = _cached(plan, student, teacher(), view, rows=rows, progress=progress)
     scores = remember_scores(plan.terms, view)
@@ -116,13 +123,19 @@ def make_job(
         taps=student_taps if reads_teacher else NO_TAPS,
         bank_rows=_numbered(rows) if reads_teacher else {},
         vocab_size=vocab_size,
+        rounded=None if plan.settings.precision is None else getattr(torch, plan.settings.precision),
     )
-    job = TrainingJob(objective, rows, plan.settings, plan.folder, key=plan.key, average=average)
+    job = TrainingJob(objective, rows, plan.settings, plan.folder, key=plan.key, average=average, machine=plan.machine)
     if plan.writing is not None:
         job, watched, slots = watch_prompts(job, plan.writing)
         source = rollouts(plan.writing, job, student, slots, scores=scores, watched=watched)
         job = replace(job, source=source, monitor=teachers_view)
     return replace(job, prepare=partial(_prepare, job, teacher, progress)) if reads_teacher else job
+
+
+def _on_device(view: View, device: torch.device, batch: Batch) -> TeacherView:
+    """The teacher's view on the student's device."""
+    return view(batch).to(device)
 
 
 def common_vocab_size(student: Model, teacher: Teacher) -> int:

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.objectives import head as head_module
 from limbeck.objectives.divergence_loss import DIVERGENCES
-from limbeck.objectives.head import Head, PositionEvidence, distribution_pairs, fused_loss, token_log_probs
+from limbeck.objectives.head import Head, PositionEvidence, distribution_pairs, fused_loss
+from limbeck.objectives.log_probs import token_log_probs
 from limbeck.objectives.on_logits import divergence
 from limbeck.objectives.term import TermAtStep, make_term
 from limbeck.signals.dense import DenseSignal

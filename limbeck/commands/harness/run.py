@@ -27,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from limbeck.commands.harness.tasks import TASK_NAME, as_harness_task, local_task
 from limbeck.models.http import check_address
 from limbeck.models.load import load_model, load_tokenizer, model_folder
+from limbeck.models.placement import Placement, find_device
 from limbeck.storage.files import write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import UserError, canonical_json, content_hash, nearest
@@ -255,7 +256,7 @@ def _answering_model(tested: TestedModel, groups: Sequence[TaskGroup]) -> Any:
     from limbeck.commands.harness import models
 
     if tested.base_url is None:
-        model = load_model(tested.source)
+        model = load_model(tested.source, placement=Placement(find_device("auto")))
         return lambda group: models.LocalModel(model, group.apart, group.chat)
     folder = str(model_folder(tested.tokenizer)) if tested.tokenizer else None
     likelihood = [name for group in groups for name, task in group.tasks.items() if task.OUTPUT_TYPE in LIKELIHOOD]

@@ -1,0 +1,36 @@
+"""Where a recipe runs: its `machine` section, or a file of its own. None of it is part of the recipe's hash: the same
+run goes on elsewhere, or with other sizes. What changes numbers (precision, quantisation) is in `train` and `teacher`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from limbeck.config.sections import Section
+
+Device = Annotated[str, Field(pattern=r"^(auto|[a-z]+(:[0-9]+)?)$")]
+
+
+class Machine(Section):
+    """Devices and sizes. A size that is left out follows from the device's memory.
+
+    Args:
+        device: of the student and of everything else: auto, cpu, cuda, cuda:1, mps, ...; auto takes the first CUDA
+            device, or the CPU.
+        teacher_device: of the teachers, where they have one of their own.
+        attention: transformers' name of the attention that the models use, such as sdpa or flash_attention_2.
+        checkpointing: compute the student's activations again in the backward pass instead of storing them.
+        micro_tokens: tokens (with padding) of one forward pass in training.
+        cache_gib: memory for keys and values while a model writes.
+        head_mib: memory for one chunk of logits.
+    """
+
+    device: Device = "auto"
+    teacher_device: Device | None = None
+    attention: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] | None = None
+    checkpointing: bool = False
+    micro_tokens: Annotated[int, Field(ge=16)] | None = None
+    cache_gib: Annotated[float, Field(gt=0)] | None = None
+    head_mib: Annotated[float, Field(ge=1)] | None = None
