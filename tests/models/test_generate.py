@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from limbeck.models.generate import Decoding, GenerationJob, SecondModel, generate, write
+from limbeck.models.generate import Decoding, GenerationJob, SecondModel, _Batch, generate, write
 from limbeck.models.joint import Mixture, Speculation
 from limbeck.models.prune import drop_layers
 from limbeck.models.sample import RowSamplings, _from_nucleus, draw
-from limbeck.models.slots import columns_of, row_bytes
+from limbeck.models.slots import CACHE_BYTES, cache_room, columns_of, row_bytes
 from limbeck.types import Sampling, UserError
 from tests.conftest import PROMPTS
 
@@ -232,11 +233,19 @@ def test_the_model_beside_may_see_another_prompt(tiny, student):
 
 def test_a_small_cache_makes_fewer_rows_and_the_same_text(tiny):
     jobs = jobs_of(tiny)
-    runs = [
-        {text.index: text.ids for text in write(tiny.net, jobs, frozenset(), decoding=Decoding(cache_bytes=room))}
-        for room in (None, 1, 3 * row_bytes(tiny.net, columns_of(max(len(job.prompt_ids) for job in jobs), 12)))
-    ]
-    assert runs[0] == runs[1] == runs[2]
+    row = row_bytes(tiny.net, columns_of(max(len(job.prompt_ids) for job in jobs), 12))
+    texts = []
+    for room, rows in ((None, 7), (1, 1), (3 * row, 3)):
+        decoding = Decoding(cache_bytes=room)
+        assert len(_Batch(tiny.net, jobs, decoding).rows) == rows
+        texts.append(dict(generate(tiny.net, jobs, frozenset(), decoding=decoding)))
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_on_cuda_the_cache_may_take_a_quarter_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
+    assert cache_room(torch.device("cuda:1")) == 2 * 2**30
+    assert cache_room(torch.device("cpu")) == CACHE_BYTES
 
 
 def test_penalised_tokens_are_drawn_less_beside_rows_without_a_penalty(tiny):
@@ -246,3 +255,15 @@ def test_penalised_tokens_are_drawn_less_beside_rows_without_a_penalty(tiny):
     plain = dict(generate(tiny.net, jobs[3:], frozenset()))
     assert [texts[index] for index in (3, 4, 5)] == [plain[index] for index in (0, 1, 2)]
     assert sum(len(set(texts[index])) for index in range(3)) > sum(len(set(texts[index])) for index in range(3, 6))
+
+
+def test_a_finished_row_beside_others_does_not_run_out_of_positions():
+    """GPT-2 has a table of positions: a dead slot's must stay within it."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=0)
+    net = GPT2LMHeadModel(config).eval()
+    jobs = [GenerationJob(range(5, 25), Sampling(1.0, 1.0, 20 if row else 1), row) for row in range(8)]
+    jobs += [GenerationJob(range(5, 15), Sampling(1.0, 1.0, 30), row) for row in range(8, 20)]
+    together = dict(generate(net, jobs, frozenset(), decoding=Decoding(8)))
+    for index in (1, 9, 19):
+        assert dict(generate(net, [jobs[index]], frozenset()))[0] == together[index]
