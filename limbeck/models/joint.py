@@ -7,20 +7,17 @@ Shapes: B rows, V vocabulary, K the teacher's likeliest tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from limbeck.models.sample import SampledTokens, draw, log_prob_of
-from limbeck.types import Sampling
+from limbeck.models.sample import RowSamplings, SampledTokens, draw, draw_at, log_prob_of
 
 
-def _softened(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """log-probabilities at each row's temperature."""
-    temperature_B1 = torch.tensor([[sampling.temperature] for sampling in samplings], device=logits_BV.device)
-    return (logits_BV.float() / temperature_B1).log_softmax(-1)
+def _softened(logits_BV: Tensor, temperature: Tensor | float) -> Tensor:
+    """log-probabilities at that temperature, one number or a column [B, 1]."""
+    return (logits_BV.float() / temperature).log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -34,17 +31,14 @@ class Mixture:
     teacher_share: float
     teacher_temperature: float = 1.0
 
-    def __call__(
-        self, own_BV: Tensor, second_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor
-    ) -> SampledTokens:
+    def __call__(self, own_BV: Tensor, second_BV: Tensor, rows: RowSamplings, uniform_B2: Tensor) -> SampledTokens:
         parts = []
         if self.teacher_share < 1:
-            parts.append(_softened(own_BV, samplings) + math.log1p(-self.teacher_share))
+            parts.append(_softened(own_BV, rows.temperature_B[:, None]) + math.log1p(-self.teacher_share))
         if self.teacher_share > 0:
-            teacher = [Sampling(self.teacher_temperature)] * len(samplings)
-            parts.append(_softened(second_BV, teacher) + math.log(self.teacher_share))
+            parts.append(_softened(second_BV, self.teacher_temperature) + math.log(self.teacher_share))
         mixed_BV = parts[0] if len(parts) == 1 else torch.logaddexp(*parts)
-        return draw(mixed_BV, [Sampling(1.0)] * len(samplings), uniform_B2[:, 0])
+        return draw_at(mixed_BV, 1.0, uniform_B2[:, 0])
 
 
 @dataclass(frozen=True)
@@ -58,16 +52,13 @@ class Speculation:
     top_k: int
     teacher_temperature: float = 1.0
 
-    def __call__(
-        self, own_BV: Tensor, second_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor
-    ) -> SampledTokens:
-        teacher = [Sampling(self.teacher_temperature)] * len(samplings)
-        own = draw(own_BV, samplings, uniform_B2[:, 0])
-        replacement = draw(second_BV, teacher, uniform_B2[:, 1])
+    def __call__(self, own_BV: Tensor, second_BV: Tensor, rows: RowSamplings, uniform_B2: Tensor) -> SampledTokens:
+        own = draw(own_BV, rows, uniform_B2[:, 0])
+        replacement = draw_at(second_BV, self.teacher_temperature, uniform_B2[:, 1])
         top_BK = second_BV.topk(min(self.top_k, second_BV.shape[1])).indices
         accepted_B = (top_BK == own.token_B[:, None]).any(-1)
         token_B = torch.where(accepted_B, own.token_B, replacement.token_B)
-        log_q_BV = _softened(own_BV, samplings)
+        log_q_BV = _softened(own_BV, rows.temperature_B[:, None])
         # log of the probability that a token is replaced
         log_replace_B = torch.log1p(-log_q_BV.gather(1, top_BK).exp().sum(-1).clamp(max=1.0))
         if self.teacher_temperature > 0:
@@ -89,10 +80,8 @@ class ContrastDecoding:
 
     strength: float
 
-    def __call__(
-        self, own_BV: Tensor, second_BV: Tensor, samplings: Sequence[Sampling], uniform_B2: Tensor
-    ) -> SampledTokens:
+    def __call__(self, own_BV: Tensor, second_BV: Tensor, rows: RowSamplings, uniform_B2: Tensor) -> SampledTokens:
         contrast_BV = own_BV.float().log_softmax(-1)
         if self.strength:
             contrast_BV = contrast_BV - self.strength * second_BV.float().log_softmax(-1)
-        return draw(contrast_BV, samplings, uniform_B2[:, 0])
+        return draw(contrast_BV, rows, uniform_B2[:, 0])

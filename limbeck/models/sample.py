@@ -1,16 +1,21 @@
 """Sample the next token of every row from its logits and the row's own random number.
 
-Shapes: B rows, V vocabulary, K tokens of a shortlist.
+What a row asks for is known to the host, so rows are told apart there: nothing here waits for the device, but the
+nucleus, which asks once whether its shortlist was long enough.
+
+Shapes: B rows, N some of them, V vocabulary, K tokens of a shortlist.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from limbeck.objectives.precision import accumulation_dtype
 from limbeck.types import Sampling
 
 TOP_P_SHORTLIST = 256
@@ -25,29 +30,80 @@ class SampledTokens(NamedTuple):
     own_B: Tensor
 
 
-def draw(logits_BV: Tensor, samplings: Sequence[Sampling], uniform_B: Tensor) -> SampledTokens:
+@dataclass(frozen=True)
+class RowSamplings:
+    """How each of B rows is sampled, as columns on the device of its logits, put there once.
+
+    `whole_N` are the rows that are drawn from the whole vocabulary, `nucleus_N` those drawn from its likeliest part;
+    the others are greedy.
+    """
+
+    temperature_B: Tensor
+    top_p_B: Tensor
+    whole_N: Tensor
+    nucleus_N: Tensor
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], device: torch.device) -> RowSamplings:
+        whole: list[int] = []
+        nucleus: list[int] = []
+        for row, sampling in enumerate(samplings):
+            if sampling.temperature > 0:
+                (nucleus if sampling.top_p < 1 else whole).append(row)
+        top_p_B = torch.tensor([sampling.top_p for sampling in samplings], dtype=accumulation_dtype(device))
+        return cls(
+            upload(torch.tensor([sampling.temperature for sampling in samplings]), device),
+            upload(top_p_B, device),
+            upload(torch.tensor(whole, dtype=torch.long), device),
+            upload(torch.tensor(nucleus, dtype=torch.long), device),
+        )
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. CUDA has taken the values when this returns, and the host need not wait for the device."""
+    return values.to(device, non_blocking=device.type == "cuda")
+
+
+def draw(logits_BV: Tensor, rows: RowSamplings, uniform_B: Tensor) -> SampledTokens:
     """Sample one token per row by inverse transform: the first whose cumulative probability exceeds the row's uniform
-    number.
+    number (of `accumulation_dtype`).
 
     Temperature 0 takes the most likely token, with log-probability 0. `top_p` < 1 keeps the smallest set of tokens with
     at least that mass, the most likely first; `top_p` 1 samples from the whole vocabulary.
     """
-    chosen_B = logits_BV.argmax(-1)
-    log_prob_B = torch.zeros(len(chosen_B), device=logits_BV.device)
-    temperature_B = torch.tensor([sampling.temperature for sampling in samplings], device=logits_BV.device)
-    top_p_B = torch.tensor([sampling.top_p for sampling in samplings], dtype=torch.float64, device=logits_BV.device)
-    uniform_B = uniform_B.to(logits_BV.device)
-    for rows, sample in ((top_p_B < 1, _from_nucleus), (top_p_B >= 1, _from_all)):
-        at = (rows & (temperature_B > 0)).nonzero()[:, 0]
-        if len(at):
-            scaled_BV = logits_BV[at].float() / temperature_B[at, None]
-            chosen_B[at], log_prob_B[at] = sample(scaled_BV, top_p_B[at], uniform_B[at])
-    return SampledTokens(chosen_B, log_prob_B, torch.ones_like(chosen_B, dtype=torch.bool))
+    size = len(logits_BV)
+    chosen_B = log_prob_B = None
+    for at_N, sample in ((rows.nucleus_N, _from_nucleus), (rows.whole_N, _from_all)):
+        if len(at_N) == size:
+            chosen_B, log_prob_B = sample(logits_BV.float() / rows.temperature_B[:, None], rows.top_p_B, uniform_B)
+        elif len(at_N):
+            if chosen_B is None or log_prob_B is None:
+                chosen_B, log_prob_B = _likeliest(logits_BV)
+            scaled_NV = logits_BV[at_N].float() / rows.temperature_B[at_N, None]
+            chosen_B[at_N], log_prob_B[at_N] = sample(scaled_NV, rows.top_p_B[at_N], uniform_B[at_N])
+    if chosen_B is None or log_prob_B is None:
+        chosen_B, log_prob_B = _likeliest(logits_BV)
+    return _own(chosen_B, log_prob_B)
 
 
-def _from_all(scaled_BV: Tensor, _: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def draw_at(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> SampledTokens:
+    """`draw` for rows of one temperature, from the whole vocabulary."""
+    if temperature > 0:
+        return _own(*_from_all(logits_BV.float() / temperature, None, uniform_B))
+    return _own(*_likeliest(logits_BV))
+
+
+def _own(token_B: Tensor, log_prob_B: Tensor) -> SampledTokens:
+    return SampledTokens(token_B, log_prob_B, torch.ones_like(token_B, dtype=torch.bool))
+
+
+def _likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    return logits_BV.argmax(-1), torch.zeros(len(logits_BV), device=logits_BV.device)
+
+
+def _from_all(scaled_BV: Tensor, _: Tensor | None, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     prob_BV = scaled_BV.softmax(-1)
-    mass_BV = prob_BV.double().cumsum(-1)
+    mass_BV = prob_BV.to(uniform_B.dtype).cumsum(-1)
     at_B1 = torch.searchsorted(mass_BV, (uniform_B * mass_BV[:, -1])[:, None], right=True).clamp(
         max=scaled_BV.shape[1] - 1
     )
@@ -60,7 +116,7 @@ def _from_nucleus(
     size = min(shortlist, scaled_BV.shape[1])
     top_BK, ids_BK = scaled_BV.topk(size)
     log_BK = top_BK - scaled_BV.logsumexp(-1, keepdim=True)
-    mass_BK = log_BK.exp().double().cumsum(-1)
+    mass_BK = log_BK.exp().to(uniform_B.dtype).cumsum(-1)
     if size < scaled_BV.shape[1] and bool((mass_BK[:, -1] < top_p_B).any()):
         return _from_nucleus(scaled_BV, top_p_B, uniform_B, shortlist=scaled_BV.shape[1])
     last_B1 = (mass_BK < top_p_B[:, None]).sum(-1, keepdim=True).clamp(max=size - 1)

@@ -1,4 +1,4 @@
-"""Losses are computed in fp32 or better, whatever type the models run in."""
+"""Losses are computed in fp32 or better, whatever type the models run in; long sums in fp64 where the device has it."""
 
 from __future__ import annotations
 

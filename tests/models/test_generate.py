@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from limbeck.models.generate import Decoding, GenerationJob, SecondModel, generate, write
+from limbeck.models.generate import Decoding, GenerationJob, SecondModel, _Batch, generate, write
 from limbeck.models.joint import Mixture, Speculation
 from limbeck.models.prune import drop_layers
-from limbeck.models.sample import _from_nucleus, draw
+from limbeck.models.sample import RowSamplings, _from_nucleus, draw
+from limbeck.models.slots import CACHE_BYTES, cache_room, columns_of, row_bytes
 from limbeck.types import Sampling, UserError
 from tests.conftest import PROMPTS
 
@@ -75,13 +77,17 @@ def test_a_prompt_without_room_is_refused(tiny):
         list(generate(tiny.net, [GenerationJob([5] * 200, Sampling(max_tokens=100), 0)], frozenset()))
 
 
+def on_cpu(*samplings):
+    return RowSamplings.of(samplings, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.8, 0.3])
 def test_draws_follow_the_distribution(top_p):
     noise = torch.Generator().manual_seed(1)
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     n = 20_000
     uniform = torch.rand(n, generator=noise, dtype=torch.float64)
-    drawn = draw(logits.expand(n, -1), [Sampling(0.7, top_p)] * n, uniform).token_B
+    drawn = draw(logits.expand(n, -1), on_cpu(*[Sampling(0.7, top_p)] * n), uniform).token_B
     p = (logits / 0.7).softmax(0)
     order = p.argsort(descending=True)
     kept = int((p[order].cumsum(0) < top_p).sum()) + 1
@@ -104,7 +110,7 @@ def test_temperature_zero_is_the_argmax_beside_sampled_rows():
     logits = torch.tensor([[0.0, 3.0, 1.0]] * 3)
     drawn = draw(
         logits,
-        [Sampling(0.0), Sampling(1.0, 1.0), Sampling(1.0, 0.5)],
+        on_cpu(Sampling(0.0), Sampling(1.0, 1.0), Sampling(1.0, 0.5)),
         torch.tensor([0.999, 0.0, 0.999], dtype=torch.float64),
     )
     assert drawn.token_B.tolist() == [1, 0, 1] and drawn.log_prob_B[0] == 0
@@ -192,7 +198,7 @@ def test_draws_of_two_models_follow_the_distribution_they_report(joint):
     noise, n = torch.Generator().manual_seed(3), 20_000
     own, other = 2 * torch.randn(2, 6, generator=noise)
     uniform = torch.rand(n, 2, generator=noise, dtype=torch.float64)
-    found = joint(own.expand(n, -1), other.expand(n, -1), [Sampling(1.0)] * n, uniform)
+    found = joint(own.expand(n, -1), other.expand(n, -1), on_cpu(*[Sampling(1.0)] * n), uniform)
     want = torch.zeros(6)
     want[found.token_B] = found.log_prob_B.exp()
     assert want.sum() == pytest.approx(1, abs=1e-4), "all six were drawn at some time, and their probabilities add up"
@@ -223,3 +229,41 @@ def test_the_model_beside_may_see_another_prompt(tiny, student):
     assert {i: t.ids for i, t in drawn(student, pairs, SecondModel(tiny.net, Mixture(1.0))).items()} == {
         i: t.ids for i, t in alone.items()
     }
+
+
+def test_a_small_cache_makes_fewer_rows_and_the_same_text(tiny):
+    jobs = jobs_of(tiny)
+    row = row_bytes(tiny.net, columns_of(max(len(job.prompt_ids) for job in jobs), 12))
+    texts = []
+    for room, rows in ((None, 7), (1, 1), (3 * row, 3)):
+        decoding = Decoding(cache_bytes=room)
+        assert len(_Batch(tiny.net, jobs, decoding).rows) == rows
+        texts.append(dict(generate(tiny.net, jobs, frozenset(), decoding=decoding)))
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_on_cuda_the_cache_may_take_a_quarter_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
+    assert cache_room(torch.device("cuda:1")) == 2 * 2**30
+    assert cache_room(torch.device("cpu")) == CACHE_BYTES
+
+
+def test_penalised_tokens_are_drawn_less_beside_rows_without_a_penalty(tiny):
+    jobs = [GenerationJob(ids, Sampling(1.0, 1.0, 40, presence_penalty=4.0), 1) for ids in prompts(tiny, 3)]
+    jobs += [GenerationJob(job.prompt_ids, Sampling(1.0, 1.0, 40), 1) for job in jobs]
+    texts = dict(generate(tiny.net, jobs, frozenset(), decoding=Decoding(4)))
+    plain = dict(generate(tiny.net, jobs[3:], frozenset()))
+    assert [texts[index] for index in (3, 4, 5)] == [plain[index] for index in (0, 1, 2)]
+    assert sum(len(set(texts[index])) for index in range(3)) > sum(len(set(texts[index])) for index in range(3, 6))
+
+
+def test_a_finished_row_beside_others_does_not_run_out_of_positions():
+    """GPT-2 has a table of positions: a dead slot's must stay within it."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=0)
+    net = GPT2LMHeadModel(config).eval()
+    jobs = [GenerationJob(range(5, 25), Sampling(1.0, 1.0, 20 if row else 1), row) for row in range(8)]
+    jobs += [GenerationJob(range(5, 15), Sampling(1.0, 1.0, 30), row) for row in range(8, 20)]
+    together = dict(generate(net, jobs, frozenset(), decoding=Decoding(8)))
+    for index in (1, 9, 19):
+        assert dict(generate(net, [jobs[index]], frozenset()))[0] == together[index]

@@ -1,0 +1,224 @@
+"""One model's part of a running batch of generation: its cache, its mask, the logits of every row's next token.
+
+What the running rows need is on the device; the host knows where each row begins, and asks the device for nothing. The
+library does, once a token, to see whether a mask masks anything; a model that can be given the mask as its attention
+wants it (rotary positions, `sdpa`, no windows) is spared that.
+Not covered: sliding-window or recurrent caches.
+
+Shapes: B slots, N of them, T columns of the cache, V vocabulary, H key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from limbeck.models.sample import upload
+
+COLUMNS_BETWEEN_SHIFTS = 64
+CACHE_BYTES = 3 * 2**29  # of keys and values where the device does not say what is free
+CACHE_SHARE = 4  # a device's free memory is divided by this
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values in one buffer [B, H, T, D] with a write column shared by all rows (rows are left-padded)."""
+
+    def __init__(self, columns: int, at: int) -> None:
+        super().__init__()
+        self.columns = columns
+        self.at = at
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, heads, _, width = key_states.shape
+        shape = (rows, heads, self.columns, width)
+        self.key_buffer = key_states.new_zeros(shape)
+        self.value_buffer = value_states.new_zeros((*shape[:3], value_states.shape[-1]))
+        self.dtype = key_states.dtype
+        self.device = key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.at + key_states.shape[2]
+        self.key_buffer[:, :, self.at : end] = key_states
+        self.value_buffer[:, :, self.at : end] = value_states
+        self.at = end
+        return self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
+
+    def insert(self, slots_N: Tensor, left: int, new: SlotLayer, rows: int) -> None:
+        """Copy the prefilled columns of `new` into these rows, from column `left` on."""
+        if not self.is_initialized:
+            blank = new.key_buffer[:1].expand(rows, -1, -1, -1), new.value_buffer[:1].expand(rows, -1, -1, -1)
+            self.lazy_initialization(*blank)
+        self.key_buffer[slots_N, :, left : left + new.at] = new.key_buffer
+        self.value_buffer[slots_N, :, left : left + new.at] = new.value_buffer
+
+    def shift(self, by: int) -> None:
+        for buffer in (self.key_buffer, self.value_buffer):
+            buffer[:, :, : self.columns - by] = buffer[:, :, by:].clone()
+        self.at -= by
+
+    def keep(self, slots_N: Tensor) -> None:
+        self.key_buffer, self.value_buffer = self.key_buffer[slots_N], self.value_buffer[slots_N]
+
+    def get_seq_length(self) -> int:
+        return self.at
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.at + query_length, 0
+
+
+class Slots:
+    """One model's part of the running batch: its cache and the column where the next token goes.
+
+    A finished row stays as a dead slot, and writes on, until a new prompt takes it or `keep` drops it: copying the
+    cache for every finished row would cost more than the dead row's arithmetic.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int, size: int) -> None:
+        longest = max(len(prompt) for prompt in prompts)
+        self.model = model
+        self.device = model.device
+        self.longest = longest
+        self.at = longest
+        self.size = size
+        self.columns = columns_of(longest, max_tokens)
+        self.context = context_of(model)
+        self.whole_mask = _takes_whole_masks(model)
+        self.starts = [0] * size
+        self.starts_B = torch.zeros(size, dtype=torch.long, device=self.device)
+        self.layers = [SlotLayer(self.columns, longest) for _ in range(model.config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
+        self.mask_BT = torch.zeros(size, self.columns, dtype=torch.long, device=self.device)
+        self.logits_BV = torch.zeros(size, model.config.vocab_size, device=self.device)
+
+    def admit(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Prefill new rows together and put them into these slots."""
+        width = max(len(prompt) for prompt in prompts)
+        device = self.device
+        tokens_NT = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask_NT = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens_NT[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask_NT[row, width - len(prompt) :] = 1
+        positions_NT = (mask_NT.cumsum(1) - 1).clamp(min=0)
+        mask_NT = upload(mask_NT, device)
+        fresh = [SlotLayer(width, 0) for _ in self.layers]
+        logits_N1V = self.model(
+            input_ids=upload(tokens_NT, device),
+            attention_mask=mask_NT,
+            position_ids=upload(positions_NT, device),
+            past_key_values=Cache(layers=list(fresh)),
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        left = self.at - width
+        slots_N = index(slots, device)
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.starts[slot] = self.at - len(prompt)
+        self.starts_B = upload(torch.tensor(self.starts), device)
+        self.mask_BT.index_fill_(0, slots_N, 0)
+        self.mask_BT[slots_N, left : self.at] = mask_NT
+        self.logits_BV[slots_N] = logits_N1V[:, -1].float()
+        for layer, new in zip(self.layers, fresh, strict=True):
+            layer.insert(slots_N, left, new, self.size)
+
+    def step(self, last_B: Tensor, running: Sequence[int]) -> None:
+        """Feed every slot its last token."""
+        if self.at == self.columns:
+            self._shift(running)
+        self.mask_BT[:, self.at] = 1
+        self.logits_BV = (
+            self.model(
+                input_ids=last_B.to(self.device)[:, None],
+                attention_mask=self._mask(),
+                position_ids=(self.at - self.starts_B).clamp(max=self.context - 1)[:, None],  # dead rows may pass it
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            .logits[:, -1]
+            .float()
+        )
+        self.at += 1
+
+    def _mask(self) -> Tensor | None:
+        """The mask of one more column. What the library would make of it is made here where it would ask the device
+        first whether any row is padded: the host knows."""
+        mask_BT = self.mask_BT[:, : self.at + 1]
+        if not self.whole_mask:
+            return mask_BT
+        return mask_BT[:, None, None].bool() if max(self.starts) > 0 else None
+
+    def _shift(self, running: Sequence[int]) -> None:
+        """Move the columns in use to the left, so that there are free columns again."""
+        by = self.at - max(self.longest, *(self.at - self.starts[slot] for slot in running))
+        assert by > 0, "no column of the cache is free of all running rows"
+        self.mask_BT = torch.cat([self.mask_BT[:, by:], self.mask_BT.new_zeros(self.size, by)], dim=1)
+        for layer in self.layers:
+            layer.shift(by)
+        self.starts = [start - by for start in self.starts]
+        self.starts_B -= by
+        self.at -= by
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Drop all other slots."""
+        slots_N = index(slots, self.device)
+        self.starts = [self.starts[slot] for slot in slots]
+        self.size = len(slots)
+        self.starts_B, self.mask_BT, self.logits_BV = (
+            column[slots_N] for column in (self.starts_B, self.mask_BT, self.logits_BV)
+        )
+        for layer in self.layers:
+            layer.keep(slots_N)
+
+
+def index(slots: Sequence[int], device: torch.device) -> Tensor:
+    """Slots as an index on the device."""
+    return upload(torch.tensor(slots, dtype=torch.long), device)
+
+
+def _takes_whole_masks(model: PreTrainedModel) -> bool:
+    """Whether `model` may be given the mask of each query and key, or none, in place of that of the columns: it needs
+    it for nothing but plain attention."""
+    config = model.config
+    return (
+        getattr(config, "_attn_implementation", None) == "sdpa"
+        and getattr(model, "_can_compile_fullgraph", False)  # the library gives such models whole masks, too
+        and getattr(config, "rope_parameters", None) is not None
+        and not getattr(config, "alibi", False)
+        and getattr(config, "sliding_window", None) is None
+        and getattr(config, "attention_chunk_size", None) is None
+        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+    )
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens `model` can read."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def columns_of(longest: int, max_tokens: int) -> int:
+    """Columns of the cache for prompts of at most `longest` tokens and answers of at most `max_tokens`."""
+    return longest + max_tokens + COLUMNS_BETWEEN_SHIFTS
+
+
+def row_bytes(model: PreTrainedModel, columns: int) -> int:
+    """Bytes of one row's keys and values over all layers."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * columns * heads * width * model.dtype.itemsize)
+
+
+def cache_room(device: torch.device) -> int:
+    """Bytes that keys and values may take on the device if nobody says how many."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] // CACHE_SHARE)
+    return CACHE_BYTES
