@@ -10,14 +10,15 @@ Shapes: B slots, T tokens to come, V vocabulary, N some of the slots or the numb
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from limbeck.models.placement import is_out_of_memory
 from limbeck.models.sample import RowSamplings, SampledTokens, draw, log_prob_of, upload
 from limbeck.models.slots import Slots, cache_room, columns_of, context_of, index, row_bytes
 from limbeck.objectives.precision import accumulation_dtype
@@ -234,7 +235,7 @@ def write(
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Completion]:
     """Continue every prompt; yield each answer as it finishes: with an end-of-sequence token, at `max_tokens`, or
-    where `decoding` says so.
+    where `decoding` says so. Where memory runs out, fewer rows decode together.
 
     Args:
         model: a decoder in evaluation mode.
@@ -250,11 +251,35 @@ def write(
         _check_room(model, len(job.prompt_ids), job.sampling)
         if second is not None:
             _check_room(second.model, len(_second_prompt(job)), job.sampling)
-    if not jobs:
-        return
-    order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].prompt_ids))
-    waiting = deque((index, jobs[index]) for index in order)
-    batch = _Batch(model, jobs, decoding)
+    unfinished = dict(enumerate(jobs))
+    while unfinished:
+        try:
+            for completion in _write(model, unfinished, eos_ids, vocab_size, decoding=decoding, stop=stop):
+                del unfinished[completion.index]
+                yield completion
+            return
+        except (RuntimeError, MemoryError) as error:
+            rows = min(decoding.batch_rows, len(unfinished))
+            if not is_out_of_memory(error) or rows == 1:
+                raise
+        # an answer does not depend on its batch, so those that are lost are begun again
+        decoding = replace(decoding, batch_rows=rows // 2)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _write(
+    model: PreTrainedModel,
+    jobs: Mapping[int, GenerationJob],
+    eos_ids: frozenset[int],
+    vocab_size: int | None,
+    *,
+    decoding: Decoding,
+    stop: Callable[[], bool],
+) -> Iterator[Completion]:
+    """`write` in one batch, whose memory must be there."""
+    waiting = deque(sorted(jobs.items(), key=lambda item: len(item[1].prompt_ids)))
+    batch = _Batch(model, list(jobs.values()), decoding)
     while (waiting or batch.running()) and not stop():
         free = batch.free()
         if waiting and (len(free) >= max(1, len(batch.rows) // 8) or len(free) == len(batch.rows)):

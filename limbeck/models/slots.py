@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from limbeck.models.sample import upload
+from limbeck.objectives.sizes import SIZES
 
 COLUMNS_BETWEEN_SHIFTS = 64
 CACHE_BYTES = 3 * 2**29  # of keys and values where the device does not say what is free
@@ -218,7 +219,9 @@ def row_bytes(model: PreTrainedModel, columns: int) -> int:
 
 
 def cache_room(device: torch.device) -> int:
-    """Bytes that keys and values may take on the device if nobody says how many."""
+    """Bytes that keys and values may take on the device: as many as `SIZES` says, else a share of what is free."""
+    if SIZES.cache_bytes is not None:
+        return SIZES.cache_bytes
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] // CACHE_SHARE)
     return CACHE_BYTES

@@ -29,21 +29,11 @@ from limbeck.objectives.precision import (
     product_dtype,
     to_multiply,
 )
+from limbeck.objectives.sizes import SIZES
 from limbeck.types import UserError
 
 CHUNK_ELEMENTS = 18 * 2**20  # logits projected at once: 72 MiB in fp32 for each model
 BLOCK_ELEMENTS = 2**19  # logits a term sees at once on a CPU
-
-
-@dataclass
-class Sizes:
-    """`head_bytes`: memory of one chunk of logits in fp32, where the user has set it. It belongs to the process, as the
-    number of threads does; results do not depend on it."""
-
-    head_bytes: int | None = None
-
-
-SIZES = Sizes()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from limbeck.models.own_text import OwnTextTeacher
 from limbeck.models.prune import Calibration
 from limbeck.models.start import merge_adapters
 from limbeck.models.teacher_interface import TeacherParts
-from limbeck.objectives.head import SIZES
+from limbeck.objectives.sizes import SIZES
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
@@ -389,6 +389,7 @@ def _settle(run: Run) -> None:
     """Take the devices and sizes of the recipe's `machine`, say so, and record them."""
     machine = run.recipe.machine
     SIZES.head_bytes = None if machine.head_mib is None else int(machine.head_mib * 2**20)
+    SIZES.cache_bytes = None if machine.cache_gib is None else int(machine.cache_gib * 2**30)
     facts = run.models.devices.facts()
     if machine.device == "auto" or len(set(facts.values())) > 1:
         teacher = "" if facts["teacher_device"] == facts["device"] else f", teachers on {facts['teacher_device']}"

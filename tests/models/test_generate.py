@@ -11,6 +11,7 @@ from limbeck.models.joint import Mixture, Speculation
 from limbeck.models.prune import drop_layers
 from limbeck.models.sample import RowSamplings, _from_nucleus, draw
 from limbeck.models.slots import CACHE_BYTES, cache_room, columns_of, row_bytes
+from limbeck.objectives.sizes import SIZES
 from limbeck.types import Sampling, UserError
 from tests.conftest import PROMPTS
 
@@ -267,3 +268,39 @@ def test_a_finished_row_beside_others_does_not_run_out_of_positions():
     together = dict(generate(net, jobs, frozenset(), decoding=Decoding(8)))
     for index in (1, 9, 19):
         assert dict(generate(net, [jobs[index]], frozenset()))[0] == together[index]
+
+
+def eight_tokens(tiny, count=9):
+    sampling = Sampling(1.0, 1.0, 8)
+    return [
+        GenerationJob(tiny.prompt_ids(({"role": "user", "content": text},)), sampling, n)
+        for n, text in enumerate(PROMPTS[:count])
+    ]
+
+
+def test_where_memory_runs_out_fewer_rows_decode_together_and_the_text_is_the_same(tiny, monkeypatch):
+    jobs, eos = eight_tokens(tiny), tiny.eos_ids
+    expected = {completion.index: completion.ids for completion in write(tiny.net, jobs, eos)}
+    widths, step = [], _Batch.step
+
+    def short_of_memory(batch):
+        widths.append(len(batch.rows))
+        if len(batch.rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(batch)
+
+    monkeypatch.setattr(_Batch, "step", short_of_memory)
+    written = [(completion.index, completion.ids) for completion in write(tiny.net, jobs, eos)]
+    assert dict(written) == expected and len(written) == len(jobs), "each answer once"
+    assert max(widths) == 9 and min(widths) <= 2
+    monkeypatch.setattr(_Batch, "step", lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(write(tiny.net, jobs, eos))
+    monkeypatch.setattr(_Batch, "step", lambda batch: (_ for _ in ()).throw(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        list(write(tiny.net, jobs, eos))
+
+
+def test_the_users_size_of_the_cache_goes_before_the_devices(monkeypatch):
+    monkeypatch.setattr(SIZES, "cache_bytes", 12345)
+    assert cache_room(torch.device("cpu")) == cache_room(torch.device("cuda")) == 12345
