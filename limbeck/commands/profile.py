@@ -34,7 +34,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     with exclusive(folder / ".lock"):
         run = Run(resolve(recipe), folder, reporter)
         claim_run(run)
-        student = run.models.initial_student()
+        student = run.models.student_to_train()
         job = run.job("student", student)
     width = student.net.config.hidden_size
     inner = student.net.config.intermediate_size
