@@ -103,7 +103,7 @@ def make_job(
     if plan.lora is not None:
         add_adapters(student.net, plan.lora, plan.settings.seed)
     if plan.machine.checkpointing:
-        student.net.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_activations(student.net)
     average = teacher().average if reads_teacher else None
     if average is not None:
         average.start(student.net)
@@ -131,6 +131,16 @@ def make_job(
         source = rollouts(plan.writing, job, student, slots, scores=scores, watched=watched)
         job = replace(job, source=source, monitor=teachers_view)
     return replace(job, prepare=partial(_prepare, job, teacher, progress)) if reads_teacher else job
+
+
+def _recompute_activations(net: PreTrainedModel) -> None:
+    try:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"machine.checkpointing: a {net.config.model_type} can't compute its activations again: leave it out, and"
+            " set machine.micro_tokens"
+        ) from error
 
 
 def _on_device(view: View, device: torch.device, batch: Batch) -> TeacherView:

@@ -191,7 +191,9 @@ def test_a_teacher_in_any_precision_teaches_and_is_measured(recipe_data, tmp_pat
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("start", [{"prune": {"layers": 3, "keep": "uniform"}}, {"scratch": {"config": {"num_hidden_layers": 2}}}])
+@pytest.mark.parametrize(
+    "start", [{"prune": {"layers": 3, "keep": "uniform"}}, {"scratch": {"config": {"num_hidden_layers": 2}}}]
+)
 @pytest.mark.parametrize("precision", [{"dtype": "bfloat16"}, {"quantise": "int8"}])
 def test_a_student_is_made_from_weights_that_were_never_rounded(recipe_data, tmp_path, precision, start):
     data = changed(recipe_data, **{f"teacher__{key}": value for key, value in precision.items()})

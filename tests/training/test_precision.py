@@ -136,7 +136,9 @@ def test_a_folder_goes_on_elsewhere_but_not_in_another_precision(recipe_data, tm
 # machine: the same numbers in other sizes
 
 
-@pytest.mark.parametrize("machine", [{"micro_tokens": 16}, {"micro_tokens": 64}, {"micro_tokens": 10**6}, {"checkpointing": True}])
+@pytest.mark.parametrize(
+    "machine", [{"micro_tokens": 16}, {"micro_tokens": 64}, {"micro_tokens": 10**6}, {"checkpointing": True}]
+)
 def test_sizes_of_the_machine_change_no_loss(make_job, tiny, tmp_path, machine):
     plain = run_to_the_end(make_job("plain"))
     if "checkpointing" in machine:
@@ -150,12 +152,31 @@ def test_sizes_of_the_machine_change_no_loss(make_job, tiny, tmp_path, machine):
     else:
         job = make_job("other", machine)
     passes = []
-    job.net.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    part = job.net.model.layers[0].mlp
+    part.register_forward_pre_hook(lambda _, inputs: passes.append(tuple(inputs[0].shape[:2])))
     assert run_to_the_end(job) == pytest.approx(plain, abs=1e-6)
-    if machine == {"micro_tokens": 16}:
-        assert len(passes) == sum(1 for _ in ROWS) * 6 // 4 or len(passes) > 6
     if "checkpointing" in machine:
-        assert len(passes) > 6  # each layer runs again in the backward pass
+        assert passes[0::2] == passes[1::2]  # each layer runs again in the backward pass
+    elif machine["micro_tokens"] < 100:
+        assert all(rows * width <= machine["micro_tokens"] or rows == 1 for rows, width in passes) and len(passes) > 6
+    else:
+        assert len(passes) == 6  # a step is one pass
+
+
+def test_a_model_that_can_not_compute_activations_again_is_refused(tiny, tmp_path, monkeypatch):
+    student = drop_layers(tiny.net, [0, 1])
+    plan = TrainingPlan(
+        [make_term("cross_entropy", {})],
+        ROWS,
+        Train(steps=1),
+        tmp_path,
+        "key",
+        store=tmp_path / "s",
+        machine=Machine(checkpointing=True),
+    )
+    monkeypatch.setattr(type(student), "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match=r"machine.checkpointing: a llama can't"):
+        set_up(plan, type(tiny)(student, tiny.tokenizer, "student"), lambda: InProcessTeacher(tiny))
 
 
 class Crowded(InProcessTeacher):
@@ -244,7 +265,7 @@ def test_what_trains_in_bfloat16_writes_in_bfloat16_unless_it_says_otherwise(wri
 
 
 def test_a_loss_that_takes_the_student_for_the_writer_gets_no_copy_and_refuses_one(writing_data, tmp_path, monkeypatch):
-    writing_data["loss"] = ["policy_gradient"]
+    writing_data["loss"] = ["minillm_long"]
     writing_data["train"]["precision"] = "bfloat16"
     assert copies_made(writing_data, tmp_path / "a", monkeypatch) == []
     writing_data["rollout"] = {"dtype": "bfloat16"}
