@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from limbeck.types import UserError
+from limbeck.types import RecipeError, UserError
 
 BLOCKS = (64, 32)  # neighbouring weights of a row that share a scale in int4; the first that divides the row is taken
 EXTRA = "quantise"
@@ -39,10 +40,14 @@ class QuantisedLinear(nn.Linear, ABC):
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        if not torch.is_autocast_enabled(kind):
+            return self._with_bias(input)
         with torch.autocast(kind, enabled=False):
-            output = self.product(input.to(dtype))
-            return output if self.bias is None else output + self.bias.to(dtype)
+            return self._with_bias(input.to(torch.get_autocast_dtype(kind)))
+
+    def _with_bias(self, x: Tensor) -> Tensor:
+        output = self.product(x)
+        return output if self.bias is None else output + self.bias.to(x.dtype)
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
@@ -140,6 +145,25 @@ def quantise(net: PreTrainedModel, kind: str, device: torch.device, source: str)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(net.get_submodule(parent), child, LAYERS[kind].of(layer, device))
+
+
+def refuse(kind: str | None, config: Any, path: str) -> None:
+    """Refuse what can't be quantised, as far as a model's configuration tells. `path` is where the recipe asks for it.
+
+    Raises:
+        RecipeError: rows without blocks of their own, or bitsandbytes is not installed.
+    """
+    if kind != "int4":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError(path, f"int4 needs bitsandbytes: pip install 'limbeck[{EXTRA}]', or write int8")
+    for name in ("hidden_size", "intermediate_size"):
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size % BLOCKS[-1]:
+            raise RecipeError(
+                path,
+                f"int4 takes rows of a multiple of {BLOCKS[-1]} weights, and the model's {name} is {size}: write int8",
+            )
 
 
 def _linear_layers(net: PreTrainedModel, source: str) -> dict[str, nn.Linear]:

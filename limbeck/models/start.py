@@ -110,8 +110,8 @@ def scratch_config(scratch: Scratch, like: Any) -> Any:
 
 
 def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
-    """Put low-rank adapters in float32 into every linear layer but the head, in place, and freeze the rest. B starts at
-    0."""
+    """Put low-rank adapters in float32 or better into every linear layer but the head, in place, and freeze
+    the rest. B starts at 0."""
     from peft import LoraConfig, inject_adapter_in_model  # 12 s of imports that only adapters need
     from peft.tuners.lora import LoraLayer
 
@@ -121,7 +121,8 @@ def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
     for module in net.modules():
-        if isinstance(module, LoraLayer):  # peft gives them the type of the layer
+        # peft gives them the type of the layer
+        if isinstance(module, LoraLayer) and module.get_base_layer().weight.dtype.itemsize < 4:
             module.lora_A.float()
             module.lora_B.float()
     for name, parameter in net.named_parameters():

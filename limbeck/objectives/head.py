@@ -283,7 +283,7 @@ def fused_loss(
     flat = [tensor for part in parts for tensor in part]
     # integers would round the scales away
     weight_KN = weight_KN.to(torch.promote_types(hidden_ND.dtype, torch.float32))
-    inputs = LossInputs(terms, scales, evidence, head.softcap, head.rounded)
+    inputs = LossInputs(terms, scales, evidence, softcap=head.softcap, rounded=head.rounded)
     loss, sums_K = FusedLoss.apply(inputs, weight_KN, *flat)
     return Total(loss, {term.label: float(value) for term, value in zip(terms, sums_K.tolist(), strict=True)})
 

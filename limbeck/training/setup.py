@@ -16,6 +16,7 @@ from limbeck.config.sections import Lora, Train
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import CHOSEN, MIXED, Row
 from limbeck.models.model import Model, head_of
+from limbeck.models.placement import check_dtype
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, Teacher
 from limbeck.objectives.bound import BoundLoss, ModelPair, joined_taps
@@ -88,6 +89,8 @@ def make_job(
         UserError: no text for a term, evidence that this teacher does not give, or a prompt that leaves no room.
     """
     rows = _usable_rows(plan)
+    if plan.settings.precision is not None:
+        check_dtype(getattr(torch, plan.settings.precision), student.net.device, "train.precision")
     reads = {evidence for term in plan.terms for evidence in term.reads}
     reads_teacher = bool(reads & TEACHER_EVIDENCE)
     vocab_size = None

@@ -16,9 +16,10 @@ from limbeck.models.copy import cast
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import hidden_states
 from limbeck.models.placement import FULL, Precision
-from limbeck.models.quantise import Int4Linear, Int8Linear, QuantisedLinear, quantise
+from limbeck.models.quantise import Int4Linear, Int8Linear, QuantisedLinear, quantise, refuse
 from limbeck.models.start import add_adapters, merge_adapters, merge_into
-from limbeck.types import UserError
+from limbeck.models.vllm import save
+from limbeck.types import RecipeError, UserError
 from tests.conftest import make_net
 
 CPU = torch.device("cpu")
@@ -145,6 +146,11 @@ def test_rows_that_int4_has_no_blocks_for_are_refused():
     net.model.layers[2].mlp.down_proj = nn.Linear(40, 32, bias=False)
     with pytest.raises(UserError, match=r"mine: int4 takes rows of a multiple of 32 .*layers.2.mlp.down_proj has 40"):
         quantise(net, "int4", CPU, "mine")
+    net.config.intermediate_size = 40
+    with pytest.raises(RecipeError, match="the model's intermediate_size is 40: write int8") as error:
+        refuse("int4", net.config, "teacher.quantise")
+    assert error.value.path == "teacher.quantise"
+    refuse("int8", net.config, "teacher.quantise")
     quantise(net, "int8", CPU, "mine")
     assert type(net.model.layers[2].mlp.down_proj) is Int8Linear
 
@@ -160,6 +166,9 @@ def test_int4_without_its_library_names_the_extra(monkeypatch, tiny_folder):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'limbeck\[quantise\]'"):
         load_model(str(tiny_folder), Precision.named(None, "int4"))
+    monkeypatch.setattr("limbeck.models.quantise.find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match=r"pip install 'limbeck\[quantise\]', or write int8"):
+        refuse("int4", make_net().config, "student.lora.base")
     assert load_model(str(tiny_folder), Precision.named(None, "int8")).identity.endswith("+int8")
 
 
@@ -224,3 +233,12 @@ def test_folding_into_an_equal_model_is_folding_in_place():
     merge_adapters(net)
     for name, weight in net.named_parameters():
         assert torch.equal(whole.get_parameter(name), weight), name
+
+
+@pytest.mark.parametrize("base", [None, "bfloat16", "int8", "int4"])
+def test_a_server_is_sent_the_numbers_that_rounded_weights_and_adapters_stand_for(base, tiny, tmp_path):
+    net = trained(base, Lora(rank=2, alpha=4))
+    save(net, tiny.tokenizer, tmp_path / "sent")
+    sent = load_model(str(tmp_path / "sent"))
+    error = (hidden_states(sent.net, TOKENS) - hidden_states(net, TOKENS).float()).abs().mean()
+    assert error < (0.05 if base == "bfloat16" else 1e-4)

@@ -119,6 +119,20 @@ def test_a_precision_that_a_teacher_can_not_have_is_refused_by_its_place(recipe_
     assert error.value.path.startswith(place)
 
 
+def test_what_has_no_int4_is_refused_before_anything_is_spent(recipe_data, monkeypatch):
+    monkeypatch.setattr("limbeck.models.quantise.find_spec", lambda _: None)
+    for data, place in (
+        (changed(recipe_data, teacher__quantise="int4"), "teacher.quantise"),
+        (with_lora(recipe_data, "int4"), "student.lora.base"),
+    ):
+        with pytest.raises(RecipeError, match="pip install") as error:
+            limbeck.check(parse(data))
+        assert error.value.path == place
+        monkeypatch.undo()
+        assert limbeck.check(parse(data))
+        monkeypatch.setattr("limbeck.models.quantise.find_spec", lambda _: None)
+
+
 # What the precisions of a teacher share: nothing
 
 
