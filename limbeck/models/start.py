@@ -120,11 +120,12 @@ def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
+    short = (torch.bfloat16, torch.float16)
     for module in net.modules():
-        # peft gives them the type of the layer
-        if isinstance(module, LoraLayer) and module.get_base_layer().weight.dtype.itemsize < 4:
-            module.lora_A.float()
-            module.lora_B.float()
+        if isinstance(module, LoraLayer):  # peft gives them the type of the layer
+            for part in (module.lora_A, module.lora_B):
+                if any(parameter.dtype in short for parameter in part.parameters()):
+                    part.float()
     for name, parameter in net.named_parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_("lora_" in name)
