@@ -38,7 +38,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     with exclusive(folder / ".lock"):
         run = Run(resolve(recipe), folder, reporter)
         claim_run(run)
-        student = run.models.initial_student()
+        student = run.models.student_to_train()
         job = run.job("student", student)
     device = student.net.device
     shape = (512, student.net.config.hidden_size, student.net.config.intermediate_size)

@@ -194,11 +194,12 @@ class Rollout(Section):
 
     The writer is drawn `per` sample, or per batch (a whole step). Text for `ahead` steps is written at once, `rows`
     answers at a time, in process or `through` a server. With `dtype: bfloat16`, a copy of the student in that precision
-    writes; it differs from the student by rounding, so the copy's log-probabilities are stored with the text.
+    writes; it differs from the student by rounding, so the copy's log-probabilities are stored with the text. Left out,
+    it is `train.precision`, unless a loss takes the student itself to be the one that wrote.
     """
 
     per: Literal["sample", "batch"] = "sample"
-    dtype: Literal["bfloat16"] | None = None
+    dtype: Literal["bfloat16", "float32"] | None = None
     through: Server | None = None
     ahead: Annotated[int, Field(ge=1)] = 1
     rows: Annotated[int, Field(ge=1)] = 64

@@ -14,6 +14,7 @@ import torch
 
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.model import Model, hidden_states
+from limbeck.models.quantise import QuantisedLinear
 from limbeck.types import Sampling
 
 ROUNDS = 3
@@ -62,10 +63,13 @@ def efficiency(model: Model, prompts: Sequence[Sequence[int]]) -> dict[str, Any]
 def sizes(model: Model) -> dict[str, Any]:
     """Layers, parameters (tied ones once) and bytes of weights."""
     parameters = list(model.net.parameters())
+    quantised = [module for module in model.net.modules() if isinstance(module, QuantisedLinear)]
+    packed = sum(layer.weights - layer.weight.numel() for layer in quantised)
+    tensors = [*parameters, *(layer.scale for layer in quantised)]
     return {
         "layers": model.net.config.num_hidden_layers,
-        "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "parameters": sum(p.numel() for p in parameters) + packed,
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.model import Model, head_of, hidden_states
-from limbeck.models.placement import FULL, Placement, Precision
+from limbeck.models.placement import FULL, Placement, Precision, check_dtype
+from limbeck.models.quantise import quantise
 from limbeck.models.sources import source_of
 from limbeck.types import UserError
 
@@ -27,8 +28,12 @@ def load_model(name: str, precision: Precision = FULL, placement: Placement | No
     Raises:
         UserError: nothing there, or something that is not a causal language model; the message says what to do.
     """
+    placement = placement or Placement()
+    check_dtype(precision.dtype, placement.device, f"{name} in bfloat16")
     model = source_of(name).load(name, precision.dtype)
-    net = (placement or Placement()).put(model.net)
+    if precision.quantise is not None:
+        quantise(model.net, precision.quantise, placement.device, name)
+    net = placement.put(model.net)
     _check_head(net, name)
     return replace(model, net=net, identity=model.identity + precision.suffix)
 

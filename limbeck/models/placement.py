@@ -26,6 +26,11 @@ class Precision:
         """From a recipe's words; None stands for float32."""
         return cls(torch.float32 if dtype is None else getattr(torch, dtype), quantise)
 
+    @classmethod
+    def of_base(cls, base: str | None) -> Precision:
+        """Of the frozen weights under adapters, from a recipe's `student.lora.base`."""
+        return cls.named(base) if base in (None, "bfloat16") else cls(quantise=base)
+
     @property
     def suffix(self) -> str:
         words = [] if self.dtype == torch.float32 else [str(self.dtype).removeprefix("torch.")]
@@ -107,6 +112,19 @@ def find_device(name: str, path: str = "device") -> torch.device:
             f"{path}: there is no {name!r} here ({str(error).splitlines()[0]}); this machine has {here}: name one of"
             " those, or leave it out"
         ) from error
+
+
+def check_dtype(dtype: torch.dtype, device: torch.device, path: str) -> None:
+    """Refuse a type that the device only imitates. `path` is where the recipe asks for it.
+
+    Raises:
+        UserError: the device has no bfloat16; the message says what to write instead.
+    """
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        with torch.cuda.device(device):
+            has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not has_it:
+            raise UserError(f"{path}: {describe(device)} has no bfloat16: leave it out there, or take another device")
 
 
 def _devices_here() -> list[str]:

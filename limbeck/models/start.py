@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.config.sections import Lora, Scratch, Student
+from limbeck.models.copy import cast
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
-from limbeck.models.placement import Placement
+from limbeck.models.placement import FULL, Placement, Precision, check_dtype
 from limbeck.models.prune import Calibration, LayerChoice, choose_layers, drop_layers
+from limbeck.models.quantise import quantise
 from limbeck.types import RecipeError, content_hash, nearest
 
 
@@ -23,19 +26,26 @@ def begin(
     choice: LayerChoice | None,
     seed: int,
     placement: Placement | None = None,
+    precision: Precision = FULL,
 ) -> Model:
-    """The student before training, without adapters, in float32. `choice` holds the layers that a pruned student keeps.
-    The teacher, in float32 too, is loaded only if the student is made from it.
+    """The student before training, without adapters. `choice` holds the layers that a pruned student keeps. The
+    teacher, in float32, is loaded only if the student is made from it. A `precision` other than float32 is for weights
+    that stay frozen under adapters.
 
     Embeddings lose their `padding_idx`: if the padding token is the end-of-sequence token (SmolLM2, most Llamas), it
     would silently keep that token's input embedding from learning. Padding does not need it: no loss reads padding.
     """
+    placement = placement or Placement()
+    check_dtype(precision.dtype, placement.device, "student.lora.base")
     started = _begin(student, teacher, choice, seed)
-    (placement or Placement()).put(started.net)
+    cast(started.net, precision.dtype)
+    if precision.quantise is not None:
+        quantise(started.net, precision.quantise, placement.device, student.start.pretrained or "the student")
+    placement.put(started.net)
     for module in started.net.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
-    return started
+    return replace(started, identity=started.identity + precision.suffix)
 
 
 def _begin(student: Student, teacher: Callable[[], Model], choice: LayerChoice | None, seed: int) -> Model:
@@ -100,16 +110,25 @@ def scratch_config(scratch: Scratch, like: Any) -> Any:
 
 
 def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
-    """Put low-rank adapters into every linear layer but the head, in place, and freeze the rest. B starts at 0."""
+    """Put low-rank adapters in float32 or better into every linear layer but the head, in place, and freeze
+    the rest. B starts at 0."""
     from peft import LoraConfig, inject_adapter_in_model  # 12 s of imports that only adapters need
+    from peft.tuners.lora import LoraLayer
 
     head = net.get_output_embeddings()
     targets = [name for name, module in net.named_modules() if isinstance(module, nn.Linear) and module is not head]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
+    short = (torch.bfloat16, torch.float16)
+    for module in net.modules():
+        if isinstance(module, LoraLayer):  # peft gives them the type of the layer
+            for part in (module.lora_A, module.lora_B):
+                if any(parameter.dtype in short for parameter in part.parameters()):
+                    part.float()
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        if parameter.is_floating_point():
+            parameter.requires_grad_("lora_" in name)
 
 
 def merge_adapters(net: PreTrainedModel) -> None:
@@ -122,3 +141,15 @@ def merge_adapters(net: PreTrainedModel) -> None:
             parent, _, child = name.rpartition(".")
             setattr(net.get_submodule(parent), child, module.get_base_layer())
     net.requires_grad_(True)
+
+
+@torch.no_grad()
+def merge_into(original: PreTrainedModel, trained: PreTrainedModel, lora: Lora) -> None:
+    """Fold the adapters of `trained` into the same model with weights that were never rounded, in place."""
+    add_adapters(original, lora, seed=0)
+    adapters = {name: parameter for name, parameter in trained.named_parameters() if "lora_" in name}
+    for name, parameter in original.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(adapters.pop(name))
+    assert not adapters, f"adapters without a place: {list(adapters)}"
+    merge_adapters(original)

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from limbeck.models.folder import quiet
 from limbeck.models.generate import Completion, GenerationJob
 from limbeck.models.http import Connection, Endpoint, as_dict, check_address, printable
+from limbeck.models.quantise import QuantisedLinear
 from limbeck.models.sample import log_prob_of
 from limbeck.models.vllm_protocol import (
     COMPLETIONS,
@@ -266,10 +267,15 @@ def _differences(net: PreTrainedModel, prompt_ids: Sequence[int], text: Completi
 
 def save(net: PreTrainedModel, tokenizer: Tokenizer, path: Path) -> None:
     """Write the student for a server to read: a plain Hugging Face folder, adapters folded into copies of the
-    weights."""
+    weights, quantised weights as the numbers that they stand for."""
     weights = {
         name.replace(".base_layer.", "."): tensor for name, tensor in net.state_dict().items() if ".lora_" not in name
     }
+    for name, layer in net.named_modules():
+        if isinstance(layer, QuantisedLinear):
+            plain = name.removesuffix(".base_layer")
+            weights[f"{plain}.weight"] = layer.dequantised(torch.float32)
+            del weights[f"{plain}.scale"]
     for name, layer in net.named_modules():
         if hasattr(layer, "get_delta_weight") and not layer.merged:
             adapted = sum(layer.get_delta_weight(adapter).detach() for adapter in layer.active_adapters)

@@ -166,13 +166,9 @@ def _training_bytes(recipe: Recipe, student: Shape) -> float:
     lora = recipe.student.lora
     if lora is None:
         return 16.0 * student.parameters + copies + activations_bytes
-    base = Precision() if lora.base is None else _base_precision(lora.base)
+    base = Precision.of_base(lora.base)
     adapters = lora.rank * student.layers * LORA_WIDTHS * student.width
     return _weight_bytes(student, base) + 16.0 * adapters + copies + activations_bytes
-
-
-def _base_precision(base: str) -> Precision:
-    return Precision.named(None, base) if base.startswith("int") else Precision.named(base)
 
 
 def _kept_bytes(cache: CacheSettings | None, teacher: Shape | None, tokens: int) -> float:

@@ -21,7 +21,7 @@ from limbeck.models.own_text import Aligner, OwnTextTeacher, probe
 from limbeck.models.placement import FULL, Devices, Precision
 from limbeck.models.prune import Calibration, LayerChoice
 from limbeck.models.score import ServerScorer
-from limbeck.models.start import begin, choose
+from limbeck.models.start import begin, choose, merge_adapters, merge_into
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
 from limbeck.models.told import Kept
@@ -207,9 +207,51 @@ class RunModels:
         return choice
 
     def initial_student(self) -> Model:
-        """The student before training."""
+        """The student before training, in float32."""
+        return self._begin(FULL)
+
+    def student_to_train(self) -> Model:
+        """The student before training, with the weights under adapters in the precision of the recipe."""
+        return self._begin(self.base_precision)
+
+    @property
+    def base_precision(self) -> Precision:
+        """Of the student's weights while it trains: under adapters they may be rounded."""
+        lora = self.method.recipe.student.lora
+        return FULL if lora is None else Precision.of_base(lora.base)
+
+    @property
+    def student_is_adapted_teacher(self) -> bool:
+        """Whether the student without its adapters is the teacher, to the bit."""
         recipe = self.method.recipe
-        return begin(recipe.student, self._start, self.choice(), recipe.train.seed, placement=self.devices.student)
+        return (
+            recipe.student.lora is not None
+            and recipe.student.start.pretrained == recipe.teacher.model
+            and self.base_precision == self.teacher_precision
+        )
+
+    def finished(self, trained: Model) -> Model:
+        """A trained student as it is exported. Adapters are folded into weights that were never rounded."""
+        lora = self.method.recipe.student.lora
+        if lora is None:
+            return trained
+        if lora.base is None:
+            merge_adapters(trained.net)
+            return trained
+        whole = self.initial_student()
+        merge_into(whole.net, trained.net, lora)
+        return whole
+
+    def _begin(self, precision: Precision) -> Model:
+        recipe = self.method.recipe
+        return begin(
+            recipe.student,
+            self._start,
+            self.choice(),
+            seed=recipe.train.seed,
+            placement=self.devices.student,
+            precision=precision,
+        )
 
     def _start(self) -> Model:
         """The teacher in float32, to make a student from."""

@@ -24,7 +24,6 @@ from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
 from limbeck.models.prune import Calibration
-from limbeck.models.start import merge_adapters
 from limbeck.models.teacher_interface import TeacherParts
 from limbeck.objectives.sizes import SIZES
 from limbeck.objectives.term import make_term
@@ -161,14 +160,13 @@ class Run:
         if (home / "student").exists():
             checkpoint.prune(home / "checkpoints", checkpoints_left)
             return
-        student = self.models.initial_student()
+        student = self.models.student_to_train()
         job = self.job(name, student)
         if not loop.train(job, training_progress(self.reporter), self.stop):
             raise StoppedError(
                 f"stopped; the checkpoint of the last step is in {job.folder / 'checkpoints'}, run it again to go on"
             )
-        if self.recipe.student.lora is not None:
-            merge_adapters(student.net)
+        student = self.models.finished(student)
         with new_directory(job.folder / "student") as folder:
             save_model(student.net, student.tokenizer, folder)
             write_text(folder / "README.md", model_card(self.recipe, name, self.models.teacher_identity))
@@ -177,7 +175,7 @@ class Run:
     def fill_cache(self) -> None:
         """Compute and cache the teacher's distributions over the training text, if the recipe has a cache."""
         if not self.path("student").exists():
-            self.job("student", self.models.initial_student())
+            self.job("student", self.models.student_to_train())
 
     def job(self, name: str, student: Model) -> TrainingJob:
         """The training of the student or a control, ready to start or to go on."""
@@ -229,11 +227,9 @@ class Run:
         )
 
     def _teacher_parts(self, student: Model, own_text: OwnTextTeacher | None) -> TeacherParts:
-        recipe = self.recipe
         return TeacherParts(
             student=student,
-            student_is_adapted_teacher=recipe.student.lora is not None
-            and recipe.student.start.pretrained == recipe.teacher.model,
+            student_is_adapted_teacher=self.models.student_is_adapted_teacher,
             prompt_context=self.method.prompt_context,
             load=self.models.load,
             release=self.models.release,

@@ -10,6 +10,7 @@ from limbeck.elicit.step import Estimate
 from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
 from limbeck.models.load import is_ready, load_config, load_tokenizer
 from limbeck.models.placement import Devices
+from limbeck.models.quantise import refuse
 from limbeck.models.start import scratch_config
 from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
 from limbeck.runs.hardware import Hardware, listed, measured
@@ -48,6 +49,7 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
     config = load_config(recipe.speaker)
     teacher = None if recipe.teacher.model is None else Shape.of(config)
     student, max_length = _student_shape(recipe, config)
+    _check_precision(recipe, config)
     for path, tokens in (
         ("writer.max_tokens", max(w.max_tokens for w in recipe.writer)),
         ("evaluate.max_tokens", recipe.evaluate.max_tokens),
@@ -66,6 +68,17 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
     prompts = (method.training_prompts, method.held_out_prompts)
     shapes = Shapes(student, teacher, others, judge)
     return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, bills=_bills(method))
+
+
+def _check_precision(recipe: Recipe, config: Any) -> None:
+    """Refuse weights that can't be kept as the recipe says; `config` is the speaker's."""
+    if recipe.teacher.model is not None:
+        refuse(getattr(recipe.teacher, "quantise", None), config, "teacher.quantise")
+    lora = recipe.student.lora
+    if lora is not None:
+        start = recipe.student.start
+        ours = config if start.pretrained is None else load_config(start.pretrained)
+        refuse(lora.base, scratch_config(start.scratch, config) if start.scratch else ours, "student.lora.base")
 
 
 def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:

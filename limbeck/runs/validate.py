@@ -92,7 +92,7 @@ def _text_facts(use: TeacherUse) -> TextFacts:
         columns=frozenset(column for term in use.terms for column in term.loss.writes),
         temperature=None if recipe.student_writer is None else recipe.student_writer.temperature,
         reuses_rollouts=rollout.ahead > 1 or bool(rollout.replay),
-        copy_writes=bool(rollout.dtype),
+        copy_writes=rollout.dtype == "bfloat16",
         teacher_prompts=recipe.teacher.context is not None,
         self_taught=isinstance(recipe.teacher, SelfTeacher),
         mixed_tag=None if recipe.train.mixup is None else MIXED,

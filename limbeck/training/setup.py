@@ -16,6 +16,7 @@ from limbeck.config.sections import Lora, Train
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import CHOSEN, MIXED, Row
 from limbeck.models.model import Model, head_of
+from limbeck.models.placement import check_dtype
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, Teacher
 from limbeck.objectives.bound import BoundLoss, ModelPair, joined_taps
@@ -88,6 +89,8 @@ def make_job(
         UserError: no text for a term, evidence that this teacher does not give, or a prompt that leaves no room.
     """
     rows = _usable_rows(plan)
+    if plan.settings.precision is not None:
+        check_dtype(getattr(torch, plan.settings.precision), student.net.device, "train.precision")
     reads = {evidence for term in plan.terms for evidence in term.reads}
     reads_teacher = bool(reads & TEACHER_EVIDENCE)
     vocab_size = None
@@ -103,7 +106,7 @@ def make_job(
     if plan.lora is not None:
         add_adapters(student.net, plan.lora, plan.settings.seed)
     if plan.machine.checkpointing:
-        student.net.activation_checkpointing_enable({"use_reentrant": False})
+        _recompute_activations(student.net)
     average = teacher().average if reads_teacher else None
     if average is not None:
         average.start(student.net)
@@ -131,6 +134,16 @@ def make_job(
         source = rollouts(plan.writing, job, student, slots, scores=scores, watched=watched)
         job = replace(job, source=source, monitor=teachers_view)
     return replace(job, prepare=partial(_prepare, job, teacher, progress)) if reads_teacher else job
+
+
+def _recompute_activations(net: PreTrainedModel) -> None:
+    try:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"machine.checkpointing: a {net.config.model_type} can't compute its activations again: leave it out, and"
+            " set machine.micro_tokens"
+        ) from error
 
 
 def _on_device(view: View, device: torch.device, batch: Batch) -> TeacherView:

@@ -168,11 +168,14 @@ def _writer_of(
             server.sync(student.net, student.tokenizer)
             server.probe(student.net, slots[0].prompt_ids)
         return partial(_ask_server, student, server, writing.stop)
+    dtype = settings.dtype
+    if dtype is None and not _spanning(job.terms):
+        dtype = writing.recipe.train.precision
     asker = _InProcess(
         student,
         rows=settings.rows,
         second=None if settings.joint is None else SecondModel(writing.second_model().net, joint(settings.joint)),
-        copy=None if settings.dtype is None else Copy(student.net, getattr(torch, settings.dtype)),
+        copy=None if dtype in (None, "float32") else Copy(student.net, getattr(torch, dtype)),
         stop=writing.stop,
     )
     return asker.ask
