@@ -10,7 +10,7 @@ import limbeck
 from limbeck.cli import app
 
 NAMES = ["Recipe", "RecipeError", "UserError", "check", "compare", "divergence", "load_recipe", "methods", "run"]
-RUNS = {"recipe", "--set", "--out", "--json"}
+RUNS = {"recipe", "--set", "--machine", "--out", "--json"}
 COMMANDS = {
     "run": RUNS | {"--track"},
     "elicit": RUNS,
@@ -20,13 +20,13 @@ COMMANDS = {
     "cache": RUNS | {"--import", "--export"},
     "report": {"run_folder", "--json", "--table"},
     "compare": {"recipes", "--like", "--seeds", "--base", "--set", "--out", "--keep", "--json"},
-    "check": {"recipe", "--set", "--json"},
+    "check": {"recipe", "--set", "--machine", "--device-like", "--json"},
     "methods": {"name", "--json"},
     "models": {"action", "name", "--json"},
     "watch": {"run_folder", "--once"},
     "harness": {"where", "--task", "--limit", "--out", "--chat", "--base-url", "--tokenizer", "--json"},
     "serve": {"model", "--port", "--context", "--slots", "--threads"},
-    "chat": {"run_folder", "--max-tokens", "--temperature"},
+    "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
 }
 
 

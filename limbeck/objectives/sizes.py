@@ -1,4 +1,4 @@
-"""Sizes that suit a machine. They belong to the process, as the number of threads does; results don't depend on them."""
+"""Sizes that suit a machine. They are the process's; results do not depend on them."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
+from limbeck.storage.metrics_log import read_json
 from limbeck.training import loop
 from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
@@ -390,4 +391,6 @@ def _settle(run: Run) -> None:
     if machine.device == "auto" or len(set(facts.values())) > 1:
         teacher = "" if facts["teacher_device"] == facts["device"] else f", teachers on {facts['teacher_device']}"
         run.reporter.note(f"running on {facts['device']}{teacher}")
-    write_json(run.folder / "machine.json", {**facts, "settings": machine.model_dump(exclude_none=True)})
+    record = {**facts, "settings": machine.model_dump(exclude_none=True)}
+    if read_json(run.folder / "machine.json") != record:
+        write_json(run.folder / "machine.json", record)

@@ -286,7 +286,7 @@ def test_a_run_asks_its_judge_once_and_tells_of_it(quick, roomy, tmp_path, monke
     (folder / "summary.json").unlink()
     (folder / "judge-untouched.jsonl").unlink()
     loaded = []
-    monkeypatch.setattr(evaluation, "load_model", lambda source: loaded.append(source) or load_model(source))
+    monkeypatch.setattr(evaluation, "load_model", lambda source, **_: loaded.append(source) or load_model(source))
     limbeck.run(recipe, out, stages=("evaluate",))
     assert loaded == [roomy] and summary_of(out)["judge"] == summary["judge"]
     (folder / "summary.json").unlink()
@@ -319,7 +319,7 @@ def test_a_judge_that_is_the_teacher_is_flagged_and_not_loaded_twice(quick, room
     source = str(shutil.copytree(roomy, tmp_path / "copy")) if copied else roomy
     quick["teacher"] = {"model": roomy, "context": {"system": "a dog ran"}}
     quick["evaluate"] |= {"judge": source, "controls": ["untouched"]}
-    monkeypatch.setattr(evaluation, "load_model", lambda _: pytest.fail("a second copy"))
+    monkeypatch.setattr(evaluation, "load_model", lambda *_, **__: pytest.fail("a second copy"))
     seen = []
     plain = judging._ask_model
     monkeypatch.setattr(

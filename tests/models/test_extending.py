@@ -10,6 +10,7 @@ import torch
 from limbeck.models import sources
 from limbeck.models.load import is_ready, load_config, load_model, load_tokenizer, model_folder, model_identity
 from limbeck.models.model import Model
+from limbeck.models.placement import Precision
 from limbeck.models.sources import ModelSource, register_source
 from limbeck.types import UserError
 from tests.conftest import make_net, make_tokenizer
@@ -69,8 +70,10 @@ def test_a_source_that_ends_as_a_folder_says_what_it_matches_and_where(tiny, tin
 
 def test_a_source_without_a_folder_does_it_all_itself():
     register_source(Made())
-    model = load_model("made:7", torch.bfloat16)
-    assert model.identity == model_identity("made:7") == "made:7" and model.net.dtype == torch.bfloat16
+    short = Precision(torch.bfloat16)
+    model = load_model("made:7", short)
+    assert model.identity == model_identity("made:7", short) == "made:7+bfloat16" and model.net.dtype == torch.bfloat16
+    assert load_model("made:7").identity == model_identity("made:7") == "made:7"
     assert load_config("made:7").num_hidden_layers == 2 and not is_ready("made:7")
     with pytest.raises(UserError, match="not available as a folder"):
         model_folder("made:7")
