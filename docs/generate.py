@@ -52,6 +52,7 @@ PAGES = (
     DOCS / "elicitation.md",
     DOCS / "signals.md",
     DOCS / "comparison.md",
+    DOCS / "precision.md",
     DOCS.parent / "README.md",
 )
 METHODS, ON_POLICY_METHODS = (DOCS / "evidence" / f"{name}.json" for name in ("methods", "on-policy-methods"))
@@ -75,7 +76,7 @@ ELICITED, REASONING = (DOCS / "evidence" / f"{name}.json" for name in ("elicitat
 HEAD, ON_POLICY, KEPT, BRIDGES = (
     DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges")
 )
-LLAMA = DOCS / "evidence" / "engines-llama.json"
+LLAMA, PRECISION = (DOCS / "evidence" / f"{name}.json" for name in ("engines-llama", "precision"))
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -426,6 +427,27 @@ def engines_llama() -> str:
     return f"{table(['', 'measured'], rows)}\n\n{about}"
 
 
+def precisions() -> str:
+    """What shorter weights cost a small teacher, from what benchmarks/precision.py wrote."""
+    if not PRECISION.is_file():
+        return "Not measured yet: run python benchmarks/precision.py"
+    found = json.loads(PRECISION.read_text(encoding="utf-8"))
+    rows = [
+        [
+            name,
+            f"{facts['bytes'] / 2**20:.0f}",
+            f"{facts['mean_kl']:.2g}",
+            f"{facts['largest_kl']:.2g}",
+            f"{facts['same_likeliest']:.1%}",
+        ]
+        for name, facts in found["kept"].items()
+        if name != "float32"
+    ]
+    titles = ["kept in", "MiB", "mean KL, nats", "largest", "same likeliest token"]
+    told = f"{found['model']} against itself in float32, over {found['positions']:,} positions of questions:"
+    return f"{told}\n\n{table(titles, rows)}"
+
+
 def _flow(value: Any) -> str:
     """Plain data as YAML in one line, with SCHEMA for a schema."""
     if isinstance(value, Mapping) and value.get("type") == "object":
@@ -472,6 +494,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         bridges,
         engines,
         engines_llama,
+        precisions,
         methods,
         on_policy_methods,
     )
