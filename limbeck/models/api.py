@@ -39,6 +39,7 @@ NOT_PROCESSED = frozenset({429, 503})
 REPEATABLE = frozenset({408, 409})  # the request's own fault otherwise
 # every request would get these; where to look
 FATAL = {401: "the key", 403: "the key's rights", 404: "the address and the model's name"}
+KEYS = (401, 403)
 CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|</?s>|<(?:start|end)_of_turn>")
 CHARS_PER_TOKEN = 3
 FAILURES_IN_A_ROW = 10  # and two for each request under way, before the server is given up
@@ -60,6 +61,7 @@ class ApiTeacher:
         self.endpoint = Endpoint(url, settings.key, settings.timeout)
         self.budget = Budget(settings, self.sleep, self.clock)
         self._failures = 0
+        self._was_away = False
         self._identity: str | None = None
 
     @property
@@ -86,8 +88,7 @@ class ApiTeacher:
         if reply.failure:
             raise UserError(f"no answer from {self.endpoint.url}: {reply.error}; is the server running?")
         if reply.status != 200:
-            where = FATAL.get(reply.status, "the server")
-            raise UserError(f"{self.endpoint.url}/models answers {reply.status}: check {where}")
+            raise UserError(f"{self.endpoint.url}/models answers {reply.status}: check {self._where(reply)}")
         models = {str(model.get("id")): model for model in as_dicts(as_dict(reply.json()).get("data"))}
         name = self.settings.name
         if name not in models:
@@ -172,11 +173,27 @@ class ApiTeacher:
             await self.budget.wait_for_turn(tokens)
             self.budget.begin(handle, tokens, repeated=attempt > 0)
             try:
-                return await connection.send(call)
+                reply = await connection.send(call)
+                await self._notice(connection, reply)
+                return reply
             finally:
                 self.budget.end(handle)
 
         return await send_with_retries(send_once, self._is_final, Backoff(self.settings.retries + 1), self.sleep)
+
+    async def _notice(self, connection: Connection, reply: Reply) -> None:
+        """Refuse another model where the server was gone for a while: what it says is not the text that is asked
+        for."""
+        if reply.failure == "no connection":
+            self._was_away = True
+        elif self._was_away and reply.status == 200 and self._identity is not None:
+            now = await self._request_identity(connection)
+            if now != self._identity:
+                raise UserError(
+                    f"{self.endpoint.url} was away and came back with another model: {now}, not {self._identity}; serve"
+                    " that one again and run it again to go on, or give another --out"
+                )
+            self._was_away = False
 
     def _is_final(self, reply: Reply) -> bool:
         """Whether to keep this reply, rather than try again; counts failures."""
@@ -185,8 +202,7 @@ class ApiTeacher:
             return True
         url = self.endpoint.url
         if reply.status in FATAL or 300 <= reply.status < 400:
-            where = FATAL.get(reply.status, "the address, which redirects elsewhere")
-            raise UserError(f"{url} answers {reply.status}: check {where}. {reply.quote()}")
+            raise UserError(f"{url} answers {reply.status}: check {self._where(reply)}. {reply.quote()}")
         if reply.status not in NOT_PROCESSED and reply.failure != "no connection":
             self.budget.spending.maybe_billed += 1
         self._failures += 1
@@ -196,6 +212,16 @@ class ApiTeacher:
                 f" again to go on. {reply.quote()}"
             )
         return False
+
+    def _where(self, reply: Reply) -> str:
+        """What to check after such a reply."""
+        if 300 <= reply.status < 400:
+            return "the address, which redirects elsewhere"
+        where = FATAL.get(reply.status, "the server")
+        if reply.status not in KEYS:
+            return where
+        is_set = "which is set" if reply.key else "which is not set"
+        return f"{where}, from the environment variable {self.settings.key}, {is_set}"
 
     def _body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling

@@ -29,6 +29,7 @@ from limbeck.report.page import write_report
 from limbeck.runs.pipeline import Run, claim_run
 from limbeck.runs.preflight import check
 from limbeck.runs.resolve import resolve
+from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
 from limbeck.storage.metrics_log import mean_of, writing_share
 from limbeck.training.job import total_steps
@@ -323,6 +324,9 @@ def compare(
             stop=stop,
             keep=keep,
         )
+        if not comparison.folder.joinpath("comparison.json").exists():
+            for entry in found:
+                look_at_writer(entry.recipe)
         _claim(comparison)
         comparison.reporter.stage("Teacher's text and student's start")
         comparison.write(comparison.train_and_measure())
