@@ -1,5 +1,5 @@
-"""Real servers as teacher, scorer and writer: their speed, and how near their numbers are to the model in this process; writes
-docs/evidence/engines.json.
+"""Real servers as teacher, scorer and writer: their speed, and how near their numbers are to the model in this process;
+writes docs/evidence/engines.json.
 
     .venv/bin/python benchmarks/engines.py vllm      # after `make vllm`; some five minutes on two cores
 
@@ -29,13 +29,12 @@ from limbeck.config.teacher import Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher
-from limbeck.models.folder import save_model
 from limbeck.models.generate import Decoding, GenerationJob, write
 from limbeck.models.load import load_model
 from limbeck.models.model import Model, head_of
 from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.models.vllm import VllmWriter
+from limbeck.models.vllm import VllmWriter, save
 from limbeck.models.vllm_protocol import StudentTokens
 from limbeck.types import Batch, Sampling
 
@@ -53,19 +52,21 @@ EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "engines.json"
 
 @dataclass(frozen=True)
 class Running:
-    """A server of an engine: its address, the name it serves the model by, and what it calls its own version."""
+    """A server of an engine: its address, the name it serves the model by, what it calls its own version, and a folder
+    that it sees."""
 
     url: str
     name: str
     version: str
+    folder: Path
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How an engine is started with the model in a folder, and what is measured of it."""
+    """How an engine is started with the model, in an empty folder, and what is measured of it."""
 
-    start: Callable[[Path], contextlib.AbstractContextManager[Running]]
-    measures: Sequence[Callable[[Running, Model, Path], dict[str, float]]]
+    start: Callable[[Model, Path], contextlib.AbstractContextManager[Running]]
+    measures: Sequence[Callable[[Running, Model], dict[str, float]]]
 
 
 def jobs_of(model: Model, sampling: Sampling) -> list[GenerationJob]:
@@ -78,7 +79,7 @@ def api_of(running: Running) -> ApiTeacher:
     return ApiTeacher(Served(url=running.url, name=running.name, concurrency=TOGETHER))
 
 
-def teacher(running: Running, model: Model, folder: Path) -> dict[str, float]:
+def teacher(running: Running, model: Model) -> dict[str, float]:
     """Tokens a second that the server writes, and that the model here writes, to the same questions."""
     scene = StepContext(running.name, 7, "0/engines")
     requests = [scene.request((user(text),), Sampling(1.0, 1.0, TOKENS)) for text in QUESTIONS]
@@ -89,9 +90,7 @@ def teacher(running: Running, model: Model, folder: Path) -> dict[str, float]:
     seconds = time.monotonic() - began
     jobs = jobs_of(model, Sampling(1.0, 1.0, TOKENS))[1:]
     began = time.monotonic()
-    own = sum(
-        len(text.ids) for text in write(model.net, jobs, model.eos_ids, decoding=Decoding(batch_rows=TOGETHER))
-    )
+    own = sum(len(text.ids) for text in write(model.net, jobs, model.eos_ids, decoding=Decoding(batch_rows=TOGETHER)))
     return {
         "written_per_second": written / seconds,
         "written_here_per_second": own / (time.monotonic() - began),
@@ -107,7 +106,7 @@ def texts_of(model: Model) -> Batch:
     return make_batch(rows, tuple(range(len(rows))))
 
 
-def scorer(running: Running, model: Model, folder: Path) -> dict[str, float]:
+def scorer(running: Running, model: Model) -> dict[str, float]:
     """Tokens a second that the server scores, and how far its distributions are from the model's."""
     batch = texts_of(model)
     scoring = ServerScorer(api_of(running), NAMED, model.tokenizer)
@@ -134,10 +133,10 @@ def scorer(running: Running, model: Model, folder: Path) -> dict[str, float]:
     }
 
 
-def writer(running: Running, model: Model, folder: Path) -> dict[str, float]:
+def writer(running: Running, model: Model) -> dict[str, float]:
     """Seconds to send the student's weights, tokens a second it then writes, and how far its log-probabilities are."""
     tokens = StudentTokens(model.eos_ids, model.vocab_size, head_of(model.net).vocab_size)
-    made = VllmWriter(running.url, folder / "weights", tokens, concurrency=TOGETHER)
+    made = VllmWriter(running.url, running.folder / "weights", tokens, concurrency=TOGETHER)
     made.sync(model.net, model.tokenizer)
     made.probe(model.net, jobs_of(model, Sampling())[0].prompt_ids)
     with torch.no_grad():
@@ -166,11 +165,12 @@ def writer(running: Running, model: Model, folder: Path) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def vllm(folder: Path) -> Iterator[Running]:
+def vllm(model: Model, folder: Path) -> Iterator[Running]:
     """vLLM in float32 on this machine's processor."""
     os.environ |= {"LIMBECK_API_KEY": KEY, "VLLM_API_KEY": KEY}
-    with VllmServer(folder, MODEL, folder.parent / "log.txt", ("--max-model-len", "1024")) as server:
-        yield Running(server.url, MODEL, f"vLLM {server.version()}, float32")
+    save(model.net, model.tokenizer, folder / "model")
+    with VllmServer(folder / "model", MODEL, folder / "log.txt", ("--max-model-len", "1024")) as server:
+        yield Running(server.url, MODEL, f"vLLM {server.version()}, float32", folder)
 
 
 ENGINES = {"vllm": Engine(vllm, (teacher, scorer, writer))}
@@ -179,14 +179,11 @@ ENGINES = {"vllm": Engine(vllm, (teacher, scorer, writer))}
 def measure(engine: Engine) -> dict[str, Any]:
     """Everything of one engine, by name."""
     model = load_model(MODEL)
-    with tempfile.TemporaryDirectory() as there:
-        (folder := Path(there) / "model").mkdir()
-        save_model(model.net, model.tokenizer, folder)
-        with engine.start(folder) as running:
-            facts: dict[str, Any] = {"version": running.version}
-            for part in engine.measures:
-                facts |= {key: float(f"{value:.4g}") for key, value in part(running, model, Path(there)).items()}
-                print(part.__name__, facts, flush=True)
+    with tempfile.TemporaryDirectory() as there, engine.start(model, Path(there)) as running:
+        facts: dict[str, Any] = {"version": running.version}
+        for part in engine.measures:
+            facts |= {key: float(f"{value:.4g}") for key, value in part(running, model).items()}
+            print(part.__name__, facts, flush=True)
     return facts
 
 

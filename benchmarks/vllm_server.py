@@ -1,4 +1,5 @@
-"""A real vLLM on loopback, started from the virtual environment that `make vllm` makes; killed and started again at will."""
+"""A real vLLM on loopback, started from the virtual environment that `make vllm` makes; killed and started again at
+will."""
 
 from __future__ import annotations
 
@@ -9,8 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ class VllmServer:
         inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VLLM_API_KEY")}
         environment = inherited | OWN_SETTINGS | ({"VLLM_API_KEY": self.key} if self.key else {})
         with self.log.open("ab") as log:  # a session of its own, so that its workers die with it
-            self.process = subprocess.Popen(
+            self.process = subprocess.Popen(  # noqa: S603 (our own command)
                 command, env=environment, stdout=log, stderr=log, cwd=self.log.parent, start_new_session=True
             )
 
@@ -67,15 +67,21 @@ class VllmServer:
             if self.process.poll() is not None:
                 raise RuntimeError(f"vLLM ended at once: {self.log.read_text(errors='replace')[-2000:]}")
             try:
-                with urllib.request.urlopen(f"{self.root}/version", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
+                self.version()
+                return
+            except (OSError, HTTPException, ValueError):
                 time.sleep(0.5)
         raise TimeoutError(f"vLLM was not up in {UP_SECONDS:g} s; its log is {self.log}")
 
     def version(self) -> str:
-        with urllib.request.urlopen(f"{self.root}/version", timeout=5) as answer:
-            return str(json.load(answer)["version"])
+        """What it says of itself.
+
+        Raises:
+            OSError, HTTPException, ValueError: it does not answer yet.
+        """
+        with contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
+            connection.request("GET", "/version")
+            return str(json.loads(connection.getresponse().read())["version"])
 
     def start(self) -> None:
         self.launch()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vllm-0.32"
+TOKEN = re.compile(r"^(token_id:)?\d+$")
 
 
 @cache
@@ -22,9 +24,9 @@ def recorded(name: str) -> tuple[int, Any]:
 
 
 def shape(value: Any) -> Any:
-    """Keys and types of an answer, without its values; of a list, those of its first element."""
+    """Keys and types of an answer, without its values; of a list, those of its first element; of token ids, that they are."""
     if isinstance(value, dict):
-        return {key: shape(part) for key, part in value.items()}
+        return {TOKEN.sub("TOKEN", key): shape(part) for key, part in value.items()}
     if isinstance(value, list):
         return [shape(part) for part in value[:1]]
     return type(value).__name__

@@ -52,6 +52,11 @@ class ScoringServer(Scripted):
         if path == "/version" and self.protocol == "vLLM":
             return recorded("version")[1]
         if path == "/v1/chat/completions":
+            if self.protocol == "vLLM":
+                chat = recorded("chat")[1] | {"model": "toy"}
+                chat["choices"][0]["message"]["content"], chat["choices"][0]["finish_reason"] = self.say, "stop"
+                chat["usage"] |= {"completion_tokens": 3}
+                return chat
             return answer(self.say)
         if path == "/apply-template" and self.protocol == "llama.cpp":
             return {

@@ -324,9 +324,6 @@ def compare(
             stop=stop,
             keep=keep,
         )
-        if not comparison.folder.joinpath("comparison.json").exists():
-            for entry in found:
-                look_at_writer(entry.recipe)
         _claim(comparison)
         comparison.reporter.stage("Teacher's text and student's start")
         comparison.write(comparison.train_and_measure())
@@ -342,7 +339,10 @@ def _common(loaded: Sequence[Recipe], like: str | Path | Recipe | None) -> Recip
 
 
 def _claim(comparison: Comparison) -> None:
-    """Bind the folder to this comparison, or refuse that of another."""
+    """Look at the servers that students write on; bind the folder to this comparison, or refuse that of another."""
+    if not comparison.folder.joinpath("comparison.json").exists():
+        for entry in comparison.entries:
+            look_at_writer(entry.recipe)
     claim_run(comparison.common)
     facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
     file = comparison.folder / "comparison.yaml"

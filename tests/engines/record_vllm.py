@@ -1,6 +1,6 @@
 """Writes down what a real vLLM answers, as tests/fixtures/vllm-VERSION/NAME.json; the fast tests' servers speak in these words.
 
-    PYTHONPATH=. .venv/bin/python tests/engines/record_vllm.py     # after `make vllm`; a minute
+PYTHONPATH=. .venv/bin/python tests/engines/record_vllm.py     # after `make vllm`; a minute
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.conftest import make_net, make_tokenizer
 from benchmarks.vllm_server import VllmServer
+from tests.conftest import make_net, make_tokenizer
 from tests.recorded import FIXTURES
 
 NAME = "toy"

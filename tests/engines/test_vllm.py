@@ -12,6 +12,7 @@ import sqlite3
 import pytest
 import torch
 
+from benchmarks.vllm_server import KEY, VllmServer
 from limbeck.commands.doctor.run import examine
 from limbeck.config.recipe import parse
 from limbeck.config.teacher import Served
@@ -31,8 +32,9 @@ from limbeck.storage.store import Store
 from limbeck.training import student_writer
 from limbeck.types import RecipeError, Sampling, UserError
 from tests.conftest import make_net, make_tokenizer
-from benchmarks.vllm_server import KEY, VllmServer
+from tests.engines.record_vllm import CALLS, record
 from tests.models.test_score import batch_of
+from tests.recorded import recorded, shape
 
 pytestmark = pytest.mark.engines
 NAME = "toy"
@@ -60,6 +62,7 @@ def other_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(tiny_folder, tmp_path_factory):
+    """The tiny model, whose head is tied to its embedding: what vLLM on a CPU reloads only if the head is sent, too."""
     with VllmServer(tiny_folder, NAME, tmp_path_factory.mktemp("vllm") / "log.txt") as made:
         yield made
 
@@ -163,7 +166,9 @@ def test_it_scores_what_the_student_writes(server, recipe_data, tiny_folder, oth
     changes["train"] = {**recipe_data["train"], "steps": 3}
     teacher = {"server": {"url": server.url, "name": NAME, "names": 20}}
     one = run(served(recipe_data, server, tiny_folder, teacher, **changes), tmp_path / "served", stages=("train",))
-    here = parse({**served(recipe_data, server, tiny_folder, teacher, **changes).resolved(), "teacher": str(tiny_folder)})
+    here = parse(
+        {**served(recipe_data, server, tiny_folder, teacher, **changes).resolved(), "teacher": str(tiny_folder)}
+    )
     two = run(here, tmp_path / "here", stages=("train",))
     for ours, theirs in zip(metrics(one), metrics(two), strict=True):
         assert ours["terms"] == pytest.approx(theirs["terms"], rel=2e-3, abs=1e-4)
@@ -210,7 +215,9 @@ def test_a_training_writes_through_it(server, writer, recipe_data, other_folder,
     monkeypatch.setattr(
         VllmWriter,
         "sync",
-        lambda self, net, tokenizer: synced.append(float(net.lm_head.weight.detach().sum())) or sync(self, net, tokenizer),
+        lambda self, net, tokenizer: (
+            synced.append(float(net.lm_head.weight.detach().sum())) or sync(self, net, tokenizer)
+        ),
     )
     folder = run(through(recipe_data, server, other_folder), tmp_path / "run", stages=("elicit", "train"))
     assert len(synced) == 1 + 3 and len(set(synced)) == 3, "once to look at it, then the weights of every step"
@@ -311,3 +318,11 @@ def test_killed_for_good_while_the_student_writes(server, writer, recipe_data, o
     run(recipe, folder, stages=("elicit", "train"))
     after = metrics(folder)
     assert [record["loss"] for record in after[:2]] == [record["loss"] for record in before] and len(after) == 3
+
+
+def test_the_recordings_are_what_it_says_today(server, writer):
+    """The fast tests' servers speak in these shapes."""
+    for name in CALLS:
+        found = record(server, name)
+        status, answer = recorded(name)
+        assert found["status"] == status and shape(found["answer"]) == shape(answer), name
