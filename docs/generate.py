@@ -73,8 +73,8 @@ SHOWN_ON_POLICY = {
 KINDS = ("expand", "curate", "label", "verify", "select", "transform")
 MOST_CHARS = 60
 ELICITED, REASONING = (DOCS / "evidence" / f"{name}.json" for name in ("elicitation", "reasoning"))
-HEAD, ON_POLICY, KEPT, BRIDGES = (
-    DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges")
+HEAD, ON_POLICY, KEPT, BRIDGES, MEASURED = (
+    DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges", "engines")
 )
 LLAMA, PRECISION = (DOCS / "evidence" / f"{name}.json" for name in ("engines-llama", "precision"))
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -459,6 +459,45 @@ def _flow(value: Any) -> str:
     return json.dumps(value).strip('"')
 
 
+def measured_engines() -> str:
+    """Real servers as teacher and scorer: their speed, and how near their numbers are to the same weights here."""
+    shown = {
+        "written_per_second": ("writes, tokens a second", "{:.0f}"),
+        "written_here_per_second": ("in process", "{:.0f}"),
+        "scored_per_second": ("scores, tokens a second", "{:.0f}"),
+        "kl": ("forward KL from the weights here, nats", "{:.2g}"),
+        "largest_kl": ("the largest", "{:.2g}"),
+        "shared": ("likeliest tokens shared", "{:.1f}"),
+    }
+    return _engines(shown)
+
+
+def writing_engines() -> str:
+    """Real servers that write the student's text."""
+    shown = {
+        "student_written_per_second": ("writes, tokens a second", "{:.0f}"),
+        "weights_seconds": ("new weights, seconds", "{:.1f}"),
+        "log_prob_gap": ("log-probabilities off by, nats", "{:.2g}"),
+        "largest_log_prob_gap": ("at most", "{:.2g}"),
+    }
+    return _engines(shown)
+
+
+def _engines(shown: Mapping[str, tuple[str, str]]) -> str:
+    """A row for each engine that has the first of these figures."""
+    if not MEASURED.is_file():
+        return "Not measured yet: run python benchmarks/engines.py"
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))
+    first = next(iter(shown))
+    rows = [
+        [facts["version"], *(form.format(facts[key]) if key in facts else "" for key, (_, form) in shown.items())]
+        for facts in found["engines"].values()
+        if first in facts
+    ]
+    about = ", ".join(f"{key} {value}" for key, value in found["about"].items())
+    return table(["server", *(title for title, _ in shown.values())], rows) + f"\n\nMeasured with: {about}."
+
+
 def house() -> str:
     """Every folder of the package from the top floor down, and what each of its files is for, in its own words."""
     lines = []
@@ -494,6 +533,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         bridges,
         engines,
         engines_llama,
+        measured_engines,
+        writing_engines,
         precisions,
         methods,
         on_policy_methods,

@@ -193,16 +193,24 @@ def check(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Check that a recipe can run and print what it will cost, without loading a model."""
+    """Check that a recipe can run, that its servers are there, and print what it will cost; no model is loaded."""
     from limbeck.config.recipe import load_recipe
-    from limbeck.runs.preflight import check as check_recipe
+    from limbeck.runs.hardware import listed
+    from limbeck.runs.preflight import plan as plan_of
+    from limbeck.runs.resolve import resolve
+    from limbeck.runs.servers import examine_servers
 
     loaded = load_recipe(recipe, set_, machine)
-    plan = check_recipe(loaded, device_like)
+    method = resolve(loaded)
+    plan = plan_of(method, None if device_like is None else listed(device_like))
+    servers = examine_servers(method)
     if json_:
-        printing.print_result({"recipe": loaded.hash, "plan": plan.as_dict()}, json_)
+        facts = {"recipe": loaded.hash, "plan": plan.as_dict(), "servers": [vars(server) for server in servers]}
+        printing.print_result(facts, json_)
     else:
-        printing.print_plan(loaded.name, loaded.hash, plan.lines())
+        printing.print_plan(loaded.name, loaded.hash, plan.lines(), servers)
+    if any(server.fault for server in servers):
+        raise typer.Exit(console.USER_ERROR)
 
 
 @app.command(epilog="Example: limbeck doctor recipes/offline-top-k.yaml")

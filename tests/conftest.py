@@ -44,11 +44,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_net(layers: int = 4, seed: int = 0, vocab_size: int = 300) -> LlamaForCausalLM:
+def make_net(layers: int = 4, seed: int = 0, vocab_size: int = 300, head_dim: int = 8) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, bos_token_id=0,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, bos_token_id=0,
         initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()

@@ -1,7 +1,7 @@
 """A server that scores text with a model in this process, in llama.cpp's protocol or vLLM's, and can be made to do it wrongly. With its own
 text (`say`) it gives log-probabilities in OpenAI's shape, the end token's with llama.cpp's.
 
-vLLM's shape follows its documentation (`prompt_logprobs` of /v1/completions, /tokenize, /version); no recording of a real server was at hand.
+As vLLM it speaks in the shapes of answers that vLLM 0.32 gave (tests/recorded.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from limbeck.models.byte_alignment import tokens_of
 from limbeck.models.model import head_of, hidden_states
+from tests.recorded import recorded
 from tests.scripted_server import Handler, Scripted, answer
 
 
@@ -63,16 +64,24 @@ class ScoringServer(Scripted):
     def asked(self, path, body):
         tokenizer = self.model.tokenizer
         if path == "/v1/models":
+            if self.protocol == "vLLM":
+                card = recorded("models")[1]["data"][0]
+                return {"object": "list", "data": [card | model for model in self.models]}
             return {"object": "list", "data": self.models}
         if path == "/props" and self.protocol == "llama.cpp":
             return {"default_generation_settings": {"n_ctx": 256}}
         if path == "/version" and self.protocol == "vLLM":
-            return {"version": "0.11.0"}
+            return recorded("version")[1]
         if path == "/v1/chat/completions":
-            if not body.get("logprobs"):
-                return answer(self.say)
-            reply = answer(self.say, tokens=len(self.said(body)))
-            reply["choices"][0]["logprobs"] = {"content": self.said(body)}
+            if self.protocol == "vLLM":
+                reply = recorded("chat")[1] | {"model": "toy"}
+                reply["choices"][0]["message"]["content"], reply["choices"][0]["finish_reason"] = self.say, "stop"
+                reply["usage"] |= {"completion_tokens": 3}
+            else:
+                reply = answer(self.say)
+            if body.get("logprobs"):
+                reply["usage"]["completion_tokens"] = len(self.said(body))
+                reply["choices"][0]["logprobs"] = {"content": self.said(body)}
             return reply
         if path == "/apply-template" and self.protocol == "llama.cpp":
             return {
@@ -82,7 +91,8 @@ class ScoringServer(Scripted):
             text = body.get("content", body.get("prompt"))
             if "messages" in body:
                 text = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
-            return {"tokens": list(tokenizer(text, add_special_tokens=False)["input_ids"])}
+            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            return {**recorded("tokenize-text")[1], "count": len(ids), "tokens": ids}
         if path == "/completion" and self.protocol == "llama.cpp":
             entries = [
                 {"id": n, "logprob": x} for n, x in self.top(self.log_probs(body["prompt"])[-1], body["n_probs"])
@@ -99,7 +109,9 @@ class ScoringServer(Scripted):
                     written: float(log_TV[place][written]),
                 }
                 rows.append({str(n): {"logprob": x, "rank": 1, "decoded_token": ""} for n, x in named.items()})
-            return {**answer(), "choices": [{"index": 0, "text": "x", "prompt_logprobs": rows}]}
+            whole = recorded("prompt-logprobs")[1] | {"model": "toy"}
+            whole["choices"][0]["prompt_logprobs"] = rows
+            return whole
         return ("status", 404)
 
 

@@ -28,8 +28,8 @@ class Scripted(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, script=lambda number, body: answer(), models=({"id": MODEL},)):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, script=lambda number, body: answer(), models=({"id": MODEL},), port=0):
+        super().__init__(("127.0.0.1", port), Handler)
         self.script, self.models = script, list(models)
         self.lock, self.seen, self.bills, self.running, self.most = threading.Lock(), [], Counter(), 0, 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"

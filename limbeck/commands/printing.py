@@ -11,6 +11,7 @@ from limbeck.types import UserError, nearest
 
 if TYPE_CHECKING:
     from limbeck.commands.doctor.run import Finding
+    from limbeck.runs.servers import ServerFinding
 
 METHOD_KINDS = ("divergences", "losses", "steps", "recipes")
 VERDICT_COLOURS = {"fine": "green", "fault": "red"}
@@ -25,11 +26,12 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         console.out.print(f"{name.replace('_', ' ')}: {value}", markup=False)
 
 
-def print_plan(name: str, recipe_hash: str, lines: Iterable[tuple[str, str]]) -> None:
-    """Print what a checked recipe will cost."""
-    console.out.print(f"[bold]{name}[/bold] (hash {recipe_hash[:16]}) can run.")
-    for title, value in lines:
-        console.out.print(f"  {title:<26} {value}", markup=False)
+def print_plan(name: str, recipe_hash: str, lines: Iterable[tuple[str, str]], servers: Sequence[ServerFinding]) -> None:
+    """Print what a checked recipe will cost, and what its servers say."""
+    verdict = "can't run yet: see its servers" if any(server.fault for server in servers) else "can run"
+    console.out.print(f"[bold]{name}[/bold] (hash {recipe_hash[:16]}) {verdict}.")
+    for title, value in [*lines, *((server.place, server.fault or server.seen) for server in servers)]:
+        console.out.print(f"  {title:<26} {value}", markup=False, soft_wrap=True)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

@@ -45,6 +45,7 @@ NOT_PROCESSED = frozenset({429, 503, 529})  # 529: Anthropic's "overloaded"
 REPEATABLE = frozenset({408, 409})  # the request's own fault otherwise
 # every request would get these; where to look
 FATAL = {401: "the key", 403: "the key's rights", 404: "the address and the model's name"}
+KEYS = (401, 403)
 LIMITS = ("max_tokens", "max_completion_tokens")  # names of the longest answer in OpenAI's protocol
 CHARS_PER_TOKEN = 3
 FAILURES_IN_A_ROW = 10  # and two for each request under way, before the server is given up
@@ -72,6 +73,7 @@ class ApiTeacher:
         self._limit = self.engine.limit or self.dialect.places["max_tokens"]
         self._seeded = "seed" in self.engine.takes
         self._failures = 0
+        self._was_away = False
         self._identity: str | None = None
 
     @property
@@ -99,8 +101,7 @@ class ApiTeacher:
         if reply.failure:
             raise UserError(f"no answer from {self.endpoint.url}: {reply.error}; is the server running?")
         if reply.status != 200:
-            where = "the key" if self._is_bad_key(reply) else FATAL.get(reply.status, "the server")
-            raise UserError(f"{self.endpoint.url}/models answers {reply.status}: check {where}")
+            raise UserError(f"{self.endpoint.url}/models answers {reply.status}: check {self._where(reply)}")
         kind = self.settings.kind
         if self.engine.probe is not None and not await is_engine(connection, self.engine):
             raise UserError(
@@ -235,23 +236,38 @@ class ApiTeacher:
             await self.budget.wait_for_turn(tokens)
             self.budget.begin(handle, tokens, repeated=attempt > 0)
             try:
-                return await connection.send(call)
+                reply = await connection.send(call)
+                await self._notice(connection, reply)
+                return reply
             finally:
                 self.budget.end(handle)
 
         return await send_with_retries(send_once, self._is_final, Backoff(self.settings.retries + 1), self.sleep)
 
+    async def _notice(self, connection: Connection, reply: Reply) -> None:
+        """Refuse another model where the server was gone for a while: what it says is not the text that is asked
+        for."""
+        if reply.failure == "no connection":
+            self._was_away = True
+        elif self._was_away and reply.status == 200 and self._identity is not None:
+            now = await self._request_identity(connection)
+            if now != self._identity:
+                raise UserError(
+                    f"{self.endpoint.url} was away and came back with another model: {now}, not {self._identity}; serve"
+                    " that one again and run it again to go on, or give another --out"
+                )
+            self._was_away = False
+
     def _is_final(self, reply: Reply) -> bool:
         """Whether to keep this reply, rather than try again; counts failures."""
         url = self.endpoint.url
         if self._is_bad_key(reply):
-            raise UserError(f"{url} answers {reply.status}: check {FATAL[401]}. {reply.quote()}")
+            raise UserError(f"{url} answers {reply.status}: check {self._where(reply)}. {reply.quote()}")
         if _is_answer(reply.status):
             self._failures = 0
             return True
         if reply.status in FATAL or 300 <= reply.status < 400:
-            where = FATAL.get(reply.status, "the address, which redirects elsewhere")
-            raise UserError(f"{url} answers {reply.status}: check {where}. {reply.quote()}")
+            raise UserError(f"{url} answers {reply.status}: check {self._where(reply)}. {reply.quote()}")
         if reply.status not in NOT_PROCESSED and reply.failure != "no connection":
             self.budget.spending.maybe_billed += 1
         self._failures += 1
@@ -261,6 +277,17 @@ class ApiTeacher:
                 f" again to go on. {reply.quote()}"
             )
         return False
+
+    def _where(self, reply: Reply) -> str:
+        """What to check after such a reply."""
+        if 300 <= reply.status < 400:
+            return "the address, which redirects elsewhere"
+        is_key = self._is_bad_key(reply) or reply.status in KEYS
+        where = FATAL[401] if self._is_bad_key(reply) else FATAL.get(reply.status, "the server")
+        if not is_key:
+            return where
+        is_set = "which is set" if reply.key else "which is not set"
+        return f"{where}, from the environment variable {self.settings.key}, {is_set}"
 
     def _is_bad_key(self, reply: Reply) -> bool:
         return reply.status == 400 and self.dialect.bad_key is not None and self.dialect.bad_key in reply.body

@@ -35,6 +35,7 @@ ScoringProtocol = Literal["llama.cpp", "vLLM"]
 NamedTokens = tuple[list[int], list[float], float]
 TEST_TEXT = "Zwölf Boxkämpfer, 12.5 % naïve 日本語 🙂\n\tdef f(x): return x  # <b>"  # what tokenizers differ in
 TEST_CHAT = ({"role": "user", "content": "Is it 1, or 2?"},)
+SAME = 0.2  # nats between two answers for one text, on average: in low precision a server's sums move with the batch
 ROUNDING = 1e-3  # by how much probabilities in a server's float32 may pass 1
 
 
@@ -59,6 +60,7 @@ class ServerScorer:
         self.vocab_size = len(tokenizer)
         self.k = min(k, self.vocab_size)
         self._protocol: ScoringProtocol | None = None
+        self._sample: tuple[tuple[list[int], list[int]], NamedTokens] | None = None
 
     @property
     def identity(self) -> str:
@@ -96,13 +98,19 @@ class ServerScorer:
                 f"the server frames a conversation otherwise than the student: {there} there and {here} here; start"
                 " the server with the student's chat template"
             )
-        self.score([(our_chat, [ours[0]])])
+        text = (our_chat, [ours[0]])
+        ((named,),) = self.score([text])
+        self._sample = (text, named)
 
     def room(self) -> int | None:
-        """How many tokens a prompt with its answer may have, where the server says so (llama.cpp's does)."""
+        """How many tokens a prompt with its answer may have, where the server says so."""
         reply = self.api.endpoint.run(lambda connection: connection.send(Call("GET", "/props", at_root=True)))
-        n_ctx = as_dict(as_dict(reply.json()).get("default_generation_settings")).get("n_ctx")
-        return n_ctx if type(n_ctx) is int else None
+        room = as_dict(as_dict(reply.json()).get("default_generation_settings")).get("n_ctx")
+        if room is None:  # vLLM
+            reply = self.api.endpoint.run(lambda connection: connection.send(Call("GET", "/models")))
+            models = {model.get("id"): model for model in as_dicts(as_dict(reply.json()).get("data"))}
+            room = as_dict(models.get(self.api.settings.name)).get("max_model_len")
+        return room if type(room) is int and room > 0 else None
 
     def framed(self) -> list[int]:
         """A short conversation in the server's chat template, as token ids."""
@@ -124,10 +132,29 @@ class ServerScorer:
         return TeacherView(TopK(ids_NK, log_NK, target_log_prob_N=None if bool(written_N.isnan().any()) else written_N))
 
     def score(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[NamedTokens]]:
-        """The likeliest tokens at every position of each (prompt, response), which are token ids."""
+        """The likeliest tokens at every position of each (prompt, response), which are token ids.
+
+        After the first time the probe's text is scored along, and its numbers must still be those of the probe.
+
+        Raises:
+            UserError: the server gives no usable answer, or has other weights than at the probe.
+        """
+        is_new = self._sample is None
         if self._protocol is None:
             self.probe()
-        return self.api.endpoint.run(lambda connection: self._score_all(connection, texts))
+        if is_new or self._sample is None:
+            return self.api.endpoint.run(lambda connection: self._score_all(connection, texts))
+        text, before = self._sample
+        *positions, (now,) = self.api.endpoint.run(lambda connection: self._score_all(connection, [*texts, text]))
+        later = dict(zip(*now[:2], strict=True))
+        gaps = [abs(later[token] - log_prob) for token, log_prob in zip(*before[:2], strict=True) if token in later]
+        if 2 * len(gaps) < self.k or sum(gaps) > SAME * len(gaps):
+            raise UserError(
+                f"{self.api.settings.url} no longer gives the numbers that it gave at first, for one test text"
+                f" ({len(gaps)} of {self.k} likeliest tokens are the same): its weights changed; serve the first model"
+                " again and run it again to go on, or give another --out"
+            )
+        return positions
 
     async def _score_all(
         self, connection: Connection, texts: Sequence[tuple[Sequence[int], Sequence[int]]]

@@ -55,12 +55,13 @@ class Patience:
     connect: float = 10.0
     answer: float = 600.0
     budget: float = 3600.0
-    tries: int = 8
+    tries: int = 10  # two minutes of pauses: a server that is started again comes back in one
     pause: float = 0.5  # before the second try, then doubled
     longest_pause: float = 30.0
 
 
 PATIENT = Patience()
+GLANCE = Patience(answer=30.0, budget=60.0, tries=2)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class VllmSession:
             f"start it as {START}" if is_start_enough else f"see its log; it must be a recent vLLM, started as {START}"
         )
         if reply.status in (401, 403):
-            remedy = f"set {KEY_VARIABLE} to its key"
+            remedy = f"set the environment variable {KEY_VARIABLE} to its key"
         elif 300 <= reply.status < 400:
             remedy = "redirects are not followed: give the address that it leads to"
         self.require(

@@ -29,6 +29,7 @@ from limbeck.report.page import write_report
 from limbeck.runs.pipeline import Run, claim_run
 from limbeck.runs.preflight import check
 from limbeck.runs.resolve import resolve
+from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
 from limbeck.storage.metrics_log import mean_of, writing_share
 from limbeck.training.job import total_steps
@@ -339,7 +340,10 @@ def _common(loaded: Sequence[Recipe], like: str | Path | Recipe | None) -> Recip
 
 
 def _claim(comparison: Comparison) -> None:
-    """Bind the folder to this comparison, or refuse that of another."""
+    """Look at the servers that students write on; bind the folder to this comparison, or refuse that of another."""
+    if not comparison.folder.joinpath("comparison.json").exists():
+        for entry in comparison.entries:
+            look_at_writer(entry.recipe)
     claim_run(comparison.common)
     facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
     file = comparison.folder / "comparison.yaml"

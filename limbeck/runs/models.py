@@ -149,10 +149,8 @@ class RunModels:
         """The server as a scorer of text, if the teacher's distribution is only known from there."""
         settings = self.method.recipe.teacher
         if not isinstance(settings, ServedTeacher) or settings.named_tokens is None or self.server is None:
-            return None
-        reads_log_prob = any(term.loss.reads_teacher_log_prob for term in self.method.terms)
-        tokenizer = load_tokenizer(self.method.recipe.speaker)
-        return ServerScorer(self.server, settings.named_tokens, tokenizer, reads_log_prob)
+            return None  # the server is not asked who it is
+        return scorer_of(self.method, self.server)
 
     def scoring_server(self) -> Teacher:
         assert self.server_scorer is not None
@@ -288,6 +286,15 @@ class RunModels:
 
     def header(self) -> str | None:
         return header_of(load_tokenizer(self.method.recipe.speaker))
+
+
+def scorer_of(method: Method, server: ApiTeacher) -> ServerScorer | None:
+    """The server as a scorer of text, if the recipe's teacher is known from there alone and names tokens."""
+    settings = method.recipe.teacher
+    if not isinstance(settings, ServedTeacher) or settings.named_tokens is None:
+        return None
+    reads_log_prob = any(term.loss.reads_teacher_log_prob for term in method.terms)
+    return ServerScorer(server, settings.named_tokens, load_tokenizer(method.recipe.speaker), reads_log_prob)
 
 
 def served(method: Method) -> ApiTeacher | None:

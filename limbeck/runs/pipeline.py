@@ -34,6 +34,7 @@ from limbeck.runs.claim import claim, run_folder
 from limbeck.runs.models import RunModels
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
+from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
@@ -344,6 +345,8 @@ def run(
     folder = run_folder(recipe, out)
     with exclusive(folder / ".lock"):
         job = Run(method, folder, reporter, stop)
+        if "train" in stages and not job.path("student").exists():
+            look_at_writer(recipe)  # before the teacher's text is paid for
         claim_run(job)
         if "elicit" in stages:
             reporter.stage("Teacher's text")

@@ -31,6 +31,7 @@ from limbeck.types import Batch, UserError, content_hash
 
 Stop = Callable[[], bool]
 Watch = Callable[[float], float]
+WRITINGS = 3  # of one text, on a server that loses the weights
 
 
 @dataclass(frozen=True)
@@ -234,11 +235,25 @@ def _server(through: Server, job: TrainingJob, student: Model, rows: int) -> Vll
 
 
 def _ask_server(student: Model, server: VllmWriter, stop: Stop, jobs: Sequence[GenerationJob]) -> list[Completion]:
-    """The answers from a server, which is sent the student's weights first; rank 0 asks for all ranks."""
+    """The answers from a server, which is sent the student's weights first; rank 0 asks for all ranks.
+
+    What a server wrote that lost those weights meanwhile, since it was started again, is written once more.
+
+    Raises:
+        UserError: it lost them again.
+    """
     completions: list[Completion] = []
     if distributed.rank() == 0:
-        server.sync(student.net, student.tokenizer)
-        completions = server.write(jobs, stop)
+        for _ in range(WRITINGS):
+            server.sync(student.net, student.tokenizer)
+            completions = server.write(jobs, stop)
+            if server.holds_them():
+                break
+        else:
+            raise UserError(
+                f"the vLLM server {server.url} lost the student's weights {WRITINGS} times while it wrote: let no other"
+                " program give it weights, see its log, then run it again to go on"
+            )
     completions = distributed.gather(completions)[0]
     if len(completions) < len(jobs):
         raise StoppedError("stopped while the student wrote; the step has not begun")

@@ -33,7 +33,6 @@ from limbeck.runs.pipeline import run
 from limbeck.storage.store import Store
 from limbeck.types import Request, Sampling, UserError
 
-pytestmark = pytest.mark.engines
 MODEL = "smollm2-135m-instruct"
 KEY = "sk-canary-4711"
 QUESTIONS = ("Why is the sky blue?", "Name three fruits.", "Answer with three emoji: sun, moon, star.")

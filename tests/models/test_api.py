@@ -175,6 +175,44 @@ def test_no_key_makes_an_answer_another_one(key, monkeypatch):
     assert (found.text, found.finish, found.usage) == ("to be or not", "ok", (5, 3))
 
 
+@pytest.mark.parametrize(("set_", "words"), [(True, "which is set"), (False, "which is not set")])
+def test_a_server_that_wants_a_key_says_which_variable_to_set(set_, words, monkeypatch):
+    if not set_:
+        monkeypatch.delenv("LIMBECK_API_KEY")
+    with Scripted(lambda number, body: ("status", 401)) as server, pytest.raises(UserError) as caught:
+        ask(server)
+    assert f"check the key, from the environment variable LIMBECK_API_KEY, {words}" in str(caught.value)
+
+
+@pytest.mark.parametrize("returns", ["the same", "another"])
+def test_a_server_that_was_away_must_come_back_with_its_model(returns, tmp_path):
+    """Nothing that another model says under the same name is stored."""
+    facts = {"id": MODEL, "root": "/models/one"}
+    with Scripted(models=[facts]) as server, Store(tmp_path / "s.sqlite") as store:
+        made, waits = teacher(server, concurrency=1)
+        assert made.identity.startswith("served:toy-")
+        elicit(requests(2), store, lambda: made)
+        address = server.server_address
+        server.shutdown()
+        server.server_close()
+        back = []
+
+        async def come_back(seconds):
+            if not back:
+                models = [facts | ({} if returns == "the same" else {"root": "/models/two"})]
+                back.append(Scripted(models=models, port=address[1]))
+
+        made.sleep = made.budget.sleep = come_back
+        if returns == "the same":
+            assert len(elicit(requests(4), store, lambda: made)) == 4
+        else:
+            with pytest.raises(UserError, match="came back with another model"):
+                elicit(requests(4), store, lambda: made)
+            assert Store.count(tmp_path / "s.sqlite") == {"ok": 2}
+        with back[0]:
+            pass
+
+
 def test_one_request_s_own_fault_is_its_own():
     with Scripted(
         lambda number, body: (

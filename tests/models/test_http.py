@@ -82,9 +82,11 @@ def test_an_error_of_ours_that_quotes_what_was_parsed_has_no_key():
         reply = await connection.send(Call("POST", "/x", {}))
         raise UserError(f"it answered as {reply.json()['model']}")
 
-    with Scripted(lambda number, body: answer(model=f"toy {SECRET}")) as server:
-        with pytest.raises(UserError, match=r"it answered as toy \[key\]") as caught:
-            endpoint(server).run(ask)
+    with (
+        Scripted(lambda number, body: answer(model=f"toy {SECRET}")) as server,
+        pytest.raises(UserError, match=r"it answered as toy \[key\]") as caught,
+    ):
+        endpoint(server).run(ask)
     assert SECRET not in str(caught.value)
 
 

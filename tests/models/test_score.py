@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from limbeck.cli import app
 from limbeck.commands.serve import serve
 from limbeck.config.recipe import parse
 from limbeck.config.server import Served
@@ -25,6 +27,7 @@ from limbeck.runs.resolve import resolve
 from limbeck.signals.sparse import TopK
 from limbeck.types import RecipeError, UserError
 from tests.conftest import make_net
+from tests.recorded import recorded
 from tests.scoring_server import ScoringServer
 
 PROTOCOLS = ("llama.cpp", "vLLM")
@@ -183,6 +186,46 @@ def test_a_server_with_another_template_is_refused(protocol, tiny, tiny_folder):
     other.tokenizer.chat_template = other.tokenizer.chat_template.replace("<|assistant|>", "<|system|>")
     with ScoringServer(other, protocol) as server, pytest.raises(UserError, match="frames a conversation otherwise"):
         scorer(server, tiny).probe()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_server_whose_weights_change_is_left(protocol, tiny, tiny_folder):
+    served, batch = load_model(str(tiny_folder)), batch_of(tiny)
+    with ScoringServer(served, protocol) as server:
+        scoring = scorer(server, tiny)
+        first = scoring.view(batch).signal
+        assert torch.equal(scoring.view(batch).signal.ids_NK, first.ids_NK)
+        served.net.load_state_dict(make_net(seed=5, vocab_size=len(tiny.tokenizer)).state_dict())
+        with pytest.raises(UserError, match="its weights changed; serve the first model again"):
+            scoring.view(batch)
+
+
+@pytest.mark.parametrize("fault", ["", "key", "scores", "away"])
+def test_a_check_tells_what_is_wrong_with_the_server(fault, tiny, tiny_folder, recipe_data, tmp_path):
+    spoils = {
+        "key": lambda path, reply: ("status", *recorded("unauthorized")[:1]) if path == "/v1/models" else reply,
+        "scores": FAULTS["no such thing"][0],
+    }
+    with ScoringServer(tiny, "vLLM", spoils.get(fault, lambda path, reply: reply)) as server:
+        if fault == "away":
+            server.shutdown()
+            server.server_close()
+        data = {
+            **recipe_data,
+            "teacher": {"server": {"url": server.url, "name": "toy", "retries": 0}, "cache": {"top_k": {"k": 8}}},
+            "student": {"start": {"pretrained": str(tiny_folder)}},
+        }
+        (tmp_path / "r.yaml").write_text(json.dumps(data))
+        told = CliRunner().invoke(app, ["check", str(tmp_path / "r.yaml"), "--json"])
+        (seen,) = json.loads(told.stdout)["servers"]
+        if fault:
+            with pytest.raises(UserError):
+                run(parse(data), tmp_path / "run")
+            assert "/v1/chat/completions" not in [path for path, _, _ in server.seen], "nothing was asked for"
+    words = {"key": "LIMBECK_API_KEY", "scores": "can't score text", "away": "is the server running", "": ""}
+    assert told.exit_code == (2 if fault else 0) and seen["place"] == "teacher.server"
+    assert words[fault] in seen["fault"] and bool(seen["fault"]) == bool(fault)
+    assert fault or seen["seen"].endswith("names 8 tokens at every position")
 
 
 def test_a_twice_named_token_and_rows_that_moved_are_found(tiny):

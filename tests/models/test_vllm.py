@@ -1,8 +1,7 @@
-"""The writer behind a vLLM server, against a server on this machine that speaks vLLM's protocol.
+"""The writer behind a vLLM server, against a server on this machine that speaks as vLLM 0.32 does.
 
-Recorded from vLLM's source: requests and answers as in vllm/entrypoints/openai/completion (protocol.py, serving.py), the list of
-models as its `/v1/models` sends it (modal-examples issue 843), errors as in vllm pull request 33425, `/pause`, `/resume`,
-`/collective_rpc` and `/reset_prefix_cache` as in vllm/entrypoints/serve/dev. The text is a tiny model's, drawn by our own `write`.
+Every answer has the shape of one that the real program gave (tests/fixtures/vllm-0.32, written by tests/engines/record_vllm.py). The
+text is a tiny model's, drawn by our own `write`. The program itself is tested in tests/engines/test_vllm.py.
 """
 
 from __future__ import annotations
@@ -21,16 +20,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from typer.testing import CliRunner
 
 import limbeck
+from limbeck.cli import app
 from limbeck.config.recipe import parse
 from limbeck.models import vllm
 from limbeck.models.generate import Decoding, GenerationJob, write
 from limbeck.models.model import Model
-from limbeck.models.vllm import VllmWriter
+from limbeck.models.vllm import RESET, VllmWriter, look
 from limbeck.models.vllm_protocol import Patience, StudentTokens
+from limbeck.training.student_writer import _ask_server
 from limbeck.types import Sampling, UserError
 from tests.conftest import make_net, make_tokenizer
+from tests.recorded import recorded
 
 NAME, SECRET = "student", "sk-very-secret-9"
 FREE = Sampling(1.0, 1.0, 12)
@@ -39,6 +42,12 @@ QUICK = Patience(connect=5.0, answer=20.0, budget=30.0, tries=3, pause=0.01)  # 
 
 def error(status, message):
     return status, {"error": {"message": message, "type": "BadRequestError", "param": None, "code": status}}
+
+
+def refused(name, told, instead):
+    status, answer = recorded(name)
+    assert told in answer["error"]["message"]
+    return status, {"error": answer["error"] | {"message": answer["error"]["message"].replace(told, instead)}}
 
 
 known = {}
@@ -64,7 +73,7 @@ class Vllm(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.net, self.seen, self.lock = net, [], threading.Lock()
         self.bend = lambda path, body, answer: answer
-        self.stale = False
+        self.stale, self.version = False, "default"
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -73,36 +82,32 @@ class Vllm(ThreadingHTTPServer):
 
     def answer(self, path, body):
         if path == "/v1/models":
-            card = {
-                "id": NAME,
-                "object": "model",
-                "created": 1723770563,
-                "owned_by": "vllm",
-                "root": "/models/student",
-                "parent": None,
-            }
-            return 200, {"object": "list", "data": [card | {"max_model_len": 256, "permission": []}]}
-        if path == "/version":
-            return 200, {"version": "0.28.0"}
-        if path == "/pause?mode=wait":
-            return 200, {"status": "paused"}
-        if path == "/resume":
-            return 200, {"status": "resumed"}
+            status, models = recorded("models")
+            models["data"][0] |= {"id": NAME, "max_model_len": 256}
+            return status, models
+        plain = {"/version": "version", "/pause?mode=wait": "pause", "/resume": "resume", RESET: "reset"}
+        if path in plain:
+            return recorded(plain[path])
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+            return 200, recorded("weight-version")[1] | {"new_version": self.version}
+        if path == "/weight_info":
+            return 200, recorded("weight-info")[1] | {"weight_version": self.version}
         if path == "/collective_rpc":
+            if "method" not in body:
+                return recorded("reload-without-method")
             weights = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
             if not self.stale:
                 self.net.load_state_dict(weights, strict=False)
-            return 200, {"results": [None]}
-        if path == "/reset_prefix_cache?reset_running_requests=true":
-            return 200, None
+            return recorded("reload")
         return self.completion(body) if path == "/v1/completions" else (404, {"detail": "Not Found"})
 
     def completion(self, body):
         rows = self.net.config.vocab_size
         if wrong := [int(token) for token in body["logit_bias"] or {} if int(token) >= rows]:
-            return error(
-                400, f"token_id(s) {wrong} in logit_bias contain out-of-vocab token ids. Vocabulary size: {rows}"
-            )
+            return refused("out-of-vocabulary", "[300]", str(wrong))
+        if body["temperature"] > 2:
+            return recorded("too-hot")
         sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"])
         job = GenerationJob(tuple(body["prompt"]), sampling, body["seed"])
         with self.lock:
@@ -110,20 +115,14 @@ class Vllm(ThreadingHTTPServer):
         stopped = text.ids[-1] in body["stop_token_ids"]
         names = [f"token_id:{token}" for token in text.ids]
         top = [{names[0]: text.log_prob[0], "likeliest": best}] if body["logprobs"] else [{} for _ in names]
-        choice = {
-            "index": 0, "text": "?", "finish_reason": "stop" if stopped else "length", "stop_reason": text.ids[-1] if stopped else None,
-            "logprobs": {"text_offset": [0] * len(names), "token_logprobs": text.log_prob, "tokens": names, "top_logprobs": top},
-            "token_ids": text.ids, "prompt_logprobs": None, "prompt_token_ids": body["prompt"], "routed_experts": None,
-        }  # fmt: skip
-        usage = {
-            "prompt_tokens": len(body["prompt"]),
-            "completion_tokens": len(names),
-            "total_tokens": len(body["prompt"]) + len(names),
-        }
-        return 200, {
-            "id": "cmpl-0", "object": "text_completion", "created": 1, "model": NAME, "choices": [choice], "service_tier": None,
-            "system_fingerprint": None, "usage": usage, "kv_transfer_params": None,
-        }  # fmt: skip
+        status, answer = recorded("completion-ended" if stopped else "completion")
+        answer["model"], choice = NAME, answer["choices"][0]
+        choice |= {"token_ids": text.ids, "prompt_token_ids": body["prompt"]}
+        choice["stop_reason"] = text.ids[-1] if stopped else None
+        choice["logprobs"] |= {"text_offset": [0] * len(names), "token_logprobs": text.log_prob, "tokens": names}
+        choice["logprobs"]["top_logprobs"] = top
+        answer["usage"] |= {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(names)}
+        return status, answer
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -474,7 +473,7 @@ def trained(tiny):
     return net
 
 
-ORDER = ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache?reset_running_requests=true", "/resume"]
+ORDER = ["/pause?mode=wait", "/collective_rpc", RESET, "/update_weight_version", "/resume"]
 
 
 def test_sync_gives_the_server_the_students_weights(server, writer, tiny, monkeypatch):
@@ -491,6 +490,8 @@ def test_sync_gives_the_server_the_students_weights(server, writer, tiny, monkey
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     want = {text.index: text.ids for text in write(net, jobs, tiny.eos_ids)}
     assert [text.ids for text in writer.write(jobs)] == [want[index] for index in range(4)]
+    sent, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    assert torch.equal(sent["lm_head.weight"], sent["model.embed_tokens.weight"]) and not config["tie_word_embeddings"]
     writer.sync(tiny.net, tiny.tokenizer)
     assert len(list(writer.folder.iterdir())) == 1 and folder not in writer.folder.iterdir()
 
@@ -505,15 +506,18 @@ def test_the_server_may_know_the_folder_by_another_name(server, writer, tiny, tm
 @pytest.mark.parametrize(
     ("broken", "status", "left", "words"),
     [
-        ("/pause?mode=wait", 404, ORDER[:3], None),  # older servers
+        ("/pause?mode=wait", 404, ORDER[:4], None),  # older servers
+        ("/update_weight_version", 404, ORDER, None),
         ("/pause?mode=wait", 500, ORDER[:1], "/pause.* status 500"),
-        ("/collective_rpc", 404, [*ORDER[:2], ORDER[3]], "can't be reloaded.*VLLM_SERVER_DEV_MODE=1"),
+        ("/collective_rpc", 404, [*ORDER[:2], ORDER[4]], "can't be reloaded.*VLLM_SERVER_DEV_MODE=1"),
         ("/collective_rpc", 500, ORDER[:2], "status 500.*recent vLLM"),  # it stays paused: its weights may be mixed
-        ("/reset_prefix_cache?reset_running_requests=true", 404, ORDER[:3], "status 404"),
+        (RESET, 404, ORDER[:3], "status 404"),
+        (RESET, 200, ORDER[:3], "did not drop what it computed"),
     ],
 )
 def test_a_server_that_does_not_take_weights(server, writer, tiny, broken, status, left, words):
-    server.bend = lambda path, body, answer: (status, {"detail": "Not Found"}) if path == broken else answer
+    said = {"success": False} if status == 200 else {"detail": "Not Found"}
+    server.bend = lambda path, body, answer: (status, said) if path == broken else answer
     if words is None:
         writer.sync(tiny.net, tiny.tokenizer)
     else:
@@ -528,6 +532,83 @@ def test_a_server_that_keeps_its_old_weights_is_found_out(server, writer, tiny):
     server.stale = True
     with pytest.raises(UserError, match="nats off the student's"):
         writer.sync(tiny.net, tiny.tokenizer)
+
+
+def test_a_server_that_lost_the_weights_is_noticed(server, writer, tiny):
+    writer.sync(tiny.net, tiny.tokenizer)
+    assert writer.holds_them() and server.version.startswith("weights-")
+    server.version = "default"  # it was started again
+    assert not writer.holds_them()
+    server.bend = lambda path, body, answer: (404, None) if "weight_" in path else answer  # before 0.32
+    writer.sync(tiny.net, tiny.tokenizer)
+    assert writer.holds_them()
+
+
+def test_what_a_server_wrote_with_lost_weights_is_written_again(server, writer, tiny):
+    def forget(path, body, answer):
+        if path == "/v1/completions" and lost:
+            lost.pop()
+            server.version = "default"
+        return answer
+
+    lost, server.bend = [1], forget
+    texts = _ask_server(tiny, writer, lambda: False, jobs_of(tiny, 2))
+    assert len(texts) == 2 and paths(server).count("/collective_rpc") == 2
+    lost = [1] * 99
+    with pytest.raises(UserError, match=r"lost the student's weights 3 times while it wrote.*run it again"):
+        _ask_server(tiny, writer, lambda: False, jobs_of(tiny, 2))
+
+
+@pytest.mark.parametrize(
+    ("bend", "words"),
+    [
+        (lambda path, body, answer: recorded("unauthorized"), r"401.*set the environment variable VLLM_API_KEY"),
+        (lambda path, body, answer: (404, None) if path == "/collective_rpc" else answer, "VLLM_SERVER_DEV_MODE=1"),
+        (lambda path, body, answer: (200, {"data": []}), "it serves"),
+        (lambda path, body, answer: (None, None), "RemoteProtocolError"),
+    ],
+)  # fmt: skip
+def test_a_look_at_the_server_finds_what_would_stop_it_later(server, bend, words):
+    assert look(server.url + "/v1", None) == look(server.url, NAME) == NAME
+    assert set(paths(server)) == {"/v1/models", "/collective_rpc"} and server.version == "default"
+    server.bend = bend
+    with pytest.raises(UserError, match=words):
+        look(server.url, None)
+
+
+def test_a_run_looks_at_its_writer_before_the_teacher_writes(server, recipe_data, tmp_path, monkeypatch):
+    recipe_data |= {
+        "writer": [{"by": "student", "max_tokens": 8}],
+        "loss": ["reverse_kl"],
+        "rollout": {"through": {"vllm": server.url}},
+    }
+    recipe_data["train"] |= {"steps": 3}
+    server.bend = lambda path, body, answer: recorded("unauthorized")
+    with pytest.raises(limbeck.RecipeError, match=r"rollout.through: .*VLLM_API_KEY") as found:
+        limbeck.run(parse(recipe_data), tmp_path / "out")
+    assert found.value.path == "rollout.through" and not (tmp_path / "out" / "store.sqlite").exists()
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe_data))
+    told = CliRunner().invoke(app, ["check", str(tmp_path / "r.yaml")])
+    assert told.exit_code == 2 and "can't run yet" in told.stdout and "VLLM_API_KEY" in told.stdout
+    server.bend = lambda path, body, answer: answer
+    told = CliRunner().invoke(app, ["check", str(tmp_path / "r.yaml"), "--json"])
+    (seen,) = json.loads(told.stdout)["servers"]
+    assert told.exit_code == 0 and seen == {
+        "place": "rollout.through",
+        "seen": f"{NAME}, which takes weights",
+        "fault": "",
+    }
+
+
+def test_later_weights_are_held_to_what_was_seen_first(server, writer, tiny):
+    """In float32 a few hundredths of a nat are other weights: the head of some steps ago, which 0.3 nats would let pass."""
+    writer.sync(tiny.net, tiny.tokenizer)
+    assert writer.probe(tiny.net, prompt(tiny)).difference < 1e-3
+    server.stale, near = True, make_net(layers=1, vocab_size=tiny.vocab_size)
+    with torch.no_grad():
+        near.lm_head.weight *= 1.02
+    with pytest.raises(UserError, match=r"its log-probabilities are 0\.0\d+ nats off"):
+        writer.sync(near, tiny.tokenizer)
 
 
 class Adapted(nn.Module):
@@ -571,7 +652,7 @@ def test_probe_tells_what_the_server_is(server, writer, tiny, mode):
     assert (found.model, found.context, found.version, found.log_probs) == (
         NAME,
         256,
-        "0.28.0",
+        "0.32.0",
         mode,
     ) and found.difference < 1e-3
 
@@ -628,7 +709,8 @@ def test_a_training_writes_through_the_server(server, recipe_data, tmp_path, mon
     limbeck.run(parse(recipe_data), out, stages=("elicit", "train"))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     asked = [path for _, path, *_ in server.seen]
-    assert asked.count("/collective_rpc") == 1 + 3, "once to look at the server, then before each writing"
+    assert asked[:2] == ["/v1/models", "/collective_rpc"], "a look before anything is spent"
+    assert asked.count("/collective_rpc") == 1 + 1 + 3, "once to probe the server, then before each writing"
     answers = sum(record["rollout"]["written"] for record in records)
     assert asked.count("/v1/completions") >= answers > 0
     assert all(record["response_tokens"] == record["rollout"]["tokens"] for record in records)
