@@ -1,7 +1,7 @@
 """What shorter weights cost a teacher: its distance from itself in float32, and its size; writes
 docs/evidence/precision.json.
 
-    .venv/bin/python benchmarks/precision.py      # some two minutes on two cores
+    .venv/bin/python benchmarks/precision.py      # some three minutes on two cores
 
 SmolLM2-135M reads the held-out questions in its own template. KL(float32 || shorter) in nats and the share of equal
 likeliest tokens are means over all positions but the template's first line.
@@ -25,7 +25,7 @@ from limbeck.storage.files import write_json
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "precision.json"
 MODEL = "smollm2-135m-instruct"
-QUESTIONS = 40
+QUESTIONS = 12
 KINDS = {
     "float16": Precision(torch.float16),
     "bfloat16": Precision(torch.bfloat16),
