@@ -69,7 +69,7 @@ def test_the_built_in_tasks_are_what_they_claim():
 
 PINNED = {  # a change of items is another task: raise its version, then pin it here
     "choices": ("1.0", "dddaaacd5dc2b462"), "topics": ("1.0", "11a3e40569c2c6e7"), "passages": ("1.0", "ad70f0acd8409fa1"), "lookup": ("1.0", "b20089568cc46378"),
-    "everyday": ("1.0", "434b819aa350acae"),
+    "everyday": ("1.1", "434b819aa350acae"),
 }  # fmt: skip
 
 
@@ -193,14 +193,16 @@ def test_greedy_answers_are_scored_where_a_metric_applies(tmp_path, tiny):
     scored = run_task(task, tiny, lambda *counts: told.append(counts), max_tokens=12)
     answers = answer_all(tiny, task.prompts, 12)
     assert told[-1] == (3, 3) and [item.item for item in scored] == ["mine/a", "mine/b", "mine/c"]
+    always = {"finished", "answered", "tokens"}
     assert [set(item.scores) for item in scored] == [
-        {"finished", "tokens", "pass_rate", "rouge_l"}, {"finished", "tokens", "pass_rate"}, {"finished", "tokens", "rouge_l"},
+        {*always, "pass_rate", "rouge_l"}, {*always, "pass_rate"}, {*always, "rouge_l"},
     ]  # fmt: skip
     for item, answer, prompt in zip(scored, answers, task.prompts, strict=True):
         assert item.text == answer.text and item.facts == {
             "tokens": answer.tokens,
             "finished": answer.finished,
             "passed": answer.passed,
+            "answered": True,
         }
         assert item.scores["tokens"] == answer.tokens
         if prompt.check:
@@ -209,7 +211,7 @@ def test_greedy_answers_are_scored_where_a_metric_applies(tmp_path, tiny):
             assert item.scores["rouge_l"] == max(rouge_l(answer.text, [reference]) for reference in prompt.answers)
     summary = summarise(task, scored)
     assert (
-        list(summary) == ["mine/pass_rate", "mine/rouge_l", "mine/finished", "mine/tokens"]
+        list(summary) == ["mine/pass_rate", "mine/rouge_l", "mine/finished", "mine/answered", "mine/tokens"]
         and summary["mine/pass_rate"]["n"] == 2
     )
     assert summary["mine/rouge_l"]["value"] == pytest.approx(
@@ -240,7 +242,7 @@ def test_draws_of_a_prompt_are_one_item_and_its_mean(tmp_path, tiny):
     yaml = "settings: {temperature: 1.0, seeds: [10, 20, 30, 40, 50], pass_at: [1, 3], max_tokens: 16}\n"
     task = load_task(write(tmp_path / "t", yaml, *LINES))
     assert (
-        task.metrics == ("pass_rate", "pass@1", "pass@3", "rouge_l", "finished", "tokens") and not task.shares_answers
+        task.metrics == ("pass_rate", "pass@1", "pass@3", "rouge_l", "finished", "answered", "tokens") and not task.shares_answers
     )
     given = {prompt.id: CheckedAnswer(prompt.id, "", "x", 1, True, True) for prompt in task.prompts}
     scored = run_task(task, tiny, answers=given)
