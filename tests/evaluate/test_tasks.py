@@ -179,7 +179,7 @@ LINES = [
     {
         "id": "a",
         "prompt": "why is the sky blue",
-        "check": {"type": "contains", "all": ["a"]},
+        "check": {"type": "pattern", "pattern": "a"},
         "references": ["the sky is blue", "a cat"],
     },
     {"id": "b", "prompt": "count one two", "check": {"type": "contains", "all": ["zzz"]}},
