@@ -45,7 +45,9 @@ def normalised(text: str) -> str:
     """The text in lower case and one Unicode form, without punctuation, articles and repeated spaces, as SQuAD compares
     answers (Rajpurkar et al., arXiv:1606.05250). Unlike there, signs that change what is said stay ("C++", "-5", "1.5",
     "x < 3"), and so do vowel signs of scripts that have them, and an article that is all there is."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-"))
+    folded = unicodedata.normalize(
+        "NFKC", unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-").replace("\u2044", "/")
+    )
     folded = re.sub("[\ufe0e\ufe0f\u200b-\u200f\u2060\ufeff]", "", folded)
     kept: list[str] = []
 

@@ -16,8 +16,9 @@ from itertools import islice
 import regex
 
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"
-LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{UNSPACED}]]"
+LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{UNSPACED}\p{{Hangul}}]]"  # of a script with spaces
 FLAGS = regex.IGNORECASE | regex.FULLCASE | regex.VERSION1
+JOINED = regex.compile(r"\s+|(?<=\w)[-_](?=\w)")
 WINDOW = 48  # characters beside a label in which it may be denied
 SENTENCE = 240  # characters after it in which its sentence may turn out to be a question
 MOST = 500  # labels that are looked at in one text
@@ -74,7 +75,7 @@ def claimed(text: str, labels: Sequence[str]) -> list[str]:
 def mention(text: str) -> str:
     """A regular expression (of `regex`, version 1) for the text as whole words."""
     words = unicodedata.normalize("NFKC", text).strip()
-    body = r"[\s_\-]+".join(regex.escape(word) for word in words.split()) or r"(?!)"
+    body = r"[\s_\-]+".join(regex.escape(word) for word in JOINED.split(words) if word) or r"(?!)"
     return f"{_left(words)}{body}{_right(words)}"
 
 
@@ -84,6 +85,8 @@ def _left(words: str) -> str:
         if len(words) == 1:
             return rf"(?<![{UNSPACED}])"
         return r"(?<!\p{Hiragana})" if regex.fullmatch(r"\p{Hiragana}+", words) else ""
+    if regex.fullmatch(r"\p{Hangul}", first):
+        return r"(?<![\p{Hangul}\p{L}])"
     return rf"(?<!{LETTER})(?<!{LETTER}-)" if first.isalnum() else ""
 
 
@@ -122,8 +125,7 @@ def _is_claim(text: str, match: regex.Match[str], label: str) -> bool:
         and not _is_letter_of_choice(match[0], label, before, after)
     ):
         return False
-    own = _form(label)
-    if (BEFORE.search(before) and own not in ("yes", "no")) or THOUGHT.search(before) or UNSPACED_BEFORE.search(before):
+    if BEFORE.search(before) or THOUGHT.search(before) or UNSPACED_BEFORE.search(before):
         return False
     if AFTER.search(after) or UNSPACED_AFTER.search(after):
         return False

@@ -28,7 +28,7 @@ COMMAND = regex.compile(r"\\(?:[dt]?frac|times|cdot)(?![A-Za-z])(*SKIP)(*FAIL)|\
 CODES = "USD|EUR|GBP|CHF|CAD|AUD|JPY|CNY|INR|SEK|NOK|DKK|US|Rs|RM|R"
 PLAIN = (
     r"\d{1,3}(?:(?:,\d{3})++|(?:\.\d{3}){2,}+|(?:'\d{3})++|(?:\u2009\d{3})++)(?:[.,]\d++)?(?!\d)"
-    r"|\d{1,2}(?:,\d{2})++,\d{3}(?:\.\d++)?(?!\d)|\d{1,3}(?:\.\d{3})++,\d++"
+    r"|\d{1,2}(?:,\d{2}(?=,)){1,8}+,\d{3}(?:\.\d++)?(?!\d)|\d{1,3}(?:\.\d{3})++,\d++"
     r"|\d{1,3}(?:[ ]\d{3})++(?:[.,]\d++)?(?![ ]?\d)|\d++(?:[.,]\d++)?|\.\d++"
 )
 NUMBER = regex.compile(
