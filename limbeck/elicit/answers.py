@@ -8,12 +8,13 @@ how it began. Not covered: thinking without any marks, and thinking that a serve
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Collection
 
 NAMES = "think|thinking|thought|thoughts|reasoning|reason|reflection|scratchpad|analysis|seed:think|antthinking"
 OPENS = re.compile(
-    rf"<(?P<name>{NAMES})>|(?P<mistral>\[THINK\])|(?P<kimi>◁think▷)|(?P<cohere><\|START_THINKING\|>)"
-    r"|(?P<gemma><\|channel>thought\b)|(?P<granite>Here(?: is|'s|’s) my thought process:)",
+    rf"\s*(?:<(?P<name>{NAMES})>|(?P<mistral>\[THINK\])|(?P<kimi>◁think▷)|(?P<cohere><\|START_THINKING\|>)"
+    r"|(?P<gemma><\|channel>thought\b)|(?P<granite>Here(?: is|'s|’s) my thought process:))",
     re.IGNORECASE,
 )
 CLOSERS = {
@@ -67,40 +68,41 @@ def after_thinking(text: str) -> str | None:
     ends, for then there is no answer."""
     if CHANNEL.search(text):
         return _after_channels(text)
-    rest = text
-    thought = False
-    while opened := OPENS.match(rest, len(rest) - len(rest.lstrip())):
-        closer = _closer(opened)
-        end = rest.lower().find(closer.lower(), opened.end())
-        if end < 0:
+    at = 0
+    while opened := OPENS.match(text, at):
+        closed = _closer(opened).search(text, opened.end())
+        if closed is None:
             return None
-        rest, thought = rest[end + len(closer) :], True
+        at = closed.end()
     if text.startswith("analysis") and (final := FINAL_WITHOUT_MARKS.search(text, len("analysis"))):
         return text[final.end() :].strip()  # channels whose marks a server left out
     if re.match(r"analysis[A-Z]", text):
         return None
-    while not LATER.search(rest[: closed.start()] if (closed := CLOSES.search(rest)) else "") and closed:
-        rest, thought = rest[closed.end() :], True
-    return _without_later(rest, thought)
+    later = LATER.search(text, at)
+    while (closed := CLOSES.search(text, at)) and not (later and later.start() < closed.start()):
+        at = closed.end()
+    return _without_later(text[at:], at > 0)
 
 
-def _closer(opened: re.Match[str]) -> str:
-    return f"</{opened['name']}>" if opened["name"] else CLOSERS[str(opened.lastgroup)]
+def _closer(opened: re.Match[str]) -> re.Pattern[str]:
+    mark = f"</{opened['name']}>" if opened["name"] else CLOSERS[str(opened.lastgroup)]
+    return re.compile(re.escape(mark), re.IGNORECASE)
 
 
 def _without_later(text: str, thought: bool) -> str | None:
     """The answer without thinking between its lines, and without a wrapping that says "answer"."""
     parts: list[str] = []
     at = 0
+    fences = [match.start() for match in FENCE.finditer(text)]
     for opened in LATER.finditer(text):
-        if opened.start() < at or len(FENCE.findall(text, 0, opened.start())) % 2:
+        if opened.start() < at or bisect(fences, opened.start()) % 2:
             continue
-        closer = opened["open"].replace("<", "</").replace("[", "[/")
-        end = text.lower().find(closer.lower(), opened.end())
-        if end < 0:
+        mark = opened["open"].replace("<", "</").replace("[", "[/")
+        closed = re.compile(re.escape(mark), re.IGNORECASE).search(text, opened.end())
+        if closed is None:
             return None
         parts.append(text[at : opened.start()])
-        at, thought = end + len(closer), True
+        at, thought = closed.end(), True
     answer = "".join(parts) + text[at:]
     wrapped = WRAPPED.match(answer) if thought else None
     return (wrapped[1] if wrapped else answer).strip() if thought else answer
@@ -125,7 +127,7 @@ def opened_by(prompt: str) -> str:
     """The mark with which a rendered prompt has begun the thinking of the answer; empty where it has not."""
     tail = prompt[-80:].rstrip()
     last = list(OPENS.finditer(tail))
-    return last[-1][0] if last and last[-1].end() == len(tail) else ""
+    return last[-1][0].strip() if last and last[-1].end() == len(tail) else ""
 
 
 def markers_of(tokens: Collection[str]) -> frozenset[str]:
