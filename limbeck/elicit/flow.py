@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from limbeck.elicit.answers import after_thinking
+from limbeck.elicit.thinking import after_thinking
 from limbeck.types import LogProb, Message, Request, Sample, Sampling, content_hash
 
 Pool = list[Sample]

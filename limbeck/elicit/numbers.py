@@ -76,7 +76,7 @@ EITHER = regex.compile(
 
 
 @dataclass(frozen=True)
-class Number:
+class WrittenNumber:
     """A number at text[start:end]. `readings` are its possible values, the likeliest first."""
 
     start: int
@@ -97,7 +97,7 @@ class Number:
         return any(math.isclose(reading, value, rel_tol=1e-9) for reading in self.readings)
 
 
-def numbers_in(text: str, decimal: Decimal = ".") -> list[Number]:
+def numbers_in(text: str, decimal: Decimal = ".") -> list[WrittenNumber]:
     """The numbers in a text, in their order."""
     plain = _simplified(text)
     found = []
@@ -106,11 +106,11 @@ def numbers_in(text: str, decimal: Decimal = ".") -> list[Number]:
         before = plain[max(0, match.start() - 24) : match.start()]
         if (match["sign"] or "").startswith("-") or match["inner"] or MINUS.search(before):
             readings = tuple(-reading for reading in readings)
-        found.append(Number(match.start(), match.end(), readings))
+        found.append(WrittenNumber(match.start(), match.end(), readings))
     return found
 
 
-def final_number(text: str, decimal: Decimal = ".") -> Number | None:
+def final_number(text: str, decimal: Decimal = ".") -> WrittenNumber | None:
     """The last number that the text does not deny ("not 12"); None without one, or where it leaves a choice ("12 or
     13")."""
     found = [number for number in numbers_in(text, decimal) if not denied(text, number)]
@@ -123,7 +123,7 @@ def final_number(text: str, decimal: Decimal = ".") -> Number | None:
     return found[-1] if found else None
 
 
-def denied(text: str, number: Number) -> bool:
+def denied(text: str, number: WrittenNumber) -> bool:
     """Whether the words before a number say that it is not the one."""
     return DENIED.search(text[max(0, number.start - 24) : number.start]) is not None
 

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from limbeck.elicit.answers import boxed
 from limbeck.elicit.flow import (
     Pool,
     Questions,
@@ -28,6 +27,7 @@ from limbeck.elicit.flow import (
 )
 from limbeck.elicit.similar import jaccard
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.elicit.thinking import boxed
 from limbeck.elicit.verify import verify
 from limbeck.elicit.wording import fill, words
 from limbeck.types import Message, Sample, Sampling

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from limbeck.elicit.answers import after_thinking
 from limbeck.elicit.flow import (
     Pool,
     Questions,
@@ -23,8 +22,9 @@ from limbeck.elicit.flow import (
     said_by,
     user,
 )
-from limbeck.elicit.numbers import Number, final_number, numbers_in
+from limbeck.elicit.numbers import WrittenNumber, final_number, numbers_in
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.wording import fill
 from limbeck.types import Sample, Sampling
 
@@ -139,7 +139,7 @@ class Rewrite(AskingStep):
         return Estimate(requests, int(requests * self.max_tokens * ANSWER_SHARE), samples=requests + unasked)
 
 
-def _choose_number(text: str, rng: Random, tally: Tally, keep: str | None = None) -> Number | None:
+def _choose_number(text: str, rng: Random, tally: Tally, keep: str | None = None) -> WrittenNumber | None:
     """A drawn number in the text, other than `keep`; None, and counted as dropped, if there is none."""
     places = [number for number in numbers_in(text) if number.plain != keep]
     if not places:
@@ -148,7 +148,7 @@ def _choose_number(text: str, rng: Random, tally: Tally, keep: str | None = None
     return rng.choice(places)
 
 
-def _masked(sample: Sample, text: str, hidden: Number, *, question: str, how: RewriteWay) -> Sample:
+def _masked(sample: Sample, text: str, hidden: WrittenNumber, *, question: str, how: RewriteWay) -> Sample:
     """A prompt with x in place of the hidden number of the text, and a check for that number."""
     value = hidden.value
     check = {"type": "number", "answer": int(value) if value.is_integer() else value}

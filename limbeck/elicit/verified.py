@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from limbeck.elicit.answers import after_thinking, boxed
 from limbeck.elicit.checks import normalised
 from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_of, said_by, with_scores
 from limbeck.elicit.labels import claimed
 from limbeck.elicit.numbers import final_number
 from limbeck.elicit.step import LocalStep, register
+from limbeck.elicit.thinking import after_thinking, boxed
 from limbeck.elicit.verify import verify
 from limbeck.types import Sample
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.elicit import checks, equivalence, sandbox, schema
-from limbeck.elicit.answers import after_thinking, boxed, stated
 from limbeck.elicit.checks import Check
 from limbeck.elicit.json_in import objects_in, same
 from limbeck.elicit.labels import claimed
 from limbeck.elicit.numbers import denied, final_number, numbers_in
+from limbeck.elicit.thinking import after_thinking, boxed, stated
 from limbeck.types import UserError, nearest
 
 VERSION = 2  # of the verdicts: records of another version are not mixed with ours

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from limbeck.elicit.answers import after_thinking
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.verify import verify
 from limbeck.evaluate.items import GenerationSettings, parse_prompt
 from limbeck.evaluate.likelihood import prompt_ids

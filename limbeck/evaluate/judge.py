@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from limbeck.elicit.answers import after_thinking
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.thinking import after_thinking
 from limbeck.evaluate.records import Progress
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.models.generate import GenerationJob, generate

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from limbeck.data.batches import Row
-from limbeck.elicit.answers import after_thinking
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.verify import VERSION, verify
 from limbeck.evaluate import wording
 from limbeck.evaluate.calibration import Reliability

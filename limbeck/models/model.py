@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from limbeck.elicit.answers import markers_of, opened_by
+from limbeck.elicit.thinking import markers_of, opened_by
 from limbeck.models.context import PromptContext
 from limbeck.objectives.head import Head
 from limbeck.types import Message, UserError

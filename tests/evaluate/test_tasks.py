@@ -291,3 +291,16 @@ def test_every_built_in_task_runs_and_sums_up(tiny, name):
             np.mean([2 * hits[label] / named[label] for label in named])
         )
     assert summarise(task, []) == {}
+
+
+def test_thinking_that_the_template_begins_and_never_ends_is_no_answer(tmp_path, tiny, monkeypatch):
+    task = load_task(write(tmp_path / "t", "", *LINES))
+    plain = run_task(task, tiny, max_tokens=12)
+    monkeypatch.setattr(type(tiny), "opens_thinking", lambda model, prompt_ids: "<think>")
+    thought = run_task(task, tiny, max_tokens=12)
+    assert [item.scores["answered"] for item in plain] == [1, 1, 1] and [item.scores["answered"] for item in thought] == [0, 0, 0]
+    assert thought[0].scores["pass_rate"] == 0 and thought[2].scores["rouge_l"] == 0
+    assert [item.text for item in thought] == ["<think>" + item.text for item in plain]
+    monkeypatch.undo()
+    prompt = tiny.text_ids("assistant\n<think>\n")
+    assert tiny.opens_thinking(prompt) == "<think>" and tiny.opens_thinking(prompt + tiny.text_ids("</think>")) == ""

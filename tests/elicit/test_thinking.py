@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from limbeck.elicit.answers import after_thinking, boxed, markers_of, opened_by, stated
 from limbeck.elicit.flow import Tally, are_complete, said_by
+from limbeck.elicit.thinking import after_thinking, boxed, markers_of, opened_by, stated
 from limbeck.elicit.verify import parse_check, verify
 from limbeck.types import Sample
 
