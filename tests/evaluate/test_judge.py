@@ -371,7 +371,7 @@ def test_answers_are_shown_and_replies_read_without_their_thinking():
         return ["<think>VERDICT: B\nor</think>\nVERDICT: A", "<think>VERDICT: A"] * (len(questions) // 2)
 
     first = {key: f"<think>secret</think>{text}" for key, text in GOOD.items()}
-    verdicts = judge_pairs(ask, PROMPTS, first, {key: "<think>secret" for key in GOOD})
+    verdicts = judge_pairs(ask, PROMPTS, first, dict.fromkeys(GOOD, "<think>secret"))
     assert {(verdict.forward, verdict.backward) for verdict in verdicts} == {("first", "unparsable")}
     assert not any("secret" in message["content"] for messages in asked for message in messages)
     assert [verdict.second_length for verdict in verdicts] == [0] * len(PROMPTS)

@@ -12,6 +12,7 @@ import pytest
 from limbeck.config.builtin import task_folders
 from limbeck.elicit.prompts import load_prompts
 from limbeck.elicit.verify import verify
+from limbeck.evaluate import measure
 from limbeck.evaluate.generation import answer_all
 from limbeck.evaluate.records import CheckedAnswer, ItemResult
 from limbeck.evaluate.statistics import pass_at_k, ratio_interval
@@ -304,3 +305,12 @@ def test_thinking_that_the_template_begins_and_never_ends_is_no_answer(tmp_path,
     monkeypatch.undo()
     prompt = tiny.text_ids("assistant\n<think>\n")
     assert tiny.opens_thinking(prompt) == "<think>" and tiny.opens_thinking(prompt + tiny.text_ids("</think>")) == ""
+
+
+def test_records_of_other_verdicts_are_refused(tmp_path, tiny, monkeypatch):
+    protocol = measure.EvaluationProtocol(rows=(), prompts=(), tasks=(), max_tokens=8, own_prompts=1)
+    measure.Bench(tmp_path, None, tiny, protocol)
+    measure.Bench(tmp_path, None, tiny, protocol)
+    monkeypatch.setattr(measure, "VERSION", measure.VERSION + 1)
+    with pytest.raises(UserError, match="verifiers changed"):
+        measure.Bench(tmp_path, None, tiny, protocol)
