@@ -53,7 +53,10 @@ def test_a_text_without_thinking_is_the_answer_itself(text):
 
 def test_a_check_may_ask_for_the_thinking():
     check = parse_check({"type": "pattern", "pattern": "<think>.*</think>", "thinking": True}, "here")
-    assert verify(check, "<think>so</think>7") is True and verify(check | {"thinking": False}, "<think>so</think>7") is False
+    assert (
+        verify(check, "<think>so</think>7") is True
+        and verify(check | {"thinking": False}, "<think>so</think>7") is False
+    )
 
 
 def test_a_prompt_that_begins_the_thinking_says_so():
@@ -68,19 +71,45 @@ def test_special_tokens_that_a_text_needs():
 
 
 def test_where_a_text_states_its_answer():
-    assert stated("The answer is 3. No, the answer is 4") == " 4" and stated("答案：四") == "四" and stated("four") is None
-    assert boxed("\\boxed{1} \\boxed{\\frac{1}{2}} x") == "\\frac{1}{2}" and boxed("\\boxed{1") is None and boxed("") is None
+    assert (
+        stated("The answer is 3. No, the answer is 4") == " 4" and stated("答案：四") == "四" and stated("four") is None
+    )
+    assert (
+        boxed("\\boxed{1} \\boxed{\\frac{1}{2}} x") == "\\frac{1}{2}"
+        and boxed("\\boxed{1") is None
+        and boxed("") is None
+    )
 
 
 def test_a_reply_of_nothing_but_thinking_is_dropped_and_counted():
     texts = ["<think>5</think>7", "<think>5</think> ", "<think>7"]
-    replies = [Sample(({"role": "user", "content": "?"}, {"role": "assistant", "content": text}), "m") for text in texts]
+    replies = [
+        Sample(({"role": "user", "content": "?"}, {"role": "assistant", "content": text}), "m") for text in texts
+    ]
     tally = Tally("a step")
-    assert are_complete(replies, tally) == [True, False, False] and [said_by(reply) for reply in replies] == ["7", "", ""]
+    assert are_complete(replies, tally) == [True, False, False] and [said_by(reply) for reply in replies] == [
+        "7",
+        "",
+        "",
+    ]
     assert tally.dropped == {"answer: nothing but thinking": 2}
 
 
-@pytest.mark.parametrize("piece", ["<think></think>", "</think>", "<think>", "\n<think>x</think>", "```\n<think>", "<|channel|>final<|message|>", "[THINK]", "answer is ", "\\boxed{", "`</think>"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<think></think>",
+        "</think>",
+        "<think>",
+        "\n<think>x</think>",
+        "```\n<think>",
+        "<|channel|>final<|message|>",
+        "[THINK]",
+        "answer is ",
+        "\\boxed{",
+        "`</think>",
+    ],
+)
 def test_reading_is_linear(piece):
     began = time.process_time()
     text = piece * (200_000 // len(piece))

@@ -129,7 +129,9 @@ NOUNS = "apple river stone cloud tiger bread lamp chair ocean candle forest brid
 
 def instructed(count: int, seed: int = 0) -> list[tuple[str, str]]:
     noise = np.random.default_rng(seed)
-    return [(f"t{place}", f"{INSTRUCTION}\n\nMessage: {' '.join(noise.permutation(NOUNS)[:9])}") for place in range(count)]
+    return [
+        (f"t{place}", f"{INSTRUCTION}\n\nMessage: {' '.join(noise.permutation(NOUNS)[:9])}") for place in range(count)
+    ]
 
 
 @pytest.mark.parametrize("count", [WORDING_LEAST, 54, 500])
@@ -144,9 +146,15 @@ def test_a_question_copied_behind_a_shared_instruction_is_found():
     training = instructed(60)
     question = training[7][1].partition("Message: ")[2]
     copied, elsewhere = ("i", training[7][1].upper()), ("i", f"{INSTRUCTION} Message: {question}")
-    assert [(leak.training, leak.kind) for leak in find_leaks(training, [copied], prompts=training)] == [("t7", "exact")]
+    assert [(leak.training, leak.kind) for leak in find_leaks(training, [copied], prompts=training)] == [
+        ("t7", "exact")
+    ]
     others = [*training[:7], *training[8:]]
-    planted = [*others, ("bare", f"Somebody wrote: {question}, and more"), ("cut", "Sort: " + question.rpartition(" ")[0])]
+    planted = [
+        *others,
+        ("bare", f"Somebody wrote: {question}, and more"),
+        ("cut", "Sort: " + question.rpartition(" ")[0]),
+    ]
     found = find_leaks(planted, [elsewhere], prompts=others)
     assert [(leak.training, leak.kind) for leak in found] == [("bare", "overlap"), ("cut", "overlap")]
     words = len(elsewhere[1].split())
@@ -155,7 +163,7 @@ def test_a_question_copied_behind_a_shared_instruction_is_found():
 
 
 def test_an_item_behind_an_instruction_with_other_numbers_is_the_same_but_for_them():
-    training = [(f"t{place}", f"{INSTRUCTION} {' '.join(NOUNS[place:place + 6])}") for place in range(12)]
+    training = [(f"t{place}", f"{INSTRUCTION} {' '.join(NOUNS[place : place + 6])}") for place in range(12)]
     training.append(("near", f"{INSTRUCTION} I ordered 3 lamps and got 5 chairs"))
     items = [("i", f"{INSTRUCTION} I ordered 4 lamps and got 7 chairs")]
     assert [(leak.training, leak.kind) for leak in find_leaks(training, items, prompts=training)] == [

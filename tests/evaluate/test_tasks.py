@@ -243,7 +243,8 @@ def test_draws_of_a_prompt_are_one_item_and_its_mean(tmp_path, tiny):
     yaml = "settings: {temperature: 1.0, seeds: [10, 20, 30, 40, 50], pass_at: [1, 3], max_tokens: 16}\n"
     task = load_task(write(tmp_path / "t", yaml, *LINES))
     assert (
-        task.metrics == ("pass_rate", "pass@1", "pass@3", "rouge_l", "finished", "answered", "tokens") and not task.shares_answers
+        task.metrics == ("pass_rate", "pass@1", "pass@3", "rouge_l", "finished", "answered", "tokens")
+        and not task.shares_answers
     )
     given = {prompt.id: CheckedAnswer(prompt.id, "", "x", 1, True, True) for prompt in task.prompts}
     scored = run_task(task, tiny, answers=given)
@@ -299,7 +300,9 @@ def test_thinking_that_the_template_begins_and_never_ends_is_no_answer(tmp_path,
     plain = run_task(task, tiny, max_tokens=12)
     monkeypatch.setattr(type(tiny), "opens_thinking", lambda model, prompt_ids: "<think>")
     thought = run_task(task, tiny, max_tokens=12)
-    assert [item.scores["answered"] for item in plain] == [1, 1, 1] and [item.scores["answered"] for item in thought] == [0, 0, 0]
+    assert [item.scores["answered"] for item in plain] == [1, 1, 1] and [
+        item.scores["answered"] for item in thought
+    ] == [0, 0, 0]
     assert thought[0].scores["pass_rate"] == 0 and thought[2].scores["rouge_l"] == 0
     assert [item.text for item in thought] == ["<think>" + item.text for item in plain]
     monkeypatch.undo()

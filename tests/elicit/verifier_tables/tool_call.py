@@ -2,7 +2,10 @@
 
 HEIGHT = {"type": "tool_call", "calls": [{"name": "height", "arguments": {"n": [7]}}]}
 TWO = {"type": "tool_call", "calls": [{"name": "a", "arguments": {"x": [1]}}, {"name": "b"}]}
-WORDS = {"type": "tool_call", "calls": [{"name": "weather", "arguments": {"city": ["Zürich", "Oslo"], "days": [1, None], "now": [True, None]}}]}
+WORDS = {
+    "type": "tool_call",
+    "calls": [{"name": "weather", "arguments": {"city": ["Zürich", "Oslo"], "days": [1, None], "now": [True, None]}}],
+}
 
 TABLE = [
     (HEIGHT, [
