@@ -1,4 +1,4 @@
-"""More verifiers: exact text, sets, patterns, tool calls, citations, and instructions that a program can check.
+"""More verifiers: exact text, sets, orders, patterns, tool calls, citations, and instructions that a program can check.
 
 Each takes a check (plain data that comes with a prompt) and an answer. A pattern runs for half a second at most; after
 that the answer has failed. Not covered: whether a cited passage supports the claim beside it, and languages.
@@ -6,21 +6,31 @@ that the answer has failed. Not covered: whether a cited passage supports the cl
 
 from __future__ import annotations
 
-import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import regex
 
+from limbeck.elicit.calls import is_call, same_argument, tool_calls
+from limbeck.elicit.json_in import NotJSONError, fenced, read_json
+from limbeck.elicit.labels import FLAGS, LETTER, mention
 from limbeck.types import UserError, nearest
 
 Check = dict[str, Any]
 PATTERN_SECONDS = 0.5
 PATTERN_CHARS = 500
-ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+ARTICLES = re.compile(r"\b(?:a|an|the) (?=\S)")  # before another word: "vitamin A" keeps its last one
+MEANT = regex.compile(  # signs that change what is said: C++ and C#, -5, 1.5, 1/2, x < 3, pictures
+    r"(?<=\p{L})[+#]+(?![\p{L}\p{N}])|(?<![\p{L}\p{N}])-(?=\.?\p{N})|(?<=\p{N})[.,/:](?=\p{N})|[<>=]"
+    r"|[[\p{S}]--[$€£¥₹^`~|+\p{Sk}]]",
+    regex.VERSION1,
+)
+DROPPED = regex.compile(r"[^\p{L}\p{M}\p{N}\s\ue000]", regex.VERSION1)
+LISTED = re.compile(r"[,;\n、，；،؛・]|\b(?:and|und|et|y|e|и|og|och|en|ve)\b|(?<=[\u4e00-\u9fff])[和与及]|と(?=\S)")
 CITED = re.compile(r"\[(\d{1,4})\]")
 QUOTED = re.compile(r"[\"“](.+?)[\"”]", re.DOTALL)
 ABSTAINS = re.compile(
@@ -32,29 +42,76 @@ SENTENCE = re.compile(r"[^.!?…]+[.!?…]+[\"'”’)\]]*(?=\s|$)")
 
 
 def normalised(text: str) -> str:
-    """The text in lower case without punctuation, articles and repeated spaces, as SQuAD compares answers (Rajpurkar et
-    al., arXiv:1606.05250)."""
-    plain = re.sub(r"[^\w\s]", " ", text.casefold())
-    return " ".join(ARTICLES.sub(" ", plain).split())
+    """The text in lower case and one Unicode form, without punctuation, articles and repeated spaces, as SQuAD compares
+    answers (Rajpurkar et al., arXiv:1606.05250). Unlike there, signs that change what is said stay ("C++", "-5", "1.5",
+    "x < 3"), and so do vowel signs of scripts that have them, and an article that is all there is."""
+    folded = unicodedata.normalize(
+        "NFKC", unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-").replace("\u2044", "/")
+    )
+    folded = re.sub("[\ufe0e\ufe0f\u200b-\u200f\u2060\ufeff]", "", folded)
+    kept: list[str] = []
+
+    def keep(match: regex.Match[str]) -> str:
+        kept.append(match[0])
+        return "\ue000" * len(match[0])
+
+    marked = MEANT.sub(keep, folded.replace("\ue000", " "))
+    signs = iter("".join(kept))
+    plain = re.sub("\ue000", lambda _: next(signs), DROPPED.sub(" ", marked))
+    return ARTICLES.sub("", " ".join(plain.split()))
 
 
 def exact(check: Check, answer: str) -> bool:
     """Whether the answer is one of the right ones, word for word."""
     right = check["answer"] if isinstance(check["answer"], list) else [check["answer"]]
-    if check.get("normalise", True):
-        return normalised(answer) in {normalised(text) for text in right}
-    return answer.strip() in {text.strip() for text in right}
+    if check.get("normalise", True) and (plain := normalised(answer)):
+        return plain in {normalised(text) for text in right}
+    return _composed(answer) in {_composed(text) for text in right}
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def items(check: Check, answer: str) -> bool:
     """Whether the answer lists these items and no others, each once and in any order, separated by commas, semicolons,
-    "and", or line breaks."""
-    listed = Counter(
-        plain
-        for part in re.split(r"[,;\n]|\band\b", answer)
-        if (plain := normalised(re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", part)))
-    )
-    return set(listed) == {normalised(item) for item in check["items"]} and max(listed.values(), default=1) == 1
+    "and" (or the same in some other languages), or line breaks."""
+    wanted = {normalised(item) for item in check["items"]}
+    for place, item in enumerate(check["items"]):  # an item may itself hold a comma or an "and"
+        if LISTED.search(item):
+            answer = re.sub(re.escape(item), f"\ue001{place}\ue001", answer, flags=re.IGNORECASE)
+    listed: Counter[str] = Counter()
+    for part in LISTED.split(answer):
+        whole = re.sub("\ue001(\\d+)\ue001", lambda match: check["items"][int(match[1])], part)
+        if plain := normalised(re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", whole)):
+            listed[plain] += 1
+    return set(listed) == wanted and max(listed.values(), default=1) == 1
+
+
+def contains(check: Check, answer: str) -> bool:
+    """Whether all texts occur, ignoring case. One that begins with a letter has to begin a word ("paris" is not in
+    "comparison"), and digits are the whole of a number's digits."""
+    plain = unicodedata.normalize("NFC", answer).casefold()
+    return all(_begins_a_word(unicodedata.normalize("NFC", text).casefold()).search(plain) for text in check["all"])
+
+
+def _begins_a_word(text: str) -> regex.Pattern[str]:
+    left = r"(?<!\d)" if text[:1].isdecimal() else rf"(?<!{LETTER})" if regex.match(LETTER, text, FLAGS) else ""
+    right = r"(?!\d)" if text[-1:].isdecimal() else ""
+    return regex.compile(left + regex.escape(text) + right, FLAGS)
+
+
+def order(check: Check, answer: str) -> bool:
+    """Whether the items occur in this order: the last that are named, or the first if no whole list follows. An answer
+    that lists them in more than three orders has not decided."""
+    wanted = [normalised(str(item)) for item in check["items"]]
+    named = "|".join(mention(str(item)) for item in sorted(map(str, check["items"]), key=len, reverse=True))
+    plain = unicodedata.normalize("NFKC", answer)
+    found = [normalised(match[0]) for match in islice(regex.finditer(named, plain, FLAGS), 4 * len(wanted) + 1)]
+    count = len(wanted)
+    if not count or len(found) > 3 * count:
+        return not count
+    return found[-count:] == wanted or (found[:count] == wanted and len(found) < 2 * count)
 
 
 def pattern(check: Check, answer: str) -> bool:
@@ -79,26 +136,6 @@ def check_pattern(check: Check, place: str) -> None:
 # Tool calls
 
 
-def tool_calls(text: str) -> list[dict[str, Any]] | None:
-    """The calls in an answer: JSON in <tool_call> tags, or the answer's first JSON object or list. None if they can't
-    be parsed, or there are none."""
-    calls: list[Any] = []
-    start = min((at for at in map(text.find, "{[") if at >= 0), default=len(text))
-    for part in CALL.findall(text) or ([text[start:]] if text[start:] else []):
-        try:
-            read, _ = json.JSONDecoder().raw_decode(part.strip())
-        except (ValueError, RecursionError):
-            return None
-        calls += read if isinstance(read, list) else [read]
-    return calls if calls and all(_is_call(call) for call in calls) else None
-
-
-def _is_call(call: Any) -> bool:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return False
-    return isinstance(call.get("arguments", {}), dict)
-
-
 def tool_call(check: Check, answer: str) -> bool:
     """Whether the answer makes these calls and no others: the name, and for every argument one of its values (null
     among them: it may be left out). With `any_order`, in any order."""
@@ -121,22 +158,12 @@ def _matches(call: dict[str, Any], expected: dict[str, Any]) -> bool:
     allowed = expected.get("arguments", {})
     if call["name"] != expected["name"] or not arguments.keys() <= allowed.keys():
         return False
-    return all(any(_same(arguments.get(name), value) for value in values) for name, values in allowed.items())
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether values are equal and of equal type (1 is not true); text is compared without case and outer
-    whitespace."""
-    if isinstance(one, str) and isinstance(other, str):
-        return one.strip().casefold() == other.strip().casefold()
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    return bool(one == other)
+    return all(any(same_argument(arguments.get(name), value) for value in values) for name, values in allowed.items())
 
 
 def check_calls(check: Check, place: str) -> None:
     for call in check["calls"]:
-        if not _is_call(call) or not all(isinstance(allowed, list) for allowed in call.get("arguments", {}).values()):
+        if not is_call(call) or not all(isinstance(allowed, list) for allowed in call.get("arguments", {}).values()):
             raise UserError(
                 f'{place}: a call needs a name and, for each argument, a list of values: {{"name": "f", "arguments":'
                 ' {"x": [1, 2]}}'
@@ -182,10 +209,10 @@ def _has_word(text: str, word: str) -> bool:
 
 
 def _is_json(text: str) -> bool:
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), re.DOTALL)
+    blocks = fenced(text) if text.lstrip().startswith("```") and text.rstrip().endswith("```") else []
     try:
-        json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
+        read_json(blocks[0][1] if len(blocks) == 1 else text)
+    except NotJSONError:
         return False
     return True
 

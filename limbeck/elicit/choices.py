@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -15,14 +13,15 @@ from limbeck.elicit.flow import (
     ScoreRequest,
     StepContext,
     Tally,
-    answer_of,
     are_complete,
     ask,
     complete_replies,
     prompt_of,
+    said_by,
     score,
     user,
 )
+from limbeck.elicit.json_in import objects_in
 from limbeck.elicit.merit import normalised
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.wording import fill, items, numbered
@@ -106,9 +105,9 @@ class FewShotChoices(AskingStep):
         replies = yield from ask([context.request((user(text),), self._sampling(), n) for n, text in enumerate(texts)])
         questions = []
         for group, reply in complete_replies(groups, replies, tally):
-            read = read_question(answer_of(reply) or "")
+            read = read_question(said_by(reply))
             if read is None:
-                tally.drop("no question with four choices", answer_of(reply) or "")
+                tally.drop("no question with four choices", said_by(reply))
             else:
                 questions.append(QuizQuestion(*read, parents=tuple(sample.id for sample in (*group, reply))))
         return questions
@@ -118,22 +117,22 @@ class FewShotChoices(AskingStep):
         replies = yield from ask([context.request((user(text),), self._sampling(), n) for n, text in enumerate(texts)])
         complete = are_complete(replies, tally)
         drafts = [  # (question, the samples that it came from)
-            ((answer_of(reply) or "").strip(), [*group, reply])
+            (said_by(reply).strip(), [*group, reply])
             for group, reply, whole in zip(groups, replies, complete, strict=True)
             if whole
         ]
         texts = [fill(RIGHT, question=question) for question, _ in drafts]
         right = yield from ask([context.request((user(text),), Sampling(0.0, 1.0, 24)) for text in texts])
-        answers = [(answer_of(reply) or "").strip().rstrip(".") for reply in right]
+        answers = [said_by(reply).strip().rstrip(".") for reply in right]
         texts = [
             fill(WRONG, question=question, answer=answer) for (question, _), answer in zip(drafts, answers, strict=True)
         ]
         wrong = yield from ask([context.request((user(text),), self._sampling()) for text in texts])
         questions = []
         for (question, parents), answer, reply in zip(drafts, answers, wrong, strict=True):
-            others = _wrong_answers(answer_of(reply) or "", answer)
+            others = _wrong_answers(said_by(reply), answer)
             if not answer or len(others) < 3:
-                tally.drop("fewer than three wrong answers", answer_of(reply) or "")
+                tally.drop("fewer than three wrong answers", said_by(reply))
                 continue
             place = context.rng("place", question).randrange(4)
             choices = [*others[:place], answer, *others[place:]]
@@ -163,12 +162,8 @@ def _wrong_answers(text: str, right: str) -> list[str]:
 def read_question(text: str) -> tuple[str, list[str], int] | None:
     """(question, four different choices, the place of the right one) from the first JSON object in a reply; None if it
     holds no such question."""
-    start = re.search(r"\{", text)
-    try:
-        data = json.JSONDecoder().raw_decode(text[start.start() :])[0] if start else None
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(data, dict):
+    data = next(iter(objects_in(text)), None)
+    if data is None:
         return None
     question = data.get("question")
     choices = data.get("choices")

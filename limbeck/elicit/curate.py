@@ -11,11 +11,11 @@ from limbeck.elicit.flow import (
     Questions,
     StepContext,
     Tally,
-    answer_of,
     ask,
     complete_replies,
     new_prompt,
     prompt_of,
+    said_by,
     with_answer,
 )
 from limbeck.elicit.step import AskingStep, Estimate, Temperature, TokenCount, TopP, register
@@ -78,7 +78,7 @@ class Stories(AskingStep):
         replies = yield from ask([context.request(prompt.messages, sampling) for prompt, _ in drawn])
         stories: Pool = []
         for (prompt, required), reply in complete_replies(drawn, replies, tally):
-            text = answer_of(reply) or ""
+            text = said_by(reply)
             if any(not _uses(text, word) for word in required):
                 tally.drop("a word is missing", text)
             elif not ends_well(text):
@@ -126,8 +126,8 @@ class Textbook(AskingStep):
         replies = yield from ask([context.request(prompt.messages, sampling, n) for n, prompt in enumerate(prompts)])
         texts: Pool = []
         for prompt, reply in complete_replies(prompts, replies, tally):
-            if self.form == "exercise" and "solution" not in (answer_of(reply) or "").lower():
-                tally.drop("no solution", answer_of(reply) or "")
+            if self.form == "exercise" and "solution" not in said_by(reply).lower():
+                tally.drop("no solution", said_by(reply))
             else:
                 texts.append(with_answer(prompt, reply))
         return texts

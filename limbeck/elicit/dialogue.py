@@ -18,6 +18,7 @@ from limbeck.elicit.flow import (
     ask,
     inherited,
     prompt_of,
+    said_by,
     user,
 )
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
@@ -84,7 +85,7 @@ class SelfChat(AskingStep):
         )
         chats: Pool = []
         for sample, reply in zip(pool, replies, strict=True):
-            text = answer_of(reply) or ""
+            text = said_by(reply)
             finish = reply.meta.get("finish")
             messages = read_transcript(text if ROLE.match(text.lstrip()) else f"[Human] {text}", self.turns)
             if finish not in ("ok", "length"):
@@ -113,7 +114,7 @@ def _add_turn(chats: Pool, replies: list[Sample], tally: Tally, role: str) -> tu
     longer: Pool = []
     ended: Pool = []
     for chat, reply, complete in zip(chats, replies, are_complete(replies, tally), strict=True):
-        text = (answer_of(reply) or "").strip().strip('"').strip()
+        text = said_by(reply).strip().strip('"').strip()
         if complete and OUT_OF_ROLE.search(text) and role == "user":
             tally.drop("the user falls out of the role", text)
             complete = False

@@ -16,6 +16,7 @@ from limbeck.elicit.flow import (
     complete_replies,
     new_prompt,
     prompt_of,
+    said_by,
     user,
     with_answer,
 )
@@ -85,7 +86,7 @@ class DocumentTasks(AskingStep):
         tasks: Pool = []
         novelty: dict[str, Novelty] = {sample.id: Novelty(self.threshold) for sample in pool}
         for (sample, task_type), reply in complete_replies(turns, replies, tally):
-            text = reply.messages[-1]["content"]
+            text = said_by(reply)
             read = parts(text, ("task", "answer"))
             task = read.get("task", "")
             answer = read.get("answer", "")
@@ -139,7 +140,7 @@ class OssInstruct(AskingStep):
         problems: Pool = []
         novelty = Novelty(self.threshold)
         for (sample, _), reply in complete_replies(turns, replies, tally):
-            text = reply.messages[-1]["content"]
+            text = said_by(reply)
             read = parts(text, ("problem", "solution"))
             problem = read.get("problem", "")
             solution = read.get("solution", "")

@@ -27,7 +27,10 @@ MAX_CHARS = 20_000
 def equivalent(check: dict[str, Any], answer: str) -> bool:
     """Whether the last mathematical expression in the answer (in a box, after "the answer is", in dollars, or a plain
     number) equals `check["answer"]`, which is LaTeX or a plain number. Decimals are compared to `digits` places (6)."""
-    return _WORKER.ask({"gold": check["answer"], "answer": answer[-MAX_CHARS:], "digits": check.get("digits", 6)})
+    from limbeck.elicit.numbers import ascii_digits  # not above: this file also runs by itself
+
+    digits = check.get("digits", 6)
+    return _WORKER.ask({"gold": check["answer"], "answer": ascii_digits(answer[-MAX_CHARS:]), "digits": digits})
 
 
 def check_answer(check: dict[str, Any], place: str) -> None:

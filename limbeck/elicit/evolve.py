@@ -12,11 +12,11 @@ from limbeck.elicit.flow import (
     Questions,
     StepContext,
     Tally,
-    answer_of,
     ask,
     inherited,
     new_prompt,
     prompt_of,
+    said_by,
     user,
     with_answer,
 )
@@ -111,7 +111,7 @@ class EvolInstruct(AskingStep):
         )
         evolved: list[Sample | None] = []
         for sample, name, reply in zip(current, operators, replies, strict=True):
-            text = (answer_of(reply) or "").strip().strip('"').strip()
+            text = said_by(reply).strip().strip('"').strip()
             tally.add(f"{name}_tried")
             if reason := _unusable(text, str(reply.meta.get("finish")), prompt_of(sample)):
                 tally.drop(reason, text)
@@ -130,7 +130,7 @@ class EvolInstruct(AskingStep):
         return [None if new is None or self._adds_nothing(new, next(verdicts), tally) else new for new in evolved]
 
     def _adds_nothing(self, new: Sample, verdict: Sample, tally: Tally) -> bool:
-        first_words = words(answer_of(verdict) or "")[:3]
+        first_words = words(said_by(verdict))[:3]
         equal = "equal" in first_words and "not" not in first_words
         if equal:
             tally.drop("adds nothing", prompt_of(new))
@@ -138,7 +138,7 @@ class EvolInstruct(AskingStep):
 
     def _failed(self, reply: Sample, tally: Tally) -> bool:
         """Whether the answer shows that the prompt can't be answered."""
-        text = answer_of(reply) or ""
+        text = said_by(reply)
         finish = str(reply.meta.get("finish"))
         reply_words = words(text)
         reason = None if finish == "ok" else f"answer: {finish}"

@@ -8,7 +8,18 @@ from typing import Annotated
 
 from pydantic import Field
 
-from limbeck.elicit.flow import Pool, Questions, StepContext, Tally, ask, new_prompt, prompt_of, user, with_answer
+from limbeck.elicit.flow import (
+    Pool,
+    Questions,
+    StepContext,
+    Tally,
+    ask,
+    new_prompt,
+    prompt_of,
+    said_by,
+    user,
+    with_answer,
+)
 from limbeck.elicit.select import has_word
 from limbeck.elicit.similar import Novelty
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
@@ -102,7 +113,7 @@ class SelfInstruct(AskingStep):
         replies = yield from ask(
             [context.request((user(_is_classification(task)),), Sampling(0.0, 1.0, 3)) for task in tasks]
         )
-        classification = [reply.messages[-1]["content"].strip().lower().startswith("yes") for reply in replies]
+        classification = [said_by(reply).strip().lower().startswith("yes") for reply in replies]
         tally.facts["classification"] = sum(classification) / max(1, len(classification))
         sampling = Sampling(0.0, 1.0, self.instance_tokens, presence_penalty=1.5)
         templates = [OUTPUT_FIRST if label_first else INPUT_FIRST for label_first in classification]
@@ -166,7 +177,7 @@ class SelfInstruct(AskingStep):
         return tasks
 
     def _instances(self, task: Sample, reply: Sample, label_first: bool, tally: Tally) -> Pool:
-        pairs = _input_output_pairs(reply.messages[-1]["content"], label_first)
+        pairs = _input_output_pairs(said_by(reply), label_first)
         if reply.meta.get("finish") == "length" and len(pairs) > 1:
             tally.drop("instance cut off", pairs.pop()[1])
         outputs: dict[str, str] = {}  # by input
@@ -177,7 +188,7 @@ class SelfInstruct(AskingStep):
                 tally.drop("same input with different outputs", prompt_of(task))
                 return []
         if not outputs:
-            tally.drop("no instance", reply.messages[-1]["content"])
+            tally.drop("no instance", said_by(reply))
         samples = []
         for task_input, output in list(outputs.items())[: self.instances]:
             text = f"{prompt_of(task)}\n\n{task_input}" if task_input else prompt_of(task)
@@ -274,7 +285,7 @@ class Alpaca(AskingStep):
         return fill(ALL_AT_ONCE, count=str(self.tasks), tasks="\n\n".join(shown), next=str(len(group) + 1))
 
     def _new_tasks(self, group: Pool, reply: Sample, novelty: Novelty, tally: Tally) -> Pool:
-        blocks = _instruction_blocks(reply.messages[-1]["content"])
+        blocks = _instruction_blocks(said_by(reply))
         if reply.meta.get("finish") == "length" and blocks:
             tally.drop("cut off", blocks.pop().get("instruction", ""))
         samples: Pool = []

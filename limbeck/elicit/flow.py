@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from limbeck.elicit.thinking import after_thinking
 from limbeck.types import LogProb, Message, Request, Sample, Sampling, content_hash
 
 Pool = list[Sample]
@@ -129,6 +130,11 @@ def answer_of(sample: Sample) -> str | None:
     return last["content"] if last["role"] == "assistant" else None
 
 
+def said_by(sample: Sample) -> str:
+    """The answer without the thinking before it; empty where there is none. Replies are parsed through this."""
+    return after_thinking(answer_of(sample) or "") or ""
+
+
 def prompt_messages(sample: Sample) -> tuple[Message, ...]:
     """The conversation up to the answer."""
     return sample.messages[:-1] if sample.messages[-1]["role"] == "assistant" else sample.messages
@@ -189,11 +195,13 @@ def drop_if(reject: Callable[[Sample], tuple[str, str] | None], pool: Pool, tall
 
 
 def are_complete(replies: Sequence[Sample], tally: Tally) -> list[bool]:
-    """Which replies ended by themselves. The others count as dropped, by how they ended (length, empty, refused,
-    ...)."""
+    """Which replies ended by themselves and answer something. The others count as dropped, by how they ended (length,
+    empty, refused, ..., or with their thinking)."""
     complete = []
     for reply in replies:
         finish = str(reply.meta.get("finish", "ok"))
+        if finish == "ok" and (answer_of(reply) or "").strip() and not said_by(reply).strip():
+            finish = "nothing but thinking"
         complete.append(finish == "ok")
         if finish != "ok":
             tally.drop(f"answer: {finish}", reply.messages[-1]["content"])

@@ -16,6 +16,7 @@ from limbeck.elicit.flow import (
     complete_replies,
     new_prompt,
     prompt_of,
+    said_by,
     user,
     with_answer,
     with_new_answer,
@@ -78,7 +79,7 @@ class Magpie(AskingStep):
         novelty = Novelty(self.threshold)
         prompts: Pool = []
         for _request, turn in complete_replies(requests, turns, tally):
-            text = (answer_of(turn) or "").strip()
+            text = said_by(turn).strip()
             if text.lower().startswith(ROLES):
                 tally.drop("speaks in a role's name", text)
             elif len(text.split()) < self.least_words:
@@ -126,7 +127,7 @@ class Imagine(AskingStep):
         novelty = Novelty(self.threshold)
         prompts: Pool = []
         for (sample, kind, _), reply in complete_replies(turns, replies, tally):
-            text = (answer_of(reply) or "").strip().strip('"').strip()
+            text = said_by(reply).strip().strip('"').strip()
             if novelty.add(text):
                 prompts.append(new_prompt(text, [sample, reply], reply.writer, kind=kind))
             else:
@@ -164,15 +165,15 @@ class Backtranslate(AskingStep):
         )
         pairs = []
         for sample, reply in complete_replies(pool, replies, tally):
-            request = (answer_of(reply) or "").strip().strip('"')
+            request = said_by(reply).strip().strip('"')
             prompt = new_prompt(request, [sample, reply], reply.writer, kind="backtranslated")
             pairs.append(with_new_answer(prompt, prompt_of(sample), "corpus", finish="ok"))
         verdicts = yield from ask([context.request((user(_how_good(pair)),), Sampling(0.0, 1.0, 8)) for pair in pairs])
         good: Pool = []
         for pair, verdict in zip(pairs, verdicts, strict=True):
-            rating = first_number(answer_of(verdict) or "", 1, 5)
+            rating = first_number(said_by(verdict), 1, 5)
             if rating is None:
-                tally.drop("no score", answer_of(verdict) or "")
+                tally.drop("no score", said_by(verdict))
             elif rating < self.least:
                 tally.drop(f"score below {self.least}", prompt_of(pair))
             else:

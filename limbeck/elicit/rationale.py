@@ -21,11 +21,13 @@ from limbeck.elicit.flow import (
     complete_replies,
     prompt_messages,
     prompt_of,
+    said_by,
     user,
     with_answer,
 )
 from limbeck.elicit.similar import jaccard
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.elicit.thinking import boxed
 from limbeck.elicit.verify import verify
 from limbeck.elicit.wording import fill, words
 from limbeck.types import Message, Sample, Sampling
@@ -34,7 +36,6 @@ THINK = "{prompt}\n\nLet's think step by step."
 CONCLUDE = "Therefore, the answer is"
 IN_ONE = "{prompt}\n\nThink step by step, and end with a line of the form: The answer is ..."
 STATED_ANSWER = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is|:)\s*[:*]*[ \t]*", re.IGNORECASE)
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 MAX_FINAL_CHARS = 200
 
 
@@ -45,10 +46,8 @@ def final_of(text: str) -> str | None:
     """What follows the last "the answer is" (or "answer:"), without the closing period. A text without these words
     counts by its last box; None if it has neither."""
     stated = list(STATED_ANSWER.finditer(text))
-    boxes = BOXED.findall(text)
-    last = text[stated[-1].end() :].partition("\n")[0] if stated else boxes[-1] if boxes else ""
-    if boxed := BOXED.search(last):
-        last = boxed[1]
+    last = text[stated[-1].end() :].partition("\n")[0] if stated else boxed(text) or ""
+    last = boxed(last) or last
     last = re.sub(r"[\s.*$]+$", "", last.strip("*$ "))
     return last if last and len(last) <= MAX_FINAL_CHARS else None
 
@@ -112,7 +111,7 @@ def _rephrased(sample: Sample, template: str) -> tuple[Message, ...]:
 
 def _from_one_call(sample: Sample, reply: Sample, tally: Tally) -> Sample | None:
     text = reply.messages[-1]["content"]
-    final = final_of(text)
+    final = final_of(said_by(reply))
     if final is None:
         tally.drop("no answer at the end of the reasons", text)
         return None
@@ -123,7 +122,7 @@ def _from_one_call(sample: Sample, reply: Sample, tally: Tally) -> Sample | None
 
 def _from_two_calls(sample: Sample, reply: Sample, conclusion: Sample, tally: Tally) -> Sample | None:
     rationale = reply.messages[-1]["content"].strip()
-    text = conclusion.messages[-1]["content"].strip()
+    text = said_by(conclusion).strip()
     final = final_of(text) or re.sub(r"[\s.*$]+$", "", text.splitlines()[0]).lstrip("*$: ")
     if not final or len(final) > MAX_FINAL_CHARS:
         tally.drop("no short answer after the reasons", text)

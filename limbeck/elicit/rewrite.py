@@ -14,16 +14,17 @@ from limbeck.elicit.flow import (
     Questions,
     StepContext,
     Tally,
-    answer_of,
     ask,
     complete_replies,
     inherited,
     new_prompt,
     prompt_of,
+    said_by,
     user,
 )
+from limbeck.elicit.numbers import WrittenNumber, final_number, numbers_in
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
-from limbeck.elicit.verify import NUMBER
+from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.wording import fill
 from limbeck.types import Sample, Sampling
 
@@ -42,23 +43,18 @@ INHERITED = ("kind", "task", "weight")
 RewriteWay = Literal["rephrase", "self_verification", "backward"]
 
 
-def plain_number(text: str) -> str:
-    """A number without commas and trailing zeros."""
-    return f"{float(text.replace(',', '')):g}"
-
-
 def numbers(text: str) -> list[str]:
     """The numbers in a text in plain form, sorted."""
-    return sorted(plain_number(match) for match in NUMBER.findall(text))
+    return sorted(number.plain for number in numbers_in(text))
 
 
 def right_number(sample: Sample) -> str | None:
     """The number that is the right answer, from the sample's check or the corpus; None if there is none."""
     check = sample.meta.get("check") or {}
     if check.get("type") == "number":
-        return f"{float(check['answer']):g}"
-    in_answer = NUMBER.findall(str((sample.meta.get("answers") or [""])[0]))
-    return plain_number(in_answer[-1]) if in_answer else None
+        return f"{float(check['answer']):.15g}"
+    number = final_number(after_thinking(str((sample.meta.get("answers") or [""])[0])) or "")
+    return number.plain if number else None
 
 
 @register("rewrite")
@@ -111,7 +107,7 @@ class Rewrite(AskingStep):
         )
         questions: Pool = []
         for (sample, _), reply in complete_replies(turns, replies, tally):
-            text = (answer_of(reply) or "").strip()
+            text = said_by(reply).strip()
             if numbers(text) != numbers(prompt_of(sample)):
                 tally.drop("numbers changed", text)
             elif text.casefold() == prompt_of(sample).casefold():
@@ -126,7 +122,7 @@ class Rewrite(AskingStep):
         replies = yield from ask([context.request((user(text),), self._sampling()) for text in texts])
         questions: Pool = []
         for (sample, answer), reply in complete_replies(solved, replies, tally):
-            statement = (answer_of(reply) or "").strip().partition("\n")[0]
+            statement = said_by(reply).strip().partition("\n")[0]
             if answer not in numbers(statement):
                 tally.drop("the answer is not in the statement", statement)
                 continue
@@ -143,21 +139,21 @@ class Rewrite(AskingStep):
         return Estimate(requests, int(requests * self.max_tokens * ANSWER_SHARE), samples=requests + unasked)
 
 
-def _choose_number(text: str, rng: Random, tally: Tally, keep: str | None = None) -> re.Match[str] | None:
+def _choose_number(text: str, rng: Random, tally: Tally, keep: str | None = None) -> WrittenNumber | None:
     """A drawn number in the text, other than `keep`; None, and counted as dropped, if there is none."""
-    places = [match for match in NUMBER.finditer(text) if plain_number(match[0]) != keep]
+    places = [number for number in numbers_in(text) if number.plain != keep]
     if not places:
         tally.drop("no number to mask", text)
         return None
     return rng.choice(places)
 
 
-def _masked(sample: Sample, text: str, hidden: re.Match[str], *, question: str, how: RewriteWay) -> Sample:
+def _masked(sample: Sample, text: str, hidden: WrittenNumber, *, question: str, how: RewriteWay) -> Sample:
     """A prompt with x in place of the hidden number of the text, and a check for that number."""
-    value = float(hidden[0].replace(",", ""))
+    value = hidden.value
     check = {"type": "number", "answer": int(value) if value.is_integer() else value}
     meta = inherited(sample, *INHERITED) | {"rewritten": how, "check": check}
-    masked = f"{text[: hidden.start()]}x{text[hidden.end() :]}\n{question}"
+    masked = f"{text[: hidden.start]}x{text[hidden.end :]}\n{question}"
     return new_prompt(masked, [sample], sample.writer, **meta)
 
 

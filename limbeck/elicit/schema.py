@@ -5,8 +5,6 @@ A schema is data: references are not fetched, and its patterns run for half a se
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,18 +16,23 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from limbeck.elicit.checks import PATTERN_SECONDS
+from limbeck.elicit.json_in import NotJSONError, fenced, objects_in, read_json
 from limbeck.types import UserError
-
-FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
 def conforms(check: dict[str, Any], answer: str) -> bool:
-    """Whether the answer, or its first fenced block, is JSON that conforms to `schema`."""
-    fenced = FENCED.search(answer)
+    """Whether the answer, its first fenced block, or the only JSON object in it, is JSON that conforms to `schema`."""
+    blocks = fenced(answer)
+    objects = [] if blocks else objects_in(answer)
     try:
-        value = json.loads(fenced[1] if fenced else answer, parse_constant=_refuse)
+        try:
+            value = read_json(blocks[0][1] if blocks else answer)
+        except NotJSONError:
+            if len(objects) != 1:
+                return False
+            value = objects[0]
         return bool(_validator(check["schema"]).is_valid(value))
-    except (ValueError, RecursionError, TimeoutError):
+    except (RecursionError, TimeoutError):
         return False
 
 
@@ -53,10 +56,6 @@ def _validator(schema: dict[str, Any]) -> Any:
         {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional},
     )
     return bounded(schema, registry=Registry())
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _matches(pattern: str, text: str) -> bool:

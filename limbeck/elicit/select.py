@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, drop_if, prompt_of
+from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, drop_if, prompt_of, said_by
 from limbeck.elicit.similar import Novelty, k_center, near_duplicates, vectors
 from limbeck.elicit.step import Estimate, LocalStep, register
 from limbeck.elicit.wording import words
@@ -168,7 +168,7 @@ class Refusals(LocalStep):
 
     @staticmethod
     def _reject(sample: Sample) -> tuple[str, str] | None:
-        answer = (answer_of(sample) or "").replace("’", "'")
+        answer = said_by(sample).replace("’", "'")
         return ("declines", answer) if REFUSING.match(answer[:OPENING].lstrip(" *\"'")) else None
 
 

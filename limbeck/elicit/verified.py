@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_of, with_scores
+from limbeck.elicit.checks import normalised
+from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_of, said_by, with_scores
+from limbeck.elicit.labels import claimed
+from limbeck.elicit.numbers import final_number
 from limbeck.elicit.step import LocalStep, register
-from limbeck.elicit.verify import NUMBER, verify
+from limbeck.elicit.thinking import after_thinking, boxed
+from limbeck.elicit.verify import verify
 from limbeck.types import Sample
 
 AnswerType = Literal["number", "choice", "exact"]
-LETTER = re.compile(r"(?<![A-Za-z])\(?([A-J])(?:\)|\.|:|\b)(?![A-Za-z'’])")
+LETTERS = tuple("ABCDEFGHIJ")
 
 
 def final_answer(sample: Sample, answer_type: AnswerType) -> str | None:
-    """The answer that a sample ends in: its last number (in plain form), the last letter of a choice, or its text
-    without case and punctuation. Reads `final` in the meta if it is there, else the whole answer."""
-    text = str(sample.meta.get("final") or answer_of(sample) or "")
+    """The answer that a sample ends in, after its thinking: its last number (in plain form), the last letter of a
+    choice, or its text without case and punctuation. Reads `final` in the meta if it is there, else the whole
+    answer."""
+    text = str(sample.meta.get("final") or said_by(sample))
     if answer_type == "number":
-        numbers = NUMBER.findall(text)
-        return f"{float(numbers[-1].replace(',', '')):g}" if numbers else None
+        number = final_number(boxed(text) or text)
+        return number.plain if number else None
     if answer_type == "choice":
-        letters = LETTER.findall(text)
-        return str(letters[-1]) if letters else None
-    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split()) or None
+        letters = claimed(boxed(text) or text, LETTERS)
+        return letters[-1] if letters else None
+    return normalised(text) or None
 
 
 def groups_by_prompt(pool: Pool) -> list[list[Sample]]:
@@ -54,6 +58,8 @@ class Verify(LocalStep):
             verdict, how = self._verdict(sample)
             if answer_of(sample) is None:
                 tally.drop("no answer", prompt_of(sample))
+            elif verdict is False and after_thinking(answer_of(sample) or "") is None:
+                tally.drop("thinking without an end", answer_of(sample) or "")
             elif verdict is None and self.unchecked == "drop":
                 tally.drop("nothing to check it by", answer_of(sample) or "")
             elif verdict is False:

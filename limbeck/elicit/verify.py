@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from limbeck.elicit import checks, equivalence, sandbox, schema
 from limbeck.elicit.checks import Check
+from limbeck.elicit.json_in import objects_in, same
+from limbeck.elicit.labels import claimed
+from limbeck.elicit.numbers import denied, final_number, numbers_in
+from limbeck.elicit.thinking import after_thinking, boxed, stated
 from limbeck.types import UserError, nearest
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-STATED = re.compile(r"####|answer is", re.IGNORECASE)
+VERSION = 2  # of the verdicts: records of another version are not mixed with ours
 MAX_CHARS = 100_000
 
 
-def verify(check: Check | None, answer: str) -> bool | None:
-    """Whether the answer passes the check; None without a check."""
-    return None if check is None else VERIFIERS[check["type"]].passes(check, answer[:MAX_CHARS])
+def verify(check: Check | None, text: str) -> bool | None:
+    """Whether the answer in a text passes the check: what follows its thinking, unless the check says `thinking: true`.
+    Thinking that never ends is no answer, and does not pass. None without a check."""
+    if check is None:
+        return None
+    answer = text if check.get("thinking") else after_thinking(text)
+    return answer is not None and VERIFIERS[check["type"]].passes(check, answer[:MAX_CHARS])
 
 
 def parse_check(check: Any, place: str) -> Check:
@@ -60,23 +65,31 @@ class Verifier:
 
 
 def _number(check: Check, answer: str) -> bool:
-    """Whether the last number in the answer is right; with `strict`, the first one after the last "####" or "answer
-    is"."""
+    """Whether the right number is in the answer's last box, or else the last number of the answer; with `strict`, the
+    first one after the last "####" or "answer is". A number that is denied ("not 12"), or one of two ("12 or 13"),
+    does not count. `decimal` says what a lone point or comma is, see `numbers.py`."""
+    decimal = check.get("decimal", ".")
+    right = float(check["answer"])
     if check.get("strict"):
-        *_, answer = re.split(r"####|answer is", answer, flags=re.IGNORECASE) if STATED.search(answer) else ("",)
-    numbers = NUMBER.findall(answer)[: 1 if check.get("strict") else None]
-    return bool(numbers) and float(numbers[-1].replace(",", "")) == float(check["answer"])
+        said = stated(answer) or ""
+        found = [number for number in numbers_in(said, decimal) if not denied(said, number)]
+        return bool(found) and found[0].may_be(right)
+    last = final_number(boxed(answer) or answer, decimal)
+    return last is not None and last.may_be(right)
 
 
 def _check_number(check: Check, place: str) -> None:
     if isinstance(check["answer"], bool):
         raise UserError(f"{place}: the answer of a number check must be a number")
+    if check.get("decimal", ".") not in (".", ","):
+        raise UserError(f"{place}: decimal {check['decimal']!r} must be '.' or ','")
 
 
 def _choice(check: Check, answer: str) -> bool:
-    """Whether the answer names the right label and no other."""
-    labels = {label for label in check["labels"] if re.search(rf"\b{re.escape(label)}\b", answer, re.IGNORECASE)}
-    return labels == {check["answer"]}
+    """Whether the answer claims the right label and no other: in its last box, or else after its last "the answer is",
+    or else anywhere."""
+    said = boxed(answer) or stated(answer) or answer
+    return set(claimed(said, check["labels"]) or claimed(answer, check["labels"])) == {check["answer"]}
 
 
 def _check_choice(check: Check, place: str) -> None:
@@ -87,34 +100,12 @@ def _check_choice(check: Check, place: str) -> None:
 
 
 def _json(check: Check, answer: str) -> bool:
-    """Whether the first JSON object in the answer has these values; text is compared without case and outer
-    whitespace."""
-    start = answer.find("{")
-    if start < 0:
+    """Whether the JSON objects in the answer have these values, the first all of them, and no other says otherwise."""
+    found = objects_in(answer)
+    wanted = check["equals"]
+    if not found or not all(name in found[0] and same(found[0][name], value) for name, value in wanted.items()):
         return False
-    try:
-        values, _ = json.JSONDecoder().raw_decode(answer[start:])
-    except (ValueError, RecursionError):
-        return False
-
-    def plain(value: Any) -> Any:
-        return value.strip().casefold() if isinstance(value, str) else value
-
-    return all(
-        name in values and type(plain(values[name])) is type(plain(value)) and plain(values[name]) == plain(value)
-        for name, value in check["equals"].items()
-    )
-
-
-def _order(check: Check, answer: str) -> bool:
-    """Whether the items occur in this order."""
-    at = 0
-    for item in check["items"]:
-        match = re.compile(rf"(?<!\w){re.escape(str(item))}(?!\w)", re.IGNORECASE).search(answer, at)
-        if not match:
-            return False
-        at = match.end()
-    return True
+    return all(same(other[name], value) for other in found for name, value in wanted.items() if name in other)
 
 
 def _unit_tests(check: Check, answer: str) -> bool:
@@ -122,17 +113,12 @@ def _unit_tests(check: Check, answer: str) -> bool:
     return sandbox.run_tests(sandbox.program_in(answer), check["tests"]).passed
 
 
-def _contains(check: Check, answer: str) -> bool:
-    """Whether all texts occur, ignoring case."""
-    return all(text.casefold() in answer.casefold() for text in check["all"])
-
-
 VERIFIERS = {
     "number": Verifier({"answer": int | float}, _number, _check_number),
     "choice": Verifier({"labels": list, "answer": str}, _choice, _check_choice),
     "json": Verifier({"equals": dict}, _json),
-    "order": Verifier({"items": list}, _order),
-    "contains": Verifier({"all": list}, _contains, texts="all"),
+    "order": Verifier({"items": list}, checks.order),
+    "contains": Verifier({"all": list}, checks.contains, texts="all"),
     "exact": Verifier({"answer": str | list}, checks.exact),
     "set": Verifier({"items": list}, checks.items, texts="items"),
     "pattern": Verifier({"pattern": str}, checks.pattern, checks.check_pattern),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.verify import verify
 from limbeck.evaluate.items import GenerationSettings, parse_prompt
 from limbeck.evaluate.likelihood import prompt_ids
@@ -36,7 +37,7 @@ def _answer_jobs(
     answers: dict[int, CheckedAnswer] = {}
     for index, ids in generate(system.net, jobs, system.eos_ids, vocab_size=system.vocab_size):
         prompt = prompts[index]
-        text = system.decode(ids)
+        text = system.opens_thinking(jobs[index].prompt_ids) + system.decode(ids)
         answers[index] = CheckedAnswer(
             prompt_id=prompt.id,
             kind=prompt.kind,
@@ -44,6 +45,7 @@ def _answer_jobs(
             tokens=len(ids),
             finished=ids[-1] in system.eos_ids,
             passed=verify(prompt.check, text),
+            answered=after_thinking(text) is not None,
         )
         progress(len(answers), len(jobs))
     return [answers[index] for index in range(len(jobs))]
@@ -82,20 +84,25 @@ def _prompt_result(
             "tokens": answer.tokens,
             "finished": answer.finished,
             "passed": answer.passed,
+            "answered": answer.answered,
         }
         for seed, answer in zip(settings.draws, answers, strict=True)
     ]
-    scores = {"finished": _mean(draws, "finished"), "tokens": _mean(draws, "tokens")}
+    scores = {name: _mean(draws, name) for name in ("finished", "answered", "tokens")}
     if prompt.check is not None:
         scores["pass_rate"] = _mean(draws, "passed")
         passed = sum(bool(draw["passed"]) for draw in draws)
         scores |= {f"pass@{k}": pass_at_k(len(draws), passed, k) for k in settings.pass_at}
     if prompt.answers and "rouge_l" in metrics:
         for draw in draws:
-            draw["rouge_l"] = rouge_l(draw["text"], prompt.answers, stemmer=settings.stemmer)
+            draw["rouge_l"] = rouge_l(after_thinking(draw["text"]) or "", prompt.answers, stemmer=settings.stemmer)
         if draws[0]["rouge_l"] is not None:  # None for references without a word that ROUGE knows
             scores["rouge_l"] = _mean(draws, "rouge_l")
-    facts = {key: draws[0][key] for key in ("tokens", "finished", "passed")} if len(draws) == 1 else {"draws": draws}
+    facts = (
+        {key: draws[0][key] for key in ("tokens", "finished", "passed", "answered")}
+        if len(draws) == 1
+        else {"draws": draws}
+    )
     return ItemResult(prompt.id, scores, text=answers[0].text, facts=facts)
 
 
@@ -111,6 +118,7 @@ class GenerationKind(TaskKind):
         "pass": TaskMetric("Pass", "high"),
         "rouge_l": TaskMetric("ROUGE-L", "high"),
         "finished": TaskMetric("Finished", "none"),
+        "answered": TaskMetric("Came to an answer", "high"),
         "tokens": TaskMetric("Length in tokens", "none"),
     }
     takes_references = True
@@ -147,7 +155,7 @@ class GenerationKind(TaskKind):
         checked = any(prompt.check is not None for prompt in items)
         compared = any(prompt.answers for prompt in items)
         passes = ["pass_rate", *(f"pass@{k}" for k in settings.pass_at)] if checked else []
-        return [*passes, *(["rouge_l"] if compared else []), "finished", "tokens"]
+        return [*passes, *(["rouge_l"] if compared else []), "finished", "answered", "tokens"]
 
     def shares_answers(self, settings: GenerationSettings) -> bool:
         return settings.shares_answers

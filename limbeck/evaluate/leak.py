@@ -11,8 +11,13 @@ word per character of Chinese and Japanese. Four kinds of leak, the strongest fi
 - `same_but_for_numbers`: the training text holds the whole item, but with other numbers. For items of at least 4 words
   besides numbers. It is weaker: a task made from a template shows it by design.
 
-A run that more than 10 different items have is the wording of their task, and no overlap. Not covered: paraphrases,
-translations, numbers written as words.
+A run that more than 10 different items have is the wording of their task, and no overlap. So is a run of `small_n`
+words that at least 5 different training prompts have, and more than 3 % of them: an instruction that they share. Its
+words are taken out of an item, and each stretch that is left is looked for as an item of its length would be (of 4
+words or more; it shows an `overlap`), so that a question copied from behind its instruction is found. By chance that
+rule rarely hides a leak: a question with one copy among the training prompts on average has 5 or more with a
+probability of 0.4 % (Poisson), and its whole is found all the same. Not covered: paraphrases, translations, numbers
+written as words.
 
 Items are indexed once by hashes of runs; the training text is read in blocks, and every hit is compared word by word.
 Time is linear in the training text and in the number of leaks: about 1 second per million words.
@@ -25,8 +30,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -41,6 +46,8 @@ WORD_OR_NUMBER = re.compile(rf"\d+(?:\.\d+)?|[{CJK}]|[^\W\d_{CJK}]+")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 LEAST_WORDS = 4
 COMMON = 10
+WORDING_LEAST = 5
+WORDING_SHARE = 0.03
 EXCERPT_WORDS = 40
 BLOCK = 2000
 OTHER = 0
@@ -64,7 +71,7 @@ class Leak:
     excerpt: str
 
 
-def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> list[Leak]:
+def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8, prompts: Texts = ()) -> list[Leak]:
     """Every pair of item and training text with a leak, in the order of the items.
 
     An item has at most one leak of the last kind, with the first text that shows it, and none where it has an exact or
@@ -72,6 +79,7 @@ def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> 
 
     Args:
         training, items: (id, text).
+        prompts: those of the training, whose common wording shows no leak.
 
     Raises:
         UserError: n-gram lengths other than 4 <= small_n <= n.
@@ -81,7 +89,15 @@ def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> 
     vocabulary = _Vocabulary()
     ids = [vocabulary.learn(_words(text)) for _, text in items]
     is_number, codes = vocabulary.tables()
-    plain = _Index({place: own_N for place, own_N in enumerate(ids) if len(own_N)}, codes, n, small_n)
+    worded = _wording(ids, prompts, vocabulary, codes, width=small_n)
+    own = {place: own_N for place, own_N in enumerate(ids) if len(own_N)}
+    free = {place: own_N for place, own_N in own.items() if place not in worded}
+    plain = [
+        _Index(free, codes, n, small_n),
+        _Index({place: own[place] for place in worded}, codes, n, small_n, anchors_only=True),
+    ]
+    owners, stretches = _stretches(own, worded)
+    pieces = _Index(stretches, codes, n, small_n)
     skeletons = {place: np.where(is_number[own_N], NUMBER, own_N).astype(np.int32) for place, own_N in enumerate(ids)}
     masked = _Index(
         {p: own_N for p, own_N in skeletons.items() if _has_skeleton(own_N)}, codes, n, small_n, anchors_only=True
@@ -90,9 +106,15 @@ def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> 
     first_of: dict[int, tuple[str, str]] = {}
     for first in range(0, len(training), BLOCK):
         block = _Block(training[first : first + BLOCK], vocabulary)
-        for match in plain.search(block.ids_N, block):
-            for place in plain.places[match.entry]:
-                leaks[place, first + match.text] = _leak(block, match, items[place][0])
+        for index in plain:
+            for match in index.search(block.ids_N, block):
+                for place in index.places[match.entry]:
+                    leaks[place, first + match.text] = _leak(block, match, items[place][0])
+        for match in pieces.search(block.ids_N, block):
+            for owner in (owners[stretch] for stretch in pieces.places[match.entry]):
+                share = match.share * len(pieces.entries[match.entry]) / len(own[owner])
+                part = replace(match, whole=False, share=share)
+                leaks.setdefault((owner, first + match.text), _leak(block, part, items[owner][0]))
         for match in masked.search(np.where(is_number[block.ids_N], NUMBER, block.ids_N).astype(np.int32), block):
             first_of.setdefault(match.entry, (block.names[match.text], block.excerpt(match)))
     strong = {place for (place, _), leak in leaks.items() if leak.kind != "overlap"}
@@ -103,6 +125,47 @@ def find_leaks(training: Texts, items: Texts, n: int = 13, small_n: int = 8) -> 
                 item=items[place][0], training=name, kind="same_but_for_numbers", share=share, excerpt=excerpt
             )
     return [leaks[key] for key in sorted(leaks)]
+
+
+def _wording(
+    ids: Sequence[np.ndarray], prompts: Texts, vocabulary: _Vocabulary, codes: np.ndarray, *, width: int
+) -> dict[int, np.ndarray]:
+    """{place of an item: which of its words belong to wording that the prompts share}, for items that have any."""
+    runs = [_hashes(codes[own_N], width) for own_N in ids]
+    wanted = np.unique(np.concatenate([*runs, np.empty(0, np.uint64)]))
+    texts = list({text: (name, text) for name, text in prompts}.values())
+    count = np.zeros(len(wanted), np.int64)
+    for first in range(0, len(texts) if len(wanted) else 0, BLOCK):
+        block = _Block(texts[first : first + BLOCK], vocabulary)
+        hash_P = _hashes(codes[block.ids_N], width)
+        at_H = np.flatnonzero(np.isin(hash_P, wanted))
+        text_H = np.searchsorted(block.starts, at_H, "right") - 1
+        pairs = np.unique(np.stack([text_H, np.searchsorted(wanted, hash_P[at_H])], 1), axis=0)
+        count += np.bincount(pairs[:, 1], minlength=len(wanted))
+    common = wanted[(count >= WORDING_LEAST) & (count > WORDING_SHARE * len(texts))]
+    worded = {}
+    for place, (own_N, run_P) in enumerate(zip(ids, runs, strict=True)):
+        is_worded = np.zeros(len(own_N), bool)
+        for start in np.flatnonzero(np.isin(run_P, common)):
+            is_worded[start : start + width] = True
+        if is_worded.any():
+            worded[place] = is_worded
+    return worded
+
+
+def _stretches(
+    own: Mapping[int, np.ndarray], worded: Mapping[int, np.ndarray]
+) -> tuple[list[int], dict[int, np.ndarray]]:
+    """The stretches of items that are no wording: the place of the item of each, and {number: its words}."""
+    owners = []
+    stretches = []
+    for place, is_worded in worded.items():
+        edges = np.flatnonzero(np.diff(np.concatenate([[True], is_worded, [True]]).astype(np.int8)))
+        for start, end in edges.reshape(-1, 2):
+            if end - start >= LEAST_WORDS:
+                owners.append(place)
+                stretches.append(own[place][start:end])
+    return owners, dict(enumerate(stretches))
 
 
 def _words(text: str) -> list[str]:

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from limbeck.data.batches import Row
 from limbeck.elicit.prompts import Prompt
-from limbeck.elicit.verify import verify
+from limbeck.elicit.thinking import after_thinking
+from limbeck.elicit.verify import VERSION, verify
 from limbeck.evaluate import wording
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.efficiency import efficiency, sizes
@@ -103,6 +104,7 @@ class Bench:
             "prompts": [prompt.facts for prompt in protocol.prompts],
             "max_tokens": protocol.max_tokens,
             "own_prompts": protocol.own_prompts,
+            "verdicts": VERSION,
         }
         fingerprint = content_hash(
             facts | {"tasks": tasks, "rows": [row.response_ids for row in protocol.rows], "seed": protocol.seed}
@@ -110,8 +112,8 @@ class Bench:
         file = self.folder / "protocol.json"
         if file.exists() and json.loads(file.read_text())["hash"] != fingerprint:
             raise UserError(
-                f"{self.folder} holds answers to other questions (tasks or prompts changed since): remove it to measure"
-                " again"
+                f"{self.folder} holds answers to other questions (tasks, prompts or verifiers changed since): remove"
+                " it to measure again"
             )
         write_json(file, {"hash": fingerprint})
 
@@ -170,6 +172,7 @@ class Bench:
             tokens=len(self.reader.text_ids(text)) + finished,
             finished=finished,
             passed=verify(prompt.check, text),
+            answered=after_thinking(text) is not None,
         )
 
     def _cached(self, name: str, kind: type[T], make: Callable[[], Sequence[T]]) -> list[T]:

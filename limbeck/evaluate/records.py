@@ -34,7 +34,8 @@ class ItemFidelity:
 @dataclass(frozen=True)
 class CheckedAnswer:
     """One system's answer to one prompt; `passed` is None where no verifier applies. `tokens` counts the
-    end-of-sequence token."""
+    end-of-sequence token. `text` is all that was written, with the mark of thinking that the prompt began; `answered`
+    is False where thinking never ends."""
 
     prompt_id: str
     kind: str
@@ -42,6 +43,7 @@ class CheckedAnswer:
     tokens: int
     finished: bool
     passed: bool | None
+    answered: bool = True
 
 
 @dataclass(frozen=True)

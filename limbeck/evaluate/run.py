@@ -91,14 +91,14 @@ def leaks(questions: Questions) -> list[Leak]:
     """Held-out prompts and task items that occur in the training text: per item the strongest leak, with one text that
     shows it."""
     text = questions.text
-    training = [(prompt.id, prompt.text) for prompt in text.prompts[0]]
-    training += [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
+    prompts = [(prompt.id, prompt.text) for prompt in text.prompts[0]]
+    training = prompts + [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
     for name in questions.recipe.evaluate.controls:
         training += CONTROLS[name].extra_text(text.prompts[0])
     items = {(prompt.id, prompt.text) for prompt in text.prompts[1]}
     items |= {pair for task in questions.tasks if "@" not in task.name for pair in task.texts}
     strongest: dict[str, Leak] = {}
-    for leak in find_leaks(training, sorted(items)):
+    for leak in find_leaks(training, sorted(items), prompts=prompts):
         other = strongest.get(leak.item)
         if other is None or LEAK_KINDS.index(leak.kind) < LEAK_KINDS.index(other.kind):
             strongest[leak.item] = leak

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from limbeck.elicit.thinking import markers_of, opened_by
 from limbeck.models.context import PromptContext
 from limbeck.objectives.head import Head
 from limbeck.types import Message, UserError
@@ -44,8 +46,25 @@ class Model:
         return len(self.tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Token ids as text, without control tokens."""
+        """Token ids as text, without control tokens, but for those that set thinking, channels and tool calls apart
+        from the answer."""
+        if self._dropped is not None:
+            return str(self.tokenizer.decode([token for token in ids if token not in self._dropped]))
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @cached_property
+    def _dropped(self) -> frozenset[int] | None:
+        """The control tokens that a text leaves out; None where it can leave out all."""
+        special = {
+            token.content: ident for ident, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        kept = markers_of(special.keys())
+        dropped = {ident for content, ident in special.items() if content not in kept}
+        return frozenset(dropped) | self.eos_ids if kept else None
+
+    def opens_thinking(self, prompt_ids: Sequence[int]) -> str:
+        """The mark with which a prompt in the model's template has begun the thinking of the answer, or nothing."""
+        return opened_by(str(self.tokenizer.decode(list(prompt_ids[-32:]))))
 
     @property
     def max_length(self) -> int:

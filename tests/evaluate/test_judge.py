@@ -361,3 +361,17 @@ def test_a_judge_that_cant_be_asked_is_refused_before_anything_is_spent(quick, t
     quick["evaluate"]["judge"] = str(mute)
     with pytest.raises(RecipeError, match=r"evaluate\.judge: the tokenizer .* has no chat template"):
         limbeck.check(parse(quick))
+
+
+def test_answers_are_shown_and_replies_read_without_their_thinking():
+    asked = []
+
+    def ask(questions):
+        asked.extend(questions)
+        return ["<think>VERDICT: B\nor</think>\nVERDICT: A", "<think>VERDICT: A"] * (len(questions) // 2)
+
+    first = {key: f"<think>secret</think>{text}" for key, text in GOOD.items()}
+    verdicts = judge_pairs(ask, PROMPTS, first, dict.fromkeys(GOOD, "<think>secret"))
+    assert {(verdict.forward, verdict.backward) for verdict in verdicts} == {("first", "unparsable")}
+    assert not any("secret" in message["content"] for messages in asked for message in messages)
+    assert [verdict.second_length for verdict in verdicts] == [0] * len(PROMPTS)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
 import pytest
 
-from limbeck.evaluate.leak import COMMON, Leak, find_leaks
+from limbeck.evaluate.leak import COMMON, WORDING_LEAST, WORDING_SHARE, Leak, find_leaks
 from limbeck.types import UserError
 
 STORY = "A farmer sells 12 baskets of apples on Monday and 30 baskets on Tuesday, then gives away 5. How many baskets has the farmer handed out?"
@@ -120,6 +121,74 @@ def test_an_item_that_is_all_template_is_found_as_a_whole():
     frame = "if you are asked for help by a friend who lives far away and can not travel this year then please tell us what you would do first of all"
     items = [(f"i{place}", frame + f" {chr(97 + place)}" * (place > 0)) for place in range(COMMON + 2)]
     assert [(leak.item, leak.kind) for leak in find_leaks([("t", frame)], items)] == [("i0", "exact")]
+
+
+INSTRUCTION = "You are a careful support agent. Read the customer message below and answer with exactly one of the labels billing, shipping or other."
+NOUNS = "apple river stone cloud tiger bread lamp chair ocean candle forest bridge silver garden violin rocket pepper window marble castle".split()
+
+
+def instructed(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    noise = np.random.default_rng(seed)
+    return [
+        (f"t{place}", f"{INSTRUCTION}\n\nMessage: {' '.join(noise.permutation(NOUNS)[:9])}") for place in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [WORDING_LEAST, 54, 500])
+def test_an_instruction_that_the_prompts_share_is_no_leak(count):
+    training = instructed(count)
+    items = [(name.replace("t", "i"), text) for name, text in instructed(12, seed=1)]
+    assert find_leaks(training, items, prompts=training) == []
+    assert {leak.kind for leak in find_leaks(training, items)} == {"overlap"}, "they do share more than 13 words"
+
+
+def test_a_question_copied_behind_a_shared_instruction_is_found():
+    training = instructed(60)
+    question = training[7][1].partition("Message: ")[2]
+    copied, elsewhere = ("i", training[7][1].upper()), ("i", f"{INSTRUCTION} Message: {question}")
+    assert [(leak.training, leak.kind) for leak in find_leaks(training, [copied], prompts=training)] == [
+        ("t7", "exact")
+    ]
+    others = [*training[:7], *training[8:]]
+    planted = [
+        *others,
+        ("bare", f"Somebody wrote: {question}, and more"),
+        ("cut", "Sort: " + question.rpartition(" ")[0]),
+    ]
+    found = find_leaks(planted, [elsewhere], prompts=others)
+    assert [(leak.training, leak.kind) for leak in found] == [("bare", "overlap"), ("cut", "overlap")]
+    words = len(elsewhere[1].split())
+    assert [leak.share for leak in found] == [pytest.approx(9 / words), pytest.approx(8 / words)]
+    assert found[0].excerpt == question
+
+
+def test_an_item_behind_an_instruction_with_other_numbers_is_the_same_but_for_them():
+    training = [(f"t{place}", f"{INSTRUCTION} {' '.join(NOUNS[place : place + 6])}") for place in range(12)]
+    training.append(("near", f"{INSTRUCTION} I ordered 3 lamps and got 5 chairs"))
+    items = [("i", f"{INSTRUCTION} I ordered 4 lamps and got 7 chairs")]
+    assert [(leak.training, leak.kind) for leak in find_leaks(training, items, prompts=training)] == [
+        ("near", "same_but_for_numbers")
+    ]
+
+
+def test_wording_needs_a_share_of_the_prompts_and_five_different_ones():
+    shared = instructed(WORDING_LEAST - 1)
+    item = [("i", instructed(1, seed=3)[0][1])]
+    assert len(find_leaks(shared, item, prompts=shared)) == WORDING_LEAST - 1, "too few to be wording"
+    again = [(f"u{place}", shared[0][1]) for place in range(20)]
+    assert len(find_leaks(shared, item, prompts=[*shared, *again])) == WORDING_LEAST - 1, "copies count once"
+    rest = [(f"r{place}", f"number {place} of the {NOUNS[place % 20]}") for place in range(400)]
+    rare = instructed(int(WORDING_SHARE * 400))
+    assert len(find_leaks(rare, item, prompts=[*rare, *rest])) == len(rare), "a small part of the prompts"
+
+
+def test_copies_of_a_question_are_rarely_taken_for_wording():
+    """With one copy of a question among the prompts on average, the number of copies is binomial."""
+    for prompts in (20, 100, 1000):
+        least = max(WORDING_LEAST, math.floor(WORDING_SHARE * prompts) + 1)
+        hit = 1 / prompts
+        fewer = sum(math.comb(prompts, k) * hit**k * (1 - hit) ** (prompts - k) for k in range(least))
+        assert 1 - fewer < 0.005
 
 
 def test_equal_items_and_equal_texts_all_get_their_names():

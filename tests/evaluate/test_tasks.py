@@ -12,6 +12,7 @@ import pytest
 from limbeck.config.builtin import task_folders
 from limbeck.elicit.prompts import load_prompts
 from limbeck.elicit.verify import verify
+from limbeck.evaluate import measure
 from limbeck.evaluate.generation import answer_all
 from limbeck.evaluate.records import CheckedAnswer, ItemResult
 from limbeck.evaluate.statistics import pass_at_k, ratio_interval
@@ -69,7 +70,7 @@ def test_the_built_in_tasks_are_what_they_claim():
 
 PINNED = {  # a change of items is another task: raise its version, then pin it here
     "choices": ("1.0", "dddaaacd5dc2b462"), "topics": ("1.0", "11a3e40569c2c6e7"), "passages": ("1.0", "ad70f0acd8409fa1"), "lookup": ("1.0", "b20089568cc46378"),
-    "everyday": ("1.0", "434b819aa350acae"),
+    "everyday": ("1.1", "434b819aa350acae"),
 }  # fmt: skip
 
 
@@ -179,7 +180,7 @@ LINES = [
     {
         "id": "a",
         "prompt": "why is the sky blue",
-        "check": {"type": "contains", "all": ["a"]},
+        "check": {"type": "pattern", "pattern": "a"},
         "references": ["the sky is blue", "a cat"],
     },
     {"id": "b", "prompt": "count one two", "check": {"type": "contains", "all": ["zzz"]}},
@@ -193,14 +194,16 @@ def test_greedy_answers_are_scored_where_a_metric_applies(tmp_path, tiny):
     scored = run_task(task, tiny, lambda *counts: told.append(counts), max_tokens=12)
     answers = answer_all(tiny, task.prompts, 12)
     assert told[-1] == (3, 3) and [item.item for item in scored] == ["mine/a", "mine/b", "mine/c"]
+    always = {"finished", "answered", "tokens"}
     assert [set(item.scores) for item in scored] == [
-        {"finished", "tokens", "pass_rate", "rouge_l"}, {"finished", "tokens", "pass_rate"}, {"finished", "tokens", "rouge_l"},
+        {*always, "pass_rate", "rouge_l"}, {*always, "pass_rate"}, {*always, "rouge_l"},
     ]  # fmt: skip
     for item, answer, prompt in zip(scored, answers, task.prompts, strict=True):
         assert item.text == answer.text and item.facts == {
             "tokens": answer.tokens,
             "finished": answer.finished,
             "passed": answer.passed,
+            "answered": True,
         }
         assert item.scores["tokens"] == answer.tokens
         if prompt.check:
@@ -209,7 +212,7 @@ def test_greedy_answers_are_scored_where_a_metric_applies(tmp_path, tiny):
             assert item.scores["rouge_l"] == max(rouge_l(answer.text, [reference]) for reference in prompt.answers)
     summary = summarise(task, scored)
     assert (
-        list(summary) == ["mine/pass_rate", "mine/rouge_l", "mine/finished", "mine/tokens"]
+        list(summary) == ["mine/pass_rate", "mine/rouge_l", "mine/finished", "mine/answered", "mine/tokens"]
         and summary["mine/pass_rate"]["n"] == 2
     )
     assert summary["mine/rouge_l"]["value"] == pytest.approx(
@@ -240,7 +243,8 @@ def test_draws_of_a_prompt_are_one_item_and_its_mean(tmp_path, tiny):
     yaml = "settings: {temperature: 1.0, seeds: [10, 20, 30, 40, 50], pass_at: [1, 3], max_tokens: 16}\n"
     task = load_task(write(tmp_path / "t", yaml, *LINES))
     assert (
-        task.metrics == ("pass_rate", "pass@1", "pass@3", "rouge_l", "finished", "tokens") and not task.shares_answers
+        task.metrics == ("pass_rate", "pass@1", "pass@3", "rouge_l", "finished", "answered", "tokens")
+        and not task.shares_answers
     )
     given = {prompt.id: CheckedAnswer(prompt.id, "", "x", 1, True, True) for prompt in task.prompts}
     scored = run_task(task, tiny, answers=given)
@@ -289,3 +293,27 @@ def test_every_built_in_task_runs_and_sums_up(tiny, name):
             np.mean([2 * hits[label] / named[label] for label in named])
         )
     assert summarise(task, []) == {}
+
+
+def test_thinking_that_the_template_begins_and_never_ends_is_no_answer(tmp_path, tiny, monkeypatch):
+    task = load_task(write(tmp_path / "t", "", *LINES))
+    plain = run_task(task, tiny, max_tokens=12)
+    monkeypatch.setattr(type(tiny), "opens_thinking", lambda model, prompt_ids: "<think>")
+    thought = run_task(task, tiny, max_tokens=12)
+    assert [item.scores["answered"] for item in plain] == [1, 1, 1] and [
+        item.scores["answered"] for item in thought
+    ] == [0, 0, 0]
+    assert thought[0].scores["pass_rate"] == 0 and thought[2].scores["rouge_l"] == 0
+    assert [item.text for item in thought] == ["<think>" + item.text for item in plain]
+    monkeypatch.undo()
+    prompt = tiny.text_ids("assistant\n<think>\n")
+    assert tiny.opens_thinking(prompt) == "<think>" and tiny.opens_thinking(prompt + tiny.text_ids("</think>")) == ""
+
+
+def test_records_of_other_verdicts_are_refused(tmp_path, tiny, monkeypatch):
+    protocol = measure.EvaluationProtocol(rows=(), prompts=(), tasks=(), max_tokens=8, own_prompts=1)
+    measure.Bench(tmp_path, None, tiny, protocol)
+    measure.Bench(tmp_path, None, tiny, protocol)
+    monkeypatch.setattr(measure, "VERSION", measure.VERSION + 1)
+    with pytest.raises(UserError, match="verifiers changed"):
+        measure.Bench(tmp_path, None, tiny, protocol)
