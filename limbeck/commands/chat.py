@@ -29,9 +29,13 @@ def converse(folder: Path, max_tokens: int, temperature: float, device: str = "a
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} has no finished student: run `limbeck run RECIPE --out {folder}` first")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    teacher = recipe["teacher"] if isinstance(recipe["teacher"], str) else recipe["teacher"].get("model")
+    settings = {"model": recipe["teacher"]} if isinstance(recipe["teacher"], str) else recipe["teacher"]
+    teacher = settings.get("model")
+    template = settings.get("template")
     place = Placement(find_device(device))
-    speakers = {"teacher": load_model(teacher, placement=place)} if teacher else {}  # one behind a server is not asked
+    speakers = {}
+    if teacher:  # one behind a server is not asked
+        speakers["teacher"] = load_model(teacher, placement=place, template=template)
     speakers["student"] = load_model(str(folder / "student"), placement=place)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     while True:

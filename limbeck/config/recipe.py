@@ -97,6 +97,11 @@ class Recipe(Section):
         return str(self.teacher.model or self.student.start.pretrained)
 
     @property
+    def speaker_template(self) -> str | None:
+        """The chat template that the recipe gives to the speaker."""
+        return self.student.template if self.teacher.model is None else getattr(self.teacher, "template", None)
+
+    @property
     def student_writer(self) -> Writer | None:
         """The writer that is the student, if there is one."""
         return next((writer for writer in self.writer if writer.by == "student"), None)

@@ -86,10 +86,18 @@ class Start(Section):
 
 
 class Student(Section):
-    """The model to train."""
+    """The model to train. `template` is its chat template where it has none or several: `chatml`, `alpaca`, `plain`, a
+    name among its own, or a `.jinja` file."""
 
     start: Start
     lora: Lora | None = None
+    template: str | None = None
+
+    @model_validator(mode="after")
+    def _own_template(self) -> Student:
+        if self.template is not None and self.start.pretrained is None:
+            raise ValueError("a student made of the teacher has its chat template: set teacher.template instead")
+        return self
 
 
 class Prompts(Section):

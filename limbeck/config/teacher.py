@@ -156,10 +156,12 @@ class BridgeSettings(Section):
 
 class InProcess(Section):
     """How the weights of a teacher that runs here are kept: float32 by default, in a shorter `dtype`, or `quantise`d
-    (embeddings and head stay in `dtype`). Both are part of its identity, and so of every answer and cache."""
+    (embeddings and head stay in `dtype`); and the chat `template` of one that has none or several. All are part of its
+    identity, and so of every answer and cache."""
 
     dtype: Dtype = None
     quantise: Quantise | None = None
+    template: str | None = None
 
 
 class LocalTeacher(InProcess):
@@ -184,6 +186,7 @@ class SelfTeacher(Section):
     model: str
     weights: Literal["live", "average"]
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    template: str | None = None
     server: None = None
     cache: None = None
     context: Context | None = None
@@ -260,6 +263,7 @@ class ServedTeacher(Section):
         "context": "a server sees the prompt alone; leave context out, or name the model's weights in teacher.model",
         "dtype": "a server chooses the precision of its model; leave dtype out, and start the server with it",
         "quantise": "a server chooses the precision of its model; leave quantise out, and start the server with it",
+        "template": "a server frames a conversation itself; set student.template, and start the server with the same",
         "weights": "a server has the model's own weights; leave weights out",
         "beside": "several teachers need weights that are here; name them in teacher.model",
         "bridge": "a bridge reads weights that are here; name them in teacher.model, or leave bridge out",

@@ -21,8 +21,10 @@ from limbeck.models.byte_alignment import Tokens, segments, tokens_of
 from limbeck.models.load import load_tokenizer
 from limbeck.models.local import served_text_caveat
 from limbeck.models.model import Model, head_of
+from limbeck.models.sources import source_of
 from limbeck.models.states import shared_states
 from limbeck.models.teacher_interface import WRITES, Teacher, TeacherParts, TeacherUse
+from limbeck.models.template import end_of_turn
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherStates, TeacherView
 from limbeck.objectives.log_probs import token_log_probs
 from limbeck.signals.bridged import BridgedSignal, Pairs, Places
@@ -72,7 +74,7 @@ class Vocabularies:
         self.by_spelling = nearest
         self.same = ours.get_vocab() == theirs.get_vocab() and their_end in our_ends
         self._tokens: tuple[Tokens, Tokens] | None = None if self.same else (tokens_of(ours), tokens_of(theirs))
-        self._our_end = ours.eos_token_id
+        self._our_end = end_of_turn(ours)
         self._our_texts = {number: ours.convert_ids_to_tokens(number) for number in ours.all_special_ids}
         self.align = lru_cache(ALIGNMENT_CACHE_SIZE)(self._align)
 
@@ -192,7 +194,7 @@ class TeacherOverBridge:
             min(head_of(student.net).vocab_size, student.vocab_size),
             min(head_of(net).vocab_size, self.model.vocab_size),
         )
-        end = self.model.tokenizer.eos_token_id
+        end = self.model.end_of_turn
         edits = settings.match == "edits"
         self.vocabularies = Vocabularies(
             student.tokenizer, self.model.tokenizer, our_ends=student.eos_ids, their_end=end, sizes=sizes, nearest=edits
@@ -308,11 +310,14 @@ def _responses(batch: Batch) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(batch.tokens_BT, batch.mask_BT, strict=True)]
 
 
-def has_other_tokens(settings: BridgedTeacher, student: str) -> bool:
-    """Whether teacher and student differ in their tokens or their template."""
-    theirs = load_tokenizer(settings.model)
-    ours = load_tokenizer(student)
-    return theirs.get_vocab() != ours.get_vocab() or theirs.chat_template != ours.chat_template
+def has_other_tokens(settings: BridgedTeacher, student: str, template: str | None = None) -> bool:
+    """Whether teacher and student differ in their tokens or their template; `template` is the student's own."""
+    theirs = load_tokenizer(settings.model, settings.template)
+    return _differ(theirs, load_tokenizer(student, template))
+
+
+def _differ(theirs: Any, ours: Any) -> bool:
+    return bool(theirs.get_vocab() != ours.get_vocab() or theirs.chat_template != ours.chat_template)
 
 
 class BridgedKind:
@@ -360,7 +365,8 @@ class BridgedKind:
         return bridged
 
     def caveats(self, settings: BridgedTeacher, student: str | None) -> list[str]:
-        if student is not None and has_other_tokens(settings, student):
+        theirs = load_tokenizer(settings.model, settings.template)
+        if student is not None and _differ(theirs, source_of(student).tokenizer(student)):  # whatever template it got
             return [
                 "Teacher and student have other tokens, so they are compared by their text: perplexity is how likely"
                 " the student finds the teacher's held-out text, in its own tokens."

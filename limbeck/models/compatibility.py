@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from limbeck.models.template import end_of_turn, render
 from limbeck.types import UserError
 
 PROBE = (
@@ -39,8 +40,8 @@ def check_takes_system(tokenizer: Tokenizer) -> None:
     messages = [{"role": "system", "content": "limbeck-probe"}, PROBE[0]]
     problem = "the teacher's chat template has no place for a system message; put it into teacher.context.user instead"
     try:
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # a template may raise anything
+        text = render(tokenizer, messages)
+    except UserError as error:
         raise UserError(problem) from error
     if "limbeck-probe" not in text:
         raise UserError(problem)
@@ -51,17 +52,15 @@ def check_same_template(teacher: Tokenizer, student: Tokenizer) -> None:
     conversation, and end an answer, in the same way.
 
     Raises:
-        UserError: chat templates that render differently, or different end-of-sequence tokens.
+        UserError: chat templates that render differently, or different tokens after an answer.
     """
-    if teacher.eos_token != student.eos_token:
+    their_end, our_end = (tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) for tokenizer in (teacher, student))
+    if their_end != our_end:
         raise UserError(
-            f"teacher and student end an answer with different tokens, {teacher.eos_token!r} and {student.eos_token!r}:"
+            f"teacher and student end an answer with different tokens, {their_end!r} and {our_end!r}:"
             " give the student the teacher's tokenizer (copy its tokenizer files into the student's folder)"
         )
-    ours, theirs = (
-        str(tokenizer.apply_chat_template(list(PROBE), add_generation_prompt=True, tokenize=False))
-        for tokenizer in (student, teacher)
-    )
+    ours, theirs = (render(tokenizer, PROBE) for tokenizer in (student, teacher))
     if ours != theirs:
         at = next(
             (n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))

@@ -43,19 +43,19 @@ def read_weights(folder: Path, source: str, dtype: torch.dtype) -> PreTrainedMod
 
 
 def read_tokenizer(folder: Path, source: str) -> Tokenizer:
-    """The tokenizer in a folder.
+    """The tokenizer in a folder. Its chat template is looked at by `load.py`, where a recipe may give it one.
 
     Raises:
-        UserError: there is none, or it lacks what a conversation needs.
+        UserError: there is none, or it has no end token.
     """
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"can't load the tokenizer of {source!r}: {str(error).splitlines()[0]}") from error
-    if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
-        missing = "end-of-sequence token" if tokenizer.eos_token_id is None else "chat template"
+    if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer of {source!r} has no {missing}; use an instruction-tuned model, or add one to its tokenizer"
+            f"the tokenizer of {source!r} has no end-of-sequence token; use an instruction-tuned model, or add one to"
+            " its tokenizer"
         )
     return tokenizer
 

@@ -14,16 +14,21 @@ from limbeck.models.model import Model, head_of, hidden_states
 from limbeck.models.placement import FULL, Placement, Precision, check_dtype
 from limbeck.models.quantise import quantise
 from limbeck.models.sources import source_of
+from limbeck.models.template import frame_of
+from limbeck.models.template_names import give_template, template_suffix
 from limbeck.types import UserError
 
 
-def load_model(name: str, precision: Precision = FULL, placement: Placement | None = None) -> Model:
+def load_model(
+    name: str, precision: Precision = FULL, placement: Placement | None = None, template: str | None = None
+) -> Model:
     """Load a model for inference, in evaluation mode.
 
     Args:
         name: a name of `limbeck models`, a directory in Hugging Face form, a `.gguf` file, or a hub id `owner/name`.
         precision: of the weights; part of the model's identity.
         placement: the device; by default the CPU.
+        template: a chat template for a model that has none or several; part of the model's identity.
 
     Raises:
         UserError: nothing there, or something that is not a causal language model; the message says what to do.
@@ -31,20 +36,31 @@ def load_model(name: str, precision: Precision = FULL, placement: Placement | No
     placement = placement or Placement()
     check_dtype(precision.dtype, placement.device, f"{name} in bfloat16")
     model = source_of(name).load(name, precision.dtype)
+    _frame(model.tokenizer, name, template)
     if precision.quantise is not None:
         quantise(model.net, precision.quantise, placement.device, name)
     net = placement.put(model.net)
     _check_head(net, name)
-    return replace(model, net=net, identity=model.identity + precision.suffix)
+    return replace(model, net=net, identity=model.identity + precision.suffix + template_suffix(template))
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer alone.
+def load_tokenizer(name: str, template: str | None = None) -> Tokenizer:
+    """The tokenizer alone, with a chat `template` for one that has none or several.
 
     Raises:
-        UserError: no such model, or one without a usable tokenizer.
+        UserError: no such model, or one without a usable tokenizer or chat template.
     """
-    return source_of(name).tokenizer(name)
+    tokenizer = source_of(name).tokenizer(name)
+    _frame(tokenizer, name, template)
+    return tokenizer
+
+
+def _frame(tokenizer: Tokenizer, name: str, template: str | None) -> None:
+    """Give a tokenizer its template, and refuse one that can't be used."""
+    if template is None:
+        frame_of(tokenizer, f"the tokenizer of {name!r}")
+    else:
+        give_template(tokenizer, template, name)
 
 
 def load_config(name: str) -> Any:
@@ -65,13 +81,13 @@ def is_ready(name: str) -> bool:
     return source_of(name).is_ready(name)
 
 
-def model_identity(name: str, precision: Precision = FULL) -> str:
-    """What `load_model(name, precision).identity` will be, without loading the weights.
+def model_identity(name: str, precision: Precision = FULL, template: str | None = None) -> str:
+    """What the `identity` of `load_model` with the same precision and template will be, without loading the weights.
 
     Raises:
         UserError: no such model.
     """
-    return source_of(name).identity(name) + precision.suffix
+    return source_of(name).identity(name) + precision.suffix + template_suffix(template)
 
 
 def model_folder(name: str) -> Path:

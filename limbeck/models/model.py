@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.elicit.thinking import markers_of, opened_by
+from limbeck.models import template
 from limbeck.models.context import PromptContext
 from limbeck.objectives.head import Head
 from limbeck.types import Message, UserError
@@ -35,10 +36,16 @@ class Model:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Tokens that end an answer, according to the tokenizer and the generation settings."""
+        """Tokens that end an answer, according to the chat template, the tokenizer and the generation settings."""
         configured = getattr(self.net.generation_config, "eos_token_id", None)
-        ids = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        more = configured if isinstance(configured, list) else [configured]
+        ids = {self.end_of_turn, self.tokenizer.eos_token_id, *more}
         return frozenset(token for token in ids if isinstance(token, int))
+
+    @property
+    def end_of_turn(self) -> int:
+        """The token that an answer is taught to end with: the chat template's."""
+        return template.end_of_turn(self.tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -72,14 +79,27 @@ class Model:
         return int(getattr(self.net.config, "max_position_embeddings", 0) or 2**31)
 
     def prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:
-        """The conversation as token ids, through the model's own (sandboxed) chat template, ready to be answered."""
+        """The conversation as token ids, through the model's own (sandboxed) chat template, ready to be answered. What
+        looks like a control token in its content is text."""
         shown = messages if self.prompt_context is None else self.prompt_context(messages)
-        ids: Any = self.tokenizer.apply_chat_template(list(shown), add_generation_prompt=True, return_dict=True)
-        return list(ids["input_ids"])
+        return template.prompt_ids(self.tokenizer, shown)
+
+    def not_opened(self, messages: tuple[Message, ...], answer: str) -> str:
+        """The answer without the mark that opens its thinking, where the prompt ends with that mark already."""
+        if not template.OPENING.match(answer):
+            return answer
+        shown = messages if self.prompt_context is None else self.prompt_context(messages)
+        prompt = template.render(self.tokenizer, shown)
+        mark = template.opened_thinking(prompt)
+        begun = answer.lstrip()
+        if not mark or not begun.startswith(mark):
+            return answer
+        rest = begun.removeprefix(mark)
+        return rest.lstrip() if prompt[-1:].isspace() else rest
 
     def text_ids(self, text: str) -> list[int]:
         """A text as token ids, nothing added; what looks like a control token is treated as text."""
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return template.text_ids(self.tokenizer, text)
 
     def raw_ids(self, text: str) -> list[int]:
         """A text as token ids, control tokens recognised: for our own texts in the model's format, never for
@@ -103,7 +123,7 @@ class Model:
 def header_of(tokenizer: Tokenizer) -> str | None:
     """The text before a user's first message in the chat template; None where there is none."""
     mark = "USER MESSAGE"
-    text = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+    text = template.render(tokenizer, ({"role": "user", "content": mark},), answer=False)
     before, separator, _ = text.partition(mark)
     return before if separator and before else None
 

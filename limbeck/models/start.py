@@ -51,7 +51,7 @@ def begin(
 def _begin(student: Student, teacher: Callable[[], Model], choice: LayerChoice | None, seed: int) -> Model:
     start = student.start
     if start.pretrained is not None:
-        return load_model(start.pretrained)
+        return load_model(start.pretrained, template=student.template)
     like = teacher().with_context(None)
     if start.prune is not None:
         assert choice is not None

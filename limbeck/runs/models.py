@@ -66,6 +66,11 @@ class RunModels:
         return teacher_precision(self.method.recipe)
 
     @property
+    def template(self) -> str | None:
+        """The chat template that the recipe gives its teachers."""
+        return getattr(self.method.recipe.teacher, "template", None)
+
+    @property
     def teacher(self) -> InProcessTeacher:
         """The recipe's `teacher.model`, in process."""
         source = self.method.recipe.teacher.model
@@ -78,7 +83,7 @@ class RunModels:
             return self.shared.load(source)
         if source not in self.loaded:
             self.reporter.note(f"loading the teacher, {source}")
-            model = load_model(source, self.teacher_precision, self.devices.teacher)
+            model = load_model(source, self.teacher_precision, self.devices.teacher, self.template)
             self.loaded[source] = InProcessTeacher(model.with_context(self.method.prompt_context))
         return self.loaded[source]
 
@@ -91,8 +96,13 @@ class RunModels:
     def other_tokens(self) -> bool:
         """Whether teacher and student differ in their tokens or template, so that they share only text."""
         teacher = self.method.recipe.teacher
-        student = self.method.recipe.student.start.pretrained
-        return isinstance(teacher, BridgedTeacher) and student is not None and has_other_tokens(teacher, student)
+        student = self.method.recipe.student
+        start = student.start.pretrained
+        return (
+            isinstance(teacher, BridgedTeacher)
+            and start is not None
+            and has_other_tokens(teacher, start, student.template)
+        )
 
     @property
     def reference(self) -> InProcessTeacher | None:
@@ -112,7 +122,7 @@ class RunModels:
             return self.server_identity
         if not is_ready(source):
             self.reporter.note(f"fetching and converting {source}, once")
-        return Model.named(model_identity(source, self.teacher_precision), self.method.prompt_context)
+        return Model.named(model_identity(source, self.teacher_precision, self.template), self.method.prompt_context)
 
     # The server
 
@@ -255,7 +265,7 @@ class RunModels:
         """The teacher in float32, to make a student from."""
         source = self.method.recipe.teacher.model
         assert source is not None
-        return self.teacher.model if self.teacher_precision == FULL else load_model(source)
+        return self.teacher.model if self.teacher_precision == FULL else load_model(source, template=self.template)
 
     @cached_property
     def initial_identity(self) -> str:
@@ -285,7 +295,8 @@ class RunModels:
         return model_identity(by) if by else self.teacher_identity
 
     def header(self) -> str | None:
-        return header_of(load_tokenizer(self.method.recipe.speaker))
+        recipe = self.method.recipe
+        return header_of(load_tokenizer(recipe.speaker, recipe.speaker_template))
 
 
 def scorer_of(method: Method, server: ApiTeacher) -> ServerScorer | None:
@@ -294,7 +305,8 @@ def scorer_of(method: Method, server: ApiTeacher) -> ServerScorer | None:
     if not isinstance(settings, ServedTeacher) or settings.named_tokens is None:
         return None
     reads_log_prob = any(term.loss.reads_teacher_log_prob for term in method.terms)
-    return ServerScorer(server, settings.named_tokens, load_tokenizer(method.recipe.speaker), reads_log_prob)
+    tokenizer = load_tokenizer(method.recipe.speaker, method.recipe.speaker_template)
+    return ServerScorer(server, settings.named_tokens, tokenizer, reads_log_prob)
 
 
 def served(method: Method) -> ApiTeacher | None:

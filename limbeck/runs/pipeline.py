@@ -25,6 +25,7 @@ from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
 from limbeck.models.prune import Calibration
 from limbeck.models.teacher_interface import TeacherParts
+from limbeck.models.template_names import template_suffix
 from limbeck.objectives.sizes import SIZES
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
@@ -106,20 +107,19 @@ class Run:
     # Text in tokens
 
     def rows(self, samples: Sequence[Sample], student: Model) -> list[Row]:
-        """Samples as rows of token ids. Sampled ids are used as they are; text without ids is encoded, and gets the end
-        token unless it was cut off."""
+        """Samples as rows of token ids. Sampled ids are used as they are; text without ids is encoded, without what the
+        prompt opens already, and gets the end token of the template unless it was cut off."""
 
         def response_ids(sample: Sample) -> Sequence[int]:
             same_tokens = not self.models.other_tokens or sample.writer == self.models.initial_identity
             if sample.response_ids is not None and same_tokens:
                 return sample.response_ids
-            ids = student.text_ids(sample.messages[-1]["content"])
-            return ids if sample.meta.get("finish") == "length" else [*ids, student.tokenizer.eos_token_id]
+            ids = alone.text_ids(alone.not_opened(sample.messages[:-1], sample.messages[-1]["content"]))
+            return ids if sample.meta.get("finish") == "length" else [*ids, alone.end_of_turn]
 
-        prompt_ids = student.with_context(None).prompt_ids
-        return make_rows(
-            samples, prompt_ids, response_ids, student.max_length, teacher_prompt_ids=self._teacher_prompt_ids(student)
-        )
+        alone = student.with_context(None)
+        shown = self._teacher_prompt_ids(student)
+        return make_rows(samples, alone.prompt_ids, response_ids, student.max_length, teacher_prompt_ids=shown)
 
     def _teacher_prompt_ids(self, student: Model) -> Callable[[tuple[Message, ...]], list[int]] | None:
         """Encodes the prompt as the teacher sees it, in its tokens; None if it sees the same as the student."""
@@ -377,6 +377,8 @@ def claim_run(run: Run) -> None:
 
     def inputs() -> dict[str, str]:
         facts = {"teacher": run.models.teacher_identity, "prompts": run.method.prompts_key}
+        if run.recipe.student.template is not None:
+            facts["student's template"] = template_suffix(run.recipe.student.template)
         if run.recipe.teacher.server is not None:
             facts["server"] = run.models.server_identity
         return facts

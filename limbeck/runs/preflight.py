@@ -50,6 +50,7 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
     teacher = None if recipe.teacher.model is None else Shape.of(config)
     student, max_length = _student_shape(recipe, config)
     _check_precision(recipe, config)
+    _check_templates(recipe)
     for path, tokens in (
         ("writer.max_tokens", max(w.max_tokens for w in recipe.writer)),
         ("evaluate.max_tokens", recipe.evaluate.max_tokens),
@@ -57,10 +58,10 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
         if tokens >= max_length:
             raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {max_length}")
     if recipe.teacher.context is not None and recipe.teacher.context.system is not None:
-        check_takes_system(load_tokenizer(recipe.speaker))
+        check_takes_system(load_tokenizer(recipe.speaker, recipe.speaker_template))
     others: tuple[Shape, ...] = ()
     if isinstance(recipe.teacher, SeveralTeachers):
-        others = tuple(_other_teacher(recipe.speaker, other.model, n) for n, other in enumerate(recipe.teacher.beside))
+        others = tuple(_other_teacher(recipe, other.model, n) for n, other in enumerate(recipe.teacher.beside))
     for term in method.terms:
         if teacher is not None:
             term.check_models(student, teacher)
@@ -68,6 +69,19 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
     prompts = (method.training_prompts, method.held_out_prompts)
     shapes = Shapes(student, teacher, others, judge)
     return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, bills=_bills(method))
+
+
+def _check_templates(recipe: Recipe) -> None:
+    """Refuse models without a usable chat template; those that are not fetched yet are looked at when they are."""
+    teacher = (recipe.teacher.model, getattr(recipe.teacher, "template", None), "teacher")
+    student = (recipe.student.start.pretrained, recipe.student.template, "student")
+    for source, template, section in (teacher, student):
+        if source is None or not is_ready(source):
+            continue
+        try:
+            load_tokenizer(source, template)
+        except UserError as error:
+            raise RecipeError(f"{section}.template", str(error)) from error
 
 
 def _check_precision(recipe: Recipe, config: Any) -> None:
@@ -99,17 +113,20 @@ def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
         return like, max_length
     other = load_config(start.pretrained)
     if not isinstance(recipe.teacher, BridgedTeacher):
-        tokenizers = load_tokenizer(recipe.speaker), load_tokenizer(start.pretrained)
+        tokenizers = (
+            load_tokenizer(recipe.speaker, recipe.speaker_template),
+            load_tokenizer(start.pretrained, recipe.student.template),
+        )
         check_same_vocabulary(*tokenizers)
         check_same_template(*tokenizers)
     return Shape.of(other), min(max_length, other.max_position_embeddings)
 
 
-def _other_teacher(speaker: str, source: str, number: int) -> Shape:
+def _other_teacher(recipe: Recipe, source: str, number: int) -> Shape:
     """The sizes of a further teacher; refused if its tokens or template differ from the first's."""
     try:
-        first = load_tokenizer(speaker)
-        other = load_tokenizer(source)
+        first = load_tokenizer(recipe.speaker, recipe.speaker_template)
+        other = load_tokenizer(source, recipe.speaker_template)
         check_same_vocabulary(first, other)
         check_same_template(first, other)
         return Shape.of(load_config(source))

@@ -93,7 +93,7 @@ class Patient:
         rows = []
         for number, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS, strict=True)):
             message: Message = {"role": "user", "content": question}
-            response_ids = (*self.model.text_ids(answer), self.model.tokenizer.eos_token_id)
+            response_ids = (*self.model.text_ids(answer), self.model.end_of_turn)
             rows.append(Row(str(number), tuple(self.model.prompt_ids((message,))), response_ids, frozenset()))
         return make_batch(rows, tuple(range(len(rows))))
 
