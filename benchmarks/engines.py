@@ -43,7 +43,7 @@ QUESTIONS = (
     "Why is the sky blue?", "Name three fruits.", "How do I boil an egg?", "What is a prime number?",
     "Write a sentence about the sea.", "Who was Ada Lovelace?", "Give me a rhyme with 'tree'.", "What does a clock do?",
 )  # fmt: skip
-TOKENS = 48
+TOKENS = 32
 TOGETHER = 4
 NAMED = 20
 MOVED = 2e-3  # standard deviation of what is added to the weights before they are sent
@@ -198,6 +198,8 @@ def main() -> None:
             "cores": len(os.sched_getaffinity(0)),
             "machine": platform.machine(),
             "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 1),  # of other work beside the measurement
             "together": TOGETHER,
         }
         found["engines"][name] = measure(ENGINES[name])

@@ -8,13 +8,14 @@ server that was started again in between, or got weights from elsewhere, is foun
 VLLM_SERVER_DEV_MODE=1, which opens `/collective_rpc` to whoever reaches its port, API key or not.
 
 Tested against vLLM 0.32 on a CPU (tests/engines), not on a GPU. Its `/start_weight_update`, `/update_weights` and
-`/finish_weight_update` take weights without a folder, but by no way that is open to us: its back ends `nccl`,
-`sparse_nccl` and `nccl_m2n` need CUDA devices on both sides, `ipc` pickles over HTTP handles to CUDA memory (on a CPU
-it fails at the first tensor), `sharded_rdt` needs Ray and NIXL, `modelexpress` a service of its own; without a back
-end named at its start the server answers 500. Its `/weight_checker` is of no use on a CPU, where the weights are packed
-and the checksums those of empty tensors. Which release first has `weights_path` (0.14 read old weights again, vllm
-issue 32718), and which models survive it (some Mamba hybrids don't, pull request 48284), is not known: so the server's
-log-probabilities are compared with the student's after every reload, by a bound that the first look sets.
+`/finish_weight_update` take weights without a folder, but by no way that is open to us. By its source, its back ends
+`nccl`, `sparse_nccl` and `nccl_m2n` need CUDA devices on both sides, `ipc` takes pickled handles to CUDA memory,
+`sharded_rdt` needs Ray and NIXL, `modelexpress` a service of its own; none was tried. Without a back end named at its
+start the server answers 500, as was seen. Its `/weight_checker` is of no use on a CPU, where the weights are packed and
+the checksums of most are those of empty tensors.
+Which release first has `weights_path` (0.14 read old weights again, vllm issue 32718), and which models survive it
+(some Mamba hybrids don't, pull request 48284), is not known: so the server's log-probabilities are compared with the
+student's after every reload, by a bound that the first look sets.
 On a CPU, vLLM 0.32 packs the head's matrix, and where it is the embedding's, too, a folder without it is read but the
 head is not packed again: the server goes on with the head that it was started with. So what is sent names a head.
 Not covered: two models that write one text, several servers behind one address, speculative decoding, an external KV
@@ -146,7 +147,7 @@ class VllmWriter:
             remove_directory(old)
 
     def holds_them(self) -> bool:
-        """Whether the server still has the weights of the last `sync`; true where it keeps no account (before 0.32)."""
+        """Whether the server still has the weights of the last `sync`; true where it keeps no account (older ones)."""
         return self._version is None or self._run(self._weight_version) == self._version
 
     def probe(self, net: PreTrainedModel, prompt_ids: Sequence[int]) -> ProbeResult:

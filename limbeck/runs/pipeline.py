@@ -26,19 +26,17 @@ from limbeck.models.own_text import OwnTextTeacher
 from limbeck.models.prune import Calibration
 from limbeck.models.teacher_interface import TeacherParts
 from limbeck.models.template_names import template_suffix
-from limbeck.objectives.sizes import SIZES
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
-from limbeck.runs.claim import claim, run_folder
+from limbeck.runs.claim import claim, run_folder, settle
 from limbeck.runs.models import RunModels
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
-from limbeck.storage.metrics_log import read_json
 from limbeck.training import loop
 from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
@@ -384,18 +382,4 @@ def claim_run(run: Run) -> None:
         return facts
 
     claim(run.folder, run.recipe, inputs, run.models.probe_server)
-    _settle(run)
-
-
-def _settle(run: Run) -> None:
-    """Take the devices and sizes of the recipe's `machine`, say so, and record them."""
-    machine = run.recipe.machine
-    SIZES.head_bytes = None if machine.head_mib is None else int(machine.head_mib * 2**20)
-    SIZES.cache_bytes = None if machine.cache_gib is None else int(machine.cache_gib * 2**30)
-    facts = run.models.devices.facts()
-    if machine.device == "auto" or len(set(facts.values())) > 1:
-        teacher = "" if facts["teacher_device"] == facts["device"] else f", teachers on {facts['teacher_device']}"
-        run.reporter.note(f"running on {facts['device']}{teacher}")
-    record = {**facts, "settings": machine.model_dump(exclude_none=True)}
-    if read_json(run.folder / "machine.json") != record:
-        write_json(run.folder / "machine.json", record)
+    settle(run.folder, run.recipe.machine, run.models.devices.facts(), run.reporter)

@@ -369,7 +369,7 @@ def test_a_template_is_part_of_a_models_identity_and_of_what_is_saved(tiny_folde
     base = tmp_path / "base"
     base.mkdir()
     save_model(bare.net, bare.tokenizer, base)
-    with pytest.raises(UserError, match="has no chat template.*template: chatml"):
+    with pytest.raises(UserError, match=r"has no chat template.*template: chatml"):
         load_tokenizer(str(base))
     model: Model = load_model(str(base), template=str(own))
     assert model.identity == model_identity(str(base), template=str(own)) != model_identity(str(base), template="plain")
