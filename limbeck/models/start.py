@@ -126,8 +126,8 @@ def scratch_config(scratch: Scratch, like: Any) -> Any:
 def adapted_layers(net: PreTrainedModel) -> tuple[list[str], list[str]]:
     """(names of the decoder's layers that get adapters, names of those with weights that get none).
 
-    None are for the weights of experts, which are one tensor for all of them and no linear layer each, and for output
-    projections inside Mamba, whose weights its kernels read past any adapter. Names are those in the decoder.
+    None are for the weights of experts, which are one tensor for all of them and no linear layer each, and for
+    Mamba's projections but the first, whose weights its kernels read past any adapter. Names are those in the decoder.
     """
     decoder: Any = net.get_decoder()
     head = net.get_output_embeddings()
@@ -136,7 +136,7 @@ def adapted_layers(net: PreTrainedModel) -> tuple[list[str], list[str]]:
     for name, module in decoder.named_modules():
         parent = type(decoder.get_submodule(name.rpartition(".")[0])).__name__
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            bypassed = name.endswith("out_proj") and "mamba" in parent.lower()
+            bypassed = "mamba" in parent.lower() and not name.endswith("in_proj")
             (left if bypassed else taken).append(name)
         else:
             own = module.named_parameters(recurse=False)
