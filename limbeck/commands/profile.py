@@ -41,7 +41,8 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
         student = run.models.student_to_train()
         job = run.job("student", student)
     device = student.net.device
-    shape = (512, student.net.config.hidden_size, student.net.config.intermediate_size)
+    config = student.net.config.get_text_config()
+    shape = (512, config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     if device.type == "cuda":  # smaller products don't fill it
         shape = (8192, *shape[1:])
     rate = partial(matrix_rate, device, compute_dtype(recipe), shape=shape)

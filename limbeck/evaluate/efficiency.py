@@ -67,7 +67,7 @@ def sizes(model: Model) -> dict[str, Any]:
     packed = sum(layer.weights - layer.weight.numel() for layer in quantised)
     tensors = [*parameters, *(layer.scale for layer in quantised)]
     return {
-        "layers": model.net.config.num_hidden_layers,
+        "layers": model.net.config.get_text_config().num_hidden_layers,
         "parameters": sum(p.numel() for p in parameters) + packed,
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }

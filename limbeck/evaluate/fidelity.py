@@ -57,7 +57,7 @@ class EvaluationText:
         if self.teacher is None:
             yield from ((picked, make_batch(self.rows, picked), None) for picked in self.picks)
             return
-        width = self.teacher.model.net.config.hidden_size
+        width = self.teacher.model.net.config.get_text_config().hidden_size
         keep = sum(len(row.response_ids) for row in self.rows) * width * 4 <= KEPT_BYTES
         for number, picked in enumerate(self.picks):
             batch = make_batch(self.rows, picked)

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from limbeck.models.model import vocab_size_of
 from limbeck.types import UserError
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -46,7 +47,7 @@ def tokens_of(tokenizer: Any) -> Tokens:
             f" {sorted(kinds) or 'missing'}): a bridge needs a byte-level or a SentencePiece-like tokenizer"
         )
     added = {token["content"]: token["special"] for token in core.get("added_tokens", ())}
-    bytes_of: list[bytes | None] = [None] * len(tokenizer)
+    bytes_of: list[bytes | None] = [None] * vocab_size_of(tokenizer)
     plain: dict[bytes, int] = {}
     single_bytes: dict[bytes, int] = {}
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):

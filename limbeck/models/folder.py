@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from limbeck.models.quantised import as_read, drop_quantisation
+from limbeck.models.weights import check_files, check_loaded, first_line, model_class
 from limbeck.storage.files import file_sha256, full_disk_as_os_error, new_directory, write_json
 from limbeck.types import UserError, content_hash
 
@@ -30,14 +31,29 @@ def read_weights(folder: Path, source: str, dtype: torch.dtype) -> PreTrainedMod
     """The decoder in a folder, in evaluation mode. `source` is the user's name for it.
 
     Raises:
-        UserError: not a causal language model, or damaged.
+        UserError: not a causal language model, damaged, or without some of its weights.
     """
+    config = read_config(folder, source)
+    check_files(folder, source)
     try:
-        net: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        net: PreTrainedModel
+        net, info = model_class(config).from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are refused below, all by name
+            output_loading_info=True,
+            **as_read(config),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"can't load the model {source!r}: {str(error).splitlines()[0]}") from error
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds on files that it can't use; the user needs one
+        raise UserError(f"can't load the model {source!r}: {first_line(error)}") from error
+    check_loaded(info, source)
+    if as_read(config):
+        drop_quantisation(net.config)
     net.eval()
     return net
 
@@ -50,8 +66,8 @@ def read_tokenizer(folder: Path, source: str) -> Tokenizer:
     """
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"can't load the tokenizer of {source!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the library raises many kinds on files that it can't use; the user needs one
+        raise UserError(f"can't load the tokenizer of {source!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {source!r} has no end-of-sequence token; use an instruction-tuned model, or add one to"
@@ -68,8 +84,8 @@ def read_config(folder: Path, source: str) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read the configuration of {source!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the library raises many kinds on settings that it can't use; the user needs one
+        raise UserError(f"can't read the configuration of {source!r}: {first_line(error)}") from error
 
 
 def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:

@@ -2,7 +2,8 @@
 
 Every row has its own random numbers, so an answer does not depend on the rest of its batch (up to the rounding of the
 matrix products). A finished row leaves its slot to the next prompt at once; the cache is written in place.
-Not covered: sliding-window or recurrent caches, beam search.
+Models whose caches can't be moved keep the library's own (`rows.py`).
+Not covered: beam search.
 
 Shapes: B slots, T tokens to come, V vocabulary, N some of the slots or the numbers for one token.
 """
@@ -19,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.models.placement import is_out_of_memory
+from limbeck.models.rows import OwnCaches
 from limbeck.models.sample import RowSamplings, SampledTokens, draw, log_prob_of, upload
-from limbeck.models.slots import Slots, cache_room, columns_of, context_of, index, row_bytes
+from limbeck.models.slots import Slots, cache_room, columns_of, context_of, index, row_bytes, takes_slots
 from limbeck.objectives.precision import accumulation_dtype
 from limbeck.types import Sampling, UserError
 
@@ -106,7 +108,7 @@ class _Row:
 class _Columns:
     """What it takes to draw every slot's next token, on the device: nothing goes there while the same rows write."""
 
-    def __init__(self, size: int, jobs: Sequence[GenerationJob], numbers: int, first: Slots) -> None:
+    def __init__(self, size: int, jobs: Sequence[GenerationJob], numbers: int, first: Slots | OwnCaches) -> None:
         self.device = first.device
         self.samplings = [Sampling()] * size
         longest = max(job.sampling.max_tokens for job in jobs)
@@ -173,7 +175,7 @@ class _Batch:
         needed = sum(row_bytes(net, columns_of(max(map(len, prompts)), max_tokens)) for net, prompts in models)
         room = cache_room(model.device) if decoding.cache_bytes is None else decoding.cache_bytes
         size = max(1, min(decoding.batch_rows, len(jobs), room // needed))
-        self.sides = [Slots(net, prompts, max_tokens, size) for net, prompts in models]
+        self.sides = [_side(net, prompts, max_tokens, size) for net, prompts in models]
         self.columns = _Columns(size, jobs, len(models), self.sides[0])
         self.rows: list[_Row | None] = [None] * size
 
@@ -207,6 +209,10 @@ class _Batch:
         self.columns.keep(slots)
         for side in self.sides:
             side.keep(slots)
+
+
+def _side(net: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int, size: int) -> Slots | OwnCaches:
+    return Slots(net, prompts, max_tokens, size) if takes_slots(net) else OwnCaches(net, size)
 
 
 def _second_prompt(job: GenerationJob) -> Sequence[int]:

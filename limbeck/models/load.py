@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from limbeck.models.model import Model, head_of, hidden_states
+from limbeck.models.model import Model, head_of, hidden_states, vocab_size_of
 from limbeck.models.placement import FULL, Placement, Precision, check_dtype
 from limbeck.models.quantise import quantise
 from limbeck.models.sources import source_of
@@ -37,6 +37,7 @@ def load_model(
     check_dtype(precision.dtype, placement.device, f"{name} in bfloat16")
     model = source_of(name).load(name, precision.dtype)
     _frame(model.tokenizer, name, template)
+    check_rows(model.net, model.tokenizer, name)
     if precision.quantise is not None:
         quantise(model.net, precision.quantise, placement.device, name)
     net = placement.put(model.net)
@@ -72,6 +73,16 @@ def load_config(name: str) -> Any:
     return source_of(name).config(name)
 
 
+def check_source(name: str) -> None:
+    """Refuse files that can't be loaded, without reading weights: missing, damaged or foreign tensors, pickles, codes
+    whose library is not here.
+
+    Raises:
+        UserError: the message names the file or the tensor.
+    """
+    source_of(name).check(name)
+
+
 def is_ready(name: str) -> bool:
     """False where the model still has to be fetched or converted.
 
@@ -99,19 +110,41 @@ def model_folder(name: str) -> Path:
     return source_of(name).folder(name)
 
 
+def check_rows(net: PreTrainedModel, tokenizer: Tokenizer, source: str) -> None:
+    """Refuse a tokenizer with ids that the model has no row for.
+
+    Raises:
+        UserError: files of two models, or tokens that were added and not made room for.
+    """
+    layer: Any = net.get_input_embeddings()
+    rows, ids = int(layer.weight.shape[0]), vocab_size_of(tokenizer)
+    if ids > rows:
+        raise UserError(
+            f"{source}: its tokenizer has {ids} ids and the model {rows} rows, so they belong to different models, or"
+            " tokens were added later: put the right tokenizer beside the weights, or resize_token_embeddings"
+        )
+
+
 @torch.no_grad()
 def _check_head(net: PreTrainedModel, source: str) -> None:
     """Refuse a model whose logits are not those of `head_of`: families scale and cap them under many names, and a
     missed one would silently give the losses of another model."""
-    tokens_BT = torch.arange(1, 5, device=net.device)[None]
+    tokens_BT = torch.arange(1, 5, device=net.device)[None] % head_of(net).vocab_size
     expected_TV = net(tokens_BT, use_cache=False).logits[0].float()
     if not bool(expected_TV.isfinite().all()):
         raise UserError(
             f"{source}: its logits are NaN or infinite: its weights are damaged, or overflow in {net.dtype}; fetch it"
             " again"
         )
+    near = 1e-2 * float(expected_TV.abs().max())
+    begun_TV = net(tokens_BT[:, :-1], use_cache=False).logits[0].float()
+    if not torch.allclose(begun_TV, expected_TV[:-1], rtol=1e-2, atol=5 * near):
+        raise UserError(
+            f"{source}: a token's prediction depends on the tokens after it, so a model of type"
+            f" {net.config.model_type!r} can't write text; choose a decoder"
+        )
     logits_TV = head_of(net).logits(hidden_states(net, tokens_BT)[0]).float()
-    if not torch.allclose(logits_TV, expected_TV, rtol=1e-2, atol=1e-2 * float(expected_TV.abs().max())):
+    if not torch.allclose(logits_TV, expected_TV, rtol=1e-2, atol=near):
         raise UserError(
             f"{source}: models of type {net.config.model_type!r} compute their logits in an unknown way; choose another"
         )

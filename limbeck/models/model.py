@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from limbeck.elicit.thinking import markers_of, opened_by
 from limbeck.models import template
 from limbeck.models.context import PromptContext
+from limbeck.models.weights import context_length
 from limbeck.objectives.head import Head
 from limbeck.types import Message, UserError
 
@@ -47,10 +48,10 @@ class Model:
         """The token that an answer is taught to end with: the chat template's."""
         return template.end_of_turn(self.tokenizer)
 
-    @property
+    @cached_property  # the vocabulary is a large dictionary
     def vocab_size(self) -> int:
-        """How many ids the tokenizer has; a head may have more rows."""
-        return len(self.tokenizer)
+        """One more than the tokenizer's largest id, as some have holes; a head may have more rows."""
+        return vocab_size_of(self.tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text, without control tokens, but for those that set thinking, channels and tool calls apart
@@ -76,7 +77,7 @@ class Model:
     @property
     def max_length(self) -> int:
         """How many tokens its context takes."""
-        return int(getattr(self.net.config, "max_position_embeddings", 0) or 2**31)
+        return min(context_length(self.net.config), 2**31)
 
     def prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:
         """The conversation as token ids, through the model's own (sandboxed) chat template, ready to be answered. What
@@ -118,6 +119,11 @@ class Model:
     def named(identity: str, prompt_context: PromptContext | None) -> str:
         """The identity of a model with this prompt context."""
         return identity if prompt_context is None else f"{identity}+sight-{prompt_context.name}"
+
+
+def vocab_size_of(tokenizer: Tokenizer) -> int:
+    """One more than the largest id of a tokenizer. Ids may have holes (cl100k's have), so that it has fewer tokens."""
+    return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 
 def header_of(tokenizer: Tokenizer) -> str | None:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from limbeck.models.layers import keep_layers, number_layers
 from limbeck.models.model import head_of, hidden_states
+from limbeck.models.weights import layer_list
 from limbeck.types import UserError
 
 CANDIDATES = 8
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
 @dataclass(frozen=True)
@@ -47,37 +48,53 @@ class LayerChoice:
 
 
 def layers_of(net: PreTrainedModel) -> nn.ModuleList:
-    layers = getattr(net.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise UserError(f"{net.config.model_type}: dropping layers needs a decoder with one list of layers")
-    return layers
+    """The decoder's layers.
+
+    Raises:
+        UserError: a decoder without one list of layers.
+    """
+    return layer_list(net.get_decoder())[1]
 
 
 def drop_layers(net: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A copy of `net` with only the layers `kept`, its configuration and cache indices renumbered.
 
     Keeping all layers gives the same logits bit for bit. The embeddings and the head are copied, not shared.
+
+    Raises:
+        UserError: the configuration can't describe such a model (see `layers.py`).
     """
-    total = len(layers_of(net))
-    if list(kept) != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= total:
-        raise UserError(f"layers to keep must be rising numbers from 0 to {total - 1}; got {list(kept)}")
-    full = layers_of(net)
-    decoder = net.get_decoder()
+    decoder: Any = net.get_decoder()
+    name, full = layer_list(decoder)
+    check_kept(net.config, kept)
     try:
-        decoder.layers = nn.ModuleList([full[index] for index in kept])
+        setattr(decoder, name, nn.ModuleList([full[index] for index in kept]))
         student = copy.deepcopy(net)
     finally:
-        decoder.layers = full
-    for index, layer in enumerate(layers_of(student)):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", index)  # noqa: B010 (a plain number, not a parameter)
-    config = student.config
-    for key, value in list(vars(config).items()):  # per-layer settings, such as layer_types
-        if isinstance(value, list) and len(value) == total:
-            setattr(config, key, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
+        setattr(decoder, name, full)
+    keep_layers(student.config, kept)
+    number_layers(layers_of(student), kept)
     return student
+
+
+def check_kept(config: Any, kept: Sequence[int]) -> None:
+    """Refuse layers that no configuration of this type can describe; no weights are needed.
+
+    Raises:
+        UserError: it names the reason.
+    """
+    keep_layers(copy.deepcopy(config), kept)
+
+
+def _uniform(count: int, total: int) -> tuple[int, ...]:
+    step = (total - 1) / max(1, count - 1)
+    return tuple(int(index * step + 0.5) for index in range(count))
+
+
+SPREADS: dict[str, Callable[[int, int], tuple[int, ...]]] = {
+    "first": lambda count, total: tuple(range(count)),
+    "uniform": _uniform,
+}  # ways that need no text
 
 
 def choose_layers(
@@ -93,11 +110,8 @@ def choose_layers(
         return LayerChoice(tuple(keep))
     if not 1 <= count <= total:
         raise UserError(f"student.start.prune.layers: {count} is not between 1 and the teacher's {total} layers")
-    if keep == "first":
-        return LayerChoice(tuple(range(count)))
-    if keep == "uniform":
-        step = (total - 1) / max(1, count - 1)
-        return LayerChoice(tuple(int(index * step + 0.5) for index in range(count)))
+    if keep in SPREADS:
+        return LayerChoice(SPREADS[keep](count, total))
     if keep == "block_influence":
         influence = block_influence(net, calibration().to(net.device))
         return LayerChoice(tuple(sorted(sorted(range(total), key=lambda index: -influence[index])[:count])))
@@ -121,37 +135,44 @@ class _LayerRunner:
         self.net = net
         self.calibration = calibration
         self.layers = layers_of(net)
-        decoder = net.get_decoder()
-        norms = [getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name)]
-        if len(norms) != 1:
-            raise UserError(
-                f"{net.config.model_type}: can't find the decoder's final norm, so layers can't be rated; list them"
-                " under keep"
-            )
-        self.norm: nn.Module = norms[0]
-        self.arguments: list[dict[str, Any]] = []
+        self.tail: list[nn.Module] = []  # what the decoder applies after its last layer: a norm, a projection
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.first: Tensor | None = None
+        others = [child for child in net.get_decoder().children() if child is not self.layers]
         hooks = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in self.layers]
+        hooks += [child.register_forward_hook(self._record_tail) for child in others]
         try:
-            hidden_states(net, calibration.tokens_BT)
+            last_BTD = hidden_states(net, calibration.tokens_BT)
         finally:
             for hook in hooks:
                 hook.remove()
+        again_BTD = self.last(self.states(list(range(len(self.layers))))[-1])
+        if not torch.allclose(again_BTD, last_BTD, rtol=1e-3, atol=1e-3 * float(last_BTD.abs().max())):
+            raise UserError(
+                f"{net.config.model_type}: its layers run one by one don't give the model's states, so they can't be"
+                " rated; list them under keep"
+            )
 
     def _record(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) > 1:
-            raise UserError(
-                f"{self.net.config.model_type}: its layers take positional arguments, so they can't be rated; list"
-                " them under keep"
-            )
         if self.first is None:
             self.first = args[0] if args else kwargs["hidden_states"]
-        self.arguments.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+        self.arguments.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+
+    def _record_tail(self, module: nn.Module, _: Any, __: Any) -> None:
+        if len(self.arguments) == len(self.layers):
+            self.tail.append(module)
 
     def run(self, state_BTD: Tensor, kept: Sequence[int]) -> Tensor:
         for index in kept:
-            out = self.layers[index](state_BTD, **self.arguments[index])
+            args, kwargs = self.arguments[index]
+            out = self.layers[index](state_BTD, *args, **kwargs)
             state_BTD = out[0] if isinstance(out, tuple) else out
+        return state_BTD
+
+    def last(self, state_BTD: Tensor) -> Tensor:
+        """The last layer's output as the head reads it."""
+        for module in self.tail:
+            state_BTD = module(state_BTD)
         return state_BTD
 
     def states(self, kept: Sequence[int]) -> list[Tensor]:
@@ -163,7 +184,7 @@ class _LayerRunner:
         return states
 
     def log_probs(self, state_BTD: Tensor) -> Tensor:
-        picked_ND = self.norm(state_BTD[self.calibration.positions_BT])
+        picked_ND = self.last(state_BTD[self.calibration.positions_BT])
         logits_NV = head_of(self.net).logits(picked_ND)
         return logits_NV.log_softmax(-1)
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.api import ApiTeacher
 from limbeck.models.http import Call, Connection, as_dict, as_dicts
+from limbeck.models.model import vocab_size_of
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.signals.cache import ids_of
 from limbeck.signals.sparse import TopK
@@ -57,7 +58,7 @@ class ServerScorer:
         self.api = api
         self.tokenizer = tokenizer
         self.written = written
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = vocab_size_of(tokenizer)
         self.k = min(k, self.vocab_size)
         self._protocol: ScoringProtocol | None = None
         self._sample: tuple[tuple[list[int], list[int]], NamedTokens] | None = None

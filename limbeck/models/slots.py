@@ -3,27 +3,30 @@
 What the running rows need is on the device; the host knows where each row begins, and asks the device for nothing. The
 library does, once a token, to see whether a mask masks anything; a model that can be given the mask as its attention
 wants it (rotary positions, `sdpa`, no windows) is spared that.
-Not covered: sliding-window or recurrent caches.
+Not covered: recurrent states, and models that count positions themselves; `rows.py` has those.
 
 Shapes: B slots, N of them, T columns of the cache, V vocabulary, H key-value heads, D head width.
 """
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from limbeck.models.sample import upload
+from limbeck.models.weights import context_length, head_rows, text_config
 from limbeck.objectives.sizes import SIZES
 
 COLUMNS_BETWEEN_SHIFTS = 64
 CACHE_BYTES = 3 * 2**29  # of keys and values where the device does not say what is free
+_MEASURED: WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = WeakKeyDictionary()  # (bytes, bytes of a token)
 CACHE_SHARE = 4  # a device's free memory is divided by this
 
 
@@ -95,10 +98,10 @@ class Slots:
         self.whole_mask = _takes_whole_masks(model)
         self.starts = [0] * size
         self.starts_B = torch.zeros(size, dtype=torch.long, device=self.device)
-        self.layers = [SlotLayer(self.columns, longest) for _ in range(model.config.num_hidden_layers)]
+        self.layers = [SlotLayer(self.columns, longest) for _ in range(text_config(model.config).num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
         self.mask_BT = torch.zeros(size, self.columns, dtype=torch.long, device=self.device)
-        self.logits_BV = torch.zeros(size, model.config.vocab_size, device=self.device)
+        self.logits_BV = torch.zeros(size, head_rows(model), device=self.device)
 
     def admit(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Prefill new rows together and put them into these slots."""
@@ -188,7 +191,7 @@ def index(slots: Sequence[int], device: torch.device) -> Tensor:
 def _takes_whole_masks(model: PreTrainedModel) -> bool:
     """Whether `model` may be given the mask of each query and key, or none, in place of that of the columns: it needs
     it for nothing but plain attention."""
-    config = model.config
+    config = text_config(model.config)
     return (
         getattr(config, "_attn_implementation", None) == "sdpa"
         and getattr(model, "_can_compile_fullgraph", False)  # the library gives such models whole masks, too
@@ -202,7 +205,7 @@ def _takes_whole_masks(model: PreTrainedModel) -> bool:
 
 def context_of(model: PreTrainedModel) -> int:
     """How many tokens `model` can read."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    return context_length(model.config)
 
 
 def columns_of(longest: int, max_tokens: int) -> int:
@@ -210,12 +213,37 @@ def columns_of(longest: int, max_tokens: int) -> int:
     return longest + max_tokens + COLUMNS_BETWEEN_SHIFTS
 
 
+def takes_slots(model: PreTrainedModel) -> bool:
+    """Whether rows of a model can be padded on the left and moved: all its layers keep keys and values, and it can be
+    told the positions."""
+    cache = DynamicCache(config=text_config(model.config))
+    attends = bool(cache.layers) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    carries = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    return attends and not carries and "position_ids" in inspect.signature(model.forward).parameters
+
+
 def row_bytes(model: PreTrainedModel, columns: int) -> int:
-    """Bytes of one row's keys and values over all layers."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * columns * heads * width * model.dtype.itemsize)
+    """Bytes that one row's part of the cache takes, over all layers: measured once, on one token and on two."""
+    if model not in _MEASURED:
+        one, two = (_cache_bytes(model, tokens) for tokens in (1, 2))
+        _MEASURED[model] = max(0, 2 * one - two), two - one
+    fixed, each = _MEASURED[model]
+    return max(1, fixed + each * columns)
+
+
+@torch.inference_mode()
+def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    told = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True)
+    cache = getattr(told, "past_key_values", None) or told.cache_params
+    return sum(_tensor_bytes(vars(layer)) for layer in cache.layers)
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(entry) for entry in value.values())
+    return sum(_tensor_bytes(entry) for entry in value) if isinstance(value, list | tuple) else 0
 
 
 def cache_room(device: torch.device) -> int:

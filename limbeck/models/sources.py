@@ -9,16 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from transformers import LlamaConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from limbeck.models.adapters import base_of, check_adapters, has_adapters, with_adapters
 from limbeck.models.folder import convert_gguf, fingerprint, quiet, read_config, read_tokenizer, read_weights
 from limbeck.models.model import Model
 from limbeck.models.named import NAMED, fetch, home
+from limbeck.models.quantised import check_numbers, check_readable
+from limbeck.models.weights import check_folder
 from limbeck.storage.files import exclusive, file_sha256, sweep
 from limbeck.types import UserError, nearest
 
@@ -69,6 +72,9 @@ class ModelSource(ABC):
         with quiet():
             return Model(read_weights(folder, name, dtype), self.tokenizer(name), self._identity(name, folder))
 
+    def check(self, name: str) -> None:  # noqa: B027 (most sources make their folders themselves)
+        """Refuse what is told by files alone that can't be loaded; reads no weights and fetches nothing."""
+
     def _identity(self, name: str, folder: Path) -> str:
         return f"{self.label(name)}@{fingerprint(folder)}"
 
@@ -87,8 +93,8 @@ class NamedSource(ModelSource):
         return self._target(name)
 
     def config(self, name: str) -> Any:
-        """As listed, so that a plan needs no download."""
-        return SimpleNamespace(**NAMED[name].config)
+        """As listed, so that a plan needs no download: all of them have layers like Llama's."""
+        return LlamaConfig(**NAMED[name].config, tie_word_embeddings=True)
 
     @staticmethod
     def _target(name: str) -> Path:
@@ -132,8 +138,64 @@ class FolderSource(ModelSource):
             raise UserError(f"{name} has no config.json, so it is not a model in Hugging Face form")
         return path
 
+    def check(self, name: str) -> None:
+        folder = self.folder(name)
+        config = read_config(folder, name)
+        check_readable(config, name)
+        with quiet():
+            check_folder(folder, config, name)
+
     def label(self, name: str) -> str:
         return Path(name).expanduser().resolve().name
+
+
+class AdapterSource(ModelSource):
+    """A directory of PEFT adapters, whose settings name their base: that model with the adapters folded in."""
+
+    def matches(self, name: str) -> bool:
+        return has_adapters(Path(name).expanduser())
+
+    def is_ready(self, name: str) -> bool:
+        base, base_name = self._base(name)
+        return base.is_ready(base_name)
+
+    def config(self, name: str) -> Any:
+        base, base_name = self._base(name)
+        return base.config(base_name)
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """The adapters' own if their folder has one."""
+        folder = Path(name).expanduser()
+        if (folder / "tokenizer_config.json").exists():
+            return read_tokenizer(folder, name)
+        base, base_name = self._base(name)
+        return base.tokenizer(base_name)
+
+    def identity(self, name: str) -> str:
+        base, base_name = self._base(name)
+        return f"{self._identity(name, Path(name).expanduser())}/on-{base.identity(base_name)}"
+
+    def check(self, name: str) -> None:
+        base, base_name = self._base(name)
+        check_numbers(base.config(base_name), base_name)
+        base.check(base_name)
+
+    def load(self, name: str, dtype: torch.dtype) -> Model:
+        base, base_name = self._base(name)
+        loaded = base.load(base_name, torch.float32)
+        with quiet():
+            net = with_adapters(loaded.net, Path(name).expanduser(), name).to(dtype)
+        return Model(net, self.tokenizer(name), self.identity(name))
+
+    def label(self, name: str) -> str:
+        return Path(name).expanduser().resolve().name
+
+    @staticmethod
+    def _base(name: str) -> tuple[ModelSource, str]:
+        folder = Path(name).expanduser()
+        check_adapters(folder, name)
+        base = base_of(folder, name)
+        return source_of(base), base
 
 
 class HubSource(ModelSource):
@@ -159,7 +221,7 @@ class HubSource(ModelSource):
             ) from error
 
 
-SOURCES: list[ModelSource] = [NamedSource(), GgufSource(), FolderSource(), HubSource()]
+SOURCES: list[ModelSource] = [NamedSource(), GgufSource(), AdapterSource(), FolderSource(), HubSource()]
 
 
 def register_source(source: ModelSource) -> None:

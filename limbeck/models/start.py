@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from limbeck.config.sections import Lora, Scratch, Student
 from limbeck.models.copy import cast
+from limbeck.models.layers import is_per_layer
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
 from limbeck.models.placement import FULL, Placement, Precision, check_dtype
 from limbeck.models.prune import Calibration, LayerChoice, choose_layers, drop_layers
 from limbeck.models.quantise import quantise
-from limbeck.types import RecipeError, content_hash, nearest
+from limbeck.models.weights import first_line, model_class, text_config
+from limbeck.types import RecipeError, UserError, content_hash, nearest
 
 
 def begin(
@@ -83,7 +88,7 @@ def _random(scratch: Scratch, like: PreTrainedModel, seed: int) -> PreTrainedMod
     config = scratch_config(scratch, like.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        net: PreTrainedModel = model_class(config).from_config(config, dtype=torch.float32)
     net.eval()
     return net
 
@@ -94,7 +99,9 @@ def scratch_config(scratch: Scratch, like: Any) -> Any:
     Raises:
         RecipeError: a setting that the configuration does not have, or the vocabulary, which is the teacher's.
     """
-    settings = like.to_dict() if hasattr(like, "to_dict") else dict(vars(like))
+    text = text_config(like)
+    settings = text.to_dict()
+    settings.pop("quantization_config", None)  # random weights are numbers
     for key in scratch.config:
         if key not in settings:
             raise RecipeError(f"student.start.scratch.config.{key}", f"no such setting{nearest(key, settings)}")
@@ -102,24 +109,73 @@ def scratch_config(scratch: Scratch, like: Any) -> Any:
             raise RecipeError(
                 f"student.start.scratch.config.{key}", "the student speaks the teacher's vocabulary; leave it out"
             )
-    per_layer = [
-        key for key, value in settings.items() if isinstance(value, list) and len(value) == like.num_hidden_layers
-    ]
-    general = {key: value for key, value in settings.items() if key not in per_layer}
-    return type(like)(**(general | scratch.config))
+    general = {key: value for key, value in settings.items() if not is_per_layer(key, value, text.num_hidden_layers)}
+    try:
+        made = type(text)(**(general | scratch.config))
+    except Exception as error:  # each family's own code raises its own kinds
+        raise RecipeError("student.start.scratch.config", first_line(error)) from error
+    if text is like:
+        return made
+    whole = copy.deepcopy(like)  # a model that also reads images keeps that part, random
+    for key, value in vars(like).items():
+        if value is text:
+            setattr(whole, key, made)
+    return whole
+
+
+def adapted_layers(net: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """(names of the decoder's layers that get adapters, names of those with weights that get none).
+
+    None are for the weights of experts, which are one tensor for all of them and no linear layer each, and for
+    Mamba's projections but the first, whose weights its kernels read past any adapter. Names are those in the decoder.
+    """
+    decoder: Any = net.get_decoder()
+    head = net.get_output_embeddings()
+    taken: list[str] = []
+    left: list[str] = []
+    for name, module in decoder.named_modules():
+        parent = type(decoder.get_submodule(name.rpartition(".")[0])).__name__
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            bypassed = "mamba" in parent.lower() and not name.endswith("in_proj")
+            (left if bypassed else taken).append(name)
+        else:
+            own = module.named_parameters(recurse=False)
+            left += [f"{name}.{key}" for key, parameter in own if parameter.dim() == 3 and "conv" not in name]
+    return taken, left
+
+
+def adapters_told(net: PreTrainedModel) -> str:
+    """What a model with adapters has, for people: how many matrices, and which kinds of weights have none."""
+    from peft.tuners.lora import LoraLayer
+
+    count = sum(isinstance(module, LoraLayer) for module in net.modules())
+    kinds = sorted(
+        {".".join(word for word in name.split(".") if not word.isdigit()) for name in adapted_layers(net)[1]}
+    )
+    rest = f"; without: {', '.join(kinds)} (adapters go into linear layers of their own)" if kinds else ""
+    return f"adapters on {count} matrices{rest}"
 
 
 def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
-    """Put low-rank adapters in float32 or better into every linear layer but the head, in place, and freeze
-    the rest. B starts at 0."""
+    """Put low-rank adapters in float32 or better into the decoder's linear layers but the head, in place, and freeze
+    the rest. B starts at 0.
+
+    Raises:
+        UserError: a decoder without such layers.
+    """
     from peft import LoraConfig, inject_adapter_in_model  # 12 s of imports that only adapters need
     from peft.tuners.lora import LoraLayer
 
-    head = net.get_output_embeddings()
-    targets = [name for name, module in net.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    with torch.random.fork_rng(devices=[]):
+    targets = adapted_layers(net)[0]
+    if not targets:
+        raise UserError(f"{net.config.model_type}: it has no linear layers for adapters; leave student.lora out")
+    # in a wrapper without a configuration, from which peft would take other layers than those that are named
+    decoder = nn.ModuleDict({"decoder": net.get_decoder()})
+    named = [f"decoder.{name}" for name in targets]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that Conv1D's weights are transposed, and takes care of it
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
+        inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=named), decoder)
     short = (torch.bfloat16, torch.float16)
     for module in net.modules():
         if isinstance(module, LoraLayer):  # peft gives them the type of the layer

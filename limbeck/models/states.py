@@ -69,7 +69,9 @@ def _may_share(decoder: Any) -> bool:
     config = decoder.config
     kinds = getattr(config, "layer_types", None)
     full = all(kind == "full_attention" for kind in kinds) if kinds else not getattr(config, "sliding_window", None)
-    attends = hasattr(config, "num_attention_heads") and config._attn_implementation in ("sdpa", "eager")
+    caches = DynamicCache(config=config).layers
+    plain = bool(caches) and all(type(layer) is DynamicLayer for layer in caches)
+    attends = plain and config._attn_implementation in ("sdpa", "eager")
     drops = float(getattr(config, "attention_dropout", 0.0) or 0.0) > 0 or any(
         isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules()
     )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from limbeck.models.states import decoded, shared_states
+from limbeck.models.weights import layer_list
 from limbeck.objectives.forward import Attention, Features
 from limbeck.objectives.precision import full_precision
 from limbeck.types import UserError
@@ -62,7 +63,7 @@ def features(
     if not hidden_layers and not attention_layers:
         return (shared_states(net, tokens_BT) if mixed is None else decoded(net, tokens_BT, mixed)), Features()
     decoder: Any = net.get_decoder()
-    count: int = decoder.config.num_hidden_layers
+    count: int = decoder.config.get_text_config().num_hidden_layers
     _check_layers("hidden", hidden_layers, 0, count)
     _check_layers("attention", attention_layers, 1, count)
     hidden: dict[int, Tensor] = {}
@@ -150,11 +151,7 @@ def _recorded_sdpa(
 @contextlib.contextmanager
 def _hooked(decoder: Any, requested: frozenset[int], hidden: dict[int, Tensor]) -> Iterator[None]:
     """Store the hidden states before layer 1 (as 0) and after layer i (as i) in `hidden` while the block runs."""
-    layers = getattr(decoder, "layers", None)
-    if requested and not isinstance(layers, nn.ModuleList):
-        raise UserError(
-            f"{decoder.config.model_type}: hidden states can be recorded in a decoder with one list of layers only"
-        )
+    layers = layer_list(decoder)[1] if requested else nn.ModuleList()
 
     def before_first(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden[0] = positional[0] if positional else named["hidden_states"]

@@ -147,7 +147,7 @@ def _weight_bytes(shape: Shape, precision: Precision) -> float:
     """A frozen model's weights. Those of quantised layers have a scale for every 32 or so."""
     dense = precision.dtype.itemsize
     layer = {"int8": 1.05, "int4": 0.6}.get(precision.quantise or "", dense)
-    return layer * shape.layers * shape.layer_parameters + dense * shape.embedded_parameters
+    return layer * shape.layers * shape.layer_parameters + dense * (shape.embedded_parameters + shape.other_parameters)
 
 
 def _training_bytes(recipe: Recipe, student: Shape) -> float:

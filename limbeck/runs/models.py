@@ -21,7 +21,7 @@ from limbeck.models.own_text import Aligner, OwnTextTeacher, probe
 from limbeck.models.placement import FULL, Devices, Precision
 from limbeck.models.prune import Calibration, LayerChoice
 from limbeck.models.score import ServerScorer
-from limbeck.models.start import begin, choose, merge_adapters, merge_into
+from limbeck.models.start import adapters_told, begin, choose, merge_adapters, merge_into
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
 from limbeck.models.told import Kept
@@ -249,6 +249,11 @@ class RunModels:
         whole = self.initial_student()
         merge_into(whole.net, trained.net, lora)
         return whole
+
+    def tell_adapters(self, student: Model) -> None:
+        """Say which of the student's weights have adapters, if it has any."""
+        if self.method.recipe.student.lora is not None:
+            self.reporter.note(adapters_told(student.net))
 
     def _begin(self, precision: Precision) -> Model:
         recipe = self.method.recipe

@@ -19,13 +19,14 @@ from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.records import SystemRecords
-from limbeck.models.folder import save_model
+from limbeck.models.export import export
 from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
 from limbeck.models.prune import Calibration
 from limbeck.models.teacher_interface import TeacherParts
 from limbeck.models.template_names import template_suffix
+from limbeck.models.weights import context_length
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
@@ -168,7 +169,7 @@ class Run:
             )
         student = self.models.finished(student)
         with new_directory(job.folder / "student") as folder:
-            save_model(student.net, student.tokenizer, folder)
+            export(student, folder)
             write_text(folder / "README.md", model_card(self.recipe, name, self.models.teacher_identity))
         checkpoint.prune(home / "checkpoints", checkpoints_left)
 
@@ -209,13 +210,15 @@ class Run:
         )
         parts = self._teacher_parts(student, own_text)
         teacher = cache(lambda: self.method.teacher_kind.prepare(recipe.teacher, parts))
-        return make_job(training_plan, student, teacher, self.progress)
+        job = make_job(training_plan, student, teacher, self.progress)
+        self.models.tell_adapters(student)
+        return job
 
     def _writing(self, student: Model) -> StudentWriting | None:
         """How the student writes during training, if it does."""
         if self.method.share is None or self.method.fresh is None:
             return None
-        max_length = min(student.max_length, load_config(self.recipe.speaker).max_position_embeddings)
+        max_length = min(student.max_length, context_length(load_config(self.recipe.speaker)))
         return StudentWriting(
             self.recipe,
             slots=self.slots(student),

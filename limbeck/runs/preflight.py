@@ -8,10 +8,13 @@ from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
 from limbeck.elicit.step import Estimate
 from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
-from limbeck.models.load import is_ready, load_config, load_tokenizer
+from limbeck.models.load import check_rows, check_source, is_ready, load_config, load_tokenizer
 from limbeck.models.placement import Devices
+from limbeck.models.prune import SPREADS, check_kept
 from limbeck.models.quantise import refuse
+from limbeck.models.quantised import check_numbers, quantisation
 from limbeck.models.start import scratch_config
+from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
 from limbeck.runs.hardware import Hardware, listed, measured
 from limbeck.runs.resolve import Method, resolve
@@ -46,11 +49,12 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
         devices = Devices(recipe.machine)
         hardware = measured(devices.student.device, compute_dtype(recipe))
         devices.teacher  # noqa: B018 (refused where it is missing)
+    _check_templates(recipe)
+    _check_sources(recipe)
     config = load_config(recipe.speaker)
     teacher = None if recipe.teacher.model is None else Shape.of(config)
     student, max_length = _student_shape(recipe, config)
     _check_precision(recipe, config)
-    _check_templates(recipe)
     for path, tokens in (
         ("writer.max_tokens", max(w.max_tokens for w in recipe.writer)),
         ("evaluate.max_tokens", recipe.evaluate.max_tokens),
@@ -84,6 +88,32 @@ def _check_templates(recipe: Recipe) -> None:
             raise RecipeError(f"{section}.template", str(error)) from error
 
 
+def _check_sources(recipe: Recipe) -> None:
+    """Refuse models whose files can't be what the recipe makes of them, as far as can be told without weights."""
+    start = recipe.student.start
+    named = {
+        "teacher.model": (recipe.teacher.model, getattr(recipe.teacher, "template", None)),
+        "student.start.pretrained": (start.pretrained, recipe.student.template),
+    }
+    for path, (source, template) in named.items():
+        if source is None:
+            continue
+        try:
+            check_source(source)
+            made_from = path != "teacher.model" or start.pretrained is None
+            config = load_config(source)
+            if made_from:
+                check_numbers(config, source)
+            if is_ready(source):
+                check_rows(empty_model(config), load_tokenizer(source, template), source)
+        except RecipeError:
+            raise
+        except UserError as error:
+            raise RecipeError(path, str(error)) from error
+        if quantisation(config) is not None and path == "teacher.model" and getattr(recipe.teacher, "quantise", None):
+            raise RecipeError("teacher.quantise", f"{source} is quantised already; leave it out")
+
+
 def _check_precision(recipe: Recipe, config: Any) -> None:
     """Refuse weights that can't be kept as the recipe says; `config` is the speaker's."""
     if recipe.teacher.model is not None:
@@ -99,16 +129,21 @@ def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
     """(the student's sizes, how many tokens both models can read); `config` is the speaker's."""
     start = recipe.student.start
     like = Shape.of(config)
-    max_length = config.max_position_embeddings
+    max_length = context_length(config)
     if start.prune is not None:
         layer_numbers = start.prune.keep if isinstance(start.prune.keep, list) else None
         layers = start.prune.layers if layer_numbers is None else len(layer_numbers)
         assert layers is not None
         if layers > like.layers or (layer_numbers and layer_numbers[-1] >= like.layers):
             raise RecipeError("student.start.prune", f"the teacher has only {like.layers} layers, numbered from 0")
+        _check_kept(config, start.prune.keep, layers, like.layers)
         return like.with_layers(layers), max_length
     if start.scratch is not None:
-        return Shape.of(scratch_config(start.scratch, config)), max_length
+        made = scratch_config(start.scratch, config)
+        try:
+            return Shape.of(made), min(max_length, context_length(made))
+        except UserError as error:
+            raise RecipeError("student.start.scratch.config", str(error)) from error
     if start.pretrained is None or recipe.teacher.model is None:
         return like, max_length
     other = load_config(start.pretrained)
@@ -119,12 +154,30 @@ def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
         )
         check_same_vocabulary(*tokenizers)
         check_same_template(*tokenizers)
-    return Shape.of(other), min(max_length, other.max_position_embeddings)
+    return Shape.of(other), min(max_length, context_length(other))
+
+
+def _check_kept(config: Any, keep: str | list[int], count: int, total: int) -> None:
+    """Refuse layers that no configuration can describe without the others. Where they are chosen by the text, those
+    that other ways would choose stand for them: if none of them can be described, that is refused, too."""
+    if isinstance(keep, list):
+        choices = [tuple(keep)]
+    else:
+        choices = [SPREADS[way](count, total) for way in ([keep] if keep in SPREADS else SPREADS)]
+    refused: list[UserError] = []
+    for kept in choices:
+        try:
+            check_kept(config, kept)
+        except UserError as error:
+            refused.append(error)
+    if len(refused) == len(choices):
+        raise RecipeError("student.start.prune", str(refused[0])) from refused[0]
 
 
 def _other_teacher(recipe: Recipe, source: str, number: int) -> Shape:
     """The sizes of a further teacher; refused if its tokens or template differ from the first's."""
     try:
+        check_source(source)
         first = load_tokenizer(recipe.speaker, recipe.speaker_template)
         other = load_tokenizer(source, recipe.speaker_template)
         check_same_vocabulary(first, other)
@@ -145,6 +198,7 @@ def _bills(method: Method) -> list[Estimate]:
 def _judge_shape(source: str) -> Shape:
     """The judge's sizes. A judge that can't be loaded is refused here, not hours later by the evaluation."""
     try:
+        check_source(source)
         shape = Shape.of(load_config(source))
         if is_ready(source):
             load_tokenizer(source)

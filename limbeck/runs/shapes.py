@@ -6,21 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from limbeck.types import UserError
-
-SIZES = (
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "max_position_embeddings",
-)
+from limbeck.models.weights import empty_model, layer_list, text_config
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder that determine its costs."""
+    """The sizes of a decoder that determine its costs. `used_share` is the part of its layers' weights that a token
+    passes through: less than 1 in a mixture of experts. `other_parameters` are outside of layers, embeddings and head,
+    such as what reads images."""
 
     layers: int
     layer_parameters: int
@@ -30,35 +23,49 @@ class Shape:
     query_width: int = 0
     key_value_width: int = 0
     tied: bool = True
+    used_share: float = 1.0
+    other_parameters: int = 0
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        missing = [name for name in SIZES if getattr(config, name, None) is None]
-        if missing:
-            raise UserError(
-                f"models of type {getattr(config, 'model_type', '?')!r} are not supported: their configuration has no"
-                f" {missing[0]}"
-            )
-        width = config.hidden_size
-        heads = config.num_attention_heads
-        head_width = getattr(config, "head_dim", None) or width // heads
-        key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_width
-        attention = 2 * width * heads * head_width + 2 * width * key_value
-        layer = attention + 3 * width * config.intermediate_size
+        """Counted in the model of that configuration on the meta device; what layers have by name alone (heads) is 0
+        where the configuration has no such name.
+
+        Raises:
+            UserError: the configuration describes no decoder.
+        """
+        net = empty_model(config)
+        text: Any = text_config(net.config)
+        _, layers = layer_list(net.get_decoder())
+        embeddings: Any = net.get_input_embeddings()
+        head: Any = net.get_output_embeddings()
+        inside = sum(parameter.numel() for parameter in layers.parameters())
+        tied = head.weight is embeddings.weight
+        embedded = head.weight.numel() * (1 if tied else 2)
+        heads = getattr(text, "num_attention_heads", None) or 0
+        heads = heads if isinstance(heads, int) else 0
+        head_width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
         return cls(
-            layers=config.num_hidden_layers,
-            layer_parameters=layer,
-            head_parameters=config.vocab_size * width,
-            width=width,
+            layers=len(layers),
+            layer_parameters=inside // len(layers),
+            head_parameters=head.weight.numel(),
+            width=text.hidden_size,
             heads=heads,
             query_width=heads * head_width,
-            key_value_width=key_value,
-            tied=bool(getattr(config, "tie_word_embeddings", True)),
+            key_value_width=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
+            tied=tied,
+            used_share=_used_share(layers, text, inside),
+            other_parameters=max(0, sum(parameter.numel() for parameter in net.parameters()) - inside - embedded),
         )
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.embedded_parameters
+        return self.layers * self.layer_parameters + self.embedded_parameters + self.other_parameters
+
+    @property
+    def used_parameters(self) -> float:
+        """Of all layers, those that a token passes through."""
+        return self.used_share * self.layers * self.layer_parameters
 
     @property
     def embedded_parameters(self) -> int:
@@ -70,21 +77,34 @@ class Shape:
         shapes = (self, *others)
         layer = sum(s.layers * s.layer_parameters for s in shapes)
         head = sum(s.head_parameters for s in shapes)
-        return replace(self, layers=1, layer_parameters=layer, head_parameters=head) if others else self
+        used = sum(s.used_parameters for s in shapes) / layer
+        joined = replace(self, layers=1, layer_parameters=layer, head_parameters=head, used_share=used)
+        return joined if others else self
 
     def with_layers(self, layers: int) -> Shape:
         return replace(self, layers=layers)
 
 
+def _used_share(layers: Any, config: Any, inside: int) -> float:
+    """Experts lie in tensors of three dimensions, the first of which counts them; a token meets a few of them."""
+    met = getattr(config, "num_experts_per_tok", None)
+    if not isinstance(met, int):
+        return 1.0
+    idle = sum(
+        parameter.numel() * max(0.0, 1 - met / len(parameter))
+        for parameter in layers.parameters()
+        if parameter.dim() == 3
+    )
+    return 1 - idle / max(1, inside)
+
+
 def step_flops(student: Shape, teacher: Shape | None, tokens: int, response_tokens: int) -> float:
     """Floor of one training step: student forward and backward, teacher forward; heads on response tokens only."""
-    body = 6.0 * student.layers * student.layer_parameters * tokens + 6.0 * student.head_parameters * response_tokens
+    body = 6.0 * student.used_parameters * tokens + 6.0 * student.head_parameters * response_tokens
     if teacher is not None:
-        body += (
-            2.0 * teacher.layers * teacher.layer_parameters * tokens + 2.0 * teacher.head_parameters * response_tokens
-        )
+        body += forward_flops(teacher, tokens, response_tokens)
     return body
 
 
 def forward_flops(shape: Shape, tokens: int, response_tokens: int) -> float:
-    return 2.0 * shape.layers * shape.layer_parameters * tokens + 2.0 * shape.head_parameters * response_tokens
+    return 2.0 * shape.used_parameters * tokens + 2.0 * shape.head_parameters * response_tokens

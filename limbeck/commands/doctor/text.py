@@ -31,9 +31,9 @@ def check_tokens(patient: Patient) -> str:
                 " the model's own"
             )
     rows = head_of(model.net).vocab_size
-    if len(model.tokenizer) > rows:
+    if model.vocab_size > rows:
         raise UserError(
-            f"the tokenizer has {len(model.tokenizer)} tokens and the model {rows}: they belong to different models;"
+            f"the tokenizer has ids up to {model.vocab_size - 1} and the model {rows}: they belong to different models;"
             " put the right tokenizer beside the weights"
         )
     return f"texts survive encoding and decoding; {len(model.tokenizer):,} tokens, {rows:,} rows in the model"
