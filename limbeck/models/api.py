@@ -19,6 +19,7 @@ from typing import Any
 
 from limbeck.config.teacher import Served
 from limbeck.models.budget import Budget, Spending
+from limbeck.models.chat import for_server
 from limbeck.models.http import (
     Backoff,
     Call,
@@ -198,7 +199,7 @@ class ApiTeacher:
 
     def _body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
-        prompt = {"messages": list(request.messages)} if request.raw is None else {"prompt": request.raw}
+        prompt = for_server(request.messages) if request.raw is None else {"prompt": request.raw}
         body = prompt | {
             "model": self.settings.name,
             "temperature": sampling.temperature,

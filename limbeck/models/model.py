@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from limbeck.models.chat import prompt_ids
 from limbeck.models.context import PromptContext
 from limbeck.objectives.head import Head
 from limbeck.types import Message, UserError
@@ -55,8 +56,7 @@ class Model:
     def prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:
         """The conversation as token ids, through the model's own (sandboxed) chat template, ready to be answered."""
         shown = messages if self.prompt_context is None else self.prompt_context(messages)
-        ids: Any = self.tokenizer.apply_chat_template(list(shown), add_generation_prompt=True, return_dict=True)
-        return list(ids["input_ids"])
+        return prompt_ids(self.tokenizer, shown)
 
     def text_ids(self, text: str) -> list[int]:
         """A text as token ids, nothing added; what looks like a control token is treated as text."""

@@ -19,19 +19,21 @@ from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.records import SystemRecords
+from limbeck.models.chat import OPEN, goes_on, opened_thinking
 from limbeck.models.folder import save_model
 from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
 from limbeck.models.prune import Calibration
 from limbeck.models.start import merge_adapters
 from limbeck.models.teacher_interface import TeacherParts
-from limbeck.objectives.head import SIZES
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
 from limbeck.runs.claim import claim, run_folder
+from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
+from limbeck.runs.opening import settle, tell_prompts
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.storage import checkpoint
@@ -107,12 +109,16 @@ class Run:
         """Samples as rows of token ids. Sampled ids are used as they are; text without ids is encoded, and gets the end
         token unless it was cut off."""
 
+        is_opened = opened_thinking(student.tokenizer)
+
         def response_ids(sample: Sample) -> Sequence[int]:
             same_tokens = not self.models.other_tokens or sample.writer == self.models.initial_identity
             if sample.response_ids is not None and same_tokens:
                 return sample.response_ids
-            ids = student.text_ids(sample.messages[-1]["content"])
-            return ids if sample.meta.get("finish") == "length" else [*ids, student.tokenizer.eos_token_id]
+            is_cut = sample.meta.get("finish") == "length"
+            text = sample.messages[-1]["content"]
+            ids = student.text_ids(goes_on(text) if is_opened and (not is_cut or OPEN in text) else text)
+            return ids if is_cut else [*ids, student.tokenizer.eos_token_id]
 
         prompt_ids = student.with_context(None).prompt_ids
         return make_rows(
@@ -339,11 +345,13 @@ def run(
     """
     method = resolve(recipe)
     plan(method)  # refuses what the models' configurations rule out
+    method = fitted(method)
     reporter = reporter or Silent()
     folder = run_folder(recipe, out)
     with exclusive(folder / ".lock"):
         job = Run(method, folder, reporter, stop)
         claim_run(job)
+        tell_prompts(folder, method.prompt_notes, reporter)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
             job.text.training()
@@ -382,15 +390,4 @@ def claim_run(run: Run) -> None:
             scorer.probe()
 
     claim(run.folder, run.recipe, inputs, probe)
-    _settle(run)
-
-
-def _settle(run: Run) -> None:
-    """Take the devices and sizes of the recipe's `machine`, say so, and record them."""
-    machine = run.recipe.machine
-    SIZES.head_bytes = None if machine.head_mib is None else int(machine.head_mib * 2**20)
-    facts = run.models.devices.facts()
-    if machine.device == "auto" or len(set(facts.values())) > 1:
-        teacher = "" if facts["teacher_device"] == facts["device"] else f", teachers on {facts['teacher_device']}"
-        run.reporter.note(f"running on {facts['device']}{teacher}")
-    write_json(run.folder / "machine.json", {**facts, "settings": machine.model_dump(exclude_none=True)})
+    settle(run.folder, run.recipe.machine, run.models.devices.facts(), run.reporter)
