@@ -51,6 +51,18 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def list_hash(lists: Iterable[Iterable[Any]]) -> str:
+    """The `content_hash` of a list of lists, without holding its JSON in memory."""
+    digest = hashlib.sha256(b"[")
+    for number, entries in enumerate(lists):
+        digest.update(b",[" if number else b"[")
+        for place, entry in enumerate(entries):
+            digest.update((("," if place else "") + canonical_json(entry)).encode())
+        digest.update(b"]")
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How text is sampled. `temperature` 0 is greedy. `max_tokens` counts the end-of-sequence token. Text ends before

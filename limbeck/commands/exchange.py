@@ -26,8 +26,8 @@ import torch
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row, make_batch
 from limbeck.progress import Silent, StoppedError
+from limbeck.runs.fit import prepared
 from limbeck.runs.pipeline import Run, claim_run
-from limbeck.runs.resolve import resolve
 from limbeck.signals.cache import SignalCache, ids_of, text_key
 from limbeck.signals.forms import form_of
 from limbeck.signals.sparse import TopK
@@ -143,7 +143,7 @@ def _open(recipe: Recipe, folder: Path) -> tuple[list[Row], SignalCache]:
     form = recipe.teacher.cache
     if form is None or form_of(form).server_tokens is None:
         raise UserError("only a top-k cache can be imported or exported: set teacher.cache: {top_k: {k: 64}}")
-    run = Run(resolve(recipe), folder, Silent(), lambda: True)  # stops before it sends any request
+    run = Run(prepared(recipe), folder, Silent(), lambda: True)  # stops before it sends any request
     with exclusive(folder / ".lock"):
         claim_run(run)
     try:

@@ -14,9 +14,9 @@ from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.progress import Reporter
 from limbeck.runs.claim import run_folder
 from limbeck.runs.cost import compute_dtype
+from limbeck.runs.fit import prepared
 from limbeck.runs.hardware import matrix_rate, synchronize
 from limbeck.runs.pipeline import Run, claim_run
-from limbeck.runs.resolve import resolve
 from limbeck.runs.shapes import Shape, step_flops
 from limbeck.storage.files import exclusive
 from limbeck.training import loop as train
@@ -36,7 +36,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     keep_freed_memory()
     folder = run_folder(recipe, out)
     with exclusive(folder / ".lock"):
-        run = Run(resolve(recipe), folder, reporter)
+        run = Run(prepared(recipe), folder, reporter)
         claim_run(run)
         student = run.models.student_to_train()
         job = run.job("student", student)

@@ -53,6 +53,11 @@ def _none_for_default(value: Any) -> Any:
     return None if value == "float32" else value
 
 
+def _none_for_keep(value: Any) -> Any:
+    """What is so by default: saying it is saying nothing."""
+    return None if value in ("keep", "last") else value
+
+
 Precision = Annotated[Literal["bfloat16"] | None, BeforeValidator(_none_for_default)]
 Dtype = Annotated[Literal["bfloat16", "float16"] | None, BeforeValidator(_none_for_default)]
 Quantise = Literal["int8", "int4"]
@@ -101,12 +106,17 @@ class Student(Section):
 
 
 class Prompts(Section):
-    """`from` is `builtin/NAME`, or a JSONL file with a `prompt` (and for a corpus an `answer`) on every line.
+    """`from` is `builtin/NAME`, or files (one, a list, or a pattern) whose rows hold a prompt or a conversation.
 
-    `seed` is for drawing the text; by default it is the training's. Set it to vary the training on the same text.
+    `columns` names the column of a prompt, an answer, ... where the names of columns don't tell. `seed` is for drawing
+    the text; by default it is the training's. Set it to vary the training on the same text. `too_long` says what
+    happens to rows that are longer than the context, and `reasoning: drop` leaves out the thinking before answers.
     """
 
-    source: str = Field(alias="from")
+    source: str | Annotated[list[str], Field(min_length=1)] = Field(alias="from")
+    columns: dict[str, str | None] | None = None
+    too_long: Literal["drop", "cut"] | None = None
+    reasoning: Annotated[Literal["drop"] | None, BeforeValidator(_none_for_keep)] = None
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
 
@@ -230,7 +240,8 @@ class Train(Section):
     The optimiser is AdamW, with warm-up and a cosine decay to `final_lr` x `lr`. With `mixup`, every micro-batch is
     followed by a copy whose embeddings are mixed with other rows of the step (MixKD, arXiv:2011.00593), with weights
     from Beta(mixup, mixup); losses with `only: mixed` see it. `precision: bfloat16` computes the student's passes in
-    bfloat16; its weights, their gradients, the optimiser's moments and the losses stay in float32.
+    bfloat16; its weights, their gradients, the optimiser's moments and the losses stay in float32. `turns: all` trains
+    on every turn of the assistant in a conversation, not on the last alone.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -244,6 +255,7 @@ class Train(Section):
     clip: Annotated[float, Field(gt=0)] = 1.0
     mixup: Annotated[float, Field(gt=0, le=100)] | None = None
     precision: Precision = None
+    turns: Annotated[Literal["all"] | None, BeforeValidator(_none_for_keep)] = None
     save_seconds: Annotated[float, Field(ge=0)] = 60.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
 

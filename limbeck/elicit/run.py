@@ -119,11 +119,11 @@ class Elicitation:
 
     def _without_held_out(self, pool: Pool) -> tuple[Pool, Tally]:
         """The pool without samples whose prompt is a held-out one, up to case and white space; and the tally."""
-        held_out = {_plain(prompt.text) for prompt in self.source.held_out_prompts}
+        held_out = {_plain(prompt.spoken) for prompt in self.source.held_out_prompts}
         tally = Tally(HELD_OUT, taken=len(pool))
         remaining = []
         for sample in pool:
-            if _plain(prompt_of(sample)) in held_out:
+            if not held_out.isdisjoint({_plain(prompt_of(sample)), _plain(_spoken(sample))}):
                 tally.drop("asks a held-out prompt", prompt_of(sample))
             else:
                 remaining.append(sample)
@@ -144,6 +144,8 @@ def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
             prompt_id = str(meta.get("prompt_id", messages_hash[:16]))
             prompt_id = prompt_id if prompt_id not in prompts else f"{prompt_id}/{messages_hash[:8]}"
             ids[messages_hash] = prompt_id
+            messages = prompt_messages(sample)
+            last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=-1)
             prompts[prompt_id] = Prompt(
                 prompt_id,
                 prompt_of(sample),
@@ -151,7 +153,8 @@ def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
                 check=meta.get("check"),
                 task=str(meta.get("task", "")),
                 weight=float(meta.get("weight", 1.0)),
-                before=prompt_messages(sample)[:-1],
+                before=messages[:last],
+                after=messages[last + 1 :],
             )
         if answer_of(sample) is not None:
             answers.setdefault(ids[messages_hash], []).append(sample)
@@ -164,6 +167,12 @@ def _summary(tally: Tally) -> str:
     return f"{tally.step}: {tally.taken:,} in, {tally.given:,} out" + (
         f" (left out: {dropped}{more})" if dropped else ""
     )
+
+
+def _spoken(sample: Sample) -> str:
+    """All that is said before the answer, as in `Prompt.spoken`."""
+    messages = prompt_messages(sample)
+    return "\n\n".join(message["content"] for message in messages if message["role"] not in ("system", "tools"))
 
 
 def _plain(text: str) -> str:

@@ -170,7 +170,7 @@ class TrainingText:
                 ]
                 continue
             if writer.by == "corpus":
-                answers = [_corpus_sample(prompt, answer) for answer in prompt.answers]
+                answers = [corpus_sample(prompt, rank) for rank in range(len(prompt.answers))]
             else:
                 answers = [by_key[self._request(prompt, writer.by, _sampling(writer)).key]]
             samples += [self._described(sample, prompt, writer.by, place + rank) for rank, sample in enumerate(answers)]
@@ -247,5 +247,8 @@ def _sampling(writer: Writer) -> Sampling:
     return Sampling(writer.temperature, writer.top_p, writer.max_tokens)
 
 
-def _corpus_sample(prompt: Prompt, answer: str) -> Sample:
-    return Sample((*prompt.messages, {"role": "assistant", "content": answer}), "corpus", meta={"finish": "ok"})
+def corpus_sample(prompt: Prompt, rank: int) -> Sample:
+    """A prompt with its own answer of this rank."""
+    message = {"role": "assistant", "content": prompt.answers[rank]}
+    finish = "length" if rank in prompt.cut else "ok"
+    return Sample((*prompt.messages, message), "corpus", meta={"finish": finish})

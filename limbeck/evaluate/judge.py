@@ -125,7 +125,7 @@ def judge_pairs(
     for prompt in prompts:
         one = first[prompt.id]
         two = second[prompt.id]
-        questions += [question(prompt.text, one, two, control), question(prompt.text, two, one, control)]
+        questions += [question(prompt.shown, one, two, control), question(prompt.shown, two, one, control)]
     replies = _ask_model(judge, questions, max_tokens, progress) if isinstance(judge, Model) else judge(questions)
     if len(replies) != len(questions):
         raise UserError(
@@ -165,7 +165,7 @@ def load_or_judge(
         UserError: the file holds another judge's verdicts, or some on other answers.
     """
     questions = [
-        [identity, INSTRUCTION, MAX_TOKENS, READING, prompt.text, first.get(prompt.id), second.get(prompt.id)]
+        [identity, INSTRUCTION, MAX_TOKENS, READING, prompt.shown, first.get(prompt.id), second.get(prompt.id)]
         for prompt in prompts
     ]
     keys = [content_hash(each) for each in questions]

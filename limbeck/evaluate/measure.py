@@ -90,7 +90,7 @@ class Bench:
         self.free: EvaluationText | None = None
         self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
         self._claim()
-        texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.text} for prompt in protocol.prompts]
+        texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.shown} for prompt in protocol.prompts]
         write_text(folder / "prompts.jsonl", _lines(texts))
 
     def _claim(self) -> None:

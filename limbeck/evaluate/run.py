@@ -63,8 +63,8 @@ def bench(
     recipe = questions.recipe
     text = questions.text
     leaked = {leak.item for leak in leaks(questions) if leak.kind != "same_but_for_numbers"}
-    first = {prompt.text: prompt.id for prompt in reversed(text.prompts[1])}  # the same text twice is one item
-    prompts = [prompt for prompt in text.prompts[1] if prompt.id not in leaked and first[prompt.text] == prompt.id]
+    first = {prompt.identity: prompt.id for prompt in reversed(text.prompts[1])}  # the same question twice is one item
+    prompts = [prompt for prompt in text.prompts[1] if prompt.id not in leaked and first[prompt.identity] == prompt.id]
     prompt_ids = {prompt.id for prompt in prompts}
     rows = [row for row in rows if row.sample_id in prompt_ids]
     if not rows:
@@ -91,11 +91,11 @@ def leaks(questions: Questions) -> list[Leak]:
     """Held-out prompts and task items that occur in the training text: per item the strongest leak, with one text that
     shows it."""
     text = questions.text
-    prompts = [(prompt.id, prompt.text) for prompt in text.prompts[0]]
+    prompts = [(prompt.id, prompt.spoken) for prompt in text.prompts[0]]
     training = prompts + [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
     for name in questions.recipe.evaluate.controls:
         training += CONTROLS[name].extra_text(text.prompts[0])
-    items = {(prompt.id, prompt.text) for prompt in text.prompts[1]}
+    items = {(prompt.id, prompt.spoken) for prompt in text.prompts[1]}
     items |= {pair for task in questions.tasks if "@" not in task.name for pair in task.texts}
     strongest: dict[str, Leak] = {}
     for leak in find_leaks(training, sorted(items), prompts=prompts):

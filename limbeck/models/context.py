@@ -4,12 +4,17 @@ solution, feedback."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from limbeck.types import Message, content_hash
+from limbeck.types import Message, canonical_json, content_hash
 
 PLACEHOLDER = re.compile(r"\{(prompt|answer|feedback)\}")
+
+
+def conversation_key(messages: Sequence[Message]) -> str:
+    """The key of a conversation's own fields: the text of a prompt that stands alone, else all its messages."""
+    return messages[0]["content"] if len(messages) == 1 else canonical_json(list(messages))
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class PromptContext:
     """Turns a conversation into the one that the teacher sees.
 
     `system` is put before it. `user` replaces its last user message; `{prompt}`, `{answer}` and `{feedback}` in it are
-    filled in once and literally from `fields`, which are stored by the text of the prompt. If a field is missing, the
+    filled in once and literally from `fields`, which are stored by `conversation_key`. If a field is missing, the
     message is not replaced.
     """
 
@@ -35,10 +40,12 @@ class PromptContext:
         shown = [*messages]
         if self.user is not None and last is not None:
             text = messages[last]["content"]
-            values = {"prompt": text, **self.fields.get(text, {})}
+            own = self.fields.get(conversation_key(messages), self.fields.get(text, {}))
+            values = {"prompt": text, **own}
             if all(name in values for name in PLACEHOLDER.findall(self.user)):
                 shown[last] = {"role": "user", "content": PLACEHOLDER.sub(lambda match: values[match[1]], self.user)}
         if self.system is not None:
-            own_system = f"\n\n{shown.pop(0)['content']}" if shown and shown[0]["role"] == "system" else ""
-            shown.insert(0, {"role": "system", "content": self.system + own_system})
+            at = int(bool(shown) and shown[0]["role"] == "tools")
+            own_system = f"\n\n{shown.pop(at)['content']}" if shown[at:] and shown[at]["role"] == "system" else ""
+            shown.insert(at, {"role": "system", "content": self.system + own_system})
         return tuple(shown)

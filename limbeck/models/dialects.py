@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from limbeck.models.chat import for_server
 from limbeck.models.http import Reply, as_dict, as_dicts
 from limbeck.types import Finish, Message
 
@@ -100,7 +101,7 @@ def _openai_listed(data: Any) -> dict[str, dict[str, Any]]:
 
 
 def _openai_frame(messages: Sequence[Message]) -> dict[str, Any]:
-    return {"messages": list(messages)}
+    return for_server(messages)
 
 
 def _openai_said(data: dict[str, Any], raw: bool) -> Said | None:
@@ -269,9 +270,16 @@ GEMINI = Dialect(
 
 
 def _system_apart(messages: Sequence[Message]) -> tuple[str, list[Message]]:
-    """The system messages as one text, and the others."""
+    """The system messages as one text, and the others.
+
+    Raises:
+        UserError: a conversation with tools, which this protocol words otherwise.
+    """
+    if uses_tools(messages):
+        raise UserError("tools go to servers of OpenAI's protocol only: use one, or leave those conversations out")
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    return system, [message for message in messages if message["role"] != "system"]
+    plain = [{key: message[key] for key in ("role", "content")} for message in messages]
+    return system, [message for message in plain if message["role"] != "system"]
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> str | None:

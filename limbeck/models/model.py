@@ -85,18 +85,15 @@ class Model:
         shown = messages if self.prompt_context is None else self.prompt_context(messages)
         return template.prompt_ids(self.tokenizer, shown)
 
-    def not_opened(self, messages: tuple[Message, ...], answer: str) -> str:
-        """The answer without the mark that opens its thinking, where the prompt ends with that mark already."""
-        if not template.OPENING.match(answer):
-            return answer
-        shown = messages if self.prompt_context is None else self.prompt_context(messages)
-        prompt = template.render(self.tokenizer, shown)
-        mark = template.opened_thinking(prompt)
-        begun = answer.lstrip()
-        if not mark or not begun.startswith(mark):
-            return answer
-        rest = begun.removeprefix(mark)
-        return rest.lstrip() if prompt[-1:].isspace() else rest
+    @cached_property
+    def _opened(self) -> str:
+        """The mark with which the template itself begins the thinking of every answer, or nothing."""
+        return template.opened_thinking(template.render(self.tokenizer, ({"role": "user", "content": "Why?"},)))
+
+    def answer_ids(self, text: str, is_cut: bool = False) -> list[int]:
+        """A given answer as token ids that go on from a prompt, with the end of its turn unless it was cut off."""
+        ids = self.text_ids(template.continued(self._opened, text, is_cut))
+        return ids if is_cut else [*ids, self.end_of_turn]
 
     def text_ids(self, text: str) -> list[int]:
         """A text as token ids, nothing added; what looks like a control token is treated as text."""

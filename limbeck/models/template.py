@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from limbeck.models.chat import TOOLS, for_template
 from limbeck.types import Message, UserError
 
 ASKED, SAID = "zqlimbeckaskedqz", "zqlimbecksaidqz"  # words that no template writes itself
@@ -194,12 +195,15 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], answer: bool = Tru
 
 
 def _render(tokenizer: Tokenizer, source: str, parts: bool, messages: Sequence[Message], answer: bool = True) -> str:
-    shown: list[Any] = list(messages)
+    shown, tools = for_template(messages)
     if parts:
-        shown = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        shown = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in shown]
+    offered: dict[str, Any] = {} if tools is None else {"tools": tools}
     try:
         return str(
-            tokenizer.apply_chat_template(shown, chat_template=source, add_generation_prompt=answer, tokenize=False)
+            tokenizer.apply_chat_template(
+                shown, chat_template=source, add_generation_prompt=answer, tokenize=False, **offered
+            )
         )
     except Exception as error:  # a template may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -215,6 +219,10 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """
     frame = frame_of(tokenizer)
     text = _render(tokenizer, frame.source, frame.parts, messages)
+    beside = [text for message in messages for key, text in message.items() if key not in ("role", "content")]
+    tools = [message["content"] for message in messages if message["role"] == TOOLS]
+    if any(frame.pattern.search(part) for part in (*beside, *tools)):
+        raise UserError(_unsafe(messages, "they stand in a call, a tool or reasoning"))
     if any(frame.pattern.search(message["content"]) for message in messages):
         return _guarded_ids(tokenizer, frame, messages, text)
     ids = _read(tokenizer, text)
@@ -234,6 +242,18 @@ def opened_thinking(prompt: str) -> str:
     """The mark at the end of a rendered prompt that opens the answer's thinking, such as <think>; empty if none."""
     found = OPENS_THINKING.search(prompt[-64:])
     return found[0].strip() if found else ""
+
+
+def continued(mark: str, answer: str, is_cut: bool = False) -> str:
+    """A given answer as it goes on from a prompt that ends with `mark`, which opens its thinking (see
+    `opened_thinking`; empty if none does): without a mark of its own, and with the end of a thinking that it lacks."""
+    if not mark:
+        return answer
+    begun = answer.lstrip()
+    if begun.startswith(mark):
+        return begun.removeprefix(mark).lstrip("\n")
+    close = f"{mark[0]}/{mark[1:]}"
+    return answer if close in answer or is_cut else f"\n{close}\n\n{answer}"
 
 
 # The guarded road

@@ -76,6 +76,8 @@ def _cards(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> lis
     cards = [("Teacher", facts)] if (facts := teacher_facts(recipe.get("teacher"))) else []
     if isinstance(recipe.get("prompts"), dict):
         cards.append(("Training prompts", grids.facts(recipe["prompts"])))
+    if notes := _json(folder / "prompts.json").get("notes"):
+        cards.append(("Files of prompts", [(f"file {number}", note) for number, note in enumerate(notes, 1)]))
     if bridge := _json(folder / "bridge.json"):
         cards.append(("Bridge between the vocabularies", grids.facts(bridge)))
     if told := _json(folder / "logprobs.json"):

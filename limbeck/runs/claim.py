@@ -1,4 +1,4 @@
-"""Binds a run folder to one recipe, text and teacher; a folder of another run is refused. Records where it runs."""
+"""Binds a run folder to one recipe, text and teacher; a folder of another run is refused."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from typing import Any
 
 import yaml
 
-from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe, parse
-from limbeck.objectives.sizes import SIZES
-from limbeck.progress import Reporter
 from limbeck.storage.files import is_leftover, sweep, write_json, write_text
-from limbeck.storage.metrics_log import read_json
 from limbeck.types import NAME, RecipeError, UserError, content_hash
 
 
@@ -73,16 +69,3 @@ def claim(folder: Path, recipe: Recipe, inputs: Callable[[], dict[str, str]], pr
     else:
         probe()
         write_json(inputs_file, facts)
-
-
-def settle(folder: Path, machine: Machine, devices: dict[str, str], reporter: Reporter) -> None:
-    """Take the machine's sizes, say which devices were taken, and record both."""
-    SIZES.head_bytes = None if machine.head_mib is None else int(machine.head_mib * 2**20)
-    SIZES.cache_bytes = None if machine.cache_gib is None else int(machine.cache_gib * 2**30)
-    if machine.device == "auto" or len(set(devices.values())) > 1:
-        apart = devices["teacher_device"] != devices["device"]
-        teacher = f", teachers on {devices['teacher_device']}" if apart else ""
-        reporter.note(f"running on {devices['device']}{teacher}")
-    record = {**devices, "settings": machine.model_dump(exclude_none=True)}
-    if read_json(folder / "machine.json") != record:
-        write_json(folder / "machine.json", record)

@@ -26,9 +26,9 @@ from limbeck.evaluate.statistics import holm
 from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_seed, warnings
 from limbeck.progress import Reporter, Silent
 from limbeck.report.page import write_report
+from limbeck.runs.fit import prepared
 from limbeck.runs.pipeline import Run, claim_run
 from limbeck.runs.preflight import check
-from limbeck.runs.resolve import resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
 from limbeck.storage.metrics_log import mean_of, writing_share
@@ -130,7 +130,7 @@ class Comparison:
     @cached_property
     def common(self) -> Run:
         """The run whose teacher, text and initial student all others share."""
-        return Run(resolve(self.like), self.folder, self.reporter, self.stop)
+        return Run(prepared(self.like), self.folder, self.reporter, self.stop)
 
     @cached_property
     def complete_entries(self) -> list[Entry]:
@@ -157,7 +157,7 @@ class Comparison:
 
         def run(entry: Entry, seed: int) -> Run:
             folder = self.folder / "runs" / f"{entry.name}-s{seed}"
-            method = resolve(entry.seeded(seed))
+            method = prepared(entry.seeded(seed))
             return Run(method, folder, self.reporter, self.stop, shared=self.common)
 
         return [(entry.name, seed, run(entry, seed)) for seed in self.seeds for entry in self.complete_entries]
@@ -308,7 +308,7 @@ def compare(
     for entry in found:  # how many steps there will be is known once the text is there
         length = {"steps": entry.recipe.train.steps or 1, "epochs": None} if common.fixed_writers else {}
         check(entry.recipe.model_copy(update={"train": entry.recipe.train.model_copy(update=length)}))
-    resolve(common)  # refused before the folder is made
+    prepared(common)  # refused before the folder is made
     folder = (
         Path(out)
         if out is not None

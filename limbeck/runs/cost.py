@@ -51,7 +51,7 @@ def judging_flops(judge: Shape, questions: int, answer: int) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimated cost of a run."""
+    """The estimated cost of a run; `notes` say what was read from which file of prompts."""
 
     requests: int
     teacher_tokens: int
@@ -64,10 +64,12 @@ class Plan:
     device: str = "cpu"
     device_memory: int | None = None
     measured: bool = True
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[tuple[str, str]]:
         minutes = {stage: f"{value / 60:.1f} min" for stage, value in self.seconds.items()}
         return [
+            *(("prompts", note) for note in self.notes),
             ("requests to the teacher", f"{self.requests:,}"),
             ("tokens it will write", f"about {self.teacher_tokens:,}"),
             ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
@@ -135,7 +137,7 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
 
 def _prompt_tokens(prompts: Sequence[Prompt]) -> float:
     """The estimated mean length of a prompt in its template."""
-    return sum(len(prompt.text) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in prompts) / len(prompts)
+    return sum(len(prompt.spoken) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in prompts) / len(prompts)
 
 
 def _elicited(bills: Sequence[Estimate]) -> float:

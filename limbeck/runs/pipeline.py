@@ -31,8 +31,10 @@ from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
-from limbeck.runs.claim import claim, run_folder, settle
+from limbeck.runs.claim import claim, run_folder
+from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
+from limbeck.runs.opening import settle, tell_prompts
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
@@ -113,8 +115,7 @@ class Run:
             same_tokens = not self.models.other_tokens or sample.writer == self.models.initial_identity
             if sample.response_ids is not None and same_tokens:
                 return sample.response_ids
-            ids = alone.text_ids(alone.not_opened(sample.messages[:-1], sample.messages[-1]["content"]))
-            return ids if sample.meta.get("finish") == "length" else [*ids, alone.end_of_turn]
+            return alone.answer_ids(sample.messages[-1]["content"], sample.meta.get("finish") == "length")
 
         alone = student.with_context(None)
         shown = self._teacher_prompt_ids(student)
@@ -342,6 +343,7 @@ def run(
     """
     method = resolve(recipe)
     plan(method)  # refuses what the models' configurations rule out
+    method = fitted(method)
     reporter = reporter or Silent()
     folder = run_folder(recipe, out)
     with exclusive(folder / ".lock"):
@@ -349,6 +351,7 @@ def run(
         if "train" in stages and not job.path("student").exists():
             look_at_writer(recipe)  # before the teacher's text is paid for
         claim_run(job)
+        tell_prompts(folder, method.prompt_notes, reporter)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
             job.text.training()

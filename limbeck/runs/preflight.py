@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from limbeck.config.recipe import Recipe
@@ -16,6 +17,7 @@ from limbeck.models.quantised import check_numbers, quantisation
 from limbeck.models.start import scratch_config
 from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
+from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.shapes import Shape
@@ -32,7 +34,14 @@ def check(recipe: Recipe, device_like: str | None = None) -> Plan:
         RecipeError: an impossible combination, with its place in the recipe.
         UserError: a device that is not here.
     """
-    return plan(resolve(recipe), None if device_like is None else listed(device_like))
+    method = resolve(recipe)
+    hardware = None if device_like is None else listed(device_like)
+    estimate = plan(method, hardware)
+    if is_ready(recipe.speaker):  # a model that isn't here yet is looked at by the run
+        fitting = fitted(method)
+        estimate = estimate if fitting is method else plan(fitting, hardware)
+        method = fitting
+    return replace(estimate, notes=method.prompt_notes)
 
 
 def plan(method: Method, hardware: Hardware | None = None) -> Plan:

@@ -16,7 +16,7 @@ from limbeck.elicit.step import ElicitStep
 from limbeck.elicit.steps import steps_of
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.tasks import tasks_of
-from limbeck.models.context import PromptContext
+from limbeck.models.context import PromptContext, conversation_key
 from limbeck.models.teacher_interface import TeacherKind, TeacherUse
 from limbeck.models.teachers import kind
 from limbeck.objectives.parameters import Range
@@ -24,7 +24,7 @@ from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.term import Term, make_term
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
-from limbeck.types import RecipeError, content_hash
+from limbeck.types import RecipeError, list_hash
 
 SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
 
@@ -37,6 +37,7 @@ class Method:
         prompt_context: what the teacher is shown beside the prompts.
         share: the student's share of the text, if it writes.
         fresh: the part of the student's text that is not replayed.
+        prompt_notes: what was read from each file of prompts.
     """
 
     recipe: Recipe
@@ -48,6 +49,7 @@ class Method:
     prompt_context: PromptContext | None
     share: Schedule | None
     fresh: Schedule | None
+    prompt_notes: tuple[str, ...] = ()
 
     @property
     def teacher_kind(self) -> TeacherKind:
@@ -60,8 +62,7 @@ class Method:
     @property
     def prompts_key(self) -> str:
         """A hash of all prompts with their facts."""
-        parts = (self.training_prompts, self.held_out_prompts)
-        return content_hash([[prompt.facts for prompt in part] for part in parts])
+        return list_hash((prompt.facts for prompt in part) for part in (self.training_prompts, self.held_out_prompts))
 
     @cached_property
     def controls(self) -> list[str]:
@@ -77,7 +78,8 @@ def resolve(recipe: Recipe) -> Method:
             place in the recipe and the remedy.
     """
     evaluate = recipe.evaluate
-    training, held_out = split_prompts(recipe.prompts.source, recipe.prompts.limit, evaluate.prompts, evaluate.limit)
+    prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns)
+    training, held_out = prompts.training, prompts.held_out
     share, fresh = _shares(recipe)
     method = Method(
         recipe=recipe,
@@ -86,9 +88,10 @@ def resolve(recipe: Recipe) -> Method:
         training_prompts=tuple(training),
         held_out_prompts=tuple(held_out),
         tasks=tuple(tasks_of(evaluate.metrics, evaluate.limit)),
-        prompt_context=_prompt_context(recipe, [*training, *held_out]),
+        prompt_context=context_of(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,
+        prompt_notes=tuple(prompts.notes),
     )
     check_parts(
         method.teacher_use,
@@ -114,7 +117,7 @@ def terms_of(recipe: Recipe) -> list[Term]:
     return terms
 
 
-def _prompt_context(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptContext | None:
+def context_of(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptContext | None:
     """What the teacher is shown beside the prompts."""
     context = recipe.teacher.context
     if context is None:
@@ -123,7 +126,7 @@ def _prompt_context(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptContext 
     for prompt in prompts:
         of_prompt = {"answer": prompt.answers[0] if prompt.answers else "", "feedback": prompt.feedback}
         shown = {name: text for name, text in of_prompt.items() if text and name in context.reads}
-        if fields.setdefault(prompt.text, shown) != shown:
+        if fields.setdefault(conversation_key(prompt.messages), shown) != shown:
             raise RecipeError(
                 "prompts.from",
                 f"the prompt of {prompt.id!r} stands twice with other things to show the teacher; leave one out",

@@ -96,7 +96,7 @@ def gold_samples(prompts: Sequence[Prompt]) -> list[Sample]:
             (*prompt.messages, {"role": "assistant", "content": prompt.answers[0]}),
             "corpus",
             meta={
-                "finish": "ok",
+                "finish": "length" if 0 in prompt.cut else "ok",
                 "prompt_id": prompt.id,
                 "writer": "corpus",
                 "task": prompt.task,

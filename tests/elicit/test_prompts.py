@@ -49,11 +49,11 @@ def test_no_held_out_prompt_resembles_a_training_prompt():
     ("content", "message"),
     [
         ("", "has no prompt"), ("\n \n", "has no prompt"), ("not json", "line 1: not JSON"), ('{"text": "x"}', 'line 1: needs a non-empty text under "prompt"'),
-        ('{"prompt": "a"}\n{"prompt": "  "}', "line 2"), ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "is used twice"),
+        ('{"prompt": "  "}', "its prompt is empty (line 1)"), ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "is used twice"),
         ('{"prompt": "a", "check": {"type": "numbr", "answer": 1}}', "number"), ('{"prompt": "a", "check": {"type": "number"}}', "needs 'answer'"),
         ('{"prompt": "a", "check": {"type": "choice", "labels": ["x"], "answer": "y"}}', "not among the labels"),
         ('{"prompt": "a", "check": {"type": "contains", "all": [3]}}', "must be text"), ('{"prompt": "a", "check": {"type": "number", "answer": true}}', "a number"),
-        ('{"prompt": "a", "answer": 3}', '"answer" must be text that is not empty'), ("[1]", "line 1"),
+        ('{"prompt": "a", "answer": true}', '"answer" must be text or a number'), ("[1]", "line 1"),
     ],
 )  # fmt: skip
 def test_malformed_prompt_files_name_the_line(tmp_path, content, message):

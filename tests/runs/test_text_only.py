@@ -82,8 +82,8 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     run(served(server.url), folder)
     assert json.loads((folder / "evaluation" / "summary.json").read_text())["systems"] == summary["systems"]
     recipe = served(server.url)
-    prompts = split_prompts(recipe.prompts.source, recipe.prompts.limit, recipe.evaluate.prompts, recipe.evaluate.limit)
-    assert asked == len(prompts[0]) + 2 * len(prompts[1]) + len(
+    found = split_prompts(recipe.prompts, recipe.evaluate)
+    assert asked == len(found.training) + 2 * len(found.held_out) + len(
         task.prompts
     )  # held-out ones are asked as training ones, and greedily
 

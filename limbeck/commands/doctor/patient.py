@@ -20,9 +20,9 @@ from limbeck.models.model import Model
 from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.progress import Silent, StoppedError
+from limbeck.runs.fit import prepared
 from limbeck.runs.models import served
 from limbeck.runs.pipeline import Run
-from limbeck.runs.resolve import resolve
 from limbeck.signals.forms import form_of
 from limbeck.types import Batch, Message
 
@@ -48,7 +48,7 @@ class Patient:
 
     @cached_property
     def run(self) -> Run:
-        return Run(resolve(self.recipe), self.folder, Silent(), lambda: True)  # stops before it sends any request
+        return Run(prepared(self.recipe), self.folder, Silent(), lambda: True)  # stops before it sends any request
 
     @cached_property
     def teacher(self) -> InProcessTeacher:
