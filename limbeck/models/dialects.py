@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from limbeck.models.chat import for_server
+from limbeck.models.chat import for_server, uses_tools
 from limbeck.models.http import Reply, as_dict, as_dicts
-from limbeck.types import Finish, Message
+from limbeck.types import Finish, Message, UserError
 
 CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|</?s>|<(?:start|end)_of_turn>")
 MOST_TOKENS = 2**40  # that a bill may name
