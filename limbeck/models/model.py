@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from limbeck.elicit.thinking import markers_of, opened_by
+from limbeck.elicit.thinking import OPENS, markers_of, opened_by
 from limbeck.models import template
 from limbeck.models.context import PromptContext
 from limbeck.models.weights import context_length
@@ -87,11 +87,11 @@ class Model:
 
     def not_opened(self, messages: tuple[Message, ...], answer: str) -> str:
         """The answer without the mark that opens its thinking, where the prompt ends with that mark already."""
-        if not template.OPENING.match(answer):
+        if not OPENS.match(answer):
             return answer
         shown = messages if self.prompt_context is None else self.prompt_context(messages)
         prompt = template.render(self.tokenizer, shown)
-        mark = template.opened_thinking(prompt)
+        mark = opened_by(prompt[-64:]).strip()
         begun = answer.lstrip()
         if not mark or not begun.startswith(mark):
             return answer

@@ -20,12 +20,11 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from limbeck.elicit.thinking import MARKERS
 from limbeck.types import Message, UserError
 
 ASKED, SAID = "zqlimbeckaskedqz", "zqlimbecksaidqz"  # words that no template writes itself
 THINKING = re.compile(r"think|thought|reason", re.IGNORECASE)
-OPENS_THINKING = re.compile(r"[<\[](?:[^<>\[\]\s/]*(?:think|thought|reason)[^<>\[\]\s/]*)[>\]]\s*\Z", re.IGNORECASE)
-OPENING = re.compile(r"\s*[<\[][^<>\[\]\s/]*(?:think|thought|reason)", re.IGNORECASE)
 THINKING_BLOCK = re.compile(r"(?:\s*[<\[]/?[^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]])*\s*\Z", re.IGNORECASE)
 ANCHORS = ("", "\U000f0000", "\n")  # what a piece is encoded after: nothing, or what no text merges with
 GIVE_ONE = "give it one of Limbeck's or your own (template: chatml, alpaca, plain, or a .jinja file)"
@@ -143,7 +142,8 @@ def _frame(tokenizer: Tokenizer, source: str, name: str) -> Frame:
     controls, structural = _controls(tokenizer, pieces)
     end = _any_of(controls).search(after) if said else None
     ends = end is not None and not after[: end.start()].strip()
-    return Frame(source, parts, controls, structural, controls[end[0]] if end is not None and ends else None)
+    last = controls[end[0]] if end is not None and ends else None
+    return Frame(source, parts, controls, structural=structural, end=last)
 
 
 def _header(prompt: str, before: str) -> str:
@@ -156,7 +156,7 @@ def _controls(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[dict[str, in
     """The control tokens by their strings, and which of them are not special; `pieces` are the template's own.
 
     Special tokens are, except the one for unknown text, and those that plain text gives as well (a pad token `!`). So
-    are other added tokens in the template, but for the marks of thinking, which are part of an answer, and words.
+    are other added tokens in the template, but for words and the marks of thinking and calls, which are part of an answer.
     """
     controls = {}
     structural = set()
@@ -167,7 +167,7 @@ def _controls(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[dict[str, in
         frames = any(text in piece for piece in pieces)
         if token.special and (frames or number == tokenizer.eos_token_id or _plain(tokenizer, text) != [number]):
             controls[text] = number
-        elif not token.special and frames and not text.isalnum() and not THINKING.search(text):
+        elif not token.special and frames and not text.isalnum() and not (text in MARKERS or THINKING.search(text)):
             controls[text] = number
             structural.add(text)
     return controls, frozenset(structural)
@@ -228,12 +228,6 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     if tokenizer.chat_template and (frame := frame_of(tokenizer)).structural:
         return _as_text(tokenizer, frame, text)
     return _plain(tokenizer, text)
-
-
-def opened_thinking(prompt: str) -> str:
-    """The mark at the end of a rendered prompt that opens the answer's thinking, such as <think>; empty if none."""
-    found = OPENS_THINKING.search(prompt[-64:])
-    return found[0].strip() if found else ""
 
 
 # The guarded road

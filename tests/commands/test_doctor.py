@@ -167,9 +167,9 @@ def endless(row: Row) -> Row:
     return replace(row, response_ids=(*row.response_ids[:-1], 5))
 
 
-def test_a_template_that_ends_an_answer_with_another_token_is_found(tiny_folder, recipe_of, tmp_path):
+def test_a_template_that_ends_an_answer_with_no_token_is_found(tiny_folder, recipe_of, tmp_path):
     model = load_model(str(tiny_folder))
-    model.tokenizer.chat_template = model.tokenizer.chat_template.replace("<|end|>", "<|system|>")
+    model.tokenizer.chat_template = model.tokenizer.chat_template.replace("<|end|>", "<end>")
     save_model(model.net, model.tokenizer, tmp_path / "odd")
     recipe = recipe_of(tmp_path / "odd").model_copy(
         update={"student": recipe_of().student.model_copy(update={"start": start(tmp_path / "odd")})}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from limbeck.models.load import load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model, header_of
-from limbeck.models.template import end_of_turn, frame_of, opened_thinking, prompt_ids, render, text_ids
+from limbeck.models.template import end_of_turn, frame_of, prompt_ids, render, text_ids
 from limbeck.models.template_names import MAX_BYTES, give_template
 from limbeck.types import UserError
 
@@ -197,12 +197,15 @@ def test_a_mark_of_a_turn_that_is_not_called_special_is_text_in_answers_too(styl
     assert "".join(tokenizer.decode(text_ids(tokenizer, f"I say {mark} now")).split()) == f"Isay{mark}now"
 
 
-def test_thinking_stays_a_token_of_answers_and_is_known_where_a_prompt_opens_it():
+def test_thinking_stays_a_token_of_answers_and_a_prompt_that_opens_it_opens_it_once():
     tokenizer = TOKENIZERS["deepseek"]
     think = tokenizer.convert_tokens_to_ids("<think>")
     assert text_ids(tokenizer, "<think>\nSo.")[0] == think
-    assert opened_thinking(render(tokenizer, conversation(["x"]))) == "<think>"
-    assert opened_thinking(render(TOKENIZERS["chatml"], conversation(["x"]))) == ""
+    model, other = (Model(None, TOKENIZERS[style], "m") for style in ("deepseek", "chatml"))
+    asked = conversation(["x"])
+    assert model.not_opened(asked, "\n<think>\nSo.</think>4") == "So.</think>4"
+    assert model.not_opened(asked, "So.</think> <think>") == "So.</think> <think>"
+    assert other.not_opened(asked, "<think>\nSo.</think>4") == "<think>\nSo.</think>4"
 
 
 def test_a_tokenizer_that_makes_control_tokens_of_plain_text_is_refused_for_that_prompt_alone():
