@@ -156,7 +156,7 @@ def _controls(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[dict[str, in
     """The control tokens by their strings, and which of them are not special; `pieces` are the template's own.
 
     Special tokens are, except the one for unknown text, and those that plain text gives as well (a pad token `!`). So
-    are other added tokens in the template, but for words and the marks of thinking and calls, which are part of an answer.
+    are other added tokens in the template, but for words, and the marks of thinking and calls, which answers hold.
     """
     controls = {}
     structural = set()
@@ -190,7 +190,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], answer: bool = Tru
         UserError: the template refuses this conversation, or can't be used at all.
     """
     frame = frame_of(tokenizer)
-    return _render(tokenizer, frame.source, frame.parts, messages, answer)
+    return _render(tokenizer, frame.source, frame.parts, messages, answer=answer)
 
 
 def _render(tokenizer: Tokenizer, source: str, parts: bool, messages: Sequence[Message], answer: bool = True) -> str:
@@ -242,11 +242,11 @@ def _guarded_ids(tokenizer: Tokenizer, frame: Frame, messages: Sequence[Message]
         raise UserError(_unsafe(messages, "its chat template changes such words"))
     expected = _read(tokenizer, harmless)
     for anchor in ANCHORS:
-        if _encoded(tokenizer, frame, harmless, [], anchor) == expected:
+        if _encoded(tokenizer, frame, harmless, [], anchor=anchor) == expected:
             break
     else:
         raise UserError(_unsafe(messages, "its tokenizer reads a text otherwise than its pieces"))
-    ids = _encoded(tokenizer, frame, text, taken, anchor)
+    ids = _encoded(tokenizer, frame, text, taken, anchor=anchor)
     if _count(frame, ids) != _count(frame, expected):
         raise UserError(_unsafe(messages, "its tokenizer makes a control token of plain text"))
     if tokenizer.unk_token_id not in ids and _letters(tokenizer, ids) != _letters(tokenizer, _read(tokenizer, text)):

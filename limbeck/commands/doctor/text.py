@@ -75,8 +75,8 @@ def check_content(patient: Patient) -> str:
         model.prompt_ids(({"role": "user", "content": f"What does {name} mean?{name}"},))  # refuses what it can't do
         if set(model.text_ids(f"It is {name}.")) & set(controls.values()):
             raise UserError(
-                f"an answer that speaks of {name!r} would hold that control token, since its tokenizer makes it of plain"
-                " text: leave such text out, or use another model"
+                f"an answer that speaks of {name!r} would hold that control token, since its tokenizer makes it of"
+                " plain text: leave such text out, or use another model"
             )
     return f"what looks like a control token in a text stays text ({', '.join(names[:4]) or 'the template has none'})"
 
@@ -87,8 +87,9 @@ def check_end_of_answer(patient: Patient) -> str:
     end = frame_of(model.tokenizer).end
     if end is None:
         raise UserError(
-            f"the chat template puts no control token after an answer, and text ends with {model.tokenizer.eos_token!r}:"
-            " the student would not stop in a conversation; let the template end answers with {{ eos_token }}"
+            "the chat template puts no control token after an answer, and text ends with"
+            f" {model.tokenizer.eos_token!r}: the student would not stop in a conversation; let the"
+            " template end answers with {{ eos_token }}"
         )
     configured = getattr(model.net.generation_config, "eos_token_id", None)
     stops = set(configured) if isinstance(configured, list) else {configured}
