@@ -123,6 +123,13 @@ def _after_channels(text: str) -> str | None:
     return finals[-1].strip() if finals else "".join(calls) or None
 
 
+def closed_by(mark: str) -> str:
+    """The mark that ends the thinking which this one opens."""
+    found = OPENS.match(mark)
+    kind = "" if found is None else found.lastgroup or ""
+    return CLOSERS[kind] if kind in CLOSERS else f"{mark[:1]}/{mark[1:]}"
+
+
 def opened_by(prompt: str) -> str:
     """The mark with which a rendered prompt has begun the thinking of the answer; empty where it has not."""
     tail = prompt[-80:].rstrip()

@@ -88,7 +88,7 @@ class Model:
     @cached_property
     def _opened(self) -> str:
         """The mark with which the template itself begins the thinking of every answer, or nothing."""
-        return template.opened_thinking(template.render(self.tokenizer, ({"role": "user", "content": "Why?"},)))
+        return template.opened(self.tokenizer)
 
     def answer_ids(self, text: str, is_cut: bool = False) -> list[int]:
         """A given answer as token ids that go on from a prompt, with the end of its turn unless it was cut off."""

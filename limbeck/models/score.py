@@ -29,7 +29,7 @@ from limbeck.models.model import vocab_size_of
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.signals.cache import ids_of
 from limbeck.signals.sparse import TopK
-from limbeck.types import Batch, UserError
+from limbeck.types import Batch, Message, UserError
 
 ScoringProtocol = Literal["llama.cpp", "vLLM"]
 # at one position: ids and log-probabilities of the likeliest tokens, and log p of the written one
@@ -113,9 +113,9 @@ class ServerScorer:
             room = as_dict(models.get(self.api.settings.name)).get("max_model_len")
         return room if type(room) is int and room > 0 else None
 
-    def framed(self) -> list[int]:
+    def framed(self, chat: Sequence[Message] = TEST_CHAT) -> list[int]:
         """A short conversation in the server's chat template, as token ids."""
-        return self.api.endpoint.run(self._frame)
+        return self.api.endpoint.run(lambda connection: self._frame(connection, chat))
 
     @torch.no_grad()
     def view(self, batch: Batch, taps: Taps = NO_TAPS, vocab_size: int | None = None) -> TeacherView:
@@ -295,11 +295,11 @@ class ServerScorer:
             body = {"model": self.api.settings.name, "prompt": text, "add_special_tokens": False}
         return await self._ids(connection, body)
 
-    async def _frame(self, connection: Connection) -> list[int]:
+    async def _frame(self, connection: Connection, chat: Sequence[Message]) -> list[int]:
         if self._protocol == "vLLM":
-            body = {"model": self.api.settings.name, "messages": list(TEST_CHAT), "add_generation_prompt": True}
+            body = {"model": self.api.settings.name, "messages": list(chat), "add_generation_prompt": True}
             return await self._ids(connection, body)
-        call = Call("POST", "/apply-template", {"messages": list(TEST_CHAT)}, at_root=True)
+        call = Call("POST", "/apply-template", {"messages": list(chat)}, at_root=True)
         reply = await connection.send(call)
         prompt = as_dict(reply.json()).get("prompt")
         if reply.status != 200 or not isinstance(prompt, str):

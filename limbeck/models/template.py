@@ -20,13 +20,12 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from limbeck.elicit.thinking import MARKERS, closed_by, opened_by
 from limbeck.models.chat import TOOLS, for_template
 from limbeck.types import Message, UserError
 
 ASKED, SAID = "zqlimbeckaskedqz", "zqlimbecksaidqz"  # words that no template writes itself
 THINKING = re.compile(r"think|thought|reason", re.IGNORECASE)
-OPENS_THINKING = re.compile(r"[<\[](?:[^<>\[\]\s/]*(?:think|thought|reason)[^<>\[\]\s/]*)[>\]]\s*\Z", re.IGNORECASE)
-OPENING = re.compile(r"\s*[<\[][^<>\[\]\s/]*(?:think|thought|reason)", re.IGNORECASE)
 THINKING_BLOCK = re.compile(r"(?:\s*[<\[]/?[^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]])*\s*\Z", re.IGNORECASE)
 ANCHORS = ("", "\U000f0000", "\n")  # what a piece is encoded after: nothing, or what no text merges with
 GIVE_ONE = "give it one of Limbeck's or your own (template: chatml, alpaca, plain, or a .jinja file)"
@@ -144,7 +143,8 @@ def _frame(tokenizer: Tokenizer, source: str, name: str) -> Frame:
     controls, structural = _controls(tokenizer, pieces)
     end = _any_of(controls).search(after) if said else None
     ends = end is not None and not after[: end.start()].strip()
-    return Frame(source, parts, controls, structural, controls[end[0]] if end is not None and ends else None)
+    last = controls[end[0]] if end is not None and ends else None
+    return Frame(source, parts, controls, structural=structural, end=last)
 
 
 def _header(prompt: str, before: str) -> str:
@@ -157,7 +157,7 @@ def _controls(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[dict[str, in
     """The control tokens by their strings, and which of them are not special; `pieces` are the template's own.
 
     Special tokens are, except the one for unknown text, and those that plain text gives as well (a pad token `!`). So
-    are other added tokens in the template, but for the marks of thinking, which are part of an answer, and words.
+    are other added tokens in the template, but for words, and the marks of thinking and calls, which answers hold.
     """
     controls = {}
     structural = set()
@@ -168,7 +168,7 @@ def _controls(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[dict[str, in
         frames = any(text in piece for piece in pieces)
         if token.special and (frames or number == tokenizer.eos_token_id or _plain(tokenizer, text) != [number]):
             controls[text] = number
-        elif not token.special and frames and not text.isalnum() and not THINKING.search(text):
+        elif not token.special and frames and not text.isalnum() and not (text in MARKERS or THINKING.search(text)):
             controls[text] = number
             structural.add(text)
     return controls, frozenset(structural)
@@ -191,7 +191,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], answer: bool = Tru
         UserError: the template refuses this conversation, or can't be used at all.
     """
     frame = frame_of(tokenizer)
-    return _render(tokenizer, frame.source, frame.parts, messages, answer)
+    return _render(tokenizer, frame.source, frame.parts, messages, answer=answer)
 
 
 def _render(tokenizer: Tokenizer, source: str, parts: bool, messages: Sequence[Message], answer: bool = True) -> str:
@@ -238,21 +238,20 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return _plain(tokenizer, text)
 
 
-def opened_thinking(prompt: str) -> str:
-    """The mark at the end of a rendered prompt that opens the answer's thinking, such as <think>; empty if none."""
-    found = OPENS_THINKING.search(prompt[-64:])
-    return found[0].strip() if found else ""
+def opened(tokenizer: Tokenizer) -> str:
+    """The mark with which the template itself begins the thinking of every answer, such as <think>; empty if none."""
+    return opened_by(render(tokenizer, ({"role": "user", "content": "Why?"},))[-64:]).strip()
 
 
 def continued(mark: str, answer: str, is_cut: bool = False) -> str:
-    """A given answer as it goes on from a prompt that ends with `mark`, which opens its thinking (see
-    `opened_thinking`; empty if none does): without a mark of its own, and with the end of a thinking that it lacks."""
+    """A given answer as it goes on from a prompt that ends with `mark`, which opens its thinking (see `opened`; empty
+    if none does): without a mark of its own, and with the end of a thinking that it lacks."""
     if not mark:
         return answer
     begun = answer.lstrip()
     if begun.startswith(mark):
         return begun.removeprefix(mark).lstrip("\n")
-    close = f"{mark[0]}/{mark[1:]}"
+    close = closed_by(mark)
     return answer if close in answer or is_cut else f"\n{close}\n\n{answer}"
 
 
@@ -268,11 +267,11 @@ def _guarded_ids(tokenizer: Tokenizer, frame: Frame, messages: Sequence[Message]
         raise UserError(_unsafe(messages, "its chat template changes such words"))
     expected = _read(tokenizer, harmless)
     for anchor in ANCHORS:
-        if _encoded(tokenizer, frame, harmless, [], anchor) == expected:
+        if _encoded(tokenizer, frame, harmless, [], anchor=anchor) == expected:
             break
     else:
         raise UserError(_unsafe(messages, "its tokenizer reads a text otherwise than its pieces"))
-    ids = _encoded(tokenizer, frame, text, taken, anchor)
+    ids = _encoded(tokenizer, frame, text, taken, anchor=anchor)
     if _count(frame, ids) != _count(frame, expected):
         raise UserError(_unsafe(messages, "its tokenizer makes a control token of plain text"))
     if tokenizer.unk_token_id not in ids and _letters(tokenizer, ids) != _letters(tokenizer, _read(tokenizer, text)):

@@ -13,7 +13,7 @@ from limbeck.config.recipe import Recipe
 from limbeck.elicit.prompt import Prompt
 from limbeck.models.conversation import check_conversation
 from limbeck.models.load import load_config, load_tokenizer
-from limbeck.models.template import continued, opened_thinking, prompt_ids, render, text_ids
+from limbeck.models.template import continued, opened, prompt_ids, text_ids
 from limbeck.models.weights import context_length
 from limbeck.runs.resolve import Method, context_of, resolve
 from limbeck.types import Message, RecipeError, UserError
@@ -36,7 +36,7 @@ class Context:
 
     @cached_property
     def opened(self) -> str:
-        return opened_thinking(render(self.tokenizer, ({"role": "user", "content": "Why?"},)))
+        return opened(self.tokenizer)
 
     def surely_fits(self, prompt: Prompt, answers: Sequence[str], written: int) -> bool:
         """Whether it fits even if every byte were a token, which needs no tokenizer."""

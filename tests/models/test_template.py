@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -10,11 +11,17 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import limbeck
+from limbeck.config.recipe import parse
 from limbeck.models.load import load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model, header_of
-from limbeck.models.template import end_of_turn, frame_of, opened_thinking, prompt_ids, render, text_ids
+from limbeck.models.template import continued, end_of_turn, frame_of, opened, prompt_ids, render, text_ids
 from limbeck.models.template_names import MAX_BYTES, give_template
-from limbeck.types import UserError
+from limbeck.progress import Silent
+from limbeck.runs.pipeline import Run
+from limbeck.runs.resolve import resolve
+from limbeck.types import RecipeError, UserError
+from tests.conftest import TEMPLATE
 
 WORDS = [
     "the cat sat on the mat",
@@ -197,12 +204,19 @@ def test_a_mark_of_a_turn_that_is_not_called_special_is_text_in_answers_too(styl
     assert "".join(tokenizer.decode(text_ids(tokenizer, f"I say {mark} now")).split()) == f"Isay{mark}now"
 
 
-def test_thinking_stays_a_token_of_answers_and_is_known_where_a_prompt_opens_it():
+def test_thinking_stays_a_token_of_answers_and_a_prompt_that_opens_it_opens_it_once():
     tokenizer = TOKENIZERS["deepseek"]
     think = tokenizer.convert_tokens_to_ids("<think>")
     assert text_ids(tokenizer, "<think>\nSo.")[0] == think
-    assert opened_thinking(render(tokenizer, conversation(["x"]))) == "<think>"
-    assert opened_thinking(render(TOKENIZERS["chatml"], conversation(["x"]))) == ""
+    mark, none = (opened(TOKENIZERS[style]) for style in ("deepseek", "chatml"))
+    assert (mark, none) == ("<think>", "")
+    assert continued(mark, "\n<think>\nSo.</think>4") == "So.</think>4"
+    assert continued(mark, "So.</think> <think>") == "So.</think> <think>"
+    assert continued(mark, "4") == "\n</think>\n\n4", "an answer without thinking ends it first"
+    assert continued(mark, "So it is", is_cut=True) == "So it is"
+    assert continued(none, "<think>\nSo.</think>4") == "<think>\nSo.</think>4"
+    answer = Model(None, tokenizer, "m").answer_ids("<think>\nSo.</think>4")
+    assert think not in answer and answer[-1] == end_of_turn(tokenizer)
 
 
 def test_a_tokenizer_that_makes_control_tokens_of_plain_text_is_refused_for_that_prompt_alone():
@@ -380,3 +394,109 @@ def test_a_template_is_part_of_a_models_identity_and_of_what_is_saved(tiny_folde
     out.mkdir()
     save_model(model.net, model.tokenizer, out)
     assert load_model(str(out)).prompt_ids(conversation(["a"])) == model.prompt_ids(conversation(["a"]))
+
+
+# In a recipe
+
+
+def lines(file, answer):
+    file.write_text(
+        "".join(json.dumps({"id": f"p{n}", "prompt": f"why is the sky {n}", "answer": answer}) + "\n" for n in range(6))
+    )
+
+
+def remade(tiny_folder, folder, template, **changes):
+    """The tiny model with another template."""
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return str(folder)
+
+
+@pytest.fixture
+def corpus(recipe_data, prompt_file):
+    lines(prompt_file, "the cat")
+    return recipe_data | {
+        "writer": [{"by": "corpus"}],
+        "loss": ["cross_entropy"],
+        "evaluate": {"metrics": ["fidelity"], "limit": 2, "max_tokens": 4, "own_prompts": 1},
+    }
+
+
+def rows_of(data, folder):
+    made = Run(resolve(parse(data)), folder, Silent())
+    folder.mkdir()
+    student = made.models.initial_student()
+    return made.rows(made.text.training(), student), student
+
+
+def test_a_corpus_is_taught_to_end_as_the_template_ends_a_turn(tiny_folder, corpus, tmp_path):
+    text = turns(f"<|user|>{C}<|end|>", f"<|assistant|>{C}<|system|>", C, "", "<|assistant|>")
+    gemma_like = remade(tiny_folder, tmp_path / "model", text)
+    rows, student = rows_of(
+        corpus | {"teacher": gemma_like, "student": {"start": {"pretrained": gemma_like}}}, tmp_path / "run"
+    )
+    end = student.tokenizer.convert_tokens_to_ids("<|system|>")
+    assert {row.response_ids[-1] for row in rows} == {end} and end != student.tokenizer.eos_token_id
+    assert student.eos_ids >= {end, student.tokenizer.eos_token_id}
+
+
+def test_thinking_that_the_template_opens_is_taught_once(tiny_folder, corpus, prompt_file, tmp_path):
+    lines(prompt_file, "<think>\nit is\n</think>\n\nthe cat")
+    text = TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+    opening = remade(tiny_folder, tmp_path / "model", text)
+    rows, student = rows_of(
+        corpus | {"teacher": opening, "student": {"start": {"pretrained": opening}}}, tmp_path / "run"
+    )
+    whole = student.tokenizer.decode([*rows[0].prompt_ids, *rows[0].response_ids])
+    assert whole.endswith("<|assistant|><think>\nit is\n</think>\n\nthe cat<|end|>") and whole.count("<think>") == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (
+            "{% for m in messages %}<|user|>{{ m['role'] }}<|end|>{% endfor %}<|assistant|>",
+            "leaves out what the user says",
+        ),
+        (TEMPLATE.split("{% if add_gen")[0], "without a place for the answer"),
+        (None, r"no chat template; .*template: chatml"),
+    ],
+)
+def test_check_refuses_models_whose_template_can_not_be_used_and_takes_a_given_one(
+    template, says, tiny_folder, corpus, tmp_path
+):
+    bare = remade(tiny_folder, tmp_path / "model", template)
+    data = corpus | {"teacher": bare, "student": {"start": {"pretrained": bare}}}
+    with pytest.raises(RecipeError, match=says):
+        limbeck.check(parse(data))
+    given = data | {
+        "teacher": {"model": bare, "template": "alpaca"},
+        "student": {"start": {"pretrained": bare}, "template": "alpaca"},
+    }
+    limbeck.check(parse(given))
+    assert parse(given).hash != parse(data).hash
+    rows, student = rows_of(given, tmp_path / "run")
+    assert (
+        student.decode(rows[0].prompt_ids).startswith("### Instruction:\nwhy is the sky")
+        and rows[0].response_ids[-1] == student.tokenizer.eos_token_id
+    )
+
+
+def test_a_student_made_of_the_teacher_has_no_template_of_its_own(corpus):
+    with pytest.raises(RecipeError, match=r"student: .*set teacher\.template instead"):
+        parse(corpus | {"student": corpus["student"] | {"template": "plain"}})
+    served = {"server": {"url": "http://127.0.0.1:9/v1", "name": "x"}, "template": "plain"}
+    with pytest.raises(RecipeError, match=r"teacher\.template: .*set student\.template"):
+        parse(corpus | {"teacher": served, "student": {"start": {"pretrained": "x"}}})
+
+
+def test_teacher_and_student_may_have_other_end_tokens_where_their_turns_end_alike(tiny_folder, corpus, tmp_path):
+    base = remade(tiny_folder, tmp_path / "model", TEMPLATE, eos_token="<|system|>")
+    limbeck.check(parse(corpus | {"loss": ["forward_kl"], "student": {"start": {"pretrained": base}}}))
+    other = remade(tiny_folder, tmp_path / "other", TEMPLATE.replace("<|end|>", "<|system|>"))
+    with pytest.raises(UserError, match="end an answer with different tokens"):
+        limbeck.check(parse(corpus | {"loss": ["forward_kl"], "student": {"start": {"pretrained": other}}}))

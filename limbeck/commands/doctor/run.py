@@ -20,7 +20,7 @@ from limbeck.commands.doctor.teacher import (
     check_weights,
     check_zero,
 )
-from limbeck.commands.doctor.text import check_bridge, check_end_of_answer, check_recipe, check_tokens
+from limbeck.commands.doctor.text import check_bridge, check_content, check_end_of_answer, check_recipe, check_tokens
 from limbeck.config.recipe import Recipe
 from limbeck.runs.claim import run_folder
 from limbeck.types import UserError
@@ -30,6 +30,7 @@ CHECKS: dict[str, Callable[[Patient], str]] = {
     "weights": check_weights,
     "tokens": check_tokens,
     "bridge": check_bridge,
+    "content": check_content,
     "end of an answer": check_end_of_answer,
     "repeatable": check_repeatable,
     "server": check_server,

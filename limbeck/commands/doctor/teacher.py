@@ -17,6 +17,7 @@ from limbeck.models.engines import ENGINES, find_engine
 from limbeck.models.http import printable
 from limbeck.models.model import head_of
 from limbeck.models.own_text import PROBE, probe
+from limbeck.models.template import frame_of
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import Block
@@ -75,7 +76,27 @@ def check_server(patient: Patient) -> str:
             f"the server's context is {room} tokens, and a prompt with its answer may need {needed}: start it with a"
             " larger context"
         )
-    return f"{scorer.identity} has the same tokens and template and names {scorer.k} tokens at every position"
+    same = f"{scorer.identity} has the same tokens and template and names {scorer.k} tokens at every position"
+    return same + _content_there(patient)
+
+
+def _content_there(patient: Patient) -> str:
+    """Whether the server takes what looks like a control token in a prompt as one; a fault where a prompt holds any."""
+    tokenizer = patient.model.tokenizer
+    end = patient.model.end_of_turn
+    name = str(tokenizer.convert_ids_to_tokens(end))
+    asked = ({"role": "user", "content": f"What does {name} mean?"},)
+    if patient.scorer.framed(asked).count(end) <= patient.model.with_context(None).prompt_ids(asked).count(end):
+        return "; it keeps control tokens in a prompt as text"
+    pattern = frame_of(tokenizer).pattern
+    prompts = [prompt for part in patient.run.text.given_prompts for prompt in part]
+    held = [prompt.id for prompt in prompts if any(pattern.search(message["content"]) for message in prompt.messages)]
+    if held:
+        raise UserError(
+            f"the server reads {name!r} in a prompt as the control token, and {len(held)} of {len(prompts)} prompts"
+            f" hold such words (first {held[0]!r}): leave them out, or let the teacher write from weights that are here"
+        )
+    return f"; it reads {name!r} in a prompt as the control token, which no prompt here holds"
 
 
 def _answers(server: ApiTeacher) -> str:

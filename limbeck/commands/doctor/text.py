@@ -6,6 +6,7 @@ from limbeck.commands.doctor.patient import ANSWERS, QUESTIONS, NothingToCheckEr
 from limbeck.config.teacher import BridgedTeacher
 from limbeck.models.bridge import TeacherOverBridge
 from limbeck.models.model import head_of
+from limbeck.models.template import frame_of
 from limbeck.runs.preflight import check
 from limbeck.types import UserError
 
@@ -64,25 +65,43 @@ def check_bridge(patient: Patient) -> str:
     return summary
 
 
+def check_content(patient: Patient) -> str:
+    """Check that content can't end a turn: what looks like a control token in it is text, in prompts and answers."""
+    model = patient.model
+    controls = frame_of(model.tokenizer).controls
+    marks = sorted(set(controls.values()) & set(model.prompt_ids(({"role": "user", "content": QUESTIONS[0]},))))
+    names = sorted(name for name, token in controls.items() if token in {*marks, model.end_of_turn})
+    for name in names:
+        model.prompt_ids(({"role": "user", "content": f"What does {name} mean?{name}"},))  # refuses what it can't do
+        if set(model.text_ids(f"It is {name}.")) & set(controls.values()):
+            raise UserError(
+                f"an answer that speaks of {name!r} would hold that control token, since its tokenizer makes it of"
+                " plain text: leave such text out, or use another model"
+            )
+    return f"what looks like a control token in a text stays text ({', '.join(names[:4]) or 'the template has none'})"
+
+
 def check_end_of_answer(patient: Patient) -> str:
     """Check that answers end with an end token, both in the chat template and in the training text."""
     model = patient.model
-    eos = model.tokenizer.eos_token_id
-    marker = "ANSWER"
-    messages = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": marker}]
-    conversation = str(model.tokenizer.apply_chat_template(messages, tokenize=False))
-    after_ids = model.tokenizer(conversation.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
-    if not after_ids or after_ids[0] not in model.eos_ids:
-        after = repr(model.tokenizer.decode(after_ids[:3])) if after_ids else "nothing"
+    end = frame_of(model.tokenizer).end
+    if end is None:
         raise UserError(
-            f"the chat template puts {after} after an answer, but text ends with {model.tokenizer.eos_token!r}: the"
-            " student would not stop in a conversation; set eos_token (or eos_token_id in generation_config.json) to"
-            " the token that the template puts there"
+            "the chat template puts no control token after an answer, and text ends with"
+            f" {model.tokenizer.eos_token!r}: the student would not stop in a conversation; let the"
+            " template end answers with {{ eos_token }}"
         )
+    configured = getattr(model.net.generation_config, "eos_token_id", None)
+    stops = set(configured) if isinstance(configured, list) else {configured}
+    where = {"the tokenizer": {model.tokenizer.eos_token_id}, "generation_config.json": stops}
+    others = [name for name, tokens in where.items() if end not in tokens]
+    named = repr(model.tokenizer.decode([end]))
     try:
         rows = patient.training_rows
     except NothingToCheckError:
-        return f"the template and the text end an answer with {model.tokenizer.decode([eos])!r}"
+        if len(others) == len(where):
+            return f"the template and the text end an answer with {named}, of which {' and '.join(others)} know nothing"
+        return f"the template and the text end an answer with {named}"
     finished = sum(row.response_ids[-1] in model.eos_ids for row in rows)
     if not finished:
         raise UserError(
