@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from limbeck.types import nearest
@@ -38,11 +39,12 @@ class Form:
     def unused_content(self) -> list[str]:
         return [name for name in self.ignored if name in CONTENT]
 
-    @property
+    @cached_property
     def words(self) -> str:
         """What was taken for what."""
         names = {"messages": "a conversation", "prompt": "the prompt", "answer": "the answer", "answers": "the answers"}
-        return ", ".join(f"{column} as {names.get(role, role)}" for role, column in self.roles.items())
+        taken = ((column, names.get(role, role)) for role, column in self.roles.items())
+        return ", ".join(column if column == name else f"{column} as {name}" for column, name in taken)
 
 
 class UnclearError(ValueError):

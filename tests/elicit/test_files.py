@@ -107,7 +107,6 @@ KINDS = {
     "Parquet": write_parquet,
     "datasets folder": write_datasets,
 }
-NOT_IN_TABLES = {"prompt and completion as messages", "preference as messages", "preference without a prompt"}
 
 
 def full(message):
@@ -121,8 +120,6 @@ def full(message):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_every_shape_in_every_kind_of_file(tmp_path, shape, kind):
-    if shape.name in NOT_IN_TABLES and kind in ("CSV", "CSV with semicolons", "TSV"):
-        pytest.skip("a cell of a table is text, so messages beside a prompt would be a guess")
     file = KINDS[kind](tmp_path, example_rows(shape, ROWS))
     reader = PromptReader()
     prompts = list(reader.read([file]))
@@ -134,9 +131,7 @@ def test_every_shape_in_every_kind_of_file(tmp_path, shape, kind):
             assert json.loads(message["content"])[0]["function"]["name"] == "height"
         if "tool_calls" in message:
             assert json.loads(message["tool_calls"]) == CALL
-    named = [
-        "tools" if m["role"] == "tools" else "calls" if "tool_calls" in m else m for m in shown
-    ]
+    named = ["tools" if m["role"] == "tools" else "calls" if "tool_calls" in m else m for m in shown]
     assert named == [full(message) for message in asked] and prompts[3].answers == answers
     assert not reader.accounts[0].left_out and not reader.accounts[0].ignored
 
@@ -181,14 +176,18 @@ def test_one_line_says_what_was_taken_ignored_and_left_out(tmp_path):
 
 
 def test_columns_say_what_names_dont(tmp_path):
-    file = write(tmp_path, json_lines([{"frage": "q?", "antwort": "a", "id": 1}, {"frage": "r?", "antwort": "b", "id": 1}]))
+    file = write(
+        tmp_path, json_lines([{"frage": "q?", "antwort": "a", "id": 1}, {"frage": "r?", "antwort": "b", "id": 1}])
+    )
     with pytest.raises(UserError, match=r'line 1: needs a non-empty text under "prompt".*antwort, frage, id.*columns'):
         read(file)
     with pytest.raises(UserError, match=r"line 2: the id '1' is used twice.*columns: \{id: null\}"):
         read(file, columns={"prompt": "frage", "answer": "antwort"})
     prompts, _ = read(file, columns={"prompt": "frage", "answer": "antwort", "id": None})
     assert [(p.id, p.text, p.answers) for p in prompts] == [("line-1", "q?", ("a",)), ("line-2", "r?", ("b",))]
-    with pytest.raises(UserError, match=r"prompts.columns.answer: no row has a value in a column 'atwort'; there are ant"):
+    with pytest.raises(
+        UserError, match=r"prompts.columns.answer: no row has a value in a column 'atwort'; there are ant"
+    ):
         read(file, columns={"prompt": "frage", "answer": "atwort", "id": None})
     settings = Prompts.model_validate({"from": file, "columns": {"promt": "frage"}})
     with pytest.raises(UserError, match=r"prompts.columns: 'promt' is nothing.*did you mean 'prompt'"):
@@ -305,7 +304,10 @@ def test_old_files_keep_their_identity(tmp_path):
     """What older versions read gives the same facts, so that their run folders go on."""
     file = write(tmp_path, '{"prompt": "a", "id": 7, "answer": "b", "weight": 2}\n\n{"prompt": "c", "kind": "k"}\n')
     bare = {"kind": "", "check": None, "task": "", "feedback": "", "answers": [], "weight": 1.0}
-    facts = [bare | {"id": "7", "text": "a", "answers": ["b"], "weight": 2.0}, bare | {"id": "line-3", "text": "c", "kind": "k"}]
+    facts = [
+        bare | {"id": "7", "text": "a", "answers": ["b"], "weight": 2.0},
+        bare | {"id": "line-3", "text": "c", "kind": "k"},
+    ]
     assert content_hash([prompt.facts for prompt in load_prompts(file)]) == content_hash(facts)
 
 
@@ -316,10 +318,10 @@ def test_what_is_no_plain_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="is a folder; give its files"):
         read(str(tmp_path))
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9])
-    with pytest.raises(UserError, match="cut.jsonl.gz can't be read"):
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz can't be read"):
         read(str(tmp_path / "cut.jsonl.gz"))
     (tmp_path / "p.parquet").write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(UserError, match="p.parquet can't be read"):
+    with pytest.raises(UserError, match=r"p\.parquet can't be read"):
         read(str(tmp_path / "p.parquet"))
 
 
@@ -353,7 +355,9 @@ def test_no_damaged_file_gives_a_traceback(tmp_path):
         rows = example_rows(shape, ROWS)
         if rng.random() < 0.3:  # a value of a wrong type
             row = rng.choice(rows)
-            row[rng.choice(list(row))] = rng.choice([None, 3, True, [], {}, "", [[]], {"a": []}, [{"role": None}], "\ud800"])
+            row[rng.choice(list(row))] = rng.choice(
+                [None, 3, True, [], {}, "", [[]], {"a": []}, [{"role": None}], "\ud800"]
+            )
         folder = tmp_path / str(number)
         folder.mkdir()
         try:
