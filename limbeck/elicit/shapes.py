@@ -126,7 +126,7 @@ def check_named(named: Mapping[str, str | None]) -> None:
 
 
 @dataclass(frozen=True)
-class Shape:
+class RowShape:
     """A shape of rows: its name, whence it is known, and rows of it."""
 
     name: str
@@ -145,20 +145,20 @@ TOOL = {
     "function": {"name": "height", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}},
 }
 SHAPES = (
-    Shape("prompts", "Limbeck", ({"id": "t{n}", "prompt": Q},)),
-    Shape("prompt and answer", "Limbeck", ({"prompt": Q, "answer": A},)),
-    Shape("prompt and answers", "Limbeck", ({"prompt": Q, "answers": [A, WRONG]},)),
-    Shape("prompt and completion", "TRL, OpenAI's older form", ({"prompt": Q, "completion": A},)),
-    Shape("prompt and response", "many", ({"prompt": Q, "response": A},)),
-    Shape("question and answer", "GSM8K and many", ({"question": Q, "answer": A},)),
-    Shape("instruction and response", "Dolly, Magpie", ({"instruction": Q, "response": A},)),
-    Shape("instruction, input and output", "Alpaca", ({"instruction": "Answer.", "input": Q, "output": A},)),
-    Shape(
+    RowShape("prompts", "Limbeck", ({"id": "t{n}", "prompt": Q},)),
+    RowShape("prompt and answer", "Limbeck", ({"prompt": Q, "answer": A},)),
+    RowShape("prompt and answers", "Limbeck", ({"prompt": Q, "answers": [A, WRONG]},)),
+    RowShape("prompt and completion", "TRL, OpenAI's older form", ({"prompt": Q, "completion": A},)),
+    RowShape("prompt and response", "many", ({"prompt": Q, "response": A},)),
+    RowShape("question and answer", "GSM8K and many", ({"question": Q, "answer": A},)),
+    RowShape("instruction and response", "Dolly, Magpie", ({"instruction": Q, "response": A},)),
+    RowShape("instruction, input and output", "Alpaca", ({"instruction": "Answer.", "input": Q, "output": A},)),
+    RowShape(
         "messages",
         "OpenAI, TRL",
         ({"messages": [{"role": "system", "content": "Be short."}, *_said(Q, A, "Sure?", "Yes.")]},),
     ),
-    Shape(
+    RowShape(
         "messages with tools",
         "OpenAI",
         (
@@ -173,12 +173,12 @@ SHAPES = (
             },
         ),
     ),
-    Shape(
+    RowShape(
         "messages with reasoning",
         "DeepSeek, Qwen, vLLM",
         ({"messages": [*_said(Q), {"role": "assistant", "content": A, "reasoning_content": "Ten times {n}."}]},),
     ),
-    Shape(
+    RowShape(
         "conversations",
         "ShareGPT",
         (
@@ -191,18 +191,18 @@ SHAPES = (
             },
         ),
     ),
-    Shape("prompt and completion as messages", "TRL", ({"prompt": _said(Q), "completion": _said(Q, A)[1:]},)),
-    Shape("preference", "TRL, DPO", ({"prompt": Q, "chosen": A, "rejected": WRONG},)),
-    Shape(
+    RowShape("prompt and completion as messages", "TRL", ({"prompt": _said(Q), "completion": _said(Q, A)[1:]},)),
+    RowShape("preference", "TRL, DPO", ({"prompt": Q, "chosen": A, "rejected": WRONG},)),
+    RowShape(
         "preference as messages",
         "TRL, UltraFeedback",
         ({"prompt": Q, "chosen": _said(Q, A), "rejected": _said(Q, WRONG)},),
     ),
-    Shape("preference without a prompt", "TRL", ({"chosen": _said(Q, A), "rejected": _said(Q, WRONG)},)),
+    RowShape("preference without a prompt", "TRL", ({"chosen": _said(Q, A), "rejected": _said(Q, WRONG)},)),
 )
 
 
-def example_rows(shape: Shape, count: int) -> list[dict[str, Any]]:
+def example_rows(shape: RowShape, count: int) -> list[dict[str, Any]]:
     """So many rows of a shape, told apart by their number."""
     return [_numbered(row, number) for number in range(count) for row in shape.rows]
 

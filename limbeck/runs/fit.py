@@ -21,7 +21,7 @@ SLACK = 64  # tokens that a template may put around a conversation, beside those
 
 
 @dataclass(frozen=True)
-class Context:
+class Room:
     """How many tokens a conversation and its answer may take, and how they are counted."""
 
     tokenizer: Tokenizer
@@ -72,13 +72,17 @@ def fitted(method: Method) -> Method:
     recipe = method.recipe
     tokenizer = load_tokenizer(recipe.speaker)
     _check_templates(method, tokenizer)
-    context = Context(tokenizer, _length(method), method.prompt_context)
+    context = Room(tokenizer, _length(method), method.prompt_context)
     reads_answers = any(writer.by == "corpus" for writer in recipe.writer) or "gold_control" in recipe.evaluate.controls
     asked = [writer.max_tokens for writer in recipe.writer if writer.by not in ("corpus", "elicited")]
     written = 0 if recipe.elicit else max(asked, default=0)
-    training, lost = _fit(method.training_prompts, context, recipe.prompts.too_long, written, reads_answers)
+    training, lost = _fit(
+        method.training_prompts, context, recipe.prompts.too_long, written=written, reads_answers=reads_answers
+    )
     most = max(recipe.held_out_writer.max_tokens, recipe.evaluate.max_tokens)
-    held_out, held_out_lost = _fit(method.held_out_prompts, context, recipe.prompts.too_long, most, False)
+    held_out, held_out_lost = _fit(
+        method.held_out_prompts, context, recipe.prompts.too_long, written=most, reads_answers=False
+    )
     if not lost and not held_out_lost:
         return method
     for path, part in (("prompts.too_long", training), ("evaluate.prompts", held_out)):
@@ -111,7 +115,7 @@ def _length(method: Method) -> int:
 
 
 def _text_config(config: Any) -> Any:
-    return config.get_text_config()
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _check_templates(method: Method, tokenizer: Tokenizer) -> None:
@@ -132,7 +136,7 @@ def _check_templates(method: Method, tokenizer: Tokenizer) -> None:
 
 
 def _fit(
-    prompts: Sequence[Prompt], context: Context, too_long: str | None, written: int, reads_answers: bool
+    prompts: Sequence[Prompt], context: Room, too_long: str | None, *, written: int, reads_answers: bool
 ) -> tuple[list[Prompt], list[Prompt]]:
     """(the prompts that fit, those that did not)"""
     fit: list[Prompt] = []
@@ -158,7 +162,7 @@ def _fit(
     return fit, lost
 
 
-def _cut(prompt: Prompt, context: Context, answers: Sequence[str], written: int) -> Prompt | None:
+def _cut(prompt: Prompt, context: Room, answers: Sequence[str], written: int) -> Prompt | None:
     """The prompt with the end of its last text cut off if no room is left for an answer, and with the ends of answers
     cut off that are still too long; None if the rest of the conversation is too long already."""
     room = max(written, context.max_length // 4 if answers else 1)
@@ -181,7 +185,7 @@ def _cut(prompt: Prompt, context: Context, answers: Sequence[str], written: int)
     return replace(prompt, answers=tuple(shorter), cut=cut)
 
 
-def _cut_answer(text: str, context: Context, left: int) -> str:
+def _cut_answer(text: str, context: Room, left: int) -> str:
     if len(context.answer(text)) + 1 <= left:
         return text
     low, high = 0, len(text)

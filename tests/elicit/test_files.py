@@ -246,7 +246,8 @@ def test_faults_are_refused_by_their_line(tmp_path, text, name, message):
     [
         ([("gpt", "a"), ("human", "b")], "it begins with the assistant"),
         ([("human", "a"), ("human", "b")], "the user speaks twice in a row"),
-        ([("human", "a"), ("gpt", "")], "a turn of the assistant is empty"),
+        ([("human", "a"), ("gpt", "")], "its answer is empty"),
+        ([("human", "a"), ("gpt", ""), ("human", "b")], "a turn of the assistant is empty"),
         ([("system", "a")], "no user speaks"),
         ([], "it has no message"),
         ([("human", "a"), ("system", "b")], "a system message stands in the middle"),
