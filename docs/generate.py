@@ -20,6 +20,7 @@ from typing import Any
 
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import load_recipe
+from limbeck.elicit.shapes import SHAPES, example_rows, form_of
 from limbeck.elicit.steps import STEPS
 from limbeck.models.engines import ALL, ENGINES
 from limbeck.objectives.bindable import BINDABLE
@@ -39,7 +40,7 @@ FOLDERS = {
     "elicit": "the text: prompts, steps of elicitation, verifiers, the engine that asks",
     "report": "the page, from a run folder alone; imports nothing that trains",
     "objectives": "the losses: pure functions on tensors",
-    "data": "the order of the text and its batches",
+    "data": "rows from users' files; the order of the text and its batches",
     "config": "a recipe: its sections, their defaults and ranges",
     "storage": "files that are whole or absent, the store of answers, checkpoints",
 }  # from the top floor down; a file imports from floors below its own, and from its own folder
@@ -48,6 +49,7 @@ PACKAGE = DOCS.parent / "limbeck"
 PAGES = (
     DOCS / "architecture.md",
     DOCS / "objectives.md",
+    DOCS / "recipes.md",
     DOCS / "writers.md",
     DOCS / "elicitation.md",
     DOCS / "signals.md",
@@ -516,10 +518,27 @@ def first_sentence(file: Path) -> str:
     return re.split(r"(?<=[.?!])\s", docstring, maxsplit=1)[0].rstrip(".")
 
 
+def shapes() -> str:
+    """The shapes of rows that are read, with what is taken for what."""
+    rows = []
+    for shape in SHAPES:
+        example = example_rows(shape, 1)[0]
+        form = form_of(frozenset(example))
+        named = [
+            f"`{name}`" + (" (messages)" if isinstance(value, list) and name != "answers" else "")
+            for name, value in example.items()
+            if name != "tools"
+        ]
+        named += ["`tools`"] if "tools" in example else []
+        rows.append((shape.name, ", ".join(named), form.words, shape.known_from))
+    return table(("Shape", "Columns", "Taken as", "Known from"), rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
         house,
+        shapes,
         divergences,
         ranking,
         features,

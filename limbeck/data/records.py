@@ -258,10 +258,21 @@ def _table(file: Path, lines: Iterator[tuple[int, str]], suffix: str) -> Iterato
                     f" {delimiter!r} in quotation marks"
                 )
             if row:
-                yield Record("line", begin, dict(zip(columns, (value or None for value in row), strict=True)))
+                yield Record("line", begin, dict(zip(columns, map(_cell, row), strict=True)))
             begin = last + 1
     except csv.Error as error:
         raise UserError(f"{file}, line {last}: not a table ({error}); save it as JSON lines") from error
+
+
+def _cell(text: str) -> Any:
+    """A cell's text; None if it is empty; messages, where it is a list of them as JSON."""
+    if text.startswith("[{"):
+        value = _json_or_none(text)
+        if isinstance(value, list) and all(
+            isinstance(entry, dict) and {"role", "from"} & entry.keys() for entry in value
+        ):
+            return value
+    return text or None
 
 
 def _folder(folder: Path) -> Iterator[Record]:

@@ -49,9 +49,10 @@ class PromptRow:
         asked = [{"role": "system", "content": system}, *asked] if system else asked
         tools = tools_message(self.values.get("tools"), self.names.get("tools", "tools"))
         asked = [*tools, *asked]
-        for answer in answers:
-            check_turns([*asked, answer])
-        check_turns(asked)
+        if len(asked) > 1 or asked[0]["role"] != "user":  # a text alone was looked at when it was read
+            for answer in answers:
+                check_turns([*asked, answer])
+            check_turns(asked)
         last = max(number for number, message in enumerate(asked) if message["role"] == "user")
         texts = tuple(answer_text(answer, keep_reasoning) for answer in answers)
         if any(not text.strip() for text in texts):

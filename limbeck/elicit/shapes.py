@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from limbeck.types import nearest
@@ -38,11 +39,12 @@ class Form:
     def unused_content(self) -> list[str]:
         return [name for name in self.ignored if name in CONTENT]
 
-    @property
+    @cached_property
     def words(self) -> str:
         """What was taken for what."""
         names = {"messages": "a conversation", "prompt": "the prompt", "answer": "the answer", "answers": "the answers"}
-        return ", ".join(f"{column} as {names.get(role, role)}" for role, column in self.roles.items())
+        taken = ((column, names.get(role, role)) for role, column in self.roles.items())
+        return ", ".join(column if column == name else f"{column} as {name}" for column, name in taken)
 
 
 class UnclearError(ValueError):
@@ -124,7 +126,7 @@ def check_named(named: Mapping[str, str | None]) -> None:
 
 
 @dataclass(frozen=True)
-class Shape:
+class RowShape:
     """A shape of rows: its name, whence it is known, and rows of it."""
 
     name: str
@@ -143,20 +145,20 @@ TOOL = {
     "function": {"name": "height", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}},
 }
 SHAPES = (
-    Shape("prompts", "Limbeck", ({"id": "t{n}", "prompt": Q},)),
-    Shape("prompt and answer", "Limbeck", ({"prompt": Q, "answer": A},)),
-    Shape("prompt and answers", "Limbeck", ({"prompt": Q, "answers": [A, WRONG]},)),
-    Shape("prompt and completion", "TRL, OpenAI's older form", ({"prompt": Q, "completion": A},)),
-    Shape("prompt and response", "many", ({"prompt": Q, "response": A},)),
-    Shape("question and answer", "GSM8K and many", ({"question": Q, "answer": A},)),
-    Shape("instruction and response", "Dolly, Magpie", ({"instruction": Q, "response": A},)),
-    Shape("instruction, input and output", "Alpaca", ({"instruction": "Answer.", "input": Q, "output": A},)),
-    Shape(
+    RowShape("prompts", "Limbeck", ({"id": "t{n}", "prompt": Q},)),
+    RowShape("prompt and answer", "Limbeck", ({"prompt": Q, "answer": A},)),
+    RowShape("prompt and answers", "Limbeck", ({"prompt": Q, "answers": [A, WRONG]},)),
+    RowShape("prompt and completion", "TRL, OpenAI's older form", ({"prompt": Q, "completion": A},)),
+    RowShape("prompt and response", "many", ({"prompt": Q, "response": A},)),
+    RowShape("question and answer", "GSM8K and many", ({"question": Q, "answer": A},)),
+    RowShape("instruction and response", "Dolly, Magpie", ({"instruction": Q, "response": A},)),
+    RowShape("instruction, input and output", "Alpaca", ({"instruction": "Answer.", "input": Q, "output": A},)),
+    RowShape(
         "messages",
         "OpenAI, TRL",
         ({"messages": [{"role": "system", "content": "Be short."}, *_said(Q, A, "Sure?", "Yes.")]},),
     ),
-    Shape(
+    RowShape(
         "messages with tools",
         "OpenAI",
         (
@@ -171,12 +173,12 @@ SHAPES = (
             },
         ),
     ),
-    Shape(
+    RowShape(
         "messages with reasoning",
         "DeepSeek, Qwen, vLLM",
         ({"messages": [*_said(Q), {"role": "assistant", "content": A, "reasoning_content": "Ten times {n}."}]},),
     ),
-    Shape(
+    RowShape(
         "conversations",
         "ShareGPT",
         (
@@ -189,18 +191,18 @@ SHAPES = (
             },
         ),
     ),
-    Shape("prompt and completion as messages", "TRL", ({"prompt": _said(Q), "completion": _said(Q, A)[1:]},)),
-    Shape("preference", "TRL, DPO", ({"prompt": Q, "chosen": A, "rejected": WRONG},)),
-    Shape(
+    RowShape("prompt and completion as messages", "TRL", ({"prompt": _said(Q), "completion": _said(Q, A)[1:]},)),
+    RowShape("preference", "TRL, DPO", ({"prompt": Q, "chosen": A, "rejected": WRONG},)),
+    RowShape(
         "preference as messages",
         "TRL, UltraFeedback",
         ({"prompt": Q, "chosen": _said(Q, A), "rejected": _said(Q, WRONG)},),
     ),
-    Shape("preference without a prompt", "TRL", ({"chosen": _said(Q, A), "rejected": _said(Q, WRONG)},)),
+    RowShape("preference without a prompt", "TRL", ({"chosen": _said(Q, A), "rejected": _said(Q, WRONG)},)),
 )
 
 
-def example_rows(shape: Shape, count: int) -> list[dict[str, Any]]:
+def example_rows(shape: RowShape, count: int) -> list[dict[str, Any]]:
     """So many rows of a shape, told apart by their number."""
     return [_numbered(row, number) for number in range(count) for row in shape.rows]
 

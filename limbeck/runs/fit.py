@@ -22,7 +22,7 @@ SLACK = 64  # tokens that a template may put around a conversation, beside those
 
 
 @dataclass(frozen=True)
-class Context:
+class Window:
     """How many tokens a conversation and its answer may take, and how they are counted."""
 
     tokenizer: Tokenizer
@@ -72,13 +72,17 @@ def fitted(method: Method) -> Method:
     recipe = method.recipe
     tokenizer = load_tokenizer(recipe.speaker, recipe.speaker_template)
     _check_templates(method, tokenizer)
-    context = Context(tokenizer, _length(method), method.prompt_context)
+    context = Window(tokenizer, _length(method), method.prompt_context)
     reads_answers = any(writer.by == "corpus" for writer in recipe.writer) or "gold_control" in recipe.evaluate.controls
     asked = [writer.max_tokens for writer in recipe.writer if writer.by not in ("corpus", "elicited")]
     written = 0 if recipe.elicit else max(asked, default=0)
-    training, lost = _fit(method.training_prompts, context, recipe.prompts.too_long, written, reads_answers)
+    training, lost = _fit(
+        method.training_prompts, context, recipe.prompts.too_long, written=written, reads_answers=reads_answers
+    )
     most = max(recipe.held_out_writer.max_tokens, recipe.evaluate.max_tokens)
-    held_out, held_out_lost = _fit(method.held_out_prompts, context, recipe.prompts.too_long, most, False)
+    held_out, held_out_lost = _fit(
+        method.held_out_prompts, context, recipe.prompts.too_long, written=most, reads_answers=False
+    )
     if not lost and not held_out_lost:
         return method
     for path, part in (("prompts.too_long", training), ("evaluate.prompts", held_out)):
@@ -127,7 +131,7 @@ def _check_templates(method: Method, tokenizer: Tokenizer) -> None:
 
 
 def _fit(
-    prompts: Sequence[Prompt], context: Context, too_long: str | None, written: int, reads_answers: bool
+    prompts: Sequence[Prompt], context: Window, too_long: str | None, *, written: int, reads_answers: bool
 ) -> tuple[list[Prompt], list[Prompt]]:
     """(the prompts that fit, those that did not)"""
     fit: list[Prompt] = []
@@ -153,7 +157,7 @@ def _fit(
     return fit, lost
 
 
-def _cut(prompt: Prompt, context: Context, answers: Sequence[str], written: int) -> Prompt | None:
+def _cut(prompt: Prompt, context: Window, answers: Sequence[str], written: int) -> Prompt | None:
     """The prompt with the end of its last text cut off if no room is left for an answer, and with the ends of answers
     cut off that are still too long; None if the rest of the conversation is too long already."""
     room = max(written, context.max_length // 4 if answers else 1)
@@ -176,7 +180,7 @@ def _cut(prompt: Prompt, context: Context, answers: Sequence[str], written: int)
     return replace(prompt, answers=tuple(shorter), cut=cut)
 
 
-def _cut_answer(text: str, context: Context, left: int) -> str:
+def _cut_answer(text: str, context: Window, left: int) -> str:
     if len(context.answer(text)) + 1 <= left:
         return text
     low, high = 0, len(text)
