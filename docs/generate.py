@@ -10,6 +10,7 @@ A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; whatever i
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 import statistics
@@ -52,6 +53,7 @@ PAGES = (
     DOCS / "elicitation.md",
     DOCS / "signals.md",
     DOCS / "comparison.md",
+    DOCS / "models.md",
     DOCS.parent / "README.md",
 )
 METHODS, ON_POLICY_METHODS = (DOCS / "evidence" / f"{name}.json" for name in ("methods", "on-policy-methods"))
@@ -437,6 +439,19 @@ def _flow(value: Any) -> str:
     return json.dumps(value).strip('"')
 
 
+def families() -> str:
+    """The families of models that the tests send down every road, from the tests' own table."""
+    spec = importlib.util.spec_from_file_location("families", DOCS.parent / "tests" / "families.py")
+    assert spec is not None and spec.loader is not None
+    tried = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tried)
+    rows = []
+    for family in tried.FAMILIES:
+        roads = ["refused" if (family, road) in tried.REFUSED else "yes" for road in tried.ROADS]
+        rows.append([family, *roads, "yes"])
+    return table(["family", *tried.ROADS, tried.CHECKED], rows)
+
+
 def house() -> str:
     """Every folder of the package from the top floor down, and what each of its files is for, in its own words."""
     lines = []
@@ -459,6 +474,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
         house,
+        families,
         divergences,
         ranking,
         features,
