@@ -10,6 +10,7 @@ A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; whatever i
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 import statistics
@@ -55,6 +56,7 @@ PAGES = (
     DOCS / "signals.md",
     DOCS / "comparison.md",
     DOCS / "precision.md",
+    DOCS / "models.md",
     DOCS.parent / "README.md",
 )
 METHODS, ON_POLICY_METHODS = (DOCS / "evidence" / f"{name}.json" for name in ("methods", "on-policy-methods"))
@@ -500,6 +502,19 @@ def _engines(shown: Mapping[str, tuple[str, str]]) -> str:
     return table(["server", *(title for title, _ in shown.values())], rows) + f"\n\nMeasured with: {about}."
 
 
+def families() -> str:
+    """The families of models that the tests send down every road, from the tests' own table."""
+    spec = importlib.util.spec_from_file_location("families", DOCS.parent / "tests" / "families.py")
+    assert spec is not None and spec.loader is not None
+    tried = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tried)
+    rows = []
+    for family in tried.FAMILIES:
+        roads = ["refused" if (family, road) in tried.REFUSED else "yes" for road in tried.ROADS]
+        rows.append([family, *roads, "yes"])
+    return table(["family", *tried.ROADS, tried.CHECKED], rows)
+
+
 def house() -> str:
     """Every folder of the package from the top floor down, and what each of its files is for, in its own words."""
     lines = []
@@ -539,6 +554,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     for make in (
         house,
         shapes,
+        families,
         divergences,
         ranking,
         features,

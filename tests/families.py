@@ -126,8 +126,21 @@ ROADS: dict[str, dict[str, Any]] = {
         "loss": [{"jsd": {"teacher_share": 0.5}}],
     },
 }
-CHECKED = ("greedy text as transformers", "export loads with KL 0")
+CHECKED = "greedy text as transformers"
+KINDS = ("llama, tied", "gemma3", "gpt2", "bloom", "qwen2-moe", "deepseek-v3", "lfm2", "mamba2", "gemma3, with images")
 REFUSED: dict[tuple[str, str], str] = {}
+
+
+def cells(whole: bool) -> list[tuple[str, str]]:
+    """(family, road) of the whole table, or of a part that any change can afford to run: the families whose layers,
+    caches or configurations differ in kind down every road, and each of the others down one, in turn."""
+    roads = list(ROADS)
+    return [
+        (family, road)
+        for number, family in enumerate(FAMILIES)
+        for road in roads
+        if whole or (family in KINDS and road != "pretrained") or roads[number % len(roads)] == road
+    ]
 
 
 def make_model(family: str, folder: Path, seed: int, tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def with_adapters(net: PreTrainedModel, folder: Path, source: str) -> PreTrained
             f"{source}: its base is quantised, so the adapter can't be folded in: name the base it was made of"
         )
     try:
-        whole: Any = PeftModel.from_pretrained(net, str(folder), is_trainable=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing weights it only warns
+            whole: Any = PeftModel.from_pretrained(net, str(folder), is_trainable=False)
         missing = [name for name in _names(whole) if name not in _stored(folder)]
         if missing:
             raise UserError(

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from limbeck.models.folder import quiet, read_config, read_tokenizer, read_weights, save_model
 from limbeck.models.model import Model
-from limbeck.models.weights import check_folder, text_config
+from limbeck.models.weights import check_folder, head_rows, text_config
 from limbeck.types import UserError
 
 MOST_KL = 1e-6  # nats a token, between the student in memory and the one that was loaded again
@@ -102,7 +102,7 @@ def check_export(model: Model, folder: Path) -> None:
 @torch.inference_mode()
 def _compare(model: Model, again: PreTrainedModel, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = min(model.vocab_size, int(model.net.get_input_embeddings().weight.shape[0]))  # type: ignore[union-attr]
+    rows = min(model.vocab_size, head_rows(model.net))
     width = min(COLUMNS, model.max_length)
     tokens_BT = torch.randint(rows, (ROWS, width), generator=generator).to(model.net.device)
     training = model.net.training

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.model import Model, head_of, hidden_states, vocab_size_of
-from limbeck.models.placement import FULL, Placement, Precision, check_dtype
+from limbeck.models.placement import FULL, Placement, Precision, check_dtype, is_out_of_memory
 from limbeck.models.quantise import quantise
 from limbeck.models.sources import source_of
 from limbeck.models.template import frame_of
 from limbeck.models.template_names import give_template, template_suffix
+from limbeck.models.weights import first_line
 from limbeck.types import UserError
 
 
@@ -41,7 +42,12 @@ def load_model(
     if precision.quantise is not None:
         quantise(model.net, precision.quantise, placement.device, name)
     net = placement.put(model.net)
-    _check_head(net, name)
+    try:
+        _check_head(net, name)
+    except RuntimeError as error:  # such as kernels of codes that don't take these sizes
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{name}: transformers loads it, and can't run it here: {first_line(error)}") from error
     return replace(model, net=net, identity=model.identity + precision.suffix + template_suffix(template))
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import FineGrainedFP8Config, Mxfp4Config
+from transformers import FineGrainedFP8Config
+from transformers.utils.quantization_config import Mxfp4Config
 
 from limbeck.types import UserError
 

@@ -94,7 +94,8 @@ class NamedSource(ModelSource):
 
     def config(self, name: str) -> Any:
         """As listed, so that a plan needs no download: all of them have layers like Llama's."""
-        return LlamaConfig(**NAMED[name].config, tie_word_embeddings=True)
+        listed: dict[str, Any] = {**NAMED[name].config, "tie_word_embeddings": True}
+        return LlamaConfig(**listed)
 
     @staticmethod
     def _target(name: str) -> Path:
@@ -184,8 +185,8 @@ class AdapterSource(ModelSource):
         base, base_name = self._base(name)
         loaded = base.load(base_name, torch.float32)
         with quiet():
-            net = with_adapters(loaded.net, Path(name).expanduser(), name).to(dtype)
-        return Model(net, self.tokenizer(name), self.identity(name))
+            net: Any = with_adapters(loaded.net, Path(name).expanduser(), name)
+        return Model(net.to(dtype), self.tokenizer(name), self.identity(name))
 
     def label(self, name: str) -> str:
         return Path(name).expanduser().resolve().name

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from limbeck.models.weights import empty_model, layer_list, text_config
 
 
@@ -85,7 +87,7 @@ class Shape:
         return replace(self, layers=layers)
 
 
-def _used_share(layers: Any, config: Any, inside: int) -> float:
+def _used_share(layers: nn.ModuleList, config: Any, inside: int) -> float:
     """Experts lie in tensors of three dimensions, the first of which counts them; a token meets a few of them."""
     met = getattr(config, "num_experts_per_tok", None)
     if not isinstance(met, int):
@@ -95,7 +97,7 @@ def _used_share(layers: Any, config: Any, inside: int) -> float:
         for parameter in layers.parameters()
         if parameter.dim() == 3
     )
-    return 1 - idle / max(1, inside)
+    return float(1 - idle / max(1, inside))
 
 
 def step_flops(student: Shape, teacher: Shape | None, tokens: int, response_tokens: int) -> float:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, JambaConfig
 
-from limbeck.models.prune import Calibration, block_influence, choose_layers, drop_layers, layers_of
+from limbeck.models.prune import (
+    Calibration,
+    _LayerRunner,
+    block_influence,
+    check_kept,
+    choose_layers,
+    drop_layers,
+    layers_of,
+)
 from limbeck.types import UserError
 from tests.conftest import make_net
+from tests.families import FAMILIES, SIZES
 
 
 @pytest.fixture
@@ -101,15 +111,16 @@ def test_more_drops_than_candidates(calibration):
     assert told[-1][0] == told[-1][1]
 
 
-def test_a_final_norm_of_another_name_is_found_and_none_is_refused(tiny, calibration):
+def test_what_follows_the_layers_is_found_and_what_is_hidden_is_refused(tiny, calibration):
+    """Whatever the decoder calls after its last layer counts, by any name; a step that is no module of its can't be seen."""
     decoder = tiny.net.get_decoder()
-    norm = decoder.norm
-    want = block_influence(tiny.net, calibration)
-    decoder.final_layernorm = norm
-    with pytest.raises(UserError, match="final norm"):
+    runner = _LayerRunner(tiny.net, calibration)
+    assert runner.tail == [decoder.norm]
+    hook = decoder.register_forward_hook(lambda _, __, told: type(told)(last_hidden_state=told.last_hidden_state * 2))
+    with pytest.raises(UserError, match="don't give the model's states"):
         block_influence(tiny.net, calibration)
-    del decoder.final_layernorm
-    assert block_influence(tiny.net, calibration) == want
+    hook.remove()
+    assert len(block_influence(tiny.net, calibration)) == 4
 
 
 def test_block_influence_of_an_idle_layer_is_zero(tiny, calibration):
@@ -131,3 +142,37 @@ def test_simple_ways(tiny):
 def test_impossible_lists_are_refused(tiny, kept):
     with pytest.raises(UserError, match="0 to 3"):
         drop_layers(tiny.net, kept)
+
+
+def family_net(family):
+    """A tiny model of another family (`tests/families.py`)."""
+    config = FAMILIES[family](SIZES | {"vocab_size": 320, "eos_token_id": [0, 5, 6, 7], "pad_token_id": 0})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kept", [[0, 2], [1, 3], [0, 1, 3], [3]])
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe", "deepseek-v3", "smollm3", "gemma2", "gpt-oss"])
+def test_layers_told_by_number_or_period_are_those_that_were_kept(family, kept, tmp_path):
+    student = drop_layers(family_net(family), kept)
+    student.save_pretrained(tmp_path)
+    again, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values())
+    tokens = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(tokens).logits, student(tokens).logits)
+    assert student.config.eos_token_id == [0, 5, 6, 7]  # as long as the layers are many, and no list of layers
+
+
+def test_layers_that_no_configuration_describes_are_refused():
+    """Jamba's attention comes once a period, and its configuration has no list for it; a hybrid needs attention."""
+    jamba = JambaConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        num_experts=2, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False, pad_token_id=0,
+    )  # fmt: skip
+    check_kept(jamba, [0, 1])
+    with pytest.raises(UserError, match="attn_layer_period"):
+        check_kept(jamba, [0, 2])
+    with pytest.raises(UserError, match="a layer of each kind"):
+        check_kept(FAMILIES["lfm2"](SIZES | {"vocab_size": 320}), [0, 2])

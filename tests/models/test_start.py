@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from limbeck import RecipeError
-from limbeck.config.sections import Student
+from limbeck.config.sections import Lora, Student
 from limbeck.models.model import hidden_states
 from limbeck.models.prune import LayerChoice
-from limbeck.models.start import begin
+from limbeck.models.start import adapted_layers, adapters_told, add_adapters, begin, merge_adapters
+from limbeck.models.weights import model_class
+from tests.families import FAMILIES, OF_EXPERTS, SIZES
 
 TOKENS = torch.tensor([[5, 0, 7, 0, 9]])
 
@@ -74,3 +76,28 @@ def test_pretrained_is_loaded_from_its_directory(tiny, tiny_folder):
     net = begin(student(pretrained=str(tiny_folder)), lambda: tiny, None, 0).net
     with torch.inference_mode():
         assert torch.equal(net(TOKENS).logits, tiny.net(TOKENS).logits)
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3", "gpt-oss", "mamba", "gpt2", "gemma3, with images"])
+def test_adapters_act_where_they_are_told_to_and_merge(family):
+    """Every adapter changes the logits, so none is read past; folded in, the logits stay; and the rest is named."""
+    config = FAMILIES[family](SIZES | {"vocab_size": 320, "eos_token_id": 0, "pad_token_id": 0})
+    torch.manual_seed(0)
+    net = model_class(config).from_config(config, dtype=torch.float32).eval()
+    tokens = torch.arange(1, 30)[None]
+    names = adapted_layers(net)[0]
+    add_adapters(net, Lora(rank=2, alpha=4), 0)
+    told = adapters_told(net)
+    assert told.startswith(f"adapters on {len(names)} matrices")
+    assert ("experts.down_proj" in told) == (family in OF_EXPERTS) and ("dt_proj" in told) == (family == "mamba")
+    ours = [parameter for name, parameter in net.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for parameter in ours:
+            parameter.normal_(std=0.1)
+    net(tokens).logits.pow(2).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in ours)
+    with torch.no_grad():
+        before = net(tokens).logits
+        merge_adapters(net)
+        assert torch.allclose(net(tokens).logits, before, atol=1e-4 * float(before.abs().max()))
+    assert not any("lora" in name for name, _ in net.named_modules())
