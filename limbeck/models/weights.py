@@ -163,7 +163,8 @@ def check_files(folder: Path, source: str) -> None:
                 tensors.keys()
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
-                f"can't load the model {source!r}: {file.name} is damaged or cut off ({first_line(error)}): copy it again"
+                f"can't load the model {source!r}: {file.name} is damaged or cut off ({first_line(error)}): copy it"
+                " again"
             ) from error
 
 
