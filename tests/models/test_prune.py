@@ -114,8 +114,8 @@ def test_more_drops_than_candidates(calibration):
 def test_what_follows_the_layers_is_found_and_what_is_hidden_is_refused(tiny, calibration):
     """Whatever the decoder calls after its last layer counts, by any name; a step that is no module of its can't be seen."""
     decoder = tiny.net.get_decoder()
-    runner = _LayerRunner(tiny.net, calibration)
-    assert runner.tail == [decoder.norm]
+    with torch.inference_mode():
+        assert _LayerRunner(tiny.net, calibration).tail == [decoder.norm]
     hook = decoder.register_forward_hook(lambda _, __, told: type(told)(last_hidden_state=told.last_hidden_state * 2))
     with pytest.raises(UserError, match="don't give the model's states"):
         block_influence(tiny.net, calibration)
