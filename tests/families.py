@@ -24,7 +24,14 @@ SIZES = {
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 WINDOW = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
 CONVOLVED = {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}
-IMAGES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
+IMAGES = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
 TURNS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
@@ -120,7 +127,7 @@ ROADS: dict[str, dict[str, Any]] = {
     },
 }
 CHECKED = "greedy text as transformers"
-KINDS = ("llama, tied", "gemma3", "gpt2", "bloom", "qwen2-moe", "deepseek-v3", "lfm2", "mamba2", "gemma3, with images")
+KINDS = ("gpt2", "bloom", "qwen2-moe", "deepseek-v3", "lfm2", "mamba2", "gemma3, with images")
 REFUSED: dict[tuple[str, str], str] = {}
 
 
