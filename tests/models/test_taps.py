@@ -223,8 +223,8 @@ def test_attention_outside_the_interface_is_refused():
     with pytest.raises(limbeck.UserError, match="AttentionInterface"):
         features(net, TOKENS_BT, (), (1,))
     assert net.config._attn_implementation == "sdpa"
-    with pytest.raises(limbeck.UserError, match="one list of layers"):
-        features(net, TOKENS_BT, (1,))
+    _, got = features(net, TOKENS_BT, (1,))  # its layers are a list by another name
+    assert got.hidden[1].shape == (*TOKENS_BT.shape, 32)
 
 
 def test_a_layer_whose_attention_never_runs_is_refused():
