@@ -26,7 +26,7 @@ RECIPE = {
 
 @pytest.fixture
 def tokenizer(monkeypatch, tiny):
-    monkeypatch.setattr("limbeck.runs.preflight.load_tokenizer", lambda _: tiny.tokenizer)
+    monkeypatch.setattr("limbeck.runs.preflight.load_tokenizer", lambda *_: tiny.tokenizer)
 
 
 def planned(device_like: str = "h100-80gb", **sections) -> Plan:
@@ -57,7 +57,8 @@ def test_memory_follows_from_precision_and_placement(tokenizer, monkeypatch):
     monkeypatch.setitem(weights, "hidden_size", 4096)  # an 8B teacher, its student half as deep
     monkeypatch.setitem(weights, "intermediate_size", 14336)
     monkeypatch.setitem(weights, "num_hidden_layers", 32)
-    monkeypatch.setitem(weights, "head_dim", 128)
+    monkeypatch.setitem(weights, "num_attention_heads", 32)
+    monkeypatch.setitem(weights, "num_key_value_heads", 8)
     full = planned(train={"tokens_per_step": 1024})
     assert not full.fits and "TOO MUCH" in dict(full.lines())["peak memory"]
     short = planned(train={"tokens_per_step": 1024}, teacher={"dtype": "bfloat16"})
