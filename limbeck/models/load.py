@@ -64,10 +64,15 @@ def load_tokenizer(name: str, template: str | None = None) -> Tokenizer:
 
 def _frame(tokenizer: Tokenizer, name: str, template: str | None) -> None:
     """Give a tokenizer its template, and refuse one that can't be used."""
-    if template is None:
-        frame_of(tokenizer, f"the tokenizer of {name!r}")
-    else:
-        give_template(tokenizer, template, name)
+    try:
+        if template is None:
+            frame_of(tokenizer, f"the tokenizer of {name!r}")
+        else:
+            give_template(tokenizer, template, name)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds on settings that it can't use; the user needs one
+        raise UserError(f"the tokenizer of {name!r} can't be used: {first_line(error)}") from error
 
 
 def load_config(name: str) -> Any:
