@@ -10,8 +10,9 @@ import pytest
 from limbeck.cli import main
 from limbeck.config.recipe import parse
 from limbeck.elicit.prompts import load_prompts
-from limbeck.models.chat import for_server, goes_on
+from limbeck.models.chat import for_server
 from limbeck.models.load import load_model
+from limbeck.models.template import continued
 from limbeck.progress import Silent
 from limbeck.runs.fit import prepared
 from limbeck.runs.pipeline import Run, run
@@ -122,7 +123,7 @@ def test_thinking_that_the_template_opens_is_taught_once(corpus, tmp_path):
         f"<|user|>one?<|end|><|assistant|>{thought}<|end|>",
         "<|user|>two?<|end|><|assistant|><think>\n\n</think>\n\n3<|end|>",
     ]
-    assert goes_on("half a thought</think>x") == "half a thought</think>x"
+    assert continued("<think>", "half a thought</think>x") == "half a thought</think>x"
 
 
 def test_a_control_token_in_a_message_is_text(tiny):

@@ -525,7 +525,9 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_the_first_step(recipe_da
         {"start": {"prune": {"layers": 3, "keep": "uniform"}}},
         data["evaluate"] | {"controls": ["untouched"]},
     )
-    with pytest.raises(UserError, match=r"line 1: the prompt, with an answer, may take .* more than the context of 256"):
+    with pytest.raises(
+        UserError, match=r"line 1: the prompt, with an answer, may take .* more than the context of 256"
+    ):
         limbeck.run(parse(data), tmp_path / "out", stages=("elicit", "train"))
 
 
