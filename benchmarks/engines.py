@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from questions import MODEL, QUESTIONS
 from vllm_server import KEY, VllmServer
 
 from limbeck.config.teacher import Served
@@ -38,11 +39,6 @@ from limbeck.models.vllm import VllmWriter, save
 from limbeck.models.vllm_protocol import StudentTokens
 from limbeck.types import Batch, Sampling
 
-MODEL = "smollm2-135m-instruct"
-QUESTIONS = (
-    "Why is the sky blue?", "Name three fruits.", "How do I boil an egg?", "What is a prime number?",
-    "Write a sentence about the sea.", "Who was Ada Lovelace?", "Give me a rhyme with 'tree'.", "What does a clock do?",
-)  # fmt: skip
 TOKENS = 32
 TOGETHER = 4
 NAMED = 20

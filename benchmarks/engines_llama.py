@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from questions import MODEL, QUESTIONS
 from torch import Tensor
 
 from limbeck.commands.serve import KEY, serve
@@ -40,11 +41,6 @@ from limbeck.storage.files import write_json
 from limbeck.types import TAUGHT, Batch, Generated, Request, Sampling
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "engines-llama.json"
-MODEL = "smollm2-135m-instruct"
-QUESTIONS = (
-    "Why is the sky blue?", "Name three fruits.", "How do I boil an egg?", "What is a prime number?",
-    "Write a sentence about the sea.", "Who was Ada Lovelace?", "Give me a rhyme with 'tree'.", "What does a clock do?",
-)  # fmt: skip
 TOKENS = 64
 TOGETHER = 2
 NAMED = 20

@@ -24,11 +24,14 @@ SENTENCE = 240  # characters after it in which its sentence may turn out to be a
 MOST = 500  # labels that are looked at in one text
 
 BEFORE = regex.compile(
-    r"(?:\b(?:not|never|nor|neither|no|non|hardly|barely|nicht|keine?[mnrs]?|pas|ni|не|ни|нет|nie|niet|geen|inte|ikke|ei|não"
-    r"|without|except|excluding|instead\s+of|rather\s+than|other\s+than|far\s+from|anything\s+but|everything\s+but|opposite\s+of"
-    r"|contrary\s+of|unlike|excludes?|rule[sd]?\s+out|eliminate[sd]?|ليس|ليست)|n['’]t|(?<=\w)[-_]not|\bnon-|\bun-|\bnot_)"
-    r"(?:\s+(?:be|a|an|the|really|actually|necessarily|at\s+all|either|option|choice|label|answer|category|class|ein|eine|un|une"
-    r"|una|es|est|è|é|como|clearly|quite|considered|classified\s+as))*[\s\"'“‘*_`(\[]*$",
+    r"(?:\b(?:not|never|nor|neither|no|non|hardly|barely|nicht|keine?[mnrs]?|pas|ni|не|ни|нет|nie|niet|geen"
+    r"|inte|ikke|ei|não"
+    r"|without|except|excluding|instead\s+of|rather\s+than|other\s+than|far\s+from|anything\s+but"
+    r"|everything\s+but|opposite\s+of"
+    r"|contrary\s+of|unlike|excludes?|rule[sd]?\s+out|eliminate[sd]?|ليس|ليست)"
+    r"|n['’]t|(?<=\w)[-_]not|\bnon-|\bun-|\bnot_)"
+    r"(?:\s+(?:be|a|an|the|really|actually|necessarily|at\s+all|either|option|choice|label|answer|category|class|ein|eine"
+    r"|un|une|una|es|est|è|é|como|clearly|quite|considered|classified\s+as))*[\s\"'“‘*_`(\[]*$",
     FLAGS,
 )
 THOUGHT = regex.compile(
@@ -37,8 +40,10 @@ THOUGHT = regex.compile(
 UNSPACED_BEFORE = regex.compile(r"(?:不是|并非|並非|不属于|不屬於|不算|没有|沒有|不|非|无|無|未|否)[“”\"'「『*\s]*$")
 SPACED = r"[\s\"'”’*_`)\].:]{0,4}"
 AFTER = regex.compile(
-    rf"^{SPACED}(?:\s(?:is|was|are|were|would\s+be|seems?|looks?|can|could|must|does|do|should)(?:\s+not\b|n['’]t\b|not\b)"
-    rf"|\s*(?:\s(?:is|was|are|would\s+be|seems?|looks?)\s+)?(?:definitely\s+|clearly\s+|also\s+)?(?:wrong|incorrect|false|ruled\s+out"
+    rf"^{SPACED}(?:\s(?:is|was|are|were|would\s+be|seems?|looks?|can|could|must|does|do|should)"
+    r"(?:\s+not\b|n['’]t\b|not\b)"
+    rf"|\s*(?:\s(?:is|was|are|would\s+be|seems?|looks?)\s+)?(?:definitely\s+|clearly\s+|also\s+)?"
+    rf"(?:wrong|incorrect|false|ruled\s+out"
     rf"|excluded|impossible|untrue|out\s+of\s+the\s+question|falsch|faux|falso|incorrecto|неверно)\b"
     rf"|\s+(?:nicht|değil|नहीं|no\s+es|n['’]est\s+pas|ist\s+(?:es\s+)?(?:nicht|falsch)))",
     FLAGS,

@@ -49,7 +49,8 @@ NUMBER = regex.compile(
       |(?P<plain>{PLAIN})
     )
     (?:[ ]?(?:\\?(?P<percent>%|percent\b|per[ ]cent\b|Prozent\b|pour[ ]cent\b|por[ ]ciento\b|procent\b|процент)
-      |(?P<scale>thousand|million|billion|trillion|Millionen|Milliarden|millions|millones|milliards|lakh|crore|万|萬|億|亿|만|억)
+      |(?P<scale>thousand|million|billion|trillion|Millionen|Milliarden
+        |millions|millones|milliards|lakh|crore|万|萬|億|亿|만|억)
       (?!\p{{Latin}})))?
     """,
     regex.VERBOSE,

@@ -73,18 +73,15 @@ class Decoding:
     """How prompts are continued.
 
     Args:
-        batch_rows: how many rows decode together at most.
+        batch_rows: how many rows decode together at most; fewer if their keys and values would not fit `cache_room`.
         record: keep log-probabilities.
         second: a second model that takes part in the writing.
-        cache_bytes: bytes that the keys and values may take; fewer rows decode together if they would take more. None:
-            `cache_room` of the device.
         is_finished: whether a text so far (its sampling, its ids) is complete; called after every token.
     """
 
     batch_rows: int = 64
     record: bool = False
     second: SecondModel | None = None
-    cache_bytes: int | None = None
     is_finished: Callable[[Sampling, Sequence[int]], bool] = lambda sampling, ids: False
 
 
@@ -173,8 +170,7 @@ class _Batch:
         if decoding.second is not None:
             models.append((decoding.second.model, [_second_prompt(job) for job in jobs]))
         needed = sum(row_bytes(net, columns_of(max(map(len, prompts)), max_tokens)) for net, prompts in models)
-        room = cache_room(model.device) if decoding.cache_bytes is None else decoding.cache_bytes
-        size = max(1, min(decoding.batch_rows, len(jobs), room // needed))
+        size = max(1, min(decoding.batch_rows, len(jobs), cache_room(model.device) // needed))
         self.sides = [_side(net, prompts, max_tokens, size) for net, prompts in models]
         self.columns = _Columns(size, jobs, len(models), self.sides[0])
         self.rows: list[_Row | None] = [None] * size

@@ -22,7 +22,6 @@ class Hardware:
     Args:
         rates: floating-point operations a second of dense matrix products, by type.
         memory: bytes; None where the process's memory is what counts.
-        bandwidth: bytes a second from its memory; None where it is not known.
         overhead: how many times longer than its operations a step takes.
         measured: whether the rates are this machine's own.
     """
@@ -30,7 +29,6 @@ class Hardware:
     name: str
     rates: dict[torch.dtype, float]
     memory: int | None = None
-    bandwidth: float | None = None
     overhead: float = CPU_OVERHEAD
     measured: bool = True
 
@@ -39,26 +37,26 @@ class Hardware:
         return self.rates.get(dtype, self.rates[torch.float32]) / self.overhead
 
 
-def _listed(name: str, gib: int, *, fp32: float, bf16: float, terabytes: float) -> Hardware:
+def _listed(name: str, gib: int, *, fp32: float, bf16: float) -> Hardware:
     rates = {torch.float32: fp32 * 1e12, torch.bfloat16: bf16 * 1e12, torch.float16: bf16 * 1e12}
-    return Hardware(name, rates, memory=gib * GIB, bandwidth=terabytes * 1e12, overhead=GPU_OVERHEAD, measured=False)
+    return Hardware(name, rates, memory=gib * GIB, overhead=GPU_OVERHEAD, measured=False)
 
 
-# From the makers' data sheets: GiB, dense TFLOP/s in fp32 and in bf16 with fp32 sums, TB/s.
+# From the makers' data sheets: GiB, and dense TFLOP/s in fp32 and in bf16 with fp32 sums.
 LISTED = {
     hardware.name: hardware
     for hardware in (
-        _listed("b200-180gb", 180, fp32=80, bf16=2250, terabytes=8.0),
-        _listed("h200-141gb", 141, fp32=67, bf16=989, terabytes=4.8),
-        _listed("h100-80gb", 80, fp32=67, bf16=989, terabytes=3.35),
-        _listed("a100-80gb", 80, fp32=19.5, bf16=312, terabytes=2.0),
-        _listed("a100-40gb", 40, fp32=19.5, bf16=312, terabytes=1.55),
-        _listed("l40s-48gb", 48, fp32=91.6, bf16=362, terabytes=0.86),
-        _listed("a10g-24gb", 24, fp32=31.2, bf16=70, terabytes=0.6),
-        _listed("l4-24gb", 24, fp32=30.3, bf16=121, terabytes=0.3),
-        _listed("rtx-5090-32gb", 32, fp32=105, bf16=209, terabytes=1.79),
-        _listed("rtx-4090-24gb", 24, fp32=82.6, bf16=165, terabytes=1.01),
-        _listed("rtx-3090-24gb", 24, fp32=35.6, bf16=71, terabytes=0.94),
+        _listed("b200-180gb", 180, fp32=80, bf16=2250),
+        _listed("h200-141gb", 141, fp32=67, bf16=989),
+        _listed("h100-80gb", 80, fp32=67, bf16=989),
+        _listed("a100-80gb", 80, fp32=19.5, bf16=312),
+        _listed("a100-40gb", 40, fp32=19.5, bf16=312),
+        _listed("l40s-48gb", 48, fp32=91.6, bf16=362),
+        _listed("a10g-24gb", 24, fp32=31.2, bf16=70),
+        _listed("l4-24gb", 24, fp32=30.3, bf16=121),
+        _listed("rtx-5090-32gb", 32, fp32=105, bf16=209),
+        _listed("rtx-4090-24gb", 24, fp32=82.6, bf16=165),
+        _listed("rtx-3090-24gb", 24, fp32=35.6, bf16=71),
     )
 }
 

@@ -232,14 +232,14 @@ def test_the_model_beside_may_see_another_prompt(tiny, student):
     }
 
 
-def test_a_small_cache_makes_fewer_rows_and_the_same_text(tiny):
+def test_a_small_cache_makes_fewer_rows_and_the_same_text(tiny, monkeypatch):
     jobs = jobs_of(tiny)
     row = row_bytes(tiny.net, columns_of(max(len(job.prompt_ids) for job in jobs), 12))
     texts = []
     for room, rows in ((None, 7), (1, 1), (3 * row, 3)):
-        decoding = Decoding(cache_bytes=room)
-        assert len(_Batch(tiny.net, jobs, decoding).rows) == rows
-        texts.append(dict(generate(tiny.net, jobs, frozenset(), decoding=decoding)))
+        monkeypatch.setattr(SIZES, "cache_bytes", room)
+        assert len(_Batch(tiny.net, jobs, Decoding()).rows) == rows
+        texts.append(dict(generate(tiny.net, jobs, frozenset())))
     assert texts[0] == texts[1] == texts[2]
 
 
