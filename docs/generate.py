@@ -504,15 +504,27 @@ def _engines(shown: Mapping[str, tuple[str, str]]) -> str:
 
 def families() -> str:
     """The families of models that the tests send down every road, from the tests' own table."""
-    spec = importlib.util.spec_from_file_location("families", DOCS.parent / "tests" / "families.py")
-    assert spec is not None and spec.loader is not None
-    tried = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tried)
+    tried = from_tests("families")
     rows = []
     for family in tried.FAMILIES:
         roads = ["refused" if (family, road) in tried.REFUSED else "yes" for road in tried.ROADS]
         rows.append([family, *roads, "yes"])
     return table(["family", *tried.ROADS, tried.CHECKED], rows)
+
+
+def server_ways() -> str:
+    """What becomes of the ways of servers, from the tests' own table."""
+    tried = from_tests("server_ways")
+    return table(["the server", "becomes"], [[way.title, tried.OUTCOMES[way.outcome]] for way in tried.WAYS])
+
+
+def from_tests(name: str) -> Any:
+    """A module of the tests that holds a table."""
+    spec = importlib.util.spec_from_file_location(name, DOCS.parent / "tests" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def house() -> str:
@@ -567,6 +579,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         kept,
         bridges,
         engines,
+        server_ways,
         engines_llama,
         measured_engines,
         writing_engines,

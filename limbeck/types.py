@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 Finish = Literal["ok", "length", "empty", "filtered", "malformed", "refused", "error"]
+ANSWER_ENDS: dict[Finish, str] = {  # in words
+    "ok": "complete",
+    "length": "cut off",
+    "empty": "empty",
+    "filtered": "filtered by the server",
+    "malformed": "malformed",
+    "refused": "refused",
+    "error": "failed",
+}
+TAUGHT_FINISHES = ("ok", "length")  # an answer that ended otherwise is not trained on
 
 # sampling settings that have been in every request key since the first version
 ALWAYS_IN_KEYS = ("temperature", "top_p", "max_tokens")
@@ -26,6 +36,7 @@ ALWAYS_IN_KEYS = ("temperature", "top_p", "max_tokens")
 TOLD = "told"  # the kind of evidence that a server's log-probabilities of its own text are stored as
 TAUGHT = "taught"  # the column of text with gaps: 1 at tokens at which the teacher's distribution is known, else 0
 
+MOST_SHOWN = 300  # characters of another's words in a message of ours
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
 
@@ -151,6 +162,11 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
     @property
+    def teaches(self) -> bool:
+        """Whether the response is an answer of its writer: not empty, refused, filtered, malformed or missing."""
+        return self.meta.get("finish", "ok") in TAUGHT_FINISHES and bool(self.messages[-1]["content"].strip())
+
+    @property
     def id(self) -> str:
         ids = None if self.response_ids is None else list(self.response_ids)
         return content_hash({"messages": list(self.messages), "writer": self.writer, "ids": ids})
@@ -228,6 +244,11 @@ class Batch:
             return float(len(self.groups))
         on_B = self.rows_on(tag)
         return float(on_B.sum()) if unit == "row" else float(self.token_weights(column).sum(1)[on_B].sum())
+
+
+def printable(value: object) -> str:
+    """The value as one line of at most 300 characters that a terminal can show."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(value)[:MOST_SHOWN])
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:

@@ -57,6 +57,10 @@ class Served(Section):
     With `batch`, requests use the server's batch interface: answers within a day, usually at half the price. With
     `names`, the server also gives this many top tokens at each position of every step's text, which the student may
     write. With `logprobs`, it gives this many at each position of the text that it writes itself.
+
+    `answers_as` is the model's name in its answers, where that is another. Reasoning that comes beside an answer is
+    taught before it; `reasoning: drop` leaves it out. No more than the share `tolerate` of the answers may fail or be
+    malformed; those are not trained on. It is no part of the recipe's hash.
     """
 
     url: str
@@ -72,6 +76,9 @@ class Served(Section):
     batch: bool = False
     names: Annotated[int, Field(ge=1, le=65535)] | None = None
     logprobs: Annotated[int, Field(ge=1, le=1024)] | None = None
+    answers_as: str | None = None
+    reasoning: Literal["drop"] | None = None
+    tolerate: Annotated[float, Field(ge=0, lt=1)] | None = None
     price: Price | None = None
     limits: Limits = Limits()
 

@@ -7,6 +7,7 @@ The state of the data is one integer, the step.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from limbeck.types import Batch, Message, Sample, UserError
+from limbeck.types import TAUGHT_FINISHES, Batch, Message, Sample, UserError
 
 MICRO_TOKENS = 1024
 CHOSEN = "chosen"
@@ -63,7 +64,7 @@ def make_rows(
     max_length: int,
     teacher_prompt_ids: Callable[[tuple[Message, ...]], list[int]] | None = None,
 ) -> list[Row]:
-    """Tokenize samples; those with an empty answer are left out.
+    """Tokenize samples; those that teach nothing (empty, refused, ...) are left out.
 
     Args:
         prompt_ids, response_ids: tokenize the conversation before the answer, and the answer.
@@ -73,8 +74,14 @@ def make_rows(
     Raises:
         UserError: a row is longer than `max_length`, or there is no row at all.
     """
+    taught = [sample for sample in samples if sample.teaches]
+    if not taught:
+        finishes = [str(sample.meta.get("finish", "ok")) for sample in samples]
+        ends = Counter("empty" if finish in TAUGHT_FINISHES else finish for finish in finishes)
+        counts = ", ".join(f"{count:,} {finish}" for finish, count in ends.most_common())
+        raise UserError(f"there is no text to train on: of {len(samples):,} answers none can be used ({counts})")
     rows = []
-    for sample in samples:
+    for sample in taught:
         meta = sample.meta
         tags = frozenset(
             {
@@ -97,10 +104,7 @@ def make_rows(
                 f"the prompt {sample.messages[0]['content'][:60]!r}... and its answer take {len(row)} tokens, more than"
                 f" the student's context of {max_length}: shorten it, or lower writer.max_tokens"
             )
-        if sample.messages[-1]["content"].strip():
-            rows.append(row)
-    if not rows:
-        raise UserError("there is no text to train on: every answer was empty; look at the store's answers")
+        rows.append(row)
     return rows
 
 

@@ -83,11 +83,18 @@ class TrainingText:
                 scorer_identity=self.models.scorer_identity,
                 on_progress=partial(self._report_progress, "teacher", began),
                 stop=self.stop,
+                tolerate=self._tolerate,
             )
             try:
                 return prompts_of(elicitation.run(engine, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:
                 raise self._stopped(error.done, error.total) from None
+
+    @property
+    def _tolerate(self) -> float:
+        """The share of answers that may fail or be malformed."""
+        server = self.recipe.teacher.server
+        return 0.0 if server is None else server.tolerate or 0.0
 
     def _without_untouched(self) -> list[Sample]:
         """The training text that does not come from the student; layers of a pruned student are chosen by it."""
@@ -110,15 +117,17 @@ class TrainingText:
 
     def held_out(self) -> list[Sample]:
         """The teacher's answers to the held-out prompts."""
-        return self.said([(prompt, 0) for prompt in self.prompts[1]], self.held_out_sampling())
+        requests = [self._request(prompt, "teacher", self.held_out_sampling()) for prompt in self.prompts[1]]
+        return self._ask(requests, "teacher")
 
     def said(self, prompts: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
-        """The teacher's answers to these (prompt, seed), in their order; the seed is added to the text's."""
+        """The teacher's answers to these (prompt, seed), in their order, for a measurement; the seed is added to the
+        text's."""
         requests = [
             replace(request := self._request(prompt, "teacher", sampling), seed=request.seed + seed)
             for prompt, seed in prompts
         ]
-        return self._ask(requests, "teacher")
+        return self._ask(requests, "teacher", measured=True)
 
     def held_out_sampling(self) -> Sampling:
         """The sampling of held-out text, that of the teacher's training text (see `Recipe.held_out_writer`)."""
@@ -142,7 +151,7 @@ class TrainingText:
         samples = self.held_out()
         finishes = [str(sample.meta["finish"]) for sample in samples]
         counts = {
-            "answers": len(samples) - finishes.count("empty"),
+            "answers": sum(sample.teaches for sample in samples),
             "writer": "teacher",
             "cut_off": finishes.count("length"),
         }
@@ -220,7 +229,7 @@ class TrainingText:
         (request,) = label([prompt], self.models.writer_identity(by), sampling, self.recipe.text_seed)
         return request
 
-    def _ask(self, requests: Sequence[Request], by: str) -> list[Sample]:
+    def _ask(self, requests: Sequence[Request], by: str, measured: bool = False) -> list[Sample]:
         with Store(self.folder / "store.sqlite") as store:
             answers = elicit(
                 requests,
@@ -228,6 +237,7 @@ class TrainingText:
                 partial(self.models.writer, by),
                 on_progress=partial(self._report_progress, by, time.monotonic()),
                 stop=self.stop,
+                tolerate=None if measured else self._tolerate,
             )
         if len(answers) < len(requests):
             raise self._stopped(len(answers), len(requests))

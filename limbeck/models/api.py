@@ -18,13 +18,14 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 from limbeck.config.server import Served
 from limbeck.models.budget import Budget, Spending
-from limbeck.models.dialects import OPENAI, merged, put, read_answer, read_usage, refused_setting
-from limbeck.models.engines import ALL, ENGINES, is_engine
+from limbeck.models.dialects import OPENAI, merged, put
+from limbeck.models.engines import ALL, ENGINES
 from limbeck.models.http import (
     Backoff,
     Call,
@@ -36,19 +37,19 @@ from limbeck.models.http import (
     send_with_retries,
     without_key,
 )
+from limbeck.models.identity import FATAL, identify, is_bad_key, what_to_check
+from limbeck.models.replies import is_filtered, lacks_money, read_answer, read_usage, refused_setting
 from limbeck.models.told import keep
-from limbeck.types import Generated, Request, UserError, content_hash
+from limbeck.types import Finish, Generated, Request, UserError
 
 STORED_BYTES = 64 * 2**10  # of an answer that is not whole
 POLL_SECONDS = 0.2
 NOT_PROCESSED = frozenset({429, 503, 529})  # 529: Anthropic's "overloaded"
 REPEATABLE = frozenset({408, 409})  # the request's own fault otherwise
-# every request would get these; where to look
-FATAL = {401: "the key", 403: "the key's rights", 404: "the address and the model's name"}
-KEYS = (401, 403)
 LIMITS = ("max_tokens", "max_completion_tokens")  # names of the longest answer in OpenAI's protocol
 CHARS_PER_TOKEN = 3
 FAILURES_IN_A_ROW = 10  # and two for each request under way, before the server is given up
+USELESS_AT_FIRST = 5  # replies, and one for each request under way, where it has not answered any
 
 
 @dataclass
@@ -72,7 +73,9 @@ class ApiTeacher:
         self.budget = Budget(settings, self.sleep, self.clock)
         self._limit = self.engine.limit or self.dialect.places["max_tokens"]
         self._seeded = "seed" in self.engine.takes
-        self._failures = 0
+        self._failures = 0  # in a row
+        self._useless = 0  # replies in a row that are no answers
+        self._answered = False
         self._was_away = False
         self._identity: str | None = None
 
@@ -93,36 +96,8 @@ class ApiTeacher:
             UserError: no such server, another kind of server, or no such model.
         """
         if self._identity is None:
-            self._identity = self.endpoint.run(self._request_identity)
+            self._identity = self.endpoint.run(partial(identify, self.settings, self.engine))
         return self._identity
-
-    async def _request_identity(self, connection: Connection) -> str:
-        reply = await connection.send(Call("GET", self.dialect.models))
-        if reply.failure:
-            raise UserError(f"no answer from {self.endpoint.url}: {reply.error}; is the server running?")
-        if reply.status != 200:
-            raise UserError(f"{self.endpoint.url}/models answers {reply.status}: check {self._where(reply)}")
-        kind = self.settings.kind
-        if self.engine.probe is not None and not await is_engine(connection, self.engine):
-            raise UserError(
-                f"{self.endpoint.url} is not {self.engine.title} ({self.engine.probe[0]} says nothing of it): correct"
-                f" teacher.server.kind, {kind!r}, or leave it out"
-            )
-        models = self.dialect.listed(reply.json())
-        name = self.settings.name
-        if name not in models:
-            raise UserError(
-                f"{self.endpoint.url} serves {', '.join(sorted(models)) or 'no model'}, not {name!r}: set"
-                " teacher.server.name"
-            )
-        meta = as_dict(models[name].get("meta"))
-        sizes = {key: meta[key] for key in ("n_params", "size", "n_vocab") if isinstance(meta.get(key), int)}
-        facts = [name, str(models[name].get("root", "")), sizes]
-        chosen = {"kind": kind, "options": self.settings.options, "logprobs": self.settings.logprobs}
-        defaults = {key: Served.model_fields[key].get_default(call_default_factory=True) for key in chosen}
-        if chosen != defaults:  # left out before, so that old answers keep their keys
-            facts.append(chosen)
-        return f"served:{name}-{content_hash(facts)[:12]}"
 
     def answers(
         self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False
@@ -183,7 +158,30 @@ class ApiTeacher:
         refused = refused_setting(reply)
         if refused is not None and self._can_do_without(refused, reply):
             reply = await self.send(connection, self._call(request, suffix="-2"), tokens)
-        return self._generated(request, reply)
+        generated = self._generated(request, reply)
+        self._count_useless(generated, reply)
+        return generated
+
+    def _count_useless(self, generated: Generated, reply: Reply) -> None:
+        """Give the server up where it calls one request after the other wrong, or each of its answers is malformed.
+
+        Raises:
+            UserError: with its own words.
+        """
+        if generated.finish == "malformed" or (generated.finish == "error" and 400 <= reply.status < 500):
+            self._useless += 1
+        elif generated.finish != "error":
+            self._useless = 0
+            self._answered = True
+        most = FAILURES_IN_A_ROW + 2 * self.settings.concurrency
+        if not self._answered:
+            most = USELESS_AT_FIRST + self.settings.concurrency
+        if self._useless >= most:
+            what = "malformed answer" if generated.finish == "malformed" else f"refusal, {reply.status}"
+            raise UserError(
+                f"{self.endpoint.url} gave {self._useless} replies in a row that are no answers (last: {what}): change"
+                f" what is wrong, and run it again to go on. {reply.quote()}"
+            )
 
     def _call(self, request: Request, suffix: str = "") -> Call:
         """The HTTP request. `suffix` distinguishes one with another body from the first."""
@@ -250,7 +248,7 @@ class ApiTeacher:
         if reply.failure == "no connection":
             self._was_away = True
         elif self._was_away and reply.status == 200 and self._identity is not None:
-            now = await self._request_identity(connection)
+            now = await identify(self.settings, self.engine, connection)
             if now != self._identity:
                 raise UserError(
                     f"{self.endpoint.url} was away and came back with another model: {now}, not {self._identity}; serve"
@@ -261,13 +259,13 @@ class ApiTeacher:
     def _is_final(self, reply: Reply) -> bool:
         """Whether to keep this reply, rather than try again; counts failures."""
         url = self.endpoint.url
-        if self._is_bad_key(reply):
-            raise UserError(f"{url} answers {reply.status}: check {self._where(reply)}. {reply.quote()}")
-        if _is_answer(reply.status):
+        if _is_answer(reply.status) or is_filtered(reply):
             self._failures = 0
-            return True
-        if reply.status in FATAL or 300 <= reply.status < 400:
-            raise UserError(f"{url} answers {reply.status}: check {self._where(reply)}. {reply.quote()}")
+            if not is_bad_key(reply, self.dialect):
+                return True
+        if (300 <= reply.status < 500 and reply.status not in (*NOT_PROCESSED, *REPEATABLE)) or lacks_money(reply):
+            where = what_to_check(reply, self.settings, self.dialect)
+            raise UserError(f"{url} answers {reply.status}: check {where}. {reply.quote()}")
         if reply.status not in NOT_PROCESSED and reply.failure != "no connection":
             self.budget.spending.maybe_billed += 1
         self._failures += 1
@@ -277,20 +275,6 @@ class ApiTeacher:
                 f" again to go on. {reply.quote()}"
             )
         return False
-
-    def _where(self, reply: Reply) -> str:
-        """What to check after such a reply."""
-        if 300 <= reply.status < 400:
-            return "the address, which redirects elsewhere"
-        is_key = self._is_bad_key(reply) or reply.status in KEYS
-        where = FATAL[401] if self._is_bad_key(reply) else FATAL.get(reply.status, "the server")
-        if not is_key:
-            return where
-        is_set = "which is set" if reply.key else "which is not set"
-        return f"{where}, from the environment variable {self.settings.key}, {is_set}"
-
-    def _is_bad_key(self, reply: Reply) -> bool:
-        return reply.status == 400 and self.dialect.bad_key is not None and self.dialect.bad_key in reply.body
 
     def _names_tokens_of(self, request: Request) -> bool:
         """Whether log-probabilities are asked for with this text: the recipe wants them, and they are of the plain
@@ -331,18 +315,20 @@ class ApiTeacher:
     def _generated(self, request: Request, reply: Reply, count: bool = True) -> Generated:
         """The answer in a reply; `count` adds its tokens to the bill, where the server says how many they are."""
         if reply.status != 200:
-            return Generated(None, "", "error", reply.text(STORED_BYTES))
+            finish: Finish = "filtered" if is_filtered(reply) else "error"
+            return Generated(None, "", finish, reply.text(STORED_BYTES))
         data = reply.json()
         usage = read_usage(data, self.dialect)
         if usage is not None and count:
             self.budget.count_tokens(*usage)
         text, finish = read_answer(
             data,
-            self.settings.name,
+            self.settings.answers_as or self.settings.name,
             raw=request.raw is not None,
             max_tokens=request.sampling.max_tokens,
             usage=usage,
             dialect=self.dialect,
+            keep_reasoning=self.settings.reasoning != "drop",
         )
         raw = None if finish == "ok" else reply.text(STORED_BYTES)
         told = None

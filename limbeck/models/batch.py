@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from limbeck.models.api import FATAL, NOT_PROCESSED, REPEATABLE, ApiTeacher, estimated_tokens
+from limbeck.models.api import NOT_PROCESSED, REPEATABLE, ApiTeacher, estimated_tokens
 from limbeck.models.http import (
     Backoff,
     Call,
@@ -26,6 +26,7 @@ from limbeck.models.http import (
     run_async,
     send_with_retries,
 )
+from limbeck.models.identity import FATAL
 from limbeck.types import Generated, Request, UserError, canonical_json
 
 MAX_REQUESTS = 20_000  # of one batch; the provider takes 50,000 and 200 MB

@@ -1,39 +1,36 @@
 """How the protocols of model servers word a request for text and their reply: OpenAI's, Anthropic's and Google's.
 
-What a reply says is not trusted: a shape that is not the protocol's is `malformed`, and so is text with control tokens
-in it. The shapes follow the providers' published references; only llama.cpp's and vLLM's servers, which speak OpenAI's
-protocol, were also tried for real.
+What a reply says is judged in `replies.py`. The shapes follow the providers' published references; only llama.cpp's and
+vLLM's servers, which speak OpenAI's protocol, were also tried for real.
 
 Not covered: tools whose calls would be text to train on (an answer that calls one is `malformed`), images and sound.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from limbeck.models.chat import for_server, uses_tools
-from limbeck.models.http import Reply, as_dict, as_dicts
+from limbeck.models.http import as_dict, as_dicts
 from limbeck.types import Finish, Message, UserError
-
-CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|</?s>|<(?:start|end)_of_turn>")
-MOST_TOKENS = 2**40  # that a bill may name
-# how servers name a setting that they don't take, where the reply has no field for it
-REFUSALS = (
-    re.compile(r"[Uu]nsupported (?:parameter|value):? ['\"`](\w+)['\"`]"),
-    re.compile(r"^['\"`](\w+)['\"`] (?:is (?:deprecated|not supported)|(?:and ['\"`]\w+['\"`] )?cannot)"),
-)
 
 
 class Said(NamedTuple):
-    """What one reply says before it is judged: text, why it ended, a refusal in words, and its tokens' `logprobs`."""
+    """What one reply says before it is judged: text, why it ended, a refusal in words, its tokens' `logprobs`, and the
+    reasoning that stands beside the text."""
 
     text: Any
     reason: Any
     refusal: str = ""
+    reasoning: str = ""
     logprobs: Any = None
+
+
+# where servers of OpenAI's protocol put the reasoning of an answer, and the types of parts that hold it
+REASONING = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,8 @@ def merged(options: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any
 
 
 def _openai_listed(data: Any) -> dict[str, dict[str, Any]]:
-    return {str(model.get("id")): model for model in as_dicts(as_dict(data).get("data"))}
+    models = data if isinstance(data, list) else as_dict(data).get("data")  # some servers give the bare list
+    return {str(model.get("id")): model for model in as_dicts(models)}
 
 
 def _openai_frame(messages: Sequence[Message]) -> dict[str, Any]:
@@ -112,13 +110,31 @@ def _openai_said(data: dict[str, Any], raw: bool) -> Said | None:
     if not isinstance(message, dict):
         return None
     refusal = message.get("refusal")
-    text = message.get("text" if raw else "content")
+    content = message.get("text" if raw else "content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": "" if content is None else content}]
+    beside = next((text for key in REASONING if isinstance(text := message.get(key), str) and text.strip()), "")
     return Said(
-        "" if text is None else text,
+        _text_of(parts),
         choices[0].get("finish_reason"),
         refusal if isinstance(refusal, str) and refusal.strip() else "",
-        as_dict(choices[0].get("logprobs")).get("content"),
+        reasoning=beside or _reasoning_of(parts),
+        logprobs=as_dict(choices[0].get("logprobs")).get("content"),
     )
+
+
+def _text_of(parts: Sequence[Any]) -> str | None:
+    """The text of a message's parts, without those that hold reasoning; None where a part is something else."""
+    texts = [part for part in parts if not (isinstance(part, dict) and part.get("type") in THOUGHTS)]
+    return _joined(texts) if len(as_dicts(texts)) == len(texts) else None
+
+
+def _reasoning_of(parts: Any) -> str:
+    """The text of the parts that hold reasoning: plain, or in parts again."""
+    texts = []
+    for part in as_dicts(parts):
+        value = part.get(str(part.get("type"))) if part.get("type") in THOUGHTS else None
+        texts.append(value if isinstance(value, str) else _joined(as_dicts(value)) or "")
+    return "\n".join(text for text in texts if text.strip())
 
 
 OPENAI = Dialect(
@@ -140,7 +156,11 @@ OPENAI = Dialect(
     },
     always={"stream": False},
     read=_openai_said,
-    finishes={"stop": "ok", "length": "length", "content_filter": "filtered"},
+    finishes={  # OpenAI's three, and what other servers of the protocol say
+        **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "ok"),
+        **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
+        **dict.fromkeys(("content_filter", "safety"), "filtered"),
+    },
     read_tokens=("usage.prompt_tokens",),
     written_tokens=("usage.completion_tokens",),
 )
@@ -158,7 +178,8 @@ def _anthropic_said(data: dict[str, Any], _: bool) -> Said | None:
     content = data.get("content")
     if data.get("type") != "message" or not isinstance(content, list):
         return None
-    return Said(_joined([block for block in as_dicts(content) if block.get("type") == "text"]), data.get("stop_reason"))
+    text = _joined([block for block in as_dicts(content) if block.get("type") == "text"])
+    return Said(text, data.get("stop_reason"), reasoning=_reasoning_of(content))
 
 
 ANTHROPIC = Dialect(
@@ -218,6 +239,7 @@ def _gemini_said(data: dict[str, Any], _: bool) -> Said | None:
     return Said(
         _joined([part for part in parts if not part.get("thought")]),
         candidates[0].get("finishReason"),
+        reasoning=_joined([part for part in parts if part.get("thought")]) or "",
         logprobs=_gemini_logprobs(candidates[0].get("logprobsResult")),
     )
 
@@ -286,67 +308,3 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> str | None:
     """The text of all parts; None where one has none, such as a call of a function."""
     texts = [text for part in parts if isinstance(text := part.get("text"), str)]
     return "".join(texts) if len(texts) == len(parts) else None
-
-
-# Reading any of them
-
-
-def read_answer(
-    data: Any, model: str, *, raw: bool, max_tokens: int, usage: tuple[int, int] | None, dialect: Dialect = OPENAI
-) -> tuple[str, Finish]:
-    """(text, how it finished) of a reply's one answer.
-
-    A reply of the wrong shape is `malformed`, whatever it says; an answer of `max_tokens` tokens is `length`, even if
-    it says "stop".
-
-    Args:
-        raw: the reply is a completion's, not a chat's.
-        usage: tokens read and written, where the server says them.
-    """
-    said = dialect.read(as_dict(data), raw)
-    answered_by = get(data, dialect.answered_by)
-    if said is None or (isinstance(answered_by, str) and answered_by and not _is_same_model(answered_by, model)):
-        return "", "malformed"
-    if said.refusal:
-        return said.refusal, "refused"
-    finish = dialect.finishes.get(said.reason, "malformed") if isinstance(said.reason, str) else "malformed"
-    text = said.text
-    if finish in ("filtered", "refused"):
-        return text if isinstance(text, str) else "", finish
-    if not isinstance(text, str) or finish == "malformed" or CONTROL_TOKEN.search(text):
-        return text if isinstance(text, str) else "", "malformed"
-    if finish == "length" or (usage is not None and usage[1] >= max_tokens):
-        return text, "length"
-    return text, "ok" if text.strip() else "empty"
-
-
-def _is_same_model(answered_by: str, model: str) -> bool:
-    """Whether one name is the other with a date, or with an owner before it."""
-    return answered_by.startswith(model) or model.startswith(answered_by) or answered_by.endswith(f"/{model}")
-
-
-def read_usage(data: Any, dialect: Dialect = OPENAI) -> tuple[int, int] | None:
-    """(tokens read, tokens written) of a reply, None where it does not say both."""
-    sums = []
-    for places in (dialect.read_tokens, dialect.written_tokens):
-        counts = [count for place in places if type(count := get(data, place)) is int]
-        if not counts or not all(0 <= count < MOST_TOKENS for count in counts):
-            return None
-        sums.append(sum(counts))
-    return sums[0], sums[1]
-
-
-def refused_setting(reply: Reply) -> str | None:
-    """The key of the body that a reply of status 400 or 422 says this model does not take; None where it says none."""
-    if reply.status not in (400, 422):
-        return None
-    data = as_dict(reply.json())
-    error = as_dict(data.get("error"))
-    if error.get("code") in ("unsupported_parameter", "unsupported_value") and isinstance(error.get("param"), str):
-        return str(error["param"])
-    for detail in as_dicts(data.get("detail")):  # of servers that check requests with pydantic
-        where = detail.get("loc")
-        if detail.get("type") == "extra_forbidden" and isinstance(where, list) and where:
-            return str(where[-1])
-    matches = [found for pattern in REFUSALS if (found := pattern.search(reply.error_text()))]
-    return matches[0][1] if matches else None

@@ -28,15 +28,16 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from limbeck.types import UserError
+from limbeck.types import UserError, printable
 
 MAX_BYTES = 16 * 2**20  # of one answer
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
-SHOWN = 300  # characters of a server's words in a message of ours
+MOST_SHOWN = 1200  # characters of a server's words, before they are made printable
 LEAST_SECRET = 8  # characters; a shorter key could be a piece of any word, and keeps no secret
 KEY_CHARACTERS = re.compile(r"[!#-\[\]-~]*")  # a header can carry them, and JSON does not escape them
 Failure = Literal["", "no connection", "timeout", "broken connection"]
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 T = TypeVar("T")
 
 certificates = cache(ssl.create_default_context)  # reading them takes longer than a request
@@ -119,7 +120,7 @@ class Reply:
         data = as_dict(self.json())
         error = data.get("error") or data.get("message") or data.get("detail")
         message = (error.get("message") or error) if isinstance(error, dict) else error
-        return printable(without_key(str(message), self.key) if message else self.text(4 * SHOWN))
+        return printable(without_key(str(message), self.key) if message else self.text(MOST_SHOWN))
 
     def quote(self) -> str:
         """A sentence with what the server says went wrong, empty where it says nothing."""
@@ -284,7 +285,8 @@ def without_key(text: str, key: str) -> str:
 
 
 def read_json(body: bytes, allow_nan: bool = False) -> Any:
-    """The body as JSON; None where it is not, has a key twice, or holds NaN or infinities (unless they are allowed)."""
+    """The body as JSON; None where it is not, has a key twice, or holds NaN or infinities (unless they are allowed).
+    Halves of characters, which JSON can hold and UTF-8 can't, become U+FFFD."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(constant)
@@ -296,9 +298,19 @@ def read_json(body: bytes, allow_nan: bool = False) -> Any:
 
     try:
         text = body.decode("utf-8")
-        return json.loads(text, parse_constant=None if allow_nan else refuse, object_pairs_hook=unique)
+        data = json.loads(text, parse_constant=None if allow_nan else refuse, object_pairs_hook=unique)
+        return _whole(data) if SURROGATE.search(body) else data
     except (ValueError, RecursionError):
         return None
+
+
+def _whole(value: Any) -> Any:
+    """The value without halves of characters."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {_whole(key): _whole(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def as_dict(value: Any) -> dict[str, Any]:
@@ -321,8 +333,3 @@ def parse_retry_after(value: str | None) -> float | None:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None
-
-
-def printable(value: object) -> str:
-    """The value as one line of at most 300 characters that a terminal can show."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(value)[:SHOWN])

@@ -40,7 +40,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.folder import quiet
 from limbeck.models.generate import Completion, GenerationJob
-from limbeck.models.http import Call, Connection, Endpoint, as_dict, check_address, printable
+from limbeck.models.http import Call, Connection, Endpoint, as_dict, check_address
 from limbeck.models.quantise import QuantisedLinear
 from limbeck.models.sample import log_prob_of
 from limbeck.models.vllm_protocol import (
@@ -57,7 +57,7 @@ from limbeck.models.vllm_protocol import (
     completion_body,
 )
 from limbeck.storage.files import full_disk_as_os_error, new_directory, remove_directory, sweep, write_json
-from limbeck.types import Sampling, UserError
+from limbeck.types import Sampling, UserError, printable
 
 # mean difference from the student's log-probabilities: a guess that leaves room for bfloat16, not for other weights
 NATS = 0.3

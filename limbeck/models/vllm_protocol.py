@@ -21,11 +21,10 @@ from limbeck.models.http import (
     Reply,
     as_dict,
     as_dicts,
-    printable,
     read_json,
     send_with_retries,
 )
-from limbeck.types import UserError
+from limbeck.types import UserError, printable
 
 KEY_VARIABLE = "VLLM_API_KEY"  # the variable that vLLM's server itself reads
 COMPLETIONS = "/v1/completions"

@@ -9,16 +9,8 @@ from typing import Any
 from limbeck.report.grids import Grid
 from limbeck.report.metrics import number, percent
 from limbeck.storage.metrics_log import read_json
+from limbeck.types import ANSWER_ENDS
 
-FINISHES = {
-    "ok": "complete",
-    "length": "cut off",
-    "empty": "empty",
-    "filtered": "filtered by the server",
-    "malformed": "malformed",
-    "refused": "refused",
-    "error": "failed",
-}
 MAX_REASONS = 12
 
 
@@ -39,9 +31,9 @@ def elicitation_section(folder: Path) -> ElicitationSection | None:
     steps: list[dict[str, Any]] = elicitation["steps"] if elicitation else []
     if not steps:
         return None
-    answers = {finish: sum(step["answers"].get(finish, 0) for step in steps) for finish in FINISHES}
+    answers = {finish: sum(step["answers"].get(finish, 0) for step in steps) for finish in ANSWER_ENDS}
     total = sum(answers.values())
-    kinds = ", ".join(f"{count:,} {FINISHES[finish]}" for finish, count in answers.items() if count)
+    kinds = ", ".join(f"{count:,} {ANSWER_ENDS[finish]}" for finish, count in answers.items() if count)
     summary = f"The writer was asked for {total:,} answers ({kinds})." if total else "No model was asked for anything."
     summary += f" The steps turned {steps[0]['taken']:,} prompts into {steps[-1]['given']:,} samples."
     columns = [("Kind", ""), ("In", "samples"), ("Out", "samples"), ("Left out", ""), ("Answers", "requested")]

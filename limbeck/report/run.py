@@ -17,6 +17,7 @@ from limbeck.report.rollouts import own_texts
 from limbeck.report.table import paired_table, systems_tables
 from limbeck.report.teacher import teacher_aside, teacher_facts, teacher_name
 from limbeck.report.verdict import verdict
+from limbeck.types import ANSWER_ENDS
 
 
 def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -71,13 +72,15 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cards(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Cards about the teacher, the training prompts, the bridge, what the server said of its
+    """Cards about the teacher, the training prompts, how answers ended, the bridge, what the server said of its
     text, its bill, the held-out text and each task."""
     cards = [("Teacher", facts)] if (facts := teacher_facts(recipe.get("teacher"))) else []
     if isinstance(recipe.get("prompts"), dict):
         cards.append(("Training prompts", grids.facts(recipe["prompts"])))
     if notes := _json(folder / "prompts.json").get("notes"):
         cards.append(("Files of prompts", [(f"file {number}", note) for number, note in enumerate(notes, 1)]))
+    for part, ends in _json(folder / "answers.json").items():
+        cards.append((f"Answers: {part}", [(ANSWER_ENDS.get(end, end), f"{count:,}") for end, count in ends.items()]))
     if bridge := _json(folder / "bridge.json"):
         cards.append(("Bridge between the vocabularies", grids.facts(bridge)))
     if told := _json(folder / "logprobs.json"):

@@ -1,7 +1,9 @@
-"""What a run says and keeps before it begins: the devices that it takes, and what it read from the files of prompts."""
+"""What a run says and keeps before its training: the devices that it takes, what it read from the files of prompts, and
+how the answers that it has ended."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from limbeck.objectives.sizes import SIZES
 from limbeck.progress import Reporter
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
+from limbeck.types import ANSWER_ENDS, TAUGHT_FINISHES, Sample, UserError
 
 
 def tell_prompts(folder: Path, notes: Sequence[str], reporter: Reporter) -> None:
@@ -19,6 +22,27 @@ def tell_prompts(folder: Path, notes: Sequence[str], reporter: Reporter) -> None
         write_json(folder / "prompts.json", record)
     for note in notes:
         reporter.note(note)
+
+
+def tell_answers(folder: Path, parts: Mapping[str, Sequence[Sample]], reporter: Reporter) -> None:
+    """Say how many answers of each part of the text teach nothing, and keep how all of them ended for the page.
+
+    Raises:
+        UserError: no answer of a part can be used.
+    """
+    record = {}
+    for part, samples in parts.items():
+        ends = Counter(sample.meta.get("finish", "ok") for sample in samples)
+        record[part] = {finish: ends[finish] for finish in ANSWER_ENDS if ends[finish]}
+        if useless := {ANSWER_ENDS[end]: count for end, count in record[part].items() if end not in TAUGHT_FINISHES}:
+            counts = ", ".join(f"{count:,} {words}" for words, count in useless.items())
+            reporter.note(f"{part}: {sum(useless.values()):,} of {len(samples):,} answers are left out ({counts})")
+    if record and read_json(folder / "answers.json") != record:
+        write_json(folder / "answers.json", record)
+    for part, samples in parts.items():
+        if not any(sample.teaches for sample in samples):
+            counts = ", ".join(f"{count:,} {ANSWER_ENDS[end]}" for end, count in record[part].items())
+            raise UserError(f"{part}: of {len(samples):,} answers none can be used ({counts}); see store.sqlite")
 
 
 def settle(folder: Path, machine: Machine, facts: Mapping[str, str], reporter: Reporter) -> None:

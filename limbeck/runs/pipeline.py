@@ -34,7 +34,7 @@ from limbeck.report.page import write_report
 from limbeck.runs.claim import claim, run_folder
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
-from limbeck.runs.opening import settle, tell_prompts
+from limbeck.runs.opening import settle, tell_answers, tell_prompts
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
@@ -104,6 +104,12 @@ class Run:
         self.reporter.progress(done, total, detail)
         if self.stop():
             raise StoppedError(f"stopped; what was finished is kept in {self.folder}, run it again to go on")
+
+    def tell_answers(self) -> None:
+        """Have the training and the held-out text written, and say how the answers ended."""
+        parts = {"training text": self.text.training()} if self.recipe.fixed_writers else {}
+        parts["held-out text"] = self.text.held_out()
+        tell_answers(self.folder, parts, self.reporter)
 
     # Text in tokens
 
@@ -354,14 +360,15 @@ def run(
         tell_prompts(folder, method.prompt_notes, reporter)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
-            job.text.training()
+            job.tell_answers()
             if not recipe.fixed_writers and method.controls:
                 job.text.by_others()
-            job.text.held_out()
             if recipe.teacher.cache is not None and "train" not in stages:  # a training does it itself
                 reporter.stage("Teacher's distributions")
                 job.fill_cache()
         if "train" in stages:
+            if "elicit" not in stages and not job.path("student").exists():
+                job.tell_answers()
             reporter.stage("Student's start")
             job.models.choice()
             for name in ("student", *method.controls):

@@ -74,7 +74,7 @@ class Store:
         usage: tuple[int, int] | None = None,
         evidence: Sequence[Evidence] = (),
     ) -> None:
-        """Store an answer. When this returns, it is on disk.
+        """Store an answer, in the place of an earlier one to the same request. When this returns, it is on disk.
 
         Args:
             raw: the body of the server's reply.
@@ -92,14 +92,17 @@ class Store:
         with self._all_or_none():
             self._db.execute("insert or ignore into samples values (?, ?)", (sample.id, canonical_json(body)))
             self._db.execute(
-                "insert or ignore into answers values (?, ?, ?, ?)",
+                "insert or replace into answers values (?, ?, ?, ?)",
                 (request.key, canonical_json(question), finish, sample.id),
             )
+            self._db.execute("delete from bodies where key = ?", (request.key,))
             if raw is not None:
-                self._db.execute("insert or ignore into bodies values (?, ?)", (request.key, raw))
+                self._db.execute("insert into bodies values (?, ?)", (request.key, raw))
             if usage is not None:
                 self._db.execute(
-                    "insert or ignore into bills values (?, ?, ?, ?)", (request.key, sample.writer, *usage)
+                    "insert into bills values (?, ?, ?, ?) on conflict (key) do update"
+                    " set read = read + excluded.read, written = written + excluded.written",
+                    (request.key, sample.writer, *usage),
                 )
             self._db.executemany("insert or replace into evidence values (?, ?, ?, ?, ?)", _evidence_rows(evidence))
 

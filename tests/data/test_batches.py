@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.data.batches import FixedText, Row, make_batch, make_rows, steps_of_epoch
-from limbeck.types import Sample, UserError
+from limbeck.types import Finish, Sample, UserError
 
 
 def make(count: int, seed: int) -> list[Row]:
@@ -66,9 +68,10 @@ def sample(answer: str) -> Sample:
 
 
 def test_empty_answers_are_left_out_and_nothing_left_is_an_error():
-    rows = make_rows([sample("x"), sample("  ")], lambda _: [1], lambda s: [2], 100)
-    assert len(rows) == 1
-    with pytest.raises(UserError, match="every answer was empty"):
+    ended = [replace(sample("x"), meta={"finish": finish}) for finish in get_args(Finish)]
+    rows = make_rows([sample("x"), sample("  "), *ended], lambda _: [1], lambda s: [2], 100)
+    assert len(rows) == 3, "those that ended, and those that were cut off"
+    with pytest.raises(UserError, match=r"of 1 answers none can be used \(1 empty\)"):
         make_rows([sample("")], lambda _: [1], lambda s: [2], 100)
 
 

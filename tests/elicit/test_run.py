@@ -134,11 +134,15 @@ def test_what_failed_is_asked_again_and_what_was_answered_is_not(tmp_path):
         StepContext("m", 7, "0/x").request(sample.messages, Sampling()) for sample in pool_of("say one", "say two")
     ]
     with Store(tmp_path / "s.sqlite") as store:
-        found = elicit(requests, store, lambda: writer)
-        assert [sample.meta["finish"] for sample in found] == ["ok", "error"]
+        with pytest.raises(UserError, match=r"1 of 2 answers can't be used \(1 failed\).*tolerate: 0\.5"):
+            elicit(requests, store, lambda: writer)
+        for _ in range(2):
+            tolerated = elicit(requests, store, lambda: writer, tolerate=0.5)
+            assert [sample.meta["finish"] for sample in tolerated] == ["ok", "error"] and len(writer.asked) == 2
         writer.broken = []
-        assert [sample.meta["finish"] for sample in elicit(requests, store, lambda: writer)] == ["ok", "ok"]
-        assert Store.count(store.path) == {"ok": 2}
+        for _ in range(2):
+            assert [sample.meta["finish"] for sample in elicit(requests, store, lambda: writer)] == ["ok", "ok"]
+        assert Store.count(store.path) == {"ok": 2} and store.bill("m") == (2, 9, 3)
     assert len(writer.asked) == 3
 
 

@@ -14,9 +14,10 @@ from limbeck.config.recipe import load_recipe
 from limbeck.config.server import OURS, Served, ServerKind
 from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher
-from limbeck.models.dialects import ANTHROPIC, GEMINI, OPENAI, merged, refused_setting
+from limbeck.models.dialects import ANTHROPIC, GEMINI, OPENAI, merged
 from limbeck.models.engines import ENGINES, find_engine
 from limbeck.models.http import Reply
+from limbeck.models.replies import refused_setting
 from limbeck.types import RecipeError, Sampling, UserError
 from tests.scripted_server import MODEL, Handler, Scripted, answer
 
@@ -221,6 +222,20 @@ ENDS = [
     ("openai", answer("", "stop", refusal="I can't"), ("I can't", "refused")),
     ("openai", answer(None, "content_filter"), ("", "filtered")),
     ("openai", answer("fi", "length"), ("fi", "length")),
+    ("openai", answer([{"type": "text", "text": "fi"}, {"type": "text", "text": "ne"}]), ("fine", "ok")),
+    ("openai", answer([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "fine"}]), ("<think>\nhm\n</think>\n\nfine", "ok")),
+    ("openai", answer([{"type": "image_url", "image_url": {}}]), ("", "malformed")),
+    ("openai", answer("fine", reasoning_content="hm\n"), ("<think>\nhm\n</think>\n\nfine", "ok")),
+    ("openai", answer("\n\nfine", reasoning="hm"), ("<think>\nhm\n</think>\n\nfine", "ok")),
+    ("openai", answer("<think>hm</think>fine", reasoning="hm"), ("<think>hm</think>fine", "ok")),
+    ("openai", answer(None, reasoning_content="hm"), ("<think>\nhm", "empty")),
+    ("openai", answer("", "length", reasoning_content="hm"), ("<think>\nhm", "length")),
+    ("openai", answer("fine", "eos_token"), ("fine", "ok")),
+    ("openai", answer("fine", None), ("fine", "malformed")),
+    ("openai", answer("fine", "abort"), ("fine", "malformed")),
+    ("openai", answer("<s>old</s> is struck"), ("<s>old</s> is struck", "ok")),
+    ("openai", answer("fine</s>"), ("fine</s>", "malformed")),
+    ("openai", answer("<s>fine</s>"), ("<s>fine</s>", "malformed")),
     ("openai", answer(None, "tool_calls", tool_calls=[{"id": "1"}]), ("", "malformed")),
     ("openai", {"id": "x", "model": MODEL, "choices": [], "usage": {}}, ("", "malformed")),
     ("openai", {"error": {"message": "upstream failed"}}, ("", "malformed")),
@@ -228,15 +243,14 @@ ENDS = [
     ("anthropic", claude("fi", "max_tokens"), ("fi", "length")),
     ("anthropic", claude("fi", "model_context_window_exceeded"), ("fi", "length")),
     ("anthropic", claude(content=[]), ("", "empty")),
-    ("anthropic", claude(content=[{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "fine"}]), ("fine", "ok")),
+    ("anthropic", claude(content=[{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "fine"}]), ("<think>\nhm\n</think>\n\nfine", "ok")),
     ("anthropic", claude("", "tool_use", content=[{"type": "tool_use", "id": "1"}]), ("", "malformed")),
-    ("anthropic", claude(model="another"), ("", "malformed")),
     ("anthropic", {"type": "error", "error": {"type": "api_error"}}, ("", "malformed")),
     ("anthropic", claude(content="fine"), ("", "malformed")),
     ("gemini", gemini(reason="SAFETY"), ("fine", "filtered")),
     ("gemini", {"promptFeedback": {"blockReason": "SAFETY"}, "modelVersion": MODEL}, ("", "filtered")),
     ("gemini", gemini({"text": "fi"}, reason="MAX_TOKENS"), ("fi", "length")),
-    ("gemini", gemini({"text": "hm", "thought": True}, {"text": "fi"}, {"text": "ne"}), ("fine", "ok")),
+    ("gemini", gemini({"text": "hm", "thought": True}, {"text": "fi"}, {"text": "ne"}), ("<think>\nhm\n</think>\n\nfine", "ok")),
     ("gemini", gemini({"functionCall": {"name": "f"}}), ("", "malformed")),
     ("gemini", gemini(reason="MALFORMED_FUNCTION_CALL"), ("fine", "malformed")),
     ("gemini", {"candidates": [], "modelVersion": MODEL}, ("", "malformed")),
@@ -250,6 +264,93 @@ def test_ends_of_answers(kind, reply, expected):
         (found,), _, _ = ask(server, kind)
     assert (found.text, found.finish) == expected
     assert (found.raw is None) == (found.finish == "ok"), "what is no whole answer is kept for a look"
+
+
+def test_reasoning_is_dropped_where_the_recipe_says_so():
+    with Engine("openai", lambda number, body: answer("fine", reasoning_content="hm")) as server:
+        (found,), made, _ = ask(server, "openai", reasoning="drop")
+        assert (found.text, found.finish) == ("fine", "ok")
+        kept = ApiTeacher(Served(url=server.url, name=MODEL, kind="openai"))
+        assert made.identity != kept.identity, "an answer with its reasoning is another text"
+
+
+NAMES = {  # (name in the recipe, name in the answer): whether they are one model
+    ("toy", "toy"): True, ("toy", "org/toy"): True, ("org/toy", "toy"): True, ("models/flash-x", "flash-x"): True,
+    ("gpt-4o", "gpt-4o-2024-08-06"): True, ("gpt-4", "gpt-4-0613"): True, ("claude-x", "claude-x-20250929"): True,
+    ("claude-x-latest", "claude-x-20250929"): True, ("toy", "toy:latest"): True, ("flash", "flash-002"): True, ("Toy", "toy"): True,
+    ("gpt-4o", "gpt-4o-mini"): False, ("gpt-4", "gpt-4o"): False, ("llama-3", "llama-3.1"): False, ("m", "served-name-0613"): False,
+    ("a/toy", "b/toy"): False, ("qwen", "qwen-7b"): False, ("toy-2", "toy-20"): False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", NAMES, ids="-".join)
+def test_another_model_that_answers_ends_the_run_by_its_name(names):
+    name, answered_by = names
+    with Scripted(lambda number, body: answer(model=answered_by), models=[{"id": name}]) as server:
+        made = ApiTeacher(Served(url=server.url, name=name))
+        asked = [StepContext("served:toy", 7, "0/x").request((user("question"),), Sampling(0.5, 0.9, 16))]
+        if NAMES[names]:
+            ((_, found),) = made.answers(asked)
+            assert found.finish == "ok"
+            return
+        with pytest.raises(UserError, match=re.escape(f"asked for {name!r}, and {answered_by!r} answers")):
+            list(made.answers(asked))
+        allowed = ApiTeacher(Served(url=server.url, name=name, answers_as=answered_by))
+        ((_, found),) = allowed.answers(asked)
+        assert found.finish == "ok"
+
+
+def test_a_bare_list_of_models_is_read_and_none_is_needed():
+    class Listing(Handler):
+        def do_GET(self):
+            self.reply(self.server.says[0], json.dumps(self.server.says[1]).encode())
+
+    with Scripted(lambda number, body: answer() if body["messages"] else ("status", 422)) as server:
+        server.RequestHandlerClass = Listing
+        names = []
+        for server.says in ((200, [{"id": MODEL}]), (200, {"data": [{"id": MODEL}]}), (404, {}), (405, {})):
+            names.append(ApiTeacher(Served(url=server.url, name=MODEL)).identity)
+        assert len(set(names)) == 1
+        server.says = (200, [{"id": "other"}])
+        with pytest.raises(UserError, match="serves other, not 'toy'"):
+            _ = ApiTeacher(Served(url=server.url, name=MODEL)).identity
+        server.says, server.script = (404, {}), lambda number, body: ("status", 404)
+        with pytest.raises(UserError, match="answers 404: check the address"):
+            _ = ApiTeacher(Served(url=server.url, name=MODEL)).identity
+
+
+def error(status, **body):
+    return ("status", status, {}, json.dumps({"error": body}).encode())
+
+
+def test_a_server_that_refuses_everything_ends_the_run_with_its_own_words():
+    for reply, most, words in (
+        (error(402, message="Insufficient Balance"), 4, "402: check what is left to pay.*Insufficient Balance"),
+        (error(429, code="insufficient_quota", message="no quota"), 4, "429: check what is left to pay.*no quota"),
+        (
+            error(400, message="bad tools"),
+            12,
+            r"\d+ replies in a row that are no answers \(last: refusal, 400\).*bad tools",
+        ),
+        (answer("fine", None), 12, r"\d+ replies in a row that are no answers \(last: malformed"),
+        (
+            error(422, message="bad body"),
+            12,
+            r"\d+ replies in a row that are no answers \(last: refusal, 422\).*bad body",
+        ),
+    ):
+        with Scripted(lambda number, body, reply=reply: reply) as server:
+            with pytest.raises(UserError, match=words):
+                ask(server, "openai-compatible", count=100)
+            assert len(server.seen) <= most
+
+
+def test_a_filter_that_refuses_a_prompt_is_no_failure():
+    for status, code in ((400, "content_filter"), (400, "content_policy_violation"), (403, "content_filter")):
+        filtered = error(status, code=code)
+        with Scripted(lambda number, body, filtered=filtered: filtered if number % 2 else answer()) as server:
+            found, _, _ = ask(server, "openai-compatible", count=40, concurrency=1)
+        assert [one.finish for one in found] == ["ok", "filtered"] * 20
 
 
 def unsupported(param, message, code="unsupported_parameter"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import limbeck
-from limbeck.config.recipe import parse
+from limbeck.config.recipe import load_recipe, parse
 from limbeck.data.batches import Row
 from limbeck.elicit.prompts import split_prompts
 from limbeck.elicit.verify import verify
@@ -89,17 +89,85 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
 
 
 def test_an_answer_that_failed_is_not_measured_as_one(served, tmp_path):
-    """Text that is missing from the training goes with its reason; an evaluation waits for the server to answer."""
+    """An evaluation waits for the server to answer."""
     broken = [True]
 
     def some(number, body):
         return ("status", 400) if broken[0] and body["temperature"] == 0 else say(number, body)
 
     with Scripted(some) as server:
-        with pytest.raises(UserError, match=r"the server failed for .* prompts of the evaluation, such as 'h1'"):
+        with pytest.raises(
+            UserError, match=r"of \d+ answers can't be used \(\d+ failed\).*leave these prompts out of the evaluation"
+        ):
             run(served(server.url), tmp_path / "run")
         broken[0] = False
         assert (run(served(server.url), tmp_path / "run") / "report.html").exists()
+
+
+BAD = {
+    "refused": lambda: answer(None, refusal="I'm sorry"),
+    "filtered": lambda: answer("The first step", "content_filter"),
+    "malformed": lambda: answer("The first step", None),
+    "error": lambda: ("status", 400, {}, b'{"error": {"message": "too long"}}'),
+}
+
+
+def poisoned(ends):
+    """A server that ends the first answers to training prompts so, and then answers."""
+    left = [BAD[end] for end in ends]
+
+    def script(number, body):
+        return left.pop()() if left and body["temperature"] > 0 else say(number, body)
+
+    return script
+
+
+def limited(url, **settings):
+    return {"server": {"url": url, "name": "toy", "concurrency": 1, **settings}}
+
+
+def test_refused_and_filtered_answers_are_left_out_and_counted(served, tmp_path):
+    notes = []
+
+    class Noting(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    with Scripted(poisoned(["refused", "refused", "filtered"])) as server:
+        recipe = served(server.url, teacher=limited(server.url))
+        folder = run(recipe, tmp_path / "run", Noting())
+    total = len(split_prompts(recipe.prompts, recipe.evaluate).training)
+    words = f"training text: 3 of {total} answers are left out (1 filtered by the server, 2 refused)"
+    assert words in notes
+    ends = json.loads((folder / "answers.json").read_text())
+    assert ends["training text"] == {"ok": total - 3, "filtered": 1, "refused": 2}
+    page = (folder / "report.html").read_text()
+    assert "Answers: training text" in page and "filtered by the server" in page
+
+
+@pytest.mark.parametrize("end", ["malformed", "error"])
+def test_answers_that_can_not_be_used_end_the_run_or_are_tolerated(served, tmp_path, end):
+    with Scripted(poisoned([end] * 3)) as server:
+        strict = served(server.url, teacher=limited(server.url))
+        total = len(split_prompts(strict.prompts, strict.evaluate).training)
+        with pytest.raises(UserError, match=rf"3 of {total} answers can't be used \(3 .*tolerate: 0\.") as refusal:
+            run(strict, tmp_path / "run")
+        share = float(str(refusal.value).split("tolerate: ")[1].split(". The")[0])
+        loose = served(server.url, teacher=limited(server.url, tolerate=share))
+        assert loose.hash == strict.hash
+        folder = run(loose, tmp_path / "run")
+        student = (folder / "student" / "model.safetensors").read_bytes()
+        assert json.loads((folder / "answers.json").read_text())["training text"] == {"ok": total - 3, end: 3}
+        assert load_recipe(folder / "recipe.yaml").teacher.server.tolerate == share
+        asked = len(server.seen)
+        run(loose, folder)
+        assert len(server.seen) == asked and (folder / "student" / "model.safetensors").read_bytes() == student
+    with Scripted(poisoned([end] * 3)) as server:  # asked again, they are answered
+        recipe = served(server.url, teacher=limited(server.url))
+        with pytest.raises(UserError, match="can't be used"):
+            run(recipe, tmp_path / "again", stages=("elicit",))
+        folder = run(recipe, tmp_path / "again", stages=("elicit",))
+    assert json.loads((folder / "answers.json").read_text())["training text"] == {"ok": total}
 
 
 def test_ceilings_are_a_runs_and_not_a_processs(served, tmp_path):

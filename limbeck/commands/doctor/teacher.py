@@ -14,7 +14,6 @@ from torch import Tensor
 from limbeck.commands.doctor.patient import NothingToCheckError, Patient, response_targets, teacher_log_probs
 from limbeck.models.api import ApiTeacher
 from limbeck.models.engines import ENGINES, find_engine
-from limbeck.models.http import printable
 from limbeck.models.model import head_of
 from limbeck.models.own_text import PROBE, probe
 from limbeck.models.template import frame_of
@@ -22,7 +21,7 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import Block
 from limbeck.signals.dense import DenseRows
-from limbeck.types import Request, Sampling, UserError
+from limbeck.types import Request, Sampling, UserError, printable
 
 # KL in nats between local and served weights; 4-bit weights in llama.cpp's own arithmetic stay within 0.01
 MEAN_KL = 0.02

@@ -1,0 +1,150 @@
+"""What a model server's reply says: its answer and how that ended, its tokens, and a setting that it refuses.
+
+Nothing that a server says is trusted: a shape that is not the protocol's is `malformed`, and so is text in which a
+control token was left. Reasoning that stands beside an answer is put before it between `<think>` and `</think>`, as the
+models write it themselves, unless the recipe drops it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from limbeck.models.dialects import OPENAI, Dialect, get
+from limbeck.models.http import Reply, as_dict, as_dicts
+from limbeck.types import Finish, UserError
+
+CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|<(?:start|end)_of_turn>")
+OPEN, CLOSE = "<think>", "</think>"
+MOST_TOKENS = 2**40  # that a bill may name
+# what may follow a model's name where it stands for one version: a date, a number of three digits or more, "latest"
+VERSION = re.compile(r"[-@:](?:\d{3,}|\d{2,4}-\d{2}(?:-\d{2,4})?|latest)")
+# how servers name a setting that they don't take, where the reply has no field for it
+REFUSALS = (
+    re.compile(r"[Uu]nsupported (?:parameter|value):? ['\"`](\w+)['\"`]"),
+    re.compile(r"^['\"`](\w+)['\"`] (?:is (?:deprecated|not supported)|(?:and ['\"`]\w+['\"`] )?cannot)"),
+)
+BROKE = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_balance")
+FILTERED = ("content_filter", "content_policy_violation")
+
+
+def read_answer(
+    data: Any,
+    model: str,
+    *,
+    raw: bool,
+    max_tokens: int,
+    usage: tuple[int, int] | None,
+    dialect: Dialect = OPENAI,
+    keep_reasoning: bool = True,
+) -> tuple[str, Finish]:
+    """(text, how it finished) of a reply's one answer.
+
+    A reply of the wrong shape is `malformed`, whatever it says; an answer of `max_tokens` tokens is `length`, even if
+    it says "stop"; reasoning without an answer is `empty`.
+
+    Args:
+        raw: the reply is a completion's, not a chat's.
+        usage: tokens read and written, where the server says them.
+        keep_reasoning: whether reasoning that stands beside the answer is part of the text.
+
+    Raises:
+        UserError: another model answers.
+    """
+    said = dialect.read(as_dict(data), raw)
+    if said is None:
+        return "", "malformed"
+    check_name(get(data, dialect.answered_by), model)
+    if said.refusal:
+        return said.refusal, "refused"
+    finish = dialect.finishes.get(said.reason, "malformed") if isinstance(said.reason, str) else "malformed"
+    answer = said.text if isinstance(said.text, str) else ""
+    if finish in ("filtered", "refused"):
+        return answer, finish
+    text = _with_reasoning(said.reasoning, answer) if keep_reasoning else answer
+    if not isinstance(said.text, str) or finish == "malformed" or has_control_token(text):
+        return text, "malformed"
+    if finish == "length" or (usage is not None and usage[1] >= max_tokens):
+        return text, "length"
+    return text, "ok" if answer.strip() else "empty"
+
+
+def has_control_token(text: str) -> bool:
+    """Whether the server left a mark of a template in its text. Pairs of <s> and </s> within a text are HTML."""
+    begins, ends = text.count("<s>"), text.count("</s>")
+    inner = text.strip()
+    is_wrapped = begins == 1 and inner.startswith("<s>") and inner.endswith("</s>")
+    return CONTROL_TOKEN.search(text) is not None or begins != ends or is_wrapped
+
+
+def _with_reasoning(reasoning: str, answer: str) -> str:
+    """The answer after its reasoning, which stays open where no answer follows it."""
+    reasoning = reasoning.strip("\n")
+    if not reasoning.strip() or answer.lstrip().startswith(OPEN):
+        return answer
+    thought = f"{OPEN}\n{reasoning}"
+    return f"{thought}\n{CLOSE}\n\n" + answer.lstrip("\n") if answer.strip() else thought
+
+
+def check_name(answered_by: Any, model: str) -> None:
+    """Refuse the answer of another model. A server may name a version of the model, or leave its owner out.
+
+    Raises:
+        UserError: with the name that answers, and what to do about it.
+    """
+    if isinstance(answered_by, str) and answered_by and not is_same_model(answered_by, model):
+        raise UserError(
+            f"the server was asked for {model!r}, and {answered_by!r} answers: set teacher.server.name to the model"
+            f" that you mean, or, if both are one, teacher.server.answers_as: {answered_by!r}"
+        )
+
+
+def is_same_model(answered_by: str, model: str) -> bool:
+    """Whether two names are one, up to an owner or folder before it, a version after it, and case."""
+    names = [name.casefold() for name in (answered_by, model)]
+    if any("/" not in name for name in names):
+        names = [name.rpartition("/")[2] for name in names]
+    short, long = sorted((name.removesuffix("-latest") for name in names), key=len)
+    return long.startswith(short) and (long == short or VERSION.fullmatch(long[len(short) :]) is not None)
+
+
+def read_usage(data: Any, dialect: Dialect = OPENAI) -> tuple[int, int] | None:
+    """(tokens read, tokens written) of a reply, None where it does not say both."""
+    sums = []
+    for places in (dialect.read_tokens, dialect.written_tokens):
+        counts = [count for place in places if type(count := get(data, place)) is int]
+        if not counts or not all(0 <= count < MOST_TOKENS for count in counts):
+            return None
+        sums.append(sum(counts))
+    return sums[0], sums[1]
+
+
+def refused_setting(reply: Reply) -> str | None:
+    """The key of the body that a reply of status 400 or 422 says this model does not take; None where it says none."""
+    if reply.status not in (400, 422):
+        return None
+    data = as_dict(reply.json())
+    error = as_dict(data.get("error"))
+    if error.get("code") in ("unsupported_parameter", "unsupported_value") and isinstance(error.get("param"), str):
+        return str(error["param"])
+    for detail in as_dicts(data.get("detail")):  # of servers that check requests with pydantic
+        where = detail.get("loc")
+        if detail.get("type") == "extra_forbidden" and isinstance(where, list) and where:
+            return str(where[-1])
+    matches = [match for pattern in REFUSALS if (match := pattern.search(reply.error_text()))]
+    return matches[0][1] if matches else None
+
+
+def lacks_money(reply: Reply) -> bool:
+    """Whether the server refuses because nothing is left to pay it with."""
+    return reply.status == 402 or (reply.status in (403, 429) and bool(_codes(reply) & set(BROKE)))
+
+
+def is_filtered(reply: Reply) -> bool:
+    """Whether the server's filter refused the prompt, as some do with status 400."""
+    return reply.status in (400, 403) and bool(_codes(reply) & set(FILTERED))
+
+
+def _codes(reply: Reply) -> set[str]:
+    error = as_dict(as_dict(reply.json()).get("error"))
+    return {value for key in ("code", "type") if isinstance(value := error.get(key), str)}
