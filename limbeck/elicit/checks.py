@@ -1,7 +1,7 @@
-"""More verifiers: exact text, sets, orders, patterns, tool calls, citations, and instructions that a program can check.
+"""More verifiers: exact text, sets, orders, patterns and tool calls.
 
 Each takes a check (plain data that comes with a prompt) and an answer. A pattern runs for half a second at most; after
-that the answer has failed. Not covered: whether a cited passage supports the claim beside it, and languages.
+that the answer has failed.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import regex
 
 from limbeck.elicit.calls import is_call, same_argument, tool_calls
-from limbeck.elicit.json_in import NotJSONError, fenced, read_json
 from limbeck.elicit.labels import FLAGS, LETTER, mention
-from limbeck.types import UserError, nearest
+from limbeck.types import UserError
 
 Check = dict[str, Any]
 PATTERN_SECONDS = 0.5
@@ -31,14 +29,6 @@ MEANT = regex.compile(  # signs that change what is said: C++ and C#, -5, 1.5, 1
 )
 DROPPED = regex.compile(r"[^\p{L}\p{M}\p{N}\s\ue000]", regex.VERSION1)
 LISTED = re.compile(r"[,;\n、，；،؛・]|\b(?:and|und|et|y|e|и|og|och|en|ve)\b|(?<=[\u4e00-\u9fff])[和与及]|と(?=\S)")
-CITED = re.compile(r"\[(\d{1,4})\]")
-QUOTED = re.compile(r"[\"“](.+?)[\"”]", re.DOTALL)
-ABSTAINS = re.compile(
-    r"can(?:no|')t (?:be )?answer|not (?:be )?answer(?:ed|able)|do(?:es)?(?: not|n't) (?:say|contain|mention|answer)|no"
-    r" answer",
-    re.IGNORECASE,
-)
-SENTENCE = re.compile(r"[^.!?…]+[.!?…]+[\"'”’)\]]*(?=\s|$)")
 
 
 def normalised(text: str) -> str:
@@ -115,13 +105,20 @@ def order(check: Check, answer: str) -> bool:
 
 
 def pattern(check: Check, answer: str) -> bool:
-    """Whether the regular expression occurs in the answer (or, with `whole`, matches all of it)."""
-    compiled = regex.compile(check["pattern"])
-    match = compiled.fullmatch if check.get("whole") else compiled.search
+    """Whether the regular expression occurs in the answer (or, with `whole`, matches all of it), as they are written or
+    with composed accents. Lines end in \\n."""
+    written = answer.strip().replace("\r\n", "\n")
+    pattern, composed = (unicodedata.normalize("NFC", text) for text in (check["pattern"], written))
     try:
-        return match(answer.strip(), timeout=PATTERN_SECONDS) is not None
+        return _occurs(check, check["pattern"], written) or _occurs(check, pattern, composed)
     except TimeoutError:
         return False
+
+
+def _occurs(check: Check, pattern: str, text: str) -> bool:
+    compiled = regex.compile(pattern)
+    match = compiled.fullmatch if check.get("whole") else compiled.search
+    return match(text, timeout=PATTERN_SECONDS) is not None
 
 
 def check_pattern(check: Check, place: str) -> None:
@@ -168,111 +165,3 @@ def check_calls(check: Check, place: str) -> None:
                 f'{place}: a call needs a name and, for each argument, a list of values: {{"name": "f", "arguments":'
                 ' {"x": [1, 2]}}'
             )
-
-
-# Citations
-
-
-def citations(check: Check, answer: str) -> bool:
-    """Whether every [n] names one of the `gold` passages (all passages by default), at least one is cited (with `all`,
-    every gold one), and every quotation is in a cited passage. If no passage answers the question (`answerable:
-    false`), the answer must say so and cite nothing."""
-    passages = check["passages"]
-    cited = {int(number) for number in CITED.findall(answer)}
-    if not check.get("answerable", True):
-        return not cited and ABSTAINS.search(answer) is not None
-    gold = set(check.get("gold", range(1, len(passages) + 1)))
-    if not cited or not cited <= gold or not all(1 <= number <= len(passages) for number in cited):
-        return False
-    if check.get("all") and cited != gold:
-        return False
-    cited_text = " ".join(normalised(passages[number - 1]) for number in sorted(cited))
-    return all(normalised(quote) in cited_text for quote in QUOTED.findall(answer))
-
-
-# Instructions that a program can check (after Zhou et al., arXiv:2311.07911; the definitions are our own)
-
-
-def _within(count: int, rule: Any) -> bool:
-    """Whether a count is what a rule demands: a number, or bounds."""
-    if isinstance(rule, dict):
-        return bool(rule.get("least", 0) <= count <= rule.get("most", count))
-    return bool(count == rule)
-
-
-def _lines(text: str) -> Iterator[str]:
-    return (line.strip() for line in text.splitlines() if line.strip())
-
-
-def _has_word(text: str, word: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def _is_json(text: str) -> bool:
-    blocks = fenced(text) if text.lstrip().startswith("```") and text.rstrip().endswith("```") else []
-    try:
-        read_json(blocks[0][1] if len(blocks) == 1 else text)
-    except NotJSONError:
-        return False
-    return True
-
-
-RULES: dict[str, Callable[[str, Any], bool]] = {
-    "words": lambda text, rule: _within(len(text.split()), rule),
-    "sentences": lambda text, rule: _within(len(SENTENCE.findall(text)), rule),
-    "paragraphs": lambda text, rule: _within(
-        len([part for part in re.split(r"\n\s*\n|\n\s*\*\*\*\s*\n", text) if part.strip()]), rule
-    ),
-    "bullets": lambda text, rule: _within(sum(bool(re.match(r"[-*•]\s+\S", line)) for line in _lines(text)), rule),
-    "numbered": lambda text, rule: _within(sum(bool(re.match(r"\d+[.)]\s+\S", line)) for line in _lines(text)), rule),
-    "with": lambda text, rule: all(_has_word(text, word) for word in rule),
-    "without": lambda text, rule: not any(_has_word(text, word) for word in rule),
-    "letter": lambda text, rule: _within(text.casefold().count(str(rule["letter"]).casefold()), rule),
-    "word": lambda text, rule: _within(
-        len(re.findall(rf"(?<!\w){re.escape(str(rule['word']))}(?!\w)", text, re.IGNORECASE)), rule
-    ),
-    "capitals": lambda text, rule: _within(len(re.findall(r"\b[A-Z]{2,}\b", text)), rule),
-    "case": (
-        lambda text, rule: text == (text.upper() if rule == "upper" else text.lower()) and any(map(str.isalpha, text))
-    ),
-    "commas": lambda text, rule: _within(text.count(","), rule),
-    "begins": lambda text, rule: text.strip().casefold().startswith(str(rule).strip().casefold()),
-    "ends": lambda text, rule: text.strip().strip('"').casefold().endswith(str(rule).strip().casefold()),
-    "quoted": (
-        lambda text, rule: (len(text.strip()) > 1 and text.strip()[0] in '"“' and text.strip()[-1] in '"”') == rule
-    ),
-    "json": lambda text, rule: _is_json(text) == rule,
-    "title": lambda text, rule: (re.search(r"<<[^\n<>]+>>", text) is not None) == rule,
-    "highlighted": lambda text, rule: _within(len(re.findall(r"\*[^*\n]+\*", text.replace("**", "*"))), rule),
-    "placeholders": lambda text, rule: _within(len(re.findall(r"\[[^\[\]\n]+\]", text)), rule),
-    "postscript": lambda text, rule: re.search(rf"(?m)^\s*{re.escape(str(rule))}", text) is not None,
-    "sections": lambda text, rule: _within(
-        len(re.findall(rf"(?m)^\W*{re.escape(str(rule['named']))}\s+\w+", text)), rule
-    ),
-    "parts": lambda text, rule: _within(len([part for part in text.split("******") if part.strip()]), rule),
-    "repeats": lambda text, rule: text.strip().casefold().startswith(str(rule).strip().casefold()),
-}
-
-
-def instructions(check: Check, answer: str) -> bool:
-    """Whether the answer follows every rule. With `loose`, a rule may also be followed by the answer without its first
-    or last line, or both, or without asterisks."""
-    readings = [answer]
-    if check.get("loose"):
-        lines = answer.strip().splitlines()
-        shortened = [answer, "\n".join(lines[1:]), "\n".join(lines[:-1]), "\n".join(lines[1:-1])]
-        readings = [text for reading in shortened for text in (reading, reading.replace("*", ""))]
-    return all(
-        any(text.strip() and RULES[name](text, rule) for text in readings) for name, rule in check["rules"].items()
-    )
-
-
-def check_rules(check: Check, place: str) -> None:
-    """Refuse unknown rules, and rules of the wrong type: each is tried once on a text."""
-    for name, rule in check["rules"].items():
-        if name not in RULES:
-            raise UserError(f"{place}: there is no rule {name!r}{nearest(name, RULES)}")
-        try:
-            RULES[name]("A text.", rule)
-        except (TypeError, KeyError, AttributeError, re.error) as error:
-            raise UserError(f"{place}: the rule {name!r} can't be {rule!r} ({error})") from error

@@ -26,11 +26,14 @@ MAX_CHARS = 20_000
 
 def equivalent(check: dict[str, Any], answer: str) -> bool:
     """Whether the last mathematical expression in the answer (in a box, after "the answer is", in dollars, or a plain
-    number) equals `check["answer"]`, which is LaTeX or a plain number. Decimals are compared to `digits` places (6)."""
-    from limbeck.elicit.numbers import ascii_digits  # not above: this file also runs by itself
+    number) equals `check["answer"]`, which is LaTeX or a plain number. Decimals are compared to `digits` places (6).
+    What is denied ("not 12") does not count, and neither does one of two numbers ("12 or 13")."""
+    from limbeck.elicit.written_math import readable, undecided  # not above: this file also runs by itself
 
-    digits = check.get("digits", 6)
-    return _WORKER.ask({"gold": check["answer"], "answer": ascii_digits(answer[-MAX_CHARS:]), "digits": digits})
+    end = answer[-MAX_CHARS:]
+    if undecided(check["answer"], end):
+        return False
+    return _WORKER.ask({"gold": check["answer"], "answer": readable(end), "digits": check.get("digits", 6)})
 
 
 def check_answer(check: dict[str, Any], place: str) -> None:
@@ -103,7 +106,11 @@ def _serve() -> None:
             if "answer" in question:
                 answer = parse(question["answer"], formats, parsing_timeout=None)
                 verdict = bool(right and answer) and same(
-                    right, answer, float_rounding=question["digits"], timeout_seconds=None
+                    right,
+                    answer,
+                    float_rounding=question["digits"],
+                    timeout_seconds=None,
+                    allow_set_relation_comp=True,  # x <= 3 is an interval
                 )
             else:  # is this mathematics?
                 verdict = any(not isinstance(part, str) for part in right)

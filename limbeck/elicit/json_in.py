@@ -13,6 +13,8 @@ from typing import Any
 
 FENCE = re.compile(r"```[ \t]*([\w+.-]*)[^\n`]*\n(.*?)(?:\n[ \t]*```|```|\Z)", re.DOTALL)
 INLINE_FENCE = re.compile(r"```(?:json)?\s*([\[{].*?)\s*```", re.DOTALL | re.IGNORECASE)
+BEGUN = re.compile(r"\{\s*\"|\[\s*[\[{\"]")  # unlike a stray brace of prose
+BRACKET = re.compile(r"[\[\]{}]")
 TRIES = 64  # places where a value may begin
 
 
@@ -40,7 +42,7 @@ def fenced(text: str) -> list[tuple[str, str]]:
 
 def values_in(text: str, opens: str = "{[") -> list[Any]:
     """The JSON objects and lists (or what begins with one of `opens`) in a text, in their order, none inside of
-    another."""
+    another, nor inside of what begins as JSON and is broken."""
     decoder = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_object)
     values = []
     at = failed = 0
@@ -51,8 +53,19 @@ def values_in(text: str, opens: str = "{[") -> list[Any]:
             values.append(value)
         except (ValueError, RecursionError):
             failed += 1
-            at = match.end()
+            begun = BEGUN.match(text, match.start())
+            at = _closing(text, match.start()) if begun else match.end()
     return values
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket at `start` is closed; the text's end if it isn't."""
+    depth = 0
+    for match in BRACKET.finditer(text, start):
+        depth += 1 if match[0] in "{[" else -1
+        if depth == 0:
+            return match.end()
+    return len(text)
 
 
 def objects_in(text: str) -> list[dict[str, Any]]:

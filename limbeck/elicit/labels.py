@@ -84,6 +84,14 @@ def mention(text: str) -> str:
     return f"{_left(words)}{body}{_right(words)}"
 
 
+def whole(text: str) -> regex.Pattern[str]:
+    """A regular expression (of `regex`) for exactly this text, where it neither begins nor ends inside a word. Of words
+    without spaces between them any part will do, and Korean ones may have an ending."""
+    left = rf"(?<!{LETTER})" if regex.match(LETTER, text, FLAGS) else r"(?<!\p{Hangul})" * ("가" <= text[:1] <= "힣")
+    right = rf"(?!{LETTER})" if regex.match(LETTER, text[-1:], FLAGS) else ""
+    return regex.compile(left + regex.escape(text) + right, FLAGS)
+
+
 def _left(words: str) -> str:
     first = words[:1]
     if regex.fullmatch(rf"[{UNSPACED}]", first):

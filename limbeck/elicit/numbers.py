@@ -74,6 +74,7 @@ EITHER = regex.compile(
     r"[^\d\n]{0,16}?(?:\b(?:or|oder|ou|или|o bien|eller|of|lub|maybe|perhaps)\b|或者?|または|또는|أو|या)[^\d\n]{0,16}",
     regex.IGNORECASE,
 )
+SPAN = regex.compile(r"[ ]?[-–~～〜][ ]?")
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,14 @@ def numbers_in(text: str, decimal: Decimal = ".") -> list[WrittenNumber]:
     return found
 
 
-def final_number(text: str, decimal: Decimal = ".") -> WrittenNumber | None:
-    """The last number that the text does not deny ("not 12"); None without one, or where it leaves a choice ("12 or
-    13")."""
+def final_number(text: str, decimal: Decimal = ".", ranges: bool = True) -> WrittenNumber | None:
+    """The last number that the text does not deny ("not 12"); None without one, or where it offers two: "12 or 13",
+    and "12-13" if that can be a range."""
     found = [number for number in numbers_in(text, decimal) if not denied(text, number)]
-    if (
-        len(found) > 1
-        and EITHER.fullmatch(text[found[-2].end : found[-1].start])
-        and found[-2].value != found[-1].value
-    ):
-        return None
+    if len(found) > 1 and not any(map(found[-2].may_be, found[-1].readings)):
+        between = text[found[-2].end : found[-1].start]
+        if EITHER.fullmatch(between) or (ranges and SPAN.fullmatch(between)):
+            return None
     return found[-1] if found else None
 
 

@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +33,12 @@ from limbeck.types import UserError
 
 ALLOW = "LIMBECK_RUN_CODE"
 NOBODY = 65534
-FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+FENCE = re.compile(r"(?P<indent>[\s>]*)(?P<mark>`{3,}|~{3,})[ \t]*[{.]{0,2}(?P<language>[\w+#-]*)[^`]*$")
+TAGGED = re.compile(r"\[(?:PYTHON|BEGIN)\](.*?)(?:\[/PYTHON\]|\[DONE\]|\Z)", re.DOTALL)  # Code Llama's
 # Runs inside the sandbox and executes the program and its tests. The limits are set here, where only the program's own
 # processes count, because its user or its user namespace is new. They are hard limits, which can't be raised again.
 INSIDE = """
-import json, os, resource, sys
+import json, os, resource, sys, types
 job = json.load(sys.stdin)
 if job["user"] is not None:
     os.setgroups([])
@@ -47,7 +49,8 @@ for name, value in job["limits"].items():
 null = os.open("/dev/null", os.O_RDONLY)
 os.dup2(null, 0)
 os.close(null)
-scope = {"__name__": "__program__"}
+module = sys.modules["__program__"] = types.ModuleType("__program__")
+scope = vars(module)  # in a module, which dataclasses and pickle look up by its name
 exec(compile(job["program"], "<program>", "exec"), scope)
 exec(compile(job["tests"], "<tests>", "exec"), scope)
 sys.stdout.flush()
@@ -128,9 +131,40 @@ def _missing() -> str | None:
 
 
 def program_in(answer: str) -> str:
-    """The program in an answer: its first fenced block of Python, or the whole answer."""
-    fenced = FENCED.search(answer)
-    return fenced[1] if fenced else answer
+    """The program in an answer: its first block of Python, its first without a language, or the whole answer."""
+    blocks = _blocks(answer.replace("\r\n", "\n"))
+    for languages in (("python", "python3", "py", "py3"), ("",)):
+        for language, block in blocks:
+            if language in languages:
+                return block
+    tagged = TAGGED.search(answer)
+    return tagged[1] if tagged else answer
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block, also in lists and quotations; one that is not closed goes to the end. A
+    fence that is indented further than the block's own is part of it, as in a docstring."""
+    blocks: list[tuple[str, list[str]]] = []
+    opened = None
+    for line in text.split("\n"):
+        mark = FENCE.match(line)
+        if opened is None:
+            if mark:
+                opened = mark
+                blocks.append((mark["language"].lower(), []))
+        elif mark and _closes(mark, opened):
+            opened = None
+        else:
+            indent = opened["indent"]
+            inside = line.lstrip(" \t>") if not line.strip(" \t>") else line
+            blocks[-1][1].append(line[len(indent) :] if line.startswith(indent) else inside)
+    texts = [(language, "\n".join(lines)) for language, lines in blocks]
+    return [(name, textwrap.dedent(code) if code.lstrip("\n")[:1].isspace() else code) for name, code in texts]
+
+
+def _closes(mark: re.Match[str], opened: re.Match[str]) -> bool:
+    bare = mark["mark"].startswith(opened["mark"]) and mark.string.rstrip().endswith(mark["mark"])
+    return bare and len(mark["indent"]) <= len(opened["indent"]) + 3
 
 
 def run_tests(program: str, tests: str, limits: SandboxLimits | None = None) -> Outcome:

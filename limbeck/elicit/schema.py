@@ -6,6 +6,7 @@ A schema is data: references are not fetched, and its patterns run for half a se
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import regex
@@ -16,24 +17,36 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from limbeck.elicit.checks import PATTERN_SECONDS
-from limbeck.elicit.json_in import NotJSONError, fenced, objects_in, read_json
+from limbeck.elicit.json_in import NotJSONError, fenced, read_json, values_in
 from limbeck.types import UserError
 
 
 def conforms(check: dict[str, Any], answer: str) -> bool:
-    """Whether the answer, its first fenced block, or the only JSON object in it, is JSON that conforms to `schema`."""
-    blocks = fenced(answer)
-    objects = [] if blocks else objects_in(answer)
+    """Whether the answer, its first block of JSON, or the only JSON object or list in it conforms to `schema`."""
     try:
-        try:
-            value = read_json(blocks[0][1] if blocks else answer)
-        except NotJSONError:
-            if len(objects) != 1:
-                return False
-            value = objects[0]
-        return bool(_validator(check["schema"]).is_valid(value))
-    except (RecursionError, TimeoutError):
+        return bool(_validator(check["schema"]).is_valid(_value(answer)))
+    except (NotJSONError, RecursionError, TimeoutError):
         return False
+
+
+def _value(answer: str) -> Any:
+    """The JSON that an answer gives.
+
+    Raises:
+        NotJSONError: there is none, or there are several and no fence says which.
+    """
+    blocks = fenced(answer)
+    labelled = [block for language, block in blocks if language == "json"]
+    if labelled:
+        return read_json(labelled[0])
+    for text in (answer.lstrip("\ufeff"), *(block for _, block in blocks)):
+        with suppress(NotJSONError):
+            return read_json(text)
+    found = values_in(answer)
+    found = [value for value in found if isinstance(value, dict)] or found  # [1] beside an object may be a citation
+    if len(found) != 1:
+        raise NotJSONError(f"{len(found)} values")
+    return found[0]
 
 
 def check_schema(check: dict[str, Any], place: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.elicit import checks, equivalence, sandbox, schema
+from limbeck.elicit import checks, citing, equivalence, instructions, sandbox, schema
 from limbeck.elicit.checks import Check
 from limbeck.elicit.json_in import objects_in, same
 from limbeck.elicit.labels import claimed
@@ -14,7 +14,7 @@ from limbeck.elicit.numbers import denied, final_number, numbers_in
 from limbeck.elicit.thinking import after_thinking, boxed, stated
 from limbeck.types import UserError, nearest
 
-VERSION = 2  # of the verdicts: records of another version are not mixed with ours
+VERSION = 3  # of the verdicts: records of another version are not mixed with ours
 MAX_CHARS = 100_000
 
 
@@ -66,8 +66,8 @@ class Verifier:
 
 def _number(check: Check, answer: str) -> bool:
     """Whether the right number is in the answer's last box, or else the last number of the answer; with `strict`, the
-    first one after the last "####" or "answer is". A number that is denied ("not 12"), or one of two ("12 or 13"),
-    does not count. `decimal` says what a lone point or comma is, see `numbers.py`."""
+    first one after the last "####" or "answer is". A number that is denied ("not 12"), or one of two ("12 or 13",
+    "12-13"), does not count. `decimal` says what a lone point or comma is, see `numbers.py`."""
     decimal = check.get("decimal", ".")
     right = float(check["answer"])
     if check.get("strict"):
@@ -123,8 +123,8 @@ VERIFIERS = {
     "set": Verifier({"items": list}, checks.items, texts="items"),
     "pattern": Verifier({"pattern": str}, checks.pattern, checks.check_pattern),
     "tool_call": Verifier({"calls": list}, checks.tool_call, checks.check_calls),
-    "citations": Verifier({"passages": list}, checks.citations, texts="passages"),
-    "instructions": Verifier({"rules": dict}, checks.instructions, checks.check_rules),
+    "citations": Verifier({"passages": list}, citing.citations, texts="passages"),
+    "instructions": Verifier({"rules": dict}, instructions.instructions, instructions.check_rules),
     "math": Verifier({"answer": str}, equivalence.equivalent, equivalence.check_answer),
     "json_schema": Verifier({"schema": dict}, schema.conforms, schema.check_schema),
     "unit_tests": Verifier({"tests": str}, _unit_tests, lambda check, place: sandbox.require(place)),

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from limbeck.elicit import equivalence
-from limbeck.elicit.checks import RULES, normalised, tool_calls
+from limbeck.elicit.checks import normalised, tool_calls
+from limbeck.elicit.instructions import RULES
 from limbeck.elicit.verify import parse_check, verify
 from limbeck.types import UserError
 
@@ -93,6 +94,15 @@ def test_every_rule_is_followed_or_not(name):
     assert verify(check, good) is True and verify(check, bad) is False and verify(check, "  ") is False
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_reads_a_long_answer_in_seconds(name):
+    check = {"type": "instructions", "rules": {name: FOLLOWED[name][0]}}
+    for piece in ("\n", " ", "...", "a. ", "* ", "[a", "A", "<<", "1.\n", '"'):
+        began = time.process_time()
+        assert verify(check, piece * (100_000 // len(piece)) + "x") in (True, False)
+        assert time.process_time() - began < 10, piece
+
+
 def test_a_loose_reading_forgives_first_and_last_lines_and_asterisks():
     check = {"type": "instructions", "rules": {"begins": "Dear", "commas": 0}}
     answer = "Sure, here it is:\n**Dear all** hello\nHope that helps, bye"
@@ -134,6 +144,8 @@ def test_without_its_library_a_mathematical_check_says_what_to_install(monkeypat
         ({"type": "pattern", "pattern": "("}, "not a regular expression"), ({"type": "pattern", "pattern": "a" * 501}, "make it shorter"),
         ({"type": "tool_call", "calls": [{"arguments": {}}]}, "a call needs a name"), ({"type": "tool_call", "calls": [{"name": "f", "arguments": {"x": 1}}]}, "list of values"),
         ({"type": "instructions", "rules": {"wrods": 3}}, "did you mean 'words'"), ({"type": "instructions", "rules": {"with": 3}}, "can't be 3"),
+        ({"type": "instructions", "rules": {"words": {"at_least": 3}}}, "knows no 'at_least'"),
+        ({"type": "instructions", "rules": {"with": "red"}}, "list of words"), ({"type": "instructions", "rules": {"case": "Upper"}}, "can't be 'Upper'"),
         ({"type": "json_schema", "schema": {"type": "thing"}}, "not a JSON Schema"), ({"type": "json_schema", "schema": {"pattern": "("}}, "is not a 'regex'"),
         ({"type": "json_schema", "schema": {"$ref": "https://example.org/schema"}}, "nothing is fetched"), ({"type": "math", "answer": "\\frac{"}, "can't be parsed"),
         ({"type": "set", "items": [1]}, "must be text"), ({"type": "exact"}, "needs 'answer'"), ({"type": "citations", "passages": [1]}, "must be text"),
@@ -143,6 +155,11 @@ def test_a_malformed_check_is_refused_with_its_place(check, words):
     with pytest.raises(UserError, match=words) as caught:
         parse_check(check, "items.jsonl, line 3")
     assert str(caught.value).startswith("items.jsonl, line 3: ")
+
+
+def test_one_number_written_twice_leaves_no_choice():
+    assert verify({"type": "number", "answer": 0.5}, "1/2 (or 50%)") is True
+    assert verify({"type": "number", "answer": 0.5}, "1/2 or 5%") is False
 
 
 def test_answers_are_compared_as_squad_does():

@@ -15,7 +15,7 @@ TABLE = [
     (choice("(A)", "(A)", "(B)"), ["(A)", "（A）", "The answer is (A).", "(a)"], ["(B)", "(A) (B)", "(A) or (B)", "A"]),
     (choice("B", "A", "B", "C"), [
         "B", "b", "(B)", "B)", "b)", "b.", "B: Paris", "**B**", "The answer is B, a mammal.", "A whale is a mammal, so B", "It is B.", "Option B", "option b.", "答案是B", "答案：B。", "答えはBです", "정답은 B입니다", "Ответ: B", "Respuesta: B",
-        "\\boxed{B}", "\\boxed{\\text{B}}", "A is a fish, C is a bird. The answer is B.", "[B]", "“B”", "Not A. B", "B because it barks", "A is wrong, B is right", "<answer>B</answer>", "Ｂ", "（B）", "B\n\nA dog barks."], [
+        "\\boxed{B}", "\\boxed{\\text{B}}", "A is a fish, C is a bird. The answer is B.", "[B]", "“B”", "Not A. B", "B because it barks", "A is wrong, B is right", "<answer>B</answer>", "<think>\nIt could be A or B, 3 of them... {\"x\": 1}, no.\n</think>\n\nB", "Ｂ", "（B）", "B\n\nA dog barks."], [
         "A", "C", "A, B", "A or B", "A/B", "A, B, C", "not B", "B is wrong", "neither B nor C", "It can't be B", "The answer is A or B", "The answer is B. No, the answer is C.", "The answer is A. Not B.", "B-movie", "Bee", "AB", "", "x", "B?", "Either B or C",
         "答案不是B", "B ist falsch", "\\boxed{A} B", "I think a", "a b c"]),
     (choice("A", "A", "B", "C"), ["A", "a", "A is right", "It is A because it swims", "(a) fish", "Answer: A"], ["A whale lives there.", "It is a whale", "B, a mammal", "a whale", "A and B"]),

@@ -6,7 +6,7 @@ def exact(*right: str, **more) -> dict:
 
 
 TABLE = [
-    (exact("Paris"), ["Paris", "paris", "Paris.", "  Paris\n", "**Paris**", "“Paris”", "The Paris", "PARIS!", "<think>Rome</think>Paris", "Ｐａｒｉｓ", "Paris\u200b", "(Paris)"], ["", "Rome", "Paris, France", "not Paris", "Paris or Rome", "Pari", "comparison", "<think>Paris", "<think>Paris</think>", "Paris Paris", "P a r i s"]),
+    (exact("Paris"), ["Paris", "paris", "Paris.", "  Paris\n", "**Paris**", "“Paris”", "The Paris", "PARIS!", "<think>Rome</think>Paris", "<think>\nFrance, so Paris.\n</think>\n\nParis", "Ｐａｒｉｓ", "Paris\u200b", "(Paris)"], ["", "Rome", "Paris, France", "not Paris", "Paris or Rome", "Pari", "comparison", "<think>Paris", "<think>Paris</think>", "Paris Paris", "P a r i s"]),
     (exact("café"), ["café", "cafe\u0301", "CAFÉ", "Café."], ["cafe", "cafés", "café au lait"]),
     (exact("The Nile", "Nile river"), ["the nile", "a Nile River!", "Nile", "Nile  river"], ["The Nile river in Egypt", "river", "nil"]),
     (exact("C++"), ["C++", "c++", "C++."], ["C", "C#", "C+"]),

@@ -7,6 +7,7 @@ KANJI = {"type": "order", "items": ["一月", "二月", "三月"]}
 PARIS = {"type": "contains", "all": ["paris", "12"]}
 CODE = {"type": "contains", "all": ["print(", "[0]"]}
 CAFE = {"type": "contains", "all": ["café"]}
+PAIR = {"type": "order", "items": ["one", "two"]}
 DATES = {"type": "order", "items": ["2019-11-20", "2020-02-14"]}
 
 TABLE = [
@@ -15,8 +16,9 @@ TABLE = [
     (ORDER, ["one two three", "One, then two, then three.", "three, one, two sorted is: one, two, three", "one, two, three: one is least", "**one** < _two_ < three", "1. one\n2. two\n3. three", "<think>three two one</think>one two three"], [
         "one three two", "two one three", "one two", "", "someone twofold threefold", "one, two, three. No: three, two, one", "three two one", "one, two, three; one, three, two; two, one, three; one, two, three", "<think>one two three", "two one two three one"]),
     (KANJI, ["一月、二月、三月", "一月二月三月です", "順番は一月→二月→三月"], ["三月、二月、一月", "一月、三月、二月", "一月と二月"]),
+    (PAIR, ["one two"], ["two one"]),
     (DATES, ["2019-11-20, 2020-02-14", "first 2019-11-20 and last 2020-02-14"], ["2020-02-14, 2019-11-20", "2019-11-201, 2020-02-14"]),
-    (PARIS, ["Paris has 12 gates", "12 in PARIS.", "Parisian 12", "(paris) 12x", "«Paris», 12", "<think>no</think>Paris 12"], ["comparison of 12", "Paris 112", "Paris 120", "Paris", "12", "<think>Paris 12</think>London", "<think>Paris 12", "unparis 12"]),
+    (PARIS, ["Paris has 12 gates", "12 in PARIS.", "Parisian 12", "(paris) 12x", "«Paris», 12", "<think>no</think>Paris 12"], ["comparison of 12", "Paris 112", "Paris 120", "Paris", "12", "<think>Paris 12</think>London", "<think>Is it Paris? 12?</think>It is London.", "<think>Paris 12", "unparis 12"]),
     (CODE, ["print(x[0])", "```python\nprint(a[0])\n```", "PRINT( y[0]", "sys.print(x[0])"], ["sprint(x[0])", "print x[0]", "print(x[1])", "print(x[10])"]),
     (CAFE, ["un café", "cafe\u0301 noir", "CAFÉ", "cafés", "le «café»"], ["cafe", "décafé", "caf\u00e8"]),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ WORDS = {
 TABLE = [
     (HEIGHT, [
         '{"name": "height", "arguments": {"n": 7}}', '{"name": "height", "arguments": {"n": 7.0}}', '{"name": "height", "parameters": {"n": 7}}', '{"name": "height", "arguments": "{\\"n\\": 7}"}', '[{"name": "height", "arguments": {"n": 7}}]',
-        '<tool_call>\n{"name": "height", "arguments": {"n": 7}}\n</tool_call>', '<tool_call>{"name": "height", "arguments": {"n": 7}}', '<think>\nheight(n=8)?\n</think>\n\n<tool_call>\n{"name": "height", "arguments": {"n": 7}}\n</tool_call>',
+        '<tool_call>\n{"name": "height", "arguments": {"n": 7}}\n</tool_call>', '<tool_call>{"name": "height", "arguments": {"n": 7}}', '<think>\nUse height.\n</think>\n\n<tool_call>\n{"name": "height", "arguments": {"n": 7}}\n</tool_call>', '<think>\nheight(n=8)?\n</think>\n\n<tool_call>\n{"name": "height", "arguments": {"n": 7}}\n</tool_call>',
         '[TOOL_CALLS] [{"name": "height", "arguments": {"n": 7}}]', '[TOOL_CALLS]height{"n": 7}', '[TOOL_CALLS]height[ARGS]{"n": 7}', '[TOOL_CALLS]height[CALL_ID]abc123[ARGS]{"n": 7}',
         '{"tool_calls": [{"type": "function", "function": {"name": "height", "arguments": "{\\"n\\": 7}"}}]}', '{"type": "function", "function": {"name": "height", "arguments": {"n": 7}}}', '{"type": "function", "name": "height", "parameters": {"n": 7}}',
         "[height(n=7)]", "[ height( n = 7 ) ]", "```python\n[height(n=7)]\n```", "```tool_code\nheight(n=7)\n```", "```tool_code\nprint(default_api.height(n=7))\n```", "<|python_tag|>height.call(n=7)", '<|python_tag|>{"name": "height", "parameters": {"n": 7}}', "[height(n=7)]\nDone.",
