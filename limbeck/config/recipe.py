@@ -6,6 +6,7 @@ names and parameters of losses are checked later, by `limbeck.runs`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
 OLD_TAGS = {"best": "chosen", "rest": "rejected"}  # as recipes once called the answers of a preference
+EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic adds between the keys of a path
 
 
@@ -205,7 +207,7 @@ def _read(file: Path, cure: str) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys, of which YAML would silently keep the last."""
+    """A SafeLoader that reads 2e-4 as a number, and refuses a key that stands twice (YAML would keep the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set()
@@ -219,6 +221,19 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             keys.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper that quotes text which `_StrictLoader` would read as a number."""
+
+
+for _kind in (_StrictLoader, _Dumper):  # YAML 1.1 asks for a point and a sign beside an exponent
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as a file that `load_recipe` reads."""
+    return str(yaml.dump(recipe.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def parse(data: Mapping[str, Any]) -> Recipe:
@@ -276,7 +291,7 @@ def _set(data: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise UserError(f"--set {override!r} is not of the form a.b=c, such as --set train.steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader underneath)
     except yaml.YAMLError as error:
         raise UserError(f"--set {path}: {text!r} is not a YAML value: {error}") from error
     *parents, last = path.split(".")

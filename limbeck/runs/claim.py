@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from limbeck.config.recipe import Recipe, parse
+from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.storage.files import is_leftover, sweep, write_json, write_text
 from limbeck.types import NAME, RecipeError, UserError, content_hash
 
@@ -57,7 +57,7 @@ def claim(folder: Path, recipe: Recipe, inputs: Callable[[], dict[str, str]], pr
     elif strangers := [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not is_leftover(entry)]:
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
     else:
-        write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+        write_text(file, as_yaml(recipe))
     inputs_file = folder / "inputs.json"
     facts = inputs()
     if inputs_file.exists():

@@ -9,7 +9,7 @@ import yaml
 
 from limbeck import RecipeError, UserError, load_recipe
 from limbeck.config.builtin import recipe_files
-from limbeck.config.recipe import parse
+from limbeck.config.recipe import as_yaml, parse
 from limbeck.runs.preflight import check
 from limbeck.runs.resolve import resolve, terms_of
 
@@ -39,6 +39,17 @@ def test_set_replaces_nested_values(file):
     recipe = load_recipe(file, ["train.lr=0.5", "student.lora.rank=4", "train.betas=[0.8, 0.9]"])
     assert load_recipe(file, ["loss.0.weight=0.5"]).loss[0].weight == 0.5, "short forms can be set into too"
     assert (recipe.train.lr, recipe.student.lora.rank, recipe.train.betas) == (0.5, 4, (0.8, 0.9))
+
+
+def test_a_number_with_an_exponent_needs_no_point(file, recipe_data, tmp_path):
+    """YAML 1.1 reads 2e-4 and 1.5e3 as text; quoted, it is text, and stays so when a resolved recipe is read again."""
+    text = file.read_text().replace("lr: 0.001", "lr: 2e-4").replace("- forward_kl", "- jsd: {teacher_share: +5E-1}")
+    file.write_text(text.replace("name: tiny", "name: '1e5'"))
+    recipe = load_recipe(file, ["train.warmup=1e-1", "train.steps=1.0e1"])
+    assert (recipe.train.lr, recipe.train.warmup, recipe.train.steps) == (2e-4, 0.1, 10)
+    assert recipe.loss[0].params == {"teacher_share": 0.5} and recipe.name == "1e5"
+    (tmp_path / "again.yaml").write_text(as_yaml(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
 @pytest.mark.parametrize("override", ["train.lr", "=3", "train.lr.x=3", "loss.7=jsd"])
