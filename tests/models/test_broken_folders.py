@@ -18,7 +18,7 @@ from limbeck.models.load import check_source, load_model
 from limbeck.models.model import Model
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
-from limbeck.types import UserError
+from limbeck.types import RecipeError, UserError
 from tests.conftest import make_net, make_tokenizer
 
 SEED = 20261129
@@ -120,6 +120,26 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(folder, tiny_folder, rec
         load_model(str(folder))
     with pytest.raises(UserError, match="resize_token_embeddings"):
         check(parse(recipe_data | {"teacher": str(folder)}))
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer", "GPT2Tokenizer", "TokenizersBackend"])
+def test_a_tokenizer_without_its_file_is_refused(name, folder, recipe_data):
+    """Of some classes transformers makes an empty one then, which reads every text as nothing."""
+    (folder / "tokenizer.json").unlink()
+    edit_json(folder / "tokenizer_config.json", tokenizer_class=name)
+    with pytest.raises(UserError, match=r"it has no tokenizer\.json"):
+        load_model(str(folder))
+    with pytest.raises(RecipeError, match=r"student\.start\.pretrained: .*it has no tokenizer\.json"):
+        check(parse(recipe_data | {"student": {"start": {"pretrained": str(folder)}}}))
+
+
+def test_pieces_that_take_a_library_are_refused_with_it(folder, capfd):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    with pytest.raises(UserError, match=r"it has tokenizer\.model and no tokenizer\.json.*sentencepiece"):
+        load_model(str(folder))
+    assert "environment" not in capfd.readouterr().err  # what transformers logs of it
 
 
 def test_check_refuses_before_the_run(folder, recipe_data):
