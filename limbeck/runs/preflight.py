@@ -33,12 +33,16 @@ def check(recipe: Recipe, device_like: str | None = None) -> Plan:
 
     Raises:
         RecipeError: an impossible combination, with its place in the recipe.
-        UserError: a device that is not here.
+        UserError: a device that is not here, or prompts that fit no context and no template.
     """
-    method = resolve(recipe)
+    return check_method(resolve(recipe), device_like)
+
+
+def check_method(method: Method, device_like: str | None = None) -> Plan:
+    """`check` for a recipe that is resolved already."""
     hardware = None if device_like is None else listed(device_like)
     estimate = plan(method, hardware)
-    if is_ready(recipe.speaker):  # a model that isn't here yet is looked at by the run
+    if is_ready(method.recipe.speaker):  # a model that isn't here yet is looked at by the run
         fitting = fitted(method)
         estimate = estimate if fitting is method else plan(fitting, hardware)
         method = fitting
