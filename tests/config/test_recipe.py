@@ -101,7 +101,7 @@ def test_errors_name_place_value_and_cure(recipe_data, path, value, place, words
         ("evaluate.metrics", ["fidelity", "everyda"], "evaluate.metrics", "everyday"),
         ("evaluate.controls", ["untuched"], "evaluate.controls[0]", "untouched"),
         ("prompts.from", "nowhere.jsonl", "prompts.from", "nowhere.jsonl"),
-        ("writer", [{"by": "corpus"}], "writer", "answer"),
+        ("writer", [{"by": "corpus"}], "writer", "prompts.jsonl, line 1"),
     ],
 )
 def test_impossible_combinations_are_refused_before_anything_is_loaded(recipe_data, path, value, place, words):
