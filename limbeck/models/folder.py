@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from limbeck.models.quantised import as_read, drop_quantisation
-from limbeck.models.weights import check_files, check_loaded, first_line, model_class
+from limbeck.models.weights import check_files, check_loaded, first_line, model_class, text_config
 from limbeck.storage.files import file_sha256, full_disk_as_os_error, new_directory, write_json
 from limbeck.types import UserError, content_hash
 
@@ -55,8 +55,20 @@ def read_weights(folder: Path, source: str, dtype: torch.dtype) -> PreTrainedMod
     check_loaded(info, source)
     if as_read(config):
         drop_quantisation(net.config)
+    _tell_own_head(net)
     net.eval()
     return net
+
+
+def _tell_own_head(net: PreTrainedModel) -> None:
+    """Let the configuration of a model whose files hold a head of its own not call it tied: transformers goes by the
+    files then, but servers and other programs by the configuration."""
+    head: Any = net.get_output_embeddings()
+    embedding: Any = net.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for part in (net.config, text_config(net.config)):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
 
 
 def read_tokenizer(folder: Path, source: str) -> Tokenizer:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from limbeck.config.recipe import parse
 from limbeck.models.export import check_export, export
 from limbeck.models.load import check_source, load_model
 from limbeck.models.model import Model
+from limbeck.models.prune import drop_layers
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
 from limbeck.types import RecipeError, UserError
@@ -200,6 +202,20 @@ def test_an_export_carries_no_settings_that_transformers_refuses(tmp_path):
     export(Model(net, make_tokenizer(), "m"), tmp_path / "out")
     GenerationConfig.from_pretrained(tmp_path / "out").validate(strict=True)
     assert "temperature" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
+
+
+def test_a_head_of_its_own_is_called_so(folder, tmp_path):
+    """Files with a head beside a configuration that says it is tied: transformers goes by the files, and other
+    programs, to which a student is exported, by the configuration."""
+    edit_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] * 2}))
+    model = load_model(str(folder))
+    assert torch.equal(model.net.lm_head.weight, model.net.model.embed_tokens.weight * 2)
+    pruned = drop_layers(model.net, [0, 2])
+    assert torch.equal(pruned.lm_head.weight, model.net.lm_head.weight)
+    (tmp_path / "out").mkdir()
+    export(replace(model, net=pruned), tmp_path / "out")
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    assert load_model(str(tmp_path / "out")).net.lm_head.weight.equal(pruned.lm_head.weight)
 
 
 @pytest.mark.parametrize("share", [0.7, 0.0], ids=["loaded whole", "tensor by tensor"])
