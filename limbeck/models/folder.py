@@ -82,7 +82,8 @@ def read_tokenizer(folder: Path, source: str) -> Tokenizer:
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             read = set(tokenizer(ANY_TEXT, add_special_tokens=False)["input_ids"])
     except Exception as error:  # the library raises many kinds on files that it can't use; the user needs one
-        raise UserError(f"can't load the tokenizer of {source!r}: {first_line(error)}{_cure(folder)}") from error
+        reason = _reason(folder / "tokenizer_config.json", error)
+        raise UserError(f"can't load the tokenizer of {source!r}: {reason}{_cure(folder)}") from error
     if not read - set(tokenizer.all_special_ids):  # some classes make an empty one where their files are missing
         raise UserError(
             f"the tokenizer of {source!r} knows no token of text{_cure(folder) or ': its tokenizer.json is damaged'}"
@@ -93,6 +94,13 @@ def read_tokenizer(folder: Path, source: str) -> Tokenizer:
             " its tokenizer"
         )
     return tokenizer
+
+
+def _reason(file: Path, error: Exception) -> str:
+    """A library's words; or that a model takes its makers' own code, for which they recommend to run it."""
+    if "custom code" not in str(error):
+        return first_line(error)
+    return f"{file.name} asks for code of its makers, which is never run here: choose a model that transformers knows"
 
 
 def _cure(folder: Path) -> str:
@@ -117,7 +125,9 @@ def read_config(folder: Path, source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds on settings that it can't use; the user needs one
-        raise UserError(f"can't read the configuration of {source!r}: {first_line(error)}") from error
+        raise UserError(
+            f"can't read the configuration of {source!r}: {_reason(folder / 'config.json', error)}"
+        ) from error
 
 
 def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
