@@ -6,6 +6,7 @@ names and parameters of losses are checked later, by `limbeck.runs`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -197,7 +198,7 @@ def _read(file: Path, cure: str) -> dict[str, Any]:
         raise RecipeError("", f"{file} is larger than {MAX_BYTES} bytes, too large for a recipe")
     try:
         data = yaml.load(file.read_text(), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader underneath)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError("", f"{file} is not valid YAML: {error}") from error
     if data is None:
         raise RecipeError("", f"{file} is empty; {cure}")
@@ -238,10 +239,36 @@ def as_yaml(recipe: Recipe) -> str:
 
 def parse(data: Mapping[str, Any]) -> Recipe:
     """Make a Recipe from plain data, in which short forms such as `evaluate: [fidelity]` are expanded first."""
+    _check_text(data)
     try:
         return Recipe.model_validate(_expand(dict(data)))
     except ValidationError as error:
         raise explain(error, Recipe) from None
+
+
+def _check_text(data: Mapping[str, Any]) -> None:
+    """Refuse what no file can hold: half characters, which YAML can spell, and a list that is its own entry."""
+    try:
+        json.dumps(data, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise RecipeError(
+            _place_of(data, half) or "", f"holds half a character, {half!r}, that no UTF-8 can hold; remove it"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError("", "holds a list or mapping that is an entry of itself; write it out") from error
+
+
+def _place_of(value: Any, text: str, path: str = "") -> str | None:
+    """The path of the first text in `value`, whose own is `path`, that has `text` in it."""
+    if isinstance(value, str):
+        return path if text in value else None
+    entries: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    places = (
+        _place_of(entry, text, f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip("."))
+        for key, entry in entries
+    )
+    return next((place for place in places if place is not None), None)
 
 
 def _expand(data: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,17 @@ def run_folder(recipe: Recipe, out: str | Path | None) -> Path:
     return Path(out) if out is not None else Path("runs") / recipe.name
 
 
+def _settled(file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    """What a run folder was bound to."""
+    try:
+        before = read(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(f"{file} is damaged, so what the folder holds can't be told: give another --out, or remove it")
+    return before
+
+
 def _hash_now(resolved: Any) -> str | None:
     """The hash of a recipe that an older version wrote, in today's words; None for one that is none today."""
     try:
@@ -46,7 +57,7 @@ def claim(folder: Path, recipe: Recipe, inputs: Callable[[], dict[str, str]], pr
     file = folder / "recipe.yaml"
     if file.exists():
         sweep(folder)
-        before = yaml.safe_load(file.read_text())
+        before = _settled(file, yaml.safe_load)
         if recipe.hash not in (content_hash(before), _hash_now(before)):
             now = recipe.resolved()
             changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
@@ -61,7 +72,7 @@ def claim(folder: Path, recipe: Recipe, inputs: Callable[[], dict[str, str]], pr
     inputs_file = folder / "inputs.json"
     facts = inputs()
     if inputs_file.exists():
-        before = json.loads(inputs_file.read_text())
+        before = _settled(inputs_file, json.loads)
         if changed := sorted(key for key in facts.keys() | before.keys() if before.get(key) != facts.get(key)):
             raise UserError(
                 f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out"

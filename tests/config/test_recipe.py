@@ -74,6 +74,7 @@ def test_bad_set_is_refused(file, override):
         ("student.start.prune.keep", [3, 1], "student.start.prune", "rising"),
         ("writer", [{"by": "teacher", "share": 0.5}], "", "add up to 0.5"),
         ("writer", [{"by": "techer"}], "writer[0].by", "teacher"),
+        ("evaluate.stop", ["x", "a \ud83d"], "evaluate.stop[1]", "half a character"),
         ("loss", [], "loss", "at least 1"),
         ("loss", [{"jsd": 3}], "loss[0].jsd", "mapping"),
         ("loss", [{"jsd": {}, "forward_kl": {}}], "loss[0]", "one loss per list entry"),
@@ -154,8 +155,10 @@ def test_held_out_prompts_that_are_trained_on_are_refused(recipe_data):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [", "- 1\n- 2", "a: 1\na: 2", "1: 2", "!!python/object/apply:os.system ['true']", "\x00"]
-)
+    "text", ["a: [", "- 1\n- 2", "a: 1\na: 2", "1: 2", "!!python/object/apply:os.system ['true']", "\x00", "a: " + "[" * 5000,
+             'title: "\\ud83d"', "loss: &a [*a]"],
+    ids=range(9),
+)  # fmt: skip
 def test_malformed_files_are_one_clear_error(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(RecipeError):
