@@ -195,14 +195,13 @@ def check(
 ) -> None:
     """Check that a recipe can run, that its servers are there, and print what it will cost; no model is loaded."""
     from limbeck.config.recipe import load_recipe
-    from limbeck.runs.hardware import listed
-    from limbeck.runs.preflight import plan as plan_of
+    from limbeck.runs.preflight import check_method
     from limbeck.runs.resolve import resolve
     from limbeck.runs.servers import examine_servers
 
     loaded = load_recipe(recipe, set_, machine)
     method = resolve(loaded)
-    plan = plan_of(method, None if device_like is None else listed(device_like))
+    plan = check_method(method, device_like)
     servers = examine_servers(method)
     if json_:
         facts = {"recipe": loaded.hash, "plan": plan.as_dict(), "servers": [vars(server) for server in servers]}

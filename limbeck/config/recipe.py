@@ -6,6 +6,8 @@ names and parameters of losses are checked later, by `limbeck.runs`.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +33,7 @@ from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
 OLD_TAGS = {"best": "chosen", "rest": "rejected"}  # as recipes once called the answers of a preference
+EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic adds between the keys of a path
 
 
@@ -198,7 +201,7 @@ def _read(file: Path, cure: str) -> dict[str, Any]:
         raise RecipeError("", f"{file} is larger than {MAX_BYTES} bytes, too large for a recipe")
     try:
         data = yaml.load(file.read_text(), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader underneath)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError("", f"{file} is not valid YAML: {error}") from error
     if data is None:
         raise RecipeError("", f"{file} is empty; {cure}")
@@ -208,7 +211,7 @@ def _read(file: Path, cure: str) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys, of which YAML would silently keep the last."""
+    """A SafeLoader that reads 2e-4 as a number, and refuses a key that stands twice (YAML would keep the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set()
@@ -224,12 +227,51 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper that quotes text which `_StrictLoader` would read as a number."""
+
+
+for _kind in (_StrictLoader, _Dumper):  # YAML 1.1 asks for a point and a sign beside an exponent
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as a file that `load_recipe` reads."""
+    return str(yaml.dump(recipe.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
 def parse(data: Mapping[str, Any]) -> Recipe:
     """Make a Recipe from plain data, in which short forms such as `evaluate: [fidelity]` are expanded first."""
+    _check_text(data)
     try:
         return Recipe.model_validate(_expand(dict(data)))
     except ValidationError as error:
         raise explain(error, Recipe) from None
+
+
+def _check_text(data: Mapping[str, Any]) -> None:
+    """Refuse what no file can hold: half characters, which YAML can spell, and a list that is its own entry."""
+    try:
+        json.dumps(data, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise RecipeError(
+            _place_of(data, half) or "", f"holds half a character, {half!r}, that no UTF-8 can hold; remove it"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError("", "holds a list or mapping that is an entry of itself; write it out") from error
+
+
+def _place_of(value: Any, text: str, path: str = "") -> str | None:
+    """The path of the first text in `value`, whose own is `path`, that has `text` in it."""
+    if isinstance(value, str):
+        return path if text in value else None
+    entries: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    places = (
+        _place_of(entry, text, f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip("."))
+        for key, entry in entries
+    )
+    return next((place for place in places if place is not None), None)
 
 
 def _expand(data: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +321,7 @@ def _set(data: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise UserError(f"--set {override!r} is not of the form a.b=c, such as --set train.steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader underneath)
     except yaml.YAMLError as error:
         raise UserError(f"--set {path}: {text!r} is not a YAML value: {error}") from error
     *parents, last = path.split(".")

@@ -17,6 +17,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from limbeck.data.encodings import lines_of
+from limbeck.data.records import DECODER
+from limbeck.elicit.conversation import is_blank
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.verify import parse_check
 from limbeck.types import UserError, nearest
@@ -311,22 +314,29 @@ def read_items(
 
 
 def read_lines(file: Path) -> list[tuple[int, Any]]:
-    """(number of the line, its JSON value) of every line that is not blank."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise UserError(
-            f"can't read {file}: {error.strerror}; put it there, or name another file in task.yaml"
-        ) from error
+    """(number of the line, its JSON value) of every line that is not blank; an object's keys without a value, as tables
+    write them, are left out.
+
+    Raises:
+        UserError: no such file, or a line that is not JSON or not text; the message names the line.
+    """
+    if not file.is_file():
+        raise UserError(f"can't read {file}: there is no such file; put it there, or name another file in task.yaml")
     values = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                values.append((number, json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, line {number}: not JSON ({error})") from error
+    for number, line in lines_of(file):
+        if not line.strip():
+            continue
+        try:
+            value = DECODER.decode(line.strip())
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise UserError(f"{file}, line {number}: holds half a character, {half}; remove it") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}, line {number}: not JSON ({error})") from error
+        if isinstance(value, dict):
+            value = {key: entry for key, entry in value.items() if not is_blank(entry)}
+        values.append((number, value))
     return values
 
 

@@ -25,7 +25,7 @@ def check_adapters(folder: Path, source: str) -> None:
     """Refuse a folder of adapters that can't be read.
 
     Raises:
-        UserError: it has whole weights as well, or no adapter's weights.
+        UserError: it has whole weights as well, no adapter's weights, or a base that leads back to it.
     """
     if (folder / "config.json").exists():
         raise UserError(
@@ -34,7 +34,16 @@ def check_adapters(folder: Path, source: str) -> None:
         )
     if not (folder / WEIGHTS).exists():
         raise UserError(f"{source} has {SETTINGS} and no {WEIGHTS}: save the adapter as safetensors")
-    base_of(folder, source)
+    seen = {folder.resolve()}
+    base = base_of(folder, source)
+    while has_adapters(at := Path(base).expanduser()):
+        if at.resolve() in seen:
+            raise UserError(
+                f"{source}: {SETTINGS} names {base} as base, which leads back to itself: write the model's folder as"
+                " base_model_name_or_path"
+            )
+        seen.add(at.resolve())
+        base = base_of(at, base)
 
 
 def base_of(folder: Path, source: str) -> str:
@@ -50,10 +59,6 @@ def base_of(folder: Path, source: str) -> str:
         raise UserError(f"{source}: {SETTINGS} can't be read ({first_line(error)})") from error
     if not isinstance(base, str) or not base:
         raise UserError(f"{source}: {SETTINGS} names no base: write the model's folder as base_model_name_or_path")
-    if Path(base).expanduser().resolve() == folder.expanduser().resolve():
-        raise UserError(
-            f"{source}: {SETTINGS} names its own folder as base: write the model's as base_model_name_or_path"
-        )
     if kind != "LORA":
         raise UserError(f"{source}: adapters of kind {kind} are not read, only LoRA: merge them into the base first")
     return base

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from limbeck.models.quantised import as_read, drop_quantisation
-from limbeck.models.weights import check_files, check_loaded, first_line, model_class
+from limbeck.models.weights import check_files, check_loaded, first_line, model_class, text_config
 from limbeck.storage.files import file_sha256, full_disk_as_os_error, new_directory, write_json
 from limbeck.types import UserError, content_hash
 
 EDGE = 2**20  # bytes at both ends of a weight file that are hashed
+ANY_TEXT = "a, 1. Die Welt? Привет 你好 東京 안녕 سلام नमस्ते"  # some of which any tokenizer knows
 LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 
 
@@ -54,26 +55,65 @@ def read_weights(folder: Path, source: str, dtype: torch.dtype) -> PreTrainedMod
     check_loaded(info, source)
     if as_read(config):
         drop_quantisation(net.config)
+    _tell_own_head(net)
     net.eval()
     return net
+
+
+def _tell_own_head(net: PreTrainedModel) -> None:
+    """Let the configuration of a model whose files hold a head of its own not call it tied: transformers goes by the
+    files then, but servers and other programs by the configuration."""
+    head: Any = net.get_output_embeddings()
+    embedding: Any = net.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for part in (net.config, text_config(net.config)):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
 
 
 def read_tokenizer(folder: Path, source: str) -> Tokenizer:
     """The tokenizer in a folder. Its chat template is looked at by `load.py`, where a recipe may give it one.
 
     Raises:
-        UserError: there is none, or it has no end token.
+        UserError: there is none, or it has no token of text or no end token.
     """
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with quiet():
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            read = set(tokenizer(ANY_TEXT, add_special_tokens=False)["input_ids"])
     except Exception as error:  # the library raises many kinds on files that it can't use; the user needs one
-        raise UserError(f"can't load the tokenizer of {source!r}: {first_line(error)}") from error
+        reason = _reason(folder / "tokenizer_config.json", error)
+        raise UserError(f"can't load the tokenizer of {source!r}: {reason}{_cure(folder)}") from error
+    if not read - set(tokenizer.all_special_ids):  # some classes make an empty one where their files are missing
+        raise UserError(
+            f"the tokenizer of {source!r} knows no token of text{_cure(folder) or ': its tokenizer.json is damaged'}"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {source!r} has no end-of-sequence token; use an instruction-tuned model, or add one to"
             " its tokenizer"
         )
     return tokenizer
+
+
+def _reason(file: Path, error: Exception) -> str:
+    """A library's words; or that a model takes its makers' own code, for which they recommend to run it."""
+    if "custom code" not in str(error):
+        return first_line(error)
+    return f"{file.name} asks for code of its makers, which is never run here: choose a model that transformers knows"
+
+
+def _cure(folder: Path) -> str:
+    """What helps against a tokenizer that can't be loaded, where its files tell."""
+    if (folder / "tokenizer.json").exists():
+        return ""
+    pieces = [file.name for file in sorted(folder.glob("*.model"))]
+    if pieces:  # as the makers of Llama 2 and Mistral 7B gave it
+        return (
+            f"; it has {pieces[0]} and no tokenizer.json: put the tokenizer.json of the same model beside it, or pip"
+            " install sentencepiece protobuf, which convert it"
+        )
+    return "; it has no tokenizer.json: save the model's tokenizer beside its weights"
 
 
 def read_config(folder: Path, source: str) -> Any:
@@ -85,7 +125,9 @@ def read_config(folder: Path, source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds on settings that it can't use; the user needs one
-        raise UserError(f"can't read the configuration of {source!r}: {first_line(error)}") from error
+        raise UserError(
+            f"can't read the configuration of {source!r}: {_reason(folder / 'config.json', error)}"
+        ) from error
 
 
 def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:

@@ -37,7 +37,7 @@ def load_model(
     placement = placement or Placement()
     check_dtype(precision.dtype, placement.device, f"{name} in bfloat16")
     model = source_of(name).load(name, precision.dtype)
-    _frame(model.tokenizer, name, template)
+    frame_tokenizer(model.tokenizer, name, template)
     check_rows(model.net, model.tokenizer, name)
     if precision.quantise is not None:
         quantise(model.net, precision.quantise, placement.device, name)
@@ -58,11 +58,11 @@ def load_tokenizer(name: str, template: str | None = None) -> Tokenizer:
         UserError: no such model, or one without a usable tokenizer or chat template.
     """
     tokenizer = source_of(name).tokenizer(name)
-    _frame(tokenizer, name, template)
+    frame_tokenizer(tokenizer, name, template)
     return tokenizer
 
 
-def _frame(tokenizer: Tokenizer, name: str, template: str | None) -> None:
+def frame_tokenizer(tokenizer: Tokenizer, name: str, template: str | None) -> None:
     """Give a tokenizer its template, and refuse one that can't be used."""
     try:
         if template is None:

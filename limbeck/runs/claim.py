@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from limbeck.config.recipe import Recipe, parse
+from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.storage.files import is_leftover, sweep, write_json, write_text
 from limbeck.types import NAME, RecipeError, UserError, content_hash
 
@@ -23,6 +23,17 @@ def run_folder(recipe: Recipe, out: str | Path | None) -> Path:
     if out is None and not NAME.fullmatch(recipe.name):
         raise UserError(f"the recipe's name {recipe.name!r} can't be a folder's name; give --out")
     return Path(out) if out is not None else Path("runs") / recipe.name
+
+
+def _settled(file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    """What a run folder was bound to."""
+    try:
+        before = read(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(f"{file} is damaged, so what the folder holds can't be told: give another --out, or remove it")
+    return before
 
 
 def _hash_now(resolved: Any) -> str | None:
@@ -46,7 +57,7 @@ def claim(folder: Path, recipe: Recipe, inputs: Callable[[], dict[str, str]], pr
     file = folder / "recipe.yaml"
     if file.exists():
         sweep(folder)
-        before = yaml.safe_load(file.read_text())
+        before = _settled(file, yaml.safe_load)
         if recipe.hash not in (content_hash(before), _hash_now(before)):
             now = recipe.resolved()
             changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
@@ -59,11 +70,11 @@ def claim(folder: Path, recipe: Recipe, inputs: Callable[[], dict[str, str]], pr
     elif strangers := [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not is_leftover(entry)]:
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
     else:
-        write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+        write_text(file, as_yaml(recipe))
     inputs_file = folder / "inputs.json"
     facts = inputs()
     if inputs_file.exists():
-        before = json.loads(inputs_file.read_text())
+        before = _settled(inputs_file, json.loads)
         if changed := sorted(key for key in facts.keys() | before.keys() if before.get(key) != facts.get(key)):
             raise UserError(
                 f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out"

@@ -9,11 +9,12 @@ from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
 from limbeck.elicit.step import Estimate
 from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
-from limbeck.models.load import check_rows, check_source, is_ready, load_config, load_tokenizer
+from limbeck.models.load import check_rows, check_source, frame_tokenizer, is_ready, load_config, load_tokenizer
 from limbeck.models.placement import Devices
 from limbeck.models.prune import SPREADS, check_kept
 from limbeck.models.quantise import refuse
 from limbeck.models.quantised import check_numbers, quantisation
+from limbeck.models.sources import source_of
 from limbeck.models.start import scratch_config
 from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
@@ -32,12 +33,16 @@ def check(recipe: Recipe, device_like: str | None = None) -> Plan:
 
     Raises:
         RecipeError: an impossible combination, with its place in the recipe.
-        UserError: a device that is not here.
+        UserError: a device that is not here, or prompts that fit no context and no template.
     """
-    method = resolve(recipe)
+    return check_method(resolve(recipe), device_like)
+
+
+def check_method(method: Method, device_like: str | None = None) -> Plan:
+    """`check` for a recipe that is resolved already."""
     hardware = None if device_like is None else listed(device_like)
     estimate = plan(method, hardware)
-    if is_ready(recipe.speaker):  # a model that isn't here yet is looked at by the run
+    if is_ready(method.recipe.speaker):  # a model that isn't here yet is looked at by the run
         fitting = fitted(method)
         estimate = estimate if fitting is method else plan(fitting, hardware)
         method = fitting
@@ -85,16 +90,19 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
 
 
 def _check_templates(recipe: Recipe) -> None:
-    """Refuse models without a usable chat template; those that are not fetched yet are looked at when they are."""
-    teacher = (recipe.teacher.model, getattr(recipe.teacher, "template", None), "teacher")
-    student = (recipe.student.start.pretrained, recipe.student.template, "student")
-    for source, template, section in (teacher, student):
+    """Refuse models without a tokenizer and a usable chat template; those that are not fetched yet are looked at when
+    they are."""
+    teacher = ("teacher.model", recipe.teacher.model, getattr(recipe.teacher, "template", None))
+    student = ("student.start.pretrained", recipe.student.start.pretrained, recipe.student.template)
+    for path, source, template in (teacher, student):
         if source is None or not is_ready(source):
             continue
         try:
-            load_tokenizer(source, template)
+            tokenizer = source_of(source).tokenizer(source)
+            path = f"{path.partition('.')[0]}.template"
+            frame_tokenizer(tokenizer, source, template)
         except UserError as error:
-            raise RecipeError(f"{section}.template", str(error)) from error
+            raise RecipeError(path, str(error)) from error
 
 
 def _check_sources(recipe: Recipe) -> None:

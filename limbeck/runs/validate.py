@@ -53,7 +53,8 @@ def check_parts(
         for prompt in training:
             if not prompt.answers:
                 raise RecipeError(
-                    "writer", f"a corpus writer needs an answer beside every prompt; {prompt.id!r} has none"
+                    "writer",
+                    f"a corpus writer needs an answer beside every prompt; there is none at {prompt.place}",
                 )
 
 

@@ -201,6 +201,10 @@ def test_weights_that_are_damaged_or_do_not_answer_alike_are_found(tiny_folder, 
     save_model(model.net, model.tokenizer, tmp_path / "broken")
     faults = details(examine(recipe_of(tmp_path / "broken"), tmp_path / "run"))
     assert "NaN or infinite" in faults["weights"] and len(faults) == 1
+    recipe = recipe_of()
+    student = recipe.student.model_copy(update={"start": start(tmp_path / "broken")})
+    faults = details(examine(recipe.model_copy(update={"student": student}), tmp_path / "run"))
+    assert "broken: its logits are NaN or infinite" in faults["weights"] and len(faults) == 1
     view = InProcessTeacher.view
 
     def noisy(self, batch, *args, **kwargs):

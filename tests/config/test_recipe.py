@@ -9,7 +9,7 @@ import yaml
 
 from limbeck import RecipeError, UserError, load_recipe
 from limbeck.config.builtin import recipe_files
-from limbeck.config.recipe import parse
+from limbeck.config.recipe import as_yaml, parse
 from limbeck.runs.preflight import check
 from limbeck.runs.resolve import resolve, terms_of
 
@@ -41,6 +41,17 @@ def test_set_replaces_nested_values(file):
     assert (recipe.train.lr, recipe.student.lora.rank, recipe.train.betas) == (0.5, 4, (0.8, 0.9))
 
 
+def test_a_number_with_an_exponent_needs_no_point(file, recipe_data, tmp_path):
+    """YAML 1.1 reads 2e-4 and 1.5e3 as text; quoted, it is text, and stays so when a resolved recipe is read again."""
+    text = file.read_text().replace("lr: 0.001", "lr: 2e-4").replace("- forward_kl", "- jsd: {teacher_share: +5E-1}")
+    file.write_text(text.replace("name: tiny", "name: '1e5'"))
+    recipe = load_recipe(file, ["train.warmup=1e-1", "train.steps=1.0e1"])
+    assert (recipe.train.lr, recipe.train.warmup, recipe.train.steps) == (2e-4, 0.1, 10)
+    assert recipe.loss[0].params == {"teacher_share": 0.5} and recipe.name == "1e5"
+    (tmp_path / "again.yaml").write_text(as_yaml(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
 @pytest.mark.parametrize("override", ["train.lr", "=3", "train.lr.x=3", "loss.7=jsd"])
 def test_bad_set_is_refused(file, override):
     with pytest.raises(UserError):
@@ -63,6 +74,7 @@ def test_bad_set_is_refused(file, override):
         ("student.start.prune.keep", [3, 1], "student.start.prune", "rising"),
         ("writer", [{"by": "teacher", "share": 0.5}], "", "add up to 0.5"),
         ("writer", [{"by": "techer"}], "writer[0].by", "teacher"),
+        ("evaluate.stop", ["x", "a \ud83d"], "evaluate.stop[1]", "half a character"),
         ("loss", [], "loss", "at least 1"),
         ("loss", [{"jsd": 3}], "loss[0].jsd", "mapping"),
         ("loss", [{"jsd": {}, "forward_kl": {}}], "loss[0]", "one loss per list entry"),
@@ -90,7 +102,7 @@ def test_errors_name_place_value_and_cure(recipe_data, path, value, place, words
         ("evaluate.metrics", ["fidelity", "everyda"], "evaluate.metrics", "everyday"),
         ("evaluate.controls", ["untuched"], "evaluate.controls[0]", "untouched"),
         ("prompts.from", "nowhere.jsonl", "prompts.from", "nowhere.jsonl"),
-        ("writer", [{"by": "corpus"}], "writer", "answer"),
+        ("writer", [{"by": "corpus"}], "writer", "prompts.jsonl, line 1"),
     ],
 )
 def test_impossible_combinations_are_refused_before_anything_is_loaded(recipe_data, path, value, place, words):
@@ -143,8 +155,10 @@ def test_held_out_prompts_that_are_trained_on_are_refused(recipe_data):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [", "- 1\n- 2", "a: 1\na: 2", "1: 2", "!!python/object/apply:os.system ['true']", "\x00"]
-)
+    "text", ["a: [", "- 1\n- 2", "a: 1\na: 2", "1: 2", "!!python/object/apply:os.system ['true']", "\x00", "a: " + "[" * 5000,
+             'title: "\\ud83d"', "loss: &a [*a]"],
+    ids=range(9),
+)  # fmt: skip
 def test_malformed_files_are_one_clear_error(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(RecipeError):

@@ -37,6 +37,32 @@ def write(folder, yaml, *lines, references=None):
     return str(folder)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_items_are_read_as_tables_write_them(encoding, tmp_path):
+    """Keys without a value are as if left out, whatever the encoding."""
+    rows = [CHOICE | {"question": text, "id": None, "kind": None, "source": None} for text in ("é", "日本")]
+    folder = write(tmp_path / "mine", "kind: multiple_choice\n")
+    (tmp_path / "mine" / "test.jsonl").write_bytes(
+        "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows).encode(encoding)
+    )
+    items = load_task(folder).items
+    assert [(item.id, item.fields["question"]) for item in items] == [("mine/line-1", "é"), ("mine/line-2", "日本")]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (r'{"question": "\ud83d", "choices": ["a", "b"], "answer": 0}', "half a character"),
+        ('{"question": "a", "question": "b", "choices": ["a", "b"], "answer": 0}', "'question' stands twice"),
+        ("[" * 100000, "not JSON"),
+    ],
+    ids=range(3),
+)
+def test_items_that_are_no_text_are_refused_by_their_line(line, words, tmp_path):
+    with pytest.raises(UserError, match=rf"test\.jsonl, line 2: .*{words}"):
+        load_task(write(tmp_path / "mine", "kind: multiple_choice\n", CHOICE, line))
+
+
 SIZES = {"everyday": 72, "choices": 48, "topics": 48, "passages": 14, "lookup": 18, "sums": 24}
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from limbeck.config.recipe import parse
 from limbeck.models.export import check_export, export
 from limbeck.models.load import check_source, load_model
 from limbeck.models.model import Model
+from limbeck.models.prune import drop_layers
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
-from limbeck.types import UserError
+from limbeck.types import RecipeError, UserError
 from tests.conftest import make_net, make_tokenizer
 
 SEED = 20261129
@@ -122,6 +124,26 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(folder, tiny_folder, rec
         check(parse(recipe_data | {"teacher": str(folder)}))
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer", "GPT2Tokenizer", "TokenizersBackend"])
+def test_a_tokenizer_without_its_file_is_refused(name, folder, recipe_data):
+    """Of some classes transformers makes an empty one then, which reads every text as nothing."""
+    (folder / "tokenizer.json").unlink()
+    edit_json(folder / "tokenizer_config.json", tokenizer_class=name)
+    with pytest.raises(UserError, match=r"it has no tokenizer\.json"):
+        load_model(str(folder))
+    with pytest.raises(RecipeError, match=r"student\.start\.pretrained: .*it has no tokenizer\.json"):
+        check(parse(recipe_data | {"student": {"start": {"pretrained": str(folder)}}}))
+
+
+def test_pieces_that_take_a_library_are_refused_with_it(folder, capfd):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    with pytest.raises(UserError, match=r"it has tokenizer\.model and no tokenizer\.json.*sentencepiece"):
+        load_model(str(folder))
+    assert "environment" not in capfd.readouterr().err  # what transformers logs of it
+
+
 def test_check_refuses_before_the_run(folder, recipe_data):
     edit_weights(folder, lambda weights: weights.pop(LOST))
     with pytest.raises(UserError, match=LOST):
@@ -180,6 +202,20 @@ def test_an_export_carries_no_settings_that_transformers_refuses(tmp_path):
     export(Model(net, make_tokenizer(), "m"), tmp_path / "out")
     GenerationConfig.from_pretrained(tmp_path / "out").validate(strict=True)
     assert "temperature" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
+
+
+def test_a_head_of_its_own_is_called_so(folder, tmp_path):
+    """Files with a head beside a configuration that says it is tied: transformers goes by the files, and other
+    programs, to which a student is exported, by the configuration."""
+    edit_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] * 2}))
+    model = load_model(str(folder))
+    assert torch.equal(model.net.lm_head.weight, model.net.model.embed_tokens.weight * 2)
+    pruned = drop_layers(model.net, [0, 2])
+    assert torch.equal(pruned.lm_head.weight, model.net.lm_head.weight)
+    (tmp_path / "out").mkdir()
+    export(replace(model, net=pruned), tmp_path / "out")
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    assert load_model(str(tmp_path / "out")).net.lm_head.weight.equal(pruned.lm_head.weight)
 
 
 @pytest.mark.parametrize("share", [0.7, 0.0], ids=["loaded whole", "tensor by tensor"])

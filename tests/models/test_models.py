@@ -15,7 +15,7 @@ from limbeck.models import named
 from limbeck.models.compatibility import check_same_vocabulary
 from limbeck.models.folder import convert_gguf, fingerprint, save_model
 from limbeck.models.generate import GenerationJob, generate
-from limbeck.models.load import load_model, model_identity
+from limbeck.models.load import check_source, load_config, load_model, model_identity
 from limbeck.models.prune import drop_layers, layers_of
 from limbeck.types import Sampling, UserError
 from tests.conftest import make_net, make_tokenizer
@@ -74,7 +74,14 @@ def test_remote_code_is_never_run(tmp_path, tiny_folder):
     config |= {"auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.EvilConfig"}, "model_type": "evil"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError):
+    for attempt in (load_model, load_config, check_source):
+        with pytest.raises(UserError, match=r"config\.json asks for code of its makers, which is never run here"):
+            attempt(str(tmp_path / "model"))
+    shutil.copy(tiny_folder / "config.json", tmp_path / "model")
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer_config\.json asks for code of its makers"):
         load_model(str(tmp_path / "model"))
     assert not (tmp_path / "ran").exists()
 

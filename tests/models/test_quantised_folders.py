@@ -72,6 +72,18 @@ def test_adapters_without_a_base_are_refused(adapters, change, words):
         check_source(str(adapters[0]))
 
 
+@pytest.mark.parametrize("ways", [["adapters"], ["other", "adapters"]], ids=["itself", "two of them"])
+def test_adapters_whose_bases_go_in_a_circle_are_refused(adapters, ways):
+    folder = adapters[0]
+    shutil.copytree(folder, folder.parent / "other")
+    for place, base in zip(["adapters", "other"], ways, strict=False):
+        file = folder.parent / place / "adapter_config.json"
+        settings = {"base_model_name_or_path": str(folder.parent / base)}
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(UserError, match="leads back to itself"):
+        check_source(str(folder))
+
+
 def test_another_models_adapters_are_refused(adapters):
     file = adapters[0] / "adapter_model.safetensors"
     weights = load_file(file)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import limbeck
 from limbeck.config.recipe import parse
@@ -192,6 +193,9 @@ def test_harmless_text_is_what_transformers_makes_of_it_and_other_text_differs_w
 def test_the_end_of_a_turn_is_read_from_the_template(style):
     tokenizer = TOKENIZERS[style]
     assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == STYLES[style][1][0]
+    net = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=[tokenizer.eos_token_id]))
+    model = Model(net, tokenizer, "m")
+    assert model.answer_ids("the cat")[-1] == end_of_turn(tokenizer) and end_of_turn(tokenizer) in model.eos_ids
     if style == "gemma":
         assert end_of_turn(tokenizer) != tokenizer.eos_token_id
 

@@ -181,13 +181,32 @@ def test_a_template_without_a_place_for_a_system_message_is_refused_by_line(corp
         check(corpus([talk(0)], angry))
 
 
-def test_the_command_ends_with_status_2_and_says_where(recipe_data, tmp_path, capsys, monkeypatch):
+def command(recipe, folder, monkeypatch, *words):
     import yaml
 
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "a"}\n{"prompt": "\\ud83d"}\n')
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe_data | {"prompts": {"from": str(file)}}))
-    monkeypatch.setattr("sys.argv", ["limbeck", "check", str(tmp_path / "r.yaml")])
+    (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr("sys.argv", ["limbeck", words[0], str(folder / "r.yaml"), *words[1:]])
     with pytest.raises(SystemExit) as end:
         main()
-    assert end.value.code == 2 and "line 2" in capsys.readouterr().err
+    return end.value.code
+
+
+@pytest.mark.parametrize("row", ['{"prompt": "b\\ud83d"}', f'{{"prompt": "{"why is the sky blue " * 99}"}}'])
+def test_the_command_ends_with_status_2_and_says_where(row, recipe_data, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"prompt": "a"}}\n{row}\n')
+    assert command(recipe_data | {"prompts": {"from": str(file)}}, tmp_path, monkeypatch, "check") == 2
+    assert "rows.jsonl, line 2" in capsys.readouterr().err
+
+
+def test_the_command_says_what_was_taken_for_what_and_left_out(recipe_data, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": text, "output": "x", "source": "s"} for text in ("a", "b", "why is the sky blue " * 99)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data = recipe_data | {"prompts": {"from": str(file), "too_long": "drop"}}
+    assert command(data, tmp_path, monkeypatch, "check") == 0
+    told = capsys.readouterr().out
+    assert "3 rows with question as the prompt, output as the answer; ignored: source" in told
+    assert "1 prompts longer than the context of 256 tokens left out (first: " in told
+    assert command(data, tmp_path, monkeypatch, "check", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["plan"]["notes"]) == 3  # a line for the held-out file, too

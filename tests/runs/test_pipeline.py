@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import limbeck
 from limbeck.config.recipe import parse
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.runs.claim import claim
 from limbeck.runs.pipeline import StoppedError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -139,6 +140,19 @@ def test_a_folder_of_another_recipe_is_refused_and_left_alone(recipe_data, tmp_p
     with pytest.raises(limbeck.UserError, match="differs in train"):
         limbeck.run(parse(recipe_data), out)
     assert (out / "recipe.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "inputs.json"])
+def test_a_folder_whose_papers_are_damaged_is_refused(name, content, recipe_data, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    recipe = parse(recipe_data)
+    claim(folder, recipe, dict, lambda: None)
+    claim(folder, recipe, dict, lambda: None)
+    (folder / name).write_bytes(content)
+    with pytest.raises(limbeck.UserError, match=f"{name} is damaged.*another --out"):
+        claim(folder, recipe, dict, lambda: None)
 
 
 def test_a_folder_with_strangers_is_refused(recipe_data, tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 from limbeck.commands.doctor.patient import NothingToCheckError, Patient, response_targets, teacher_log_probs
 from limbeck.models.api import ApiTeacher
 from limbeck.models.engines import ENGINES, find_engine
+from limbeck.models.load import load_model
 from limbeck.models.model import head_of
 from limbeck.models.own_text import PROBE, probe
 from limbeck.models.template import frame_of
@@ -35,6 +36,10 @@ def check_weights(patient: Patient) -> str:
     """Check that the weights are finite, and show how well the teacher predicts plain text."""
     model = patient.model  # loading it checks for NaN, and for a head with unknown logit scaling
     dtype = str(head_of(model.net).weight_VD.dtype).removeprefix("torch.")
+    start = patient.recipe.student.start.pretrained
+    if start is not None and start != patient.recipe.speaker:
+        load_model(start, template=patient.recipe.student.template)  # the run loads it after the text is paid for
+        dtype += ", and so are the student's"
     if patient.recipe.teacher.model is None or patient.run.models.other_tokens:
         where = "are not here" if patient.recipe.teacher.model is None else "use another tokenizer"
         return f"the student's are finite, in {dtype}; the teacher's {where}"
