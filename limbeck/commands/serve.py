@@ -1,4 +1,4 @@
-"""Serve a GGUF model on this machine with the packaged llama.cpp server (extra `serve`: xllamacpp)."""
+"""Serve a GGUF model or a run's student here with the packaged llama.cpp server (extra `serve`: xllamacpp)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.models.named import NAMED, fetch
+from limbeck.progress import Reporter, Silent
 from limbeck.types import UserError
 
 KEY = "LIMBECK_API_KEY"
@@ -26,11 +27,18 @@ class RunningServer:
     server: Any
 
 
-def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, threads: int | None = None) -> RunningServer:
+def serve(
+    model: str,
+    port: int = 0,
+    context: int = 4096,
+    slots: int = 4,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> RunningServer:
     """Start a server.
 
     Args:
-        model: a name of `limbeck models`, or a `.gguf` file.
+        model: a name of `limbeck models`, a `.gguf` file, or a run folder, whose student is exported once.
         port: 0 picks a free one.
         context: the maximum length of a prompt with its answer, in tokens, for each slot.
         slots: how many requests are answered at the same time.
@@ -40,15 +48,12 @@ def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, thread
     Raises:
         UserError: there is no such model, or xllamacpp is not installed.
     """
-    path = fetch(model) if model in NAMED else Path(model).expanduser()
-    if path.suffix != ".gguf" or not path.is_file():
-        raise UserError(f"there is no GGUF file {model!r}: give one, or a model of `limbeck models`")
     try:
         import xllamacpp
     except ImportError as error:
         raise UserError("the packaged server is not installed: pip install 'limbeck[serve]'") from error
+    name, path = _find(model, reporter or Silent())
     user_key = os.environ.get(KEY)
-    name = model if model in NAMED else path.stem
     key = user_key or secrets.token_urlsafe(24)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -63,6 +68,18 @@ def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, thread
     server = xllamacpp.Server(params)
     url = f"{server.listening_address}/v1"
     return RunningServer(url=url, name=name, key=key, key_is_new=user_key is None, server=server)
+
+
+def _find(model: str, reporter: Reporter) -> tuple[str, Path]:
+    """The name and the GGUF file of what is served."""
+    path = fetch(model) if model in NAMED else Path(model).expanduser()
+    if path.is_dir():
+        from limbeck.commands.export.run import exported_once
+
+        return exported_once(path, reporter)
+    if path.suffix != ".gguf" or not path.is_file():
+        raise UserError(f"there is no GGUF file {model!r}: give one, a run folder, or a model of `limbeck models`")
+    return (model if model in NAMED else path.stem), path
 
 
 def wait() -> None:
