@@ -75,7 +75,7 @@ def log_probs(model: Model, prompt: Sequence[int], answer: Sequence[int]) -> Ten
     """The model's log-probabilities [N, V] at the tokens of an answer."""
     ids = torch.tensor([[*prompt, *answer]], device=model.net.device)
     logits: Tensor = model.net(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return logits[:, : model.vocab_size].float().cpu().double().log_softmax(-1)
+    return logits.float().cpu().double().log_softmax(-1)
 
 
 def compare_file(model: Model, file: Path, asked: Sequence[Asked], most_kl: float) -> dict[str, Any]:
@@ -93,6 +93,7 @@ def compare_file(model: Model, file: Path, asked: Sequence[Asked], most_kl: floa
         api = ApiTeacher(settings)
         _check_tokens(api, model, asked)
         scorer = ServerScorer(api, NAMED, model.tokenizer)
+        scorer.vocab_size = asked[0].log_p_NV.shape[-1]  # rows of the head without a token have a probability, too
         differs = _framing(scorer, model, asked)
         scores = scorer.score([(one.prompt_ids, one.answer_ids) for one in asked])
         same_answers = _same_answers(api, asked)
@@ -145,15 +146,17 @@ def _from_server(one: Asked, named: Sequence[NamedTokens]) -> tuple[Tensor, Tens
 def _check_tokens(api: ApiTeacher, model: Model, asked: Sequence[Asked]) -> None:
     for text in (TEST_TEXT, *(one.messages[0]["content"] for one in asked), *(one.text for one in asked)):
         body = {"content": text, "add_special": False, "parse_special": True}
-        call = Call("POST", "/tokenize", body, at_root=True)
-        reply = api.endpoint.run(lambda connection, call=call: connection.send(call))
-        theirs, ours = as_dict(reply.json()).get("tokens"), model.raw_ids(text)
+        theirs, ours = _tokenized(api, Call("POST", "/tokenize", body, at_root=True)), model.raw_ids(text)
         if theirs != ours:
             raise UserError(
                 f"the export reads text otherwise than the student: {text[:40]!r} is {str(theirs)[:80]} there and"
                 f" {str(ours)[:80]} here, so nothing was written; serve the folder with transformers or vLLM, or"
                 " convert it with llama.cpp's own convert_hf_to_gguf.py"
             )
+
+
+def _tokenized(api: ApiTeacher, call: Call) -> Any:
+    return as_dict(api.endpoint.run(lambda connection: connection.send(call)).json()).get("tokens")
 
 
 def _framing(scorer: ServerScorer, model: Model, asked: Sequence[Asked]) -> str:

@@ -31,6 +31,8 @@ class Family:
         interleaved: its rotary embedding turns neighbouring columns of a head, and not halves: queries and keys are
             written in that order.
         norm_offset: what the model adds to the weights of its norms, which llama.cpp wants added.
+        windows: llama.cpp has this family's layers that attend to a window of the last tokens. Where it has none, the
+            context ends with the window: up to there, the layers are the same.
         refuse: a reason why a configuration can't be written, or nothing.
     """
 
@@ -38,6 +40,7 @@ class Family:
     add: Callable[[GGUFWriter, Any], None] = lambda writer, config: None
     interleaved: bool = False
     norm_offset: float = 0.0
+    windows: bool = False
     refuse: Callable[[Any], str] = lambda config: ""
 
     @property
@@ -62,13 +65,6 @@ def _gemma3(writer: GGUFWriter, config: Any) -> None:
     writer.add_sliding_window(config.sliding_window)
 
 
-def _window(config: Any) -> str:
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and window < config.max_position_embeddings:
-        return f"its layers attend to a window of {window} tokens, which llama.cpp does not know of this family"
-    return ""
-
-
 def _period(period: int, skipped: Callable[[Any, int], bool], what: str) -> Callable[[Any], str]:
     """llama.cpp takes every `period`-th layer to be another kind; a student with dropped layers may have others."""
 
@@ -83,9 +79,9 @@ def _period(period: int, skipped: Callable[[Any, int], bool], what: str) -> Call
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(MODEL_ARCH.LLAMA, interleaved=True),
-    "mistral": Family(MODEL_ARCH.LLAMA, interleaved=True, refuse=_window),
-    "qwen2": Family(MODEL_ARCH.QWEN2, refuse=_window),
-    "qwen3": Family(MODEL_ARCH.QWEN3, refuse=_window),
+    "mistral": Family(MODEL_ARCH.LLAMA, interleaved=True),
+    "qwen2": Family(MODEL_ARCH.QWEN2),
+    "qwen3": Family(MODEL_ARCH.QWEN3),
     "smollm3": Family(
         MODEL_ARCH.SMOLLM3,
         interleaved=True,
@@ -98,12 +94,14 @@ FAMILIES: dict[str, Family] = {
         MODEL_ARCH.GEMMA2,
         _gemma2,
         norm_offset=1.0,
+        windows=True,
         refuse=_period(2, lambda config, layer: config.layer_types[layer] == "full_attention", "full attention"),
     ),
     "gemma3_text": Family(
         MODEL_ARCH.GEMMA3,
         _gemma3,
         norm_offset=1.0,
+        windows=True,
         refuse=_period(6, lambda config, layer: config.layer_types[layer] == "full_attention", "full attention"),
     ),
 }
@@ -130,6 +128,13 @@ def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def _context(family: Family, config: Any) -> int:
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return int(
+        min(config.max_position_embeddings, window) if window and not family.windows else config.max_position_embeddings
+    )
+
+
 def add_sizes(writer: GGUFWriter, family: Family, config: Any, rows: int, name: str) -> None:
     """Write the sizes of a model.
 
@@ -137,7 +142,7 @@ def add_sizes(writer: GGUFWriter, family: Family, config: Any, rows: int, name: 
         UserError: a rotary embedding that is stretched in a way llama.cpp doesn't know.
     """
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(_context(family, config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -185,7 +190,8 @@ def arranged(family: Family, config: Any, name: str, weight: Tensor) -> Tensor:
     if family.interleaved:
         for part, heads in ((".q_proj.", config.num_attention_heads), (".k_proj.", config.num_key_value_heads)):
             if part in name:
-                return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+                pairs: Tensor = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+                return pairs.flatten(0, 2).contiguous()
     if family.norm_offset and name.endswith("norm.weight"):
         return weight + family.norm_offset
     return weight

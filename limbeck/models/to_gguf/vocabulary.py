@@ -87,7 +87,7 @@ def pre_tokenizer(tokenizer: Tokenizer, name: str) -> str:
     Raises:
         UserError: it cuts text in a way that has no name there.
     """
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     cut = [] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(TEST_TEXT)
     spans = [span for _, span in cut]
     whole_words = bool(json.loads(backend.to_str())["model"].get("ignore_merges"))
