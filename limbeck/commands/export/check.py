@@ -186,11 +186,12 @@ def _same_answers(api: ApiTeacher, asked: Sequence[Asked]) -> int:
 
 @contextlib.contextmanager
 def _serving(file: Path, context: int) -> Iterator[Served]:
-    """The packaged llama.cpp server with this file, in a process of its own that ends with the block."""
+    """The packaged llama.cpp server with this file, in a process of its own that ends with the block. It has one slot,
+    so that each token of an answer finds what stands before it in the cache."""
     key = secrets.token_urlsafe(24)
     command = [sys.executable, "-m", "limbeck", "serve", str(file), "--port", "0", "--context", str(context)]
     process = subprocess.Popen(  # noqa: S603 (fixed arguments)
-        [*command, "--slots", "2"],
+        [*command, "--slots", "1"],
         env=os.environ | {KEY: key},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -205,7 +206,7 @@ def _serving(file: Path, context: int) -> Iterator[Served]:
             reason = [line for line in process.stderr.read().splitlines() if "error" in line.lower()][-1:]
             raise UserError(f"llama.cpp can't open the export: {(reason or ['it gave no reason'])[0].strip()[:300]}")
         place = yaml.safe_load(line)["teacher.server"]
-        yield Served(url=place["url"], name=place["name"], kind="llama.cpp", key=OUR_KEY, concurrency=2)
+        yield Served(url=place["url"], name=place["name"], kind="llama.cpp", key=OUR_KEY, concurrency=1)
     finally:
         os.environ.pop(OUR_KEY, None)
         process.kill()

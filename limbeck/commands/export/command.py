@@ -30,6 +30,9 @@ def export(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write the trained student as a GGUF file, for Ollama, or as a clean folder; compare what was written with it."""
+    from limbeck.commands.export.student import find_student
+
+    find_student(where)  # before the imports, which take seconds
     from limbeck.commands.export.run import export as export_student
 
     with console.long_work(json_) as (reporter, stop):

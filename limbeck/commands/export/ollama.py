@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.template import render
+from limbeck.models.to_gguf.vocabulary import begins_with_bos
 from limbeck.types import Message, UserError
 
 MARKS = ("zqlimbeckonezq", "zqlimbecktwozq", "zqlimbeckthreezq", "zqlimbeckfourzq")
@@ -34,12 +35,12 @@ class Frames:
     begins: str
     system: tuple[str, str] | None
     user: tuple[str, str]
-    after_answer: str
+    answer: tuple[str, str]
 
     def framed(self, messages: Sequence[Message]) -> str:
         """The conversation as the Go template writes it."""
         text = "" if messages[0]["role"] == "system" else self.begins
-        around = {"system": self.system or ("", ""), "user": self.user, "assistant": ("", self.after_answer)}
+        around = {"system": self.system or ("", ""), "user": self.user, "assistant": self.answer}
         for message in messages:
             before, after = around[message["role"]]
             text += before + message["content"] + after
@@ -54,7 +55,7 @@ class Frames:
             f'{{{{ if ne (index .Messages 0).Role "system" }}}}{self.begins}{{{{ end }}}}'
             f"{{{{ range .Messages }}}}{system}"
             f'{{{{ if eq .Role "user" }}}}{self.user[0]}{{{{ .Content }}}}{self.user[1]}{{{{ end }}}}'
-            f'{{{{ if eq .Role "assistant" }}}}{{{{ .Content }}}}{self.after_answer}{{{{ end }}}}'
+            f'{{{{ if eq .Role "assistant" }}}}{self.answer[0]}{{{{ .Content }}}}{self.answer[1]}{{{{ end }}}}'
             "{{ end }}"
         )
 
@@ -64,26 +65,35 @@ def frames_of(tokenizer: Tokenizer) -> tuple[Frames | None, str]:
     one, two, three, four = MARKS
     question: Message = {"role": "user", "content": one}
     try:
-        header, asks = render(tokenizer, (question,)).split(one)
+        header, asks = _framed(tokenizer, (question,)).split(one)
         talk = (question, {"role": "assistant", "content": two}, {"role": "user", "content": three})
-        _, _, rest = render(tokenizer, talk).partition(two)
-        between = rest.partition(three)[0]
+        text = _framed(tokenizer, talk)
+        answers, between = text.partition(one)[2].partition(two)[0], text.partition(two)[2].partition(three)[0]
     except (UserError, ValueError):
         return None, "the template takes no conversation of several turns"
-    system_before = system_after = None
-    try:
-        instructed = render(tokenizer, ({"role": "system", "content": four}, question))
-        if four in instructed:
-            system_before, _, rest = instructed.partition(four)
-            system_after = rest.partition(one)[0]
-    except UserError:
-        pass
-    user = _common_end([header, between, *([] if system_after is None else [system_after])])
-    system = None
-    if system_before is not None and system_after is not None:
-        system = (system_before, system_after.removesuffix(user))
-    frames = Frames(header.removesuffix(user), system, (user, asks), between.removesuffix(user))
+    system = _around_system(tokenizer, four, question)
+    user = _common_end([header, between, *(system or ())[1:]])
+    if system is not None:
+        system = (system[0], system[1].removesuffix(user))
+    answer = answers.removeprefix(asks), between.removesuffix(user)
+    frames = Frames(header.removesuffix(user), system, (user, asks), answer)
     return frames, _differs(tokenizer, frames)
+
+
+def _around_system(tokenizer: Tokenizer, mark: str, question: Message) -> tuple[str, str] | None:
+    """What stands before a system message, and between it and the question; None where the template takes none."""
+    try:
+        text = _framed(tokenizer, ({"role": "system", "content": mark}, question))
+    except UserError:
+        return None
+    before, found, rest = text.partition(mark)
+    return (before, rest.partition(question["content"])[0]) if found else None
+
+
+def _framed(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """The conversation in the student's template, without the first token where llama.cpp puts it there itself."""
+    text = render(tokenizer, messages)
+    return text.removeprefix(str(tokenizer.bos_token)) if begins_with_bos(tokenizer) else text
 
 
 def modelfile(tokenizer: Tokenizer, file: str, ends: Sequence[int], settings: Any, context: int) -> tuple[str, str]:
@@ -95,7 +105,7 @@ def modelfile(tokenizer: Tokenizer, file: str, ends: Sequence[int], settings: An
     frames, differs = frames_of(tokenizer)
     lines = [f"FROM ./{file}"]
     if frames is not None:
-        pieces = (frames.begins, *(frames.system or ()), *frames.user, frames.after_answer)
+        pieces = (frames.begins, *(frames.system or ()), *frames.user, *frames.answer)
         if any('"""' in piece or "{{" in piece for piece in pieces):
             raise UserError(
                 "the chat template has braces or quotation marks that a Modelfile can't hold: use --to gguf"
@@ -129,7 +139,7 @@ def _differs(tokenizer: Tokenizer, frames: Frames) -> str:
         talks += [(system, user), (system, user, answer, user)]
     for talk in talks:
         try:
-            right = render(tokenizer, talk)
+            right = _framed(tokenizer, talk)
         except UserError:
             continue
         if right != frames.framed(talk):

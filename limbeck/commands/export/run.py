@@ -29,8 +29,8 @@ from limbeck.commands.export.check import (
 from limbeck.commands.export.ollama import modelfile
 from limbeck.commands.export.student import Student, find_student
 from limbeck.models.export import export as save_student
-from limbeck.models.folder import quiet, read_config, save_model
-from limbeck.models.load import load_model
+from limbeck.models.folder import quiet, read_config, read_weights, save_model
+from limbeck.models.load import load_model, load_tokenizer
 from limbeck.models.model import Model
 from limbeck.models.to_gguf.types import FileType, file_type
 from limbeck.models.to_gguf.write import check_room, write_gguf
@@ -197,8 +197,9 @@ def _export_folder(job: Job, folder: Path) -> dict[str, Any]:
     model = load_model(str(source))
     check_room(folder, sum(part.numel() for part in model.net.parameters()) * dtype.itemsize)
     asked = ask_student(model, job.student.prompts)
-    model.net.to(dtype)  # type: ignore[arg-type]  # transformers' own `to` is not typed
-    model.net.config.dtype = dtype
+    del model
+    with quiet():
+        model = Model(read_weights(source, job.student.name, dtype), load_tokenizer(str(source)), job.student.name)
     found = measured(asked, _again(model, asked)) | {"most_kl_nats_per_token": most_kl}
     check_kl(found, most_kl)
     save_student(model, folder)

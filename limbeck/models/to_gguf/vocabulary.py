@@ -75,7 +75,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, name: st
     ):
         if number is not None:
             add(number)
-    writer.add_add_bos_token(_begins_with_bos(tokenizer))
+    writer.add_add_bos_token(begins_with_bos(tokenizer))
     writer.add_add_eos_token(False)
     template: Any = tokenizer.chat_template
     writer.add_chat_template(template["default"] if isinstance(template, dict) else template)
@@ -165,7 +165,7 @@ def _pair(merge: Any) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else list(merge)
 
 
-def _begins_with_bos(tokenizer: Tokenizer) -> bool:
+def begins_with_bos(tokenizer: Tokenizer) -> bool:
     """Whether llama.cpp is to put the first token before a text: as the tokenizer does, but never where the template
     doesn't."""
     bos = tokenizer.bos_token_id
