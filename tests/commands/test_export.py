@@ -10,15 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Codes
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import Regex, pre_tokenizers
+from transformers import MistralConfig
 
 from limbeck.commands.export import run
 from limbeck.commands.export.ollama import frames_of, modelfile
 from limbeck.commands.export.run import export, exported_once
 from limbeck.commands.export.student import OWN_PROMPTS, find_student
+from limbeck.models.folder import save_model
 from limbeck.models.load import load_model
 from limbeck.models.template import render
 from limbeck.models.to_gguf import families, vocabulary, write
@@ -27,7 +30,7 @@ from limbeck.models.to_gguf.vocabulary import pre_tokenizer
 from limbeck.progress import Silent
 from limbeck.types import UserError
 from tests.conftest import make_tokenizer
-from tests.families import make_model
+from tests.families import FAMILIES, SIZES, make_model
 
 LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}<<SYS>>{{ m['content'] }}<</SYS>>"
@@ -88,11 +91,42 @@ def test_a_run_becomes_a_file_that_is_the_student(run_folder, tiny):
     assert field(file, "tokenizer.ggml.pre") == "gpt-2" and not list(run_folder.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "granite"])
-def test_other_families_are_the_student_too(family, tmp_path):
-    """All of them: `make test-llama`."""
-    make_model(family, tmp_path / "m", 1, make_tokenizer())
+FAMILY_NAMES = [
+    "llama",
+    "llama, tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "granite",
+    "olmo2",
+    "gemma",
+    "gemma2",
+    "gemma3",
+]
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_family_is_the_student(family, tmp_path, monkeypatch):
+    """Random weights, large, so that a wrong order or scale is seen (KL 0.2 to 1 nats)."""
+    monkeypatch.setitem(FAMILIES, "mistral", lambda sizes: MistralConfig(**sizes, sliding_window=None))
+    make_model(family, tmp_path / "m", 0, make_tokenizer())
+    model = load_model(str(tmp_path / "m"))
+    assert model.net.config.model_type in families.FAMILIES
+    with torch.no_grad():
+        for name, parameter in model.net.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2.5)
+            elif "norm" in name:
+                parameter.add_(torch.randn(len(parameter), generator=torch.Generator().manual_seed(0)) * 0.3)
+    save_model(model.net, model.tokenizer, tmp_path / "m")
     assert export_to(tmp_path / "m", tmp_path / "out")["agreement"]["kl_nats_per_token"] < 0.001
+
+
+def test_every_family_is_tried():
+    assert {FAMILIES[family](SIZES | {"vocab_size": 320}).model_type for family in FAMILY_NAMES} == set(
+        families.FAMILIES
+    )
 
 
 def test_a_wrong_file_is_refused_and_leaves_nothing(tiny_folder, tmp_path, monkeypatch):

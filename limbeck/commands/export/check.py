@@ -1,9 +1,9 @@
 """Whether an exported file is the student: llama.cpp opens it, and is asked what the student was asked.
 
-The student answers a few prompts greedily. At every token of its answers the file's next-token distribution is compared
+llama.cpp answers a few prompts greedily. At every token of its answers the file's next-token distribution is compared
 with the student's: KL(student || file) over the file's likeliest tokens and one bucket for the rest, which is at most
-the KL over the whole vocabulary. The server runs in a process of its own, so that a file that it can't take ends
-nothing else.
+the KL over the whole vocabulary. An answer is the student's own greedy one if each of its tokens is the student's first
+choice. The server runs in a process of its own, so that a file that it can't take ends nothing else.
 
 Shapes: N tokens of an answer, V vocabulary.
 """
@@ -36,18 +36,18 @@ from limbeck.types import Message, Request, Sampling, UserError
 KEY, OUR_KEY = "LIMBECK_API_KEY", "LIMBECK_EXPORT_KEY"
 NAMED = 64  # tokens that the server names at a position
 MAX_TOKENS = 24
+MOST_TOKENS = 1024  # of a prompt with its answer
 LEAST = 1e-9  # of a bucket's probability: the rest of two distributions that both name nearly everything
 INSTALL = "not checked against the student: pip install 'limbeck[serve]' and export it again to have it checked"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, the student's greedy answer, and the student's log-probabilities at the answer's tokens [N, V]."""
+    """A prompt, a greedy answer, and the student's log-probabilities at the answer's tokens [N, V]."""
 
     messages: tuple[Message, ...]
     prompt_ids: list[int]
     answer_ids: list[int]
-    text: str
     log_p_NV: Tensor
 
 
@@ -57,17 +57,27 @@ def can_check() -> bool:
 
 def ask_student(model: Model, prompts: Sequence[str]) -> list[Asked]:
     """The student's greedy answers, with its distributions."""
-    chats: list[tuple[Message, ...]] = [({"role": "user", "content": prompt},) for prompt in prompts]
-    ids = [model.prompt_ids(chat)[-model.max_length // 2 :] for chat in chats]
-    sampling = Sampling(0.0, 1.0, min(MAX_TOKENS, model.max_length // 4))
-    jobs = [GenerationJob(prompt, sampling, 0) for prompt in ids]
+    chats = _chats(model, prompts, MOST_TOKENS)
+    jobs = [GenerationJob(ids, Sampling(0.0, 1.0, MAX_TOKENS), 0) for _, ids in chats]
     answers = dict(generate(model.net, jobs, model.eos_ids, vocab_size=model.vocab_size))
-    asked = []
-    for number, (chat, prompt) in enumerate(zip(chats, ids, strict=True)):
-        answer = [int(token) for token in answers[number]]
-        log_p_NV = log_probs(model, prompt, answer)
-        asked.append(Asked(chat, prompt, answer, model.decode(answer).strip(), log_p_NV))
-    return asked
+    return [_scored(model, chat, ids, answers[number]) for number, (chat, ids) in enumerate(chats)]
+
+
+def _chats(model: Model, prompts: Sequence[str], room: int) -> list[tuple[tuple[Message, ...], list[int]]]:
+    """The prompts as conversations and as token ids, without those that leave no room for an answer."""
+    chats: list[tuple[Message, ...]] = [({"role": "user", "content": prompt},) for prompt in prompts]
+    framed = [(chat, model.prompt_ids(chat)) for chat in chats]
+    fitting = [(chat, ids) for chat, ids in framed if len(ids) + MAX_TOKENS < min(model.max_length, room)]
+    if not fitting:
+        raise UserError(
+            f"no prompt fits into a context of {min(model.max_length, room)} tokens, so the export can't be checked"
+        )
+    return fitting
+
+
+def _scored(model: Model, chat: tuple[Message, ...], prompt: list[int], answer: Sequence[int]) -> Asked:
+    ids = [int(token) for token in answer]
+    return Asked(chat, prompt, ids, log_probs(model, prompt, ids))
 
 
 @torch.inference_mode()
@@ -78,7 +88,7 @@ def log_probs(model: Model, prompt: Sequence[int], answer: Sequence[int]) -> Ten
     return logits.float().cpu().double().log_softmax(-1)
 
 
-def compare_file(model: Model, file: Path, asked: Sequence[Asked], most_kl: float) -> dict[str, Any]:
+def compare_file(model: Model, file: Path, prompts: Sequence[str], most_kl: float) -> dict[str, Any]:
     """Open a GGUF file with llama.cpp and compare it with the student.
 
     Returns:
@@ -88,17 +98,22 @@ def compare_file(model: Model, file: Path, asked: Sequence[Asked], most_kl: floa
         UserError: llama.cpp can't open it, it reads text as other tokens, or its distributions are further from the
             student's than `most_kl` (nats a token).
     """
-    longest = max(len(one.prompt_ids) for one in asked) + 2 * MAX_TOKENS
-    with _serving(file, context=max(512, longest)) as settings:
+    with _serving(file, context=MOST_TOKENS) as settings:
         api = ApiTeacher(settings)
-        _check_tokens(api, model, asked)
         scorer = ServerScorer(api, NAMED, model.tokenizer)
+        chats = _chats(model, prompts, scorer.room() or MOST_TOKENS)
+        _check_tokens(api, model, [TEST_TEXT, *(chat[0]["content"] for chat, _ in chats)])
+        asked = [_scored(model, chat, ids, _answer(api, model, ids)) for chat, ids in chats]
         scorer.vocab_size = asked[0].log_p_NV.shape[-1]  # rows of the head without a token have a probability, too
         differs = _framing(scorer, model, asked)
         scores = scorer.score([(one.prompt_ids, one.answer_ids) for one in asked])
-        same_answers = _same_answers(api, asked)
+        differs = differs or _chat_differs(api, asked[0])
     found = measured(asked, [_from_server(one, named) for one, named in zip(asked, scores, strict=True)])
-    found |= {"same_greedy_answers": same_answers, "same_prompt_tokens": not differs, "most_kl_nats_per_token": most_kl}
+    found |= {
+        "same_greedy_answers": sum(_is_greedy(one) for one in asked),
+        "same_prompt_tokens": not differs,
+        "most_kl_nats_per_token": most_kl,
+    }
     if differs:
         found["prompt_tokens_differ"] = differs
     check_kl(found, most_kl)
@@ -143,10 +158,14 @@ def _from_server(one: Asked, named: Sequence[NamedTokens]) -> tuple[Tensor, Tens
     return torch.stack(kl), torch.stack(same)
 
 
-def _check_tokens(api: ApiTeacher, model: Model, asked: Sequence[Asked]) -> None:
-    for text in (TEST_TEXT, *(one.messages[0]["content"] for one in asked), *(one.text for one in asked)):
+def _is_greedy(one: Asked) -> bool:
+    return one.log_p_NV.argmax(-1).tolist() == one.answer_ids
+
+
+def _check_tokens(api: ApiTeacher, model: Model, texts: Sequence[str]) -> None:
+    for text in texts:
         body = {"content": text, "add_special": False, "parse_special": True}
-        theirs, ours = _tokenized(api, Call("POST", "/tokenize", body, at_root=True)), model.raw_ids(text)
+        theirs, ours = _called(api, "/tokenize", body).get("tokens"), model.raw_ids(text)
         if theirs != ours:
             raise UserError(
                 f"the export reads text otherwise than the student: {text[:40]!r} is {str(theirs)[:80]} there and"
@@ -155,8 +174,20 @@ def _check_tokens(api: ApiTeacher, model: Model, asked: Sequence[Asked]) -> None
             )
 
 
-def _tokenized(api: ApiTeacher, call: Call) -> Any:
-    return as_dict(api.endpoint.run(lambda connection: connection.send(call)).json()).get("tokens")
+def _called(api: ApiTeacher, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    call = Call("POST", path, body, at_root=True)
+    return as_dict(api.endpoint.run(lambda connection: connection.send(call)).json())
+
+
+def _answer(api: ApiTeacher, model: Model, prompt: list[int]) -> list[int]:
+    """The file's greedy answer as token ids, with the end of its turn if it ends."""
+    body = {"prompt": prompt, "n_predict": MAX_TOKENS, "temperature": 0.0, "return_tokens": True, "cache_prompt": True}
+    data = _called(api, "/completion", body)
+    tokens = data.get("tokens")
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise UserError("llama.cpp opens the export and gives no answer: nothing was written")
+    ended = data.get("stop_type") == "eos" and tokens[-1:] not in [[number] for number in model.eos_ids]
+    return [*tokens, model.end_of_turn] if ended or not tokens else tokens
 
 
 def _framing(scorer: ServerScorer, model: Model, asked: Sequence[Asked]) -> str:
@@ -174,14 +205,14 @@ def _framing(scorer: ServerScorer, model: Model, asked: Sequence[Asked]) -> str:
     return differs
 
 
-def _same_answers(api: ApiTeacher, asked: Sequence[Asked]) -> int:
-    """How many of the chat endpoint's greedy answers are the student's, word for word."""
-    requests = [
-        Request(api.identity, one.messages, Sampling(0.0, 1.0, max(1, len(one.answer_ids))), seed)
-        for seed, one in enumerate(asked)
-    ]
-    texts = {request.key: answer.text.strip() for request, answer in api.answers(requests)}
-    return sum(texts.get(request.key) == one.text for request, one in zip(requests, asked, strict=True))
+def _chat_differs(api: ApiTeacher, one: Asked) -> str:
+    """How the chat endpoint reads a prompt, or answers it, otherwise than the file does by token ids; empty if not."""
+    request = Request(api.identity, one.messages, Sampling(0.0, 1.0, max(1, len(one.answer_ids))), 0)
+    ((_, answer),) = api.answers([request])
+    read = answer.usage[0] if answer.usage else len(one.prompt_ids)
+    if read != len(one.prompt_ids):
+        return f"the chat endpoint reads {read} tokens where the student's template gives {len(one.prompt_ids)}"
+    return ""
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class FileType:
     """A type of file, as `--type` names it.
 
     `most_kl` is the KL to the student (nats a token) beyond which a file is called wrong: some five times what was
-    measured on a student of 135 million parameters.
+    measured on a model of 135 million parameters, which loses more than a large one.
     """
 
     name: str
@@ -59,8 +59,8 @@ TYPES = {
         FileType("f16", LlamaFileType.MOSTLY_F16, Codes.F16, Codes.F16, 0.01),
         FileType("bf16", LlamaFileType.MOSTLY_BF16, Codes.BF16, Codes.BF16, 0.01),
         FileType("q8_0", LlamaFileType.MOSTLY_Q8_0, Codes.Q8_0, Codes.Q8_0, 0.02),
-        FileType("q6_k", LlamaFileType.MOSTLY_Q6_K, Codes.Q6_K, Codes.Q6_K, 0.05),
-        FileType("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, Codes.Q5_K, Codes.Q6_K, 0.2),
+        FileType("q6_k", LlamaFileType.MOSTLY_Q6_K, Codes.Q6_K, Codes.Q6_K, 0.07),
+        FileType("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, Codes.Q5_K, Codes.Q6_K, 0.4),
         FileType("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, Codes.Q4_K, Codes.Q6_K, 0.4),
         FileType("q4_0", LlamaFileType.MOSTLY_Q4_0, Codes.Q4_0, Codes.Q6_K, 0.6),
     )
