@@ -57,6 +57,7 @@ PAGES = (
     DOCS / "comparison.md",
     DOCS / "precision.md",
     DOCS / "models.md",
+    DOCS / "export.md",
     DOCS.parent / "README.md",
 )
 METHODS, ON_POLICY_METHODS = (DOCS / "evidence" / f"{name}.json" for name in ("methods", "on-policy-methods"))
@@ -80,7 +81,7 @@ ELICITED, REASONING = (DOCS / "evidence" / f"{name}.json" for name in ("elicitat
 HEAD, ON_POLICY, KEPT, BRIDGES, MEASURED = (
     DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges", "engines")
 )
-LLAMA, PRECISION = (DOCS / "evidence" / f"{name}.json" for name in ("engines-llama", "precision"))
+LLAMA, PRECISION, EXPORTED = (DOCS / "evidence" / f"{name}.json" for name in ("engines-llama", "precision", "export"))
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -515,6 +516,37 @@ def families() -> str:
     return table(["family", *tried.ROADS, tried.CHECKED], rows)
 
 
+def exports() -> str:
+    """What the types of a GGUF file cost, from what benchmarks/export.py wrote."""
+    if not EXPORTED.is_file():
+        return "Not measured yet: run python benchmarks/export.py"
+    found = json.loads(EXPORTED.read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"`{name}`",
+            f"{facts['bytes'] / 1e6:.0f}",
+            f"{facts['kl_nats_per_token']:.2g}",
+            f"{facts['largest_kl_nats']:.2g}",
+            f"{facts['same_first_choice']:.1%}",
+            f"{facts['same_greedy_answers']} of {facts['prompts']}",
+            f"{facts['most_kl_nats_per_token']:g}",
+        ]
+        for name, facts in found["types"].items()
+    ]
+    titles = [
+        "type",
+        "MB",
+        "KL (nats a token)",
+        "largest KL",
+        "same first choice",
+        "same greedy answers",
+        "refused above",
+    ]
+    tokens = sorted({facts["tokens"] for facts in found["types"].values()})
+    measured = f"{found['model']} under {found['engine']}, {tokens[0]} to {tokens[-1]} tokens each."
+    return f"{table(titles, rows)}\n\n{measured}"
+
+
 def house() -> str:
     """Every folder of the package from the top floor down, and what each of its files is for, in its own words."""
     lines = []
@@ -555,6 +587,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         house,
         shapes,
         families,
+        exports,
         divergences,
         ranking,
         features,

@@ -14,8 +14,8 @@ import torch
 from gguf import GGMLQuantizationType as Codes
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from tokenizers import Regex, pre_tokenizers
-from transformers import MistralConfig
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GemmaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from limbeck.commands.export import run
 from limbeck.commands.export.ollama import frames_of, modelfile
@@ -29,7 +29,7 @@ from limbeck.models.to_gguf.types import TYPES, encode
 from limbeck.models.to_gguf.vocabulary import pre_tokenizer
 from limbeck.progress import Silent
 from limbeck.types import UserError
-from tests.conftest import make_tokenizer
+from tests.conftest import CORPUS, make_tokenizer
 from tests.families import FAMILIES, SIZES, make_model
 
 LLAMA2 = (
@@ -253,6 +253,35 @@ def test_a_tokenizer_is_known_by_how_it_cuts(name):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, plain])
     tokenizer.backend_tokenizer.model.ignore_merges = name == "llama-bpe"
     assert pre_tokenizer(tokenizer, "x") == name
+
+
+@pytest.fixture
+def pieces():
+    """A tokenizer in the manner of SentencePiece: spaces as ▁, no cutting before the merges, bytes for other letters."""
+    start = Tokenizer(models.BPE())
+    start.normalizer = normalizers.Replace(" ", "▁")
+    start.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    learnt = json.loads(start.to_str())["model"]
+    first = ["<end>", "<unk>", "<user>", "<bot>", *(f"<0x{number:02X}>" for number in range(256))]
+    vocab = {token: number for number, token in enumerate([*first, *sorted(learnt["vocab"], key=learnt["vocab"].get)])}
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    core = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = start.normalizer
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens(["<end>", "<unk>", "<user>", "<bot>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>", unk_token="<unk>")
+    tokenizer.chat_template = CHATML.replace("<|system|>Be kind.<|end|>", "").replace("<|{{ m['role'] }}|>", "<user>").replace(
+        "<|end|>", "<end>").replace("<|assistant|>", "<bot>")  # fmt: skip
+    return tokenizer
+
+
+def test_a_tokenizer_of_pieces(pieces, tmp_path, monkeypatch):
+    """The comparison reads a text with emoji, Japanese and umlauts, and the prompts."""
+    monkeypatch.setitem(FAMILIES, "pieces", lambda sizes: GemmaConfig(**(sizes | {"vocab_size": 500, "head_dim": 16})))
+    make_model("pieces", tmp_path / "m", 0, pieces)
+    record = export_to(tmp_path / "m", tmp_path / "out")
+    assert record["agreement"]["kl_nats_per_token"] < 0.001 and record["agreement"]["same_prompt_tokens"]
+    assert field(tmp_path / "out" / record["file"], "tokenizer.ggml.model") == "llama"
 
 
 # What a user can do wrong

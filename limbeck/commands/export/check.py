@@ -234,8 +234,9 @@ def _serving(file: Path, context: int) -> Iterator[Served]:
         line = process.stdout.readline()
         if not line.startswith("teacher.server:"):
             process.kill()
-            reason = [line for line in process.stderr.read().splitlines() if "error" in line.lower()][-1:]
-            raise UserError(f"llama.cpp can't open the export: {(reason or ['it gave no reason'])[0].strip()[:300]}")
+            reasons = [line for line in process.stderr.read().splitlines() if "error" in line.lower()]
+            reason = (reasons or ["it gave no reason"])[0].strip()[:300]
+            raise UserError(f"llama.cpp can't open the export, so nothing was written: {reason}")
         place = yaml.safe_load(line)["teacher.server"]
         yield Served(url=place["url"], name=place["name"], kind="llama.cpp", key=OUR_KEY, concurrency=1)
     finally:

@@ -35,7 +35,7 @@ from limbeck.models.model import Model
 from limbeck.models.to_gguf.types import FileType, file_type
 from limbeck.models.to_gguf.write import check_room, write_gguf
 from limbeck.progress import Reporter
-from limbeck.storage.files import file_sha256, new_directory, remove_directory, write_json, write_text
+from limbeck.storage.files import exclusive, file_sha256, new_directory, remove_directory, sweep, write_json, write_text
 from limbeck.types import UserError, nearest
 
 FORMS = ("gguf", "ollama", "hf")
@@ -94,13 +94,27 @@ def export(
         raise UserError(f"--out {target} is the name of a file: give a folder, which is made and gets the files")
     if target.exists():
         raise UserError(f"{target} exists: remove it, or give another --out")
-    job = Job(student, form, kind or "", reporter, stop)
-    with _whole(student) as student_folder:
-        job = replace(job, student=replace(student, folder=student_folder))
-        with new_directory(target) as folder:
-            record = _export_folder(job, folder) if form == "hf" else _export_file(job, folder)
-            write_json(folder / RECORD, record)
+    with _alone(student):
+        return _export(Job(student, form, kind or "", reporter, stop), target)
+
+
+def _export(job: Job, target: Path) -> dict[str, Any]:
+    with _whole(job.student) as student_folder, new_directory(target) as folder:
+        job = replace(job, student=replace(job.student, folder=student_folder))
+        record = _export_folder(job, folder) if job.form == "hf" else _export_file(job, folder)
+        write_json(folder / RECORD, record)
     return {"folder": str(target), **record}
+
+
+@contextlib.contextmanager
+def _alone(student: Student) -> Iterator[None]:
+    """One export of a run at a time; what a killed one left half-written is removed."""
+    if student.run is None:
+        yield
+        return
+    with exclusive(student.run / "exports" / ".lock", wait=True):
+        sweep(student.run / "exports")
+        yield
 
 
 def exported_once(run: Path, reporter: Reporter) -> tuple[str, Path]:
@@ -112,12 +126,12 @@ def exported_once(run: Path, reporter: Reporter) -> tuple[str, Path]:
     student = find_student(run)
     if student.run is None:
         raise UserError(f"{run} is not a run folder: `limbeck export {run} --to gguf` makes a file to serve")
-    home = student.run / "exports"
-    target = home / f"served-{student.content}"
-    if not target.is_dir():
-        for old in home.glob("served-*") if home.is_dir() else []:
-            remove_directory(old)
-        export(run, "gguf", "f16", target, reporter)
+    target = student.run / "exports" / f"served-{student.content}"
+    with _alone(student):
+        if not target.is_dir():
+            for old in target.parent.glob("served-*"):
+                remove_directory(old)
+            _export(Job(student, "gguf", "f16", reporter), target)
     return student.name, next(target.glob("*.gguf"))
 
 

@@ -20,8 +20,9 @@ from gguf.quants import quantize
 from limbeck.types import UserError, nearest
 
 PYTHON_MAKES = {Codes.F32, Codes.F16, Codes.BF16, Codes.Q8_0}
-# for rows whose length is no multiple of 256, and then for rows that are none of 32
-SHORT_ROWS = {Codes.Q4_K: Codes.Q5_0, Codes.Q5_K: Codes.Q5_1, Codes.Q6_K: Codes.Q8_0}
+# For rows whose length is no multiple of 256. llama.cpp has Q5_1 in place of Q5_K: larger, and on the weights of
+# SmolLM2-135M further from them.
+SHORT_ROWS = {Codes.Q4_K: Codes.Q5_0, Codes.Q5_K: Codes.Q5_0, Codes.Q6_K: Codes.Q8_0}
 MORE_BITS = (".attn_v.", ".attn_qkv.", ".ffn_down.")
 
 
@@ -62,7 +63,7 @@ TYPES = {
         FileType("q6_k", LlamaFileType.MOSTLY_Q6_K, Codes.Q6_K, Codes.Q6_K, 0.07),
         FileType("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, Codes.Q5_K, Codes.Q6_K, 0.4),
         FileType("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, Codes.Q4_K, Codes.Q6_K, 0.4),
-        FileType("q4_0", LlamaFileType.MOSTLY_Q4_0, Codes.Q4_0, Codes.Q6_K, 0.6),
+        FileType("q4_0", LlamaFileType.MOSTLY_Q4_0, Codes.Q4_0, Codes.Q6_K, 1.0),
     )
 }
 

@@ -54,7 +54,7 @@ def write_gguf(folder: Path, path: Path, kind: FileType, name: str, progress: Pr
     sizes = [stored_bytes(tensor.shape, code) for tensor, code in zip(tensors, codes, strict=True)]
     check_room(path.parent, sum(sizes))
     writer = GGUFWriter(path, family.name)
-    writer.add_name(folder.resolve().parent.name if folder.name == "student" else folder.resolve().name)
+    writer.add_name(name)
     writer.add_file_type(kind.number)
     writer.add_quantization_version(2)
     add_sizes(writer, family, config, rows, name)
