@@ -346,14 +346,9 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model or a student here with llama.cpp. Set its key in LIMBECK_API_KEY, or get a new one printed."""
-    from limbeck.commands.serve import KEY, wait
-    from limbeck.commands.serve import serve as start
+    from limbeck.commands.serve import serve_until_stopped
 
-    server = start(model, port, context, slots, threads, console.Terminal())
-    if server.key_is_new:
-        console.err.print(f"export {KEY}={server.key}", markup=False)
-    console.out.print(f"teacher.server: {{url: {server.url}, name: {server.name}}}", markup=False)
-    wait()
+    serve_until_stopped(model, port=port, context=context, slots=slots, threads=threads)
 
 
 app.command(epilog="Example: limbeck export runs/quickstart --to gguf --type q8_0")(export)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.commands import console
 from limbeck.models.named import NAMED, fetch
 from limbeck.progress import Reporter, Silent
 from limbeck.types import UserError
@@ -82,6 +83,11 @@ def _find(model: str, reporter: Reporter) -> tuple[str, Path]:
     return (model if model in NAMED else path.stem), path
 
 
-def wait() -> None:
-    """Keep the process alive until it is interrupted."""
+def serve_until_stopped(model: str, port: int, context: int, slots: int, threads: int | None) -> None:
+    """`limbeck serve`: start a server, print where it is, and keep the process alive until it is interrupted."""
+    reporter = console.Terminal()
+    server = serve(model, port=port, context=context, slots=slots, threads=threads, reporter=reporter)
+    if server.key_is_new:
+        console.err.print(f"export {KEY}={server.key}", markup=False)
+    console.out.print(f"teacher.server: {{url: {server.url}, name: {server.name}}}", markup=False)
     threading.Event().wait()

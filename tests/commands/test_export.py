@@ -46,7 +46,7 @@ NO_SYSTEM = CHATML.replace(
 
 
 def export_to(where, out, form="gguf", kind=None):
-    return export(where, form, kind, out, Silent())
+    return export(where, form, kind, out, reporter=Silent())
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_file_that_reads_other_tokens_is_refused(tiny_folder, tmp_path, monkey
 
 
 def test_a_file_that_llama_cpp_does_not_open_is_refused(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "add_sizes", lambda *_: None)
+    monkeypatch.setattr(write, "add_sizes", lambda *_, **more: None)
     with pytest.raises(UserError, match=r"llama.cpp can't open the export"):
         export_to(tiny_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())

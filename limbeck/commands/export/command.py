@@ -36,7 +36,7 @@ def export(
     from limbeck.commands.export.run import export as export_student
 
     with console.long_work(json_) as (reporter, stop):
-        record = export_student(where, to, type_, out, reporter, stop)
+        record = export_student(where, form=to, kind=type_, out=out, reporter=reporter, stop=stop)
     printing.print_result(record if json_ else _lines(record), json_)
 
 

@@ -27,7 +27,7 @@ from limbeck.commands.export.check import (
     measured,
 )
 from limbeck.commands.export.ollama import modelfile
-from limbeck.commands.export.student import Student, find_student
+from limbeck.commands.export.student import Exportable, find_student
 from limbeck.models.export import export as save_student
 from limbeck.models.folder import quiet, read_config, read_weights, save_model
 from limbeck.models.load import load_model, load_tokenizer
@@ -48,7 +48,7 @@ BESIDE = ("README.md", "LICENSE", "NOTICE")
 class Job:
     """One export: what, in which form, how it is reported, and whether it was asked to stop."""
 
-    student: Student
+    student: Exportable
     form: str
     kind: str
     reporter: Reporter
@@ -107,7 +107,7 @@ def _export(job: Job, target: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _alone(student: Student) -> Iterator[None]:
+def _alone(student: Exportable) -> Iterator[None]:
     """One export of a run at a time; what a killed one left half-written is removed."""
     if student.run is None:
         yield
@@ -135,13 +135,13 @@ def exported_once(run: Path, reporter: Reporter) -> tuple[str, Path]:
     return student.name, next(target.glob("*.gguf"))
 
 
-def _default(student: Student, form: str, kind: str | None) -> Path:
+def _default(student: Exportable, form: str, kind: str | None) -> Path:
     name = f"{form}-{kind}" if kind else form
     return student.run / "exports" / name if student.run else Path(f"{student.name}-{name}")
 
 
 @contextlib.contextmanager
-def _whole(student: Student) -> Iterator[Path]:
+def _whole(student: Exportable) -> Iterator[Path]:
     """The student's folder; of a folder of adapters, a temporary one with the adapters folded into their base."""
     if not student.is_adapters:
         yield student.folder
@@ -159,7 +159,7 @@ def _export_file(job: Job, folder: Path) -> dict[str, Any]:
     file = folder / f"{job.student.name}-{kind.name}.gguf"
     job.reporter.stage(f"writing {file.name}")
     with quiet():
-        write_gguf(job.student.folder, file, kind, job.student.name, job.progress)
+        write_gguf(job.student.folder, file, kind, name=job.student.name, progress=job.progress)
     record: dict[str, Any] = {"form": job.form, "type": kind.name, **_facts(file), "weights": job.student.content}
     if job.form == "ollama":
         record |= _write_modelfile(job, folder, file)
@@ -188,7 +188,7 @@ def _write_modelfile(job: Job, folder: Path, file: Path) -> dict[str, Any]:
         settings: Any = model.net.generation_config or GenerationConfig()
     first = model.end_of_turn
     ends = [first, *sorted(model.eos_ids - {first})]
-    text, differs = modelfile(model.tokenizer, file.name, ends, settings, model.max_length)
+    text, differs = modelfile(model.tokenizer, file.name, ends=ends, settings=settings, context=model.max_length)
     write_text(folder / "Modelfile", text)
     if not differs:
         return {"modelfile": "Modelfile"}

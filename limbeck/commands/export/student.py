@@ -20,7 +20,7 @@ OWN_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Student:
+class Exportable:
     """A model to export: its folder, a name for files, the run that made it if one did, and prompts."""
 
     folder: Path
@@ -43,7 +43,7 @@ def is_run(folder: Path) -> bool:
     return (folder / "recipe.yaml").exists() or (folder / "student").is_dir()
 
 
-def find_student(where: str | Path) -> Student:
+def find_student(where: str | Path) -> Exportable:
     """The student of a run folder, or the model in a folder.
 
     Raises:
@@ -63,7 +63,7 @@ def find_student(where: str | Path) -> Student:
     if not any(folder.glob(WEIGHTS)):
         raise UserError(f"{folder} has no weights in safetensors: save the model as safetensors first")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", (run or folder).resolve().name).strip("-.") or "student"
-    return Student(folder, name, run, _held_out(run) or OWN_PROMPTS)
+    return Exportable(folder, name, run, _held_out(run) or OWN_PROMPTS)
 
 
 def _held_out(run: Path | None) -> tuple[str, ...]:

@@ -56,14 +56,14 @@ class FileType:
 TYPES = {
     kind.name: kind
     for kind in (
-        FileType("f32", LlamaFileType.ALL_F32, Codes.F32, Codes.F32, 0.001),
-        FileType("f16", LlamaFileType.MOSTLY_F16, Codes.F16, Codes.F16, 0.01),
-        FileType("bf16", LlamaFileType.MOSTLY_BF16, Codes.BF16, Codes.BF16, 0.01),
-        FileType("q8_0", LlamaFileType.MOSTLY_Q8_0, Codes.Q8_0, Codes.Q8_0, 0.02),
-        FileType("q6_k", LlamaFileType.MOSTLY_Q6_K, Codes.Q6_K, Codes.Q6_K, 0.07),
-        FileType("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, Codes.Q5_K, Codes.Q6_K, 0.4),
-        FileType("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, Codes.Q4_K, Codes.Q6_K, 0.4),
-        FileType("q4_0", LlamaFileType.MOSTLY_Q4_0, Codes.Q4_0, Codes.Q6_K, 1.0),
+        FileType("f32", LlamaFileType.ALL_F32, Codes.F32, Codes.F32, most_kl=0.001),
+        FileType("f16", LlamaFileType.MOSTLY_F16, Codes.F16, Codes.F16, most_kl=0.01),
+        FileType("bf16", LlamaFileType.MOSTLY_BF16, Codes.BF16, Codes.BF16, most_kl=0.01),
+        FileType("q8_0", LlamaFileType.MOSTLY_Q8_0, Codes.Q8_0, Codes.Q8_0, most_kl=0.02),
+        FileType("q6_k", LlamaFileType.MOSTLY_Q6_K, Codes.Q6_K, Codes.Q6_K, most_kl=0.07),
+        FileType("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, Codes.Q5_K, Codes.Q6_K, most_kl=0.4),
+        FileType("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, Codes.Q4_K, Codes.Q6_K, most_kl=0.4),
+        FileType("q4_0", LlamaFileType.MOSTLY_Q4_0, Codes.Q4_0, Codes.Q6_K, most_kl=1.0),
     )
 }
 
@@ -99,7 +99,8 @@ def encode(weights: np.ndarray[Any, Any], codes: Codes) -> np.ndarray[Any, Any]:
     source = np.ascontiguousarray(weights, dtype=np.float32)
     rows, columns = source.size // source.shape[-1], source.shape[-1]
     target = np.empty(stored_bytes(source.shape, codes), dtype=np.uint8)
-    written = _library(codes.name)(int(codes), source.ctypes.data, target.ctypes.data, 0, rows, columns, None)
+    arguments = (int(codes), source.ctypes.data, target.ctypes.data, 0, rows, columns, None)
+    written = _library(codes.name)(*arguments)
     assert written == target.nbytes, f"{codes.name} took {written} bytes and not {target.nbytes}"
     return target.reshape(*source.shape[:-1], -1)
 

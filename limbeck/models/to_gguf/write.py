@@ -57,7 +57,7 @@ def write_gguf(folder: Path, path: Path, kind: FileType, name: str, progress: Pr
     writer.add_name(name)
     writer.add_file_type(kind.number)
     writer.add_quantization_version(2)
-    add_sizes(writer, family, config, rows, name)
+    add_sizes(writer, family, config, rows=rows, name=name)
     add_vocabulary(writer, load_tokenizer(str(folder)), rows, name)
     for tensor, code, size in zip(tensors, codes, sizes, strict=True):
         writer.add_tensor_info(tensor.target, tensor.shape, np.dtype(np.float32), size, raw_dtype=code)
