@@ -24,7 +24,7 @@ from limbeck.commands.export.student import OWN_PROMPTS, find_student
 from limbeck.models.folder import save_model
 from limbeck.models.load import load_model
 from limbeck.models.template import render
-from limbeck.models.to_gguf import families, vocabulary, write
+from limbeck.models.to_gguf import families, types, vocabulary, write
 from limbeck.models.to_gguf.types import TYPES, encode
 from limbeck.models.to_gguf.vocabulary import pre_tokenizer
 from limbeck.progress import Silent
@@ -159,10 +159,39 @@ def test_a_file_that_llama_cpp_does_not_open_is_refused(tiny_folder, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_the_server_ends_with_whoever_started_it(tiny_folder, tmp_path):
+    record = export_to(tiny_folder, tmp_path / "out")
+    command = [
+        sys.executable,
+        "-m",
+        "limbeck.commands.export.serve_alone",
+        str(tmp_path / "out" / record["file"]),
+        "256",
+    ]
+    ended = subprocess.run(command, input="", capture_output=True, text=True, timeout=60)
+    assert ended.stdout.startswith("http://127.0.0.1:") and ended.returncode == 0
+
+
 def test_without_the_server_it_says_that_nothing_was_checked(tiny_folder, tmp_path, unchecked):
     record = export_to(tiny_folder, tmp_path / "out", kind="q8_0")
     assert record["agreement"] is None and "pip install 'limbeck[serve]'" in record["note"]
     assert (tmp_path / "out" / record["file"]).is_file()
+
+
+def test_small_types_without_llama_cpp(tiny_folder, tmp_path, monkeypatch):
+    types._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "xllamacpp.xllamacpp", None)
+    with pytest.raises(UserError, match=r"pip install 'limbeck\[serve\]', or take f16 or q8_0"):
+        export_to(tiny_folder, tmp_path / "out", kind="q4_k_m")
+
+
+def test_more_ids_than_rows(tmp_path):
+    make_model("llama", tmp_path / "m", 0, make_tokenizer())
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<more{number}>" for number in range(40)])
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="340 ids and its embedding 320 rows"):
+        export_to(tmp_path / "m", tmp_path / "out")
 
 
 def test_adapters_are_folded_in(tiny_folder, tmp_path, tiny):
@@ -305,6 +334,8 @@ def test_mistakes_are_one_message_with_the_cure(run_folder, tiny_folder, tmp_pat
     refused("none of a folder's", run_folder, out, form="hf", kind="q8_0")
     refused("give a folder", run_folder, tmp_path / "out.gguf")
     (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("")
+    refused("is a file, so .* can't be made", run_folder, tmp_path / "file" / "out")
     refused("exists: remove it, or give another --out", run_folder, tmp_path / "there")
     make_model("gpt2", tmp_path / "gpt2", 0, make_tokenizer())
     refused(r"'gpt2' are not exported as GGUF \(those that are: gemma", tmp_path / "gpt2", out)

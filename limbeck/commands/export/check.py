@@ -15,6 +15,7 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from limbeck.config.server import Served
@@ -220,26 +220,33 @@ def _serving(file: Path, context: int) -> Iterator[Served]:
     """The packaged llama.cpp server with this file, in a process of its own that ends with the block. It has one slot,
     so that each token of an answer finds what stands before it in the cache."""
     key = secrets.token_urlsafe(24)
-    command = [sys.executable, "-m", "limbeck", "serve", str(file), "--port", "0", "--context", str(context)]
     process = subprocess.Popen(  # noqa: S603 (fixed arguments)
-        [*command, "--slots", "1"],
+        [sys.executable, "-m", "limbeck.commands.export.serve_alone", str(file), str(context)],
         env=os.environ | {KEY: key},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     os.environ[OUR_KEY] = key
+    lines: list[str] = []
+    assert process.stdout is not None and process.stderr is not None
+    reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
+    reader.start()  # a full pipe would stop the server
     try:
-        assert process.stdout is not None and process.stderr is not None
-        line = process.stdout.readline()
-        if not line.startswith("teacher.server:"):
+        url = process.stdout.readline().strip()
+        if not url.startswith("http"):
             process.kill()
-            reasons = [line for line in process.stderr.read().splitlines() if "error" in line.lower()]
+            reader.join()
+            reasons = [line for line in lines if "error" in line.lower()]
             reason = (reasons or ["it gave no reason"])[0].strip()[:300]
             raise UserError(f"llama.cpp can't open the export, so nothing was written: {reason}")
-        place = yaml.safe_load(line)["teacher.server"]
-        yield Served(url=place["url"], name=place["name"], kind="llama.cpp", key=OUR_KEY, concurrency=1)
+        yield Served(url=url, name=file.stem, kind="llama.cpp", key=OUR_KEY, concurrency=1)
     finally:
         os.environ.pop(OUR_KEY, None)
         process.kill()
-        process.communicate()
+        process.wait()
+        reader.join()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()

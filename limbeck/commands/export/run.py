@@ -87,15 +87,12 @@ def export(
     student = find_student(where)
     if form != "hf":
         kind = file_type(kind or "f16").name
-    elif kind is not None and kind not in FOLDER_TYPES:
+    elif kind is not None and (kind := kind.lower()) not in FOLDER_TYPES:
         raise UserError(f"--type {kind} is none of a folder's ({', '.join(FOLDER_TYPES)}); --to gguf makes others")
     target = out or _default(student, form, kind)
-    if target.suffix == ".gguf":
-        raise UserError(f"--out {target} is the name of a file: give a folder, which is made and gets the files")
-    if target.exists():
-        raise UserError(f"{target} exists: remove it, or give another --out")
+    _check_target(target)
     with _alone(student):
-        return _export(Job(student, form, kind or "", reporter, stop), target)
+        return _export(Job(student, form, kind or "", reporter=reporter, stop=stop), target)
 
 
 def _export(job: Job, target: Path) -> dict[str, Any]:
@@ -131,8 +128,18 @@ def exported_once(run: Path, reporter: Reporter) -> tuple[str, Path]:
         if not target.is_dir():
             for old in target.parent.glob("served-*"):
                 remove_directory(old)
-            _export(Job(student, "gguf", "f16", reporter), target)
+            _export(Job(student, "gguf", "f16", reporter=reporter), target)
     return student.name, next(target.glob("*.gguf"))
+
+
+def _check_target(target: Path) -> None:
+    if target.suffix == ".gguf":
+        raise UserError(f"--out {target} is the name of a file: give a folder, which is made and gets the files")
+    if target.exists():
+        raise UserError(f"{target} exists: remove it, or give another --out")
+    there = next(parent for parent in target.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file, so {target} can't be made: give another --out")
 
 
 def _default(student: Exportable, form: str, kind: str | None) -> Path:

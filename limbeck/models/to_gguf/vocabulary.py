@@ -17,6 +17,7 @@ import regex
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from limbeck.models.model import vocab_size_of
 from limbeck.models.template import end_of_turn, frame_of, render
 from limbeck.types import UserError
 
@@ -56,6 +57,11 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, name: st
         UserError: llama.cpp has no tokenizer that reads text in this way. `name` stands for the model.
     """
     settings = _settings(tokenizer, name)
+    if vocab_size_of(tokenizer) > rows:
+        raise UserError(
+            f"{name}: its tokenizer has {vocab_size_of(tokenizer)} ids and its embedding {rows} rows: it is another"
+            " model's tokenizer"
+        )
     if settings["model"].get("byte_fallback"):
         _add_sentence_pieces(writer, settings, tokenizer, rows)
     else:
