@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from limbeck.commands.serve import serve
@@ -12,6 +13,7 @@ def main() -> None:
     server = serve(file, context=int(context), slots=1)
     print(server.url, flush=True)
     sys.stdin.read()
+    os._exit(0)  # llama.cpp's own threads would keep the process
 
 
 if __name__ == "__main__":
