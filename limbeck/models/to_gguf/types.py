@@ -30,8 +30,8 @@ MORE_BITS = (".attn_v.", ".attn_qkv.", ".ffn_down.")
 class FileType:
     """A type of file, as `--type` names it.
 
-    `most_kl` is the KL to the student (nats a token) beyond which a file is called wrong: some five times what was
-    measured on a model of 135 million parameters, which loses more than a large one.
+    `most_kl` is the KL to the student (nats a token) beyond which a file is called wrong: five to seven times what
+    was measured on a model of 135 million parameters, which loses more than a large one.
     """
 
     name: str
