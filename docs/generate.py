@@ -24,6 +24,7 @@ from limbeck.config.recipe import load_recipe
 from limbeck.elicit.shapes import SHAPES, example_rows, form_of
 from limbeck.elicit.steps import STEPS
 from limbeck.models.engines import ALL, ENGINES
+from limbeck.models.to_gguf.types import TYPES
 from limbeck.objectives.bindable import BINDABLE
 from limbeck.objectives.divergence_loss import DIVERGENCES, TEMPERATURE
 from limbeck.objectives.policy import POLICIES
@@ -529,7 +530,7 @@ def exports() -> str:
             f"{facts['largest_kl_nats']:.2g}",
             f"{facts['same_first_choice']:.1%}",
             f"{facts['same_greedy_answers']} of {facts['prompts']}",
-            f"{facts['most_kl_nats_per_token']:g}",
+            f"{TYPES[name].most_kl:g}",
         ]
         for name, facts in found["types"].items()
     ]

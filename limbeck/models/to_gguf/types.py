@@ -30,8 +30,8 @@ MORE_BITS = (".attn_v.", ".attn_qkv.", ".ffn_down.")
 class FileType:
     """A type of file, as `--type` names it.
 
-    `most_kl` is the KL to the student (nats a token) beyond which a file is called wrong: five to seven times what
-    was measured on a model of 135 million parameters, which loses more than a large one.
+    `most_kl` is the KL to the student (nats a token) beyond which a file is called wrong: several times what was
+    measured on students of 110 to 135 million parameters, which lose more than large ones.
     """
 
     name: str
@@ -58,11 +58,11 @@ TYPES = {
     for kind in (
         FileType("f32", LlamaFileType.ALL_F32, Codes.F32, Codes.F32, most_kl=0.001),
         FileType("f16", LlamaFileType.MOSTLY_F16, Codes.F16, Codes.F16, most_kl=0.01),
-        FileType("bf16", LlamaFileType.MOSTLY_BF16, Codes.BF16, Codes.BF16, most_kl=0.01),
-        FileType("q8_0", LlamaFileType.MOSTLY_Q8_0, Codes.Q8_0, Codes.Q8_0, most_kl=0.02),
-        FileType("q6_k", LlamaFileType.MOSTLY_Q6_K, Codes.Q6_K, Codes.Q6_K, most_kl=0.07),
-        FileType("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, Codes.Q5_K, Codes.Q6_K, most_kl=0.4),
-        FileType("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, Codes.Q4_K, Codes.Q6_K, most_kl=0.4),
+        FileType("bf16", LlamaFileType.MOSTLY_BF16, Codes.BF16, Codes.BF16, most_kl=0.03),
+        FileType("q8_0", LlamaFileType.MOSTLY_Q8_0, Codes.Q8_0, Codes.Q8_0, most_kl=0.05),
+        FileType("q6_k", LlamaFileType.MOSTLY_Q6_K, Codes.Q6_K, Codes.Q6_K, most_kl=0.1),
+        FileType("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, Codes.Q5_K, Codes.Q6_K, most_kl=0.5),
+        FileType("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, Codes.Q4_K, Codes.Q6_K, most_kl=0.5),
         FileType("q4_0", LlamaFileType.MOSTLY_Q4_0, Codes.Q4_0, Codes.Q6_K, most_kl=1.0),
     )
 }
