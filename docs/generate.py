@@ -24,6 +24,7 @@ from limbeck.config.recipe import load_recipe
 from limbeck.elicit.shapes import SHAPES, example_rows, form_of
 from limbeck.elicit.steps import STEPS
 from limbeck.models.engines import ALL, ENGINES
+from limbeck.models.to_gguf.types import TYPES
 from limbeck.objectives.bindable import BINDABLE
 from limbeck.objectives.divergence_loss import DIVERGENCES, TEMPERATURE
 from limbeck.objectives.policy import POLICIES
@@ -57,6 +58,7 @@ PAGES = (
     DOCS / "comparison.md",
     DOCS / "precision.md",
     DOCS / "models.md",
+    DOCS / "export.md",
     DOCS.parent / "README.md",
 )
 METHODS, ON_POLICY_METHODS = (DOCS / "evidence" / f"{name}.json" for name in ("methods", "on-policy-methods"))
@@ -80,7 +82,7 @@ ELICITED, REASONING = (DOCS / "evidence" / f"{name}.json" for name in ("elicitat
 HEAD, ON_POLICY, KEPT, BRIDGES, MEASURED = (
     DOCS / "evidence" / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges", "engines")
 )
-LLAMA, PRECISION = (DOCS / "evidence" / f"{name}.json" for name in ("engines-llama", "precision"))
+LLAMA, PRECISION, EXPORTED = (DOCS / "evidence" / f"{name}.json" for name in ("engines-llama", "precision", "export"))
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -527,6 +529,37 @@ def from_tests(name: str) -> Any:
     return module
 
 
+def exports() -> str:
+    """What the types of a GGUF file cost, from what benchmarks/export.py wrote."""
+    if not EXPORTED.is_file():
+        return "Not measured yet: run python benchmarks/export.py"
+    found = json.loads(EXPORTED.read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"`{name}`",
+            f"{facts['bytes'] / 1e6:.0f}",
+            f"{facts['kl_nats_per_token']:.2g}",
+            f"{facts['largest_kl_nats']:.2g}",
+            f"{facts['same_first_choice']:.1%}",
+            f"{facts['same_greedy_answers']} of {facts['prompts']}",
+            f"{TYPES[name].most_kl:g}",
+        ]
+        for name, facts in found["types"].items()
+    ]
+    titles = [
+        "type",
+        "MB",
+        "KL (nats a token)",
+        "largest KL",
+        "same first choice",
+        "same greedy answers",
+        "refused above",
+    ]
+    tokens = sorted({facts["tokens"] for facts in found["types"].values()})
+    measured = f"{found['model']} under {found['engine']}, {tokens[0]} to {tokens[-1]} tokens each."
+    return f"{table(titles, rows)}\n\n{measured}"
+
+
 def house() -> str:
     """Every folder of the package from the top floor down, and what each of its files is for, in its own words."""
     lines = []
@@ -567,6 +600,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         house,
         shapes,
         families,
+        exports,
         divergences,
         ranking,
         features,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from limbeck.commands import console, printing
+from limbeck.commands.export.command import export
 
 app = typer.Typer(
     help="Distil large language models: collect a teacher's knowledge, train a student on it, measure what was kept.",
@@ -331,7 +332,9 @@ def watch(
 
 @app.command(epilog="Example: limbeck serve qwen2.5-coder-1.5b-instruct --port 8080")
 def serve(
-    model: Annotated[str, typer.Argument(help="A model of `limbeck models`, or a GGUF file.", metavar="MODEL")],
+    model: Annotated[
+        str, typer.Argument(help="A run folder, a model of `limbeck models`, or a GGUF file.", metavar="MODEL")
+    ],
     port: Annotated[int, typer.Option("--port", help="0 picks a free port.", min=0, max=65535)] = 8080,
     context: Annotated[
         int, typer.Option("--context", help="Maximum tokens of a prompt with its answer.", min=64)
@@ -341,15 +344,13 @@ def serve(
         int | None, typer.Option("--threads", help="Default: the number of cores minus one.", min=1)
     ] = None,
 ) -> None:
-    """Serve a model on this machine with llama.cpp. Set its key in LIMBECK_API_KEY, or get a new one printed."""
-    from limbeck.commands.serve import KEY, wait
-    from limbeck.commands.serve import serve as start
+    """Serve a model or a student here with llama.cpp. Set its key in LIMBECK_API_KEY, or get a new one printed."""
+    from limbeck.commands.serve import serve_until_stopped
 
-    server = start(model, port=port, context=context, slots=slots, threads=threads)
-    if server.key_is_new:
-        console.err.print(f"export {KEY}={server.key}", markup=False)
-    console.out.print(f"teacher.server: {{url: {server.url}, name: {server.name}}}", markup=False)
-    wait()
+    serve_until_stopped(model, port=port, context=context, slots=slots, threads=threads)
+
+
+app.command(epilog="Example: limbeck export runs/quickstart --to gguf --type q8_0")(export)
 
 
 @app.command(epilog="Example: limbeck harness runs/quickstart --task arc_easy --task my-task.yaml --limit 100")

@@ -26,6 +26,7 @@ COMMANDS = {
     "watch": {"run_folder", "--once"},
     "harness": {"where", "--task", "--limit", "--out", "--chat", "--base-url", "--tokenizer", "--json"},
     "serve": {"model", "--port", "--context", "--slots", "--threads"},
+    "export": {"where", "--to", "--type", "--out", "--json"},
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
 }
 

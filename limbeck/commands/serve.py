@@ -1,4 +1,4 @@
-"""Serve a GGUF model on this machine with the packaged llama.cpp server (extra `serve`: xllamacpp)."""
+"""Serve a GGUF model or a run's student here with the packaged llama.cpp server (extra `serve`: xllamacpp)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.commands import console
 from limbeck.models.named import NAMED, fetch
+from limbeck.progress import Reporter, Silent
 from limbeck.types import UserError
 
 KEY = "LIMBECK_API_KEY"
@@ -26,11 +28,18 @@ class RunningServer:
     server: Any
 
 
-def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, threads: int | None = None) -> RunningServer:
+def serve(
+    model: str,
+    port: int = 0,
+    context: int = 4096,
+    slots: int = 4,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> RunningServer:
     """Start a server.
 
     Args:
-        model: a name of `limbeck models`, or a `.gguf` file.
+        model: a name of `limbeck models`, a `.gguf` file, or a run folder, whose student is exported once.
         port: 0 picks a free one.
         context: the maximum length of a prompt with its answer, in tokens, for each slot.
         slots: how many requests are answered at the same time.
@@ -40,15 +49,12 @@ def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, thread
     Raises:
         UserError: there is no such model, or xllamacpp is not installed.
     """
-    path = fetch(model) if model in NAMED else Path(model).expanduser()
-    if path.suffix != ".gguf" or not path.is_file():
-        raise UserError(f"there is no GGUF file {model!r}: give one, or a model of `limbeck models`")
     try:
         import xllamacpp
     except ImportError as error:
         raise UserError("the packaged server is not installed: pip install 'limbeck[serve]'") from error
+    name, path = _find(model, reporter or Silent())
     user_key = os.environ.get(KEY)
-    name = model if model in NAMED else path.stem
     key = user_key or secrets.token_urlsafe(24)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -65,6 +71,23 @@ def serve(model: str, port: int = 0, context: int = 4096, slots: int = 4, thread
     return RunningServer(url=url, name=name, key=key, key_is_new=user_key is None, server=server)
 
 
-def wait() -> None:
-    """Keep the process alive until it is interrupted."""
+def _find(model: str, reporter: Reporter) -> tuple[str, Path]:
+    """The name and the GGUF file of what is served."""
+    path = fetch(model) if model in NAMED else Path(model).expanduser()
+    if path.is_dir():
+        from limbeck.commands.export.run import exported_once
+
+        return exported_once(path, reporter)
+    if path.suffix != ".gguf" or not path.is_file():
+        raise UserError(f"there is no GGUF file {model!r}: give one, a run folder, or a model of `limbeck models`")
+    return (model if model in NAMED else path.stem), path
+
+
+def serve_until_stopped(model: str, port: int, context: int, slots: int, threads: int | None) -> None:
+    """`limbeck serve`: start a server, print where it is, and keep the process alive until it is interrupted."""
+    reporter = console.Terminal()
+    server = serve(model, port=port, context=context, slots=slots, threads=threads, reporter=reporter)
+    if server.key_is_new:
+        console.err.print(f"export {KEY}={server.key}", markup=False)
+    console.out.print(f"teacher.server: {{url: {server.url}, name: {server.name}}}", markup=False)
     threading.Event().wait()

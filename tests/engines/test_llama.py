@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from limbeck.commands.doctor.run import examine
+from limbeck.commands.export.run import export
 from limbeck.config.recipe import parse
 from limbeck.config.server import Served
 from limbeck.data.batches import Row, make_batch
@@ -29,9 +30,11 @@ from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES
+from limbeck.progress import Silent
 from limbeck.runs.pipeline import run
 from limbeck.storage.store import Store
 from limbeck.types import Request, Sampling, UserError
+from tests.conftest import PROMPTS
 
 MODEL = "smollm2-135m-instruct"
 KEY = "sk-canary-4711"
@@ -41,7 +44,8 @@ QUESTIONS = ("Why is the sky blue?", "Name three fruits.", "Answer with three em
 class Llama:
     """A server that can be killed and started again at the same port."""
 
-    def __init__(self):
+    def __init__(self, model=MODEL):
+        self.model = model
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -49,7 +53,7 @@ class Llama:
         self.start()
 
     def start(self):
-        command = [sys.executable, "-m", "limbeck", "serve", MODEL, "--port", str(self.port), "--context", "512", "--slots", "2", "--threads", "1"]  # fmt: skip
+        command = [sys.executable, "-m", "limbeck", "serve", self.model, "--port", str(self.port), "--context", "512", "--slots", "2", "--threads", "1"]  # fmt: skip
         environment = os.environ | {"LIMBECK_API_KEY": KEY}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(600):
@@ -232,3 +236,49 @@ def test_another_key_is_refused(llama, monkeypatch):
     monkeypatch.setenv("LIMBECK_API_KEY", "sk-other-4711")
     with pytest.raises(UserError, match="the key"):
         _ = replace(api(llama)).identity
+
+
+# Exports of a student that was trained here
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A run whose student is the teacher without its last six layers, trained for two steps."""
+    folder = tmp_path_factory.mktemp("export")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in PROMPTS))
+    data = {
+        "name": "exported", "teacher": MODEL, "student": {"start": {"prune": {"layers": 24, "keep": "first"}}},
+        "prompts": {"from": str(prompts)}, "writer": [{"by": "teacher", "max_tokens": 24}], "loss": ["forward_kl"],
+        "train": {"steps": 2, "tokens_per_step": 64, "lr": 1e-4}, "evaluate": {"metrics": ["fidelity"], "controls": [], "limit": 2},
+    }  # fmt: skip
+    return run(parse(data), folder / "run", stages=("elicit", "train"))
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"])
+def test_an_exported_student_is_the_student(student, kind, tmp_path):
+    began = time.monotonic()
+    record = export(student, "gguf", kind, tmp_path / "out", Silent())
+    agreement = record["agreement"]
+    print(f"\n{kind}: {record['bytes'] / 1e6:.1f} MB, {time.monotonic() - began:.0f} s, {agreement}")
+    assert agreement["same_prompt_tokens"] and agreement["kl_nats_per_token"] < agreement["most_kl_nats_per_token"]
+    if kind in ("f32", "f16"):
+        assert agreement["kl_nats_per_token"] < 0.001 and agreement["same_greedy_answers"] == agreement["prompts"]
+
+
+def test_a_run_is_served_by_its_folder(student):
+    server = Llama(str(student))
+    try:
+        (file,) = student.glob("exports/served-*/*.gguf")
+        written = file.stat().st_mtime_ns
+        asked = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 8, "temperature": 0}
+        url = f"{server.url}/chat/completions"
+        reply = httpx2.post(url, json=asked, headers={"Authorization": f"Bearer {KEY}"}, trust_env=False, timeout=60)
+        ours = load_model(str(student / "student"))
+        assert reply.json()["usage"]["prompt_tokens"] == len(ours.prompt_ids((asked["messages"][0],)))
+        assert httpx2.post(url, json=asked, trust_env=False).status_code == 401
+        server.kill()
+        server.start()
+        assert file.stat().st_mtime_ns == written, "exported once"
+    finally:
+        server.kill()
