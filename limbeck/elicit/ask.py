@@ -108,7 +108,7 @@ class Ask(AskingStep):
                 raise RecipeError(f"{place}.{template}", f"there is no field {name!r}{nearest(name, names)}")
         for sample, texts in zip(pool or (), rendered.rows, strict=True):
             if fault := _fault(texts):
-                has = ", ".join(sorted(self._fields(sample)))
+                has = ", ".join(sorted(names.intersection(self._fields(sample))))
                 at = place if self.system else f"{place}.prompt"
                 raise RecipeError(at, f"{fault}, for the prompt {prompt_of(sample)[:60]!r}; its fields: {has}")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from limbeck import check
 from limbeck.config.recipe import parse
@@ -130,6 +133,34 @@ def test_check_renders_it_for_every_prompt(recipe_data):
     recipe = parse(recipe_data | {"elicit": elicit, "writer": [{"by": "elicited"}]})
     with pytest.raises(RecipeError, match=r"^elicit\[0\].ask.prompt: list object has no element 0, for the prompt"):
         check(recipe)
+
+
+def test_the_example_of_the_documentation_runs():
+    page = (Path(__file__).parents[2] / "docs" / "elicitation.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(elicit:\n  - ask:.*?)```", page, re.DOTALL)
+    steps = steps_of(
+        [Elicit(name=name, params=entry[name]) for entry in yaml.safe_load(block)["elicit"] for name in entry]
+    )
+    pool = prompts("My lamp of 5 euros broke.")
+    check_steps(steps, pool)
+    pool, _, (asked,) = drive(steps[0][1], pool, said("A partial refund."))
+    assert asked.messages[1]["content"].startswith(
+        "Classify the message into one of: refund, partial refund, other.\nMess"
+    )
+    replies = [
+        '{"price": 5, "item": "lamp"}',
+        "?",
+        '{"item": "lamp", "price": 5}',
+        '{"item": "a lamp"}',
+        "{}",
+        "?",
+        "?",
+        "?",
+        "?",
+    ]
+    (found,), tally, asked = drive(steps[1][1], pool, said(*replies))
+    assert asked[0].messages[0]["content"].startswith("A customer wants a partial refund.\nTake the facts")
+    assert answer_of(found) == '{"item": "lamp", "price": 5}' and found.meta["scores"] == {"agreement": 0.4}
 
 
 # Settings
