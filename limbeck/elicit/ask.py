@@ -172,8 +172,8 @@ class Ask(AskingStep):
         rendered = render(self._templates, [self._fields(sample) for sample in pool], context.step)
         draws = []
         for sample, texts in zip(pool, rendered.rows, strict=True):
-            if isinstance(texts, str) or (fault := _fault(texts)):
-                tally.drop(f"the template: {texts if isinstance(texts, str) else fault}", prompt_of(sample))
+            if isinstance(texts, str) or _fault(texts):
+                tally.drop(f"the template: {_fault(texts)}", prompt_of(sample))
                 continue
             system = ({"role": "system", "content": texts["system"]},) if texts.get("system") else ()
             draws += [Draw(sample, (*system, user(texts["prompt"])), number) for number in range(self.n)]
