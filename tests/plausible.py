@@ -35,6 +35,7 @@ def plausible(request):
         "Task: (the task)": f"Task: Tell {said}\nAnswer: {text.partition(chr(10))[2].partition(chr(10))[0]}",
         "Problem: (everything": f"Problem: Print {said}\nSolution: so\n```python\nprint('{said}')\n```",
         "\nUser:": f"And {said}?",
+        "Answer with one word, yes or no": "Yes." if "2 and 2" in text else "no",
     }.items():
         if mark in text:
             return answer

@@ -134,14 +134,15 @@ def test_no_room_for_odds_and_ends():
 @pytest.mark.parametrize("file", FILES, ids=module)
 def test_nothing_that_runs_what_it_reads(file):
     """No pickle, no eval, one template engine in one file, subprocesses only where weights are fetched, and where verifiers, a
-    user's chat template and an exported file need a process of their own."""
+    user's chat template, an exported file and the templates of a recipe's prompts need a process of their own."""
     allowed = {
-        "jinja2": {"report.page", "commands.harness.run", "models.render_alone"},
+        "jinja2": {"report.page", "commands.harness.run", "models.render_alone", "elicit.render_rows"},
         "subprocess": {
             "models.named",
             "models.template_names",
             "elicit.equivalence",
             "elicit.sandbox",
+            "elicit.rendering",
             "commands.export.check",
         },
         "pickle": set(),

@@ -156,6 +156,9 @@ class EvolInstruct(AskingStep):
         tokens = rewrites * (self.prompt_tokens + self.max_tokens) + originals * self.max_tokens
         return Estimate(3 * rewrites + originals, int(tokens * ANSWER_SHARE), samples=rewrites + originals)
 
+    def writes(self) -> frozenset[str]:
+        return frozenset({"evolved", "generation"})
+
 
 def _unusable(text: str, finish: str, old: str) -> str | None:
     """Why a rewritten prompt can't be used; None if it can."""

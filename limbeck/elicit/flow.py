@@ -194,14 +194,20 @@ def drop_if(reject: Callable[[Sample], tuple[str, str] | None], pool: Pool, tall
     return passed
 
 
+def ending(reply: Sample) -> str:
+    """How a reply ended: `ok` if by itself and with an answer, else length, empty, refused, ..., or "nothing but
+    thinking"."""
+    finish = str(reply.meta.get("finish", "ok"))
+    if finish == "ok" and (answer_of(reply) or "").strip() and not said_by(reply).strip():
+        return "nothing but thinking"
+    return finish
+
+
 def are_complete(replies: Sequence[Sample], tally: Tally) -> list[bool]:
-    """Which replies ended by themselves and answer something. The others count as dropped, by how they ended (length,
-    empty, refused, ..., or with their thinking)."""
+    """Which replies ended by themselves and answer something. The others count as dropped, by how they ended."""
     complete = []
     for reply in replies:
-        finish = str(reply.meta.get("finish", "ok"))
-        if finish == "ok" and (answer_of(reply) or "").strip() and not said_by(reply).strip():
-            finish = "nothing but thinking"
+        finish = ending(reply)
         complete.append(finish == "ok")
         if finish != "ok":
             tally.drop(f"answer: {finish}", reply.messages[-1]["content"])

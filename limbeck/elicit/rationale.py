@@ -102,6 +102,9 @@ class Rationale(AskingStep):
         tokens += answers * self.final_tokens if self.calls == 2 else 0
         return Estimate(answers * self.calls, tokens, samples=answers)
 
+    def writes(self) -> frozenset[str]:
+        return frozenset({"rationale", "final"})
+
 
 def _rephrased(sample: Sample, template: str) -> tuple[Message, ...]:
     """The conversation with its last question put into the template."""
@@ -173,6 +176,9 @@ class DiverseRationales(AskingStep):
         tokens = int(answers * self.max_tokens * ANSWER_SHARE)
         return Estimate(answers * self.calls, tokens, samples=min(samples * self.keep, answers))
 
+    def writes(self) -> frozenset[str]:
+        return frozenset({"rationale", "final"})
+
 
 def _grams(text: str, size: int) -> set[tuple[str, ...]]:
     tokens = words(text)
@@ -226,6 +232,9 @@ class Contrastive(AskingStep):
 
     def estimate(self, samples: int) -> Estimate:
         return Estimate.of_answers(samples * (2 if self.counterfactual else 1), self.max_tokens)
+
+    def writes(self) -> frozenset[str]:
+        return frozenset({"rationale", "final", "counterfactual"})
 
 
 def _why(sample: Sample, answer: str) -> tuple[Message, ...]:

@@ -138,6 +138,9 @@ class Rewrite(AskingStep):
         unasked = samples * (("backward" in self.how) + self.originals)
         return Estimate(requests, int(requests * self.max_tokens * ANSWER_SHARE), samples=requests + unasked)
 
+    def writes(self) -> frozenset[str]:
+        return frozenset({"rewritten"})
+
 
 def _choose_number(text: str, rng: Random, tally: Tally, keep: str | None = None) -> WrittenNumber | None:
     """A drawn number in the text, other than `keep`; None, and counted as dropped, if there is none."""

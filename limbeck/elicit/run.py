@@ -84,7 +84,7 @@ class Elicitation:
         """
         if (finished := self.finished()) is not None:
             return finished
-        pool = [_prompt_sample(prompt) for prompt in self.source.training_prompts]
+        pool = [prompt_sample(prompt) for prompt in self.source.training_prompts]
         tallies = []
         for index, (name, step) in enumerate(self.source.steps):
             on_start(name)
@@ -179,7 +179,8 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _prompt_sample(prompt: Prompt) -> Sample:
+def prompt_sample(prompt: Prompt) -> Sample:
+    """The prompt as the first step gets it."""
     facts = {
         "kind": prompt.kind,
         "task": prompt.task,

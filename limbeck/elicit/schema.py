@@ -5,9 +5,10 @@ A schema is data: references are not fetched, and its patterns run for half a se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
+from urllib.parse import unquote
 
 import regex
 from jsonschema import Draft202012Validator
@@ -24,12 +25,12 @@ from limbeck.types import UserError
 def conforms(check: dict[str, Any], answer: str) -> bool:
     """Whether the answer, its first block of JSON, or the only JSON object or list in it conforms to `schema`."""
     try:
-        return bool(_validator(check["schema"]).is_valid(_value(answer)))
-    except (NotJSONError, RecursionError, TimeoutError):
+        return is_valid(check["schema"], value_in(answer))
+    except NotJSONError:
         return False
 
 
-def _value(answer: str) -> Any:
+def value_in(answer: str) -> Any:
     """The JSON that an answer gives.
 
     Raises:
@@ -47,6 +48,62 @@ def _value(answer: str) -> Any:
     if len(found) != 1:
         raise NotJSONError(f"{len(found)} values")
     return found[0]
+
+
+def is_valid(schema: dict[str, Any], value: Any) -> bool:
+    """Whether the value conforms to the schema; not, if that takes too long to say."""
+    try:
+        return bool(_validator(schema).is_valid(value))
+    except (RecursionError, TimeoutError):
+        return False
+
+
+def in_order(schema: Any, value: Any) -> Any:
+    """The value with the keys of its objects in the order of the schema's properties, and others after them, sorted.
+    Looks into references within the schema, and into what it combines (allOf, anyOf, oneOf)."""
+    return _in_order([schema], value, schema)
+
+
+def _in_order(schemas: Sequence[Any], value: Any, root: Any) -> Any:
+    parts = _parts(schemas, root)
+    if isinstance(value, list):
+        of_all = [part["items"] for part in parts if "items" in part]
+        firsts = [part.get("prefixItems", ()) for part in parts]
+        return [
+            _in_order([*(first[place] for first in firsts if place < len(first)), *of_all], entry, root)
+            for place, entry in enumerate(value)
+        ]
+    if not isinstance(value, dict):
+        return value
+    properties: dict[str, list[Any]] = {}
+    for part in parts:
+        for name, inner in part.get("properties", {}).items():
+            properties.setdefault(name, []).append(inner)
+    names = [*(name for name in properties if name in value), *sorted(value.keys() - properties.keys())]
+    return {name: _in_order(properties.get(name, ()), value[name], root) for name in names}
+
+
+def _parts(schemas: Sequence[Any], root: Any) -> list[dict[str, Any]]:
+    """The schemas, and all that they refer to or combine, each once."""
+    parts: list[dict[str, Any]] = []
+    waiting = list(reversed(schemas))
+    while waiting:
+        schema = waiting.pop()
+        if not isinstance(schema, dict) or any(schema is part for part in parts):
+            continue
+        parts.append(schema)
+        combined = [part for word in ("allOf", "anyOf", "oneOf") for part in schema.get(word, ())]
+        waiting += [*reversed(combined), *([_at(root, schema["$ref"])] if "$ref" in schema else [])]
+    return parts
+
+
+def _at(root: Any, reference: str) -> Any:
+    """What a reference such as #/$defs/name points to; None if that is not in the schema."""
+    found = root
+    for step in reference.removeprefix("#").split("/")[1:]:
+        step = unquote(step).replace("~1", "/").replace("~0", "~")
+        found = found.get(step) if isinstance(found, dict) else None
+    return found if reference.startswith("#") else None
 
 
 def check_schema(check: dict[str, Any], place: str) -> None:

@@ -69,6 +69,14 @@ class AskingStep(Section):
         """What `run` will ask for when it gets so many samples; by default one answer to each."""
         return Estimate.of_answers(samples, getattr(self, "max_tokens", 0))
 
+    def writes(self) -> frozenset[str]:
+        """The names of what it adds to the samples' meta, which the templates of later steps may read (see `ask`)."""
+        return frozenset()
+
+    def refuse(self, place: str, known: frozenset[str], pool: Pool | None, /) -> None:
+        """Refuse settings that can't work, before anything is asked. `known` are the names that earlier steps write;
+        `pool` is what the step will get, None where earlier steps make it."""
+
 
 class LocalStep(Section):
     """A step that asks no model: implement `apply`, a pure function of the pool."""
@@ -88,6 +96,14 @@ class LocalStep(Section):
     def estimate(self, samples: int) -> Estimate:
         """How many samples `apply` gives when it gets so many; by default as many."""
         return Estimate(samples=samples)
+
+    def writes(self) -> frozenset[str]:
+        """The names of what it adds to the samples' meta, which the templates of later steps may read (see `ask`)."""
+        return frozenset()
+
+    def refuse(self, place: str, known: frozenset[str], pool: Pool | None, /) -> None:
+        """Refuse settings that can't work, before anything is asked. `known` are the names that earlier steps write;
+        `pool` is what the step will get, None where earlier steps make it."""
 
 
 ElicitStep = AskingStep | LocalStep

@@ -10,6 +10,7 @@ from limbeck.config.recipe import explain
 from limbeck.config.sections import Elicit
 from limbeck.elicit import (  # noqa: F401 (imported for the steps that they register)
     answer,
+    ask,
     choices,
     curate,
     dialogue,
@@ -26,6 +27,7 @@ from limbeck.elicit import (  # noqa: F401 (imported for the steps that they reg
     transform,
     verified,
 )
+from limbeck.elicit.flow import Pool
 from limbeck.elicit.step import REGISTRY, ElicitStep
 from limbeck.types import RecipeError, nearest
 
@@ -48,3 +50,15 @@ def steps_of(entries: Sequence[Elicit]) -> list[tuple[str, ElicitStep]]:
         except ValidationError as error:
             raise explain(error, step, f"elicit[{index}].{entry.name}") from None
     return steps
+
+
+def check_steps(steps: Sequence[tuple[str, ElicitStep]], pool: Pool) -> None:
+    """Refuse steps that can't work on these samples, or after each other, before anything is asked.
+
+    Raises:
+        RecipeError: a step that can't, with its path.
+    """
+    known: frozenset[str] = frozenset()
+    for index, (name, step) in enumerate(steps):
+        step.refuse(f"elicit[{index}].{name}", known, None if index else pool)
+        known |= step.writes()

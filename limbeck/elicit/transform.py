@@ -102,6 +102,9 @@ class Equations(LocalStep):
             samples.append(with_new_answer(sample, answer, sample.writer, rationale=body, final=final))
         return samples
 
+    def writes(self) -> frozenset[str]:
+        return frozenset({"rationale", "final"})
+
 
 @register("counterfactual")
 class Counterfactual(LocalStep):

@@ -12,8 +12,9 @@ from functools import cached_property
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Rollout
 from limbeck.elicit.prompts import Prompt, split_prompts
+from limbeck.elicit.run import prompt_sample
 from limbeck.elicit.step import ElicitStep
-from limbeck.elicit.steps import steps_of
+from limbeck.elicit.steps import check_steps, steps_of
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.tasks import tasks_of
 from limbeck.models.context import PromptContext, conversation_key
@@ -99,6 +100,8 @@ def resolve(recipe: Recipe) -> Method:
         tasks=method.tasks,
         share=share,
     )
+    if method.steps:
+        check_steps(method.steps, [prompt_sample(prompt) for prompt in training])
     return method
 
 

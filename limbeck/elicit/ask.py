@@ -1,0 +1,248 @@
+"""Asking the teacher anything: a question that a recipe writes as a template, and how the answer is read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from limbeck.elicit import flow
+from limbeck.elicit.flow import (
+    Pool,
+    Questions,
+    StepContext,
+    Tally,
+    answer_of,
+    ending,
+    prompt_messages,
+    prompt_of,
+    said_by,
+    user,
+    with_answer,
+    with_scores,
+)
+from limbeck.elicit.parse import Parsing, UnparsedError
+from limbeck.elicit.rendering import render
+from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.types import Message, RecipeError, Request, Sample, Sampling, content_hash, nearest
+
+TEMPLATE_CHARS = 64 * 1024
+FINAL = ("refused", "filtered", "error")  # asking again would change nothing, or was done already
+WARM = 0.7  # the temperature of another try where the first one was greedy: it would come out the same
+MOST = 1000  # draws
+ALWAYS = frozenset({"prompt", "system", "messages", "kind", "task", "answers", "labels"})
+SOMETIMES = frozenset({"answer", "check", "scores", "weight"})  # if the sample has them
+OWN = (ALWAYS | SOMETIMES | {"prompt_id", "finish", "place"}) - {"kind", "task", "prompt", "answer"}
+TEXTS = ("kind", "task", "final", "rationale")  # fields that other steps and losses read as text
+TEXT: Any = "text"  # as a recipe writes it
+FIELD = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One of the answers that are asked for about a sample."""
+
+    sample: Sample
+    messages: tuple[Message, ...]
+    number: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read from a reply."""
+
+    value: Any
+    text: str
+    reply: Sample
+
+
+@register("ask")
+class Ask(AskingStep):
+    """Asks what `prompt` says: a jinja template that sees the sample's `prompt`, `answer`, and whatever earlier steps
+    wrote. Reads the reply (`parse`) as text, one of some labels, JSON of a schema, or the groups of a pattern, and
+    makes it the sample's answer, its prompt, or a field for later steps (`into`). What can't be read is asked again up
+    to `retries` times, then dropped. With `vote`, the most frequent of `n` readings wins, and ties are dropped. The
+    student sees neither template nor `system`."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=TEMPLATE_CHARS)]
+    system: Annotated[str, Field(min_length=1, max_length=TEMPLATE_CHARS)] | None = None
+    parse: Annotated[Parsing, Field(validate_default=True)] = TEXT
+    into: str = "answer"
+    n: Annotated[int, Field(ge=1, le=MOST)] = 1
+    vote: bool = False
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    max_tokens: TokenCount = 256
+
+    @field_validator("into")
+    @classmethod
+    def _is_free(cls, into: str) -> str:
+        if into in OWN or not FIELD.fullmatch(into):
+            raise ValueError(f"{into!r} can't be written; give answer, prompt, or another name of small letters")
+        return into
+
+    @model_validator(mode="after")
+    def _draws_agree(self) -> Ask:
+        if self.vote and self.n < 2:
+            raise ValueError("a vote needs several draws; set n: 5 and a temperature, or leave vote out")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"{self.n} draws at temperature 0 are all the same; set a temperature, such as 0.7")
+        if self.n > 1 and not self.vote and self.into not in ("answer", "prompt"):
+            raise ValueError(f"{self.into!r} takes one value and n is {self.n}; set vote: true, or n: 1")
+        return self
+
+    def writes(self) -> frozenset[str]:
+        return frozenset({self.into}) - {"answer", "prompt"}
+
+    def refuse(self, place: str, known: frozenset[str], pool: Pool | None) -> None:
+        """Render the templates for every sample that is there, and look at the names that they read."""
+        rendered = render(self._templates, [self._fields(sample) for sample in pool or ()], place)
+        names = ALWAYS | SOMETIMES | known
+        for template, read in rendered.names.items():
+            for name in sorted(read - names):
+                raise RecipeError(f"{place}.{template}", f"there is no field {name!r}{nearest(name, names)}")
+        for sample, texts in zip(pool or (), rendered.rows, strict=True):
+            if fault := _fault(texts):
+                has = ", ".join(sorted(names.intersection(self._fields(sample))))
+                at = place if self.system else f"{place}.prompt"
+                raise RecipeError(at, f"{fault}, for the prompt {prompt_of(sample)[:60]!r}; its fields: {has}")
+
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        draws = self._draws(pool, context, tally)
+        read: dict[int, Read] = {}
+        waiting = list(range(len(draws)))
+        for attempt in range(self.retries + 1):
+            requests = [self._request(context, draws[place], attempt) for place in waiting]
+            replies = yield from flow.ask(requests)
+            again = []
+            for place, reply in zip(waiting, replies, strict=True):
+                finish = ending(reply)
+                try:
+                    read[place] = self._read(reply, finish)
+                except UnparsedError as error:
+                    if attempt < self.retries and finish not in FINAL:
+                        again.append(place)
+                    else:
+                        tally.drop(f"answer: {error}", reply.messages[-1]["content"])
+            waiting = again
+            if again:
+                tally.add("asked_again", len(again))
+        found: Pool = []
+        for first in range(0, len(draws), self.n):
+            of_sample = [read[place] for place in range(first, first + self.n) if place in read]
+            found += self._voted(draws[first].sample, of_sample, tally) if self.vote else []
+            found += [] if self.vote else self._distinct(draws[first].sample, of_sample, tally)
+        return found
+
+    def estimate(self, samples: int) -> Estimate:
+        """At most: every answer is asked for again as often as `retries` allows."""
+        requests = samples * self.n * (1 + self.retries)
+        tokens = int(requests * self.max_tokens * ANSWER_SHARE)
+        return Estimate(requests, tokens, samples=samples if self.vote else samples * self.n)
+
+    # What is asked
+
+    @property
+    def _templates(self) -> dict[str, str]:
+        return {"prompt": self.prompt} | ({} if self.system is None else {"system": self.system})
+
+    def _fields(self, sample: Sample) -> dict[str, Any]:
+        """What the templates see of a sample."""
+        messages = prompt_messages(sample)
+        answer = {} if answer_of(sample) is None else {"answer": said_by(sample)}
+        return {
+            "kind": "",
+            "task": "",
+            "answers": [],
+            **sample.meta,
+            "prompt": prompt_of(sample),
+            "system": messages[0]["content"] if messages[0]["role"] == "system" else "",
+            "messages": list(messages),
+            "labels": list(self.parse.label or ()),
+            **answer,
+        }
+
+    def _draws(self, pool: Pool, context: StepContext, tally: Tally) -> list[Draw]:
+        """`n` for every sample for which the templates can be rendered; the other samples count as dropped."""
+        rendered = render(self._templates, [self._fields(sample) for sample in pool], context.step)
+        draws = []
+        for sample, texts in zip(pool, rendered.rows, strict=True):
+            if isinstance(texts, str) or _fault(texts):
+                tally.drop(f"the template: {_fault(texts)}", prompt_of(sample))
+                continue
+            system = ({"role": "system", "content": texts["system"]},) if texts.get("system") else ()
+            draws += [Draw(sample, (*system, user(texts["prompt"])), number) for number in range(self.n)]
+        return draws
+
+    def _request(self, context: StepContext, draw: Draw, attempt: int) -> Request:
+        temperature = self.temperature or (WARM if attempt else 0.0)
+        sampling = Sampling(temperature, self.top_p, self.max_tokens)
+        return context.request(draw.messages, sampling, draw.number + MOST * attempt)
+
+    # What the answers become
+
+    def _read(self, reply: Sample, finish: str) -> Read:
+        if finish != "ok":
+            raise UnparsedError(finish)
+        value = self.parse.read(said_by(reply))
+        return Read(value, self.parse.written(value), reply)
+
+    def _voted(self, sample: Sample, read: Sequence[Read], tally: Tally) -> Pool:
+        """The sample with the most frequent reading; nothing if two are."""
+        if not read:
+            return []
+        votes = Counter(one.text for one in read).most_common()
+        if len(votes) > 1 and votes[0][1] == votes[1][1]:
+            tally.drop("a tie", "; ".join(text for text, _ in votes))
+            return []
+        winner = next(one for one in read if one.text == votes[0][0])
+        return [with_scores(self._with(sample, winner), agreement=votes[0][1] / self.n)]
+
+    def _distinct(self, sample: Sample, read: Sequence[Read], tally: Tally) -> Pool:
+        by_text: dict[str, Read] = {}
+        for one in read:
+            if one.text in by_text:
+                tally.drop("the same again", one.text)
+            by_text.setdefault(one.text, one)
+        return [self._with(sample, one) for one in by_text.values()]
+
+    def _with(self, sample: Sample, read: Read) -> Sample:
+        """The sample with what was read in its place. What judged its old answer or prompt is left out."""
+        text = read.text
+        if self.into == "answer":
+            said = read.reply.messages[-1]["content"]
+            whole = text == (said.strip() if self.parse.text else said)  # then its tokens are known
+            asked = replace(sample, meta=_without(sample.meta, "scores"))
+            return with_answer(asked, read.reply, None if whole else text, finish="ok")
+        if self.into == "prompt":
+            return _with_prompt(sample, text, read.reply)
+        value = text if self.into in TEXTS else read.value
+        return replace(sample, parents=(*sample.parents, read.reply.id), meta=sample.meta | {self.into: value})
+
+
+def _fault(texts: Mapping[str, str] | str) -> str:
+    """Why a sample can't be asked about; empty if it can."""
+    if isinstance(texts, str):
+        return texts
+    return "" if texts["prompt"] else "it asks nothing"
+
+
+def _with_prompt(sample: Sample, text: str, reply: Sample) -> Sample:
+    """The sample with another text in its user's last message. An answer that it has stays."""
+    messages = list(sample.messages)
+    place = max(number for number, message in enumerate(messages) if message["role"] == "user")
+    messages[place] = user(text)
+    meta = _without(sample.meta, "scores", "check", "answers")
+    new = replace(sample, messages=tuple(messages), parents=(sample.id, reply.id), meta=meta)
+    prompt_id = content_hash(list(prompt_messages(new)))[:16]
+    writer = reply.writer if answer_of(sample) is None else sample.writer
+    return replace(new, writer=writer, meta=meta | {"prompt_id": prompt_id})
+
+
+def _without(meta: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in meta.items() if name not in names}
