@@ -66,7 +66,7 @@ def claim(folder: Path, recipe: Recipe, inputs: Callable[[], dict[str, str]], pr
                 " remove the folder"
             )
         if recipe.hash == _hash_now(before) and recipe.resolved() != before:  # in what is no part of the hash
-            write_text(file, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+            write_text(file, as_yaml(recipe))
     elif strangers := [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not is_leftover(entry)]:
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
     else:
