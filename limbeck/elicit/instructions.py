@@ -36,8 +36,8 @@ ENDS = regex.compile(
 GOES_ON = regex.compile(r"[^\S\n]+[\"'“‘«(\[*_]{0,4}(?P<next>.)")
 # before a point that ends no sentence: a list's number, a single letter but "I", an abbreviation
 SHORT = regex.compile(
-    r"(?:(?:^|\n)[\s*_#>]{0,8}\d{1,3}|(?<![\p{L}\p{N}/])(?:[\p{L}--[I]]|(?i:mr|mrs|ms|dr|prof|st|sr|jr|vs|fig|figs|vol|pp"
-    r"|approx|gen|capt|rev|bzw|ca|nr|abb|hr|fr|mme|mlle|sra|dra|рис|стр|ул|им)))$",
+    r"(?:(?:^|\n)[\s*_#>]{0,8}\d{1,3}|(?<![\p{L}\p{N}/])(?:[\p{L}--[I]]|(?i:mr|mrs|ms|dr|prof|st|sr|jr|vs|fig|figs"
+    r"|vol|pp|approx|gen|capt|rev|bzw|ca|nr|abb|hr|fr|mme|mlle|sra|dra|рис|стр|ул|им)))$",
     regex.VERSION1,
 )
 

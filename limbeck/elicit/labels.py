@@ -30,8 +30,8 @@ BEFORE = regex.compile(
     r"|everything\s+but|opposite\s+of"
     r"|contrary\s+of|unlike|excludes?|rule[sd]?\s+out|eliminate[sd]?|ليس|ليست)"
     r"|n['’]t|(?<=\w)[-_]not|\bnon-|\bun-|\bnot_)"
-    r"(?:\s+(?:be|a|an|the|really|actually|necessarily|at\s+all|either|option|choice|label|answer|category|class|ein|eine"
-    r"|un|une|una|es|est|è|é|como|clearly|quite|considered|classified\s+as))*[\s\"'“‘*_`(\[]*$",
+    r"(?:\s+(?:be|a|an|the|really|actually|necessarily|at\s+all|either|option|choice|label|answer|category|class|ein"
+    r"|eine|un|une|una|es|est|è|é|como|clearly|quite|considered|classified\s+as))*[\s\"'“‘*_`(\[]*$",
     FLAGS,
 )
 THOUGHT = regex.compile(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from limbeck.elicit.conversation import REASONING
 from limbeck.models.chat import for_server, uses_tools
 from limbeck.models.http import as_dict, as_dicts
 from limbeck.types import Finish, Message, UserError
@@ -28,8 +29,7 @@ class Said(NamedTuple):
     logprobs: Any = None
 
 
-# where servers of OpenAI's protocol put the reasoning of an answer, and the types of parts that hold it
-REASONING = ("reasoning_content", "reasoning", "thinking")
+# the types of parts that hold the reasoning of an answer
 THOUGHTS = ("thinking", "reasoning")
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from limbeck.elicit.conversation import OPEN, answer_text
 from limbeck.models.dialects import OPENAI, Dialect, get
 from limbeck.models.http import Reply, as_dict, as_dicts
 from limbeck.types import Finish, UserError
 
 CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|<(?:start|end)_of_turn>")
-OPEN, CLOSE = "<think>", "</think>"
 MOST_TOKENS = 2**40  # that a bill may name
 # what may follow a model's name where it stands for one version: a date, a number of three digits or more, "latest"
 VERSION = re.compile(r"[-@:](?:\d{3,}|\d{2,4}-\d{2}(?:-\d{2,4})?|latest)")
@@ -79,11 +79,13 @@ def has_control_token(text: str) -> bool:
 
 def _with_reasoning(reasoning: str, answer: str) -> str:
     """The answer after its reasoning, which stays open where no answer follows it."""
-    reasoning = reasoning.strip("\n")
-    if not reasoning.strip() or answer.lstrip().startswith(OPEN):
+    reasoning = reasoning.strip()
+    if not reasoning:
         return answer
-    thought = f"{OPEN}\n{reasoning}"
-    return f"{thought}\n{CLOSE}\n\n" + answer.lstrip("\n") if answer.strip() else thought
+    if not answer.strip():
+        return f"{OPEN}\n{reasoning}"
+    message = {"role": "assistant", "content": answer.lstrip("\n"), "reasoning_content": reasoning}
+    return answer_text(message, keep_reasoning=True)
 
 
 def check_name(answered_by: Any, model: str) -> None:

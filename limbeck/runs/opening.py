@@ -40,7 +40,7 @@ def tell_answers(folder: Path, parts: Mapping[str, Sequence[Sample]], reporter: 
     if record and read_json(folder / "answers.json") != record:
         write_json(folder / "answers.json", record)
     for part, samples in parts.items():
-        if not any(sample.teaches for sample in samples):
+        if samples and not any(sample.teaches for sample in samples):
             counts = ", ".join(f"{count:,} {ANSWER_ENDS[end]}" for end, count in record[part].items())
             raise UserError(f"{part}: of {len(samples):,} answers none can be used ({counts}); see store.sqlite")
 

@@ -105,10 +105,10 @@ class Run:
         if self.stop():
             raise StoppedError(f"stopped; what was finished is kept in {self.folder}, run it again to go on")
 
-    def tell_answers(self) -> None:
-        """Have the training and the held-out text written, and say how the answers ended."""
+    def tell_answers(self, held_out: bool = True) -> None:
+        """Have the training text and the held-out text written, and say how the answers ended."""
         parts = {"training text": self.text.training()} if self.recipe.fixed_writers else {}
-        parts["held-out text"] = self.text.held_out()
+        parts |= {"held-out text": self.text.held_out()} if held_out else {}
         tell_answers(self.folder, parts, self.reporter)
 
     # Text in tokens
@@ -368,7 +368,7 @@ def run(
                 job.fill_cache()
         if "train" in stages:
             if "elicit" not in stages and not job.path("student").exists():
-                job.tell_answers()
+                job.tell_answers(held_out=False)
             reporter.stage("Student's start")
             job.models.choice()
             for name in ("student", *method.controls):
