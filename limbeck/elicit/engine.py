@@ -58,7 +58,8 @@ def elicit(
     """Answer all requests, in their order. A request whose answer is in the store is not sent again.
 
     Where more than the share `tolerate` of the answers failed or are malformed, those are asked for again by the next
-    call; where no more did, they stay as they are, so that the text is the same from then on.
+    call; where no more did, they stay as they are, so that the text is the same from then on. An answer that failed is
+    stored only then.
 
     Args:
         answerer: called only if a request has to be sent, so that a finished stage loads no model.
@@ -67,7 +68,7 @@ def elicit(
         tolerate: with None, which is for measurements, none may fail, and malformed ones are what they are.
 
     Raises:
-        UserError: too many answers failed or are malformed. All are stored.
+        UserError: too many answers failed or are malformed. The others are stored.
     """
     by_key = {request.key: sample for request in requests if (sample := store.answered(request))}
     total = len({request.key for request in requests})
@@ -77,6 +78,7 @@ def elicit(
     if len(failed) > allowed:
         by_key = {key: sample for key, sample in by_key.items() if key not in failed}
     waiting = list({request.key: request for request in requests if request.key not in by_key}.values())
+    lost: dict[str, tuple[Request, Sample, Generated]] = {}
     tokens = 0
     if waiting:
         on_progress(len(by_key), total, 0)
@@ -84,15 +86,23 @@ def elicit(
             message = {"role": "assistant", "content": answer.text}
             sample = Sample((*request.messages, message), request.model, answer.ids, meta=dict(request.meta))
             crash_point("elicit.before_record")
-            told = [] if answer.told is None else [Evidence(sample.id, TOLD, request.model, answer.told)]
-            store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage, evidence=told)
+            if answer.finish == "error":
+                lost[request.key] = request, sample, answer
+            else:
+                told = [] if answer.told is None else [Evidence(sample.id, TOLD, request.model, answer.told)]
+                store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage, evidence=told)
             by_key[request.key] = replace(sample, meta=sample.meta | {"finish": answer.finish})
             tokens += answer.usage[1] if answer.usage else len(answer.ids or ())
             on_progress(len(by_key), total, tokens)
             crash_point("elicit.after_record")
-    if len(failed := _failed(by_key, bad)) > allowed and len(by_key) == total:
-        body = printable(store.body(next(iter(failed))) or "nothing")
+    failed = _failed(by_key, bad)
+    if len(failed) > allowed and len(by_key) == total:
+        one = next(iter(failed))
+        body = printable((lost[one][2].raw if one in lost else store.body(one)) or "nothing")
         raise UserError(f"{_too_many(failed, total, tolerate is not None)}. The server said, for one: {body!r}")
+    if len(by_key) == total:
+        for request, sample, answer in lost.values():
+            store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage)
     return [by_key[request.key] for request in requests if request.key in by_key]
 
 

@@ -113,11 +113,11 @@ BAD = {
 
 
 def poisoned(ends):
-    """A server that ends the first answers to training prompts so, and then answers."""
-    left = [BAD[end] for end in ends]
+    """A server that ends the first answers to training prompts so, and then answers. What is left of `ends` is its
+    own."""
 
     def script(number, body):
-        return left.pop()() if left and body["temperature"] > 0 else say(number, body)
+        return BAD[ends.pop()]() if ends and body["temperature"] > 0 else say(number, body)
 
     return script
 
@@ -147,7 +147,8 @@ def test_refused_and_filtered_answers_are_left_out_and_counted(served, tmp_path)
 
 @pytest.mark.parametrize("end", ["malformed", "error"])
 def test_answers_that_can_not_be_used_end_the_run_or_are_tolerated(served, tmp_path, end):
-    with Scripted(poisoned([end] * 3)) as server:
+    ends = [end] * 3
+    with Scripted(poisoned(ends)) as server:
         strict = served(server.url, teacher=limited(server.url))
         total = len(split_prompts(strict.prompts, strict.evaluate).training)
         with pytest.raises(UserError, match=rf"3 of {total} answers can't be used \(3 .*tolerate: 0\.") as refusal:
@@ -155,6 +156,7 @@ def test_answers_that_can_not_be_used_end_the_run_or_are_tolerated(served, tmp_p
         share = float(str(refusal.value).split("tolerate: ")[1].split(". The")[0])
         loose = served(server.url, teacher=limited(server.url, tolerate=share))
         assert loose.hash == strict.hash
+        ends += [end] * 3 if end == "error" else []  # malformed answers are there already
         folder = run(loose, tmp_path / "run")
         student = (folder / "student" / "model.safetensors").read_bytes()
         assert json.loads((folder / "answers.json").read_text())["training text"] == {"ok": total - 3, end: 3}
