@@ -91,7 +91,8 @@ class Request:
     """One question to one model. Its `key` makes it idempotent: a second request reads the stored answer.
 
     A `raw` request has the model continue that text, control tokens included, without a chat template; `messages` are
-    then the conversation that the answer is stored with. With `against`, every token is drawn from
+    then the conversation that the answer is stored with. So they are with `shown`, which is what the model is shown in
+    their place. With `against`, every token is drawn from
     log p(token | messages) - `contrast` * log p(token | against).
     """
 
@@ -103,6 +104,12 @@ class Request:
     raw: str | None = None
     against: tuple[Message, ...] | None = None
     contrast: float = 0.0
+    shown: tuple[Message, ...] | None = None
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """What the model is shown."""
+        return self.messages if self.shown is None else self.shown
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -123,6 +130,8 @@ class Request:
             fields["raw"] = self.raw
         if self.against is not None:
             fields |= {"against": list(self.against), "contrast": self.contrast}
+        if self.shown is not None:
+            fields["shown"] = list(self.shown)
         return fields
 
     @property

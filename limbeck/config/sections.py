@@ -270,10 +270,10 @@ class Evaluate(Section):
     """What to measure: `fidelity` to the teacher, and tasks by name.
 
     `limit` bounds the held-out prompts. Every system also writes its own text for the first `own_prompts` of them (by
-    default OWN_PROMPTS). `untouched` is the student before training. The other controls are trained for as many steps
-    and tokens as the student: `sft_control` on the teacher's text, `gold_control` on the prompts' own answers,
-    `shuffled_control` on the teacher's answers shuffled over the prompts. `judge` is a model that compares the
-    student's answers with every other system's.
+    default OWN_PROMPTS). `untouched` is the student before training, `prompted` the same with the prompt that only the
+    teacher is shown. The other controls are trained for as many steps and tokens as the student: `sft_control` on the
+    teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's answers shuffled
+    over the prompts. `judge` is a model that compares the student's answers with every other system's.
     """
 
     metrics: list[str] = ["fidelity"]

@@ -28,6 +28,7 @@ from limbeck.elicit.flow import (
 from limbeck.elicit.parse import Parsing, UnparsedError
 from limbeck.elicit.rendering import render
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.elicit.step_prompt import StepPrompt, of_templates
 from limbeck.types import Message, RecipeError, Request, Sample, Sampling, content_hash, nearest
 
 TEMPLATE_CHARS = 64 * 1024
@@ -144,6 +145,11 @@ class Ask(AskingStep):
         requests = samples * self.n * (1 + self.retries)
         tokens = int(requests * self.max_tokens * ANSWER_SHARE)
         return Estimate(requests, tokens, samples=samples if self.vote else samples * self.n)
+
+    def shows(self) -> StepPrompt | None:
+        if self.into != "answer":
+            return None
+        return of_templates(self.prompt, self.system, self.parse.label or (), self.parse)
 
     # What is asked
 

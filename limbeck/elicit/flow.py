@@ -21,6 +21,7 @@ from limbeck.elicit.thinking import after_thinking
 from limbeck.types import LogProb, Message, Request, Sample, Sampling, content_hash
 
 Pool = list[Sample]
+Show = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 T = TypeVar("T")
 MAX_EXAMPLES = 3
 EXAMPLE_CHARS = 160
@@ -88,12 +89,14 @@ class StepContext:
     """What a step knows beside the pool: the model that it asks, and its source of random numbers.
 
     `header` is the text before a user's message in the model's own chat format, where that is known (see `magpie`).
+    `show` turns a conversation into the one that the model is shown, where that is another.
     """
 
     model: str
     seed: int
     step: str
     header: str | None = None
+    show: Show | None = None
 
     def request(
         self,
@@ -108,7 +111,10 @@ class StepContext:
         """A request to the model. `number` tells several answers to the same messages apart."""
         seed = self.seed if number == 0 else int(content_hash([self.seed, number])[:7], 16)
         other = None if against is None else tuple(against)
-        return Request(self.model, tuple(messages), sampling, seed, raw=raw, against=other, contrast=contrast)
+        shown = None if self.show is None or raw is not None else self.show(tuple(messages))
+        return Request(
+            self.model, tuple(messages), sampling, seed, raw=raw, against=other, contrast=contrast, shown=shown
+        )
 
     def rng(self, *key: Any) -> random.Random:
         """Random numbers for this step, always the same for the same `key` (such as a round, or a sample's id)."""

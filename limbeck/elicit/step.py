@@ -26,6 +26,7 @@ from pydantic import Field
 
 from limbeck.config.sections import Section
 from limbeck.elicit.flow import Pool, Questions, StepContext, Tally
+from limbeck.elicit.step_prompt import StepPrompt
 
 StepKind = Literal["expand", "curate", "label", "verify", "select", "transform"]
 Temperature = Annotated[float, Field(ge=0, le=10)]
@@ -68,6 +69,11 @@ class AskingStep(Section):
     def estimate(self, samples: int) -> Estimate:
         """What `run` will ask for when it gets so many samples; by default one answer to each."""
         return Estimate.of_answers(samples, getattr(self, "max_tokens", 0))
+
+    def shows(self) -> StepPrompt | None:
+        """What it shows the model that writes the answers and the student is not shown; None if it writes no answer to
+        a prompt that is there."""
+        return None
 
     def writes(self) -> frozenset[str]:
         """The names of what it adds to the samples' meta, which the templates of later steps may read (see `ask`)."""
