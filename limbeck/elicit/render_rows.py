@@ -8,13 +8,24 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError, TemplateSyntaxError, Undefined, meta
+from jinja2 import (
+    StrictUndefined,
+    Template,
+    TemplateError,
+    TemplateRuntimeError,
+    TemplateSyntaxError,
+    Undefined,
+    meta,
+    nodes,
+)
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 2**30
 GLOBALS = ("range", "dict", "namespace")
 RANDOM = ("random",)  # filters that would give another prompt, and other request keys, every time
 FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)  # of a row
+
+REWRITES = (nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.FilterBlock)  # what is printed in them
 
 
 def main() -> None:
@@ -38,14 +49,31 @@ def _bound(seconds: int) -> None:
 
 def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     environment = _environment()
-    templates, names = {}, {}
+    templates, names, printing = {}, {}, []
     for place, source in job["templates"].items():
         try:
-            names[place] = sorted(meta.find_undeclared_variables(environment.parse(source)) - set(GLOBALS))
+            tree = environment.parse(source)
+            names[place] = sorted(meta.find_undeclared_variables(tree) - set(GLOBALS))
+            if _only_prints(tree, "prompt"):
+                printing.append(place)
             templates[place] = environment.from_string(source)
         except TemplateSyntaxError as error:
             return {"place": place, "fault": f"line {error.lineno}: {error.message}"}
-    return {"names": names, "rows": [_row(templates, row, job["most"]) for row in job["rows"]]}
+    rows = [_row(templates, row, job["most"]) for row in job["rows"]]
+    return {"names": names, "rows": rows, "printing": printing}
+
+
+def _only_prints(tree: nodes.Template, name: str) -> bool:
+    """Whether a template does nothing with this value but print it, so that any other would stand there, too."""
+    if next(tree.find_all(REWRITES), None) is not None:
+        return False
+    read = sum(node.name == name for node in tree.find_all(nodes.Name))
+    printed = sum(
+        isinstance(child, nodes.Name) and child.name == name
+        for output in tree.find_all(nodes.Output)
+        for child in output.nodes
+    )
+    return bool(read == printed)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -109,7 +109,7 @@ class Elicitation:
             finishes_before = engine.finishes.copy()
             header = self.header() if "raw" in step.needs else None
             seed = self.source.recipe.text_seed
-            context = StepContext(self.identity, seed, f"{index}/{name}", header, self.source.show)
+            context = StepContext(self.identity, seed, f"{index}/{name}", header=header, show=self.source.show)
             pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)
             tallies.append((step.kind, tally, engine.finishes - finishes_before))
