@@ -62,7 +62,7 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     teacher, student = summary["systems"]["teacher"], summary["systems"]["student"]
     evaluate = served(server.url).evaluate
-    (task,) = tasks_of(evaluate.metrics, evaluate.limit)
+    (task,) = tasks_of(evaluate.metrics, evaluate.limits)
     passed = [verify(prompt.check, said(prompt.text)) for prompt in task.prompts if prompt.check]
     assert teacher["everyday/pass_rate"]["value"] == pytest.approx(sum(passed) / len(passed)) and any(passed)
     assert not set(teacher) & {"forward_kl", "perplexity", "own_tokens", "ece"}
