@@ -197,25 +197,14 @@ def check(
         str | None,
         typer.Option("--device-like", help="Estimate for hardware that is not here: h100-80gb, ...", metavar="NAME"),
     ] = None,
+    out: OutOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Check that a recipe can run, that its servers are there, and print what it will cost; no model is loaded."""
+    from limbeck.commands.check import check as check_recipe
     from limbeck.config.recipe import load_recipe
 
-    loaded = load_recipe(recipe, set_, machine)  # first: a mistake in it shows before torch is loaded
-    from limbeck.runs.preflight import check_method
-    from limbeck.runs.resolve import resolve
-    from limbeck.runs.servers import examine_servers
-
-    method = resolve(loaded)
-    plan = check_method(method, device_like)
-    servers = examine_servers(method)
-    if json_:
-        facts = {"recipe": loaded.hash, "plan": plan.as_dict(), "servers": [vars(server) for server in servers]}
-        printing.print_result(facts, json_)
-    else:
-        printing.print_plan(loaded.name, loaded.hash, plan.lines(), servers)
-    if any(server.fault for server in servers):
+    if not check_recipe(load_recipe(recipe, set_, machine), device_like, out, as_json=json_):
         raise typer.Exit(console.USER_ERROR)
 
 

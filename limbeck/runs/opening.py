@@ -69,12 +69,6 @@ def settle(folder: Path, machine: Machine, facts: Mapping[str, str], reporter: R
         write_json(folder / "machine.json", record)
 
 
-def keep_plan(folder: Path, estimate: Mapping[str, Any]) -> None:
-    """Keep what the run was estimated to cost, once, to be held against what it did cost."""
-    if not (folder / "plan.json").exists():
-        write_json(folder / "plan.json", dict(estimate))
-
-
 def crowd_advice(threads: int, running: float | None, cores: int) -> str:
     """What to do where others keep all cores busy and as many threads of ours would wait for each other; empty if
     nothing is."""
@@ -86,7 +80,10 @@ def crowd_advice(threads: int, running: float | None, cores: int) -> str:
     )
 
 
-def tell_crowd(device: str, reporter: Reporter) -> None:
-    """Advise on threads, before any work of our own adds to the load."""
+def begin(folder: Path, estimate: Mapping[str, Any], device: str, reporter: Reporter) -> None:
+    """Keep what the run was estimated to cost, once, to be held against what it did cost; advise on threads before any
+    work of our own adds to the load."""
+    if not (folder / "plan.json").exists():
+        write_json(folder / "plan.json", dict(estimate))
     if device == "cpu" and (advice := crowd_advice(torch.get_num_threads(), system_load(), os.cpu_count() or 1)):
         reporter.note(advice)

@@ -34,7 +34,7 @@ from limbeck.report.page import write_report
 from limbeck.runs.claim import claim, run_folder
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
-from limbeck.runs.opening import keep_plan, settle, tell_answers, tell_crowd, tell_prompts
+from limbeck.runs.opening import begin, settle, tell_answers, tell_prompts
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
@@ -358,8 +358,7 @@ def run(
         if "train" in stages and not job.path("student").exists():
             look_at_writer(recipe)  # before the teacher's text is paid for
         claim_run(job)
-        keep_plan(folder, estimate.as_dict())
-        tell_crowd(job.models.devices.facts()["device"], reporter)
+        begin(folder, estimate.as_dict(), job.models.devices.facts()["device"], reporter)
         tell_prompts(folder, method.prompt_notes, reporter)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
