@@ -4,9 +4,9 @@ docs/evidence/estimates.json.
     OMP_NUM_THREADS=1 nice .venv/bin/python benchmarks/estimates.py            # about ten minutes on one idle core
     .venv/bin/python benchmarks/estimates.py seq-kd                            # these alone
 
-Real weights (SmolLM2-135M-Instruct), small sizes: the teacher's sampled text, given answers, and the student's own text.
-The rate of the machine is measured when the promise is made; work that others begin or end meanwhile is not foreseen, so
-the load is written beside the figures. Runs live in runs/estimates and are made anew.
+Real weights (SmolLM2-135M-Instruct), small sizes: the teacher's sampled text, given answers, and the student's own
+text. The rate of the machine is measured when the promise is made; work that others begin or end meanwhile is not
+foreseen, so the load is written beside the figures. Runs live in runs/estimates and are made anew.
 """
 
 from __future__ import annotations
@@ -76,9 +76,14 @@ def held_against(name: str) -> dict[str, Any]:
     ratio = sum(plan.seconds.values()) / sum(seconds.values())
     load = [round(before, 1), round(os.getloadavg()[0], 1)]
     return {
-        "promised": promised, "made": made, "promised_by_taken_seconds": round(ratio, 2), "answers": plan.answers, "load": load,
-        "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-    }  # fmt: skip
+        "promised": promised,
+        "made": made,
+        "promised_by_taken_seconds": round(ratio, 2),
+        "answers": plan.answers,
+        "load": load,
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+    }
 
 
 def main() -> None:

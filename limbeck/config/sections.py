@@ -295,7 +295,8 @@ class Evaluate(Section):
         """Take `{TASK: {limit: n}}` among the metrics apart."""
         if not isinstance(data, dict) or not isinstance(data.get("metrics"), list):
             return data
-        names, limits = [], {}
+        names: list[Any] = []
+        limits: dict[str, int] = {}
         for place, entry in enumerate(data["metrics"]):
             if isinstance(entry, dict):
                 entry, limit = _limited(entry, f"evaluate.metrics[{place}]")

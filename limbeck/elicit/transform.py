@@ -47,9 +47,6 @@ class Multitask(LocalStep):
     wording: str = "{prompt}\n\nExplain how to find the answer."
     label: str = "The answer is {final}."
 
-    def answer_tokens(self) -> float | None:
-        return len(self.label) / 4 + 2
-
     def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
         samples: Pool = []
         for sample in pool:
@@ -71,6 +68,9 @@ class LabelOnly(LocalStep):
 
     kind = "transform"
     label: str = "The answer is {final}."
+
+    def answer_tokens(self) -> float | None:
+        return len(self.label) / 4 + 2
 
     def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
         samples: Pool = []

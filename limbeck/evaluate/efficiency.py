@@ -69,7 +69,7 @@ def machine_facts(own_share: float, running: float | None, cores: int) -> dict[s
 
 
 def time_in_turns(
-    systems: Mapping[str, Callable[[], Model]], messages: Sequence[Message], rounds: int = ROUNDS
+    systems: Mapping[str, Callable[[], Model]], messages: tuple[Message, ...], rounds: int = ROUNDS
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """(the speeds of every system, what was seen of the machine): A B A B ... A short answer before them isn't counted.
 

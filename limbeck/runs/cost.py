@@ -315,7 +315,7 @@ def make_plan(
     requests = round(text.by_teacher * text.prompts) + len(held_out) + (text.prompts if controls_write else 0)
     teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * len(held_out)
     disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)
-    elicit = _elicit_flops(recipe, text, shapes, float(text.tokens) if controls_write else 0.0, bills)
+    elicit = _elicit_flops(recipe, text, shapes, float(text.tokens) if controls_write else 0.0, bills=bills)
     requests += sum(bill.requests for bill in bills) + scored
     teacher_tokens += sum(bill.tokens for bill in bills)
     return Plan(
@@ -338,7 +338,7 @@ def make_plan(
 
 
 def _elicit_flops(
-    recipe: Recipe, text: TextAmounts, shapes: Shapes, for_controls: float, bills: Sequence[Estimate]
+    recipe: Recipe, text: TextAmounts, shapes: Shapes, for_controls: float, *, bills: Sequence[Estimate]
 ) -> float:
     """What the writers' text costs here, which a server's does not; written tokens count half more than read ones."""
     by_teacher = text.by_teacher / text.by_all * text.tokens + for_controls + text.held_out_tokens + _elicited(bills)

@@ -22,7 +22,7 @@ ASSUMED = f"assumed, {ANSWER_SHARE:.0%} of max_tokens"
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenCounter:
     """Counts tokens of a conversation (in its template) and of a text; both by their letters where there is no
     tokenizer."""
 
@@ -30,7 +30,7 @@ class Tokens:
     of_text: Callable[[str], int]
 
     @classmethod
-    def by_letters(cls) -> Tokens:
+    def by_letters(cls) -> TokenCounter:
         def conversation(messages: Sequence[Message]) -> int:
             return sum(len(message["content"]) for message in messages) // CHARS_PER_TOKEN + TEMPLATE_TOKENS
 
@@ -53,7 +53,7 @@ def lengths_of(
     steps: Sequence[tuple[str, ElicitStep]],
     prompts: Sequence[Prompt],
     *,
-    tokens: Tokens,
+    tokens: TokenCounter,
     store: Path | None = None,
 ) -> Lengths:
     """What is known of the lengths before a run.
@@ -106,9 +106,9 @@ def stored_answer(store: Path) -> float | None:
     return mean if count >= LEAST_STORED else None
 
 
-def counted_by(of_conversation: Callable[[Sequence[Message]], int], of_text: Callable[[str], int]) -> Tokens:
+def counted_by(of_conversation: Callable[[Sequence[Message]], int], of_text: Callable[[str], int]) -> TokenCounter:
     """Counts by a tokenizer; a conversation that its template refuses, which is said elsewhere, by its letters."""
-    letters = Tokens.by_letters()
+    letters = TokenCounter.by_letters()
 
     def conversation(messages: Sequence[Message]) -> int:
         try:
@@ -116,4 +116,4 @@ def counted_by(of_conversation: Callable[[Sequence[Message]], int], of_text: Cal
         except UserError:
             return letters.of_conversation(messages)
 
-    return Tokens(conversation, of_text)
+    return TokenCounter(conversation, of_text)

@@ -22,7 +22,7 @@ from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
 from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured
-from limbeck.runs.lengths import Tokens, counted_by, lengths_of
+from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.shapes import Shape
 from limbeck.types import RecipeError, UserError
@@ -95,10 +95,10 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=_bills(method))
 
 
-def _tokens(recipe: Recipe) -> Tokens:
+def _tokens(recipe: Recipe) -> TokenCounter:
     """How tokens are counted: by the speaker's tokenizer, where it is here."""
     if not is_ready(recipe.speaker):
-        return Tokens.by_letters()
+        return TokenCounter.by_letters()
     tokenizer = load_tokenizer(recipe.speaker, recipe.speaker_template)
     return counted_by(
         lambda messages: len(prompt_ids(tokenizer, messages)), lambda text: len(text_ids(tokenizer, text))

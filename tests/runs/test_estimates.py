@@ -11,7 +11,7 @@ from limbeck.config.recipe import parse
 from limbeck.elicit.ask import Ask
 from limbeck.elicit.transform import LabelOnly
 from limbeck.runs.advice import LITTLE_TEXT, MOST_EPOCHS, training_cautions
-from limbeck.runs.lengths import Tokens, counted_by, lengths_of, stored_answer
+from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of, stored_answer
 from limbeck.runs.opening import crowd_advice
 from limbeck.runs.preflight import check, check_method
 from limbeck.runs.resolve import resolve
@@ -81,7 +81,7 @@ def test_prompts_are_counted_by_the_tokenizer_else_by_letters(recipe_data):
     def refuse(_):
         raise UserError("this template takes no such conversation")
 
-    by_letters = lengths_of(method.recipe, (), method.training_prompts, tokens=Tokens.by_letters()).prompt
+    by_letters = lengths_of(method.recipe, (), method.training_prompts, tokens=TokenCounter.by_letters()).prompt
     refused = lengths_of(method.recipe, (), method.training_prompts, tokens=counted_by(refuse, len)).prompt
     counted = lengths_of(method.recipe, (), method.training_prompts, tokens=counted_by(lambda _: 500, len)).prompt
     assert by_letters == refused and counted == 500
