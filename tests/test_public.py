@@ -20,7 +20,7 @@ COMMANDS = {
     "cache": RUNS | {"--import", "--export"},
     "report": {"run_folder", "--json", "--table"},
     "compare": {"recipes", "--like", "--seeds", "--base", "--set", "--out", "--keep", "--json"},
-    "check": {"recipe", "--set", "--machine", "--device-like", "--json"},
+    "check": {"recipe", "--set", "--machine", "--out", "--device-like", "--json"},
     "methods": {"name", "--json"},
     "models": {"action", "name", "--json"},
     "watch": {"run_folder", "--once"},

@@ -25,6 +25,7 @@ class Machine(Section):
         micro_tokens: tokens (with padding) of one forward pass in training.
         cache_gib: memory for keys and values while a model writes.
         head_mib: memory for one chunk of logits.
+        threads: of torch on the CPU; by default one for each core. On a machine that others use, 1 is often fastest.
     """
 
     device: Device = "auto"
@@ -34,3 +35,4 @@ class Machine(Section):
     micro_tokens: Annotated[int, Field(ge=16)] | None = None
     cache_gib: Annotated[float, Field(gt=0)] | None = None
     head_mib: Annotated[float, Field(ge=1)] | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None

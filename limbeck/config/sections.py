@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from limbeck.types import RecipeError
+
 Keep = Literal["importance", "block_influence", "uniform", "first"]
 
 
@@ -269,10 +271,12 @@ class Train(Section):
 class Evaluate(Section):
     """What to measure: `fidelity` to the teacher, and tasks by name.
 
-    `limit` bounds the held-out prompts. Every system also writes its own text for the first `own_prompts` of them (by
-    default OWN_PROMPTS). `untouched` is the student before training. The other controls are trained for as many steps
-    and tokens as the student: `sft_control` on the teacher's text, `gold_control` on the prompts' own answers,
-    `shuffled_control` on the teacher's answers shuffled over the prompts. `judge` is a model that compares the
+    `limit` bounds the held-out prompts. A task is measured whole, unless its own entry limits it, as in
+    `metrics: [fidelity, {everyday: {limit: 60}}]`, which is kept as `limits`: {task: its first items}. Every system
+    also writes its own text for the first `own_prompts` of the held-out prompts (by default OWN_PROMPTS). `untouched`
+    is the student before training. The other controls are trained for as many steps and tokens as the student:
+    `sft_control` on the teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's
+    answers shuffled over the prompts. `judge` is a model that compares the
     student's answers with every other system's.
     """
 
@@ -283,6 +287,48 @@ class Evaluate(Section):
     own_prompts: Annotated[int, Field(ge=1)] | None = None
     controls: list[str] = ["untouched", "sft_control"]  # names in training.controls.CONTROLS
     judge: str | None = None
+    limits: Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _entries(cls, data: Any) -> Any:
+        """Take `{TASK: {limit: n}}` among the metrics apart."""
+        if not isinstance(data, dict) or not isinstance(data.get("metrics"), list):
+            return data
+        names: list[Any] = []
+        limits: dict[str, int] = {}
+        for place, entry in enumerate(data["metrics"]):
+            if isinstance(entry, dict):
+                entry, limit = _limited(entry, f"evaluate.metrics[{place}]")
+                limits |= {entry: limit}
+            names.append(entry)
+        if not limits:
+            return data
+        given = data.get("limits")
+        if given is not None and not isinstance(given, dict):
+            return data
+        return data | {"metrics": names, "limits": limits | (given or {})}
+
+    @model_validator(mode="after")
+    def _limits_are_of_tasks(self) -> Evaluate:
+        for name in self.limits or {}:
+            if name not in self.metrics or name == "fidelity":
+                cure = "evaluate.limit bounds the held-out prompts" if name == "fidelity" else "list it in metrics"
+                raise ValueError(f"limits: {name!r} is none of the tasks in metrics; {cure}")
+        return self
+
+
+def _limited(entry: dict[Any, Any], path: str) -> tuple[str, int]:
+    """The task and the limit of `{TASK: {limit: n}}`."""
+    name, settings = next(iter(entry.items()), (None, None))
+    if len(entry) != 1 or not isinstance(name, str) or not isinstance(settings, dict) or set(settings) != {"limit"}:
+        raise RecipeError(path, f"a task with a limit is written {{everyday: {{limit: 60}}}}; got {entry!r}")
+    limit = settings["limit"]
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise RecipeError(f"{path}.{name}.limit", f"must be a whole number of items, 1 or more; got {limit!r}")
+    if name == "fidelity":
+        raise RecipeError(path, "fidelity is measured on the held-out prompts: evaluate.limit bounds them")
+    return name, limit
 
 
 def check_shares(writers: Sequence[Writer]) -> None:

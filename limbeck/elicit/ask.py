@@ -142,8 +142,17 @@ class Ask(AskingStep):
     def estimate(self, samples: int) -> Estimate:
         """At most: every answer is asked for again as often as `retries` allows."""
         requests = samples * self.n * (1 + self.retries)
-        tokens = int(requests * self.max_tokens * ANSWER_SHARE)
+        tokens = int(requests * self._reply_tokens())
         return Estimate(requests, tokens, samples=samples if self.vote else samples * self.n)
+
+    def answer_tokens(self) -> float | None:
+        return self._reply_tokens() if self.into == "answer" else None
+
+    def _reply_tokens(self) -> float:
+        """Of a label about its letters', and its end; of all else the usual share of `max_tokens`."""
+        usual = max(1.0, self.max_tokens * ANSWER_SHARE)
+        labels = self.parse.label
+        return min(usual, sum(len(label) / 4 + 1 for label in labels) / len(labels)) if labels else usual
 
     # What is asked
 

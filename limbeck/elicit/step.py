@@ -69,6 +69,11 @@ class AskingStep(Section):
         """What `run` will ask for when it gets so many samples; by default one answer to each."""
         return Estimate.of_answers(samples, getattr(self, "max_tokens", 0))
 
+    def answer_tokens(self) -> float | None:
+        """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""
+        longest = getattr(self, "max_tokens", None)
+        return None if longest is None else max(1.0, ANSWER_SHARE * longest)
+
     def writes(self) -> frozenset[str]:
         """The names of what it adds to the samples' meta, which the templates of later steps may read (see `ask`)."""
         return frozenset()
@@ -96,6 +101,10 @@ class LocalStep(Section):
     def estimate(self, samples: int) -> Estimate:
         """How many samples `apply` gives when it gets so many; by default as many."""
         return Estimate(samples=samples)
+
+    def answer_tokens(self) -> float | None:
+        """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""
+        return None
 
     def writes(self) -> frozenset[str]:
         """The names of what it adds to the samples' meta, which the templates of later steps may read (see `ask`)."""

@@ -3,15 +3,15 @@ items alone.
 
 Files, each written whole, so that a killed evaluation continues where it stopped: `fidelity-SYSTEM.jsonl`,
 `own-SYSTEM.jsonl` (text that the system wrote itself), `free-SYSTEM.jsonl` (text that the teacher wrote in the same
-way), `answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json`, `lens.jsonl`; `protocol.json` holds a
-hash of all questions.
+way), `answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json` (sizes), `speeds.json`, `lens.jsonl`;
+`protocol.json` holds a hash of all questions.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.verify import VERSION, verify
 from limbeck.evaluate import wording
 from limbeck.evaluate.calibration import Reliability
-from limbeck.evaluate.efficiency import efficiency, sizes
+from limbeck.evaluate.efficiency import sizes, time_in_turns
 from limbeck.evaluate.fidelity import EvaluationText, fidelity
 from limbeck.evaluate.generation import answer_all
 from limbeck.evaluate.items import Item
@@ -43,6 +43,7 @@ from limbeck.storage.files import read_jsonl, write_json, write_text
 from limbeck.types import Sample, Sampling, UserError, canonical_json, content_hash
 
 SHOWN = 24
+SIZES = ("layers", "parameters", "bytes")
 OWN_FACTS = ("tokens", "text", "finished", "repetition")
 # a server's answers to (prompt, seed), in their order
 AskServer = Callable[[Sequence[PromptDraw], Sampling], Sequence[Sample]]
@@ -88,6 +89,7 @@ class Bench:
         self.progress = progress
         self.held_out = EvaluationText(protocol.rows, teacher)
         self.free: EvaluationText | None = None
+        self.loads: dict[str, Callable[[], Model]] = {}  # of the systems that were measured
         self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
         self._claim()
         texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.shown} for prompt in protocol.prompts]
@@ -118,8 +120,10 @@ class Bench:
         write_json(file, {"hash": fingerprint})
 
     def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> SystemRecords:
-        """All of one system's records. With `lens` single tokens of the first answers are kept, too."""
+        """All of one system's records but its speeds (see `timed`). With `lens` single tokens of the first answers are
+        kept, too."""
         model = cache(load)
+        self.loads[name] = load
         held_out = self._fidelity(name, model, lens)
         own, own_text = self._own(name, model, lens)
         free = self._free(name, model)
@@ -132,7 +136,7 @@ class Bench:
             free=free,
             answers=answers,
             tasks={task.name: self._task(task, name, model, answers) for task in self.protocol.tasks},
-            efficiency=self._efficiency(name, model),
+            efficiency=self._sizes(name, model),
         )
 
     def by_text(self, name: str, ask: AskServer) -> SystemRecords:
@@ -289,18 +293,41 @@ class Bench:
     def _report_progress(self, detail: str, done: int, total: int) -> None:
         self.progress(done, total, detail)
 
-    def _efficiency(self, name: str, model: Callable[[], Model]) -> dict[str, Any]:
-        """Speeds are measured once per shape: systems that differ in their weights alone run alike; timing each only
-        adds noise."""
+    def _sizes(self, name: str, model: Callable[[], Model]) -> dict[str, Any]:
         file = self.folder / f"efficiency-{name}.json"
         if not file.exists():
-            system = model()
-            shape = sizes(system)
-            measured = [json.loads(other.read_text()) for other in sorted(self.folder.glob("efficiency-*.json"))]
-            same = [facts for facts in measured if shape.items() <= facts.items()]
-            prompts = [system.prompt_ids(prompt.messages) for prompt in self.protocol.prompts[:SHOWN]]
-            write_json(file, same[0] if same else efficiency(system, prompts))
-        return dict(json.loads(file.read_text()))
+            write_json(file, sizes(model()))
+        return {key: value for key, value in json.loads(file.read_text()).items() if key in SIZES}
+
+    def timed(self, systems: dict[str, list[SystemRecords]]) -> dict[str, list[SystemRecords]]:
+        """The systems with their speeds, measured in turns once all else is measured.
+
+        Speeds are measured once per shape: systems that differ in their weights alone run alike; timing each only adds
+        noise.
+        """
+        file = self.folder / "speeds.json"
+        shapes = {one.name: canonical_json(one.efficiency) for seeds in systems.values() for one in seeds}
+        first: dict[str, str] = {}
+        for name, shape in shapes.items():
+            if name in self.loads:
+                first.setdefault(shape, name)
+        if not file.exists() and first:
+            prompts = sorted(self.protocol.prompts[:SHOWN], key=lambda prompt: len(prompt.spoken))
+            middle = prompts[len(prompts) // 2].messages
+            self.progress(0, 1, "speeds, in turns")
+            by_name, seen = time_in_turns({name: self.loads[name] for name in first.values()}, middle)
+            self.progress(1, 1, "speeds, in turns")
+            write_json(file, {"shapes": {shapes[name]: speeds for name, speeds in by_name.items()}, "machine": seen})
+        measured = json.loads(file.read_text())["shapes"] if file.exists() else {}
+        return {
+            name: [replace(one, efficiency=one.efficiency | measured.get(shapes[one.name], {})) for one in seeds]
+            for name, seeds in systems.items()
+        }
+
+    def speeds(self) -> dict[str, Any]:
+        """How the speeds were measured, and how busy the machine was; empty if they were not."""
+        file = self.folder / "speeds.json"
+        return dict(json.loads(file.read_text())["machine"]) if file.exists() else {}
 
 
 def _facts(item: Item) -> dict[str, Any]:

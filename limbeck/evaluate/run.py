@@ -14,6 +14,7 @@ import torch
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
 from limbeck.elicit.training_text import TrainingText
+from limbeck.evaluate.cautions import basis, task_facts
 from limbeck.evaluate.fidelity import by_class
 from limbeck.evaluate.judge import MAX_TOKENS, load_or_judge, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
@@ -105,8 +106,10 @@ def leaks(questions: Questions) -> list[Leak]:
     return list(strongest.values())
 
 
-def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[SystemRecords]]) -> dict[str, Any]:
-    """`summary.json` of a run: the teacher first, the student last."""
+def write_summary(
+    questions: Questions, bench: Bench, systems: dict[str, list[SystemRecords]], *, steps: int | None = None
+) -> dict[str, Any]:
+    """`summary.json` of a run: the teacher first, the student last. `steps` are the updates of its training."""
     recipe = questions.recipe
     tasks = bench.protocol.tasks
     against = [name for name in systems if name not in ("teacher", "student")]
@@ -115,7 +118,7 @@ def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[Sy
         "recipe": recipe.hash,
         "controls": against,
         **summarise(systems, tasks, [("student", name) for name in against]),
-        **facts(questions, bench),
+        **facts(questions, bench, seeds=[recipe.train.seed], steps=steps),
     }
     if "untouched" in systems:
         summary["recovered"] = recovery(systems["student"], systems["untouched"], systems["teacher"], tasks)
@@ -217,8 +220,9 @@ def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
     return {"bill": costs}
 
 
-def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
-    """How the figures were obtained: held-out text, tasks with their settings, leaks, machine."""
+def facts(questions: Questions, bench: Bench, *, seeds: Sequence[int], steps: int | None) -> dict[str, Any]:
+    """How the figures were obtained and what they rest on: held-out text, tasks with their settings, leaks, machine,
+    speeds, and the cautions that follow (see `cautions`)."""
     recipe = questions.recipe
     text = questions.text
     tasks = bench.protocol.tasks
@@ -234,9 +238,9 @@ def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
             "top_p": 1.0,
             "max_tokens": recipe.evaluate.max_tokens,
         },
-        "tasks": {
-            task.name: {"version": task.version, "kind": task.kind.name, "settings": task.settings} for task in tasks
-        },
+        "tasks": {task.name: task_facts(task) for task in tasks},
+        "speeds": bench.speeds(),
+        **basis(tasks, held_out=len(rows), seeds=seeds, steps=steps),
         "leaks": [vars(leak) for leak in leaks(questions)],
         "machine": {
             "python": platform.python_version(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class Grid:
 def efficiency_grid(summary: dict[str, Any], names: dict[str, str]) -> Grid | None:
     """Size and speed of every system; columns without any value are left out."""
     facts = summary.get("efficiency") or summary.get("sizes") or {}
-    return _measured("System", MEASURES, facts, names)
+    grid = _measured("System", MEASURES, facts, names)
+    return grid and replace(grid, note=(summary.get("speeds") or {}).get("note", ""))
 
 
 def spent_grid(comparison: dict[str, Any], names: dict[str, str]) -> Grid | None:

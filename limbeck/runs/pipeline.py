@@ -34,12 +34,13 @@ from limbeck.report.page import write_report
 from limbeck.runs.claim import claim, run_folder
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
-from limbeck.runs.opening import settle, tell_answers, tell_prompts
+from limbeck.runs.opening import begin, settle, tell_answers, tell_prompts
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
+from limbeck.storage.metrics_log import steps_made
 from limbeck.training import loop
 from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
@@ -290,7 +291,7 @@ class Run:
                 systems[name] = [bench.measure(name, self.models.initial_student)]
         for name in (*self.method.controls, "student"):
             systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
-        evaluation.write_summary(self.questions, bench, systems)
+        evaluation.write_summary(self.questions, bench, bench.timed(systems), steps=steps_made(self.folder))
 
     @property
     def questions(self) -> evaluation.Questions:
@@ -348,7 +349,7 @@ def run(
         UserError: the recipe or the folder can't be used; finished work is kept.
     """
     method = resolve(recipe)
-    plan(method)  # refuses what the models' configurations rule out
+    estimate = plan(method)  # refuses what the models' configurations rule out
     method = fitted(method)
     reporter = reporter or Silent()
     folder = run_folder(recipe, out)
@@ -357,6 +358,7 @@ def run(
         if "train" in stages and not job.path("student").exists():
             look_at_writer(recipe)  # before the teacher's text is paid for
         claim_run(job)
+        begin(folder, estimate.as_dict(), job.models.devices.facts()["device"], reporter)
         tell_prompts(folder, method.prompt_notes, reporter)
         if "elicit" in stages:
             reporter.stage("Teacher's text")

@@ -88,7 +88,7 @@ def resolve(recipe: Recipe) -> Method:
         steps=tuple(steps_of(recipe.elicit or ())),
         training_prompts=tuple(training),
         held_out_prompts=tuple(held_out),
-        tasks=tuple(tasks_of(evaluate.metrics, evaluate.limit)),
+        tasks=tuple(tasks_of(evaluate.metrics, evaluate.limits)),
         prompt_context=context_of(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,

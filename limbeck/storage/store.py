@@ -179,6 +179,23 @@ class Store:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             return dict(db.execute("select finish, count(*) from answers group by finish order by finish"))
 
+    @staticmethod
+    def answer_lengths(path: Path) -> tuple[int, float]:
+        """(how many answers are taught, their mean length in tokens); of text without tokens, four letters are one.
+
+        Raises:
+            sqlite3.Error: the file is no store.
+        """
+        query = (
+            "select count(*), coalesce(avg(case json_type(body, '$.response_ids') when 'array'"
+            " then json_array_length(body, '$.response_ids')"
+            " else length(json_extract(body, '$.messages[#-1].content')) / 4.0 + 1 end), 0)"
+            " from answers join samples on id = sample_id where finish in ('ok', 'length')"
+        )
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            count, mean = db.execute(query).fetchone()
+        return int(count), float(mean)
+
 
 def _evidence_rows(evidence: Sequence[Evidence]) -> list[tuple[str, str, str, str, str | None]]:
     return [(e.sample_id, e.kind, e.judge, canonical_json(e.value), e.tensor_ref) for e in evidence]
