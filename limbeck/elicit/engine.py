@@ -92,16 +92,7 @@ def elicit(
             if answer.finish == "error":
                 lost[request.key] = request, sample, answer
             else:
-                told = [] if answer.told is None else [Evidence(sample.id, TOLD, request.model, answer.told)]
-                store.record(
-                    request,
-                    sample,
-                    answer.finish,
-                    raw=answer.raw,
-                    usage=answer.usage,
-                    evidence=told,
-                    reused=reused,
-                )
+                _keep(store, sample, (request, answer), reused)
             by_key[request.key] = replace(sample, meta=sample.meta | {"finish": answer.finish})
             tokens += 0 if reused else answer.usage[1] if answer.usage else len(answer.ids or ())
             on_progress(len(by_key), total, tokens)
@@ -115,6 +106,13 @@ def elicit(
         for request, sample, answer in lost.values():
             store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage)
     return [by_key[request.key] for request in requests if request.key in by_key]
+
+
+def _keep(store: Store, sample: Sample, answered: tuple[Request, Generated], reused: bool) -> None:
+    """Store a request's answer with what its server said of it."""
+    request, answer = answered
+    told = [] if answer.told is None else [Evidence(sample.id, TOLD, request.model, answer.told)]
+    store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage, evidence=told, reused=reused)
 
 
 def _failed(by_key: Mapping[str, Sample], bad: Sequence[Finish]) -> dict[str, Finish]:
