@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from limbeck.commands import console, printing
+from limbeck.commands.answers import answers
 from limbeck.commands.export.command import export
 
 app = typer.Typer(
@@ -347,6 +348,7 @@ def serve(
     serve_until_stopped(model, port=port, context=context, slots=slots, threads=threads)
 
 
+app.command(epilog="Example: limbeck answers --forget gpt-4o-mini")(answers)
 app.command(epilog="Example: limbeck export runs/quickstart --to gguf --type q8_0")(export)
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "serve": {"model", "--port", "--context", "--slots", "--threads"},
     "export": {"where", "--to", "--type", "--out", "--json"},
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
+    "answers": {"--forget", "--prune", "--add", "--json"},
 }
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
+from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.machine import Machine
 from limbeck.config.sections import (
     Elicit,
@@ -154,6 +155,16 @@ class Recipe(Section):
         if isinstance(data["teacher"], dict):
             data["teacher"].get("server", {}).pop("tolerate", None)
         return content_hash(data)
+
+    @property
+    def training_hash(self) -> str:
+        """SHA-256 (hex) of what a run folder is bound to."""
+        return content_hash(training_part(self.resolved()))
+
+    @property
+    def evaluation_hash(self) -> str:
+        """SHA-256 (hex) of what the evaluation's summary depends on beside the training."""
+        return content_hash(evaluation_part(self.resolved()))
 
     def resolved(self) -> dict[str, Any]:
         """All settings that have a value, defaults included, as plain data."""

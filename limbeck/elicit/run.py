@@ -53,17 +53,22 @@ class Elicitation:
 
     @property
     def key(self) -> str:
-        """A hash of all that the result depends on, except the answers."""
+        """A hash of all that the result depends on, except the answers and the held-out prompts: with others, finished
+        samples stay what the student is trained on, and the evaluation leaves out what they give away."""
+        return self._key([self.source.training_prompts])
+
+    def _key(self, parts: Sequence[Sequence[Prompt]]) -> str:
         steps = [step.model_dump(mode="json") for step in self.source.recipe.elicit or ()]
-        parts = [
-            [prompt.facts for prompt in part] for part in (self.source.training_prompts, self.source.held_out_prompts)
-        ]
-        return content_hash([steps, parts, self.source.recipe.text_seed, self.identity])
+        facts = [[prompt.facts for prompt in part] for part in parts]
+        return content_hash([steps, facts, self.source.recipe.text_seed, self.identity])
 
     def finished(self) -> Pool | None:
         """The samples of a finished elicitation; None if there is none in the folder."""
         account = self.folder / ACCOUNT
-        if not account.exists() or json.loads(account.read_text()).get("key") != self.key:
+        if not account.exists():
+            return None
+        older = self._key([self.source.training_prompts, self.source.held_out_prompts])
+        if json.loads(account.read_text()).get("key") not in (self.key, older):
             return None
         return [_sample(record) for record in read_jsonl(self.folder / POOL)]
 

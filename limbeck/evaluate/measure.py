@@ -4,11 +4,12 @@ items alone.
 Files, each written whole, so that a killed evaluation continues where it stopped: `fidelity-SYSTEM.jsonl`,
 `own-SYSTEM.jsonl` (text that the system wrote itself), `free-SYSTEM.jsonl` (text that the teacher wrote in the same
 way), `answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json` (sizes), `speeds.json`, `lens.jsonl`;
-`protocol.json` holds a hash of all questions.
+`protocol.json` holds hashes of the questions: records of other questions are removed and measured anew.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -40,10 +41,16 @@ from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.storage.files import read_jsonl, write_json, write_text
-from limbeck.types import Sample, Sampling, UserError, canonical_json, content_hash
+from limbeck.types import Sample, Sampling, canonical_json, content_hash
 
 SHOWN = 24
 SIZES = ("layers", "parameters", "bytes")
+FILES = {  # of the records of each part of the questions; those of a task are named by it
+    "held-out text": ("fidelity-*.jsonl",),
+    "own text": ("own-*.jsonl", "free-*.jsonl"),
+    "answers": ("answers-*.jsonl",),
+    "efficiency": ("efficiency-*.json", "speeds.json"),
+}
 OWN_FACTS = ("tokens", "text", "finished", "repetition")
 # a server's answers to (prompt, seed), in their order
 AskServer = Callable[[Sequence[PromptDraw], Sampling], Sequence[Sample]]
@@ -68,7 +75,7 @@ class EvaluationProtocol:
 
 class Bench:
     """Measures into a folder; records that are there already are read back, and a system all of whose files are there
-    is not loaded.
+    is not loaded. `outdated` are the parts whose records were of other questions.
 
     Without a `teacher` (its weights are not here) no distance from its distribution is measured. The held-out text is
     in the tokens of `reader`: the teacher, or else the student.
@@ -91,33 +98,63 @@ class Bench:
         self.free: EvaluationText | None = None
         self.loads: dict[str, Callable[[], Model]] = {}  # of the systems that were measured
         self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
-        self._claim()
+        self.outdated = self._claim()
         texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.shown} for prompt in protocol.prompts]
         write_text(folder / "prompts.jsonl", _lines(texts))
 
-    def _claim(self) -> None:
-        """Refuse a folder whose records answer other questions."""
+    def _claim(self) -> list[str]:
+        """Remove the records that answer other questions, and return which parts of the evaluation they were of; a
+        kill in between leaves the rest to the next call."""
+        file = self.folder / "protocol.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        parts = self._parts()
+        same = before.get("hash") == self._fingerprint()
+        kept = before.get("parts", parts if same else {})
+        patterns = {
+            part: FILES.get(part, (f"{glob.escape(part)}+*.jsonl",))
+            for part in parts
+            if before and kept.get(part) != parts[part]
+        }
+        if before and not kept:  # of a version that did not say which questions are whose
+            patterns["tasks"] = ("task-*.jsonl",)
+        outdated = []
+        for part, of_part in patterns.items():
+            records = [record for pattern in of_part for record in self.folder.glob(pattern)]
+            for record in records:
+                record.unlink()
+            outdated += [part] if records else []
+        write_json(file, {"hash": self._fingerprint(), "parts": kept | parts})
+        return outdated
+
+    def _parts(self) -> dict[str, str]:
+        """A hash of the questions behind each kind of record."""
         protocol = self.protocol
-        tasks = [
-            {"name": t.name, "metrics": t.metrics, "settings": t.settings, "items": [_facts(item) for item in t.items]}
-            for t in protocol.tasks
-        ]
+        prompts = [prompt.facts for prompt in protocol.prompts]
+        rows = [[row.sample_id, row.prompt_ids, row.response_ids, row.teacher_prompt_ids] for row in protocol.rows]
+        answering = [protocol.max_tokens, VERSION]
+        parts = {
+            "held-out text": [rows, sorted(self.shown)],
+            "own text": [prompts[: protocol.own_prompts], protocol.max_tokens, protocol.seed],
+            "answers": [prompts, answering],
+            "efficiency": [prompts[:SHOWN]],
+        }
+        return {part: content_hash(facts) for part, facts in parts.items()} | {
+            f"task-{task.name}": content_hash([_task_facts(task), answering]) for task in protocol.tasks
+        }
+
+    def _fingerprint(self) -> str:
+        """A hash of all questions."""
+        protocol = self.protocol
         facts = {
             "prompts": [prompt.facts for prompt in protocol.prompts],
             "max_tokens": protocol.max_tokens,
             "own_prompts": protocol.own_prompts,
             "verdicts": VERSION,
+            "tasks": [_task_facts(task) for task in protocol.tasks],
+            "rows": [row.response_ids for row in protocol.rows],
+            "seed": protocol.seed,
         }
-        fingerprint = content_hash(
-            facts | {"tasks": tasks, "rows": [row.response_ids for row in protocol.rows], "seed": protocol.seed}
-        )
-        file = self.folder / "protocol.json"
-        if file.exists() and json.loads(file.read_text())["hash"] != fingerprint:
-            raise UserError(
-                f"{self.folder} holds answers to other questions (tasks, prompts or verifiers changed since): remove"
-                " it to measure again"
-            )
-        write_json(file, {"hash": fingerprint})
+        return content_hash(facts)
 
     def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> SystemRecords:
         """All of one system's records but its speeds (see `timed`). With `lens` single tokens of the first answers are
@@ -187,6 +224,9 @@ class Bench:
             items = fidelity(model(), self.held_out, shown, partial(self._report_progress, f"fidelity of {name}"))
             if lens:
                 records = [_lens("teacher", item, model()) for item in items if item.lens]
+                records += [
+                    record for record in read_jsonl(self.folder / "lens.jsonl") if record["writer"] == "student"
+                ]
                 write_text(self.folder / "lens.jsonl", _lines(records))
             write_text(file, _lines([_record(item) for item in items]))
         return [_item(record) for record in read_jsonl(file)]
@@ -328,6 +368,11 @@ class Bench:
         """How the speeds were measured, and how busy the machine was; empty if they were not."""
         file = self.folder / "speeds.json"
         return dict(json.loads(file.read_text())["machine"]) if file.exists() else {}
+
+
+def _task_facts(task: Task) -> dict[str, Any]:
+    items = [_facts(item) for item in task.items]
+    return {"name": task.name, "metrics": task.metrics, "settings": task.settings, "items": items}
 
 
 def _facts(item: Item) -> dict[str, Any]:

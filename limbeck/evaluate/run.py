@@ -217,6 +217,11 @@ def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
     costs: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
     if (money := text.money()) is not None:
         costs["money"] = money
+    answers, read, written = text.reused()
+    if answers:  # of earlier runs, paid then
+        costs["reused"] = {"answers": answers, "tokens_read": read, "tokens_written": written}
+        if (money := text.price(read, written)) is not None:
+            costs["reused"]["money"] = money
     return {"bill": costs}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from limbeck.report.figures import TRAININGS
+from limbeck.report.figures import trainings_of
 from limbeck.report.metrics import Metric, headline, label, metrics_of, number, percent
 from limbeck.storage.files import read_jsonl
 from limbeck.storage.metrics_log import writing_share
@@ -66,7 +66,7 @@ def spent_grid(comparison: dict[str, Any], names: dict[str, str]) -> Grid | None
 def training_grid(folder: Path) -> Grid | None:
     """Steps, tokens and minutes of every training of a run."""
     by_training = {}
-    for name, place in TRAININGS.items():
+    for name, place in trainings_of(folder).items():
         records = read_jsonl(folder / place / "metrics.jsonl")
         if records:
             trained = sum(record["response_tokens"] for record in records)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.report.figures import TRAININGS, Figure
+from limbeck.report.figures import Figure, trainings_of
 from limbeck.report.grids import Grid
 from limbeck.report.metrics import label, number, percent
 from limbeck.report.plots import Label, Point, Series, curves
@@ -169,7 +169,7 @@ class OwnText:
 def own_texts(folder: Path) -> list[OwnText]:
     """Every training of a run in which the student wrote."""
     texts = []
-    for name, place in TRAININGS.items():
+    for name, place in trainings_of(folder).items():
         records = read_jsonl(folder / place / "metrics.jsonl")
         if not any(map(rollout_of, records)):
             continue

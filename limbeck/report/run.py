@@ -63,7 +63,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "held_out": summary.get("held_out") or {},
         "cards": _cards(folder, summary, recipe),
         "source": _source(folder, summary),
-        "excerpt": (excerpt := read_excerpt(folder / "evaluation", list(LABELS))),
+        "excerpt": (excerpt := read_excerpt(folder / "evaluation", list(LABELS), summary["systems"])),
         "shown": (
             [name for name in LABELS if excerpt and name in excerpt.systems] or (excerpt.systems[:4] if excerpt else [])
         ),

@@ -27,7 +27,7 @@ from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_see
 from limbeck.progress import Reporter, Silent
 from limbeck.report.page import write_report
 from limbeck.runs.fit import prepared
-from limbeck.runs.pipeline import Run, claim_run
+from limbeck.runs.pipeline import Run
 from limbeck.runs.preflight import check
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
@@ -171,7 +171,7 @@ class Comparison:
         runs = self.runs
         for _, _, run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
-            claim_run(run)
+            run.claim()
         systems = {"teacher": [self.common.measured_teacher(bench)]}
         systems["untouched"] = [bench.measure("untouched", runs[0][2].models.initial_student)]
         for number, (method, seed, run) in enumerate(runs):
@@ -343,11 +343,11 @@ def _claim(comparison: Comparison) -> None:
     if not comparison.folder.joinpath("comparison.json").exists():
         for entry in comparison.entries:
             look_at_writer(entry.recipe)
-    claim_run(comparison.common)
     facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
     file = comparison.folder / "comparison.yaml"
     if file.exists() and yaml.safe_load(file.read_text()) != facts:
         raise UserError(
             f"{comparison.folder} holds another comparison (of other recipes): give another --out, or remove it"
         )
+    comparison.common.claim()
     write_text(file, yaml.safe_dump(facts, sort_keys=False))

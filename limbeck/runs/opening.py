@@ -1,23 +1,53 @@
-"""What a run says and keeps before its training: the devices that it takes, what it read from the files of prompts, and
-how the answers that it has ended."""
+"""What a run says and keeps before its training: what its folder is bound to, the devices that it takes, what it read
+from the files of prompts, and how the answers that it has ended."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from limbeck.config.machine import Machine
+from limbeck.config.recipe import Recipe
 from limbeck.evaluate.efficiency import system_load
+from limbeck.models.template_names import template_suffix
 from limbeck.objectives.sizes import SIZES
 from limbeck.progress import Reporter
+from limbeck.runs.answers import keep_for_others
+from limbeck.runs.claim import HELD_OUT, claim
+from limbeck.runs.fit import fitted
+from limbeck.runs.models import RunModels
+from limbeck.runs.resolve import Method, resolve
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import ANSWER_ENDS, TAUGHT_FINISHES, Sample, UserError
+
+
+def bind(folder: Path, method: Method, models: RunModels, reporter: Reporter) -> None:
+    """Bind the folder of a run to its recipe, prompts and teacher, or refuse that of another run."""
+    recipe = method.recipe
+
+    def inputs() -> dict[str, str]:
+        facts = {"teacher": models.teacher_identity, "prompts": method.training_prompts_key}
+        facts[HELD_OUT] = method.held_out_prompts_key
+        if recipe.student.template is not None:
+            facts["student's template"] = template_suffix(recipe.student.template)
+        if recipe.teacher.server is not None:
+            facts["server"] = models.server_identity
+        return facts
+
+    def older(earlier: Recipe) -> tuple[str, str]:
+        before = fitted(resolve(earlier))
+        return before.prompts_key, before.training_prompts_key
+
+    kept = partial(keep_for_others, folder, now=recipe)
+    claim(folder, recipe, inputs, models.probe_server, older=older, kept=kept)
+    settle(folder, recipe.machine, models.devices.facts(), reporter)
 
 
 def tell_prompts(folder: Path, notes: Sequence[str], reporter: Reporter) -> None:

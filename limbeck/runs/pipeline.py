@@ -25,16 +25,16 @@ from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
 from limbeck.models.prune import Calibration
 from limbeck.models.teacher_interface import TeacherParts
-from limbeck.models.template_names import template_suffix
 from limbeck.models.weights import context_length
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
-from limbeck.runs.claim import claim, run_folder
+from limbeck.runs.answers import SharedText
+from limbeck.runs.claim import run_folder, training_key
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
-from limbeck.runs.opening import begin, settle, tell_answers, tell_prompts
+from limbeck.runs.opening import begin, bind, tell_answers, tell_prompts
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
@@ -85,8 +85,26 @@ class Run:
         method = self.method
         source = TextSource(self.recipe, method.steps, method.training_prompts, method.held_out_prompts)
         return TrainingText(
-            source, self.library, self.folder, models=self.models, reporter=self.reporter, stop=self.stop
+            source,
+            self.library,
+            self.folder,
+            models=self.models,
+            reporter=self.reporter,
+            stop=self.stop,
+            shared=self.shared_text.open,
         )
+
+    @cached_property
+    def shared_text(self) -> SharedText:
+        """The answers that the runs of this user share, as far as they are this teacher's."""
+        if self.shared is not None:
+            return self.shared.shared_text
+        identity = partial(self.models.writer_identity, "teacher")
+        return SharedText(self.recipe, identity, self.method.prompt_context, self.reporter)
+
+    def claim(self) -> None:
+        """Bind the folder to this run's recipe, prompts and teacher, or refuse that of another run."""
+        bind(self.folder, self.method, self.models, self.reporter)
 
     @property
     def library(self) -> Path:
@@ -209,7 +227,7 @@ class Run:
             rows,
             settings,
             folder=folder,
-            key=f"{recipe.hash}/{name}",
+            key=f"{training_key(self.folder, recipe)}/{name}",
             store=self.library / "store.sqlite",
             lora=recipe.student.lora,
             cache=recipe.teacher.cache,
@@ -285,6 +303,8 @@ class Run:
             if not (self.home(name) / "student").exists():
                 raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
         bench = self.bench(self.path("evaluation"))
+        if bench.outdated:
+            self.reporter.note(f"measured anew, since the questions changed: {', '.join(bench.outdated)}")
         systems = {"teacher": [self.measured_teacher(bench)]}
         for name in self.recipe.evaluate.controls:
             if not CONTROLS[name].is_trained:
@@ -326,10 +346,6 @@ class Run:
         pairs = zip(samples, self.text.prompts[1], strict=True)
         return [replace(rows[sample.id], sample_id=prompt.id) for sample, prompt in pairs if sample.id in rows]
 
-    def report(self) -> None:
-        """Write `report.html` from the folder alone."""
-        write_report(self.folder)
-
 
 def run(
     recipe: Recipe,
@@ -357,7 +373,7 @@ def run(
         job = Run(method, folder, reporter, stop)
         if "train" in stages and not job.path("student").exists():
             look_at_writer(recipe)  # before the teacher's text is paid for
-        claim_run(job)
+        job.claim()
         begin(folder, estimate.as_dict(), job.models.devices.facts()["device"], reporter)
         tell_prompts(folder, method.prompt_notes, reporter)
         if "elicit" in stages:
@@ -381,20 +397,5 @@ def run(
             job.evaluate()
         if "report" in stages:
             reporter.stage("Report")
-            job.report()
+            write_report(folder)
     return folder
-
-
-def claim_run(run: Run) -> None:
-    """Bind the run's folder to its recipe, prompts and teacher, or refuse that of another run."""
-
-    def inputs() -> dict[str, str]:
-        facts = {"teacher": run.models.teacher_identity, "prompts": run.method.prompts_key}
-        if run.recipe.student.template is not None:
-            facts["student's template"] = template_suffix(run.recipe.student.template)
-        if run.recipe.teacher.server is not None:
-            facts["server"] = run.models.server_identity
-        return facts
-
-    claim(run.folder, run.recipe, inputs, run.models.probe_server)
-    settle(run.folder, run.recipe.machine, run.models.devices.facts(), run.reporter)

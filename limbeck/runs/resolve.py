@@ -65,6 +65,16 @@ class Method:
         """A hash of all prompts with their facts."""
         return list_hash((prompt.facts for prompt in part) for part in (self.training_prompts, self.held_out_prompts))
 
+    @property
+    def training_prompts_key(self) -> str:
+        """A hash of the training prompts with their facts."""
+        return list_hash([(prompt.facts for prompt in self.training_prompts)])
+
+    @property
+    def held_out_prompts_key(self) -> str:
+        """A hash of the held-out prompts with their facts."""
+        return list_hash([(prompt.facts for prompt in self.held_out_prompts)])
+
     @cached_property
     def controls(self) -> list[str]:
         """The controls that are trained."""

@@ -262,8 +262,11 @@ def test_a_held_out_prompt_is_never_trained_on(recipe_data, saying, tmp_path):
         assert [prompt_of(sample) for sample in pool] == ["say one"]
         account = json.loads((tmp_path / "elicitation.json").read_text())
         assert account["steps"][-1]["dropped"] == {"asks a held-out prompt": 1}
+        both = elicitation([Prompt("h", "say two"), Prompt("i", "say one")])
+        assert both.finished() == pool, "finished samples stay under other held-out prompts"
+        (tmp_path / "elicitation.json").unlink()
         with pytest.raises(UserError, match=r"left no sample.*held-out prompt \(2\)"):
-            elicitation([Prompt("h", "say two"), Prompt("i", "say one")]).run(engine(store, Backwards()))
+            both.run(engine(store, Backwards()))
 
 
 @pytest.mark.parametrize(
