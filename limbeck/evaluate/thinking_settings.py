@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -55,6 +55,12 @@ class ThinkingSettings(BaseModel):
         """What is judged of a text: all of it, whose thinking its marks tell; with a cue, what follows the last one."""
         at = -1 if self.cue is None else text.lower().rfind(self.cue.lower())
         return text if self.cue is None or at < 0 else text[at + len(self.cue) :]
+
+
+def thinking_of(task: Any) -> ThinkingSettings | None:
+    """The budget of a task's thinking, if it has one."""
+    found = getattr(task.protocol, "thinking", None)
+    return found if isinstance(found, ThinkingSettings) else None
 
 
 def budget_metrics(names: Sequence[str], thinking: ThinkingSettings) -> list[str]:

@@ -12,7 +12,7 @@ mark) in the midst of thinking, which is left as it is unless a wait is due.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from limbeck.elicit.thinking import OPENS, closed_by
@@ -115,7 +115,7 @@ CHANNELS = (
 )
 
 
-def check_forcing(vocabulary: Sequence[str] | frozenset[str]) -> None:
+def check_forcing(vocabulary: Collection[str]) -> None:
     """Refuse models whose thinking has no single mark that ends it.
 
     Raises:
