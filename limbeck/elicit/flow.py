@@ -24,6 +24,8 @@ Pool = list[Sample]
 T = TypeVar("T")
 MAX_EXAMPLES = 3
 EXAMPLE_CHARS = 160
+NO_ANSWER = "nothing but thinking"
+WRITTEN = ("ok", "length", "empty", NO_ANSWER)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def ending(reply: Sample) -> str:
     thinking"."""
     finish = str(reply.meta.get("finish", "ok"))
     if finish == "ok" and (answer_of(reply) or "").strip() and not said_by(reply).strip():
-        return "nothing but thinking"
+        return NO_ANSWER
     return finish
 
 
@@ -218,3 +220,16 @@ def complete_replies(turns: Sequence[T], replies: Sequence[Sample], tally: Tally
     """(turn, its reply) for every reply that is complete; the others count as dropped. One reply per turn."""
     complete = are_complete(replies, tally)
     return [(turn, reply) for turn, reply, whole in zip(turns, replies, complete, strict=True) if whole]
+
+
+def written_replies(turns: Sequence[T], replies: Sequence[Sample], tally: Tally) -> list[tuple[T, Sample]]:
+    """(turn, its reply) for every reply that the model wrote, complete or not: cut off, empty, or nothing but thinking.
+    Those that were refused or filtered, or failed, count as dropped."""
+    written = []
+    for turn, reply in zip(turns, replies, strict=True):
+        finish = ending(reply)
+        if finish in WRITTEN:
+            written.append((turn, reply))
+        else:
+            tally.drop(f"answer: {finish}", reply.messages[-1]["content"])
+    return written

@@ -30,12 +30,14 @@ from limbeck.types import Sampling, UserError
 @dataclass(frozen=True)
 class GenerationJob:
     """A prompt to continue. `seed` alone decides its random numbers. `second_prompt_ids` is the prompt for the second
-    model, if it gets another one."""
+    model, if it gets another one. `until` is called with the ids so far after every token, and ends the text where it
+    is true; it is called from the first token again where memory ran out."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     seed: int
     second_prompt_ids: Sequence[int] | None = None
+    until: Callable[[Sequence[int]], bool] | None = None
 
 
 @dataclass
@@ -292,7 +294,13 @@ def _write(
         for slot, row in batch.running():
             ids = row.completion.ids
             sampling = row.job.sampling
-            if ids[-1] in eos_ids or len(ids) == sampling.max_tokens or decoding.is_finished(sampling, ids):
+            is_enough = row.job.until is not None and row.job.until(ids)
+            if (
+                is_enough
+                or ids[-1] in eos_ids
+                or len(ids) == sampling.max_tokens
+                or decoding.is_finished(sampling, ids)
+            ):
                 batch.rows[slot] = None
                 yield row.completion
         if batch.running():

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from limbeck.report import figures, grids
+from limbeck.report.budgets import budget_figures
 from limbeck.report.elicited import elicitation_section
 from limbeck.report.excerpt import read_excerpt
 from limbeck.report.judge import judge_section
@@ -51,6 +52,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "robustness": grids.robustness_grid(summary, {}),
         "wording": grids.wording_grid(summary, {}),
         "curves": [figure for figure in curves if figure],
+        "budgets": budget_figures(summary),
         "kinds": grids.kinds_grid(summary, "student", {}),
         "classes": grids.classes_grid(summary),
         "class_figure": figures.token_class_figure(summary),

@@ -9,7 +9,9 @@ from typing import Any
 from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
 from limbeck.elicit.step import Estimate
+from limbeck.evaluate.thinking_settings import thinking_of
 from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
+from limbeck.models.forcing import check_forcing
 from limbeck.models.load import check_rows, check_source, frame_tokenizer, is_ready, load_config, load_tokenizer
 from limbeck.models.placement import Devices
 from limbeck.models.prune import SPREADS, check_kept
@@ -80,6 +82,7 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     ):
         if tokens >= max_length:
             raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {max_length}")
+    _check_budgets(method, max_length)
     if recipe.teacher.context is not None and recipe.teacher.context.system is not None:
         check_takes_system(load_tokenizer(recipe.speaker, recipe.speaker_template))
     others: tuple[Shape, ...] = ()
@@ -103,6 +106,25 @@ def _tokens(recipe: Recipe) -> TokenCounter:
     return counted_by(
         lambda messages: len(prompt_ids(tokenizer, messages)), lambda text: len(text_ids(tokenizer, text))
     )
+
+
+def _check_budgets(method: Method, max_length: int) -> None:
+    """Refuse budgets of thinking that no context has room for, and models that can't be held to one."""
+    recipe = method.recipe
+    for task in method.tasks:
+        thinking = thinking_of(task)
+        if thinking is None:
+            continue
+        tokens = thinking.levels[-1] + (task.protocol.max_tokens or recipe.evaluate.max_tokens)
+        if tokens >= max_length:
+            raise RecipeError(
+                "evaluate.metrics",
+                f"the task {task.name} lets a model think and answer in {tokens} tokens, which leaves no room for a"
+                f" prompt in a context of {max_length}: lower its budget or max_tokens",
+            )
+        for source in (recipe.speaker, recipe.student.start.pretrained):
+            if source is not None and is_ready(source):
+                check_forcing(source_of(source).tokenizer(source).get_vocab())
 
 
 def _check_templates(recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ from limbeck.config.teacher import BridgedTeacher, CacheSettings, SelfTeacher, S
 from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.step import ElicitStep
 from limbeck.evaluate.task import Task
+from limbeck.evaluate.thinking_settings import thinking_of
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, TeacherUse
 from limbeck.models.teachers import kind
 from limbeck.objectives.divergence_loss import DIVERGENCES
@@ -44,6 +45,7 @@ def check_parts(
         term.check_text(facts)
     trained = {prompt.text for prompt in training}
     for task in tasks:
+        _check_budget(recipe, task)
         if leak := [name for name, text in task.texts if text in trained]:
             raise RecipeError(
                 "evaluate.metrics",
@@ -56,6 +58,16 @@ def check_parts(
                     "writer",
                     f"a corpus writer needs an answer beside every prompt; there is none at {prompt.place}",
                 )
+
+
+def _check_budget(recipe: Recipe, task: Task) -> None:
+    """Refuse a budget of thinking for a teacher that gives text alone."""
+    if thinking_of(task) is not None and recipe.teacher.model is None and recipe.teacher.server is not None:
+        raise RecipeError(
+            "evaluate.metrics",
+            f"the task {task.name} holds thinking to a budget, which a teacher behind a server can't be held to: its"
+            " text can't be stopped and continued there; name its weights in teacher.model, or leave the task out",
+        )
 
 
 def _check_writers(recipe: Recipe) -> None:

@@ -63,7 +63,7 @@ def test_items_that_are_no_text_are_refused_by_their_line(line, words, tmp_path)
         load_task(write(tmp_path / "mine", "kind: multiple_choice\n", CHOICE, line))
 
 
-SIZES = {"everyday": 72, "choices": 48, "topics": 48, "passages": 14, "lookup": 18, "sums": 24}
+SIZES = {"everyday": 72, "choices": 48, "topics": 48, "passages": 14, "lookup": 18, "sums": 24, "sums-budgets": 24}
 
 
 def test_the_built_in_tasks_are_what_they_claim():
@@ -90,7 +90,7 @@ def test_the_built_in_tasks_are_what_they_claim():
     headlines = {name: (task.metrics[0], task.better(task.metrics[0])) for name, task in tasks.items()}
     assert headlines == {
         "everyday": ("pass_rate", "high"), "sums": ("pass_rate", "high"), "choices": ("acc", "high"), "topics": ("acc", "high"), "passages": ("bits_per_byte", "low"),
-        "lookup": ("ndcg@4", "high"),
+        "lookup": ("ndcg@4", "high"), "sums-budgets": ("pass_rate@128", "high"),
     }  # fmt: skip
 
 
