@@ -93,7 +93,9 @@ class Elicitation:
             tally = Tally(name, taken=len(pool))
             finishes_before = engine.finishes.copy()
             header = self.header() if "raw" in step.needs else None
-            context = StepContext(self.identity, self.source.recipe.text_seed, f"{index}/{name}", header, self.unheld)
+            context = StepContext(
+                self.identity, self.source.recipe.text_seed, f"{index}/{name}", header, unheld=self.unheld
+            )
             pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)
             tallies.append((step.kind, tally, engine.finishes - finishes_before))

@@ -65,7 +65,7 @@ class InProcessTeacher:
         against_ids = None if request.against is None else model.prompt_ids(request.against)
         ids = model.prompt_ids(request.messages) if request.raw is None else model.raw_ids(request.raw)
         hold = None if request.form is None else partial(self._forms.begin, request.form, ids)
-        return GenerationJob(ids, request.sampling, int(request.key[:15], 16), against_ids, hold)
+        return GenerationJob(ids, request.sampling, int(request.key[:15], 16), against_ids, hold=hold)
 
     def _ended(self, sampling: Sampling, ids: Sequence[int]) -> bool:
         """Whether a stop string stands at the text's end. Only the last tokens are decoded; each has a byte or more."""
