@@ -395,8 +395,9 @@ def engines() -> str:
         lacks = ", ".join(f"`{name}`" for name in sorted(ALL - engine.takes)) or "nothing"
         limit = engine.limit or engine.dialect.places["max_tokens"]
         key = f"`{header}: {prefix}…`"
+        held = ", ".join(f"`{name}`" for name in engine.forms)
         rows.append(
-            [f"`{kind}`", engine.title, f"`{engine.url}`", f"`{limit}`", lacks, key, named, "; ".join(examples)]
+            [f"`{kind}`", engine.title, f"`{engine.url}`", f"`{limit}`", lacks, key, named, held, "; ".join(examples)]
         )
     titles = [
         "kind",
@@ -406,6 +407,7 @@ def engines() -> str:
         "lacks",
         "key",
         "`logprobs` at most",
+        "`constrain`",
         "examples of `options`",
     ]
     return table(titles, rows)

@@ -87,12 +87,27 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class AnswerForm:
+    """What an answer must look like: exactly one of a JSON schema (as text, since the order of its properties matters),
+    some labels, one of which is the whole answer, or a regular expression for the whole answer."""
+
+    schema: str | None = None
+    labels: tuple[str, ...] | None = None
+    pattern: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """`schema`, `labels` or `pattern`."""
+        return next(name for name, value in vars(self).items() if value is not None)
+
+
+@dataclass(frozen=True)
 class Request:
     """One question to one model. Its `key` makes it idempotent: a second request reads the stored answer.
 
     A `raw` request has the model continue that text, control tokens included, without a chat template; `messages` are
     then the conversation that the answer is stored with. With `against`, every token is drawn from
-    log p(token | messages) - `contrast` * log p(token | against).
+    log p(token | messages) - `contrast` * log p(token | against). With a `form`, only what keeps to it can be written.
     """
 
     model: str
@@ -103,6 +118,7 @@ class Request:
     raw: str | None = None
     against: tuple[Message, ...] | None = None
     contrast: float = 0.0
+    form: AnswerForm | None = None
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -123,6 +139,9 @@ class Request:
             fields["raw"] = self.raw
         if self.against is not None:
             fields |= {"against": list(self.against), "contrast": self.contrast}
+        if self.form is not None:
+            value = getattr(self.form, self.form.kind)
+            fields["form"] = {self.form.kind: list(value) if isinstance(value, tuple) else value}
         return fields
 
     @property

@@ -19,7 +19,7 @@ from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_mess
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import ElicitStep
 from limbeck.storage.files import read_jsonl, write_json, write_text
-from limbeck.types import Sample, UserError, canonical_json, content_hash
+from limbeck.types import AnswerForm, Sample, UserError, canonical_json, content_hash
 
 POOL = "elicited.jsonl"
 ACCOUNT = "elicitation.json"
@@ -44,12 +44,14 @@ class Elicitation:
         folder: receives the samples and the account of what each step did.
         identity: of the model that answers.
         header: returns the text before a user's message in that model's own format; called only if a step needs it.
+        unheld: says why that model can't be held to a form of answers, and nothing if it can.
     """
 
     source: TextSource
     folder: Path
     identity: str
     header: Callable[[], str | None]
+    unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
 
     @property
     def key(self) -> str:
@@ -96,7 +98,9 @@ class Elicitation:
             tally = Tally(name, taken=len(pool))
             finishes_before = engine.finishes.copy()
             header = self.header() if "raw" in step.needs else None
-            context = StepContext(self.identity, self.source.recipe.text_seed, f"{index}/{name}", header)
+            context = StepContext(
+                self.identity, self.source.recipe.text_seed, f"{index}/{name}", header, unheld=self.unheld
+            )
             pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)
             tallies.append((step.kind, tally, engine.finishes - finishes_before))
@@ -169,8 +173,10 @@ def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
 def _summary(tally: Tally) -> str:
     dropped = "; ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common(3))
     more = ", and others" if len(tally.dropped) > 3 else ""
-    return f"{tally.step}: {tally.taken:,} in, {tally.given:,} out" + (
-        f" (left out: {dropped}{more})" if dropped else ""
+    return (
+        f"{tally.step}: {tally.taken:,} in, {tally.given:,} out"
+        + (f" (left out: {dropped}{more})" if dropped else "")
+        + "".join(f"; {note}" for note in tally.notes)
     )
 
 
@@ -192,6 +198,7 @@ def prompt_sample(prompt: Prompt) -> Sample:
         "weight": prompt.weight,
         "check": prompt.check,
         "answers": list(prompt.answers),
+        "row": dict(prompt.row),
     }
     return Sample(
         prompt.messages,
@@ -202,6 +209,8 @@ def prompt_sample(prompt: Prompt) -> Sample:
 
 def _facts(tally: Tally) -> dict[str, Any]:
     facts = asdict(tally)
+    if not tally.notes:
+        del facts["notes"]  # as in older files
     return facts | {"dropped": dict(sorted(tally.dropped.items())), "facts": dict(sorted(tally.facts.items()))}
 
 

@@ -24,7 +24,7 @@ from limbeck.elicit.sharing import Reuse, Sharing
 from limbeck.progress import Reporter, StoppedError
 from limbeck.storage.answers import SharedAnswers
 from limbeck.storage.store import Store
-from limbeck.types import Request, Sample, Sampling, content_hash
+from limbeck.types import AnswerForm, Request, Sample, Sampling, content_hash
 
 
 class TextModels(Protocol):
@@ -44,6 +44,9 @@ class TextModels(Protocol):
 
     def header(self) -> str | None:
         """The text before a user's message in the teacher's own format."""
+
+    def unheld(self, form: AnswerForm, /) -> str:
+        """Why the teacher can't be held to a form of answers; nothing if it can."""
 
 
 @dataclass
@@ -77,7 +80,10 @@ class TrainingText:
     @cached_property
     def _elicited(self) -> tuple[list[Prompt], dict[str, list[Sample]]]:
         """The prompts that the steps under `elicit` left, and the answers to each by its id."""
-        elicitation = Elicitation(self.source, self.home, self.models.writer_identity("teacher"), self.models.header)
+        models = self.models
+        elicitation = Elicitation(
+            self.source, self.home, models.writer_identity("teacher"), models.header, unheld=models.unheld
+        )
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
             engine = Engine(

@@ -14,7 +14,7 @@ from limbeck.config.sections import Rollout
 from limbeck.elicit.prompts import Prompt, split_prompts
 from limbeck.elicit.run import prompt_sample
 from limbeck.elicit.step import ElicitStep
-from limbeck.elicit.steps import check_steps, steps_of
+from limbeck.elicit.steps import check_steps, columns_read, steps_of
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.tasks import tasks_of
 from limbeck.models.context import PromptContext, conversation_key
@@ -89,13 +89,14 @@ def resolve(recipe: Recipe) -> Method:
             place in the recipe and the remedy.
     """
     evaluate = recipe.evaluate
-    prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns)
+    steps = tuple(steps_of(recipe.elicit or ()))
+    prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns, columns_read(steps))
     training, held_out = prompts.training, prompts.held_out
     share, fresh = _shares(recipe)
     method = Method(
         recipe=recipe,
         terms=tuple(terms_of(recipe)),
-        steps=tuple(steps_of(recipe.elicit or ())),
+        steps=steps,
         training_prompts=tuple(training),
         held_out_prompts=tuple(held_out),
         tasks=tuple(tasks_of(evaluate.metrics, evaluate.limits)),
@@ -111,7 +112,7 @@ def resolve(recipe: Recipe) -> Method:
         share=share,
     )
     if method.steps:
-        check_steps(method.steps, [prompt_sample(prompt) for prompt in training])
+        check_steps(method.steps, [prompt_sample(prompt) for prompt in training], prompts.columns)
     return method
 
 

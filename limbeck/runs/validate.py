@@ -11,6 +11,7 @@ from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.step import ElicitStep
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.thinking_settings import thinking_of
+from limbeck.models.constrain import unheld
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, TeacherUse
 from limbeck.models.teachers import kind
 from limbeck.objectives.divergence_loss import DIVERGENCES
@@ -202,6 +203,8 @@ def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> 
         path = f"elicit[{index}].{name}"
         for evidence in sorted(step.needs - available):
             raise RecipeError(path, teacher_kind.lacks(teacher, evidence))
+        if (form := step.must_hold()) is not None and (why := unheld(form, teacher.server)):
+            raise RecipeError(f"{path}.constrain", f"{why}; or leave constrain out")
         if getattr(step, "reference", "") == "untouched" and prune is not None and prune.keep in JUDGED_ON_TEXT:
             raise RecipeError(
                 f"{path}.reference",
