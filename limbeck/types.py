@@ -106,7 +106,8 @@ class Request:
     """One question to one model. Its `key` makes it idempotent: a second request reads the stored answer.
 
     A `raw` request has the model continue that text, control tokens included, without a chat template; `messages` are
-    then the conversation that the answer is stored with. With `against`, every token is drawn from
+    then the conversation that the answer is stored with. So they are with `shown`, which is what the model is shown in
+    their place. With `against`, every token is drawn from
     log p(token | messages) - `contrast` * log p(token | against). With a `form`, only what keeps to it can be written.
     """
 
@@ -119,6 +120,12 @@ class Request:
     against: tuple[Message, ...] | None = None
     contrast: float = 0.0
     form: AnswerForm | None = None
+    shown: tuple[Message, ...] | None = None
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """What the model is shown."""
+        return self.messages if self.shown is None else self.shown
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -142,6 +149,8 @@ class Request:
         if self.form is not None:
             value = getattr(self.form, self.form.kind)
             fields["form"] = {self.form.kind: list(value) if isinstance(value, tuple) else value}
+        if self.shown is not None:
+            fields["shown"] = list(self.shown)
         return fields
 
     @property

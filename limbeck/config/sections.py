@@ -274,10 +274,10 @@ class Evaluate(Section):
     `limit` bounds the held-out prompts. A task is measured whole, unless its own entry limits it, as in
     `metrics: [fidelity, {everyday: {limit: 60}}]`, which is kept as `limits`: {task: its first items}. Every system
     also writes its own text for the first `own_prompts` of the held-out prompts (by default OWN_PROMPTS). `untouched`
-    is the student before training. The other controls are trained for as many steps and tokens as the student:
-    `sft_control` on the teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's
-    answers shuffled over the prompts. `judge` is a model that compares the
-    student's answers with every other system's.
+    is the student before training, `prompted` the same with the prompt that only the teacher is shown. The other
+    controls are trained for as many steps and tokens as the student: `sft_control` on the teacher's text,
+    `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's answers shuffled over the prompts.
+    `judge` is a model that compares the student's answers with every other system's.
     """
 
     metrics: list[str] = ["fidelity"]

@@ -28,6 +28,7 @@ from limbeck.elicit.flow import (
 from limbeck.elicit.parse import Parsing, UnparsedError
 from limbeck.elicit.rendering import names_read, render
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.elicit.step_prompt import StepPrompt, of_templates
 from limbeck.types import AnswerForm, Message, RecipeError, Request, Sample, Sampling, content_hash, nearest
 
 TEMPLATE_CHARS = 64 * 1024
@@ -180,6 +181,11 @@ class Ask(AskingStep):
         usual = max(1.0, self.max_tokens * ANSWER_SHARE)
         labels = self.parse.label
         return min(usual, sum(len(label) / 4 + 1 for label in labels) / len(labels)) if labels else usual
+
+    def shows(self) -> StepPrompt | None:
+        if self.into != "answer":
+            return None
+        return of_templates(self.prompt, self.system, self.parse.label or (), self.parse)
 
     # What is asked
 

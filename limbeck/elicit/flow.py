@@ -21,6 +21,7 @@ from limbeck.elicit.thinking import after_thinking
 from limbeck.types import AnswerForm, LogProb, Message, Request, Sample, Sampling, content_hash
 
 Pool = list[Sample]
+Show = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 T = TypeVar("T")
 MAX_EXAMPLES = 3
 EXAMPLE_CHARS = 160
@@ -92,6 +93,7 @@ class StepContext:
 
     `header` is the text before a user's message in the model's own chat format, where that is known (see `magpie`).
     `unheld` says why the model can't be held to a form, and nothing if it can.
+    `show` turns a conversation into the one that the model is shown, where that is another.
     """
 
     model: str
@@ -99,6 +101,7 @@ class StepContext:
     step: str
     header: str | None = None
     unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
+    show: Show | None = None
 
     def request(
         self,
@@ -114,8 +117,17 @@ class StepContext:
         """A request to the model. `number` tells several answers to the same messages apart."""
         seed = self.seed if number == 0 else int(content_hash([self.seed, number])[:7], 16)
         other = None if against is None else tuple(against)
+        shown = None if self.show is None or raw is not None else self.show(tuple(messages))
         return Request(
-            self.model, tuple(messages), sampling, seed, raw=raw, against=other, contrast=contrast, form=form
+            self.model,
+            tuple(messages),
+            sampling,
+            seed,
+            raw=raw,
+            against=other,
+            contrast=contrast,
+            form=form,
+            shown=shown,
         )
 
     def rng(self, *key: Any) -> random.Random:

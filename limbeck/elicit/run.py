@@ -15,11 +15,12 @@ from typing import Any
 
 from limbeck.config.recipe import Recipe
 from limbeck.elicit.engine import Engine
-from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_messages, prompt_of
+from limbeck.elicit.flow import Pool, Show, StepContext, Tally, answer_of, prompt_messages, prompt_of
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import ElicitStep
+from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.storage.files import read_jsonl, write_json, write_text
-from limbeck.types import AnswerForm, Sample, UserError, canonical_json, content_hash
+from limbeck.types import AnswerForm, Message, Sample, UserError, canonical_json, content_hash
 
 POOL = "elicited.jsonl"
 ACCOUNT = "elicitation.json"
@@ -28,12 +29,28 @@ HELD_OUT = "held-out"  # the name, in the account, of the last step: dropping he
 
 @dataclass(frozen=True)
 class TextSource:
-    """What a recipe's text is made from: prompts, and the steps of elicitation by name."""
+    """What a recipe's text is made from: prompts, and the steps of elicitation by name.
+
+    Args:
+        show: turns a conversation into the one that the teacher's server is sent, where that is another.
+        step_prompt: what a step shows the teacher, and held-out text and measurements show it, too.
+    """
 
     recipe: Recipe
     steps: Sequence[tuple[str, ElicitStep]]
     training_prompts: Sequence[Prompt]
     held_out_prompts: Sequence[Prompt]
+    show: Show | None = None
+    step_prompt: StepPrompt | None = None
+
+    def shown(self, messages: tuple[Message, ...], with_step: bool) -> tuple[Message, ...] | None:
+        """What the teacher is sent for this conversation, `with_step` as the step shows it; None if it is the same."""
+        shown = messages
+        if with_step and self.step_prompt is not None:
+            shown = self.step_prompt(shown)
+        if self.show is not None:
+            shown = self.show(shown)
+        return None if shown == messages else shown
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,12 @@ class Elicitation:
             finishes_before = engine.finishes.copy()
             header = self.header() if "raw" in step.needs else None
             context = StepContext(
-                self.identity, self.source.recipe.text_seed, f"{index}/{name}", header, unheld=self.unheld
+                self.identity,
+                self.source.recipe.text_seed,
+                f"{index}/{name}",
+                header,
+                unheld=self.unheld,
+                show=self.source.show,
             )
             pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)

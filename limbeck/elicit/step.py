@@ -26,6 +26,7 @@ from pydantic import Field
 
 from limbeck.config.sections import Section
 from limbeck.elicit.flow import Pool, Questions, StepContext, Tally
+from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.types import AnswerForm
 
 StepKind = Literal["expand", "curate", "label", "verify", "select", "transform"]
@@ -83,6 +84,11 @@ class AskingStep(Section):
         """Given its place in the recipe, the names that its templates read beside those that every sample has: fields,
         or columns of the prompt's row (as NAME or `row.NAME`; `row` for all of them)."""
         return frozenset()
+
+    def shows(self) -> StepPrompt | None:
+        """What it shows the model that writes the answers and the student is not shown; None if it writes no answer to
+        a prompt that is there."""
+        return None
 
     def writes(self) -> frozenset[str]:
         """The names of what it adds to the samples' meta, which the templates of later steps may read (see `ask`)."""

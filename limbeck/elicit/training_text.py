@@ -127,16 +127,16 @@ class TrainingText:
         return [self._described(sample, prompt, "teacher", 0) for prompt, sample in zip(prompts, samples, strict=True)]
 
     def held_out(self) -> list[Sample]:
-        """The teacher's answers to the held-out prompts."""
-        requests = [self._request(prompt, "teacher", self.held_out_sampling()) for prompt in self.prompts[1]]
-        return self._ask(requests, "teacher")
+        """The teacher's answers to the held-out prompts, asked and read as those of the training text are."""
+        requests = [self._shown(prompt, self.held_out_sampling()) for prompt in self.prompts[1]]
+        step = self.source.step_prompt
+        return [sample if step is None else step.reads(sample) for sample in self._ask(requests, "teacher")]
 
     def said(self, prompts: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
         """The teacher's answers to these (prompt, seed), in their order, for a measurement; the seed is added to the
         text's."""
         requests = [
-            replace(request := self._request(prompt, "teacher", sampling), seed=request.seed + seed)
-            for prompt, seed in prompts
+            replace(request := self._shown(prompt, sampling), seed=request.seed + seed) for prompt, seed in prompts
         ]
         return self._ask(requests, "teacher", measured=True)
 
@@ -247,7 +247,14 @@ class TrainingText:
 
     def _request(self, prompt: Prompt, by: str, sampling: Sampling) -> Request:
         (request,) = label([prompt], self.models.writer_identity(by), sampling, self.recipe.text_seed)
-        return request
+        if by != "teacher":
+            return request
+        return replace(request, shown=self.source.shown(request.messages, with_step=False))
+
+    def _shown(self, prompt: Prompt, sampling: Sampling) -> Request:
+        """A request to the teacher outside the training text, which shows it what a step showed it there."""
+        request = self._request(prompt, "teacher", sampling)
+        return replace(request, shown=self.source.shown(request.messages, with_step=True))
 
     def _ask(self, requests: Sequence[Request], by: str, measured: bool = False) -> list[Sample]:
         with Store(self.folder / "store.sqlite") as store:

@@ -273,7 +273,7 @@ class Bench:
                 self._own("teacher", lambda: teacher, False)
                 records = read_jsonl(self.folder / "own-teacher.jsonl")
                 prompts = {prompt.id: prompt for prompt in self.protocol.prompts}
-                rows = [self._row(prompts[record["prompt_id"]], record["ids"]) for record in records]
+                rows = [self._row(prompts[record["prompt_id"]], record["ids"], teacher) for record in records]
                 self.free = EvaluationText(rows, self.teacher)
             items = fidelity(
                 model(), self.free, (), partial(self._report_progress, f"{name} on the teacher's free text")
@@ -295,17 +295,17 @@ class Bench:
         ]
         rows: dict[int, Row] = {}
         for index, ids in generate(system.net, jobs, system.eos_ids, vocab_size=system.vocab_size):
-            rows[index] = self._row(prompts[index], ids)
+            rows[index] = self._row(prompts[index], ids, system)
             self.progress(len(rows), len(jobs), f"{name} writes")
         return [rows[index] for index in range(len(jobs))]
 
-    def _row(self, prompt: Prompt, ids: Sequence[int]) -> Row:
+    def _row(self, prompt: Prompt, ids: Sequence[int], system: Model) -> Row:
         """An answer after the prompt as the students see it, and as the teacher does where that is another."""
-        reader = self.reader
-        shown = None if reader.prompt_context is None else tuple(reader.prompt_ids(prompt.messages))
+        teacher = system if self.reader.prompt_context is None else self.reader
+        shown = None if teacher.prompt_context is None else tuple(teacher.prompt_ids(prompt.messages))
         return Row(
             prompt.id,
-            tuple(reader.with_context(None).prompt_ids(prompt.messages)),
+            tuple(self.reader.with_context(None).prompt_ids(prompt.messages)),
             tuple(ids),
             teacher_prompt_ids=shown,
         )

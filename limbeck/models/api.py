@@ -301,7 +301,7 @@ class ApiTeacher:
         }
         if self._names_tokens_of(request):
             settings |= {"logprobs": True, "top_logprobs": self.settings.logprobs}
-        body: dict[str, Any] = dialect.frame(request.messages) if request.raw is None else {"prompt": request.raw}
+        body: dict[str, Any] = dialect.frame(request.conversation) if request.raw is None else {"prompt": request.raw}
         for name, value in settings.items():
             if value is None or self.engine.defaults.get(name) == value:
                 continue
@@ -362,5 +362,5 @@ async def _next(stream: AsyncGenerator[tuple[Request, Generated]]) -> tuple[Requ
 
 def estimated_tokens(request: Request) -> int:
     """About how many tokens a request may cost."""
-    characters = len(request.raw or "") + sum(len(message["content"]) for message in request.messages)
+    characters = len(request.raw or "") + sum(len(message["content"]) for message in request.conversation)
     return characters // CHARS_PER_TOKEN + request.sampling.max_tokens

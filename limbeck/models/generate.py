@@ -42,8 +42,8 @@ class RowConstraint(Protocol):
 class GenerationJob:
     """A prompt to continue. `seed` alone decides its random numbers. `second_prompt_ids` is the prompt for the second
     model, if it gets another one. `until` is called with the ids so far after every token, and ends the text where it
-    is true; it is called from the first token again where memory ran out. `hold` begins what holds the answer to a form,
-    if anything does."""
+    is true; it is called from the first token again where memory ran out. `hold` begins what holds the answer to a
+    form, if anything does."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling

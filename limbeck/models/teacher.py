@@ -63,7 +63,7 @@ class InProcessTeacher:
     def _job(self, request: Request) -> GenerationJob:
         model = self.model
         against_ids = None if request.against is None else model.prompt_ids(request.against)
-        ids = model.prompt_ids(request.messages) if request.raw is None else model.raw_ids(request.raw)
+        ids = model.prompt_ids(request.conversation) if request.raw is None else model.raw_ids(request.raw)
         hold = None if request.form is None else partial(self._forms.begin, request.form, ids)
         return GenerationJob(ids, request.sampling, int(request.key[:15], 16), against_ids, hold=hold)
 

@@ -17,6 +17,7 @@ STYLES = {"student": "accent", "teacher": "ink", "sft_control": "grey", "untouch
 SHORT = {
     "teacher": "Teacher",
     "untouched": "Before training",
+    "prompted": "Prompted",
     "sft_control": "Fine-tuning",
     "gold_control": "Gold",
     "shuffled_control": "Shuffled",

@@ -15,6 +15,7 @@ from limbeck.config.significance import LEAST_ITEMS, SIGNIFICANCE
 LABELS = {
     "teacher": "Teacher",
     "untouched": "Student before training",
+    "prompted": "Student before training, prompted",
     "sft_control": "Fine-tuning control",
     "gold_control": "Fine-tuning on gold",
     "shuffled_control": "Fine-tuning on shuffled answers",

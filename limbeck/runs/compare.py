@@ -210,7 +210,7 @@ class Comparison:
             "rollout": _rollout_facts({method: [run for name, _, run in runs if name == method] for method in methods}),
             "warnings": [
                 *warnings(systems, summary, methods),
-                *evaluation.teacher_warnings(self.like, self.common.text),
+                *evaluation.teacher_warnings(self.common.questions, bench),
             ],
             "settings": {key: self.complete_entries[0].recipe.resolved()[key] for key in COMMON},
         }

@@ -7,13 +7,13 @@ measurements by files that are written whole. `limbeck run` on a killed run goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from limbeck.config.recipe import Recipe
-from limbeck.data.batches import Row, make_batch, make_rows
+from limbeck.data.batches import Row
 from limbeck.elicit.run import TextSource
 from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
@@ -23,7 +23,6 @@ from limbeck.models.export import export
 from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
-from limbeck.models.prune import Calibration
 from limbeck.models.teacher_interface import TeacherParts
 from limbeck.models.weights import context_length
 from limbeck.objectives.term import make_term
@@ -32,6 +31,7 @@ from limbeck.report.card import model_card
 from limbeck.report.page import write_report
 from limbeck.runs.answers import SharedText
 from limbeck.runs.claim import run_folder, training_key
+from limbeck.runs.encoding import Encoding
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
 from limbeck.runs.opening import begin, bind, tell_answers, tell_prompts
@@ -46,7 +46,7 @@ from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
 from limbeck.training.setup import TrainingPlan, make_job
 from limbeck.training.student_writer import StudentWriting
-from limbeck.types import Message, Sample, UserError
+from limbeck.types import Sample, UserError
 
 STAGES = ("elicit", "train", "evaluate", "report")
 
@@ -74,7 +74,7 @@ class Run:
             self.method,
             self.folder,
             self.reporter,
-            calibration=self._calibration,
+            calibration=lambda texts: self.encoding.calibration(texts),
             progress=self.progress,
             billed=lambda: self.text.bill(),
             shared=None if self.shared is None else self.shared.models,
@@ -83,7 +83,14 @@ class Run:
     @cached_property
     def text(self) -> TrainingText:
         method = self.method
-        source = TextSource(self.recipe, method.steps, method.training_prompts, method.held_out_prompts)
+        source = TextSource(
+            self.recipe,
+            method.steps,
+            method.training_prompts,
+            method.held_out_prompts,
+            show=None if self.recipe.teacher.server is None else method.prompt_context,
+            step_prompt=method.fixed_step_prompt,
+        )
         return TrainingText(
             source,
             self.library,
@@ -130,52 +137,13 @@ class Run:
         parts |= {"held-out text": self.text.held_out()} if held_out else {}
         tell_answers(self.folder, parts, self.reporter)
 
-    # Text in tokens
+    @cached_property
+    def encoding(self) -> Encoding:
+        return Encoding(self.method, self.models, self.text)
 
     def rows(self, samples: Sequence[Sample], student: Model) -> list[Row]:
-        """Samples as rows of token ids. Sampled ids are used as they are; text without ids is encoded, without what the
-        prompt opens already, and gets the end token of the template unless it was cut off."""
-
-        def response_ids(sample: Sample) -> Sequence[int]:
-            same_tokens = not self.models.other_tokens or sample.writer == self.models.initial_identity
-            if sample.response_ids is not None and same_tokens:
-                return sample.response_ids
-            return alone.answer_ids(sample.messages[-1]["content"], sample.meta.get("finish") == "length")
-
-        alone = student.with_context(None)
-        shown = self._teacher_prompt_ids(student)
-        return make_rows(samples, alone.prompt_ids, response_ids, student.max_length, teacher_prompt_ids=shown)
-
-    def _teacher_prompt_ids(self, student: Model) -> Callable[[tuple[Message, ...]], list[int]] | None:
-        """Encodes the prompt as the teacher sees it, in its tokens; None if it sees the same as the student."""
-        if self.models.other_tokens:
-            return self.models.teacher.model.prompt_ids
-        context = self.method.prompt_context
-        return None if context is None else student.with_context(context).prompt_ids
-
-    def slots(self, student: Model) -> list[Row]:
-        """The training prompts as rows without a response."""
-        teacher_prompt_ids = self._teacher_prompt_ids(student)
-        return [
-            Row(
-                prompt.id,
-                tuple(student.prompt_ids(prompt.messages)),
-                (),
-                tags=frozenset({prompt.task} - {""}),
-                group=prompt.id,
-                weight=prompt.weight,
-                teacher_prompt_ids=None if teacher_prompt_ids is None else tuple(teacher_prompt_ids(prompt.messages)),
-            )
-            for prompt in self.text.prompts[0]
-        ]
-
-    def _calibration(self, texts: int) -> Calibration:
-        """So many texts not by the student, by which the layers of a pruned student are chosen."""
-        rows = self.rows(self.text.by_others(texts), self.models.teacher.model)
-        batch = make_batch(rows)
-        positions_BT = batch.mask_BT.roll(-1, 1)
-        positions_BT[:, -1] = False
-        return Calibration(batch.tokens_BT, positions_BT)
+        """Samples as rows of the student's token ids."""
+        return self.encoding.rows(samples, student)
 
     # Training
 
@@ -214,6 +182,8 @@ class Run:
         own_text = self.models.own_text(student, self.library) if name == "student" else None
         if name == "student":
             writing = self._writing(student)
+            for control in self.method.controls:  # refused before the student is trained
+                self.control_rows(control, rows, student)
             rows = rows if own_text is None else own_text.mark(rows, self._report_teacher)
         else:  # plain fine-tuning for as many steps
             steps = total_steps(rows, settings, any(term.unit == "group" for term in terms))
@@ -247,7 +217,7 @@ class Run:
         max_length = min(student.max_length, context_length(load_config(self.recipe.speaker)))
         return StudentWriting(
             self.recipe,
-            slots=self.slots(student),
+            slots=self.encoding.slots(student),
             share=self.method.share,
             fresh=self.method.fresh,
             max_length=max_length,
@@ -285,7 +255,7 @@ class Run:
         return control.rows(
             ControlData(
                 student_rows=rows,
-                prompts=self.text.prompts[0],
+                prompts=self.method.training_prompts,
                 others_text=self.text.by_others,
                 encode=lambda samples: self.rows(samples, student),
                 seed=self.recipe.text_seed,
@@ -308,14 +278,15 @@ class Run:
         systems = {"teacher": [self.measured_teacher(bench)]}
         for name in self.recipe.evaluate.controls:
             if not CONTROLS[name].is_trained:
-                systems[name] = [bench.measure(name, self.models.initial_student)]
+                systems[name] = [bench.measure(name, partial(self.models.untrained, name))]
         for name in (*self.method.controls, "student"):
             systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
         evaluation.write_summary(self.questions, bench, bench.timed(systems), steps=steps_made(self.folder))
 
-    @property
+    @cached_property
     def questions(self) -> evaluation.Questions:
-        return evaluation.Questions(self.recipe, self.method.tasks, self.text, self.models.devices)
+        method = self.method
+        return evaluation.Questions(self.recipe, method.tasks, self.text, self.models.devices, method.step_prompt)
 
     def bench(self, folder: Path) -> Bench:
         """The bench that measures systems and keeps their records in `folder`."""
@@ -324,7 +295,7 @@ class Run:
             folder,
             teacher=self.models.reference,
             reader=self.models.reader,
-            rows=self.held_out_rows(),
+            rows=self.encoding.held_out(),
             progress=self.progress,
         )
 
@@ -338,13 +309,6 @@ class Run:
     def trained(self, name: str) -> Model:
         """The exported student, or a trained control."""
         return load_model(str(self.home(name) / "student"), placement=self.models.devices.student)
-
-    def held_out_rows(self) -> list[Row]:
-        """The teacher's answers to the held-out prompts; each row has its prompt's id."""
-        samples = self.text.held_out()
-        rows = {row.sample_id: row for row in self.rows(samples, self.models.reader)}
-        pairs = zip(samples, self.text.prompts[1], strict=True)
-        return [replace(rows[sample.id], sample_id=prompt.id) for sample, prompt in pairs if sample.id in rows]
 
 
 def run(
@@ -387,6 +351,8 @@ def run(
         if "train" in stages:
             if "elicit" not in stages and not job.path("student").exists():
                 job.tell_answers(held_out=False)
+            if "evaluate" in stages and not job.path("student").exists():
+                _ = job.questions.prompts  # refused before the training where none is left
             reporter.stage("Student's start")
             job.models.choice()
             for name in ("student", *method.controls):

@@ -74,7 +74,7 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     _check_sources(recipe)
     config = load_config(recipe.speaker)
     teacher = None if recipe.teacher.model is None else Shape.of(config)
-    student, max_length = _student_shape(recipe, config)
+    student, max_length = _student_shape(method, config)
     _check_precision(recipe, config)
     for path, tokens in (
         ("writer.max_tokens", max(w.max_tokens for w in recipe.writer)),
@@ -83,8 +83,7 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
         if tokens >= max_length:
             raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {max_length}")
     _check_budgets(method, max_length)
-    if recipe.teacher.context is not None and recipe.teacher.context.system is not None:
-        check_takes_system(load_tokenizer(recipe.speaker, recipe.speaker_template))
+    _check_shown(method)
     others: tuple[Shape, ...] = ()
     if isinstance(recipe.teacher, SeveralTeachers):
         others = tuple(_other_teacher(recipe, other.model, n) for n, other in enumerate(recipe.teacher.beside))
@@ -180,8 +179,22 @@ def _check_precision(recipe: Recipe, config: Any) -> None:
         refuse(lora.base, scratch_config(start.scratch, config) if start.scratch else ours, "student.lora.base")
 
 
-def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
+def _check_shown(method: Method) -> None:
+    """Refuse a system message for a model whose template has no place for one."""
+    recipe = method.recipe
+    context = method.prompt_context
+    if context is None or context.system is None:
+        return
+    if recipe.teacher.model is not None:
+        check_takes_system(load_tokenizer(recipe.speaker, recipe.speaker_template))
+    start = recipe.student.start.pretrained
+    if start is not None and (method.is_prompted or (recipe.teacher.model is None and method.teacher_reads_rows)):
+        check_takes_system(load_tokenizer(start, recipe.student.template), "student")
+
+
+def _student_shape(method: Method, config: Any) -> tuple[Shape, int]:
     """(the student's sizes, how many tokens both models can read); `config` is the speaker's."""
+    recipe = method.recipe
     start = recipe.student.start
     like = Shape.of(config)
     max_length = context_length(config)
@@ -202,7 +215,7 @@ def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
     if start.pretrained is None or recipe.teacher.model is None:
         return like, max_length
     other = load_config(start.pretrained)
-    if not isinstance(recipe.teacher, BridgedTeacher):
+    if method.teacher_reads_rows and not isinstance(recipe.teacher, BridgedTeacher):
         tokenizers = (
             load_tokenizer(recipe.speaker, recipe.speaker_template),
             load_tokenizer(start.pretrained, recipe.student.template),

@@ -6,14 +6,15 @@ Later stages are given the `Method`; none parses a recipe's parts or reads the p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Rollout
 from limbeck.elicit.prompts import Prompt, split_prompts
 from limbeck.elicit.run import prompt_sample
-from limbeck.elicit.step import ElicitStep
+from limbeck.elicit.step import AskingStep, ElicitStep
+from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.elicit.steps import check_steps, columns_read, steps_of
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.tasks import tasks_of
@@ -25,6 +26,7 @@ from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.term import Term, make_term
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
+from limbeck.training.controls import PROMPTED
 from limbeck.types import RecipeError, list_hash
 
 SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
@@ -38,6 +40,8 @@ class Method:
         prompt_context: what the teacher is shown beside the prompts.
         share: the student's share of the text, if it writes.
         fresh: the part of the student's text that is not replayed.
+        step_prompt: what the step that wrote the training answers showed the teacher, where that is not the plain
+            prompt.
         prompt_notes: what was read from each file of prompts.
     """
 
@@ -50,7 +54,20 @@ class Method:
     prompt_context: PromptContext | None
     share: Schedule | None
     fresh: Schedule | None
+    step_prompt: StepPrompt | None = None
     prompt_notes: tuple[str, ...] = ()
+
+    @property
+    def measured_context(self) -> PromptContext | None:
+        """What the teacher is shown beside a held-out prompt or a task's: what it was shown when it taught."""
+        if self.fixed_step_prompt is None:
+            return self.prompt_context
+        return replace(self.prompt_context or PromptContext(), step=self.fixed_step_prompt)
+
+    @property
+    def fixed_step_prompt(self) -> StepPrompt | None:
+        """The step's prompt, where it is the same for every prompt."""
+        return None if self.step_prompt is None or self.step_prompt.varies else self.step_prompt
 
     @property
     def teacher_kind(self) -> TeacherKind:
@@ -59,6 +76,16 @@ class Method:
     @property
     def teacher_use(self) -> TeacherUse:
         return TeacherUse(self.recipe, self.terms, self.training_prompts)
+
+    @property
+    def teacher_reads_rows(self) -> bool:
+        """Whether the training needs more of the teacher than its text."""
+        return self.teacher_use.needs_common_tokens
+
+    @property
+    def is_prompted(self) -> bool:
+        """Whether the untouched student is measured with what the teacher is shown."""
+        return PROMPTED in self.recipe.evaluate.controls
 
     @property
     def prompts_key(self) -> str:
@@ -113,7 +140,27 @@ def resolve(recipe: Recipe) -> Method:
     )
     if method.steps:
         check_steps(method.steps, [prompt_sample(prompt) for prompt in training], prompts.columns)
+        method = replace(method, step_prompt=_step_prompt(recipe, method.steps))
+    if method.is_prompted and method.measured_context is None:
+        raise RecipeError(
+            "evaluate.controls",
+            "prompted is the untouched student with the prompt that the teacher alone is shown, and here it is shown"
+            " none: give teacher.context, or leave it out",
+        )
     return method
+
+
+def _step_prompt(recipe: Recipe, steps: Sequence[tuple[str, ElicitStep]]) -> StepPrompt | None:
+    """What the last step that writes answers shows the teacher, if the training text is those answers and it shows more
+    than the student sees."""
+    writers = {writer.by for writer in recipe.writer}
+    if "elicited" not in writers or "teacher" in writers:
+        return None
+    for _, step in reversed(steps):
+        shown = step.shows() if isinstance(step, AskingStep) else None
+        if shown is not None:
+            return None if shown.is_plain else shown
+    return None
 
 
 def terms_of(recipe: Recipe) -> list[Term]:

@@ -331,7 +331,6 @@ def test_a_served_teacher_writes_the_text_and_is_not_needed_again(recipe_data, s
     ("changes", "match"),
     [
         ({"elicit": ["contrastive"]}, r"elicit\[0\].contrastive: it writes against another prompt"),
-        ({"teacher": {"context": {"system": "x"}}}, "teacher.server: a server sees the prompt alone"),
         ({"teacher": {"server": {"url": "http://x/v1", "name": "m", "key": "sk-123"}}}, "teacher.server.key"),
     ],
 )

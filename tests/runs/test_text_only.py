@@ -223,10 +223,6 @@ def test_methods_are_compared_by_what_text_can_say(served, tmp_path):
         ({"elicit": ["ifd"], "writer": [{"by": "elicited"}]}, r"elicit\[0\].ifd: it needs log probs"),
         ({"elicit": ["magpie"], "writer": [{"by": "elicited"}]}, r"elicit\[0\].magpie: it needs raw"),
         ({"teacher": {}}, "name a model, a server that writes its text, or both"),
-        (
-            {"teacher": {"server": {"url": "http://x/v1", "name": "m"}, "context": {"system": "x"}}},
-            "a server sees the prompt alone",
-        ),
     ],
 )
 def test_what_text_can_not_give_is_refused(served, changes, match):

@@ -25,7 +25,8 @@ def check_recipe(patient: Patient) -> str:
     """Check that the recipe's parts fit together."""
     check(patient.recipe)
     if patient.run.models.other_tokens:
-        return "its parts fit together; teacher and student have different tokenizers, with a bridge between them"
+        between = "a bridge" if isinstance(patient.recipe.teacher, BridgedTeacher) else "text alone"
+        return f"its parts fit together; teacher and student have different tokenizers, with {between} between them"
     return "its parts fit together; teacher and student share vocabulary, chat template and end token"
 
 
