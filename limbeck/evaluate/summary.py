@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from limbeck.config.significance import LEAST_ITEMS
+from limbeck.config.significance import FEW_ITEMS, LEAST_ITEMS
 from limbeck.evaluate import calibration, fidelity, tasks, wording
 from limbeck.evaluate.metrics import METRICS, Column, exponentials, reliability_by_item
 from limbeck.evaluate.records import SystemRecords
@@ -27,7 +27,6 @@ from limbeck.evaluate.task import Task
 
 Systems = Mapping[str, Sequence[SystemRecords]]
 Columns = dict[str, Column]
-FEW_ITEMS = 30
 MUCH_REPETITION = 0.3
 
 
@@ -60,6 +59,8 @@ def describe(names: Sequence[str], task_list: Sequence[Task]) -> dict[str, dict[
             title = task.title(own_name) if task else own_name.replace("_", " ").capitalize()
             unit, better, group = "", task.better(own_name) if task else "none", f"Task {task_name}"
         result[name] = {"title": title, "unit": unit, "better": better, "group": group}
+        if not metric and task and own_name == task.metrics[0]:
+            result[name]["role"] = "headline"
     return result
 
 
