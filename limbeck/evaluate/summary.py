@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from limbeck.config.significance import FEW_ITEMS, LEAST_ITEMS
+from limbeck.config.significance import LEAST_ITEMS
 from limbeck.evaluate import calibration, fidelity, tasks, wording
 from limbeck.evaluate.metrics import METRICS, Column, exponentials, reliability_by_item
 from limbeck.evaluate.records import SystemRecords
@@ -27,6 +27,7 @@ from limbeck.evaluate.task import Task
 
 Systems = Mapping[str, Sequence[SystemRecords]]
 Columns = dict[str, Column]
+FEW_ITEMS = 30
 MUCH_REPETITION = 0.3
 
 

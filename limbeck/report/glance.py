@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.config.significance import FEW_ITEMS
+from limbeck.config.significance import CLEAR_ITEMS
 from limbeck.report.figures import SHORT, Figure
 from limbeck.report.grids import Grid
 from limbeck.report.item_files import HELD_OUT, questions, task_records
@@ -141,7 +141,7 @@ def worth_facts(worth: dict[str, Any]) -> list[tuple[str, str]]:
     quality, training = worth["quality"], worth["training"]
     for key, title in (("kept", "kept of the teacher's score"), ("recovered", "gained of the teacher's lead")):
         if quality and (share := quality[key]):
-            items = f", over only {share['n']} items" if share.get("n", FEW_ITEMS) < FEW_ITEMS else ""
+            items = f", over only {share['n']} items" if share.get("n", CLEAR_ITEMS) < CLEAR_ITEMS else ""
             spread = f"{percent(share['low'])} to {percent(share['high'])}"
             facts.append((title, f"{percent(share['value'])} ({spread}{items})"))
     if "answers" in training:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from limbeck.config.significance import FEW_ITEMS
+from limbeck.config.significance import CLEAR_ITEMS
 from limbeck.report.metrics import Metric, headline, is_clear, label, mark, metrics_of, number, p_text, task_headlines
 
 Interval = dict[str, Any]
@@ -43,10 +43,10 @@ def _task_sentence(metric: Metric, summary: dict[str, Any]) -> str:
     chance = ""
     if before:
         change = paired.get("student - untouched", {}).get(metric.name)
-        clear = bool(change) and items >= FEW_ITEMS and is_clear(change)
+        clear = bool(change) and items >= CLEAR_ITEMS and is_clear(change)
         verb = "went" if not clear or change is None else "rose" if change["value"] > 0 else "fell"
         text += f" {verb} from {_two(before['value'])} to {reached}"
-        chance = ", a change that may be chance" if change and items >= FEW_ITEMS and not clear else ""
+        chance = ", a change that may be chance" if change and items >= CLEAR_ITEMS and not clear else ""
     else:
         text += f" is {reached}"
     text += f" {_over(items)}{chance}"
@@ -55,18 +55,18 @@ def _task_sentence(metric: Metric, summary: dict[str, Any]) -> str:
     if control := systems.get("sft_control", {}).get(metric.name):
         text += f"; fine-tuning on the teacher's text reaches {_two(control['value'])}"
         difference = paired.get("student - sft_control", {}).get(metric.name)
-        if difference and items >= FEW_ITEMS and not is_clear(difference):
+        if difference and items >= CLEAR_ITEMS and not is_clear(difference):
             text += ", a difference that may be chance"
     return text + "."
 
 
 def _fewest(*intervals: Interval | None) -> int:
     """The smallest number of items that some of these are over."""
-    return min(int(x.get("n", FEW_ITEMS)) for x in intervals if x)
+    return min(int(x.get("n", CLEAR_ITEMS)) for x in intervals if x)
 
 
 def _over(items: int, what: str = "items") -> str:
-    return f"over only {items:,} {what}" if items < FEW_ITEMS else f"over {items:,} {what}"
+    return f"over only {items:,} {what}" if items < CLEAR_ITEMS else f"over {items:,} {what}"
 
 
 def _two(value: float) -> str:
@@ -79,7 +79,7 @@ def _fidelity_sentence(summary: dict[str, Any]) -> str:
     text = f"The student is {kl['value']:.2f} nats per token ({kl['low']:.2f} to {kl['high']:.2f}) from its teacher"
     change = paired.get("student - untouched", {}).get("forward_kl")
     items = _fewest(kl, change)
-    few = items < FEW_ITEMS
+    few = items < CLEAR_ITEMS
     if change and "forward_kl" in systems.get("untouched", {}):
         before = f"{systems['untouched']['forward_kl']['value']:.2f}"
         if few:
@@ -137,8 +137,8 @@ def _comparison_sentence(comparison: dict[str, Any]) -> str:
         p = p_text(difference.get("p_holm")) if side != "unclear" else ""
         by_mark[side].append(f"{method} ({_signed_spread(difference)}{', ' + p if p else ''})")
     better, worse, unclear = by_mark["better"], by_mark["worse"], by_mark["unclear"]
-    items = min((x.get("n", FEW_ITEMS) for row in rows.values() if (x := row.get(metric.name))), default=FEW_ITEMS)
-    clearly = "clearly " if len(comparison.get("seeds", [])) != 1 and items >= FEW_ITEMS else ""
+    items = min((x.get("n", CLEAR_ITEMS) for row in rows.values() if (x := row.get(metric.name))), default=CLEAR_ITEMS)
+    clearly = "clearly " if len(comparison.get("seeds", [])) != 1 and items >= CLEAR_ITEMS else ""
     parts = [
         f"{_list(better)} {_are(better)} {clearly}better than {base}"
         if better
@@ -150,7 +150,7 @@ def _comparison_sentence(comparison: dict[str, Any]) -> str:
     over = f" over {seeds} seed{'s' if seeds > 1 else ''}" if seeds else ""
     unit = f" in {metric.unit}" if metric.unit else ""
     adjusted = ", Holm-adjusted p" if any("p_holm" in differences[metric.name] for differences in rows.values()) else ""
-    few = f", {_over(items)}" if items < FEW_ITEMS else ""
+    few = f", {_over(items)}" if items < CLEAR_ITEMS else ""
     where = f" on {metric.task}" if metric.task else ""
     text = f"By {metric.title}{where}{unit}{over}{few} (difference, 95 % interval{adjusted}): {'; '.join(parts)}."
     return text + (" One seed says nothing of another training." if seeds == 1 else "")
