@@ -12,6 +12,7 @@ import typer
 from limbeck.commands import console, printing
 from limbeck.commands.answers import answers
 from limbeck.commands.export.command import export
+from limbeck.commands.report import report
 
 app = typer.Typer(
     help="Distil large language models: collect a teacher's knowledge, train a student on it, measure what was kept.",
@@ -124,22 +125,7 @@ def evaluate(
     run_stages(recipe, ("evaluate", "report"), overrides=set_, machine=machine, out=out, as_json=json_)
 
 
-@app.command(epilog="Example: limbeck report runs/quickstart")
-def report(
-    run_folder: RunArgument,
-    json_: JsonOption = False,
-    table: Annotated[bool, typer.Option("--table", help="Print the results as a Markdown table instead.")] = False,
-) -> None:
-    """Write report.html again from a run folder or a comparison folder."""
-    from limbeck.report.page import read_comparison, read_summary, write_report
-    from limbeck.report.table import compare_markdown, markdown
-
-    if not table:
-        printing.print_result({"report": str(write_report(run_folder))}, json_)
-        return
-    is_comparison = (run_folder / "comparison.json").exists()
-    text = compare_markdown(read_comparison(run_folder)) if is_comparison else markdown(read_summary(run_folder))
-    console.out.print(text, markup=False, end="")
+app.command(epilog="Example: limbeck report runs/quickstart --csv")(report)
 
 
 @app.command(epilog="Example: limbeck compare seq-kd forward-kl reverse-kl --like quickstart --seeds 3")

@@ -16,6 +16,7 @@ from limbeck.data.batches import Row
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.elicit.training_text import TrainingText
+from limbeck.evaluate.by_label import by_field, by_label, write_questions
 from limbeck.evaluate.cautions import basis, task_facts
 from limbeck.evaluate.fidelity import by_class
 from limbeck.evaluate.judge import MAX_TOKENS, load_or_judge, summarise_verdicts
@@ -24,6 +25,7 @@ from limbeck.evaluate.measure import Bench, EvaluationProtocol
 from limbeck.evaluate.records import DetailedProgress, SystemRecords
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.evaluate.task import Task
+from limbeck.evaluate.worth import kept, requests
 from limbeck.models.compatibility import OTHER_TOKENS
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
@@ -149,6 +151,10 @@ def write_summary(
         summary["recovered"] = recovery(systems["student"], systems["untouched"], systems["teacher"], tasks)
     summary["by_kind"] = by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks)
     summary["by_token_class"] = by_class(systems["student"][0].fidelity)
+    summary |= {"by_label": by_label(systems, tasks), "by_field": by_field(systems, tasks)}
+    summary["kept"] = kept(systems["student"][0], systems["teacher"][0], tasks)
+    summary["requests"] = requests(bench.protocol.rows)
+    write_questions(bench.folder, tasks)
     summary["warnings"] = warnings(systems, summary, ["student"])
     summary["warnings"] += teacher_warnings(questions, bench)
     if recipe.evaluate.judge is not None:

@@ -100,9 +100,12 @@ def _measured(
     return Grid(corner, [measures[key][:2] for key in keys], rows) if keys else None
 
 
-def _cell(value: float | None, factor: float) -> str:
+def _cell(value: Any, factor: float) -> Any:
+    """A number as text; an interval (a dict with value, low and high) stays one."""
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return {key: value[key] * factor for key in ("value", "low", "high")}
     scaled = value * factor
     return f"{scaled:,.1f}" if isinstance(factor, float) and 0 < abs(scaled) < 1000 else f"{scaled:,.0f}"
 

@@ -121,7 +121,7 @@ def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file,
     else:
         changes += the_same_model(name, tiny_folder)
     recipe = load_recipe(name, changes)
-    folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
+    folder = run(recipe, tmp_path / "run", stages=("elicit", "train")).folder
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3
     assert set().union(*(record["terms"] for record in records)) <= {term.label for term in terms_of(recipe)}

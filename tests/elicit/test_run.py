@@ -345,7 +345,7 @@ def test_what_a_server_can_not_do_is_refused(recipe_data, changes, match):
 
 def test_recipes_that_elicit_other_text_are_compared_at_equal_steps(recipe_data, saying, tmp_path):
     made = [recipe_of(recipe_data, [{"say": {"n": n}}], loss=["cross_entropy"], name=f"say-{n}") for n in (1, 2)]
-    folder = limbeck.compare(made, tmp_path / "cmp", seeds=1)
+    folder = limbeck.compare(made, tmp_path / "cmp", seeds=1).folder
     found = json.loads((folder / "comparison.json").read_text())
     assert found["cost"]["say-1"]["steps"] == found["cost"]["say-2"]["steps"]
     given = [json.loads((folder / "runs" / f"say-{n}-s3" / "elicitation.json").read_text())["steps"][0] for n in (1, 2)]

@@ -31,7 +31,7 @@ def methods(recipe_data):
 @pytest.fixture
 def compared(methods, tmp_path):
     common, made = methods
-    return limbeck.compare(made, tmp_path / "cmp", like=common, seeds=2)
+    return limbeck.compare(made, tmp_path / "cmp", like=common, seeds=2).folder
 
 
 def read(folder):

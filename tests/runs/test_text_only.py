@@ -203,7 +203,7 @@ def test_methods_are_compared_by_what_text_can_say(served, tmp_path):
             served(server.url, name=f"x-{part}", loss=[{"cross_entropy": {"label_smoothing": part}}])
             for part in (0.0, 0.5)
         ]
-        folder = limbeck.compare(recipes, tmp_path / "cmp", seeds=1)
+        folder = limbeck.compare(recipes, tmp_path / "cmp", seeds=1).folder
     found = json.loads((folder / "comparison.json").read_text())
     assert {"nll", "own_tokens"} <= set(found["paired"]["x-0.5 - x-0.0"]) and "forward_kl" not in found["metrics"]
     assert "Perplexity" in (folder / "report.html").read_text() or "likelihood" in (folder / "report.html").read_text()
