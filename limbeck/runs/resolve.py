@@ -25,6 +25,7 @@ from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.term import Term, make_term
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
+from limbeck.training.rewards import Rewards, rewards_of
 from limbeck.types import RecipeError, list_hash
 
 SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
@@ -38,6 +39,7 @@ class Method:
         prompt_context: what the teacher is shown beside the prompts.
         share: the student's share of the text, if it writes.
         fresh: the part of the student's text that is not replayed.
+        rewards: what judges the student's answers.
         prompt_notes: what was read from each file of prompts.
     """
 
@@ -50,6 +52,7 @@ class Method:
     prompt_context: PromptContext | None
     share: Schedule | None
     fresh: Schedule | None
+    rewards: Rewards | None = None
     prompt_notes: tuple[str, ...] = ()
 
     @property
@@ -82,6 +85,7 @@ def resolve(recipe: Recipe) -> Method:
     prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns)
     training, held_out = prompts.training, prompts.held_out
     share, fresh = _shares(recipe)
+    rollout = recipe.rollout or Rollout()
     method = Method(
         recipe=recipe,
         terms=tuple(terms_of(recipe)),
@@ -92,6 +96,7 @@ def resolve(recipe: Recipe) -> Method:
         prompt_context=context_of(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,
+        rewards=None if rollout.rewards is None else rewards_of(rollout.rewards, rollout.advantage, training),
         prompt_notes=tuple(prompts.notes),
     )
     check_parts(

@@ -30,7 +30,7 @@ def test_the_recipes_of_the_field_are_there():
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
         "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd", "minillm-from-server",
-        "api-own-logprobs",
+        "api-own-logprobs", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher",
     }  # fmt: skip
 
 
@@ -48,6 +48,10 @@ SMALL = [
 ]  # fmt: skip
 OWN = {
     "ted": ["loss.0.params.layers=uniform", "loss.0.params.filter_steps=2"],
+    **{
+        name: ["rollout.rewards=[repetition: {gram: 1}]", "rollout.prompts=2", "rollout.group=3"]
+        for name in ("grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher")
+    },
     "distillm": ["rollout.validation={prompts: 4, every: 1}", "rollout.replay.size=4"],
 }
 
