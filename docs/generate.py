@@ -30,6 +30,7 @@ from limbeck.objectives.divergence_loss import DIVERGENCES, TEMPERATURE
 from limbeck.objectives.policy import POLICIES
 from limbeck.objectives.rank import RANKINGS
 from limbeck.report.verdict import compare_verdict
+from limbeck.training.rewards import REWARDS
 
 FOLDERS = {
     "": "the public names, the command line, and the nouns that all share",
@@ -156,11 +157,21 @@ def features() -> str:
     return table(["name", "formula", "parameters", "reads", "unit", "paper", "recipes"], rows)
 
 
+def rewards() -> str:
+    """Every reward with its parameters."""
+    rows = []
+    for name, reward in REWARDS.items():
+        fields = ", ".join(
+            f"`{key}`" + ("" if field.is_required() else f" {field.default}" if field.default is not None else " none")
+            for key, field in reward.model_fields.items()
+        )
+        rows.append([f"`{name}`", " ".join((reward.__doc__ or "").split()), fields])
+    return table(["reward", "what it is", "parameters"], rows)
+
+
 def policy() -> str:
     rows = []
     for name, loss in sorted(POLICIES.items()):
-        if not loss.listed:
-            continue
         columns = ", ".join(
             [*(f"`{column}`" for column in loss.needed), *(f"`{column}` (optional)" for column in loss.optional)]
         )
@@ -607,6 +618,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         ranking,
         features,
         policy,
+        rewards,
         head,
         on_policy,
         steps,

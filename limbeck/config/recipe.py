@@ -292,6 +292,9 @@ def _expand(data: dict[str, Any]) -> dict[str, Any]:
         data["elicit"] = [_step(entry, f"elicit[{index}]") for index, entry in enumerate(data["elicit"])]
         if data["elicit"] and "writer" not in data:
             data["writer"] = [{"by": "elicited"}]
+    if isinstance(rollout := data.get("rollout"), dict) and isinstance(rollout.get("rewards"), list):
+        rewards = [_reward(entry, f"rollout.rewards[{index}]") for index, entry in enumerate(rollout["rewards"])]
+        data["rollout"] = rollout | {"rewards": rewards}
     if isinstance(data.get("evaluate"), list):
         data["evaluate"] = {"metrics": data["evaluate"]}
     return data
@@ -305,6 +308,13 @@ def _loss(entry: Any, path: str) -> Any:
     if isinstance(params, dict) and isinstance(params.get("only"), str):
         only = params["only"]
         named = named | {"params": params | {"only": OLD_TAGS.get(only, only)}}
+    return named
+
+
+def _reward(entry: Any, path: str) -> Any:
+    named = _named(entry, path, "reward", "- length: {most: 200, weight: 0.5}")
+    if named is not entry and "weight" in named["params"]:
+        named["weight"] = named["params"].pop("weight")
     return named
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from limbeck.types import RecipeError
 
+REWARDED = ("prompts", "group", "passes", "resample", "advantage")  # what only rewards need
 Keep = Literal["importance", "block_influence", "uniform", "first"]
 
 
@@ -209,6 +210,28 @@ class Server(Section):
     folder_there: str | None = None
 
 
+class RewardEntry(Section):
+    """One reward: its name, its weight (below 0 for a penalty) and its parameters."""
+
+    name: str
+    weight: float = 1.0
+    params: dict[str, Any] = {}
+
+
+class Advantage(Section):
+    """How the rewards of a step's answers become advantages.
+
+    `baseline` is subtracted from a reward: the mean of the answers to the same prompt (`group`, GRPO), of the others
+    among them (`others`, RLOO), of all of the step (`step`), or nothing (`none`). `scale` divides by the standard
+    deviation in the group or in the step. `count: answers` gives every answer the same weight (GRPO), `tokens` every
+    token (DAPO), `constant` divides the sum over an answer's tokens by max_tokens (Dr. GRPO).
+    """
+
+    baseline: Literal["group", "others", "step", "none"] = "group"
+    scale: Literal["group", "step", "none"] = "group"
+    count: Literal["answers", "tokens", "constant"] = "answers"
+
+
 class Rollout(Section):
     """How the student writes while it trains.
 
@@ -216,6 +239,10 @@ class Rollout(Section):
     answers at a time, in process or `through` a server. With `dtype: bfloat16`, a copy of the student in that precision
     writes; it differs from the student by rounding, so the copy's log-probabilities are stored with the text. Left out,
     it is `train.precision`, unless a loss takes the student itself to be the one that wrote.
+
+    With `rewards`, every step asks `prompts` prompts, each `group` times, and the rewards judge the answers; `passes`
+    updates use the same answers. `resample` asks up to so many times as many prompts again, in the place of groups in
+    which all answers have the same reward, which teach nothing.
     """
 
     per: Literal["sample", "batch"] = "sample"
@@ -226,6 +253,21 @@ class Rollout(Section):
     joint: JointSettings | None = None
     replay: Replay | None = None
     validation: Validation = Validation()
+    rewards: Annotated[list[RewardEntry], Field(min_length=1)] | None = None
+    prompts: Annotated[int, Field(ge=1)] | None = None
+    group: Annotated[int, Field(ge=1, le=1024)] | None = None
+    passes: Annotated[int, Field(ge=1, le=100)] | None = None
+    resample: Annotated[int, Field(ge=1, le=20)] | None = None
+    advantage: Advantage | None = None
+
+    @model_validator(mode="after")
+    def _rewarded(self) -> Rollout:
+        given = [name for name in REWARDED if getattr(self, name) is not None]
+        if self.rewards is None and given:
+            raise ValueError(f"{given[0]} is for answers that rewards judge; add rewards, such as [check]")
+        if self.rewards is not None and (self.prompts is None or self.group is None):
+            raise ValueError("rewards need a size: how many prompts a step asks, and how often each (prompts, group)")
+        return self
 
 
 class LossEntry(Section):

@@ -39,6 +39,8 @@ MEASURES = {
     "teacher_entropy": Measure("Teacher's entropy", "nats"),
     "entropy": Measure("Student's entropy", "nats"),
     "age": Measure("Age", "steps", usual=0.0),
+    "reward": Measure("Reward", "mean of the answers"),
+    "equal_groups": Measure("Equal groups", "% of prompts", share=True),
     "own": Measure("Student's own tokens", "% of tokens", share=True, usual=1.0),
     "validation_loss": Measure("Validation loss", ""),
     "share": Measure("Student's share", "% of the text", share=True),
@@ -68,6 +70,21 @@ class Plot:
 
 
 PLOTS = (
+    Plot(
+        key="reward",
+        title="Reward",
+        y_title="reward",
+        caption="Mean over the answers of a step, and the standard deviation.",
+        lines=(Line("reward", "reward"), Line("reward_deviation", "deviation", "grey")),
+    ),
+    Plot(
+        key="equal-groups",
+        title="Groups that teach nothing",
+        y_title="share of prompts",
+        caption="Prompts all of whose answers have the same reward, so that none is better than another.",
+        lines=(Line("equal_groups", "equal"),),
+        limits=ZERO_TO_ONE,
+    ),
     Plot(
         key="length",
         title="Length of an answer",

@@ -222,6 +222,8 @@ class Run:
             fresh=self.method.fresh,
             max_length=max_length,
             second_model=lambda: self.models.teacher.model,
+            rewards=self.method.rewards,
+            prompts={prompt.id: prompt for prompt in self.text.prompts[0]},
             stop=self.stop,
         )
 

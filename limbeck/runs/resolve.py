@@ -27,6 +27,7 @@ from limbeck.objectives.term import Term, make_term
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
 from limbeck.training.controls import PROMPTED
+from limbeck.training.rewards import Rewards, rewards_of
 from limbeck.types import RecipeError, list_hash
 
 SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
@@ -42,6 +43,7 @@ class Method:
         fresh: the part of the student's text that is not replayed.
         step_prompt: what the step that wrote the training answers showed the teacher, where that is not the plain
             prompt.
+        rewards: what judges the student's answers.
         prompt_notes: what was read from each file of prompts.
     """
 
@@ -55,6 +57,7 @@ class Method:
     share: Schedule | None
     fresh: Schedule | None
     step_prompt: StepPrompt | None = None
+    rewards: Rewards | None = None
     prompt_notes: tuple[str, ...] = ()
 
     @property
@@ -120,6 +123,7 @@ def resolve(recipe: Recipe) -> Method:
     prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns, columns_read(steps))
     training, held_out = prompts.training, prompts.held_out
     share, fresh = _shares(recipe)
+    rollout = recipe.rollout or Rollout()
     method = Method(
         recipe=recipe,
         terms=tuple(terms_of(recipe)),
@@ -130,6 +134,7 @@ def resolve(recipe: Recipe) -> Method:
         prompt_context=context_of(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,
+        rewards=None if rollout.rewards is None else rewards_of(rollout.rewards, rollout.advantage, training),
         prompt_notes=tuple(prompts.notes),
     )
     check_parts(
