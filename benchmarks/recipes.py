@@ -155,8 +155,12 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         evidence["rows"][name] = row
         evidence["size"] = {
-            **{"prompts": PROMPTS, "steps": STEPS, "tokens_per_step": TOKENS, "answer_tokens": ANSWER},
-            **{"held_out_answers": HELD_OUT, "made_prompts": COUNT},
+            "prompts": PROMPTS,
+            "steps": STEPS,
+            "tokens_per_step": TOKENS,
+            "answer_tokens": ANSWER,
+            "held_out_answers": HELD_OUT,
+            "made_prompts": COUNT,
         }
         evidence["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, shared with other work"
         evidence["rows"] = {key: evidence["rows"][key] for key in work if key in evidence["rows"]}

@@ -9,10 +9,9 @@ way), `answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json`
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,13 +19,13 @@ from typing import Any, TypeVar
 from limbeck.data.batches import Row
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.thinking import after_thinking
-from limbeck.elicit.verify import VERSION, verify
+from limbeck.elicit.verify import verify
 from limbeck.evaluate import wording
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.efficiency import sizes, time_in_turns
 from limbeck.evaluate.fidelity import EvaluationText, fidelity
 from limbeck.evaluate.generation import answer_all
-from limbeck.evaluate.items import Item
+from limbeck.evaluate.protocol import SHOWN, EvaluationProtocol, claim
 from limbeck.evaluate.records import (
     CheckedAnswer,
     Choices,
@@ -43,34 +42,11 @@ from limbeck.models.teacher import InProcessTeacher
 from limbeck.storage.files import read_jsonl, write_json, write_text
 from limbeck.types import Sample, Sampling, canonical_json, content_hash
 
-SHOWN = 24
 SIZES = ("layers", "parameters", "bytes")
-FILES = {  # of the records of each part of the questions; those of a task are named by it
-    "held-out text": ("fidelity-*.jsonl",),
-    "own text": ("own-*.jsonl", "free-*.jsonl"),
-    "answers": ("answers-*.jsonl",),
-    "efficiency": ("efficiency-*.json", "speeds.json"),
-}
 OWN_FACTS = ("tokens", "text", "finished", "repetition")
 # a server's answers to (prompt, seed), in their order
 AskServer = Callable[[Sequence[PromptDraw], Sampling], Sequence[Sample]]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EvaluationProtocol:
-    """What every system is measured on.
-
-    `rows` is held-out teacher text (one row per prompt that got an answer, named by its id); all systems answer
-    `prompts` greedily, and write their own text at temperature 1 to the first `own_prompts` of them.
-    """
-
-    rows: Sequence[Row]
-    prompts: Sequence[Prompt]
-    tasks: Sequence[Task]
-    max_tokens: int
-    own_prompts: int
-    seed: int = 0
 
 
 class Bench:
@@ -97,64 +73,10 @@ class Bench:
         self.held_out = EvaluationText(protocol.rows, teacher)
         self.free: EvaluationText | None = None
         self.loads: dict[str, Callable[[], Model]] = {}  # of the systems that were measured
-        self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
-        self.outdated = self._claim()
+        self.shown = protocol.shown
+        self.outdated = claim(folder, protocol)
         texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.shown} for prompt in protocol.prompts]
         write_text(folder / "prompts.jsonl", _lines(texts))
-
-    def _claim(self) -> list[str]:
-        """Remove the records that answer other questions, and return which parts of the evaluation they were of; a
-        kill in between leaves the rest to the next call."""
-        file = self.folder / "protocol.json"
-        before = json.loads(file.read_text()) if file.exists() else {}
-        parts = self._parts()
-        same = before.get("hash") == self._fingerprint()
-        kept = before.get("parts", parts if same else {})
-        patterns = {
-            part: FILES.get(part, (f"{glob.escape(part)}+*.jsonl",))
-            for part in parts
-            if before and kept.get(part) != parts[part]
-        }
-        if before and not kept:  # of a version that did not say which questions are whose
-            patterns["tasks"] = ("task-*.jsonl",)
-        outdated = []
-        for part, of_part in patterns.items():
-            records = [record for pattern in of_part for record in self.folder.glob(pattern)]
-            for record in records:
-                record.unlink()
-            outdated += [part] if records else []
-        write_json(file, {"hash": self._fingerprint(), "parts": kept | parts})
-        return outdated
-
-    def _parts(self) -> dict[str, str]:
-        """A hash of the questions behind each kind of record."""
-        protocol = self.protocol
-        prompts = [prompt.facts for prompt in protocol.prompts]
-        rows = [[row.sample_id, row.prompt_ids, row.response_ids, row.teacher_prompt_ids] for row in protocol.rows]
-        answering = [protocol.max_tokens, VERSION]
-        parts = {
-            "held-out text": [rows, sorted(self.shown)],
-            "own text": [prompts[: protocol.own_prompts], protocol.max_tokens, protocol.seed],
-            "answers": [prompts, answering],
-            "efficiency": [prompts[:SHOWN]],
-        }
-        return {part: content_hash(facts) for part, facts in parts.items()} | {
-            f"task-{task.name}": content_hash([_task_facts(task), answering]) for task in protocol.tasks
-        }
-
-    def _fingerprint(self) -> str:
-        """A hash of all questions."""
-        protocol = self.protocol
-        facts = {
-            "prompts": [prompt.facts for prompt in protocol.prompts],
-            "max_tokens": protocol.max_tokens,
-            "own_prompts": protocol.own_prompts,
-            "verdicts": VERSION,
-            "tasks": [_task_facts(task) for task in protocol.tasks],
-            "rows": [row.response_ids for row in protocol.rows],
-            "seed": protocol.seed,
-        }
-        return content_hash(facts)
 
     def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> SystemRecords:
         """All of one system's records but its speeds (see `timed`). With `lens` single tokens of the first answers are
@@ -368,15 +290,6 @@ class Bench:
         """How the speeds were measured, and how busy the machine was; empty if they were not."""
         file = self.folder / "speeds.json"
         return dict(json.loads(file.read_text())["machine"]) if file.exists() else {}
-
-
-def _task_facts(task: Task) -> dict[str, Any]:
-    items = [_facts(item) for item in task.items]
-    return {"name": task.name, "metrics": task.metrics, "settings": task.settings, "items": items}
-
-
-def _facts(item: Item) -> dict[str, Any]:
-    return item.facts if isinstance(item, Prompt) else asdict(item)
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:

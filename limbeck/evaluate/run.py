@@ -21,7 +21,8 @@ from limbeck.evaluate.cautions import basis, task_facts
 from limbeck.evaluate.fidelity import by_class
 from limbeck.evaluate.judge import MAX_TOKENS, load_or_judge, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
-from limbeck.evaluate.measure import Bench, EvaluationProtocol
+from limbeck.evaluate.measure import Bench
+from limbeck.evaluate.protocol import EvaluationProtocol
 from limbeck.evaluate.records import DetailedProgress, SystemRecords
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.evaluate.task import Task

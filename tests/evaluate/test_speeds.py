@@ -9,7 +9,8 @@ import pytest
 from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate import efficiency
 from limbeck.evaluate.efficiency import SPEEDS, machine_facts, time_in_turns
-from limbeck.evaluate.measure import Bench, EvaluationProtocol
+from limbeck.evaluate.measure import Bench
+from limbeck.evaluate.protocol import EvaluationProtocol
 from limbeck.evaluate.records import SystemRecords
 from limbeck.models.model import Model
 from limbeck.report.grids import efficiency_grid
