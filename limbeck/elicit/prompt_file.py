@@ -175,4 +175,7 @@ class PromptReader:
             return form_of(columns, self.columns)
         except UnclearError:
             blank = form_of(frozenset(record.values), self.columns)  # with those that have no value
+            if blank.roles.get("prompt") in columns:  # a text whose label is empty
+                roles = {role: column for role, column in blank.roles.items() if column in columns}
+                return Form(roles, tuple(sorted(columns - set(roles.values()))))
             raise LeftOutError(f"it has no {'conversation' if 'messages' in blank.roles else 'prompt'}") from None
