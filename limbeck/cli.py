@@ -10,6 +10,7 @@ import typer
 
 from limbeck.commands import console, printing
 from limbeck.commands.export.command import export
+from limbeck.commands.new.command import new
 
 app = typer.Typer(
     help="Distil large language models: collect a teacher's knowledge, train a student on it, measure what was kept.",
@@ -351,6 +352,7 @@ def serve(
 
 
 app.command(epilog="Example: limbeck export runs/quickstart --to gguf --type q8_0")(export)
+app.command(epilog="Example: limbeck new tickets --task classify --data tickets.csv")(new)
 
 
 @app.command(epilog="Example: limbeck harness runs/quickstart --task arc_easy --task my-task.yaml --limit 100")

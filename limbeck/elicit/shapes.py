@@ -32,10 +32,12 @@ OURS = ("answers", "references", "answer")
 
 @dataclass(frozen=True)
 class Form:
-    """Which column is taken for what, for rows with certain columns, and which are not used."""
+    """Which column is taken for what, for rows with certain columns, and which are not used. `expected` are the roles
+    of a row that lacks some, in a file whose columns tell more."""
 
     roles: Mapping[str, str]
     ignored: tuple[str, ...]
+    expected: tuple[str, ...] = ()
 
     @property
     def unused_content(self) -> list[str]:
@@ -96,6 +98,21 @@ def form_of(columns: frozenset[str], named: Mapping[str, str | None] | None = No
     order = {role: place for place, role in enumerate(ROLES)}
     roles = dict(sorted(roles.items(), key=lambda entry: order[entry[0]]))
     return Form(roles, tuple(sorted(columns - set(roles.values()))))
+
+
+def form_of_row(columns: frozenset[str], every: frozenset[str], named: Mapping[str, str | None] | None = None) -> Form:
+    """As `form_of`; where the columns with a value don't tell, those without one are looked at, too, so that a text
+    whose label is empty is a text.
+
+    Raises:
+        UnclearError: nothing tells.
+    """
+    try:
+        return form_of(columns, named)
+    except UnclearError:
+        blank = form_of(every, named)
+        roles = {role: column for role, column in blank.roles.items() if column in columns}
+        return Form(roles, tuple(sorted(columns - set(roles.values()))), expected=tuple(blank.roles))
 
 
 def _take_labelled(free: frozenset[str], take: Any) -> None:
