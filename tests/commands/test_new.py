@@ -27,7 +27,9 @@ from limbeck.evaluate.tasks import load_task
 from limbeck.runs.resolve import resolve
 from limbeck.types import RecipeError, UserError
 
-THINGS = [f"{size} {thing}" for size in ("small", "large", "old", "new", "red") for thing in ("cup", "door", "lamp", "boat")]
+THINGS = [
+    f"{size} {thing}" for size in ("small", "large", "old", "new", "red") for thing in ("cup", "door", "lamp", "boat")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +80,13 @@ def read(path):
 
 def test_a_table_becomes_a_classifier(here):
     said = new()
-    assert {file.name for file in (here / "mine").iterdir()} == {"recipe.yaml", "train.jsonl", "held-out.jsonl", "task", "task-asked"}
+    assert {file.name for file in (here / "mine").iterdir()} == {
+        "recipe.yaml",
+        "train.jsonl",
+        "held-out.jsonl",
+        "task",
+        "task-asked",
+    }
     recipe = load_recipe("mine/recipe.yaml")
     method = resolve(recipe)
     task, asked = method.tasks
@@ -105,7 +113,24 @@ def test_the_teacher_is_asked_with_all_labels_and_an_example_of_each():
     assert load_task("mine/task-asked").protocol.fill({"prompt": "a {text}"}) == row["prompt"]
 
 
-ODD = ["yes", "no", "null", "1e3", "a, b", 'say "so"', "it's: # x", "- [x]", "{{ y }}", "{% raw %}", "почта", "返品", "true", "~", "C", "C++"]
+ODD = [
+    "yes",
+    "no",
+    "null",
+    "1e3",
+    "a, b",
+    'say "so"',
+    "it's: # x",
+    "- [x]",
+    "{{ y }}",
+    "{% raw %}",
+    "почта",
+    "返品",
+    "true",
+    "~",
+    "C",
+    "C++",
+]
 
 
 def test_odd_labels_stay_what_they_are(here):
@@ -117,14 +142,19 @@ def test_odd_labels_stay_what_they_are(here):
     assert trained.items() <= dict(rows).items() and set(trained.values()) == set(ODD)
     task = load_task("mine/task")
     assert task.kind.name == "generation"  # C begins C++, and is likelier than that by construction
-    assert all(item.check == {"type": "exact", "answer": dict(rows)[item.text], "normalise": False} for item in task.items)
+    assert all(
+        item.check == {"type": "exact", "answer": dict(rows)[item.text], "normalise": False} for item in task.items
+    )
     resolve(recipe)
     (row,) = render({"prompt": recipe.elicit[0].params["prompt"]}, [{"prompt": "x", "labels": ODD}], "here").rows
     assert all(f"- {label}\n" in row["prompt"] for label in ODD)
 
 
 def test_spaces_around_a_label_are_none_of_it():
-    rows = [(f"{thing} {n}", label) for n, (thing, label) in enumerate(zip(THINGS, [" good", "good", "bad\n", "very  bad"] * 5, strict=True))]
+    rows = [
+        (f"{thing} {n}", label)
+        for n, (thing, label) in enumerate(zip(THINGS, [" good", "good", "bad\n", "very  bad"] * 5, strict=True))
+    ]
     said = quickly(data=table(rows))
     assert "3 labels: good 10, bad 5, very bad 5" in said and "15 labels had spaces" in said
 
@@ -164,10 +194,28 @@ def test_a_small_run_from_a_table_to_a_measured_student(tiny_folder, here):
 # The other jobs
 
 QUESTIONS = [{"question": f"What is {n} plus {n}?", "answer": str(2 * n)} for n in range(20)]
-TALKS = [{"messages": [{"role": "user", "content": f"Tell me of the {thing}."}, {"role": "assistant", "content": f"The {thing}."}]} for thing in THINGS]
-FORMS = [{"text": f"The {thing} costs {n} euros.", "answer": json.dumps({"thing": thing, "price": n})} for n, thing in enumerate(THINGS)]
-SCHEMA = {"type": "object", "properties": {"thing": {"type": "string"}, "price": {"type": "number"}}, "required": ["thing"]}
-HEIGHT = {"type": "function", "function": {"name": "height", "parameters": {"type": "object", "properties": {"of": {"type": "string"}}}}}
+TALKS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Tell me of the {thing}."},
+            {"role": "assistant", "content": f"The {thing}."},
+        ]
+    }
+    for thing in THINGS
+]
+FORMS = [
+    {"text": f"The {thing} costs {n} euros.", "answer": json.dumps({"thing": thing, "price": n})}
+    for n, thing in enumerate(THINGS)
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"thing": {"type": "string"}, "price": {"type": "number"}},
+    "required": ["thing"],
+}
+HEIGHT = {
+    "type": "function",
+    "function": {"name": "height", "parameters": {"type": "object", "properties": {"of": {"type": "string"}}}},
+}
 CALLS = [
     {"prompt": f"How high is the {thing}?", "tools": [HEIGHT], "answer": json.dumps([{"name": "height", "arguments": {"of": thing}}])}
     for thing in THINGS
@@ -193,7 +241,10 @@ def test_extraction_without_answers_checks_the_form(here):
 
 
 def test_questions_with_passages():
-    rows = [{"context": f"The {thing} is {n} m high.", "question": f"How high is the {thing}?", "answer": f"{n} m"} for n, thing in enumerate(THINGS)]
+    rows = [
+        {"context": f"The {thing} is {n} m high.", "question": f"How high is the {thing}?", "answer": f"{n} m"}
+        for n, thing in enumerate(THINGS)
+    ]
     said = new(task="answer", data=lines(rows))
     assert "context stands before the question" in said and "NOT USED" not in said
     method = resolve(load_recipe("mine/recipe.yaml"))
@@ -202,7 +253,12 @@ def test_questions_with_passages():
 
 
 def test_rewriting_by_an_instruction():
-    new("--instruction", "Say {{ it }} in {prompt} words.", task="rewrite", data=lines([{"prompt": f"A {thing}."} for thing in THINGS]))
+    new(
+        "--instruction",
+        "Say {{ it }} in {prompt} words.",
+        task="rewrite",
+        data=lines([{"prompt": f"A {thing}."} for thing in THINGS]),
+    )
     recipe = load_recipe("mine/recipe.yaml")
     (row,) = render({"prompt": recipe.elicit[0].params["prompt"]}, [{"prompt": "A cup."}], "here").rows
     assert row["prompt"] == "Say {{ it }} in {prompt} words.\n\nText: A cup."
@@ -221,7 +277,9 @@ def test_problems_are_checked_by_their_results():
     new(task="reason", data=lines(QUESTIONS))
     method = resolve(load_recipe("mine/recipe.yaml"))
     assert [name for name, _ in method.steps] == ["rationale", "verify", "deduplicate"]
-    assert {prompt.check["type"] for prompt in method.training_prompts} == {"number"} and not method.training_prompts[0].answers
+    assert {prompt.check["type"] for prompt in method.training_prompts} == {"number"} and not method.training_prompts[
+        0
+    ].answers
     assert method.tasks[0].items[0].check["type"] == "number"
 
 
@@ -240,7 +298,9 @@ def test_a_teacher_with_fewer_layers(tiny_folder):
     resolve(recipe)
 
 
-@pytest.mark.parametrize(("url", "kind"), [("https://api.openai.com/v1", "openai"), ("http://127.0.0.1:8000/v1", "openai-compatible")])
+@pytest.mark.parametrize(
+    ("url", "kind"), [("https://api.openai.com/v1", "openai"), ("http://127.0.0.1:8000/v1", "openai-compatible")]
+)
 def test_a_teacher_behind_a_server(monkeypatch, here, url, kind):
     monkeypatch.setenv("LIMBECK_API_KEY", "very-secret")
     said = new("--teacher", url, "--teacher-model", "big", "--run-on", "h100-80gb")
@@ -251,7 +311,11 @@ def test_a_teacher_behind_a_server(monkeypatch, here, url, kind):
 
 
 def test_quick_takes_a_part_and_says_so():
-    quickly("--scale", "quick", data=table(labelled(each=20) + [(text + " again", label) for text, label in labelled(each=20)]))
+    quickly(
+        "--scale",
+        "quick",
+        data=table(labelled(each=20) + [(text + " again", label) for text, label in labelled(each=20)]),
+    )
     recipe = load_recipe("mine/recipe.yaml")
     assert recipe.prompts.limit == 60 and recipe.evaluate.limit == 30
     assert "64 texts, of which 60 are used" in Path("mine/recipe.yaml").read_text()
@@ -325,7 +389,11 @@ def test_wishes_that_cannot_be_are_refused(here, flags, words):
 
 def test_without_a_terminal_what_is_missing_is_named_by_its_flag():
     runner = CliRunner()
-    for flags, flag in (([], "--data"), (["--data", table(labelled())], "--task"), (["--data", "data.csv", "--task", "classify"], "DIR")):
+    for flags, flag in (
+        ([], "--data"),
+        (["--data", table(labelled())], "--task"),
+        (["--data", "data.csv", "--task", "classify"], "DIR"),
+    ):
         result = runner.invoke(app, ["new", *flags])
         assert isinstance(result.exception, UserError) and str(result.exception).startswith(flag)
 
@@ -370,7 +438,11 @@ def test_yes_asks_nothing_and_tells_what_it_took(monkeypatch):
 
 def test_json_for_programs():
     facts = json.loads(quickly("--json"))
-    assert facts["recipe"] == "mine/recipe.yaml" and len(facts["notes"]) >= 4 and facts["next"][0].startswith("limbeck check")
+    assert (
+        facts["recipe"] == "mine/recipe.yaml"
+        and len(facts["notes"]) >= 4
+        and facts["next"][0].startswith("limbeck check")
+    )
 
 
 # What is seen
@@ -384,7 +456,11 @@ def test_repeated_and_contradicting_texts_are_told():
 
 
 def test_rare_and_lopsided_labels_are_told():
-    rows = [(f"{thing} {n}", "many") for n in range(5) for thing in THINGS] + [("one alone", "rare")] + [(f"few {n}", "few") for n in range(3)]
+    rows = (
+        [(f"{thing} {n}", "many") for n in range(5) for thing in THINGS]
+        + [("one alone", "rare")]
+        + [(f"few {n}", "few") for n in range(3)]
+    )
     said = quickly(data=table(rows))
     assert "fewer than 5 texts: few, rare" in said and "96% of the texts are many" in said
     assert "1 labels with one text are trained and not measured: rare" in said
@@ -419,10 +495,15 @@ def test_near_duplicates_stay_together_or_are_counted():
     assert split([*alike, *apart], ["a"]).near == 0
 
 
-@pytest.mark.parametrize("text", [*ODD, "", " x", "a\nb", "tab\t", "\x85", "\u2028", "\x7f", "\ufeff", "🙂", "a\\b", "2e-4", "'"])
+@pytest.mark.parametrize(
+    "text", [*ODD, "", " x", "a\nb", "tab\t", "\x85", "\u2028", "\x7f", "\ufeff", "🙂", "a\\b", "2e-4", "'"]
+)
 def test_texts_survive_yaml(text):
     for form in (inline(text), block(text, 2), block(f"x\n{text}\ny", 2)):
-        value = yaml.load(f"a:\n  b: {form if not form.startswith('|') else form.replace(chr(10), chr(10) + '  ')}\n", Loader=_StrictLoader)
+        value = yaml.load(
+            f"a:\n  b: {form if not form.startswith('|') else form.replace(chr(10), chr(10) + '  ')}\n",
+            Loader=_StrictLoader,
+        )
         assert value["a"]["b"] in (text, f"x\n{text}\ny")
     assert yaml.load(f"[{inline([text])}]", Loader=_StrictLoader) == [[text]]
 

@@ -21,7 +21,8 @@ from limbeck.commands.new.draft import (
     without_marks,
 )
 from limbeck.commands.new.labels import label_notes, labels_of, nested, with_labels
-from limbeck.commands.new.split import MOST_HELD_OUT, Split, split
+from limbeck.commands.new.parts import split_notes
+from limbeck.commands.new.split import MOST_HELD_OUT, split
 from limbeck.commands.new.wishes import Wishes
 from limbeck.elicit.step import ANSWER_SHARE
 from limbeck.evaluate.items import PLACEHOLDER
@@ -70,21 +71,6 @@ def classify(wishes: Wishes, seen: Seen) -> Draft:
             *split_notes(parts),
         ],
     )
-
-
-def split_notes(parts: Split) -> list[str]:
-    """Lines that say what is held out."""
-    notes = [f"{len(parts.training):,} texts to train on, {len(parts.held_out):,} held out to measure on"]
-    if parts.near:
-        notes.append(f"{parts.near:,} held-out texts resemble a trained one: what is measured on them may be too good")
-    if not parts.looked:
-        notes.append("so many texts were not searched for near-duplicates; the evaluation looks for copies")
-    if parts.untested:
-        named = ", ".join(parts.untested[:5])
-        notes.append(f"{len(parts.untested)} labels with one text are trained and not measured: {named}")
-    if len(parts.held_out) < 50:
-        notes.append("few texts are held out, so the intervals will be wide")
-    return notes
 
 
 def _about(wishes: Wishes) -> list[str]:

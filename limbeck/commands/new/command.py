@@ -284,6 +284,12 @@ def _print_next(wishes: Wishes) -> None:
         "try it",
         "for llama.cpp, Ollama",
     )
+    if wishes.has_teacher and wishes.teacher == EMBEDDED and wishes.task not in ("chat", "compress"):
+        console.out.print(
+            "the built-in teacher has 135 million parameters and often gives no usable answer: it is for trying out;"
+            " for a student to be used, name a larger --teacher, or learn the data's own answers with --teacher none",
+            markup=False,
+        )
     console.out.print(f"wrote {wishes.folder}/ (its recipe.yaml says what each setting does). Next:", markup=False)
     if wishes.is_served:
         console.out.print(f"  export {KEY}=...", markup=False)
