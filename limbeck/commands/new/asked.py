@@ -111,16 +111,22 @@ def _checked_tasks(
     metrics = ["pass_rate"] if any("check" in item for item in items) else []
     metrics += ["rouge_l"] if any("references" in item for item in items) else []
     settings: dict[str, Any] = {"max_tokens": room}
-    task = TaskDraft("generation", "Answers to held-out texts.", items, [*metrics, "finished", "tokens"], settings)
+    task = TaskDraft(
+        kind="generation",
+        description="Answers to held-out texts.",
+        items=items,
+        metrics=[*metrics, "finished", "tokens"],
+        settings=settings,
+    )
     plain = without_marks(asked)
     if PLACEHOLDER.findall(plain) != ["prompt"]:
         return {"task": task}, []
     told = TaskDraft(
-        "generation",
-        "The same texts with the question that the teacher is asked: how good its answers are.",
-        items,
-        task.metrics,
-        settings | {"template": plain},
+        kind="generation",
+        description="The same texts with the question that the teacher is asked: how good its answers are.",
+        items=items,
+        metrics=task.metrics,
+        settings=settings | {"template": plain},
     )
     return {"task": task, "task-asked": told}, []
 

@@ -139,22 +139,22 @@ def _tasks(wishes: Wishes, held_out: Sequence[Example], labels: Sequence[str], q
     choice = {"type": "choice", "labels": list(labels)}
     if nested(labels):
         task = TaskDraft(
-            "generation",
-            f"The label of a text, written and compared; {len(labels)} labels.",
-            [
+            kind="generation",
+            description=f"The label of a text, written and compared; {len(labels)} labels.",
+            items=[
                 {"prompt": example.text, "check": {"type": "exact", "answer": example.answer, "normalise": False}}
                 for example in held_out
             ],
-            ["pass_rate", "tokens"],
-            {"max_tokens": _room(max(map(len, labels)))},
+            metrics=["pass_rate", "tokens"],
+            settings={"max_tokens": _room(max(map(len, labels)))},
         )
     else:
         task = TaskDraft(
-            "classification",
-            f"The label of a text; {len(labels)} labels.",
-            [{"text": example.text, "label": example.answer} for example in held_out],
-            ["acc", "macro_f1", "probability", "brier"],
-            {"format": "chat", "template": "{text}", "labels": list(labels)},
+            kind="classification",
+            description=f"The label of a text; {len(labels)} labels.",
+            items=[{"text": example.text, "label": example.answer} for example in held_out],
+            metrics=["acc", "macro_f1", "probability", "brier"],
+            settings={"format": "chat", "template": "{text}", "labels": list(labels)},
         )
     asked = without_marks(question).replace("{{ labels | join('\\n- ') }}", "\n- ".join(labels))
     if corpus(wishes) or PLACEHOLDER.findall(asked) != ["prompt"]:
@@ -162,10 +162,10 @@ def _tasks(wishes: Wishes, held_out: Sequence[Example], labels: Sequence[str], q
     return {
         "task": task,
         "task-asked": TaskDraft(
-            "generation",
-            "The same texts with the question that the teacher is asked: how good its labels are.",
-            [{"prompt": example.text, "check": choice | {"answer": example.answer}} for example in held_out],
-            ["pass_rate", "tokens"],
-            {"template": asked, "max_tokens": _room(int(max(map(token_count, labels))))},
+            kind="generation",
+            description="The same texts with the question that the teacher is asked: how good its labels are.",
+            items=[{"prompt": example.text, "check": choice | {"answer": example.answer}} for example in held_out],
+            metrics=["pass_rate", "tokens"],
+            settings={"template": asked, "max_tokens": _room(int(max(map(token_count, labels))))},
         ),
     }

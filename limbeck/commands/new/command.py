@@ -140,7 +140,7 @@ new = as_command(Given, _new)
 new.__name__ = "new"
 
 
-def _ask(given: Given, value: str | None, flag: str, words: str, default: str | None = None) -> str:
+def _ask(given: Given, value: str | None, flag: str, words: str, *, default: str | None = None) -> str:
     """What a flag says; else what the user answers; else the default.
 
     Raises:
@@ -155,7 +155,7 @@ def _ask(given: Given, value: str | None, flag: str, words: str, default: str | 
     raise UserError(f"{flag} is missing: {words[0].lower()}{words[1:]} (on a terminal `limbeck new` asks)")
 
 
-def _ask_choice(given: Given, value: str | None, flag: str, legal: Mapping[str, str], default: str) -> str:
+def _ask_choice(given: Given, value: str | None, flag: str, legal: Mapping[str, str], *, default: str) -> str:
     """One of some choices; asked again where the answer is none."""
     if value is not None or not given.asks:
         return chosen(flag, default if value is None else value, dict(legal))
@@ -212,7 +212,7 @@ def _task(given: Given, file: Path, columns: Mapping[str, str | None]) -> str:
         guess = "tools"
     elif answers and not any(example.is_conversation for example in examples):
         guess = "classify" if len(answers) <= max(2, len(examples) // 5) else "answer"
-    task = _ask_choice(given, None, "--task", TASKS, guess)
+    task = _ask_choice(given, None, "--task", TASKS, default=guess)
     if not given.asks and not given.json_:
         console.out.print(f"task: {task} ({TASKS[task]}), as the data look; --task says otherwise", markup=False)
     return task
@@ -220,18 +220,17 @@ def _task(given: Given, file: Path, columns: Mapping[str, str | None]) -> str:
 
 def _wishes(given: Given, file: Path, task: str) -> Wishes:
     """All other questions."""
-    folder = Path(
-        _ask(given, given.where, "DIR", "What shall the new folder be called?", slug(file.name.split(".")[0]))
-    )
+    name = slug(file.name.split(".")[0])
+    folder = Path(_ask(given, given.where, "DIR", "What shall the new folder be called?", default=name))
     check_folder(folder)
     learn_from = "labels" if given.teacher == "none" else given.learn_from
     if given.asks and learn_from is None and task not in ("chat", "compress"):
-        learn_from = _ask_choice(given, None, "--learn-from", LEARN_FROM, "teacher")
+        learn_from = _ask_choice(given, None, "--learn-from", LEARN_FROM, default="teacher")
     learn_from = chosen("--learn-from", learn_from or "teacher", LEARN_FROM)
     teacher, teacher_model = EMBEDDED, ""
     if learn_from == "teacher":
         words = "Which teacher: a model, a folder, or a server's address (http://.../v1)?"
-        teacher = given.teacher or (_ask(given, None, "--teacher", words, EMBEDDED) if given.asks else EMBEDDED)
+        teacher = given.teacher or (_ask(given, None, "--teacher", words, default=EMBEDDED) if given.asks else EMBEDDED)
         teacher_model = given.teacher_model or ""
         if is_url(teacher) and not teacher_model:
             teacher_model = _ask(given, None, "--teacher-model", "Which of the server's models?")
@@ -239,10 +238,12 @@ def _wishes(given: Given, file: Path, task: str) -> Wishes:
         raise UserError("--learn-from labels asks no teacher; leave --teacher out")
     student = given.student
     if student is None and task != "compress" and given.asks:
-        student = _ask(given, None, "--student", "Which model shall be trained?", EMBEDDED)
+        student = _ask(given, None, "--student", "Which model shall be trained?", default=EMBEDDED)
     if student is not None and task == "compress":
         raise UserError("--task compress makes the student of the teacher; leave --student out")
-    run_on = _machine(_ask_choice(given, given.run_on, "--run-on", MACHINES, "laptop") if given.asks else given.run_on)
+    run_on = _machine(
+        _ask_choice(given, given.run_on, "--run-on", MACHINES, default="laptop") if given.asks else given.run_on
+    )
     return Wishes(
         folder=folder,
         task=task,
@@ -250,7 +251,7 @@ def _wishes(given: Given, file: Path, task: str) -> Wishes:
         teacher=teacher,
         teacher_model=teacher_model,
         student=student or EMBEDDED,
-        scale="quick" if _ask_choice(given, given.scale, "--scale", SCALES, "full") == "quick" else "full",
+        scale="quick" if _ask_choice(given, given.scale, "--scale", SCALES, default="full") == "quick" else "full",
         run_on=run_on,
         instruction=given.instruction or "",
         schema=given.schema,

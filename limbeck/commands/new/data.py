@@ -120,7 +120,7 @@ def look(file: Path, columns: Mapping[str, str | None], task: str) -> Seen:
             row = {"instruction" if role == "prompt" else role: value for role, value in row.items()}
         is_conversation = bool(prompt.before or prompt.after)
         answer = prompt.answers[0] if prompt.answers else ""
-        examples.append(Example(text, answer, prompt.place, row, is_conversation))
+        examples.append(Example(text, answer, prompt.place, row, is_conversation=is_conversation))
     refuse_few(file, len({example.plain for example in examples}))
     seen = Seen(file, examples, [_what(reader.accounts[0], set(passages))])
     seen.notes += [f"{column} stands before the question, in one text" for column in passages]

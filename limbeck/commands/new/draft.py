@@ -60,7 +60,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TrainingLength:
     """How long the training is."""
 
     epochs: int
@@ -68,7 +68,7 @@ class Sizes:
     steps: int
 
 
-def sizes(draft: Draft, wishes: Wishes, used: int) -> Sizes:
+def sizes(draft: Draft, wishes: Wishes, used: int) -> TrainingLength:
     """From the amount of text: some hundreds of updates where there is enough of it, and never fewer than ten a pass if
     they can be had."""
     if draft.batch is not None:
@@ -82,7 +82,7 @@ def sizes(draft: Draft, wishes: Wishes, used: int) -> Sizes:
         epochs = 3 if used < 5000 else 2
     if wishes.scale == "quick":
         epochs = min(epochs, 2)
-    return Sizes(epochs, tokens, max(1, round(epochs * used * draft.answer_tokens / tokens)))
+    return TrainingLength(epochs, tokens, max(1, round(epochs * used * draft.answer_tokens / tokens)))
 
 
 def token_count(text: str) -> float:
