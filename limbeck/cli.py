@@ -12,6 +12,7 @@ import typer
 from limbeck.commands import console, printing
 from limbeck.commands.answers import answers
 from limbeck.commands.export.command import export
+from limbeck.commands.new.command import new
 from limbeck.commands.report import report
 
 app = typer.Typer(
@@ -336,6 +337,7 @@ def serve(
 
 app.command(epilog="Example: limbeck answers --forget gpt-4o-mini")(answers)
 app.command(epilog="Example: limbeck export runs/quickstart --to gguf --type q8_0")(export)
+app.command(epilog="Example: limbeck new tickets --task classify --data tickets.csv")(new)
 
 
 @app.command(epilog="Example: limbeck harness runs/quickstart --task arc_easy --task my-task.yaml --limit 100")

@@ -47,9 +47,13 @@ COMMANDS = {
     "harness": {"where", "--task", "--limit", "--out", "--chat", "--base-url", "--tokenizer", "--json"},
     "serve": {"model", "--port", "--context", "--slots", "--threads"},
     "export": {"where", "--to", "--type", "--out", "--json"},
+    "new": {
+        "where", "--task", "--data", "--columns", "--teacher", "--teacher-model", "--student", "--learn-from", "--run-on",
+        "--scale", "--schema", "--instruction", "--yes", "--json",
+    },
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
     "answers": {"--forget", "--prune", "--add", "--json"},
-}
+}  # fmt: skip
 
 
 def test_public_names():

@@ -17,7 +17,7 @@ from limbeck.data.records import Record, records
 from limbeck.elicit.conversation import FormError, LeftOutError, is_blank, plain_json
 from limbeck.elicit.prompt import Prompt
 from limbeck.elicit.prompt_row import PromptRow
-from limbeck.elicit.shapes import CONTENT, Form, UnclearError, form_of
+from limbeck.elicit.shapes import CONTENT, Form, UnclearError, form_of_row
 from limbeck.types import RecipeError, UserError
 
 MOST_NAMED = 6
@@ -189,8 +189,7 @@ class PromptReader:
         return tuple(kept)
 
     def _form(self, columns: frozenset[str], record: Record) -> Form:
-        try:
-            return form_of(columns, self.columns)
-        except UnclearError:
-            blank = form_of(frozenset(record.values), self.columns)  # with those that have no value
-            raise LeftOutError(f"it has no {'conversation' if 'messages' in blank.roles else 'prompt'}") from None
+        form = form_of_row(columns, frozenset(record.values), self.columns)
+        if not {"prompt", "messages", "chosen"} & form.roles.keys():
+            raise LeftOutError(f"it has no {'conversation' if 'messages' in form.expected else 'prompt'}")
+        return form
