@@ -1,5 +1,5 @@
-"""Steps over reasoning traces: how often a prompt is solved, how long the traces are, whether their marks are sound,
-how they reason, and a draw that is balanced over kinds."""
+"""Steps over reasoning traces: made of reasons, how often a prompt is solved, how long the traces are, whether their
+marks are sound, how they reason, and a draw that is balanced over kinds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,57 @@ import statistics
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, drop_if, prompt_of, with_scores
+from limbeck.elicit.flow import (
+    Pool,
+    StepContext,
+    Tally,
+    answer_of,
+    drop_if,
+    prompt_of,
+    with_new_answer,
+    with_scores,
+)
 from limbeck.elicit.select import ScriptName, has_script, score_of
 from limbeck.elicit.step import Estimate, LocalStep, register
 from limbeck.elicit.trace import Trace, only_in_thinking, trace_of
 from limbeck.elicit.verified import AnswerType, groups_by_prompt, verdict_of
 from limbeck.elicit.verify import verify
-from limbeck.elicit.wording import words
+from limbeck.elicit.wording import PLACEHOLDER, fill, words
 from limbeck.types import RecipeError, Sample, nearest
 
 TAGS = frozenset({"kind", "task"})  # of every sample
 # the words of LIMO's rules, by their share of the score; 30 % are for length
 MARKERS = {("check", "verify"): 0.20, ("perhaps", "might"): 0.25, ("therefore", "since"): 0.25}
 LENGTH_SHARE = 0.30
+
+
+@register("as_thinking")
+class AsThinking(LocalStep):
+    """Makes reasons into thinking: what `rationale` wrote stands between <think> and </think>, and `label` follows. For
+    a teacher that does not think by itself. Drops answers without reasons."""
+
+    kind = "transform"
+    label: str = "The answer is {final}."
+
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        thinking: Pool = []
+        for sample in pool:
+            reasons, final = (str(sample.meta.get(name, "")).strip() for name in ("rationale", "final"))
+            if not reasons or not final:
+                tally.drop("no reasons", answer_of(sample) or "")
+                continue
+            text = f"<think>\n{reasons}\n</think>\n\n{fill(self.label, final=final)}"
+            thinking.append(with_new_answer(sample, text, sample.writer))
+        return thinking
+
+    @field_validator("label")
+    @classmethod
+    def _names_final(cls, label: str) -> str:
+        if PLACEHOLDER.findall(label) != ["final"]:
+            raise ValueError("label must hold {final} once, and nothing else in braces")
+        return label
 
 
 @register("pass_rate")
@@ -153,7 +189,7 @@ def standardised(values: Sequence[float]) -> list[float]:
 
 
 @register("draw")
-class Draw(LocalStep):
+class BalancedDraw(LocalStep):
     """Draws `count` samples, balanced over kinds (s1): again and again a value of `by` is drawn (the prompt's `kind`,
     its `task`, or a field that an `ask` wrote), each as likely as any other, then one of its samples. With `weight`,
     the samples of a value are ranked by the score of that name, the highest first, and each is `decay` times as likely

@@ -119,11 +119,11 @@ def _facts(draws: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> dict[st
     return {key: draws[0][key] for key in ("tokens", "finished", "passed", "answered", *more)}
 
 
-def _scored_within(
-    task: Task, thinking: ThinkingSettings, system: Model, max_tokens: int, progress: Progress
-) -> list[ItemResult]:
+def _scored_within(task: Task, system: Model, max_tokens: int, progress: Progress) -> list[ItemResult]:
     """One result per prompt with its scores at every budget; the text is that of the largest."""
     settings: GenerationSettings = task.protocol
+    thinking = settings.thinking
+    assert thinking is not None
     draws = [(prompt, seed) for prompt in task.prompts for seed in settings.draws]
     jobs = _jobs(task, system, draws, Sampling(settings.temperature, settings.top_p, max_tokens))
     asked = [prompt for prompt, _ in draws]
@@ -200,7 +200,7 @@ class GenerationKind(TaskKind):
             if any(name.startswith("rouge_l") for name in task.metrics):
                 rouge_l("a word", ["a word"])  # a missing package is reported before anything is written
             limit = settings.max_tokens or answers.max_tokens
-            return _scored_within(task, settings.thinking, system, limit, progress)
+            return _scored_within(task, system, limit, progress)
 
         def write(draws: Sequence[PromptDraw], sampling: Sampling) -> list[CheckedAnswer]:
             jobs = _jobs(task, system, draws, sampling)

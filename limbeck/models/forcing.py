@@ -66,7 +66,7 @@ class BudgetedText:
 class _Watch:
     """Looks at a text while it is written, and ends it where something must be put into it, or its budget is spent."""
 
-    def __init__(self, model: Model, forcing: Forcing, row: _Row) -> None:
+    def __init__(self, model: Model, forcing: Forcing, row: _Text) -> None:
         self.model = model
         self.answer = forcing.answer
         self.known_close = row.close
@@ -126,7 +126,7 @@ def check_forcing(vocabulary: Collection[str]) -> None:
 
 
 @dataclass
-class _Row:
+class _Text:
     """A text on its way; `seed` is that of its job, `close` ends its thinking, empty as long as that is not known."""
 
     prompt_ids: list[int]
@@ -165,10 +165,10 @@ def write_within(
     return [row.text for row in rows]
 
 
-def _begun(model: Model, job: GenerationJob, forcing: Forcing) -> _Row:
+def _begun(model: Model, job: GenerationJob, forcing: Forcing) -> _Text:
     prompt_ids = list(job.prompt_ids)
     mark = "" if forcing.cue else model.opens_thinking(prompt_ids)
-    row = _Row(prompt_ids, job.seed, forcing.cue or (closed_by(mark) if mark else ""))
+    row = _Text(prompt_ids, job.seed, forcing.cue or (closed_by(mark) if mark else ""))
     if forcing.begin and not mark:
         row.close = closed_by(forcing.begin)
         row.text.force(model.raw_ids(f"{forcing.begin}\n"))
@@ -183,7 +183,7 @@ def _begun(model: Model, job: GenerationJob, forcing: Forcing) -> _Row:
     return row
 
 
-def _stretch(model: Model, row: _Row, sampling: Sampling, forcing: Forcing) -> GenerationJob:
+def _stretch(model: Model, row: _Text, sampling: Sampling, forcing: Forcing) -> GenerationJob:
     """The next stretch of a text: the rest of its thinking and the answer, or the answer alone."""
     left = 0 if row.is_answering else forcing.most - row.text.thinking_tokens
     row.watch = None if row.is_answering else _Watch(model, forcing, row)
@@ -192,7 +192,7 @@ def _stretch(model: Model, row: _Row, sampling: Sampling, forcing: Forcing) -> G
     return GenerationJob([*row.prompt_ids, *row.text.ids], bounded, seed, until=row.watch)
 
 
-def _take(model: Model, row: _Row, ids: list[int], forcing: Forcing) -> bool:
+def _take(model: Model, row: _Text, ids: list[int], forcing: Forcing) -> bool:
     """Add a stretch to its text, and what has to be put behind it. Whether the text is done."""
     text, watch = row.text, row.watch
     row.stage += 1

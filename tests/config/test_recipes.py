@@ -48,6 +48,8 @@ SMALL = [
 ]  # fmt: skip
 OWN = {
     "ted": ["loss.0.params.layers=uniform", "loss.0.params.filter_steps=2"],
+    "s1": ["elicit.3.params.most=1.0"],  # the teacher that is played is always right
+    "limo": ["elicit.3.params.most=1.0"],
     "r1-traces": ["elicit.0.params.system=a teacher that writes <think> by itself is played"],
     **{
         name: ["rollout.rewards=[repetition: {gram: 1}]", "rollout.prompts=2", "rollout.group=3"]

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from limbeck.elicit.answer import AnswerPrompts
 from limbeck.elicit.flow import with_scores
 from limbeck.elicit.reasoning import (
-    Draw,
+    AsThinking,
+    BalancedDraw,
     PassRate,
     ReasoningQuality,
     RequireThinking,
@@ -182,7 +183,7 @@ def test_limos_rules_in_closed_form():
 
 
 def drawn(pool, seed=0, **settings):
-    found, tally, _ = drive(Draw(**settings), pool, seed=seed)
+    found, tally, _ = drive(BalancedDraw(**settings), pool, seed=seed)
     assert tally.taken == tally.given + sum(tally.dropped.values())
     return [text for _, text in texts(found)], tally
 
@@ -217,7 +218,19 @@ def test_a_draw_at_its_edges():
     assert drawn([*few, *none], count=9)[1].facts == {"kinds": 2}, "samples without a kind are one"
     ties = Counter(drawn(few, seed, count=1, weight="n")[0][0] for seed in range(300))
     assert ties["x"] > 160 > ties["y"], "of equal ones, the first ranks higher"
-    assert Draw(count=5).estimate(3).samples == 3 and Draw(count=5).estimate(30).samples == 5
-    Draw(count=1, by="topic").refuse("elicit[1].draw", frozenset({"topic"}), None)
+    assert BalancedDraw(count=5).estimate(3).samples == 3 and BalancedDraw(count=5).estimate(30).samples == 5
+    BalancedDraw(count=1, by="topic").refuse("elicit[1].draw", frozenset({"topic"}), None)
     with pytest.raises(RecipeError, match=r"elicit\[0\].draw.by: no sample has a 'kinds'.*kind"):
-        Draw(count=1, by="kinds").refuse("elicit[0].draw", frozenset(), [])
+        BalancedDraw(count=1, by="kinds").refuse("elicit[0].draw", frozenset(), [])
+
+
+def test_reasons_become_thinking():
+    (sample,) = answers(("2 and 2?", "Two and two make 4. The answer is 4."), rationale="Two and two make 4.", final="4", check=FOUR)  # fmt: skip
+    found, tally, _ = drive(AsThinking(), [sample, *answers(("q", "4")), *prompts("p")])
+    assert texts(found) == [("2 and 2?", "<think>\nTwo and two make 4.\n</think>\n\nThe answer is 4.")]
+    assert tally.dropped == {"no reasons": 2} and trace_of(texts(found)[0][1]).fault == ""
+    assert len(drive(RequireThinking(), drive(PassRate(), found)[0])[0]) == 1
+    assert drive(AsThinking(label="{final}"), [sample])[0][0].messages[-1]["content"].endswith("\n\n4")
+    for wrong in ("so", "{final} {x}", "{final}{final}"):
+        with pytest.raises(ValidationError, match="final"):
+            AsThinking(label=wrong)
