@@ -25,7 +25,7 @@ from limbeck.runs.preflight import check
 from limbeck.runs.resolve import resolve
 from limbeck.storage.files import read_jsonl
 from limbeck.storage.store import Store
-from limbeck.types import RecipeError, Request, Sample, Sampling, content_hash
+from limbeck.types import RecipeError, Request, Sample, Sampling, UserError, content_hash
 from tests.conftest import make_net, make_tokenizer
 from tests.scoring_server import ScoringServer
 from tests.scripted_server import Scripted, answer
@@ -88,10 +88,6 @@ def summary_of(folder):
 
 def test_a_served_teacher_writes_and_is_measured_with_its_long_prompt(small, tmp_path):
     with Scripted(knows) as server:
-        plain = run(small(server.url), tmp_path / "plain")
-        assert summary_of(plain)["systems"]["teacher"]["sorting/pass_rate"]["value"] == 0
-        assert summary_of(plain)["shown"] == {"teacher": "the plain prompt", "others": "the plain prompt"}
-        server.seen.clear()
         recipe = small(server.url, {"system": RULES}, evaluate={"controls": ["untouched", "prompted"]})
         with pytest.raises(StoppedError):
             run(recipe, tmp_path / "run", stop=lambda: len(server.seen) >= 3)
@@ -100,7 +96,8 @@ def test_a_served_teacher_writes_and_is_measured_with_its_long_prompt(small, tmp
         sent = [body["messages"] for _, body, _ in server.seen]
         asked = len(server.seen)
         assert run(recipe, folder) == folder and len(server.seen) == asked
-    assert asked == 6 + 2 * 2 + 4  # training prompts, held-out ones as text and greedily, the task's
+        keys = {headers["Idempotency-Key"] for _, _, headers in server.seen}
+    assert len(keys) == 6 + 2 * 2 + 4  # training prompts, held-out ones as text and greedily, the task's
     assert all(messages[0] == {"role": "system", "content": RULES} and len(messages) == 2 for messages in sent)
     found = summary_of(folder)
     assert found["systems"]["teacher"]["sorting/pass_rate"]["value"] == 1
@@ -196,14 +193,17 @@ def test_held_out_text_and_tasks_are_asked_as_the_step_asks(small, tmp_path):
     assert "the teacher with the prompt of its step under elicit" in (folder / "report.html").read_text()
 
 
-def test_a_teacher_in_process_is_measured_with_the_steps_prompt(small, tmp_path):
-    answers = {"system": "count one two", "max_tokens": 160, "temperature": 1.0}
-    steps = {"elicit": [{"answer": answers}], "writer": [{"by": "elicited", "max_tokens": 8}]}
-    recipe = small(**steps, evaluate={"metrics": ["fidelity"], "controls": ["untouched", "prompted"]})
-    folder = run(recipe, tmp_path / "run")
+def test_a_teacher_in_process_is_measured_with_the_steps_prompt(small, tiny_folder, tmp_path):
+    system = "count one two"
+    with Scripted() as server:
+        teacher = {"model": str(tiny_folder), "server": {"url": server.url, "name": "toy"}}
+        steps = {"elicit": [{"answer": {"system": system}}], "writer": [{"by": "elicited", "max_tokens": 8}]}
+        evaluate = {"metrics": ["fidelity"], "controls": ["untouched", "prompted"]}
+        recipe = small(teacher=teacher, evaluate=evaluate, **steps)
+        folder = run(recipe, tmp_path / "run")
     job = Run(prepared(recipe), folder, Silent())
     asked = job.models.reference.model.prompt_ids((user("why"),))
-    assert asked == job.models.teacher.model.prompt_ids(({"role": "system", "content": "count one two"}, user("why")))
+    assert asked == job.models.teacher.model.prompt_ids(({"role": "system", "content": system}, user("why")))
     assert all(len(row.teacher_prompt_ids) > len(row.prompt_ids) for row in job.encoding.held_out())
     systems = summary_of(folder)["systems"]
     assert systems["prompted"]["forward_kl"]["value"] == pytest.approx(0, abs=1e-5)  # the teacher's weights, its prompt
@@ -271,14 +271,6 @@ def test_which_step_counts(small):
     assert PLAIN.is_plain and not VARIES.is_plain
 
 
-def test_the_page_says_so_where_the_steps_prompt_is_not_shown(small, tmp_path):
-    with Scripted(knows) as server:
-        recipe = small(server.url, elicit=["explain"], writer=[{"by": "elicited"}])
-        folder = run(recipe, tmp_path / "run")
-    assert "measured without what its step under elicit showed it" in (folder / "report.html").read_text()
-    assert summary_of(folder)["shown"]["teacher"] == "the plain prompt"
-
-
 def test_prompted_is_refused_where_the_teacher_has_no_prompt(small):
     with pytest.raises(RecipeError, match=r"evaluate.controls: prompted .* give teacher.context"):
         check(small(evaluate={"controls": ["prompted"]}))
@@ -306,7 +298,7 @@ def test_a_loss_on_text_alone_needs_no_common_tokens(small, other_folder, tmp_pa
     assert "sorting/pass_rate" in found["systems"]["teacher"] and "forward_kl" not in found["systems"]["student"]
     assert sum("other tokens" in warning for warning in found["warnings"]) == 1
     assert "compared by their text" in (folder / "report.html").read_text()
-    with pytest.raises(RecipeError, match="different vocabularies") as refusal:
+    with pytest.raises(UserError, match="different vocabularies") as refusal:
         check(small(teacher=other_folder, loss=["forward_kl"]))
     assert "bridge" in str(refusal.value)
 
@@ -325,20 +317,17 @@ def test_a_long_prompt_needs_room_in_the_teacher_alone(small, tiny, other_folder
 def test_gold_answers_are_those_of_the_prompts_before_the_steps(small, prompt_file, tmp_path):
     lines = [json.loads(line) for line in prompt_file.read_text().splitlines()]
     prompt_file.write_text("".join(json.dumps(line | {"answer": "one two three"}) + "\n" for line in lines))
-    steps = [
-        {"limit": {"count": 4}},
-        {"ask": {"prompt": "Other words: {{ prompt }}", "into": "prompt"}},
-        {"answer": {}},
-    ]
+    steps = [{"limit": {"count": 4}}, {"ask": {"prompt": "Other words: {{ prompt }}", "into": "prompt"}}, "explain"]
+    evaluate = {"controls": ["gold_control"], "metrics": ["fidelity"]}
     with Scripted(lambda number, body: answer(f"words {number}")) as server:
-        recipe = small(
-            server.url, elicit=steps, writer=[{"by": "elicited"}], evaluate={"controls": ["untouched", "gold_control"]}
-        )
+        recipe = small(server.url, elicit=steps, writer=[{"by": "elicited"}], evaluate=evaluate)
         check(recipe)
         folder = run(recipe, tmp_path / "run")
     assert "gold_control" in summary_of(folder)["systems"]
     trained = read_jsonl(folder / "controls" / "gold_control" / "metrics.jsonl")
     assert len(trained) == len(read_jsonl(folder / "metrics.jsonl")) == 2
+    assert summary_of(folder)["shown"] == {"teacher": "the plain prompt", "others": "the plain prompt"}
+    assert "measured without what its step under elicit showed it" in (folder / "report.html").read_text()
 
 
 def test_gold_and_too_few_answers_are_refused_before_anything_is_spent(small):
