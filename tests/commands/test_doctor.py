@@ -54,6 +54,11 @@ def served(server):
     return {"url": server.url, "name": "toy", "retries": 0}
 
 
+def test_it_leaves_nothing_in_the_folder_of_a_run_to_come(recipe_data, tmp_path):
+    examine(parse(recipe_data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_what_is_sound_has_no_fault(protocol, tiny, recipe_of, tmp_path):
     with ScoringServer(tiny, protocol) as server:
@@ -231,7 +236,7 @@ def test_every_recipes_losses_are_zero_for_a_student_that_is_the_teacher(name, t
     recipe = load_recipe(name)
     prompts = recipe.prompts.model_copy(update={"too_long": "drop"})  # for the tiny model's context
     recipe = recipe.model_copy(update={"teacher": LocalTeacher(model=str(tiny_folder)), "prompts": prompts})
-    assert "gradient are 0" in check_zero(Patient(recipe, tmp_path))
+    assert "gradient are 0" in check_zero(Patient(recipe, tmp_path, tmp_path))
 
 
 def test_the_command_says_it_and_ends_with_status_2_where_there_is_a_fault(tiny, tiny_folder, prompt_file, tmp_path):

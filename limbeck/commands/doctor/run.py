@@ -6,6 +6,7 @@ a cache, those are checked too. Not covered: whether the teacher is any good, an
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,12 @@ def examine(
         out: the run folder, whose text and cache are checked if they are there; by default runs/NAME.
         on_check: called with each check's name before it starts.
     """
-    patient = Patient(recipe, run_folder(recipe, out))
+    with tempfile.TemporaryDirectory(prefix="limbeck-doctor-") as scratch:
+        return _findings(Patient(recipe, run_folder(recipe, out), Path(scratch)), on_check)
+
+
+def _findings(patient: Patient, on_check: Callable[[str], None]) -> list[Finding]:
+    """One finding per check, up to a fault that makes the other checks impossible."""
     findings = []
     for name, check in CHECKS.items():
         on_check(name)
