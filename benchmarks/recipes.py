@@ -33,8 +33,7 @@ from limbeck.models.load import model_folder
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import Metrics
 
-PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, COUNT = 24, 8, 256, 48, 8, 12
-LIMIT_S = 600  # of processor time, for a recipe
+PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, COUNT = 16, 6, 128, 32, 6, 12
 RUNS = Path("runs/evidence")
 MODEL = "smollm2-135m-instruct"
 SERVED = {"api-own-logprobs": "llama.cpp", "api-top-logprobs": "llama.cpp", "minillm-from-server": "vllm"}
@@ -54,10 +53,12 @@ def small(recipe: Recipe) -> list[str]:
         "train.steps": STEPS,
         "train.tokens_per_step": TOKENS,
         "evaluate.limit": HELD_OUT,
-        "evaluate.max_tokens": 32,
+        "evaluate.max_tokens": ANSWER,
         "evaluate.own_prompts": HELD_OUT // 2,
         "evaluate.controls": ["untouched"],
     }
+    if recipe.student.start.prune is not None and recipe.student.start.prune.keep in ("importance", "block_influence"):
+        settings["student.start.prune.calibration"] = 1
     if all(writer.by != "elicited" for writer in recipe.writer):
         most = [min(writer.max_tokens, ANSWER) for writer in recipe.writer]
         writers = [writer.model_dump(mode="json", exclude_unset=True) for writer in recipe.writer]
@@ -154,8 +155,12 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         evidence["rows"][name] = row
         evidence["size"] = {
-            **{"prompts": PROMPTS, "steps": STEPS, "tokens_per_step": TOKENS, "answer_tokens": ANSWER},
-            **{"held_out_answers": HELD_OUT, "made_prompts": COUNT},
+            "prompts": PROMPTS,
+            "steps": STEPS,
+            "tokens_per_step": TOKENS,
+            "answer_tokens": ANSWER,
+            "held_out_answers": HELD_OUT,
+            "made_prompts": COUNT,
         }
         evidence["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, shared with other work"
         evidence["rows"] = {key: evidence["rows"][key] for key in work if key in evidence["rows"]}

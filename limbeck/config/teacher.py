@@ -20,7 +20,8 @@ Matching = Literal["strings", "edits"]
 
 
 class Context(Section):
-    """What the teacher sees and the student does not: a system message, another user message, or both.
+    """What the teacher sees and the student does not: a system message, another user message, or both. A server is
+    sent it with every prompt.
 
     In `user`, `{prompt}`, `{answer}` (the corpus's first one) and `{feedback}` are replaced by the fields of the
     prompt's line.
@@ -257,10 +258,9 @@ class ServedTeacher(Section):
     model: None = None
     server: Served
     cache: Cache | None = None
-    context: None = None
+    context: Context | None = None
 
     REFUSES: ClassVar[dict[str, str]] = {
-        "context": "a server sees the prompt alone; leave context out, or name the model's weights in teacher.model",
         "dtype": "a server chooses the precision of its model; leave dtype out, and start the server with it",
         "quantise": "a server chooses the precision of its model; leave quantise out, and start the server with it",
         "template": "a server frames a conversation itself; set student.template, and start the server with the same",

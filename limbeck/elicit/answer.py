@@ -20,7 +20,8 @@ from limbeck.elicit.flow import (
     written_replies,
 )
 from limbeck.elicit.step import AskingStep, Estimate, Temperature, TokenCount, TopP, register
-from limbeck.types import Message, Sampling
+from limbeck.elicit.step_prompt import PLAIN, VARIES, StepPrompt, with_system
+from limbeck.types import Sampling
 
 EXPLAINING = (
     "You are a patient teacher. Say what the question is about, then explain each part of your answer.",
@@ -40,14 +41,6 @@ EXPLAINING = (
     "Write clearly and fully; define every uncommon word that you use.",
     "Check your answer before you give it, and mention how you checked it.",
 )
-
-
-def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """The conversation with this system message in place of its own, if any."""
-    if system is None:
-        return messages
-    rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    return ({"role": "system", "content": system}, *rest)
 
 
 @register("answer")
@@ -91,6 +84,9 @@ class AnswerPrompts(AskingStep):
     def estimate(self, samples: int) -> Estimate:
         return Estimate.of_answers(samples * self.n, self.max_tokens)
 
+    def shows(self) -> StepPrompt:
+        return StepPrompt(self.system) if not self.keep_system else PLAIN
+
 
 @register("explain")
 class Explain(AskingStep):
@@ -117,3 +113,6 @@ class Explain(AskingStep):
             with_answer(replace(sample, messages=request.messages) if self.keep_system else sample, reply)
             for (sample, request), reply in complete_replies(turns, replies, tally)
         ]
+
+    def shows(self) -> StepPrompt:
+        return VARIES if not self.keep_system else PLAIN

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from limbeck.elicit.thinking import after_thinking
-from limbeck.types import LogProb, Message, Request, Sample, Sampling, content_hash
+from limbeck.types import AnswerForm, LogProb, Message, Request, Sample, Sampling, content_hash
 
 Pool = list[Sample]
+Show = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 T = TypeVar("T")
 MAX_EXAMPLES = 3
 EXAMPLE_CHARS = 160
@@ -64,8 +65,8 @@ def score(requests: Sequence[ScoreRequest]) -> Questions[list[LogProb]]:
 
 @dataclass
 class Tally:
-    """What a step did: samples in (`taken`) and out (`given`), how many were dropped and why, with a few examples, and
-    facts such as an acceptance rate."""
+    """What a step did: samples in (`taken`) and out (`given`), how many were dropped and why, with a few examples,
+    facts such as an acceptance rate, and `notes`, what its user should know in words."""
 
     step: str
     taken: int = 0
@@ -73,6 +74,7 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, text: str = "") -> None:
         """Count a dropped sample or answer under `reason`, a few plain words."""
@@ -90,12 +92,16 @@ class StepContext:
     """What a step knows beside the pool: the model that it asks, and its source of random numbers.
 
     `header` is the text before a user's message in the model's own chat format, where that is known (see `magpie`).
+    `unheld` says why the model can't be held to a form, and nothing if it can.
+    `show` turns a conversation into the one that the model is shown, where that is another.
     """
 
     model: str
     seed: int
     step: str
     header: str | None = None
+    unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
+    show: Show | None = None
 
     def request(
         self,
@@ -106,11 +112,23 @@ class StepContext:
         raw: str | None = None,
         against: Sequence[Message] | None = None,
         contrast: float = 0.0,
+        form: AnswerForm | None = None,
     ) -> Request:
         """A request to the model. `number` tells several answers to the same messages apart."""
         seed = self.seed if number == 0 else int(content_hash([self.seed, number])[:7], 16)
         other = None if against is None else tuple(against)
-        return Request(self.model, tuple(messages), sampling, seed, raw=raw, against=other, contrast=contrast)
+        shown = None if self.show is None or raw is not None else self.show(tuple(messages))
+        return Request(
+            self.model,
+            tuple(messages),
+            sampling,
+            seed,
+            raw=raw,
+            against=other,
+            contrast=contrast,
+            form=form,
+            shown=shown,
+        )
 
     def rng(self, *key: Any) -> random.Random:
         """Random numbers for this step, always the same for the same `key` (such as a round, or a sample's id)."""

@@ -27,6 +27,7 @@ from limbeck.elicit.flow import (
 )
 from limbeck.elicit.similar import jaccard
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.elicit.step_prompt import VARIES, StepPrompt
 from limbeck.elicit.thinking import boxed
 from limbeck.elicit.verify import verify
 from limbeck.elicit.wording import fill, words
@@ -102,6 +103,9 @@ class Rationale(AskingStep):
         tokens += answers * self.final_tokens if self.calls == 2 else 0
         return Estimate(answers * self.calls, tokens, samples=answers)
 
+    def shows(self) -> StepPrompt:
+        return VARIES
+
     def writes(self) -> frozenset[str]:
         return frozenset({"rationale", "final"})
 
@@ -176,6 +180,9 @@ class DiverseRationales(AskingStep):
         tokens = int(answers * self.max_tokens * ANSWER_SHARE)
         return Estimate(answers * self.calls, tokens, samples=min(samples * self.keep, answers))
 
+    def shows(self) -> StepPrompt:
+        return VARIES
+
     def writes(self) -> frozenset[str]:
         return frozenset({"rationale", "final"})
 
@@ -232,6 +239,9 @@ class Contrastive(AskingStep):
 
     def estimate(self, samples: int) -> Estimate:
         return Estimate.of_answers(samples * (2 if self.counterfactual else 1), self.max_tokens)
+
+    def shows(self) -> StepPrompt:
+        return VARIES
 
     def writes(self) -> frozenset[str]:
         return frozenset({"rationale", "final", "counterfactual"})

@@ -15,11 +15,12 @@ from typing import Any
 
 from limbeck.config.recipe import Recipe
 from limbeck.elicit.engine import Engine
-from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_messages, prompt_of
+from limbeck.elicit.flow import Pool, Show, StepContext, Tally, answer_of, prompt_messages, prompt_of
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import ElicitStep
+from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.storage.files import read_jsonl, write_json, write_text
-from limbeck.types import Sample, UserError, canonical_json, content_hash
+from limbeck.types import AnswerForm, Message, Sample, UserError, canonical_json, content_hash
 
 POOL = "elicited.jsonl"
 ACCOUNT = "elicitation.json"
@@ -28,12 +29,28 @@ HELD_OUT = "held-out"  # the name, in the account, of the last step: dropping he
 
 @dataclass(frozen=True)
 class TextSource:
-    """What a recipe's text is made from: prompts, and the steps of elicitation by name."""
+    """What a recipe's text is made from: prompts, and the steps of elicitation by name.
+
+    Args:
+        show: turns a conversation into the one that the teacher's server is sent, where that is another.
+        step_prompt: what a step shows the teacher, and held-out text and measurements show it, too.
+    """
 
     recipe: Recipe
     steps: Sequence[tuple[str, ElicitStep]]
     training_prompts: Sequence[Prompt]
     held_out_prompts: Sequence[Prompt]
+    show: Show | None = None
+    step_prompt: StepPrompt | None = None
+
+    def shown(self, messages: tuple[Message, ...], with_step: bool) -> tuple[Message, ...] | None:
+        """What the teacher is sent for this conversation, `with_step` as the step shows it; None if it is the same."""
+        shown = messages
+        if with_step and self.step_prompt is not None:
+            shown = self.step_prompt(shown)
+        if self.show is not None:
+            shown = self.show(shown)
+        return None if shown == messages else shown
 
 
 @dataclass(frozen=True)
@@ -44,26 +61,33 @@ class Elicitation:
         folder: receives the samples and the account of what each step did.
         identity: of the model that answers.
         header: returns the text before a user's message in that model's own format; called only if a step needs it.
+        unheld: says why that model can't be held to a form of answers, and nothing if it can.
     """
 
     source: TextSource
     folder: Path
     identity: str
     header: Callable[[], str | None]
+    unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
 
     @property
     def key(self) -> str:
-        """A hash of all that the result depends on, except the answers."""
+        """A hash of all that the result depends on, except the answers and the held-out prompts: with others, finished
+        samples stay what the student is trained on, and the evaluation leaves out what they give away."""
+        return self._key([self.source.training_prompts])
+
+    def _key(self, parts: Sequence[Sequence[Prompt]]) -> str:
         steps = [step.model_dump(mode="json") for step in self.source.recipe.elicit or ()]
-        parts = [
-            [prompt.facts for prompt in part] for part in (self.source.training_prompts, self.source.held_out_prompts)
-        ]
-        return content_hash([steps, parts, self.source.recipe.text_seed, self.identity])
+        facts = [[prompt.facts for prompt in part] for part in parts]
+        return content_hash([steps, facts, self.source.recipe.text_seed, self.identity])
 
     def finished(self) -> Pool | None:
         """The samples of a finished elicitation; None if there is none in the folder."""
         account = self.folder / ACCOUNT
-        if not account.exists() or json.loads(account.read_text()).get("key") != self.key:
+        if not account.exists():
+            return None
+        older = self._key([self.source.training_prompts, self.source.held_out_prompts])
+        if json.loads(account.read_text()).get("key") not in (self.key, older):
             return None
         return [_sample(record) for record in read_jsonl(self.folder / POOL)]
 
@@ -91,7 +115,14 @@ class Elicitation:
             tally = Tally(name, taken=len(pool))
             finishes_before = engine.finishes.copy()
             header = self.header() if "raw" in step.needs else None
-            context = StepContext(self.identity, self.source.recipe.text_seed, f"{index}/{name}", header)
+            context = StepContext(
+                self.identity,
+                self.source.recipe.text_seed,
+                f"{index}/{name}",
+                header,
+                unheld=self.unheld,
+                show=self.source.show,
+            )
             pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)
             tallies.append((step.kind, tally, engine.finishes - finishes_before))
@@ -164,8 +195,10 @@ def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
 def _summary(tally: Tally) -> str:
     dropped = "; ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common(3))
     more = ", and others" if len(tally.dropped) > 3 else ""
-    return f"{tally.step}: {tally.taken:,} in, {tally.given:,} out" + (
-        f" (left out: {dropped}{more})" if dropped else ""
+    return (
+        f"{tally.step}: {tally.taken:,} in, {tally.given:,} out"
+        + (f" (left out: {dropped}{more})" if dropped else "")
+        + "".join(f"; {note}" for note in tally.notes)
     )
 
 
@@ -187,6 +220,7 @@ def prompt_sample(prompt: Prompt) -> Sample:
         "weight": prompt.weight,
         "check": prompt.check,
         "answers": list(prompt.answers),
+        "row": dict(prompt.row),
     }
     return Sample(
         prompt.messages,
@@ -197,6 +231,8 @@ def prompt_sample(prompt: Prompt) -> Sample:
 
 def _facts(tally: Tally) -> dict[str, Any]:
     facts = asdict(tally)
+    if not tally.notes:
+        del facts["notes"]  # as in older files
     return facts | {"dropped": dict(sorted(tally.dropped.items())), "facts": dict(sorted(tally.facts.items()))}
 
 

@@ -90,8 +90,9 @@ def fidelity(
         rows_N, positions_N = batch.response_positions()
         if signal is not None and text.teacher is not None and system is text.teacher.model:
             hidden_ND = signal.hidden_NE
-        else:
-            hidden_ND = shared_states(system.net, batch.tokens_BT)[rows_N, positions_N]
+        else:  # a student that is shown the teacher's prompt reads it
+            read = batch if system.prompt_context is None else batch.seen_by_teacher()
+            hidden_ND = shared_states(system.net, read.tokens_BT)[read.response_positions()]
             signal = None if signal is None else signal.to(system.net.device)
         targets_N = batch.tokens_BT[rows_N, positions_N + 1].to(hidden_ND.device)
         columns = _columns(hidden_ND, head.cut(min(text.vocab_size, head.vocab_size)), signal, targets_N)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,28 @@ import torch
 
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
+from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.elicit.training_text import TrainingText
+from limbeck.evaluate.by_label import by_field, by_label, write_questions
+from limbeck.evaluate.cautions import basis, task_facts
 from limbeck.evaluate.fidelity import by_class
 from limbeck.evaluate.judge import MAX_TOKENS, load_or_judge, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
-from limbeck.evaluate.measure import Bench, EvaluationProtocol
+from limbeck.evaluate.measure import Bench
+from limbeck.evaluate.protocol import EvaluationProtocol
 from limbeck.evaluate.records import DetailedProgress, SystemRecords
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.evaluate.task import Task
+from limbeck.evaluate.worth import kept, requests
+from limbeck.models.compatibility import OTHER_TOKENS
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
 from limbeck.models.placement import Devices, Placement
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teachers import kind
 from limbeck.storage.files import write_json
-from limbeck.training.controls import CONTROLS
+from limbeck.training.controls import CONTROLS, PROMPTED
 from limbeck.types import UserError
 
 OWN_PROMPTS = 24
@@ -36,12 +43,43 @@ LEAK_KINDS = ("exact", "contained", "overlap", "same_but_for_numbers")  # the st
 
 @dataclass(frozen=True)
 class Questions:
-    """What a run's systems are asked, and the text that they were made from."""
+    """What a run's systems are asked, and the text that they were made from.
+
+    `step_prompt` is what a step of elicitation showed the teacher.
+    """
 
     recipe: Recipe
     tasks: Sequence[Task]
     text: TrainingText
     devices: Devices
+    step_prompt: StepPrompt | None = None
+
+    @cached_property
+    def leaks(self) -> list[Leak]:
+        return _leaks(self)
+
+    @cached_property
+    def leaked(self) -> set[str]:
+        """The ids of prompts and items that the training text gives away."""
+        return {leak.item for leak in self.leaks if leak.kind != "same_but_for_numbers"}
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The held-out prompts without those; the same question twice is one.
+
+        Raises:
+            UserError: none of them has an answer of the teacher's that can be measured on.
+        """
+        held_out = self.text.prompts[1]
+        first = {prompt.identity: prompt.id for prompt in reversed(held_out)}
+        answered = {prompt.id for prompt, sample in zip(held_out, self.text.held_out(), strict=True) if sample.teaches}
+        left = [prompt for prompt in held_out if prompt.id not in self.leaked and first[prompt.identity] == prompt.id]
+        if not any(prompt.id in answered for prompt in left):
+            raise UserError(
+                "no held-out answer is left to measure on: the training text holds all held-out prompts; give others in"
+                " evaluate.prompts"
+            )
+        return left
 
 
 def bench(
@@ -61,24 +99,15 @@ def bench(
         rows: held-out teacher text, one row per answered prompt, named by its prompt's id.
     """
     recipe = questions.recipe
-    text = questions.text
-    leaked = {leak.item for leak in leaks(questions) if leak.kind != "same_but_for_numbers"}
-    first = {prompt.identity: prompt.id for prompt in reversed(text.prompts[1])}  # the same question twice is one item
-    prompts = [prompt for prompt in text.prompts[1] if prompt.id not in leaked and first[prompt.identity] == prompt.id]
-    prompt_ids = {prompt.id for prompt in prompts}
+    prompt_ids = {prompt.id for prompt in questions.prompts}
     rows = [row for row in rows if row.sample_id in prompt_ids]
-    if not rows:
-        raise UserError(
-            "no held-out answer is left to measure on: the training text holds all held-out prompts; give others in"
-            " evaluate.prompts"
-        )
     tasks = [
-        replace(task, items=tuple(item for item in task.items if item.id.partition("@")[0] not in leaked))
+        replace(task, items=tuple(item for item in task.items if item.id.partition("@")[0] not in questions.leaked))
         for task in questions.tasks
     ]
     protocol = EvaluationProtocol(
         rows=rows,
-        prompts=prompts,
+        prompts=questions.prompts,
         tasks=tasks,
         max_tokens=recipe.evaluate.max_tokens,
         own_prompts=recipe.evaluate.own_prompts or OWN_PROMPTS,
@@ -87,14 +116,14 @@ def bench(
     return Bench(folder, teacher, reader, protocol, progress=progress)
 
 
-def leaks(questions: Questions) -> list[Leak]:
+def _leaks(questions: Questions) -> list[Leak]:
     """Held-out prompts and task items that occur in the training text: per item the strongest leak, with one text that
     shows it."""
     text = questions.text
     prompts = [(prompt.id, prompt.spoken) for prompt in text.prompts[0]]
     training = prompts + [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
     for name in questions.recipe.evaluate.controls:
-        training += CONTROLS[name].extra_text(text.prompts[0])
+        training += CONTROLS[name].extra_text(text.given_prompts[0])
     items = {(prompt.id, prompt.spoken) for prompt in text.prompts[1]}
     items |= {pair for task in questions.tasks if "@" not in task.name for pair in task.texts}
     strongest: dict[str, Leak] = {}
@@ -105,8 +134,10 @@ def leaks(questions: Questions) -> list[Leak]:
     return list(strongest.values())
 
 
-def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[SystemRecords]]) -> dict[str, Any]:
-    """`summary.json` of a run: the teacher first, the student last."""
+def write_summary(
+    questions: Questions, bench: Bench, systems: dict[str, list[SystemRecords]], *, steps: int | None = None
+) -> dict[str, Any]:
+    """`summary.json` of a run: the teacher first, the student last. `steps` are the updates of its training."""
     recipe = questions.recipe
     tasks = bench.protocol.tasks
     against = [name for name in systems if name not in ("teacher", "student")]
@@ -115,14 +146,18 @@ def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[Sy
         "recipe": recipe.hash,
         "controls": against,
         **summarise(systems, tasks, [("student", name) for name in against]),
-        **facts(questions, bench),
+        **facts(questions, bench, seeds=[recipe.train.seed], steps=steps),
     }
     if "untouched" in systems:
         summary["recovered"] = recovery(systems["student"], systems["untouched"], systems["teacher"], tasks)
     summary["by_kind"] = by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks)
     summary["by_token_class"] = by_class(systems["student"][0].fidelity)
+    summary |= {"by_label": by_label(systems, tasks), "by_field": by_field(systems, tasks)}
+    summary["kept"] = kept(systems["student"][0], systems["teacher"][0], tasks)
+    summary["requests"] = requests(bench.protocol.rows)
+    write_questions(bench.folder, tasks)
     summary["warnings"] = warnings(systems, summary, ["student"])
-    summary["warnings"] += teacher_warnings(recipe, questions.text)
+    summary["warnings"] += teacher_warnings(questions, bench)
     if recipe.evaluate.judge is not None:
         first_seeds = {name: seeds[0] for name, seeds in systems.items()}
         summary["judge"] = judge_systems(recipe.evaluate.judge, bench, first_seeds, questions.devices.teacher)
@@ -191,11 +226,16 @@ def judge_warnings(judge: dict[str, Any]) -> list[str]:
     return messages
 
 
-def teacher_warnings(recipe: Recipe, text: TrainingText) -> list[str]:
-    """What to know of a teacher that is shown more than the students, or is the student itself, before believing its
-    figures."""
+def teacher_warnings(questions: Questions, bench: Bench) -> list[str]:
+    """What to know of a teacher that is shown more than the students, has other tokens, or is the student itself,
+    before believing its figures."""
+    recipe = questions.recipe
+    text = questions.text
     context = recipe.teacher.context
     messages = kind(recipe.teacher).caveats(recipe.teacher, recipe.student.start.pretrained)
+    if bench.teacher is None and recipe.teacher.model is not None and OTHER_TOKENS not in messages:
+        messages.append(OTHER_TOKENS)
+    messages += _shown_in_words(questions)
     for name in context.reads if context else []:
         fields = [prompt.answers if name == "answer" else prompt.feedback for prompt in text.prompts[1]]
         count = sum(map(bool, fields))
@@ -206,6 +246,37 @@ def teacher_warnings(recipe: Recipe, text: TrainingText) -> list[str]:
     return messages
 
 
+def shown(questions: Questions) -> dict[str, Any]:
+    """What each side is shown while it is measured."""
+    step = questions.step_prompt
+    context = questions.recipe.teacher.context
+    facts: dict[str, Any] = {}
+    if context is not None:
+        facts["teacher.context"] = context.model_dump(exclude_none=True)
+    if step is not None and not step.varies:
+        facts["elicit"] = {name: value for name, value in (("system", step.system), ("prompt", step.pieces)) if value}
+    return {"teacher": facts or "the plain prompt", "others": "the plain prompt"}
+
+
+def _shown_in_words(questions: Questions) -> list[str]:
+    step = questions.step_prompt
+    names = {"teacher.context": "teacher.context", "elicit": "the prompt of its step under elicit"}
+    where = " and ".join(name for place, name in names.items() if place in shown(questions)["teacher"])
+    words = []
+    if where:
+        prompted = PROMPTED in questions.recipe.evaluate.controls
+        words.append(
+            f"Each is measured as it is used: the teacher with {where}, student and controls without"
+            + (" (but the control `prompted`, which is shown it, too)." if prompted else ".")
+        )
+    if step is not None and step.varies:
+        words.append(
+            "The teacher is measured without what its step under elicit showed it when it wrote the training answers,"
+            " which was another thing for every prompt: its figures may be lower than what it taught."
+        )
+    return words
+
+
 def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
     """What the teacher's server was paid for, where there is one: answers, tokens, and by the recipe's price money."""
     if recipe.teacher.server is None:
@@ -214,11 +285,17 @@ def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
     costs: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
     if (money := text.money()) is not None:
         costs["money"] = money
+    answers, read, written = text.reused()
+    if answers:  # of earlier runs, paid then
+        costs["reused"] = {"answers": answers, "tokens_read": read, "tokens_written": written}
+        if (money := text.price(read, written)) is not None:
+            costs["reused"]["money"] = money
     return {"bill": costs}
 
 
-def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
-    """How the figures were obtained: held-out text, tasks with their settings, leaks, machine."""
+def facts(questions: Questions, bench: Bench, *, seeds: Sequence[int], steps: int | None) -> dict[str, Any]:
+    """How the figures were obtained and what they rest on: held-out text, tasks with their settings, leaks, machine,
+    speeds, and the cautions that follow (see `cautions`)."""
     recipe = questions.recipe
     text = questions.text
     tasks = bench.protocol.tasks
@@ -234,10 +311,11 @@ def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
             "top_p": 1.0,
             "max_tokens": recipe.evaluate.max_tokens,
         },
-        "tasks": {
-            task.name: {"version": task.version, "kind": task.kind.name, "settings": task.settings} for task in tasks
-        },
-        "leaks": [vars(leak) for leak in leaks(questions)],
+        "tasks": {task.name: task_facts(task) for task in tasks},
+        "speeds": bench.speeds(),
+        **basis(tasks, held_out=len(rows), seeds=seeds, steps=steps),
+        "shown": shown(questions),
+        "leaks": [vars(leak) for leak in questions.leaks],
         "machine": {
             "python": platform.python_version(),
             "torch": torch.__version__,

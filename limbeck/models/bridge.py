@@ -18,6 +18,7 @@ from torch import Tensor
 
 from limbeck.config.teacher import BridgedTeacher, BridgeSettings
 from limbeck.models.byte_alignment import Tokens, segments, tokens_of
+from limbeck.models.compatibility import OTHER_TOKENS
 from limbeck.models.load import load_tokenizer
 from limbeck.models.local import served_text_caveat
 from limbeck.models.model import Model, head_of
@@ -332,11 +333,9 @@ class BridgedKind:
             return "it writes against another prompt, which a server can't; leave teacher.server out"
         return "it reads the teacher token by token, and this one has other tokens; use a divergence, uld or dual_space"
 
-    def refuse(self, settings: BridgedTeacher, use: TeacherUse) -> None:
+    def refuse(self, _: BridgedTeacher, use: TeacherUse) -> None:
         recipe = use.recipe
         path = "teacher.bridge"
-        if settings.server is not None and settings.context is not None:
-            raise RecipeError("teacher.server", "a server sees the prompt alone; leave context or server out")
         if recipe.student.start.pretrained is None:
             raise RecipeError(
                 "student.start", "a student made of the teacher has its tokens and needs no bridge: give pretrained"
@@ -367,8 +366,5 @@ class BridgedKind:
     def caveats(self, settings: BridgedTeacher, student: str | None) -> list[str]:
         theirs = load_tokenizer(settings.model, settings.template)
         if student is not None and _differ(theirs, source_of(student).tokenizer(student)):  # whatever template it got
-            return [
-                "Teacher and student have other tokens, so they are compared by their text: perplexity is how likely"
-                " the student finds the teacher's held-out text, in its own tokens."
-            ]
+            return [OTHER_TOKENS]
         return [] if settings.server is None else [served_text_caveat(settings.server.name, settings.model)]

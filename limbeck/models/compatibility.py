@@ -7,6 +7,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from limbeck.models.template import end_of_turn, render
 from limbeck.types import UserError
 
+OTHER_TOKENS = (
+    "Teacher and student have other tokens, so they are compared by their text: perplexity is how likely the student"
+    " finds the teacher's held-out text, in its own tokens."
+)
 PROBE = (
     {"role": "user", "content": "One?"},
     {"role": "assistant", "content": "Two."},
@@ -31,14 +35,24 @@ def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
     )
 
 
-def check_takes_system(tokenizer: Tokenizer) -> None:
+def have_other_tokens(teacher: Tokenizer, student: Tokenizer) -> bool:
+    """Whether two models share only text: their vocabularies or their templates differ."""
+    try:
+        check_same_vocabulary(teacher, student)
+        check_same_template(teacher, student)
+    except UserError:
+        return True
+    return False
+
+
+def check_takes_system(tokenizer: Tokenizer, whose: str = "teacher") -> None:
     """Refuse a chat template without a place for a system message.
 
     Raises:
         UserError: the template refuses the message, or leaves it out.
     """
     messages = [{"role": "system", "content": "limbeck-probe"}, PROBE[0]]
-    problem = "the teacher's chat template has no place for a system message; put it into teacher.context.user instead"
+    problem = f"the {whose}'s chat template has no place for a system message; put it into teacher.context.user instead"
     try:
         text = render(tokenizer, messages)
     except UserError as error:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.types import Message, canonical_json, content_hash
 
 PLACEHOLDER = re.compile(r"\{(prompt|answer|feedback)\}")
@@ -23,19 +24,23 @@ class PromptContext:
 
     `system` is put before it. `user` replaces its last user message; `{prompt}`, `{answer}` and `{feedback}` in it are
     filled in once and literally from `fields`, which are stored by `conversation_key`. If a field is missing, the
-    message is not replaced.
+    message is not replaced. Before all this, it is shown as the `step` of elicitation shows it, if one is given.
     """
 
     system: str | None = None
     user: str | None = None
     fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    step: StepPrompt | None = None
 
     @property
     def name(self) -> str:
         """A short hash: a model with another context is another teacher."""
-        return content_hash([self.system, self.user])[:12]
+        shown = [self.system, self.user]
+        return content_hash(shown if self.step is None else [*shown, self.step.name])[:12]
 
     def __call__(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if self.step is not None:
+            messages = self.step(messages)
         last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=None)
         shown = [*messages]
         if self.user is not None and last is not None:

@@ -7,7 +7,6 @@ from functools import partial
 from limbeck.config.teacher import LocalTeacher
 from limbeck.models.self_teacher import adapters_off, self_teacher
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, WRITES, Teacher, TeacherParts, TeacherUse
-from limbeck.types import RecipeError
 
 
 class LocalKind:
@@ -29,9 +28,8 @@ class LocalKind:
             return "it reads the teacher's layers, and the cache keeps its last distribution; leave teacher.cache out"
         return "it compares position by position, and this teacher is shown other prompts; use a divergence"
 
-    def refuse(self, settings: LocalTeacher, _: TeacherUse) -> None:
-        if settings.server is not None and settings.context is not None:
-            raise RecipeError("teacher.server", "a server sees the prompt alone; leave context or server out")
+    def refuse(self, settings: LocalTeacher, use: TeacherUse) -> None:
+        """Nothing: what it can't give, it lacks."""
 
     def prepare(self, settings: LocalTeacher, parts: TeacherParts) -> Teacher:
         if not parts.student_is_adapted_teacher:

@@ -48,14 +48,24 @@ class ServerScorer:
         k: how many tokens to ask for at every position.
         tokenizer: the student's; the text is in its ids.
         written: whether log p of every written token is needed, too.
+        chat: a short conversation of the kind that is scored, which the server must frame as the student does.
     """
 
     gives = frozenset({"text", "teacher_distribution"})
     model = None  # its weights are not here
     average = None
 
-    def __init__(self, api: ApiTeacher, k: int, tokenizer: Tokenizer, written: bool = False) -> None:
+    def __init__(
+        self,
+        api: ApiTeacher,
+        k: int,
+        tokenizer: Tokenizer,
+        *,
+        written: bool = False,
+        chat: Sequence[Message] = TEST_CHAT,
+    ) -> None:
         self.api = api
+        self.chat = chat
         self.tokenizer = tokenizer
         self.written = written
         self.vocab_size = vocab_size_of(tokenizer)
@@ -91,8 +101,8 @@ class ServerScorer:
                 f" and {ours[at : at + 3]} here; serve a model of the student's family with its own tokenizer, or give"
                 " the student the server's"
             )
-        their_chat = self.framed()
-        our_chat = [int(n) for n in _framed(self.tokenizer)]
+        their_chat = self.framed(self.chat)
+        our_chat = [int(n) for n in _framed(self.tokenizer, self.chat)]
         if their_chat != our_chat:
             there, here = (repr(self.tokenizer.decode(ids))[:160] for ids in (their_chat, our_chat))
             raise UserError(
@@ -113,7 +123,7 @@ class ServerScorer:
             room = as_dict(models.get(self.api.settings.name)).get("max_model_len")
         return room if type(room) is int and room > 0 else None
 
-    def framed(self, chat: Sequence[Message] = TEST_CHAT) -> list[int]:
+    def framed(self, chat: Sequence[Message]) -> list[int]:
         """A short conversation in the server's chat template, as token ids."""
         return self.api.endpoint.run(lambda connection: self._frame(connection, chat))
 
@@ -318,8 +328,8 @@ class ServerScorer:
         return ids
 
 
-def _framed(tokenizer: Tokenizer) -> Sequence[int]:
-    text = tokenizer.apply_chat_template(list(TEST_CHAT), add_generation_prompt=True, tokenize=False)
+def _framed(tokenizer: Tokenizer, chat: Sequence[Message]) -> Sequence[int]:
+    text = tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, tokenize=False)
     ids: Sequence[int] = tokenizer(str(text), add_special_tokens=False)["input_ids"]
     return ids
 

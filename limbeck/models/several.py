@@ -107,8 +107,6 @@ class SeveralKind:
 
     def refuse(self, settings: SeveralTeachers, use: TeacherUse) -> None:
         recipe = use.recipe
-        if settings.server is not None and settings.context is not None:
-            raise RecipeError("teacher.server", "a server sees the prompt alone; leave context or server out")
         tags = {writer.by for writer in recipe.writer} | {prompt.task for prompt in use.training_prompts}
         tags |= {CHOSEN, REJECTED}
         for number, other in enumerate(settings.beside):

@@ -83,6 +83,12 @@ class TeacherUse:
         """All evidence that the losses read."""
         return frozenset(evidence for term in self.terms for evidence in term.reads)
 
+    @property
+    def needs_common_tokens(self) -> bool:
+        """Whether the training needs more of the teacher than its text."""
+        joint = self.recipe.rollout is not None and self.recipe.rollout.joint is not None
+        return joint or bool(self.read & (TEACHER_EVIDENCE | {REFERENCE}))
+
 
 @dataclass(frozen=True)
 class TeacherParts:

@@ -15,7 +15,7 @@ from limbeck.objectives.registry import LOSSES
 def methods() -> dict[str, Any]:
     """All that a recipe can name: divergences, other losses, steps of elicitation, built-in recipes and tasks."""
     recipes = {name: load_recipe(path) for name, path in recipe_files().items()}
-    losses = {name: loss for name, loss in sorted(LOSSES.items()) if loss.listed}
+    losses = dict(sorted(LOSSES.items()))
     return {
         "divergences": {name: _loss(loss) for name, loss in losses.items() if name in DIVERGENCES},
         "losses": {name: _loss(loss) for name, loss in losses.items() if name not in DIVERGENCES},

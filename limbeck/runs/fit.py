@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.config.recipe import Recipe
 from limbeck.elicit.prompt import Prompt
+from limbeck.models.compatibility import have_other_tokens
 from limbeck.models.conversation import check_conversation
 from limbeck.models.load import load_config, load_tokenizer
 from limbeck.models.template import continued, opened, prompt_ids, text_ids
@@ -23,11 +24,18 @@ SLACK = 64  # tokens that a template may put around a conversation, beside those
 
 @dataclass(frozen=True)
 class Window:
-    """How many tokens a conversation and its answer may take, and how they are counted."""
+    """How many tokens a conversation and its answer may take, and how they are counted.
+
+    Args:
+        max_length: of the conversation as the student sees it, with an answer.
+        shown: turns it into the one that the teacher sees, where that is another that is read here.
+        shown_length: of that one, with an answer.
+    """
 
     tokenizer: Tokenizer
     max_length: int
     shown: Callable[[tuple[Message, ...]], tuple[Message, ...]] | None
+    shown_length: int
 
     @cached_property
     def around(self) -> int:
@@ -40,18 +48,25 @@ class Window:
 
     def surely_fits(self, prompt: Prompt, answers: Sequence[str], written: int) -> bool:
         """Whether it fits even if every byte were a token, which needs no tokenizer."""
-        messages = self.views(prompt)[-1]
-        texts = [value for message in messages for value in message.values()]
-        size = sum(len(text.encode()) for text in texts) + self.around * len(messages)
-        return size + max([written, *(len(answer.encode()) + SLACK for answer in answers)]) <= self.max_length
+        longest = max([written, *(len(answer.encode()) + SLACK for answer in answers)])
+        for messages, room in self.views(prompt):
+            texts = [value for message in messages for value in message.values()]
+            size = sum(len(text.encode()) for text in texts) + self.around * len(messages)
+            if size + longest > room:
+                return False
+        return True
 
-    def views(self, prompt: Prompt) -> list[tuple[Message, ...]]:
-        """The conversation as the student sees it, and as the teacher does where that is another."""
-        return [prompt.messages] if self.shown is None else [prompt.messages, self.shown(prompt.messages)]
+    def views(self, prompt: Prompt) -> list[tuple[tuple[Message, ...], int]]:
+        """The conversation as the student sees it, and as the teacher does where that is another, each with the tokens
+        that it may take."""
+        views = [(prompt.messages, self.max_length)]
+        return views if self.shown is None else [*views, (self.shown(prompt.messages), self.shown_length)]
 
     def asked(self, prompt: Prompt) -> int:
-        """Tokens of the conversation."""
-        return max(len(prompt_ids(self.tokenizer, messages)) for messages in self.views(prompt))
+        """Tokens of the conversation, and those that the teacher's has beyond what it may take more."""
+        return max(
+            len(prompt_ids(self.tokenizer, messages)) + self.max_length - room for messages, room in self.views(prompt)
+        )
 
     def answer(self, text: str) -> list[int]:
         """An answer's tokens, without its end."""
@@ -72,7 +87,7 @@ def fitted(method: Method) -> Method:
     recipe = method.recipe
     tokenizer = load_tokenizer(recipe.speaker, recipe.speaker_template)
     _check_templates(method, tokenizer)
-    context = Window(tokenizer, _length(method), method.prompt_context)
+    context = _window(method, tokenizer)
     reads_answers = any(writer.by == "corpus" for writer in recipe.writer) or "gold_control" in recipe.evaluate.controls
     asked = [writer.max_tokens for writer in recipe.writer if writer.by not in ("corpus", "elicited")]
     written = 0 if recipe.elicit else max(asked, default=0)
@@ -106,11 +121,20 @@ def prepared(recipe: Recipe) -> Method:
     return fitted(resolve(recipe))
 
 
-def _length(method: Method) -> int:
-    """The tokens that teacher and student both can read."""
-    start = method.recipe.student.start.pretrained
-    sources = [method.recipe.speaker, *([start] if start is not None else [])]
-    return min(2**31, *(context_length(load_config(source)) for source in sources))
+def _window(method: Method, tokenizer: Tokenizer) -> Window:
+    """The tokens that teacher and student both can read. What the teacher alone reads must fit the teacher alone, and a
+    server is its own judge of it."""
+    recipe = method.recipe
+    start = recipe.student.start.pretrained
+    teachers = min(2**31, context_length(load_config(recipe.speaker)))
+    both = teachers if start is None else min(teachers, context_length(load_config(start)))
+    is_read = method.teacher_reads_rows or method.is_prompted
+    if recipe.teacher.model is None and not is_read:
+        return Window(tokenizer, both, None, both)
+    apart = start is not None and not is_read
+    if start is not None and apart:
+        apart = have_other_tokens(tokenizer, load_tokenizer(start, recipe.student.template))
+    return Window(tokenizer, both, method.measured_context, teachers if apart else both)
 
 
 def _check_templates(method: Method, tokenizer: Tokenizer) -> None:

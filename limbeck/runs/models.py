@@ -15,12 +15,14 @@ from limbeck.elicit.engine import Answerer
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import has_other_tokens
+from limbeck.models.compatibility import have_other_tokens
+from limbeck.models.constrain import unheld
 from limbeck.models.load import is_ready, load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model, header_of
 from limbeck.models.own_text import Aligner, OwnTextTeacher, probe
 from limbeck.models.placement import FULL, Devices, Precision
 from limbeck.models.prune import Calibration, LayerChoice
-from limbeck.models.score import ServerScorer
+from limbeck.models.score import TEST_CHAT, ServerScorer
 from limbeck.models.start import adapters_told, begin, choose, merge_adapters, merge_into
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
@@ -31,8 +33,9 @@ from limbeck.runs.resolve import Method
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
 from limbeck.storage.store import Store
+from limbeck.training.controls import PROMPTED
 from limbeck.training.scorer import ModelScorer
-from limbeck.types import TOLD, UserError
+from limbeck.types import TOLD, AnswerForm, UserError
 
 
 @dataclass
@@ -95,31 +98,48 @@ class RunModels:
     @cached_property
     def other_tokens(self) -> bool:
         """Whether teacher and student differ in their tokens or template, so that they share only text."""
-        teacher = self.method.recipe.teacher
-        student = self.method.recipe.student
-        start = student.start.pretrained
-        return (
-            isinstance(teacher, BridgedTeacher)
-            and start is not None
-            and has_other_tokens(teacher, start, student.template)
-        )
+        recipe = self.method.recipe
+        teacher = recipe.teacher
+        start = recipe.student.start.pretrained
+        if teacher.model is None or start is None:
+            return False
+        if isinstance(teacher, BridgedTeacher):
+            return has_other_tokens(teacher, start, recipe.student.template)
+        if self.method.teacher_reads_rows or (start, recipe.student.template) == (teacher.model, self.template):
+            return False  # other tokens are refused
+        ours = load_tokenizer(start, recipe.student.template)
+        return have_other_tokens(load_tokenizer(teacher.model, self.template), ours)
+
+    @property
+    def teacher_is_away(self) -> bool:
+        """Whether the teacher's weights are not here."""
+        return self.method.recipe.teacher.model is None
 
     @property
     def reference(self) -> InProcessTeacher | None:
-        """The teacher that systems are measured against; None if its weights are not here, or it has other tokens."""
-        return None if self.method.recipe.teacher.model is None or self.other_tokens else self.teacher
+        """The teacher that systems are measured against, shown what it was shown when it taught; None if its weights
+        are not here, or it has other tokens."""
+        if self.teacher_is_away or self.other_tokens:
+            return None
+        if self.method.fixed_step_prompt is None:
+            return self.teacher
+        name = f"{self.method.recipe.teacher.model} as it is measured"
+        if name not in self.loaded:
+            self.loaded[name] = InProcessTeacher(self.teacher.model.with_context(self.method.measured_context))
+        return self.loaded[name]
 
     @cached_property
     def reader(self) -> Model:
         """The model in whose tokens the held-out text is."""
-        return self.initial_student() if self.reference is None else self.teacher.model
+        reference = self.reference
+        return self.initial_student() if reference is None else reference.model
 
     @cached_property
     def teacher_identity(self) -> str:
         """The teacher's name in request keys, without loading its weights."""
         source = self.method.recipe.teacher.model
         if source is None:
-            return self.server_identity
+            return Model.named(self.server_identity, self.method.prompt_context)
         if not is_ready(source):
             self.reporter.note(f"fetching and converting {source}, once")
         return Model.named(model_identity(source, self.teacher_precision, self.template), self.method.prompt_context)
@@ -179,7 +199,7 @@ class RunModels:
         settings = self.method.recipe.teacher
         if not isinstance(settings, ServedTeacher) or settings.server.logprobs is None:
             return None
-        identity = self.server_identity
+        identity = self.writer_identity("teacher")
 
         def told(sample_ids: Sequence[str]) -> Iterator[Kept | None]:
             with Store(library / "store.sqlite") as store:
@@ -217,6 +237,12 @@ class RunModels:
     def initial_student(self) -> Model:
         """The student before training, in float32."""
         return self._begin(FULL)
+
+    def untrained(self, control: str) -> Model:
+        """A control that is not trained: the student before training, with the teacher's prompt if that is the
+        control."""
+        student = self.initial_student()
+        return student.with_context(self.method.measured_context) if control == PROMPTED else student
 
     def student_to_train(self) -> Model:
         """The student before training, with the weights under adapters in the precision of the recipe."""
@@ -287,7 +313,9 @@ class RunModels:
     def writer_identity(self, name: str) -> str:
         if name == "untouched":
             return self.initial_identity
-        return self.teacher_identity if self.method.recipe.teacher.server is None else self.server_identity
+        if self.method.recipe.teacher.server is None:
+            return self.teacher_identity
+        return Model.named(self.server_identity, self.method.prompt_context)
 
     def scorer(self, by: str) -> ModelScorer:
         if by == "untouched":
@@ -303,6 +331,9 @@ class RunModels:
         recipe = self.method.recipe
         return header_of(load_tokenizer(recipe.speaker, recipe.speaker_template))
 
+    def unheld(self, form: AnswerForm) -> str:
+        return unheld(form, self.method.recipe.teacher.server)
+
 
 def scorer_of(method: Method, server: ApiTeacher) -> ServerScorer | None:
     """The server as a scorer of text, if the recipe's teacher is known from there alone and names tokens."""
@@ -311,7 +342,10 @@ def scorer_of(method: Method, server: ApiTeacher) -> ServerScorer | None:
         return None
     reads_log_prob = any(term.loss.reads_teacher_log_prob for term in method.terms)
     tokenizer = load_tokenizer(method.recipe.speaker, method.recipe.speaker_template)
-    return ServerScorer(server, settings.named_tokens, tokenizer, reads_log_prob)
+    context = method.prompt_context
+    system = () if context is None or context.system is None else ({"role": "system", "content": "Be brief."},)
+    chat = (*system, *TEST_CHAT)
+    return ServerScorer(server, settings.named_tokens, tokenizer, written=reads_log_prob, chat=chat)
 
 
 def served(method: Method) -> ApiTeacher | None:

@@ -7,13 +7,13 @@ measurements by files that are written whole. `limbeck run` on a killed run goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from limbeck.config.recipe import Recipe
-from limbeck.data.batches import Row, make_batch, make_rows
+from limbeck.data.batches import Row
 from limbeck.elicit.run import TextSource
 from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
@@ -23,29 +23,30 @@ from limbeck.models.export import export
 from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
-from limbeck.models.prune import Calibration
 from limbeck.models.teacher_interface import TeacherParts
-from limbeck.models.template_names import template_suffix
 from limbeck.models.weights import context_length
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
-from limbeck.runs.claim import claim, run_folder
+from limbeck.runs.answers import SharedText
+from limbeck.runs.claim import run_folder, training_key
+from limbeck.runs.encoding import Encoding
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
-from limbeck.runs.opening import settle, tell_answers, tell_prompts
+from limbeck.runs.opening import begin, bind, tell_answers, tell_prompts
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
+from limbeck.storage.metrics_log import steps_made
 from limbeck.training import loop
 from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
 from limbeck.training.setup import TrainingPlan, make_job
 from limbeck.training.student_writer import StudentWriting
-from limbeck.types import Message, Sample, UserError
+from limbeck.types import Sample, UserError
 
 STAGES = ("elicit", "train", "evaluate", "report")
 
@@ -73,7 +74,7 @@ class Run:
             self.method,
             self.folder,
             self.reporter,
-            calibration=self._calibration,
+            calibration=lambda texts: self.encoding.calibration(texts),
             progress=self.progress,
             billed=lambda: self.text.bill(),
             shared=None if self.shared is None else self.shared.models,
@@ -82,10 +83,35 @@ class Run:
     @cached_property
     def text(self) -> TrainingText:
         method = self.method
-        source = TextSource(self.recipe, method.steps, method.training_prompts, method.held_out_prompts)
-        return TrainingText(
-            source, self.library, self.folder, models=self.models, reporter=self.reporter, stop=self.stop
+        source = TextSource(
+            self.recipe,
+            method.steps,
+            method.training_prompts,
+            method.held_out_prompts,
+            show=None if self.recipe.teacher.server is None else method.prompt_context,
+            step_prompt=method.fixed_step_prompt,
         )
+        return TrainingText(
+            source,
+            self.library,
+            self.folder,
+            models=self.models,
+            reporter=self.reporter,
+            stop=self.stop,
+            shared=self.shared_text.open,
+        )
+
+    @cached_property
+    def shared_text(self) -> SharedText:
+        """The answers that the runs of this user share, as far as they are this teacher's."""
+        if self.shared is not None:
+            return self.shared.shared_text
+        identity = partial(self.models.writer_identity, "teacher")
+        return SharedText(self.recipe, identity, self.method.prompt_context, self.reporter)
+
+    def claim(self) -> None:
+        """Bind the folder to this run's recipe, prompts and teacher, or refuse that of another run."""
+        bind(self.folder, self.method, self.models, self.reporter)
 
     @property
     def library(self) -> Path:
@@ -111,52 +137,13 @@ class Run:
         parts |= {"held-out text": self.text.held_out()} if held_out else {}
         tell_answers(self.folder, parts, self.reporter)
 
-    # Text in tokens
+    @cached_property
+    def encoding(self) -> Encoding:
+        return Encoding(self.method, self.models, self.text)
 
     def rows(self, samples: Sequence[Sample], student: Model) -> list[Row]:
-        """Samples as rows of token ids. Sampled ids are used as they are; text without ids is encoded, without what the
-        prompt opens already, and gets the end token of the template unless it was cut off."""
-
-        def response_ids(sample: Sample) -> Sequence[int]:
-            same_tokens = not self.models.other_tokens or sample.writer == self.models.initial_identity
-            if sample.response_ids is not None and same_tokens:
-                return sample.response_ids
-            return alone.answer_ids(sample.messages[-1]["content"], sample.meta.get("finish") == "length")
-
-        alone = student.with_context(None)
-        shown = self._teacher_prompt_ids(student)
-        return make_rows(samples, alone.prompt_ids, response_ids, student.max_length, teacher_prompt_ids=shown)
-
-    def _teacher_prompt_ids(self, student: Model) -> Callable[[tuple[Message, ...]], list[int]] | None:
-        """Encodes the prompt as the teacher sees it, in its tokens; None if it sees the same as the student."""
-        if self.models.other_tokens:
-            return self.models.teacher.model.prompt_ids
-        context = self.method.prompt_context
-        return None if context is None else student.with_context(context).prompt_ids
-
-    def slots(self, student: Model) -> list[Row]:
-        """The training prompts as rows without a response."""
-        teacher_prompt_ids = self._teacher_prompt_ids(student)
-        return [
-            Row(
-                prompt.id,
-                tuple(student.prompt_ids(prompt.messages)),
-                (),
-                tags=frozenset({prompt.task} - {""}),
-                group=prompt.id,
-                weight=prompt.weight,
-                teacher_prompt_ids=None if teacher_prompt_ids is None else tuple(teacher_prompt_ids(prompt.messages)),
-            )
-            for prompt in self.text.prompts[0]
-        ]
-
-    def _calibration(self, texts: int) -> Calibration:
-        """So many texts not by the student, by which the layers of a pruned student are chosen."""
-        rows = self.rows(self.text.by_others(texts), self.models.teacher.model)
-        batch = make_batch(rows)
-        positions_BT = batch.mask_BT.roll(-1, 1)
-        positions_BT[:, -1] = False
-        return Calibration(batch.tokens_BT, positions_BT)
+        """Samples as rows of the student's token ids."""
+        return self.encoding.rows(samples, student)
 
     # Training
 
@@ -195,6 +182,8 @@ class Run:
         own_text = self.models.own_text(student, self.library) if name == "student" else None
         if name == "student":
             writing = self._writing(student)
+            for control in self.method.controls:  # refused before the student is trained
+                self.control_rows(control, rows, student)
             rows = rows if own_text is None else own_text.mark(rows, self._report_teacher)
         else:  # plain fine-tuning for as many steps
             steps = total_steps(rows, settings, any(term.unit == "group" for term in terms))
@@ -208,7 +197,7 @@ class Run:
             rows,
             settings,
             folder=folder,
-            key=f"{recipe.hash}/{name}",
+            key=f"{training_key(self.folder, recipe)}/{name}",
             store=self.library / "store.sqlite",
             lora=recipe.student.lora,
             cache=recipe.teacher.cache,
@@ -228,11 +217,13 @@ class Run:
         max_length = min(student.max_length, context_length(load_config(self.recipe.speaker)))
         return StudentWriting(
             self.recipe,
-            slots=self.slots(student),
+            slots=self.encoding.slots(student),
             share=self.method.share,
             fresh=self.method.fresh,
             max_length=max_length,
             second_model=lambda: self.models.teacher.model,
+            rewards=self.method.rewards,
+            prompts={prompt.id: prompt for prompt in self.text.prompts[0]},
             stop=self.stop,
         )
 
@@ -266,7 +257,7 @@ class Run:
         return control.rows(
             ControlData(
                 student_rows=rows,
-                prompts=self.text.prompts[0],
+                prompts=self.method.training_prompts,
                 others_text=self.text.by_others,
                 encode=lambda samples: self.rows(samples, student),
                 seed=self.recipe.text_seed,
@@ -284,17 +275,20 @@ class Run:
             if not (self.home(name) / "student").exists():
                 raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
         bench = self.bench(self.path("evaluation"))
+        if bench.outdated:
+            self.reporter.note(f"measured anew, since the questions changed: {', '.join(bench.outdated)}")
         systems = {"teacher": [self.measured_teacher(bench)]}
         for name in self.recipe.evaluate.controls:
             if not CONTROLS[name].is_trained:
-                systems[name] = [bench.measure(name, self.models.initial_student)]
+                systems[name] = [bench.measure(name, partial(self.models.untrained, name))]
         for name in (*self.method.controls, "student"):
             systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
-        evaluation.write_summary(self.questions, bench, systems)
+        evaluation.write_summary(self.questions, bench, bench.timed(systems), steps=steps_made(self.folder))
 
-    @property
+    @cached_property
     def questions(self) -> evaluation.Questions:
-        return evaluation.Questions(self.recipe, self.method.tasks, self.text, self.models.devices)
+        method = self.method
+        return evaluation.Questions(self.recipe, method.tasks, self.text, self.models.devices, method.step_prompt)
 
     def bench(self, folder: Path) -> Bench:
         """The bench that measures systems and keeps their records in `folder`."""
@@ -303,7 +297,7 @@ class Run:
             folder,
             teacher=self.models.reference,
             reader=self.models.reader,
-            rows=self.held_out_rows(),
+            rows=self.encoding.held_out(),
             progress=self.progress,
         )
 
@@ -317,17 +311,6 @@ class Run:
     def trained(self, name: str) -> Model:
         """The exported student, or a trained control."""
         return load_model(str(self.home(name) / "student"), placement=self.models.devices.student)
-
-    def held_out_rows(self) -> list[Row]:
-        """The teacher's answers to the held-out prompts; each row has its prompt's id."""
-        samples = self.text.held_out()
-        rows = {row.sample_id: row for row in self.rows(samples, self.models.reader)}
-        pairs = zip(samples, self.text.prompts[1], strict=True)
-        return [replace(rows[sample.id], sample_id=prompt.id) for sample, prompt in pairs if sample.id in rows]
-
-    def report(self) -> None:
-        """Write `report.html` from the folder alone."""
-        write_report(self.folder)
 
 
 def run(
@@ -348,7 +331,7 @@ def run(
         UserError: the recipe or the folder can't be used; finished work is kept.
     """
     method = resolve(recipe)
-    plan(method)  # refuses what the models' configurations rule out
+    estimate = plan(method)  # refuses what the models' configurations rule out
     method = fitted(method)
     reporter = reporter or Silent()
     folder = run_folder(recipe, out)
@@ -356,7 +339,8 @@ def run(
         job = Run(method, folder, reporter, stop)
         if "train" in stages and not job.path("student").exists():
             look_at_writer(recipe)  # before the teacher's text is paid for
-        claim_run(job)
+        job.claim()
+        begin(folder, estimate.as_dict(), job.models.devices.facts()["device"], reporter)
         tell_prompts(folder, method.prompt_notes, reporter)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
@@ -369,6 +353,8 @@ def run(
         if "train" in stages:
             if "elicit" not in stages and not job.path("student").exists():
                 job.tell_answers(held_out=False)
+            if "evaluate" in stages and not job.path("student").exists():
+                _ = job.questions.prompts  # refused before the training where none is left
             reporter.stage("Student's start")
             job.models.choice()
             for name in ("student", *method.controls):
@@ -379,20 +365,5 @@ def run(
             job.evaluate()
         if "report" in stages:
             reporter.stage("Report")
-            job.report()
+            write_report(folder)
     return folder
-
-
-def claim_run(run: Run) -> None:
-    """Bind the run's folder to its recipe, prompts and teacher, or refuse that of another run."""
-
-    def inputs() -> dict[str, str]:
-        facts = {"teacher": run.models.teacher_identity, "prompts": run.method.prompts_key}
-        if run.recipe.student.template is not None:
-            facts["student's template"] = template_suffix(run.recipe.student.template)
-        if run.recipe.teacher.server is not None:
-            facts["server"] = run.models.server_identity
-        return facts
-
-    claim(run.folder, run.recipe, inputs, run.models.probe_server)
-    settle(run.folder, run.recipe.machine, run.models.devices.facts(), run.reporter)

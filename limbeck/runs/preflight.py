@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from limbeck.config.recipe import Recipe
@@ -18,10 +19,12 @@ from limbeck.models.quantise import refuse
 from limbeck.models.quantised import check_numbers, quantisation
 from limbeck.models.sources import source_of
 from limbeck.models.start import scratch_config
+from limbeck.models.template import prompt_ids, text_ids
 from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
 from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured
+from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.shapes import Shape
 from limbeck.types import RecipeError, UserError
@@ -40,22 +43,24 @@ def check(recipe: Recipe, device_like: str | None = None) -> Plan:
     return check_method(resolve(recipe), device_like)
 
 
-def check_method(method: Method, device_like: str | None = None) -> Plan:
-    """`check` for a recipe that is resolved already."""
+def check_method(method: Method, device_like: str | None = None, folder: Path | None = None) -> Plan:
+    """`check` for a recipe that is resolved already; answers that the run's folder holds tell how long answers are."""
     hardware = None if device_like is None else listed(device_like)
-    estimate = plan(method, hardware)
+    store = None if folder is None else folder / "store.sqlite"
+    estimate = plan(method, hardware, store)
     if is_ready(method.recipe.speaker):  # a model that isn't here yet is looked at by the run
         fitting = fitted(method)
-        estimate = estimate if fitting is method else plan(fitting, hardware)
+        estimate = estimate if fitting is method else plan(fitting, hardware, store)
         method = fitting
     return replace(estimate, notes=method.prompt_notes)
 
 
-def plan(method: Method, hardware: Hardware | None = None) -> Plan:
+def plan(method: Method, hardware: Hardware | None = None, store: Path | None = None) -> Plan:
     """Estimate the cost of a method from its models' configurations.
 
     Args:
         hardware: where it will run; by default the recipe's device, which must be here then.
+        store: of the run's folder.
 
     Raises:
         RecipeError: models that don't fit together, or that a loss can't compare.
@@ -69,7 +74,7 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
     _check_sources(recipe)
     config = load_config(recipe.speaker)
     teacher = None if recipe.teacher.model is None else Shape.of(config)
-    student, max_length = _student_shape(recipe, config)
+    student, max_length = _student_shape(method, config)
     _check_precision(recipe, config)
     for path, tokens in (
         ("writer.max_tokens", max(w.max_tokens for w in recipe.writer)),
@@ -78,8 +83,7 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
         if tokens >= max_length:
             raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {max_length}")
     _check_budgets(method, max_length)
-    if recipe.teacher.context is not None and recipe.teacher.context.system is not None:
-        check_takes_system(load_tokenizer(recipe.speaker, recipe.speaker_template))
+    _check_shown(method)
     others: tuple[Shape, ...] = ()
     if isinstance(recipe.teacher, SeveralTeachers):
         others = tuple(_other_teacher(recipe, other.model, n) for n, other in enumerate(recipe.teacher.beside))
@@ -89,7 +93,18 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
     prompts = (method.training_prompts, method.held_out_prompts)
     shapes = Shapes(student, teacher, others, judge)
-    return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, bills=_bills(method))
+    lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
+    return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=_bills(method))
+
+
+def _tokens(recipe: Recipe) -> TokenCounter:
+    """How tokens are counted: by the speaker's tokenizer, where it is here."""
+    if not is_ready(recipe.speaker):
+        return TokenCounter.by_letters()
+    tokenizer = load_tokenizer(recipe.speaker, recipe.speaker_template)
+    return counted_by(
+        lambda messages: len(prompt_ids(tokenizer, messages)), lambda text: len(text_ids(tokenizer, text))
+    )
 
 
 def _check_budgets(method: Method, max_length: int) -> None:
@@ -164,8 +179,22 @@ def _check_precision(recipe: Recipe, config: Any) -> None:
         refuse(lora.base, scratch_config(start.scratch, config) if start.scratch else ours, "student.lora.base")
 
 
-def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
+def _check_shown(method: Method) -> None:
+    """Refuse a system message for a model whose template has no place for one."""
+    recipe = method.recipe
+    context = method.prompt_context
+    if context is None or context.system is None:
+        return
+    if recipe.teacher.model is not None:
+        check_takes_system(load_tokenizer(recipe.speaker, recipe.speaker_template))
+    start = recipe.student.start.pretrained
+    if start is not None and (method.is_prompted or (recipe.teacher.model is None and method.teacher_reads_rows)):
+        check_takes_system(load_tokenizer(start, recipe.student.template), "student")
+
+
+def _student_shape(method: Method, config: Any) -> tuple[Shape, int]:
     """(the student's sizes, how many tokens both models can read); `config` is the speaker's."""
+    recipe = method.recipe
     start = recipe.student.start
     like = Shape.of(config)
     max_length = context_length(config)
@@ -186,7 +215,7 @@ def _student_shape(recipe: Recipe, config: Any) -> tuple[Shape, int]:
     if start.pretrained is None or recipe.teacher.model is None:
         return like, max_length
     other = load_config(start.pretrained)
-    if not isinstance(recipe.teacher, BridgedTeacher):
+    if method.teacher_reads_rows and not isinstance(recipe.teacher, BridgedTeacher):
         tokenizers = (
             load_tokenizer(recipe.speaker, recipe.speaker_template),
             load_tokenizer(start.pretrained, recipe.student.template),

@@ -6,15 +6,16 @@ Later stages are given the `Method`; none parses a recipe's parts or reads the p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Rollout
 from limbeck.elicit.prompts import Prompt, split_prompts
 from limbeck.elicit.run import prompt_sample
-from limbeck.elicit.step import ElicitStep
-from limbeck.elicit.steps import check_steps, steps_of
+from limbeck.elicit.step import AskingStep, ElicitStep
+from limbeck.elicit.step_prompt import StepPrompt
+from limbeck.elicit.steps import check_steps, columns_read, steps_of
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.tasks import tasks_of
 from limbeck.models.context import PromptContext, conversation_key
@@ -25,6 +26,8 @@ from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.term import Term, make_term
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
+from limbeck.training.controls import PROMPTED
+from limbeck.training.rewards import Rewards, rewards_of
 from limbeck.types import RecipeError, list_hash
 
 SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
@@ -38,6 +41,9 @@ class Method:
         prompt_context: what the teacher is shown beside the prompts.
         share: the student's share of the text, if it writes.
         fresh: the part of the student's text that is not replayed.
+        step_prompt: what the step that wrote the training answers showed the teacher, where that is not the plain
+            prompt.
+        rewards: what judges the student's answers.
         prompt_notes: what was read from each file of prompts.
     """
 
@@ -50,7 +56,21 @@ class Method:
     prompt_context: PromptContext | None
     share: Schedule | None
     fresh: Schedule | None
+    step_prompt: StepPrompt | None = None
+    rewards: Rewards | None = None
     prompt_notes: tuple[str, ...] = ()
+
+    @property
+    def measured_context(self) -> PromptContext | None:
+        """What the teacher is shown beside a held-out prompt or a task's: what it was shown when it taught."""
+        if self.fixed_step_prompt is None:
+            return self.prompt_context
+        return replace(self.prompt_context or PromptContext(), step=self.fixed_step_prompt)
+
+    @property
+    def fixed_step_prompt(self) -> StepPrompt | None:
+        """The step's prompt, where it is the same for every prompt."""
+        return None if self.step_prompt is None or self.step_prompt.varies else self.step_prompt
 
     @property
     def teacher_kind(self) -> TeacherKind:
@@ -61,9 +81,29 @@ class Method:
         return TeacherUse(self.recipe, self.terms, self.training_prompts)
 
     @property
+    def teacher_reads_rows(self) -> bool:
+        """Whether the training needs more of the teacher than its text."""
+        return self.teacher_use.needs_common_tokens
+
+    @property
+    def is_prompted(self) -> bool:
+        """Whether the untouched student is measured with what the teacher is shown."""
+        return PROMPTED in self.recipe.evaluate.controls
+
+    @property
     def prompts_key(self) -> str:
         """A hash of all prompts with their facts."""
         return list_hash((prompt.facts for prompt in part) for part in (self.training_prompts, self.held_out_prompts))
+
+    @property
+    def training_prompts_key(self) -> str:
+        """A hash of the training prompts with their facts."""
+        return list_hash([(prompt.facts for prompt in self.training_prompts)])
+
+    @property
+    def held_out_prompts_key(self) -> str:
+        """A hash of the held-out prompts with their facts."""
+        return list_hash([(prompt.facts for prompt in self.held_out_prompts)])
 
     @cached_property
     def controls(self) -> list[str]:
@@ -79,19 +119,22 @@ def resolve(recipe: Recipe) -> Method:
             place in the recipe and the remedy.
     """
     evaluate = recipe.evaluate
-    prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns)
+    steps = tuple(steps_of(recipe.elicit or ()))
+    prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns, columns_read(steps))
     training, held_out = prompts.training, prompts.held_out
     share, fresh = _shares(recipe)
+    rollout = recipe.rollout or Rollout()
     method = Method(
         recipe=recipe,
         terms=tuple(terms_of(recipe)),
-        steps=tuple(steps_of(recipe.elicit or ())),
+        steps=steps,
         training_prompts=tuple(training),
         held_out_prompts=tuple(held_out),
-        tasks=tuple(tasks_of(evaluate.metrics, evaluate.limit)),
+        tasks=tuple(tasks_of(evaluate.metrics, evaluate.limits)),
         prompt_context=context_of(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,
+        rewards=None if rollout.rewards is None else rewards_of(rollout.rewards, rollout.advantage, training),
         prompt_notes=tuple(prompts.notes),
     )
     check_parts(
@@ -101,8 +144,28 @@ def resolve(recipe: Recipe) -> Method:
         share=share,
     )
     if method.steps:
-        check_steps(method.steps, [prompt_sample(prompt) for prompt in training])
+        check_steps(method.steps, [prompt_sample(prompt) for prompt in training], prompts.columns)
+        method = replace(method, step_prompt=_step_prompt(recipe, method.steps))
+    if method.is_prompted and method.measured_context is None:
+        raise RecipeError(
+            "evaluate.controls",
+            "prompted is the untouched student with the prompt that the teacher alone is shown, and here it is shown"
+            " none: give teacher.context, or leave it out",
+        )
     return method
+
+
+def _step_prompt(recipe: Recipe, steps: Sequence[tuple[str, ElicitStep]]) -> StepPrompt | None:
+    """What the last step that writes answers shows the teacher, if the training text is those answers and it shows more
+    than the student sees."""
+    writers = {writer.by for writer in recipe.writer}
+    if "elicited" not in writers or "teacher" in writers:
+        return None
+    for _, step in reversed(steps):
+        shown = step.shows() if isinstance(step, AskingStep) else None
+        if shown is not None:
+            return None if shown.is_plain else shown
+    return None
 
 
 def terms_of(recipe: Recipe) -> list[Term]:

@@ -15,6 +15,7 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.types import RecipeError, Sample, UserError, nearest
 
 UNTOUCHED = "untouched"  # the student before training, as a control and as a writer
+PROMPTED = "prompted"  # the same, shown what the teacher is shown beside the prompt
 Rows = Callable[["ControlData"], list[Row]]
 
 
@@ -24,7 +25,7 @@ class ControlData:
 
     Args:
         student_rows: the rows that the student itself is trained on; empty where it alone writes.
-        prompts: the training prompts.
+        prompts: the training prompts as the recipe gives them, before any step of elicitation.
         others_text: the text of others, for a student that alone writes.
         encode: samples to rows.
         seed: the text's.
@@ -119,11 +120,21 @@ def _without_preferred_text(recipe: Recipe, _: Sequence[Prompt]) -> str | None:
 def _without_gold(_: Recipe, prompts: Sequence[Prompt]) -> str | None:
     if any(prompt.answers for prompt in prompts):
         return None
-    return "gold_control needs an answer beside the training prompts, and none has one; leave it out"
+    return (
+        "gold_control needs an answer beside the training prompts (prompts.from), and none has one: give answers, or"
+        " leave it out"
+    )
+
+
+def _without_second_answer(recipe: Recipe, prompts: Sequence[Prompt]) -> str | None:
+    if recipe.elicit is None and len(prompts) < 2:
+        return "shuffled_control needs at least two answers to shuffle: give more prompts, or leave it out"
+    return _without_preferred_text(recipe, prompts)
 
 
 CONTROLS: dict[str, Control] = {
     UNTOUCHED: Control(),
+    PROMPTED: Control(),
     "sft_control": Control(rows=ControlData.preferred_rows, refusal=_without_preferred_text, same_as_fine_tuning=True),
     "gold_control": Control(
         rows=lambda data: data.encode(gold_samples(data.prompts)),
@@ -131,7 +142,7 @@ CONTROLS: dict[str, Control] = {
         extra_text=lambda prompts: [(prompt.id, answer) for prompt in prompts for answer in prompt.answers],
     ),
     "shuffled_control": Control(
-        rows=lambda data: shuffled(data.preferred_rows(), data.seed, data.max_length), refusal=_without_preferred_text
+        rows=lambda data: shuffled(data.preferred_rows(), data.seed, data.max_length), refusal=_without_second_answer
     ),
 }
 

@@ -35,6 +35,10 @@ ANSWERS = (
 TOKENS_PER_POSITION = 20  # that a server is asked to name
 
 
+class DoubtfulError(Exception):
+    """What a check found is no fault, but should be known."""
+
+
 class NothingToCheckError(Exception):
     """The recipe has nothing of this kind, or not yet."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.commands.doctor.cache import check_cache
-from limbeck.commands.doctor.patient import NothingToCheckError, Patient
+from limbeck.commands.doctor.patient import DoubtfulError, NothingToCheckError, Patient
 from limbeck.commands.doctor.teacher import (
     check_repeatable,
     check_served_weights,
@@ -43,10 +43,10 @@ LAST_IF_FAULTY = ("recipe", "weights")  # a fault in these makes the other check
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check. `detail` says what was found, and for a fault its remedy."""
+    """The result of one check. `detail` says what was found, and for a warning or a fault its remedy."""
 
     name: str
-    verdict: Literal["fine", "fault", "not looked at"]
+    verdict: Literal["fine", "warning", "fault", "not looked at"]
     detail: str
 
 
@@ -67,6 +67,8 @@ def examine(
             findings.append(Finding(name, "fine", check(patient)))
         except NothingToCheckError as reason:
             findings.append(Finding(name, "not looked at", str(reason)))
+        except DoubtfulError as doubt:
+            findings.append(Finding(name, "warning", str(doubt)))
         except UserError as error:
             findings.append(Finding(name, "fault", str(error)))
             if name in LAST_IF_FAULTY:

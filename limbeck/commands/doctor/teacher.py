@@ -71,9 +71,8 @@ def check_server(patient: Patient) -> str:
         return _answers(patient.server)
     scorer = patient.scorer
     scorer.probe()
-    longest = max(
-        len(patient.model.prompt_ids(prompt.messages)) for part in patient.run.text.given_prompts for prompt in part
-    )
+    asked = patient.model.with_context(patient.run.method.measured_context)
+    longest = max(len(asked.prompt_ids(prompt.messages)) for part in patient.run.text.given_prompts for prompt in part)
     needed = longest + max(writer.max_tokens for writer in patient.recipe.writer)
     if (room := scorer.room()) is not None and room < needed:
         raise UserError(
