@@ -30,7 +30,7 @@ AT_A_GLANCE = ("parameters", "first_token_ms", "decode_tokens_per_second")
 
 
 @dataclass(frozen=True)
-class Example:
+class ShownExample:
     """One item with every system's answer."""
 
     where: str
@@ -102,7 +102,7 @@ def _unit(metric: Metric) -> str:
     return ", ".join(filter(None, (metric.unit, side)))
 
 
-def example(folder: Path, summary: dict[str, Any]) -> Example | None:
+def example(folder: Path, summary: dict[str, Any]) -> ShownExample | None:
     """The first item of the page's first task, or the first held-out prompt: chosen by place, not by outcome."""
     metrics = task_headlines(metrics_of(summary), [summary["systems"].get("student", {})])
     names = [name for name in ("teacher", "untouched", "student") if name in summary["systems"]]
@@ -119,7 +119,7 @@ def example(folder: Path, summary: dict[str, Any]) -> Example | None:
             (label(name), _shortened(records[name][item].get("text", ""))) for name in names if item in records[name]
         ]
         where = f"The first item of {task}" if task else "The first held-out prompt"
-        return Example(where, _shortened(asked["text"]), _shortened(asked.get("answer", "")), answers)
+        return ShownExample(where, _shortened(asked["text"]), _shortened(asked.get("answer", "")), answers)
     return None
 
 

@@ -288,7 +288,9 @@ class Run:
     @cached_property
     def questions(self) -> evaluation.Questions:
         method = self.method
-        return evaluation.Questions(self.recipe, method.tasks, self.text, self.models.devices, method.step_prompt)
+        return evaluation.Questions(
+            self.recipe, method.tasks, self.text, self.models.devices, step_prompt=method.step_prompt
+        )
 
     def bench(self, folder: Path) -> Bench:
         """The bench that measures systems and keeps their records in `folder`."""
