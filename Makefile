@@ -82,6 +82,15 @@ evidence-on-policy: $(RUNTIME)
 	cp runs/on-policy/report.html $(EVIDENCE)/on-policy-methods.html
 	$(BIN)/python docs/generate.py
 
+# Every recipe once on real weights at a small size, and a case study; killed, both go on.
+.PHONY: evidence-recipes case-intents
+evidence-recipes: $(DEV)
+	$(BIN)/python benchmarks/recipes.py
+
+case-intents: $(DEV)
+	$(if $(DATA),,$(error Say where BANKING77 is: make case-intents DATA=path/to/banking77))
+	$(BIN)/python benchmarks/case_intents.py --data $(DATA)
+
 clean:
 	rm -rf $(VENV) $(VLLM) runs build site
 
