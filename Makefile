@@ -6,8 +6,9 @@ BROWSER = $(firstword $(foreach name,chromium chromium-browser google-chrome goo
 SANDBOX = $(shell command -v bwrap 2>/dev/null)
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
+SITE := $(VENV)/.site
 
-.PHONY: quickstart test test-all test-long vllm test-vllm test-llama system lint evidence evidence-on-policy clean
+.PHONY: picture quickstart test test-all test-long vllm test-vllm test-llama system lint docs evidence evidence-on-policy clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/limbeck run recipes/quickstart.yaml
@@ -47,6 +48,16 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The docs as a site, in site/: links and anchors that lead nowhere end the build. site/index.html opens from the disk;
+# its search wants a server: python3 -m http.server --directory site
+docs: $(SITE)
+	$(BIN)/python docs/site/pages.py build/docs
+	$(BIN)/zensical build --config-file mkdocs.yml --clean --strict
+
+# The README's picture, of a page that was measured.
+picture: $(DEV)
+	$(BIN)/python benchmarks/screenshot.py docs/evidence/methods.html docs/images/page.png paired
+
 # The packaged llama.cpp server, killed and started again; it comes with the development environment.
 .PHONY: test-llama
 test-llama: $(DEV)
@@ -71,8 +82,17 @@ evidence-on-policy: $(RUNTIME)
 	cp runs/on-policy/report.html $(EVIDENCE)/on-policy-methods.html
 	$(BIN)/python docs/generate.py
 
+# Every recipe once on real weights at a small size, and a case study; killed, both go on.
+.PHONY: evidence-recipes case-intents
+evidence-recipes: $(DEV)
+	$(BIN)/python benchmarks/recipes.py
+
+case-intents: $(DEV)
+	$(if $(DATA),,$(error Say where BANKING77 is: make case-intents DATA=path/to/banking77))
+	$(BIN)/python benchmarks/case_intents.py --data $(DATA)
+
 clean:
-	rm -rf $(VENV) $(VLLM) runs
+	rm -rf $(VENV) $(VLLM) runs build site
 
 $(RUNTIME): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Limbeck needs Python 3.11 or newer")'
@@ -82,4 +102,8 @@ $(RUNTIME): pyproject.toml constraints.txt
 
 $(DEV): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(SITE): $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

@@ -74,7 +74,7 @@ def ours(name: str, student: Path, work: Path) -> list[dict[str, float]]:
         f"rollout={json.dumps(OURS[name])}",
         "evaluate.controls=[]",
     ]
-    folder = run(load_recipe("on-policy-distillation", settings), work / "run", stages=("train",))
+    folder = run(load_recipe("on-policy-distillation", settings), work / "run", stages=("train",)).folder
     return [
         {
             "seconds": r["seconds"],

@@ -45,7 +45,8 @@ def main() -> None:
     teacher = {"server": {"url": serving.url, "name": serving.name, "concurrency": 8}}
     settings = [*SETTINGS, f"teacher={json.dumps(teacher)}"]
     recipes = [load_recipe(name, [*ELICITED]) for name in METHODS]
-    folder = compare(recipes, RUN, like=load_recipe("distilling-step-by-step", settings), seeds=3, reporter=Terminal())
+    common = load_recipe("distilling-step-by-step", settings)
+    folder = compare(recipes, RUN, like=common, seeds=3, reporter=Terminal()).folder
     shutil.copy(folder / "comparison.json", OUT / "reasoning.json")
     shutil.copy(folder / "report.html", OUT / "reasoning.html")
 

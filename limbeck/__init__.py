@@ -9,24 +9,42 @@ if TYPE_CHECKING:
     from limbeck.config.recipe import Recipe, load_recipe
     from limbeck.objectives.on_logits import divergence
     from limbeck.runs.catalogue import methods
-    from limbeck.runs.compare import compare
-    from limbeck.runs.pipeline import run
     from limbeck.runs.preflight import check
+    from limbeck.runs.public import compare, load_model, load_run, run
+    from limbeck.runs.result import ComparisonResult, RunResult
     from limbeck.types import RecipeError, UserError
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "RecipeError", "UserError", "check", "compare", "divergence", "load_recipe", "methods", "run"]
+__all__ = [
+    "ComparisonResult",
+    "Recipe",
+    "RecipeError",
+    "RunResult",
+    "UserError",
+    "check",
+    "compare",
+    "divergence",
+    "load_model",
+    "load_recipe",
+    "load_run",
+    "methods",
+    "run",
+]
 
 _HOMES = {
+    "ComparisonResult": "limbeck.runs.result",
     "Recipe": "limbeck.config.recipe",
     "RecipeError": "limbeck.types",
+    "RunResult": "limbeck.runs.result",
     "UserError": "limbeck.types",
     "check": "limbeck.runs.preflight",
-    "compare": "limbeck.runs.compare",
+    "compare": "limbeck.runs.public",
     "divergence": "limbeck.objectives.on_logits",
+    "load_model": "limbeck.runs.public",
     "load_recipe": "limbeck.config.recipe",
+    "load_run": "limbeck.runs.public",
     "methods": "limbeck.runs.catalogue",
-    "run": "limbeck.runs.pipeline",
+    "run": "limbeck.runs.public",
 }
 
 

@@ -1,4 +1,5 @@
-"""The commands. Each imports what it needs when it is called, so that `limbeck --help` answers at once."""
+"""The commands. Each imports what it needs when it is called, so that `limbeck --help` answers at once, and reads its
+recipe before anything heavy is imported, so that a mistake in it does."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from typing import Annotated
 import typer
 
 from limbeck.commands import console, printing
+from limbeck.commands.answers import answers
 from limbeck.commands.export.command import export
+from limbeck.commands.new.command import new
+from limbeck.commands.report import report
 
 app = typer.Typer(
     help="Distil large language models: collect a teacher's knowledge, train a student on it, measure what was kept.",
@@ -100,10 +104,12 @@ def train(
 
         run_stages(recipe, ("elicit", "train"), overrides=set_, machine=machine, out=out, as_json=json_, tracker=track)
         return
-    from limbeck.commands.profile import profile as profile_steps
     from limbeck.config.recipe import load_recipe
 
-    printing.print_result(profile_steps(load_recipe(recipe, set_, machine), out, console.Terminal()), json_)
+    loaded = load_recipe(recipe, set_, machine)
+    from limbeck.commands.profile import profile as profile_steps
+
+    printing.print_result(profile_steps(loaded, out, console.Terminal()), json_)
 
 
 @app.command(epilog="Example: limbeck evaluate recipes/quickstart.yaml")
@@ -120,22 +126,7 @@ def evaluate(
     run_stages(recipe, ("evaluate", "report"), overrides=set_, machine=machine, out=out, as_json=json_)
 
 
-@app.command(epilog="Example: limbeck report runs/quickstart")
-def report(
-    run_folder: RunArgument,
-    json_: JsonOption = False,
-    table: Annotated[bool, typer.Option("--table", help="Print the results as a Markdown table instead.")] = False,
-) -> None:
-    """Write report.html again from a run folder or a comparison folder."""
-    from limbeck.report.page import read_comparison, read_summary, write_report
-    from limbeck.report.table import compare_markdown, markdown
-
-    if not table:
-        printing.print_result({"report": str(write_report(run_folder))}, json_)
-        return
-    is_comparison = (run_folder / "comparison.json").exists()
-    text = compare_markdown(read_comparison(run_folder)) if is_comparison else markdown(read_summary(run_folder))
-    console.out.print(text, markup=False, end="")
+app.command(epilog="Example: limbeck report runs/quickstart --csv")(report)
 
 
 @app.command(epilog="Example: limbeck compare seq-kd forward-kl reverse-kl --like quickstart --seeds 3")
@@ -166,15 +157,17 @@ def compare(
 ) -> None:
     """Train several recipes under the same conditions and test their differences."""
     from limbeck.config.recipe import load_recipe
-    from limbeck.runs.compare import compare as compare_recipes
     from limbeck.types import UserError
 
     if set_ and like is None:
         raise UserError("--set changes the common settings, so say whose they are: --like RECIPE")
     common = None if like is None else load_recipe(like, set_)
+    loaded = [load_recipe(recipe) for recipe in recipes]
+    from limbeck.runs.compare import compare as compare_recipes
+
     with console.long_work(json_) as (reporter, stop):
         folder = compare_recipes(
-            recipes, out, like=common, seeds=seeds, base=base, keep=keep, reporter=reporter, stop=stop
+            loaded, out, like=common, seeds=seeds, base=base, keep=keep, reporter=reporter, stop=stop
         )
     from limbeck.report.verdict import compare_verdict
 
@@ -192,24 +185,14 @@ def check(
         str | None,
         typer.Option("--device-like", help="Estimate for hardware that is not here: h100-80gb, ...", metavar="NAME"),
     ] = None,
+    out: OutOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Check that a recipe can run, that its servers are there, and print what it will cost; no model is loaded."""
+    from limbeck.commands.check import check as check_recipe
     from limbeck.config.recipe import load_recipe
-    from limbeck.runs.preflight import check_method
-    from limbeck.runs.resolve import resolve
-    from limbeck.runs.servers import examine_servers
 
-    loaded = load_recipe(recipe, set_, machine)
-    method = resolve(loaded)
-    plan = check_method(method, device_like)
-    servers = examine_servers(method)
-    if json_:
-        facts = {"recipe": loaded.hash, "plan": plan.as_dict(), "servers": [vars(server) for server in servers]}
-        printing.print_result(facts, json_)
-    else:
-        printing.print_plan(loaded.name, loaded.hash, plan.lines(), servers)
-    if any(server.fault for server in servers):
+    if not check_recipe(load_recipe(recipe, set_, machine), device_like, out, as_json=json_):
         raise typer.Exit(console.USER_ERROR)
 
 
@@ -222,12 +205,12 @@ def doctor(
     json_: JsonOption = False,
 ) -> None:
     """Look for faults that silently ruin a distillation, with a few texts. Exit status 2 if there is one."""
-    from limbeck.commands.doctor.run import as_data, examine
     from limbeck.config.recipe import load_recipe
 
-    findings = examine(
-        load_recipe(recipe, set_, machine), out, lambda name: console.err.print(f"[dim]{name} ...[/dim]")
-    )
+    loaded = load_recipe(recipe, set_, machine)
+    from limbeck.commands.doctor.run import as_data, examine
+
+    findings = examine(loaded, out, lambda name: console.err.print(f"[dim]{name} ...[/dim]"))
     data = as_data(findings)
     if json_:
         printing.print_result(data, json_)
@@ -250,12 +233,13 @@ def cache(
     json_: JsonOption = False,
 ) -> None:
     """Import or export teacher log-probabilities as JSON lines, in vLLM's or axolotl's format."""
-    from limbeck.commands.exchange import export_cache, import_file
     from limbeck.config.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_, machine)
+    from limbeck.commands.exchange import export_cache, import_file
     from limbeck.runs.claim import run_folder
     from limbeck.types import UserError
 
-    loaded = load_recipe(recipe, set_, machine)
     folder = run_folder(loaded, out)
     if import_ is not None and export is None:
         printing.print_result(import_file(loaded, folder, import_), json_)
@@ -324,7 +308,8 @@ def watch(
     run_folder: RunArgument,
     once: Annotated[bool, typer.Option("--once", help="Print the state once and exit.")] = False,
 ) -> None:
-    """Show a run's progress live: losses, speed, time left. Ctrl-C stops the display, not the run."""
+    """Show a run's progress live: losses, speed, time left. Ctrl-C stops the display, not the run. Without a terminal,
+    print the state once."""
     from limbeck.commands.watch import watch as watch_run
 
     watch_run(run_folder, console.out, once)
@@ -350,7 +335,9 @@ def serve(
     serve_until_stopped(model, port=port, context=context, slots=slots, threads=threads)
 
 
+app.command(epilog="Example: limbeck answers --forget gpt-4o-mini")(answers)
 app.command(epilog="Example: limbeck export runs/quickstart --to gguf --type q8_0")(export)
+app.command(epilog="Example: limbeck new tickets --task classify --data tickets.csv")(new)
 
 
 @app.command(epilog="Example: limbeck harness runs/quickstart --task arc_easy --task my-task.yaml --limit 100")

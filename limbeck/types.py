@@ -87,13 +87,28 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class AnswerForm:
+    """What an answer must look like: exactly one of a JSON schema (as text, since the order of its properties matters),
+    some labels, one of which is the whole answer, or a regular expression for the whole answer."""
+
+    schema: str | None = None
+    labels: tuple[str, ...] | None = None
+    pattern: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """`schema`, `labels` or `pattern`."""
+        return next(name for name, value in vars(self).items() if value is not None)
+
+
+@dataclass(frozen=True)
 class Request:
     """One question to one model. Its `key` makes it idempotent: a second request reads the stored answer.
 
     A `raw` request has the model continue that text, control tokens included, without a chat template; `messages` are
     then the conversation that the answer is stored with. So they are with `shown`, which is what the model is shown in
     their place. With `against`, every token is drawn from
-    log p(token | messages) - `contrast` * log p(token | against).
+    log p(token | messages) - `contrast` * log p(token | against). With a `form`, only what keeps to it can be written.
     """
 
     model: str
@@ -104,6 +119,7 @@ class Request:
     raw: str | None = None
     against: tuple[Message, ...] | None = None
     contrast: float = 0.0
+    form: AnswerForm | None = None
     shown: tuple[Message, ...] | None = None
 
     @property
@@ -130,6 +146,9 @@ class Request:
             fields["raw"] = self.raw
         if self.against is not None:
             fields |= {"against": list(self.against), "contrast": self.contrast}
+        if self.form is not None:
+            value = getattr(self.form, self.form.kind)
+            fields["form"] = {self.form.kind: list(value) if isinstance(value, tuple) else value}
         if self.shown is not None:
             fields["shown"] = list(self.shown)
         return fields
@@ -260,8 +279,72 @@ def printable(value: object) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in str(value)[:MOST_SHOWN])
 
 
+# What other tools and papers call it, and what it is called here. A suggestion names those that are legal in its place.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("lr",),
+    "kl": ("forward_kl",),
+    "kld": ("forward_kl",),
+    "kl_div": ("forward_kl",),
+    "kl_divergence": ("forward_kl",),
+    "fkl": ("forward_kl",),
+    "rkl": ("reverse_kl",),
+    "backward_kl": ("reverse_kl",),
+    "js": ("jsd",),
+    "jensen_shannon": ("jsd",),
+    "skl": ("skew_kl",),
+    "srkl": ("skew_reverse_kl",),
+    "total_variation": ("tvd",),
+    "mse": ("logit_mse", "hidden_match"),
+    "ce": ("cross_entropy",),
+    "nll": ("cross_entropy",),
+    "sft": ("cross_entropy",),
+    "fine_tuning": ("cross_entropy",),
+    "word_level_kd": ("forward_kl", "hinton-kd"),
+    "kd": ("forward_kl", "hinton-kd"),
+    "seqkd": ("seq-kd",),
+    "sequence_level_kd": ("seq-kd",),
+    "opd": ("on_policy_distillation",),
+    "on_policy": ("on_policy_distillation",),
+    "context_distillation": ("prompt-baking",),
+    "cot": ("rationale", "fine-tune-cot"),
+    "chain_of_thought": ("rationale", "fine-tune-cot"),
+    "rejection_sampling": ("best_of", "verify"),
+    "dedup": ("deduplicate",),
+    "classify": ("ask",),
+    "max_steps": ("steps",),
+    "num_steps": ("steps",),
+    "num_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "batch_size": ("tokens_per_step", "concurrency"),
+    "warmup_ratio": ("warmup",),
+    "max_grad_norm": ("clip",),
+    "grad_clip": ("clip",),
+    "max_new_tokens": ("max_tokens",),
+    "max_length": ("max_tokens",),
+    "temp": ("temperature",),
+    "system_prompt": ("system",),
+    "dataset": ("prompts", "from"),
+    "data": ("prompts", "from"),
+    "max_samples": ("limit",),
+    "losses": ("loss",),
+    "tasks": ("metrics",),
+    "bf16": ("precision", "dtype"),
+    "gradient_checkpointing": ("checkpointing",),
+    "attn_implementation": ("attention",),
+    "device_map": ("device",),
+    "num_layers": ("layers",),
+    "num_hidden_layers": ("layers",),
+    "lora_r": ("rank",),
+    "r": ("rank",),
+    "base_url": ("url",),
+    "api_key": ("key",),
+}
+
+
 def nearest(name: str, legal: Iterable[str]) -> str:
-    """A hint such as `; did you mean 'steps'?`, or the list of legal names when none is close."""
+    """A hint such as `; did you mean 'steps'?`: what the field's other names mean here, else what is spelt alike, else
+    the list of legal names."""
     names = sorted(legal)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; legal: {', '.join(names)}" if names else ""
+    meant = [repr(other) for other in SYNONYMS.get(name.lower().replace("-", "_"), ()) if other in names]
+    close = meant or [repr(other) for other in difflib.get_close_matches(name, names, n=1, cutoff=0.6)]
+    return f"; did you mean {' or '.join(close)}?" if close else f"; legal: {', '.join(names)}" if names else ""

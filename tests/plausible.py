@@ -19,6 +19,8 @@ def plausible(request):
     said = " ".join(made)
     if request.raw is not None:
         return f"Why is {said} so?"
+    if any("<think>" in message["content"] for message in request.messages[:1]):
+        return f"<think>{said} as 2 + 2 = 4.</think>The answer is {4 if int(request.key[0], 16) % 2 else 5}."
     for mark, answer in {
         "Here is a list of tasks": f"Tell {said} today.",
         "\nClassification:": "No",

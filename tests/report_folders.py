@@ -140,6 +140,35 @@ def efficiency(layers):
             "decode_tokens_per_second": 900.0 / layers, "first_token_ms": 3.1 * layers}  # fmt: skip
 
 
+def labelled(text=""):
+    """What a summary says of a classification with three labels, one of which has text that a user wrote."""
+    labels = ["billing", "refund" + text, "other", "(no label)"]
+
+    def figures(counts):
+        f1 = [around(0.6 + n / 10, 0.1, 20) for n in range(3)]
+        return {
+            "by_label": [{"precision": around(0.7, 0.1, 20) if n else None, "recall": around(0.65, 0.1, 20), "f1": f1[n], "items": 20, "chosen": 19 * bool(n)} for n in range(3)],
+            "macro_f1": around(0.7, 0.05, 60), "confusions": counts,
+        }  # fmt: skip
+
+    student = figures([[0, 1, 18], [0, 3, 2], [1, 1, 20], [2, 2, 19], [2, 1, 1]])
+    return {"labels": labels, "systems": {"teacher": figures([[0, 0, 20], [1, 1, 20], [2, 2, 20]]), "student": student}}
+
+
+def write_items(folder, task, text=""):
+    """Items of a classification by its files: the student is sure and wrong on the first."""
+    labels = ["billing", "refund" + text, "other"]
+    write_lines(folder / "questions.jsonl", [
+        {"task": task, "item": f"{task}/{n}", "text": f"message {n}{text}", "answer": labels[n % 3]} for n in range(6)
+    ])  # fmt: skip
+    for system, chosen in (("teacher", [0, 1, 2, 0, 1, 2]), ("untouched", [2] * 6), ("student", [1, 1, 2, 0, 2, 2])):
+        write_lines(folder / f"task-{task}+{system}.jsonl", [
+            {"item": f"{task}/{n}", "scores": {"acc": float(said == n % 3)}, "weights": {}, "text": labels[said],
+             "facts": {"answer": n % 3, "chosen": said, "probabilities": [0.9 if k == said else 0.05 for k in range(3)]}}
+            for n, said in enumerate(chosen)
+        ])  # fmt: skip
+
+
 def judged_pair(outcomes, **more):
     """What a summary says of a judge that held the student against one system; `outcomes` are wins, ties, losses, unparsable."""
     read = sum(outcomes[:3])
@@ -179,6 +208,9 @@ def make_run(folder, text="", prompts=12, words=20):
             "student - teacher": judged_pair((9, 12, 36, 3), length_correlation=-0.624),
         }},
         "warnings": ["Only 12 held-out answers: intervals are wide." + text],
+        "by_label": {"intents" + text: labelled(text)}, "by_field": {"forms" + text: {"city" + text: {name: around(0.5, n=40) for name in systems}}},
+        "kept": {"everyday/pass_rate": interval(0.8, 0.7, 0.95)}, "requests": {"requests": 60, "prompt_tokens": 200.0, "teacher_prompt_tokens": 300.0, "answer_tokens": 21.0},
+        "cautions": ["One seed: another training may give another result." + text],
         "held_out": {"answers": 60, "writer": "teacher" + text, "temperature": 0.7, "top_p": 0.95, "max_tokens": 80, "cut_off": 29},
         "tasks": {"everyday" + text: {"version": "1.0" + text, "kind": "generate" + text, "settings": {"decoding": "greedy" + text, "max_tokens": 64}}},
         "machine": {"python": "3.11.7" + text, "torch": "2.13.0" + text, "threads": 2, "gpu": None},
@@ -190,6 +222,7 @@ def make_run(folder, text="", prompts=12, words=20):
               "prompts": {"from": "builtin/everyday" + text, "limit": 144}}  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     write_answers(folder / "evaluation", list(systems), prompts, words, text)
+    write_items(folder / "evaluation", "intents", text)
     for place, start in ((folder, 1.1), (folder / "controls" / "sft_control", 2.3)):
         write_lines(place / "metrics.jsonl", [
             {"step": n, "loss": start / math.sqrt(n), "terms": {"forward_kl": start / n, "cross_entropy" + text: start / math.sqrt(n)},

@@ -297,7 +297,7 @@ def full_recipe(folder, tiny_folder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def full_run(folder, full_recipe) -> Path:
     with added():
-        return limbeck.run(parse(full_recipe), folder / "full")
+        return limbeck.run(parse(full_recipe), folder / "full").folder
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def undecided_recipe(folder, tiny_folder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undecided_run(folder, undecided_recipe) -> Path:
     with added():
-        return limbeck.run(parse(undecided_recipe), folder / "undecided", stages=("elicit", "train"))
+        return limbeck.run(parse(undecided_recipe), folder / "undecided", stages=("elicit", "train")).folder
 
 
 def systems_of(run: Path) -> dict[str, Any]:

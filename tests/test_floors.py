@@ -136,13 +136,12 @@ def test_nothing_that_runs_what_it_reads(file):
     """No pickle, no eval, one template engine in one file, subprocesses only where weights are fetched, and where verifiers, a
     user's chat template, an exported file and the templates of a recipe's prompts need a process of their own."""
     allowed = {
-        "jinja2": {"report.page", "commands.harness.run", "models.render_alone", "elicit.render_rows"},
+        "jinja2": {"report.page", "commands.harness.run", "data.render_alone"},
         "subprocess": {
             "models.named",
-            "models.template_names",
             "elicit.equivalence",
             "elicit.sandbox",
-            "elicit.rendering",
+            "data.render_alone",
             "commands.export.check",
         },
         "pickle": set(),

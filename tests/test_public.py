@@ -5,11 +5,31 @@ from __future__ import annotations
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import limbeck
 from limbeck.cli import app
+from limbeck.objectives.divergence_loss import DIVERGENCES
+from limbeck.objectives.on_logits import DivergenceName, DivergenceParams
 
-NAMES = ["Recipe", "RecipeError", "UserError", "check", "compare", "divergence", "load_recipe", "methods", "run"]
+NAMES = [
+    "ComparisonResult", "Recipe", "RecipeError", "RunResult", "UserError", "check", "compare", "divergence", "load_model", "load_recipe",
+    "load_run", "methods", "run",
+]  # fmt: skip
+PRICES = {"--price-teacher-in", "--price-teacher-out", "--price-hour"}
+RESULT = {
+    "cautions",
+    "folder",
+    "frame",
+    "items",
+    "metric",
+    "report",
+    "student",
+    "summary",
+    "systems",
+    "verdict",
+    "worth",
+}
 RUNS = {"recipe", "--set", "--machine", "--out", "--json"}
 COMMANDS = {
     "run": RUNS | {"--track"},
@@ -18,23 +38,51 @@ COMMANDS = {
     "evaluate": RUNS,
     "doctor": RUNS,
     "cache": RUNS | {"--import", "--export"},
-    "report": {"run_folder", "--json", "--table"},
+    "report": {"run_folder", "--json", "--csv", "--table"} | PRICES,
     "compare": {"recipes", "--like", "--seeds", "--base", "--set", "--out", "--keep", "--json"},
-    "check": {"recipe", "--set", "--machine", "--device-like", "--json"},
+    "check": {"recipe", "--set", "--machine", "--out", "--device-like", "--json"},
     "methods": {"name", "--json"},
     "models": {"action", "name", "--json"},
     "watch": {"run_folder", "--once"},
     "harness": {"where", "--task", "--limit", "--out", "--chat", "--base-url", "--tokenizer", "--json"},
     "serve": {"model", "--port", "--context", "--slots", "--threads"},
     "export": {"where", "--to", "--type", "--out", "--json"},
+    "new": {
+        "where", "--task", "--data", "--columns", "--teacher", "--teacher-model", "--student", "--learn-from", "--run-on",
+        "--scale", "--schema", "--instruction", "--yes", "--json",
+    },
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
-}
+    "answers": {"--forget", "--prune", "--add", "--json"},
+}  # fmt: skip
 
 
 def test_public_names():
     assert limbeck.__all__ == NAMES and len(NAMES) <= 15
     for name in NAMES:
         assert getattr(limbeck, name).__doc__
+
+
+def test_results_have_these_names():
+    public = {name for name in dir(limbeck.RunResult) if not name.startswith("_")} | {"folder"}
+    assert public == RESULT
+    assert {name for name in dir(limbeck.ComparisonResult) if not name.startswith("_")} | {"folder"} == RESULT | {
+        "runs"
+    }
+    for name in RESULT - {"folder"}:
+        assert getattr(limbeck.RunResult, name).__doc__
+
+
+def test_the_parameters_of_a_divergence_are_typed_and_complete():
+    """Names and parameters that a type checker knows are those that are registered."""
+    ours = {name: facts for name, facts in DIVERGENCES.items() if facts.fn.__module__.startswith("limbeck.")}
+    assert set(typing.get_args(DivergenceName)) == set(ours)
+    assert set(DivergenceParams.__annotations__) == {key for facts in ours.values() for key in facts.defaults}
+    (params,) = (hint for name, hint in typing.get_type_hints(limbeck.divergence).items() if name == "params")
+    assert typing.get_args(params) == (DivergenceParams,)
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(limbeck.__file__).parent / "py.typed").is_file()
 
 
 def test_commands_and_options():

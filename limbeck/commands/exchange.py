@@ -27,7 +27,7 @@ from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row, make_batch
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.fit import prepared
-from limbeck.runs.pipeline import Run, claim_run
+from limbeck.runs.pipeline import Run
 from limbeck.signals.cache import SignalCache, ids_of, text_key
 from limbeck.signals.forms import form_of
 from limbeck.signals.sparse import TopK
@@ -145,7 +145,7 @@ def _open(recipe: Recipe, folder: Path) -> tuple[list[Row], SignalCache]:
         raise UserError("only a top-k cache can be imported or exported: set teacher.cache: {top_k: {k: 64}}")
     run = Run(prepared(recipe), folder, Silent(), lambda: True)  # stops before it sends any request
     with exclusive(folder / ".lock"):
-        claim_run(run)
+        run.claim()
     try:
         student = run.models.initial_student()
         rows = run.rows(run.text.training(), student)

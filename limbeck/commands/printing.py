@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from limbeck.runs.servers import ServerFinding
 
 METHOD_KINDS = ("divergences", "losses", "steps", "recipes")
-VERDICT_COLOURS = {"fine": "green", "fault": "red"}
+VERDICT_COLOURS = {"fine": "green", "warning": "yellow", "fault": "red"}
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:

@@ -16,7 +16,7 @@ from limbeck.runs.claim import run_folder
 from limbeck.runs.cost import compute_dtype
 from limbeck.runs.fit import prepared
 from limbeck.runs.hardware import matrix_rate, synchronize
-from limbeck.runs.pipeline import Run, claim_run
+from limbeck.runs.pipeline import Run
 from limbeck.runs.shapes import Shape, step_flops
 from limbeck.storage.files import exclusive
 from limbeck.training import loop as train
@@ -37,7 +37,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     folder = run_folder(recipe, out)
     with exclusive(folder / ".lock"):
         run = Run(prepared(recipe), folder, reporter)
-        claim_run(run)
+        run.claim()
         student = run.models.student_to_train()
         job = run.job("student", student)
     device = student.net.device

@@ -29,6 +29,7 @@ from limbeck.storage.metrics_log import (
     evaluation,
     is_number,
     mean_of,
+    read_json,
     rollout_of,
     trainings,
     values_of,
@@ -78,7 +79,8 @@ class TrainingView:
 
 @dataclass(frozen=True)
 class RunView:
-    """The state of a run folder. `age` is the seconds since the last step: None before the first, and at the end."""
+    """The state of a run folder. `age` is the seconds since the last step: None before the first, and at the end.
+    `asked` is about how many answers there will be, None if no plan was kept."""
 
     name: str
     stage: str
@@ -86,6 +88,7 @@ class RunView:
     trainings: tuple[TrainingView, ...]
     evaluation: dict[str, dict[str, float]]
     age: float | None
+    asked: int | None = None
 
 
 class Watcher:
@@ -126,7 +129,13 @@ class Watcher:
             trainings=tuple(views),
             evaluation=values,
             age=time.time() - newest if running else None,
+            asked=self._asked(),
         )
+
+    def _asked(self) -> int | None:
+        """The requests that the run planned for."""
+        requests = (read_json(self.folder / "plan.json") or {}).get("requests")
+        return requests if isinstance(requests, int) and not isinstance(requests, bool) else None
 
     def _stage(self, views: Sequence[TrainingView], values: dict[str, Any], answers: dict[str, int]) -> str:
         if values:
@@ -212,7 +221,7 @@ def draw(view: RunView) -> Group:
     parts: list[Any] = [Text.assemble((_plain(view.name), "bold"), f"  {_plain(view.stage)}{age}")]
     if view.answers:
         counts = ", ".join(f"{number:,} {_plain(finish)}" for finish, number in view.answers.items())
-        parts.append(Text(f"answers stored: {counts}"))
+        parts.append(Text(f"answers stored: {_progress(view)}{counts}"))
     if view.trainings:
         parts.append(_training_table(view.trainings))
         for training in view.trainings:
@@ -221,6 +230,13 @@ def draw(view: RunView) -> Group:
     if view.evaluation:
         parts.append(_evaluation_table(view.evaluation))
     return Group(*parts)
+
+
+def _progress(view: RunView) -> str:
+    """How many of the planned answers are there, until the training begins: `40 of about 204; `."""
+    if view.asked is None or view.trainings or view.evaluation:
+        return ""
+    return f"{sum(view.answers.values()):,} of about {view.asked:,}; "
 
 
 def _training_table(views: Sequence[TrainingView]) -> ConsoleTable:
@@ -283,13 +299,13 @@ def _duration(seconds: float | None) -> str:
 
 
 def watch(folder: Path, screen: Console, once: bool = False) -> None:
-    """Show a run folder until Ctrl-C, or once.
+    """Show a run folder until Ctrl-C; once where that is asked for, or where no terminal could show a change.
 
     Raises:
         UserError: there is no such folder, or no run in it.
     """
     watcher = Watcher(folder)
-    if once:
+    if once or not screen.is_terminal:
         screen.print(draw(watcher.look()))
         return
     with _interrupt() as interrupted, Live(draw(watcher.look()), console=screen, auto_refresh=False) as live:

@@ -18,6 +18,11 @@ def recipe_files() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder("recipes").glob("*.yaml"))}
 
 
+def evidence_file() -> Path:
+    """What every built-in recipe did when it last ran on real weights; `make evidence-recipes` writes it."""
+    return folder("recipes") / "evidence.json"
+
+
 def task_folders() -> dict[str, Path]:
     """The built-in tasks by name."""
     return {file.parent.name: file.parent for file in sorted(folder("tasks").glob("*/task.yaml"))}

@@ -25,6 +25,9 @@ class Machine(Section):
         micro_tokens: tokens (with padding) of one forward pass in training.
         cache_gib: memory for keys and values while a model writes.
         head_mib: memory for one chunk of logits.
+        threads: of torch on the CPU; by default one for each core. On a machine that others use, 1 is often fastest.
+        answers: the folder in which runs share their teachers' answers, or `none`; by default $LIMBECK_STORE, else
+            limbeck/answers in ~/.local/share.
     """
 
     device: Device = "auto"
@@ -34,3 +37,5 @@ class Machine(Section):
     micro_tokens: Annotated[int, Field(ge=16)] | None = None
     cache_gib: Annotated[float, Field(gt=0)] | None = None
     head_mib: Annotated[float, Field(ge=1)] | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    answers: Annotated[str, Field(min_length=1)] | None = None

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
+from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.machine import Machine
 from limbeck.config.sections import (
     Elicit,
@@ -28,11 +29,11 @@ from limbeck.config.sections import (
     Writer,
     check_shares,
 )
+from limbeck.config.shorthand import expand
 from limbeck.config.teacher import TEACHER_KINDS, TeacherSettings, kind_of, teacher_data
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
-OLD_TAGS = {"best": "chosen", "rest": "rejected"}  # as recipes once called the answers of a preference
 EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic adds between the keys of a path
 
@@ -155,6 +156,16 @@ class Recipe(Section):
             data["teacher"].get("server", {}).pop("tolerate", None)
         return content_hash(data)
 
+    @property
+    def training_hash(self) -> str:
+        """SHA-256 (hex) of what a run folder is bound to."""
+        return content_hash(training_part(self.resolved()))
+
+    @property
+    def evaluation_hash(self) -> str:
+        """SHA-256 (hex) of what the evaluation's summary depends on beside the training."""
+        return content_hash(evaluation_part(self.resolved()))
+
     def resolved(self) -> dict[str, Any]:
         """All settings that have a value, defaults included, as plain data."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -181,7 +192,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | 
                 "", f"there is no recipe file {str(path)!r} and no built-in one{nearest(str(path), built_in)}"
             )
         file = built_in[str(path)]
-    data = _expand(_read(file, "start from a built-in recipe, such as recipes/quickstart.yaml"))
+    data = expand(_read(file, "start from a built-in recipe, such as recipes/quickstart.yaml"))
     if machine is not None:
         settings = _read(Path(machine), "give it settings, such as `device: cuda`")
         settings = settings["machine"] if settings.keys() == {"machine"} else settings
@@ -244,7 +255,7 @@ def parse(data: Mapping[str, Any]) -> Recipe:
     """Make a Recipe from plain data, in which short forms such as `evaluate: [fidelity]` are expanded first."""
     _check_text(data)
     try:
-        return Recipe.model_validate(_expand(dict(data)))
+        return Recipe.model_validate(expand(dict(data)))
     except ValidationError as error:
         raise explain(error, Recipe) from None
 
@@ -272,47 +283,6 @@ def _place_of(value: Any, text: str, path: str = "") -> str | None:
         for key, entry in entries
     )
     return next((place for place in places if place is not None), None)
-
-
-def _expand(data: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(data.get("loss"), list):
-        data["loss"] = [_loss(entry, f"loss[{index}]") for index, entry in enumerate(data["loss"])]
-    if isinstance(data.get("elicit"), list):
-        data["elicit"] = [_step(entry, f"elicit[{index}]") for index, entry in enumerate(data["elicit"])]
-        if data["elicit"] and "writer" not in data:
-            data["writer"] = [{"by": "elicited"}]
-    if isinstance(data.get("evaluate"), list):
-        data["evaluate"] = {"metrics": data["evaluate"]}
-    return data
-
-
-def _loss(entry: Any, path: str) -> Any:
-    named = _named(entry, path, "loss", "- jsd: {teacher_share: 0.5}")
-    if named is not entry and "weight" in named["params"]:
-        named["weight"] = named["params"].pop("weight")
-    params = named.get("params") if isinstance(named, dict) else None
-    if isinstance(params, dict) and isinstance(params.get("only"), str):
-        only = params["only"]
-        named = named | {"params": params | {"only": OLD_TAGS.get(only, only)}}
-    return named
-
-
-def _step(entry: Any, path: str) -> Any:
-    return _named(entry, path, "step", "- answer: {temperature: 0.7}")
-
-
-def _named(entry: Any, path: str, what: str, example: str) -> Any:
-    """Expand `NAME` or `NAME: {parameters}` to {"name": ..., "params": ...}."""
-    if isinstance(entry, str):
-        return {"name": entry, "params": {}}
-    if not isinstance(entry, dict) or "name" in entry:
-        return entry
-    if len(entry) != 1:
-        raise RecipeError(path, f"give one {what} per list entry, such as `{example}`; got {entry!r}")
-    ((name, params),) = entry.items()
-    if not isinstance(params, dict | None):
-        raise RecipeError(f"{path}.{name}", f"parameters must be a mapping; got {params!r}")
-    return {"name": name, "params": dict(params or {})}
 
 
 def _set(data: dict[str, Any], override: str) -> None:

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from limbeck.types import RecipeError
+
+REWARDED = ("prompts", "group", "passes", "resample", "advantage")  # what only rewards need
 Keep = Literal["importance", "block_influence", "uniform", "first"]
 
 
@@ -207,6 +210,28 @@ class Server(Section):
     folder_there: str | None = None
 
 
+class RewardEntry(Section):
+    """One reward: its name, its weight (below 0 for a penalty) and its parameters."""
+
+    name: str
+    weight: float = 1.0
+    params: dict[str, Any] = {}
+
+
+class Advantage(Section):
+    """How the rewards of a step's answers become advantages.
+
+    `baseline` is subtracted from a reward: the mean of the answers to the same prompt (`group`, GRPO), of the others
+    among them (`others`, RLOO), of all of the step (`step`), or nothing (`none`). `scale` divides by the standard
+    deviation in the group or in the step. `count: answers` gives every answer the same weight (GRPO), `tokens` every
+    token (DAPO), `constant` divides the sum over an answer's tokens by max_tokens (Dr. GRPO).
+    """
+
+    baseline: Literal["group", "others", "step", "none"] = "group"
+    scale: Literal["group", "step", "none"] = "group"
+    count: Literal["answers", "tokens", "constant"] = "answers"
+
+
 class Rollout(Section):
     """How the student writes while it trains.
 
@@ -214,6 +239,10 @@ class Rollout(Section):
     answers at a time, in process or `through` a server. With `dtype: bfloat16`, a copy of the student in that precision
     writes; it differs from the student by rounding, so the copy's log-probabilities are stored with the text. Left out,
     it is `train.precision`, unless a loss takes the student itself to be the one that wrote.
+
+    With `rewards`, every step asks `prompts` prompts, each `group` times, and the rewards judge the answers; `passes`
+    updates use the same answers. `resample` asks up to so many times as many prompts again, in the place of groups in
+    which all answers have the same reward, which teach nothing.
     """
 
     per: Literal["sample", "batch"] = "sample"
@@ -224,6 +253,21 @@ class Rollout(Section):
     joint: JointSettings | None = None
     replay: Replay | None = None
     validation: Validation = Validation()
+    rewards: Annotated[list[RewardEntry], Field(min_length=1)] | None = None
+    prompts: Annotated[int, Field(ge=1)] | None = None
+    group: Annotated[int, Field(ge=1, le=1024)] | None = None
+    passes: Annotated[int, Field(ge=1, le=100)] | None = None
+    resample: Annotated[int, Field(ge=1, le=20)] | None = None
+    advantage: Advantage | None = None
+
+    @model_validator(mode="after")
+    def _rewarded(self) -> Rollout:
+        given = [name for name in REWARDED if getattr(self, name) is not None]
+        if self.rewards is None and given:
+            raise ValueError(f"{given[0]} is for answers that rewards judge; add rewards, such as [check]")
+        if self.rewards is not None and (self.prompts is None or self.group is None):
+            raise ValueError("rewards need a size: how many prompts a step asks, and how often each (prompts, group)")
+        return self
 
 
 class LossEntry(Section):
@@ -269,11 +313,13 @@ class Train(Section):
 class Evaluate(Section):
     """What to measure: `fidelity` to the teacher, and tasks by name.
 
-    `limit` bounds the held-out prompts. Every system also writes its own text for the first `own_prompts` of them (by
-    default OWN_PROMPTS). `untouched` is the student before training, `prompted` the same with the prompt that only the
-    teacher is shown. The other controls are trained for as many steps and tokens as the student: `sft_control` on the
-    teacher's text, `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's answers shuffled
-    over the prompts. `judge` is a model that compares the student's answers with every other system's.
+    `limit` bounds the held-out prompts. A task is measured whole, unless its own entry limits it, as in
+    `metrics: [fidelity, {everyday: {limit: 60}}]`, which is kept as `limits`: {task: its first items}. Every system
+    also writes its own text for the first `own_prompts` of the held-out prompts (by default OWN_PROMPTS). `untouched`
+    is the student before training, `prompted` the same with the prompt that only the teacher is shown. The other
+    controls are trained for as many steps and tokens as the student: `sft_control` on the teacher's text,
+    `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's answers shuffled over the prompts.
+    `judge` is a model that compares the student's answers with every other system's.
     """
 
     metrics: list[str] = ["fidelity"]
@@ -283,6 +329,48 @@ class Evaluate(Section):
     own_prompts: Annotated[int, Field(ge=1)] | None = None
     controls: list[str] = ["untouched", "sft_control"]  # names in training.controls.CONTROLS
     judge: str | None = None
+    limits: Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _entries(cls, data: Any) -> Any:
+        """Take `{TASK: {limit: n}}` among the metrics apart."""
+        if not isinstance(data, dict) or not isinstance(data.get("metrics"), list):
+            return data
+        names: list[Any] = []
+        limits: dict[str, int] = {}
+        for place, entry in enumerate(data["metrics"]):
+            if isinstance(entry, dict):
+                entry, limit = _limited(entry, f"evaluate.metrics[{place}]")
+                limits |= {entry: limit}
+            names.append(entry)
+        if not limits:
+            return data
+        given = data.get("limits")
+        if given is not None and not isinstance(given, dict):
+            return data
+        return data | {"metrics": names, "limits": limits | (given or {})}
+
+    @model_validator(mode="after")
+    def _limits_are_of_tasks(self) -> Evaluate:
+        for name in self.limits or {}:
+            if name not in self.metrics or name == "fidelity":
+                cure = "evaluate.limit bounds the held-out prompts" if name == "fidelity" else "list it in metrics"
+                raise ValueError(f"limits: {name!r} is none of the tasks in metrics; {cure}")
+        return self
+
+
+def _limited(entry: dict[Any, Any], path: str) -> tuple[str, int]:
+    """The task and the limit of `{TASK: {limit: n}}`."""
+    name, settings = next(iter(entry.items()), (None, None))
+    if len(entry) != 1 or not isinstance(name, str) or not isinstance(settings, dict) or set(settings) != {"limit"}:
+        raise RecipeError(path, f"a task with a limit is written {{everyday: {{limit: 60}}}}; got {entry!r}")
+    limit = settings["limit"]
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise RecipeError(f"{path}.{name}.limit", f"must be a whole number of items, 1 or more; got {limit!r}")
+    if name == "fidelity":
+        raise RecipeError(path, "fidelity is measured on the held-out prompts: evaluate.limit bounds them")
+    return name, limit
 
 
 def check_shares(writers: Sequence[Writer]) -> None:

@@ -30,6 +30,11 @@ OURS: dict[str, str] = (
     | dict.fromkeys(("logprobs", "top_logprobs", "responseLogprobs", "prompt_logprobs", "n_probs"), _LOG_PROBS)
     | dict.fromkeys(("key", "api_key", "apiKey", "authorization", "Authorization", "password"), _KEY)
 )
+# how much is asked at once, for how long and how much money: no answer depends on it, so it may change under a run
+LIMITS_ALONE = (
+    *("key", "concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "retries", "batch", "answers_as"),
+    *("tolerate", "price", "limits"),
+)
 NESTED = ("generationConfig",)  # a part of a request in which keys of ours stand, too
 
 

@@ -17,6 +17,7 @@ from limbeck.elicit.flow import (
     complete_replies,
     prompt_messages,
     with_answer,
+    written_replies,
 )
 from limbeck.elicit.step import AskingStep, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.step_prompt import PLAIN, VARIES, StepPrompt, with_system
@@ -45,7 +46,9 @@ EXPLAINING = (
 @register("answer")
 class AnswerPrompts(AskingStep):
     """Answers every prompt `n` times; repeated answers to a prompt are dropped. The student doesn't see the `system`
-    message that the writer gets (prompt erasure), unless `keep_system`."""
+    message that the writer gets (prompt erasure), unless `keep_system`. With `all`, repeated answers stay, and so do
+    those that were cut off, are empty or nothing but thinking, so that `pass_rate` counts them; `verify` drops them
+    after it."""
 
     n: Annotated[int, Field(ge=1, le=1000)] = 1
     temperature: Temperature = 0.7
@@ -53,6 +56,7 @@ class AnswerPrompts(AskingStep):
     max_tokens: TokenCount = 256
     system: str | None = None
     keep_system: bool = False
+    all: bool = False
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         turns = [(sample, number) for sample in pool for number in range(self.n)]
@@ -64,13 +68,13 @@ class AnswerPrompts(AskingStep):
         replies = yield from ask(requests)
         answered: Pool = []
         texts: set[tuple[int, str]] = set()  # (prompt, answer)
-        for ((sample, number), request), reply in complete_replies(
-            list(zip(turns, requests, strict=True)), replies, tally
-        ):
+        asked = list(zip(turns, requests, strict=True))
+        written = written_replies if self.all else complete_replies
+        for ((sample, number), request), reply in written(asked, replies, tally):
             prompt = replace(sample, messages=request.messages) if self.keep_system else sample
             new = with_answer(prompt, reply)
             text = new.messages[-1]["content"]
-            if number and (id(sample), text) in texts:
+            if number and not self.all and (id(sample), text) in texts:
                 tally.drop("the same answer again", text)
                 continue
             texts.add((id(sample), text))

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,20 +26,21 @@ from limbeck.elicit.flow import (
     with_scores,
 )
 from limbeck.elicit.parse import Parsing, UnparsedError
-from limbeck.elicit.rendering import render
+from limbeck.elicit.rendering import names_read, render
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.step_prompt import StepPrompt, of_templates
-from limbeck.types import Message, RecipeError, Request, Sample, Sampling, content_hash, nearest
+from limbeck.types import AnswerForm, Message, RecipeError, Request, Sample, Sampling, content_hash, nearest
 
 TEMPLATE_CHARS = 64 * 1024
 FINAL = ("refused", "filtered", "error")  # asking again would change nothing, or was done already
 WARM = 0.7  # the temperature of another try where the first one was greedy: it would come out the same
 MOST = 1000  # draws
-ALWAYS = frozenset({"prompt", "system", "messages", "kind", "task", "answers", "labels"})
+ALWAYS = frozenset({"prompt", "system", "messages", "kind", "task", "answers", "labels", "row"})
 SOMETIMES = frozenset({"answer", "check", "scores", "weight"})  # if the sample has them
 OWN = (ALWAYS | SOMETIMES | {"prompt_id", "finish", "place"}) - {"kind", "task", "prompt", "answer"}
 TEXTS = ("kind", "task", "final", "rationale")  # fields that other steps and losses read as text
 TEXT: Any = "text"  # as a recipe writes it
+ROW = "row."  # before the name of a column of the prompt's file
 FIELD = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -63,15 +64,21 @@ class Read:
 
 @register("ask")
 class Ask(AskingStep):
-    """Asks what `prompt` says: a jinja template that sees the sample's `prompt`, `answer`, and whatever earlier steps
-    wrote. Reads the reply (`parse`) as text, one of some labels, JSON of a schema, or the groups of a pattern, and
-    makes it the sample's answer, its prompt, or a field for later steps (`into`). What can't be read is asked again up
-    to `retries` times, then dropped. With `vote`, the most frequent of `n` readings wins, and ties are dropped. The
-    student sees neither template nor `system`."""
+    """Asks what `prompt` says: a jinja template that sees the sample's `prompt` and `answer`, whatever earlier steps
+    wrote, and the columns of the prompt's file. Reads the reply (`parse`) as text, one of some labels, JSON of a
+    schema, or the groups of a pattern, and makes it the sample's answer, its prompt, or a field for later steps
+    (`into`). With `constrain`, the teacher can write nothing beside what `parse` reads. What can't be read is asked
+    again up to `retries` times, then dropped. With `vote`, the most frequent of `n` readings wins, and ties are
+    dropped. The student sees neither template nor `system`."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=TEMPLATE_CHARS)]
     system: Annotated[str, Field(min_length=1, max_length=TEMPLATE_CHARS)] | None = None
     parse: Annotated[Parsing, Field(validate_default=True)] = TEXT
+    # Left out, JSON is written in its schema where the teacher can be held to it: whoever gives a schema wants nothing
+    # beside it. Labels and patterns are looked for in a longer answer, often after reasons, so they are held to only
+    # where the recipe says so. A recipe's hash has what the recipe says, so hashes stay, and requests without a form
+    # keep their keys: those of all built-in recipes that are older than this setting.
+    constrain: bool | Literal["auto"] | None = None
     into: str = "answer"
     n: Annotated[int, Field(ge=1, le=MOST)] = 1
     vote: bool = False
@@ -97,6 +104,19 @@ class Ask(AskingStep):
             raise ValueError(f"{self.into!r} takes one value and n is {self.n}; set vote: true, or n: 1")
         return self
 
+    @model_validator(mode="after")
+    def _has_a_form(self) -> Ask:
+        if self.constrain is True and self.parse.form is None:
+            raise ValueError("any text is read as text: leave constrain out, or give parse a label, json or a pattern")
+        return self
+
+    def must_hold(self) -> AnswerForm | None:
+        return self.parse.form if self.constrain is True else None
+
+    def reads(self, place: str) -> frozenset[str]:
+        names = frozenset().union(*names_read(self._templates, place).values())
+        return names - ALWAYS - SOMETIMES | (names & {"row"})
+
     def writes(self) -> frozenset[str]:
         return frozenset({self.into}) - {"answer", "prompt"}
 
@@ -106,7 +126,7 @@ class Ask(AskingStep):
         names = ALWAYS | SOMETIMES | known
         for template, read in rendered.names.items():
             for name in sorted(read - names):
-                raise RecipeError(f"{place}.{template}", f"there is no field {name!r}{nearest(name, names)}")
+                raise RecipeError(f"{place}.{template}", _unknown(name, names))
         for sample, texts in zip(pool or (), rendered.rows, strict=True):
             if fault := _fault(texts):
                 has = ", ".join(sorted(names.intersection(self._fields(sample))))
@@ -115,14 +135,18 @@ class Ask(AskingStep):
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         draws = self._draws(pool, context, tally)
+        form = self._form(context, tally)
         read: dict[int, Read] = {}
         waiting = list(range(len(draws)))
         for attempt in range(self.retries + 1):
-            requests = [self._request(context, draws[place], attempt) for place in waiting]
+            requests = [self._request(context, draws[place], attempt, form=form) for place in waiting]
             replies = yield from flow.ask(requests)
             again = []
             for place, reply in zip(waiting, replies, strict=True):
                 finish = ending(reply)
+                if form is not None and finish == "ok":
+                    tally.add("asked_in_form")
+                    tally.add("outside_form", not self.parse.keeps_to_form(said_by(reply)))
                 try:
                     read[place] = self._read(reply, finish)
                 except UnparsedError as error:
@@ -133,6 +157,9 @@ class Ask(AskingStep):
             waiting = again
             if again:
                 tally.add("asked_again", len(again))
+        if outside := int(tally.facts.get("outside_form", 0)):
+            of = int(tally.facts["asked_in_form"])
+            tally.notes.append(f"the writer ignores the form of answers: {outside:,} of {of:,} don't keep to it")
         found: Pool = []
         for first in range(0, len(draws), self.n):
             of_sample = [read[place] for place in range(first, first + self.n) if place in read]
@@ -143,8 +170,17 @@ class Ask(AskingStep):
     def estimate(self, samples: int) -> Estimate:
         """At most: every answer is asked for again as often as `retries` allows."""
         requests = samples * self.n * (1 + self.retries)
-        tokens = int(requests * self.max_tokens * ANSWER_SHARE)
+        tokens = int(requests * self._reply_tokens())
         return Estimate(requests, tokens, samples=samples if self.vote else samples * self.n)
+
+    def answer_tokens(self) -> float | None:
+        return self._reply_tokens() if self.into == "answer" else None
+
+    def _reply_tokens(self) -> float:
+        """Of a label about its letters', and its end; of all else the usual share of `max_tokens`."""
+        usual = max(1.0, self.max_tokens * ANSWER_SHARE)
+        labels = self.parse.label
+        return min(usual, sum(len(label) / 4 + 1 for label in labels) / len(labels)) if labels else usual
 
     def shows(self) -> StepPrompt | None:
         if self.into != "answer":
@@ -165,6 +201,8 @@ class Ask(AskingStep):
             "kind": "",
             "task": "",
             "answers": [],
+            "row": {},
+            **{name: value for name, value in sample.meta.get("row", {}).items() if name not in ALWAYS | SOMETIMES},
             **sample.meta,
             "prompt": prompt_of(sample),
             "system": messages[0]["content"] if messages[0]["role"] == "system" else "",
@@ -185,10 +223,20 @@ class Ask(AskingStep):
             draws += [Draw(sample, (*system, user(texts["prompt"])), number) for number in range(self.n)]
         return draws
 
-    def _request(self, context: StepContext, draw: Draw, attempt: int) -> Request:
+    def _form(self, context: StepContext, tally: Tally) -> AnswerForm | None:
+        """The form that the teacher is held to."""
+        form = self.parse.form
+        if form is None or self.constrain is False or (self.constrain is None and form.kind != "schema"):
+            return None
+        if why := context.unheld(form):
+            tally.notes.append(f"answers are not held to their form: {why}")
+            return None
+        return form
+
+    def _request(self, context: StepContext, draw: Draw, attempt: int, *, form: AnswerForm | None) -> Request:
         temperature = self.temperature or (WARM if attempt else 0.0)
         sampling = Sampling(temperature, self.top_p, self.max_tokens)
-        return context.request(draw.messages, sampling, draw.number + MOST * attempt)
+        return context.request(draw.messages, sampling, draw.number + MOST * attempt, form=form)
 
     # What the answers become
 
@@ -236,6 +284,21 @@ def _fault(texts: Mapping[str, str] | str) -> str:
     if isinstance(texts, str):
         return texts
     return "" if texts["prompt"] else "it asks nothing"
+
+
+def _unknown(name: str, names: frozenset[str]) -> str:
+    """That there is no such field or column, and what there is."""
+    columns = sorted(other.removeprefix(ROW) for other in names if other.startswith(ROW))
+    fields = {other for other in names if not other.startswith(ROW)}
+    if not columns:
+        return f"there is no field {name!r}{nearest(name, fields)}"
+    if name.startswith(ROW):
+        hint, what = nearest(name.removeprefix(ROW), columns), f"column {name.removeprefix(ROW)!r}"
+    else:
+        hint, what = nearest(name, fields), f"field or column {name!r}"
+    hint = hint if hint.startswith("; did") else ""
+    more = "" if name.startswith(ROW) else f"; fields: {', '.join(sorted(fields - set(columns)))}"
+    return f"there is no {what}{hint}; the columns of the prompts: {', '.join(columns)}{more}"
 
 
 def _with_prompt(sample: Sample, text: str, reply: Sample) -> Sample:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from limbeck.elicit.flow import Questions, ScoreRequest
+from limbeck.elicit.sharing import Sharing, ask_once
 from limbeck.storage.files import crash_point
 from limbeck.storage.store import Store
 from limbeck.types import ANSWER_ENDS, TOLD, Evidence, Finish, Generated, LogProb, Request, Sample, UserError, printable
@@ -54,8 +55,10 @@ def elicit(
     on_progress: OnProgress = lambda done, total, tokens: None,
     stop: Callable[[], bool] = lambda: False,
     tolerate: float | None = 0.0,
+    sharing: Sharing | None = None,
 ) -> list[Sample]:
-    """Answer all requests, in their order. A request whose answer is in the store is not sent again.
+    """Answer all requests, in their order. A request whose answer is in the store, or in the one that runs share, is
+    not sent again.
 
     Where more than the share `tolerate` of the answers failed or are malformed, those are asked for again by the next
     call; where no more did, they stay as they are, so that the text is the same from then on. An answer that failed is
@@ -82,17 +85,16 @@ def elicit(
     tokens = 0
     if waiting:
         on_progress(len(by_key), total, 0)
-        for request, answer in answerer().answers(waiting, stop):
+        for request, answer, reused in ask_once(waiting, answerer, stop, sharing):
             message = {"role": "assistant", "content": answer.text}
             sample = Sample((*request.messages, message), request.model, answer.ids, meta=dict(request.meta))
             crash_point("elicit.before_record")
             if answer.finish == "error":
                 lost[request.key] = request, sample, answer
             else:
-                told = [] if answer.told is None else [Evidence(sample.id, TOLD, request.model, answer.told)]
-                store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage, evidence=told)
+                _keep(store, sample, (request, answer), reused)
             by_key[request.key] = replace(sample, meta=sample.meta | {"finish": answer.finish})
-            tokens += answer.usage[1] if answer.usage else len(answer.ids or ())
+            tokens += 0 if reused else answer.usage[1] if answer.usage else len(answer.ids or ())
             on_progress(len(by_key), total, tokens)
             crash_point("elicit.after_record")
     failed = _failed(by_key, bad)
@@ -104,6 +106,13 @@ def elicit(
         for request, sample, answer in lost.values():
             store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage)
     return [by_key[request.key] for request in requests if request.key in by_key]
+
+
+def _keep(store: Store, sample: Sample, answered: tuple[Request, Generated], reused: bool) -> None:
+    """Store a request's answer with what its server said of it."""
+    request, answer = answered
+    told = [] if answer.told is None else [Evidence(sample.id, TOLD, request.model, answer.told)]
+    store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage, evidence=told, reused=reused)
 
 
 def _failed(by_key: Mapping[str, Sample], bad: Sequence[Finish]) -> dict[str, Finish]:
@@ -136,6 +145,7 @@ class Engine:
         scorer_identity: identity of that model, known without loading it; scores are stored under it.
         finishes: how many answers ended in which way, stored answers included.
         tolerate: the share of answers that may fail or be malformed.
+        sharing: the run's part in the answers that runs share.
     """
 
     store: Store
@@ -146,6 +156,7 @@ class Engine:
     stop: Callable[[], bool] = lambda: False
     finishes: Counter[str] = field(default_factory=Counter)
     tolerate: float = 0.0
+    sharing: Sharing | None = None
 
     def run(self, questions: Questions[T]) -> T:
         """Run a generator of questions to its end, batch by batch.
@@ -167,7 +178,13 @@ class Engine:
             return self._score([question for question in batch if isinstance(question, ScoreRequest)])
         assert len(requests) == len(batch), "a batch of questions is all requests or all score requests"
         samples = elicit(
-            requests, self.store, self.answerer, on_progress=self.on_progress, stop=self.stop, tolerate=self.tolerate
+            requests,
+            self.store,
+            self.answerer,
+            on_progress=self.on_progress,
+            stop=self.stop,
+            tolerate=self.tolerate,
+            sharing=self.sharing,
         )
         if len(samples) < len(requests):
             raise StoppedEarlyError(len(samples), len(requests))

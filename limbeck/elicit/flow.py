@@ -18,13 +18,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from limbeck.elicit.thinking import after_thinking
-from limbeck.types import LogProb, Message, Request, Sample, Sampling, content_hash
+from limbeck.types import AnswerForm, LogProb, Message, Request, Sample, Sampling, content_hash
 
 Pool = list[Sample]
 Show = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 T = TypeVar("T")
 MAX_EXAMPLES = 3
 EXAMPLE_CHARS = 160
+NO_ANSWER = "nothing but thinking"
+WRITTEN = ("ok", "length", "empty", NO_ANSWER)
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def score(requests: Sequence[ScoreRequest]) -> Questions[list[LogProb]]:
 
 @dataclass
 class Tally:
-    """What a step did: samples in (`taken`) and out (`given`), how many were dropped and why, with a few examples, and
-    facts such as an acceptance rate."""
+    """What a step did: samples in (`taken`) and out (`given`), how many were dropped and why, with a few examples,
+    facts such as an acceptance rate, and `notes`, what its user should know in words."""
 
     step: str
     taken: int = 0
@@ -72,6 +74,7 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, text: str = "") -> None:
         """Count a dropped sample or answer under `reason`, a few plain words."""
@@ -89,6 +92,7 @@ class StepContext:
     """What a step knows beside the pool: the model that it asks, and its source of random numbers.
 
     `header` is the text before a user's message in the model's own chat format, where that is known (see `magpie`).
+    `unheld` says why the model can't be held to a form, and nothing if it can.
     `show` turns a conversation into the one that the model is shown, where that is another.
     """
 
@@ -96,6 +100,7 @@ class StepContext:
     seed: int
     step: str
     header: str | None = None
+    unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
     show: Show | None = None
 
     def request(
@@ -107,13 +112,22 @@ class StepContext:
         raw: str | None = None,
         against: Sequence[Message] | None = None,
         contrast: float = 0.0,
+        form: AnswerForm | None = None,
     ) -> Request:
         """A request to the model. `number` tells several answers to the same messages apart."""
         seed = self.seed if number == 0 else int(content_hash([self.seed, number])[:7], 16)
         other = None if against is None else tuple(against)
         shown = None if self.show is None or raw is not None else self.show(tuple(messages))
         return Request(
-            self.model, tuple(messages), sampling, seed, raw=raw, against=other, contrast=contrast, shown=shown
+            self.model,
+            tuple(messages),
+            sampling,
+            seed,
+            raw=raw,
+            against=other,
+            contrast=contrast,
+            form=form,
+            shown=shown,
         )
 
     def rng(self, *key: Any) -> random.Random:
@@ -205,7 +219,7 @@ def ending(reply: Sample) -> str:
     thinking"."""
     finish = str(reply.meta.get("finish", "ok"))
     if finish == "ok" and (answer_of(reply) or "").strip() and not said_by(reply).strip():
-        return "nothing but thinking"
+        return NO_ANSWER
     return finish
 
 
@@ -224,3 +238,16 @@ def complete_replies(turns: Sequence[T], replies: Sequence[Sample], tally: Tally
     """(turn, its reply) for every reply that is complete; the others count as dropped. One reply per turn."""
     complete = are_complete(replies, tally)
     return [(turn, reply) for turn, reply, whole in zip(turns, replies, complete, strict=True) if whole]
+
+
+def written_replies(turns: Sequence[T], replies: Sequence[Sample], tally: Tally) -> list[tuple[T, Sample]]:
+    """(turn, its reply) for every reply that the model wrote, complete or not: cut off, empty, or nothing but thinking.
+    Those that were refused or filtered, or failed, count as dropped."""
+    written = []
+    for turn, reply in zip(turns, replies, strict=True):
+        finish = ending(reply)
+        if finish in WRITTEN:
+            written.append((turn, reply))
+        else:
+            tally.drop(f"answer: {finish}", reply.messages[-1]["content"])
+    return written

@@ -11,11 +11,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from limbeck.config.sections import Section
 from limbeck.elicit.checks import PATTERN_SECONDS, check_pattern
-from limbeck.elicit.json_in import NotJSONError, plain
+from limbeck.elicit.json_in import NotJSONError, plain, read_json
 from limbeck.elicit.labels import claimed
 from limbeck.elicit.schema import check_schema, in_order, is_valid, value_in
 from limbeck.elicit.thinking import boxed, stated
 from limbeck.elicit.verify import MAX_CHARS
+from limbeck.types import AnswerForm
 
 FORMS = "text, {label: [A, B]}, {json: SCHEMA} or {pattern: 'Grade: (\\d)'}"
 
@@ -80,6 +81,27 @@ class Parsing(Section):
         if self.text + sum(form is not None for form in (self.label, self.json_schema, self.pattern)) != 1:
             raise ValueError(f"give exactly one of {FORMS}")
         return self
+
+    @property
+    def form(self) -> AnswerForm | None:
+        """The form of an answer that is nothing else than what is read; None for text."""
+        if self.json_schema is not None:
+            return AnswerForm(schema=json.dumps(self.json_schema, ensure_ascii=False))
+        return None if self.text else AnswerForm(labels=self.label, pattern=self.pattern)
+
+    def keeps_to_form(self, said: str) -> bool:
+        """Whether an answer without its thinking is of that form."""
+        if self.json_schema is not None:
+            try:
+                return len(said) <= MAX_CHARS and is_valid(self.json_schema, read_json(said))
+            except NotJSONError:
+                return False
+        if self.label is not None:
+            return said.strip() in self.label
+        try:
+            return regex.fullmatch(str(self.pattern), said.strip(), timeout=PATTERN_SECONDS) is not None
+        except TimeoutError:
+            return False
 
     def read(self, said: str) -> Any:
         """What an answer without its thinking says: a text, the values of a pattern's named groups, or any JSON.

@@ -16,8 +16,8 @@ class Prompt:
     its text (a system message, earlier turns), `after` calls of tools and their results that come after it.
 
     `untrained` are the places of the assistant's turns that are never trained on, `cut` those of the answers whose end
-    was cut off. `file`, `unit` and `line` say where it stands
-    (for error messages alone).
+    was cut off. `row` has the columns of its file that a step's template reads, as pairs of name and plain data.
+    `file`, `unit` and `line` say where it stands (for error messages alone).
     """
 
     id: str
@@ -32,6 +32,7 @@ class Prompt:
     after: tuple[Message, ...] = ()
     untrained: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()
+    row: tuple[tuple[str, Any], ...] = ()
     file: str = field(default="", compare=False)
     unit: str = field(default="line", compare=False)
     line: int = field(default=0, compare=False)
@@ -55,6 +56,7 @@ class Prompt:
             "feedback": self.feedback,
         }
         newer = {"before": self.before, "after": self.after, "untrained": self.untrained, "cut": self.cut}
+        newer["row"] = self.row
         return facts | {name: list(value) for name, value in newer.items() if value}
 
     @property

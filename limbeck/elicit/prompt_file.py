@@ -9,14 +9,15 @@ from __future__ import annotations
 import glob
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from limbeck.data.records import Record, records
-from limbeck.elicit.conversation import FormError, LeftOutError, is_blank
+from limbeck.elicit.conversation import FormError, LeftOutError, is_blank, plain_json
 from limbeck.elicit.prompt import Prompt
 from limbeck.elicit.prompt_row import PromptRow
-from limbeck.elicit.shapes import CONTENT, Form, UnclearError, form_of
+from limbeck.elicit.shapes import CONTENT, Form, UnclearError, form_of_row
 from limbeck.types import RecipeError, UserError
 
 MOST_NAMED = 6
@@ -99,12 +100,16 @@ class PromptReader:
         columns: from `prompts.columns`, the column of each role.
         keep_reasoning: whether the thinking before answers is kept.
         prefix: goes before every id.
+        keep: columns that are kept with the prompts as data, beside what is taken of them; `*` for all.
+        seen: the names of all columns.
     """
 
     columns: Mapping[str, str | None] | None = None
     keep_reasoning: bool = True
     prefix: str = ""
     accounts: list[Account] = field(default_factory=list)
+    keep: frozenset[str] = frozenset()
+    seen: set[str] = field(default_factory=set)
 
     def read(self, files: Sequence[Path]) -> Iterator[Prompt]:
         """The prompts of all files.
@@ -113,7 +118,7 @@ class PromptReader:
             UserError: a row is malformed, an id occurs twice, or there is no prompt at all.
         """
         ids: set[str] = set()
-        seen_columns: set[str] = set()
+        valued: set[str] = set()
         for file in files:
             account = Account(str(file))
             self.accounts.append(account)
@@ -130,8 +135,8 @@ class PromptReader:
                     )
                 ids.add(prompt.id)
                 yield prompt
-            seen_columns |= {column for columns in forms for column in columns}
-        self._refuse_nothing(files, ids, seen_columns)
+            valued |= {column for columns in forms for column in columns}
+        self._refuse_nothing(files, ids, valued)
 
     def _refuse_nothing(self, files: Sequence[Path], ids: set[str], seen: set[str]) -> None:
         for role, column in (self.columns or {}).items():
@@ -151,6 +156,7 @@ class PromptReader:
 
     def _row(self, record: Record, account: Account, forms: dict[frozenset[str], Form], prefix: str) -> Prompt | None:
         place = f"{account.source}, {record.place}"
+        self.seen.update(record.values)
         try:
             values = {name: value for name, value in record.values.items() if not is_blank(value)}
             columns = frozenset(values)
@@ -159,6 +165,8 @@ class PromptReader:
             form = forms[columns]
             row = PromptRow({role: values[column] for role, column in form.roles.items()}, form.roles)
             prompt = row.prompt(record, place, prefix=prefix, keep_reasoning=self.keep_reasoning)
+            if self.keep:
+                prompt = replace(prompt, row=self._kept(record))
         except LeftOutError as reason:
             account.leave_out(str(reason), record.place)
             return None
@@ -166,13 +174,22 @@ class PromptReader:
             raise UserError(f"{place}: {error}") from error
         account.taken[form.words] += 1
         account.dropped_reasoning += row.dropped_reasoning
-        account.ignored.update(form.ignored)
+        kept = {name for name, _ in prompt.row}
+        account.ignored.update(name for name in form.ignored if name not in kept)
         account.ignored.update(row.ignored)
         return prompt
 
+    def _kept(self, record: Record) -> tuple[tuple[str, Any], ...]:
+        """The columns that are kept of a row; a cell without a value is an empty text."""
+        kept = []
+        for name, value in record.values.items():
+            if name in self.keep or "*" in self.keep:
+                plain_json(value := "" if is_blank(value) else value, name)
+                kept.append((name, value))
+        return tuple(kept)
+
     def _form(self, columns: frozenset[str], record: Record) -> Form:
-        try:
-            return form_of(columns, self.columns)
-        except UnclearError:
-            blank = form_of(frozenset(record.values), self.columns)  # with those that have no value
-            raise LeftOutError(f"it has no {'conversation' if 'messages' in blank.roles else 'prompt'}") from None
+        form = form_of_row(columns, frozenset(record.values), self.columns)
+        if not {"prompt", "messages", "chosen"} & form.roles.keys():
+            raise LeftOutError(f"it has no {'conversation' if 'messages' in form.expected else 'prompt'}")
+        return form

@@ -21,11 +21,13 @@ HELD_OUT_SHARE = 0.1  # of a user's own file
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts that are trained, those that are held out, and what was read from which file."""
+    """The prompts that are trained, those that are held out, what was read from which file, and the names of the
+    columns that the training prompts' rows have."""
 
     training: list[Prompt]
     held_out: list[Prompt]
     accounts: list[Account] = field(default_factory=list)
+    columns: frozenset[str] = frozenset()
 
     @property
     def notes(self) -> list[str]:
@@ -47,12 +49,14 @@ def load_prompts(source: str, part: str = "train", path: str = "prompts.from") -
 
 def _read(source: str | list[str], reader: PromptReader, *, part: str, path: str) -> Iterator[Prompt]:
     if isinstance(source, str) and source.startswith(BUILTIN):
-        built_in = PromptReader(prefix=f"{source.removeprefix(BUILTIN)}/")
+        built_in = PromptReader(prefix=f"{source.removeprefix(BUILTIN)}/", keep=reader.keep, seen=reader.seen)
         return built_in.read([_built_in(source, part, path)])
     return reader.read(find_files(source, path))
 
 
-def split_prompts(settings: Prompts, evaluate: Evaluate, turns: str | None = None) -> PromptSet:
+def split_prompts(
+    settings: Prompts, evaluate: Evaluate, turns: str | None = None, keep: frozenset[str] = frozenset()
+) -> PromptSet:
     """The training prompts and the held-out prompts, without a common text.
 
     Built-in prompts come with a held-out part. Of a user's own file about a tenth is held out (by a hash of the text,
@@ -61,6 +65,7 @@ def split_prompts(settings: Prompts, evaluate: Evaluate, turns: str | None = Non
 
     Args:
         turns: `all` makes every turn of the assistant in a training conversation a prompt of its own.
+        keep: columns that are kept with the training prompts.
 
     Raises:
         RecipeError: one of the two is empty, or a held-out prompt is among the training prompts.
@@ -70,7 +75,7 @@ def split_prompts(settings: Prompts, evaluate: Evaluate, turns: str | None = Non
     except ValueError as error:
         raise RecipeError("prompts.columns", str(error)) from error
     keep_reasoning = settings.reasoning != "drop"
-    reader = PromptReader(settings.columns, keep_reasoning)
+    reader = PromptReader(settings.columns, keep_reasoning, keep=keep)
     other = PromptReader(None, keep_reasoning)
     prompts = _read(settings.source, reader, part="train", path="prompts.from")
     if evaluate.prompts is not None:
@@ -94,7 +99,7 @@ def split_prompts(settings: Prompts, evaluate: Evaluate, turns: str | None = Non
     accounts = [*reader.accounts, *other.accounts]
     if turns == "all":
         training = _turns(training, held, accounts)
-    return PromptSet(training, held_out, accounts)
+    return PromptSet(training, held_out, accounts, frozenset(reader.seen))
 
 
 def _first(prompts: Iterable[Prompt], limit: int | None) -> list[Prompt]:

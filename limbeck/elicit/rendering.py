@@ -7,13 +7,12 @@ A template is the recipe's own text. What models wrote is only ever a value in i
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from limbeck.elicit import render_rows
+from limbeck.data.render_alone import MEMORY, render_alone
 from limbeck.types import RecipeError
 
 MAX_CHARS = 200_000  # of a text that a template gives
@@ -24,13 +23,27 @@ TOGETHER = 4_000_000  # characters of values that one process is given, about
 
 @dataclass(frozen=True)
 class Rendered:
-    """`names` are those that each template reads. `rows` are the texts for each row by the name of the template, or a
-    plain text that says why the row has none. `printing` are the templates that do nothing with `prompt` but print
-    it."""
+    """`names` are those that each template reads, columns of the prompt's row as `row.NAME`. `rows` are the texts for
+    each row by the name of the template, or a plain text that says why the row has none. `printing` are the templates
+    that do nothing with `prompt` but print it."""
 
     names: Mapping[str, frozenset[str]]
     rows: Sequence[Mapping[str, str] | str]
     printing: frozenset[str] = frozenset()
+
+
+def names_read(templates: Mapping[str, str], place: str) -> Mapping[str, frozenset[str]]:
+    """The names that each template reads (see `Rendered`).
+
+    Raises:
+        RecipeError: a template that is none.
+    """
+    return _names_read(tuple(templates.items()), place)
+
+
+@cache
+def _names_read(templates: tuple[tuple[str, str], ...], place: str) -> Mapping[str, frozenset[str]]:
+    return render(dict(templates), (), place).names
 
 
 def render(templates: Mapping[str, str], rows: Sequence[Mapping[str, Any]], place: str) -> Rendered:
@@ -64,21 +77,15 @@ def _parts(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Mapping[str, 
 
 
 def _run(job: Mapping[str, Any], place: str) -> dict[str, Any]:
-    command = [sys.executable, "-I", render_rows.__file__, str(CPU_SECONDS)]
-    try:
-        done = subprocess.run(  # noqa: S603 (fixed arguments)
-            command, input=json.dumps(job), capture_output=True, text=True, check=False, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RecipeError(place, _too_much(job)) from error
-    if done.returncode:
-        raise RecipeError(place, (done.stderr.strip().splitlines() or [_too_much(job)])[-1])
-    answer: dict[str, Any] = json.loads(done.stdout)
+    done = render_alone(job, CPU_SECONDS, SECONDS)
+    if done is None or not done.ok:
+        raise RecipeError(place, (done and done.fault) or _too_much(job))
+    answer: dict[str, Any] = json.loads(done.result)
     return answer
 
 
 def _too_much(job: Mapping[str, Any]) -> str:
     return (
-        f"its templates take more than {CPU_SECONDS} seconds or {render_rows.MEMORY // 2**20} MiB for"
+        f"its templates take more than {CPU_SECONDS} seconds or {MEMORY // 2**20} MiB for"
         f" {len(job['rows']):,} samples; take loops and repetitions out of them"
     )

@@ -20,7 +20,7 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import ElicitStep
 from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.storage.files import read_jsonl, write_json, write_text
-from limbeck.types import Message, Sample, UserError, canonical_json, content_hash
+from limbeck.types import AnswerForm, Message, Sample, UserError, canonical_json, content_hash
 
 POOL = "elicited.jsonl"
 ACCOUNT = "elicitation.json"
@@ -61,26 +61,33 @@ class Elicitation:
         folder: receives the samples and the account of what each step did.
         identity: of the model that answers.
         header: returns the text before a user's message in that model's own format; called only if a step needs it.
+        unheld: says why that model can't be held to a form of answers, and nothing if it can.
     """
 
     source: TextSource
     folder: Path
     identity: str
     header: Callable[[], str | None]
+    unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
 
     @property
     def key(self) -> str:
-        """A hash of all that the result depends on, except the answers."""
+        """A hash of all that the result depends on, except the answers and the held-out prompts: with others, finished
+        samples stay what the student is trained on, and the evaluation leaves out what they give away."""
+        return self._key([self.source.training_prompts])
+
+    def _key(self, parts: Sequence[Sequence[Prompt]]) -> str:
         steps = [step.model_dump(mode="json") for step in self.source.recipe.elicit or ()]
-        parts = [
-            [prompt.facts for prompt in part] for part in (self.source.training_prompts, self.source.held_out_prompts)
-        ]
-        return content_hash([steps, parts, self.source.recipe.text_seed, self.identity])
+        facts = [[prompt.facts for prompt in part] for part in parts]
+        return content_hash([steps, facts, self.source.recipe.text_seed, self.identity])
 
     def finished(self) -> Pool | None:
         """The samples of a finished elicitation; None if there is none in the folder."""
         account = self.folder / ACCOUNT
-        if not account.exists() or json.loads(account.read_text()).get("key") != self.key:
+        if not account.exists():
+            return None
+        older = self._key([self.source.training_prompts, self.source.held_out_prompts])
+        if json.loads(account.read_text()).get("key") not in (self.key, older):
             return None
         return [_sample(record) for record in read_jsonl(self.folder / POOL)]
 
@@ -108,8 +115,14 @@ class Elicitation:
             tally = Tally(name, taken=len(pool))
             finishes_before = engine.finishes.copy()
             header = self.header() if "raw" in step.needs else None
-            seed = self.source.recipe.text_seed
-            context = StepContext(self.identity, seed, f"{index}/{name}", header=header, show=self.source.show)
+            context = StepContext(
+                self.identity,
+                self.source.recipe.text_seed,
+                f"{index}/{name}",
+                header,
+                unheld=self.unheld,
+                show=self.source.show,
+            )
             pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)
             tallies.append((step.kind, tally, engine.finishes - finishes_before))
@@ -182,8 +195,10 @@ def prompts_of(pool: Pool) -> tuple[list[Prompt], dict[str, list[Sample]]]:
 def _summary(tally: Tally) -> str:
     dropped = "; ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common(3))
     more = ", and others" if len(tally.dropped) > 3 else ""
-    return f"{tally.step}: {tally.taken:,} in, {tally.given:,} out" + (
-        f" (left out: {dropped}{more})" if dropped else ""
+    return (
+        f"{tally.step}: {tally.taken:,} in, {tally.given:,} out"
+        + (f" (left out: {dropped}{more})" if dropped else "")
+        + "".join(f"; {note}" for note in tally.notes)
     )
 
 
@@ -205,6 +220,7 @@ def prompt_sample(prompt: Prompt) -> Sample:
         "weight": prompt.weight,
         "check": prompt.check,
         "answers": list(prompt.answers),
+        "row": dict(prompt.row),
     }
     return Sample(
         prompt.messages,
@@ -215,6 +231,8 @@ def prompt_sample(prompt: Prompt) -> Sample:
 
 def _facts(tally: Tally) -> dict[str, Any]:
     facts = asdict(tally)
+    if not tally.notes:
+        del facts["notes"]  # as in older files
     return facts | {"dropped": dict(sorted(tally.dropped.items())), "facts": dict(sorted(tally.facts.items()))}
 
 

@@ -17,6 +17,7 @@ from limbeck.elicit.wording import words
 from limbeck.types import Sample
 
 SamplePart = Literal["prompt", "answer", "both"]
+ScriptName = Literal["latin", "cyrillic", "greek", "arabic", "hebrew", "cjk", "hangul", "devanagari"]
 REFUSING = re.compile(
     r"(?:i\s*(?:'m| am)?\s*(?:very |so |truly )?(?:sorry|afraid|unable)\b|i (?:can(?:no|')t|cannot|won't|will not|am"
     r" not able to|do not "
@@ -40,6 +41,12 @@ def text_of(sample: Sample, part: SamplePart) -> str:
 def has_word(text: str, word: str) -> bool:
     """Whether the text has the word, as a whole word in upper or lower case."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def has_script(text: str, script: ScriptName, share: float) -> bool:
+    """Whether at least a share of the letters belong to the script, by Unicode name; also without any letter."""
+    letters = [letter for letter in text if letter.isalpha()]
+    return sum(unicodedata.name(letter, "").startswith(script.upper()) for letter in letters) >= share * len(letters)
 
 
 def score_of(sample: Sample, name: str) -> float | None:
@@ -127,7 +134,7 @@ class Script(LocalStep):
     languages apart."""
 
     of: SamplePart = "both"
-    script: Literal["latin", "cyrillic", "greek", "arabic", "hebrew", "cjk", "hangul", "devanagari"] = "latin"
+    script: ScriptName = "latin"
     share: Annotated[float, Field(gt=0, le=1)] = 0.9
 
     def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
@@ -135,11 +142,9 @@ class Script(LocalStep):
 
     def _reject(self, sample: Sample) -> tuple[str, str] | None:
         text = text_of(sample, self.of)
-        letters = [letter for letter in text if letter.isalpha()]
-        in_script = sum(unicodedata.name(letter, "").startswith(self.script.upper()) for letter in letters)
-        if letters and in_script >= self.share * len(letters):
-            return None
-        return "another script" if letters else "no letters", text
+        if not any(letter.isalpha() for letter in text):
+            return "no letters", text
+        return None if has_script(text, self.script, self.share) else ("another script", text)
 
 
 @register("without")

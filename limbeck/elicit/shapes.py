@@ -16,6 +16,8 @@ from limbeck.types import nearest
 CONVERSATIONS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "question", "instruction", "problem", "query")
 ANSWERS = ("answers", "references", "answer", "completion", "response", "output", "solution")
+TEXTS = ("text", "sentence", "utterance", "review", "message", "comment", "tweet", "headline")  # beside one of LABELS
+LABELS = ("label", "category", "intent", "sentiment", "topic", "class", "emotion", "label_text")
 PREFERENCES = ("chosen", "rejected")
 SYSTEMS = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
@@ -30,10 +32,12 @@ OURS = ("answers", "references", "answer")
 
 @dataclass(frozen=True)
 class Form:
-    """Which column is taken for what, for rows with certain columns, and which are not used."""
+    """Which column is taken for what, for rows with certain columns, and which are not used. `expected` are the roles
+    of a row that lacks some, in a file whose columns tell more."""
 
     roles: Mapping[str, str]
     ignored: tuple[str, ...]
+    expected: tuple[str, ...] = ()
 
     @property
     def unused_content(self) -> list[str]:
@@ -77,6 +81,8 @@ def form_of(columns: frozenset[str], named: Mapping[str, str | None] | None = No
             take("messages", *CONVERSATIONS)
         if "messages" not in roles:
             take("prompt", *QUESTIONS)
+        if not {"prompt", "messages"} & roles.keys() and not shut & {"prompt", "answer", "answers"}:
+            _take_labelled(free, take)
     if "messages" not in roles and not {"answer", "answers", "chosen"} & roles.keys():
         _take_answers(free, take)
     if roles.get("prompt") == "instruction":
@@ -92,6 +98,37 @@ def form_of(columns: frozenset[str], named: Mapping[str, str | None] | None = No
     order = {role: place for place, role in enumerate(ROLES)}
     roles = dict(sorted(roles.items(), key=lambda entry: order[entry[0]]))
     return Form(roles, tuple(sorted(columns - set(roles.values()))))
+
+
+def form_of_row(columns: frozenset[str], every: frozenset[str], named: Mapping[str, str | None] | None = None) -> Form:
+    """As `form_of`; where the columns with a value don't tell, those without one are looked at, too, so that a text
+    whose label is empty is a text.
+
+    Raises:
+        UnclearError: nothing tells.
+    """
+    try:
+        return form_of(columns, named)
+    except UnclearError:
+        blank = form_of(every, named)
+        roles = {role: column for role, column in blank.roles.items() if column in columns}
+        return Form(roles, tuple(sorted(columns - set(roles.values()))), expected=tuple(blank.roles))
+
+
+def _take_labelled(free: frozenset[str], take: Any) -> None:
+    """A text and its label, where one column of each kind is there and no other could be the answer; two of either
+    leave it open."""
+    texts, labels = ([name for name in names if name in free] for names in (TEXTS, LABELS))
+    if not texts or not labels or free & {*ANSWERS, *PREFERENCES}:
+        return
+    for role, what, names in (("prompt", "text", texts), ("answer", "label", labels)):
+        if len(names) > 1:
+            raise UnclearError(
+                f"{' and '.join(names)} both look like the {what}; say which, as in prompts: {{columns: {{prompt:"
+                f" {texts[0]}, answer: {labels[0]}}}}} (here {names[0]} is the {role})"
+            )
+    take("prompt", *texts)
+    take("answer", *labels)
 
 
 def _take_answers(free: frozenset[str], take: Any) -> None:
@@ -153,6 +190,8 @@ SHAPES = (
     RowShape("question and answer", "GSM8K and many", ({"question": Q, "answer": A},)),
     RowShape("instruction and response", "Dolly, Magpie", ({"instruction": Q, "response": A},)),
     RowShape("instruction, input and output", "Alpaca", ({"instruction": "Answer.", "input": Q, "output": A},)),
+    RowShape("text and label", "sets for classification", ({"text": Q, "label": A},)),
+    RowShape("utterance and intent", "sets for classification", ({"utterance": Q, "intent": A},)),
     RowShape(
         "messages",
         "OpenAI, TRL",

@@ -27,6 +27,7 @@ from pydantic import Field
 from limbeck.config.sections import Section
 from limbeck.elicit.flow import Pool, Questions, StepContext, Tally
 from limbeck.elicit.step_prompt import StepPrompt
+from limbeck.types import AnswerForm
 
 StepKind = Literal["expand", "curate", "label", "verify", "select", "transform"]
 Temperature = Annotated[float, Field(ge=0, le=10)]
@@ -70,6 +71,20 @@ class AskingStep(Section):
         """What `run` will ask for when it gets so many samples; by default one answer to each."""
         return Estimate.of_answers(samples, getattr(self, "max_tokens", 0))
 
+    def answer_tokens(self) -> float | None:
+        """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""
+        longest = getattr(self, "max_tokens", None)
+        return None if longest is None else max(1.0, ANSWER_SHARE * longest)
+
+    def must_hold(self) -> AnswerForm | None:
+        """The form that the model must be able to be held to; None without one."""
+        return None
+
+    def reads(self, _: str, /) -> frozenset[str]:
+        """Given its place in the recipe, the names that its templates read beside those that every sample has: fields,
+        or columns of the prompt's row (as NAME or `row.NAME`; `row` for all of them)."""
+        return frozenset()
+
     def shows(self) -> StepPrompt | None:
         """What it shows the model that writes the answers and the student is not shown; None if it writes no answer to
         a prompt that is there."""
@@ -80,8 +95,9 @@ class AskingStep(Section):
         return frozenset()
 
     def refuse(self, place: str, known: frozenset[str], pool: Pool | None, /) -> None:
-        """Refuse settings that can't work, before anything is asked. `known` are the names that earlier steps write;
-        `pool` is what the step will get, None where earlier steps make it."""
+        """Refuse settings that can't work, before anything is asked. `known` are the names that earlier steps write,
+        and the columns of the prompts' file (as NAME and `row.NAME`); `pool` is what the step will get, None where
+        earlier steps make it."""
 
 
 class LocalStep(Section):
@@ -103,13 +119,27 @@ class LocalStep(Section):
         """How many samples `apply` gives when it gets so many; by default as many."""
         return Estimate(samples=samples)
 
+    def answer_tokens(self) -> float | None:
+        """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""
+        return None
+
+    def must_hold(self) -> AnswerForm | None:
+        """The form that a model must be able to be held to; None, since none is asked."""
+        return None
+
+    def reads(self, _: str, /) -> frozenset[str]:
+        """Given its place in the recipe, the names that its templates read beside those that every sample has: fields,
+        or columns of the prompt's row (as NAME or `row.NAME`; `row` for all of them)."""
+        return frozenset()
+
     def writes(self) -> frozenset[str]:
         """The names of what it adds to the samples' meta, which the templates of later steps may read (see `ask`)."""
         return frozenset()
 
     def refuse(self, place: str, known: frozenset[str], pool: Pool | None, /) -> None:
-        """Refuse settings that can't work, before anything is asked. `known` are the names that earlier steps write;
-        `pool` is what the step will get, None where earlier steps make it."""
+        """Refuse settings that can't work, before anything is asked. `known` are the names that earlier steps write,
+        and the columns of the prompts' file (as NAME and `row.NAME`); `pool` is what the step will get, None where
+        earlier steps make it."""
 
 
 ElicitStep = AskingStep | LocalStep

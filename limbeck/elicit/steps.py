@@ -22,6 +22,7 @@ from limbeck.elicit import (  # noqa: F401 (imported for the steps that they reg
     merit,
     mosaic,
     rationale,
+    reasoning,
     rewrite,
     select,
     transform,
@@ -52,13 +53,34 @@ def steps_of(entries: Sequence[Elicit]) -> list[tuple[str, ElicitStep]]:
     return steps
 
 
-def check_steps(steps: Sequence[tuple[str, ElicitStep]], pool: Pool) -> None:
+def columns_read(steps: Sequence[tuple[str, ElicitStep]]) -> frozenset[str]:
+    """The columns of the prompts' file that templates may mean: all names that neither a sample has nor an earlier step
+    writes; `*` stands for every column.
+
+    Raises:
+        RecipeError: a template that is none.
+    """
+    columns: set[str] = set()
+    known: frozenset[str] = frozenset()
+    for index, (name, step) in enumerate(steps):
+        read = step.reads(f"elicit[{index}].{name}")
+        columns |= {other.removeprefix("row.") for other in read - known - {"row"}} | (
+            {"*"} if "row" in read else set()
+        )
+        known |= step.writes()
+    return frozenset(columns)
+
+
+def check_steps(steps: Sequence[tuple[str, ElicitStep]], pool: Pool, columns: frozenset[str] = frozenset()) -> None:
     """Refuse steps that can't work on these samples, or after each other, before anything is asked.
+
+    Args:
+        columns: those of the prompts' file.
 
     Raises:
         RecipeError: a step that can't, with its path.
     """
-    known: frozenset[str] = frozenset()
+    known = columns | {f"row.{column}" for column in columns}
     for index, (name, step) in enumerate(steps):
         step.refuse(f"elicit[{index}].{name}", known, None if index else pool)
         known |= step.writes()

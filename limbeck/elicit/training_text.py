@@ -20,9 +20,11 @@ from limbeck.elicit.engine import Answerer, Engine, LikelihoodScorer, StoppedEar
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.run import Elicitation, TextSource, prompts_of
+from limbeck.elicit.sharing import Reuse, Sharing
 from limbeck.progress import Reporter, StoppedError
+from limbeck.storage.answers import SharedAnswers
 from limbeck.storage.store import Store
-from limbeck.types import Request, Sample, Sampling, content_hash
+from limbeck.types import AnswerForm, Request, Sample, Sampling, content_hash
 
 
 class TextModels(Protocol):
@@ -43,10 +45,14 @@ class TextModels(Protocol):
     def header(self) -> str | None:
         """The text before a user's message in the teacher's own format."""
 
+    def unheld(self, form: AnswerForm, /) -> str:
+        """Why the teacher can't be held to a form of answers; nothing if it can."""
+
 
 @dataclass
 class TrainingText:
-    """Reads and fills `store.sqlite` in `folder`; steps of elicitation write their files to `home`."""
+    """Reads and fills `store.sqlite` in `folder`; steps of elicitation write their files to `home`. The teacher's
+    answers may be `shared` with other runs."""
 
     source: TextSource
     folder: Path
@@ -54,6 +60,7 @@ class TrainingText:
     models: TextModels
     reporter: Reporter
     stop: Callable[[], bool]
+    shared: Callable[[Store], SharedAnswers | None] = lambda store: None
 
     @property
     def recipe(self) -> Recipe:
@@ -73,7 +80,10 @@ class TrainingText:
     @cached_property
     def _elicited(self) -> tuple[list[Prompt], dict[str, list[Sample]]]:
         """The prompts that the steps under `elicit` left, and the answers to each by its id."""
-        elicitation = Elicitation(self.source, self.home, self.models.writer_identity("teacher"), self.models.header)
+        models = self.models
+        elicitation = Elicitation(
+            self.source, self.home, models.writer_identity("teacher"), models.header, unheld=models.unheld
+        )
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
             engine = Engine(
@@ -84,6 +94,7 @@ class TrainingText:
                 on_progress=partial(self._report_progress, "teacher", began),
                 stop=self.stop,
                 tolerate=self._tolerate,
+                sharing=self._sharing(store),
             )
             try:
                 return prompts_of(elicitation.run(engine, self.reporter.stage, self.reporter.note))
@@ -138,12 +149,21 @@ class TrainingText:
         with Store(self.folder / "store.sqlite") as store:
             return store.bill(self.models.writer_identity("teacher"))
 
+    def reused(self) -> tuple[int, int, int]:
+        """(answers, tokens read, tokens written) that earlier runs were billed for and this one took over."""
+        with Store(self.folder / "store.sqlite") as store:
+            return store.reused(self.models.writer_identity("teacher"))
+
     def money(self) -> float | None:
         """The cost of the answers so far by the recipe's price; None without one."""
+        _, read, written = self.bill()
+        return self.price(read, written)
+
+    def price(self, read: int, written: int) -> float | None:
+        """What so many tokens cost by the recipe's price; None without one."""
         server = self.recipe.teacher.server
         if server is None or server.price is None:
             return None
-        _, read, written = self.bill()
         return (read * server.price.input + written * server.price.output) / 1e6
 
     def facts(self) -> dict[str, Any]:
@@ -245,10 +265,25 @@ class TrainingText:
                 on_progress=partial(self._report_progress, by, time.monotonic()),
                 stop=self.stop,
                 tolerate=None if measured else self._tolerate,
+                sharing=self._sharing(store) if by == "teacher" else None,  # the student's text is its run's alone
             )
         if len(answers) < len(requests):
             raise self._stopped(len(answers), len(requests))
         return answers
+
+    def _sharing(self, store: Store) -> Sharing:
+        def wait(count: int) -> None:
+            self.reporter.note(f"{count:,} answers are being asked for by another run: waiting for them")
+
+        return Sharing(open=partial(self.shared, store), tell=self._tell_reuse, wait=wait)
+
+    def _tell_reuse(self, reuse: Reuse) -> None:
+        cost = "written then"
+        if self.recipe.teacher.server is not None:
+            money = self.price(reuse.read, reuse.written)
+            cost = f"paid then: {reuse.read:,} tokens read, {reuse.written:,} written"
+            cost += "" if money is None else f", {money:.4g} by today's price"
+        self.reporter.note(f"{reuse.answers:,} of {reuse.needed:,} answers are taken from earlier runs ({cost})")
 
     def _report_progress(self, by: str, began: float, done: int, total: int, tokens: int) -> None:
         rate = tokens / max(1e-9, time.monotonic() - began)

@@ -69,6 +69,9 @@ class LabelOnly(LocalStep):
     kind = "transform"
     label: str = "The answer is {final}."
 
+    def answer_tokens(self) -> float | None:
+        return len(self.label) / 4 + 2
+
     def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
         samples: Pool = []
         for sample in pool:

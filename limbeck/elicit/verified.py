@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from limbeck.elicit.checks import normalised
 from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_of, said_by, with_scores
@@ -42,6 +42,25 @@ def groups_by_prompt(pool: Pool) -> list[list[Sample]]:
     return list(groups.values())
 
 
+def verdict_of(sample: Sample, against: AnswerType | None) -> tuple[bool | None, str]:
+    """(whether the answer is right by its prompt's check, or None; how it was checked). With `against`, an answer whose
+    prompt has no check is compared with the corpus's first answer. An answer that was cut off is not right."""
+    check = sample.meta.get("check")
+    answer = answer_of(sample)
+    corpus_answers = sample.meta.get("answers")
+    if answer is None:
+        return None, ""
+    whole = sample.meta.get("finish") != "length"
+    if check is not None:
+        return whole and verify(check, answer), str(check.get("type"))
+    if against is None or not corpus_answers:
+        return None, ""
+    reference = Sample(({"role": "assistant", "content": str(corpus_answers[0])},), "")
+    right = final_answer(reference, against)
+    is_right = right is not None and final_answer(sample, against) == right
+    return whole and is_right, f"given answer, by {against}"
+
+
 @register("verify")
 class Verify(LocalStep):
     """Keeps answers that pass their prompt's check. With `against`, an answer whose prompt has no check is compared
@@ -55,11 +74,13 @@ class Verify(LocalStep):
     def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
         passed: Pool = []
         for sample in pool:
-            verdict, how = self._verdict(sample)
+            verdict, how = verdict_of(sample, self.against)
             if answer_of(sample) is None:
                 tally.drop("no answer", prompt_of(sample))
             elif verdict is False and after_thinking(answer_of(sample) or "") is None:
                 tally.drop("thinking without an end", answer_of(sample) or "")
+            elif verdict is False and sample.meta.get("finish") == "length":
+                tally.drop("answer: length", answer_of(sample) or "")
             elif verdict is None and self.unchecked == "drop":
                 tally.drop("nothing to check it by", answer_of(sample) or "")
             elif verdict is False:
@@ -68,22 +89,6 @@ class Verify(LocalStep):
                 passed.append(with_scores(sample, verified=1.0) if verdict else sample)
         tally.facts["pass_rate"] = len(passed) / max(1, len(pool))
         return passed
-
-    def _verdict(self, sample: Sample) -> tuple[bool | None, str]:
-        """(whether the answer is right, or None; how it was checked)"""
-        check = sample.meta.get("check")
-        answer = answer_of(sample)
-        corpus_answers = sample.meta.get("answers")
-        if answer is None:
-            return None, ""
-        if check is not None:
-            return verify(check, answer), str(check.get("type"))
-        if self.against is None or not corpus_answers:
-            return None, ""
-        reference = Sample(({"role": "assistant", "content": str(corpus_answers[0])},), "")
-        right = final_answer(reference, self.against)
-        is_right = right is not None and final_answer(sample, self.against) == right
-        return is_right, f"given answer, by {self.against}"
 
 
 @register("vote")
@@ -131,23 +136,38 @@ def _drop(samples: Pool, reason: str, tally: Tally) -> None:
 
 @register("best_of")
 class BestOf(LocalStep):
-    """Keeps, among the answers to one prompt, the `n` with the highest `score` of that name; of equal ones, the
-    first."""
+    """Keeps, among the answers to one prompt, the `n` with the highest `score` of that name (the lowest, with `lowest`;
+    those in the middle of the order, with `median`, the lower one of two); of equal ones, the first."""
 
     score: str
     n: Annotated[int, Field(ge=1)] = 1
+    lowest: bool = False
+    median: bool = False
+
+    @model_validator(mode="after")
+    def _one_end(self) -> BestOf:
+        if self.lowest and self.median:
+            raise ValueError("give lowest or median, not both")
+        return self
 
     def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
         selected: Pool = []
         for group in groups_by_prompt(pool):
-            rated = [sample for sample in group if self.score in sample.meta.get("scores", {})]
-            ranked = sorted(rated, key=lambda sample: -sample.meta["scores"][self.score])
-            best = {id(sample) for sample in ranked[: self.n]}
+            best = {id(sample) for sample in self._best([sample for sample in group if self._has_score(sample)])}
             for sample in group:
                 if id(sample) in best:
                     selected.append(sample)
                 else:
-                    is_rated = any(sample is other for other in rated)
-                    reason = "not among the best" if is_rated else f"no score {self.score}"
+                    reason = "not among the best" if self._has_score(sample) else f"no score {self.score}"
                     tally.drop(reason, answer_of(sample) or "")
         return selected
+
+    def _has_score(self, sample: Sample) -> bool:
+        return self.score in sample.meta.get("scores", {})
+
+    def _best(self, rated: Pool) -> Pool:
+        """Those of one prompt's samples that are kept; equal ones stay in their order."""
+        sign = 1 if self.lowest or self.median else -1
+        ranked = sorted(rated, key=lambda sample: sign * sample.meta["scores"][self.score])
+        first = max(0, (len(ranked) - self.n) // 2) if self.median else 0
+        return ranked[first : first + self.n]

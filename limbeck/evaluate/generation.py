@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from limbeck.elicit.prompts import Prompt
@@ -15,6 +16,8 @@ from limbeck.evaluate.metrics import TaskMetric
 from limbeck.evaluate.records import CheckedAnswer, ItemResult, Progress
 from limbeck.evaluate.statistics import pass_at_k
 from limbeck.evaluate.task import GreedyAnswers, HarnessForm, PromptDraw, Task, TaskKind, WriteAnswers
+from limbeck.evaluate.thinking_budget import BudgetedAnswer, answers_within
+from limbeck.evaluate.thinking_settings import BUDGETED, ThinkingSettings, budget_metrics
 from limbeck.evaluate.wording import rouge_l
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.model import Model
@@ -88,22 +91,85 @@ def _prompt_result(
         }
         for seed, answer in zip(settings.draws, answers, strict=True)
     ]
+    scores = _scores(prompt, draws, settings, "rouge_l" in metrics)
+    return ItemResult(prompt.id, scores, text=answers[0].text, facts=_facts(draws))
+
+
+def _scores(
+    prompt: Prompt, draws: Sequence[dict[str, Any]], settings: GenerationSettings, compare: bool
+) -> dict[str, float]:
+    """The means over the draws of a prompt. To `compare` them with the references also adds to the draws."""
     scores = {name: _mean(draws, name) for name in ("finished", "answered", "tokens")}
     if prompt.check is not None:
         scores["pass_rate"] = _mean(draws, "passed")
         passed = sum(bool(draw["passed"]) for draw in draws)
         scores |= {f"pass@{k}": pass_at_k(len(draws), passed, k) for k in settings.pass_at}
-    if prompt.answers and "rouge_l" in metrics:
+    if prompt.answers and compare:
         for draw in draws:
-            draw["rouge_l"] = rouge_l(after_thinking(draw["text"]) or "", prompt.answers, stemmer=settings.stemmer)
+            said = after_thinking(draw.get("said", draw["text"])) or ""
+            draw["rouge_l"] = rouge_l(said, prompt.answers, stemmer=settings.stemmer)
         if draws[0]["rouge_l"] is not None:  # None for references without a word that ROUGE knows
             scores["rouge_l"] = _mean(draws, "rouge_l")
-    facts = (
-        {key: draws[0][key] for key in ("tokens", "finished", "passed", "answered")}
-        if len(draws) == 1
-        else {"draws": draws}
-    )
-    return ItemResult(prompt.id, scores, text=answers[0].text, facts=facts)
+    return scores
+
+
+def _facts(draws: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> dict[str, Any]:
+    if len(draws) > 1:
+        return {"draws": draws}
+    return {key: draws[0][key] for key in ("tokens", "finished", "passed", "answered", *more)}
+
+
+def _scored_within(task: Task, system: Model, max_tokens: int, progress: Progress) -> list[ItemResult]:
+    """One result per prompt with its scores at every budget; the text is that of the largest."""
+    settings: GenerationSettings = task.protocol
+    thinking = settings.thinking
+    assert thinking is not None
+    draws = [(prompt, seed) for prompt in task.prompts for seed in settings.draws]
+    jobs = _jobs(task, system, draws, Sampling(settings.temperature, settings.top_p, max_tokens))
+    asked = [prompt for prompt, _ in draws]
+    total = len(thinking.levels) * len(jobs)
+    by_budget: dict[int, list[BudgetedAnswer]] = {}
+    for most in thinking.levels:
+        report = partial(_report_more, progress, len(by_budget) * len(jobs), total)
+        by_budget[most] = answers_within(
+            system, asked, jobs, thinking, most=most, max_tokens=max_tokens, progress=report
+        )
+    return [_result_within(task, thinking, by_budget, number) for number in range(len(task.prompts))]
+
+
+def _report_more(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def _result_within(
+    task: Task, thinking: ThinkingSettings, by_budget: Mapping[int, Sequence[BudgetedAnswer]], number: int
+) -> ItemResult:
+    """The result on the prompt of this number."""
+    settings: GenerationSettings = task.protocol
+    prompt, count = task.prompts[number], len(settings.draws)
+    compare = any(name.startswith("rouge_l") for name in task.metrics)
+    scores: dict[str, float] = {}
+    facts: dict[str, Any] = {}
+    text = ""
+    for most, answers in by_budget.items():
+        own = answers[number * count : (number + 1) * count]
+        draws = [{"seed": seed} | vars(answer) for seed, answer in zip(settings.draws, own, strict=True)]
+        found = _scores(prompt, draws, settings, compare) | {name: _mean(draws, name) for name in BUDGETED}
+        scores |= {f"{name}{thinking.suffix(most)}": value for name, value in found.items()}
+        facts[str(most)] = _facts(draws, ("text", *BUDGETED, "forced_tokens", "waits"))
+        text = own[0].text
+    return ItemResult(prompt.id, scores, text=text, facts={"budgets": facts})
+
+
+def _jobs(task: Task, system: Model, draws: Sequence[PromptDraw], sampling: Sampling) -> list[GenerationJob]:
+    return [
+        GenerationJob(
+            prompt_ids(system, task.protocol, {"prompt": prompt.text}),
+            sampling,
+            int(content_hash([prompt.id, seed])[:15], 16),
+        )
+        for prompt, seed in draws
+    ]
 
 
 def _mean(draws: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -120,6 +186,8 @@ class GenerationKind(TaskKind):
         "finished": TaskMetric("Finished", "none"),
         "answered": TaskMetric("Came to an answer", "high"),
         "tokens": TaskMetric("Length in tokens", "none"),
+        "thinking_tokens": TaskMetric("Thinking in tokens", "none"),
+        "cut_thinking": TaskMetric("Thinking ended by its budget", "none"),
     }
     takes_references = True
 
@@ -127,22 +195,22 @@ class GenerationKind(TaskKind):
         return parse_prompt(data, ident, place)
 
     def score(self, task: Task, system: Model, progress: Progress, answers: GreedyAnswers) -> list[ItemResult]:
+        settings: GenerationSettings = task.protocol
+        if settings.thinking is not None:
+            if any(name.startswith("rouge_l") for name in task.metrics):
+                rouge_l("a word", ["a word"])  # a missing package is reported before anything is written
+            limit = settings.max_tokens or answers.max_tokens
+            return _scored_within(task, system, limit, progress)
+
         def write(draws: Sequence[PromptDraw], sampling: Sampling) -> list[CheckedAnswer]:
-            jobs = [
-                GenerationJob(
-                    prompt_ids(system, task.protocol, {"prompt": prompt.text}),
-                    sampling,
-                    int(content_hash([prompt.id, seed])[:15], 16),
-                )
-                for prompt, seed in draws
-            ]
+            jobs = _jobs(task, system, draws, sampling)
             return _answer_jobs(system, [prompt for prompt, _ in draws], jobs, progress)
 
         return score_answers(task, write, answers)
 
     def score_by_text(self, task: Task, write: WriteAnswers, answers: GreedyAnswers) -> list[ItemResult]:
         settings: GenerationSettings = task.protocol
-        if settings.format != "chat":
+        if settings.format != "chat" or settings.thinking is not None:
             return []
 
         def write_filled(draws: Sequence[PromptDraw], sampling: Sampling) -> Sequence[CheckedAnswer]:
@@ -155,7 +223,8 @@ class GenerationKind(TaskKind):
         checked = any(prompt.check is not None for prompt in items)
         compared = any(prompt.answers for prompt in items)
         passes = ["pass_rate", *(f"pass@{k}" for k in settings.pass_at)] if checked else []
-        return [*passes, *(["rouge_l"] if compared else []), "finished", "answered", "tokens"]
+        names = [*passes, *(["rouge_l"] if compared else []), "finished", "answered", "tokens"]
+        return names if settings.thinking is None else budget_metrics(names, settings.thinking)
 
     def shares_answers(self, settings: GenerationSettings) -> bool:
         return settings.shares_answers
@@ -167,6 +236,8 @@ class GenerationKind(TaskKind):
         """Greedy answers, judged by the prompts' own checks; an answer without a check counts nowhere."""
         settings: GenerationSettings = task.protocol
         checks = {prompt.id: prompt.check for prompt in task.prompts}
+        if settings.thinking is not None:
+            raise UserError(f"{task.name}: its thinking is held to a budget, which the harness can't do")
         if settings.temperature > 0:
             raise UserError(
                 f"{task.name}: its answers are sampled, and other random numbers give other answers; only greedy ones"

@@ -22,6 +22,7 @@ from limbeck.data.records import DECODER
 from limbeck.elicit.conversation import is_blank
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.verify import parse_check
+from limbeck.evaluate.thinking_settings import ThinkingSettings
 from limbeck.types import UserError, nearest
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -109,6 +110,7 @@ class GenerationSettings(TemplateSettings):
     """Greedy (temperature 0) unless sampled: one answer for each of `seeds`, or `samples` of them (seeds 0, 1, ...).
 
     `pass_at` asks for pass@k over the samples. Without `max_tokens`, the run's own limit applies. `stemmer` is ROUGE's.
+    With `thinking`, `max_tokens` bounds what follows the thinking.
     """
 
     format: Literal["plain", "chat"] = "chat"
@@ -120,6 +122,7 @@ class GenerationSettings(TemplateSettings):
     pass_at: tuple[PositiveInt, ...] = ()
     max_tokens: PositiveInt | None = None
     stemmer: bool = True
+    thinking: ThinkingSettings | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> GenerationSettings:
@@ -136,6 +139,8 @@ class GenerationSettings(TemplateSettings):
             raise ValueError(
                 f"pass_at {max(self.pass_at)} needs as many answers; there are {len(self.draws)}: raise samples"
             )
+        if self.thinking is not None and self.thinking.budgets is not None and self.pass_at:
+            raise ValueError("pass_at can't be measured at several budgets of thinking; give thinking.most")
         return self
 
     @property
@@ -147,7 +152,11 @@ class GenerationSettings(TemplateSettings):
     def shares_answers(self) -> bool:
         """True where the answers are the plain greedy ones that any held-out prompt gets."""
         return (
-            self.temperature == 0 and self.format == "chat" and self.template == "{prompt}" and self.max_tokens is None
+            self.temperature == 0
+            and self.format == "chat"
+            and self.template == "{prompt}"
+            and self.max_tokens is None
+            and self.thinking is None
         )
 
 

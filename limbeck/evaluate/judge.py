@@ -155,28 +155,28 @@ def load_or_judge(
     second: Mapping[str, str],
     progress: Progress = lambda done, total: None,
 ) -> list[PairVerdict]:
-    """The verdicts of `judge_pairs`, read from `file` where it exists (then the judge is not loaded), else written
-    there.
+    """The verdicts of `judge_pairs`, kept in `file`: those on other answers, or of another judge, are asked for anew.
+    The judge is loaded only if one is missing.
 
     Args:
         identity: the judge's; each record's key is a hash of it and of the question.
-
-    Raises:
-        UserError: the file holds another judge's verdicts, or some on other answers.
     """
     questions = [
         [identity, INSTRUCTION, MAX_TOKENS, READING, prompt.shown, first.get(prompt.id), second.get(prompt.id)]
         for prompt in prompts
     ]
     keys = [content_hash(each) for each in questions]
-    if not file.exists():
-        verdicts = judge_pairs(judge(), prompts, first, second, max_tokens=MAX_TOKENS, progress=progress)
-        records = [{"key": key, **vars(verdict)} for key, verdict in zip(keys, verdicts, strict=True)]
+    kept = {record.pop("key"): record for record in read_jsonl(file)}
+    missing = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in kept]
+    if missing:
+        verdicts = judge_pairs(judge(), missing, first, second, max_tokens=MAX_TOKENS, progress=progress)
+        by_prompt = {verdict.prompt_id: vars(verdict) for verdict in verdicts}
+        kept |= {key: by_prompt[prompt.id] for prompt, key in zip(prompts, keys, strict=True) if key not in kept}
+    found = [kept[key] | {"prompt_id": prompt.id} for prompt, key in zip(prompts, keys, strict=True)]
+    if missing or list(kept) != keys:
+        records = [{"key": key, **record} for key, record in zip(keys, found, strict=True)]
         write_text(file, "".join(canonical_json(record) + "\n" for record in records))
-    records = read_jsonl(file)
-    if [record.pop("key") for record in records] != keys:
-        raise UserError(f"{file} holds another judge's verdicts, or some on other answers: remove it to ask again")
-    return [PairVerdict(**record | {"replies": tuple(record["replies"])}) for record in records]
+    return [PairVerdict(**record | {"replies": tuple(record["replies"])}) for record in found]
 
 
 def question(prompt: str, a: str, b: str, control: Collection[str] = ()) -> tuple[Message, ...]:

@@ -3,15 +3,15 @@ items alone.
 
 Files, each written whole, so that a killed evaluation continues where it stopped: `fidelity-SYSTEM.jsonl`,
 `own-SYSTEM.jsonl` (text that the system wrote itself), `free-SYSTEM.jsonl` (text that the teacher wrote in the same
-way), `answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json`, `lens.jsonl`; `protocol.json` holds a
-hash of all questions.
+way), `answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json` (sizes), `speeds.json`, `lens.jsonl`;
+`protocol.json` holds hashes of the questions: records of other questions are removed and measured anew.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 from limbeck.data.batches import Row
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.thinking import after_thinking
-from limbeck.elicit.verify import VERSION, verify
+from limbeck.elicit.verify import verify
 from limbeck.evaluate import wording
 from limbeck.evaluate.calibration import Reliability
-from limbeck.evaluate.efficiency import efficiency, sizes
+from limbeck.evaluate.efficiency import sizes, time_in_turns
 from limbeck.evaluate.fidelity import EvaluationText, fidelity
 from limbeck.evaluate.generation import answer_all
-from limbeck.evaluate.items import Item
+from limbeck.evaluate.protocol import SHOWN, EvaluationProtocol, claim
 from limbeck.evaluate.records import (
     CheckedAnswer,
     Choices,
@@ -40,34 +40,18 @@ from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.storage.files import read_jsonl, write_json, write_text
-from limbeck.types import Sample, Sampling, UserError, canonical_json, content_hash
+from limbeck.types import Sample, Sampling, canonical_json, content_hash
 
-SHOWN = 24
+SIZES = ("layers", "parameters", "bytes")
 OWN_FACTS = ("tokens", "text", "finished", "repetition")
 # a server's answers to (prompt, seed), in their order
 AskServer = Callable[[Sequence[PromptDraw], Sampling], Sequence[Sample]]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class EvaluationProtocol:
-    """What every system is measured on.
-
-    `rows` is held-out teacher text (one row per prompt that got an answer, named by its id); all systems answer
-    `prompts` greedily, and write their own text at temperature 1 to the first `own_prompts` of them.
-    """
-
-    rows: Sequence[Row]
-    prompts: Sequence[Prompt]
-    tasks: Sequence[Task]
-    max_tokens: int
-    own_prompts: int
-    seed: int = 0
-
-
 class Bench:
     """Measures into a folder; records that are there already are read back, and a system all of whose files are there
-    is not loaded.
+    is not loaded. `outdated` are the parts whose records were of other questions.
 
     Without a `teacher` (its weights are not here) no distance from its distribution is measured. The held-out text is
     in the tokens of `reader`: the teacher, or else the student.
@@ -88,38 +72,17 @@ class Bench:
         self.progress = progress
         self.held_out = EvaluationText(protocol.rows, teacher)
         self.free: EvaluationText | None = None
-        self.shown = {prompt.id for prompt in protocol.prompts[:SHOWN]}
-        self._claim()
+        self.loads: dict[str, Callable[[], Model]] = {}  # of the systems that were measured
+        self.shown = protocol.shown
+        self.outdated = claim(folder, protocol)
         texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.shown} for prompt in protocol.prompts]
         write_text(folder / "prompts.jsonl", _lines(texts))
 
-    def _claim(self) -> None:
-        """Refuse a folder whose records answer other questions."""
-        protocol = self.protocol
-        tasks = [
-            {"name": t.name, "metrics": t.metrics, "settings": t.settings, "items": [_facts(item) for item in t.items]}
-            for t in protocol.tasks
-        ]
-        facts = {
-            "prompts": [prompt.facts for prompt in protocol.prompts],
-            "max_tokens": protocol.max_tokens,
-            "own_prompts": protocol.own_prompts,
-            "verdicts": VERSION,
-        }
-        fingerprint = content_hash(
-            facts | {"tasks": tasks, "rows": [row.response_ids for row in protocol.rows], "seed": protocol.seed}
-        )
-        file = self.folder / "protocol.json"
-        if file.exists() and json.loads(file.read_text())["hash"] != fingerprint:
-            raise UserError(
-                f"{self.folder} holds answers to other questions (tasks, prompts or verifiers changed since): remove"
-                " it to measure again"
-            )
-        write_json(file, {"hash": fingerprint})
-
     def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> SystemRecords:
-        """All of one system's records. With `lens` single tokens of the first answers are kept, too."""
+        """All of one system's records but its speeds (see `timed`). With `lens` single tokens of the first answers are
+        kept, too."""
         model = cache(load)
+        self.loads[name] = load
         held_out = self._fidelity(name, model, lens)
         own, own_text = self._own(name, model, lens)
         free = self._free(name, model)
@@ -132,7 +95,7 @@ class Bench:
             free=free,
             answers=answers,
             tasks={task.name: self._task(task, name, model, answers) for task in self.protocol.tasks},
-            efficiency=self._efficiency(name, model),
+            efficiency=self._sizes(name, model),
         )
 
     def by_text(self, name: str, ask: AskServer) -> SystemRecords:
@@ -183,6 +146,9 @@ class Bench:
             items = fidelity(model(), self.held_out, shown, partial(self._report_progress, f"fidelity of {name}"))
             if lens:
                 records = [_lens("teacher", item, model()) for item in items if item.lens]
+                records += [
+                    record for record in read_jsonl(self.folder / "lens.jsonl") if record["writer"] == "student"
+                ]
                 write_text(self.folder / "lens.jsonl", _lines(records))
             write_text(file, _lines([_record(item) for item in items]))
         return [_item(record) for record in read_jsonl(file)]
@@ -289,22 +255,41 @@ class Bench:
     def _report_progress(self, detail: str, done: int, total: int) -> None:
         self.progress(done, total, detail)
 
-    def _efficiency(self, name: str, model: Callable[[], Model]) -> dict[str, Any]:
-        """Speeds are measured once per shape: systems that differ in their weights alone run alike; timing each only
-        adds noise."""
+    def _sizes(self, name: str, model: Callable[[], Model]) -> dict[str, Any]:
         file = self.folder / f"efficiency-{name}.json"
         if not file.exists():
-            system = model()
-            shape = sizes(system)
-            measured = [json.loads(other.read_text()) for other in sorted(self.folder.glob("efficiency-*.json"))]
-            same = [facts for facts in measured if shape.items() <= facts.items()]
-            prompts = [system.prompt_ids(prompt.messages) for prompt in self.protocol.prompts[:SHOWN]]
-            write_json(file, same[0] if same else efficiency(system, prompts))
-        return dict(json.loads(file.read_text()))
+            write_json(file, sizes(model()))
+        return {key: value for key, value in json.loads(file.read_text()).items() if key in SIZES}
 
+    def timed(self, systems: dict[str, list[SystemRecords]]) -> dict[str, list[SystemRecords]]:
+        """The systems with their speeds, measured in turns once all else is measured.
 
-def _facts(item: Item) -> dict[str, Any]:
-    return item.facts if isinstance(item, Prompt) else asdict(item)
+        Speeds are measured once per shape: systems that differ in their weights alone run alike; timing each only adds
+        noise.
+        """
+        file = self.folder / "speeds.json"
+        shapes = {one.name: canonical_json(one.efficiency) for seeds in systems.values() for one in seeds}
+        first: dict[str, str] = {}
+        for name, shape in shapes.items():
+            if name in self.loads:
+                first.setdefault(shape, name)
+        if not file.exists() and first:
+            prompts = sorted(self.protocol.prompts[:SHOWN], key=lambda prompt: len(prompt.spoken))
+            middle = prompts[len(prompts) // 2].messages
+            self.progress(0, 1, "speeds, in turns")
+            by_name, seen = time_in_turns({name: self.loads[name] for name in first.values()}, middle)
+            self.progress(1, 1, "speeds, in turns")
+            write_json(file, {"shapes": {shapes[name]: speeds for name, speeds in by_name.items()}, "machine": seen})
+        measured = json.loads(file.read_text())["shapes"] if file.exists() else {}
+        return {
+            name: [replace(one, efficiency=one.efficiency | measured.get(shapes[one.name], {})) for one in seeds]
+            for name, seeds in systems.items()
+        }
+
+    def speeds(self) -> dict[str, Any]:
+        """How the speeds were measured, and how busy the machine was; empty if they were not."""
+        file = self.folder / "speeds.json"
+        return dict(json.loads(file.read_text())["machine"]) if file.exists() else {}
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:

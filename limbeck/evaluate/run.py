@@ -16,13 +16,17 @@ from limbeck.data.batches import Row
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.elicit.training_text import TrainingText
+from limbeck.evaluate.by_label import by_field, by_label, write_questions
+from limbeck.evaluate.cautions import basis, task_facts
 from limbeck.evaluate.fidelity import by_class
 from limbeck.evaluate.judge import MAX_TOKENS, load_or_judge, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
-from limbeck.evaluate.measure import Bench, EvaluationProtocol
+from limbeck.evaluate.measure import Bench
+from limbeck.evaluate.protocol import EvaluationProtocol
 from limbeck.evaluate.records import DetailedProgress, SystemRecords
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.evaluate.task import Task
+from limbeck.evaluate.worth import kept, requests
 from limbeck.models.compatibility import OTHER_TOKENS
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
@@ -130,8 +134,10 @@ def _leaks(questions: Questions) -> list[Leak]:
     return list(strongest.values())
 
 
-def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[SystemRecords]]) -> dict[str, Any]:
-    """`summary.json` of a run: the teacher first, the student last."""
+def write_summary(
+    questions: Questions, bench: Bench, systems: dict[str, list[SystemRecords]], *, steps: int | None = None
+) -> dict[str, Any]:
+    """`summary.json` of a run: the teacher first, the student last. `steps` are the updates of its training."""
     recipe = questions.recipe
     tasks = bench.protocol.tasks
     against = [name for name in systems if name not in ("teacher", "student")]
@@ -140,12 +146,16 @@ def write_summary(questions: Questions, bench: Bench, systems: dict[str, list[Sy
         "recipe": recipe.hash,
         "controls": against,
         **summarise(systems, tasks, [("student", name) for name in against]),
-        **facts(questions, bench),
+        **facts(questions, bench, seeds=[recipe.train.seed], steps=steps),
     }
     if "untouched" in systems:
         summary["recovered"] = recovery(systems["student"], systems["untouched"], systems["teacher"], tasks)
     summary["by_kind"] = by_kind(systems, {prompt.id: prompt.kind for prompt in bench.protocol.prompts}, tasks)
     summary["by_token_class"] = by_class(systems["student"][0].fidelity)
+    summary |= {"by_label": by_label(systems, tasks), "by_field": by_field(systems, tasks)}
+    summary["kept"] = kept(systems["student"][0], systems["teacher"][0], tasks)
+    summary["requests"] = requests(bench.protocol.rows)
+    write_questions(bench.folder, tasks)
     summary["warnings"] = warnings(systems, summary, ["student"])
     summary["warnings"] += teacher_warnings(questions, bench)
     if recipe.evaluate.judge is not None:
@@ -275,11 +285,17 @@ def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
     costs: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
     if (money := text.money()) is not None:
         costs["money"] = money
+    answers, read, written = text.reused()
+    if answers:  # of earlier runs, paid then
+        costs["reused"] = {"answers": answers, "tokens_read": read, "tokens_written": written}
+        if (money := text.price(read, written)) is not None:
+            costs["reused"]["money"] = money
     return {"bill": costs}
 
 
-def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
-    """How the figures were obtained: held-out text, tasks with their settings, leaks, machine."""
+def facts(questions: Questions, bench: Bench, *, seeds: Sequence[int], steps: int | None) -> dict[str, Any]:
+    """How the figures were obtained and what they rest on: held-out text, tasks with their settings, leaks, machine,
+    speeds, and the cautions that follow (see `cautions`)."""
     recipe = questions.recipe
     text = questions.text
     tasks = bench.protocol.tasks
@@ -295,9 +311,9 @@ def facts(questions: Questions, bench: Bench) -> dict[str, Any]:
             "top_p": 1.0,
             "max_tokens": recipe.evaluate.max_tokens,
         },
-        "tasks": {
-            task.name: {"version": task.version, "kind": task.kind.name, "settings": task.settings} for task in tasks
-        },
+        "tasks": {task.name: task_facts(task) for task in tasks},
+        "speeds": bench.speeds(),
+        **basis(tasks, held_out=len(rows), seeds=seeds, steps=steps),
         "shown": shown(questions),
         "leaks": [vars(leak) for leak in questions.leaks],
         "machine": {

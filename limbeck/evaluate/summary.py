@@ -60,6 +60,8 @@ def describe(names: Sequence[str], task_list: Sequence[Task]) -> dict[str, dict[
             title = task.title(own_name) if task else own_name.replace("_", " ").capitalize()
             unit, better, group = "", task.better(own_name) if task else "none", f"Task {task_name}"
         result[name] = {"title": title, "unit": unit, "better": better, "group": group}
+        if not metric and task and own_name == task.metrics[0]:
+            result[name]["role"] = "headline"
     return result
 
 

@@ -38,7 +38,8 @@ class HarnessForm:
 
 @dataclass(frozen=True)
 class Task:
-    """One task, read and checked. The first of `metrics` is the headline; `protocol` says how it is asked."""
+    """One task, read and checked. The first of `metrics` is the headline; `protocol` says how it is asked; `available`
+    is how many items its file holds, of which `items` are asked."""
 
     name: str
     version: str
@@ -47,6 +48,7 @@ class Task:
     metrics: tuple[str, ...]
     protocol: Any
     items: tuple[Any, ...]
+    available: int = 0
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -52,8 +52,11 @@ class _TaskFile(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
-def tasks_of(metrics: Sequence[str], limit: int | None = None) -> list[Task]:
+def tasks_of(metrics: Sequence[str], limits: Mapping[str, int] | None = None) -> list[Task]:
     """The tasks in `evaluate.metrics`, which also holds `fidelity`; `NAME@HOW` is the task NAME asked in another way.
+
+    Args:
+        limits: how many items of a task are asked, by its entry; a task that has none is asked whole.
 
     Raises:
         RecipeError: no such task, one named twice, or no `fidelity`.
@@ -61,7 +64,7 @@ def tasks_of(metrics: Sequence[str], limit: int | None = None) -> list[Task]:
     tasks = []
     for name in (name for name in metrics if name != "fidelity"):
         plain, _, how = name.partition("@")
-        task = load_task(plain, limit)
+        task = load_task(plain, (limits or {}).get(name))
         tasks.append(perturbed(task, how) if how else task)
     names = [task.name for task in tasks]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -115,6 +118,7 @@ def load_task(name_or_path: str, limit: int | None = None, path: str = "evaluate
         metrics=_metrics(data.metrics, kind.possible_metrics(protocol, items), str(file)),
         protocol=protocol,
         items=tuple(items[:limit]),
+        available=len(items),
     )
 
 

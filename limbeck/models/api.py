@@ -25,7 +25,7 @@ from urllib.parse import quote
 from limbeck.config.server import Served
 from limbeck.models.budget import Budget, Spending
 from limbeck.models.dialects import OPENAI, merged, put
-from limbeck.models.engines import ALL, ENGINES
+from limbeck.models.engines import ALL, ENGINES, form_words
 from limbeck.models.http import (
     Backoff,
     Call,
@@ -156,7 +156,7 @@ class ApiTeacher:
         tokens = estimated_tokens(request)
         reply = await self.send(connection, call, tokens)
         refused = refused_setting(reply)
-        if refused is not None and self._can_do_without(refused, reply):
+        if refused is not None and self._can_do_without(refused, reply, request):
             reply = await self.send(connection, self._call(request, suffix="-2"), tokens)
         generated = self._generated(request, reply)
         self._count_useless(generated, reply)
@@ -195,7 +195,7 @@ class ApiTeacher:
             path = self.dialect.raw_path
         return Call("POST", path, self._body(request), headers={"Idempotency-Key": request.key + suffix})
 
-    def _can_do_without(self, refused: str, reply: Reply) -> bool:
+    def _can_do_without(self, refused: str, reply: Reply, request: Request) -> bool:
         """Whether the request can be worded otherwise, now that the server has refused this key of it. The new wording
         holds for all that follow.
 
@@ -214,6 +214,8 @@ class ApiTeacher:
             where = "the writer's temperature and top_p: set them to 1, or only one of them to another value"
         if refused in ("logprobs", "top_logprobs"):
             where = "teacher.server.logprobs: leave it out, or lower it"
+        if option in self._form_words(request):
+            where = "the step that asks: constrain: false"
         if where:
             raise UserError(f"{self.endpoint.url} refuses {refused}: change {where}. {reply.quote()}")
         return False
@@ -310,7 +312,18 @@ class ApiTeacher:
             place = self._limit if name == "max_tokens" else dialect.places.get(name)
             if place is not None:
                 put(body, place, value)
-        return merged(self.settings.options, body | dict(dialect.always))
+        return merged(merged(self.settings.options, self._form_words(request)), body | dict(dialect.always))
+
+    def _form_words(self, request: Request) -> dict[str, Any]:
+        """The keys of the body that say the form of the answer.
+
+        Raises:
+            UserError: this server can't be told.
+        """
+        words = {} if request.form is None else form_words(self.settings, request.form)
+        if isinstance(words, str):
+            raise UserError(f"{words}: set constrain: false at the step that asks")
+        return words
 
     def _generated(self, request: Request, reply: Reply, count: bool = True) -> Generated:
         """The answer in a reply; `count` adds its tokens to the bill, where the server says how many they are."""

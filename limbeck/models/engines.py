@@ -13,12 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from limbeck.config.server import Served
+from limbeck.models import answer_forms as forms
+from limbeck.models.answer_forms import Wording
 from limbeck.models.dialects import ANTHROPIC, GEMINI, OPENAI, Dialect
 from limbeck.models.http import Call, Connection, as_dict
+from limbeck.types import AnswerForm
 
 ALL = frozenset({"temperature", "top_p", "max_tokens", "seed", "stop", "presence_penalty"})
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 OPENAI_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}
+WORDS = {"schema": "a JSON schema", "labels": "one of some labels", "pattern": "a pattern"}
 EFFORT = {"reasoning_effort": "low"}
 
 
@@ -38,6 +43,7 @@ class EndpointKind:
         headers: what every request needs beside it.
         most_logprobs: the most likely tokens that it names with its text; 0 for none.
         plain_logprobs: whether their probabilities are those of the softmax at temperature 1, whatever is drawn.
+        forms: how it is told the form of an answer (see `types.AnswerForm`), by the form's kind.
         schema, effort: options for an answer in a JSON schema, and for how long to reason; None where it has none.
         tools: whether it takes tools (answers that call one are no text, see `dialects.py`).
         probe: (path beside `/v1`, key of the reply) that only this program has.
@@ -53,6 +59,7 @@ class EndpointKind:
     headers: Mapping[str, str] = field(default_factory=dict)
     most_logprobs: int = 20
     plain_logprobs: bool = False
+    forms: Mapping[str, Wording] = field(default_factory=lambda: {"schema": forms.response_format})
     schema: Mapping[str, Any] | None = field(default_factory=lambda: OPENAI_SCHEMA)
     effort: Mapping[str, Any] | None = field(default_factory=lambda: EFFORT)
     tools: bool = True
@@ -73,9 +80,15 @@ ENGINES: dict[str, EndpointKind] = {
         "vLLM",
         "http://127.0.0.1:8000/v1",
         plain_logprobs=True,  # unless it was started with another --logprobs-mode than raw_logprobs
+        forms={"schema": forms.response_format, "labels": forms.vllm_choice, "pattern": forms.vllm_regex},
         probe=("/version", "version"),
     ),
-    "sglang": EndpointKind("SGLang", "http://127.0.0.1:30000/v1", probe=("/get_server_info", "model_path")),
+    "sglang": EndpointKind(
+        "SGLang",
+        "http://127.0.0.1:30000/v1",
+        forms={"schema": forms.response_format, "labels": forms.sglang_regex, "pattern": forms.sglang_regex},
+        probe=("/get_server_info", "model_path"),
+    ),
     "ollama": EndpointKind("Ollama", "http://127.0.0.1:11434/v1", probe=("/api/version", "version")),
     "lm-studio": EndpointKind(
         "LM Studio",
@@ -87,6 +100,7 @@ ENGINES: dict[str, EndpointKind] = {
         "http://127.0.0.1:8080/v1",
         most_logprobs=1024,
         plain_logprobs=True,
+        forms={"schema": forms.response_format, "labels": forms.gbnf},
         effort={"chat_template_kwargs": {"enable_thinking": False}},
         probe=("/props", "default_generation_settings"),
     ),
@@ -99,6 +113,7 @@ ENGINES: dict[str, EndpointKind] = {
         key_header=("x-api-key", ""),
         headers={"anthropic-version": "2023-06-01"},
         most_logprobs=0,
+        forms={"schema": forms.output_config},
         schema={
             "output_config": {"format": {"type": "json_schema", "schema": SCHEMA | {"additionalProperties": False}}}
         },
@@ -109,10 +124,23 @@ ENGINES: dict[str, EndpointKind] = {
         "https://generativelanguage.googleapis.com/v1beta",
         GEMINI,
         key_header=("x-goog-api-key", ""),
+        forms={"schema": forms.response_json_schema, "labels": forms.gemini_enum},
         schema={"generationConfig": {"responseMimeType": "application/json", "responseJsonSchema": SCHEMA}},
         effort={"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}},
     ),
 }
+
+
+def form_words(server: Served, form: AnswerForm) -> dict[str, Any] | str:
+    """The keys of a request's body that hold this server to a form; or, as a text, why it can't be."""
+    engine = ENGINES[server.kind]
+    words = engine.forms[form.kind](form) if form.kind in engine.forms else None
+    if words is None:
+        what = "a schema that is not strict" if form.kind in engine.forms else WORDS[form.kind]
+        return f"{engine.title} can't be held to {what}"
+    if (key := forms.clash(server.options, words)) is not None:
+        return f"teacher.server.options.{key} says the form already"
+    return words
 
 
 async def find_engine(connection: Connection) -> str | None:

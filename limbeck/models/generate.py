@@ -2,7 +2,8 @@
 
 Every row has its own random numbers, so an answer does not depend on the rest of its batch (up to the rounding of the
 matrix products). A finished row leaves its slot to the next prompt at once; the cache is written in place.
-Models whose caches can't be moved keep the library's own (`rows.py`).
+Models whose caches can't be moved keep the library's own (`rows.py`). A row that is held to a form (`constrain.py`)
+draws from the tokens that may come next; rows without a form are written as if there were none.
 Not covered: beam search.
 
 Shapes: B slots, T tokens to come, V vocabulary, N some of the slots or the numbers for one token.
@@ -27,24 +28,38 @@ from limbeck.objectives.precision import accumulation_dtype
 from limbeck.types import Sampling, UserError
 
 
+class RowConstraint(Protocol):
+    """What holds one answer to a form."""
+
+    def allowed(self) -> bytes | None:
+        """The tokens that may come next, a bit each, the first in the lowest; None for all of them."""
+
+    def take(self, token: int, /) -> None:
+        """The token that was drawn."""
+
+
 @dataclass(frozen=True)
 class GenerationJob:
     """A prompt to continue. `seed` alone decides its random numbers. `second_prompt_ids` is the prompt for the second
-    model, if it gets another one."""
+    model, if it gets another one. `until` is called with the ids so far after every token, and ends the text where it
+    is true; it is called from the first token again where memory ran out. `hold` begins what holds the answer to a
+    form, if anything does."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     seed: int
     second_prompt_ids: Sequence[int] | None = None
+    until: Callable[[Sequence[int]], bool] | None = None
+    hold: Callable[[], RowConstraint] | None = None
 
 
 @dataclass
 class Completion:
     """The answer to job `index`: `ids` as sampled, with the end-of-sequence token if the model wrote one.
 
-    If recorded, `log_prob` holds each token's log-probability under the model (temperature 1, whole vocabulary) and
-    `sampler_log_prob` that under the distribution it was sampled from, in nats. `own_tokens` counts the tokens that the
-    model itself proposed.
+    If recorded, `log_prob` holds each token's log-probability under the model (temperature 1, whole vocabulary, what a
+    form forbids included) and `sampler_log_prob` that under the distribution it was sampled from, in nats. `own_tokens`
+    counts the tokens that the model itself proposed.
     """
 
     index: int
@@ -93,13 +108,14 @@ class _Row:
     job: GenerationJob
     uniform_TN: Tensor  # a number of each model for each token to come, from the job's seed
     completion: Completion
+    held: RowConstraint | None = None
 
     @classmethod
     def begin(cls, number: int, job: GenerationJob, models: int) -> _Row:
         generator = torch.Generator().manual_seed(job.seed)
         shape = (job.sampling.max_tokens, 1)  # column by column: the first is the same with and without a second model
         columns = [torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(models)]
-        return cls(job, torch.cat(columns, dim=1), Completion(number))
+        return cls(job, torch.cat(columns, dim=1), Completion(number), None if job.hold is None else job.hold())
 
 
 class _Columns:
@@ -292,7 +308,13 @@ def _write(
         for slot, row in batch.running():
             ids = row.completion.ids
             sampling = row.job.sampling
-            if ids[-1] in eos_ids or len(ids) == sampling.max_tokens or decoding.is_finished(sampling, ids):
+            is_enough = row.job.until is not None and row.job.until(ids)
+            if (
+                is_enough
+                or ids[-1] in eos_ids
+                or len(ids) == sampling.max_tokens
+                or decoding.is_finished(sampling, ids)
+            ):
                 batch.rows[slot] = None
                 yield row.completion
         if batch.running():
@@ -308,10 +330,14 @@ def _write_one_token(batch: _Batch, vocab_size: int | None, decoding: Decoding) 
     columns = batch.columns
     own_BV, *second_BV = (side.logits_BV[:, :vocab_size] for side in batch.sides)
     own_BV, uniform_BN = columns.penalised(own_BV), columns.uniform()
+    held_BV = _held(batch, own_BV)
     if decoding.second is None:
-        sampled = draw(own_BV, columns.rows, uniform_BN[:, 0])
+        sampled = draw(held_BV, columns.rows, uniform_BN[:, 0])
     else:
-        sampled = decoding.second.joint(own_BV, second_BV[0].to(columns.device), columns.rows, uniform_BN)
+        sampled = decoding.second.joint(held_BV, second_BV[0].to(columns.device), columns.rows, uniform_BN)
+    if held_BV is not own_BV:  # a number that was rounded to 1 draws the last token, which may not be allowed
+        is_allowed_B = held_BV.gather(1, sampled.token_B[:, None])[:, 0].isfinite()
+        sampled = sampled._replace(token_B=torch.where(is_allowed_B, sampled.token_B, held_BV.argmax(-1)))
     columns.wrote(sampled.token_B)
     told = [sampled.token_B, sampled.own_B]
     if decoding.record:
@@ -321,9 +347,27 @@ def _write_one_token(batch: _Batch, vocab_size: int | None, decoding: Decoding) 
     for slot, row in batch.running():
         row.completion.ids.append(int(token[slot]))
         row.completion.own_tokens += int(is_own[slot])
+        if row.held is not None:
+            row.held.take(int(token[slot]))
         if decoding.record:
             row.completion.log_prob.append(log_probs[0][slot])
             row.completion.sampler_log_prob.append(log_probs[1][slot])
+
+
+def _held(batch: _Batch, logits_BV: Tensor) -> Tensor:
+    """The logits, with those of tokens that may not come next at minus infinity; the same tensor if all may."""
+    masks = [(slot, row.held.allowed()) for slot, row in batch.running() if row.held is not None]
+    held = [(slot, torch.frombuffer(bytearray(bits), dtype=torch.uint8)) for slot, bits in masks if bits is not None]
+    if not held:
+        return logits_BV
+    device, size = logits_BV.device, logits_BV.shape[1]
+    slots_N = index([slot for slot, _ in held], device)
+    bytes_NW = upload(torch.stack([bits for _, bits in held]), device)
+    bits_NV = ((bytes_NW[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1).flatten(1)[:, :size]
+    may_NV = torch.nn.functional.pad(bits_NV, (0, size - bits_NV.shape[1])).bool()
+    logits_BV = logits_BV.clone()
+    logits_BV[slots_N] = logits_BV[slots_N].masked_fill(~may_NV, float("-inf"))
+    return logits_BV
 
 
 def _check_room(model: PreTrainedModel, prompt_length: int, sampling: Sampling) -> None:

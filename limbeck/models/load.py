@@ -112,6 +112,15 @@ def model_identity(name: str, precision: Precision = FULL, template: str | None 
     return source_of(name).identity(name) + precision.suffix + template_suffix(template)
 
 
+def model_contents(name: str) -> str:
+    """A hash that tells models apart which `model_identity`, made to be quick, may not.
+
+    Raises:
+        UserError: no such model, or one that is not available as a folder.
+    """
+    return source_of(name).contents(name)
+
+
 def model_folder(name: str) -> Path:
     """The model as a folder in Hugging Face form, fetched and converted where needed.
 

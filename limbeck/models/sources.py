@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.adapters import base_of, check_adapters, has_adapters, with_adapters
-from limbeck.models.folder import convert_gguf, fingerprint, quiet, read_config, read_tokenizer, read_weights
+from limbeck.models.folder import contents, convert_gguf, fingerprint, quiet, read_config, read_tokenizer, read_weights
 from limbeck.models.model import Model
 from limbeck.models.named import NAMED, fetch, home
 from limbeck.models.quantised import check_numbers, check_readable
@@ -65,6 +65,10 @@ class ModelSource(ABC):
     def identity(self, name: str) -> str:
         """Label and content: what `load(name).identity` will be, without loading the weights."""
         return self._identity(name, self.folder(name))
+
+    def contents(self, name: str) -> str:
+        """A hash that tells models apart which the identity, made to be quick, may not."""
+        return contents(self.folder(name))
 
     def load(self, name: str, dtype: torch.dtype) -> Model:
         """The model in evaluation mode."""
@@ -175,6 +179,10 @@ class AdapterSource(ModelSource):
     def identity(self, name: str) -> str:
         base, base_name = self._base(name)
         return f"{self._identity(name, Path(name).expanduser())}/on-{base.identity(base_name)}"
+
+    def contents(self, name: str) -> str:
+        base, base_name = self._base(name)
+        return f"{contents(Path(name).expanduser())}/on-{base.contents(base_name)}"
 
     def check(self, name: str) -> None:
         base, base_name = self._base(name)

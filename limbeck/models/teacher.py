@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 
 import torch
 
+from limbeck.models.constrain import Forms
 from limbeck.models.generate import Decoding, GenerationJob, SecondModel, generate
 from limbeck.models.joint import ContrastDecoding
 from limbeck.models.model import Model, head_of
@@ -54,11 +56,16 @@ class InProcessTeacher:
             for index, ids in generate(net, jobs, eos, self.model.vocab_size, decoding=decoding, stop=stop):
                 yield alike[index], self._generated(alike[index], ids)
 
+    @cached_property
+    def _forms(self) -> Forms:
+        return Forms(self.model)
+
     def _job(self, request: Request) -> GenerationJob:
         model = self.model
         against_ids = None if request.against is None else model.prompt_ids(request.against)
         ids = model.prompt_ids(request.conversation) if request.raw is None else model.raw_ids(request.raw)
-        return GenerationJob(ids, request.sampling, int(request.key[:15], 16), against_ids)
+        hold = None if request.form is None else partial(self._forms.begin, request.form, ids)
+        return GenerationJob(ids, request.sampling, int(request.key[:15], 16), against_ids, hold=hold)
 
     def _ended(self, sampling: Sampling, ids: Sequence[int]) -> bool:
         """Whether a stop string stands at the text's end. Only the last tokens are decoded; each has a byte or more."""

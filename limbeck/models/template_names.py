@@ -6,20 +6,18 @@ process of its own with bounded time and memory.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from limbeck.models import render_alone
+from limbeck.data.render_alone import render_alone
 from limbeck.models.template import frame_of
 from limbeck.types import UserError, content_hash, nearest
 
 MAX_BYTES = 64 * 1024
+CPU_SECONDS = 10
 SECONDS = 20  # for the first rendering, its process's start included
 
 _CHATML = (
@@ -99,13 +97,9 @@ def _read(template: str) -> str:
 @cache
 def _try(template: str, text: str) -> None:
     """Render the template once where it can do no harm. What it gives there is not read: `frame_of` judges it."""
-    command = [sys.executable, "-I", render_alone.__file__]
-    try:
-        done = subprocess.run(  # noqa: S603 (fixed arguments)
-            command, input=json.dumps(text), capture_output=True, text=True, check=False, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{template} takes more than {SECONDS} seconds for a conversation of two turns") from error
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it took too much time or memory"])[-1]
+    done = render_alone({"chat": text}, CPU_SECONDS, SECONDS)
+    if done is None:
+        raise UserError(f"{template} takes more than {SECONDS} seconds for a conversation of two turns")
+    if not done.ok:
+        reason = done.fault or "it took too much time or memory"
         raise UserError(f"{template} is no chat template that can be rendered: {reason[:300]}")

@@ -26,6 +26,7 @@ class TextFacts:
         copy_writes: the student's text is written by a copy of it in another precision.
         teacher_prompts: the teacher is shown other prompts than the student.
         self_taught: the teacher has the student's own weights.
+        rewarded: rewards judge the student's answers.
         mixed_tag: the tag of rows whose embeddings are mixed with those of other rows, if there are such rows.
     """
 
@@ -42,6 +43,7 @@ class TextFacts:
     copy_writes: bool = False
     teacher_prompts: bool = False
     self_taught: bool = False
+    rewarded: bool = False
     mixed_tag: str | None = None
 
 

@@ -24,7 +24,8 @@ from limbeck.types import RecipeError, nearest
 
 Unit = Literal["token", "row", "group"]
 STUDENT = "student"  # the tag of text that the student writes while it trains
-FROM_REWARDS = frozenset({"advantage", "reference_log_prob", "importance_weight"})  # columns that need a reward
+ADVANTAGE = "advantage"  # the column that rewards of the student's answers give
+REFERENCE_LOG_PROB = "reference_log_prob"  # the column of the student before training
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,6 @@ class Loss:
         return self.ranges
 
     @property
-    def listed(self) -> bool:
-        """Whether a recipe can use it. Nothing gives rewards yet, so losses that need them are not listed."""
-        return not self.reads & FROM_REWARDS
-
-    @property
     def needs(self) -> str:
         """What a recipe must have for it, beyond the evidence that it reads."""
         return ""
@@ -129,6 +125,11 @@ class Loss:
     def spans_responses(self) -> bool:
         """Whether `columns` makes something of whole responses."""
         return False
+
+    @property
+    def writes_columns(self) -> frozenset[str]:
+        """The columns that `columns` makes."""
+        return frozenset()
 
     # what a recipe says
 
@@ -149,9 +150,15 @@ class Loss:
             raise RecipeError(
                 path, f"{self.name} reads text that the student writes while it trains; add a writer {{by: student}}"
             )
-        if missing := sorted(self.reads & FROM_REWARDS):
+        if ADVANTAGE in self.reads and not facts.rewarded:
             raise RecipeError(
-                path, f"{self.name} reads {missing[0]}, which comes from rewards, and nothing gives rewards yet"
+                path,
+                f"{self.name} reads the advantage of the student's answers, which rewards give: add"
+                " rollout: {prompts: 8, group: 8, rewards: [check]}",
+            )
+        if ADVANTAGE in self.writes_columns and facts.rewarded:
+            raise RecipeError(
+                path, f"{self.name} makes advantages of its own, and so do rewards; leave it or rollout.rewards out"
             )
         if facts.self_taught and "reference_teacher" in self.reads:
             raise RecipeError(path, f"{self.name} compares with a frozen teacher, and this student teaches itself")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -11,6 +11,44 @@ from torch import Tensor
 from limbeck.objectives.distribution import Distribution, ValueAndGradient, finite
 from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.types import UserError
+
+DivergenceName = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "jsd_rescaled",
+    "skew_kl",
+    "skew_reverse_kl",
+    "skew_reverse_kl_fixed",
+    "taid",
+    "adaptive_kl",
+    "todi",
+    "entropy_aware_kl",
+    "dkd",
+    "tvd",
+    "hellinger",
+    "alpha_beta",
+    "logit_mse",
+    "uld",
+]
+
+
+class DivergenceParams(TypedDict, total=False):
+    """The parameters of the divergences; each has those that are named here for it, with defaults of its own.
+
+    `limbeck.methods()["divergences"][NAME]` has a divergence's parameters, defaults and legal values.
+    """
+
+    temperature: float  # all but logit_mse: of both distributions, above 0; values are multiplied by its square
+    teacher_share: float  # jsd, jsd_rescaled: the teacher's share of the mixture, 0 to 1
+    forward_share: float  # symmetric_kl: the share of the forward KL, 0 to 1
+    alpha: float  # skew_*: the share that is mixed in, 0 to 1; alpha_beta: 0 to 4; dkd: the target's weight
+    beta: float  # alpha_beta: 0 to 4; dkd: the weight of all other tokens
+    t: float  # taid: how far the target is on its way from student to teacher, 0 to 1
+    mu: float  # adaptive_kl: the mass of the head of the distribution, between 0 and 1
+    threshold: float  # entropy_aware_kl: the teacher's entropy in nats above which the forward KL is added
+    forward_weight: float  # entropy_aware_kl: its weight
 
 
 class _Differentiable(torch.autograd.Function):
@@ -29,17 +67,23 @@ class _Differentiable(torch.autograd.Function):
 
 
 def divergence(
-    name: str, teacher_logits_NV: Tensor, student_logits_NV: Tensor, *, targets_N: Tensor | None = None, **params: float
+    name: DivergenceName | str,
+    teacher_logits_NV: Tensor,
+    student_logits_NV: Tensor,
+    *,
+    targets_N: Tensor | None = None,
+    **params: Unpack[DivergenceParams],
 ) -> Tensor:
     """The divergence `name` at every position: values [N] in nats, fp32, differentiable in the student.
 
     Args:
-        name: a key of `limbeck.methods()["divergences"]`.
+        name: one of `DivergenceName`, or of a divergence that was registered since: a key of
+            `limbeck.methods()["divergences"]`.
         teacher_logits_NV: unnormalised log-probabilities of the teacher, [N, V]; no gradient flows into them.
         student_logits_NV: those of the student, same shape and vocabulary. A column masked with -inf in both counts for
             nothing (but for `logit_mse`, which still counts it in the size of the vocabulary).
         targets_N: the target tokens; only `dkd` reads them.
-        params: the divergence's own parameters, such as `teacher_share` of `jsd`.
+        params: the divergence's own parameters, such as `teacher_share` of `jsd`: see `DivergenceParams`.
 
     Raises:
         ValueError: an unknown name or parameter, a value outside its range, shapes that differ, NaN or +inf logits, a

@@ -7,7 +7,7 @@ temperature other than 1 or a top-p below 1 is another writer: without its log-p
 hold.
 
 A policy loss is one function, registered by its decorator: in `on_policy.py` those that the teacher's log-probabilities
-drive, in `rewards.py` those that wait for rewards.
+drive, in `rewards.py` those that rewards of whole answers drive.
 
 Shapes: N response tokens, B rows, T positions, V vocabulary. q is the student now, p the teacher, log q(y) the value at
 the sampled token. Everything is fp32 or better.
@@ -25,7 +25,7 @@ from torch import Tensor
 from limbeck.objectives.distribution import ValueAndGradient
 from limbeck.objectives.facts import TextFacts
 from limbeck.objectives.head import Block
-from limbeck.objectives.loss import STUDENT, Loss, LossSettings, Responses
+from limbeck.objectives.loss import ADVANTAGE, STUDENT, Loss, LossSettings, Responses
 from limbeck.objectives.parameters import Range, check_numbers, defaults_of
 from limbeck.objectives.precision import full_precision
 from limbeck.objectives.registry import LossesOf, register
@@ -65,7 +65,8 @@ class Policy(Loss):
 
     @property
     def needs(self) -> str:
-        return "text that the student writes: a writer {by: student}"
+        rewards = "; rollout.rewards" if ADVANTAGE in self.reads else ""
+        return f"text that the student writes: a writer {{by: student}}{rewards}"
 
     @property
     def reads_teacher_log_prob(self) -> bool:
@@ -74,6 +75,10 @@ class Policy(Loss):
     @property
     def spans_responses(self) -> bool:
         return self.prepare is not None
+
+    @property
+    def writes_columns(self) -> frozenset[str]:
+        return frozenset(self.needed) - {"teacher_log_prob"} if self.spans_responses else frozenset()
 
     def limit(self, only: str | None, path: str) -> str | None:
         if only not in (None, STUDENT):

@@ -1,4 +1,4 @@
-"""Losses and statistics on rewards. Nothing gives rewards yet, so no recipe can use them; they wait for what will.
+"""Losses on rewards of whole answers, and how rewards become advantages (`training/rewards.py` gives the rewards).
 
 Shapes: N response tokens, G prompts, K samples of a prompt or ranked answers.
 """
@@ -88,13 +88,14 @@ def kl_penalty_k3(log_prob_N: Tensor, columns: Columns) -> Tensor:
     return kl_penalty(log_prob_N, columns["reference_log_prob"], "k3")
 
 
-def _groups(reward_GK: Tensor, present_GK: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _groups(reward_GK: Tensor, present_GK: Tensor | None, least: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards with 0 where absent, who is present, and how many of each group, [G, 1]."""
     reward_GK = full_precision(reward_GK.detach() if reward_GK.is_floating_point() else reward_GK.float())
     present_GK = torch.ones_like(reward_GK, dtype=torch.bool) if present_GK is None else present_GK.bool()
-    if reward_GK.ndim != 2 or reward_GK.shape[1] < 2 or present_GK.shape != reward_GK.shape:
+    if reward_GK.ndim != 2 or reward_GK.shape[1] < least or present_GK.shape != reward_GK.shape:
         raise UserError(
-            f"rewards must be [prompts, samples] with at least 2 samples of each prompt; got {tuple(reward_GK.shape)}"
+            f"rewards must be [prompts, samples] with at least {least} samples of each prompt; got"
+            f" {tuple(reward_GK.shape)}"
         )
     if not torch.isfinite(reward_GK[present_GK]).all():
         raise UserError("a reward is not finite; mark a sample without a verdict as absent in `present`")
@@ -133,6 +134,49 @@ def grpo(
         variance_G1 = centred_GK.square().sum(1, keepdim=True) / (count_G1 - 1).clamp(min=1)
         centred_GK = centred_GK / (variance_G1.sqrt() + eps)
     return centred_GK, int((equal_G1 & (count_G1 > 0)).sum())
+
+
+def equal_groups(reward_GK: Tensor, present_GK: Tensor | None = None) -> Tensor:
+    """Whether all present rewards of a group are equal, [G]; a group without any is not."""
+    reward_GK, present_GK, count_G1 = _groups(reward_GK, present_GK, least=1)
+    low_G = reward_GK.masked_fill(~present_GK, math.inf).amin(1)
+    high_G = reward_GK.masked_fill(~present_GK, -math.inf).amax(1)
+    return (low_G >= high_G) & (count_G1[:, 0] > 0)
+
+
+def advantages(
+    reward_GK: Tensor,
+    present_GK: Tensor | None = None,
+    *,
+    baseline: str = "group",
+    scale: str = "group",
+    eps: float = 1e-4,
+) -> Tensor:
+    """(reward - baseline) / (deviation + eps), [G, K]; 0 for absent samples.
+
+    `baseline`: `group` and `scale` `group` are `grpo`, `group` with `none` is Dr. GRPO, `others` with `none` is `rloo`;
+    `step` subtracts the mean of all present samples, `none` nothing (Williams 1992). `scale` `step` divides by the
+    sample deviation of all present samples. UserError as for `rloo`, but `step` and `none` take one sample a prompt.
+    """
+    if baseline not in ("group", "others", "step", "none") or scale not in ("group", "step", "none"):
+        raise UserError(f"no advantage has the baseline {baseline!r} and the scale {scale!r}")
+    compares = baseline in ("group", "others") or scale == "group"
+    reward_GK, present_GK, count_G1 = _groups(reward_GK, present_GK, least=2 if compares else 1)
+    if baseline == "group":
+        centred_GK = grpo(reward_GK, present_GK, scale_std=False)[0]
+    elif baseline == "others":
+        centred_GK = rloo(reward_GK, present_GK)
+    else:
+        mean = reward_GK.sum() / present_GK.sum().clamp(min=1) if baseline == "step" else 0.0
+        centred_GK = torch.where(present_GK, reward_GK - mean, 0.0)
+    if scale == "none":
+        return centred_GK
+    if scale == "step":
+        present_N = reward_GK[present_GK]
+        return centred_GK / ((present_N.std() if len(present_N) > 1 else present_N.new_zeros(())) + eps)
+    mean_G1 = reward_GK.sum(1, keepdim=True) / count_G1.clamp(min=1)
+    squares_G1 = torch.where(present_GK, reward_GK - mean_G1, 0.0).square().sum(1, keepdim=True)
+    return centred_GK / ((squares_G1 / (count_G1 - 1).clamp(min=1)).sqrt() + eps)
 
 
 def length_weights(length_GK: Tensor, mode: str, *, constant: float | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,15 @@ class Excerpt:
         ]
 
 
-def read_excerpt(folder: Path, order: Sequence[str]) -> Excerpt | None:
+def read_excerpt(folder: Path, order: Sequence[str], only: Collection[str] | None = None) -> Excerpt | None:
     """The excerpt of an `evaluation` folder, or None if it has no answers.
 
     Args:
         order: the systems that come first, in this order; the others follow by name.
+        only: the systems that are shown; by default all.
     """
     files = {file.stem.removeprefix("answers-"): file for file in sorted(folder.glob("answers-*.jsonl"))}
+    files = {name: file for name, file in files.items() if only is None or name in only}
     systems = [*(name for name in order if name in files), *(name for name in files if name not in order)]
     answers = {name: {record["prompt_id"]: record for record in read_jsonl(files[name])} for name in systems}
     prompts = {record["prompt_id"]: record for record in read_jsonl(folder / "prompts.jsonl")}

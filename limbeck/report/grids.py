@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from limbeck.report.figures import TRAININGS
+from limbeck.report.figures import trainings_of
 from limbeck.report.metrics import Metric, headline, label, metrics_of, number, percent
 from limbeck.storage.files import read_jsonl
 from limbeck.storage.metrics_log import writing_share
@@ -54,7 +54,8 @@ class Grid:
 def efficiency_grid(summary: dict[str, Any], names: dict[str, str]) -> Grid | None:
     """Size and speed of every system; columns without any value are left out."""
     facts = summary.get("efficiency") or summary.get("sizes") or {}
-    return _measured("System", MEASURES, facts, names)
+    grid = _measured("System", MEASURES, facts, names)
+    return grid and replace(grid, note=(summary.get("speeds") or {}).get("note", ""))
 
 
 def spent_grid(comparison: dict[str, Any], names: dict[str, str]) -> Grid | None:
@@ -65,7 +66,7 @@ def spent_grid(comparison: dict[str, Any], names: dict[str, str]) -> Grid | None
 def training_grid(folder: Path) -> Grid | None:
     """Steps, tokens and minutes of every training of a run."""
     by_training = {}
-    for name, place in TRAININGS.items():
+    for name, place in trainings_of(folder).items():
         records = read_jsonl(folder / place / "metrics.jsonl")
         if records:
             trained = sum(record["response_tokens"] for record in records)
@@ -99,9 +100,12 @@ def _measured(
     return Grid(corner, [measures[key][:2] for key in keys], rows) if keys else None
 
 
-def _cell(value: float | None, factor: float) -> str:
+def _cell(value: Any, factor: float) -> Any:
+    """A number as text; an interval (a dict with value, low and high) stays one."""
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return {key: value[key] * factor for key in ("value", "low", "high")}
     scaled = value * factor
     return f"{scaled:,.1f}" if isinstance(factor, float) and 0 < abs(scaled) < 1000 else f"{scaled:,.0f}"
 

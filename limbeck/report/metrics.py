@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from limbeck.config.builtin import task_folders
 from limbeck.config.significance import LEAST_ITEMS, SIGNIFICANCE
 
 LABELS = {
@@ -22,6 +24,8 @@ LABELS = {
     "student": "Student",
 }
 FIDELITY = "Fidelity on held-out text"
+# of summaries that don't say which metric of a task is its first
+TASK_HEADLINES = ("pass_rate", "acc")
 # of summaries that don't describe their metrics: what they could hold. New metrics are declared in evaluate/metrics.py
 OLDEST = {
     "forward_kl": ("Forward KL", "nats a token", "low"),
@@ -35,13 +39,20 @@ OLDEST = {
 
 @dataclass(frozen=True)
 class Metric:
-    """One column of a table. `better` is "low", "high", or "none" if neither is better."""
+    """One column of a table. `better` is "low", "high", or "none" if neither is better. `leads` is true of the first
+    metric of a task."""
 
     name: str
     title: str
     unit: str
     better: str
     group: str
+    leads: bool = False
+
+    @property
+    def task(self) -> str:
+        """The task that it belongs to, or ""."""
+        return self.name.rpartition("/")[0]
 
 
 def metrics_of(summary: dict[str, Any]) -> dict[str, Metric]:
@@ -62,6 +73,7 @@ def _described(name: str, facts: dict[str, str]) -> Metric:
         unit=facts.get("unit", ""),
         better=facts.get("better", "none"),
         group=facts.get("group", ""),
+        leads=facts.get("role") == "headline" if "role" in facts else name.rpartition("/")[2] in TASK_HEADLINES,
     )
 
 
@@ -73,7 +85,8 @@ def _named(name: str) -> Metric:
     task, _, measure = name.rpartition("/")
     better = "high" if measure == "pass_rate" else "none"
     title = name.replace("/", " ").replace("_", " ")
-    return Metric(name, title, "", better=better, group=f"Task {task}" if task else "Other")
+    group = f"Task {task}" if task else "Other"
+    return Metric(name, title, "", better=better, group=group, leads=measure in TASK_HEADLINES)
 
 
 def grouped(metrics: Iterable[Metric]) -> list[tuple[str, list[Metric]]]:
@@ -85,13 +98,42 @@ def grouped(metrics: Iterable[Metric]) -> list[tuple[str, list[Metric]]]:
 
 
 def headline(metrics: dict[str, Metric], systems: Iterable[dict[str, Any]]) -> Metric | None:
-    """The metric of the verdict: forward KL, else the first one with a better direction; measured for all `systems`."""
-    measured = [
+    """The metric of a table or plot of one: of a task of the user's own, else forward KL, else the first one with a
+    better side; measured for all `systems`."""
+    tables = list(systems)
+    measured = _measured(metrics, tables)
+    own = [metric for metric in task_headlines(metrics, tables) if is_own_task(metric.task)]
+    kl = [metric for metric in measured if metric.name == "forward_kl"]
+    return next(iter([*own, *kl, *measured]), None)
+
+
+def task_headlines(metrics: dict[str, Metric], systems: Iterable[dict[str, Any]]) -> list[Metric]:
+    """One metric of every task that all `systems` were measured on: tasks of the user's own first, then built-in ones,
+    then tasks that are asked in another way (TASK@HOW)."""
+    by_task: dict[str, list[Metric]] = {}
+    for metric in _measured(metrics, list(systems)):
+        if metric.task:
+            by_task.setdefault(metric.task, []).append(metric)
+    tasks = sorted(by_task, key=lambda task: ("@" in task, not is_own_task(task)))
+    return [next((metric for metric in by_task[task] if metric.leads), by_task[task][0]) for task in tasks]
+
+
+def _measured(metrics: dict[str, Metric], systems: list[dict[str, Any]]) -> list[Metric]:
+    return [
         metric
         for name, metric in metrics.items()
         if metric.better != "none" and all(system.get(name) for system in systems)
     ]
-    return next((metric for metric in measured if metric.name == "forward_kl"), measured[0] if measured else None)
+
+
+def is_own_task(task: str) -> bool:
+    """Whether a task is the user's own: none of those that ship with Limbeck, however it is asked."""
+    return bool(task) and task.partition("@")[0] not in _built_in_tasks()
+
+
+@cache
+def _built_in_tasks() -> frozenset[str]:
+    return frozenset(task_folders())
 
 
 def is_clear(difference: dict[str, Any], comparisons: int = 1) -> bool:

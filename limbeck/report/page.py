@@ -27,7 +27,15 @@ from limbeck.report.verdict import compare_verdict, leaks_left_out, verdict
 from limbeck.storage.files import write_bytes
 from limbeck.types import UserError
 
-__all__ = ["compare_verdict", "read_comparison", "read_summary", "verdict", "write_report"]
+__all__ = [
+    "compare_verdict",
+    "is_comparison",
+    "read_comparison",
+    "read_summary",
+    "verdict",
+    "verdict_of",
+    "write_report",
+]
 
 HERE = Path(__file__).parent
 MAX_LEAKS = 50
@@ -39,7 +47,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder has no evaluation.
     """
-    if (folder / "comparison.json").exists():
+    if is_comparison(folder):
         comparison = read_comparison(folder)
         page = _render("compare.html.jinja", comparison_content(folder, comparison), comparison)
     else:
@@ -47,6 +55,16 @@ def write_report(folder: Path) -> Path:
         page = _render("run.html.jinja", run_content(folder, summary), summary)
     write_bytes(folder / "report.html", page.encode(errors="replace"))
     return folder / "report.html"
+
+
+def is_comparison(folder: Path) -> bool:
+    """Whether a folder holds a comparison, rather than a run."""
+    return (folder / "comparison.json").exists()
+
+
+def verdict_of(folder: Path, results: dict[str, Any]) -> str:
+    """The verdict on the results of a run or a comparison (see `data.read_results`)."""
+    return compare_verdict(results) if is_comparison(folder) else verdict(results)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -92,6 +110,7 @@ def _render(template: str, content: dict[str, Any], summary: dict[str, Any]) -> 
             leaks_in_all=len(leaks),
             leaks_left_out=leaks_left_out(leaks),
             warnings=summary.get("warnings") or [],
+            cautions=summary.get("cautions") or [],
             data=embedded(_data(excerpt, content)) if excerpt else "",
             first=excerpt.first(content["shown"]) if excerpt else [],
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -38,11 +38,13 @@ class Label:
 
 @dataclass(frozen=True)
 class Series:
-    """One line, labelled at its end. The style is accent, ink, grey or dash."""
+    """One line, labelled at its end. The style is accent, ink, grey or dash. `intervals` are (low, high) of every
+    point, if any, and drawn where no points had to be left out."""
 
     label: str
     points: Sequence[Point]
     style: str = "ink"
+    intervals: Sequence[Point] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def curves(
     Returns:
         SVG, or "" if no series has two finite points.
     """
-    drawn = [Series(s.label, thinned([p for p in s.points if all(map(math.isfinite, p))]), s.style) for s in series]
+    drawn = [replace(s, points=thinned([p for p in s.points if all(map(math.isfinite, p))])) for s in series]
     drawn = [s for s in drawn if len(s.points) > 1]
     if not drawn:
         return ""
@@ -121,6 +123,10 @@ def curves(
         _line(svg, (x(x_low), y(x_low)), (x(x_high), y(x_high)), "diagonal")
     ends = spread([y(s.points[-1][1]) for s in drawn], LINE)
     for line, end in zip(drawn, ends, strict=True):
+        if len(line.intervals) == len(line.points):
+            for (at, _), (low, high) in zip(line.points, line.intervals, strict=True):
+                tone = "accent" if line.style == "accent" else "grey"
+                _line(svg, (x(at), y(low)), (x(at), y(high)), f"whisker {tone}")
         places = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
         ElementTree.SubElement(svg, "polyline", {"class": f"line {line.style}", "points": places})
         _text(svg, (x(line.points[-1][0]) + 7, end + 4), _short(line.label), f"name {line.style}")

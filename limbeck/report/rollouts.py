@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.report.figures import TRAININGS, Figure
+from limbeck.report.figures import Figure, trainings_of
 from limbeck.report.grids import Grid
 from limbeck.report.metrics import label, number, percent
 from limbeck.report.plots import Label, Point, Series, curves
@@ -39,6 +39,8 @@ MEASURES = {
     "teacher_entropy": Measure("Teacher's entropy", "nats"),
     "entropy": Measure("Student's entropy", "nats"),
     "age": Measure("Age", "steps", usual=0.0),
+    "reward": Measure("Reward", "mean of the answers"),
+    "equal_groups": Measure("Equal groups", "% of prompts", share=True),
     "own": Measure("Student's own tokens", "% of tokens", share=True, usual=1.0),
     "validation_loss": Measure("Validation loss", ""),
     "share": Measure("Student's share", "% of the text", share=True),
@@ -68,6 +70,21 @@ class Plot:
 
 
 PLOTS = (
+    Plot(
+        key="reward",
+        title="Reward",
+        y_title="reward",
+        caption="Mean over the answers of a step, and the standard deviation.",
+        lines=(Line("reward", "reward"), Line("reward_deviation", "deviation", "grey")),
+    ),
+    Plot(
+        key="equal-groups",
+        title="Groups that teach nothing",
+        y_title="share of prompts",
+        caption="Prompts all of whose answers have the same reward, so that none is better than another.",
+        lines=(Line("equal_groups", "equal"),),
+        limits=ZERO_TO_ONE,
+    ),
     Plot(
         key="length",
         title="Length of an answer",
@@ -169,7 +186,7 @@ class OwnText:
 def own_texts(folder: Path) -> list[OwnText]:
     """Every training of a run in which the student wrote."""
     texts = []
-    for name, place in TRAININGS.items():
+    for name, place in trainings_of(folder).items():
         records = read_jsonl(folder / place / "metrics.jsonl")
         if not any(map(rollout_of, records)):
             continue

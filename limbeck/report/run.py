@@ -9,14 +9,18 @@ from typing import Any
 import yaml
 
 from limbeck.report import figures, grids
+from limbeck.report.budgets import budget_figures
 from limbeck.report.elicited import elicitation_section
 from limbeck.report.excerpt import read_excerpt
+from limbeck.report.glance import example, glance_grid, price_note, worth_facts, worth_figure, worth_grid
 from limbeck.report.judge import judge_section
+from limbeck.report.labels import label_sections
 from limbeck.report.metrics import LABELS, label
 from limbeck.report.rollouts import own_texts
 from limbeck.report.table import paired_table, systems_tables
 from limbeck.report.teacher import teacher_aside, teacher_facts, teacher_name
 from limbeck.report.verdict import verdict
+from limbeck.report.worth import worth
 from limbeck.types import ANSWER_ENDS
 
 
@@ -35,7 +39,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         for name, size in (summary.get("efficiency") or summary.get("sizes") or {}).items()
         if size.get("parameters")
     }
-    return {
+    return _worth(folder, summary, recipe) | {
         "recipe": recipe,
         "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         "teacher": teacher_name(recipe.get("teacher")),
@@ -44,6 +48,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "names": {name: label(name) for name in summary["systems"]} | LABELS,
         "sizes": sizes,
         "verdict": verdict(summary),
+        "labels": label_sections(folder, summary),
         "tables": systems_tables(summary),
         "against": against,
         "differences": differences,
@@ -51,6 +56,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "robustness": grids.robustness_grid(summary, {}),
         "wording": grids.wording_grid(summary, {}),
         "curves": [figure for figure in curves if figure],
+        "budgets": budget_figures(summary),
         "kinds": grids.kinds_grid(summary, "student", {}),
         "classes": grids.classes_grid(summary),
         "class_figure": figures.token_class_figure(summary),
@@ -63,11 +69,25 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "held_out": summary.get("held_out") or {},
         "cards": _cards(folder, summary, recipe),
         "source": _source(folder, summary),
-        "excerpt": (excerpt := read_excerpt(folder / "evaluation", list(LABELS))),
+        "excerpt": (excerpt := read_excerpt(folder / "evaluation", list(LABELS), summary["systems"])),
         "shown": (
             [name for name in LABELS if excerpt and name in excerpt.systems] or (excerpt.systems[:4] if excerpt else [])
         ),
         "subject": "student",
+    }
+
+
+def _worth(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """The first screen and the part on worth."""
+    found = worth(folder, summary, recipe)
+    figure = worth_figure(found)
+    return {
+        "glance": glance_grid(summary, found),
+        "example": example(folder, summary),
+        "worth": worth_grid(summary, found),
+        "worth_facts": worth_facts(found),
+        "worth_figures": [figure] if figure else [],
+        "price_note": price_note(found),
     }
 
 

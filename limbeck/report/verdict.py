@@ -1,45 +1,102 @@
-"""The result in one sentence, which claims no more than the intervals support."""
+"""The result in one sentence: the user's task first, then nats; it claims no more than the intervals support."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from limbeck.report.metrics import Metric, headline, is_clear, label, mark, metrics_of, number, p_text
+from limbeck.config.significance import CLEAR_ITEMS
+from limbeck.report.metrics import Metric, headline, is_clear, label, mark, metrics_of, number, p_text, task_headlines
 
 Interval = dict[str, Any]
 LEFT_OUT = ("exact", "contained", "overlap")
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """How close the student is to its teacher, and whether distilling beat fine-tuning on the teacher's text."""
-    return _run_sentence(summary) + _leaks(summary)
+    """What the student gained at its task and kept of its teacher, and whether distilling beat plain fine-tuning."""
+    metrics = metrics_of(summary)
+    student = summary["systems"].get("student", {})
+    tasks = task_headlines(metrics, [student])
+    sentences = [_task_sentence(tasks[0], summary)] if tasks else []
+    if "forward_kl" in student:
+        sentences.append(_fidelity_sentence(summary))
+    elif not tasks:
+        metric = headline(metrics, [student])
+        sentences.append(
+            "Nothing was measured of the student that could be better or worse."
+            if metric is None
+            else _other_sentence(metric, summary)
+        )
+    return " ".join(sentences) + _leaks(summary)
 
 
-def _run_sentence(summary: dict[str, Any]) -> str:
-    systems = summary["systems"]
-    paired = summary.get("paired", {})
-    metric = headline(metrics_of(summary), [systems.get("student", {})])
-    if metric is None:
-        return "Nothing was measured of the student that could be better or worse."
-    if metric.name != "forward_kl":
-        return _other_metric(metric, systems, paired)
+def _task_sentence(metric: Metric, summary: dict[str, Any]) -> str:
+    """Before, after and the teacher; a change or a difference is only called one if it is clear over enough items."""
+    systems, paired = summary["systems"], summary.get("paired", {})
+    after, before = (systems.get(name, {}).get(metric.name) for name in ("student", "untouched"))
+    assert after is not None
+    items = _fewest(after, paired.get("student - untouched", {}).get(metric.name))
+    side = ", lower is better," if metric.better == "low" else ""
+    title = metric.title.removeprefix(f"{metric.task} ")
+    text = f"{title[:1].upper()}{title[1:]} on {metric.task}{side}"
+    reached = f"{_two(after['value'])} ({_two(after['low'])} to {_two(after['high'])})"
+    chance = ""
+    if before:
+        change = paired.get("student - untouched", {}).get(metric.name)
+        clear = bool(change) and items >= CLEAR_ITEMS and is_clear(change)
+        verb = "went" if not clear or change is None else "rose" if change["value"] > 0 else "fell"
+        text += f" {verb} from {_two(before['value'])} to {reached}"
+        chance = ", a change that may be chance" if change and items >= CLEAR_ITEMS and not clear else ""
+    else:
+        text += f" is {reached}"
+    text += f" {_over(items)}{chance}"
+    if teacher := systems.get("teacher", {}).get(metric.name):
+        text += f"; the teacher reaches {_two(teacher['value'])}"
+    if control := systems.get("sft_control", {}).get(metric.name):
+        text += f"; fine-tuning on the teacher's text reaches {_two(control['value'])}"
+        difference = paired.get("student - sft_control", {}).get(metric.name)
+        if difference and items >= CLEAR_ITEMS and not is_clear(difference):
+            text += ", a difference that may be chance"
+    return text + "."
+
+
+def _fewest(*intervals: Interval | None) -> int:
+    """The smallest number of items that some of these are over."""
+    return min(int(x.get("n", CLEAR_ITEMS)) for x in intervals if x)
+
+
+def _over(items: int, what: str = "items") -> str:
+    return f"over only {items:,} {what}" if items < CLEAR_ITEMS else f"over {items:,} {what}"
+
+
+def _two(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 1000 else number(value)
+
+
+def _fidelity_sentence(summary: dict[str, Any]) -> str:
+    systems, paired = summary["systems"], summary.get("paired", {})
     kl = systems["student"]["forward_kl"]
     text = f"The student is {kl['value']:.2f} nats per token ({kl['low']:.2f} to {kl['high']:.2f}) from its teacher"
     change = paired.get("student - untouched", {}).get("forward_kl")
+    items = _fewest(kl, change)
+    few = items < CLEAR_ITEMS
     if change and "forward_kl" in systems.get("untouched", {}):
         before = f"{systems['untouched']['forward_kl']['value']:.2f}"
-        direction = (
-            "with no clear change from" if not is_clear(change) else "down from" if change["high"] < 0 else "up from"
-        )
-        text += f", {direction} {before} before training"
+        if few:
+            text += f", {before} before training"
+        elif is_clear(change):
+            text += f", {'down' if change['high'] < 0 else 'up'} from {before} before training"
+        else:
+            text += f", {before} before training, a change that may be chance"
+    text += f", {_over(items, 'answers')}" if few else ""
     difference = paired.get("student - sft_control", {}).get("forward_kl")
     if difference is None:
         return text + "."
     value, low, high = (difference[key] for key in ("value", "low", "high"))
-    if not is_clear(difference):
-        change = f"{value:+.3f} nats ({low:+.3f} to {high:+.3f})"
-        return f"{text}; the difference from fine-tuning on the teacher's text, {change}, may be chance."
+    if few or not is_clear(difference):
+        signed = f"{value:+.3f} nats ({low:+.3f} to {high:+.3f})"
+        against = f"{text}; the difference from fine-tuning on the teacher's text"
+        return f"{against} is {signed}." if few else f"{against}, {signed}, may be chance."
     if high < 0:
         return (
             f"{text}; it is closer than fine-tuning on the teacher's text by {-value:.3f} nats ({-high:.3f} to"
@@ -48,8 +105,9 @@ def _run_sentence(summary: dict[str, Any]) -> str:
     return f"{text}; fine-tuning on the teacher's text came closer, by {value:.3f} nats ({low:.3f} to {high:.3f})."
 
 
-def _other_metric(metric: Metric, systems: dict[str, Any], paired: dict[str, Any]) -> str:
-    """The sentence for a run whose teacher gave only text, so that no divergence could be measured."""
+def _other_sentence(metric: Metric, summary: dict[str, Any]) -> str:
+    """The sentence for a run with neither a task nor a divergence."""
+    systems, paired = summary["systems"], summary.get("paired", {})
     where = f"{metric.title}, {metric.group}" if metric.group else metric.title
     text = f"{where}: the student reaches {_spread(systems['student'][metric.name])}"
     for control in ("untouched", "sft_control"):
@@ -79,20 +137,23 @@ def _comparison_sentence(comparison: dict[str, Any]) -> str:
         p = p_text(difference.get("p_holm")) if side != "unclear" else ""
         by_mark[side].append(f"{method} ({_signed_spread(difference)}{', ' + p if p else ''})")
     better, worse, unclear = by_mark["better"], by_mark["worse"], by_mark["unclear"]
+    items = min((x.get("n", CLEAR_ITEMS) for row in rows.values() if (x := row.get(metric.name))), default=CLEAR_ITEMS)
+    clearly = "clearly " if len(comparison.get("seeds", [])) != 1 and items >= CLEAR_ITEMS else ""
     parts = [
-        (
-            f"{_list(better)} {_are(better)} clearly better than {base}"
-            if better
-            else f"no method is clearly better than {base}"
-        )
+        f"{_list(better)} {_are(better)} {clearly}better than {base}"
+        if better
+        else f"no method is clearly better than {base}"
     ]
-    parts += [f"{_list(worse)} {_are(worse)} clearly worse"] if worse else []
+    parts += [f"{_list(worse)} {_are(worse)} {clearly}worse"] if worse else []
     parts += [f"the difference of {_list(unclear)} may be chance"] if unclear else []
     seeds = len(comparison.get("seeds", []))
     over = f" over {seeds} seed{'s' if seeds > 1 else ''}" if seeds else ""
     unit = f" in {metric.unit}" if metric.unit else ""
     adjusted = ", Holm-adjusted p" if any("p_holm" in differences[metric.name] for differences in rows.values()) else ""
-    return f"By {metric.title}{unit}{over} (difference, 95 % interval{adjusted}): {'; '.join(parts)}."
+    few = f", {_over(items)}" if items < CLEAR_ITEMS else ""
+    where = f" on {metric.task}" if metric.task else ""
+    text = f"By {metric.title}{where}{unit}{over}{few} (difference, 95 % interval{adjusted}): {'; '.join(parts)}."
+    return text + (" One seed says nothing of another training." if seeds == 1 else "")
 
 
 def against_base(comparison: dict[str, Any]) -> dict[str, dict[str, Interval]]:

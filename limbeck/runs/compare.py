@@ -27,11 +27,11 @@ from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_see
 from limbeck.progress import Reporter, Silent
 from limbeck.report.page import write_report
 from limbeck.runs.fit import prepared
-from limbeck.runs.pipeline import Run, claim_run
+from limbeck.runs.pipeline import Run
 from limbeck.runs.preflight import check
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
-from limbeck.storage.metrics_log import mean_of, writing_share
+from limbeck.storage.metrics_log import mean_of, steps_made, writing_share
 from limbeck.training.job import total_steps
 from limbeck.types import UserError, content_hash
 
@@ -171,7 +171,7 @@ class Comparison:
         runs = self.runs
         for _, _, run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
-            claim_run(run)
+            run.claim()
         systems = {"teacher": [self.common.measured_teacher(bench)]}
         systems["untouched"] = [bench.measure("untouched", runs[0][2].models.initial_student)]
         for number, (method, seed, run) in enumerate(runs):
@@ -184,7 +184,7 @@ class Comparison:
             if not self.keep and seed != self.seeds[0]:  # half a gigabyte each; the first seed's student stays
                 write_text(run.path("measured"), "the student was measured and removed; `--keep` keeps it\n")
                 shutil.rmtree(run.path("student"), ignore_errors=True)
-        return systems
+        return bench.timed(systems)
 
     def write(self, systems: dict[str, list[SystemRecords]]) -> None:
         """Write `comparison.json` and `report.html`."""
@@ -198,9 +198,8 @@ class Comparison:
         comparison = {
             "name": self.folder.name,
             "base": self.base,
-            "seeds": list(self.seeds),
             **summary,
-            **evaluation.facts(self.common.questions, bench),
+            **evaluation.facts(self.common.questions, bench, seeds=self.seeds, steps=steps_made(runs[0][2].folder)),
             "methods": {entry.name: _method(entry) for entry in self.complete_entries},
             "by_seed": {method: values_by_seed(self.seeds, systems[method], tasks) for method in methods},
             "recovered": {
@@ -344,11 +343,11 @@ def _claim(comparison: Comparison) -> None:
     if not comparison.folder.joinpath("comparison.json").exists():
         for entry in comparison.entries:
             look_at_writer(entry.recipe)
-    claim_run(comparison.common)
     facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
     file = comparison.folder / "comparison.yaml"
     if file.exists() and yaml.safe_load(file.read_text()) != facts:
         raise UserError(
             f"{comparison.folder} holds another comparison (of other recipes): give another --out, or remove it"
         )
+    comparison.common.claim()
     write_text(file, yaml.safe_dump(facts, sort_keys=False))

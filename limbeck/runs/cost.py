@@ -7,8 +7,8 @@ attention, norms and memory traffic come on top, so times are lower bounds stret
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,18 +17,17 @@ from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import MICRO_TOKENS
 from limbeck.elicit.prompts import Prompt
-from limbeck.elicit.step import Estimate
+from limbeck.elicit.step import ANSWER_SHARE, Estimate
 from limbeck.models.placement import Precision
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.objectives.term import Term
+from limbeck.runs.advice import served_time, training_cautions
 from limbeck.runs.hardware import GIB, Hardware
+from limbeck.runs.lengths import Lengths
 from limbeck.runs.shapes import Shape, forward_flops, step_flops
 from limbeck.signals.forms import form_of
 from limbeck.training import controls
 
-CHARS_PER_TOKEN = 4
-TEMPLATE_TOKENS = 30
-ANSWER_SHARE = 0.65
 QUESTION_TOKENS = 400  # what a judge reads beside two answers, about
 VERDICT_TOKENS = 100  # what a judge writes, about
 ASKED_TOKENS = 200  # length of a question of a step of elicitation, about
@@ -51,7 +50,14 @@ def judging_flops(judge: Shape, questions: int, answer: int) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimated cost of a run; `notes` say what was read from which file of prompts."""
+    """The estimated cost of a run.
+
+    Args:
+        notes: what was read from which file of prompts.
+        answers: how long answers are taken to be, and why.
+        unknown: the stages whose time, or a part of it, can't be told, and what can be said of it.
+        cautions: what speaks against training so.
+    """
 
     requests: int
     teacher_tokens: int
@@ -65,6 +71,9 @@ class Plan:
     device_memory: int | None = None
     measured: bool = True
     notes: tuple[str, ...] = ()
+    answers: str = ""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    cautions: tuple[str, ...] = ()
 
     def lines(self) -> list[tuple[str, str]]:
         minutes = {stage: f"{value / 60:.1f} min" for stage, value in self.seconds.items()}
@@ -72,18 +81,30 @@ class Plan:
             *(("prompts", note) for note in self.notes),
             ("requests to the teacher", f"{self.requests:,}"),
             ("tokens it will write", f"about {self.teacher_tokens:,}"),
+            *([("length of an answer", self.answers)] if self.answers else []),
             ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
             ("steps of each", f"about {self.steps:,}"),
             ("trained tokens of each", f"about {self.trained_tokens:,}"),
             ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB"),
             ("device", self.device),
             ("peak memory", self._memory()),
-            *((f"time, {stage}", text) for stage, text in minutes.items()),
+            *((f"time, {stage}", text) for stage, text in {**minutes, **self._told()}.items()),
             (
                 "time, all",
-                f"{sum(self.seconds.values()) / 60:.0f} min {self._where()} (an estimate)",
+                f"{sum(self.seconds.values()) / 60:.0f} min {self._where()} (an estimate){self._beside()}",
             ),
+            *(("note", caution) for caution in self.cautions),
         ]
+
+    def _told(self) -> dict[str, str]:
+        """What is said of the stages whose time is not known, after what is."""
+        known = {
+            stage: f"{self.seconds[stage] / 60:.1f} min here, and: " for stage in self.unknown if stage in self.seconds
+        }
+        return {stage: known.get(stage, "") + text for stage, text in self.unknown.items()}
+
+    def _beside(self) -> str:
+        return ", and what the server takes" if self.unknown else ""
 
     @property
     def fits(self) -> bool:
@@ -133,11 +154,6 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     by_others = all(writer.by not in ("untouched", "student") for writer in recipe.writer)
     is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and not recipe.all_answer and by_others
     return controls.trained_controls(recipe, is_fine_tuning)
-
-
-def _prompt_tokens(prompts: Sequence[Prompt]) -> float:
-    """The estimated mean length of a prompt in its template."""
-    return sum(len(prompt.spoken) // CHARS_PER_TOKEN + TEMPLATE_TOKENS for prompt in prompts) / len(prompts)
 
 
 def _elicited(bills: Sequence[Estimate]) -> float:
@@ -231,23 +247,32 @@ class TextAmounts:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[Prompt], bills: Sequence[Estimate]
+        cls,
+        recipe: Recipe,
+        prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+        lengths: Lengths,
+        bills: Sequence[Estimate],
     ) -> TextAmounts:
+        training, held_out = prompts
         fixed = recipe.fixed_writers
         own = recipe.student_writer
-        prompts = bills[-1].samples if bills else len(training)
-        answer_tokens = max(1, int(recipe.held_out_writer.max_tokens * ANSWER_SHARE))
-        longest = sum(w.fixed_share * w.max_tokens for w in fixed) if fixed else own.max_tokens if own else 0
-        by_writer = {w.by: w.fixed_share for w in fixed} if fixed else {"student": 1.0}
+        count = bills[-1].samples if bills else len(training)
+        answer_tokens = max(1, round(lengths.held_out))
+        of_prompt = sum(w.fixed_share * length for w, length in zip(fixed, lengths.answers, strict=True))
+        if not fixed and own is not None:
+            of_prompt = own.max_tokens * ANSWER_SHARE
+        by_writer: dict[str, float] = {} if fixed else {"student": 1.0}
+        for writer in fixed:
+            by_writer[writer.by] = by_writer.get(writer.by, 0.0) + writer.fixed_share
         by_all = sum(by_writer.values())
         return cls(
-            prompts=prompts,
-            prompt_tokens=int(_prompt_tokens(training) * prompts * by_all),
-            response_tokens=max(1, int(longest * ANSWER_SHARE * prompts)),
+            prompts=count,
+            prompt_tokens=int(lengths.prompt * count * by_all),
+            response_tokens=max(1, int(of_prompt * count)),
             answer_tokens=answer_tokens,
-            held_out_tokens=len(held_out) * (answer_tokens + TEMPLATE_TOKENS + 20),
-            by_teacher=sum(w.fixed_share for w in fixed if w.by == "teacher"),
-            by_untouched=sum(w.fixed_share for w in fixed if w.by == "untouched"),
+            held_out_tokens=int(len(held_out) * (answer_tokens + lengths.prompt)),
+            by_teacher=by_writer.get("teacher", 0.0),
+            by_untouched=by_writer.get("untouched", 0.0),
             by_all=by_all,
         )
 
@@ -264,6 +289,7 @@ def make_plan(
     shapes: Shapes,
     *,
     hardware: Hardware,
+    lengths: Lengths,
     bills: Sequence[Estimate] = (),
 ) -> Plan:
     """Estimate a run from the sizes alone; nothing is loaded. Where there is no teacher in process, its text costs no
@@ -272,10 +298,11 @@ def make_plan(
     Args:
         prompts: (training, held out).
         hardware: where it will run.
+        lengths: of prompts and answers, as far as they are known.
         bills: what the steps of elicitation will ask for.
     """
-    training, held_out = prompts
-    text = TextAmounts.of(recipe, training, held_out, bills)
+    held_out = prompts[1]
+    text = TextAmounts.of(recipe, prompts, lengths, bills)
     settings = recipe.train
     steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
     epochs = steps * settings.tokens_per_step / text.response_tokens
@@ -288,27 +315,36 @@ def make_plan(
     requests = round(text.by_teacher * text.prompts) + len(held_out) + (text.prompts if controls_write else 0)
     teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * len(held_out)
     disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)
+    elicit = _elicit_flops(recipe, text, shapes, float(text.tokens) if controls_write else 0.0, bills=bills)
+    requests += sum(bill.requests for bill in bills) + scored
+    teacher_tokens += sum(bill.tokens for bill in bills)
     return Plan(
-        requests=requests + sum(bill.requests for bill in bills) + scored,
-        teacher_tokens=teacher_tokens + sum(bill.tokens for bill in bills),
+        requests=requests,
+        teacher_tokens=teacher_tokens,
         trained_tokens=int(text.response_tokens * epochs),
         steps=steps,
         trainings=trainings,
         disk_bytes=disk,
         memory_bytes=_memory_bytes(recipe, shapes, judging, hardware),
-        seconds={
-            "elicit": _elicit_flops(text, shapes, float(text.tokens) if controls_write else 0.0, bills),
+        seconds=({} if elicit == 0 else {"elicit": elicit})
+        | {
             "train": _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings),
             **_evaluate_flops(recipe, text, shapes, len(held_out)),
         },
+        answers=f"about {text.response_tokens / (text.prompts * text.by_all):,.0f} tokens ({lengths.source})",
+        unknown=served_time(recipe, requests, teacher_tokens + int(text.prompt_tokens)),
+        cautions=training_cautions(recipe, steps, epochs, text.response_tokens),
     ).on(hardware, compute_dtype(recipe))
 
 
-def _elicit_flops(text: TextAmounts, shapes: Shapes, for_controls: float, bills: Sequence[Estimate]) -> float:
-    """What the writers' text costs; written tokens count half more than read ones."""
+def _elicit_flops(
+    recipe: Recipe, text: TextAmounts, shapes: Shapes, for_controls: float, *, bills: Sequence[Estimate]
+) -> float:
+    """What the writers' text costs here, which a server's does not; written tokens count half more than read ones."""
     by_teacher = text.by_teacher / text.by_all * text.tokens + for_controls + text.held_out_tokens + _elicited(bills)
     by_untouched = int(text.by_untouched / text.by_all * text.tokens * 1.5)
-    return _forward(shapes.teacher, int(by_teacher * 1.5)) + forward_flops(shapes.student, by_untouched, by_untouched)
+    writer = shapes.teacher if recipe.teacher.server is None else None
+    return _forward(writer, int(by_teacher * 1.5)) + forward_flops(shapes.student, by_untouched, by_untouched)
 
 
 def _train_flops(

@@ -16,6 +16,7 @@ from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import has_other_tokens
 from limbeck.models.compatibility import have_other_tokens
+from limbeck.models.constrain import unheld
 from limbeck.models.load import is_ready, load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model, header_of
 from limbeck.models.own_text import Aligner, OwnTextTeacher, probe
@@ -34,7 +35,7 @@ from limbeck.storage.metrics_log import read_json
 from limbeck.storage.store import Store
 from limbeck.training.controls import PROMPTED
 from limbeck.training.scorer import ModelScorer
-from limbeck.types import TOLD, UserError
+from limbeck.types import TOLD, AnswerForm, UserError
 
 
 @dataclass
@@ -329,6 +330,9 @@ class RunModels:
     def header(self) -> str | None:
         recipe = self.method.recipe
         return header_of(load_tokenizer(recipe.speaker, recipe.speaker_template))
+
+    def unheld(self, form: AnswerForm) -> str:
+        return unheld(form, self.method.recipe.teacher.server)
 
 
 def scorer_of(method: Method, server: ApiTeacher) -> ServerScorer | None:

@@ -1,18 +1,53 @@
-"""What a run says and keeps before its training: the devices that it takes, what it read from the files of prompts, and
-how the answers that it has ended."""
+"""What a run says and keeps before its training: what its folder is bound to, the devices that it takes, what it read
+from the files of prompts, and how the answers that it has ended."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from limbeck.config.machine import Machine
+from limbeck.config.recipe import Recipe
+from limbeck.evaluate.efficiency import system_load
+from limbeck.models.template_names import template_suffix
 from limbeck.objectives.sizes import SIZES
 from limbeck.progress import Reporter
+from limbeck.runs.answers import keep_for_others
+from limbeck.runs.claim import HELD_OUT, claim
+from limbeck.runs.fit import fitted
+from limbeck.runs.models import RunModels
+from limbeck.runs.resolve import Method, resolve
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import ANSWER_ENDS, TAUGHT_FINISHES, Sample, UserError
+
+
+def bind(folder: Path, method: Method, models: RunModels, reporter: Reporter) -> None:
+    """Bind the folder of a run to its recipe, prompts and teacher, or refuse that of another run."""
+    recipe = method.recipe
+
+    def inputs() -> dict[str, str]:
+        facts = {"teacher": models.teacher_identity, "prompts": method.training_prompts_key}
+        facts[HELD_OUT] = method.held_out_prompts_key
+        if recipe.student.template is not None:
+            facts["student's template"] = template_suffix(recipe.student.template)
+        if recipe.teacher.server is not None:
+            facts["server"] = models.server_identity
+        return facts
+
+    def older(earlier: Recipe) -> tuple[str, str]:
+        before = fitted(resolve(earlier))
+        return before.prompts_key, before.training_prompts_key
+
+    kept = partial(keep_for_others, folder, now=recipe)
+    claim(folder, recipe, inputs, models.probe_server, older=older, kept=kept)
+    settle(folder, recipe.machine, models.devices.facts(), reporter)
 
 
 def tell_prompts(folder: Path, notes: Sequence[str], reporter: Reporter) -> None:
@@ -37,6 +72,11 @@ def tell_answers(folder: Path, parts: Mapping[str, Sequence[Sample]], reporter: 
         if useless := {ANSWER_ENDS[end]: count for end, count in record[part].items() if end not in TAUGHT_FINISHES}:
             counts = ", ".join(f"{count:,} {words}" for words, count in useless.items())
             reporter.note(f"{part}: {sum(useless.values()):,} of {len(samples):,} answers are left out ({counts})")
+        if 2 * (cut := ends["length"]) > len(samples):
+            reporter.note(
+                f"{part}: {cut:,} of {len(samples):,} answers were cut off by max_tokens, so few show how an answer"
+                " ends: raise max_tokens of the writer (or step), or ask for shorter ones"
+            )
     if record and read_json(folder / "answers.json") != record:
         write_json(folder / "answers.json", record)
     for part, samples in parts.items():
@@ -48,6 +88,8 @@ def tell_answers(folder: Path, parts: Mapping[str, Sequence[Sample]], reporter: 
 def settle(folder: Path, machine: Machine, facts: Mapping[str, str], reporter: Reporter) -> None:
     """Take the devices and sizes of the recipe's `machine`, say so, and record them."""
     SIZES.head_bytes = None if machine.head_mib is None else int(machine.head_mib * 2**20)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
     SIZES.cache_bytes = None if machine.cache_gib is None else int(machine.cache_gib * 2**30)
     if machine.device == "auto" or len(set(facts.values())) > 1:
         teacher = "" if facts["teacher_device"] == facts["device"] else f", teachers on {facts['teacher_device']}"
@@ -55,3 +97,23 @@ def settle(folder: Path, machine: Machine, facts: Mapping[str, str], reporter: R
     record = {**facts, "settings": machine.model_dump(exclude_none=True)}
     if read_json(folder / "machine.json") != record:
         write_json(folder / "machine.json", record)
+
+
+def crowd_advice(threads: int, running: float | None, cores: int) -> str:
+    """What to do where others keep all cores busy and as many threads of ours would wait for each other; empty if
+    nothing is."""
+    if running is None or running <= cores or threads < max(2, cores):
+        return ""
+    return (
+        f"the machine is busy: a load of {running:.1f} on {cores} cores, where {threads} threads that wait for each"
+        " other can take many times as long as one; --set machine.threads=1 (or OMP_NUM_THREADS=1) is often faster"
+    )
+
+
+def begin(folder: Path, estimate: Mapping[str, Any], device: str, reporter: Reporter) -> None:
+    """Keep what the run was estimated to cost, once, to be held against what it did cost; advise on threads before any
+    work of our own adds to the load."""
+    if not (folder / "plan.json").exists():
+        write_json(folder / "plan.json", dict(estimate))
+    if device == "cpu" and (advice := crowd_advice(torch.get_num_threads(), system_load(), os.cpu_count() or 1)):
+        reporter.note(advice)

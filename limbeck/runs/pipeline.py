@@ -24,22 +24,23 @@ from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
 from limbeck.models.teacher_interface import TeacherParts
-from limbeck.models.template_names import template_suffix
 from limbeck.models.weights import context_length
 from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
-from limbeck.runs.claim import claim, run_folder
+from limbeck.runs.answers import SharedText
+from limbeck.runs.claim import run_folder, training_key
 from limbeck.runs.encoding import Encoding
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
-from limbeck.runs.opening import settle, tell_answers, tell_prompts
+from limbeck.runs.opening import begin, bind, tell_answers, tell_prompts
 from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
+from limbeck.storage.metrics_log import steps_made
 from limbeck.training import loop
 from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
@@ -91,8 +92,26 @@ class Run:
             step_prompt=method.fixed_step_prompt,
         )
         return TrainingText(
-            source, self.library, self.folder, models=self.models, reporter=self.reporter, stop=self.stop
+            source,
+            self.library,
+            self.folder,
+            models=self.models,
+            reporter=self.reporter,
+            stop=self.stop,
+            shared=self.shared_text.open,
         )
+
+    @cached_property
+    def shared_text(self) -> SharedText:
+        """The answers that the runs of this user share, as far as they are this teacher's."""
+        if self.shared is not None:
+            return self.shared.shared_text
+        identity = partial(self.models.writer_identity, "teacher")
+        return SharedText(self.recipe, identity, self.method.prompt_context, self.reporter)
+
+    def claim(self) -> None:
+        """Bind the folder to this run's recipe, prompts and teacher, or refuse that of another run."""
+        bind(self.folder, self.method, self.models, self.reporter)
 
     @property
     def library(self) -> Path:
@@ -178,7 +197,7 @@ class Run:
             rows,
             settings,
             folder=folder,
-            key=f"{recipe.hash}/{name}",
+            key=f"{training_key(self.folder, recipe)}/{name}",
             store=self.library / "store.sqlite",
             lora=recipe.student.lora,
             cache=recipe.teacher.cache,
@@ -203,6 +222,8 @@ class Run:
             fresh=self.method.fresh,
             max_length=max_length,
             second_model=lambda: self.models.teacher.model,
+            rewards=self.method.rewards,
+            prompts={prompt.id: prompt for prompt in self.text.prompts[0]},
             stop=self.stop,
         )
 
@@ -254,13 +275,15 @@ class Run:
             if not (self.home(name) / "student").exists():
                 raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
         bench = self.bench(self.path("evaluation"))
+        if bench.outdated:
+            self.reporter.note(f"measured anew, since the questions changed: {', '.join(bench.outdated)}")
         systems = {"teacher": [self.measured_teacher(bench)]}
         for name in self.recipe.evaluate.controls:
             if not CONTROLS[name].is_trained:
                 systems[name] = [bench.measure(name, partial(self.models.untrained, name))]
         for name in (*self.method.controls, "student"):
             systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
-        evaluation.write_summary(self.questions, bench, systems)
+        evaluation.write_summary(self.questions, bench, bench.timed(systems), steps=steps_made(self.folder))
 
     @cached_property
     def questions(self) -> evaluation.Questions:
@@ -291,10 +314,6 @@ class Run:
         """The exported student, or a trained control."""
         return load_model(str(self.home(name) / "student"), placement=self.models.devices.student)
 
-    def report(self) -> None:
-        """Write `report.html` from the folder alone."""
-        write_report(self.folder)
-
 
 def run(
     recipe: Recipe,
@@ -314,7 +333,7 @@ def run(
         UserError: the recipe or the folder can't be used; finished work is kept.
     """
     method = resolve(recipe)
-    plan(method)  # refuses what the models' configurations rule out
+    estimate = plan(method)  # refuses what the models' configurations rule out
     method = fitted(method)
     reporter = reporter or Silent()
     folder = run_folder(recipe, out)
@@ -322,7 +341,8 @@ def run(
         job = Run(method, folder, reporter, stop)
         if "train" in stages and not job.path("student").exists():
             look_at_writer(recipe)  # before the teacher's text is paid for
-        claim_run(job)
+        job.claim()
+        begin(folder, estimate.as_dict(), job.models.devices.facts()["device"], reporter)
         tell_prompts(folder, method.prompt_notes, reporter)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
@@ -347,20 +367,5 @@ def run(
             job.evaluate()
         if "report" in stages:
             reporter.stage("Report")
-            job.report()
+            write_report(folder)
     return folder
-
-
-def claim_run(run: Run) -> None:
-    """Bind the run's folder to its recipe, prompts and teacher, or refuse that of another run."""
-
-    def inputs() -> dict[str, str]:
-        facts = {"teacher": run.models.teacher_identity, "prompts": run.method.prompts_key}
-        if run.recipe.student.template is not None:
-            facts["student's template"] = template_suffix(run.recipe.student.template)
-        if run.recipe.teacher.server is not None:
-            facts["server"] = run.models.server_identity
-        return facts
-
-    claim(run.folder, run.recipe, inputs, run.models.probe_server)
-    settle(run.folder, run.recipe.machine, run.models.devices.facts(), run.reporter)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
 from limbeck.elicit.step import Estimate
+from limbeck.evaluate.thinking_settings import thinking_of
 from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
+from limbeck.models.forcing import check_forcing
 from limbeck.models.load import check_rows, check_source, frame_tokenizer, is_ready, load_config, load_tokenizer
 from limbeck.models.placement import Devices
 from limbeck.models.prune import SPREADS, check_kept
@@ -16,10 +19,12 @@ from limbeck.models.quantise import refuse
 from limbeck.models.quantised import check_numbers, quantisation
 from limbeck.models.sources import source_of
 from limbeck.models.start import scratch_config
+from limbeck.models.template import prompt_ids, text_ids
 from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
 from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured
+from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.shapes import Shape
 from limbeck.types import RecipeError, UserError
@@ -38,22 +43,24 @@ def check(recipe: Recipe, device_like: str | None = None) -> Plan:
     return check_method(resolve(recipe), device_like)
 
 
-def check_method(method: Method, device_like: str | None = None) -> Plan:
-    """`check` for a recipe that is resolved already."""
+def check_method(method: Method, device_like: str | None = None, folder: Path | None = None) -> Plan:
+    """`check` for a recipe that is resolved already; answers that the run's folder holds tell how long answers are."""
     hardware = None if device_like is None else listed(device_like)
-    estimate = plan(method, hardware)
+    store = None if folder is None else folder / "store.sqlite"
+    estimate = plan(method, hardware, store)
     if is_ready(method.recipe.speaker):  # a model that isn't here yet is looked at by the run
         fitting = fitted(method)
-        estimate = estimate if fitting is method else plan(fitting, hardware)
+        estimate = estimate if fitting is method else plan(fitting, hardware, store)
         method = fitting
     return replace(estimate, notes=method.prompt_notes)
 
 
-def plan(method: Method, hardware: Hardware | None = None) -> Plan:
+def plan(method: Method, hardware: Hardware | None = None, store: Path | None = None) -> Plan:
     """Estimate the cost of a method from its models' configurations.
 
     Args:
         hardware: where it will run; by default the recipe's device, which must be here then.
+        store: of the run's folder.
 
     Raises:
         RecipeError: models that don't fit together, or that a loss can't compare.
@@ -75,6 +82,7 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
     ):
         if tokens >= max_length:
             raise RecipeError(path, f"{tokens} leaves no room for a prompt in a context of {max_length}")
+    _check_budgets(method, max_length)
     _check_shown(method)
     others: tuple[Shape, ...] = ()
     if isinstance(recipe.teacher, SeveralTeachers):
@@ -85,7 +93,37 @@ def plan(method: Method, hardware: Hardware | None = None) -> Plan:
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
     prompts = (method.training_prompts, method.held_out_prompts)
     shapes = Shapes(student, teacher, others, judge)
-    return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, bills=_bills(method))
+    lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
+    return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=_bills(method))
+
+
+def _tokens(recipe: Recipe) -> TokenCounter:
+    """How tokens are counted: by the speaker's tokenizer, where it is here."""
+    if not is_ready(recipe.speaker):
+        return TokenCounter.by_letters()
+    tokenizer = load_tokenizer(recipe.speaker, recipe.speaker_template)
+    return counted_by(
+        lambda messages: len(prompt_ids(tokenizer, messages)), lambda text: len(text_ids(tokenizer, text))
+    )
+
+
+def _check_budgets(method: Method, max_length: int) -> None:
+    """Refuse budgets of thinking that no context has room for, and models that can't be held to one."""
+    recipe = method.recipe
+    for task in method.tasks:
+        thinking = thinking_of(task)
+        if thinking is None:
+            continue
+        tokens = thinking.levels[-1] + (task.protocol.max_tokens or recipe.evaluate.max_tokens)
+        if tokens >= max_length:
+            raise RecipeError(
+                "evaluate.metrics",
+                f"the task {task.name} lets a model think and answer in {tokens} tokens, which leaves no room for a"
+                f" prompt in a context of {max_length}: lower its budget or max_tokens",
+            )
+        for source in (recipe.speaker, recipe.student.start.pretrained):
+            if source is not None and is_ready(source):
+                check_forcing(source_of(source).tokenizer(source).get_vocab())
 
 
 def _check_templates(recipe: Recipe) -> None:

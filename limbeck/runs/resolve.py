@@ -15,7 +15,7 @@ from limbeck.elicit.prompts import Prompt, split_prompts
 from limbeck.elicit.run import prompt_sample
 from limbeck.elicit.step import AskingStep, ElicitStep
 from limbeck.elicit.step_prompt import StepPrompt
-from limbeck.elicit.steps import check_steps, steps_of
+from limbeck.elicit.steps import check_steps, columns_read, steps_of
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.tasks import tasks_of
 from limbeck.models.context import PromptContext, conversation_key
@@ -27,6 +27,7 @@ from limbeck.objectives.term import Term, make_term
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
 from limbeck.training.controls import PROMPTED
+from limbeck.training.rewards import Rewards, rewards_of
 from limbeck.types import RecipeError, list_hash
 
 SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
@@ -42,6 +43,7 @@ class Method:
         fresh: the part of the student's text that is not replayed.
         step_prompt: what the step that wrote the training answers showed the teacher, where that is not the plain
             prompt.
+        rewards: what judges the student's answers.
         prompt_notes: what was read from each file of prompts.
     """
 
@@ -55,6 +57,7 @@ class Method:
     share: Schedule | None
     fresh: Schedule | None
     step_prompt: StepPrompt | None = None
+    rewards: Rewards | None = None
     prompt_notes: tuple[str, ...] = ()
 
     @property
@@ -92,6 +95,16 @@ class Method:
         """A hash of all prompts with their facts."""
         return list_hash((prompt.facts for prompt in part) for part in (self.training_prompts, self.held_out_prompts))
 
+    @property
+    def training_prompts_key(self) -> str:
+        """A hash of the training prompts with their facts."""
+        return list_hash([(prompt.facts for prompt in self.training_prompts)])
+
+    @property
+    def held_out_prompts_key(self) -> str:
+        """A hash of the held-out prompts with their facts."""
+        return list_hash([(prompt.facts for prompt in self.held_out_prompts)])
+
     @cached_property
     def controls(self) -> list[str]:
         """The controls that are trained."""
@@ -106,19 +119,22 @@ def resolve(recipe: Recipe) -> Method:
             place in the recipe and the remedy.
     """
     evaluate = recipe.evaluate
-    prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns)
+    steps = tuple(steps_of(recipe.elicit or ()))
+    prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns, columns_read(steps))
     training, held_out = prompts.training, prompts.held_out
     share, fresh = _shares(recipe)
+    rollout = recipe.rollout or Rollout()
     method = Method(
         recipe=recipe,
         terms=tuple(terms_of(recipe)),
-        steps=tuple(steps_of(recipe.elicit or ())),
+        steps=steps,
         training_prompts=tuple(training),
         held_out_prompts=tuple(held_out),
-        tasks=tuple(tasks_of(evaluate.metrics, evaluate.limit)),
+        tasks=tuple(tasks_of(evaluate.metrics, evaluate.limits)),
         prompt_context=context_of(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,
+        rewards=None if rollout.rewards is None else rewards_of(rollout.rewards, rollout.advantage, training),
         prompt_notes=tuple(prompts.notes),
     )
     check_parts(
@@ -128,7 +144,7 @@ def resolve(recipe: Recipe) -> Method:
         share=share,
     )
     if method.steps:
-        check_steps(method.steps, [prompt_sample(prompt) for prompt in training])
+        check_steps(method.steps, [prompt_sample(prompt) for prompt in training], prompts.columns)
         method = replace(method, step_prompt=_step_prompt(recipe, method.steps))
     if method.is_prompted and method.measured_context is None:
         raise RecipeError(

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from limbeck.config.recipe import Recipe
-from limbeck.config.sections import Rollout, Validation
+from limbeck.config.sections import Advantage, Rollout, Validation
 from limbeck.config.teacher import BridgedTeacher, CacheSettings, SelfTeacher, SeveralTeachers
 from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.step import ElicitStep
 from limbeck.evaluate.task import Task
+from limbeck.evaluate.thinking_settings import thinking_of
+from limbeck.models.constrain import unheld
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, TeacherUse
 from limbeck.models.teachers import kind
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.facts import TeacherFacts, TextFacts
-from limbeck.objectives.loss import STUDENT
+from limbeck.objectives.loss import ADVANTAGE, STUDENT
 from limbeck.objectives.schedule import Schedule
 from limbeck.objectives.term import Term
 from limbeck.signals.forms import form_of
@@ -36,6 +38,7 @@ def check_parts(
     training = use.training_prompts
     _check_writers(recipe)
     check_controls(recipe, training)
+    _check_rewards(recipe, use.terms)
     _check_student_writer(recipe, use.terms, share)
     _check_teacher(use, steps)
     _check_mixup(recipe)
@@ -44,6 +47,7 @@ def check_parts(
         term.check_text(facts)
     trained = {prompt.text for prompt in training}
     for task in tasks:
+        _check_budget(recipe, task)
         if leak := [name for name, text in task.texts if text in trained]:
             raise RecipeError(
                 "evaluate.metrics",
@@ -56,6 +60,16 @@ def check_parts(
                     "writer",
                     f"a corpus writer needs an answer beside every prompt; there is none at {prompt.place}",
                 )
+
+
+def _check_budget(recipe: Recipe, task: Task) -> None:
+    """Refuse a budget of thinking for a teacher that gives text alone."""
+    if thinking_of(task) is not None and recipe.teacher.model is None and recipe.teacher.server is not None:
+        raise RecipeError(
+            "evaluate.metrics",
+            f"the task {task.name} holds thinking to a budget, which a teacher behind a server can't be held to: its"
+            " text can't be stopped and continued there; name its weights in teacher.model, or leave the task out",
+        )
 
 
 def _check_writers(recipe: Recipe) -> None:
@@ -92,10 +106,11 @@ def _text_facts(use: TeacherUse) -> TextFacts:
         or (writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)),
         columns=frozenset(column for term in use.terms for column in term.loss.writes),
         temperature=None if recipe.student_writer is None else recipe.student_writer.temperature,
-        reuses_rollouts=rollout.ahead > 1 or bool(rollout.replay),
+        reuses_rollouts=rollout.ahead > 1 or bool(rollout.replay) or (rollout.passes or 1) > 1,
         copy_writes=rollout.dtype == "bfloat16",
         teacher_prompts=recipe.teacher.context is not None,
         self_taught=isinstance(recipe.teacher, SelfTeacher),
+        rewarded=rollout.rewards is not None,
         mixed_tag=None if recipe.train.mixup is None else MIXED,
     )
 
@@ -120,6 +135,31 @@ def _check_mixup(recipe: Recipe) -> None:
         raise RecipeError(
             "train.mixup",
             "only text that is there before the training is mixed, and a teacher that sees the same prompts reads it",
+        )
+
+
+def _check_rewards(recipe: Recipe, terms: Sequence[Term]) -> None:
+    """Refuse rewards of text that others write, too, or that no loss reads."""
+    settings = recipe.rollout
+    if settings is None or settings.rewards is None:
+        return
+    if len(recipe.writer) > 1:
+        raise RecipeError("writer", "rewards judge text that the student alone writes; leave the other writers out")
+    for name, given in (("ahead", settings.ahead > 1), ("replay", settings.replay), ("joint", settings.joint)):
+        if given:
+            raise RecipeError(f"rollout.{name}", "rewards judge what the student alone has just written; leave it out")
+    if not any(ADVANTAGE in term.reads for term in terms):
+        raise RecipeError("loss", "no loss reads the rewards; add ppo_clip, or reinforce")
+    advantage = settings.advantage or Advantage()
+    if settings.group == 1 and (advantage.baseline in ("group", "others") or advantage.scale == "group"):
+        raise RecipeError(
+            "rollout.group",
+            "one answer to a prompt can't be compared with others; ask for more, or set"
+            " rollout.advantage: {baseline: step, scale: step}",
+        )
+    if (settings.passes or 1) > 1 and any(term.name == "reinforce" for term in terms):
+        raise RecipeError(
+            "rollout.passes", "reinforce is right for text of today's student alone; use ppo_clip, or leave passes out"
         )
 
 
@@ -190,6 +230,8 @@ def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> 
         path = f"elicit[{index}].{name}"
         for evidence in sorted(step.needs - available):
             raise RecipeError(path, teacher_kind.lacks(teacher, evidence))
+        if (form := step.must_hold()) is not None and (why := unheld(form, teacher.server)):
+            raise RecipeError(f"{path}.constrain", f"{why}; or leave constrain out")
         if getattr(step, "reference", "") == "untouched" and prune is not None and prune.keep in JUDGED_ON_TEXT:
             raise RecipeError(
                 f"{path}.reference",

@@ -52,6 +52,12 @@ def _record(line: bytes) -> Record | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
+def steps_made(folder: Path) -> int | None:
+    """The updates of the training in this folder; None without a record of any."""
+    records = Metrics(folder / "metrics.jsonl").update()
+    return int(records[-1]["step"]) if records else None
+
+
 def trainings(folder: Path) -> dict[str, Path]:
     """The folder of every training that has started, by name: the student's first, then its controls'."""
     controls = folder / "controls"

@@ -13,7 +13,18 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from limbeck.types import Evidence, Finish, LogProb, Request, Sample, UserError, canonical_json
+from limbeck.types import (
+    TOLD,
+    Evidence,
+    Finish,
+    Generated,
+    LogProb,
+    Request,
+    Sample,
+    Sampling,
+    UserError,
+    canonical_json,
+)
 
 SCHEMA = """
 create table if not exists about (version integer not null);
@@ -22,6 +33,9 @@ create table if not exists answers (
     key text primary key, request text not null, finish text not null, sample_id text not null references samples (id)
 ) strict;
 create table if not exists bills (
+    key text primary key, writer text not null, read integer not null, written integer not null
+) strict;
+create table if not exists reused (
     key text primary key, writer text not null, read integer not null, written integer not null
 ) strict;
 create table if not exists bodies (key text primary key, raw text not null) strict;
@@ -73,6 +87,7 @@ class Store:
         raw: str | None = None,
         usage: tuple[int, int] | None = None,
         evidence: Sequence[Evidence] = (),
+        reused: bool = False,
     ) -> None:
         """Store an answer, in the place of an earlier one to the same request. When this returns, it is on disk.
 
@@ -80,6 +95,7 @@ class Store:
             raw: the body of the server's reply.
             usage: tokens billed for it, (read, written).
             evidence: what is known of the sample from the same reply.
+            reused: an earlier run paid for it.
         """
         body = {
             "messages": list(sample.messages),
@@ -98,7 +114,12 @@ class Store:
             self._db.execute("delete from bodies where key = ?", (request.key,))
             if raw is not None:
                 self._db.execute("insert into bodies values (?, ?)", (request.key, raw))
-            if usage is not None:
+            if reused:
+                self._db.execute(
+                    "insert or replace into reused values (?, ?, ?, ?)",
+                    (request.key, sample.writer, *(usage or (0, 0))),
+                )
+            elif usage is not None:
                 self._db.execute(
                     "insert into bills values (?, ?, ?, ?) on conflict (key) do update"
                     " set read = read + excluded.read, written = written + excluded.written",
@@ -163,11 +184,35 @@ class Store:
 
     def bill(self, writer: str) -> tuple[int, int, int]:
         """The cost of this writer's answers: (how many, tokens read, tokens written), as the server billed them."""
-        row = self._db.execute(
-            "select count(*), coalesce(sum(read), 0), coalesce(sum(written), 0) from bills where writer = ?", (writer,)
-        )
-        answers, read, written = row.fetchone()
+        return self._sums("bills", writer)
+
+    def reused(self, writer: str) -> tuple[int, int, int]:
+        """What this writer's answers that were taken from earlier runs cost those: as in `bill`."""
+        return self._sums("reused", writer)
+
+    def _sums(self, table: str, writer: str) -> tuple[int, int, int]:
+        sums = "count(*), coalesce(sum(read), 0), coalesce(sum(written), 0)"
+        query = f"select {sums} from {table} where writer = ?"  # noqa: S608 (our own words)
+        answers, read, written = self._db.execute(query, (writer,)).fetchone()
         return int(answers), int(read), int(written)
+
+    def answers_of(self, writer: str) -> Iterator[tuple[Request, Generated]]:
+        """All answers of this writer with their requests, without their bodies."""
+        rows = self._db.execute(
+            "select answers.key, request, finish, body, read, written, value from answers"
+            " join samples on id = answers.sample_id left join bills on bills.key = answers.key"
+            " left join evidence on evidence.sample_id = id and kind = ? and judge = ?"
+            " where json_extract(request, '$.model') = ? order by answers.key",
+            (TOLD, writer, writer),
+        )
+        for key, question, finish, body, read, written, told in rows:
+            request = _request(json.loads(question))
+            if request.key == key:
+                sample = json.loads(body)
+                ids = None if sample["response_ids"] is None else tuple(sample["response_ids"])
+                usage = None if read is None else (read, written)
+                evidence = None if told is None else json.loads(told)
+                yield request, Generated(ids, sample["messages"][-1]["content"], finish, usage=usage, told=evidence)
 
     @staticmethod
     def count(path: Path) -> dict[str, int]:
@@ -179,9 +224,43 @@ class Store:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             return dict(db.execute("select finish, count(*) from answers group by finish order by finish"))
 
+    @staticmethod
+    def answer_lengths(path: Path) -> tuple[int, float]:
+        """(how many answers are taught, their mean length in tokens); of text without tokens, four letters are one.
+
+        Raises:
+            sqlite3.Error: the file is no store.
+        """
+        query = (
+            "select count(*), coalesce(avg(case json_type(body, '$.response_ids') when 'array'"
+            " then json_array_length(body, '$.response_ids')"
+            " else length(json_extract(body, '$.messages[#-1].content')) / 4.0 + 1 end), 0)"
+            " from answers join samples on id = sample_id where finish in ('ok', 'length')"
+        )
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            count, mean = db.execute(query).fetchone()
+        return int(count), float(mean)
+
 
 def _evidence_rows(evidence: Sequence[Evidence]) -> list[tuple[str, str, str, str, str | None]]:
     return [(e.sample_id, e.kind, e.judge, canonical_json(e.value), e.tensor_ref) for e in evidence]
+
+
+def _request(question: dict[str, Any]) -> Request:
+    """A request from what `record` keeps of it."""
+    sampling = question["sampling"]
+    sampling = Sampling(**sampling | {"stop": tuple(sampling.get("stop", ()))})
+    against = question.get("against")
+    return Request(
+        question["model"],
+        tuple(question["messages"]),
+        sampling,
+        question["seed"],
+        meta=question.get("meta", {}),
+        raw=question.get("raw"),
+        against=None if against is None else tuple(against),
+        contrast=question.get("contrast", 0.0),
+    )
 
 
 def _sample(body: str, finish: Finish) -> Sample:

@@ -6,6 +6,7 @@ Shapes: B rows, T positions, N response positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -74,6 +75,36 @@ def response_log_probs(
         done += len(micro_batch)
         progress(done, len(rows))
     return log_probs
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model as it was before the training. `inside` switches to its weights, where they are the student's without
+    adapters."""
+
+    net: PreTrainedModel
+    vocab_size: int | None = None
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @torch.no_grad()
+    def with_log_probs(self, rows: Sequence[Row], name: str) -> list[Row]:
+        """The rows with the column `name`: the log-probability of every response token, in nats."""
+        values: dict[str, tuple[float, ...]] = {}
+        training = self.net.training
+        self.net.eval()
+        head = head_of(self.net)
+        head = head.cut(self.vocab_size or head.vocab_size)
+        with self.inside():
+            for micro_batch in even_batches(rows):
+                batch = make_batch(rows, micro_batch)
+                row_N, position_N = batch.response_positions()
+                hidden_BTD, _ = features(self.net, batch.tokens_BT)
+                targets_N = batch.tokens_BT[row_N, position_N + 1].to(self.net.device)
+                log_prob_N = token_log_probs(hidden_BTD[row_N, position_N], head, targets_N).cpu()
+                parts = log_prob_N.split(batch.mask_BT.sum(1).tolist())
+                values |= {ident: tuple(part.tolist()) for ident, part in zip(batch.sample_ids, parts, strict=True)}
+        self.net.train(training)
+        return [replace(row, columns={**row.columns, name: values[row.sample_id]}) for row in rows]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from limbeck.config.sections import Rollout, Writer
@@ -18,39 +18,12 @@ from limbeck.models.generate import Completion, GenerationJob
 from limbeck.objectives.loss import STUDENT
 from limbeck.objectives.schedule import Schedule, State
 from limbeck.training import distributed
+from limbeck.training.asking import Answer, Asking, answer_from
 from limbeck.training.rollout_stats import Advice, facts_of
-from limbeck.types import Sampling, UserError, content_hash
 
 SHARE = "student.share"  # the key of an adaptive share's state
 FIRST_GUESS = 0.65  # expected length of an answer before any was written, as a part of max_tokens
-MAX_EMPTY_ANSWERS = 8  # if the first answers are all empty, stop after this many
 LENGTH_MOMENTUM = 0.5  # weight of the old expected length when a batch of new answers arrives
-ONLY_EMPTY = (
-    "the student answers with nothing but the end token, so there is nothing to learn from: give it a cold start"
-    " (fine-tune it on the teacher's text first, and name that student in student.start.pretrained), or lower its share"
-)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer of the student.
-
-    Args:
-        slot: the number of the prompt.
-        ids: as sampled.
-        log_prob, sampler_log_prob: of each id, under the student and under the distribution it was drawn from.
-        born: the step it was written at.
-        own: how many of the ids the student itself proposed.
-        name: becomes the sample's id.
-    """
-
-    slot: int
-    ids: tuple[int, ...]
-    log_prob: tuple[float, ...]
-    sampler_log_prob: tuple[float, ...]
-    born: int
-    own: int
-    name: str
 
 
 @dataclass
@@ -118,7 +91,14 @@ class Rollouts:
             sum(lengths) / len(lengths) if lengths else max(1.0, FIRST_GUESS * self.writer.max_tokens)
         )
         self._slot_of = {slot.group: number for number, slot in enumerate(self.slots)}
-        self._order: tuple[int, list[int]] | None = None
+        self._asking = Asking(
+            self.slots,
+            self.write,
+            self.writer,
+            seed=self.seed,
+            ends=self.ends,
+            joint=self.settings.joint is not None,
+        )
 
     # A step's text
 
@@ -202,65 +182,29 @@ class Rollouts:
         missing = owed - sum(len(answer.ids) for answer in memory.waiting)
         if missing > 0 or not memory.waiting:
             count = max(1, round((max(missing, 1.0) + (ahead - 1) * tokens) / memory.expected))
-            memory.waiting = memory.waiting + self._ask([self._next(memory.asked + n) for n in range(count)], step)
+            memory.waiting = memory.waiting + self._ask(
+                [self._asking.slot(memory.asked + n) for n in range(count)], step
+            )
         answers = memory.waiting if ahead == 1 else _up_to(memory.waiting, owed)
         memory.waiting = memory.waiting[len(answers) :]
         return answers
 
     # Asking
 
-    def _next(self, number: int) -> int:
-        """The slot of answer number `number`: every epoch runs through all prompts in an order of its own."""
-        epoch, place = divmod(number, len(self.slots))
-        if self._order is None or self._order[0] != epoch:
-            order = list(range(len(self.slots)))
-            random.Random(f"{self.seed}/{epoch}/prompts").shuffle(order)  # noqa: S311 (an order, not a secret)
-            self._order = epoch, order
-        return self._order[1][place]
-
     def _ask(self, slots: Sequence[int], step: int) -> list[Answer]:
-        sampling = Sampling(self.writer.temperature, self.writer.top_p, self.writer.max_tokens)
-        first = self.memory.asked
-        joint = self.settings.joint is not None
-        names = [content_hash([self.seed, STUDENT, first + n, self.slots[slot].group]) for n, slot in enumerate(slots)]
-        jobs = [
-            GenerationJob(
-                self.slots[slot].prompt_ids,
-                sampling,
-                int(name[:15], 16),
-                self.slots[slot].teacher_prompt_ids if joint else None,
-            )
-            for slot, name in zip(slots, names, strict=True)
-        ]
-        completions = self.write(jobs)
-        answers = [
-            Answer(
-                slot=slot,
-                ids=tuple(completion.ids),
-                log_prob=tuple(completion.log_prob),
-                sampler_log_prob=tuple(completion.sampler_log_prob),
-                born=step,
-                own=completion.own_tokens,
-                name=name,
-            )
-            for slot, name, completion in zip(slots, names, completions, strict=True)
-        ]
-        spoken = self.memory.spoken + sum(len(answer.ids) > 1 or answer.ids[0] not in self.ends for answer in answers)
-        if not spoken and first + len(answers) >= MAX_EMPTY_ANSWERS:
-            raise UserError(ONLY_EMPTY)
-        self.memory.asked = first + len(answers)
-        self.memory.spoken = spoken
+        memory = self.memory
+        answers = self._asking.answers(slots, memory.asked, step)
+        spoken = self._asking.not_empty(answers, memory.asked + len(answers), memory.spoken)
+        memory.asked += len(answers)
+        memory.spoken = spoken
         mean = sum(len(answer.ids) for answer in answers) / len(answers)
-        self.memory.expected = LENGTH_MOMENTUM * self.memory.expected + (1 - LENGTH_MOMENTUM) * mean
+        memory.expected = LENGTH_MOMENTUM * memory.expected + (1 - LENGTH_MOMENTUM) * mean
         return answers
 
     def _row(self, answer: Answer) -> Row:
-        """The answer as a row: the slot's prompt, the sampled ids, and their log-probabilities as columns."""
-        slot = self.slots[answer.slot]
-        columns = {"log_prob": answer.log_prob, "old_log_prob": answer.sampler_log_prob}
-        place = {CHOSEN if self.order[0] == STUDENT else REJECTED} if self.beside else set()
-        tags = slot.tags | {STUDENT} | place
-        return replace(slot, sample_id=answer.name, response_ids=answer.ids, tags=frozenset(tags), columns=columns)
+        """The answer as a row."""
+        place = CHOSEN if self.order and self.order[0] == STUDENT else REJECTED
+        return self._asking.row(answer, frozenset({place}) if self.beside else frozenset())
 
     # Checkpoints
 
@@ -268,7 +212,7 @@ class Rollouts:
         return asdict(self.memory) | {"advice": self.advice.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        waiting, buffer = ([_answer(record) for record in state[key]] for key in ("waiting", "buffer"))
+        waiting, buffer = ([answer_from(record) for record in state[key]] for key in ("waiting", "buffer"))
         self.memory = Memory(
             asked=state["asked"],
             spoken=state["spoken"],
@@ -278,11 +222,6 @@ class Rollouts:
             buffer=buffer,
         )
         self.advice.restore(state["advice"])
-
-
-def _answer(record: Mapping[str, Any]) -> Answer:
-    lists = {key: tuple(record[key]) for key in ("ids", "log_prob", "sampler_log_prob")}
-    return Answer(**{**record, **lists})
 
 
 def _up_to(answers: Sequence[Answer], tokens: float) -> list[Answer]:

@@ -34,19 +34,24 @@ def facts_of(answers: Sequence[tuple[Sequence[int], int, int]], ends: Collection
         ends: the ids that end an answer.
     """
     tokens = sum(len(ids) for ids, _, _ in answers)
-    grams = [[tuple(ids[at : at + GRAM]) for at in range(len(ids) - GRAM + 1)] for ids, _, _ in answers]
     pairs = [pair for ids, _, _ in answers for pair in pairwise(ids)]
-    count = sum(map(len, grams))
     return {
         "answers": len(answers),
         "tokens": tokens,
         "length": round(tokens / len(answers), 2),
         "finished": round(sum(ids[-1] in ends for ids, _, _ in answers) / len(answers), 4),
-        "repetition": round(1 - sum(len(set(of_answer)) for of_answer in grams) / count, 4) if count else 0.0,
+        "repetition": round(repeated([ids for ids, _, _ in answers]), 4),
         "distinct_2": round(len(set(pairs)) / len(pairs), 4) if pairs else 1.0,
         "age": round(sum(age for _, _, age in answers) / len(answers), 3),
         "own": round(sum(own for _, own, _ in answers) / tokens, 4),
     }
+
+
+def repeated(answers: Sequence[Sequence[int]], gram: int = GRAM) -> float:
+    """The share of n-grams that have occurred before in their answer."""
+    grams = [[tuple(ids[at : at + gram]) for at in range(len(ids) - gram + 1)] for ids in answers]
+    count = sum(map(len, grams))
+    return 1 - sum(len(set(of_answer)) for of_answer in grams) / count if count else 0.0
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,10 +18,12 @@ from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import CHOSEN, MIXED, Row
 from limbeck.models.model import Model, head_of
 from limbeck.models.placement import check_dtype
+from limbeck.models.self_teacher import adapters_off
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, Teacher
 from limbeck.objectives.bound import BoundLoss, ModelPair, joined_taps
 from limbeck.objectives.forward import NO_TAPS, TeacherView
+from limbeck.objectives.loss import REFERENCE_LOG_PROB
 from limbeck.objectives.term import Term
 from limbeck.signals.cache import SignalCache
 from limbeck.signals.dense import DenseSignal
@@ -28,6 +31,7 @@ from limbeck.storage.files import exclusive
 from limbeck.storage.store import Store
 from limbeck.training.job import Objective, TrainingJob, no_teacher
 from limbeck.training.prepare import (
+    Frozen,
     TextBeforeTraining,
     fill_cache,
     response_log_probs,
@@ -103,6 +107,7 @@ def make_job(
         for term in plan.terms
         if term.loss.binds
     }
+    reference = _frozen_start(plan, student.net, vocab_size) if REFERENCE_LOG_PROB in reads else None
     if plan.lora is not None:
         add_adapters(student.net, plan.lora, plan.settings.seed)
     if plan.machine.checkpointing:
@@ -131,9 +136,16 @@ def make_job(
     job = TrainingJob(objective, rows, plan.settings, plan.folder, key=plan.key, average=average, machine=plan.machine)
     if plan.writing is not None:
         job, watched, slots = watch_prompts(job, plan.writing)
-        source = rollouts(plan.writing, job, student, slots, scores=scores, watched=watched)
+        source = rollouts(plan.writing, job, student, slots, scores=scores, watched=watched, reference=reference)
         job = replace(job, source=source, monitor=teachers_view)
     return replace(job, prepare=partial(_prepare, job, teacher, progress)) if reads_teacher else job
+
+
+def _frozen_start(plan: TrainingPlan, net: PreTrainedModel, vocab_size: int | None) -> Frozen:
+    """The student before training: a copy, or its own weights without the adapters that will be trained."""
+    if plan.lora is not None:
+        return Frozen(net, vocab_size, partial(adapters_off, net))
+    return Frozen(copy.deepcopy(net).requires_grad_(False), vocab_size)
 
 
 def _recompute_activations(net: PreTrainedModel) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import JointSettings, Rollout, Server
 from limbeck.data.batches import CHOSEN, REJECTED, FixedText, Row, make_batch
+from limbeck.elicit.prompt import Prompt
 from limbeck.models.copy import Copy
 from limbeck.models.generate import Completion, Decoding, GenerationJob, Joint, SecondModel, write
 from limbeck.models.joint import Mixture, Speculation
@@ -18,19 +19,23 @@ from limbeck.models.model import Model, head_of
 from limbeck.models.vllm import VllmWriter
 from limbeck.models.vllm_protocol import StudentTokens
 from limbeck.objectives.forward import TeacherView
-from limbeck.objectives.loss import STUDENT
+from limbeck.objectives.loss import REFERENCE_LOG_PROB, STUDENT
 from limbeck.objectives.schedule import Schedule
 from limbeck.objectives.term import Term
 from limbeck.progress import StoppedError
 from limbeck.training import distributed
+from limbeck.training.asking import Asking
+from limbeck.training.group_rollout import GroupRollouts
 from limbeck.training.job import TrainingJob
 from limbeck.training.loop import loss_on
-from limbeck.training.prepare import Remembered, even_batches, with_columns
+from limbeck.training.prepare import Frozen, Remembered, even_batches, with_columns
+from limbeck.training.rewards import Rewards
 from limbeck.training.rollout import Rollouts
 from limbeck.types import Batch, UserError, content_hash
 
 Stop = Callable[[], bool]
 Watch = Callable[[float], float]
+Columns = Callable[[list[Row], float], list[Row]]
 WRITINGS = 3  # of one text, on a server that loses the weights
 
 
@@ -44,6 +49,8 @@ class StudentWriting:
         fresh: the part of the student's text that is not replayed.
         max_length: how many tokens student and teacher both can read.
         second_model: loads the model that writes jointly with the student, if the recipe has one.
+        rewards: what judges its answers, if something does.
+        prompts: the training prompts by their id.
     """
 
     recipe: Recipe
@@ -52,6 +59,8 @@ class StudentWriting:
     fresh: Schedule
     max_length: int
     second_model: Callable[[], Model]
+    rewards: Rewards | None = None
+    prompts: Mapping[str, Prompt] = field(default_factory=dict)
     stop: Stop = lambda: False
 
     @property
@@ -104,12 +113,20 @@ def rollouts(
     *,
     scores: Remembered | None,
     watched: Watch | None,
-) -> Rollouts:
-    """The `Source` in which the student's text is mixed with the job's rows, if there are any."""
+    reference: Frozen | None = None,
+) -> Rollouts | GroupRollouts:
+    """The `Source` in which the student's text is mixed with the job's rows, if there are any, or is judged by
+    rewards.
+
+    Args:
+        reference: the student before training, if a loss reads its log-probabilities.
+    """
     recipe = writing.recipe
     settings = writing.settings
     writer = recipe.student_writer
     assert writer is not None
+    if writing.rewards is not None:
+        return _judged(writing, job, student, slots, columns=_columns(job, scores, reference))
     fixed = None
     if job.rows:
         share = (
@@ -129,8 +146,32 @@ def rollouts(
         tokens_per_step=job.settings.tokens_per_step,
         ends=student.eos_ids,
         order=[each_writer.by for each_writer in recipe.writer] if recipe.all_answer else [],
-        columns=_columns(job, scores),
+        columns=_columns(job, scores, reference),
         watched=watched,
+    )
+
+
+def _judged(
+    writing: StudentWriting, job: TrainingJob, student: Model, slots: Sequence[Row], *, columns: Columns
+) -> GroupRollouts:
+    """The `Source` in which rewards judge the student's answers."""
+    writer = writing.recipe.student_writer
+    assert writer is not None and writing.rewards is not None
+    asking = Asking(
+        slots,
+        _writer_of(writing, job, student, slots),
+        writer,
+        seed=job.settings.seed,
+        ends=student.eos_ids,
+    )
+    return GroupRollouts(
+        asking,
+        [writing.prompts[slot.group] for slot in slots],
+        text=lambda slot, ids: student.opens_thinking(slot.prompt_ids) + student.decode(ids),
+        rewards=writing.rewards,
+        settings=writing.settings,
+        tokens_per_step=job.settings.tokens_per_step,
+        columns=columns,
     )
 
 
@@ -144,13 +185,15 @@ def _spanning(terms: Sequence[Term]) -> list[Term]:
     return [term for term in terms if term.loss.spans_responses]
 
 
-def _columns(job: TrainingJob, scores: Remembered | None) -> Callable[[list[Row], float], list[Row]]:
-    """A function that adds the columns which the job's losses compute from whole responses."""
-    if scores is None:
-        return lambda rows, _: rows
+def _columns(job: TrainingJob, scores: Remembered | None, reference: Frozen | None) -> Columns:
+    """A function that adds the columns which the job's losses read of frozen models and of whole responses."""
     terms = _spanning(job.terms)
 
     def columns(rows: list[Row], progress: float) -> list[Row]:
+        if reference is not None:
+            rows = reference.with_log_probs(rows, REFERENCE_LOG_PROB)
+        if scores is None:
+            return rows
         return with_columns(rows, scores, [term.at_step(progress, job.objective.states) for term in terms])
 
     return columns

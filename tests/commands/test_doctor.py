@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from limbeck.cli import app
-from limbeck.commands.doctor.patient import Patient
-from limbeck.commands.doctor.run import examine
+from limbeck.commands.doctor import text
+from limbeck.commands.doctor.patient import DoubtfulError, Patient
+from limbeck.commands.doctor.run import as_data, examine
 from limbeck.commands.doctor.teacher import check_zero
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import load_recipe, parse
@@ -24,6 +26,7 @@ from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.runs.pipeline import Run, run
 from limbeck.runs.resolve import terms_of
 from limbeck.signals.cache import SignalCache
+from limbeck.types import UserError
 from tests.conftest import make_net, make_tokenizer
 from tests.models.test_score import PROTOCOLS, on, spoiled, without
 from tests.scoring_server import ScoringServer
@@ -49,6 +52,11 @@ def recipe_of(recipe_data, tiny_folder):
 
 def served(server):
     return {"url": server.url, "name": "toy", "retries": 0}
+
+
+def test_it_leaves_nothing_in_the_folder_of_a_run_to_come(recipe_data, tmp_path):
+    examine(parse(recipe_data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -228,7 +236,7 @@ def test_every_recipes_losses_are_zero_for_a_student_that_is_the_teacher(name, t
     recipe = load_recipe(name)
     prompts = recipe.prompts.model_copy(update={"too_long": "drop"})  # for the tiny model's context
     recipe = recipe.model_copy(update={"teacher": LocalTeacher(model=str(tiny_folder)), "prompts": prompts})
-    assert "gradient are 0" in check_zero(Patient(recipe, tmp_path))
+    assert "gradient are 0" in check_zero(Patient(recipe, tmp_path, tmp_path))
 
 
 def test_the_command_says_it_and_ends_with_status_2_where_there_is_a_fault(tiny, tiny_folder, prompt_file, tmp_path):
@@ -256,3 +264,37 @@ def test_the_command_says_it_and_ends_with_status_2_where_there_is_a_fault(tiny,
     assert (
         result.exit_code == 2 and "fault         served weights: the served model is not the one here" in result.output
     )
+
+
+@pytest.mark.parametrize(("ended", "verdict"), [(1, "fault"), (4, "warning"), (11, "fine"), (12, "fine")])
+def test_answers_that_were_cut_off_are_judged_by_their_share(ended, verdict):
+    rows = [Row(str(n), (1,), (5, 0) if n < ended else (5, 6)) for n in range(12)]
+    frame = SimpleNamespace(end=0, controls={})
+    net = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=0))
+    tokenizer = SimpleNamespace(eos_token_id=0, eos_token="<|end|>", decode=lambda ids: "<|end|>")
+    patient = SimpleNamespace(
+        model=SimpleNamespace(net=net, tokenizer=tokenizer, eos_ids={0}, end_of_turn=0), training_rows=rows
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "frame_of", lambda _: frame)
+        try:
+            found, said = "fine", text.check_end_of_answer(patient)
+        except DoubtfulError as doubt:
+            found, said = "warning", str(doubt)
+        except UserError as error:
+            found, said = "fault", str(error)
+    assert found == verdict and f"{ended} of 12 training answers" in said
+    assert ("raise max_tokens" in said) == (verdict != "fine") and ("cut off" in said) == (ended < 12)
+
+
+def test_a_warning_is_no_fault(monkeypatch, recipe_of, tmp_path):
+    def doubtful(patient):
+        raise DoubtfulError("so so")
+
+    monkeypatch.setattr("limbeck.commands.doctor.run.CHECKS", {"one": doubtful, "two": lambda patient: "well"})
+    findings = examine(recipe_of(), tmp_path / "run")
+    assert [(one.name, one.verdict, one.detail) for one in findings] == [
+        ("one", "warning", "so so"),
+        ("two", "fine", "well"),
+    ]
+    assert as_data(findings)["faults"] == 0

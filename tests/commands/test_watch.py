@@ -277,3 +277,22 @@ def test_once_as_a_command(folder):
     assert done.returncode == 0 and "7 of 20" in done.stdout, done.stderr
     assert time.monotonic() - began < 20
     assert draw(Watcher(folder).look()).renderables
+
+
+def test_without_a_terminal_the_state_is_printed_once_with_how_many_answers_there_will_be(folder):
+    from limbeck.storage.store import Store
+    from limbeck.types import Request, Sample, Sampling
+
+    with Store(folder / "store.sqlite") as store:
+        request = Request("m@1", ({"role": "user", "content": "why"},), Sampling(), 0)
+        sample = Sample((*request.messages, {"role": "assistant", "content": "yes"}), "teacher", (1,))
+        store.record(request, sample, "ok")
+    (folder / "plan.json").write_text(json.dumps({"requests": 204}))
+    pipe = Console(file=io.StringIO(), width=100)
+    watch(folder, pipe)  # returns: nothing would be seen of a change
+    assert "answers stored: 1 of about 204; 1 ok" in pipe.file.getvalue()
+    write(folder / "metrics.jsonl", [step(1)])
+    assert "of about" not in shown(folder)
+    for damaged in ("{", '{"requests": "many"}', "[1]", '{"requests": true}'):
+        (folder / "plan.json").write_text(damaged)
+        assert Watcher(folder).look().asked is None

@@ -30,7 +30,7 @@ def test_the_recipes_of_the_field_are_there():
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
         "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd", "minillm-from-server",
-        "api-own-logprobs",
+        "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher",
     }  # fmt: skip
 
 
@@ -48,6 +48,13 @@ SMALL = [
 ]  # fmt: skip
 OWN = {
     "ted": ["loss.0.params.layers=uniform", "loss.0.params.filter_steps=2"],
+    "s1": ["elicit.3.params.most=1.0"],  # the teacher that is played is always right
+    "limo": ["elicit.3.params.most=1.0"],
+    "r1-traces": ["elicit.0.params.system=a teacher that writes <think> by itself is played"],
+    **{
+        name: ["rollout.rewards=[repetition: {gram: 1}]", "rollout.prompts=2", "rollout.group=3"]
+        for name in ("grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher")
+    },
     "distillm": ["rollout.validation={prompts: 4, every: 1}", "rollout.replay.size=4"],
 }
 
@@ -120,7 +127,7 @@ def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file,
     else:
         changes += the_same_model(name, tiny_folder)
     recipe = load_recipe(name, changes)
-    folder = run(recipe, tmp_path / "run", stages=("elicit", "train"))
+    folder = run(recipe, tmp_path / "run", stages=("elicit", "train")).folder
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3
     assert set().union(*(record["terms"] for record in records)) <= {term.label for term in terms_of(recipe)}

@@ -262,8 +262,11 @@ def test_a_held_out_prompt_is_never_trained_on(recipe_data, saying, tmp_path):
         assert [prompt_of(sample) for sample in pool] == ["say one"]
         account = json.loads((tmp_path / "elicitation.json").read_text())
         assert account["steps"][-1]["dropped"] == {"asks a held-out prompt": 1}
+        both = elicitation([Prompt("h", "say two"), Prompt("i", "say one")])
+        assert both.finished() == pool, "finished samples stay under other held-out prompts"
+        (tmp_path / "elicitation.json").unlink()
         with pytest.raises(UserError, match=r"left no sample.*held-out prompt \(2\)"):
-            elicitation([Prompt("h", "say two"), Prompt("i", "say one")]).run(engine(store, Backwards()))
+            both.run(engine(store, Backwards()))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +345,7 @@ def test_what_a_server_can_not_do_is_refused(recipe_data, changes, match):
 
 def test_recipes_that_elicit_other_text_are_compared_at_equal_steps(recipe_data, saying, tmp_path):
     made = [recipe_of(recipe_data, [{"say": {"n": n}}], loss=["cross_entropy"], name=f"say-{n}") for n in (1, 2)]
-    folder = limbeck.compare(made, tmp_path / "cmp", seeds=1)
+    folder = limbeck.compare(made, tmp_path / "cmp", seeds=1).folder
     found = json.loads((folder / "comparison.json").read_text())
     assert found["cost"]["say-1"]["steps"] == found["cost"]["say-2"]["steps"]
     given = [json.loads((folder / "runs" / f"say-{n}-s3" / "elicitation.json").read_text())["steps"][0] for n in (1, 2)]

@@ -22,6 +22,8 @@ from limbeck.commands.export.run import export
 from limbeck.config.recipe import parse
 from limbeck.config.server import Served
 from limbeck.data.batches import Row, make_batch
+from limbeck.elicit.flow import user
+from limbeck.elicit.parse import Parsing
 from limbeck.models.api import ApiTeacher
 from limbeck.models.engines import ENGINES, find_engine
 from limbeck.models.load import load_model
@@ -121,6 +123,49 @@ def test_an_option_for_a_schema_holds(llama):
     assert found.finish == "ok" and isinstance(json.loads(found.text)["answer"], str)
     (plain,) = ask(llama, ("Name a fruit.",), Sampling(0.0, 1.0, 120))
     assert not plain.text.lstrip().startswith("{")
+
+
+# Answers that are held to a form
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 30},
+        "price": {"type": "integer", "minimum": 1, "maximum": 999},
+        "colour": {"enum": ["red", "green", "blue"]},
+    },
+    "required": ["name", "price", "colour"],
+    "additionalProperties": False,
+}
+THINGS = "lamp chair bag cup hat pen book bike clock coat table shoe ring box bed desk fork bowl rug vase".split()
+FORMS = {
+    "schema": ({"json": SCHEMA}, "Invent a {} for a shop and give its name, its price and its colour as JSON."),
+    "labels": ({"label": ["kitchen", "living room", "none of them"]}, "Where does a {} belong?"),
+}
+
+
+def kept(found, parsing):
+    return sum(answer.finish == "ok" and parsing.keeps_to_form(answer.text) for answer in found)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("where", ["server", "process"])
+def test_every_answer_keeps_to_its_form_where_it_is_held(llama, model, kind, where):
+    form, template = FORMS[kind]
+    parsing = Parsing.model_validate(form)
+    teacher = api(llama) if where == "server" else InProcessTeacher(model)
+    held = {}
+    for held_to in (parsing.form, None):
+        asked = [
+            Request(teacher.identity, (user(template.format(thing)),), Sampling(0.7, 0.95, 64), number, form=held_to)
+            for number, thing in enumerate(THINGS)
+        ]
+        held[held_to] = [answer for _, answer in teacher.answers(asked)]
+    print(f"\n{kind} {where}: {kept(held[parsing.form], parsing)} of 20 held, {kept(held[None], parsing)} free")
+    assert kept(held[parsing.form], parsing) == 20, [answer.text for answer in held[parsing.form]]
+    assert kept(held[None], parsing) < 10
+    if kind == "schema":
+        assert all(list(json.loads(answer.text)) == list(SCHEMA["properties"]) for answer in held[parsing.form])
 
 
 def rows_and_told(llama, model, logprobs=20):

@@ -225,15 +225,20 @@ def test_verdicts_are_kept_and_not_asked_for_again(tiny, tmp_path, monkeypatch):
         {"key", "prompt_id", "forward", "backward", "first_length", "second_length", "replies"}
     ] * 4
     assert load_or_judge(file, lambda: pytest.fail("loaded again"), "judge@1", PROMPTS, GOOD, BAD) == found
-    for identity, prompts, first in (
-        ("judge@2", PROMPTS, GOOD),
-        ("judge@1", PROMPTS[:3], GOOD),
-        ("judge@1", PROMPTS, GOOD | {"p2": "other"}),
+    asked = []
+    monkeypatch.setattr(
+        judging, "_ask_model", lambda judge, questions, *_: asked.append(len(questions)) or prefers("good")(questions)
+    )
+    for identity, prompts, first, questions in (
+        ("judge@1", PROMPTS, GOOD | {"p2": "other"}, 2),
+        ("judge@1", PROMPTS[:3], GOOD, 2),
+        ("judge@1", PROMPTS, GOOD, 2),
+        ("judge@2", PROMPTS, GOOD, 8),
     ):
-        with pytest.raises(
-            UserError, match=r"judge-x\.jsonl holds another judge's verdicts, or some on other answers: remove it"
-        ):
-            load_or_judge(file, lambda: pytest.fail("loaded"), identity, prompts, first, BAD)
+        again = load_or_judge(file, lambda: tiny, identity, prompts, first, BAD)
+        assert [v.prompt_id for v in again] == [prompt.id for prompt in prompts] and asked.pop() == questions
+        assert len(read_jsonl(file)) == len(prompts), "verdicts on other answers are not kept among them"
+    assert again == found
     with pytest.raises(UserError, match="the first system has no answer to 4 prompts"):
         load_or_judge(tmp_path / "new.jsonl", lambda: tiny, "judge@1", PROMPTS, {}, BAD)
     assert not (tmp_path / "new.jsonl").exists()

@@ -272,8 +272,11 @@ def test_records_of_other_questions_are_not_taken_for_these(recipe_data, tmp_pat
     limbeck.run(parse(recipe_data), out)
     (out / "evaluation" / "summary.json").unlink()
     (folder / "test.jsonl").write_text('{"question": "the cat?", "choices": ["sat", "ran"], "answer": 1}\n')
-    with pytest.raises(UserError, match="other questions"):
-        limbeck.run(parse(recipe_data), out)
+    others = {file: file.stat().st_mtime_ns for file in (out / "evaluation").glob("fidelity-*.jsonl")}
+    wrong = (out / "evaluation" / "task-mytask+student.jsonl").read_text()
+    limbeck.run(parse(recipe_data), out)
+    assert (out / "evaluation" / "task-mytask+student.jsonl").read_text() != wrong
+    assert {file: file.stat().st_mtime_ns for file in others} == others, "what the change does not touch is kept"
 
 
 def test_own_text_is_trained_on_by_nobody_and_measured_in_its_own_ids(recipe_data, tmp_path, monkeypatch):

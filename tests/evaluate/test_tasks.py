@@ -13,7 +13,9 @@ from limbeck.config.builtin import task_folders
 from limbeck.elicit.prompts import load_prompts
 from limbeck.elicit.verify import verify
 from limbeck.evaluate import measure
+from limbeck.evaluate import protocol as protocols
 from limbeck.evaluate.generation import answer_all
+from limbeck.evaluate.protocol import EvaluationProtocol
 from limbeck.evaluate.records import CheckedAnswer, ItemResult
 from limbeck.evaluate.statistics import pass_at_k, ratio_interval
 from limbeck.evaluate.tasks import load_task, run_task, summarise
@@ -63,7 +65,7 @@ def test_items_that_are_no_text_are_refused_by_their_line(line, words, tmp_path)
         load_task(write(tmp_path / "mine", "kind: multiple_choice\n", CHOICE, line))
 
 
-SIZES = {"everyday": 72, "choices": 48, "topics": 48, "passages": 14, "lookup": 18, "sums": 24}
+SIZES = {"everyday": 72, "choices": 48, "topics": 48, "passages": 14, "lookup": 18, "sums": 24, "sums-budgets": 24}
 
 
 def test_the_built_in_tasks_are_what_they_claim():
@@ -90,7 +92,7 @@ def test_the_built_in_tasks_are_what_they_claim():
     headlines = {name: (task.metrics[0], task.better(task.metrics[0])) for name, task in tasks.items()}
     assert headlines == {
         "everyday": ("pass_rate", "high"), "sums": ("pass_rate", "high"), "choices": ("acc", "high"), "topics": ("acc", "high"), "passages": ("bits_per_byte", "low"),
-        "lookup": ("ndcg@4", "high"),
+        "lookup": ("ndcg@4", "high"), "sums-budgets": ("pass_rate@128", "high"),
     }  # fmt: skip
 
 
@@ -336,10 +338,12 @@ def test_thinking_that_the_template_begins_and_never_ends_is_no_answer(tmp_path,
     assert tiny.opens_thinking(prompt) == "<think>" and tiny.opens_thinking(prompt + tiny.text_ids("</think>")) == ""
 
 
-def test_records_of_other_verdicts_are_refused(tmp_path, tiny, monkeypatch):
-    protocol = measure.EvaluationProtocol(rows=(), prompts=(), tasks=(), max_tokens=8, own_prompts=1)
-    measure.Bench(tmp_path, None, tiny, protocol)
-    measure.Bench(tmp_path, None, tiny, protocol)
-    monkeypatch.setattr(measure, "VERSION", measure.VERSION + 1)
-    with pytest.raises(UserError, match="verifiers changed"):
-        measure.Bench(tmp_path, None, tiny, protocol)
+def test_records_of_other_verdicts_are_measured_anew(tmp_path, tiny, monkeypatch):
+    protocol = EvaluationProtocol(rows=(), prompts=(), tasks=(), max_tokens=8, own_prompts=1)
+    assert measure.Bench(tmp_path, None, tiny, protocol).outdated == []
+    for name in ("answers-student.jsonl", "own-student.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    assert measure.Bench(tmp_path, None, tiny, protocol).outdated == []
+    monkeypatch.setattr(protocols, "VERSION", protocols.VERSION + 1)
+    assert measure.Bench(tmp_path, None, tiny, protocol).outdated == ["answers"]
+    assert not (tmp_path / "answers-student.jsonl").exists() and (tmp_path / "own-student.jsonl").exists()

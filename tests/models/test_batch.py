@@ -254,7 +254,7 @@ def test_a_recipe_through_batches(recipe_data, tiny_folder, tmp_path, monkeypatc
             "teacher": {"server": {"url": server.url, "name": MODEL, "batch": True}}, "student": {"start": {"pretrained": str(tiny_folder)}},
             "loss": ["cross_entropy"], "evaluate": {**recipe_data["evaluate"], "metrics": ["fidelity"]},
         }  # fmt: skip
-        folder = run(parse({**recipe_data, **settings}), tmp_path / "run")
+        folder = run(parse({**recipe_data, **settings}), tmp_path / "run").folder
         assert len(server.billed) == len(set(server.billed)) and not [
             path for path, _, _ in server.seen if "completions" in path
         ]

@@ -78,7 +78,7 @@ def test_heads_padded_to_different_sizes_meet_on_the_shared_tokens(tmp_path, pro
         "prompts": {"from": str(prompt_file)}, "writer": [{"by": "teacher", "max_tokens": 8}], "loss": ["forward_kl"],
         "train": {"steps": 3, "tokens_per_step": 60, "lr": 1e-3}, "evaluate": {"metrics": ["fidelity"], "limit": 2, "max_tokens": 6},
     })  # fmt: skip
-    folder = run(recipe, tmp_path / "run")
+    folder = run(recipe, tmp_path / "run").folder
     systems = json.loads((folder / "evaluation" / "summary.json").read_text())["systems"]
     assert systems["student"]["forward_kl"]["value"] < systems["untouched"]["forward_kl"]["value"]
     assert json.loads((folder / "student" / "config.json").read_text())["vocab_size"] == student

@@ -159,14 +159,13 @@ def test_a_name_is_given_once_and_what_is_unregistered_is_gone():
         register(LOSSES["forward_kl"])
 
 
-def test_losses_that_wait_for_rewards_are_known_but_not_listed():
-    waiting = {name for name, loss in LOSSES.items() if not loss.listed}
-    assert waiting == {"reinforce", "ppo_clip", "kl_penalty_k2", "kl_penalty_k3"}
-    listed = methods()
-    assert not waiting & {*listed["losses"], *listed["divergences"]}
-    for name in waiting:
-        with pytest.raises(RecipeError, match="nothing gives rewards yet"):
-            make_term(name, {}, path="loss[0]").check_text(TextFacts(writers=frozenset({"student"})))
+@pytest.mark.parametrize("name", ["reinforce", "ppo_clip"])
+def test_losses_on_rewards_ask_for_rewards(name):
+    term = make_term(name, {}, path="loss[0]")
+    with pytest.raises(RecipeError, match="which rewards give"):
+        term.check_text(TextFacts(writers=frozenset({"student"}), temperature=1.0))
+    term.check_text(TextFacts(writers=frozenset({"student"}), temperature=1.0, rewarded=True))
+    assert name in methods()["losses"]
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -218,6 +218,32 @@ def test_the_section_on_the_students_text_fits_and_shows(browser, run_page, widt
             expect(section.locator("h2")).to_be_in_viewport()
 
 
+def test_the_first_screen_says_what_a_user_asks_first(browser, run_page, comparison_page):
+    """Verdict, figures of teacher, before and after, size, speed, and one example; a table scrolls, and nothing is cut."""
+    with opened(browser, run_page, viewport={"width": 1280, "height": 900}) as page:
+        for element in (page.locator(".verdict"), page.locator(".glance table"), page.locator(".example")):
+            box = element.bounding_box()
+            assert box["y"] + box["height"] <= 900 and box["x"] + box["width"] <= 1280
+        table = page.locator(".glance table").inner_text()
+        for words in (
+            "Teacher",
+            "Student before training",
+            "Student",
+            "Pass rate",
+            "Parameters",
+            "First token",
+            "Speed",
+        ):
+            assert words in table
+        assert page.locator(".cautions li").inner_text() == "One seed: another training may give another result."
+    for file in (run_page, comparison_page):
+        with opened(browser, file, viewport={"width": 1280, "height": 900}) as page:
+            assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+            cut = """() => [...document.querySelectorAll('th, td, dd, figure, .example, .verdict')].filter((one) =>
+              one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX === 'hidden').length"""
+            assert page.evaluate(cut) == 0
+
+
 def test_landmarks_headers_and_captions_are_there(browser, run_page, comparison_page):
     for file in (run_page, comparison_page):
         with opened(browser, file) as page:
@@ -247,7 +273,10 @@ def test_without_scripts_everything_but_the_tools_is_there(browser, run_page):
     with opened(browser, run_page, java_script_enabled=False) as page:
         text = page.locator("body").inner_text()
         for words in (
+            "Pass rate on everyday rose from 0.00 to 0.35",
             "The student is 0.69 nats per token",
+            "No price is stated, so no money is shown.",
+            "Worst examples",
             "Fidelity on held-out text",
             "Question 0: why does bread rise?",
             "The first 24 prompts",

@@ -31,7 +31,7 @@ def methods(recipe_data):
 @pytest.fixture
 def compared(methods, tmp_path):
     common, made = methods
-    return limbeck.compare(made, tmp_path / "cmp", like=common, seeds=2)
+    return limbeck.compare(made, tmp_path / "cmp", like=common, seeds=2).folder
 
 
 def read(folder):
@@ -100,7 +100,7 @@ def test_a_stopped_comparison_goes_on_and_repeats_nothing(methods, compared, tmp
     limbeck.compare(made, tmp_path / "stopped", like=common, seeds=2)
     whole, again = read(compared), read(tmp_path / "stopped")
     for one in (whole, again):
-        for timed in ("efficiency", "cost", "name"):
+        for timed in ("efficiency", "speeds", "cost", "name"):
             one.pop(timed)
     assert whole == again
     monkeypatch.setattr(InProcessTeacher, "answers", lambda *_: pytest.fail("asked again"))

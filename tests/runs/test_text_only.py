@@ -15,6 +15,7 @@ from limbeck.elicit.verify import verify
 from limbeck.evaluate.fidelity import EvaluationText, fidelity
 from limbeck.evaluate.tasks import load_task, tasks_of
 from limbeck.progress import Silent
+from limbeck.runs.advice import served_time
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
 from limbeck.types import RecipeError, UserError
@@ -62,7 +63,7 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     teacher, student = summary["systems"]["teacher"], summary["systems"]["student"]
     evaluate = served(server.url).evaluate
-    (task,) = tasks_of(evaluate.metrics, evaluate.limit)
+    (task,) = tasks_of(evaluate.metrics, evaluate.limits)
     passed = [verify(prompt.check, said(prompt.text)) for prompt in task.prompts if prompt.check]
     assert teacher["everyday/pass_rate"]["value"] == pytest.approx(sum(passed) / len(passed)) and any(passed)
     assert not set(teacher) & {"forward_kl", "perplexity", "own_tokens", "ece"}
@@ -202,7 +203,7 @@ def test_methods_are_compared_by_what_text_can_say(served, tmp_path):
             served(server.url, name=f"x-{part}", loss=[{"cross_entropy": {"label_smoothing": part}}])
             for part in (0.0, 0.5)
         ]
-        folder = limbeck.compare(recipes, tmp_path / "cmp", seeds=1)
+        folder = limbeck.compare(recipes, tmp_path / "cmp", seeds=1).folder
     found = json.loads((folder / "comparison.json").read_text())
     assert {"nll", "own_tokens"} <= set(found["paired"]["x-0.5 - x-0.0"]) and "forward_kl" not in found["metrics"]
     assert "Perplexity" in (folder / "report.html").read_text() or "likelihood" in (folder / "report.html").read_text()
@@ -231,7 +232,14 @@ def test_what_text_can_not_give_is_refused(served, changes, match):
 
 def test_a_plan_without_the_teachers_weights(served, recipe_data):
     plan, whole = check(served()), check(parse({**recipe_data, "loss": ["cross_entropy"]}))
-    assert plan.seconds["elicit"] == 0 and plan.requests == whole.requests
+    assert plan.requests == whole.requests and whole.seconds["elicit"] > 0 and not whole.unknown
+    assert "elicit" not in plan.seconds and "depends on the server" in plan.unknown["elicit"]
+    limited = served()
+    server = limited.teacher.server.model_copy(update={"requests_per_minute": 2.0})
+    assert served_time(limited, 20, 900)["elicit"].startswith("unknown")
+    slow = limited.model_copy(update={"teacher": limited.teacher.model_copy(update={"server": server})})
+    assert served_time(slow, 20, 900)["elicit"].startswith("at least 10.0 min")
+    assert not any("0.0 min" in text for title, text in plan.lines() if title == "time, elicit")
 
 
 def test_what_a_student_thinks_alone_is_what_it_thinks_beside_a_teacher(tiny):

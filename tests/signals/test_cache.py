@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from limbeck import RecipeError, UserError, run
+from limbeck import RecipeError, UserError
 from limbeck.config.recipe import parse
 from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import Row, make_batch
@@ -22,6 +22,7 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
 from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
+from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
 from limbeck.signals.cache import SignalCache, texts_of
 from limbeck.signals.dense import DenseSignal

@@ -398,7 +398,7 @@ def test_facts_of_text_count_what_they_say():
     [
         ({"writer": [STUDENT], "train": {"epochs": 1}}, "train.epochs", "give train.steps"),
         ({"loss": ["on_policy_distillation"]}, "loss[0]", "add a writer"),
-        ({"writer": [STUDENT], "loss": ["reinforce"]}, "loss[0]", "nothing gives rewards yet"),
+        ({"writer": [STUDENT], "loss": ["reinforce"]}, "loss[0]", "which rewards give"),
         (
             {"writer": [STUDENT], "loss": [{"reverse_kl": {"by": "importance_weight"}}]},
             "loss[0].reverse_kl.by",

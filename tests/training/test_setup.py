@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from limbeck import RecipeError, UserError, run
+from limbeck import RecipeError, UserError
 from limbeck.config.recipe import parse
 from limbeck.config.sections import Train
 from limbeck.data.batches import CHOSEN, REJECTED, Row, make_batch
@@ -18,6 +18,7 @@ from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
+from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
 from limbeck.signals.dense import DenseSignal
 from limbeck.storage.store import Store

@@ -35,20 +35,27 @@ ANSWERS = (
 TOKENS_PER_POSITION = 20  # that a server is asked to name
 
 
+class DoubtfulError(Exception):
+    """What a check found is no fault, but should be known."""
+
+
 class NothingToCheckError(Exception):
     """The recipe has nothing of this kind, or not yet."""
 
 
 @dataclass
 class Patient:
-    """A recipe with its run folder. Properties raise `NothingToCheckError` for parts that the recipe doesn't have."""
+    """A recipe with its run folder, which is read if it is there; what the checks leave goes to `scratch` otherwise.
+    Properties raise `NothingToCheckError` for parts that the recipe doesn't have."""
 
     recipe: Recipe
     folder: Path
+    scratch: Path
 
     @cached_property
     def run(self) -> Run:
-        return Run(prepared(self.recipe), self.folder, Silent(), lambda: True)  # stops before it sends any request
+        folder = self.folder if self.folder.joinpath("recipe.yaml").exists() else self.scratch
+        return Run(prepared(self.recipe), folder, Silent(), lambda: True)  # stops before it sends any request
 
     @cached_property
     def teacher(self) -> InProcessTeacher:

@@ -6,13 +6,14 @@ a cache, those are checked too. Not covered: whether the teacher is any good, an
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.commands.doctor.cache import check_cache
-from limbeck.commands.doctor.patient import NothingToCheckError, Patient
+from limbeck.commands.doctor.patient import DoubtfulError, NothingToCheckError, Patient
 from limbeck.commands.doctor.teacher import (
     check_repeatable,
     check_served_weights,
@@ -43,10 +44,10 @@ LAST_IF_FAULTY = ("recipe", "weights")  # a fault in these makes the other check
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check. `detail` says what was found, and for a fault its remedy."""
+    """The result of one check. `detail` says what was found, and for a warning or a fault its remedy."""
 
     name: str
-    verdict: Literal["fine", "fault", "not looked at"]
+    verdict: Literal["fine", "warning", "fault", "not looked at"]
     detail: str
 
 
@@ -59,7 +60,12 @@ def examine(
         out: the run folder, whose text and cache are checked if they are there; by default runs/NAME.
         on_check: called with each check's name before it starts.
     """
-    patient = Patient(recipe, run_folder(recipe, out))
+    with tempfile.TemporaryDirectory(prefix="limbeck-doctor-") as scratch:
+        return _findings(Patient(recipe, run_folder(recipe, out), Path(scratch)), on_check)
+
+
+def _findings(patient: Patient, on_check: Callable[[str], None]) -> list[Finding]:
+    """One finding per check, up to a fault that makes the other checks impossible."""
     findings = []
     for name, check in CHECKS.items():
         on_check(name)
@@ -67,6 +73,8 @@ def examine(
             findings.append(Finding(name, "fine", check(patient)))
         except NothingToCheckError as reason:
             findings.append(Finding(name, "not looked at", str(reason)))
+        except DoubtfulError as doubt:
+            findings.append(Finding(name, "warning", str(doubt)))
         except UserError as error:
             findings.append(Finding(name, "fault", str(error)))
             if name in LAST_IF_FAULTY:

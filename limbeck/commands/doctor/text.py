@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from limbeck.commands.doctor.patient import ANSWERS, QUESTIONS, NothingToCheckError, Patient
+from limbeck.commands.doctor.patient import (
+    ANSWERS,
+    QUESTIONS,
+    DoubtfulError,
+    NothingToCheckError,
+    Patient,
+)
 from limbeck.config.teacher import BridgedTeacher
 from limbeck.models.bridge import TeacherOverBridge
 from limbeck.models.model import head_of
@@ -11,6 +17,8 @@ from limbeck.runs.preflight import check
 from limbeck.types import UserError
 
 LEAST_ALIGNED = 0.5
+LEAST_ENDED = 1 / 3  # of the training answers; with fewer that end by themselves, it is a fault
+MOSTLY_ENDED = 0.9  # with fewer, a warning
 
 
 def check_recipe(patient: Patient) -> str:
@@ -109,4 +117,15 @@ def check_end_of_answer(patient: Patient) -> str:
             f"none of {len(rows)} training answers ends with an end token, so the student would never learn to stop:"
             " raise max_tokens until answers finish"
         )
-    return f"{finished} of {len(rows)} training answers end with an end token; the others were cut off"
+    seen = f"{finished} of {len(rows)} training answers end with an end token"
+    if finished == len(rows):
+        return seen
+    seen += "; the others were cut off"
+    if finished < LEAST_ENDED * len(rows):
+        raise UserError(
+            f"{seen}: the student would learn to stop from few of them, and to break off from most; raise max_tokens of"
+            " the writer (or step) until answers finish, or ask for shorter ones"
+        )
+    if finished < MOSTLY_ENDED * len(rows):
+        raise DoubtfulError(f"{seen}: raise max_tokens of the writer (or step), or ask for shorter ones")
+    return seen

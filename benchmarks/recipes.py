@@ -1,0 +1,171 @@
+"""Runs every built-in recipe once from end to end, on real weights at a small size; writes recipes/evidence.json.
+
+    make evidence-recipes                                # all that has no row yet; killed, it goes on
+    .venv/bin/python benchmarks/recipes.py dpo gkd       # these again
+
+The size is the same for all: at most PROMPTS training prompts, STEPS steps of TOKENS response tokens, HELD_OUT held-out
+answers (`small`). It shows that a recipe runs and that its loss falls, not how good its method is. A recipe that asks
+for a server gets one here: llama.cpp with SmolLM2-135M, or vLLM where one is set up by `make vllm`. What can't run here
+has its reason instead of figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_server import PYTHON, VllmServer
+
+from limbeck.commands.serve import KEY, serve
+from limbeck.config.builtin import evidence_file, recipe_files
+from limbeck.config.recipe import Recipe, load_recipe
+from limbeck.models.load import model_folder
+from limbeck.storage.files import write_json
+from limbeck.storage.metrics_log import Metrics
+
+PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, COUNT = 16, 6, 128, 32, 6, 12
+RUNS = Path("runs/evidence")
+MODEL = "smollm2-135m-instruct"
+SERVED = {"api-own-logprobs": "llama.cpp", "api-top-logprobs": "llama.cpp", "minillm-from-server": "vllm"}
+QWEN = "qwen2.5-coder-0.5b-instruct"
+VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
+    "quickstart, robustness": ("quickstart", ['--set=evaluate.metrics=["fidelity", "everyday", "everyday@typos"]']),
+    "quickstart, judged": ("quickstart", [f"--set=evaluate.judge={QWEN}"]),
+    "few-shot-mcqa, on multiple choice": ("few-shot-mcqa", ['--set=evaluate.metrics=["fidelity", "choices"]']),
+}
+
+
+def small(recipe: Recipe) -> list[str]:
+    """The overrides that bring a recipe to the size at which all are run."""
+    settings: dict[str, Any] = {
+        "prompts.limit": min(recipe.prompts.limit or PROMPTS, PROMPTS),
+        "train.epochs": None,
+        "train.steps": STEPS,
+        "train.tokens_per_step": TOKENS,
+        "evaluate.limit": HELD_OUT,
+        "evaluate.max_tokens": ANSWER,
+        "evaluate.own_prompts": HELD_OUT // 2,
+        "evaluate.controls": ["untouched"],
+    }
+    if recipe.student.start.prune is not None and recipe.student.start.prune.keep in ("importance", "block_influence"):
+        settings["student.start.prune.calibration"] = 1
+    if all(writer.by != "elicited" for writer in recipe.writer):
+        most = [min(writer.max_tokens, ANSWER) for writer in recipe.writer]
+        writers = [writer.model_dump(mode="json", exclude_unset=True) for writer in recipe.writer]
+        settings["writer"] = [writer | {"max_tokens": tokens} for writer, tokens in zip(writers, most, strict=True)]
+    for index, step in enumerate(recipe.elicit or []):
+        for key in sorted(step.params.keys() & {"count", "requests"}):
+            settings[f"elicit.{index}.params.{key}"] = min(step.params[key], COUNT)
+    return [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+@contextlib.contextmanager
+def server_for(recipe: str) -> Iterator[list[str]]:
+    """The overrides that name a server which runs here, for a recipe that asks for one."""
+    kind = SERVED.get(recipe)
+    if kind is None:
+        yield []
+        return
+    os.environ.setdefault(KEY, secrets.token_urlsafe(24))
+    if kind == "llama.cpp":
+        server = serve(MODEL, context=512, slots=2)
+        yield _address(server.url, kind)
+        server.server.stop()
+        return
+    log = RUNS / "vllm.log"
+    with VllmServer(model_folder(MODEL), MODEL, log.resolve(), key=os.environ[KEY]) as running:
+        yield _address(running.url, kind)
+
+
+def _address(url: str, kind: str) -> list[str]:
+    settings = {"url": url, "name": MODEL, "kind": kind, "key": KEY, "concurrency": 2}
+    return [f"--set=teacher.server.{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
+    """Run a recipe in a process of its own; its row of evidence."""
+    loaded = load_recipe(recipe_files()[recipe])
+    row: dict[str, Any] = {"recipe": recipe, "hash": loaded.hash}
+    if SERVED.get(recipe) == "vllm" and not PYTHON.exists():
+        return row | {"not_run": "needs vLLM: `make vllm`"}
+    folder = RUNS / name.replace(", ", "-").replace(" ", "-")
+    with server_for(recipe) as address:
+        command = [sys.executable, "-m", "limbeck", "run", recipe, *small(loaded), *overrides, *address]
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, check=False)  # noqa: S603
+        after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
+    if done.returncode:
+        words = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        return row | {"failed": words[-1][:400], "exit": done.returncode}
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return row | measured(folder) | {"seconds": round(seconds), "processor_seconds": round(used)}
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """What a finished run's folder says of it."""
+    steps = Metrics(folder / "metrics.jsonl").update()
+    summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+    answers = json.loads((folder / "answers.json").read_text()) if (folder / "answers.json").exists() else {}
+    held_out = {}
+    for metric in ("forward_kl", "perplexity"):
+        values = [summary["systems"].get(system, {}).get(metric) for system in ("untouched", "student")]
+        if all(values):
+            held_out[metric] = [round(value["value"], 4) for value in values]
+    return {
+        "answers": answers,
+        "steps": len(steps),
+        "trained_tokens": sum(step.get("tokens", 0) for step in steps),
+        "training_loss": [round(steps[0]["loss"], 4), round(steps[-1]["loss"], 4)],
+        "held_out": held_out,
+        "tasks": {
+            metric: [round(value["value"], 4), value["n"]]
+            for metric, value in summary["systems"]["student"].items()
+            if any(metric.startswith(task) for task in summary.get("tasks", {}))
+        },
+        "parameters": summary["sizes"]["student"]["parameters"],
+    }
+
+
+def main() -> None:
+    chosen = sys.argv[1:]
+    file = evidence_file()
+    evidence = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+    work = {name: (name, []) for name in recipe_files()} | VARIANTS
+    if unknown := [name for name in chosen if name not in work]:
+        raise SystemExit(f"no recipe or variant: {', '.join(unknown)}; there are {', '.join(work)}")
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for name, (recipe, overrides) in work.items():
+        row = evidence["rows"].get(name, {})
+        if chosen and name not in chosen:
+            continue
+        if not chosen and "steps" in row and row["hash"] == load_recipe(recipe_files()[recipe]).hash:
+            continue
+        print(f"{name} ...", flush=True)
+        row = run(name, recipe, overrides)
+        print(json.dumps(row), flush=True)
+        evidence["rows"][name] = row
+        evidence["size"] = {
+            "prompts": PROMPTS,
+            "steps": STEPS,
+            "tokens_per_step": TOKENS,
+            "answer_tokens": ANSWER,
+            "held_out_answers": HELD_OUT,
+            "made_prompts": COUNT,
+        }
+        evidence["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, shared with other work"
+        evidence["rows"] = {key: evidence["rows"][key] for key in work if key in evidence["rows"]}
+        write_json(file, evidence)
+
+
+if __name__ == "__main__":
+    main()

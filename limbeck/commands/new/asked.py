@@ -1,0 +1,247 @@
+"""Jobs whose teacher is asked about each text: extracting, answering, rewriting, and solving problems."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.commands.new.data import Example, Seen
+from limbeck.commands.new.draft import (
+    FIDELITY_ITEMS,
+    Draft,
+    TaskDraft,
+    block,
+    corpus,
+    from_corpus,
+    inline,
+    literal,
+    pretrained,
+    prompt_rows,
+    without_marks,
+)
+from limbeck.commands.new.gold import check_of_answer, checks_of_results, object_of
+from limbeck.commands.new.parts import both_parts, mean_answer, refuse_conversations, room_for
+from limbeck.commands.new.wishes import Wishes
+from limbeck.elicit.schema import check_schema
+from limbeck.evaluate.items import PLACEHOLDER
+from limbeck.types import UserError
+
+REWRITE = "Summarise the text in one or two sentences."
+ANSWER = "Answer the question in one or two sentences. If passages are given, go by them alone."
+EXTRACT = "Fill in a form from the text. Reply with JSON alone, of this schema:"
+
+
+def _asking(question: str, parse: str, max_tokens: int) -> str:
+    """The sections of a recipe whose teacher is asked about each text."""
+    return (
+        "elicit:\n"
+        "  - ask:\n"
+        f"      prompt: {block(question, 8)}\n"
+        f"      parse: {parse}\n"
+        "      temperature: 0.0   # the likeliest answer\n"
+        "      retries: 2   # where a reply can't be read\n"
+        f"      max_tokens: {max_tokens}   # of a reply; raise it for a teacher that thinks before it answers\n"
+        f"writer: [{{by: elicited, max_tokens: {max_tokens}}}]\n"
+        "loss: [cross_entropy]\n"
+    )
+
+
+def _asked_draft(
+    wishes: Wishes,
+    seen: Seen,
+    *,
+    title: str,
+    question: str,
+    parse: str,
+    check: Callable[[Example], dict[str, Any] | None],
+) -> Draft:
+    """A job whose teacher is asked about each text, while the student sees the text alone.
+
+    Args:
+        question: the template, with {{ prompt }} for the text.
+        check: what a held-out answer is judged by.
+    """
+    refuse_conversations(wishes, seen)
+    parts, notes = both_parts(wishes, seen)
+    room = room_for(wishes, seen.examples)
+    gold = corpus(wishes) or (wishes.scale == "full" and all(example.answer for example in parts.training))
+    tasks, more = _checked_tasks(parts.held_out, check, room, asked="" if corpus(wishes) else question)
+    about = (
+        [f"{title}, trained on the data's own answers; no teacher is asked."]
+        if corpus(wishes)
+        else [
+            f"{title}: the teacher is asked about every text with the question below;",
+            "the student sees the text alone.",
+        ]
+    )
+    return Draft(
+        title=title,
+        about=about,
+        training=prompt_rows(parts.training, answers=gold),
+        held_out=prompt_rows(parts.held_out, answers=False)[:FIDELITY_ITEMS],
+        tasks=tasks,
+        text=from_corpus(room) if corpus(wishes) else _asking(question, parse, room),
+        answer_tokens=mean_answer(seen.examples, room),
+        max_tokens=room,
+        start=pretrained(wishes),
+        headline=f"task/{tasks['task'].metrics[0]}" if tasks else "fidelity",
+        notes=[*notes, *more],
+    )
+
+
+def _checked_tasks(
+    held_out: Sequence[Example], check: Callable[[Example], dict[str, Any] | None], room: int, *, asked: str
+) -> tuple[dict[str, TaskDraft], list[str]]:
+    """(`task`: the texts alone, and `task-asked`: with the teacher's question; what there is to say of them)"""
+    compares = importlib.util.find_spec("rouge_score") is not None
+    items: list[dict[str, Any]] = []
+    for example in held_out:
+        judged = check(example)
+        item: dict[str, Any] = {"prompt": example.text} | ({} if judged is None else {"check": judged})
+        if judged is None and example.answer and compares:
+            item["references"] = [example.answer]
+        if len(item) > 1:
+            items.append(item)
+    if not items:
+        how = "; pip install 'limbeck[eval]' to compare with the data's (ROUGE-L)" if held_out[0].answer else ""
+        return {}, [f"no program can judge the answers: fidelity alone is measured{how}; see evaluate.judge"]
+    metrics = ["pass_rate"] if any("check" in item for item in items) else []
+    metrics += ["rouge_l"] if any("references" in item for item in items) else []
+    settings: dict[str, Any] = {"max_tokens": room}
+    task = TaskDraft(
+        kind="generation",
+        description="Answers to held-out texts.",
+        items=items,
+        metrics=[*metrics, "finished", "tokens"],
+        settings=settings,
+    )
+    plain = without_marks(asked)
+    if PLACEHOLDER.findall(plain) != ["prompt"]:
+        return {"task": task}, []
+    told = TaskDraft(
+        kind="generation",
+        description="The same texts with the question that the teacher is asked: how good its answers are.",
+        items=items,
+        metrics=task.metrics,
+        settings=settings | {"template": plain},
+    )
+    return {"task": task, "task-asked": told}, []
+
+
+def extract(wishes: Wishes, seen: Seen) -> Draft:
+    """Texts to JSON of a schema.
+
+    Raises:
+        UserError: no schema, or none that can be used.
+    """
+    if wishes.schema is None:
+        raise UserError("--task extract needs --schema FILE.json, a JSON schema of what is to be extracted")
+    schema = read_schema(wishes.schema)
+    form = literal(json.dumps(schema, ensure_ascii=False))
+    question = f"{literal(wishes.instruction) or EXTRACT}\n{form}\n\nText: {{{{ prompt }}}}"
+
+    def check(example: Example) -> dict[str, Any]:
+        right = object_of(example.answer) if example.answer else None
+        return {"type": "json_schema", "schema": schema} if right is None else {"type": "json", "equals": right}
+
+    if any(example.answer and object_of(example.answer) is None for example in seen.examples):
+        wrong = next(e for e in seen.examples if e.answer and object_of(e.answer) is None)
+        raise UserError(
+            f"{wrong.place}: its answer is no JSON object; mend it, or leave it out (--columns answer=null)"
+        )
+    parse = f"{{json: {inline(schema)}}}"
+    return _asked_draft(wishes, seen, title="Extraction to JSON", question=question, parse=parse, check=check)
+
+
+def read_schema(file: Path) -> dict[str, Any]:
+    """A JSON schema.
+
+    Raises:
+        UserError: no file, no JSON, or no schema.
+    """
+    try:
+        schema = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--schema: can't read {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--schema: {file} is not JSON ({error})") from error
+    if not isinstance(schema, dict):
+        raise UserError(f'--schema: {file} must be an object, such as {{"type": "object", "properties": {{...}}}}')
+    check_schema({"schema": schema}, f"--schema {file}")
+    return schema
+
+
+def rewrite(wishes: Wishes, seen: Seen) -> Draft:
+    """Texts to other texts, as an instruction says that only the teacher sees."""
+    question = f"{literal(wishes.instruction or REWRITE)}\n\nText: {{{{ prompt }}}}"
+    return _asked_draft(
+        wishes, seen, title="Rewriting texts", question=question, parse="text", check=lambda example: None
+    )
+
+
+def answer(wishes: Wishes, seen: Seen) -> Draft:
+    """Questions, with passages or without."""
+    question = f"{literal(wishes.instruction or ANSWER)}\n\n{{{{ prompt }}}}"
+    return _asked_draft(
+        wishes,
+        seen,
+        title="Answering questions",
+        question=question,
+        parse="text",
+        check=lambda example: check_of_answer(example.answer),
+    )
+
+
+def reason(wishes: Wishes, seen: Seen) -> Draft:
+    """Problems with results: worked solutions of the teacher's that come to the right one.
+
+    Raises:
+        UserError: no results.
+    """
+    refuse_conversations(wishes, seen)
+    if not seen.answered:
+        raise UserError(
+            f"{seen.file}: --task reason needs the results: a column such as answer (--columns answer=COLUMN)"
+        )
+    parts, notes = both_parts(wishes, seen)
+    room = room_for(wishes, seen.examples)
+    checks = dict(zip((e.plain for e in seen.examples), checks_of_results(seen.examples), strict=True))
+    rows = [
+        row | {"check": checks[example.plain]}
+        for row, example in zip(prompt_rows(parts.training, answers=corpus(wishes)), parts.training, strict=True)
+        if checks[example.plain] is not None
+    ]
+    if not rows:
+        raise UserError(f"{seen.file}: none of the texts to train on has a result; give more rows with one")
+    draws = 2 if wishes.scale == "quick" else 4
+    text = (
+        "elicit:\n"
+        f"  - rationale: {{n: {draws}, calls: 1, max_tokens: {room}}}   # {draws} worked solutions of each\n"
+        "  - verify   # those that come to the right result stay\n"
+        "  - deduplicate: {of: answer}\n"
+        f"writer: [{{by: elicited, max_tokens: {room}}}]\n"
+        "loss: [cross_entropy]\n"
+    )
+    tasks, more = _checked_tasks(parts.held_out, lambda example: checks[example.plain], room, asked="")
+    kinds = sorted({str(row["check"]["type"]) for row in rows})
+    return Draft(
+        title="Solving problems step by step",
+        about=[
+            "Worked solutions: the teacher solves each problem several times; the student learns those",
+            "that are right.",
+        ]
+        if not corpus(wishes)
+        else ["Worked solutions, trained on the data's own answers; no teacher is asked."],
+        training=rows,
+        held_out=prompt_rows(parts.held_out, answers=False)[:FIDELITY_ITEMS],
+        tasks=tasks,
+        text=from_corpus(room) if corpus(wishes) else text,
+        answer_tokens=mean_answer(seen.examples if corpus(wishes) else [], room),
+        max_tokens=room,
+        start=pretrained(wishes),
+        headline="task/pass_rate" if tasks else "fidelity",
+        notes=[*notes, *more, f"results are checked as {' or '.join(kinds)}"],
+    )

@@ -1,0 +1,171 @@
+"""A classifier: the teacher is asked for a label, or the data's own are taken; the student sees the text alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from limbeck.commands.new.data import Example, Seen, lengths, unique
+from limbeck.commands.new.draft import (
+    FIDELITY_ITEMS,
+    Draft,
+    TaskDraft,
+    block,
+    corpus,
+    from_corpus,
+    inline,
+    mean_tokens,
+    pretrained,
+    prompt_rows,
+    token_count,
+    without_marks,
+)
+from limbeck.commands.new.labels import label_notes, labels_of, nested, with_labels
+from limbeck.commands.new.parts import split_notes
+from limbeck.commands.new.split import MOST_HELD_OUT, split
+from limbeck.commands.new.wishes import Wishes
+from limbeck.elicit.step import ANSWER_SHARE
+from limbeck.evaluate.items import PLACEHOLDER
+from limbeck.types import UserError
+
+MOST_SHOWN = 12  # examples in the question
+LONGEST_SHOWN = 160  # characters of one
+MOST_SCORED = 20_000  # label by text, in one evaluation of a system
+BATCH = 32
+ENOUGH = 2  # held-out texts, without which nothing is measured
+
+
+def classify(wishes: Wishes, seen: Seen) -> Draft:
+    """Texts with labels as a classifier.
+
+    Raises:
+        UserError: no labels, or such as can't be.
+    """
+    seen = with_labels(seen)
+    labels_of(seen.examples, str(seen.file))
+    seen = unique(seen, by_label=True)
+    labels = labels_of(seen.examples, str(seen.file))
+    parts = split(seen.examples, labels, most=max(len(labels), min(MOST_HELD_OUT, MOST_SCORED // len(labels))))
+    if len(parts.held_out) < ENOUGH:
+        raise UserError(f"{seen.file}: almost every label has one text only, so none can be held out; give more")
+    order = sorted(labels)
+    question = _question(parts.training, order)
+    with_gold = corpus(wishes) or wishes.scale == "full"
+    longest = max(map(token_count, labels))
+    return Draft(
+        title=f"A classifier of {len(labels)} labels",
+        about=_about(wishes),
+        training=prompt_rows(parts.training, answers=with_gold),
+        held_out=prompt_rows(parts.held_out, answers=False)[:FIDELITY_ITEMS],
+        tasks=_tasks(wishes, parts.held_out, order, question),
+        text=_text(wishes, order, question, int(longest)),
+        answer_tokens=mean_tokens([example.answer for example in seen.examples]),
+        max_tokens=_text_tokens(int(longest)),
+        start=pretrained(wishes),
+        batch=BATCH,
+        headline="task/pass_rate" if nested(labels) else "task/acc",
+        notes=[
+            *seen.notes,
+            *label_notes(seen.examples, labels),
+            f"texts: {lengths([example.text for example in seen.examples])}",
+            *split_notes(parts),
+        ],
+    )
+
+
+def _about(wishes: Wishes) -> list[str]:
+    if corpus(wishes):
+        return [
+            "A classifier that is trained on the data's own labels; no teacher is asked.",
+            "The student sees the text and answers with the label.",
+        ]
+    return [
+        "A classifier: the teacher is asked for the label of every training text, with the question",
+        "below; the student learns to give that label when it sees the text alone.",
+        "The data's own labels are not taught. They measure teacher and student (task/, task-asked/)"
+        + (",\nand train the gold_control." if wishes.scale == "full" else "."),
+    ]
+
+
+def _text(wishes: Wishes, labels: Sequence[str], question: str, longest: int) -> str:
+    if corpus(wishes):
+        return from_corpus(_text_tokens(longest))
+    return (
+        "elicit:\n"
+        "  - ask:\n"
+        f"      prompt: {block(question, 8)}\n"
+        f"      parse: {{label: {inline(labels)}}}   # a reply with none of them, or two, is asked for again\n"
+        "      temperature: 0.0   # n: 3, vote: true, temperature: 0.7 asks three times, and most votes win\n"
+        "      retries: 2\n"
+        f"      max_tokens: {_room(longest)}     # of a reply; raise it for a teacher that thinks before it answers\n"
+        f"writer: [{{by: elicited, max_tokens: {_text_tokens(longest)}}}]   # whoever answered above\n"
+        "loss: [cross_entropy]\n"
+    )
+
+
+def _room(longest: int) -> int:
+    """Tokens of a reply: the label, and a few words around it."""
+    return 16 + 2 * longest
+
+
+def _text_tokens(longest: int) -> int:
+    """Tokens of a text that is only measured: a label, and the share of a limit that plans take answers to fill."""
+    return max(4, math.ceil(longest / ANSWER_SHARE))
+
+
+def _question(examples: Sequence[Example], labels: Sequence[str]) -> str:
+    """The template that the teacher is asked with: the labels, an example of some, the text."""
+    shown = _shown(examples, labels)
+    lines = ["Which of these labels fits the text best? Answer with the label alone.", "- {{ labels | join('\\n- ') }}"]
+    if shown:
+        lines += ["", "Examples:"]
+        lines += [line for example in shown for line in (f"Text: {example.text}", f"Label: {example.answer}")]
+    return "\n".join([*lines, "", "Text: {{ prompt }}", "Label:"])
+
+
+def _shown(examples: Sequence[Example], labels: Sequence[str]) -> list[Example]:
+    """Of every label the first short text on one line; none at all where some label has no such text."""
+    fit: dict[str, Example] = {}
+    for example in examples:
+        whole = example.text + example.answer
+        plain = whole.isprintable() and not {"{", "}"} & set(whole)
+        if plain and len(example.text) <= LONGEST_SHOWN:
+            fit.setdefault(example.answer, example)
+    return [fit[label] for label in labels] if len(fit) == len(labels) <= MOST_SHOWN else []
+
+
+def _tasks(wishes: Wishes, held_out: Sequence[Example], labels: Sequence[str], question: str) -> dict[str, TaskDraft]:
+    """`task`: the text alone, as the student learns it. `task-asked`: with the teacher's question, for every system."""
+    choice = {"type": "choice", "labels": list(labels)}
+    if nested(labels):
+        task = TaskDraft(
+            kind="generation",
+            description=f"The label of a text, written and compared; {len(labels)} labels.",
+            items=[
+                {"prompt": example.text, "check": {"type": "exact", "answer": example.answer, "normalise": False}}
+                for example in held_out
+            ],
+            metrics=["pass_rate", "tokens"],
+            settings={"max_tokens": _room(max(map(len, labels)))},
+        )
+    else:
+        task = TaskDraft(
+            kind="classification",
+            description=f"The label of a text; {len(labels)} labels.",
+            items=[{"text": example.text, "label": example.answer} for example in held_out],
+            metrics=["acc", "macro_f1", "probability", "brier"],
+            settings={"format": "chat", "template": "{text}", "labels": list(labels)},
+        )
+    asked = without_marks(question).replace("{{ labels | join('\\n- ') }}", "\n- ".join(labels))
+    if corpus(wishes) or PLACEHOLDER.findall(asked) != ["prompt"]:
+        return {"task": task}
+    return {
+        "task": task,
+        "task-asked": TaskDraft(
+            kind="generation",
+            description="The same texts with the question that the teacher is asked: how good its labels are.",
+            items=[{"prompt": example.text, "check": choice | {"answer": example.answer}} for example in held_out],
+            metrics=["pass_rate", "tokens"],
+            settings={"template": asked, "max_tokens": _room(int(max(map(token_count, labels))))},
+        ),
+    }

@@ -1,0 +1,188 @@
+"""What a user's file holds: its rows as rows that recipes read, and what is worth knowing of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.data.records import records
+from limbeck.elicit.conversation import is_blank
+from limbeck.elicit.prompt_file import Account, PromptReader, find_files, is_pattern
+from limbeck.elicit.shapes import CONTENT, ROLES, form_of_row
+from limbeck.types import RecipeError, UserError, nearest
+
+LEAST = 10  # texts, below which nothing is left to learn from and to measure on
+PASSAGES = ("context", "passage", "passages", "document", "documents")
+UNREAD = ("id", "reasoning", "task", "weight", "kind", "feedback")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row: its text (all that is said before the answer), its first answer, its place in the file, and itself with
+    roles as columns, as a recipe reads it without being told more."""
+
+    text: str
+    answer: str
+    place: str
+    row: Mapping[str, Any]
+    is_conversation: bool = False
+
+    @property
+    def plain(self) -> str:
+        """The text up to case and spaces: two rows with one are the same question."""
+        return " ".join(self.text.casefold().split())
+
+
+@dataclass
+class Seen:
+    """All usable rows of a file, each text once; `notes` are lines that say what was found."""
+
+    file: Path
+    examples: list[Example]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def answered(self) -> int:
+        return sum(bool(example.answer) for example in self.examples)
+
+
+def columns_of(file: Path) -> list[str]:
+    """The names of the columns that have a value somewhere in the first rows."""
+    names: dict[str, None] = {}
+    for number, record in enumerate(records(file, CONTENT)):
+        names |= dict.fromkeys(record.values)
+        if number >= 100:
+            break
+    return list(names)
+
+
+def find_file(data: str) -> Path:
+    """The one file of data.
+
+    Raises:
+        UserError: it isn't there, or several are named.
+    """
+    if data.startswith("builtin/") or is_pattern(data):
+        raise UserError(f"--data {data}: give one file of your own (CSV, JSON lines, JSON, Parquet or text)")
+    try:
+        return find_files(data, "--data")[0]
+    except RecipeError as error:
+        raise UserError(f"--data: there is no file {data!r}; give a CSV, JSON lines, JSON, Parquet or text file") from (
+            error
+        )
+
+
+def named_columns(pairs: Sequence[str]) -> dict[str, str | None]:
+    """`prompt=frage` and the like as a mapping of roles to columns; `text` and `label` are other words for `prompt` and
+    `answer`.
+
+    Raises:
+        UserError: not of that form, or nothing that a column can be.
+    """
+    named: dict[str, str | None] = {}
+    for pair in (part for given in pairs for part in given.split(",")):
+        role, equals, column = (part.strip() for part in pair.partition("="))
+        role = {"text": "prompt", "label": "answer"}.get(role, role)
+        if not equals or not column:
+            raise UserError(f"--columns {pair!r} is not of the form ROLE=COLUMN, such as text=message,label=category")
+        if role not in ROLES:
+            raise UserError(f"--columns: {role!r} is nothing that a column can be{nearest(role, ROLES)}")
+        named[role] = None if column == "null" else column
+    return named
+
+
+def look(file: Path, columns: Mapping[str, str | None], task: str) -> Seen:
+    """Read a file whole.
+
+    Raises:
+        UserError: a row is malformed, or too few can be used.
+    """
+    raw = {record.number: record.values for record in records(file, CONTENT)}
+    if not raw:
+        raise UserError(f"{file} holds no rows; give one with at least {LEAST}")
+    reader = PromptReader(columns, keep_reasoning=False)
+    examples: list[Example] = []
+    passages: Counter[str] = Counter()
+    for prompt in reader.read([file]):
+        values = {name: value for name, value in raw[prompt.line].items() if not is_blank(value)}
+        form = form_of_row(frozenset(values), frozenset(raw[prompt.line]), columns)
+        roles = {role: values[column] for role, column in form.roles.items()}
+        row = {role: value for role, value in roles.items() if role not in UNREAD}
+        text = prompt.spoken
+        passage = next((name for name in PASSAGES if isinstance(values.get(name), str)), None)
+        if task == "answer" and passage is not None and passage not in (columns or {}).values() and "prompt" in row:
+            text = row["prompt"] = f"{values[passage]}\n\nQuestion: {text}"
+            passages[passage] += 1
+        if "input" in row:
+            row = {"instruction" if role == "prompt" else role: value for role, value in row.items()}
+        is_conversation = bool(prompt.before or prompt.after)
+        answer = prompt.answers[0] if prompt.answers else ""
+        examples.append(Example(text, answer, prompt.place, row, is_conversation=is_conversation))
+    refuse_few(file, len({example.plain for example in examples}))
+    seen = Seen(file, examples, [_what(reader.accounts[0], set(passages))])
+    seen.notes += [f"{column} stands before the question, in one text" for column in passages]
+    return seen
+
+
+def _what(account: Account, passages: set[str]) -> str:
+    """The account's line, without a word that a column is not used which is."""
+    for name in passages:
+        account.ignored.pop(name, None)
+    return account.line
+
+
+def unique(seen: Seen, *, by_label: bool) -> Seen:
+    """Each text once. With labels, a text that stands under two of them is left out, since nothing says which is right.
+
+    Raises:
+        UserError: fewer than LEAST texts are left.
+    """
+    first: dict[str, Example] = {}
+    unclear: dict[str, Example] = {}
+    repeated = 0
+    for example in seen.examples:
+        other = first.setdefault(example.plain, example)
+        if other is example:
+            continue
+        repeated += 1
+        if by_label and other.answer != example.answer:
+            unclear.setdefault(example.plain, example)
+    kept = [example for plain, example in first.items() if plain not in unclear]
+    notes = list(seen.notes)
+    if repeated:
+        notes.append(f"{_many(repeated, 'row repeats', 'rows repeat')} a text up to case and spaces: each stands once")
+    if unclear:
+        other = next(iter(unclear.values()))
+        notes.append(
+            f"{_many(len(unclear), 'text has', 'texts have')} two different labels, left out"
+            f" (such as {shown(other.text)!r}, {other.place})"
+        )
+    refuse_few(seen.file, len(kept))
+    return Seen(seen.file, kept, notes)
+
+
+def refuse_few(file: Path, texts: int) -> None:
+    if texts < LEAST:
+        raise UserError(
+            f"{file} has {texts} different texts that can be used, too few to learn from and to measure on;"
+            f" give at least {LEAST}, better some hundreds"
+        )
+
+
+def lengths(texts: Sequence[str]) -> str:
+    """How long texts are, in characters: the shortest, the middle one, the longest."""
+    sizes = sorted(map(len, texts))
+    return f"{sizes[0]:,} to {sizes[-1]:,} characters, half of them up to {sizes[len(sizes) // 2]:,}"
+
+
+def shown(text: str, most: int = 60) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _many(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"

@@ -1,0 +1,72 @@
+"""The two parts of a job's texts, what there is to say of them, and how long their answers are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from limbeck.commands.new.data import Example, Seen, lengths, unique
+from limbeck.commands.new.draft import corpus, mean_tokens
+from limbeck.commands.new.split import Split, split
+from limbeck.commands.new.wishes import Wishes
+from limbeck.types import UserError
+
+USUAL_TOKENS = {
+    "extract": 128,
+    "answer": 128,
+    "rewrite": 192,
+    "chat": 384,
+    "reason": 384,
+    "tools": 192,
+    "compress": 256,
+}
+
+
+def split_notes(parts: Split) -> list[str]:
+    """Lines that say what is held out."""
+    notes = [f"{len(parts.training):,} texts to train on, {len(parts.held_out):,} held out to measure on"]
+    if parts.near:
+        notes.append(f"{parts.near:,} held-out texts resemble a trained one: what is measured on them may be too good")
+    if not parts.looked:
+        notes.append("so many texts were not searched for near-duplicates; the evaluation looks for copies")
+    if parts.untested:
+        named = ", ".join(parts.untested[:5])
+        notes.append(f"{len(parts.untested)} labels with one text are trained and not measured: {named}")
+    if len(parts.held_out) < 50:
+        notes.append("few texts are held out, so the intervals will be wide")
+    return notes
+
+
+def both_parts(wishes: Wishes, seen: Seen) -> tuple[Split, list[str]]:
+    """The two parts, and what was seen."""
+    seen = unique(seen, by_label=False)
+    if corpus(wishes) and seen.answered < len(seen.examples):
+        bare = next(example for example in seen.examples if not example.answer)
+        raise UserError(f"{bare.place}: no answer to learn from; give one to every row, or leave --learn-from out")
+    parts = split(seen.examples)
+    texts = [f"texts: {lengths([example.text for example in seen.examples])}"]
+    if seen.answered:
+        answers = [example.answer for example in seen.examples if example.answer]
+        texts.append(f"{seen.answered:,} of {len(seen.examples):,} have an answer: {lengths(answers)}")
+    return parts, [*seen.notes, *texts, *split_notes(parts)]
+
+
+def refuse_conversations(wishes: Wishes, seen: Seen) -> None:
+    for example in seen.examples:
+        if example.is_conversation:
+            raise UserError(
+                f"{example.place} is a conversation, and --task {wishes.task} takes single texts; take --task chat or"
+                " tools"
+            )
+
+
+def room_for(wishes: Wishes, examples: Sequence[Example]) -> int:
+    """Tokens of an answer at most: half as many again as the longest of the data's, or what is usual."""
+    given = sorted(len(example.answer) for example in examples if example.answer)
+    usual = USUAL_TOKENS[wishes.task]
+    return usual if not given else min(1024, max(usual, int(given[len(given) * 95 // 100] / 3 * 1.5)))
+
+
+def mean_answer(examples: Sequence[Example], most: int) -> float:
+    """Tokens of an answer, about: as long as the data's, or half of what there is room for."""
+    given = [example.answer for example in examples if example.answer]
+    return min(float(most), mean_tokens(given)) if given else most / 2

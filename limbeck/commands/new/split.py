@@ -1,0 +1,74 @@
+"""Which texts are held out for the evaluation: by a fixed seed, in proportion to the labels, and none that is also
+trained."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from limbeck.commands.new.data import Example
+from limbeck.elicit.similar import near_duplicates
+
+SEED = 7
+NEAR = 0.7  # Jaccard similarity of their runs of words, from which texts are called near-duplicates
+MOST_COMPARED = 20_000
+LEAST_HELD_OUT = 10  # below which no difference is ever called clear
+MOST_HELD_OUT = 1000
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two parts; `near` held-out texts resemble a trained one, `untested` labels have no held-out text, and
+    `looked` says whether near-duplicates were looked for."""
+
+    training: list[Example]
+    held_out: list[Example]
+    near: int
+    untested: list[str]
+    looked: bool
+
+
+def split(examples: Sequence[Example], labels: Sequence[str] = (), most: int = MOST_HELD_OUT) -> Split:
+    """Hold out about a fifth (of many texts a tenth), at least LEAST_HELD_OUT of 40 and more, at most `most`.
+
+    Of every label with two texts or more one at least is held out and one trained, whatever its share. Texts that
+    resemble no other are held out first.
+
+    Args:
+        labels: those by which to divide; without any, all texts are one group.
+    """
+    looked = len(examples) <= MOST_COMPARED
+    twins = near_duplicates([example.text for example in examples], NEAR) if looked else [None] * len(examples)
+    alike = {place for pair in enumerate(twins) if pair[1] is not None for place in pair if place is not None}
+    order = list(range(len(examples)))
+    random.Random(f"{SEED}/held out").shuffle(order)  # noqa: S311 (an order, not a secret)
+    order.sort(key=lambda place: place in alike)  # stable: those without a twin come first
+    groups: dict[str, list[int]] = {label: [] for label in labels or [""]}
+    for place in order:
+        groups[examples[place].answer if labels else ""].append(place)
+    counts = _counts({label: len(places) for label, places in groups.items()}, most)
+    chosen = {place for label, places in groups.items() for place in places[: counts[label]]}
+    held = [place for place in order if place in chosen]
+    random.Random(f"{SEED}/order").shuffle(held)  # noqa: S311
+    family = [place if twin is None else twin for place, twin in enumerate(twins)]
+    trained = {family[place] for place in order if place not in chosen}
+    return Split(
+        training=[example for place, example in enumerate(examples) if place not in chosen],
+        held_out=[examples[place] for place in held],
+        near=sum(family[place] in trained for place in chosen),
+        untested=[label for label in groups if counts[label] == 0],
+        looked=looked,
+    )
+
+
+def _counts(sizes: Mapping[str, int], most: int) -> dict[str, int]:
+    """How many of each group are held out: in proportion, one at least of two or more, never all."""
+    total = sum(sizes.values())
+    share = 0.2 if total < 2000 else 0.1
+    wanted = min(most, max(min(LEAST_HELD_OUT, total // 4), round(share * total)))
+    counts = {}
+    for label, size in sizes.items():
+        part = wanted * size / total
+        counts[label] = min(size - 1, max(1, round(part))) if size > 1 else 0
+    return counts

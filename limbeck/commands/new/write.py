@@ -1,0 +1,153 @@
+"""The folder that `limbeck new` writes: a recipe with comments, its prompts and tasks; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.commands.new.draft import FIDELITY_ITEMS, Draft, TaskDraft, block, inline, sizes
+from limbeck.commands.new.split import SEED
+from limbeck.commands.new.wishes import KEY, Wishes
+from limbeck.config.recipe import load_recipe
+from limbeck.storage.files import new_directory, write_text
+from limbeck.types import UserError
+
+QUICK = 60  # training texts, and QUICK_ITEMS of the evaluation
+QUICK_ITEMS = 30
+VERSION = "1.0"
+QUICK_WORDS = "a few texts, to see that all works (--scale full takes all)"
+
+
+def write(draft: Draft, wishes: Wishes, data: Path) -> None:
+    """Write the folder, after its recipe was resolved as `limbeck check` does.
+
+    Raises:
+        UserError: the folder is there, or the recipe can't be run.
+    """
+    from limbeck.runs.resolve import resolve
+
+    if wishes.folder.exists():
+        raise UserError(f"{wishes.folder} exists already, and nothing is overwritten; give another name")
+    with new_directory(wishes.folder) as folder:
+        write_text(folder / "train.jsonl", _lines(draft.training))
+        write_text(folder / "held-out.jsonl", _lines(draft.held_out))
+        for name, task in draft.tasks.items():
+            (folder / name).mkdir()
+            write_text(folder / name / "items.jsonl", _lines(_numbered(task.items)))
+            write_text(folder / name / "task.yaml", _task_yaml(f"{wishes.name}-{name}", task))
+        write_text(folder / "recipe.yaml", recipe_yaml(draft, wishes, data, folder))
+        resolve(load_recipe(folder / "recipe.yaml"))
+        write_text(folder / "recipe.yaml", recipe_yaml(draft, wishes, data, wishes.folder))
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _numbered(items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [{"id": f"item-{number}", **item} for number, item in enumerate(items, 1)]
+
+
+def _task_yaml(name: str, task: TaskDraft) -> str:
+    lines = [
+        f"name: {name}",
+        f'version: "{VERSION}"   # give a changed task another one',
+        f"kind: {task.kind}",
+        f"description: {inline(task.description)}",
+        "test: items.jsonl",
+        f"metrics: [{', '.join(task.metrics)}]   # the first is the headline",
+        "settings:",
+        *(
+            f"  {key}: {block(value, 4) if key == 'template' else inline(value)}"
+            for key, value in task.settings.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def recipe_yaml(draft: Draft, wishes: Wishes, data: Path, folder: Path) -> str:
+    """The recipe, its paths in `folder`."""
+    quick = wishes.scale == "quick"
+    used = min(len(draft.training), QUICK) if quick else len(draft.training)
+    length = sizes(draft, wishes, used)
+    limit = f", limit: {QUICK}" if quick and used < len(draft.training) else ""
+    head = [
+        *(line for about in draft.about for line in about.split("\n")),
+        f"Made by `limbeck new` from {data.name if data.name.isprintable() else ascii(data.name)}."
+        " Paths start in the folder in which limbeck is called.",
+        f"Sizes: {QUICK_WORDS if quick else 'all texts'}.",
+    ]
+    parts = [
+        *(f"# {line}" for line in head),
+        f"name: {inline(wishes.name)}",
+        f"title: {inline(draft.title)}",
+        *_teacher(wishes),
+        f"student: {{start: {draft.start}}}",
+        f"prompts: {{from: {inline(str(folder / 'train.jsonl'))}{limit}}}   # {len(draft.training):,} texts"
+        + (f", of which {used} are used" if limit else ""),
+        draft.text.rstrip("\n"),
+        "train:",
+        f"  epochs: {length.epochs}   # passes over the text: about {length.steps:,} updates",
+        f"  tokens_per_step: {length.tokens_per_step}   # answers' tokens of one update: about"
+        f" {max(1, round(length.tokens_per_step / draft.answer_tokens)):,} answers",
+        f"  lr: {draft.lr}   # halve it if the loss jumps; double it if the student learns too little",
+        f"  seed: {SEED}",
+        *(["  precision: bfloat16   # of the student's passes; its weights stay in float32"] * _on_gpu(wishes)),
+        *_evaluate(draft, wishes, folder),
+        *_machine(wishes),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _on_gpu(wishes: Wishes) -> bool:
+    return wishes.run_on != "laptop"
+
+
+def _teacher(wishes: Wishes) -> list[str]:
+    if not wishes.has_teacher:
+        return [f"teacher: {inline(wishes.student)}   # asked nothing: only what the student is measured against"]
+    if not wishes.is_served:
+        return [f"teacher: {inline(wishes.teacher)}   # a larger one answers better: a folder, a hub id, a server"]
+    return [
+        "teacher:",
+        "  server:",
+        f"    url: {inline(wishes.teacher)}",
+        f"    name: {inline(wishes.teacher_model)}",
+        f"    kind: {wishes.server_kind}",
+        f"    key: {KEY}   # the environment variable with the key; the key itself stands in no file",
+        "    concurrency: 4   # requests at once",
+        "    # limits: {requests: 1000}   # a ceiling, also in tokens and money",
+    ]
+
+
+def _evaluate(draft: Draft, wishes: Wishes, folder: Path) -> list[str]:
+    quick = wishes.scale == "quick"
+    metrics = ["fidelity", *(inline(str(folder / name)) for name in draft.tasks)]
+    gold = wishes.has_teacher and not quick and all("answer" in row for row in draft.training)
+    plain = "cross_entropy" in draft.text
+    controls = ["untouched", *([] if plain else ["sft_control"]), *(["gold_control"] if gold else [])]
+    why = "the student before training"
+    why += "" if plain else "; fine-tuned on the same text"
+    why += "; trained on the data's own answers" if gold else ""
+    limit = QUICK_ITEMS if quick else max(FIDELITY_ITEMS, *(len(task.items) for task in draft.tasks.values()), 1)
+    return [
+        "evaluate:",
+        f"  metrics: [{', '.join(metrics)}]   # look at {_headline(draft, wishes)}",
+        f"  prompts: {inline(str(folder / 'held-out.jsonl'))}   # fidelity: how near it is to the teacher on these",
+        f"  limit: {limit}   # items of each",
+        f"  max_tokens: {draft.max_tokens}",
+        f"  controls: [{', '.join(controls)}]   # {why}",
+    ]
+
+
+def _headline(draft: Draft, wishes: Wishes) -> str:
+    return f"{wishes.name}-{draft.headline}" if draft.tasks else draft.headline
+
+
+def _machine(wishes: Wishes) -> list[str]:
+    if not _on_gpu(wishes):
+        return ["machine: {device: auto}   # a CUDA device if there is one, else the CPU"]
+    like = "" if wishes.run_on == "gpu" else f"; estimate with --device-like {wishes.run_on}"
+    return [f"machine: {{device: cuda}}   # sizes follow from its memory{like}"]

@@ -1,0 +1,142 @@
+"""What a distillation is worth: quality kept against size, speed and cost, and after how many requests it has paid.
+
+docs/worth.md has every formula with its units. A figure that would need a price nobody stated is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from limbeck.report.metrics import headline, metrics_of, task_headlines
+from limbeck.report.prices import Prices, prices_of
+from limbeck.storage.files import read_jsonl
+
+Facts = dict[str, Any]
+THOUSAND = 1000
+SIZES = ("layers", "parameters", "bytes")
+SPEEDS = ("first_token_ms", "decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_mib")
+
+
+def worth(folder: Path, summary: Facts, recipe: Facts) -> Facts:
+    """Quality, size, speed, cost and the point where it has paid, as plain data.
+
+    Returns:
+        prices, quality (metric, values, `kept` and `recovered` shares), systems (sizes, speeds, `request`), training
+        (tokens bought, bill, hours), and pays_after (requests, or why there is no such number).
+    """
+    prices = prices_of(folder, recipe)
+    measured = summary.get("efficiency") or summary.get("sizes") or {}
+    systems = {}
+    for name in summary["systems"]:
+        facts = measured.get(name) or {}
+        own = {key: value for key in (*SIZES, *SPEEDS) if (value := _interval(facts, key)) is not None}
+        home = folder if name == "student" else folder / "controls" / name
+        if on_disk := _bytes_on_disk(home / "student"):
+            own["bytes_on_disk"] = on_disk
+        systems[name] = own | {"request": _request(folder, summary, name=name, facts=own, prices=prices)}
+    training = _training(folder, summary, prices)
+    return {
+        "prices": vars(prices),
+        "quality": _quality(summary),
+        "systems": systems,
+        "training": training,
+        "pays_after": _pays_after(systems, training),
+    }
+
+
+def point(value: Any) -> float | None:
+    """The value of a figure that is a number or an interval."""
+    found = value.get("value") if isinstance(value, Mapping) else value
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+
+
+def _interval(facts: Facts, key: str) -> Any:
+    """A figure of a system; with its spread where the summary has one."""
+    value = facts.get(key)
+    spread = facts.get(f"{key}_spread") or (facts.get("spread") or {}).get(key)
+    if isinstance(spread, list | tuple) and len(spread) == 2 and isinstance(value, int | float):
+        return {"value": value, "low": spread[0], "high": spread[1]}
+    return value
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+
+
+def _quality(summary: Facts) -> Facts | None:
+    """The headline metric of the page's first task, else of fidelity."""
+    metrics = metrics_of(summary)
+    student = summary["systems"].get("student", {})
+    metric = next(iter(task_headlines(metrics, [student])), None) or headline(metrics, [student])
+    if metric is None:
+        return None
+    values = {name: of[metric.name] for name, of in summary["systems"].items() if of.get(metric.name)}
+    return {
+        "metric": metric.name,
+        "title": metric.title,
+        "task": metric.task,
+        "better": metric.better,
+        "values": values,
+        "kept": (summary.get("kept") or {}).get(metric.name),
+        "recovered": (summary.get("recovered") or {}).get(metric.name),
+    }
+
+
+def _request(folder: Path, summary: Facts, *, name: str, facts: Facts, prices: Prices) -> Facts:
+    """Tokens, seconds and cost of one request: a held-out prompt and the system's greedy answer to it."""
+    lengths = summary.get("requests") or {}
+    bill = summary.get("bill") or {}
+    prompt = lengths.get("teacher_prompt_tokens" if name == "teacher" else "prompt_tokens")
+    answers = [record["tokens"] for record in read_jsonl(folder / "evaluation" / f"answers-{name}.jsonl")]
+    answer = sum(answers) / len(answers) if answers else None
+    if name == "teacher" and bill.get("answers"):  # what its server counted
+        prompt, answer = (bill[key] / bill["answers"] for key in ("tokens_read", "tokens_written"))
+    first, rate = (point(facts.get(key)) for key in ("first_token_ms", "decode_tokens_per_second"))
+    request: Facts = {"prompt_tokens": prompt, "answer_tokens": answer}
+    if first is not None and rate and answer is not None:
+        request["seconds"] = first / 1000 + max(0.0, answer - 1) / rate
+    of_tokens = prices.of_tokens if name == "teacher" else None
+    if of_tokens is not None and prompt is not None and answer is not None:
+        request |= {"cost_of_1000": THOUSAND * (prompt * of_tokens[0] + answer * of_tokens[1]) / 1e6, "by": "tokens"}
+    elif prices.hour is not None and "seconds" in request:
+        request |= {"cost_of_1000": THOUSAND * request["seconds"] * prices.hour / 3600, "by": "machine"}
+    return {key: value for key, value in request.items() if value is not None}
+
+
+def _training(folder: Path, summary: Facts, prices: Prices) -> Facts:
+    """What the student cost: the tokens of the teacher's server, and the seconds of its training steps."""
+    bill = summary.get("bill") or {}
+    seconds = sum(record.get("seconds", 0.0) for record in read_jsonl(folder / "metrics.jsonl"))
+    facts: Facts = {key: bill[key] for key in ("answers", "tokens_read", "tokens_written") if key in bill}
+    facts["hours"] = seconds / 3600
+    if bill:
+        of_tokens = prices.of_tokens
+        money = bill.get("money")
+        if of_tokens is not None:
+            money = (bill["tokens_read"] * of_tokens[0] + bill["tokens_written"] * of_tokens[1]) / 1e6
+        if money is not None:
+            facts["bill"] = money
+    if prices.hour is not None:
+        facts["machine_cost"] = facts["hours"] * prices.hour
+    if "machine_cost" in facts and ("bill" in facts or not bill):
+        facts["total"] = facts["machine_cost"] + facts.get("bill", 0.0)
+    return facts
+
+
+def _pays_after(systems: Mapping[str, Facts], training: Facts) -> Facts:
+    """total / (teacher's cost of a request - student's), as a whole number of requests."""
+    teacher, student = (systems.get(name, {}).get("request", {}) for name in ("teacher", "student"))
+    unknown = [
+        *(["the cost of a request to the teacher"] if "cost_of_1000" not in teacher else []),
+        *(["the cost of a request to the student"] if "cost_of_1000" not in student else []),
+        *(["what the training cost"] if "total" not in training else []),
+    ]
+    if unknown:
+        return {"requests": None, "why": f"unknown: {' and '.join(unknown)} need stated prices"}
+    saved = teacher["cost_of_1000"] - student["cost_of_1000"]
+    if saved <= 0:
+        return {"requests": None, "why": "never: at these prices a request to the student costs no less"}
+    return {"requests": math.ceil(THOUSAND * training["total"] / saved), "why": ""}

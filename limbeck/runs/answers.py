@@ -1,0 +1,124 @@
+"""A run's part in the answers that runs share: where they are, which teacher's they are, and what happens if they can't
+be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from limbeck.config.recipe import Recipe
+from limbeck.models.context import PromptContext
+from limbeck.models.load import model_contents
+from limbeck.progress import Reporter
+from limbeck.storage.answers import SharedAnswers, UnreadableAnswersError, answers_folder
+from limbeck.storage.metrics_log import read_json
+from limbeck.storage.store import Store
+from limbeck.types import UserError
+
+WRITING = 1  # raise it when models in process would write the same request otherwise: old answers are then left alone
+
+
+@dataclass
+class SharedText:
+    """The shared answers of one recipe's teacher, opened when a run first misses an answer.
+
+    Args:
+        identity: returns the teacher's name in request keys.
+        context: what the teacher is shown in addition to the prompts.
+    """
+
+    recipe: Recipe
+    identity: Callable[[], str]
+    context: PromptContext | None
+    reporter: Reporter
+    _added: set[Path] = field(default_factory=set)
+
+    def open(self, store: Store) -> SharedAnswers | None:
+        """The shared answers, None where none are shared. What the run's own store has is put there first.
+
+        Raises:
+            UserError: they can't be read, and the teacher costs money.
+        """
+        shared = self._answers
+        if shared is not None and store.path not in self._added:
+            self._added.add(store.path)
+            shared.add_from(store, self.identity())
+        return shared
+
+    @cached_property
+    def _answers(self) -> SharedAnswers | None:
+        folder = answers_folder(self.recipe.machine.answers)
+        origin = None if folder is None else origin_of(self.recipe)
+        if folder is None or origin is None:
+            return None
+        try:
+            return SharedAnswers(folder, origin, self.context, self.reporter.note)
+        except UnreadableAnswersError as error:
+            if self.recipe.teacher.server is not None:
+                raise UserError(
+                    f"{error}: move it away, or set machine.answers to another folder, or to none to ask (and pay) for"
+                    " what this run's folder does not have"
+                ) from error
+            self.reporter.note(f"{error}: this run writes all of its text itself")
+            return None
+
+
+def origin_of(recipe: Recipe) -> str | None:
+    """What tells a teacher from others of its name: a server's address, or what the weights contain. None for weights
+    that can't be looked at: their answers are not shared."""
+    server = recipe.teacher.server
+    if server is not None:
+        return server.url.rstrip("/")
+    try:
+        return f"weights {model_contents(str(recipe.teacher.model))[:16]}, writing {WRITING}"
+    except UserError:
+        return None
+
+
+def keep_for_others(folder: Path, earlier: Recipe, now: Recipe) -> str:
+    """Share what a folder's teacher has answered before the folder is refused to another recipe. Returns what to say of
+    it: nothing where the other recipe has another teacher, or nothing can be shared."""
+    place = answers_folder(now.machine.answers)
+    if place is None or _speaker(earlier) != _speaker(now) or not (folder / "store.sqlite").exists():
+        return ""
+    try:
+        _, there = add_run(folder, earlier, place)
+    except UserError:
+        return ""
+    if not there:
+        return ""
+    return f" (its {there:,} answers are kept in {place} for all runs: another --out asks for none of them again)"
+
+
+def _speaker(recipe: Recipe) -> tuple[object, ...]:
+    """Who writes the teacher's text, as far as a recipe says it."""
+    server = recipe.teacher.server
+    return (recipe.teacher,) if server is None else (server.url, server.name, server.kind, server.options)
+
+
+def add_run(folder: Path, recipe: Recipe, place: Path) -> tuple[int, int]:
+    """Share the answers of a run's teacher. Returns (how many were new, how many of them are shared now).
+
+    Raises:
+        UserError: the folder is not bound to a teacher, or its teacher's answers can't be shared.
+    """
+    inputs = read_json(folder / "inputs.json") or {}
+    identity = inputs.get("teacher" if recipe.teacher.server is None else "server")
+    origin = origin_of(recipe)
+    context = recipe.teacher.context
+    if not isinstance(identity, str) or origin is None:
+        raise UserError(f"{folder} does not say whose its answers are: run it again, and they are shared")
+    if context is not None and context.reads:  # it stands in files that may have changed since
+        raise UserError(
+            f"what the teacher of {folder} was shown beside the prompts is not in the folder: run it again, and its"
+            " answers are shared"
+        )
+    shown = None if context is None else PromptContext(context.system, context.user)
+    with Store(folder / "store.sqlite") as store:
+        shared = SharedAnswers(place, origin, shown)
+        added = shared.add_from(store, identity)
+        there = sum(1 for _ in shared.take([request for request, _ in store.answers_of(identity)]))
+        shared.close()
+    return added, there

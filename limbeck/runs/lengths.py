@@ -1,0 +1,119 @@
+"""How long a run's prompts and answers are, for estimates: counted where they are there, assumed where they aren't."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from limbeck.config.recipe import Recipe
+from limbeck.config.sections import Writer
+from limbeck.elicit.prompt import Prompt
+from limbeck.elicit.step import ANSWER_SHARE, ElicitStep
+from limbeck.storage.store import Store
+from limbeck.types import Message, UserError
+
+CHARS_PER_TOKEN = 4
+TEMPLATE_TOKENS = 30
+COUNTED = 64  # prompts whose tokens are counted
+LEAST_STORED = 8  # answers of the store that stand for those to come
+ASSUMED = f"assumed, {ANSWER_SHARE:.0%} of max_tokens"
+
+
+@dataclass(frozen=True)
+class TokenCounter:
+    """Counts tokens of a conversation (in its template) and of a text; both by their letters where there is no
+    tokenizer."""
+
+    of_conversation: Callable[[Sequence[Message]], int]
+    of_text: Callable[[str], int]
+
+    @classmethod
+    def by_letters(cls) -> TokenCounter:
+        def conversation(messages: Sequence[Message]) -> int:
+            return sum(len(message["content"]) for message in messages) // CHARS_PER_TOKEN + TEMPLATE_TOKENS
+
+        return cls(conversation, lambda text: -(-len(text) // CHARS_PER_TOKEN))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Means in tokens: of a training prompt in its template, of the answers of each writer whose text exists before
+    training (in the recipe's order), and of a held-out answer. `source` says where the answers' lengths are from."""
+
+    prompt: float
+    answers: tuple[float, ...]
+    held_out: float
+    source: str
+
+
+def lengths_of(
+    recipe: Recipe,
+    steps: Sequence[tuple[str, ElicitStep]],
+    prompts: Sequence[Prompt],
+    *,
+    tokens: TokenCounter,
+    store: Path | None = None,
+) -> Lengths:
+    """What is known of the lengths before a run.
+
+    Args:
+        steps: of elicitation.
+        prompts: the training prompts.
+        store: the run folder's, whose answers stand for those that are still to come.
+    """
+    some = prompts[:: max(1, len(prompts) // COUNTED)]
+    stored = None if recipe.elicit or store is None else stored_answer(store)
+    own_answers = [tokens.of_text(prompt.answers[0]) + 1 for prompt in some if prompt.answers]
+    own = sum(own_answers) / len(own_answers) if own_answers else None
+    found = [_answer(writer, steps, own, stored) for writer in recipe.fixed_writers]
+    held_out = recipe.held_out_writer
+    by_teacher = [found[place][0] for place, writer in enumerate(recipe.fixed_writers) if writer == held_out]
+    return Lengths(
+        prompt=sum(tokens.of_conversation(prompt.messages) for prompt in some) / len(some),
+        answers=tuple(length for length, _ in found),
+        held_out=by_teacher[0] if by_teacher and stored else max(1.0, held_out.max_tokens * ANSWER_SHARE),
+        source="; ".join(dict.fromkeys(source for _, source in found)) or ASSUMED,
+    )
+
+
+def _answer(
+    writer: Writer, steps: Sequence[tuple[str, ElicitStep]], own: float | None, stored: float | None
+) -> tuple[float, str]:
+    """(the mean length of a writer's answers, where it is from)"""
+    assumed = max(1.0, writer.max_tokens * ANSWER_SHARE)
+    if writer.by == "corpus" and own is not None:
+        return own, "counted in the prompts' own answers"
+    if writer.by == "elicited":
+        by_step = [(length, name) for name, step in steps if (length := step.answer_tokens()) is not None]
+        if by_step:
+            return by_step[-1][0], f"assumed of the step {by_step[-1][1]}"
+        return (own, "counted in the prompts' own answers") if own is not None else (assumed, ASSUMED)
+    if writer.by == "teacher" and stored is not None:
+        return min(stored, writer.max_tokens), "counted in the run folder's answers"
+    return assumed, ASSUMED
+
+
+def stored_answer(store: Path) -> float | None:
+    """The mean length of the answers in a store; None if there are few, or no store."""
+    if not store.exists():
+        return None
+    try:
+        count, mean = Store.answer_lengths(store)
+    except sqlite3.Error:
+        return None
+    return mean if count >= LEAST_STORED else None
+
+
+def counted_by(of_conversation: Callable[[Sequence[Message]], int], of_text: Callable[[str], int]) -> TokenCounter:
+    """Counts by a tokenizer; a conversation that its template refuses, which is said elsewhere, by its letters."""
+    letters = TokenCounter.by_letters()
+
+    def conversation(messages: Sequence[Message]) -> int:
+        try:
+            return of_conversation(messages)
+        except UserError:
+            return letters.of_conversation(messages)
+
+    return TokenCounter(conversation, of_text)

@@ -1,0 +1,238 @@
+"""Rewards: what the student's answers are worth, and the advantages that follow from the rewards of a step.
+
+A reward is declared in one place: its fields are its parameters in a recipe, its docstring is what the documentation
+says of it. A reward that can't be told is None, never a number; an answer with such a reward teaches nothing.
+
+Shapes: G prompts of a step, K answers to each.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, ValidationError
+
+from limbeck.config.recipe import explain
+from limbeck.config.sections import Advantage, RewardEntry, Section
+from limbeck.elicit.prompt import Prompt
+from limbeck.elicit.thinking import after_thinking
+from limbeck.elicit.verify import parse_check, verify
+from limbeck.objectives.rewards import advantages, equal_groups, length_weights
+from limbeck.training.rollout_stats import repeated
+from limbeck.types import RecipeError, UserError, nearest
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer of the student as rewards see it.
+
+    Args:
+        text: with the thinking that its prompt opened, if it did.
+        ids: as sampled.
+        finished: whether it ended by itself.
+        max_tokens: how many tokens it may have had.
+    """
+
+    prompt: Prompt
+    text: str
+    ids: tuple[int, ...]
+    finished: bool
+    max_tokens: int
+
+
+class Reward(Section):
+    """A reward: implement `of`."""
+
+    name: ClassVar[str] = ""
+
+    @abstractmethod
+    def of(self, answer: Judged) -> float | None:
+        """The reward of an answer; None if it can't be told."""
+
+    def refuse(self, path: str, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts whose answers it can't judge. RecipeError with the remedy."""
+
+
+class CheckReward(Reward):
+    """1 if the answer passes its prompt's check, else 0. `by` is one check for all prompts in the place of theirs, such
+    as {type: pattern, pattern: "yes|no"} (the checks of docs/evaluation.md). What follows the thinking is judged, and
+    thinking without an end does not pass."""
+
+    name = "check"
+    by: dict[str, Any] | None = None
+
+    def of(self, answer: Judged) -> float | None:
+        verdict = verify(self.by or answer.prompt.check, answer.text)
+        return None if verdict is None else float(verdict)
+
+    def refuse(self, path: str, prompts: Sequence[Prompt]) -> None:
+        if self.by is not None:
+            try:
+                parse_check(self.by, f"{path}.by")
+            except UserError as error:
+                raise RecipeError("", str(error)) from None
+        elif unchecked := [prompt for prompt in prompts if prompt.check is None]:
+            raise RecipeError(
+                path,
+                f"{len(unchecked)} of {len(prompts)} prompts have no check, such as that at {unchecked[0].place}; give"
+                " each one, or one for all under `by`",
+            )
+
+
+class FinishedReward(Reward):
+    """1 if the answer ended by itself, 0 if it ran into max_tokens."""
+
+    name = "finished"
+
+    def of(self, answer: Judged) -> float:
+        return float(answer.finished)
+
+
+class LengthReward(Reward):
+    """0 up to `free` tokens, from there linearly down to -1 at `most` (by default the writer's max_tokens) and beyond:
+    DAPO's soft punishment of overlong answers (Yu et al., arXiv:2503.14476)."""
+
+    name = "length"
+    free: Annotated[int, Field(ge=0)]
+    most: Annotated[int, Field(ge=1)] | None = None
+
+    def of(self, answer: Judged) -> float:
+        most = self.most or answer.max_tokens
+        if len(answer.ids) <= self.free:
+            return 0.0
+        return -1.0 if len(answer.ids) >= most else -(len(answer.ids) - self.free) / (most - self.free)
+
+    def refuse(self, path: str, prompts: Sequence[Prompt]) -> None:  # noqa: ARG002 (it judges any answer)
+        if self.most is not None and self.most <= self.free:
+            raise RecipeError(path, f"free is {self.free}, not below most, {self.most}")
+
+
+class RepetitionReward(Reward):
+    """Minus the share of the answer's `gram`-grams of tokens that have occurred before: 0 for text that never repeats
+    itself."""
+
+    name = "repetition"
+    gram: Annotated[int, Field(ge=1, le=50)] = 4
+
+    def of(self, answer: Judged) -> float:
+        return -repeated([answer.ids], self.gram)
+
+
+class ThinkingReward(Reward):
+    """1 if the answer thinks first, ends its thinking and then says something, else 0."""
+
+    name = "thinking"
+
+    def of(self, answer: Judged) -> float:
+        said = after_thinking(answer.text)
+        return float(bool(said and said.strip()) and said != answer.text)
+
+
+REWARDS: dict[str, type[Reward]] = {
+    reward.name: reward for reward in (CheckReward, FinishedReward, LengthReward, RepetitionReward, ThinkingReward)
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rewards of a step's answers.
+
+    Args:
+        total: the weighted sum of an answer's rewards, None if one of them can't be told; one list for each prompt.
+        parts: the mean of each reward alone, by its name.
+        unread: how many answers have a reward that can't be told.
+    """
+
+    total: list[list[float | None]]
+    parts: Mapping[str, float]
+    unread: int
+
+    @property
+    def equal(self) -> list[bool]:
+        """Whether all answers to a prompt have the same reward, for each prompt."""
+        return [bool(same) for same in equal_groups(*self.tensors())]
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rewards [G, K], who has one [G, K])."""
+        reward_GK = torch.tensor([[reward or 0.0 for reward in group] for group in self.total], dtype=torch.float64)
+        return reward_GK, torch.tensor([[reward is not None for reward in group] for group in self.total])
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Mean and deviation of the rewards that can be told, each reward's mean, equal groups: for the metrics."""
+        told = [reward for group in self.total for reward in group if reward is not None]
+        mean = sum(told) / max(1, len(told))
+        spread = (sum((reward - mean) ** 2 for reward in told) / max(1, len(told))) ** 0.5
+        parts = self.parts.items() if len(self.parts) > 1 else ()
+        return {
+            "reward": round(mean, 4),
+            "reward_deviation": round(spread, 4),
+            **{f"reward_{name}": round(value, 4) for name, value in parts},
+            "equal_groups": round(sum(self.equal) / len(self.total), 4),
+            **({"unread_rewards": self.unread} if self.unread else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """All rewards of a recipe with their weights."""
+
+    weighted: Sequence[tuple[str, float, Reward]]  # (its name in the metrics, its weight, itself)
+    settings: Advantage
+
+    def score(self, groups: Sequence[Sequence[Judged]]) -> Scored:
+        """The rewards of the answers to each prompt."""
+        sums: dict[str, list[float]] = {label: [] for label, _, _ in self.weighted}
+        total: list[list[float | None]] = []
+        for group in groups:
+            total.append([])
+            for answer in group:
+                parts = [(label, weight, reward.of(answer)) for label, weight, reward in self.weighted]
+                for label, _, value in parts:
+                    if value is not None:
+                        sums[label].append(value)
+                told = [weight * value for _, weight, value in parts if value is not None]
+                total[-1].append(sum(told) if len(told) == len(parts) else None)
+        means = {name: sum(values) / len(values) for name, values in sums.items() if values}
+        return Scored(total, means, sum(reward is None for group in total for reward in group))
+
+    def advantages(self, scored: Scored, lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[float]]:
+        """The advantage of each answer, times what makes answers, tokens or sums count alike (`length_weights`).
+
+        Args:
+            lengths: tokens of each answer.
+        """
+        reward_GK, present_GK = scored.tensors()
+        advantage_GK = advantages(reward_GK, present_GK, baseline=self.settings.baseline, scale=self.settings.scale)
+        mode = {"answers": "sequence", "tokens": "token", "constant": "constant"}[self.settings.count]
+        weight_GK = length_weights(torch.tensor(lengths), mode, constant=max_tokens).double()
+        return [[float(value) for value in row] for row in advantage_GK * weight_GK]
+
+
+def rewards_of(entries: Sequence[RewardEntry], settings: Advantage | None, prompts: Sequence[Prompt]) -> Rewards:
+    """The rewards that a recipe names, their parameters checked, for these training prompts.
+
+    Raises:
+        RecipeError: an unknown reward, a wrong parameter, or prompts that it can't judge, with the place.
+    """
+    weighted: list[tuple[str, float, Reward]] = []
+    for index, entry in enumerate(entries):
+        path = f"rollout.rewards[{index}]"
+        if entry.name not in REWARDS:
+            raise RecipeError(path, f"there is no reward {entry.name!r}{nearest(entry.name, REWARDS)}")
+        kind = REWARDS[entry.name]
+        path = f"{path}.{entry.name}"
+        try:
+            reward = kind.model_validate(entry.params)
+        except ValidationError as error:
+            raise explain(error, kind, path) from None
+        if entry.weight == 0:
+            raise RecipeError(f"{path}.weight", "a reward of weight 0 says nothing; leave it out")
+        reward.refuse(path, prompts)
+        before = sum(other.name == entry.name for other in entries[:index])
+        weighted.append((f"{entry.name}_{before + 1}" if before else entry.name, entry.weight, reward))
+    return Rewards(weighted, settings or Advantage())

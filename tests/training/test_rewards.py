@@ -1,0 +1,310 @@
+"""Rewards in the loop: what they say of answers, what a step makes of them, what is refused; killed, it goes on."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import yaml
+
+import limbeck
+from limbeck.config.recipe import parse
+from limbeck.config.sections import Advantage, RewardEntry, Rollout, Writer
+from limbeck.data.batches import Row
+from limbeck.elicit.prompt import Prompt
+from limbeck.models.generate import Completion
+from limbeck.training.asking import Asking
+from limbeck.training.group_rollout import GroupRollouts
+from limbeck.training.rewards import Judged, rewards_of
+from limbeck.types import RecipeError, UserError
+from tests.runs.test_pipeline import command
+from tests.training.test_rollout import distance, losses, records
+
+EOS = 0
+NUMBER = {"type": "number", "answer": 7}
+STUDENT = {"by": "student", "max_tokens": 8}
+ROLLOUT = {"prompts": 2, "group": 4, "rewards": [{"length": {"free": 1}}]}
+
+
+def prompts(count=4, check=NUMBER):
+    return [Prompt(f"p{n}", f"question {n}", check=check) for n in range(count)]
+
+
+def judged(text="7", ids=(5, EOS), finished=True, check=NUMBER):
+    return Judged(Prompt("p", "?", check=check), text, tuple(ids), finished, max_tokens=10)
+
+
+def reward(name, **params):
+    entry = RewardEntry(name=name, params=params)
+    return rewards_of([entry], None, prompts()).weighted[0][2]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "answer", "value"),
+    [
+        ("check", {}, judged("it is 7"), 1.0),
+        ("check", {}, judged("it is 8"), 0.0),
+        ("check", {}, judged("<think>7"), 0.0),
+        ("check", {}, judged("7", check=None), None),
+        ("check", {"by": {"type": "pattern", "pattern": "[a-z]+"}}, judged("abc", check=None), 1.0),
+        ("finished", {}, judged(finished=False), 0.0),
+        ("finished", {}, judged(), 1.0),
+        ("length", {"free": 4}, judged(ids=range(4)), 0.0),
+        ("length", {"free": 4}, judged(ids=range(7)), -0.5),
+        ("length", {"free": 4}, judged(ids=range(10)), -1.0),
+        ("length", {"free": 2, "most": 4}, judged(ids=range(3)), -0.5),
+        ("length", {"free": 2, "most": 4}, judged(ids=range(9)), -1.0),
+        ("repetition", {"gram": 2}, judged(ids=[1, 2, 1, 2, 1]), -0.5),
+        ("repetition", {}, judged(ids=[1]), 0.0),
+        ("thinking", {}, judged("<think>a</think>b"), 1.0),
+        ("thinking", {}, judged("<think>a</think> "), 0.0),
+        ("thinking", {}, judged("<think>a"), 0.0),
+        ("thinking", {}, judged("b"), 0.0),
+    ],
+)
+def test_what_an_answer_is_worth(name, params, answer, value):
+    assert reward(name, **params).of(answer) == value
+
+
+def test_a_reward_that_cannot_be_told_is_no_number():
+    """Half of a sum is not the sum: the answer gets no advantage, and is left out of its group's mean."""
+    both = rewards_of(
+        [RewardEntry(name="check"), RewardEntry(name="finished", weight=0.5)], Advantage(scale="none"), prompts()
+    )
+    scored = both.score([[judged(), judged("8", finished=False), judged(check=None)]])
+    assert scored.total == [[1.5, 0.0, None]] and scored.unread == 1
+    (advantage,) = both.advantages(scored, [[2, 2, 2]], 10)
+    assert advantage == pytest.approx([0.75, -0.75, 0.0])
+    assert scored.facts == {
+        "reward": 0.75,
+        "reward_deviation": 0.75,
+        "reward_check": 0.5,
+        "reward_finished": pytest.approx(0.6667),
+        "equal_groups": 0.0,
+        "unread_rewards": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [
+        (["chek"], "rollout.rewards[0]: there is no reward 'chek'; did you mean 'check'"),
+        ([{"length": {}}], "rollout.rewards[0].length.free: is required"),
+        ([{"length": {"free": 9, "most": 4}}], "not below most"),
+        ([{"check": {"weight": 0}}], "says nothing"),
+        ([{"check": {"by": {"type": "nubmer"}}}], "no verifier 'nubmer'"),
+        ([], "rollout.rewards"),
+        ([{"length": {"free": 1, "mots": 4}}], "unknown key"),
+    ],
+)
+def test_rewards_that_say_nothing_are_refused_with_their_place(recipe_data, rewards, words):
+    data = recipe_data | {"writer": [STUDENT], "loss": ["ppo_clip"], "rollout": ROLLOUT | {"rewards": rewards}}
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        limbeck.check(parse(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rollout": ROLLOUT | {"group": 1}}, "rollout.group: one answer"),
+        ({"rollout": {"prompts": 2}}, "prompts is for answers that rewards judge"),
+        ({"rollout": {"rewards": ["finished"]}}, "rewards need a size"),
+        ({"rollout": ROLLOUT | {"replay": {"size": 8}}}, "rollout.replay"),
+        ({"rollout": ROLLOUT | {"joint": {"teacher_share": 0.2}}}, "rollout.joint"),
+        ({"rollout": ROLLOUT | {"passes": 2}, "loss": ["reinforce"]}, "rollout.passes: reinforce is right for"),
+        ({"loss": ["reverse_kl"]}, "no loss reads the rewards"),
+        ({"loss": ["ppo_clip", "minillm_long"]}, "makes advantages of its own"),
+        ({"rollout": None}, "which rewards give"),
+        ({"writer": [STUDENT | {"share": 0.5}, {"by": "teacher", "share": 0.5}]}, "the student alone writes"),
+    ],
+)
+def test_what_does_not_go_with_rewards_is_refused(recipe_data, change, words):
+    data = recipe_data | {"writer": [STUDENT], "loss": ["ppo_clip"], "rollout": ROLLOUT} | change
+    data = {key: value for key, value in data.items() if value is not None}
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        limbeck.check(parse(data))
+
+
+def test_prompts_that_cannot_be_checked_are_refused_unless_one_check_is_for_all():
+    unchecked = [*prompts(2), Prompt("x", "why?", file="mine.jsonl", line=3)]
+    with pytest.raises(
+        RecipeError, match=re.escape("1 of 3 prompts have no check, such as that at mine.jsonl, line 3")
+    ):
+        rewards_of([RewardEntry(name="check")], None, unchecked)
+    rewards_of([RewardEntry(name="check", params={"by": NUMBER})], None, unchecked)
+
+
+# The source alone, with a scripted student
+
+
+def source(
+    answer=lambda number: 2 + number % 3, count=4, advantage=None, rewards=({"length": {"free": 1}},), **settings
+):
+    asked = []
+
+    def write(jobs):
+        done = []
+        for job in jobs:
+            length = answer(len(asked))
+            asked.append(job)
+            done.append(Completion(0, [*range(9, 8 + length), EOS], [-1.0] * length, [-1.5] * length, length))
+        return done
+
+    rollout = Rollout(
+        **{"prompts": 2, "group": 3} | settings,
+        rewards=[{"name": name, "params": params} for entry in rewards for name, params in entry.items()],
+    )
+    slots = [Row(f"p{n}", (1, 2, n + 3), (), group=f"p{n}") for n in range(count)]
+    asking = Asking(slots, write, Writer(by="student", max_tokens=16), seed=7, ends=frozenset({EOS}))
+    judge = rewards_of(rollout.rewards, advantage, prompts(count))
+    made = GroupRollouts(asking, prompts(count), lambda slot, ids: "7", judge, rollout, tokens_per_step=64)
+    return made, asked
+
+
+def rows_of(turn):
+    return [row for micro_batch in turn.micro_batches for row in micro_batch]
+
+
+def test_a_step_asks_so_many_prompts_so_often_and_every_draw_is_another():
+    made, asked = source()
+    rows = rows_of(made.step_batch(0, 0.0, {}))
+    groups = [row.group for row in rows]
+    assert len(rows) == 6 and {groups.count(group) for group in groups} == {3}
+    assert len({job.seed for job in asked}) == 6 and len({row.sample_id for row in rows}) == 6
+    assert {
+        group for step in range(1, 2) for group in [r.group for r in rows_of(made.step_batch(step, 0.1, {}))]
+    } | set(groups) == {"p0", "p1", "p2", "p3"}, "an epoch asks every prompt"
+
+
+def test_the_column_is_the_advantage_at_every_token():
+    made, _ = source(advantage=Advantage(scale="none", count="tokens"))
+    rows = rows_of(made.step_batch(0, 0.0, {}))
+    for group in {row.group for row in rows}:
+        rewards = {}
+        for row in (row for row in rows if row.group == group):
+            assert len(set(row.columns["advantage"])) == 1 and len(row.columns["advantage"]) == len(row.response_ids)
+            rewards[row.columns["advantage"][0]] = -(len(row.response_ids) - 1) / 15
+        mean = sum(rewards.values()) / 3
+        assert list(rewards) == pytest.approx([value - mean for value in rewards.values()], abs=1e-6)
+
+
+def test_passes_use_the_same_answers_again():
+    made, asked = source(passes=3)
+    first, again, third, new = (made.step_batch(step, step / 4, {}) for step in range(4))
+    same = [
+        sorted((row.sample_id, row.columns["advantage"]) for row in rows_of(turn)) for turn in (first, again, third)
+    ]
+    assert same[0] == same[1] == same[2] and len(asked) == 12
+    assert [turn.facts["age"] for turn in (first, again, third, new)] == [0, 1, 2, 0]
+    assert not {row.sample_id for row in rows_of(new)} & {row.sample_id for row in rows_of(first)}
+
+
+def test_groups_that_teach_nothing_are_asked_again_and_fill_up_what_is_left():
+    """The first four groups are equal; two of the next are not."""
+    made, asked = source(lambda number: 3 if number < 9 else 2 + number % 3, resample=3)
+    turn = made.step_batch(0, 0.0, {})
+    assert len(rows_of(turn)) == 6 and turn.facts["equal_groups"] == 0.0 and turn.facts["written"] == len(asked) > 6
+    made, asked = source(lambda number: 3 if number != 6 else 5, resample=1)
+    turn = made.step_batch(0, 0.0, {})
+    assert len(rows_of(turn)) == 6 and turn.facts["equal_groups"] == 0.5
+
+
+def test_rewards_that_never_differ_end_the_training_with_a_remedy():
+    made, _ = source(lambda number: 3)
+    for step in range(9):
+        assert made.step_batch(step, 0.0, {}).facts["equal_groups"] == 1.0
+    with pytest.raises(UserError, match="nothing can be learnt"):
+        made.step_batch(9, 0.0, {})
+
+
+def test_a_student_that_says_nothing_is_told():
+    made, _ = source(lambda number: 1, prompts=4)
+    with pytest.raises(UserError, match="nothing but the end token"):
+        made.step_batch(0, 0.0, {})
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_restored_the_source_goes_on_with_the_same_text(passes):
+    whole, _ = source(passes=passes)
+    turns = [rows_of(whole.step_batch(step, step / 8, {})) for step in range(8)]
+    for cut in (1, 2, 5):
+        first, asked = source(passes=passes)
+        for step in range(cut):
+            first.step_batch(step, step / 8, {})
+        before = len(asked)
+        second, _ = source(lambda number, before=before: 2 + (number + before) % 3, passes=passes)
+        second.restore(first.state())
+        assert [rows_of(second.step_batch(step, step / 8, {})) for step in range(cut, 8)] == turns[cut:]
+
+
+# Whole trainings
+
+
+def recipe(recipe_data, tmp_path, **change):
+    data = recipe_data | {"writer": [STUDENT], "loss": ["ppo_clip"], "rollout": ROLLOUT} | change
+    data["student"] = change.get("student", {"start": {"pretrained": recipe_data["teacher"]}})
+    data["evaluate"] = data["evaluate"] | {"controls": ["untouched"]}
+    return data
+
+
+REPEAT = {"prompts": 4, "group": 6, "rewards": [{"repetition": {"gram": 1, "weight": -1}}]}
+
+
+def test_a_student_learns_what_is_rewarded(recipe_data, tmp_path):
+    train = {"steps": 30, "tokens_per_step": 256, "lr": 2e-2, "seed": 3}
+    data = recipe(recipe_data, tmp_path, rollout=REPEAT, train=train)
+    limbeck.run(parse(data), tmp_path / "repeats", stages=("elicit", "train"))
+    rewards = [record["rollout"]["reward"] for record in records(tmp_path / "repeats")]
+    assert sum(rewards[-5:]) > 1.5 * sum(rewards[:5]), rewards
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
+def test_the_penalty_compares_with_the_start(recipe_data, tmp_path, lora):
+    """At the first step the student is its start: the penalty is 0, and grows as it moves away."""
+    student = {"start": {"pretrained": recipe_data["teacher"]}} | ({"lora": lora} if lora else {})
+    loss = [{"ppo_clip": {}}, {"kl_penalty_k3": {"weight": 1e-6}}]
+    train = {"steps": 8, "tokens_per_step": 256, "lr": 1e-2, "seed": 3}
+    data = recipe(recipe_data, tmp_path, student=student, loss=loss, train=train, rollout=REPEAT)
+    limbeck.run(parse(data), tmp_path / "far", stages=("elicit", "train"))
+    penalties = [record["terms"]["kl_penalty_k3@student"] for record in records(tmp_path / "far")]
+    assert abs(penalties[0]) < 1e-9 and penalties[-1] > 1e-5
+
+
+def test_distillation_stands_beside_the_reward(recipe_data, tmp_path):
+    data = recipe(recipe_data, tmp_path, loss=["ppo_clip", {"reverse_kl": {"weight": 0.5}}])
+    data["student"] = {"start": {"prune": {"layers": 3, "keep": "uniform"}}}
+    limbeck.run(parse(data), tmp_path / "both", stages=("elicit", "train"))
+    assert all(set(record["terms"]) == {"ppo_clip@student", "reverse_kl"} for record in records(tmp_path / "both"))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, passes):
+    data = recipe(
+        recipe_data,
+        tmp_path,
+        loss=["ppo_clip", {"kl_penalty_k2": {"weight": 0.1}}],
+        rollout=ROLLOUT | {"passes": passes},
+    )
+    data["train"] = data["train"] | {"save_seconds": 0, "steps": 6}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data))
+    killed, clean = tmp_path / "killed", tmp_path / "clean"
+    assert command("train", file, "--out", killed, crash_at="train.after_step:3").returncode == 137
+    done = command("train", file, "--out", killed)
+    assert done.returncode == 0, done.stderr
+    assert command("train", file, "--out", clean).returncode == 0
+    assert losses(killed) == losses(clean) and distance(killed, clean) == 0
+
+
+def test_a_reward_of_none_moves_nothing(recipe_data, tmp_path):
+    """All answers equal: the loss is 0 and the first update changes no weight, to the bit."""
+    data = recipe(recipe_data, tmp_path, rollout=ROLLOUT | {"rewards": [{"repetition": {"gram": 50}}]})
+    data["train"] = data["train"] | {"steps": 2}
+    limbeck.run(parse(data), tmp_path / "still", stages=("elicit", "train"))
+    assert [record["loss"] for record in records(tmp_path / "still")] == [0.0, 0.0]
+    from safetensors.torch import load_file
+
+    trained = load_file(tmp_path / "still" / "student" / "model.safetensors")
+    original = load_file(f"{recipe_data['teacher']}/model.safetensors")
+    assert all(torch.equal(trained[name], original[name]) for name in trained.keys() & original.keys())
