@@ -29,6 +29,7 @@ MEMORY = 2**30
 GLOBALS = ("range", "dict", "namespace")
 RANDOM = ("random",)  # filters that would give another prompt, and other request keys, every time
 FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)  # of a row
+REWRITES = (nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.FilterBlock)  # what is printed in them
 MESSAGES = ({"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is."})
 
 
@@ -77,14 +78,30 @@ def _bound(seconds: int) -> None:
 
 def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     environment = _environment()
-    templates, names = {}, {}
+    templates, names, printing = {}, {}, []
     for place, source in job["templates"].items():
         try:
+            if _only_prints(environment.parse(source), "prompt"):
+                printing.append(place)
             names[place] = sorted(_names(environment.parse(source)))
             templates[place] = environment.from_string(source)
         except TemplateSyntaxError as error:
             return {"place": place, "fault": f"line {error.lineno}: {error.message}"}
-    return {"names": names, "rows": [_row(templates, row, job["most"]) for row in job["rows"]]}
+    rows = [_row(templates, row, job["most"]) for row in job["rows"]]
+    return {"names": names, "rows": rows, "printing": printing}
+
+
+def _only_prints(tree: nodes.Template, name: str) -> bool:
+    """Whether a template does nothing with this value but print it, so that any other would stand there, too."""
+    if next(tree.find_all(REWRITES), None) is not None:
+        return False
+    read = sum(node.name == name for node in tree.find_all(nodes.Name))
+    printed = sum(
+        isinstance(child, nodes.Name) and child.name == name
+        for output in tree.find_all(nodes.Output)
+        for child in output.nodes
+    )
+    return bool(read == printed)
 
 
 def _names(tree: nodes.Template) -> set[str]:

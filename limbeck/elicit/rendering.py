@@ -24,10 +24,12 @@ TOGETHER = 4_000_000  # characters of values that one process is given, about
 @dataclass(frozen=True)
 class Rendered:
     """`names` are those that each template reads, columns of the prompt's row as `row.NAME`. `rows` are the texts for
-    each row by the name of the template, or a plain text that says why the row has none."""
+    each row by the name of the template, or a plain text that says why the row has none. `printing` are the templates
+    that do nothing with `prompt` but print it."""
 
     names: Mapping[str, frozenset[str]]
     rows: Sequence[Mapping[str, str] | str]
+    printing: frozenset[str] = frozenset()
 
 
 def names_read(templates: Mapping[str, str], place: str) -> Mapping[str, frozenset[str]]:
@@ -52,13 +54,15 @@ def render(templates: Mapping[str, str], rows: Sequence[Mapping[str, Any]], plac
     """
     names: Mapping[str, frozenset[str]] = {}
     texts: list[Mapping[str, str] | str] = []
+    printing: frozenset[str] = frozenset()
     for part in _parts(rows):
         answer = _run({"templates": templates, "rows": part, "most": MAX_CHARS}, place)
         if "fault" in answer:
             raise RecipeError(f"{place}.{answer['place']}", f"this is no template: {answer['fault']}")
         names = {name: frozenset(read) for name, read in answer["names"].items()}
+        printing = frozenset(answer["printing"])
         texts += answer["rows"]
-    return Rendered(names, texts)
+    return Rendered(names, texts, printing)
 
 
 def _parts(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Mapping[str, Any]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from limbeck.elicit.flow import said_by, user, with_answer
 from limbeck.elicit.parse import Parsing, UnparsedError
@@ -75,32 +74,11 @@ def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Mess
 def of_templates(prompt: str, system: str | None, labels: Sequence[str], parse: Parsing) -> StepPrompt:
     """What two jinja templates show. Where they read more than the prompt and the labels, or do more with the prompt
     than print it, they show every sample something else."""
-    if not _prints_the_prompt(prompt) or (system is not None and not _prints_the_prompt(system, is_printed=False)):
-        return VARIES
     templates = {"prompt": prompt} | ({} if system is None else {"system": system})
-    (texts,) = render(templates, [{"prompt": STAND_IN, "labels": list(labels)}], "elicit").rows
-    if isinstance(texts, str):
+    rendered = render(templates, [{"prompt": STAND_IN, "labels": list(labels)}], "elicit")
+    (texts,) = rendered.rows
+    if isinstance(texts, str) or any(names - {"prompt", "labels"} for names in rendered.names.values()):
+        return VARIES
+    if "prompt" not in rendered.printing or "prompt" in rendered.names.get("system", ()):
         return VARIES
     return StepPrompt(texts.get("system") or None, tuple(texts["prompt"].split(STAND_IN)), parse)
-
-
-def _prints_the_prompt(template: str, is_printed: bool = True) -> bool:
-    """Whether a template reads the labels at most, and prints the prompt as it is (or, unless `is_printed`, does not
-    read it)."""
-    from jinja2 import Environment, TemplateSyntaxError, meta, nodes
-
-    try:
-        tree: Any = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(template)
-    except TemplateSyntaxError:
-        return False
-    if meta.find_undeclared_variables(tree) - {"prompt", "labels"}:
-        return False
-    if next(tree.find_all((nodes.AssignBlock, nodes.Assign, nodes.Macro, nodes.CallBlock, nodes.FilterBlock)), None):
-        return False
-    read: int = sum(name.name == "prompt" for name in tree.find_all(nodes.Name))
-    printed: int = sum(
-        isinstance(child, nodes.Name) and child.name == "prompt"
-        for output in tree.find_all(nodes.Output)
-        for child in output.nodes
-    )
-    return read == printed if is_printed else read == 0
