@@ -15,11 +15,11 @@ def words_of(request, count=5):
 
 def plausible(request):
     """The answer to a request, judged by how its question begins or ends."""
-    text, made = request.messages[-1]["content"] if request.messages else "", words_of(request)
+    text, made = request.conversation[-1]["content"] if request.conversation else "", words_of(request)
     said = " ".join(made)
     if request.raw is not None:
         return f"Why is {said} so?"
-    if any("<think>" in message["content"] for message in request.messages[:1]):
+    if any("<think>" in message["content"] for message in request.conversation[:1]):
         return f"<think>{said} as 2 + 2 = 4.</think>The answer is {4 if int(request.key[0], 16) % 2 else 5}."
     for mark, answer in {
         "Here is a list of tasks": f"Tell {said} today.",
@@ -37,6 +37,7 @@ def plausible(request):
         "Task: (the task)": f"Task: Tell {said}\nAnswer: {text.partition(chr(10))[2].partition(chr(10))[0]}",
         "Problem: (everything": f"Problem: Print {said}\nSolution: so\n```python\nprint('{said}')\n```",
         "\nUser:": f"And {said}?",
+        "Describe the text as JSON": f'{{"topic": "{said}", "kind": "story", "names": []}}',
         "Answer with one word, yes or no": "Yes." if "2 and 2" in text else "no",
     }.items():
         if mark in text:

@@ -186,7 +186,7 @@ def test_labels_of_the_data_are_learnt_without_a_teacher(here):
 def test_a_small_run_from_a_table_to_a_measured_student(tiny_folder, here):
     new("--teacher", "none", "--student", str(tiny_folder), "--scale", "quick")
     short = ["train.epochs=null", "train.steps=2", "evaluate.own_prompts=2"]
-    folder = run(load_recipe("mine/recipe.yaml", short), here / "run")
+    folder = run(load_recipe("mine/recipe.yaml", short), here / "run").folder
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     assert summary["systems"]["student"]["mine-task/acc"]["n"] == 4
 

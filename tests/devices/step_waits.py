@@ -11,7 +11,7 @@ import torch
 
 from limbeck.config.recipe import parse
 from limbeck.progress import Silent
-from limbeck.runs.pipeline import Run, claim_run
+from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
 from limbeck.training import loop
 from tests.conftest import make_net, make_tokenizer
@@ -36,7 +36,7 @@ def main() -> None:
             run = Run(resolve(recipe), Path(home) / "run", Silent())
             (Path(home) / "run" / "recipe").mkdir()
             run.folder = Path(home) / "run" / "recipe"
-            claim_run(run)
+            run.claim()
             job = run.job("student", run.models.initial_student())
             job.prepare()
             terms = [term.at_step(0.0, {}) for term in job.terms]

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from limbeck import run
 from limbeck.config.recipe import parse
 from limbeck.elicit.ask import Ask
 from limbeck.elicit.transform import LabelOnly
 from limbeck.runs.advice import LITTLE_TEXT, MOST_EPOCHS, training_cautions
 from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of, stored_answer
 from limbeck.runs.opening import crowd_advice
+from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check, check_method
 from limbeck.runs.resolve import resolve
 from limbeck.storage.metrics_log import steps_made
