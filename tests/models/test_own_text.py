@@ -399,8 +399,8 @@ def test_with_every_position_known_it_is_the_signal_of_a_scoring_server(tiny):
         )
         named = ours.top_tokens().log_prob(targets_N).isfinite() & theirs.top_tokens().log_prob(targets_N).isfinite()
         assert named.sum() >= 4  # where the written token is not among them, ours names it as one more
-        torch.testing.assert_close(one[0][named], two[0][named], rtol=0, atol=1e-6)
-        torch.testing.assert_close(one[1][named], two[1][named], rtol=0, atol=1e-6)
+        torch.testing.assert_close(one[0][named], two[0][named], rtol=0, atol=5e-6)
+        torch.testing.assert_close(one[1][named], two[1][named], rtol=0, atol=5e-6)
 
 
 # The server
