@@ -186,10 +186,10 @@ def test_an_edited_prompt_file_under_a_run_is_noticed(recipe_data, tmp_path, pro
 
 
 def test_a_task_is_scored_on_its_own_prompts(recipe_data, tmp_path):
-    recipe_data["evaluate"]["limit"] = 7
+    recipe_data["evaluate"] |= {"limit": 1, "metrics": ["fidelity", {"everyday": {"limit": 7}}]}
     limbeck.run(parse(recipe_data), tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "evaluation" / "summary.json").read_text())
-    assert summary["systems"]["student"]["everyday/tokens"]["n"] == 7 and summary["held_out"]["answers"] == 2
+    assert summary["systems"]["student"]["everyday/tokens"]["n"] == 7 and summary["held_out"]["answers"] == 1
 
 
 def test_other_starts_losses_and_writers_run_too(recipe_data, tmp_path, prompt_file, tiny_folder):
