@@ -127,7 +127,7 @@ ROADS: dict[str, dict[str, Any]] = {
     },
 }
 CHECKED = "greedy text as transformers"
-KINDS = ("gpt2", "bloom", "qwen2-moe", "deepseek-v3", "lfm2", "mamba2", "gemma3, with images")
+KINDS = ("gpt2", "qwen2-moe", "lfm2", "gemma3, with images")
 REFUSED: dict[tuple[str, str], str] = {}
 
 

@@ -21,7 +21,7 @@ from limbeck.models.model import Model, hidden_states
 from limbeck.models.quantise import QuantisedLinear
 from limbeck.types import Message, Sampling
 
-ROUNDS = 5
+ROUNDS = 3
 DECODED = 32
 PREFILL_TOKENS = 512
 SPEEDS = ("first_token_ms", "decode_tokens_per_second", "prefill_tokens_per_second")

@@ -147,6 +147,7 @@ def bridged(**settings):
     return open_
 
 
+REAL = "the real llama.cpp server"
 BACK_ENDS = {
     "in process": BackEnd(live, 2e-6),
     "hidden, float32": BackEnd(cached(hidden={"dtype": "float32"}), 2e-6),
@@ -164,7 +165,7 @@ BACK_ENDS = {
     "a bridge between equal tokens": BackEnd(bridged(), 2e-6),
     "a bridge, the rest sorted": BackEnd(bridged(rest="sorted"), 2e-6),
     "a bridge by edits": BackEnd(bridged(match="edits", spans="equal", others="written"), 2e-6),
-    "the real llama.cpp server": BackEnd(real_server, 0.1, 64),
+    REAL: BackEnd(real_server, 0.1, 64),
 }
 
 
@@ -215,7 +216,7 @@ def targets_of(batch: Batch) -> Tensor:
     return batch.tokens_BT[row_N, position_N + 1]
 
 
-@pytest.fixture(params=BACK_ENDS)
+@pytest.fixture(params=[name for name in BACK_ENDS if name != REAL])  # which tests/long/test_conformance.py has
 def case(request, model_of, tmp_path) -> Iterator[Case]:
     model, back_end = model_of(request.param), BACK_ENDS[request.param]
     teacher, rows = InProcessTeacher(model), rows_of(model)

@@ -142,15 +142,12 @@ def test_a_copy_in_another_precision_follows_the_student(tiny):
 @pytest.mark.parametrize(
     ("writer", "rollout", "loss"),
     [
-        ([STUDENT], {"ahead": 3}, ["on_policy_distillation"]),
-        ([STUDENT], {"ahead": 2, "dtype": "bfloat16"}, ["on_policy_distillation"]),
         (
             [TEACHER, STUDENT | {"share": 0.6}],
             {"replay": {"size": 6, "fresh": {"from": 1.0, "to": 0.0}}, "per": "batch"},
             ["jsd"],
         ),
-        ([STUDENT], {"joint": {"teacher_share": 0.2}}, ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}]),
-    ],
+    ],  # more in tests/long/test_kills.py
 )
 def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, writer, rollout, loss):
     data = recipe_data | {"writer": writer, "rollout": rollout, "loss": loss}
