@@ -70,7 +70,7 @@ def tiny(tiny_folder: Path) -> Model:
 
 
 @pytest.fixture(autouse=True)
-def own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test's runs share answers among themselves alone, never with the user's."""
     monkeypatch.setenv("LIMBECK_STORE", "none")
 

@@ -61,10 +61,10 @@ def test_a_task_is_whole_unless_its_own_entry_limits_it(recipe_data):
 def test_a_list_of_metrics_takes_limits_and_set_replaces_them(recipe_data, tmp_path):
     short = parse({**recipe_data, "evaluate": ["fidelity", {"topics": {"limit": 5}}]})
     assert short.evaluate.limits == {"topics": 5}
-    assert load_recipe("bonito").evaluate.limits == {"everyday": 40}
+    assert load_recipe("quickstart").evaluate.limits == {"everyday": 60}
     assert load_recipe("quickstart", ["evaluate.limits.everyday=10"]).evaluate.limits == {"everyday": 10}
     assert len(tasks_of(["fidelity", "topics"], None)[0].items) == 48
-    assert "limits" not in load_recipe("quickstart").resolved()["evaluate"]  # older hashes stay
+    assert "limits" not in load_recipe("grpo").resolved()["evaluate"]  # older hashes stay
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from tests.training import test_rewards, test_rollout
 from tests.training.test_rollout import STUDENT
 
 
-@pytest.mark.parametrize("crash_at", ["elicit.before_record:7", "train.after_step:10", "directory.before_rename:2"])
+@pytest.mark.parametrize(
+    "crash_at", ["elicit.before_record:7", "elicit.after_record:7", "train.after_step:10", "directory.before_rename:2"]
+)
 def test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tmp_path, crash_at):
     test_pipeline.test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tmp_path, crash_at)
 

@@ -40,7 +40,8 @@ def served(recipe_data, tiny_folder):
 
     def made(url="http://127.0.0.1:1/v1", **changes):
         teacher = {"server": {"url": url, "name": "toy"}}
-        evaluate = {**recipe_data["evaluate"], "limit": 24}
+        metrics = ["fidelity", {"everyday": {"limit": 24}}]
+        evaluate = {**recipe_data["evaluate"], "limit": 24, "metrics": metrics}
         student = {"start": {"pretrained": str(tiny_folder)}}
         return parse(
             {
