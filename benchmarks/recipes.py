@@ -102,7 +102,8 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     with server_for(recipe) as address:
         command = [sys.executable, "-m", "limbeck", "run", recipe, *small(loaded), *overrides, *address]
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, check=False)  # noqa: S603
+        command += ["--out", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (our own command)
         after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]

@@ -281,20 +281,8 @@ def compare(
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Train and measure recipes under the same conditions. Returns the comparison's folder.
-
-    Args:
-        recipes: files, names of built-in recipes, or recipes. Only their writers and losses are their own.
-        out: the folder; by default runs/compare- and a hash of the recipes, so that more seeds go on in the same
-            folder.
-        like: whose teacher, student, prompts, training and evaluation all take; by default the first recipe.
-        seeds: how many (counted from the common recipe's own), or which. They vary the training, not the text.
-        base: the method that the others are held against; by default the first recipe.
-        keep: keep every trained student, not only each method's first.
-
-    Raises:
-        UserError: recipes that can't be compared, or a folder that holds something else.
-    """
+    """Train and measure recipes under the same conditions, as `limbeck.compare` says; more seeds go on in the same
+    folder. Returns the comparison's folder."""
     loaded = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
     common = _common(loaded, like)
     found = entries(loaded, common)

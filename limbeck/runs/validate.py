@@ -148,6 +148,12 @@ def _check_rewards(recipe: Recipe, terms: Sequence[Term]) -> None:
     for name, given in (("ahead", settings.ahead > 1), ("replay", settings.replay), ("joint", settings.joint)):
         if given:
             raise RecipeError(f"rollout.{name}", "rewards judge what the student alone has just written; leave it out")
+    if (writer := recipe.student_writer) is not None and (writer.temperature, writer.top_p) != (1, 1):
+        raise RecipeError(
+            "writer[0]",
+            "losses on rewards are right for what the student draws from its own distribution; set temperature and"
+            " top_p to 1",
+        )
     if not any(ADVANTAGE in term.reads for term in terms):
         raise RecipeError("loss", "no loss reads the rewards; add ppo_clip, or reinforce")
     advantage = settings.advantage or Advantage()

@@ -13,15 +13,13 @@ from limbeck.config.recipe import parse
 from limbeck.config.sections import Advantage, RewardEntry, Rollout, Writer
 from limbeck.data.batches import Row
 from limbeck.elicit.prompt import Prompt
-from limbeck.models.generate import Completion
 from limbeck.training.asking import Asking
 from limbeck.training.group_rollout import GroupRollouts
 from limbeck.training.rewards import Judged, rewards_of
 from limbeck.types import RecipeError, UserError
 from tests.runs.test_pipeline import command
-from tests.training.test_rollout import distance, losses, records
+from tests.training.test_rollout import EOS, distance, losses, records, script
 
-EOS = 0
 NUMBER = {"type": "number", "answer": 7}
 STUDENT = {"by": "student", "max_tokens": 8}
 ROLLOUT = {"prompts": 2, "group": 4, "rewards": [{"length": {"free": 1}}]}
@@ -114,6 +112,8 @@ def test_rewards_that_say_nothing_are_refused_with_their_place(recipe_data, rewa
         ({"rollout": ROLLOUT | {"joint": {"teacher_share": 0.2}}}, "rollout.joint"),
         ({"rollout": ROLLOUT | {"passes": 2}, "loss": ["reinforce"]}, "rollout.passes: reinforce is right for"),
         ({"loss": ["reverse_kl"]}, "no loss reads the rewards"),
+        ({"writer": [STUDENT | {"temperature": 0.7}]}, "draws from its own distribution"),
+        ({"writer": [STUDENT | {"top_p": 0.9}]}, "draws from its own distribution"),
         ({"loss": ["ppo_clip", "minillm_long"]}, "makes advantages of its own"),
         ({"rollout": None}, "which rewards give"),
         ({"writer": [STUDENT | {"share": 0.5}, {"by": "teacher", "share": 0.5}]}, "the student alone writes"),
@@ -141,16 +141,7 @@ def test_prompts_that_cannot_be_checked_are_refused_unless_one_check_is_for_all(
 def source(
     answer=lambda number: 2 + number % 3, count=4, advantage=None, rewards=({"length": {"free": 1}},), **settings
 ):
-    asked = []
-
-    def write(jobs):
-        done = []
-        for job in jobs:
-            length = answer(len(asked))
-            asked.append(job)
-            done.append(Completion(0, [*range(9, 8 + length), EOS], [-1.0] * length, [-1.5] * length, length))
-        return done
-
+    write = script(answer)
     rollout = Rollout(
         **{"prompts": 2, "group": 3} | settings,
         rewards=[{"name": name, "params": params} for entry in rewards for name, params in entry.items()],
@@ -159,7 +150,7 @@ def source(
     asking = Asking(slots, write, Writer(by="student", max_tokens=16), seed=7, ends=frozenset({EOS}))
     judge = rewards_of(rollout.rewards, advantage, prompts(count))
     made = GroupRollouts(asking, prompts(count), lambda slot, ids: "7", judge, rollout, tokens_per_step=64)
-    return made, asked
+    return made, write.asked
 
 
 def rows_of(turn):
