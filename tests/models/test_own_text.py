@@ -372,7 +372,11 @@ def test_a_step_of_gaps_alone_teaches_nothing(tiny):
 
 
 def test_with_every_position_known_it_is_the_signal_of_a_scoring_server(tiny):
-    """The same server, asked the other way: the divergences and their gradients agree to 1e-6."""
+    """The same server, asked the other way: the divergences and their gradients agree as far as float32 lets them.
+
+    The rest of the vocabulary is 1 minus a sum of some 300 probabilities: an error of 1e-7 in the sum is 3e-5 of a
+    rest near 1/300, and its logarithm goes into the reverse divergences with the student's whole share of it.
+    """
     other = make_net(seed=5, vocab_size=len(tiny.tokenizer))
     student = tiny.net
     teacher_model = replace(tiny, net=other)
@@ -399,8 +403,8 @@ def test_with_every_position_known_it_is_the_signal_of_a_scoring_server(tiny):
         )
         named = ours.top_tokens().log_prob(targets_N).isfinite() & theirs.top_tokens().log_prob(targets_N).isfinite()
         assert named.sum() >= 4  # where the written token is not among them, ours names it as one more
-        torch.testing.assert_close(one[0][named], two[0][named], rtol=0, atol=5e-6)
-        torch.testing.assert_close(one[1][named], two[1][named], rtol=0, atol=5e-6)
+        torch.testing.assert_close(one[0][named], two[0][named], rtol=0, atol=1e-4)
+        torch.testing.assert_close(one[1][named], two[1][named], rtol=0, atol=1e-4)
 
 
 # The server
