@@ -175,6 +175,11 @@ def tools_message(value: Any, name: str) -> list[Message]:
     return [{"role": "tools", "content": plain_json(tools, name)}]
 
 
+def spoken_text(messages: Sequence[Message]) -> str:
+    """All that user, assistant and tools say in these messages."""
+    return "\n\n".join(message["content"] for message in messages if message["role"] not in ("system", "tools"))
+
+
 def check_turns(messages: Sequence[Message]) -> None:
     """Refuse an order of turns that chat templates don't have.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from limbeck.elicit.conversation import answer_text
+from limbeck.elicit.conversation import answer_text, spoken_text
 from limbeck.types import Message, canonical_json
 
 
@@ -69,9 +69,7 @@ class Prompt:
         """All that user, assistant and tools say before the answer."""
         if not self.before and not self.after:
             return self.text
-        return "\n\n".join(
-            message["content"] for message in self.messages if message["role"] not in ("system", "tools")
-        )
+        return spoken_text(self.messages)
 
     @property
     def shown(self) -> str:

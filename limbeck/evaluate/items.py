@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from limbeck.data.encodings import lines_of
 from limbeck.data.records import DECODER
-from limbeck.elicit.conversation import is_blank
+from limbeck.elicit.conversation import FormError, LeftOutError, check_turns, is_blank, messages_of, tools_message
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.verify import parse_check
 from limbeck.evaluate.thinking_settings import ThinkingSettings
-from limbeck.types import UserError, nearest
+from limbeck.types import Message, UserError, nearest
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -47,10 +47,11 @@ class ChoiceItem:
 
 @dataclass(frozen=True)
 class Passage:
-    """A text whose every token is scored."""
+    """A text whose every token is scored: a document, or the answer to the last of `messages`."""
 
     id: str
     text: str
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,20 @@ def parse_label(data: dict[str, Any], ident: str, place: str, settings: LabelSet
 
 
 def parse_passage(data: dict[str, Any], ident: str, place: str) -> Passage:
-    _check_keys(data, ("text",), place)
-    return Passage(ident, _text(data, "text", place))
+    """A document, or with `messages` (a conversation up to the answer; its `tools`, if any) the answer to it."""
+    _check_keys(data, ("text", "messages", "tools"), place)
+    text = _text(data, "text", place)
+    if "messages" not in data:
+        return Passage(ident, text)
+    try:
+        messages = messages_of(data["messages"], "messages")
+        check_turns(messages)
+        tools = tools_message(data.get("tools"), "tools")
+    except (FormError, LeftOutError) as error:
+        raise UserError(f"{place}: {error}") from error
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(f'{place}: "messages" must end with a message that "text" answers, of the user or of a tool')
+    return Passage(ident, text, (*tools, *messages))
 
 
 def parse_ranking(data: dict[str, Any], ident: str, place: str) -> RankingItem:

@@ -1,8 +1,10 @@
-"""Perplexity of documents by rolling log-likelihood: every token of every document is scored exactly once.
+"""Perplexity of documents, and of given answers in conversations, by rolling log-likelihood: every token is scored
+exactly once.
 
 A document longer than the window is read in windows that move on by `stride`; after the first, a window scores only the
 tokens that no earlier one scored, each with at least window - stride tokens before it. The first token is predicted
-from the begin-of-sequence token (end-of-sequence where there is no other). Bytes and words do not depend on the
+from the begin-of-sequence token (end-of-sequence where there is no other), that of an answer from its conversation in
+the model's own chat template, of which no token is scored. Bytes and words do not depend on the
 tokenizer, so these numbers can be compared between models of different vocabularies; perplexity per token can't.
 """
 
@@ -12,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from limbeck.elicit.conversation import spoken_text
 from limbeck.evaluate.items import Passage, PassageSettings, parse_passage
 from limbeck.evaluate.likelihood import Continuation, first_id, log_probs, text_ids
 from limbeck.evaluate.metrics import TaskMetric
@@ -44,7 +47,7 @@ def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]
 def score_passages(
     items: Sequence[Passage], settings: PassageSettings, system: Model, progress: Progress
 ) -> list[ItemResult]:
-    """Bits per byte of every document; the item's weight is its UTF-8 bytes. Words are separated by white space."""
+    """Bits per byte of every text; the item's weight is its UTF-8 bytes. Words are separated by white space."""
     window = min(settings.window, system.max_length)
     stride = min(settings.stride or max(1, window // 2), window - 1)
     continuations = []
@@ -55,8 +58,12 @@ def score_passages(
         counts.append(len(ids))
         if not ids:
             raise UserError(f"{item.id}: the text has no token in this model's vocabulary; leave it out")
-        sequence = (first_id(system), *ids)
-        for begin, first, end in windows(len(ids), window, stride):
+        before = tuple(system.prompt_ids(item.messages)) if item.messages else (first_id(system),)
+        sequence = (*before, *ids)
+        for begin, first, end in windows(len(sequence) - 1, window, stride):
+            first = max(first, len(before))  # the conversation is read, not scored
+            if first >= end:
+                continue
             continuations.append(Continuation(item.id, sequence[begin:first], sequence[first:end]))
             owners.append(number)
     nats = [0.0] * len(items)
@@ -95,6 +102,9 @@ class PerplexityKind(TaskKind):
 
     def parse(self, data: dict[str, Any], ident: str, place: str, settings: Any) -> Passage:
         return parse_passage(data, ident, place)
+
+    def texts(self, item: Any) -> Sequence[str]:
+        return (spoken_text(item.messages) if item.messages else item.text,)
 
     def score(self, task: Task, system: Model, progress: Progress, answers: GreedyAnswers) -> list[ItemResult]:
         return score_passages(task.items, task.protocol, system, progress)

@@ -45,7 +45,7 @@ def check_parts(
     facts = _text_facts(use)
     for term in use.terms:
         term.check_text(facts)
-    trained = {prompt.text for prompt in training}
+    trained = {prompt.spoken for prompt in training}
     for task in tasks:
         _check_budget(recipe, task)
         if leak := [name for name, text in task.texts if text in trained]:

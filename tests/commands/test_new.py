@@ -266,11 +266,21 @@ def test_rewriting_by_an_instruction():
 
 
 def test_conversations():
-    new(task="chat", data=lines(TALKS))
-    recipe = load_recipe("mine/recipe.yaml")
-    assert recipe.loss[0].name == "forward_kl" and recipe.writer[0].by == "teacher"
-    new("--teacher", "none", task="chat", data=lines(TALKS), where="own")
-    assert load_recipe("own/recipe.yaml").writer[0].by == "corpus"
+    said = new(task="chat", data=lines(TALKS))
+    assert load_recipe("mine/recipe.yaml").writer[0].by == "corpus"
+    (task,) = resolve(load_recipe("mine/recipe.yaml")).tasks
+    assert task.kind.name == "perplexity" and task.items[0].messages[-1]["role"] == "user" and task.items[0].text
+    assert "look at mine-task/bits_per_byte" in Path("mine/recipe.yaml").read_text()
+    assert "no --teacher is named, so the student learns the data's own answers" in said
+    new("--teacher", "http://localhost:1/v1", "--teacher-model", "big", task="chat", data=lines(TALKS), where="served")
+    recipe = load_recipe("served/recipe.yaml")
+    assert recipe.loss[0].name == "cross_entropy" and recipe.writer[0].by == "teacher"
+
+
+def test_a_chat_with_itself_is_refused():
+    with pytest.raises(UserError, match="the student would learn to be itself"):
+        new("--teacher", "smollm2-135m-instruct", task="chat", data=lines(TALKS))
+    assert not Path("mine").exists()
 
 
 def test_problems_are_checked_by_their_results():

@@ -255,6 +255,22 @@ def test_windows_condition_on_what_stands_in_them_only(tiny):
     assert found.facts["tokens"] == len(ids) and found.facts["window"] == 16 and found.facts["stride"] == 6
 
 
+@pytest.mark.parametrize("window", [1024, 24])
+def test_a_given_answer_is_scored_after_its_conversation_alone(tiny, window):
+    told = ({"role": "system", "content": "Be short."}, {"role": "user", "content": "Why is the sky blue?"})
+    item = Passage("p", "Rayleigh scattering of light.", told)
+    (found,) = score_passages([item], PassageSettings(window=window, stride=8), tiny, quiet)
+    ids = text_ids(tiny, item.text)
+    before = tiny.prompt_ids(told)
+    sequence = [*before, *ids]
+    expected = 0.0
+    for begin, first, end in windows(len(sequence) - 1, window, 8):
+        for place in range(max(first, len(before)), end):
+            expected -= slow(tiny.net, sequence[begin:place], [sequence[place]])
+    assert found.facts["nats"] == pytest.approx(expected, rel=1e-4)
+    assert found.facts["tokens"] == len(ids) and found.facts["bytes"] == len(item.text)
+
+
 def test_a_perplexity_beyond_any_number_is_left_out(tiny):
     (found,) = score_passages([Passage("p", "x" * 250)], PassageSettings(), tiny, quiet)
     assert found.facts["nats"] > 700 and perplexity([found], "words") is None

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from limbeck.commands.new.wishes import (
     slug,
 )
 from limbeck.types import UserError
+
+if TYPE_CHECKING:
+    from limbeck.commands.new.data import Seen
 
 LEARN_FROM = {"teacher": "what the teacher answers", "labels": "the answers in the data"}
 MACHINES = {"laptop": "this machine", "gpu": "a CUDA device"}
@@ -122,7 +125,7 @@ def _new(given: Given) -> None:
         for note in seen.notes:
             console.out.print(note, markup=False)
     told = len(seen.notes)
-    wishes = _wishes(given, file, task)
+    wishes = _wishes(given, file, task, seen)
     check_folder(wishes.folder)
     check_wishes(wishes)
     draft = draft_of(wishes, seen)
@@ -218,15 +221,30 @@ def _task(given: Given, file: Path, columns: Mapping[str, str | None]) -> str:
     return task
 
 
-def _wishes(given: Given, file: Path, task: str) -> Wishes:
+def _learn_from(given: Given, task: str, seen: Seen) -> str | None:
+    """Whose answers are learnt: as the flags say, or asked for; of chats, the data's own where no teacher is named."""
+    if given.teacher == "none":
+        return "labels"
+    if given.learn_from is not None or task == "compress":
+        return given.learn_from
+    answered = bool(seen.examples) and seen.answered == len(seen.examples)
+    if task != "chat":
+        return _ask_choice(given, None, "--learn-from", LEARN_FROM, default="teacher") if given.asks else None
+    if given.teacher is not None or not answered:
+        return None
+    if given.asks:
+        return _ask_choice(given, None, "--learn-from", LEARN_FROM, default="labels")
+    if not given.json_:
+        console.out.print("no --teacher is named, so the student learns the data's own answers", markup=False)
+    return "labels"
+
+
+def _wishes(given: Given, file: Path, task: str, seen: Seen) -> Wishes:
     """All other questions."""
     name = slug(file.name.split(".")[0])
     folder = Path(_ask(given, given.where, "DIR", "What shall the new folder be called?", default=name))
     check_folder(folder)
-    learn_from = "labels" if given.teacher == "none" else given.learn_from
-    if given.asks and learn_from is None and task not in ("chat", "compress"):
-        learn_from = _ask_choice(given, None, "--learn-from", LEARN_FROM, default="teacher")
-    learn_from = chosen("--learn-from", learn_from or "teacher", LEARN_FROM)
+    learn_from = chosen("--learn-from", _learn_from(given, task, seen) or "teacher", LEARN_FROM)
     teacher, teacher_model = EMBEDDED, ""
     if learn_from == "teacher":
         words = "Which teacher: a model, a folder, or a server's address (http://.../v1)?"

@@ -12,7 +12,7 @@ from limbeck.data.records import records
 from limbeck.elicit.conversation import is_blank
 from limbeck.elicit.prompt_file import Account, PromptReader, find_files, is_pattern
 from limbeck.elicit.shapes import CONTENT, ROLES, form_of_row
-from limbeck.types import RecipeError, UserError, nearest
+from limbeck.types import Message, RecipeError, UserError, nearest
 
 LEAST = 10  # texts, below which nothing is left to learn from and to measure on
 PASSAGES = ("context", "passage", "passages", "document", "documents")
@@ -21,14 +21,15 @@ UNREAD = ("id", "reasoning", "task", "weight", "kind", "feedback")
 
 @dataclass(frozen=True)
 class Example:
-    """A row: its text (all that is said before the answer), its first answer, its place in the file, and itself with
-    roles as columns, as a recipe reads it without being told more."""
+    """A row: its text (all that is said before the answer), its first answer, its place in the file, itself with roles
+    as columns, as a recipe reads it without being told more, and the conversation up to the answer."""
 
     text: str
     answer: str
     place: str
     row: Mapping[str, Any]
     is_conversation: bool = False
+    messages: tuple[Message, ...] = ()
 
     @property
     def plain(self) -> str:
@@ -120,7 +121,8 @@ def look(file: Path, columns: Mapping[str, str | None], task: str) -> Seen:
             row = {"instruction" if role == "prompt" else role: value for role, value in row.items()}
         is_conversation = bool(prompt.before or prompt.after)
         answer = prompt.answers[0] if prompt.answers else ""
-        examples.append(Example(text, answer, prompt.place, row, is_conversation=is_conversation))
+        example = Example(text, answer, prompt.place, row, is_conversation=is_conversation, messages=prompt.messages)
+        examples.append(example)
     refuse_few(file, len({example.plain for example in examples}))
     seen = Seen(file, examples, [_what(reader.accounts[0], set(passages))])
     seen.notes += [f"{column} stands before the question, in one text" for column in passages]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from limbeck.commands.new.data import Example, Seen
 from limbeck.commands.new.draft import (
     Draft,
+    TaskDraft,
     corpus,
     from_corpus,
     pretrained,
@@ -77,6 +79,7 @@ def _talk(wishes: Wishes, seen: Seen, *, title: str, about: list[str], start: st
         else "loss: [cross_entropy]   # the teacher's text; where both have the same tokens: forward_kl\n"
     )
     writer = f"writer: [{{by: teacher, temperature: 0.7, top_p: 0.95, max_tokens: {room}}}]\n"
+    distance = "forward_kl; a task of your own says more (docs/evaluation.md)"
     rows = [
         [
             {"id": f"{part}-{number}", **_row(example, answers=corpus(wishes))}
@@ -94,9 +97,27 @@ def _talk(wishes: Wishes, seen: Seen, *, title: str, about: list[str], start: st
         max_tokens=room,
         start=start,
         lr=lr,
-        headline="forward_kl; a task of your own says more (docs/evaluation.md)",
+        tasks={"task": _given_answers(parts.held_out)} if corpus(wishes) else {},
+        headline="task/bits_per_byte" if corpus(wishes) else distance,
         notes=notes,
     )
+
+
+def _given_answers(examples: Sequence[Example]) -> TaskDraft:
+    """How likely the held-out answers of the data are."""
+    return TaskDraft(
+        kind="perplexity",
+        description="How likely the data's own answers are, in bits per byte: lower is better.",
+        items=[_answered(example) for example in examples],
+        metrics=["bits_per_byte", "word_perplexity"],
+        settings={},
+    )
+
+
+def _answered(example: Example) -> dict[str, Any]:
+    tools = [json.loads(message["content"]) for message in example.messages if message["role"] == "tools"]
+    said = [message for message in example.messages if message["role"] != "tools"]
+    return {"messages": said, "text": example.answer} | ({"tools": tools[0]} if tools else {})
 
 
 def chat(wishes: Wishes, seen: Seen) -> Draft:

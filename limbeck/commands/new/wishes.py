@@ -133,5 +133,11 @@ def check_wishes(wishes: Wishes) -> None:
         raise UserError("--schema belongs to --task extract; leave it out")
     if wishes.instruction and wishes.task not in ("extract", "answer", "rewrite"):
         raise UserError("--instruction belongs to --task extract, answer or rewrite; leave it out")
+    if wishes.task == "chat" and wishes.has_teacher and wishes.teacher == wishes.student:
+        raise UserError(
+            f"--task chat would ask {wishes.teacher} and train {wishes.student}: the student would learn to be itself."
+            " Name a larger --teacher or another --student; --teacher none learns the answers in the data; --task"
+            " compress drops layers"
+        )
     if wishes.task == "compress" and (wishes.is_served or not wishes.has_teacher):
         raise UserError("--task compress drops layers of the teacher: --teacher must be a model whose weights are here")

@@ -58,7 +58,7 @@ def _task_yaml(name: str, task: TaskDraft) -> str:
         f"description: {inline(task.description)}",
         "test: items.jsonl",
         f"metrics: [{', '.join(task.metrics)}]   # the first is the headline",
-        "settings:",
+        *(["settings:"] if task.settings else []),
         *(
             f"  {key}: {block(value, 4) if key == 'template' else inline(value)}"
             for key, value in task.settings.items()
@@ -135,11 +135,15 @@ def _evaluate(draft: Draft, wishes: Wishes, folder: Path) -> list[str]:
     return [
         "evaluate:",
         f"  metrics: [{', '.join(metrics)}]   # look at {_headline(draft, wishes)}",
-        f"  prompts: {inline(str(folder / 'held-out.jsonl'))}   # fidelity: how near it is to the teacher on these",
+        f"  prompts: {inline(str(folder / 'held-out.jsonl'))}   # {_held_out(wishes)}",
         f"  limit: {limit}   # items of each",
         f"  max_tokens: {draft.max_tokens}",
         f"  controls: [{', '.join(controls)}]   # {why}",
     ]
+
+
+def _held_out(wishes: Wishes) -> str:
+    return "fidelity: how near it is to the teacher on these" if wishes.has_teacher else "fidelity: on these answers"
 
 
 def _headline(draft: Draft, wishes: Wishes) -> str:
