@@ -82,14 +82,18 @@ evidence-on-policy: $(RUNTIME)
 	cp runs/on-policy/report.html $(EVIDENCE)/on-policy-methods.html
 	$(BIN)/python docs/generate.py
 
-# Every recipe once on real weights at a small size, and a case study; killed, both go on.
-.PHONY: evidence-recipes case-intents
+# Every recipe once on real weights at a small size, and case studies; killed, all go on.
+.PHONY: evidence-recipes case-intents case-names
 evidence-recipes: $(DEV)
 	$(BIN)/python benchmarks/recipes.py
 
 case-intents: $(DEV)
 	$(if $(DATA),,$(error Say where BANKING77 is: make case-intents DATA=path/to/banking77))
 	$(BIN)/python benchmarks/case_intents.py --data $(DATA)
+
+case-names: $(DEV)
+	$(if $(DATA),,$(error Say where the unpacked probablepeople is: make case-names DATA=path/to/probablepeople-0.5.6))
+	$(BIN)/python benchmarks/case_names.py --data $(DATA)
 
 clean:
 	rm -rf $(VENV) $(VLLM) runs build site

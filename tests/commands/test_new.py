@@ -283,6 +283,19 @@ def test_a_chat_with_itself_is_refused():
     assert not Path("mine").exists()
 
 
+def test_a_file_of_tests_is_held_out_and_not_trained():
+    rows = labelled()
+    tests = [*rows[:2], *((f"quite another {text}", label) for text, label in rows[2:12])]
+    said = quickly("--test", table(tests, name="test.csv"), data=table(rows))
+    trained, held = ({row["prompt"] for row in read(f"mine/{name}.jsonl")} for name in ("train", "held-out"))
+    assert held == {text for text, _ in tests} and trained == {text for text, _ in rows[2:]}
+    assert len(read("mine/task/items.jsonl")) == 12 and "2 texts are in test.csv too, and not trained" in said
+    with pytest.raises(UserError, match="no text to train on has the label 'odd'"):
+        quickly("--test", table([*tests, ("one more", "odd")], name="odd.csv"), data=table(rows), where="odd")
+    with pytest.raises(UserError, match="--test: there is no file 'none.csv'"):
+        quickly("--test", "none.csv", data=table(rows), where="none")
+
+
 def test_problems_are_checked_by_their_results():
     new(task="reason", data=lines(QUESTIONS))
     method = resolve(load_recipe("mine/recipe.yaml"))

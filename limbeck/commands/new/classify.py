@@ -46,6 +46,11 @@ def classify(wishes: Wishes, seen: Seen) -> Draft:
     seen = unique(seen, by_label=True)
     labels = labels_of(seen.examples, str(seen.file))
     parts = split(seen.examples, labels, most=max(len(labels), min(MOST_HELD_OUT, MOST_SCORED // len(labels))))
+    trained = {example.answer for example in parts.training}
+    if unknown := [example for example in parts.held_out if example.answer not in trained]:
+        raise UserError(
+            f"{unknown[0].place}: no text to train on has the label {unknown[0].answer!r}; give some, or leave it out"
+        )
     if len(parts.held_out) < ENOUGH:
         raise UserError(f"{seen.file}: almost every label has one text only, so none can be held out; give more")
     order = sorted(labels)

@@ -49,6 +49,9 @@ class Given:
     data: Annotated[
         str | None, _option("--data", "Your texts: CSV, JSON lines, JSON, Parquet or text, one row each.", "FILE")
     ] = None
+    test: Annotated[
+        str | None, _option("--test", "More rows like them, only to measure on; without, a part is held out.", "FILE")
+    ] = None
     columns: Annotated[
         list[str],
         _option("--columns", "Which column is what, as in text=message,label=category.", "ROLE=COLUMN", False),
@@ -116,11 +119,13 @@ def _new(given: Given) -> None:
         given.task = "extract"
     columns = _columns(given, file)
     task = _task(given, file, columns)
-    from limbeck.commands.new.data import look
+    from limbeck.commands.new.data import look, with_tests
     from limbeck.commands.new.jobs import draft_of
     from limbeck.commands.new.write import write
 
     seen = look(file, columns, task)
+    if given.test is not None:
+        seen = with_tests(seen, look(find_file(given.test, "--test"), columns, task))
     if not given.json_:
         for note in seen.notes:
             console.out.print(note, markup=False)

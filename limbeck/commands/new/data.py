@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ UNREAD = ("id", "reasoning", "task", "weight", "kind", "feedback")
 @dataclass(frozen=True)
 class Example:
     """A row: its text (all that is said before the answer), its first answer, its place in the file, itself with roles
-    as columns, as a recipe reads it without being told more, and the conversation up to the answer."""
+    as columns, as a recipe reads it without being told more, and the conversation up to the answer. `is_test` is one of
+    a file of tests, which is never trained."""
 
     text: str
     answer: str
@@ -30,6 +31,7 @@ class Example:
     row: Mapping[str, Any]
     is_conversation: bool = False
     messages: tuple[Message, ...] = ()
+    is_test: bool = False
 
     @property
     def plain(self) -> str:
@@ -60,18 +62,18 @@ def columns_of(file: Path) -> list[str]:
     return list(names)
 
 
-def find_file(data: str) -> Path:
-    """The one file of data.
+def find_file(data: str, flag: str = "--data") -> Path:
+    """The one file that a flag names.
 
     Raises:
         UserError: it isn't there, or several are named.
     """
     if data.startswith("builtin/") or is_pattern(data):
-        raise UserError(f"--data {data}: give one file of your own (CSV, JSON lines, JSON, Parquet or text)")
+        raise UserError(f"{flag} {data}: give one file of your own (CSV, JSON lines, JSON, Parquet or text)")
     try:
-        return find_files(data, "--data")[0]
+        return find_files(data, flag)[0]
     except RecipeError as error:
-        raise UserError(f"--data: there is no file {data!r}; give a CSV, JSON lines, JSON, Parquet or text file") from (
+        raise UserError(f"{flag}: there is no file {data!r}; give a CSV, JSON lines, JSON, Parquet or text file") from (
             error
         )
 
@@ -93,6 +95,23 @@ def named_columns(pairs: Sequence[str]) -> dict[str, str | None]:
             raise UserError(f"--columns: {role!r} is nothing that a column can be{nearest(role, ROLES)}")
         named[role] = None if column == "null" else column
     return named
+
+
+def with_tests(seen: Seen, tests: Seen) -> Seen:
+    """Both files' texts. Those of `tests` stand first: where one text is in both, it is a test and not trained.
+
+    Raises:
+        UserError: too few texts are left to learn from.
+    """
+    held = [replace(example, is_test=True) for example in tests.examples]
+    plain = {example.plain for example in held}
+    left = [example for example in seen.examples if example.plain not in plain]
+    refuse_few(seen.file, len({example.plain for example in left}))
+    notes = [*seen.notes, *tests.notes]
+    if len(left) < len(seen.examples):
+        both = _many(len(seen.examples) - len(left), "text is", "texts are")
+        notes.append(f"{both} in {tests.file.name} too, and not trained")
+    return Seen(seen.file, [*held, *left], notes)
 
 
 def look(file: Path, columns: Mapping[str, str | None], task: str) -> Seen:

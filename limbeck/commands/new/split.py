@@ -4,6 +4,7 @@ trained."""
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ class Split:
 
 
 def split(examples: Sequence[Example], labels: Sequence[str] = (), most: int = MOST_HELD_OUT) -> Split:
-    """Hold out about a fifth (of many texts a tenth), at least LEAST_HELD_OUT of 40 and more, at most `most`.
+    """Hold out the texts of a file of tests (at most `most`, by the seed), and train all others. Without one, hold out
+    about a fifth (of many texts a tenth), at least LEAST_HELD_OUT of 40 and more, at most `most`.
 
     Of every label with two texts or more one at least is held out and one trained, whatever its share. Texts that
     resemble no other are held out first.
@@ -47,14 +49,20 @@ def split(examples: Sequence[Example], labels: Sequence[str] = (), most: int = M
     groups: dict[str, list[int]] = {label: [] for label in labels or [""]}
     for place in order:
         groups[examples[place].answer if labels else ""].append(place)
-    counts = _counts({label: len(places) for label, places in groups.items()}, most)
-    chosen = {place for label, places in groups.items() for place in places[: counts[label]]}
+    tests = [place for place in order if examples[place].is_test]
+    if tests:
+        chosen = set(tests[:most])
+        counts = Counter(examples[place].answer if labels else "" for place in chosen)
+        order = [place for place in order if place in chosen or not examples[place].is_test]
+    else:
+        counts = Counter(_counts({label: len(places) for label, places in groups.items()}, most))
+        chosen = {place for label, places in groups.items() for place in places[: counts[label]]}
     held = [place for place in order if place in chosen]
     random.Random(f"{SEED}/order").shuffle(held)  # noqa: S311
     family = [place if twin is None else twin for place, twin in enumerate(twins)]
     trained = {family[place] for place in order if place not in chosen}
     return Split(
-        training=[example for place, example in enumerate(examples) if place not in chosen],
+        training=[examples[place] for place in sorted(order) if place not in chosen],
         held_out=[examples[place] for place in held],
         near=sum(family[place] in trained for place in chosen),
         untested=[label for label in groups if counts[label] == 0],

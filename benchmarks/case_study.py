@@ -1,0 +1,74 @@
+"""What the case studies share: a teacher behind llama.cpp, `limbeck new`, two students, and the figures of each.
+
+A study is killed and goes on: the teacher's answers, the runs and the server's port stay in its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.commands.serve import KEY, serve
+from limbeck.storage.files import write_json
+
+EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence"
+TEACHER = "qwen2.5-coder-1.5b-instruct"  # the strongest model known by name that answers on two cores
+STUDENTS = {"full": [], "adapters": ["--set=student.lora={rank: 16, alpha: 32}", "--set=train.lr=1.0e-3"]}
+
+
+def limbeck(*arguments: str) -> float:
+    """Run the command; the seconds that it took."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "limbeck", *arguments], check=True)  # noqa: S603 (our own command)
+    return time.perf_counter() - began
+
+
+def figures(run: Path) -> dict[str, Any]:
+    """What the run says of its systems on the task, their sizes and speeds."""
+    report = subprocess.run(  # noqa: S603 (our own command)
+        [sys.executable, "-m", "limbeck", "report", str(run), "--json"], check=True, capture_output=True, text=True
+    )
+    said = json.loads(report.stdout)
+    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+    return {
+        "verdict": said["verdict"],
+        "systems": {
+            name: {metric: value for metric, value in metrics.items() if "task" in metric}
+            for name, metrics in summary["systems"].items()
+        },
+        "efficiency": summary.get("efficiency", {}),
+        "sizes": summary["sizes"],
+        "answers": json.loads((run / "answers.json").read_text()),
+    }
+
+
+def study(name: str, folder: Path, arguments: Sequence[str], facts: dict[str, Any]) -> None:
+    """From a file of data to both students; writes docs/evidence/NAME.json and the first student's page.
+
+    Args:
+        folder: where all that the study makes is kept.
+        arguments: of `limbeck new`, without the teacher.
+        facts: about the data, for the JSON file.
+    """
+    os.environ.setdefault(KEY, secrets.token_urlsafe(24))
+    port = folder / "port"  # the same at every start, since it is part of the recipe
+    server = serve(TEACHER, port=int(port.read_text()) if port.exists() else 0, context=2048, slots=2)
+    port.write_text(server.url.rpartition(":")[2].partition("/")[0])
+    made = folder / "made"
+    if not made.exists():
+        limbeck("new", str(made), *arguments, "--teacher", server.url, "--teacher-model", server.name, "--yes")
+    seconds, found = {}, {}
+    for student, overrides in STUDENTS.items():
+        run = folder / student
+        seconds[student] = limbeck("run", str(made / "recipe.yaml"), *overrides, "--out", str(run))
+        found[student] = figures(run)
+    shutil.copy(folder / "full" / "report.html", EVIDENCE / f"{name}.html")
+    write_json(EVIDENCE / f"{name}.json", facts | {"teacher": TEACHER, "seconds": seconds, "students": found})
