@@ -15,13 +15,14 @@ quickstart: $(RUNTIME)
 
 test: $(DEV) system
 	$(if $(BROWSER),,@echo "No Chromium: the pages are not tested in a browser. Install the Debian package chromium.")
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(BROWSER),,-m "not browser")
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(BROWSER),,-m "not browser and not long")
 
 # What takes longer: real servers, and every kind of recipe on a pretend device.
 test-all: test test-long test-llama test-vllm
 
 test-long: $(DEV)
-	$(BIN)/python -m pytest tests/long
+	$(BIN)/python -m pytest -m "not long" tests/long
+	$(BIN)/python -m pytest -m long
 
 # A real vLLM, which runs on a CPU too, in an environment of its own. Its index's torchvision and kin are built for CUDA and break it.
 VLLM := .venv-vllm

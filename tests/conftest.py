@@ -95,11 +95,10 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture
-def prompt_file(tmp_path: Path) -> Path:
+def write_prompts(folder: Path) -> Path:
     import json
 
-    file = tmp_path / "prompts.jsonl"
+    file = folder / "prompts.jsonl"
     lines = [
         json.dumps({"id": f"p{i}", "prompt": text, "check": {"type": "contains", "all": ["a"]}})
         for i, text in enumerate(PROMPTS)
@@ -109,8 +108,17 @@ def prompt_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    return write_prompts(tmp_path)
+
+
+@pytest.fixture
 def recipe_data(tiny_folder: Path, prompt_file: Path, tmp_path: Path) -> dict:
-    held_out = tmp_path / "held_out.jsonl"
+    return make_recipe_data(tiny_folder, prompt_file, tmp_path)
+
+
+def make_recipe_data(tiny_folder: Path, prompt_file: Path, folder: Path) -> dict:
+    held_out = folder / "held_out.jsonl"
     held_out.write_text(
         '{"id": "h1", "prompt": "count one two"}\n{"id": "h2", "prompt": "a dog ran", "check": {"type": "contains", "all": ["zzz"]}}\n'
     )

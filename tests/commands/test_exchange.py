@@ -112,6 +112,7 @@ def test_what_is_taken_out_can_be_brought_in(made, tmp_path):
     assert import_file(recipe, folder, tmp_path / "ours.jsonl")["holds"] == len(texts)
 
 
+@pytest.mark.long
 def test_a_line_may_go_on_after_the_response_and_others_are_counted(made, tmp_path):
     recipe, folder, texts = made
     longer = [line | {"prompt_token_ids": [*line["prompt_token_ids"], 7], "prompt_logprobs": [*line["prompt_logprobs"], None]}
@@ -184,6 +185,7 @@ def test_another_tokenizers_file_and_another_form_are_refused(made, tmp_path, re
         export_cache(unwritten, tmp_path / "empty", tmp_path / "ours.jsonl")
 
 
+@pytest.mark.long
 def test_the_command(made, tmp_path, recipe_data):
     recipe, folder, texts = made
     file = tmp_path / "recipe.yaml"

@@ -474,6 +474,7 @@ def test_a_faulty_server_is_told_of_and_never_scored(tmp_path, answer, words, mo
     assert not out.exists()
 
 
+@pytest.mark.long
 def test_the_command_prints_value_and_error(tmp_path, tiny_folder):
     task_folder = choice_task(tmp_path / "pick")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}

@@ -146,6 +146,7 @@ def test_a_run_is_told_as_it_goes(recorder, recipe_data, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_killed_and_run_again_no_step_stands_twice(recorder, folder):
     write(folder, *map(step, (1, 2, 3, 4, 5)))
     TrackingReporter(Notes(), folder, "recorder").stage("killed after this: nothing is closed")
@@ -184,6 +185,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_left_alone(recorder, recipe_da
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 6 and (out / "student").is_dir()
 
 
+@pytest.mark.long
 def test_what_is_sent_beside_the_numbers_is_numbers_only(recorder, folder, monkeypatch):
     infos = []
     monkeypatch.setitem(TRACKERS, "recorder", lambda info: infos.append(info) or Recorder(info))

@@ -296,6 +296,7 @@ def test_who_writes_must_fit_the_steps(recipe_data):
     ] == ["elicited"]
 
 
+@pytest.mark.long
 def test_a_served_teacher_writes_the_text_and_is_not_needed_again(recipe_data, saying, tmp_path, monkeypatch):
     monkeypatch.setenv("LIMBECK_API_KEY", "sk-canary-4711")
     facts = {"id": "toy", "meta": {"n_params": 1}}
@@ -343,6 +344,7 @@ def test_what_a_server_can_not_do_is_refused(recipe_data, changes, match):
         check(recipe_of(recipe_data, changes.get("elicit", ["given"]), teacher=teacher))
 
 
+@pytest.mark.long
 def test_recipes_that_elicit_other_text_are_compared_at_equal_steps(recipe_data, saying, tmp_path):
     made = [recipe_of(recipe_data, [{"say": {"n": n}}], loss=["cross_entropy"], name=f"say-{n}") for n in (1, 2)]
     folder = limbeck.compare(made, tmp_path / "cmp", seeds=1).folder

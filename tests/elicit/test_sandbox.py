@@ -160,6 +160,7 @@ OUTSIDE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_the_same_program_gets_out_where_there_is_no_sandbox(escape, name):
     """So that a test above can fail."""

@@ -299,6 +299,7 @@ def test_a_run_asks_its_judge_once_and_tells_of_it(quick, roomy, tmp_path, monke
     assert loaded == [roomy], "all verdicts were there"
 
 
+@pytest.mark.long
 def test_a_killed_judge_goes_on_with_what_is_left(quick, roomy, tmp_path, monkeypatch):
     quick["evaluate"]["judge"] = roomy
     out, asked = tmp_path / "out", []
@@ -319,6 +320,7 @@ def test_a_killed_judge_goes_on_with_what_is_left(quick, roomy, tmp_path, monkey
     assert all(sum(pair["outcomes"].values()) == 2 and pair["win_rate"]["n"] == 2 for pair in pairs.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_judge_that_is_the_teacher_is_flagged_and_not_loaded_twice(quick, roomy, tmp_path, monkeypatch, copied):
     source = str(shutil.copytree(roomy, tmp_path / "copy")) if copied else roomy
@@ -339,6 +341,7 @@ def test_a_judge_that_is_the_teacher_is_flagged_and_not_loaded_twice(quick, room
     assert any("The judge is the teacher itself" in text for text in summary["warnings"])
 
 
+@pytest.mark.long
 def test_a_judge_without_room_leaves_pairs_out_and_says_so(quick, tiny_folder, tmp_path):
     quick["evaluate"] |= {"judge": str(tiny_folder), "controls": ["untouched"]}
     limbeck.run(parse(quick), tmp_path / "out")
@@ -351,6 +354,7 @@ def test_a_judge_without_room_leaves_pairs_out_and_says_so(quick, tiny_folder, t
     assert "not judged" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_a_judge_that_cant_be_asked_is_refused_before_anything_is_spent(quick, tiny_folder, tmp_path):
     assert "judge" not in parse(quick).resolved()["evaluate"], "a recipe without one keeps its hash"
     plain = limbeck.check(parse(quick))

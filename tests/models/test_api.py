@@ -386,6 +386,7 @@ with Store(Path(folder) / "s.sqlite") as store:
 """
 
 
+@pytest.mark.long
 def test_killed_again_and_again_nothing_acknowledged_is_lost_or_paid_twice(tmp_path):
     kills, limit = 12, 4
     with Scripted(lambda number, body: ("slow", 0.01)) as server:

@@ -208,6 +208,7 @@ def called(*arguments):
     return CliRunner().invoke(app, ["report", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_the_command_prints_what_was_asked_for(folder):
     data = json.loads(called(folder, "--json", "--price-hour", "0.5").stdout)
     assert data["report"].endswith("report.html") and data["worth"]["prices"]["hour"] == 0.5

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
 
 import pytest
 import yaml
@@ -17,21 +19,40 @@ from limbeck.progress import StoppedError
 from limbeck.runs.compare import _common, entries
 from limbeck.storage.files import read_jsonl
 from limbeck.types import UserError
+from tests.conftest import make_recipe_data, write_prompts
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    return make_recipe_data(tiny_folder, write_prompts(folder), folder)
 
 
 @pytest.fixture
-def methods(recipe_data):
+def recipe_data(data):
+    return copy.deepcopy(data)
+
+
+@pytest.fixture(scope="module")
+def methods(data):
     """The common recipe and three methods on it: fine-tuning, forward and reverse KL, whose own settings are other ones."""
-    common = parse(recipe_data)
-    made = [parse(recipe_data | {"name": name, "loss": [loss], "train": {"steps": 77, "lr": 0.5}})
+    common = parse(data)
+    made = [parse(data | {"name": name, "loss": [loss], "train": {"steps": 77, "lr": 0.5}})
             for name, loss in (("seq-kd", "cross_entropy"), ("forward-kl", "forward_kl"), ("reverse-kl", "reverse_kl"))]  # fmt: skip
     return common, made
 
 
-@pytest.fixture
-def compared(methods, tmp_path):
+@pytest.fixture(scope="module")
+def finished(methods, tmp_path_factory):
     common, made = methods
-    return limbeck.compare(made, tmp_path / "cmp", like=common, seeds=2).folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_STORE", "none")
+        return limbeck.compare(made, tmp_path_factory.mktemp("compared") / "cmp", like=common, seeds=2).folder
+
+
+@pytest.fixture
+def compared(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "cmp")
 
 
 def read(folder):
@@ -87,6 +108,7 @@ def test_only_the_first_seeds_students_are_kept(compared):
     assert kept == sorted(f"{name}-s{first}" for name in ("seq-kd", "forward-kl", "reverse-kl"))
 
 
+@pytest.mark.long
 def test_a_stopped_comparison_goes_on_and_repeats_nothing(methods, compared, tmp_path, monkeypatch):
     common, made = methods
     asked = []
@@ -146,6 +168,7 @@ def test_a_folder_of_another_comparison_is_refused(methods, compared):
     assert (compared / "comparison.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_the_command(methods, compared, tmp_path):
     from tests.runs.test_pipeline import command
 

@@ -170,6 +170,7 @@ def test_what_the_teacher_is_shown_beside_the_prompt_is_part_of_the_question(
     )
 
 
+@pytest.mark.long
 def test_the_command(served, answers, tmp_path):
     def command(*arguments):
         return CliRunner().invoke(app, ["answers", *arguments, "--json"])
@@ -293,6 +294,7 @@ def test_held_out_prompts_may_change_and_training_prompts_may_not(trained, data)
         files[1].write_text(training)
 
 
+@pytest.mark.long
 def test_a_folder_of_an_older_version_goes_on(recipe_data, tmp_path, monkeypatch):
     """Killed in its training, with checkpoints named by the hash of all of its recipe; then its evaluation changes."""
     recipe_data["train"]["save_seconds"] = 0
@@ -402,6 +404,7 @@ def test_elicited_samples_stay_when_held_out_prompts_change(recipe_data, tmp_pat
     assert (out / "elicited.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.long
 def test_the_folders_key_outlives_hashes(recipe_data, tmp_path):
     recipe = parse(recipe_data)
     (tmp_path / "out").mkdir()

@@ -183,6 +183,7 @@ def test_a_task_is_scored_on_its_own_prompts(recipe_data, tmp_path):
     assert summary["systems"]["student"]["everyday/tokens"]["n"] == 7 and summary["held_out"]["answers"] == 1
 
 
+@pytest.mark.long
 def test_other_starts_losses_and_writers_run_too(recipe_data, tmp_path, prompt_file, tiny_folder):
     lines = [json.loads(line) for line in prompt_file.read_text().splitlines()]
     prompt_file.write_text("".join(json.dumps(line | {"answer": "the cat sat"}) + "\n" for line in lines))
@@ -201,6 +202,7 @@ def test_other_starts_losses_and_writers_run_too(recipe_data, tmp_path, prompt_f
     assert list(systems) == ["teacher", "untouched", "student"], "fine-tuning is its own control"
 
 
+@pytest.mark.long
 def test_profile_prints_rate_and_floor(recipe_file, tmp_path):
     done = command("train", recipe_file, "--profile", "--json", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -209,6 +211,7 @@ def test_profile_prints_rate_and_floor(recipe_file, tmp_path):
     assert command("train", recipe_file, "--out", tmp_path / "out").returncode == 0
 
 
+@pytest.mark.long
 def test_the_command_ends_with_2_for_the_users_mistakes_and_says_one_thing(recipe_file, tmp_path):
     for arguments, words in [
         (("run", tmp_path / "none.yaml"), "no recipe file"),
@@ -224,6 +227,7 @@ def test_the_command_ends_with_2_for_the_users_mistakes_and_says_one_thing(recip
         assert words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_message(recipe_file, tmp_path):
     code = (
         "import errno, sys, limbeck.storage.files as d\n"
@@ -243,6 +247,7 @@ def test_a_full_disk_is_one_message(recipe_file, tmp_path):
     assert done.returncode == 2 and "the disk is full" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_ctrl_c_is_one_message(recipe_file, tmp_path):
     import signal
 
@@ -273,6 +278,7 @@ def test_a_second_process_is_refused(recipe_data, tmp_path):
         limbeck.run(parse(recipe_data), tmp_path / "out")
 
 
+@pytest.mark.long
 def test_chat_answers_side_by_side(recipe_file, tmp_path):
     out = tmp_path / "out"
     assert command("run", recipe_file, "--out", out).returncode == 0

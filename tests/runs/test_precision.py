@@ -205,6 +205,7 @@ def test_a_teacher_in_any_precision_teaches_and_is_measured(recipe_data, tmp_pat
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "start", [{"prune": {"layers": 3, "keep": "uniform"}}, {"scratch": {"config": {"num_hidden_layers": 2}}}]
 )
@@ -219,6 +220,7 @@ def test_a_student_is_made_from_weights_that_were_never_rounded(recipe_data, tmp
         assert torch.equal(weight, theirs.net.get_parameter(name)) and weight.dtype == torch.float32
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", ["bfloat16", "int8", "int4"])
 def test_adapters_on_rounded_weights_train_go_on_and_are_exported_into_the_whole_ones(recipe_data, tmp_path, base):
     data = with_lora(recipe_data, base)

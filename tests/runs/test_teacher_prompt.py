@@ -138,6 +138,7 @@ def test_a_rows_own_system_message_follows_the_teachers(teacher):
     assert body["messages"] == [{"role": "system", "content": "Rules.\n\nBe kind."}, user("Q: q")]
 
 
+@pytest.mark.long
 def test_weights_beside_a_server_are_shown_the_same(small, tiny_folder, tmp_path):
     with Scripted(knows) as server:
         teacher = {
@@ -153,6 +154,7 @@ def test_weights_beside_a_server_are_shown_the_same(small, tiny_folder, tmp_path
     assert all(len(row.teacher_prompt_ids) > len(row.prompt_ids) + 20 for row in rows)
 
 
+@pytest.mark.long
 def test_a_server_that_scores_reads_the_text_after_the_teachers_prompt(small, tiny, tmp_path):
     short = {"system": "count one two"}
     with ScoringServer(tiny, "vLLM") as server:
@@ -193,6 +195,7 @@ def test_held_out_text_and_tasks_are_asked_as_the_step_asks(small, tmp_path):
     assert "the teacher with the prompt of its step under elicit" in (folder / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_a_teacher_in_process_is_measured_with_the_steps_prompt(small, tiny_folder, tmp_path):
     system = "count one two"
     with Scripted() as server:
@@ -314,6 +317,7 @@ def test_a_long_prompt_needs_room_in_the_teacher_alone(small, tiny, other_folder
 # Gold answers beside steps
 
 
+@pytest.mark.long
 def test_gold_answers_are_those_of_the_prompts_before_the_steps(small, prompt_file, tmp_path):
     lines = [json.loads(line) for line in prompt_file.read_text().splitlines()]
     prompt_file.write_text("".join(json.dumps(line | {"answer": "one two three"}) + "\n" for line in lines))

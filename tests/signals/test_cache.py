@@ -376,6 +376,7 @@ def test_a_run_on_kept_states_is_the_live_run(recipe_data, tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "form", [{"top_k": {"k": 32}}, {"top_k": {"mass": 0.9}}, {"sampled": {"draws": 20}}, {"hidden": {}}], ids=json.dumps
 )

@@ -1,4 +1,4 @@
-"""The recipes with steps of elicitation that `make test` has no time for train a tiny student, too."""
+"""The recipes that `make test` has no time for train a tiny student, too."""
 
 from __future__ import annotations
 
