@@ -84,7 +84,7 @@ evidence-on-policy: $(RUNTIME)
 	$(BIN)/python docs/generate.py
 
 # Every recipe once on real weights at a small size, and case studies; killed, all go on.
-.PHONY: evidence-recipes case-intents case-names
+.PHONY: evidence-recipes case-intents case-names case-maths
 evidence-recipes: $(DEV)
 	$(BIN)/python benchmarks/recipes.py
 
@@ -95,6 +95,10 @@ case-intents: $(DEV)
 case-names: $(DEV)
 	$(if $(DATA),,$(error Say where the unpacked probablepeople is: make case-names DATA=path/to/probablepeople-0.5.6))
 	$(BIN)/python benchmarks/case_names.py --data $(DATA)
+
+case-maths: $(DEV)
+	$(if $(DATA),,$(error Say where GSM8K is: make case-maths DATA=path/to/gsm8k))
+	$(BIN)/python benchmarks/case_maths.py --data $(DATA)
 
 clean:
 	rm -rf $(VENV) $(VLLM) runs build site

@@ -13,6 +13,7 @@ from limbeck.commands import console, printing
 from limbeck.commands.answers import answers
 from limbeck.commands.export.command import export
 from limbeck.commands.new.command import new
+from limbeck.commands.push import push
 from limbeck.commands.report import report
 
 app = typer.Typer(
@@ -337,6 +338,7 @@ def serve(
 
 app.command(epilog="Example: limbeck answers --forget gpt-4o-mini")(answers)
 app.command(epilog="Example: limbeck export runs/quickstart --to gguf --type q8_0")(export)
+app.command(epilog="Example: limbeck push runs/quickstart --to me/tickets-135m")(push)
 app.command(epilog="Example: limbeck new tickets --task classify --data tickets.csv")(new)
 
 

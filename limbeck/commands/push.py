@@ -1,0 +1,103 @@
+"""Upload a run's student to the Hugging Face hub, with its model card and what was measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from limbeck.commands import console, printing
+from limbeck.types import UserError
+
+TOKEN = "HF_TOKEN"  # noqa: S105 (the variable's name)
+LEFT_OUT = (".*", "*.lock", "*.tmp")
+
+
+def push(
+    where: Annotated[
+        str, typer.Argument(help="A run folder, or a model's folder in Hugging Face form.", metavar="RUN")
+    ],
+    to: Annotated[str, typer.Option("--to", help="The repository on the hub: USER/NAME.", metavar="USER/NAME")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it. Default: private.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Upload the trained student to the Hugging Face hub, private unless --public; the token is read from HF_TOKEN."""
+    from limbeck.commands.export.student import find_student
+
+    student = find_student(where)
+    card = card_of(student.folder, student.run)
+    if not json_:
+        console.out.print("the licence and terms of the teacher apply to what you upload", markup=False)
+    printing.print_result(upload(student.folder, card, to, public=public), json_)
+
+
+def card_of(folder: Path, run: Path | None) -> str:
+    """The folder's model card, with the verdict and the table of its run where that was evaluated.
+
+    Raises:
+        UserError: there is no model card.
+    """
+    file = folder / "README.md"
+    if not file.is_file():
+        raise UserError(
+            f"{folder} has no README.md: write a model card into it that says what the model is and whose licence holds"
+        )
+    card = file.read_text(encoding="utf-8").rstrip() + "\n"
+    if run is None or not (run / "evaluation" / "summary.json").is_file():
+        return card
+    from limbeck.report.data import read_results
+    from limbeck.report.page import verdict_of
+    from limbeck.report.table import markdown
+
+    summary = read_results(run)
+    return f"{card}\n## What was measured\n\n{verdict_of(run, summary)}\n\n{markdown(summary)}"
+
+
+def upload(folder: Path, card: str, name: str, *, public: bool) -> dict[str, Any]:
+    """Create the repository if there is none, and upload the folder with this card in one commit.
+
+    Raises:
+        UserError: no token, a name that can't be, a public repository without `public`, or the hub refuses.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    if get_token() is None:
+        raise UserError(f"the hub wants a token that may write: set {TOKEN} (https://huggingface.co/settings/tokens)")
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        repository = api.create_repo(name, private=not public, exist_ok=True).repo_id
+        if not public and not api.repo_info(repository).private:
+            raise UserError(
+                f"{repository} is there already and everybody can see it: add --public, or give another name"
+            )
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = Path(temporary) / "student"
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*LEFT_OUT), copy_function=_link)
+            (copy / "README.md").unlink()  # which is a link, too
+            (copy / "README.md").write_text(card, encoding="utf-8")
+            commit = api.upload_folder(
+                repo_id=repository, folder_path=copy, commit_message="Upload a student distilled with Limbeck"
+            )
+    except HFValidationError as error:
+        raise UserError(f"--to {name}: not a name that a repository can have ({error})") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"the hub refused: {error} (does the token in {TOKEN} have write access to {name}?)") from error
+    except HTTPError as error:
+        raise UserError(f"the hub can't be reached: {error}") from error
+    return {"repository": str(commit.repo_url), "private": not public, "commit": str(commit.oid)}
+
+
+def _link(source: str, target: str) -> None:
+    """A link to a large file rather than a copy of it, where the disk allows it."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
