@@ -13,12 +13,11 @@ import pytest
 import torch
 import yaml
 
-from limbeck import check
 from limbeck.config.recipe import load_recipe
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.registry import LOSSES
-from limbeck.runs.resolve import terms_of
+from limbeck.runs.resolve import resolve, terms_of
 from limbeck.signals.sparse import Sampled, TextSignal, TopK
 from limbeck.types import UserError
 
@@ -115,4 +114,4 @@ def test_the_on_policy_table_is_made_from_what_the_benchmark_writes(generator, t
 )
 def test_the_yaml_examples_of_writers_are_legal(block):
     settings = [f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(block).items()]
-    check(load_recipe("quickstart", settings))
+    resolve(load_recipe("quickstart", settings))

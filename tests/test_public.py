@@ -48,10 +48,11 @@ COMMANDS = {
     "serve": {"model", "--port", "--context", "--slots", "--threads"},
     "export": {"where", "--to", "--type", "--out", "--json"},
     "new": {
-        "where", "--task", "--data", "--columns", "--teacher", "--teacher-model", "--student", "--learn-from", "--run-on",
+        "where", "--task", "--data", "--test", "--columns", "--teacher", "--teacher-model", "--student", "--learn-from", "--run-on",
         "--scale", "--schema", "--instruction", "--yes", "--json",
     },
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
+    "push": {"where", "--to", "--public", "--json"},
     "answers": {"--forget", "--prune", "--add", "--json"},
 }  # fmt: skip
 

@@ -205,6 +205,7 @@ def test_unknown_and_missing_trackers_are_refused_before_anything(tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_tensorboard_reads_back_what_was_trained(recipe_data, tmp_path):
     recipe_data["train"]["save_seconds"] = 0
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_data))

@@ -7,9 +7,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.devices.write_on_pretend_gpu import WAYS
 
 
+@pytest.mark.long
 def test_a_step_waits_twice_at_most_and_writes_the_text_of_the_cpu():
     program = [sys.executable, "-m", "tests.devices.write_on_pretend_gpu"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)

@@ -13,6 +13,7 @@ import sys
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("losses", [["forward_kl"], ["reverse_kl", "cross_entropy"]])
 def test_a_step_waits_four_times_a_micro_batch_and_once(losses):
     command = [sys.executable, "-m", "tests.devices.step_waits", json.dumps(losses)]

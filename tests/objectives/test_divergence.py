@@ -500,6 +500,7 @@ def test_models_of_unlike_precision_can_be_compared(name):
     )
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks for it while it compiles
 def test_compiled_equals_eager():
     torch._dynamo.reset()

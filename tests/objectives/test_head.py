@@ -364,6 +364,7 @@ def test_token_log_probs_of_no_position_are_none_at_all():
     assert not hidden.grad.any() and not weight.grad.any()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks for it while it compiles
 def test_compiled_equals_eager(monkeypatch):
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", V * 5)

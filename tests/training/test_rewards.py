@@ -269,6 +269,7 @@ def test_distillation_stands_beside_the_reward(recipe_data, tmp_path):
     assert all(set(record["terms"]) == {"ppo_clip@student", "reverse_kl"} for record in records(tmp_path / "both"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("passes", [2])
 def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, passes):
     data = recipe(

@@ -139,6 +139,7 @@ def test_a_copy_in_another_precision_follows_the_student(tiny):
 # Going on
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("writer", "rollout", "loss"),
     [
