@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/recipes.py dpo gkd       # these again
 
 The size is the same for all: at most PROMPTS training prompts, STEPS steps of TOKENS response tokens, HELD_OUT held-out
-answers (`small`). It shows that a recipe runs and that its loss falls, not how good its method is. A recipe that asks
-for a server gets one here: llama.cpp with SmolLM2-135M, or vLLM where one is set up by `make vllm`. What can't run here
-has its reason instead of figures.
+answers and items of a task (`small`). It shows that a recipe runs and that its loss falls, not how good its method is. A
+recipe that asks for a server gets one here: llama.cpp with SmolLM2-135M, or vLLM where one is set up by `make vllm`. What
+can't run here has its reason instead of figures.
 """
 
 from __future__ import annotations
@@ -39,9 +39,18 @@ MODEL = "smollm2-135m-instruct"
 SERVED = {"api-own-logprobs": "llama.cpp", "api-top-logprobs": "llama.cpp", "minillm-from-server": "vllm"}
 QWEN = "qwen2.5-coder-0.5b-instruct"
 VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
-    "quickstart, robustness": ("quickstart", ['--set=evaluate.metrics=["fidelity", "everyday", "everyday@typos"]']),
+    "quickstart, robustness": (
+        "quickstart",
+        [
+            '--set=evaluate.metrics=["fidelity", "everyday", "everyday@typos"]',
+            '--set=evaluate.limits={"everyday": 6, "everyday@typos": 6}',
+        ],
+    ),
     "quickstart, judged": ("quickstart", [f"--set=evaluate.judge={QWEN}"]),
-    "few-shot-mcqa, on multiple choice": ("few-shot-mcqa", ['--set=evaluate.metrics=["fidelity", "choices"]']),
+    "few-shot-mcqa, on multiple choice": (
+        "few-shot-mcqa",
+        ['--set=evaluate.metrics=["fidelity", "choices"]', '--set=evaluate.limits={"choices": 6}'],
+    ),
 }
 
 
@@ -57,6 +66,8 @@ def small(recipe: Recipe) -> list[str]:
         "evaluate.own_prompts": HELD_OUT // 2,
         "evaluate.controls": ["untouched"],
     }
+    if tasks := [name for name in recipe.evaluate.metrics if name != "fidelity"]:
+        settings["evaluate.limits"] = dict.fromkeys(tasks, HELD_OUT)
     if recipe.student.start.prune is not None and recipe.student.start.prune.keep in ("importance", "block_influence"):
         settings["student.start.prune.calibration"] = 1
     if all(writer.by != "elicited" for writer in recipe.writer):
