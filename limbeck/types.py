@@ -44,6 +44,10 @@ class UserError(ValueError):
     """An error that the user can fix: its message has the place, the cause and the remedy. The command exits with 2."""
 
 
+class NothingLeftError(UserError):
+    """A run has no text to train on: no answer passed its steps, or none can be used."""
+
+
 class RecipeError(UserError):
     """A recipe that can't be run. `path` is the place in the file, such as `loss[0].jsd.teacher_share`."""
 

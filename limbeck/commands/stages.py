@@ -26,7 +26,7 @@ def run_stages(
 ) -> None:
     """Do what these stages still have to do, then print where the results are."""
     recipe = load_recipe(recipe_path, overrides, machine)
-    from limbeck.runs.pipeline import run  # after the recipe: a mistake in it shows before torch is loaded
+    from limbeck.runs.rounds import run  # after the recipe: a mistake in it shows before torch is loaded
 
     with console.long_work(as_json) as (reporter, stop), _with_tracker(reporter, recipe, out, tracker) as tracked:
         folder = run(recipe, out, tracked, stop, stages=stages)

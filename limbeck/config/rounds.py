@@ -1,0 +1,81 @@
+"""A recipe's `rounds`, and what each of them is as an ordinary recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from limbeck.config.sections import Section
+from limbeck.types import RecipeError
+
+PREVIOUS = "previous"  # the student of the round before; in the first round, the student's start
+
+
+class Rounds(Section):
+    """`n` rounds: the recipe run again and again, where the student that a round trains is the next one's `previous`.
+
+    A round starts from the `base`, which is the first round's start, or from the `previous` student. With `stop`, a
+    metric such as sums/pass_rate, no round follows one whose student is not better by it than the student before.
+    """
+
+    n: Annotated[int, Field(ge=1, le=100)]
+    restart: Literal["base", "previous"] = "base"
+    stop: str | None = None
+
+
+def check_previous(rounds: Rounds | None, teacher: Any, start: str | None) -> None:
+    """Refuse a `previous` student that no round leaves.
+
+    Raises:
+        RecipeError: with the place in the recipe and the cure.
+    """
+    if PREVIOUS not in (teacher.model, *(other.model for other in getattr(teacher, "beside", ()))):
+        return
+    if rounds is None:
+        raise RecipeError(
+            "teacher.model",
+            "previous is the student of the round before, and there are no rounds: add rounds: {n: 3}; a folder of this"
+            " name is ./previous",
+        )
+    if start is None:
+        raise RecipeError(
+            "student.start",
+            "a student that is made of the teacher can't be taught by its previous round: give start.pretrained",
+        )
+
+
+def round_data(resolved: Mapping[str, Any], number: int, student: str | None) -> dict[str, Any]:
+    """A round of a resolved recipe as the data of an ordinary one.
+
+    Args:
+        number: of the round, from 1.
+        student: the folder of the student before it; None for the first round.
+    """
+    data: dict[str, Any] = {key: value for key, value in resolved.items() if key != "rounds"}
+    own = data["student"]
+    data["title"] = f"{data.get('title') or data['name']}, round {number}"
+    previous = own["start"].get("pretrained") if student is None else student
+    template = own.get("template") if student is None else None  # a trained student has its own
+    data["teacher"] = _taught_by(data["teacher"], previous, template)
+    if student is not None and resolved["rounds"]["restart"] == PREVIOUS:
+        rest = {key: value for key, value in own.items() if key != "template"}
+        data["student"] = rest | {"start": {"pretrained": student}}
+    return data
+
+
+def _taught_by(teacher: Any, previous: str | None, template: str | None) -> Any:
+    """The teacher with the previous student in the place of its name."""
+    if teacher == PREVIOUS:
+        teacher = {"model": PREVIOUS}
+    if not isinstance(teacher, dict):
+        return teacher
+    if teacher.get("model") == PREVIOUS:
+        framed = teacher.get("template") or template if template is not None else None
+        rest = {key: value for key, value in teacher.items() if key != "template"}
+        teacher = rest | {"model": previous} | ({} if framed is None else {"template": framed})
+    if "beside" in teacher:
+        beside = [other | {"model": previous} if other["model"] == PREVIOUS else other for other in teacher["beside"]]
+        teacher = teacher | {"beside": beside}
+    return teacher
