@@ -32,10 +32,10 @@ def run_stages(
         folder = run(recipe, out, tracked, stop, stages=stages)
     result: dict[str, Any] = {"run": str(folder)}
     if "report" in stages:
-        from limbeck.report.page import verdict
+        from limbeck.report.page import verdict_of
 
         summary = json.loads((folder / "evaluation" / "summary.json").read_text())
-        result |= {"verdict": verdict(summary), "report": str(folder / "report.html")}
+        result |= {"verdict": verdict_of(folder, summary), "report": str(folder / "report.html")}
     print_result(result, as_json)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from limbeck.config.sections import Section
-from limbeck.types import RecipeError
+from limbeck.types import RecipeError, UserError
 
 PREVIOUS = "previous"  # the student of the round before; in the first round, the student's start
 
@@ -44,6 +44,16 @@ def check_previous(rounds: Rounds | None, teacher: Any, start: str | None) -> No
             "student.start",
             "a student that is made of the teacher can't be taught by its previous round: give start.pretrained",
         )
+
+
+def without_rounds(rounds: Rounds | None, name: str, instead: str) -> None:
+    """Refuse a recipe with rounds for what is done with an ordinary one.
+
+    Raises:
+        UserError: it has rounds.
+    """
+    if rounds is not None:
+        raise UserError(f"{name} has rounds, and this is for one training: {instead}")
 
 
 def round_data(resolved: Mapping[str, Any], number: int, student: str | None) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Plan:
         answers: how long answers are taken to be, and why.
         unknown: the stages whose time, or a part of it, can't be told, and what can be said of it.
         cautions: what speaks against training so.
+        rounds: how many rounds there are, each of which costs so much.
     """
 
     requests: int
@@ -74,27 +75,31 @@ class Plan:
     answers: str = ""
     unknown: Mapping[str, str] = field(default_factory=dict)
     cautions: tuple[str, ...] = ()
+    rounds: int = 1
 
     def lines(self) -> list[tuple[str, str]]:
+        all_minutes = self.rounds * sum(self.seconds.values()) / 60
         minutes = {stage: f"{value / 60:.1f} min" for stage, value in self.seconds.items()}
         return [
             *(("prompts", note) for note in self.notes),
+            *([("rounds", f"{self.rounds}, and what follows is of each")] if self.rounds > 1 else []),
             ("requests to the teacher", f"{self.requests:,}"),
             ("tokens it will write", f"about {self.teacher_tokens:,}"),
             *([("length of an answer", self.answers)] if self.answers else []),
             ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
             ("steps of each", f"about {self.steps:,}"),
             ("trained tokens of each", f"about {self.trained_tokens:,}"),
-            ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB"),
+            ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB{self._students()}"),
             ("device", self.device),
             ("peak memory", self._memory()),
             *((f"time, {stage}", text) for stage, text in {**minutes, **self._told()}.items()),
-            (
-                "time, all",
-                f"{sum(self.seconds.values()) / 60:.0f} min {self._where()} (an estimate){self._beside()}",
-            ),
+            ("time, all", f"{all_minutes:.0f} min {self._where()} (an estimate){self._beside()}"),
             *(("note", caution) for caution in self.cautions),
         ]
+
+    def _students(self) -> str:
+        """What the students of the other rounds take."""
+        return ", and a student for every other round" if self.rounds > 1 else ""
 
     def _told(self) -> dict[str, str]:
         """What is said of the stages whose time is not known, after what is."""

@@ -1,4 +1,4 @@
-"""What a run in rounds leaves in its own folder: the student and the evaluation of the round that is kept, and a page."""
+"""What a run in rounds leaves in its own folder: the student and the evaluation of the kept round, and a page."""
 
 from __future__ import annotations
 
