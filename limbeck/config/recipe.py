@@ -46,6 +46,7 @@ class Recipe(Section):
     title: str = ""
     paper: str = ""
     teacher: TeacherSettings
+    previous: str | None = None  # in a round's recipe: the folder of the student before it, where that is no start
     student: Student
     prompts: Prompts
     elicit: Annotated[list[Elicit], Field(min_length=1)] | None = None

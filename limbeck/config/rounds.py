@@ -72,6 +72,8 @@ def round_data(resolved: Mapping[str, Any], number: int, student: str | None) ->
     if student is not None and resolved["rounds"]["restart"] == PREVIOUS:
         rest = {key: value for key, value in own.items() if key != "template"}
         data["student"] = rest | {"start": {"pretrained": student}}
+    elif student is not None and any(writer["by"] == PREVIOUS for writer in data["writer"]):
+        data["previous"] = student
     return data
 
 

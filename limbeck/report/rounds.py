@@ -54,7 +54,7 @@ def rounds_verdict(folder: Path) -> str:
     planned = recipe["rounds"]["n"]
     count = f"{len(summaries)} of {planned} rounds" if len(summaries) < planned else f"{planned} rounds"
     text = f"{count}."
-    if metrics := round_metrics(recipe, summaries):
+    if metrics := [metric for metric in round_metrics(recipe, summaries) if metric.better != "none"]:
         values = _values(metrics[0], summaries)
         before = f" from {number(values[0]['value'])} before training" if 0 in values else ""
         after = ", ".join(number(values[key]["value"]) for key in values if key)

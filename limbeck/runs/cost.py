@@ -27,6 +27,7 @@ from limbeck.runs.lengths import Lengths
 from limbeck.runs.shapes import Shape, forward_flops, step_flops
 from limbeck.signals.forms import form_of
 from limbeck.training import controls
+from limbeck.types import STUDENTS
 
 QUESTION_TOKENS = 400  # what a judge reads beside two answers, about
 VERDICT_TOKENS = 100  # what a judge writes, about
@@ -156,7 +157,7 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     """The controls that are trained. Fine-tuning is no control of itself: that would be the same run twice."""
     plain = [(term.label, {key: schedule.start for key, schedule in term.params.items()}) for term in terms]
-    by_others = all(writer.by not in ("untouched", "student") for writer in recipe.writer)
+    by_others = all(writer.by not in (*STUDENTS, "student") for writer in recipe.writer)
     is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and not recipe.all_answer and by_others
     return controls.trained_controls(recipe, is_fine_tuning)
 
@@ -277,7 +278,7 @@ class TextAmounts:
             answer_tokens=answer_tokens,
             held_out_tokens=int(len(held_out) * (answer_tokens + lengths.prompt)),
             by_teacher=by_writer.get("teacher", 0.0),
-            by_untouched=by_writer.get("untouched", 0.0),
+            by_untouched=sum(by_writer.get(name, 0.0) for name in STUDENTS),
             by_all=by_all,
         )
 

@@ -100,8 +100,14 @@ class Run:
             models=self.models,
             reporter=self.reporter,
             stop=self.stop,
-            shared=self.shared_text.open,
+            shared=(lambda store: None) if self.is_taught_by_a_round else self.shared_text.open,
         )
+
+    @property
+    def is_taught_by_a_round(self) -> bool:
+        """Whether the teacher is the student of an earlier round, whose text is of no use to other runs."""
+        teacher = self.recipe.teacher.model
+        return self.store is not None and teacher is not None and Path(teacher).is_relative_to(self.store.resolve())
 
     @cached_property
     def shared_text(self) -> SharedText:
