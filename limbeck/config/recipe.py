@@ -174,9 +174,9 @@ class Recipe(Section):
         """All settings that have a value, defaults included, as plain data."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
-    def of_round(self, number: int, student: str | None) -> Recipe:
-        """Round `number` as an ordinary recipe. `student` is the folder of the student before it, None in round 1."""
-        return parse(round_data(self.resolved(), number, student)).model_copy(update={"machine": self.machine})
+    def of_round(self, number: int, student: str | None, base: str | None = None) -> Recipe:
+        """Round `number` as an ordinary recipe (see `rounds.round_data`)."""
+        return parse(round_data(self.resolved(), number, student, base)).model_copy(update={"machine": self.machine})
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | Path | None = None) -> Recipe:

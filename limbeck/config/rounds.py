@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from limbeck.config.sections import Section
-from limbeck.types import RecipeError, UserError
+from limbeck.types import RecipeError, UserError, nearest
 
 PREVIOUS = "previous"  # the student of the round before; in the first round, the student's start
+TEXT = ("elicit", "writer", "rollout")  # how text is made: `first` replaces all of it or nothing
+IN_FIRST = (*TEXT, "loss", "train", "prompts")
 
 
 class Rounds(Section):
@@ -18,11 +20,27 @@ class Rounds(Section):
 
     A round starts from the `base`, which is the first round's start, or from the `previous` student. With `stop`, a
     metric such as sums/pass_rate, no round follows one whose student is not better by it than the student before.
+    `first` has sections of the recipe (loss, writer, ...) for a training before the rounds, round 0; its student is
+    then their base.
     """
 
     n: Annotated[int, Field(ge=1, le=100)]
     restart: Literal["base", "previous"] = "base"
     stop: str | None = None
+    first: Annotated[dict[str, Any], Field(min_length=1)] | None = None
+
+    @field_validator("first")
+    @classmethod
+    def _known(cls, first: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key in first or {}:
+            if key not in IN_FIRST:
+                raise ValueError(f"{key!r} can't be other than in the rounds{nearest(key, IN_FIRST)}")
+        return first
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of the rounds; 0 is the training before them."""
+        return range(1 if self.first is None else 0, self.n + 1)
 
 
 def check_previous(rounds: Rounds | None, teacher: Any, start: str | None) -> None:
@@ -56,23 +74,30 @@ def without_rounds(rounds: Rounds | None, name: str, instead: str) -> None:
         raise UserError(f"{name} has rounds, and this is for one training: {instead}")
 
 
-def round_data(resolved: Mapping[str, Any], number: int, student: str | None) -> dict[str, Any]:
+def round_data(
+    resolved: Mapping[str, Any], number: int, student: str | None, base: str | None = None
+) -> dict[str, Any]:
     """A round of a resolved recipe as the data of an ordinary one.
 
     Args:
-        number: of the round, from 1.
-        student: the folder of the student before it; None for the first round.
+        number: of the round, from 1; 0 for the training before the rounds.
+        student: the folder of the student before it; None where there is none.
+        base: the folder of the student that the rounds start from, where it was trained before them.
     """
     data: dict[str, Any] = {key: value for key, value in resolved.items() if key != "rounds"}
     own = data["student"]
-    data["title"] = f"{data.get('title') or data['name']}, round {number}"
+    data["title"] = f"{data.get('title') or data['name']}, {f'round {number}' if number else 'before the rounds'}"
+    if number == 0:
+        first = resolved["rounds"]["first"]
+        data = {key: value for key, value in data.items() if key not in TEXT or first.keys().isdisjoint(TEXT)} | first
     previous = own["start"].get("pretrained") if student is None else student
     template = own.get("template") if student is None else None  # a trained student has its own
     data["teacher"] = _taught_by(data["teacher"], previous, template)
-    if student is not None and resolved["rounds"]["restart"] == PREVIOUS:
+    start = student if resolved["rounds"]["restart"] == PREVIOUS else base
+    if start is not None:
         rest = {key: value for key, value in own.items() if key != "template"}
-        data["student"] = rest | {"start": {"pretrained": student}}
-    elif student is not None and any(writer["by"] == PREVIOUS for writer in data["writer"]):
+        data["student"] = rest | {"start": {"pretrained": start}}
+    if student not in (None, start) and any(writer["by"] == PREVIOUS for writer in data["writer"]):
         data["previous"] = student
     return data
 

@@ -32,7 +32,7 @@ def rounds_content(folder: Path) -> dict[str, Any]:
         "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         "verdict": rounds_verdict(folder),
         "results": _results(metrics, summaries),
-        "links": {_name(number): f"rounds/{number}/report.html" for number in _with_pages(folder)},
+        "links": {_name(key): f"rounds/{key}/report.html" for key in _with_pages(folder)},
         "figures": [figure for metric in metrics if (figure := _figure(metric, summaries))],
         "spent": _spent(folder),
         "kept": record.get("kept"),
@@ -52,12 +52,14 @@ def rounds_verdict(folder: Path) -> str:
     record = rounds_record(folder)
     summaries = _summaries(folder)
     planned = recipe["rounds"]["n"]
-    count = f"{len(summaries)} of {planned} rounds" if len(summaries) < planned else f"{planned} rounds"
+    done = sum(key > 0 for key in summaries)
+    count = f"{done} of {planned} rounds" if done < planned else f"{planned} rounds" if planned > 1 else "1 round"
     text = f"{count}."
     if metrics := [metric for metric in round_metrics(recipe, summaries) if metric.better != "none"]:
         values = _values(metrics[0], summaries)
-        before = f" from {number(values[0]['value'])} before training" if 0 in values else ""
-        after = ", ".join(number(values[key]["value"]) for key in values if key)
+        first = min(summaries) - 1
+        before = f" from {number(values[first]['value'])} before training" if first in values else ""
+        after = ", ".join(number(value["value"]) for key, value in values.items() if key != first)
         text = f"Over {count}, {metrics[0].title.lower()}{_where(metrics[0])} went{before} to {after}."
     ended = f" The rounds ended early: {record['ended']}." if record.get("ended") else ""
     return text + ended
@@ -87,8 +89,8 @@ def _with_pages(folder: Path) -> list[int]:
     return [key for key, home in rounds_in(folder).items() if (home / "report.html").exists()]
 
 
-def _name(number_: int) -> str:
-    return f"Round {number_}" if number_ else BEFORE
+def _name(key: int) -> str:
+    return f"Round {key}" if key else "Before the rounds"
 
 
 def _where(metric: Metric) -> str:
@@ -96,16 +98,17 @@ def _where(metric: Metric) -> str:
 
 
 def _values(metric: Metric, summaries: Summaries) -> dict[int, dict[str, Any]]:
-    """The metric with its interval of the student before the first round (0), and of every round's."""
-    first = next(iter(summaries.values()))["systems"].get("untouched", {}).get(metric.name)
+    """The metric with its interval of the student before any training (under the number before the first), and of
+    every round's."""
+    start = next(iter(summaries.values()))["systems"].get("untouched", {}).get(metric.name)
     students = {key: summary["systems"]["student"].get(metric.name) for key, summary in summaries.items()}
-    return {key: value for key, value in {0: first, **students}.items() if value}
+    return {key: value for key, value in {min(summaries) - 1: start, **students}.items() if value}
 
 
 def _results(metrics: list[Metric], summaries: Summaries) -> Grid:
     by_metric = [_values(metric, summaries) for metric in metrics]
     numbers = sorted({key for values in by_metric for key in values})
-    rows = [(_name(key), [values.get(key) for values in by_metric]) for key in numbers]
+    rows = [(_name(key) if key in summaries else BEFORE, [values.get(key) for values in by_metric]) for key in numbers]
     return Grid("Student", [(f"{metric.title}{_where(metric)}", _side(metric)) for metric in metrics], rows)
 
 
@@ -119,7 +122,7 @@ def _figure(metric: Metric, summaries: Summaries) -> Figure | None:
     if len(values) < 3:  # a line between two points shows nothing that the table doesn't
         return None
     title = f"{metric.title}{_where(metric)} by round"
-    about = "Round 0 is the student before training. Lines across are 95 % intervals over items."
+    about = "The first point is the student before training. Lines across are 95 % intervals over items."
     label = Label(f"rounds-{metric.name.replace('/', '-')}", title, about, x_title="round", y_title=metric.unit)
     points = [(float(key), value["value"]) for key, value in values.items()]
     spans = [(value["low"], value["high"]) for value in values.values()]

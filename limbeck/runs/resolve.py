@@ -166,6 +166,11 @@ def resolve(recipe: Recipe) -> Method:
 
 def _resolve_rounds(recipe: Recipe, rounds: Rounds) -> Method:
     """The first round of a recipe, once a later one is known to be possible, too."""
+    if rounds.first is not None:
+        try:
+            resolve(recipe.of_round(0, None))
+        except RecipeError as error:
+            raise RecipeError(f"rounds.first.{error.path}", str(error).removeprefix(f"{error.path}: ")) from error
     first = resolve(recipe.of_round(1, None))
     if rounds.stop is not None:
         sided = {name for name, metric in METRICS.items() if metric.better != "none"}
@@ -176,11 +181,12 @@ def _resolve_rounds(recipe: Recipe, rounds: Rounds) -> Method:
             )
     if rounds.n > 1:
         try:
-            resolve(recipe.of_round(2, str(round_folder(Path(), 1) / "student")))
+            base, student = (str(round_folder(Path(), number) / "student") for number in (0, 1))
+            resolve(recipe.of_round(2, student, None if rounds.first is None else base))
         except RecipeError as error:
             words = str(error).removeprefix(f"{error.path}: ")
             raise RecipeError(error.path, f"{words} (in round 2, which the student of round 1 is part of)") from error
-    return replace(first, rounds=rounds.n)
+    return replace(first, rounds=len(rounds.numbers))
 
 
 def _step_prompt(recipe: Recipe, steps: Sequence[tuple[str, ElicitStep]]) -> StepPrompt | None:

@@ -79,25 +79,25 @@ class RoundsRun:
         """Do what is left of every round, and put the last one's student and evaluation into the run folder."""
         self.claim()
         if self.stages == (ELICIT,):  # the text of a round may need the student before it
-            trained = [number for number in range(1, self.rounds.n) if self.student(number).is_dir()]
-            self.round(len(trained) + 1)
+            untrained = [number for number in self.rounds.numbers if not self.student(number).is_dir()]
+            self.round(untrained[0] if untrained else self.rounds.n)
             return
-        for number in range(1, self.rounds.n + 1):
+        for number in self.rounds.numbers:
             self.reporter.stage(f"Round {number} of {self.rounds.n}")
             try:
                 self.round(number)
             except NothingLeftError as error:
-                if number == 1:
+                if not self.has(number - 1):
                     raise
                 words = f"round {number}: {error}"
                 raise NothingLeftError(f"{words}; {self.finish(number - 1, words)}") from error
             self.note(number)
             if words := collapse(self.summary(number)):
                 words = f"the student of round {number} has collapsed: {words}"
-                stands = self.finish(max(1, number - 1), words)
+                stands = self.finish(number - 1 if self.has(number - 1) else number, words)
                 raise CollapsedError(f"{words}; train it for less, or at a lower train.lr, in a new --out; {stands}")
             if words := self.no_more(number):
-                kept = number if number == 1 or self.is_same(number) else number - 1
+                kept = number if self.is_same(number) or not self.has(number - 1) else number - 1
                 self.reporter.note(f"no round follows: {words}; {self.finish(kept, words)}")
                 return
         self.finish(self.rounds.n, "")
@@ -117,6 +117,10 @@ class RoundsRun:
         if record != self.record:
             write_json(self.folder / RECORD, record)
         self.record = record
+
+    def has(self, number: int) -> bool:
+        """Whether there is such a round."""
+        return number in self.rounds.numbers
 
     def student(self, number: int) -> Path:
         """Where a round's student is, or will be."""
@@ -144,21 +148,23 @@ class RoundsRun:
             UserError: the start has changed since the first round, or what its run raises.
         """
         home = round_folder(self.folder, number)
-        if number > 1 and self.rounds.restart == "base":
+        base = None if self.rounds.first is None or number == 0 else str(self.student(0).resolve())
+        before = str(self.student(number - 1).resolve()) if self.has(number - 1) else None
+        if number > 1 and self.rounds.restart == "base" and base is None:
             if self._start() != self.start:
                 raise UserError("the weights in student.start have changed since round 1: give another --out")
             first = round_folder(self.folder, 1) / "start.json"
             if first.exists() and not (home / "start.json").exists():  # the same layers, whatever this round's text
                 write_text(home / "start.json", first.read_text(encoding="utf-8"))
-        recipe = self.recipe.of_round(number, None if number == 1 else str(self.student(number - 1).resolve()))
+        recipe = self.recipe.of_round(number, before, base)
         judged = self.rounds.stop is not None and TRAIN in self.stages and EVALUATE not in self.stages
-        stages = (*self.stages, EVALUATE) if judged and number < self.rounds.n else self.stages
+        stages = (*self.stages, EVALUATE) if judged and 0 < number < self.rounds.n else self.stages
         try:
             pipeline.run(recipe, home, self.reporter, self.stop, stages=stages, store=self.folder)
         except (StoppedError, NothingLeftError):
             raise
         except UserError as error:
-            if number == 1:
+            if before is None:
                 raise
             raise UserError(f"round {number}: {error}") from error
         if self.student(number).is_dir():
@@ -171,9 +177,10 @@ class RoundsRun:
             UserError: they can't be told from others of this run, so that answers would be mixed up.
         """
         source = str(self.student(number))
-        before = str(self.student(number - 1)) if number > 1 and self.rounds.restart == PREVIOUS else None
+        start = number - 1 if self.rounds.restart == PREVIOUS else 0
+        made = started_from(round_folder(self.folder, number), self.start)
         facts = {
-            "start": model_identity(before) if before else started_from(round_folder(self.folder, number), self.start),
+            "start": model_identity(str(self.student(start))) if number and self.has(start) else made,
             "student": model_identity(source),
             "contents": model_contents(source),
         }
@@ -188,12 +195,12 @@ class RoundsRun:
 
     def is_same(self, number: int) -> bool:
         """Whether a round's student is the one before it, to the bit."""
-        rounds = self.record["rounds"]
-        return number > 1 and rounds[str(number)]["contents"] == rounds[str(number - 1)]["contents"]
+        now, before = (self.record["rounds"].get(str(key)) for key in (number, number - 1))
+        return before is not None and bool(now["contents"] == before["contents"])
 
     def no_more(self, number: int) -> str:
         """Why no round should follow this one; empty if one should, or this is the last."""
-        if number == self.rounds.n:
+        if number in (0, self.rounds.n):
             return ""
         if self.is_same(number):
             return f"the student of round {number} is that of round {number - 1} to the bit, and so would all others be"

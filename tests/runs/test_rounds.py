@@ -87,7 +87,8 @@ def test_two_rounds_from_recipe_to_page_and_one_more(data, tmp_path, monkeypatch
     view = Watcher(out).look()
     assert view.stage == "round 2, done" and view.answers == {"length": 40}
 
-    before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name not in {"report.html", ".lock"}}
+    changing = {"report.html", ".lock", "store.sqlite-shm", "store.sqlite-wal"}
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name not in changing}
     with monkeypatch.context() as patched:
         patched.setattr(InProcessTeacher, "answers", lambda *_: pytest.fail("asked again"))
         patched.setattr("limbeck.training.loop.train", lambda *_: pytest.fail("trained again"))
@@ -97,7 +98,7 @@ def test_two_rounds_from_recipe_to_page_and_one_more(data, tmp_path, monkeypatch
     moved = tmp_path / "moved"
     out.rename(moved)
     limbeck.run(parse(data | {"rounds": {"n": 3}}), moved, stages=TRAIN)
-    assert len(asked) == 40 + 18 and losses(round_folder(moved, 3)), "the first two rounds are as they were"
+    assert len(asked) == 40 + 20 and losses(round_folder(moved, 3)), "the first two rounds are as they were"
     starts = [facts["start"] for facts in rounds_record(moved)["rounds"].values()]
     assert starts == [model_identity(data["student"]["start"]["pretrained"])] * 3, "by fingerprint"
 
@@ -126,9 +127,10 @@ def test_killed_in_any_round_it_ends_as_its_twin(data, tmp_path, monkeypatch, as
         patched.setattr(f"{place}.crash_point", kill)
         with pytest.raises(Killed):
             limbeck.run(parse(data), tmp_path / "killed", stages=TRAIN)
+    there = set(answers_in(tmp_path / "killed"))
+    asked.clear()
     limbeck.run(parse(data), tmp_path / "killed", stages=TRAIN)
-    assert len(asked) == len(set(asked)) or point.startswith("elicit"), "nothing answered is asked twice"
-    assert len(asked) <= 36 + 18 and len(set(asked)) == len(answers_in(tmp_path / "killed")) == 36
+    assert there.isdisjoint(asked) and len(asked) == len(set(asked)) == 40 - len(there), "nothing is asked twice"
     limbeck.run(parse(data), tmp_path / "clean", stages=TRAIN)
     killed, clean = (rounds_record(tmp_path / name) for name in ("killed", "clean"))
     assert killed["rounds"] == clean["rounds"] and killed["kept"] == clean["kept"] == 2
@@ -156,6 +158,23 @@ def test_the_previous_student_is_a_writer_and_a_start(data, tmp_path, prompt_fil
     assert writers == {start, facts["1"]["student"]}
 
 
+def test_a_recipe_makes_the_fine_tuned_student_that_its_ranking_starts_from(data, tmp_path, prompt_file):
+    lines = [json.loads(line) | {"answer": "the cat sat"} for line in prompt_file.read_text().splitlines()[:6]]
+    prompt_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    del data["elicit"]
+    data["writer"] = [{"by": "corpus"}, {"by": "previous", "temperature": 1.0, "top_p": 1.0, "max_tokens": 6}]
+    data["loss"] = ["dpo"]
+    data["rounds"] = {"n": 1, "first": {"writer": [{"by": "corpus"}], "loss": ["cross_entropy"]}}
+    out = limbeck.run(parse(data), tmp_path / "out", stages=TRAIN).folder
+    facts = rounds_record(out)["rounds"]
+    assert list(facts) == ["0", "1"] and facts["0"]["start"] == model_identity(data["student"]["start"]["pretrained"])
+    assert facts["1"]["start"] == facts["0"]["student"] == model_identity(str(round_folder(out, 0) / "student"))
+    with closing(sqlite3.connect(out / "store.sqlite")) as db:
+        writers = {json.loads(body)["writer"] for (body,) in db.execute("select body from samples")}
+    assert writers == {facts["0"]["student"]}, "what the fine-tuned student writes is the rejected answer"
+    assert "dpo" in (round_folder(out, 1) / "metrics.jsonl").read_text()
+
+
 def test_a_round_of_a_pruned_student_keeps_the_first_ones_layers(recipe_data, tmp_path):
     recipe_data["rounds"] = {"n": 2}
     recipe_data["train"]["steps"] = 1
@@ -165,7 +184,7 @@ def test_a_round_of_a_pruned_student_keeps_the_first_ones_layers(recipe_data, tm
     assert json.loads(first)["kept"] and first == second
     record = rounds_record(out)
     assert record["rounds"]["1"]["start"] == record["rounds"]["2"]["start"]
-    assert len(answers_in(out)) == 18, "one teacher, one text: nothing is asked twice"
+    assert len(answers_in(out)) == 18 + 2, "one teacher, one text: nothing is asked twice"
 
 
 # Ends, with rounds that are played
@@ -267,6 +286,8 @@ def test_an_empty_pool_stays_an_error_when_it_is_run_again(data, tmp_path):
         ({"rounds": {"n": 2, "stopp": "jsd"}}, r"rounds.stopp: unknown key; did you mean 'stop'"),
         ({"rounds": {"n": 2, "stop": "forward_lk"}}, r"rounds.stop: .*did you mean 'forward_kl'"),
         ({"rounds": {"n": 2, "stop": "own_tokens"}}, r"rounds.stop: .*'own_tokens' that can be better"),
+        ({"rounds": {"n": 2, "first": {"teacher": "x"}}}, r"rounds.first: 'teacher' can't be other"),
+        ({"rounds": {"n": 2, "first": {"loss": ["jds"]}}}, r"rounds.first.loss\[0\].*did you mean 'jsd'"),
         ({"rounds": None}, r"teacher.model: previous is the student of the round before"),
         ({"student": {"start": {"scratch": {}}}}, r"student.start: .*give start.pretrained"),
         ({"teacher": {"model": "previous", "weights": "live"}}, r"teacher.weights: .*in round 2"),
@@ -308,5 +329,9 @@ def test_what_a_round_is_as_an_ordinary_recipe(data):
     assert on.of_round(2, "/r/1/student").student.model_dump(exclude_none=True) == {
         "start": {"pretrained": "/r/1/student"}
     }
+    before = parse(data | {"rounds": {"n": 1, "first": {"writer": [{"by": "teacher"}], "train": data["train"]}}})
+    zero, one = before.of_round(0, None), before.of_round(1, "/r/0/student", "/r/0/student")
+    assert zero.elicit is None and zero.writer[0].by == "teacher" and zero.loss == one.loss
+    assert one.elicit and one.student.start.pretrained == one.teacher.model == "/r/0/student" and one.previous is None
     plain = {key: value for key, value in data.items() if key != "rounds"} | {"teacher": "x"}
     assert "rounds" not in parse(plain).resolved() and "previous" not in parse(plain).resolved(), "old hashes stay"
