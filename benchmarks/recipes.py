@@ -31,7 +31,8 @@ from limbeck.config.builtin import evidence_file, recipe_files
 from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.models.load import model_folder
 from limbeck.storage.files import write_json
-from limbeck.storage.metrics_log import Metrics
+from limbeck.storage.metrics_log import Metrics, read_json
+from limbeck.storage.rounds import kept_round, rounds_in
 
 PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, COUNT = 16, 6, 128, 32, 6, 12
 RUNS = Path("runs/evidence")
@@ -125,9 +126,10 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
 
 def measured(folder: Path) -> dict[str, Any]:
     """What a finished run's folder says of it."""
-    steps = Metrics(folder / "metrics.jsonl").update()
+    homes = list(rounds_in(folder).values()) or [folder]
+    steps = [record for home in homes for record in Metrics(home / "metrics.jsonl").update()]
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
-    answers = json.loads((folder / "answers.json").read_text()) if (folder / "answers.json").exists() else {}
+    answers = read_json(kept_round(folder) / "answers.json") or {}
     held_out = {}
     for metric in ("forward_kl", "perplexity"):
         values = [summary["systems"].get(system, {}).get(metric) for system in ("untouched", "student")]

@@ -33,6 +33,8 @@ TAUGHT_FINISHES = ("ok", "length")  # an answer that ended otherwise is not trai
 # sampling settings that have been in every request key since the first version
 ALWAYS_IN_KEYS = ("temperature", "top_p", "max_tokens")
 
+STUDENTS = ("untouched", "previous")  # writers that are the student: before training, and of the round before
+
 TOLD = "told"  # the kind of evidence that a server's log-probabilities of its own text are stored as
 TAUGHT = "taught"  # the column of text with gaps: 1 at tokens at which the teacher's distribution is known, else 0
 
@@ -42,6 +44,10 @@ NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
 class UserError(ValueError):
     """An error that the user can fix: its message has the place, the cause and the remedy. The command exits with 2."""
+
+
+class NothingLeftError(UserError):
+    """A run has no text to train on: no answer passed its steps, or none can be used."""
 
 
 class RecipeError(UserError):

@@ -28,6 +28,7 @@ def plausible(request):
         "more tasks like these": f" Tell {said} today.\nInput: <noinput>\nOutput: {said}",
         "New prompt:": f"Tell {said} in detail",
         "Do these two prompts": "Not equal",
+        "The right answer is": f"{said} as 2 + 2 = 4. The answer is 4.",
         "Think step by step, and end": f"{said} as 2 + 2 = 4. The answer is 4.",
         "Let's think step by step.": f"{said} as 2 + 2 = 4.",
         "Therefore, the answer is": "Therefore, the answer is 4.",

@@ -73,10 +73,12 @@ def _add(run: Path, folder: Path) -> int:
     """Add a run's answers. Returns how many were new."""
     from limbeck.config.recipe import load_recipe
     from limbeck.runs.answers import add_run
+    from limbeck.storage.rounds import rounds_in
 
     if not (run / "recipe.yaml").exists() or not (run / "store.sqlite").exists():
         raise UserError(f"{run} holds no run with answers (recipe.yaml and store.sqlite): name a run folder")
-    return add_run(run, load_recipe(run / "recipe.yaml"), folder)[0]
+    homes = rounds_in(run).values() or [run]
+    return sum(add_run(home, load_recipe(home / "recipe.yaml"), folder, run)[0] for home in homes)
 
 
 def _forget(db: sqlite3.Connection, name: str) -> int:

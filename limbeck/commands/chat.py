@@ -15,6 +15,7 @@ from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
 from limbeck.models.placement import Placement, find_device
+from limbeck.storage.rounds import kept_round
 from limbeck.types import Sampling, UserError
 
 
@@ -28,7 +29,7 @@ def converse(folder: Path, max_tokens: int, temperature: float, device: str = "a
         raise UserError(f"there is no run folder {folder}")
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} has no finished student: run `limbeck run RECIPE --out {folder}` first")
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe = yaml.safe_load((kept_round(folder) / "recipe.yaml").read_text())
     settings = {"model": recipe["teacher"]} if isinstance(recipe["teacher"], str) else recipe["teacher"]
     teacher = settings.get("model")
     template = settings.get("template")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from limbeck.config.recipe import Recipe
+from limbeck.config.rounds import without_rounds
 from limbeck.data.batches import Row, make_batch
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.fit import prepared
@@ -143,6 +144,7 @@ def _open(recipe: Recipe, folder: Path) -> tuple[list[Row], SignalCache]:
     form = recipe.teacher.cache
     if form is None or form_of(form).server_tokens is None:
         raise UserError("only a top-k cache can be imported or exported: set teacher.cache: {top_k: {k: 64}}")
+    without_rounds(recipe.rounds, recipe.name, "name the recipe.yaml of one of its rounds, with --out of that round")
     run = Run(prepared(recipe), folder, Silent(), lambda: True)  # stops before it sends any request
     with exclusive(folder / ".lock"):
         run.claim()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.config.recipe import Recipe
+from limbeck.config.rounds import without_rounds
 from limbeck.data.batches import make_batch, steps_of_epoch
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.progress import Reporter
@@ -33,6 +34,7 @@ def profile(recipe: Recipe, out: str | Path | None, reporter: Reporter) -> dict[
     shape in the recipe's precision, measured just before and just after each step, since a shared machine's speed
     drifts.
     """
+    without_rounds(recipe.rounds, recipe.name, "time the recipe.yaml of one of its rounds")
     keep_freed_memory()
     folder = run_folder(recipe, out)
     with exclusive(folder / ".lock"):

@@ -26,16 +26,16 @@ def run_stages(
 ) -> None:
     """Do what these stages still have to do, then print where the results are."""
     recipe = load_recipe(recipe_path, overrides, machine)
-    from limbeck.runs.pipeline import run  # after the recipe: a mistake in it shows before torch is loaded
+    from limbeck.runs.rounds import run  # after the recipe: a mistake in it shows before torch is loaded
 
     with console.long_work(as_json) as (reporter, stop), _with_tracker(reporter, recipe, out, tracker) as tracked:
         folder = run(recipe, out, tracked, stop, stages=stages)
     result: dict[str, Any] = {"run": str(folder)}
     if "report" in stages:
-        from limbeck.report.page import verdict
+        from limbeck.report.page import verdict_of
 
         summary = json.loads((folder / "evaluation" / "summary.json").read_text())
-        result |= {"verdict": verdict(summary), "report": str(folder / "report.html")}
+        result |= {"verdict": verdict_of(folder, summary), "report": str(folder / "report.html")}
     print_result(result, as_json)
 
 

@@ -24,6 +24,7 @@ import yaml
 from limbeck.progress import Reporter
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import Metrics, evaluation, is_number, read_json, trainings, values_of
+from limbeck.storage.rounds import rounds_in
 from limbeck.types import UserError, nearest
 
 SECONDS_BETWEEN = 5.0
@@ -252,13 +253,13 @@ class TrackingReporter:
         file = self.folder / "tracking.json"
         states = (read_json(file) or {}).get(self.tracker, {})
         before = repr(states)
-        for name, place in trainings(self.folder).items():
+        for name, place in self._trainings().items():
             state = states.setdefault(name, {"step": 0})
             for record in self.metrics.setdefault(name, Metrics(place / "metrics.jsonl")).update():
                 if record["step"] > state["step"]:
                     self._sink(name, state).log(values_of(record), record["step"])
                     state["step"] = record["step"]
-        for name, values in evaluation(self.folder).items():
+        for name, values in self._evaluation().items():
             state = states.setdefault(name, {"step": 0})
             if not state.get("evaluated"):
                 results = {f"evaluation/{metric}": value for metric, value in values.items()}
@@ -268,6 +269,18 @@ class TrackingReporter:
             for sink in self.sinks.values():
                 sink.flush()
             write_json(file, (read_json(file) or {}) | {self.tracker: states})
+
+    def _homes(self) -> dict[str, Path]:
+        """The folders of the run, or of its rounds, by what stands before the names of their trainings."""
+        return {f"round-{n}-": home for n, home in rounds_in(self.folder).items()} or {"": self.folder}
+
+    def _trainings(self) -> dict[str, Path]:
+        homes = self._homes().items()
+        return {before + name: place for before, home in homes for name, place in trainings(home).items()}
+
+    def _evaluation(self) -> dict[str, dict[str, float]]:
+        homes = self._homes().items()
+        return {before + name: values for before, home in homes for name, values in evaluation(home).items()}
 
     def _sink(self, name: str, state: dict[str, Any]) -> Sink:
         """The tracker's run for this training, opened when first needed."""

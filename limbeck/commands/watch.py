@@ -35,6 +35,7 @@ from limbeck.storage.metrics_log import (
     values_of,
     writing_share,
 )
+from limbeck.storage.rounds import current_round
 from limbeck.storage.store import Store
 from limbeck.types import UserError
 
@@ -103,12 +104,17 @@ class Watcher:
             raise UserError(f"there is no run folder {folder}; `limbeck run RECIPE --out {folder}` makes one")
         if not (folder / "recipe.yaml").exists():
             raise UserError(f"there is no run in {folder}: it has no recipe.yaml")
-        self.folder = folder
+        self.run = folder
+        self.folder = folder  # of the round that is under way, if there are rounds
         self.recipe: dict[str, Any] = yaml.safe_load((folder / "recipe.yaml").read_text())
         self.metrics: dict[str, Metrics] = {}
 
     def look(self) -> RunView:
-        """Read the folder's state as it is now."""
+        """Read the folder's state as it is now; of a run in rounds, that of its newest round."""
+        newest_round = current_round(self.run)
+        if newest_round != self.folder and (newest_round / "recipe.yaml").exists():
+            self.folder = newest_round
+            self.metrics = {}
         views = []
         newest = 0.0
         for name, place in trainings(self.folder).items():
@@ -120,11 +126,12 @@ class Watcher:
             with contextlib.suppress(FileNotFoundError):
                 newest = max(newest, metrics.path.stat().st_mtime)
         values = evaluation(self.folder)
-        answers = count_answers(self.folder / "store.sqlite")
+        answers = count_answers(self.run / "store.sqlite")
+        stage = self._stage(views, values, answers)
         running = any(not view.finished for view in views)
         return RunView(
             name=str(self.recipe.get("name")),
-            stage=self._stage(views, values, answers),
+            stage=stage if self.folder == self.run else f"round {self.folder.name}, {stage}",
             answers=answers,
             trainings=tuple(views),
             evaluation=values,

@@ -9,14 +9,17 @@ from limbeck.config.server import LIMITS_ALONE
 
 PAGE = ("title", "paper")
 EVALUATION = "evaluate"
+HOW_MANY_ROUNDS = ("n", "stop")
 
 
 def training_part(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What text and training depend on: not the evaluation, the page's words, how often to save, or a server's limits.
-    All that may change under a run."""
+    """What text and training depend on: not the evaluation, the page's words, how often to save, how many rounds there
+    are, or a server's limits. All that may change under a run."""
     data = {key: value for key, value in resolved.items() if key not in (*PAGE, EVALUATION)}
     if isinstance(data.get("train"), Mapping):
         data["train"] = _without(data["train"], ("save_seconds",))
+    if isinstance(data.get("rounds"), Mapping):
+        data["rounds"] = _without(data["rounds"], HOW_MANY_ROUNDS)
     teacher = data.get("teacher")
     if isinstance(teacher, Mapping) and isinstance(teacher.get("server"), Mapping):
         data["teacher"] = {**teacher, "server": _without(teacher["server"], LIMITS_ALONE)}

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 
 from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.machine import Machine
+from limbeck.config.rounds import Rounds, check_previous, round_data
 from limbeck.config.sections import (
     Elicit,
     Evaluate,
@@ -45,6 +46,7 @@ class Recipe(Section):
     title: str = ""
     paper: str = ""
     teacher: TeacherSettings
+    previous: str | None = None  # in a round's recipe: the folder of the student before it, where that is no start
     student: Student
     prompts: Prompts
     elicit: Annotated[list[Elicit], Field(min_length=1)] | None = None
@@ -52,6 +54,7 @@ class Recipe(Section):
     rollout: Rollout | None = None
     loss: Annotated[list[LossEntry], Field(min_length=1)]
     train: Train
+    rounds: Rounds | None = None
     evaluate: Evaluate = Evaluate()
     machine: Annotated[Machine, Field(exclude=True)] = Machine()  # not in the hash: see `config.machine`
 
@@ -76,6 +79,7 @@ class Recipe(Section):
             raise ValueError(
                 "rollout says how the student writes, but no writer is the student; add {by: student} or remove rollout"
             )
+        check_previous(self.rounds, self.teacher, self.student.start.pretrained)
         return self
 
     @field_validator("teacher", mode="plain")
@@ -169,6 +173,10 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """All settings that have a value, defaults included, as plain data."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def of_round(self, number: int, student: str | None, base: str | None = None) -> Recipe:
+        """Round `number` as an ordinary recipe (see `rounds.round_data`)."""
+        return parse(round_data(self.resolved(), number, student, base)).model_copy(update={"machine": self.machine})
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | Path | None = None) -> Recipe:

@@ -134,12 +134,13 @@ class Elicit(Section):
 class Writer(Section):
     """Who writes the text the student trains on, and how it is sampled.
 
-    `untouched` is the student before training, `student` the student at the current step, `elicited` whoever answered
-    in the steps of `elicit`. Shares add up to 1 (each prompt goes to one writer), or are all 1 (each prompt goes to all
-    writers, the preferred one first). The student's share may be a schedule; the others then share the rest.
+    `untouched` is the student before training, `previous` that of the round before (in the first, `untouched`),
+    `student` the student at the current step, `elicited` whoever answered in the steps of `elicit`. Shares add up to 1
+    (each prompt goes to one writer), or are all 1 (each prompt goes to all writers, the preferred one first). The
+    student's share may be a schedule; the others then share the rest.
     """
 
-    by: Literal["teacher", "corpus", "elicited", "untouched", "student"]
+    by: Literal["teacher", "corpus", "elicited", "untouched", "previous", "student"]
     share: Annotated[float, Field(ge=0, le=1)] | dict[str, Any] = 1.0
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95

@@ -8,6 +8,7 @@ elicitation is read back.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import ElicitStep
 from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.storage.files import read_jsonl, write_json, write_text
-from limbeck.types import AnswerForm, Message, Sample, UserError, canonical_json, content_hash
+from limbeck.types import AnswerForm, Message, NothingLeftError, Sample, canonical_json, content_hash
 
 POOL = "elicited.jsonl"
 ACCOUNT = "elicitation.json"
@@ -104,9 +105,11 @@ class Elicitation:
             on_done: called with a summary of each step after it.
 
         Raises:
-            UserError: nothing is left to train on.
+            NothingLeftError: nothing is left to train on.
         """
         if (finished := self.finished()) is not None:
+            if not finished:
+                raise self._nothing_left(json.loads((self.folder / ACCOUNT).read_text())["steps"])
             return finished
         pool = [prompt_sample(prompt) for prompt in self.source.training_prompts]
         tallies = []
@@ -137,16 +140,20 @@ class Elicitation:
         write_text(self.folder / POOL, "".join(canonical_json(_record(sample)) + "\n" for sample in pool))
         write_json(self.folder / ACCOUNT, {"key": self.key, "writer": self.identity, "steps": steps})
         if not pool:
-            dropped = [
-                f"{tally.step}: {reason} ({count})"
-                for _, tally, _ in tallies
-                for reason, count in tally.dropped.most_common(2)
-            ]
-            raise UserError(
-                f"the steps under elicit left no sample ({'; '.join(dropped)}); see {self.folder / ACCOUNT} for what"
-                " each one left out"
-            )
+            raise self._nothing_left(steps)
         return pool
+
+    def _nothing_left(self, steps: Sequence[dict[str, Any]]) -> NothingLeftError:
+        """The error that says what each step left out."""
+        dropped = [
+            f"{step['step']}: {reason} ({count})"
+            for step in steps
+            for reason, count in Counter(step["dropped"]).most_common(2)
+        ]
+        return NothingLeftError(
+            f"the steps under elicit left no sample ({'; '.join(dropped)}); see {self.folder / ACCOUNT} for what each"
+            " one left out"
+        )
 
     def _without_held_out(self, pool: Pool) -> tuple[Pool, Tally]:
         """The pool without samples whose prompt is a held-out one, up to case and white space; and the tally."""

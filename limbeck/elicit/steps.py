@@ -22,6 +22,7 @@ from limbeck.elicit import (  # noqa: F401 (imported for the steps that they reg
     merit,
     mosaic,
     rationale,
+    rationalise,
     reasoning,
     rewrite,
     select,

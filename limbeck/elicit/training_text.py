@@ -24,14 +24,14 @@ from limbeck.elicit.sharing import Reuse, Sharing
 from limbeck.progress import Reporter, StoppedError
 from limbeck.storage.answers import SharedAnswers
 from limbeck.storage.store import Store
-from limbeck.types import AnswerForm, Request, Sample, Sampling, content_hash
+from limbeck.types import STUDENTS, AnswerForm, Request, Sample, Sampling, content_hash
 
 
 class TextModels(Protocol):
     """The models of a run, by their names in writers and steps; each is loaded when first needed."""
 
     def writer(self, name: str, /) -> Answerer:
-        """The model that writes as `teacher` or `untouched`."""
+        """The model that writes as `teacher`, `untouched` or `previous`."""
 
     def writer_identity(self, name: str, /) -> str:
         """The writer's name in request keys."""
@@ -109,7 +109,7 @@ class TrainingText:
 
     def _without_untouched(self) -> list[Sample]:
         """The training text that does not come from the student; layers of a pruned student are chosen by it."""
-        return self._samples([writer for writer in self.recipe.fixed_writers if writer.by != "untouched"])
+        return self._samples([writer for writer in self.recipe.fixed_writers if writer.by not in STUDENTS])
 
     def training(self) -> list[Sample]:
         """All text written before the training, prompt by prompt, each prompt's answers in the order of preference."""

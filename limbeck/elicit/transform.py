@@ -14,6 +14,7 @@ from limbeck.elicit.wording import fill
 from limbeck.types import Sample
 
 NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?%?"
+SIGNS = str.maketrans({"x": "*", "×": "*", "÷": "/"})
 EQUATION = re.compile(rf"{NUMBER}(?:\s*[-+*/x×÷]\s*\(?\s*{NUMBER}\s*\)?)+\s*=\s*{NUMBER}")
 
 
@@ -107,6 +108,34 @@ class Equations(LocalStep):
 
     def writes(self) -> frozenset[str]:
         return frozenset({"rationale", "final"})
+
+
+@register("distinct_paths")
+class DistinctPaths(LocalStep):
+    """Keeps, of the answers to one prompt, the first with each list of equations (RFT): other words for the same sums
+    are no other path. Answers without an equation have one list, the empty one."""
+
+    kind = "select"
+    paper = "Yuan et al., arXiv:2308.01825"
+
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
+        paths: set[tuple[object, ...]] = set()
+        kept: Pool = []
+        for sample in pool:
+            text = answer_of(sample) or ""
+            path = (sample.meta.get("prompt_id", prompt_of(sample)), *equations_of(text))
+            if path in paths:
+                tally.drop("the same equations", text)
+            else:
+                paths.add(path)
+                kept.append(sample)
+        return kept
+
+
+def equations_of(text: str) -> list[str]:
+    """The equations in a text, each once, without spaces and with one sign for each operation."""
+    found = (re.sub(r"[\s,$]", "", match[0]) for match in EQUATION.finditer(text))
+    return list(dict.fromkeys(equation.translate(SIGNS) for equation in found))
 
 
 @register("counterfactual")

@@ -22,9 +22,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from limbeck.report.compare import comparison_content
 from limbeck.report.excerpt import Excerpt, embedded
 from limbeck.report.metrics import number, percent, signed
+from limbeck.report.rounds import rounds_content, rounds_verdict
 from limbeck.report.run import run_content
 from limbeck.report.verdict import compare_verdict, leaks_left_out, verdict
 from limbeck.storage.files import write_bytes
+from limbeck.storage.rounds import has_rounds
 from limbeck.types import UserError
 
 __all__ = [
@@ -42,7 +44,8 @@ MAX_LEAKS = 50
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into the folder of a run, or of a comparison (a folder with a `comparison.json`).
+    """Write `report.html` into the folder of a run, of a run in rounds, or of a comparison (a folder with a
+    `comparison.json`).
 
     Raises:
         UserError: the folder has no evaluation.
@@ -50,6 +53,8 @@ def write_report(folder: Path) -> Path:
     if is_comparison(folder):
         comparison = read_comparison(folder)
         page = _render("compare.html.jinja", comparison_content(folder, comparison), comparison)
+    elif has_rounds(folder):
+        page = _render("rounds.html.jinja", rounds_content(folder), read_summary(folder))
     else:
         summary = read_summary(folder)
         page = _render("run.html.jinja", run_content(folder, summary), summary)
@@ -64,6 +69,8 @@ def is_comparison(folder: Path) -> bool:
 
 def verdict_of(folder: Path, results: dict[str, Any]) -> str:
     """The verdict on the results of a run or a comparison (see `data.read_results`)."""
+    if has_rounds(folder):
+        return rounds_verdict(folder)
     return compare_verdict(results) if is_comparison(folder) else verdict(results)
 
 

@@ -98,8 +98,9 @@ def _speaker(recipe: Recipe) -> tuple[object, ...]:
     return (recipe.teacher,) if server is None else (server.url, server.name, server.kind, server.options)
 
 
-def add_run(folder: Path, recipe: Recipe, place: Path) -> tuple[int, int]:
-    """Share the answers of a run's teacher. Returns (how many were new, how many of them are shared now).
+def add_run(folder: Path, recipe: Recipe, place: Path, library: Path | None = None) -> tuple[int, int]:
+    """Share the answers of a run's teacher, which are in its folder or in `library`. Returns (how many were new, how
+    many of them are shared now).
 
     Raises:
         UserError: the folder is not bound to a teacher, or its teacher's answers can't be shared.
@@ -116,7 +117,7 @@ def add_run(folder: Path, recipe: Recipe, place: Path) -> tuple[int, int]:
             " answers are shared"
         )
     shown = None if context is None else PromptContext(context.system, context.user)
-    with Store(folder / "store.sqlite") as store:
+    with Store((library or folder) / "store.sqlite") as store:
         shared = SharedAnswers(place, origin, shown)
         added = shared.add_from(store, identity)
         there = sum(1 for _ in shared.take([request for request, _ in store.answers_of(identity)]))

@@ -20,7 +20,7 @@ INPUTS = "inputs.json"
 HELD_OUT = "held-out prompts"  # of the inputs the one that may change: what is asked of them is asked anew
 TRAINING = "training"  # what the folder's checkpoints are named by
 BEFORE_THE_RECIPE = frozenset(
-    {".lock", INPUTS, "machine.json", "plan.json", "prompts.json", "answers.json"}
+    {".lock", INPUTS, "machine.json", "plan.json", "prompts.json", "answers.json", "start.json"}
     | {f"store.sqlite{end}" for end in ("", "-wal", "-shm", "-journal")}
 )
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from limbeck.config.recipe import Recipe, load_recipe, parse
+from limbeck.config.rounds import without_rounds
 from limbeck.config.teacher import BridgedTeacher, SelfTeacher
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
@@ -61,6 +62,8 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
     Raises:
         UserError: the same name twice, a reserved name, fewer than two recipes, or recipes that can't be compared.
     """
+    for recipe in (*recipes, like):
+        without_rounds(recipe.rounds, recipe.name, "a comparison trains every method once; run it by itself")
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{twice[0]!r} stands twice; a comparison needs recipes of different names")

@@ -27,6 +27,7 @@ from limbeck.runs.lengths import Lengths
 from limbeck.runs.shapes import Shape, forward_flops, step_flops
 from limbeck.signals.forms import form_of
 from limbeck.training import controls
+from limbeck.types import STUDENTS
 
 QUESTION_TOKENS = 400  # what a judge reads beside two answers, about
 VERDICT_TOKENS = 100  # what a judge writes, about
@@ -57,6 +58,7 @@ class Plan:
         answers: how long answers are taken to be, and why.
         unknown: the stages whose time, or a part of it, can't be told, and what can be said of it.
         cautions: what speaks against training so.
+        rounds: how many rounds there are, each of which costs so much.
     """
 
     requests: int
@@ -74,27 +76,31 @@ class Plan:
     answers: str = ""
     unknown: Mapping[str, str] = field(default_factory=dict)
     cautions: tuple[str, ...] = ()
+    rounds: int = 1
 
     def lines(self) -> list[tuple[str, str]]:
+        all_minutes = self.rounds * sum(self.seconds.values()) / 60
         minutes = {stage: f"{value / 60:.1f} min" for stage, value in self.seconds.items()}
         return [
             *(("prompts", note) for note in self.notes),
+            *([("rounds", f"{self.rounds}, and what follows is of each")] if self.rounds > 1 else []),
             ("requests to the teacher", f"{self.requests:,}"),
             ("tokens it will write", f"about {self.teacher_tokens:,}"),
             *([("length of an answer", self.answers)] if self.answers else []),
             ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
             ("steps of each", f"about {self.steps:,}"),
             ("trained tokens of each", f"about {self.trained_tokens:,}"),
-            ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB"),
+            ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB{self._students()}"),
             ("device", self.device),
             ("peak memory", self._memory()),
             *((f"time, {stage}", text) for stage, text in {**minutes, **self._told()}.items()),
-            (
-                "time, all",
-                f"{sum(self.seconds.values()) / 60:.0f} min {self._where()} (an estimate){self._beside()}",
-            ),
+            ("time, all", f"{all_minutes:.0f} min {self._where()} (an estimate){self._beside()}"),
             *(("note", caution) for caution in self.cautions),
         ]
+
+    def _students(self) -> str:
+        """What the students of the other rounds take."""
+        return ", and a student for every other round" if self.rounds > 1 else ""
 
     def _told(self) -> dict[str, str]:
         """What is said of the stages whose time is not known, after what is."""
@@ -151,7 +157,7 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     """The controls that are trained. Fine-tuning is no control of itself: that would be the same run twice."""
     plain = [(term.label, {key: schedule.start for key, schedule in term.params.items()}) for term in terms]
-    by_others = all(writer.by not in ("untouched", "student") for writer in recipe.writer)
+    by_others = all(writer.by not in (*STUDENTS, "student") for writer in recipe.writer)
     is_fine_tuning = plain == [("cross_entropy", {"label_smoothing": 0.0})] and not recipe.all_answer and by_others
     return controls.trained_controls(recipe, is_fine_tuning)
 
@@ -272,7 +278,7 @@ class TextAmounts:
             answer_tokens=answer_tokens,
             held_out_tokens=int(len(held_out) * (answer_tokens + lengths.prompt)),
             by_teacher=by_writer.get("teacher", 0.0),
-            by_untouched=by_writer.get("untouched", 0.0),
+            by_untouched=sum(by_writer.get(name, 0.0) for name in STUDENTS),
             by_all=by_all,
         )
 

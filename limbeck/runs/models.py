@@ -35,7 +35,7 @@ from limbeck.storage.metrics_log import read_json
 from limbeck.storage.store import Store
 from limbeck.training.controls import PROMPTED
 from limbeck.training.scorer import ModelScorer
-from limbeck.types import TOLD, AnswerForm, UserError
+from limbeck.types import STUDENTS, TOLD, AnswerForm, UserError
 
 
 @dataclass
@@ -306,12 +306,18 @@ class RunModels:
     # By the names in writers and steps of elicitation: see `elicit.training_text.TextModels`
 
     def writer(self, name: str) -> Answerer:
-        if name == "untouched":
+        previous = self.method.recipe.previous
+        if name == "previous" and previous is not None:
+            return InProcessTeacher(load_model(previous, placement=self.devices.student))
+        if name in STUDENTS:
             return InProcessTeacher(self.initial_student())
         return self.server or self.teacher
 
     def writer_identity(self, name: str) -> str:
-        if name == "untouched":
+        previous = self.method.recipe.previous
+        if name == "previous" and previous is not None:
+            return model_identity(previous)
+        if name in STUDENTS:
             return self.initial_identity
         if self.method.recipe.teacher.server is None:
             return self.teacher_identity

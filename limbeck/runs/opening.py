@@ -25,7 +25,7 @@ from limbeck.runs.models import RunModels
 from limbeck.runs.resolve import Method, resolve
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
-from limbeck.types import ANSWER_ENDS, TAUGHT_FINISHES, Sample, UserError
+from limbeck.types import ANSWER_ENDS, TAUGHT_FINISHES, NothingLeftError, Sample
 
 
 def bind(folder: Path, method: Method, models: RunModels, reporter: Reporter) -> None:
@@ -63,7 +63,7 @@ def tell_answers(folder: Path, parts: Mapping[str, Sequence[Sample]], reporter: 
     """Say how many answers of each part of the text teach nothing, and keep how all of them ended for the page.
 
     Raises:
-        UserError: no answer of a part can be used.
+        NothingLeftError: no answer of a part can be used.
     """
     record = {}
     for part, samples in parts.items():
@@ -82,7 +82,7 @@ def tell_answers(folder: Path, parts: Mapping[str, Sequence[Sample]], reporter: 
     for part, samples in parts.items():
         if samples and not any(sample.teaches for sample in samples):
             counts = ", ".join(f"{count:,} {ANSWER_ENDS[end]}" for end, count in record[part].items())
-            raise UserError(f"{part}: of {len(samples):,} answers none can be used ({counts}); see store.sqlite")
+            raise NothingLeftError(f"{part}: of {len(samples):,} answers none can be used ({counts}); see store.sqlite")
 
 
 def settle(folder: Path, machine: Machine, facts: Mapping[str, str], reporter: Reporter) -> None:

@@ -55,7 +55,8 @@ STAGES = ("elicit", "train", "evaluate", "report")
 class Run:
     """One method in one folder: its text, models, trainings and measurements.
 
-    The runs of a comparison share the teacher and the text of the run `shared`.
+    The runs of a comparison share the teacher and the text of the run `shared`; rounds keep their text in one `store`,
+    the folder of all of them.
     """
 
     method: Method
@@ -63,6 +64,7 @@ class Run:
     reporter: Reporter
     stop: Callable[[], bool] = lambda: False
     shared: Run | None = None
+    store: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -98,8 +100,14 @@ class Run:
             models=self.models,
             reporter=self.reporter,
             stop=self.stop,
-            shared=self.shared_text.open,
+            shared=(lambda store: None) if self.is_taught_by_a_round else self.shared_text.open,
         )
+
+    @property
+    def is_taught_by_a_round(self) -> bool:
+        """Whether the teacher is the student of an earlier round, whose text is of no use to other runs."""
+        teacher = self.recipe.teacher.model
+        return self.store is not None and teacher is not None and Path(teacher).is_relative_to(self.store.resolve())
 
     @cached_property
     def shared_text(self) -> SharedText:
@@ -116,7 +124,7 @@ class Run:
     @property
     def library(self) -> Path:
         """The folder whose `store.sqlite` holds the text."""
-        return self.folder if self.shared is None else self.shared.library
+        return (self.store or self.folder) if self.shared is None else self.shared.library
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
@@ -321,24 +329,27 @@ def run(
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
     stages: Sequence[str] = STAGES,
+    store: Path | None = None,
 ) -> Path:
-    """Run the stages of a recipe that are not done yet. Returns the run folder.
+    """Run the stages of a recipe without rounds that are not done yet. Returns the run folder.
 
     Args:
         out: the run folder; by default runs/NAME.
         stop: called between two steps; if it returns true, the state is saved and `StoppedError` raised.
         stages: which of elicit, train, evaluate, report; a stage also does what it needs of earlier ones.
+        store: the folder of `store.sqlite`; by default the run folder.
 
     Raises:
         UserError: the recipe or the folder can't be used; finished work is kept.
     """
+    assert recipe.rounds is None, "rounds are run by runs.rounds"
     method = resolve(recipe)
     estimate = plan(method)  # refuses what the models' configurations rule out
     method = fitted(method)
     reporter = reporter or Silent()
     folder = run_folder(recipe, out)
     with exclusive(folder / ".lock"):
-        job = Run(method, folder, reporter, stop)
+        job = Run(method, folder, reporter, stop, store=store)
         if "train" in stages and not job.path("student").exists():
             look_at_writer(recipe)  # before the teacher's text is paid for
         job.claim()

@@ -94,7 +94,9 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     prompts = (method.training_prompts, method.held_out_prompts)
     shapes = Shapes(student, teacher, others, judge)
     lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
-    return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=_bills(method))
+    bills = _bills(method)
+    made = make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=bills)
+    return replace(made, rounds=method.rounds)
 
 
 def _tokens(recipe: Recipe) -> TokenCounter:

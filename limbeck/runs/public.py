@@ -14,7 +14,8 @@ from limbeck.models import load
 from limbeck.progress import Reporter
 from limbeck.report.page import is_comparison
 from limbeck.runs import compare as comparing
-from limbeck.runs import pipeline
+from limbeck.runs import rounds
+from limbeck.runs.pipeline import STAGES
 from limbeck.runs.result import ComparisonResult, RunResult
 from limbeck.types import UserError
 
@@ -24,7 +25,7 @@ def run(
     out: str | os.PathLike[str] | None = None,
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
-    stages: Sequence[str] = pipeline.STAGES,
+    stages: Sequence[str] = STAGES,
 ) -> RunResult:
     """Run the stages of a recipe that are not done yet, and return its results, which also stand for its folder.
 
@@ -39,7 +40,7 @@ def run(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = None if out is None else Path(out)
-    return RunResult(pipeline.run(loaded, folder, reporter, stop, stages=stages))
+    return RunResult(rounds.run(loaded, folder, reporter, stop, stages=stages))
 
 
 def compare(

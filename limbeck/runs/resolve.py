@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from limbeck.config.recipe import Recipe
+from limbeck.config.rounds import Rounds
 from limbeck.config.sections import Rollout
 from limbeck.elicit.prompts import Prompt, split_prompts
 from limbeck.elicit.run import prompt_sample
 from limbeck.elicit.step import AskingStep, ElicitStep
 from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.elicit.steps import check_steps, columns_read, steps_of
+from limbeck.evaluate.metrics import METRICS
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.tasks import tasks_of
 from limbeck.models.context import PromptContext, conversation_key
@@ -26,9 +29,10 @@ from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.term import Term, make_term
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
+from limbeck.storage.rounds import round_folder
 from limbeck.training.controls import PROMPTED
 from limbeck.training.rewards import Rewards, rewards_of
-from limbeck.types import RecipeError, list_hash
+from limbeck.types import RecipeError, list_hash, nearest
 
 SHARE_SHAPES = ("constant", "linear", "cosine", "step", "plateau")
 
@@ -45,6 +49,7 @@ class Method:
             prompt.
         rewards: what judges the student's answers.
         prompt_notes: what was read from each file of prompts.
+        rounds: how many rounds its recipe has, of which this is the first.
     """
 
     recipe: Recipe
@@ -59,6 +64,7 @@ class Method:
     step_prompt: StepPrompt | None = None
     rewards: Rewards | None = None
     prompt_notes: tuple[str, ...] = ()
+    rounds: int = 1
 
     @property
     def measured_context(self) -> PromptContext | None:
@@ -112,12 +118,15 @@ class Method:
 
 
 def resolve(recipe: Recipe) -> Method:
-    """Resolve all that a recipe names and refuse what can't work together; no model is loaded.
+    """Resolve all that a recipe names and refuse what can't work together; no model is loaded. Of a recipe with rounds,
+    the first one is resolved, and what a later one couldn't do is refused, too.
 
     Raises:
         RecipeError: an unknown name, a value out of range, prompts that aren't there, or parts that don't fit, with the
             place in the recipe and the remedy.
     """
+    if recipe.rounds is not None:
+        return _resolve_rounds(recipe, recipe.rounds)
     evaluate = recipe.evaluate
     steps = tuple(steps_of(recipe.elicit or ()))
     prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns, columns_read(steps))
@@ -153,6 +162,31 @@ def resolve(recipe: Recipe) -> Method:
             " none: give teacher.context, or leave it out",
         )
     return method
+
+
+def _resolve_rounds(recipe: Recipe, rounds: Rounds) -> Method:
+    """The first round of a recipe, once a later one is known to be possible, too."""
+    if rounds.first is not None:
+        try:
+            resolve(recipe.of_round(0, None))
+        except RecipeError as error:
+            raise RecipeError(f"rounds.first.{error.path}", str(error).removeprefix(f"{error.path}: ")) from error
+    first = resolve(recipe.of_round(1, None))
+    if rounds.stop is not None:
+        sided = {name for name, metric in METRICS.items() if metric.better != "none"}
+        sided |= {f"{task.name}/{name}" for task in first.tasks for name in task.metrics if task.better(name) != "none"}
+        if rounds.stop not in sided:
+            raise RecipeError(
+                "rounds.stop", f"evaluate measures no {rounds.stop!r} that can be better{nearest(rounds.stop, sided)}"
+            )
+    if rounds.n > 1:
+        try:
+            base, student = (str(round_folder(Path(), number) / "student") for number in (0, 1))
+            resolve(recipe.of_round(2, student, None if rounds.first is None else base))
+        except RecipeError as error:
+            words = str(error).removeprefix(f"{error.path}: ")
+            raise RecipeError(error.path, f"{words} (in round 2, which the student of round 1 is part of)") from error
+    return replace(first, rounds=len(rounds.numbers))
 
 
 def _step_prompt(recipe: Recipe, steps: Sequence[tuple[str, ElicitStep]]) -> StepPrompt | None:

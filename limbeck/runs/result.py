@@ -13,6 +13,7 @@ from limbeck.report import data
 from limbeck.report.item_files import all_items, item_files
 from limbeck.report.page import is_comparison, verdict_of
 from limbeck.report.worth import worth
+from limbeck.storage.rounds import rounds_in
 from limbeck.types import UserError, nearest
 
 Systems = dict[str, dict[str, Interval]]
@@ -43,6 +44,11 @@ class RunResult:
     def report(self) -> Path:
         """The page with everything."""
         return self.folder / "report.html"
+
+    @property
+    def rounds(self) -> tuple[RunResult, ...]:
+        """The runs of the rounds that have begun, the first one first; empty for a recipe without rounds."""
+        return tuple(RunResult(home) for home in rounds_in(self.folder).values())
 
     @property
     def summary(self) -> dict[str, Any]:

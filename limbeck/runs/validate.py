@@ -21,7 +21,7 @@ from limbeck.objectives.schedule import Schedule
 from limbeck.objectives.term import Term
 from limbeck.signals.forms import form_of
 from limbeck.training.controls import check_controls
-from limbeck.types import RecipeError
+from limbeck.types import STUDENTS, RecipeError
 
 JUDGED_ON_TEXT = ("importance", "block_influence")  # choices of layers that need text
 
@@ -74,7 +74,7 @@ def _check_budget(recipe: Recipe, task: Task) -> None:
 
 def _check_writers(recipe: Recipe) -> None:
     """Refuse a recipe whose only text is the untouched student's if pruning needs other text."""
-    beside_untouched = [writer for writer in recipe.fixed_writers if writer.by != "untouched"]
+    beside_untouched = [writer for writer in recipe.fixed_writers if writer.by not in STUDENTS]
     # if only the student writes, the teacher's text serves for pruning
     others = beside_untouched if recipe.fixed_writers else recipe.writer
     prune = recipe.student.start.prune
@@ -100,7 +100,7 @@ def _text_facts(use: TeacherUse) -> TextFacts:
         tags=frozenset(tags) if recipe.elicit is None else None,  # steps give tags of their own
         others_tags=frozenset(writers - {STUDENT} | preferred),
         fixed=bool(recipe.fixed_writers),
-        all_preferred="untouched" not in writers and not ("corpus" in writers and several),
+        all_preferred=writers.isdisjoint(STUDENTS) and not ("corpus" in writers and several),
         several_answers=recipe.all_answer or several or recipe.elicit is not None,
         ranked_answers=recipe.all_answer
         or (writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)),

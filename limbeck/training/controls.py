@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import CHOSEN, Row
 from limbeck.elicit.prompts import Prompt
-from limbeck.types import RecipeError, Sample, UserError, nearest
+from limbeck.types import STUDENTS, RecipeError, Sample, UserError, nearest
 
 UNTOUCHED = "untouched"  # the student before training, as a control and as a writer
 PROMPTED = "prompted"  # the same, shown what the teacher is shown beside the prompt
@@ -66,8 +66,8 @@ class Control:
 
 
 def preferred(rows: Sequence[Row]) -> list[Row]:
-    """The preferred answers, without those that the student before training wrote."""
-    return [row for row in rows if CHOSEN in row.tags and UNTOUCHED not in row.tags]
+    """The preferred answers, without those that the student before training, or of the round before, wrote."""
+    return [row for row in rows if CHOSEN in row.tags and row.tags.isdisjoint(STUDENTS)]
 
 
 def shuffled(rows: Sequence[Row], seed: int, max_length: int) -> list[Row]:
@@ -110,9 +110,9 @@ def gold_samples(prompts: Sequence[Prompt]) -> list[Sample]:
 
 
 def _without_preferred_text(recipe: Recipe, _: Sequence[Prompt]) -> str | None:
-    by_others = [writer for writer in recipe.fixed_writers if writer.by != UNTOUCHED]
+    by_others = [writer for writer in recipe.fixed_writers if writer.by not in STUDENTS]
     others = by_others if recipe.fixed_writers else recipe.writer  # for a student alone the teacher writes their text
-    if others and not (recipe.all_answer and recipe.writer[0].by in (UNTOUCHED, "student")):
+    if others and not (recipe.all_answer and recipe.writer[0].by in (*STUDENTS, "student")):
         return None
     return "fine-tuning needs preferred text of a teacher or corpus; set controls: [untouched]"
 

@@ -31,6 +31,7 @@ def test_the_recipes_of_the_field_are_there():
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
         "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd", "minillm-from-server",
         "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher",
+        "star", "rft", "rest-em", "lmsi", "spin",
     }  # fmt: skip
 
 
@@ -62,6 +63,8 @@ OWN = {
 def the_same_model(name, folder):
     """The teacher and the student's start; a student that teaches itself, or learns a context, starts as the teacher."""
     recipe = load_recipe(name)
+    if recipe.rounds is not None:
+        return [f"student={{start: {{pretrained: {folder}}}}}", "rounds.n=2"]
     if recipe.teacher.kind == "several":
         return [
             f"teacher.model={folder}",
@@ -121,6 +124,8 @@ def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file,
         name
     ).elicit:  # a tiny model's answers would pass no filter: the writer is played, and long texts need room
         changes += elicited_from(tmp_path, monkeypatch)
+        if load_recipe(name).rounds is not None:
+            changes += ["teacher=previous", f"student.start={{pretrained: {tmp_path / 'roomy'}}}", "rounds.n=2"]
     elif load_recipe(name).teacher.model is None:
         names, logprobs = load_recipe(name).teacher.server.names, load_recipe(name).teacher.server.logprobs
         url = servers["llama.cpp" if names is None and logprobs is None else "vLLM"].url
@@ -131,7 +136,8 @@ def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file,
     else:
         changes += the_same_model(name, tiny_folder)
     recipe = load_recipe(name, changes)
-    folder = run(recipe, tmp_path / "run", stages=("elicit", "train")).folder
+    result = run(recipe, tmp_path / "run", stages=("elicit", "train"))
+    folder = result.rounds[-1].folder if recipe.rounds is not None else result.folder
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3
     assert set().union(*(record["terms"] for record in records)) <= {term.label for term in terms_of(recipe)}

@@ -54,14 +54,15 @@ class Finding:
 def examine(
     recipe: Recipe, out: str | Path | None = None, on_check: Callable[[str], None] = lambda name: None
 ) -> list[Finding]:
-    """Run all checks.
+    """Run all checks; of a recipe with rounds, on the first.
 
     Args:
         out: the run folder, whose text and cache are checked if they are there; by default runs/NAME.
         on_check: called with each check's name before it starts.
     """
     with tempfile.TemporaryDirectory(prefix="limbeck-doctor-") as scratch:
-        return _findings(Patient(recipe, run_folder(recipe, out), Path(scratch)), on_check)
+        first = recipe if recipe.rounds is None else recipe.of_round(1, None)
+        return _findings(Patient(first, run_folder(recipe, out), Path(scratch)), on_check)
 
 
 def _findings(patient: Patient, on_check: Callable[[str], None]) -> list[Finding]:

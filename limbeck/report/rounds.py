@@ -1,0 +1,155 @@
+"""The content of the page over a run's rounds, read from their folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.report.figures import Figure
+from limbeck.report.grids import Grid
+from limbeck.report.metrics import Metric, metrics_of, number, task_headlines
+from limbeck.report.plots import Label, Series, curves
+from limbeck.storage.files import read_jsonl
+from limbeck.storage.metrics_log import read_json
+from limbeck.storage.rounds import rounds_in, rounds_record
+
+BEFORE = "Before training"
+OWN_TEXT = ("own_tokens", "own_finished", "own_repetition")  # where a collapse shows
+OF_TEACHER = ("forward_kl", "top1_agreement")  # comparable only where all rounds have one teacher
+Summaries = dict[int, dict[str, Any]]
+
+
+def rounds_content(folder: Path) -> dict[str, Any]:
+    """The variables of `rounds.html.jinja`."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    record = rounds_record(folder)
+    summaries = _summaries(folder)
+    metrics = round_metrics(recipe, summaries)
+    return {
+        "recipe": recipe,
+        "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        "verdict": rounds_verdict(folder),
+        "results": _results(metrics, summaries),
+        "links": {_name(key): f"rounds/{key}/report.html" for key in _with_pages(folder)},
+        "figures": [figure for metric in metrics if (figure := _figure(metric, summaries))],
+        "spent": _spent(folder),
+        "kept": record.get("kept"),
+        "ended": record.get("ended") or "",
+        "weights": [
+            (_name(int(key)), [("began with", facts["start"]), ("left", facts["student"])])
+            for key, facts in (record.get("rounds") or {}).items()
+        ],
+        "excerpt": None,
+        "shown": [],
+    }
+
+
+def rounds_verdict(folder: Path) -> str:
+    """How the students of the rounds do at the page's first task, or how far they are from a common teacher."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    record = rounds_record(folder)
+    summaries = _summaries(folder)
+    planned = recipe["rounds"]["n"]
+    done = sum(key > 0 for key in summaries)
+    count = f"{done} of {planned} rounds" if done < planned else f"{planned} rounds" if planned > 1 else "1 round"
+    text = f"{count}."
+    if metrics := [metric for metric in round_metrics(recipe, summaries) if metric.better != "none"]:
+        values = _values(metrics[0], summaries)
+        first = min(summaries) - 1
+        before = f" from {number(values[first]['value'])} before training" if first in values else ""
+        after = ", ".join(number(value["value"]) for key, value in values.items() if key != first)
+        text = f"Over {count}, {metrics[0].title.lower()}{_where(metrics[0])} went{before} to {after}."
+    ended = f" The rounds ended early: {record['ended']}." if record.get("ended") else ""
+    return text + ended
+
+
+def round_metrics(recipe: dict[str, Any], summaries: Summaries) -> list[Metric]:
+    """The metrics that can be held against each other over rounds: of every task the first, nearness to the teacher
+    where that is one for all rounds, and what the students' own text is like."""
+    students = [summary["systems"].get("student", {}) for summary in summaries.values()]
+    if not students:
+        return []
+    metrics = metrics_of(next(iter(summaries.values())))
+    teacher = recipe.get("teacher")
+    changes = "previous" in (teacher, teacher.get("model") if isinstance(teacher, dict) else None)
+    names = [*(() if changes else OF_TEACHER), *OWN_TEXT]
+    own = [metrics[name] for name in names if name in metrics and all(student.get(name) for student in students)]
+    return [*task_headlines(metrics, students), *own]
+
+
+def _summaries(folder: Path) -> Summaries:
+    """The evaluations of the rounds up to the one that is kept, and of those after it that were measured."""
+    found = {key: read_json(home / "evaluation" / "summary.json") for key, home in rounds_in(folder).items()}
+    return {key: summary for key, summary in found.items() if summary}
+
+
+def _with_pages(folder: Path) -> list[int]:
+    return [key for key, home in rounds_in(folder).items() if (home / "report.html").exists()]
+
+
+def _name(key: int) -> str:
+    return f"Round {key}" if key else "Before the rounds"
+
+
+def _where(metric: Metric) -> str:
+    return f" on {metric.task}" if metric.task else ""
+
+
+def _values(metric: Metric, summaries: Summaries) -> dict[int, dict[str, Any]]:
+    """The metric with its interval of the student before any training (under the number before the first), and of
+    every round's."""
+    start = next(iter(summaries.values()))["systems"].get("untouched", {}).get(metric.name)
+    students = {key: summary["systems"]["student"].get(metric.name) for key, summary in summaries.items()}
+    return {key: value for key, value in {min(summaries) - 1: start, **students}.items() if value}
+
+
+def _results(metrics: list[Metric], summaries: Summaries) -> Grid:
+    by_metric = [_values(metric, summaries) for metric in metrics]
+    numbers = sorted({key for values in by_metric for key in values})
+    rows = [(_name(key) if key in summaries else BEFORE, [values.get(key) for values in by_metric]) for key in numbers]
+    return Grid("Student", [(f"{metric.title}{_where(metric)}", _side(metric)) for metric in metrics], rows)
+
+
+def _side(metric: Metric) -> str:
+    side = "" if metric.better == "none" else f"{'lower' if metric.better == 'low' else 'higher'} is better"
+    return ", ".join(part for part in (metric.unit, side) if part)
+
+
+def _figure(metric: Metric, summaries: Summaries) -> Figure | None:
+    values = _values(metric, summaries)
+    if len(values) < 3:  # a line between two points shows nothing that the table doesn't
+        return None
+    title = f"{metric.title}{_where(metric)} by round"
+    about = "The first point is the student before training. Lines across are 95 % intervals over items."
+    label = Label(f"rounds-{metric.name.replace('/', '-')}", title, about, x_title="round", y_title=metric.unit)
+    points = [(float(key), value["value"]) for key, value in values.items()]
+    spans = [(value["low"], value["high"]) for value in values.values()]
+    svg = curves(label, [Series("student", points, "accent", spans)])
+    return Figure(title, svg, about) if svg else None
+
+
+def _spent(folder: Path) -> Grid:
+    """What every round asked, kept and trained on."""
+    rows = []
+    for key, home in rounds_in(folder).items():
+        steps = (read_json(home / "elicitation.json") or {}).get("steps") or []
+        records = read_jsonl(home / "metrics.jsonl")
+        asked = sum(sum(step["answers"].values()) for step in steps)
+        cells = [
+            f"{asked:,}" if steps else "",
+            f"{steps[-1]['given']:,}" if steps else "",
+            f"{len(records):,}",
+            f"{sum(record['response_tokens'] for record in records):,}",
+            f"{sum(record['seconds'] for record in records) / 60:,.1f}",
+        ]
+        rows.append((_name(key), cells))
+    columns = [
+        ("Answers", "asked for by steps"),
+        ("Samples", "left by the steps"),
+        ("Steps", "of training"),
+        ("Tokens", "trained on"),
+        ("Minutes", "of training"),
+    ]
+    return Grid("Round", columns, rows)

@@ -1,0 +1,97 @@
+"""What a run in rounds leaves in its own folder: the student and the evaluation of the kept round, and a page."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.config.recipe import Recipe
+from limbeck.report.page import write_report
+from limbeck.storage.files import new_directory, sweep, write_json, write_text
+from limbeck.storage.metrics_log import read_json
+from limbeck.storage.rounds import round_folder, rounds_in
+
+
+def publish(folder: Path, recipe: Recipe, kept: int, *, page: bool) -> None:
+    """Put the student and the evaluation of the round that is kept into the run folder; files are linked where that is
+    possible, so that they take no space. What the folder's evaluation has beside them stays."""
+    home = round_folder(folder, kept)
+    sweep(folder)
+    if (home / "student").is_dir() and not _is_linked(home / "student", folder / "student"):
+        with new_directory(folder / "student") as new:
+            for file in (home / "student").iterdir():
+                _link(file, new / file.name)
+    summary = read_json(home / "evaluation" / "summary.json")
+    if summary is None:
+        return
+    (folder / "evaluation").mkdir(exist_ok=True)
+    sweep(folder / "evaluation")
+    for file in (home / "evaluation").iterdir():
+        if file.is_file() and file.name != "summary.json":
+            _link(file, folder / "evaluation" / file.name)
+    summary |= {"recipe": recipe.hash, "round": kept}
+    if read_json(folder / "evaluation" / "summary.json") != summary:
+        write_json(folder / "evaluation" / "summary.json", summary)
+    if page:
+        write_report(folder)
+
+
+def _is_linked(source: Path, target: Path) -> bool:
+    """Whether a folder has the very files of another, or copies of them."""
+    names = {file.name for file in source.iterdir()}
+    if not target.is_dir() or {file.name for file in target.iterdir()} != names:
+        return False
+    return all(_is_same(source / name, target / name) for name in names)
+
+
+def _is_same(source: Path, target: Path) -> bool:
+    if source.samefile(target):
+        return True
+    ours, theirs = source.stat(), target.stat()  # a copy keeps both
+    return (ours.st_size, ours.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy of it where the file system has no links."""
+    if target.exists() and _is_same(source, target):
+        return
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copy2(source, temporary)
+    temporary.replace(target)
+
+
+def follow(folder: Path, before: str, now: str) -> None:
+    """Correct the paths of students in the recipes of the rounds, after the run folder was moved."""
+    for home in rounds_in(folder).values():
+        file = home / "recipe.yaml"
+        if file.exists():
+            text = file.read_text(encoding="utf-8")
+            moved = yaml.safe_dump(_moved(yaml.safe_load(text), before, now), sort_keys=False, allow_unicode=True)
+            write_text(file, moved)
+
+
+def _moved(value: Any, before: str, now: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _moved(inner, before, now) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_moved(inner, before, now) for inner in value]
+    inside = isinstance(value, str) and value.startswith(f"{before}{os.sep}rounds{os.sep}")
+    return now + value[len(before) :] if inside else value
+
+
+def started_from(home: Path, start: Mapping[str, str]) -> str:
+    """What a round that begins from the base started from: the weights that are there, or what they were made of."""
+    if "start" in start:
+        return start["start"]
+    inputs, choice = read_json(home / "inputs.json") or {}, read_json(home / "start.json") or {}
+    layers = f", layers {choice['kept']}" if "kept" in choice else ""
+    return f"made of {inputs.get('teacher')}{layers}"

@@ -1,0 +1,43 @@
+"""Where the rounds of a run are: `RUN/rounds/1`, ...; and `RUN/rounds.json`, which says how far they got."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from limbeck.storage.metrics_log import read_json
+
+RECORD = "rounds.json"
+
+
+def has_rounds(folder: Path) -> bool:
+    """Whether the folder is that of a run in rounds."""
+    return (folder / RECORD).exists()
+
+
+def round_folder(folder: Path, number: int) -> Path:
+    """The run folder of one round, counted from 1."""
+    return folder / "rounds" / str(number)
+
+
+def rounds_in(folder: Path) -> dict[int, Path]:
+    """The folders of the rounds that have begun, by number."""
+    numbers = sorted(int(path.name) for path in (folder / "rounds").glob("*") if path.name.isdecimal())
+    return {number: round_folder(folder, number) for number in numbers}
+
+
+def rounds_record(folder: Path) -> dict[str, Any]:
+    """`place`, the folder's path when it was written; `kept`, the number of the round whose student is the run's;
+    `ended`, why no more rounds follow, if they ended early; and of every finished round its `start` and `student`."""
+    return read_json(folder / RECORD) or {}
+
+
+def kept_round(folder: Path) -> Path:
+    """The folder of the round whose student is the run's; the folder itself where it has no rounds."""
+    kept = rounds_record(folder).get("kept")
+    return round_folder(folder, kept) if isinstance(kept, int) else folder
+
+
+def current_round(folder: Path) -> Path:
+    """The folder of the newest round; the folder itself where it has none."""
+    return next(reversed(rounds_in(folder).values()), folder)

@@ -1,0 +1,337 @@
+"""Rounds: each an ordinary run, one store, the next one's previous student; kills, ends and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+
+import pytest
+import yaml
+
+import limbeck
+from limbeck.commands.export.student import find_student
+from limbeck.commands.watch import Watcher
+from limbeck.config.recipe import parse
+from limbeck.models.load import model_identity
+from limbeck.models.teacher import InProcessTeacher
+from limbeck.report.data import as_data
+from limbeck.runs.resolve import resolve
+from limbeck.runs.rounds import CollapsedError, RoundsRun
+from limbeck.storage.files import write_json
+from limbeck.storage.rounds import kept_round, round_folder, rounds_record
+from limbeck.types import NothingLeftError, UserError
+
+TRAIN = ("elicit", "train")
+
+
+@pytest.fixture
+def data(recipe_data, tiny_folder):
+    """Rounds of a student that is taught by its own answers."""
+    return recipe_data | {
+        "teacher": "previous",
+        "student": {"start": {"pretrained": str(tiny_folder)}},
+        "elicit": [{"answer": {"temperature": 1.0, "top_p": 1.0, "max_tokens": 6, "all": True}}],
+        "writer": [{"by": "elicited"}],
+        "loss": ["cross_entropy"],
+        "train": {"steps": 2, "tokens_per_step": 32, "lr": 1e-2, "seed": 3, "save_seconds": 0},
+        "rounds": {"n": 2},
+        "evaluate": recipe_data["evaluate"] | {"metrics": ["fidelity"], "controls": ["untouched"], "max_tokens": 6},
+    }
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The keys of all requests that a model in process was sent."""
+    keys = []
+    answers = InProcessTeacher.answers
+
+    def counted(teacher, requests, *rest):
+        keys.extend(request.key for request in requests)
+        return answers(teacher, requests, *rest)
+
+    monkeypatch.setattr(InProcessTeacher, "answers", counted)
+    return keys
+
+
+def answers_in(folder):
+    with closing(sqlite3.connect(folder / "store.sqlite")) as db:
+        return [key for (key,) in db.execute("select key from answers")]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"].hex() for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_rounds_from_recipe_to_page_and_one_more(data, tmp_path, monkeypatch, asked):
+    out = tmp_path / "out"
+    result = limbeck.run(parse(data), out)
+    homes = [round_folder(out, number) for number in (1, 2)]
+    assert [run.folder for run in result.rounds] == homes == [run.folder for run in limbeck.load_run(out).rounds]
+    assert len(asked) == len(set(asked)) == len(answers_in(out)) == 2 * (18 + 2), "each round asks its own teacher"
+    assert not any((home / "store.sqlite").exists() for home in homes)
+    identities = [model_identity(str(folder / "student")) for folder in (*homes, out)]
+    assert identities[1] == identities[2] != identities[0]
+    summary, last = (json.loads((f / "evaluation" / "summary.json").read_text()) for f in (out, homes[1]))
+    assert summary == last | {"recipe": parse(data).hash, "round": 2}
+    page = (out / "report.html").read_text()
+    assert all(
+        f'href="rounds/{n}/report.html"' in page and (h / "report.html").exists() for n, h in enumerate(homes, 1)
+    )
+    assert "Over 2 rounds" in result.verdict or "2 rounds." in result.verdict
+    assert kept_round(out) == homes[1] and find_student(out).folder == out / "student"
+    seconds = sum(json.loads(line)["seconds"] for h in homes for line in (h / "metrics.jsonl").read_text().splitlines())
+    assert as_data(out)["worth"]["training"]["hours"] == pytest.approx(seconds / 3600)
+    assert not list(out.rglob("checkpoints/step-*")), "what a finished round needs no more is removed"
+    view = Watcher(out).look()
+    assert view.stage == "round 2, done" and view.answers == {"length": 40}
+
+    changing = {"report.html", ".lock", "store.sqlite-shm", "store.sqlite-wal"}
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name not in changing}
+    with monkeypatch.context() as patched:
+        patched.setattr(InProcessTeacher, "answers", lambda *_: pytest.fail("asked again"))
+        patched.setattr("limbeck.training.loop.train", lambda *_: pytest.fail("trained again"))
+        limbeck.run(parse(data), out)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+    moved = tmp_path / "moved"
+    out.rename(moved)
+    limbeck.run(parse(data | {"rounds": {"n": 3}}), moved, stages=TRAIN)
+    assert len(asked) == 40 + 20 and losses(round_folder(moved, 3)), "the first two rounds are as they were"
+    starts = [facts["start"] for facts in rounds_record(moved)["rounds"].values()]
+    assert starts == [model_identity(data["student"]["start"]["pretrained"])] * 3, "by fingerprint"
+
+
+class Killed(BaseException):
+    """In place of a kill: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize(
+    ("place", "point", "count"),
+    [
+        ("limbeck.elicit.engine", "elicit.after_record", 23),  # in the text of round 2
+        ("limbeck.training.loop", "train.after_step", 3),  # in the training of round 2
+        ("limbeck.storage.files", "directory.before_rename", 3),  # while round 1's student is saved
+    ],
+)
+def test_killed_in_any_round_it_ends_as_its_twin(data, tmp_path, monkeypatch, asked, place, point, count):
+    seen = []
+
+    def kill(name):
+        seen.append(name)
+        if seen.count(point) == count:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{place}.crash_point", kill)
+        with pytest.raises(Killed):
+            limbeck.run(parse(data), tmp_path / "killed", stages=TRAIN)
+    there = set(answers_in(tmp_path / "killed"))
+    asked.clear()
+    limbeck.run(parse(data), tmp_path / "killed", stages=TRAIN)
+    assert there.isdisjoint(asked) and len(asked) == len(set(asked)) == 40 - len(there), "nothing is asked twice"
+    limbeck.run(parse(data), tmp_path / "clean", stages=TRAIN)
+    killed, clean = (rounds_record(tmp_path / name) for name in ("killed", "clean"))
+    assert killed["rounds"] == clean["rounds"] and killed["kept"] == clean["kept"] == 2
+    for number in (1, 2):
+        assert losses(round_folder(tmp_path / "killed", number)) == losses(round_folder(tmp_path / "clean", number))
+
+
+@pytest.mark.parametrize("restart", ["base", "previous"])
+def test_the_previous_student_is_a_writer_and_a_start(data, tmp_path, prompt_file, restart):
+    """SPIN's pairs: the data's answer against the last student's."""
+    lines = [json.loads(line) | {"answer": "the cat sat"} for line in prompt_file.read_text().splitlines()[:6]]
+    prompt_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    del data["elicit"]
+    data["writer"] = [{"by": "corpus"}, {"by": "previous", "temperature": 1.0, "top_p": 1.0, "max_tokens": 6}]
+    data["rounds"]["restart"] = restart
+    data["loss"] = ["spin"]
+    out = limbeck.run(parse(data), tmp_path / "out", stages=TRAIN).folder
+    start = model_identity(data["student"]["start"]["pretrained"])
+    facts = rounds_record(out)["rounds"]
+    assert facts["1"]["start"] == start and facts["2"]["start"] == (
+        start if restart == "base" else facts["1"]["student"]
+    )
+    with closing(sqlite3.connect(out / "store.sqlite")) as db:
+        writers = {json.loads(body)["writer"] for (body,) in db.execute("select body from samples")}
+    assert writers == {start, facts["1"]["student"]}
+
+
+def test_a_recipe_makes_the_fine_tuned_student_that_its_ranking_starts_from(data, tmp_path, prompt_file):
+    lines = [json.loads(line) | {"answer": "the cat sat"} for line in prompt_file.read_text().splitlines()[:6]]
+    prompt_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    del data["elicit"]
+    data["writer"] = [{"by": "corpus"}, {"by": "previous", "temperature": 1.0, "top_p": 1.0, "max_tokens": 6}]
+    data["loss"] = ["dpo"]
+    data["rounds"] = {"n": 1, "first": {"writer": [{"by": "corpus"}], "loss": ["cross_entropy"]}}
+    out = limbeck.run(parse(data), tmp_path / "out", stages=TRAIN).folder
+    facts = rounds_record(out)["rounds"]
+    assert list(facts) == ["0", "1"] and facts["0"]["start"] == model_identity(data["student"]["start"]["pretrained"])
+    assert facts["1"]["start"] == facts["0"]["student"] == model_identity(str(round_folder(out, 0) / "student"))
+    with closing(sqlite3.connect(out / "store.sqlite")) as db:
+        writers = {json.loads(body)["writer"] for (body,) in db.execute("select body from samples")}
+    assert writers == {facts["0"]["student"]}, "what the fine-tuned student writes is the rejected answer"
+    assert "dpo" in (round_folder(out, 1) / "metrics.jsonl").read_text()
+
+
+def test_a_round_of_a_pruned_student_keeps_the_first_ones_layers(recipe_data, tmp_path):
+    recipe_data["rounds"] = {"n": 2}
+    recipe_data["train"]["steps"] = 1
+    recipe_data["evaluate"] = {"metrics": ["fidelity"], "controls": [], "prompts": recipe_data["evaluate"]["prompts"]}
+    out = limbeck.run(parse(recipe_data), tmp_path / "out", stages=TRAIN).folder
+    first, second = ((round_folder(out, n) / "start.json").read_text() for n in (1, 2))
+    assert json.loads(first)["kept"] and first == second
+    record = rounds_record(out)
+    assert record["rounds"]["1"]["start"] == record["rounds"]["2"]["start"]
+    assert len(answers_in(out)) == 18 + 2, "one teacher, one text: nothing is asked twice"
+
+
+# Ends, with rounds that are played
+
+
+def played(monkeypatch, tiny_folder, summaries, raises=None):
+    """Rounds that leave these evaluations at once, and students that differ in a file."""
+
+    def round_(self, number):
+        if number == raises:
+            raise NothingLeftError("no answer passed")
+        home = round_folder(self.folder, number)
+        values, text = summaries[number - 1]
+        if not (home / "student").exists():
+            shutil.copytree(tiny_folder, home / "student")
+            (home / "student" / "which.json").write_text(json.dumps(text))
+        write_json(home / "evaluation" / "summary.json", values)
+
+    monkeypatch.setattr(RoundsRun, "round", round_)
+
+
+def summary(accuracy, repetition=0.1, before=0.3):
+    value = {"low": 0, "high": 1, "n": 50}
+    return {
+        "systems": {
+            "untouched": {"jsd": value | {"value": before}, "own_repetition": value | {"value": 0.1}},
+            "student": {"jsd": value | {"value": accuracy}, "own_repetition": value | {"value": repetition}},
+        },
+        "metrics": {"jsd": {"better": "low"}},
+    }
+
+
+STAGES = ("elicit", "train", "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "stop", "kept", "ended"),
+    [
+        ([summary(0.2), summary(0.1), summary(0.05)], "jsd", 3, ""),
+        ([summary(0.2), summary(0.25)], "jsd", 1, "jsd of round 2 is 0.25, no better than 0.2 of round 1"),
+        ([summary(0.4)], "jsd", 1, "jsd of round 1 is 0.4, no better than 0.3 before training"),
+        ([summary(0.4), summary(0.5), summary(0.6)], None, 3, ""),
+    ],
+)
+def test_rounds_end_by_a_metric(data, tmp_path, tiny_folder, monkeypatch, rounds, stop, kept, ended):
+    played(monkeypatch, tiny_folder, [(values, number) for number, values in enumerate(rounds)])
+    data["rounds"] = {"n": 3, "stop": stop}
+    out = limbeck.run(parse(data), tmp_path / "out", stages=STAGES).folder
+    record = rounds_record(out)
+    assert record["kept"] == kept and record["ended"] == ended and len(record["rounds"]) == len(rounds)
+    assert (out / "student" / "which.json").read_text() == str(kept - 1)
+    assert json.loads((out / "evaluation" / "summary.json").read_text())["round"] == kept
+    limbeck.run(parse(data), out, stages=STAGES)
+    assert rounds_record(out) == record
+
+
+def test_rounds_end_where_nothing_changes_any_more(data, tmp_path, tiny_folder, monkeypatch):
+    played(monkeypatch, tiny_folder, [(summary(0.2), "one"), (summary(0.2), "one")])
+    data["rounds"] = {"n": 9}
+    out = limbeck.run(parse(data), tmp_path / "out", stages=STAGES).folder
+    assert rounds_record(out)["kept"] == 2 and "to the bit" in rounds_record(out)["ended"]
+
+
+def test_an_empty_round_and_a_collapse_end_with_what_stands(data, tmp_path, tiny_folder, monkeypatch):
+    data["rounds"] = {"n": 3}
+    played(monkeypatch, tiny_folder, [(summary(0.2), 0), (summary(0.1, repetition=0.8), 1)])
+    with pytest.raises(
+        CollapsedError, match=r"round 2 has collapsed: 80% of its 4-grams.*round 1 is in .*student"
+    ) as one:
+        limbeck.run(parse(data), tmp_path / "out", stages=STAGES)
+    with pytest.raises(CollapsedError) as other:
+        limbeck.run(parse(data), tmp_path / "out", stages=STAGES)
+    assert str(one.value) == str(other.value) and rounds_record(tmp_path / "out")["kept"] == 1
+    played(monkeypatch, tiny_folder, [(summary(0.2), 0)], raises=2)
+    with pytest.raises(NothingLeftError, match="round 2: no answer passed; the student of round 1 is in"):
+        limbeck.run(parse(data), tmp_path / "empty", stages=STAGES)
+    assert (tmp_path / "empty" / "student" / "which.json").read_text() == "0"
+    played(monkeypatch, tiny_folder, [], raises=1)
+    with pytest.raises(NothingLeftError, match=r"^no answer passed$"):
+        limbeck.run(parse(data), tmp_path / "first", stages=STAGES)
+
+
+def test_an_empty_pool_stays_an_error_when_it_is_run_again(data, tmp_path):
+    data["elicit"].append({"verify": {"against": "number"}})  # a tiny model's answers end in no such number
+    for _ in range(2):
+        with pytest.raises(NothingLeftError, match="left no sample"):
+            limbeck.run(parse(data), tmp_path / "out", stages=TRAIN)
+    assert not (tmp_path / "out" / "rounds" / "1" / "student").exists()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rounds": {"n": 0}}, r"rounds.n: .*greater than or equal to 1; got 0"),
+        ({"rounds": {"n": 2, "restart": "sideways"}}, r"rounds.restart: 'sideways' is not allowed here"),
+        ({"rounds": {"n": 2, "stopp": "jsd"}}, r"rounds.stopp: unknown key; did you mean 'stop'"),
+        ({"rounds": {"n": 2, "stop": "forward_lk"}}, r"rounds.stop: .*did you mean 'forward_kl'"),
+        ({"rounds": {"n": 2, "stop": "own_tokens"}}, r"rounds.stop: .*'own_tokens' that can be better"),
+        ({"rounds": {"n": 2, "first": {"teacher": "x"}}}, r"rounds.first: 'teacher' can't be other"),
+        ({"rounds": {"n": 2, "first": {"loss": ["jds"]}}}, r"rounds.first.loss\[0\].*did you mean 'jsd'"),
+        ({"rounds": None}, r"teacher.model: previous is the student of the round before"),
+        ({"student": {"start": {"scratch": {}}}}, r"student.start: .*give start.pretrained"),
+        ({"teacher": {"model": "previous", "weights": "live"}}, r"teacher.weights: .*in round 2"),
+    ],
+)
+def test_what_no_round_can_be_is_refused_before_the_first(data, change, words):
+    with pytest.raises(limbeck.RecipeError, match=words):
+        resolve(parse(data | change))
+
+
+def test_a_recipe_with_rounds_belongs_to_its_folder(data, tmp_path, monkeypatch, tiny_folder):
+    played(monkeypatch, tiny_folder, [(summary(0.2), 0), (summary(0.2), 1)])
+    limbeck.run(parse(data), tmp_path / "out", stages=STAGES)
+    with pytest.raises(UserError, match="differs in train"):
+        limbeck.run(parse(data | {"train": data["train"] | {"lr": 0.5}}), tmp_path / "out")
+    with pytest.raises(UserError, match="differs in rounds"):
+        limbeck.run(parse(data | {"rounds": {"n": 2, "restart": "previous"}}), tmp_path / "out")
+    limbeck.run(parse(data | {"rounds": {"n": 1, "stop": "jsd"}}), tmp_path / "out", stages=STAGES)
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["rounds"]["n"] == 1
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    data["student"] = {"start": {"pretrained": str(other)}}
+    limbeck.run(parse(data), tmp_path / "mine", stages=STAGES)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    with pytest.raises(UserError, match="start changed since"):
+        limbeck.run(parse(data), tmp_path / "mine", stages=STAGES)
+    with pytest.raises(UserError, match="tiny has rounds"):
+        limbeck.compare([parse(data), parse(data | {"name": "two"})], tmp_path / "compared")
+
+
+def test_what_a_round_is_as_an_ordinary_recipe(data):
+    recipe = parse(data | {"student": data["student"] | {"template": "chatml"}})
+    first, second = recipe.of_round(1, None), recipe.of_round(2, "/r/1/student")
+    assert first.rounds is second.rounds is None and first.title == "tiny, round 1"
+    assert (first.teacher.model, first.teacher.template) == (data["student"]["start"]["pretrained"], "chatml")
+    assert (second.teacher.model, second.teacher.template) == ("/r/1/student", None), "a trained student has its own"
+    assert second.student == first.student
+    on = parse(data | {"student": recipe.student.model_dump(), "rounds": {"n": 2, "restart": "previous"}})
+    assert on.of_round(2, "/r/1/student").student.model_dump(exclude_none=True) == {
+        "start": {"pretrained": "/r/1/student"}
+    }
+    before = parse(data | {"rounds": {"n": 1, "first": {"writer": [{"by": "teacher"}], "train": data["train"]}}})
+    zero, one = before.of_round(0, None), before.of_round(1, "/r/0/student", "/r/0/student")
+    assert zero.elicit is None and zero.writer[0].by == "teacher" and zero.loss == one.loss
+    assert one.elicit and one.student.start.pretrained == one.teacher.model == "/r/0/student" and one.previous is None
+    plain = {key: value for key, value in data.items() if key != "rounds"} | {"teacher": "x"}
+    assert "rounds" not in parse(plain).resolved() and "previous" not in parse(plain).resolved(), "old hashes stay"
