@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 
 from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.machine import Machine
+from limbeck.config.named_models import NamedModel, named_models
 from limbeck.config.sections import (
     Elicit,
     Evaluate,
@@ -45,6 +46,7 @@ class Recipe(Section):
     title: str = ""
     paper: str = ""
     teacher: TeacherSettings
+    models: dict[str, NamedModel] | None = None
     student: Student
     prompts: Prompts
     elicit: Annotated[list[Elicit], Field(min_length=1)] | None = None
@@ -87,6 +89,11 @@ class Recipe(Section):
             return section.model_validate(data)
         except ValidationError as error:
             raise explain(error, section, "teacher") from None
+
+    @field_validator("models", mode="plain")
+    @classmethod
+    def _named(cls, models: Any) -> Any:
+        return named_models(models, explain)
 
     @field_serializer("teacher")
     def _as_short_as_possible(self, teacher: TeacherSettings) -> Any:
@@ -152,8 +159,9 @@ class Recipe(Section):
     def hash(self) -> str:
         """SHA-256 (hex) of the resolved recipe, but for what may change in a run's folder."""
         data = self.resolved()
-        if isinstance(data["teacher"], dict):
-            data["teacher"].get("server", {}).pop("tolerate", None)
+        for model in (data["teacher"], *data.get("models", {}).values()):
+            if isinstance(model, dict):
+                model.get("server", {}).pop("tolerate", None)
         return content_hash(data)
 
     @property

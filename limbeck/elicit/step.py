@@ -24,12 +24,14 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
+from limbeck.config.named_models import TEACHER
 from limbeck.config.sections import Section
 from limbeck.elicit.flow import Pool, Questions, StepContext, Tally
 from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.types import AnswerForm
 
-StepKind = Literal["expand", "curate", "label", "verify", "select", "transform"]
+StepKind = Literal["expand", "curate", "label", "feedback", "verify", "select", "transform"]
+By = Annotated[str, Field(min_length=1)]  # the name of a model: `teacher`, `untouched`, or one under `models`
 Temperature = Annotated[float, Field(ge=0, le=10)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 TokenCount = Annotated[int, Field(ge=1)]
@@ -62,6 +64,7 @@ class AskingStep(Section):
     kind: ClassVar[StepKind] = "label"
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    ranks: ClassVar[bool] = False  # the answers that it gives to a prompt are in order of preference, the best first
 
     @abstractmethod
     def run(self, pool: Pool, context: StepContext, tally: Tally, /) -> Questions[Pool]:
@@ -75,6 +78,11 @@ class AskingStep(Section):
         """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""
         longest = getattr(self, "max_tokens", None)
         return None if longest is None else max(1.0, ANSWER_SHARE * longest)
+
+    def asks(self) -> tuple[str, ...]:
+        """The names of the models that it asks; by default what its setting `by` says, else the teacher."""
+        by: str | list[str] = getattr(self, "by", TEACHER)
+        return (by,) if isinstance(by, str) else tuple(by)
 
     def must_hold(self) -> AnswerForm | None:
         """The form that the model must be able to be held to; None without one."""
@@ -106,6 +114,7 @@ class LocalStep(Section):
     kind: ClassVar[StepKind] = "select"
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    ranks: ClassVar[bool] = False  # the answers that it gives to a prompt are in order of preference, the best first
 
     @abstractmethod
     def apply(self, pool: Pool, context: StepContext, tally: Tally, /) -> Pool:
@@ -122,6 +131,10 @@ class LocalStep(Section):
     def answer_tokens(self) -> float | None:
         """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""
         return None
+
+    def asks(self) -> tuple[str, ...]:
+        """The names of the models that it asks: none."""
+        return ()
 
     def must_hold(self) -> AnswerForm | None:
         """The form that a model must be able to be held to; None, since none is asked."""

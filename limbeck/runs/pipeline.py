@@ -7,11 +7,12 @@ measurements by files that are written whole. `limbeck run` on a killed run goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
 from limbeck.elicit.run import TextSource
@@ -39,6 +40,7 @@ from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
+from limbeck.storage.answers import answers_folder
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import steps_made
 from limbeck.training import loop
@@ -63,6 +65,7 @@ class Run:
     reporter: Reporter
     stop: Callable[[], bool] = lambda: False
     shared: Run | None = None
+    _shared_texts: dict[str, SharedText] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -76,7 +79,7 @@ class Run:
             self.reporter,
             calibration=lambda texts: self.encoding.calibration(texts),
             progress=self.progress,
-            billed=lambda: self.text.bill(),
+            billed=lambda by: self.text.bill(by),
             shared=None if self.shared is None else self.shared.models,
         )
 
@@ -98,16 +101,23 @@ class Run:
             models=self.models,
             reporter=self.reporter,
             stop=self.stop,
-            shared=self.shared_text.open,
+            shared=lambda by, store: self.shared_text(by).open(store),
         )
 
-    @cached_property
-    def shared_text(self) -> SharedText:
-        """The answers that the runs of this user share, as far as they are this teacher's."""
-        if self.shared is not None:
-            return self.shared.shared_text
-        identity = partial(self.models.writer_identity, "teacher")
-        return SharedText(self.recipe, identity, self.method.prompt_context, self.reporter)
+    def shared_text(self, by: str) -> SharedText:
+        """The answers that the runs of this user share, as far as they are this model's."""
+        if self.shared is not None and by == TEACHER:
+            return self.shared.shared_text(by)
+        if by not in self._shared_texts:
+            recipe = self.recipe
+            self._shared_texts[by] = SharedText(
+                recipe.teacher if by == TEACHER else (recipe.models or {})[by],
+                answers_folder(recipe.machine.answers),
+                partial(self.models.writer_identity, by),
+                self.method.prompt_context if by == TEACHER else None,
+                reporter=self.reporter,
+            )
+        return self._shared_texts[by]
 
     def claim(self) -> None:
         """Bind the folder to this run's recipe, prompts and teacher, or refuse that of another run."""
@@ -179,6 +189,7 @@ class Run:
         settings = recipe.train
         rows = self.rows(self.text.training(), student) if recipe.fixed_writers else []
         writing = None
+        self.models.named.release()  # they have said what they had to say
         own_text = self.models.own_text(student, self.library) if name == "student" else None
         if name == "student":
             writing = self._writing(student)
