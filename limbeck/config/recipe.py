@@ -101,6 +101,10 @@ class Recipe(Section):
         settings = teacher.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
         return teacher.model if set(settings) == {"model"} else settings
 
+    @field_serializer("models")
+    def _named_as_data(self, models: dict[str, NamedModel] | None) -> Any:
+        return models and {name: model.model_dump(mode="json", exclude_none=True) for name, model in models.items()}
+
     @property
     def speaker(self) -> str:
         """The model whose tokenizer and template all text uses: the teacher, or the student's initial model if the

@@ -95,11 +95,12 @@ def _none_named(name: str) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """What is known beforehand of a model that is shown texts of others: its control tokens, and whether a conversation
-    leaves it room for so many tokens of an answer."""
+    """What is known beforehand of a model that is shown texts of others: its control tokens, whether a conversation
+    leaves it room for so many tokens of an answer, and why it can't be held to a form (nothing if it can)."""
 
     control: Collection[str] = ()
     fits: Callable[[Sequence[Message], int], bool] = lambda messages, tokens: True
+    unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,14 @@ def answer_of(sample: Sample) -> str | None:
 def said_by(sample: Sample) -> str:
     """The answer without the thinking before it; empty where there is none. Replies are parsed through this."""
     return after_thinking(answer_of(sample) or "") or ""
+
+
+def by_conversation(pool: Pool) -> list[Pool]:
+    """The samples in groups that answer the same conversation, in the order of the first of each."""
+    groups: dict[str, Pool] = {}
+    for sample in pool:
+        groups.setdefault(content_hash(list(prompt_messages(sample))), []).append(sample)
+    return list(groups.values())
 
 
 def prompt_messages(sample: Sample) -> tuple[Message, ...]:

@@ -79,6 +79,10 @@ class AskingStep(Section):
         longest = getattr(self, "max_tokens", None)
         return None if longest is None else max(1.0, ANSWER_SHARE * longest)
 
+    def demands(self) -> frozenset[str]:
+        """What the models that it asks must be able to do, with these settings."""
+        return self.needs
+
     def asks(self) -> tuple[str, ...]:
         """The names of the models that it asks; by default what its setting `by` says, else the teacher."""
         by: str | list[str] = getattr(self, "by", TEACHER)

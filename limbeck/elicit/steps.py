@@ -21,6 +21,8 @@ from limbeck.elicit import (  # noqa: F401 (imported for the steps that they reg
     imagine,
     merit,
     mosaic,
+    pairs,
+    rate,
     rationale,
     reasoning,
     rewrite,

@@ -39,7 +39,7 @@ class TextModels(Protocol):
     def writer_identity(self, name: str, /) -> str:
         """The writer's name in request keys."""
 
-    def reader(self, name: str, /) -> Reader:
+    def as_reader(self, name: str, /) -> Reader:
         """What is known of a model as a reader of others' texts."""
 
     def scorer(self, by: str, /) -> LikelihoodScorer:
@@ -94,7 +94,7 @@ class TrainingText:
             models.header,
             unheld=models.unheld,
             named=models.writer_identity,
-            reader=models.reader,
+            reader=models.as_reader,
         )
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:

@@ -343,7 +343,7 @@ class RunModels:
             return self.teacher_identity
         return Model.named(self.server_identity, self.method.prompt_context)
 
-    def reader(self, name: str) -> Reader:
+    def as_reader(self, name: str) -> Reader:
         if name in self.named:
             return self.named.reader(name)
         recipe = self.method.recipe
@@ -351,7 +351,7 @@ class RunModels:
         if name == UNTOUCHED and start is not None:
             return reader_of(start, recipe.student.template)
         written_here = recipe.teacher.model if recipe.teacher.server is None or name == UNTOUCHED else None
-        return Reader() if written_here is None else reader_of(written_here, self.template)
+        return Reader(unheld=self.unheld) if written_here is None else reader_of(written_here, self.template)
 
     def scorer(self, by: str) -> ModelScorer:
         if by == UNTOUCHED:

@@ -11,6 +11,7 @@ from limbeck.config.recipe import Recipe
 from limbeck.elicit.flow import Reader
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
+from limbeck.models.constrain import unheld
 from limbeck.models.load import load_config, load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model
 from limbeck.models.placement import Placement, Precision
@@ -116,7 +117,9 @@ class NamedModels:
     def reader(self, name: str) -> Reader:
         """What is known of the model as a reader of others' texts; nothing of a served one."""
         settings = self.settings(name)
-        return reader_of(settings.model, settings.template) if isinstance(settings, NamedLocal) else Reader()
+        if isinstance(settings, NamedLocal):
+            return reader_of(settings.model, settings.template)
+        return Reader(unheld=lambda form: unheld(form, settings.server))
 
     def release(self) -> None:
         """Drop the loaded weights."""
@@ -131,7 +134,7 @@ def reader_of(source: str, template: str | None) -> Reader:
     def fits(messages: Sequence[Message], tokens: int) -> bool:
         return len(prompt_ids(tokenizer, messages)) + tokens <= longest
 
-    return Reader(list(tokenizer.get_added_vocab()), fits)
+    return Reader(list(tokenizer.get_added_vocab()), fits, lambda form: unheld(form, None))
 
 
 def _precision(settings: NamedLocal) -> Precision:
