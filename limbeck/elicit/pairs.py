@@ -86,6 +86,9 @@ class Pairs(LocalStep):
             tally.facts["mean_margin"] = sum(margins) / len(margins)
         return pairs
 
+    def estimate_of(self, samples: int, prompts: int) -> Estimate:
+        return Estimate(samples=min(samples, 2 * prompts))
+
     def writes(self) -> frozenset[str]:
         return frozenset({"margin"})
 

@@ -74,6 +74,10 @@ class AskingStep(Section):
         """What `run` will ask for when it gets so many samples; by default one answer to each."""
         return Estimate.of_answers(samples, getattr(self, "max_tokens", 0))
 
+    def estimate_of(self, samples: int, _: int, /) -> Estimate:
+        """`estimate`, where it also depends on how many prompts the samples answer."""
+        return self.estimate(samples)
+
     def answer_tokens(self) -> float | None:
         """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""
         longest = getattr(self, "max_tokens", None)
@@ -131,6 +135,10 @@ class LocalStep(Section):
     def estimate(self, samples: int) -> Estimate:
         """How many samples `apply` gives when it gets so many; by default as many."""
         return Estimate(samples=samples)
+
+    def estimate_of(self, samples: int, _: int, /) -> Estimate:
+        """`estimate`, where it also depends on how many prompts the samples answer."""
+        return self.estimate(samples)
 
     def answer_tokens(self) -> float | None:
         """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""

@@ -27,7 +27,7 @@ from limbeck.elicit.sharing import Reuse, Sharing
 from limbeck.progress import Reporter, StoppedError
 from limbeck.storage.answers import SharedAnswers
 from limbeck.storage.store import Store
-from limbeck.types import AnswerForm, Request, Sample, Sampling, content_hash
+from limbeck.types import AnswerForm, Message, Request, Sample, Sampling, content_hash
 
 
 class TextModels(Protocol):
@@ -170,6 +170,11 @@ class TrainingText:
             replace(request := self._shown(prompt, sampling), seed=request.seed + seed) for prompt, seed in prompts
         ]
         return self._ask(requests, TEACHER, measured=True)
+
+    def asked_of(self, by: str, conversations: Sequence[tuple[Message, ...]], sampling: Sampling) -> list[Sample]:
+        """The replies of a named model to these conversations, in their order, for a measurement."""
+        identity = self.models.writer_identity(by)
+        return self._ask([Request(identity, messages, sampling, 0) for messages in conversations], by, measured=True)
 
     def held_out_sampling(self) -> Sampling:
         """The sampling of held-out text, that of the teacher's training text (see `Recipe.held_out_writer`)."""

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from limbeck.elicit.fence import DATA, fill_fenced
 from limbeck.elicit.thinking import after_thinking
-from limbeck.types import Message
+from limbeck.types import AnswerForm, Message
 
 Ruling = Literal["first", "second", "tie", "unparsable", "too_long"]
 VERDICT = re.compile(r"verdict:[ \t]*(a|b|tie)\.?", re.IGNORECASE)
@@ -39,11 +39,13 @@ Answer A:
 Answer B:
 {b}
 
-Explain your choice in one or two sentences. Then end with one line that holds nothing but your verdict, \
-which is one of:
+ENDING which is one of:
 VERDICT: A
 VERDICT: B
 VERDICT: TIE""".replace("DATA", DATA)
+REASONED = "Explain your choice in one or two sentences. Then end with one line that holds nothing but your verdict,"
+AT_ONCE = "Answer with one line that holds nothing but your verdict,"
+VERDICT_ALONE = AnswerForm(pattern="VERDICT: (A|B|TIE)")
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,17 @@ class PairVerdict:
         return self.forward if self.forward == self.backward else "tie"
 
 
-def question(prompt: str, a: str, b: str, control: Collection[str] = (), prefer: str = PREFER) -> tuple[Message, ...]:
+def question(
+    prompt: str, a: str, b: str, control: Collection[str] = (), *, prefer: str = PREFER, ending: str = REASONED
+) -> tuple[Message, ...]:
     """The judge's conversation about two answers.
 
     Args:
         control: its tokenizer's own control tokens, in addition to the usual ones.
         prefer: by what it compares them.
+        ending: what it is to write: its reasons and its verdict, or that alone.
     """
-    before, after = INSTRUCTION.split("PREFER")
+    before, after = INSTRUCTION.replace("ENDING", ending).split("PREFER")
     filled = fill_fenced(after, control, prompt=prompt, a=a, b=b)
     return ({"role": "user", "content": before + prefer + filled},)
 

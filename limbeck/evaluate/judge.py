@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.thinking import after_thinking
-from limbeck.elicit.two_orders import INSTRUCTION, PREFER, PairVerdict, question, read_verdict, trust
+from limbeck.elicit.two_orders import INSTRUCTION, PREFER, REASONED, PairVerdict, question, read_verdict, trust
 from limbeck.evaluate.records import Progress
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.models.generate import GenerationJob, generate
@@ -18,7 +18,7 @@ from limbeck.models.model import Model
 from limbeck.storage.files import read_jsonl, write_text
 from limbeck.types import Message, Sampling, UserError, canonical_json, content_hash
 
-Ask = Callable[[list[tuple[Message, ...]]], list[str]]
+Ask = Callable[[list[tuple[Message, ...]]], Sequence[str | None]]
 MAX_TOKENS = 256
 READING = 2  # how answers are shown and replies read: verdicts of another way are not mixed with ours
 
@@ -30,11 +30,15 @@ def judge_pairs(
     second: Mapping[str, str],
     max_tokens: int = MAX_TOKENS,
     progress: Progress = lambda done, total: None,
+    *,
+    control: Collection[str] = (),
 ) -> list[PairVerdict]:
     """Judge every pair of answers in both orders, in the order of the prompts.
 
     Args:
-        judge: a model, which answers greedily, or a function from conversations to replies, one each.
+        judge: a model, which answers greedily, or a function from conversations to replies, one each; None where one
+            leaves no room for a reply.
+        control: the control tokens of a judge that is a function.
         first, second: the systems' answers by prompt id.
         max_tokens: of a model's reply; a pair that leaves no room for it in the model's context is too long, and is not
             asked.
@@ -50,7 +54,7 @@ def judge_pairs(
                 " leave them out"
             )
     first, second = ({name: after_thinking(text) or "" for name, text in each.items()} for each in (first, second))
-    control = judge.tokenizer.get_added_vocab().keys() if isinstance(judge, Model) else ()
+    control = judge.tokenizer.get_added_vocab().keys() if isinstance(judge, Model) else control
     questions = []
     for prompt in prompts:
         one = first[prompt.id]
@@ -78,12 +82,14 @@ def judge_pairs(
 
 def load_or_judge(
     file: Path,
-    judge: Callable[[], Model],
+    judge: Callable[[], Model | Ask],
     identity: str,
     prompts: Sequence[Prompt],
     first: Mapping[str, str],
     second: Mapping[str, str],
     progress: Progress = lambda done, total: None,
+    *,
+    control: Collection[str] = (),
 ) -> list[PairVerdict]:
     """The verdicts of `judge_pairs`, kept in `file`: those on other answers, or of another judge, are asked for anew.
     The judge is loaded only if one is missing.
@@ -94,7 +100,7 @@ def load_or_judge(
     questions = [
         [
             identity,
-            INSTRUCTION.replace("PREFER", PREFER),
+            INSTRUCTION.replace("PREFER", PREFER).replace("ENDING", REASONED),
             MAX_TOKENS,
             READING,
             prompt.shown,
@@ -107,7 +113,9 @@ def load_or_judge(
     kept = {record.pop("key"): record for record in read_jsonl(file)}
     missing = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in kept]
     if missing:
-        verdicts = judge_pairs(judge(), missing, first, second, max_tokens=MAX_TOKENS, progress=progress)
+        verdicts = judge_pairs(
+            judge(), missing, first, second, max_tokens=MAX_TOKENS, progress=progress, control=control
+        )
         by_prompt = {verdict.prompt_id: vars(verdict) for verdict in verdicts}
         kept |= {key: by_prompt[prompt.id] for prompt, key in zip(prompts, keys, strict=True) if key not in kept}
     found = [kept[key] | {"prompt_id": prompt.id} for prompt, key in zip(prompts, keys, strict=True)]
