@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from limbeck.elicit.flow import ScoreRequest, StepContext, Tally
+from limbeck.elicit.flow import Reader, ScoreRequest, StepContext, Tally
 from limbeck.types import LogProb, Request, Sample
 
 
@@ -26,10 +26,11 @@ def answers(*pairs, **meta):
     ]
 
 
-def drive(step, pool, reply=None, score=None, seed=0, header="<|user|>"):
+def drive(step, pool, reply=None, score=None, seed=0, header="<|user|>", reader=Reader()):  # noqa: B008 (frozen)
     """(pool, tally, requests asked). `reply(request, n)` is the n-th answer's text, or (text, finish); `score(question)` its nats."""
     tally, asked = Tally("step", taken=len(pool)), []
-    plan = step.run(pool, StepContext("writer", seed, "0/step", header), tally)
+    context = StepContext("writer", seed, "0/step", header, named=lambda name: f"{name}@1", reader=lambda name: reader)
+    plan = step.run(pool, context, tally)
     sent = None
     while True:
         try:
@@ -52,7 +53,7 @@ def drive(step, pool, reply=None, score=None, seed=0, header="<|user|>"):
             sent.append(
                 Sample(
                     (*question.messages, {"role": "assistant", "content": text}),
-                    "writer",
+                    question.model,
                     (1, 2),
                     meta={"finish": finish},
                 )

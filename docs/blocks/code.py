@@ -41,7 +41,7 @@ FOLDERS = {
 }  # from the top floor down; a file imports from floors below its own, and from its own folder
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "limbeck"
-KINDS = ("expand", "curate", "label", "verify", "select", "transform")
+KINDS = ("expand", "curate", "label", "feedback", "verify", "select", "transform")
 MOST_CHARS = 60
 
 

@@ -23,14 +23,39 @@ def training_part(resolved: Mapping[str, Any]) -> dict[str, Any]:
     teacher = data.get("teacher")
     if isinstance(teacher, Mapping) and isinstance(teacher.get("server"), Mapping):
         data["teacher"] = {**teacher, "server": _without(teacher["server"], LIMITS_ALONE)}
-    return data
+    asked = _texts(data.get("elicit"))
+    models = {name: _unlimited(model) for name, model in (data.pop("models", None) or {}).items() if name in asked}
+    return data | ({"models": models} if models else {})
 
 
 def evaluation_part(resolved: Mapping[str, Any]) -> list[Any]:
-    """What the summary depends on beside the training: the evaluation, and the price in its bill."""
-    teacher = resolved.get("teacher")
-    server = teacher.get("server") if isinstance(teacher, Mapping) else None
-    return [resolved.get(EVALUATION), server.get("price") if isinstance(server, Mapping) else None]
+    """What the summary depends on beside the training: the evaluation with its judge, and the prices in its bills."""
+    models = resolved.get("models") or {}
+    evaluation = resolved.get(EVALUATION) or {}
+    judge = models.get(evaluation.get("judge")) if isinstance(evaluation, Mapping) else None
+    prices = {name: price for name, model in models.items() if (price := _price(model)) is not None}
+    parts = [resolved.get(EVALUATION), _price(resolved.get("teacher"))]
+    return [*parts, _unlimited(judge), prices] if models else parts
+
+
+def _price(model: Any) -> Any:
+    server = model.get("server") if isinstance(model, Mapping) else None
+    return server.get("price") if isinstance(server, Mapping) else None
+
+
+def _unlimited(model: Any) -> Any:
+    """A named model without its server's limits."""
+    if not isinstance(model, Mapping) or not isinstance(model.get("server"), Mapping):
+        return model
+    return {**model, "server": _without(model["server"], LIMITS_ALONE)}
+
+
+def _texts(value: Any) -> set[str]:
+    """All texts that stand in it: a model that no step names asks for no training text."""
+    if isinstance(value, str):
+        return {value}
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return set[str]().union(*map(_texts, parts))
 
 
 def _without(section: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 
 from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.machine import Machine
+from limbeck.config.named_models import NamedModel, named_models
 from limbeck.config.rounds import Rounds, check_previous, round_data
 from limbeck.config.sections import (
     Elicit,
@@ -47,6 +48,7 @@ class Recipe(Section):
     paper: str = ""
     teacher: TeacherSettings
     previous: str | None = None  # in a round's recipe: the folder of the student before it, where that is no start
+    models: dict[str, NamedModel] | None = None
     student: Student
     prompts: Prompts
     elicit: Annotated[list[Elicit], Field(min_length=1)] | None = None
@@ -92,11 +94,20 @@ class Recipe(Section):
         except ValidationError as error:
             raise explain(error, section, "teacher") from None
 
+    @field_validator("models", mode="plain")
+    @classmethod
+    def _named(cls, models: Any) -> Any:
+        return named_models(models, explain)
+
     @field_serializer("teacher")
     def _as_short_as_possible(self, teacher: TeacherSettings) -> Any:
         """Write a teacher that is only a model as the model's name."""
         settings = teacher.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
         return teacher.model if set(settings) == {"model"} else settings
+
+    @field_serializer("models")
+    def _named_as_data(self, models: dict[str, NamedModel] | None) -> Any:
+        return models and {name: model.model_dump(mode="json", exclude_none=True) for name, model in models.items()}
 
     @property
     def speaker(self) -> str:
@@ -156,8 +167,9 @@ class Recipe(Section):
     def hash(self) -> str:
         """SHA-256 (hex) of the resolved recipe, but for what may change in a run's folder."""
         data = self.resolved()
-        if isinstance(data["teacher"], dict):
-            data["teacher"].get("server", {}).pop("tolerate", None)
+        for model in (data["teacher"], *data.get("models", {}).values()):
+            if isinstance(model, dict):
+                model.get("server", {}).pop("tolerate", None)
         return content_hash(data)
 
     @property

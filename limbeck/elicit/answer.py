@@ -8,20 +8,23 @@ from typing import Annotated
 
 from pydantic import Field
 
+from limbeck.config.named_models import TEACHER
 from limbeck.elicit.flow import (
     Pool,
     Questions,
     StepContext,
     Tally,
+    answer_of,
     ask,
+    by_conversation,
     complete_replies,
     prompt_messages,
     with_answer,
     written_replies,
 )
-from limbeck.elicit.step import AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.elicit.step import AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.step_prompt import PLAIN, VARIES, StepPrompt, with_system
-from limbeck.types import Sampling
+from limbeck.types import Sample, Sampling
 
 EXPLAINING = (
     "You are a patient teacher. Say what the question is about, then explain each part of your answer.",
@@ -46,46 +49,68 @@ EXPLAINING = (
 @register("answer")
 class AnswerPrompts(AskingStep):
     """Answers every prompt `n` times; repeated answers to a prompt are dropped. The student doesn't see the `system`
-    message that the writer gets (prompt erasure), unless `keep_system`. With `all`, repeated answers stay, and so do
-    those that were cut off, are empty or nothing but thinking, so that `pass_rate` counts them; `verify` drops them
-    after it."""
+    message that the writer gets (prompt erasure), unless `keep_system`. `by` is the teacher, a model under `models`,
+    `untouched` (the student before training), or several of them, each of which answers `n` times. With `add`, the
+    answers that the samples have already stay, and new ones to each prompt follow them. With `all`, repeated answers
+    stay, and so do those that were cut off, are empty or nothing but thinking, so that `pass_rate` counts them;
+    `verify` drops them after it."""
 
+    by: By | Annotated[list[By], Field(min_length=1)] = TEACHER
     n: Annotated[int, Field(ge=1, le=1000)] = 1
     temperature: Temperature = 0.7
     top_p: TopP = 0.95
     max_tokens: TokenCount = 256
     system: str | None = None
     keep_system: bool = False
+    add: bool = False
     all: bool = False
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
-        turns = [(sample, number) for sample in pool for number in range(self.n)]
+        groups = by_conversation(pool) if self.add else [[sample] for sample in pool]
+        turns = [(place, by, number) for place in range(len(groups)) for by in self.asks() for number in range(self.n)]
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
         requests = [
-            context.request(with_system(prompt_messages(sample), self.system), sampling, number)
-            for sample, number in turns
+            context.request(with_system(prompt_messages(groups[place][0]), self.system), sampling, number, by=by)
+            for place, by, number in turns
         ]
         replies = yield from ask(requests)
-        answered: Pool = []
-        texts: set[tuple[int, str]] = set()  # (prompt, answer)
+        answered: list[Pool] = [[sample for sample in group if answer_of(sample) is not None] for group in groups]
+        answered = answered if self.add else [[] for _ in groups]
         asked = list(zip(turns, requests, strict=True))
         written = written_replies if self.all else complete_replies
-        for ((sample, number), request), reply in written(asked, replies, tally):
+        for ((place, by, _), request), reply in written(asked, replies, tally):
+            sample = groups[place][0]
             prompt = replace(sample, messages=request.messages) if self.keep_system else sample
-            new = with_answer(prompt, reply)
+            new = with_answer(_unjudged(prompt) if self.add else prompt, reply, **self._told(by))
             text = new.messages[-1]["content"]
-            if number and not self.all and (id(sample), text) in texts:
+            if not self.all and any(text == other.messages[-1]["content"] for other in answered[place]):
                 tally.drop("the same answer again", text)
-                continue
-            texts.add((id(sample), text))
-            answered.append(new)
-        return answered
+            else:
+                answered[place].append(new)
+        return [sample for group in answered for sample in group]
+
+    def _told(self, by: str) -> dict[str, str]:
+        """Who wrote an answer, where it is not the teacher alone."""
+        return {} if self.asks() == (TEACHER,) and not self.add else {"by": by}
 
     def estimate(self, samples: int) -> Estimate:
-        return Estimate.of_answers(samples * self.n, self.max_tokens)
+        asked = Estimate.of_answers(samples * self.n * len(self.asks()), self.max_tokens)
+        return replace(asked, samples=asked.samples + samples) if self.add else asked
 
-    def shows(self) -> StepPrompt:
+    def shows(self) -> StepPrompt | None:
+        if TEACHER not in self.asks():
+            return None
+        if self.add and self.system is not None:
+            return VARIES
         return StepPrompt(self.system) if not self.keep_system else PLAIN
+
+    def writes(self) -> frozenset[str]:
+        return frozenset({"by"} if self._told(TEACHER) else ())
+
+
+def _unjudged(sample: Sample) -> Sample:
+    """The sample without what was said of its answer."""
+    return replace(sample, meta={name: value for name, value in sample.meta.items() if name not in ("scores", "by")})
 
 
 @register("explain")

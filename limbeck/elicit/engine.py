@@ -17,6 +17,7 @@ from limbeck.types import ANSWER_ENDS, TOLD, Evidence, Finish, Generated, LogPro
 OnProgress = Callable[[int, int, int], None]
 T = TypeVar("T")
 FAILED: tuple[Finish, ...] = ("error", "malformed")  # how answers end that may be better when asked for again
+TEACHERS_PLACE = "teacher.server"  # in a recipe, and so in what is said of a server
 SCORES_TOGETHER = 64  # answers whose likelihood is computed and stored together
 
 
@@ -135,12 +136,24 @@ def _too_many(failed: Mapping[str, Finish], total: int, can_do_without: bool) ->
     )
 
 
+@dataclass(frozen=True)
+class Speaker:
+    """A model that answers requests, as `elicit` asks it. `place` is where the recipe has its server."""
+
+    answerer: Callable[[], Answerer]
+    on_progress: OnProgress = lambda done, total, tokens: None
+    tolerate: float = 0.0
+    sharing: Sharing | None = None
+    place: str = TEACHERS_PLACE
+
+
 @dataclass
 class Engine:
     """Runs steps: answers their questions from the store, and asks the models for what is not there.
 
     Args:
-        answerer: loads the model that answers requests; called only if one has to be sent.
+        answerer: loads the teacher, which answers requests; called only if one has to be sent.
+        other: returns another model that answers, by the identity that requests to it have; None for the teacher's.
         scorer: loads the model that a `ScoreRequest` names.
         scorer_identity: identity of that model, known without loading it; scores are stored under it.
         finishes: how many answers ended in which way, stored answers included.
@@ -157,6 +170,7 @@ class Engine:
     finishes: Counter[str] = field(default_factory=Counter)
     tolerate: float = 0.0
     sharing: Sharing | None = None
+    other: Callable[[str], Speaker | None] = lambda identity: None
 
     def run(self, questions: Questions[T]) -> T:
         """Run a generator of questions to its end, batch by batch.
@@ -177,15 +191,30 @@ class Engine:
         if not requests:
             return self._score([question for question in batch if isinstance(question, ScoreRequest)])
         assert len(requests) == len(batch), "a batch of questions is all requests or all score requests"
-        samples = elicit(
-            requests,
-            self.store,
-            self.answerer,
-            on_progress=self.on_progress,
-            stop=self.stop,
-            tolerate=self.tolerate,
-            sharing=self.sharing,
-        )
+        by_model: dict[str, list[Request]] = {}
+        for request in requests:
+            by_model.setdefault(request.model, []).append(request)
+        samples = {identity: iter(self._asked(identity, alike)) for identity, alike in by_model.items()}
+        return [next(samples[request.model]) for request in requests]
+
+    def _asked(self, identity: str, requests: Sequence[Request]) -> list[Sample]:
+        """The answers of one model."""
+        teacher = Speaker(self.answerer, self.on_progress, self.tolerate, self.sharing)
+        speaker = self.other(identity) or teacher
+        try:
+            samples = elicit(
+                requests,
+                self.store,
+                speaker.answerer,
+                on_progress=speaker.on_progress,
+                stop=self.stop,
+                tolerate=speaker.tolerate,
+                sharing=speaker.sharing,
+            )
+        except UserError as error:
+            if speaker.place == TEACHERS_PLACE:
+                raise
+            raise UserError(str(error).replace(TEACHERS_PLACE, speaker.place)) from error
         if len(samples) < len(requests):
             raise StoppedEarlyError(len(samples), len(requests))
         self.finishes.update(str(sample.meta["finish"]) for sample in samples)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from limbeck.config.named_models import TEACHER
 from limbeck.elicit.thinking import after_thinking
 from limbeck.types import AnswerForm, LogProb, Message, Request, Sample, Sampling, content_hash
 
@@ -33,8 +34,9 @@ WRITTEN = ("ok", "length", "empty", NO_ANSWER)
 class ScoreRequest:
     """Asks a model how likely it finds an answer; the reply is a `LogProb`.
 
-    Without messages the answer is plain text, outside any chat template. `model` is empty for the scoring model itself,
-    or names another one, or `untouched` (the student before training); all requests of one batch go to one model.
+    Without messages the answer is plain text, outside any chat template. `model` is empty for the teacher, `untouched`
+    (the student before training), a name under `models`, or any model's source; all requests of one batch go to one
+    model.
     """
 
     messages: tuple[Message, ...]
@@ -87,13 +89,28 @@ class Tally:
         self.facts[fact] = self.facts.get(fact, 0) + amount
 
 
+def _none_named(name: str) -> str:
+    raise KeyError(name)  # `check_steps` refuses names of no model
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is known beforehand of a model that is shown texts of others: its control tokens, whether a conversation
+    leaves it room for so many tokens of an answer, and why it can't be held to a form (nothing if it can)."""
+
+    control: Collection[str] = ()
+    fits: Callable[[Sequence[Message], int], bool] = lambda messages, tokens: True
+    unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
+
+
 @dataclass(frozen=True)
 class StepContext:
-    """What a step knows beside the pool: the model that it asks, and its source of random numbers.
+    """What a step knows beside the pool: the models that it asks, and its source of random numbers.
 
     `header` is the text before a user's message in the model's own chat format, where that is known (see `magpie`).
     `unheld` says why the model can't be held to a form, and nothing if it can.
-    `show` turns a conversation into the one that the model is shown, where that is another.
+    `show` turns a conversation into the one that the teacher is shown, where that is another.
+    `named` returns the identity of a model that the recipe names, `reader` what is known of a model as a reader.
     """
 
     model: str
@@ -102,6 +119,12 @@ class StepContext:
     header: str | None = None
     unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
     show: Show | None = None
+    named: Callable[[str], str] = _none_named
+    reader: Callable[[str], Reader] = lambda by: Reader()
+
+    def identity(self, by: str) -> str:
+        """Of the teacher, or of another model by its name."""
+        return self.model if by == TEACHER else self.named(by)
 
     def request(
         self,
@@ -113,13 +136,15 @@ class StepContext:
         against: Sequence[Message] | None = None,
         contrast: float = 0.0,
         form: AnswerForm | None = None,
+        by: str = TEACHER,
     ) -> Request:
-        """A request to the model. `number` tells several answers to the same messages apart."""
+        """A request to the model `by`. `number` tells several answers to the same messages apart."""
         seed = self.seed if number == 0 else int(content_hash([self.seed, number])[:7], 16)
         other = None if against is None else tuple(against)
-        shown = None if self.show is None or raw is not None else self.show(tuple(messages))
+        is_shown = self.show is not None and raw is None and by == TEACHER
+        shown = self.show(tuple(messages)) if is_shown and self.show is not None else None
         return Request(
-            self.model,
+            self.identity(by),
             tuple(messages),
             sampling,
             seed,
@@ -153,6 +178,14 @@ def answer_of(sample: Sample) -> str | None:
 def said_by(sample: Sample) -> str:
     """The answer without the thinking before it; empty where there is none. Replies are parsed through this."""
     return after_thinking(answer_of(sample) or "") or ""
+
+
+def by_conversation(pool: Pool) -> list[Pool]:
+    """The samples in groups that answer the same conversation, in the order of the first of each."""
+    groups: dict[str, Pool] = {}
+    for sample in pool:
+        groups.setdefault(content_hash(list(prompt_messages(sample))), []).append(sample)
+    return list(groups.values())
 
 
 def prompt_messages(sample: Sample) -> tuple[Message, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from limbeck.elicit.conversation import answer_text, spoken_text
+from limbeck.elicit.fence import conversation_text
 from limbeck.types import Message, canonical_json
 
 
@@ -74,12 +75,7 @@ class Prompt:
     @property
     def shown(self) -> str:
         """As a reader is shown it: the text, or the whole conversation with its speakers."""
-        if not self.before and not self.after:
-            return self.text
-        names = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
-        said = (message for message in self.messages if message["role"] in names)
-        turns = (f"{names[message['role']]}: {message['content'] or message.get('tool_calls', '')}" for message in said)
-        return "\n\n".join(turns)
+        return conversation_text(self.messages)
 
     @property
     def place(self) -> str:

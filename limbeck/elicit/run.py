@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.named_models import TEACHER, UNTOUCHED
 from limbeck.config.recipe import Recipe
 from limbeck.elicit.engine import Engine
-from limbeck.elicit.flow import Pool, Show, StepContext, Tally, answer_of, prompt_messages, prompt_of
+from limbeck.elicit.flow import Pool, Reader, Show, StepContext, Tally, answer_of, prompt_messages, prompt_of
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import ElicitStep
 from limbeck.elicit.step_prompt import StepPrompt
@@ -60,9 +61,11 @@ class Elicitation:
 
     Args:
         folder: receives the samples and the account of what each step did.
-        identity: of the model that answers.
+        identity: of the teacher.
         header: returns the text before a user's message in that model's own format; called only if a step needs it.
         unheld: says why that model can't be held to a form of answers, and nothing if it can.
+        named: returns the identity of another model that the recipe names.
+        reader: returns what is known of a model as a reader, by its name.
     """
 
     source: TextSource
@@ -70,6 +73,14 @@ class Elicitation:
     identity: str
     header: Callable[[], str | None]
     unheld: Callable[[AnswerForm], str] = lambda form: "nothing is known of its forms"
+    named: Callable[[str], str] = str
+    reader: Callable[[str], Reader] = lambda by: Reader()
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The identities of the models that the steps ask beside the teacher, by name."""
+        names = {name for _, step in self.source.steps for name in step.asks()} - {TEACHER}
+        return {name: self.named(name) for name in sorted(names) if name != UNTOUCHED}
 
     @property
     def key(self) -> str:
@@ -80,7 +91,8 @@ class Elicitation:
     def _key(self, parts: Sequence[Sequence[Prompt]]) -> str:
         steps = [step.model_dump(mode="json") for step in self.source.recipe.elicit or ()]
         facts = [[prompt.facts for prompt in part] for part in parts]
-        return content_hash([steps, facts, self.source.recipe.text_seed, self.identity])
+        others = [self.others] if self.others else []
+        return content_hash([steps, facts, self.source.recipe.text_seed, self.identity, *others])
 
     def finished(self) -> Pool | None:
         """The samples of a finished elicitation; None if there is none in the folder."""
@@ -125,6 +137,8 @@ class Elicitation:
                 header,
                 unheld=self.unheld,
                 show=self.source.show,
+                named=self.named,
+                reader=self.reader,
             )
             pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)
@@ -138,7 +152,8 @@ class Elicitation:
             for kind, tally, finishes in tallies
         ]
         write_text(self.folder / POOL, "".join(canonical_json(_record(sample)) + "\n" for sample in pool))
-        write_json(self.folder / ACCOUNT, {"key": self.key, "writer": self.identity, "steps": steps})
+        account = {"key": self.key, "writer": self.identity, "steps": steps}
+        write_json(self.folder / ACCOUNT, account | ({"models": self.others} if self.others else {}))
         if not pool:
             raise self._nothing_left(steps)
         return pool

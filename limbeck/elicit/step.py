@@ -24,12 +24,14 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
+from limbeck.config.named_models import TEACHER
 from limbeck.config.sections import Section
 from limbeck.elicit.flow import Pool, Questions, StepContext, Tally
 from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.types import AnswerForm
 
-StepKind = Literal["expand", "curate", "label", "verify", "select", "transform"]
+StepKind = Literal["expand", "curate", "label", "feedback", "verify", "select", "transform"]
+By = Annotated[str, Field(min_length=1)]  # the name of a model: `teacher`, `untouched`, or one under `models`
 Temperature = Annotated[float, Field(ge=0, le=10)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 TokenCount = Annotated[int, Field(ge=1)]
@@ -62,6 +64,7 @@ class AskingStep(Section):
     kind: ClassVar[StepKind] = "label"
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    ranks: ClassVar[bool] = False  # the answers that it gives to a prompt are in order of preference, the best first
 
     @abstractmethod
     def run(self, pool: Pool, context: StepContext, tally: Tally, /) -> Questions[Pool]:
@@ -71,10 +74,23 @@ class AskingStep(Section):
         """What `run` will ask for when it gets so many samples; by default one answer to each."""
         return Estimate.of_answers(samples, getattr(self, "max_tokens", 0))
 
+    def estimate_of(self, samples: int, _: int, /) -> Estimate:
+        """`estimate`, where it also depends on how many prompts the samples answer."""
+        return self.estimate(samples)
+
     def answer_tokens(self) -> float | None:
         """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""
         longest = getattr(self, "max_tokens", None)
         return None if longest is None else max(1.0, ANSWER_SHARE * longest)
+
+    def demands(self) -> frozenset[str]:
+        """What the models that it asks must be able to do, with these settings."""
+        return self.needs
+
+    def asks(self) -> tuple[str, ...]:
+        """The names of the models that it asks; by default what its setting `by` says, else the teacher."""
+        by: str | list[str] = getattr(self, "by", TEACHER)
+        return (by,) if isinstance(by, str) else tuple(by)
 
     def must_hold(self) -> AnswerForm | None:
         """The form that the model must be able to be held to; None without one."""
@@ -106,6 +122,7 @@ class LocalStep(Section):
     kind: ClassVar[StepKind] = "select"
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    ranks: ClassVar[bool] = False  # the answers that it gives to a prompt are in order of preference, the best first
 
     @abstractmethod
     def apply(self, pool: Pool, context: StepContext, tally: Tally, /) -> Pool:
@@ -119,9 +136,17 @@ class LocalStep(Section):
         """How many samples `apply` gives when it gets so many; by default as many."""
         return Estimate(samples=samples)
 
+    def estimate_of(self, samples: int, _: int, /) -> Estimate:
+        """`estimate`, where it also depends on how many prompts the samples answer."""
+        return self.estimate(samples)
+
     def answer_tokens(self) -> float | None:
         """About how many tokens the answers of its samples have; None where it leaves the answers as they are."""
         return None
+
+    def asks(self) -> tuple[str, ...]:
+        """The names of the models that it asks: none."""
+        return ()
 
     def must_hold(self) -> AnswerForm | None:
         """The form that a model must be able to be held to; None, since none is asked."""

@@ -14,9 +14,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from limbeck.config.named_models import TEACHER, UNTOUCHED
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Writer
-from limbeck.elicit.engine import Answerer, Engine, LikelihoodScorer, StoppedEarlyError, elicit
+from limbeck.config.server import Served
+from limbeck.elicit.engine import Answerer, Engine, LikelihoodScorer, Speaker, StoppedEarlyError, elicit
+from limbeck.elicit.flow import Reader
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.run import Elicitation, TextSource, prompts_of
@@ -24,20 +27,23 @@ from limbeck.elicit.sharing import Reuse, Sharing
 from limbeck.progress import Reporter, StoppedError
 from limbeck.storage.answers import SharedAnswers
 from limbeck.storage.store import Store
-from limbeck.types import STUDENTS, AnswerForm, Request, Sample, Sampling, content_hash
+from limbeck.types import STUDENTS, AnswerForm, Message, Request, Sample, Sampling, content_hash
 
 
 class TextModels(Protocol):
     """The models of a run, by their names in writers and steps; each is loaded when first needed."""
 
     def writer(self, name: str, /) -> Answerer:
-        """The model that writes as `teacher`, `untouched` or `previous`."""
+        """The model that writes as `teacher`, `untouched` or `previous`, or by a name under `models`."""
 
     def writer_identity(self, name: str, /) -> str:
         """The writer's name in request keys."""
 
+    def as_reader(self, name: str, /) -> Reader:
+        """What is known of a model as a reader of others' texts."""
+
     def scorer(self, by: str, /) -> LikelihoodScorer:
-        """Scores how likely a text is under the teacher (""), `untouched`, or a model by its source."""
+        """Scores how likely a text is under the teacher (""), `untouched`, or a model by its name or source."""
 
     def scorer_identity(self, by: str, /) -> str:
         """The scorer's name in the store."""
@@ -51,8 +57,8 @@ class TextModels(Protocol):
 
 @dataclass
 class TrainingText:
-    """Reads and fills `store.sqlite` in `folder`; steps of elicitation write their files to `home`. The teacher's
-    answers may be `shared` with other runs."""
+    """Reads and fills `store.sqlite` in `folder`; steps of elicitation write their files to `home`. The answers of the
+    teacher, and of models by their names, may be `shared` with other runs."""
 
     source: TextSource
     folder: Path
@@ -60,7 +66,7 @@ class TrainingText:
     models: TextModels
     reporter: Reporter
     stop: Callable[[], bool]
-    shared: Callable[[Store], SharedAnswers | None] = lambda store: None
+    shared: Callable[[str, Store], SharedAnswers | None] = lambda by, store: None
 
     @property
     def recipe(self) -> Recipe:
@@ -82,29 +88,54 @@ class TrainingText:
         """The prompts that the steps under `elicit` left, and the answers to each by its id."""
         models = self.models
         elicitation = Elicitation(
-            self.source, self.home, models.writer_identity("teacher"), models.header, unheld=models.unheld
+            self.source,
+            self.home,
+            models.writer_identity(TEACHER),
+            models.header,
+            unheld=models.unheld,
+            named=models.writer_identity,
+            reader=models.as_reader,
         )
         began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
             engine = Engine(
                 store,
-                answerer=partial(self.models.writer, "teacher"),
+                answerer=partial(self.models.writer, TEACHER),
                 scorer=self.models.scorer,
                 scorer_identity=self.models.scorer_identity,
-                on_progress=partial(self._report_progress, "teacher", began),
+                on_progress=partial(self._report_progress, TEACHER, began),
                 stop=self.stop,
-                tolerate=self._tolerate,
-                sharing=self._sharing(store),
+                tolerate=self._tolerate(TEACHER),
+                sharing=self._sharing(TEACHER, store),
+                other=partial(self._speaker, store, began),
             )
             try:
                 return prompts_of(elicitation.run(engine, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:
                 raise self._stopped(error.done, error.total) from None
 
-    @property
-    def _tolerate(self) -> float:
-        """The share of answers that may fail or be malformed."""
-        server = self.recipe.teacher.server
+    def _speaker(self, store: Store, began: float, identity: str) -> Speaker | None:
+        """The model that steps ask by this identity; None for the teacher."""
+        if identity == self.models.writer_identity(TEACHER):
+            return None
+        names = dict.fromkeys(name for _, step in self.source.steps for name in step.asks() if name != TEACHER)
+        by = next(name for name in names if self.models.writer_identity(name) == identity)
+        return Speaker(
+            partial(self.models.writer, by),
+            on_progress=partial(self._report_progress, by, began),
+            tolerate=self._tolerate(by),
+            sharing=None if by == UNTOUCHED else self._sharing(by, store),  # the student's text is its run's alone
+            place=f"models.{by}.server",
+        )
+
+    def _server(self, by: str) -> Served | None:
+        """The server of the teacher, or of another model by its name."""
+        named = self.recipe.models or {}
+        return self.recipe.teacher.server if by == TEACHER else named[by].server if by in named else None
+
+    def _tolerate(self, by: str) -> float:
+        """The share of a model's answers that may fail or be malformed."""
+        server = self._server(by)
         return 0.0 if server is None else server.tolerate or 0.0
 
     def _without_untouched(self) -> list[Sample]:
@@ -123,14 +154,14 @@ class TrainingText:
             return self._without_untouched()[:limit]
         writer = self.recipe.held_out_writer
         prompts = self.prompts[0][:limit]
-        samples = self._ask([self._request(prompt, "teacher", _sampling(writer)) for prompt in prompts], "teacher")
-        return [self._described(sample, prompt, "teacher", 0) for prompt, sample in zip(prompts, samples, strict=True)]
+        samples = self._ask([self._request(prompt, TEACHER, _sampling(writer)) for prompt in prompts], TEACHER)
+        return [self._described(sample, prompt, TEACHER, 0) for prompt, sample in zip(prompts, samples, strict=True)]
 
     def held_out(self) -> list[Sample]:
         """The teacher's answers to the held-out prompts, asked and read as those of the training text are."""
         requests = [self._shown(prompt, self.held_out_sampling()) for prompt in self.prompts[1]]
         step = self.source.step_prompt
-        return [sample if step is None else step.reads(sample) for sample in self._ask(requests, "teacher")]
+        return [sample if step is None else step.reads(sample) for sample in self._ask(requests, TEACHER)]
 
     def said(self, prompts: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
         """The teacher's answers to these (prompt, seed), in their order, for a measurement; the seed is added to the
@@ -138,30 +169,35 @@ class TrainingText:
         requests = [
             replace(request := self._shown(prompt, sampling), seed=request.seed + seed) for prompt, seed in prompts
         ]
-        return self._ask(requests, "teacher", measured=True)
+        return self._ask(requests, TEACHER, measured=True)
+
+    def asked_of(self, by: str, conversations: Sequence[tuple[Message, ...]], sampling: Sampling) -> list[Sample]:
+        """The replies of a named model to these conversations, in their order, for a measurement."""
+        identity = self.models.writer_identity(by)
+        return self._ask([Request(identity, messages, sampling, 0) for messages in conversations], by, measured=True)
 
     def held_out_sampling(self) -> Sampling:
         """The sampling of held-out text, that of the teacher's training text (see `Recipe.held_out_writer`)."""
         return _sampling(self.recipe.held_out_writer)
 
-    def bill(self) -> tuple[int, int, int]:
-        """(answers, tokens read, tokens written) that the teacher's server billed."""
+    def bill(self, by: str = TEACHER) -> tuple[int, int, int]:
+        """(answers, tokens read, tokens written) that the server of the teacher, or of a model by its name, billed."""
         with Store(self.folder / "store.sqlite") as store:
-            return store.bill(self.models.writer_identity("teacher"))
+            return store.bill(self.models.writer_identity(by))
 
-    def reused(self) -> tuple[int, int, int]:
+    def reused(self, by: str = TEACHER) -> tuple[int, int, int]:
         """(answers, tokens read, tokens written) that earlier runs were billed for and this one took over."""
         with Store(self.folder / "store.sqlite") as store:
-            return store.reused(self.models.writer_identity("teacher"))
+            return store.reused(self.models.writer_identity(by))
 
-    def money(self) -> float | None:
+    def money(self, by: str = TEACHER) -> float | None:
         """The cost of the answers so far by the recipe's price; None without one."""
-        _, read, written = self.bill()
-        return self.price(read, written)
+        _, read, written = self.bill(by)
+        return self.price(read, written, by)
 
-    def price(self, read: int, written: int) -> float | None:
+    def price(self, read: int, written: int, by: str = TEACHER) -> float | None:
         """What so many tokens cost by the recipe's price; None without one."""
-        server = self.recipe.teacher.server
+        server = self._server(by)
         if server is None or server.price is None:
             return None
         return (read * server.price.input + written * server.price.output) / 1e6
@@ -172,7 +208,7 @@ class TrainingText:
         finishes = [str(sample.meta["finish"]) for sample in samples]
         counts = {
             "answers": sum(sample.teaches for sample in samples),
-            "writer": "teacher",
+            "writer": TEACHER,
             "cut_off": finishes.count("length"),
         }
         return counts | asdict(self.held_out_sampling())
@@ -247,13 +283,13 @@ class TrainingText:
 
     def _request(self, prompt: Prompt, by: str, sampling: Sampling) -> Request:
         (request,) = label([prompt], self.models.writer_identity(by), sampling, self.recipe.text_seed)
-        if by != "teacher":
+        if by != TEACHER:
             return request
         return replace(request, shown=self.source.shown(request.messages, with_step=False))
 
     def _shown(self, prompt: Prompt, sampling: Sampling) -> Request:
         """A request to the teacher outside the training text, which shows it what a step showed it there."""
-        request = self._request(prompt, "teacher", sampling)
+        request = self._request(prompt, TEACHER, sampling)
         return replace(request, shown=self.source.shown(request.messages, with_step=True))
 
     def _ask(self, requests: Sequence[Request], by: str, measured: bool = False) -> list[Sample]:
@@ -264,23 +300,23 @@ class TrainingText:
                 partial(self.models.writer, by),
                 on_progress=partial(self._report_progress, by, time.monotonic()),
                 stop=self.stop,
-                tolerate=None if measured else self._tolerate,
-                sharing=self._sharing(store) if by == "teacher" else None,  # the student's text is its run's alone
+                tolerate=None if measured else self._tolerate(by),
+                sharing=None if by == UNTOUCHED else self._sharing(by, store),  # the student's text is its run's alone
             )
         if len(answers) < len(requests):
             raise self._stopped(len(answers), len(requests))
         return answers
 
-    def _sharing(self, store: Store) -> Sharing:
+    def _sharing(self, by: str, store: Store) -> Sharing:
         def wait(count: int) -> None:
             self.reporter.note(f"{count:,} answers are being asked for by another run: waiting for them")
 
-        return Sharing(open=partial(self.shared, store), tell=self._tell_reuse, wait=wait)
+        return Sharing(open=partial(self.shared, by, store), tell=partial(self._tell_reuse, by), wait=wait)
 
-    def _tell_reuse(self, reuse: Reuse) -> None:
+    def _tell_reuse(self, by: str, reuse: Reuse) -> None:
         cost = "written then"
-        if self.recipe.teacher.server is not None:
-            money = self.price(reuse.read, reuse.written)
+        if self._server(by) is not None:
+            money = self.price(reuse.read, reuse.written, by)
             cost = f"paid then: {reuse.read:,} tokens read, {reuse.written:,} written"
             cost += "" if money is None else f", {money:.4g} by today's price"
         self.reporter.note(f"{reuse.answers:,} of {reuse.needed:,} answers are taken from earlier runs ({cost})")
@@ -288,7 +324,7 @@ class TrainingText:
     def _report_progress(self, by: str, began: float, done: int, total: int, tokens: int) -> None:
         rate = tokens / max(1e-9, time.monotonic() - began)
         text = f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else ""
-        money = self.money() if by == "teacher" else None
+        money = None if by == UNTOUCHED else self.money(by)
         self.reporter.progress(done, total, text if money is None or not text else f"{text}, {money:.4g} spent")
 
     def _stopped(self, done: int, total: int) -> StoppedError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
 from limbeck.elicit.prompts import Prompt
@@ -19,7 +20,7 @@ from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate.by_label import by_field, by_label, write_questions
 from limbeck.evaluate.cautions import basis, task_facts
 from limbeck.evaluate.fidelity import by_class
-from limbeck.evaluate.judge import MAX_TOKENS, load_or_judge, summarise_verdicts
+from limbeck.evaluate.judge import MAX_TOKENS, Ask, load_or_judge, summarise_verdicts
 from limbeck.evaluate.leak import Leak, find_leaks
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.protocol import EvaluationProtocol
@@ -30,12 +31,12 @@ from limbeck.evaluate.worth import kept, requests
 from limbeck.models.compatibility import OTHER_TOKENS
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
-from limbeck.models.placement import Devices, Placement
+from limbeck.models.placement import Devices
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teachers import kind
 from limbeck.storage.files import write_json
 from limbeck.training.controls import CONTROLS, PROMPTED
-from limbeck.types import UserError
+from limbeck.types import Message, Sampling, UserError
 
 OWN_PROMPTS = 24
 LEAK_KINDS = ("exact", "contained", "overlap", "same_but_for_numbers")  # the strongest first
@@ -160,39 +161,76 @@ def write_summary(
     summary["warnings"] += teacher_warnings(questions, bench)
     if recipe.evaluate.judge is not None:
         first_seeds = {name: seeds[0] for name, seeds in systems.items()}
-        summary["judge"] = judge_systems(recipe.evaluate.judge, bench, first_seeds, questions.devices.teacher)
+        summary["judge"] = judge_systems(questions, bench, first_seeds)
         summary["warnings"] += judge_warnings(summary["judge"])
     write_json(bench.folder / "summary.json", summary)
     return summary
 
 
-def judge_systems(
-    source: str, bench: Bench, systems: Mapping[str, SystemRecords], placement: Placement
-) -> dict[str, Any]:
+def judge_systems(questions: Questions, bench: Bench, systems: Mapping[str, SystemRecords]) -> dict[str, Any]:
     """A judge's verdicts on the student's greedy answers against those of each control and of the teacher.
 
     `judge-SYSTEM.jsonl` holds every verdict, written once. The judge is loaded where one is missing; where it is the
     teacher, no second copy of it is loaded.
     """
-    # a judge is shown the pair alone
-    teacher = None if bench.teacher is None else bench.teacher.model.with_context(None)
-    identity = model_identity(source)
-    is_teacher = teacher is not None and _weights(identity) == _weights(teacher.identity)
-    load = cache(lambda: teacher if is_teacher and teacher is not None else load_model(source, placement=placement))
+    judge = _judge(questions, bench)
     answers = {name: {answer.prompt_id: answer.text for answer in records.answers} for name, records in systems.items()}
     pairs = {}
     for name in sorted((name for name in systems if name != "student"), key=lambda name: name == "teacher"):
         verdicts = load_or_judge(
             bench.folder / f"judge-{name}.jsonl",
-            judge=load,
-            identity=identity,
+            judge=judge.load,
+            identity=judge.identity,
             prompts=bench.protocol.prompts,
             first=answers["student"],
             second=answers[name],
             progress=partial(_report_progress, bench.progress, f"the judge: student and {name}"),
+            control=judge.control,
         )
-        pairs[f"student - {name}"] = summarise_verdicts(verdicts, is_teacher)
-    return {"model": identity, "max_tokens": MAX_TOKENS, "pairs": pairs}
+        pairs[f"student - {name}"] = summarise_verdicts(verdicts, judge.is_teacher)
+    return {"model": judge.identity, "max_tokens": MAX_TOKENS, "pairs": pairs}
+
+
+@dataclass(frozen=True)
+class SummaryJudge:
+    """Who judges; `control` are its control tokens where `load` gives no model, but a function that asks it."""
+
+    identity: str
+    load: Callable[[], Model | Ask]
+    is_teacher: bool
+    control: Collection[str] = ()
+
+
+def _judge(questions: Questions, bench: Bench) -> SummaryJudge:
+    """The judge that the recipe names: a model under `models`, whose replies are kept with the run's text, or any model
+    by its source."""
+    source = str(questions.recipe.evaluate.judge)
+    text = questions.text
+    if source in (questions.recipe.models or {}):
+        identity = text.models.writer_identity(source)
+        is_teacher = _weights(identity) == _weights(text.models.writer_identity(TEACHER).partition("+sight-")[0])
+        reader = text.models.as_reader(source)
+        return SummaryJudge(identity, lambda: partial(_ask_named, text, source), is_teacher, reader.control)
+    # a judge is shown the pair alone
+    teacher = None if bench.teacher is None else bench.teacher.model.with_context(None)
+    identity = model_identity(source)
+    is_teacher = teacher is not None and _weights(identity) == _weights(teacher.identity)
+    placement = questions.devices.teacher
+    load = cache(lambda: teacher if is_teacher and teacher is not None else load_model(source, placement=placement))
+    return SummaryJudge(identity, load, is_teacher)
+
+
+def _ask_named(text: TrainingText, name: str, conversations: list[tuple[Message, ...]]) -> list[str | None]:
+    """The replies of a named model to pairs of conversations; None to both where either leaves no room for a reply, and
+    nothing for a reply that did not come to its end."""
+    fits = [text.models.as_reader(name).fits(messages, MAX_TOKENS) for messages in conversations]
+    places = [place for place in range(len(conversations)) if fits[place] and fits[place ^ 1]]
+    sampling = Sampling(0.0, 1.0, MAX_TOKENS)
+    replies = text.asked_of(name, [conversations[place] for place in places], sampling)
+    said: list[str | None] = [None] * len(conversations)
+    for place, reply in zip(places, replies, strict=True):
+        said[place] = reply.messages[-1]["content"] if reply.meta["finish"] == "ok" else ""
+    return said
 
 
 def _weights(identity: str) -> str:
@@ -278,19 +316,27 @@ def _shown_in_words(questions: Questions) -> list[str]:
 
 
 def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
-    """What the teacher's server was paid for, where there is one: answers, tokens, and by the recipe's price money."""
-    if recipe.teacher.server is None:
-        return {}
-    answers, read, written = text.bill()
+    """What servers were paid for, where there are any: answers, tokens, and by the recipe's prices money; the teacher's
+    as `bill`, and those of other models by their names as `bills`."""
+    served = [name for name, model in (recipe.models or {}).items() if model.server is not None]
+    teacher = text.models.writer_identity(TEACHER)  # a model that is the teacher's own is in its bill
+    others = {name: _costs(text, name) for name in served if text.models.writer_identity(name) != teacher}
+    return ({} if recipe.teacher.server is None else {"bill": _costs(text, TEACHER)}) | (
+        {"bills": others} if others else {}
+    )
+
+
+def _costs(text: TrainingText, by: str) -> dict[str, Any]:
+    answers, read, written = text.bill(by)
     costs: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
-    if (money := text.money()) is not None:
+    if (money := text.money(by)) is not None:
         costs["money"] = money
-    answers, read, written = text.reused()
+    answers, read, written = text.reused(by)
     if answers:  # of earlier runs, paid then
         costs["reused"] = {"answers": answers, "tokens_read": read, "tokens_written": written}
-        if (money := text.price(read, written)) is not None:
+        if (money := text.price(read, written, by)) is not None:
             costs["reused"]["money"] = money
-    return {"bill": costs}
+    return costs
 
 
 def facts(questions: Questions, bench: Bench, *, seeds: Sequence[int], steps: int | None) -> dict[str, Any]:

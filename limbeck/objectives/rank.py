@@ -154,8 +154,8 @@ class Ranking(Loss):
             raise RecipeError(
                 settings.path,
                 f"{self.name} compares answers to one prompt, and here every prompt has one: let all writers answer"
-                " every prompt (leave their shares out, the preferred writer first), or give a corpus with `answers`"
-                " or `chosen` and `rejected`",
+                " every prompt (leave their shares out, the preferred writer first), end `elicit` with pairs or lists,"
+                " or give a corpus with `answers` or `chosen` and `rejected`",
             )
 
     def values(self, candidates: Candidates, params: Mapping[str, float]) -> Tensor:

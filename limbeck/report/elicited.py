@@ -34,7 +34,9 @@ def elicitation_section(folder: Path) -> ElicitationSection | None:
     answers = {finish: sum(step["answers"].get(finish, 0) for step in steps) for finish in ANSWER_ENDS}
     total = sum(answers.values())
     kinds = ", ".join(f"{count:,} {ANSWER_ENDS[finish]}" for finish, count in answers.items() if count)
-    summary = f"The writer was asked for {total:,} answers ({kinds})." if total else "No model was asked for anything."
+    models = (elicitation or {}).get("models") or {}
+    asked = f"The writer{' and '.join(['', *models])} were" if models else "The writer was"
+    summary = f"{asked} asked for {total:,} answers ({kinds})." if total else "No model was asked to write anything."
     summary += f" The steps turned {steps[0]['taken']:,} prompts into {steps[-1]['given']:,} samples."
     columns = [("Kind", ""), ("In", "samples"), ("Out", "samples"), ("Left out", ""), ("Answers", "requested")]
     rows = [

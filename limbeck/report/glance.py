@@ -149,6 +149,7 @@ def worth_facts(worth: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("bought of the teacher", f"{bought}, {training['tokens_written']:,} written"))
     if "bill" in training:
         facts.append(("the teacher's bill", _money(training["bill"])))
+    facts += [(f"the bill of {name}", _money(money)) for name, money in training.get("bills", {}).items()]
     facts.append(("training steps of the student", f"{number(training['hours'])} hours of the machine"))
     if "machine_cost" in training:
         facts.append(("at the price of an hour", _money(training["machine_cost"])))

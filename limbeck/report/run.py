@@ -95,6 +95,8 @@ def _cards(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> lis
     """Cards about the teacher, the training prompts, how answers ended, the bridge, what the server said of its
     text, its bill, the held-out text and each task."""
     cards = [("Teacher", facts)] if (facts := teacher_facts(recipe.get("teacher"))) else []
+    for name, model in (recipe.get("models") or {}).items():
+        cards.append((f"Model {name}", grids.facts(model)))
     if isinstance(recipe.get("prompts"), dict):
         cards.append(("Training prompts", grids.facts(recipe["prompts"])))
     if notes := _json(folder / "prompts.json").get("notes"):
@@ -107,6 +109,8 @@ def _cards(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> lis
         cards.append(("Log-probabilities that came with the server's text", grids.facts(told)))
     if summary.get("bill"):
         cards.append(("Bill of the teacher's server", grids.facts(summary["bill"])))
+    for name, costs in (summary.get("bills") or {}).items():
+        cards.append((f"Bill of the server of {name}", grids.facts(costs)))
     if summary.get("held_out"):
         cards.append(("Held-out text", grids.facts(summary["held_out"])))
     return cards + [(f"Task {name}", grids.facts(task)) for name, task in (summary.get("tasks") or {}).items()]

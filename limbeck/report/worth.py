@@ -108,7 +108,8 @@ def _request(folder: Path, summary: Facts, *, name: str, facts: Facts, prices: P
 
 
 def _training(folder: Path, summary: Facts, prices: Prices) -> Facts:
-    """What the student cost: the tokens of the teacher's server, and the seconds of its training, in all rounds."""
+    """What the student cost: the tokens of the teacher's server and of others', and the seconds of its training, in all
+    rounds."""
     bill = summary.get("bill") or {}
     files = [home / "metrics.jsonl" for home in (folder, *rounds_in(folder).values())]
     seconds = sum(record.get("seconds", 0.0) for file in files for record in read_jsonl(file))
@@ -123,8 +124,11 @@ def _training(folder: Path, summary: Facts, prices: Prices) -> Facts:
             facts["bill"] = money
     if prices.hour is not None:
         facts["machine_cost"] = facts["hours"] * prices.hour
-    if "machine_cost" in facts and ("bill" in facts or not bill):
-        facts["total"] = facts["machine_cost"] + facts.get("bill", 0.0)
+    others = summary.get("bills") or {}
+    if priced := {name: costs["money"] for name, costs in others.items() if "money" in costs}:
+        facts["bills"] = priced
+    if "machine_cost" in facts and ("bill" in facts or not bill) and len(priced) == len(others):
+        facts["total"] = facts["machine_cost"] + facts.get("bill", 0.0) + sum(priced.values())
     return facts
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from limbeck.config.named_models import NamedModel
 from limbeck.config.recipe import Recipe
+from limbeck.config.teacher import TeacherSettings
 from limbeck.models.context import PromptContext
 from limbeck.models.load import model_contents
 from limbeck.progress import Reporter
@@ -22,14 +24,17 @@ WRITING = 1  # raise it when models in process would write the same request othe
 
 @dataclass
 class SharedText:
-    """The shared answers of one recipe's teacher, opened when a run first misses an answer.
+    """The shared answers of one model of a recipe, opened when a run first misses an answer.
 
     Args:
-        identity: returns the teacher's name in request keys.
-        context: what the teacher is shown in addition to the prompts.
+        settings: the recipe's teacher, or another model that it names.
+        place: the folder of shared answers; None where none are shared.
+        identity: returns the model's name in request keys.
+        context: what it is shown in addition to the prompts.
     """
 
-    recipe: Recipe
+    settings: TeacherSettings | NamedModel
+    place: Path | None
     identity: Callable[[], str]
     context: PromptContext | None
     reporter: Reporter
@@ -39,7 +44,7 @@ class SharedText:
         """The shared answers, None where none are shared. What the run's own store has is put there first.
 
         Raises:
-            UserError: they can't be read, and the teacher costs money.
+            UserError: they can't be read, and the model costs money.
         """
         shared = self._answers
         if shared is not None and store.path not in self._added:
@@ -49,14 +54,13 @@ class SharedText:
 
     @cached_property
     def _answers(self) -> SharedAnswers | None:
-        folder = answers_folder(self.recipe.machine.answers)
-        origin = None if folder is None else origin_of(self.recipe)
-        if folder is None or origin is None:
+        origin = None if self.place is None else origin_of(self.settings)
+        if self.place is None or origin is None:
             return None
         try:
-            return SharedAnswers(folder, origin, self.context, self.reporter.note)
+            return SharedAnswers(self.place, origin, self.context, self.reporter.note)
         except UnreadableAnswersError as error:
-            if self.recipe.teacher.server is not None:
+            if self.settings.server is not None:
                 raise UserError(
                     f"{error}: move it away, or set machine.answers to another folder, or to none to ask (and pay) for"
                     " what this run's folder does not have"
@@ -65,14 +69,13 @@ class SharedText:
             return None
 
 
-def origin_of(recipe: Recipe) -> str | None:
-    """What tells a teacher from others of its name: a server's address, or what the weights contain. None for weights
+def origin_of(settings: TeacherSettings | NamedModel) -> str | None:
+    """What tells a model from others of its name: a server's address, or what the weights contain. None for weights
     that can't be looked at: their answers are not shared."""
-    server = recipe.teacher.server
-    if server is not None:
-        return server.url.rstrip("/")
+    if settings.server is not None:
+        return settings.server.url.rstrip("/")
     try:
-        return f"weights {model_contents(str(recipe.teacher.model))[:16]}, writing {WRITING}"
+        return f"weights {model_contents(str(settings.model))[:16]}, writing {WRITING}"
     except UserError:
         return None
 
@@ -107,7 +110,7 @@ def add_run(folder: Path, recipe: Recipe, place: Path, library: Path | None = No
     """
     inputs = read_json(folder / "inputs.json") or {}
     identity = inputs.get("teacher" if recipe.teacher.server is None else "server")
-    origin = origin_of(recipe)
+    origin = origin_of(recipe.teacher)
     context = recipe.teacher.context
     if not isinstance(identity, str) or origin is None:
         raise UserError(f"{folder} does not say whose its answers are: run it again, and they are shared")

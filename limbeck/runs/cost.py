@@ -317,7 +317,7 @@ def make_plan(
     cache = recipe.teacher.cache if shapes.teacher is not None else None
     # by a llama.cpp server; vLLM is asked once for each text
     scored = text.response_tokens if shapes.teacher is None and recipe.teacher.cache else 0
-    judging = shapes.judge if recipe.evaluate.judge != recipe.teacher.model else None
+    judging = shapes.judge if recipe.evaluate.judge not in (None, recipe.teacher.model) else None
     requests = round(text.by_teacher * text.prompts) + len(held_out) + (text.prompts if controls_write else 0)
     teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * len(held_out)
     disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)

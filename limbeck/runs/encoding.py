@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from limbeck.config.named_models import TEACHER
 from limbeck.data.batches import Row, make_batch, make_rows
 from limbeck.elicit.training_text import TrainingText
 from limbeck.models.model import Model
@@ -40,12 +41,15 @@ class Encoding:
         return [replace(rows[sample.id], sample_id=prompt.id) for sample, prompt in pairs if sample.id in rows]
 
     def _rows(self, samples: Sequence[Sample], student: Model, teacher_prompt_ids: PromptIds | None) -> list[Row]:
-        """Sampled ids are used as they are; text without ids is encoded, without what the prompt opens already, and
-        gets the end token of the template unless it was cut off."""
+        """Ids that the teacher or the student sampled are used as they are; other text is encoded, without what the
+        prompt opens already, and gets the end token of the template unless it was cut off."""
+        models = self.models
+        named = {models.named.identity(name) for _, step in self.method.steps for name in step.asks()
+                 if name in models.named} - {models.writer_identity(TEACHER)}  # fmt: skip
 
         def response_ids(sample: Sample) -> Sequence[int]:
-            same_tokens = not self.models.other_tokens or sample.writer == self.models.initial_identity
-            if sample.response_ids is not None and same_tokens:
+            same_tokens = not models.other_tokens and sample.writer not in named
+            if sample.response_ids is not None and (same_tokens or sample.writer == models.initial_identity):
                 return sample.response_ids
             return alone.answer_ids(sample.messages[-1]["content"], sample.meta.get("finish") == "length")
 

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from limbeck.config.named_models import TEACHER, UNTOUCHED
 from limbeck.config.teacher import BridgedTeacher, ServedTeacher
 from limbeck.elicit.engine import Answerer
+from limbeck.elicit.flow import Reader
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import has_other_tokens
@@ -29,6 +31,7 @@ from limbeck.models.teacher_interface import Teacher
 from limbeck.models.told import Kept
 from limbeck.progress import Reporter
 from limbeck.runs.cost import teacher_precision
+from limbeck.runs.named import NamedModels, reader_of
 from limbeck.runs.resolve import Method
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
@@ -45,7 +48,7 @@ class RunModels:
     Args:
         calibration: returns so many texts by which a pruned student's layers are chosen.
         progress: called with (done, total, what) during long work; may raise StoppedError.
-        billed: returns (answers, tokens read, tokens written) of the server so far.
+        billed: returns (answers, tokens read, tokens written) of the teacher's server so far, or of another's.
         shared: the models of the run whose teacher this one shares.
     """
 
@@ -54,7 +57,7 @@ class RunModels:
     reporter: Reporter
     calibration: Callable[[int], Calibration]
     progress: Callable[[int, int, str], None]
-    billed: Callable[[], tuple[int, int, int]]
+    billed: Callable[[str], tuple[int, int, int]]
     shared: RunModels | None = None
     loaded: dict[str, InProcessTeacher] = field(default_factory=dict)
 
@@ -94,6 +97,7 @@ class RunModels:
         """Drop the loaded teachers, unless they are another run's."""
         if self.shared is None:
             self.loaded.clear()
+        self.named.release()
 
     @cached_property
     def other_tokens(self) -> bool:
@@ -158,7 +162,7 @@ class RunModels:
                 " another --out"
             )
         if server is not None:
-            server.begin_with(*self.billed())
+            server.begin_with(*self.billed(TEACHER))
         return server
 
     @cached_property
@@ -199,7 +203,7 @@ class RunModels:
         settings = self.method.recipe.teacher
         if not isinstance(settings, ServedTeacher) or settings.server.logprobs is None:
             return None
-        identity = self.writer_identity("teacher")
+        identity = self.writer_identity(TEACHER)
 
         def told(sample_ids: Sequence[str]) -> Iterator[Kept | None]:
             with Store(library / "store.sqlite") as store:
@@ -305,13 +309,33 @@ class RunModels:
 
     # By the names in writers and steps of elicitation: see `elicit.training_text.TextModels`
 
+    @cached_property
+    def named(self) -> NamedModels:
+        """The models under the recipe's `models`."""
+        return NamedModels(
+            self.method.recipe,
+            self.folder,
+            self.reporter,
+            placement=lambda: self.devices.teacher,
+            billed=self.billed,
+            teacher=self._teacher_itself,
+        )
+
+    def _teacher_itself(self, identity: str) -> Model | None:
+        """The loaded teacher, if this is its identity without what it is shown beside the prompt."""
+        if self.shared is not None:
+            return self.shared._teacher_itself(identity)
+        teacher = None if self.teacher_is_away else self.loaded.get(str(self.method.recipe.teacher.model))
+        alone = None if teacher is None else teacher.model.with_context(None)
+        return alone if alone is not None and alone.identity == identity else None
+
     def writer(self, name: str) -> Answerer:
         previous = self.method.recipe.previous
         if name == "previous" and previous is not None:
             return InProcessTeacher(load_model(previous, placement=self.devices.student))
         if name in STUDENTS:
             return InProcessTeacher(self.initial_student())
-        return self.server or self.teacher
+        return self.named.writer(name) if name in self.named else self.server or self.teacher
 
     def writer_identity(self, name: str) -> str:
         previous = self.method.recipe.previous
@@ -319,18 +343,32 @@ class RunModels:
             return model_identity(previous)
         if name in STUDENTS:
             return self.initial_identity
+        if name in self.named:
+            return self.named.identity(name)
         if self.method.recipe.teacher.server is None:
             return self.teacher_identity
         return Model.named(self.server_identity, self.method.prompt_context)
 
+    def as_reader(self, name: str) -> Reader:
+        if name in self.named:
+            return self.named.reader(name)
+        recipe = self.method.recipe
+        start = recipe.student.start.pretrained
+        if name == UNTOUCHED and start is not None:
+            return reader_of(start, recipe.student.template)
+        written_here = recipe.teacher.model if recipe.teacher.server is None or name == UNTOUCHED else None
+        return Reader(unheld=self.unheld) if written_here is None else reader_of(written_here, self.template)
+
     def scorer(self, by: str) -> ModelScorer:
-        if by == "untouched":
+        if by == UNTOUCHED:
             return ModelScorer(self.initial_student())
+        if by in self.named:
+            return ModelScorer(self.named.loaded(by).model)
         return ModelScorer(load_model(by, placement=self.devices.teacher) if by else self.teacher.model)
 
     def scorer_identity(self, by: str) -> str:
-        if by == "untouched":
-            return self.initial_identity
+        if by == UNTOUCHED or by in self.named:
+            return self.writer_identity(by)
         return model_identity(by) if by else self.teacher_identity
 
     def header(self) -> str | None:

@@ -22,6 +22,7 @@ from limbeck.runs.answers import keep_for_others
 from limbeck.runs.claim import HELD_OUT, claim
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
+from limbeck.runs.named import input_name
 from limbeck.runs.resolve import Method, resolve
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
@@ -39,7 +40,8 @@ def bind(folder: Path, method: Method, models: RunModels, reporter: Reporter) ->
             facts["student's template"] = template_suffix(recipe.student.template)
         if recipe.teacher.server is not None:
             facts["server"] = models.server_identity
-        return facts
+        asked = {name for _, step in method.steps for name in step.asks() if name in models.named}
+        return facts | {input_name(name): models.named.identity(name) for name in sorted(asked)}
 
     def older(earlier: Recipe) -> tuple[str, str]:
         before = fitted(resolve(earlier))

@@ -7,11 +7,12 @@ measurements by files that are written whole. `limbeck run` on a killed run goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
 from limbeck.elicit.run import TextSource
@@ -39,8 +40,10 @@ from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
+from limbeck.storage.answers import SharedAnswers, answers_folder
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import steps_made
+from limbeck.storage.store import Store
 from limbeck.training import loop
 from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
@@ -65,6 +68,7 @@ class Run:
     stop: Callable[[], bool] = lambda: False
     shared: Run | None = None
     store: Path | None = None
+    _shared_texts: dict[str, SharedText] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -78,7 +82,7 @@ class Run:
             self.reporter,
             calibration=lambda texts: self.encoding.calibration(texts),
             progress=self.progress,
-            billed=lambda: self.text.bill(),
+            billed=lambda by: self.text.bill(by),
             shared=None if self.shared is None else self.shared.models,
         )
 
@@ -100,7 +104,7 @@ class Run:
             models=self.models,
             reporter=self.reporter,
             stop=self.stop,
-            shared=(lambda store: None) if self.is_taught_by_a_round else self.shared_text.open,
+            shared=self._open_shared,
         )
 
     @property
@@ -109,13 +113,25 @@ class Run:
         teacher = self.recipe.teacher.model
         return self.store is not None and teacher is not None and Path(teacher).is_relative_to(self.store.resolve())
 
-    @cached_property
-    def shared_text(self) -> SharedText:
-        """The answers that the runs of this user share, as far as they are this teacher's."""
-        if self.shared is not None:
-            return self.shared.shared_text
-        identity = partial(self.models.writer_identity, "teacher")
-        return SharedText(self.recipe, identity, self.method.prompt_context, self.reporter)
+    def _open_shared(self, by: str, store: Store) -> SharedAnswers | None:
+        if by == TEACHER and self.is_taught_by_a_round:
+            return None
+        return self.shared_text(by).open(store)
+
+    def shared_text(self, by: str) -> SharedText:
+        """The answers that the runs of this user share, as far as they are this model's."""
+        if self.shared is not None and by == TEACHER:
+            return self.shared.shared_text(by)
+        if by not in self._shared_texts:
+            recipe = self.recipe
+            self._shared_texts[by] = SharedText(
+                recipe.teacher if by == TEACHER else (recipe.models or {})[by],
+                answers_folder(recipe.machine.answers),
+                partial(self.models.writer_identity, by),
+                self.method.prompt_context if by == TEACHER else None,
+                reporter=self.reporter,
+            )
+        return self._shared_texts[by]
 
     def claim(self) -> None:
         """Bind the folder to this run's recipe, prompts and teacher, or refuse that of another run."""
@@ -187,6 +203,7 @@ class Run:
         settings = recipe.train
         rows = self.rows(self.text.training(), student) if recipe.fixed_writers else []
         writing = None
+        self.models.named.release()  # they have said what they had to say
         own_text = self.models.own_text(student, self.library) if name == "student" else None
         if name == "student":
             writing = self._writing(student)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.named_models import NamedLocal, NamedModel
 from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
 from limbeck.elicit.step import Estimate
@@ -90,7 +91,9 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     for term in method.terms:
         if teacher is not None:
             term.check_models(student, teacher)
-    judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
+    named = {name: _named_shape(model, f"models.{name}") for name, model in (recipe.models or {}).items()}
+    judging = recipe.evaluate.judge
+    judge = named[judging] if judging in named else None if judging is None else _judge_shape(judging)
     prompts = (method.training_prompts, method.held_out_prompts)
     shapes = Shapes(student, teacher, others, judge)
     lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
@@ -260,18 +263,32 @@ def _other_teacher(recipe: Recipe, source: str, number: int) -> Shape:
 def _bills(method: Method) -> list[Estimate]:
     """What each step of elicitation will ask for, given the samples that the step before it leaves."""
     bills: list[Estimate] = []
+    prompts = len(method.training_prompts)
     for _, step in method.steps:
-        bills.append(step.estimate(bills[-1].samples if bills else len(method.training_prompts)))
+        bills.append(step.estimate_of(bills[-1].samples if bills else prompts, prompts))
+        prompts = bills[-1].samples if step.kind in ("expand", "curate") else min(prompts, bills[-1].samples)
     return bills
 
 
-def _judge_shape(source: str) -> Shape:
+def _judge_shape(source: str, path: str = "evaluate.judge", template: str | None = None) -> Shape:
     """The judge's sizes. A judge that can't be loaded is refused here, not hours later by the evaluation."""
     try:
         check_source(source)
         shape = Shape.of(load_config(source))
         if is_ready(source):
-            load_tokenizer(source)
+            load_tokenizer(source, template)
         return shape
     except UserError as error:
-        raise RecipeError("evaluate.judge", str(error)) from error
+        raise RecipeError(path, str(error)) from error
+
+
+def _named_shape(model: NamedModel, path: str) -> Shape | None:
+    """The sizes of a model that the recipe names; None of one behind a server."""
+    if not isinstance(model, NamedLocal):
+        return None
+    shape = _judge_shape(model.model, path, model.template)
+    config = load_config(model.model)
+    if model.quantise is not None and quantisation(config) is not None:
+        raise RecipeError(f"{path}.quantise", f"{model.model} is quantised already; leave it out")
+    refuse(model.quantise, config, f"{path}.quantise")
+    return shape

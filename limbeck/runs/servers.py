@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from limbeck.config.recipe import Recipe
+from limbeck.models.api import ApiTeacher
 from limbeck.models.vllm import look
 from limbeck.runs.models import scorer_of, served
+from limbeck.runs.named import in_its_place
 from limbeck.runs.resolve import Method
 from limbeck.types import RecipeError, UserError
 
@@ -34,9 +36,16 @@ def examine_servers(method: Method) -> list[ServerFinding]:
             findings.append(ServerFinding("teacher.server", seen))
         except UserError as error:
             findings.append(ServerFinding("teacher.server", "", str(error)))
+    for name, model in (method.recipe.models or {}).items():
+        if model.server is not None:
+            try:
+                identity = ApiTeacher(model.server).identity
+                findings.append(ServerFinding(f"models.{name}.server", identity))
+            except UserError as error:
+                findings.append(ServerFinding(f"models.{name}.server", "", str(in_its_place(error, name))))
     try:
-        if (name := look_at_writer(method.recipe)) is not None:
-            findings.append(ServerFinding("rollout.through", f"{name}, which takes weights"))
+        if (writer := look_at_writer(method.recipe)) is not None:
+            findings.append(ServerFinding("rollout.through", f"{writer}, which takes weights"))
     except RecipeError as error:
         findings.append(ServerFinding(error.path, "", str(error).removeprefix(f"{error.path}: ")))
     return findings

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from limbeck.config.named_models import TEACHER, UNTOUCHED, check_name
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Advantage, Rollout, Validation
 from limbeck.config.teacher import BridgedTeacher, CacheSettings, SelfTeacher, SeveralTeachers
 from limbeck.data.batches import CHOSEN, MIXED, REJECTED
-from limbeck.elicit.step import ElicitStep
+from limbeck.elicit.step import AskingStep, ElicitStep
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.thinking_settings import thinking_of
 from limbeck.models.constrain import unheld
@@ -42,7 +43,8 @@ def check_parts(
     _check_student_writer(recipe, use.terms, share)
     _check_teacher(use, steps)
     _check_mixup(recipe)
-    facts = _text_facts(use)
+    _check_models(recipe, steps)
+    facts = _text_facts(use, steps)
     for term in use.terms:
         term.check_text(facts)
     trained = {prompt.spoken for prompt in training}
@@ -84,9 +86,34 @@ def _check_writers(recipe: Recipe) -> None:
         )
 
 
-def _text_facts(use: TeacherUse) -> TextFacts:
+def _check_models(recipe: Recipe, steps: Sequence[tuple[str, ElicitStep]]) -> None:
+    """Refuse names of no model, models that nothing asks, and what a model can't give."""
+    models = recipe.models or {}
+    prune = recipe.student.start.prune
+    for index, (name, step) in enumerate(steps):
+        path = f"elicit[{index}].{name}.by"
+        for by in step.asks():
+            check_name(by, models, path)
+            if by == UNTOUCHED and prune is not None and prune.keep in JUDGED_ON_TEXT:
+                raise RecipeError(
+                    path, f"prune.keep: {prune.keep} is judged on the text that this step gives; set keep: uniform"
+                )
+            needs = step.demands() if isinstance(step, AskingStep) else frozenset()
+            if by in models and models[by].server is not None and needs - {"text", "raw"}:
+                what = ", ".join(sorted(needs - {"text", "raw"})).replace("_", " ")
+                raise RecipeError(
+                    path, f"it needs {what}, and {by} is behind a server: name weights in models.{by}.model"
+                )
+    asked = {by for _, step in steps for by in (*step.asks(), getattr(step, "reference", ""))}
+    asked.add(recipe.evaluate.judge or "")
+    if idle := [name for name in models if name not in asked]:
+        raise RecipeError(f"models.{idle[0]}", "no step and no judge names it: name it in `by`, or leave it out")
+
+
+def _text_facts(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> TextFacts:
     """Facts about the training text, for the losses' checks."""
     recipe = use.recipe
+    ranked = any(step.ranks for _, step in steps)
     training = use.training_prompts
     writers = {writer.by for writer in recipe.writer}
     several = any(len(prompt.answers) > 1 for prompt in training)
@@ -100,9 +127,10 @@ def _text_facts(use: TeacherUse) -> TextFacts:
         tags=frozenset(tags) if recipe.elicit is None else None,  # steps give tags of their own
         others_tags=frozenset(writers - {STUDENT} | preferred),
         fixed=bool(recipe.fixed_writers),
-        all_preferred=writers.isdisjoint(STUDENTS) and not ("corpus" in writers and several),
+        all_preferred=writers.isdisjoint(STUDENTS) and not ("corpus" in writers and several) and not ranked,
         several_answers=recipe.all_answer or several or recipe.elicit is not None,
         ranked_answers=recipe.all_answer
+        or ranked
         or (writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)),
         columns=frozenset(column for term in use.terms for column in term.loss.writes),
         temperature=None if recipe.student_writer is None else recipe.student_writer.temperature,
@@ -234,7 +262,8 @@ def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> 
     prune = recipe.student.start.prune
     for index, (name, step) in enumerate(steps):
         path = f"elicit[{index}].{name}"
-        for evidence in sorted(step.needs - available):
+        needs = step.demands() if isinstance(step, AskingStep) and TEACHER in step.asks() else frozenset()
+        for evidence in sorted(needs - available):
             raise RecipeError(path, teacher_kind.lacks(teacher, evidence))
         if (form := step.must_hold()) is not None and (why := unheld(form, teacher.server)):
             raise RecipeError(f"{path}.constrain", f"{why}; or leave constrain out")

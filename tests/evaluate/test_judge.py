@@ -11,10 +11,12 @@ import pytest
 
 import limbeck
 from limbeck.config.recipe import parse
+from limbeck.elicit.fence import fenced
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.two_orders import question, read_verdict
 from limbeck.evaluate import judge as judging
 from limbeck.evaluate import run as evaluation
-from limbeck.evaluate.judge import fenced, judge_pairs, load_or_judge, question, read_verdict, summarise_verdicts
+from limbeck.evaluate.judge import judge_pairs, load_or_judge, summarise_verdicts
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
 from limbeck.progress import StoppedError

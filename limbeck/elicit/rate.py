@@ -1,0 +1,316 @@
+"""Feedback: a judge rates the answers to each prompt by aspects, on a scale.
+
+A rating that can't be read stays what it is, "unreadable", and is never a number: an answer without one has no score of
+that name, and steps that need the score drop it and count it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from limbeck.config.named_models import TEACHER
+from limbeck.elicit.aspects import ASPECTS, MAY_NOT_APPLY
+from limbeck.elicit.fence import DATA, conversation_text, fenced
+from limbeck.elicit.flow import (
+    Pool,
+    Questions,
+    ScoreRequest,
+    StepContext,
+    Tally,
+    ask,
+    by_conversation,
+    ending,
+    prompt_messages,
+    said_by,
+    score,
+    user,
+    with_scores,
+)
+from limbeck.elicit.merit import answered_only, expected
+from limbeck.elicit.step import AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.types import AnswerForm, Message, Sample, Sampling, nearest
+
+UNREADABLE = "unreadable"
+NOT_APPLICABLE = "not applicable"
+TOO_LONG = "too long"
+Rating = int | str  # a number of the scale, or one of the three
+LINE = re.compile(r"rating[ \t]*(\d{1,3})?[ \t]*:[ \t]*(-?\d{1,3}|n/a)\.?", re.IGNORECASE)
+RETRIED = 1000  # what numbers of tries begin with: they tell requests of one question apart
+WARM = 0.7  # the temperature of another try where the first one was greedy
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question to the judge: some answers to one prompt, by one aspect. `places` are those of the answers in the
+    pool, in the order in which they are shown."""
+
+    aspect: str
+    places: tuple[int, ...]
+    messages: tuple[Message, ...]
+
+
+@register("rate")
+class Rate(AskingStep):
+    """The model `by` rates the answers to each prompt by every aspect, on a `scale` (UltraFeedback). An aspect is a
+    name that is known here, or has its question: `{brevity: Is it short?}`. All answers to a prompt are shown
+    `together`, in a drawn order, or each alone. It gives `reasons` first, or the number alone, which a model here is
+    held to. With `expected`, nothing is written: the score is the mean of the scale under the judge's probabilities
+    (G-Eval, d-RLAIF). With `draw`, so many of the aspects are drawn for each prompt (CodeUltraFeedback: 1). Each answer
+    gets a score of every aspect's name and `rating`, their mean; one without a readable rating has neither, after
+    `retries` further tries. UltraFeedback describes every level of every aspect; here the wording is ours."""
+
+    kind = "feedback"
+    paper = (
+        "Cui et al., arXiv:2310.01377; code: Weyssow et al., arXiv:2403.09032; expected: Liu et al., arXiv:2303.16634"
+    )
+    by: By = TEACHER
+    aspects: Annotated[dict[str, str], Field(min_length=1)] = Field(default={"helpfulness": ASPECTS["helpfulness"]})
+    scale: tuple[int, int] = (1, 5)
+    together: bool = True
+    draw: Annotated[int, Field(ge=1)] | None = None
+    reasons: bool = True
+    expected: bool = False
+    retries: Annotated[int, Field(ge=0, le=20)] = 2
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    max_tokens: TokenCount = 512
+
+    @field_validator("aspects", mode="before")
+    @classmethod
+    def _with_questions(cls, aspects: Any) -> Any:
+        names = dict.fromkeys(aspects, "") if isinstance(aspects, list) else aspects
+        if not isinstance(names, dict):
+            return names
+        for name, question in names.items():
+            if not question and name not in ASPECTS:
+                raise ValueError(f"no aspect {name!r} is known{nearest(str(name), ASPECTS)}; or give its question")
+            if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", str(name)) or name == "rating":
+                raise ValueError(f"{name!r} can't be a score's name; give small letters, and not `rating`")
+        return {str(name): question or ASPECTS[name] for name, question in names.items()}
+
+    @model_validator(mode="after")
+    def _agree(self) -> Rate:
+        low, high = self.scale
+        if not low < high <= low + 100 or low < 0:
+            raise ValueError(f"the scale {self.scale} must rise from 0 or more, by at most 100")
+        if self.expected and high > 9:
+            raise ValueError("expected compares single digits: give a scale up to 9, or leave it out")
+        if self.draw is not None and self.draw > len(self.aspects):
+            raise ValueError(f"{self.draw} of {len(self.aspects)} aspects can't be drawn")
+        return self
+
+    def demands(self) -> frozenset[str]:
+        return frozenset({"log_probs"}) if self.expected else self.needs
+
+    def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
+        samples = answered_only(pool, tally)
+        questions = self._questions(samples, context)
+        ratings: dict[tuple[int, str], tuple[float | str, str]] = {}  # by (place, aspect): with the reply's id
+        if self.expected:
+            yield from self._expect(questions, context, ratings)
+        else:
+            yield from self._ask(questions, context, tally, ratings)
+        identity = context.identity(self.by)
+        tally.facts["of_its_own_answers"] = sum(sample.writer == identity for sample in samples) / max(1, len(samples))
+        rated = [self._rated(place, sample, ratings) for place, sample in enumerate(samples)]
+        self._account(rated, tally)
+        return rated
+
+    def _questions(self, samples: Pool, context: StepContext) -> list[Question]:
+        """What is asked, prompt by prompt."""
+        places = {id(sample): place for place, sample in enumerate(samples)}
+        reader = context.reader(self.by)
+        questions = []
+        for group in by_conversation(samples):
+            rng = context.rng("rate", group[0].id)
+            aspects = list(self.aspects) if self.draw is None else rng.sample(list(self.aspects), self.draw)
+            order = [places[id(sample)] for sample in group]
+            rng.shuffle(order)
+            together = self.together and not self.expected
+            for aspect in sorted(aspects, key=list(self.aspects).index):
+                for shown in [order] if together else [[place] for place in sorted(order)]:
+                    text = self._text(aspect, [samples[place] for place in shown], reader.control)
+                    questions.append(Question(aspect, tuple(shown), (user(text),)))
+        return questions
+
+    def _text(self, aspect: str, answers: Sequence[Sample], control: Any) -> str:
+        several = len(answers) > 1
+        low, high = self.scale
+        or_none = ', or "n/a" if it does not apply to this request' if aspect in MAY_NOT_APPLY else ""
+        head = (
+            f"You rate {'answers' if several else 'an answer'} to one request. Below stand the request and the"
+            f" {'answers' if several else 'answer'}. {DATA}\n\nRate {'each answer' if several else 'it'} by one aspect"
+            f" alone, {aspect.replace('_', ' ')}: {self.aspects[aspect]} The scale is from {low} (not at all) to {high}"
+            f" (fully){or_none}. Length is no merit.\n\nRequest:\n"
+        )
+        parts = [head + fenced(conversation_text(prompt_messages(answers[0])), control)]
+        for number, answer in enumerate(answers, 1):
+            parts.append(f"Answer{f' {number}' if several else ''}:\n{fenced(said_by(answer), control)}")
+        return "\n\n".join([*parts, self._ending(len(answers) if several else None)])
+
+    def _ending(self, count: int | None) -> str:
+        """How the judge is to reply: about one answer, or `count`."""
+        low, high = self.scale
+        if self.expected or (count is None and not self.reasons):
+            return f"Answer with the number alone, from {low} to {high}.\nRating:"
+        say = (
+            "Say what speaks for it and against it in one or two sentences, of each. Then end"
+            if self.reasons
+            else "End"
+        )
+        lines = "\n".join(f"RATING{f' {number}' if count else ''}: <number>" for number in range(1, (count or 1) + 1))
+        if not count:
+            return f"{say.replace(', of each', '')} with one line that holds nothing but your rating:\n{lines}"
+        return f"{say} with one line for every answer, that holds nothing but its rating:\n{lines}"
+
+    def _expect(
+        self,
+        questions: Sequence[Question],
+        context: StepContext,
+        ratings: dict[tuple[int, str], tuple[float | str, str]],
+    ) -> Questions[None]:
+        low, high = self.scale
+        digits = [str(number) for number in range(low, high + 1)]
+        reader = context.reader(self.by)
+        fit = [question for question in questions if reader.fits(question.messages, 4)]
+        model = "" if self.by == TEACHER else self.by
+        log_probs = yield from score(
+            [ScoreRequest(question.messages, digit, model) for question in fit for digit in digits]
+        )
+        nats = [log_prob.nats for log_prob in log_probs]
+        for number, question in enumerate(fit):
+            part = nats[number * len(digits) : (number + 1) * len(digits)]
+            ratings[question.places[0], question.aspect] = expected(part) - 1 + low, ""
+        for question in questions:
+            ratings.setdefault((question.places[0], question.aspect), (TOO_LONG, ""))
+
+    def _ask(
+        self,
+        questions: Sequence[Question],
+        context: StepContext,
+        tally: Tally,
+        ratings: dict[tuple[int, str], tuple[float | str, str]],
+    ) -> Questions[None]:
+        reader = context.reader(self.by)
+        waiting = []
+        for question in questions:
+            if reader.fits(question.messages, self.max_tokens):
+                waiting.append(question)
+            else:
+                ratings |= {(place, question.aspect): (TOO_LONG, "") for place in question.places}
+        for attempt in range(self.retries + 1):
+            sampling = Sampling(self.temperature or (WARM if attempt else 0.0), self.top_p, self.max_tokens)
+            requests = []
+            for question in waiting:
+                form = self._form(question)
+                form = None if form is None or reader.unheld(form) else form
+                requests.append(context.request(question.messages, sampling, RETRIED * attempt, form=form, by=self.by))
+            replies = yield from ask(requests)
+            again = []
+            for question, reply in zip(waiting, replies, strict=True):
+                for place, rating in zip(question.places, self._read(question, reply), strict=True):
+                    if ratings.get((place, question.aspect), (UNREADABLE, ""))[0] == UNREADABLE:
+                        ratings[place, question.aspect] = rating, reply.id
+                if any(ratings[place, question.aspect][0] == UNREADABLE for place in question.places):
+                    again.append(question)
+            waiting = again
+            if waiting and attempt < self.retries:
+                tally.add("asked_again", len(waiting))
+
+    def _form(self, question: Question) -> AnswerForm | None:
+        """What the reply is held to, where it has no reasons."""
+        if self.reasons:
+            return None
+        low, high = self.scale
+        numbers = [str(number) for number in range(low, high + 1)]
+        numbers += ["n/a"] if question.aspect in MAY_NOT_APPLY else []
+        if len(question.places) == 1:
+            return AnswerForm(labels=tuple(numbers))
+        lines = [f"RATING {number}: ({'|'.join(numbers)})" for number in range(1, len(question.places) + 1)]
+        return AnswerForm(pattern="\n".join(lines))
+
+    def _read(self, question: Question, reply: Sample) -> list[Rating]:
+        """The ratings of a reply, in the order in which the answers were shown."""
+        count = len(question.places)
+        if ending(reply) != "ok":
+            return [UNREADABLE] * count
+        return read_ratings(
+            said_by(reply), count, self.scale, bare=not self.reasons, may_be_none=question.aspect in MAY_NOT_APPLY
+        )
+
+    def _rated(self, place: int, sample: Sample, ratings: dict[tuple[int, str], tuple[float | str, str]]) -> Sample:
+        """The sample with its ratings, and the scores that follow from them."""
+        own = {aspect: ratings[place, aspect][0] for aspect in self.aspects if (place, aspect) in ratings}
+        replies = [reply for aspect in own if (reply := ratings[place, aspect][1])]
+        numbers = {aspect: float(value) for aspect, value in own.items() if not isinstance(value, str)}
+        unread = any(value in (UNREADABLE, TOO_LONG) for value in own.values())
+        mean = {} if unread or not numbers else {"rating": sum(numbers.values()) / len(numbers)}
+        meta = sample.meta | {"ratings": own, "rated_by": self.by}
+        return with_scores(
+            replace(sample, parents=tuple(dict.fromkeys((*sample.parents, *replies))), meta=meta), **numbers, **mean
+        )
+
+    def _account(self, rated: Pool, tally: Tally) -> None:
+        values = [value for sample in rated for value in sample.meta["ratings"].values()]
+        numbers = [value for value in values if not isinstance(value, str)]
+        tally.facts["ratings"] = len(values)
+        for kind in (UNREADABLE, TOO_LONG, NOT_APPLICABLE):
+            if count := values.count(kind):
+                tally.facts[kind.replace(" ", "_")] = count
+        if numbers:
+            tally.facts["mean_rating"] = sum(numbers) / len(numbers)
+        elif values:
+            tally.notes.append(
+                f"none of {len(values):,} ratings could be read: this model can't judge so; see store.sqlite"
+            )
+        if len(numbers) > 1 and len(set(numbers)) == 1:
+            tally.notes.append(f"every rating is {numbers[0]:g}: this judge tells no answer from another")
+
+    def estimate(self, samples: int) -> Estimate:
+        """At most: each answer is asked about alone, without further tries."""
+        asked = samples * (self.draw or len(self.aspects))
+        if self.expected:
+            return Estimate(scores=asked * (self.scale[1] - self.scale[0] + 1), samples=samples)
+        return replace(Estimate.of_answers(asked, self.max_tokens), samples=samples)
+
+    def answer_tokens(self) -> float | None:
+        return None
+
+    def writes(self) -> frozenset[str]:
+        return frozenset({"ratings", "rated_by"})
+
+
+def read_ratings(
+    said: str, count: int, scale: tuple[int, int], *, bare: bool = False, may_be_none: bool = False
+) -> list[Rating]:
+    """The ratings of `count` answers in a reply, each read strictly: one line that holds nothing but it, after
+    everything else, and no other line that says otherwise. With `bare`, the number may be all that is said."""
+    lines = [line.strip(" \t*_`") for line in said.splitlines() if line.strip(" \t*_`")]
+    if bare and count == 1 and len(lines) == 1:
+        alone = re.sub(r"^rating[ \t]*:[ \t]*", "", lines[0], flags=re.IGNORECASE).rstrip(". ")
+        return [_rating(alone, scale, may_be_none)]
+    matches = [LINE.fullmatch(line) for line in lines]
+    last = next((place for place in range(len(lines) - 1, -1, -1) if matches[place] is None), -1)
+    found: dict[int, set[Rating]] = {}
+    late: set[int] = set()
+    for place, match in enumerate(matches):
+        if match is not None:
+            number = int(match[1] or 1) if match[1] or count == 1 else 0
+            found.setdefault(number, set()).add(_rating(match[2], scale, may_be_none))
+            late |= {number} if place > last else set()
+    return [
+        next(iter(found[number])) if number in late and len(found[number]) == 1 else UNREADABLE
+        for number in range(1, count + 1)
+    ]
+
+
+def _rating(text: str, scale: tuple[int, int], may_be_none: bool) -> Rating:
+    if text.lower() == "n/a":
+        return NOT_APPLICABLE if may_be_none else UNREADABLE
+    value = int(text) if re.fullmatch(r"-?\d{1,3}", text) else scale[0] - 1
+    return value if scale[0] <= value <= scale[1] else UNREADABLE
