@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from limbeck.config.recipe import Recipe
+from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.report.page import write_report
 from limbeck.storage.files import new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
@@ -73,10 +73,9 @@ def follow(folder: Path, before: str, now: str) -> None:
     """Correct the paths of students in the recipes of the rounds, after the run folder was moved."""
     for home in rounds_in(folder).values():
         file = home / "recipe.yaml"
-        if file.exists():
-            text = file.read_text(encoding="utf-8")
-            moved = yaml.safe_dump(_moved(yaml.safe_load(text), before, now), sort_keys=False, allow_unicode=True)
-            write_text(file, moved)
+        data = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        if isinstance(data, dict):  # else the round's own run says that it is damaged
+            write_text(file, as_yaml(parse(_moved(data, before, now))))
 
 
 def _moved(value: Any, before: str, now: str) -> Any:

@@ -107,35 +107,37 @@ class Killed(BaseException):
     """In place of a kill: nothing of ours catches it."""
 
 
-@pytest.mark.parametrize(
-    ("place", "point", "count"),
-    [
-        ("limbeck.elicit.engine", "elicit.after_record", 23),  # in the text of round 2
-        ("limbeck.training.loop", "train.after_step", 3),  # in the training of round 2
-        ("limbeck.storage.files", "directory.before_rename", 3),  # while round 1's student is saved
-    ],
-)
-def test_killed_in_any_round_it_ends_as_its_twin(data, tmp_path, monkeypatch, asked, place, point, count):
-    seen = []
+KILLS = [
+    ("limbeck.elicit.engine", "elicit.after_record", 23),  # in the text of round 2
+    ("limbeck.training.loop", "train.after_step", 3),  # in the training of round 2
+    ("limbeck.storage.files", "directory.before_rename", 3),  # while round 1's student is saved
+]
 
-    def kill(name):
-        seen.append(name)
-        if seen.count(point) == count:
-            raise Killed
 
-    with monkeypatch.context() as patched:
-        patched.setattr(f"{place}.crash_point", kill)
-        with pytest.raises(Killed):
-            limbeck.run(parse(data), tmp_path / "killed", stages=TRAIN)
-    there = set(answers_in(tmp_path / "killed"))
-    asked.clear()
-    limbeck.run(parse(data), tmp_path / "killed", stages=TRAIN)
-    assert there.isdisjoint(asked) and len(asked) == len(set(asked)) == 40 - len(there), "nothing is asked twice"
+def test_killed_in_any_round_it_ends_as_its_twin(data, tmp_path, monkeypatch, asked):
+    """The real kill: tests/long/test_kills.py."""
     limbeck.run(parse(data), tmp_path / "clean", stages=TRAIN)
-    killed, clean = (rounds_record(tmp_path / name) for name in ("killed", "clean"))
-    assert killed["rounds"] == clean["rounds"] and killed["kept"] == clean["kept"] == 2
-    for number in (1, 2):
-        assert losses(round_folder(tmp_path / "killed", number)) == losses(round_folder(tmp_path / "clean", number))
+    clean = rounds_record(tmp_path / "clean")
+    for place, point, count in KILLS:
+        folder, seen = tmp_path / point, []
+
+        def kill(name, point=point, count=count, seen=seen):
+            seen.append(name)
+            if seen.count(point) == count:
+                raise Killed
+
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{place}.crash_point", kill)
+            with pytest.raises(Killed):
+                limbeck.run(parse(data), folder, stages=TRAIN)
+        there = set(answers_in(folder))
+        asked.clear()
+        limbeck.run(parse(data), folder, stages=TRAIN)
+        assert there.isdisjoint(asked) and len(asked) == len(set(asked)) == 40 - len(there), "nothing is asked twice"
+        killed = rounds_record(folder)
+        assert killed["rounds"] == clean["rounds"] and killed["kept"] == clean["kept"] == 2
+        for number in (1, 2):
+            assert losses(round_folder(folder, number)) == losses(round_folder(tmp_path / "clean", number))
 
 
 @pytest.mark.parametrize("restart", ["base", "previous"])
