@@ -24,6 +24,7 @@ RESULT = {
     "items",
     "metric",
     "report",
+    "rounds",
     "student",
     "summary",
     "systems",

@@ -42,7 +42,7 @@ def placed(sample: Sample, place: int, margin: float) -> Sample:
 
 
 @register("pairs")
-class Pairs(LocalStep):
+class PreferencePairs(LocalStep):
     """Makes one preference of the answers to each prompt: chosen is the one with the highest `score` of that name,
     rejected the `worst`, the `next` best, or a `random` one (Zephyr) among those that lose to it by more than `margin`;
     so equal scores are a tie, and a prompt whose answers are all tied is dropped. Without a score (`score: null`) the
@@ -56,7 +56,7 @@ class Pairs(LocalStep):
     margin: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
-    def _order_has_no_margin(self) -> Pairs:
+    def _order_has_no_margin(self) -> PreferencePairs:
         if self.score is None and self.margin:
             raise ValueError("an order has no margins: name a score, or leave margin out")
         return self

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.config.named_models import TEACHER, UNTOUCHED
+from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
 from limbeck.elicit.engine import Engine
 from limbeck.elicit.flow import Pool, Reader, Show, StepContext, Tally, answer_of, prompt_messages, prompt_of
@@ -22,7 +22,7 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import ElicitStep
 from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.storage.files import read_jsonl, write_json, write_text
-from limbeck.types import AnswerForm, Message, NothingLeftError, Sample, canonical_json, content_hash
+from limbeck.types import STUDENTS, AnswerForm, Message, NothingLeftError, Sample, canonical_json, content_hash
 
 POOL = "elicited.jsonl"
 ACCOUNT = "elicitation.json"
@@ -80,7 +80,7 @@ class Elicitation:
     def others(self) -> dict[str, str]:
         """The identities of the models that the steps ask beside the teacher, by name."""
         names = {name for _, step in self.source.steps for name in step.asks()} - {TEACHER}
-        return {name: self.named(name) for name in sorted(names) if name != UNTOUCHED}
+        return {name: self.named(name) for name in sorted(names) if name not in STUDENTS}
 
     @property
     def key(self) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from limbeck.config.named_models import TEACHER, UNTOUCHED
+from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Writer
 from limbeck.config.server import Served
@@ -124,7 +124,7 @@ class TrainingText:
             partial(self.models.writer, by),
             on_progress=partial(self._report_progress, by, began),
             tolerate=self._tolerate(by),
-            sharing=None if by == UNTOUCHED else self._sharing(by, store),  # the student's text is its run's alone
+            sharing=None if by in STUDENTS else self._sharing(by, store),  # the student's text is its run's alone
             place=f"models.{by}.server",
         )
 
@@ -301,7 +301,7 @@ class TrainingText:
                 on_progress=partial(self._report_progress, by, time.monotonic()),
                 stop=self.stop,
                 tolerate=None if measured else self._tolerate(by),
-                sharing=None if by == UNTOUCHED else self._sharing(by, store),  # the student's text is its run's alone
+                sharing=None if by in STUDENTS else self._sharing(by, store),  # the student's text is its run's alone
             )
         if len(answers) < len(requests):
             raise self._stopped(len(answers), len(requests))
@@ -324,7 +324,7 @@ class TrainingText:
     def _report_progress(self, by: str, began: float, done: int, total: int, tokens: int) -> None:
         rate = tokens / max(1e-9, time.monotonic() - began)
         text = f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else ""
-        money = None if by == UNTOUCHED else self.money(by)
+        money = None if by in STUDENTS else self.money(by)
         self.reporter.progress(done, total, text if money is None or not text else f"{text}, {money:.4g} spent")
 
     def _stopped(self, done: int, total: int) -> StoppedError:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from limbeck.config.named_models import TEACHER, UNTOUCHED
+from limbeck.config.named_models import TEACHER
 from limbeck.config.teacher import BridgedTeacher, ServedTeacher
 from limbeck.elicit.engine import Answerer
 from limbeck.elicit.flow import Reader
@@ -330,11 +330,8 @@ class RunModels:
         return alone if alone is not None and alone.identity == identity else None
 
     def writer(self, name: str) -> Answerer:
-        previous = self.method.recipe.previous
-        if name == "previous" and previous is not None:
-            return InProcessTeacher(load_model(previous, placement=self.devices.student))
         if name in STUDENTS:
-            return InProcessTeacher(self.initial_student())
+            return InProcessTeacher(self._student(name))
         return self.named.writer(name) if name in self.named else self.server or self.teacher
 
     def writer_identity(self, name: str) -> str:
@@ -349,25 +346,32 @@ class RunModels:
             return self.teacher_identity
         return Model.named(self.server_identity, self.method.prompt_context)
 
+    def _student(self, name: str) -> Model:
+        """The student before training, or of the round before this one."""
+        previous = self.method.recipe.previous
+        if name == "previous" and previous is not None:
+            return load_model(previous, placement=self.devices.student)
+        return self.initial_student()
+
     def as_reader(self, name: str) -> Reader:
         if name in self.named:
             return self.named.reader(name)
         recipe = self.method.recipe
         start = recipe.student.start.pretrained
-        if name == UNTOUCHED and start is not None:
+        if name in STUDENTS and start is not None:
             return reader_of(start, recipe.student.template)
-        written_here = recipe.teacher.model if recipe.teacher.server is None or name == UNTOUCHED else None
+        written_here = recipe.teacher.model if recipe.teacher.server is None or name in STUDENTS else None
         return Reader(unheld=self.unheld) if written_here is None else reader_of(written_here, self.template)
 
     def scorer(self, by: str) -> ModelScorer:
-        if by == UNTOUCHED:
-            return ModelScorer(self.initial_student())
+        if by in STUDENTS:
+            return ModelScorer(self._student(by))
         if by in self.named:
             return ModelScorer(self.named.loaded(by).model)
         return ModelScorer(load_model(by, placement=self.devices.teacher) if by else self.teacher.model)
 
     def scorer_identity(self, by: str) -> str:
-        if by == UNTOUCHED or by in self.named:
+        if by in STUDENTS or by in self.named:
             return self.writer_identity(by)
         return model_identity(by) if by else self.teacher_identity
 

@@ -16,7 +16,7 @@ from limbeck.elicit.compare import Compare
 from limbeck.elicit.correct import Correct
 from limbeck.elicit.critique import Critique, decision
 from limbeck.elicit.flow import Reader, by_conversation, with_scores
-from limbeck.elicit.pairs import Lists, Pairs
+from limbeck.elicit.pairs import Lists, PreferencePairs
 from limbeck.elicit.rate import NOT_APPLICABLE, TOO_LONG, UNREADABLE, Rate, read_ratings
 from limbeck.elicit.refine import DraftsAsAnswer, Refine
 from limbeck.elicit.soft_preference import SoftPreference
@@ -100,9 +100,9 @@ def test_an_unreadable_rating_gives_no_score_and_is_asked_again():
     assert not asked and {s.meta["ratings"]["helpfulness"] for s in none} == {TOO_LONG}
     flat = drive(Rate(), pool, lambda *_: "RATING 1: 3\nRATING 2: 3")
     assert "every rating is 3" in flat[1].notes[0]
-    pairs, tally, _ = drive(Pairs(), flat[0])
+    pairs, tally, _ = drive(PreferencePairs(), flat[0])
     assert pairs == [] and tally.dropped == {"a tie": 1}
-    assert drive(Pairs(), mute)[1].dropped == {"no score rating": 2}
+    assert drive(PreferencePairs(), mute)[1].dropped == {"no score rating": 2}
 
 
 def test_a_mean_counts_what_applies_and_nothing_unread():
@@ -167,7 +167,7 @@ def test_both_orders_are_asked_and_an_inconsistent_verdict_is_a_tie():
     assert tally.facts["swap_consistency"] == 0 and tally.facts["first_position_share"] == 1 and tally.facts["tie"] == 3
     mute, tally, _ = drive(Compare(), pool, lambda *_: ("VERDICT: A", "length"))
     assert not any(sample.meta["scores"] for sample in mute) and tally.facts["unparsable"] == 3 and tally.notes
-    pairs, _, _ = drive(Pairs(score="wins"), judged)
+    pairs, _, _ = drive(PreferencePairs(score="wins"), judged)
     assert [text for _, text in texts(pairs)] == ["a good one", "another bad one"]
 
 
@@ -304,24 +304,30 @@ def test_pairs_and_lists_by_margin_and_ties():
         found, tally, _ = drive(step, pool)
         return [(int(s.messages[-1]["content"][-1]), s.meta["place"]) for s in found], tally
 
-    assert chosen(Pairs(), scored(2, 5, 1, 3))[0] == [(1, 0), (2, 1)]
-    assert chosen(Pairs(rejected="next"), scored(2, 5, 1, 3))[0] == [(1, 0), (3, 1)]
+    assert chosen(PreferencePairs(), scored(2, 5, 1, 3))[0] == [(1, 0), (2, 1)]
+    assert chosen(PreferencePairs(rejected="next"), scored(2, 5, 1, 3))[0] == [(1, 0), (3, 1)]
     random = {
-        tuple(drive(Pairs(rejected="random"), scored(2, 5, 1, 5), seed=n)[0][1].messages[-1]["content"])
+        tuple(drive(PreferencePairs(rejected="random"), scored(2, 5, 1, 5), seed=n)[0][1].messages[-1]["content"])
         for n in range(30)
     }
     assert random == {tuple("answer 0"), tuple("answer 2")}, "never one that ties with the chosen"
-    assert chosen(Pairs(margin=3), scored(2, 5, 1, 3))[0] == [(1, 0), (2, 1)]
-    assert chosen(Pairs(margin=4), scored(2, 5, 1, 3)) == ([], drive(Pairs(margin=4), scored(2, 5, 1, 3))[1])
-    assert chosen(Pairs(score=None), scored(2, 5))[0] == [(0, 0), (1, 1)]
-    assert chosen(Pairs(), scored(2, None))[1].dropped == {"no score rating": 1, "nothing to compare it with": 1}
+    assert chosen(PreferencePairs(margin=3), scored(2, 5, 1, 3))[0] == [(1, 0), (2, 1)]
+    assert chosen(PreferencePairs(margin=4), scored(2, 5, 1, 3)) == (
+        [],
+        drive(PreferencePairs(margin=4), scored(2, 5, 1, 3))[1],
+    )
+    assert chosen(PreferencePairs(score=None), scored(2, 5))[0] == [(0, 0), (1, 1)]
+    assert chosen(PreferencePairs(), scored(2, None))[1].dropped == {
+        "no score rating": 1,
+        "nothing to compare it with": 1,
+    }
     assert chosen(Lists(), scored(2, 5, 1, 5, 3))[0] == [(1, 0), (4, 1), (0, 2), (2, 3)]
     assert chosen(Lists(margin=1, most=2), scored(2, 5, 1, 5, 3))[0] == [(1, 0), (4, 1)]
     assert chosen(Lists(), scored(3, 3))[0] == []
     same = [with_scores(s, rating=v) for s, v in zip(answers(("why", "twice"), ("why", "twice ")), (1, 2), strict=True)]
-    assert chosen(Pairs(), same)[1].dropped == {"the same answer again": 1, "nothing to compare it with": 1}
+    assert chosen(PreferencePairs(), same)[1].dropped == {"the same answer again": 1, "nothing to compare it with": 1}
     with pytest.raises(ValueError, match="an order has no margins"):
-        Pairs(score=None, margin=1)
+        PreferencePairs(score=None, margin=1)
 
 
 def test_candidates_come_from_several_models_and_follow_those_that_are_there():
@@ -333,7 +339,7 @@ def test_candidates_come_from_several_models_and_follow_those_that_are_there():
     more, _, asked = drive(AnswerPrompts(by="untouched", add=True), found, lambda request, _: "maybe")
     assert len(asked) == 2 and [text for _, text in texts(more)] == ["yes 0", "yes 1", "no 0", "no 1", "maybe"] * 2
     contrast, _, _ = drive(AnswerPrompts(system="badly", add=True), drive(AnswerPrompts(system="well"), pool, lambda *_: "good")[0], lambda *_: "bad")  # fmt: skip
-    pairs, _, _ = drive(Pairs(score=None), contrast)
+    pairs, _, _ = drive(PreferencePairs(score=None), contrast)
     assert [(s.messages[0]["role"], s.messages[-1]["content"], s.meta["place"]) for s in pairs] == [("user", "good", 0), ("user", "bad", 1)] * 2  # fmt: skip
 
 

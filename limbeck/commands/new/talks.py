@@ -135,8 +135,9 @@ def compress(wishes: Wishes, seen: Seen) -> Draft:
         UserError: no such teacher, or one whose layers can't be counted.
     """
     from limbeck.models.load import load_config
+    from limbeck.models.weights import text_config
 
-    layers = getattr(load_config(wishes.teacher), "num_hidden_layers", None)
+    layers = getattr(text_config(load_config(wishes.teacher)), "num_hidden_layers", None)
     if not isinstance(layers, int) or layers < 2:
         raise UserError(
             f"--teacher {wishes.teacher}: its configuration names no number of layers, so none can be dropped"
