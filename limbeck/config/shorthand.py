@@ -8,6 +8,8 @@ from limbeck.types import RecipeError
 
 OLD_TAGS = {"best": "chosen", "rest": "rejected"}  # as recipes once called the answers of a preference
 
+MEASURED_BY_SCORES = {"metrics": ["preference"], "controls": ["untouched"]}  # by default, of a student that scores
+
 
 def expand(data: dict[str, Any]) -> dict[str, Any]:
     """The data of a recipe with its short forms written out; the mapping itself is changed."""
@@ -22,6 +24,9 @@ def expand(data: dict[str, Any]) -> dict[str, Any]:
         data["rollout"] = rollout | {"rewards": rewards}
     if isinstance(data.get("evaluate"), list):
         data["evaluate"] = {"metrics": data["evaluate"]}
+    student, evaluate = data.get("student"), data.get("evaluate", {})
+    if isinstance(student, dict) and student.get("head") == "scalar" and isinstance(evaluate, dict):
+        data["evaluate"] = MEASURED_BY_SCORES | evaluate
     return data
 
 

@@ -24,7 +24,9 @@ from limbeck.elicit.sharing import Reuse, Sharing
 from limbeck.progress import Reporter, StoppedError
 from limbeck.storage.answers import SharedAnswers
 from limbeck.storage.store import Store
-from limbeck.types import AnswerForm, Request, Sample, Sampling, content_hash
+from limbeck.types import MARGIN, PROBABILITY, AnswerForm, Request, Sample, Sampling, content_hash
+
+OWN_FACTS = ("kind", "task", "weight", "finish", PROBABILITY, MARGIN)  # of a sample that a step wrote
 
 
 class TextModels(Protocol):
@@ -220,7 +222,7 @@ class TrainingText:
     def _elicited_sample(sample: Sample, prompt: Prompt, place: int) -> Sample:
         """A sample of the pool with the facts of its prompt, and its own task and weight. Answers to one prompt are
         equally good, unless a step ranked them (`place`)."""
-        own = {name: sample.meta[name] for name in ("kind", "task", "weight", "finish") if name in sample.meta}
+        own = {name: sample.meta[name] for name in OWN_FACTS if name in sample.meta}
         facts = {
             "prompt_id": prompt.id,
             "kind": prompt.kind,
@@ -303,4 +305,4 @@ def corpus_sample(prompt: Prompt, rank: int) -> Sample:
     """A prompt with its own answer of this rank."""
     message = {"role": "assistant", "content": prompt.answers[rank]}
     finish = "length" if rank in prompt.cut else "ok"
-    return Sample((*prompt.messages, message), "corpus", meta={"finish": finish})
+    return Sample((*prompt.messages, message), "corpus", meta={"finish": finish, **dict(prompt.labels)})

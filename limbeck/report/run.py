@@ -33,7 +33,8 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     against, differences = paired_table(summary)
-    curves = [figures.calibration_figure(summary), figures.exposure_figure(summary)]
+    curves = [make(summary) for make in (figures.calibration_figure, figures.exposure_figure)]
+    curves.append(figures.preference_figure(summary))
     sizes = {
         name: size
         for name, size in (summary.get("efficiency") or summary.get("sizes") or {}).items()
