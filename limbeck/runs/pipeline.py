@@ -7,7 +7,7 @@ measurements by files that are written whole. `limbeck run` on a killed run goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,7 @@ class Run:
         if self.method.share is None or self.method.fresh is None:
             return None
         max_length = min(student.max_length, context_length(load_config(self.recipe.speaker)))
+        rewards = self.method.rewards
         return StudentWriting(
             self.recipe,
             slots=self.encoding.slots(student),
@@ -223,7 +224,7 @@ class Run:
             fresh=self.method.fresh,
             max_length=max_length,
             second_model=lambda: self.models.teacher.model,
-            rewards=self.method.rewards,
+            rewards=rewards and replace(rewards, load=self.models.reward_model),
             prompts={prompt.id: prompt for prompt in self.text.prompts[0]},
             stop=self.stop,
         )

@@ -17,16 +17,17 @@ from limbeck.models.placement import Devices
 from limbeck.models.prune import SPREADS, check_kept
 from limbeck.models.quantise import refuse
 from limbeck.models.quantised import check_numbers, quantisation
+from limbeck.models.scores import check_scorer
 from limbeck.models.sources import source_of
 from limbeck.models.start import scratch_config
 from limbeck.models.template import prompt_ids, text_ids
 from limbeck.models.weights import context_length, empty_model
-from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
+from limbeck.runs.cost import Plan, compute_dtype, make_plan
 from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured
 from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of
 from limbeck.runs.resolve import Method, resolve
-from limbeck.runs.shapes import Shape
+from limbeck.runs.shapes import Shape, Shapes
 from limbeck.types import RecipeError, UserError
 
 
@@ -92,7 +93,7 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
             term.check_models(student, teacher)
     judge = None if recipe.evaluate.judge is None else _judge_shape(recipe.evaluate.judge)
     prompts = (method.training_prompts, method.held_out_prompts)
-    shapes = Shapes(student, teacher, others, judge)
+    shapes = Shapes(student, teacher, others, judge, scorers=_scorer_shapes(method))
     lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
     return make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=_bills(method))
 
@@ -253,6 +254,17 @@ def _other_teacher(recipe: Recipe, source: str, number: int) -> Shape:
         return Shape.of(load_config(source))
     except UserError as error:
         raise RecipeError(f"teacher.beside[{number}].model", str(error)) from error
+
+
+def _scorer_shapes(method: Method) -> tuple[Shape, ...]:
+    """The sizes of the reward models. One that gives no score of a text is refused here."""
+    shapes = []
+    for name in method.rewards.models if method.rewards is not None else ():
+        try:
+            shapes.append(Shape.of(check_scorer(name)))
+        except UserError as error:
+            raise RecipeError("rollout.rewards", str(error)) from error
+    return tuple(shapes)
 
 
 def _bills(method: Method) -> list[Estimate]:
