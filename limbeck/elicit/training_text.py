@@ -134,6 +134,24 @@ class TrainingText:
         step = self.source.step_prompt
         return [sample if step is None else step.reads(sample) for sample in self._ask(requests, "teacher")]
 
+    def held_out_pairs(self) -> list[Prompt]:
+        """The held-out prompts, each with its answers, the preferred one first: the given ones, or where all writers
+        answer every training prompt, those that they write to it. A prompt without its preferred answer has none."""
+        prompts = self.prompts[1]
+        if not self.recipe.all_answer:
+            return list(prompts)
+        answers: dict[str, list[Sample]] = {prompt.id: [] for prompt in prompts}
+        for sample in self._samples(self.recipe.fixed_writers, prompts):
+            if sample.teaches:
+                answers[sample.meta["prompt_id"]].append(sample)
+        found = []
+        for prompt in prompts:
+            said = answers[prompt.id] if any(sample.meta["place"] == 0 for sample in answers[prompt.id]) else []
+            cut = (place for place, sample in enumerate(said) if sample.meta.get("finish") == "length")
+            texts = tuple(sample.messages[-1]["content"] for sample in said)
+            found.append(replace(prompt, answers=texts, cut=tuple(cut)))
+        return found
+
     def said(self, prompts: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
         """The teacher's answers to these (prompt, seed), in their order, for a measurement; the seed is added to the
         text's."""
@@ -179,13 +197,14 @@ class TrainingText:
         }
         return counts | asdict(self.held_out_sampling())
 
-    def _samples(self, writers: Sequence[Writer]) -> list[Sample]:
-        """The answers of these writers to their training prompts; all requests to one model are sent together."""
+    def _samples(self, writers: Sequence[Writer], prompts: Sequence[Prompt] | None = None) -> list[Sample]:
+        """The answers of these writers to their prompts, by default those of the training; all requests to one model
+        are sent together."""
         if not writers:
             return []
         turns = [
             (prompt, place, writer)
-            for prompt in self.prompts[0]
+            for prompt in (self.prompts[0] if prompts is None else prompts)
             for place, writer in self._turns(prompt)
             if writer in writers
         ]

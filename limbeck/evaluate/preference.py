@@ -140,7 +140,7 @@ class PreferenceBench:
         Raises:
             UserError: none is left.
         """
-        held_out = self.questions.text.prompts[1]
+        held_out = self.questions.text.held_out_pairs()
         paired = [prompt for prompt in held_out if len(set(prompt.answers)) > 1]
         left = [prompt for prompt in paired if prompt.id not in self.questions.leaked]
         if not left:

@@ -31,6 +31,7 @@ from limbeck.models.compatibility import OTHER_TOKENS
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
 from limbeck.models.placement import Devices, Placement
+from limbeck.models.scores import Scorer, is_scorer, load_scorer, scorer_identity
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teachers import kind
 from limbeck.storage.files import write_json
@@ -176,9 +177,16 @@ def judge_systems(
     """
     # a judge is shown the pair alone
     teacher = None if bench.teacher is None else bench.teacher.model.with_context(None)
-    identity = model_identity(source)
+    scores = is_scorer(source)
+    identity = scorer_identity(source) if scores else model_identity(source)
     is_teacher = teacher is not None and _weights(identity) == _weights(teacher.identity)
-    load = cache(lambda: teacher if is_teacher and teacher is not None else load_model(source, placement=placement))
+
+    @cache
+    def load() -> Model | Scorer:
+        if scores:
+            return load_scorer(source, placement)
+        return teacher if is_teacher and teacher is not None else load_model(source, placement=placement)
+
     answers = {name: {answer.prompt_id: answer.text for answer in records.answers} for name, records in systems.items()}
     pairs = {}
     for name in sorted((name for name in systems if name != "student"), key=lambda name: name == "teacher"):

@@ -110,6 +110,15 @@ def scorer_source(name: str) -> str:
     return str(folder / "student") if (folder / "recipe.yaml").is_file() else name
 
 
+def is_scorer(name: str) -> bool:
+    """Whether a name is that of a model that gives scores or classes, or of a run that trained one.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return scores_text(load_config(scorer_source(name)))
+
+
 def check_scorer(name: str) -> Any:
     """The configuration of a reward model; no weights are read.
 

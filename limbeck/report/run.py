@@ -50,6 +50,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "sizes": sizes,
         "verdict": verdict(summary),
         "labels": label_sections(folder, summary),
+        "pairs": grids.pairs_grid(summary),
         "tables": systems_tables(summary),
         "against": against,
         "differences": differences,

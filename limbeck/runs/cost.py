@@ -318,7 +318,8 @@ def make_plan(
     # by a llama.cpp server; vLLM is asked once for each text
     scored = text.response_tokens if shapes.teacher is None and recipe.teacher.cache else 0
     judging = shapes.judge if recipe.evaluate.judge != recipe.teacher.model else None
-    asked = 0 if recipe.student.scores else len(held_out)  # scores are measured on given pairs
+    # scores are measured on pairs that are given, or written as those of the training are
+    asked = round(text.by_teacher * len(held_out)) if recipe.student.scores else len(held_out)
     requests = round(text.by_teacher * text.prompts) + asked + (text.prompts if controls_write else 0)
     teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * asked
     disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)

@@ -17,7 +17,7 @@ from limbeck.models.placement import Devices
 from limbeck.models.prune import SPREADS, check_kept
 from limbeck.models.quantise import refuse
 from limbeck.models.quantised import check_numbers, quantisation
-from limbeck.models.scores import check_scorer
+from limbeck.models.scores import check_scorer, is_scorer
 from limbeck.models.sources import source_of
 from limbeck.models.start import scratch_config
 from limbeck.models.template import prompt_ids, text_ids
@@ -278,6 +278,8 @@ def _bills(method: Method) -> list[Estimate]:
 def _judge_shape(source: str) -> Shape:
     """The judge's sizes. A judge that can't be loaded is refused here, not hours later by the evaluation."""
     try:
+        if is_scorer(source):
+            return Shape.of(check_scorer(source))
         check_source(source)
         shape = Shape.of(load_config(source))
         if is_ready(source):

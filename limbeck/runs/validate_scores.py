@@ -38,7 +38,7 @@ def check_scores(use: TeacherUse, held_out: Sequence[Prompt]) -> None:
         raise RecipeError(
             "evaluate.controls", f"{others[0]} is a control of a student that writes: controls: [{UNTOUCHED}]"
         )
-    if not any(len(prompt.answers) > 1 for prompt in held_out):
+    if not recipe.all_answer and not any(len(prompt.answers) > 1 for prompt in held_out):
         raise RecipeError(
             "evaluate.prompts",
             f"none of the {len(held_out)} held-out prompts has two answers, which scores are measured on: give `chosen`"

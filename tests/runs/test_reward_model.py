@@ -12,7 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import limbeck
 from limbeck.config.recipe import parse
-from limbeck.models.scores import load_scorer
+from limbeck.elicit.prompt import Prompt
+from limbeck.evaluate.judge import judge_pairs
+from limbeck.models.scores import Scorer, load_scorer
 from limbeck.progress import StoppedError
 from limbeck.types import RecipeError
 from tests.conftest import PROMPTS
@@ -162,3 +164,32 @@ def test_a_model_of_scores_is_no_model_that_writes(data, tmp_path, tiny_folder):
         limbeck.check(parse(data | {"teacher": str(tmp_path / "out" / "student")}))
     with pytest.raises(limbeck.UserError, match="gives no score of a text"):
         load_scorer(str(tiny_folder))
+
+
+def test_a_reward_model_judges_pairs_by_their_scores():
+    class Length:
+        def score(self, conversations):
+            return [None if answer == "?" else float(len(answer)) for _, answer, _ in conversations]
+
+    scorer = Scorer(None)
+    object.__setattr__(scorer, "score", Length().score)
+    prompts = [Prompt(name, name) for name in "abcd"]
+    first = {"a": "long", "b": "x", "c": "same", "d": "?"}
+    second = {"a": "no", "b": "longer", "c": "also", "d": "so"}
+    verdicts = judge_pairs(scorer, prompts, first, second)
+    assert [verdict.outcome for verdict in verdicts] == ["first", "second", "tie", "too_long"]
+    assert all(verdict.consistent for verdict in verdicts[:3]) and verdicts[0].replies[0] == "4 and 2"
+
+
+def test_where_writers_make_the_pairs_they_make_the_held_out_ones_too(data, tmp_path):
+    train, held_out = tmp_path / "asked.jsonl", tmp_path / "held.jsonl"
+    for file, prompts in ((train, PROMPTS), (held_out, HELD_OUT)):
+        file.write_text("".join(json.dumps({"prompt": prompt, "answer": GOOD}) + "\n" for prompt in prompts))
+    data |= {"prompts": {"from": str(train)}, "writer": [{"by": "corpus"}, {"by": "teacher", "max_tokens": 6}]}
+    data |= {"evaluate": {"prompts": str(held_out)}, "train": data["train"] | {"steps": 1}}
+    recipe = parse(data)
+    assert limbeck.check(recipe).requests == len(PROMPTS) + len(HELD_OUT)
+    out = tmp_path / "made"
+    limbeck.run(recipe, out)
+    summary = json.loads((out / "evaluation" / "summary.json").read_text())
+    assert summary["tasks"]["preference"] == {"prompts": 5, "pairs": 5}
