@@ -38,6 +38,10 @@ STUDENTS = ("untouched", "previous")  # writers that are the student: before tra
 TOLD = "told"  # the kind of evidence that a server's log-probabilities of its own text are stored as
 TAUGHT = "taught"  # the column of text with gaps: 1 at tokens at which the teacher's distribution is known, else 0
 
+SCORE = "score"  # the evidence that a scalar head gives of a whole conversation
+PROBABILITY = "probability"  # the label of a pair: that its first answer is the better one
+MARGIN = "margin"  # the label of a pair: by how much
+
 MOST_SHOWN = 300  # characters of another's words in a message of ours
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
@@ -236,6 +240,7 @@ class Batch:
         tags: each row's writer, task and rank.
         groups: the rows that answer one prompt, the chosen one first.
         references: by name of a frozen model, log-probabilities [B] of the responses.
+        labels: by name, what is known of the pair whose first row it is [B]; NaN elsewhere.
         columns: by name, numbers [B, T] of the response tokens.
         seen: (tokens, mask) [B, S] of the same responses after the teacher's prompts, if those differ.
         mixed: (tokens, weight of the row's own embedding) [B, T] of the rows whose embeddings are mixed into these.
@@ -249,6 +254,7 @@ class Batch:
     groups: tuple[tuple[int, ...], ...] = ()
     references: Mapping[str, Tensor] = field(default_factory=dict)
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
     seen: tuple[Tensor, Tensor] | None = None
     mixed: tuple[Tensor, Tensor] | None = None
 
@@ -260,6 +266,11 @@ class Batch:
         """(row_N, position_N) of the hidden states that predict a response token."""
         rows_N, targets_N = self.mask_BT.nonzero(as_tuple=True)
         return rows_N, targets_N - 1
+
+    def last_positions(self) -> tuple[Tensor, Tensor]:
+        """(row_B, position_B) of every row's last token."""
+        last_B = self.mask_BT.shape[1] - 1 - self.mask_BT.flip(1).int().argmax(1)
+        return last_B.new_ones(last_B.shape).cumsum(0) - 1, last_B
 
     def rows_on(self, tag: str | None) -> Tensor:
         """[B], whether a row has the tag; true for all rows if `tag` is None."""

@@ -21,7 +21,7 @@ from limbeck.runs.resolve import resolve, terms_of
 from limbeck.signals.sparse import Sampled, TextSignal, TopK
 from limbeck.types import UserError
 
-IN_PROSE = {"cross_entropy", "consistency", "dual_space"}  # described in words, not in a table
+IN_PROSE = {"cross_entropy", "consistency", "dual_space", "bradley_terry"}  # described in words, not in a table
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "objectives.md"
 TEXT = PAGE.read_text(encoding="utf-8")

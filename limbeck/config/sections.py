@@ -58,7 +58,7 @@ def _none_for_default(value: Any) -> Any:
 
 def _none_for_keep(value: Any) -> Any:
     """What is so by default: saying it is saying nothing."""
-    return None if value in ("keep", "last") else value
+    return None if value in ("keep", "last", "vocabulary") else value
 
 
 Precision = Annotated[Literal["bfloat16"] | None, BeforeValidator(_none_for_default)]
@@ -94,11 +94,12 @@ class Start(Section):
 
 
 class Student(Section):
-    """The model to train. `template` is its chat template where it has none or several: `chatml`, `alpaca`, `plain`, a
-    name among its own, or a `.jinja` file."""
+    """The model to train; with `head: scalar` a reward model. `template` is its chat template where it has none or
+    several: `chatml`, `alpaca`, `plain`, a name among its own, or a `.jinja` file."""
 
     start: Start
     lora: Lora | None = None
+    head: Annotated[Literal["scalar"] | None, BeforeValidator(_none_for_keep)] = None
     template: str | None = None
 
     @model_validator(mode="after")
@@ -106,6 +107,10 @@ class Student(Section):
         if self.template is not None and self.start.pretrained is None:
             raise ValueError("a student made of the teacher has its chat template: set teacher.template instead")
         return self
+
+    @property
+    def scores(self) -> bool:
+        return self.head == "scalar"
 
 
 class Prompts(Section):
@@ -220,12 +225,11 @@ class RewardEntry(Section):
 
 
 class Advantage(Section):
-    """How the rewards of a step's answers become advantages.
-
-    `baseline` is subtracted from a reward: the mean of the answers to the same prompt (`group`, GRPO), of the others
-    among them (`others`, RLOO), of all of the step (`step`), or nothing (`none`). `scale` divides by the standard
-    deviation in the group or in the step. `count: answers` gives every answer the same weight (GRPO), `tokens` every
-    token (DAPO), `constant` divides the sum over an answer's tokens by max_tokens (Dr. GRPO).
+    """How the rewards of a step's answers become advantages. `baseline` is subtracted from a reward: the mean of the
+    answers to the same prompt (`group`, GRPO), of the others among them (`others`, RLOO), of all of the step (`step`),
+    or nothing (`none`). `scale` divides by the standard deviation in the group or in the step. `count: answers` gives
+    every answer the same weight (GRPO), `tokens` every token (DAPO), `constant` divides the sum over an answer's tokens
+    by max_tokens (Dr. GRPO).
     """
 
     baseline: Literal["group", "others", "step", "none"] = "group"

@@ -8,6 +8,8 @@ from limbeck.types import RecipeError
 
 OLD_TAGS = {"best": "chosen", "rest": "rejected"}  # as recipes once called the answers of a preference
 
+MEASURED_BY_SCORES = {"metrics": ["preference"], "controls": ["untouched"]}  # by default, of a student that scores
+
 
 def expand(data: dict[str, Any]) -> dict[str, Any]:
     """The data of a recipe with its short forms written out; the mapping itself is changed."""
@@ -22,6 +24,9 @@ def expand(data: dict[str, Any]) -> dict[str, Any]:
         data["rollout"] = rollout | {"rewards": rewards}
     if isinstance(data.get("evaluate"), list):
         data["evaluate"] = {"metrics": data["evaluate"]}
+    student, evaluate = data.get("student"), data.get("evaluate", {})
+    if isinstance(student, dict) and student.get("head") == "scalar" and isinstance(evaluate, dict):
+        data["evaluate"] = MEASURED_BY_SCORES | evaluate
     return data
 
 
@@ -37,6 +42,8 @@ def _loss(entry: Any, path: str) -> Any:
 
 
 def _reward(entry: Any, path: str) -> Any:
+    if isinstance(entry, dict) and isinstance(entry.get("model"), str):
+        entry = {"model": {"path": entry["model"]}} if len(entry) == 1 else entry
     named = _named(entry, path, "reward", "- length: {most: 200, weight: 0.5}")
     if named is not entry and "weight" in named["params"]:
         named["weight"] = named["params"].pop("weight")

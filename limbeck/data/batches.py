@@ -6,6 +6,7 @@ The state of the data is one integer, the step.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from limbeck.types import TAUGHT_FINISHES, Batch, Message, Sample, UserError
+from limbeck.types import MARGIN, PROBABILITY, TAUGHT_FINISHES, Batch, Message, Sample, UserError
 
 MICRO_TOKENS = 1024
 CHOSEN = "chosen"
 REJECTED = "rejected"
 MIXED = "mixed"  # the tag of a row whose embeddings are mixed with another's
+LABELS = (PROBABILITY, MARGIN)
 WINDOW_STEPS = 8
 
 MicroBatch = tuple[int, ...]  # places of rows
@@ -37,6 +39,7 @@ class Row:
         group: the prompt that it answers. The rows of a group are in order of preference, the chosen one first.
         weight: the weight of each of its tokens.
         references: log-probability of the response under frozen models, by name.
+        labels: what is known of the pair of answers that it is the first of, by name.
         teacher_prompt_ids: the prompt that the teacher sees, if it sees another one.
         columns: numbers for each response token, such as its log-probability when it was sampled.
         mixed: (another row, the weight of this one) if their embeddings are mixed, position by position.
@@ -52,6 +55,7 @@ class Row:
     teacher_prompt_ids: tuple[int, ...] | None = None
     columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     mixed: tuple[Row, float] | None = None
+    labels: tuple[tuple[str, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -98,6 +102,7 @@ def make_rows(
             group=str(meta.get("prompt_id", sample.id)),
             weight=float(meta.get("weight", 1.0)),
             teacher_prompt_ids=teacher_ids,
+            labels=tuple((name, float(meta[name])) for name in LABELS if name in meta and not meta.get("place", 0)),
         )
         if max(len(row), len(teacher_ids or ()) + len(row.response_ids)) > max_length:
             raise UserError(
@@ -265,6 +270,8 @@ def make_batch(rows: Sequence[Row], micro_batch: MicroBatch | None = None, pad_i
     weight_BT = mask_BT * torch.tensor([row.weight for row in rows], dtype=torch.float32)[:, None]
     names = {name for row in rows for name, _ in row.references}
     references = {name: torch.tensor([dict(row.references)[name] for row in rows]) for name in sorted(names)}
+    labelled = sorted({name for row in rows for name, _ in row.labels})
+    labels = {name: torch.tensor([dict(row.labels).get(name, math.nan) for row in rows]) for name in labelled}
     teacher_tokens = None
     if any(row.teacher_prompt_ids is not None for row in rows):
         prompts = [row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids for row in rows]
@@ -278,6 +285,7 @@ def make_batch(rows: Sequence[Row], micro_batch: MicroBatch | None = None, pad_i
         groups=tuple(tuple(group) for group in groups.values()),
         references=references,
         columns=_columns(rows, mask_BT),
+        labels=labels,
         seen=teacher_tokens,
         mixed=_mixed(rows, tokens_BT),
     )

@@ -17,8 +17,9 @@ class Prompt:
     its text (a system message, earlier turns), `after` calls of tools and their results that come after it.
 
     `untrained` are the places of the assistant's turns that are never trained on, `cut` those of the answers whose end
-    was cut off. `row` has the columns of its file that a step's template reads, as pairs of name and plain data.
-    `file`, `unit` and `line` say where it stands (for error messages alone).
+    was cut off. `labels` are what is known of its two answers: the `probability` that the first is better, and the
+    `margin`. `row` has the columns of its file that a step's template reads, as pairs of name and plain data. `file`,
+    `unit` and `line` say where it stands (for error messages alone).
     """
 
     id: str
@@ -34,6 +35,7 @@ class Prompt:
     untrained: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()
     row: tuple[tuple[str, Any], ...] = ()
+    labels: tuple[tuple[str, float], ...] = ()
     file: str = field(default="", compare=False)
     unit: str = field(default="line", compare=False)
     line: int = field(default=0, compare=False)
@@ -57,7 +59,7 @@ class Prompt:
             "feedback": self.feedback,
         }
         newer = {"before": self.before, "after": self.after, "untrained": self.untrained, "cut": self.cut}
-        newer["row"] = self.row
+        newer |= {"row": self.row, "labels": self.labels}
         return facts | {name: list(value) for name, value in newer.items() if value}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from limbeck.elicit.conversation import (
     tools_message,
 )
 from limbeck.elicit.prompt import Prompt
+from limbeck.elicit.shapes import LABELS_OF_PAIRS
 from limbeck.elicit.verify import parse_check
-from limbeck.types import Message
+from limbeck.types import PROBABILITY, Message
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
 
@@ -68,6 +70,7 @@ class PromptRow:
             file=place.removesuffix(f", {record.place}"),
             unit=record.unit,
             line=record.number,
+            labels=self._labels(len(texts)),
             **self._facts(place),
         )
 
@@ -86,6 +89,26 @@ class PromptRow:
             "check": check,
             "feedback": feedback,
         }
+
+    def _labels(self, answers: int) -> tuple[tuple[str, float], ...]:
+        """What is known of the two answers: the probability that the first is better, and by how much."""
+        labels = []
+        for role in LABELS_OF_PAIRS:
+            if role not in self.values or answers < 2:
+                continue
+            value, name = self.values[role], self.names[role]
+            if answers > 2:
+                raise FormError(f'"{name}" speaks of two answers, and here are {answers}; leave it out')
+            try:
+                number = float(value) if not isinstance(value, bool) else math.nan
+            except (TypeError, ValueError):
+                number = math.nan
+            most = 1.0 if role == PROBABILITY else math.inf
+            if not (0 <= number <= most and number < math.inf):
+                legal = "from 0 to 1" if role == PROBABILITY else "of 0 or more"
+                raise FormError(f'"{name}" must be a number {legal}, not {ascii(value)[:60]}')
+            labels.append((role, number))
+        return tuple(labels)
 
     def _name(self, role: str, otherwise: str) -> str:
         return text_of(str(self.values[role]), role) if role in self.values else otherwise

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from limbeck.types import nearest
+from limbeck.types import MARGIN, PROBABILITY, nearest
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "question", "instruction", "problem", "query")
@@ -21,7 +21,8 @@ LABELS = ("label", "category", "intent", "sentiment", "topic", "class", "emotion
 PREFERENCES = ("chosen", "rejected")
 SYSTEMS = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
-FACTS = ("id", "kind", "task", "weight", "check", "feedback")
+LABELS_OF_PAIRS = (PROBABILITY, MARGIN)
+FACTS = ("id", "kind", "task", "weight", "check", "feedback", *LABELS_OF_PAIRS)
 ROLES = ("prompt", "input", "answer", "answers", *PREFERENCES, "messages", "system", "tools", "reasoning", *FACTS)
 ALSO_CONTENT = ("text", "input", "context", "reasoning", "reasoning_content", "thinking", "target", "label")
 CONTENT = frozenset(

@@ -27,7 +27,19 @@ from limbeck.elicit.sharing import Reuse, Sharing
 from limbeck.progress import Reporter, StoppedError
 from limbeck.storage.answers import SharedAnswers
 from limbeck.storage.store import Store
-from limbeck.types import STUDENTS, AnswerForm, Message, Request, Sample, Sampling, content_hash
+from limbeck.types import (
+    MARGIN,
+    PROBABILITY,
+    STUDENTS,
+    AnswerForm,
+    Message,
+    Request,
+    Sample,
+    Sampling,
+    content_hash,
+)
+
+OWN_FACTS = ("kind", "task", "weight", "finish", PROBABILITY, MARGIN)  # of a sample that a step wrote
 
 
 class TextModels(Protocol):
@@ -163,6 +175,24 @@ class TrainingText:
         step = self.source.step_prompt
         return [sample if step is None else step.reads(sample) for sample in self._ask(requests, TEACHER)]
 
+    def held_out_pairs(self) -> list[Prompt]:
+        """The held-out prompts, each with its answers, the preferred one first: the given ones, or where all writers
+        answer every training prompt, those that they write to it. A prompt without its preferred answer has none."""
+        prompts = self.prompts[1]
+        if not self.recipe.all_answer:
+            return list(prompts)
+        answers: dict[str, list[Sample]] = {prompt.id: [] for prompt in prompts}
+        for sample in self._samples(self.recipe.fixed_writers, prompts):
+            if sample.teaches:
+                answers[sample.meta["prompt_id"]].append(sample)
+        found = []
+        for prompt in prompts:
+            said = answers[prompt.id] if any(sample.meta["place"] == 0 for sample in answers[prompt.id]) else []
+            cut = (place for place, sample in enumerate(said) if sample.meta.get("finish") == "length")
+            texts = tuple(sample.messages[-1]["content"] for sample in said)
+            found.append(replace(prompt, answers=texts, cut=tuple(cut)))
+        return found
+
     def said(self, prompts: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
         """The teacher's answers to these (prompt, seed), in their order, for a measurement; the seed is added to the
         text's."""
@@ -213,13 +243,14 @@ class TrainingText:
         }
         return counts | asdict(self.held_out_sampling())
 
-    def _samples(self, writers: Sequence[Writer]) -> list[Sample]:
-        """The answers of these writers to their training prompts; all requests to one model are sent together."""
+    def _samples(self, writers: Sequence[Writer], prompts: Sequence[Prompt] | None = None) -> list[Sample]:
+        """The answers of these writers to their prompts, by default those of the training; all requests to one model
+        are sent together."""
         if not writers:
             return []
         turns = [
             (prompt, place, writer)
-            for prompt in self.prompts[0]
+            for prompt in (self.prompts[0] if prompts is None else prompts)
             for place, writer in self._turns(prompt)
             if writer in writers
         ]
@@ -256,7 +287,7 @@ class TrainingText:
     def _elicited_sample(sample: Sample, prompt: Prompt, place: int) -> Sample:
         """A sample of the pool with the facts of its prompt, and its own task and weight. Answers to one prompt are
         equally good, unless a step ranked them (`place`)."""
-        own = {name: sample.meta[name] for name in ("kind", "task", "weight", "finish") if name in sample.meta}
+        own = {name: sample.meta[name] for name in OWN_FACTS if name in sample.meta}
         facts = {
             "prompt_id": prompt.id,
             "kind": prompt.kind,
@@ -339,4 +370,4 @@ def corpus_sample(prompt: Prompt, rank: int) -> Sample:
     """A prompt with its own answer of this rank."""
     message = {"role": "assistant", "content": prompt.answers[rank]}
     finish = "length" if rank in prompt.cut else "ok"
-    return Sample((*prompt.messages, message), "corpus", meta={"finish": finish})
+    return Sample((*prompt.messages, message), "corpus", meta={"finish": finish, **dict(prompt.labels)})

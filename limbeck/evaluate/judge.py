@@ -10,11 +10,12 @@ import numpy as np
 
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.thinking import after_thinking
-from limbeck.elicit.two_orders import INSTRUCTION, PREFER, REASONED, PairVerdict, question, read_verdict, trust
+from limbeck.elicit.two_orders import INSTRUCTION, PREFER, REASONED, PairVerdict, Ruling, question, read_verdict, trust
 from limbeck.evaluate.records import Progress
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.model import Model
+from limbeck.models.scores import Scorer
 from limbeck.storage.files import read_jsonl, write_text
 from limbeck.types import Message, Sampling, UserError, canonical_json, content_hash
 
@@ -24,7 +25,7 @@ READING = 2  # how answers are shown and replies read: verdicts of another way a
 
 
 def judge_pairs(
-    judge: Model | Ask,
+    judge: Model | Scorer | Ask,
     prompts: Sequence[Prompt],
     first: Mapping[str, str],
     second: Mapping[str, str],
@@ -36,8 +37,9 @@ def judge_pairs(
     """Judge every pair of answers in both orders, in the order of the prompts.
 
     Args:
-        judge: a model, which answers greedily, or a function from conversations to replies, one each; None where one
-            leaves no room for a reply.
+        judge: a model, which answers greedily, a function from conversations to replies, one each (None where one
+            leaves no room for a reply), or a reward model, which reads each answer by itself, so that no order can sway
+            it.
         control: the control tokens of a judge that is a function.
         first, second: the systems' answers by prompt id.
         max_tokens: of a model's reply; a pair that leaves no room for it in the model's context is too long, and is not
@@ -54,6 +56,8 @@ def judge_pairs(
                 " leave them out"
             )
     first, second = ({name: after_thinking(text) or "" for name, text in each.items()} for each in (first, second))
+    if isinstance(judge, Scorer):
+        return _by_score(judge, prompts, first, second)
     control = judge.tokenizer.get_added_vocab().keys() if isinstance(judge, Model) else control
     questions = []
     for prompt in prompts:
@@ -80,9 +84,29 @@ def judge_pairs(
     return verdicts
 
 
+def _by_score(
+    judge: Scorer, prompts: Sequence[Prompt], first: Mapping[str, str], second: Mapping[str, str]
+) -> list[PairVerdict]:
+    """The answer with the higher score; equal scores are a tie."""
+    scores = [
+        iter(judge.score([(prompt.messages, answers[prompt.id], False) for prompt in prompts]))
+        for answers in (first, second)
+    ]
+    verdicts = []
+    for prompt in prompts:
+        one, two = (next(of) for of in scores)
+        ruling: Ruling = "too_long"
+        if one is not None and two is not None:
+            ruling = "tie" if one == two else "first" if one > two else "second"
+        said = "" if ruling == "too_long" else f"{one:.6g} and {two:.6g}"
+        lengths = len(first[prompt.id]), len(second[prompt.id])
+        verdicts.append(PairVerdict(prompt.id, ruling, ruling, *lengths, replies=(said, said)))
+    return verdicts
+
+
 def load_or_judge(
     file: Path,
-    judge: Callable[[], Model | Ask],
+    judge: Callable[[], Model | Scorer | Ask],
     identity: str,
     prompts: Sequence[Prompt],
     first: Mapping[str, str],

@@ -32,6 +32,7 @@ from limbeck.models.compatibility import OTHER_TOKENS
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
 from limbeck.models.placement import Devices
+from limbeck.models.scores import Scorer, is_scorer, load_scorer, scorer_identity
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teachers import kind
 from limbeck.storage.files import write_json
@@ -196,7 +197,7 @@ class SummaryJudge:
     """Who judges; `control` are its control tokens where `load` gives no model, but a function that asks it."""
 
     identity: str
-    load: Callable[[], Model | Ask]
+    load: Callable[[], Model | Scorer | Ask]
     is_teacher: bool
     control: Collection[str] = ()
 
@@ -213,10 +214,17 @@ def _judge(questions: Questions, bench: Bench) -> SummaryJudge:
         return SummaryJudge(identity, lambda: partial(_ask_named, text, source), is_teacher, reader.control)
     # a judge is shown the pair alone
     teacher = None if bench.teacher is None else bench.teacher.model.with_context(None)
-    identity = model_identity(source)
+    scores = is_scorer(source)
+    identity = scorer_identity(source) if scores else model_identity(source)
     is_teacher = teacher is not None and _weights(identity) == _weights(teacher.identity)
     placement = questions.devices.teacher
-    load = cache(lambda: teacher if is_teacher and teacher is not None else load_model(source, placement=placement))
+
+    @cache
+    def load() -> Model | Scorer:
+        if scores:
+            return load_scorer(source, placement)
+        return teacher if is_teacher and teacher is not None else load_model(source, placement=placement)
+
     return SummaryJudge(identity, load, is_teacher)
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from limbeck.models.quantised import as_read, drop_quantisation
-from limbeck.models.weights import check_files, check_loaded, first_line, model_class, text_config
+from limbeck.models.weights import check_files, check_loaded, first_line, model_class, refuse_scores, text_config
 from limbeck.storage.files import file_sha256, full_disk_as_os_error, new_directory, write_json
 from limbeck.types import UserError, content_hash
 
@@ -37,6 +37,7 @@ def read_weights(folder: Path, source: str, dtype: torch.dtype) -> PreTrainedMod
         UserError: not a causal language model, damaged, or without some of its weights.
     """
     config = read_config(folder, source)
+    refuse_scores(config, source)
     check_files(folder, source)
     try:
         net: PreTrainedModel

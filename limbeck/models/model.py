@@ -38,7 +38,8 @@ class Model:
     @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer, according to the chat template, the tokenizer and the generation settings."""
-        configured = getattr(self.net.generation_config, "eos_token_id", None)
+        settings = getattr(self.net, "generation_config", None)  # a model that gives scores has none
+        configured = getattr(settings, "eos_token_id", None)
         more = configured if isinstance(configured, list) else [configured]
         ids = {self.end_of_turn, self.tokenizer.eos_token_id, *more}
         return frozenset(token for token in ids if isinstance(token, int))
@@ -95,6 +96,16 @@ class Model:
         ids = self.text_ids(template.continued(self._opened, text, is_cut))
         return ids if is_cut else [*ids, self.end_of_turn]
 
+    def whole_ids(self, messages: tuple[Message, ...], answer: str, is_cut: bool = False) -> list[int]:
+        """A conversation with its answer, as the chat template ends it: what a score is given for."""
+        ids = [*self.prompt_ids(messages), *self.answer_ids(answer, is_cut)]
+        return ids if is_cut else [*ids, *self.closing_ids]
+
+    @cached_property
+    def closing_ids(self) -> list[int]:
+        """What the chat template puts after the token that ends an answer."""
+        return template.closing_ids(self.tokenizer)
+
     def text_ids(self, text: str) -> list[int]:
         """A text as token ids, nothing added; what looks like a control token is treated as text."""
         return template.text_ids(self.tokenizer, text)
@@ -137,12 +148,21 @@ def hidden_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     return hidden_BTD
 
 
+def gives_scores(net: PreTrainedModel) -> bool:
+    """Whether a model gives one number for a text, and no distribution over a vocabulary."""
+    return isinstance(getattr(net, "score", None), nn.Linear) and net.config.num_labels == 1
+
+
 def head_of(net: PreTrainedModel) -> Head:
-    """The output projection, with the bias, soft cap, logit scale and LoRA adapter that the model has.
+    """The output projection, with the bias, soft cap, logit scale and LoRA adapter that the model has; of a model that
+    gives scores, the one row that does.
 
     Raises:
         UserError: a head that is not a linear layer.
     """
+    if gives_scores(net):
+        scores: Any = net.score
+        return Head(scores.weight, scores.bias)
     config: Any = net.config.get_text_config()
     layer: Any = net.get_output_embeddings()
     low_rank = None

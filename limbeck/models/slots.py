@@ -5,7 +5,8 @@ library does, once a token, to see whether a mask masks anything; a model that c
 wants it (rotary positions, `sdpa`, no windows) is spared that.
 Not covered: recurrent states, and models that count positions themselves; `rows.py` has those.
 
-Shapes: B slots, N of them, T columns of the cache, V vocabulary, H key-value heads, D head width.
+Shapes: B slots, N of them, U different prompts of those, T columns of the cache, V vocabulary, H key-value heads,
+D head width.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ class SlotLayer(DynamicLayer):
         self.at = end
         return self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
 
-    def insert(self, slots_N: Tensor, left: int, new: SlotLayer, rows: int) -> None:
-        """Copy the prefilled columns of `new` into these rows, from column `left` on."""
+    def insert(self, slots_N: Tensor, left: int, new: SlotLayer, *, of_N: Tensor, rows: int) -> None:
+        """Copy the prefilled columns of `new` into these rows, from column `left` on; `of_N` are the rows there."""
         if not self.is_initialized:
             blank = new.key_buffer[:1].expand(rows, -1, -1, -1), new.value_buffer[:1].expand(rows, -1, -1, -1)
             self.lazy_initialization(*blank)
-        self.key_buffer[slots_N, :, left : left + new.at] = new.key_buffer
-        self.value_buffer[slots_N, :, left : left + new.at] = new.value_buffer
+        self.key_buffer[slots_N, :, left : left + new.at] = new.key_buffer[of_N]
+        self.value_buffer[slots_N, :, left : left + new.at] = new.value_buffer[of_N]
 
     def shift(self, by: int) -> None:
         for buffer in (self.key_buffer, self.value_buffer):
@@ -104,21 +105,23 @@ class Slots:
         self.logits_BV = torch.zeros(size, head_rows(model), device=self.device)
 
     def admit(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        """Prefill new rows together and put them into these slots."""
+        """Prefill new rows together, each prompt once, and put them into these slots."""
         width = max(len(prompt) for prompt in prompts)
         device = self.device
-        tokens_NT = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask_NT = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            tokens_NT[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask_NT[row, width - len(prompt) :] = 1
-        positions_NT = (mask_NT.cumsum(1) - 1).clamp(min=0)
-        mask_NT = upload(mask_NT, device)
+        places: dict[tuple[int, ...], int] = {}
+        of_N = index([places.setdefault(tuple(prompt), len(places)) for prompt in prompts], device)
+        tokens_UT = torch.zeros(len(places), width, dtype=torch.long)
+        mask_UT = torch.zeros(len(places), width, dtype=torch.long)
+        for ids, row in places.items():
+            tokens_UT[row, width - len(ids) :] = torch.tensor(ids)
+            mask_UT[row, width - len(ids) :] = 1
+        positions_UT = (mask_UT.cumsum(1) - 1).clamp(min=0)
+        mask_UT = upload(mask_UT, device)
         fresh = [SlotLayer(width, 0) for _ in self.layers]
-        logits_N1V = self.model(
-            input_ids=upload(tokens_NT, device),
-            attention_mask=mask_NT,
-            position_ids=upload(positions_NT, device),
+        logits_U1V = self.model(
+            input_ids=upload(tokens_UT, device),
+            attention_mask=mask_UT,
+            position_ids=upload(positions_UT, device),
             past_key_values=Cache(layers=list(fresh)),
             use_cache=True,
             logits_to_keep=1,
@@ -129,10 +132,10 @@ class Slots:
             self.starts[slot] = self.at - len(prompt)
         self.starts_B = upload(torch.tensor(self.starts), device)
         self.mask_BT.index_fill_(0, slots_N, 0)
-        self.mask_BT[slots_N, left : self.at] = mask_NT
-        self.logits_BV[slots_N] = logits_N1V[:, -1].float()
+        self.mask_BT[slots_N, left : self.at] = mask_UT[of_N]
+        self.logits_BV[slots_N] = logits_U1V[:, -1].float()[of_N]
         for layer, new in zip(self.layers, fresh, strict=True):
-            layer.insert(slots_N, left, new, self.size)
+            layer.insert(slots_N, left, new, of_N=of_N, rows=self.size)
 
     def step(self, last_B: Tensor, running: Sequence[int]) -> None:
         """Feed every slot its last token."""

@@ -17,10 +17,11 @@ from limbeck.config.sections import Lora, Scratch, Student
 from limbeck.models.copy import cast
 from limbeck.models.layers import is_per_layer
 from limbeck.models.load import load_model
-from limbeck.models.model import Model
+from limbeck.models.model import Model, gives_scores, head_of
 from limbeck.models.placement import FULL, Placement, Precision, check_dtype
 from limbeck.models.prune import Calibration, LayerChoice, choose_layers, drop_layers
 from limbeck.models.quantise import quantise
+from limbeck.models.scores import with_score
 from limbeck.models.weights import first_line, model_class, text_config
 from limbeck.types import RecipeError, UserError, content_hash, nearest
 
@@ -46,6 +47,8 @@ def begin(
     cast(started.net, precision.dtype)
     if precision.quantise is not None:
         quantise(started.net, precision.quantise, placement.device, student.start.pretrained or "the student")
+    if student.scores:
+        started = replace(started, net=with_score(started.net, seed), identity=f"{started.identity}/score-{seed}")
     placement.put(started.net)
     for module in started.net.modules():
         if isinstance(module, nn.Embedding):
@@ -158,7 +161,7 @@ def adapters_told(net: PreTrainedModel) -> str:
 
 def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
     """Put low-rank adapters in float32 or better into the decoder's linear layers but the head, in place, and freeze
-    the rest. B starts at 0.
+    the rest, but for a row that gives scores. B starts at 0.
 
     Raises:
         UserError: a decoder without such layers.
@@ -184,7 +187,7 @@ def add_adapters(net: PreTrainedModel, lora: Lora, seed: int) -> None:
                     part.float()
     for name, parameter in net.named_parameters():
         if parameter.is_floating_point():
-            parameter.requires_grad_("lora_" in name)
+            parameter.requires_grad_("lora_" in name or (gives_scores(net) and name.startswith("score.")))
 
 
 def merge_adapters(net: PreTrainedModel) -> None:
@@ -208,4 +211,6 @@ def merge_into(original: PreTrainedModel, trained: PreTrainedModel, lora: Lora) 
         if "lora_" in name:
             parameter.copy_(adapters.pop(name))
     assert not adapters, f"adapters without a place: {list(adapters)}"
+    if gives_scores(original):
+        head_of(original).weight_VD.copy_(head_of(trained).weight_VD)
     merge_adapters(original)

@@ -49,6 +49,7 @@ class Frame:
         controls: the tokens that frame a conversation or have no text, by their strings.
         structural: those of `controls` that the tokenizer does not call special, and so does not split on request.
         end: the token that ends an answer; None if the template puts none there.
+        rest: what stands after that token, such as a line's end.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Frame:
     controls: Mapping[str, int] = field(default_factory=dict)
     structural: frozenset[str] = frozenset()
     end: int | None = None
+    rest: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", _any_of(self.controls))
@@ -144,7 +146,8 @@ def _frame(tokenizer: Tokenizer, source: str, name: str) -> Frame:
     end = _any_of(controls).search(after) if said else None
     ends = end is not None and not after[: end.start()].strip()
     last = controls[end[0]] if end is not None and ends else None
-    return Frame(source, parts, controls, structural=structural, end=last)
+    rest = after[end.end() :] if end is not None and ends else ""
+    return Frame(source, parts, controls, structural=structural, end=last, rest=rest)
 
 
 def _header(prompt: str, before: str) -> str:
@@ -182,6 +185,11 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
     """The token that ends an answer: the one that the chat template puts there, else the tokenizer's own."""
     end = frame_of(tokenizer).end if tokenizer.chat_template else None
     return int(tokenizer.eos_token_id if end is None else end)
+
+
+def closing_ids(tokenizer: Tokenizer) -> list[int]:
+    """What the chat template puts after the token that ends an answer, where a conversation ends with it."""
+    return _read(tokenizer, frame_of(tokenizer).rest) if tokenizer.chat_template else []
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], answer: bool = True) -> str:

@@ -42,6 +42,20 @@ def model_class(config: Any) -> Any:
     )
 
 
+def scores_text(config: Any) -> bool:
+    """Whether a configuration is of a model that gives scores or classes of a text, and writes none."""
+    return any(name.endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ())
+
+
+def refuse_scores(config: Any, source: str) -> None:
+    """Refuse a model that gives scores or classes where one that writes is needed. UserError names it."""
+    if scores_text(config):
+        raise UserError(
+            f"{source} gives scores of a text ({config.architectures[0]}) and writes none: name it as a reward"
+            " (rollout.rewards: [{model: ...}]), and a model that writes here"
+        )
+
+
 def empty_model(config: Any) -> PreTrainedModel:
     """The model of a configuration on the meta device: all names and sizes, no numbers.
 
@@ -127,6 +141,7 @@ def check_folder(folder: Path, config: Any, source: str) -> None:
         UserError: the message names the file or the tensor.
     """
     check_files(folder, source)
+    refuse_scores(config, source)
     if getattr(config, "quantization_config", None) is not None:
         return  # the names of codes and scales are those of the library that reads them
     try:

@@ -11,6 +11,7 @@ from limbeck.objectives import (
     on_policy,
     preference,
     reference_free,
+    reward_model,
     rewards,
     supervised,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "on_policy",
     "preference",
     "reference_free",
+    "reward_model",
     "rewards",
     "supervised",
 ]

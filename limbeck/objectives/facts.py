@@ -28,6 +28,8 @@ class TextFacts:
         self_taught: the teacher has the student's own weights.
         rewarded: rewards judge the student's answers.
         mixed_tag: the tag of rows whose embeddings are mixed with those of other rows, if there are such rows.
+        scores: the student's head gives a score, and no distribution.
+        labels: what lines say of their pairs of answers; None if that is unknown until the text is written.
     """
 
     writers: frozenset[str] = frozenset({"teacher"})
@@ -45,6 +47,8 @@ class TextFacts:
     self_taught: bool = False
     rewarded: bool = False
     mixed_tag: str | None = None
+    scores: bool = False
+    labels: frozenset[str] | None = frozenset()
 
 
 @dataclass(frozen=True)

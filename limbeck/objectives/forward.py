@@ -101,7 +101,8 @@ class Positions:
 class StudentForward:
     """One micro-batch after the student's forward pass: `hidden_ND` predicts its response tokens.
 
-    `bank_rows` gives a sample's place in the banks of teacher states.
+    `ended_BD` are the states at each row's last token, where the head gives scores. `bank_rows` gives a sample's place
+    in the banks of teacher states.
     """
 
     batch: Batch
@@ -111,6 +112,13 @@ class StudentForward:
     teacher: TeacherView
     step: int = 0
     bank_rows: Mapping[str, int] = field(default_factory=dict)
+    ended_BD: Tensor | None = None
+
+    @cached_property
+    def score_B(self) -> Tensor:  # noqa: N802 (shape)
+        """What a scalar head says of every row, differentiable."""
+        assert self.ended_BD is not None, "the head gives a distribution, and no score"
+        return self.head.logits(self.ended_BD)[:, 0]
 
     @cached_property
     def positions(self) -> Positions:

@@ -20,7 +20,7 @@ from limbeck.objectives.forward import StudentForward, TermSum
 from limbeck.objectives.head import Block
 from limbeck.objectives.parameters import Range, make_schedules
 from limbeck.objectives.schedule import Schedule
-from limbeck.types import RecipeError, nearest
+from limbeck.types import SCORE, RecipeError, nearest
 
 Unit = Literal["token", "row", "group"]
 STUDENT = "student"  # the tag of text that the student writes while it trains
@@ -82,7 +82,8 @@ class Loss:
 
     Args:
         reads: the evidence that it needs: tokens, answers, teacher_distribution, teacher_features, teacher_states,
-            reference_start, reference_teacher, student (text that the student writes while it trains), or columns.
+            reference_start, reference_teacher, score (of a scalar head), student (text that the student writes while it
+            trains), or columns.
         unit: what its sum is divided by: token weights, rows, or groups of answers to one prompt.
         ranges: the legal values of its numbers.
         writes: columns that it writes for each token, which may multiply other losses (`by`).
@@ -146,6 +147,14 @@ class Loss:
     def check_text(self, settings: LossSettings, facts: TextFacts) -> None:
         """Refuse a recipe whose text lacks what it reads. RecipeError with the remedy."""
         path = settings.path
+        if (SCORE in self.reads) != facts.scores:
+            raise RecipeError(
+                path,
+                f"{self.name} reads the score of a whole conversation: set student.head: scalar"
+                if SCORE in self.reads
+                else f"{self.name} reads distributions over the vocabulary, and a student with a scalar head has none:"
+                " use bradley_terry, or leave student.head out",
+            )
         if STUDENT in self.reads and STUDENT not in facts.writers:
             raise RecipeError(
                 path, f"{self.name} reads text that the student writes while it trains; add a writer {{by: student}}"

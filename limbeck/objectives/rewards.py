@@ -1,6 +1,6 @@
 """Losses on rewards of whole answers, and how rewards become advantages (`training/rewards.py` gives the rewards).
 
-Shapes: N response tokens, G prompts, K samples of a prompt or ranked answers.
+Shapes: N response tokens, G prompts, K samples of a prompt.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from limbeck.objectives.parameters import Range
 from limbeck.objectives.policy import K1_REMEDY, LOG_CAP, Columns, probability_ratio, register_policy
 from limbeck.objectives.precision import full_precision
-from limbeck.objectives.reference_free import plackett_luce
 from limbeck.types import UserError
 
 
@@ -202,24 +200,3 @@ def length_weights(length_GK: Tensor, mode: str, *, constant: float | None = Non
     average = length_GK.sum() / there_GK.sum()
     over = {"token": average, "sequence": length_GK.clamp(min=1), "constant": average.new_tensor(constant or 1.0)}[mode]
     return torch.where(there_GK, average / over, 0.0).float()
-
-
-def bradley_terry(reward_GK: Tensor, present_GK: Tensor, preference_G: Tensor | None = None) -> Tensor:
-    """The log loss of a reward model on ranked answers, the best first: [G] in nats.
-
-    Without `preference_G` the order is certain: Plackett-Luce over the present answers, Bradley-Terry for two. With it,
-    K = 2 and -(c log s(r1 - r2) + (1-c) log s(r2 - r1)), c in [0, 1] the probability that the first is better.
-    Shifting a group's rewards changes nothing. A group with fewer than two answers gives 0. UserError for soft labels
-    at K > 2.
-    """
-    reward_GK = full_precision(reward_GK).masked_fill(~present_GK, 0.0)
-    if preference_G is None:
-        return plackett_luce(reward_GK, present_GK)
-    if reward_GK.shape[1] != 2 or preference_G.shape != reward_GK.shape[:1]:
-        raise UserError(
-            f"soft preferences need two answers a group and one number each; got {tuple(reward_GK.shape)} and"
-            f" {tuple(preference_G.shape)}"
-        )
-    gap_G = reward_GK[:, 0] - reward_GK[:, 1]
-    first_G = preference_G.to(reward_GK.dtype)
-    return (-first_G * logsigmoid(gap_G) - (1 - first_G) * logsigmoid(-gap_G)).masked_fill(~present_GK.all(-1), 0.0)

@@ -7,9 +7,13 @@ from typing import Any
 
 from limbeck.config.recipe import Recipe
 
+WRITES = """Load it with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`, and use its own chat template.
+How close it is to the teacher, with confidence intervals, is in the run's `evaluation/summary.json`."""
 
-def model_card(recipe: Recipe, name: str, teacher_identity: str) -> str:
-    """Markdown with the settings that made the model. It makes no claims of quality; the run's report does."""
+
+def model_card(recipe: Recipe, name: str, teacher_identity: str, use: str = "") -> str:
+    """Markdown with the settings that made the model. It makes no claims of quality; the run's report does. `use` says
+    how to load it, if it is no model that writes."""
     resolved = recipe.resolved()
     settings: dict[str, Any] = {
         key: resolved[key] for key in ("title", "paper", "writer", "rollout", "loss", "train") if key in resolved
@@ -26,8 +30,7 @@ tags: [distillation, limbeck]
 
 Teacher: `{teacher_identity}`. The licence and terms of the teacher apply to this model and to the text it writes.
 
-Load it with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`, and use its own chat template.
-How close it is to the teacher, with confidence intervals, is in the run's `evaluation/summary.json`.
+{use or WRITES}
 
 How it was made (recipe hash `{recipe.hash[:16]}`; file paths are left out):
 

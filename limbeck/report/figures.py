@@ -96,6 +96,25 @@ def calibration_figure(summary: dict[str, Any]) -> Figure | None:
     return _figure(label, curves(label, lines, x_limits=(0.0, 1.0), y_limits=(0.0, 1.0), diagonal=True))
 
 
+def preference_figure(summary: dict[str, Any]) -> Figure | None:
+    """How often the answer that a reward model prefers is the better one, by how sure it is."""
+    lines = [
+        _system_line(name, [(b["confidence"], b["accuracy"]) for b in bins])
+        for name, bins in ((summary.get("preference") or {}).get("calibration") or {}).items()
+    ]
+    label = Label(
+        key="preference",
+        title="Calibration of preferences",
+        about=(
+            "How often the answer with the higher score is the better one, by the probability that the scores give"
+            " (the logistic of their difference). A calibrated model follows the dotted diagonal."
+        ),
+        x_title="probability by the scores",
+        y_title="share in the right order",
+    )
+    return _figure(label, curves(label, lines, x_limits=(0.5, 1.0), y_limits=(0.0, 1.0), diagonal=True))
+
+
 def exposure_figure(summary: dict[str, Any]) -> Figure | None:
     """The excess accumulated error (ExAccErr) by the length of the model's own text."""
     lines = [

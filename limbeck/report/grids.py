@@ -229,3 +229,18 @@ def _fact(value: Any) -> str:
 def _metric_note(metric: Metric) -> str:
     side = f", {'lower' if metric.better == 'low' else 'higher'} is better" if metric.better != "none" else ""
     return f"{metric.title}{f' ({metric.unit})' if metric.unit else ''}{side}"
+
+
+def pairs_grid(summary: dict[str, Any]) -> Grid | None:
+    """The held-out pairs that a reward model orders worst."""
+    worst = (summary.get("preference") or {}).get("worst")
+    if not worst:
+        return None
+    columns = [
+        ("Prompt", ""),
+        ("Better", "by the pair"),
+        ("Scored higher", "by the student"),
+        ("Lead", "of the better"),
+    ]
+    rows = [(pair["item"], [pair["prompt"], pair["better"], pair["worse"], number(pair["lead"])]) for pair in worst]
+    return Grid("Item", columns, rows, "Texts are cut; every score is in evaluation/.")

@@ -33,7 +33,8 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     against, differences = paired_table(summary)
-    curves = [figures.calibration_figure(summary), figures.exposure_figure(summary)]
+    curves = [make(summary) for make in (figures.calibration_figure, figures.exposure_figure)]
+    curves.append(figures.preference_figure(summary))
     sizes = {
         name: size
         for name, size in (summary.get("efficiency") or summary.get("sizes") or {}).items()
@@ -49,6 +50,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         "sizes": sizes,
         "verdict": verdict(summary),
         "labels": label_sections(folder, summary),
+        "pairs": grids.pairs_grid(summary),
         "tables": systems_tables(summary),
         "against": against,
         "differences": differences,

@@ -76,6 +76,11 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
         raise UserError(
             "a comparison needs at least two recipes, such as `limbeck compare seq-kd forward-kl --like quickstart`"
         )
+    if scoring := [recipe.name for recipe in (*recipes, like) if recipe.student.scores]:
+        raise UserError(
+            f"{scoring[0]} trains a model that gives scores, and methods are compared by what students write: run it by"
+            " itself"
+        )
     sampling = like.held_out_writer.model_dump(include={"temperature", "top_p", "max_tokens"})
     common = {key: like.resolved()[key] for key in COMMON}
     common["prompts"] = common["prompts"] | {"seed": like.text_seed}

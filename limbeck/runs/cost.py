@@ -24,7 +24,8 @@ from limbeck.objectives.term import Term
 from limbeck.runs.advice import served_time, training_cautions
 from limbeck.runs.hardware import GIB, Hardware
 from limbeck.runs.lengths import Lengths
-from limbeck.runs.shapes import Shape, forward_flops, step_flops
+from limbeck.runs.rewarded import RewardedText, rewarded_bytes, rewarded_text
+from limbeck.runs.shapes import Shape, Shapes, forward_flops, step_flops
 from limbeck.signals.forms import form_of
 from limbeck.training import controls
 from limbeck.types import STUDENTS
@@ -59,6 +60,7 @@ class Plan:
         unknown: the stages whose time, or a part of it, can't be told, and what can be said of it.
         cautions: what speaks against training so.
         rounds: how many rounds there are, each of which costs so much.
+        judged: (answers, tokens) that the student writes and rewards judge, if they do.
     """
 
     requests: int
@@ -77,6 +79,7 @@ class Plan:
     unknown: Mapping[str, str] = field(default_factory=dict)
     cautions: tuple[str, ...] = ()
     rounds: int = 1
+    judged: tuple[int, int] | None = None
 
     def lines(self) -> list[tuple[str, str]]:
         all_minutes = self.rounds * sum(self.seconds.values()) / 60
@@ -89,6 +92,11 @@ class Plan:
             *([("length of an answer", self.answers)] if self.answers else []),
             ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
             ("steps of each", f"about {self.steps:,}"),
+            *(
+                [("answers that rewards judge", "{:,}, of about {:,} tokens".format(*self.judged))]
+                if self.judged
+                else []
+            ),
             ("trained tokens of each", f"about {self.trained_tokens:,}"),
             ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB{self._students()}"),
             ("device", self.device),
@@ -220,17 +228,6 @@ def _memory_bytes(recipe: Recipe, shapes: Shapes, judge: Shape | None, hardware:
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """The sizes of a run's models. `teacher` and `judge` are None if they don't run in process; `others` are the other
-    teachers."""
-
-    student: Shape
-    teacher: Shape | None = None
-    others: tuple[Shape, ...] = ()
-    judge: Shape | None = None
-
-
-@dataclass(frozen=True)
 class TextAmounts:
     """How much text a run has, estimated before it is written: tokens, and the writers' parts of them.
 
@@ -264,12 +261,13 @@ class TextAmounts:
         own = recipe.student_writer
         count = bills[-1].samples if bills else len(training)
         answer_tokens = max(1, round(lengths.held_out))
-        of_prompt = sum(w.fixed_share * length for w, length in zip(fixed, lengths.answers, strict=True))
+        answers = [w.fixed_share * (_given(training) if w.by == "corpus" else 1.0) for w in fixed]
+        of_prompt = sum(each * length for each, length in zip(answers, lengths.answers, strict=True))
         if not fixed and own is not None:
             of_prompt = own.max_tokens * ANSWER_SHARE
         by_writer: dict[str, float] = {} if fixed else {"student": 1.0}
-        for writer in fixed:
-            by_writer[writer.by] = by_writer.get(writer.by, 0.0) + writer.fixed_share
+        for writer, each in zip(fixed, answers, strict=True):
+            by_writer[writer.by] = by_writer.get(writer.by, 0.0) + each
         by_all = sum(by_writer.values())
         return cls(
             prompts=count,
@@ -286,6 +284,11 @@ class TextAmounts:
     def tokens(self) -> int:
         """Prompts and responses of the training text."""
         return self.prompt_tokens + self.response_tokens
+
+
+def _given(prompts: Sequence[Prompt]) -> float:
+    """A corpus's answers to a prompt, on average."""
+    return sum(len(prompt.answers) for prompt in prompts) / max(1, len(prompts)) or 1.0
 
 
 def make_plan(
@@ -311,15 +314,20 @@ def make_plan(
     text = TextAmounts.of(recipe, prompts, lengths, bills)
     settings = recipe.train
     steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
+    rewarded = rewarded_text(recipe, terms, steps)
     epochs = steps * settings.tokens_per_step / text.response_tokens
+    if rewarded is not None:
+        epochs = rewarded.trained / text.prompts
     trainings = 1 + len(trained_controls(recipe, terms))
     controls_write = trainings > 1 and not recipe.fixed_writers  # text of others that only the controls read
     cache = recipe.teacher.cache if shapes.teacher is not None else None
     # by a llama.cpp server; vLLM is asked once for each text
     scored = text.response_tokens if shapes.teacher is None and recipe.teacher.cache else 0
     judging = shapes.judge if recipe.evaluate.judge not in (None, recipe.teacher.model) else None
-    requests = round(text.by_teacher * text.prompts) + len(held_out) + (text.prompts if controls_write else 0)
-    teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * len(held_out)
+    # scores are measured on pairs that are given, or written as those of the training are
+    asked = round(text.by_teacher * len(held_out)) if recipe.student.scores else len(held_out)
+    requests = round(text.by_teacher * text.prompts) + asked + (text.prompts if controls_write else 0)
+    teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * asked
     disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)
     elicit = _elicit_flops(recipe, text, shapes, float(text.tokens) if controls_write else 0.0, bills=bills)
     requests += sum(bill.requests for bill in bills) + scored
@@ -331,15 +339,17 @@ def make_plan(
         steps=steps,
         trainings=trainings,
         disk_bytes=disk,
-        memory_bytes=_memory_bytes(recipe, shapes, judging, hardware),
+        memory_bytes=_memory_bytes(recipe, shapes, judging, hardware)
+        + (int(rewarded_bytes(recipe, terms, shapes.student, shapes.scorers)) if rewarded else 0),
         seconds=({} if elicit == 0 else {"elicit": elicit})
         | {
-            "train": _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings),
+            "train": _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings, rewarded=rewarded),
             **_evaluate_flops(recipe, text, shapes, len(held_out)),
         },
         answers=f"about {text.response_tokens / (text.prompts * text.by_all):,.0f} tokens ({lengths.source})",
         unknown=served_time(recipe, requests, teacher_tokens + int(text.prompt_tokens)),
         cautions=training_cautions(recipe, steps, epochs, text.response_tokens),
+        judged=None if rewarded is None else rewarded.judged(text.response_tokens / text.prompts),
     ).on(hardware, compute_dtype(recipe))
 
 
@@ -347,14 +357,22 @@ def _elicit_flops(
     recipe: Recipe, text: TextAmounts, shapes: Shapes, for_controls: float, *, bills: Sequence[Estimate]
 ) -> float:
     """What the writers' text costs here, which a server's does not; written tokens count half more than read ones."""
-    by_teacher = text.by_teacher / text.by_all * text.tokens + for_controls + text.held_out_tokens + _elicited(bills)
+    held_out = 0 if recipe.student.scores else text.held_out_tokens
+    by_teacher = text.by_teacher / text.by_all * text.tokens + for_controls + held_out + _elicited(bills)
     by_untouched = int(text.by_untouched / text.by_all * text.tokens * 1.5)
     writer = shapes.teacher if recipe.teacher.server is None else None
     return _forward(writer, int(by_teacher * 1.5)) + forward_flops(shapes.student, by_untouched, by_untouched)
 
 
 def _train_flops(
-    recipe: Recipe, terms: Sequence[Term], text: TextAmounts, shapes: Shapes, *, epochs: float, trainings: int
+    recipe: Recipe,
+    terms: Sequence[Term],
+    text: TextAmounts,
+    shapes: Shapes,
+    *,
+    epochs: float,
+    trainings: int,
+    rewarded: RewardedText | None,
 ) -> float:
     """The training of the student and of one control, with what the student writes and what a cache is filled with."""
     tokens = int(text.tokens * epochs)
@@ -368,6 +386,9 @@ def _train_flops(
         flops += step_flops(shapes.student, None, tokens, trained)
     if cached:  # once, whatever the number of epochs
         flops += _forward(shapes.teacher, text.tokens)
+    if rewarded is not None:
+        prompt, answer = (amount / text.prompts for amount in (text.prompt_tokens, text.response_tokens))
+        return flops + rewarded.flops(shapes.student, shapes.scorers, prompt, answer)
     written = int(recipe.written_share * (tokens + trained))
     return flops + 1.5 * forward_flops(shapes.student, written, written)
 

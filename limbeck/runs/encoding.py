@@ -48,10 +48,18 @@ class Encoding:
                  if name in models.named} - {models.writer_identity(TEACHER)}  # fmt: skip
 
         def response_ids(sample: Sample) -> Sequence[int]:
+            if self.method.recipe.student.scores:
+                return scored_ids(sample)
             same_tokens = not models.other_tokens and sample.writer not in named
             if sample.response_ids is not None and (same_tokens or sample.writer == models.initial_identity):
                 return sample.response_ids
             return alone.answer_ids(sample.messages[-1]["content"], sample.meta.get("finish") == "length")
+
+        def scored_ids(sample: Sample) -> Sequence[int]:
+            """As the template ends a conversation, whoever wrote the answer: a score is of the text."""
+            is_cut = sample.meta.get("finish") == "length"
+            ids = alone.answer_ids(sample.messages[-1]["content"], is_cut)
+            return ids if is_cut else [*ids, *alone.closing_ids]
 
         alone = student.with_context(None)
         return make_rows(

@@ -25,6 +25,7 @@ from limbeck.models.own_text import Aligner, OwnTextTeacher, probe
 from limbeck.models.placement import FULL, Devices, Precision
 from limbeck.models.prune import Calibration, LayerChoice
 from limbeck.models.score import TEST_CHAT, ServerScorer
+from limbeck.models.scores import Scorer, load_scorer
 from limbeck.models.start import adapters_told, begin, choose, merge_adapters, merge_into
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
@@ -60,6 +61,7 @@ class RunModels:
     billed: Callable[[str], tuple[int, int, int]]
     shared: RunModels | None = None
     loaded: dict[str, InProcessTeacher] = field(default_factory=dict)
+    scorers: dict[str, Scorer] = field(default_factory=dict)
 
     @cached_property
     def devices(self) -> Devices:
@@ -306,6 +308,15 @@ class RunModels:
     def initial_identity(self) -> str:
         """The identity of the student before training; equal weights have equal identities."""
         return self.initial_student().identity
+
+    def reward_model(self, name: str) -> Scorer:
+        """A reward model by its name in the recipe, beside the teacher."""
+        if self.shared is not None:
+            return self.shared.reward_model(name)
+        if name not in self.scorers:
+            self.reporter.note(f"loading the reward model, {name}")
+            self.scorers[name] = load_scorer(name, self.devices.teacher)
+        return self.scorers[name]
 
     # By the names in writers and steps of elicitation: see `elicit.training_text.TextModels`
 

@@ -15,6 +15,7 @@ import torch
 from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe
 from limbeck.evaluate.efficiency import system_load
+from limbeck.models.scores import scorer_identity
 from limbeck.models.template_names import template_suffix
 from limbeck.objectives.sizes import SIZES
 from limbeck.progress import Reporter
@@ -38,6 +39,8 @@ def bind(folder: Path, method: Method, models: RunModels, reporter: Reporter) ->
         facts[HELD_OUT] = method.held_out_prompts_key
         if recipe.student.template is not None:
             facts["student's template"] = template_suffix(recipe.student.template)
+        if method.rewards is not None and method.rewards.models:
+            facts["reward models"] = " ".join(map(scorer_identity, method.rewards.models))
         if recipe.teacher.server is not None:
             facts["server"] = models.server_identity
         asked = {name for _, step in method.steps for name in step.asks() if name in models.named}

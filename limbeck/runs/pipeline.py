@@ -7,7 +7,7 @@ measurements by files that are written whole. `limbeck run` on a killed run goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from limbeck.elicit.run import TextSource
 from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
+from limbeck.evaluate.preference import PreferenceBench
 from limbeck.evaluate.records import SystemRecords
-from limbeck.models.export import export
+from limbeck.models.export_scores import write_student
 from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
@@ -187,8 +188,8 @@ class Run:
             )
         student = self.models.finished(student)
         with new_directory(job.folder / "student") as folder:
-            export(student, folder)
-            write_text(folder / "README.md", model_card(self.recipe, name, self.models.teacher_identity))
+            use = write_student(student, folder)
+            write_text(folder / "README.md", model_card(self.recipe, name, self.models.teacher_identity, use))
         checkpoint.prune(home / "checkpoints", checkpoints_left)
 
     def fill_cache(self) -> None:
@@ -240,6 +241,7 @@ class Run:
         if self.method.share is None or self.method.fresh is None:
             return None
         max_length = min(student.max_length, context_length(load_config(self.recipe.speaker)))
+        rewards = self.method.rewards
         return StudentWriting(
             self.recipe,
             slots=self.encoding.slots(student),
@@ -247,7 +249,7 @@ class Run:
             fresh=self.method.fresh,
             max_length=max_length,
             second_model=lambda: self.models.teacher.model,
-            rewards=self.method.rewards,
+            rewards=rewards and replace(rewards, load=self.models.reward_model),
             prompts={prompt.id: prompt for prompt in self.text.prompts[0]},
             stop=self.stop,
         )
@@ -299,6 +301,9 @@ class Run:
         for name in ("student", *self.method.controls):
             if not (self.home(name) / "student").exists():
                 raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
+        if self.recipe.student.scores:
+            self.preferences.evaluate(self.models.initial_student, self.path("student"), steps=steps_made(self.folder))
+            return
         bench = self.bench(self.path("evaluation"))
         if bench.outdated:
             self.reporter.note(f"measured anew, since the questions changed: {', '.join(bench.outdated)}")
@@ -309,6 +314,11 @@ class Run:
         for name in (*self.method.controls, "student"):
             systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
         evaluation.write_summary(self.questions, bench, bench.timed(systems), steps=steps_made(self.folder))
+
+    @cached_property
+    def preferences(self) -> PreferenceBench:
+        """The bench of a student that gives scores."""
+        return PreferenceBench(self.questions, self.path("evaluation"), self.progress)
 
     @cached_property
     def questions(self) -> evaluation.Questions:
@@ -374,7 +384,7 @@ def run(
         tell_prompts(folder, method.prompt_notes, reporter)
         if "elicit" in stages:
             reporter.stage("Teacher's text")
-            job.tell_answers()
+            job.tell_answers(held_out=not recipe.student.scores)
             if not recipe.fixed_writers and method.controls:
                 job.text.by_others()
             if recipe.teacher.cache is not None and "train" not in stages:  # a training does it itself
@@ -384,7 +394,9 @@ def run(
             if "elicit" not in stages and not job.path("student").exists():
                 job.tell_answers(held_out=False)
             if "evaluate" in stages and not job.path("student").exists():
-                _ = job.questions.prompts  # refused before the training where none is left
+                _ = (
+                    job.preferences.task() if recipe.student.scores else job.questions.prompts
+                )  # refused if none is left
             reporter.stage("Student's start")
             job.models.choice()
             for name in ("student", *method.controls):

@@ -18,16 +18,17 @@ from limbeck.models.placement import Devices
 from limbeck.models.prune import SPREADS, check_kept
 from limbeck.models.quantise import refuse
 from limbeck.models.quantised import check_numbers, quantisation
+from limbeck.models.scores import check_scorer, is_scorer
 from limbeck.models.sources import source_of
 from limbeck.models.start import scratch_config
 from limbeck.models.template import prompt_ids, text_ids
 from limbeck.models.weights import context_length, empty_model
-from limbeck.runs.cost import Plan, Shapes, compute_dtype, make_plan
+from limbeck.runs.cost import Plan, compute_dtype, make_plan
 from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured
 from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of
 from limbeck.runs.resolve import Method, resolve
-from limbeck.runs.shapes import Shape
+from limbeck.runs.shapes import Shape, Shapes
 from limbeck.types import RecipeError, UserError
 
 
@@ -95,7 +96,7 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     judging = recipe.evaluate.judge
     judge = named[judging] if judging in named else None if judging is None else _judge_shape(judging)
     prompts = (method.training_prompts, method.held_out_prompts)
-    shapes = Shapes(student, teacher, others, judge)
+    shapes = Shapes(student, teacher, others, judge, scorers=_scorer_shapes(method))
     lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
     bills = _bills(method)
     made = make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=bills)
@@ -260,6 +261,17 @@ def _other_teacher(recipe: Recipe, source: str, number: int) -> Shape:
         raise RecipeError(f"teacher.beside[{number}].model", str(error)) from error
 
 
+def _scorer_shapes(method: Method) -> tuple[Shape, ...]:
+    """The sizes of the reward models. One that gives no score of a text is refused here."""
+    shapes = []
+    for name in method.rewards.models if method.rewards is not None else ():
+        try:
+            shapes.append(Shape.of(check_scorer(name)))
+        except UserError as error:
+            raise RecipeError("rollout.rewards", str(error)) from error
+    return tuple(shapes)
+
+
 def _bills(method: Method) -> list[Estimate]:
     """What each step of elicitation will ask for, given the samples that the step before it leaves."""
     bills: list[Estimate] = []
@@ -273,6 +285,8 @@ def _bills(method: Method) -> list[Estimate]:
 def _judge_shape(source: str, path: str = "evaluate.judge", template: str | None = None) -> Shape:
     """The judge's sizes. A judge that can't be loaded is refused here, not hours later by the evaluation."""
     try:
+        if is_scorer(source):
+            return Shape.of(check_scorer(source))
         check_source(source)
         shape = Shape.of(load_config(source))
         if is_ready(source):

@@ -29,6 +29,7 @@ from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.term import Term, make_term
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
+from limbeck.runs.validate_scores import check_scores
 from limbeck.storage.rounds import round_folder
 from limbeck.training.controls import PROMPTED
 from limbeck.training.rewards import Rewards, rewards_of
@@ -139,13 +140,14 @@ def resolve(recipe: Recipe) -> Method:
         steps=steps,
         training_prompts=tuple(training),
         held_out_prompts=tuple(held_out),
-        tasks=tuple(tasks_of(evaluate.metrics, evaluate.limits)),
+        tasks=() if recipe.student.scores else tuple(tasks_of(evaluate.metrics, evaluate.limits)),
         prompt_context=context_of(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,
         rewards=None if rollout.rewards is None else rewards_of(rollout.rewards, rollout.advantage, training),
         prompt_notes=tuple(prompts.notes),
     )
+    check_scores(method.teacher_use, held_out)
     check_parts(
         method.teacher_use,
         steps=method.steps,

@@ -87,6 +87,18 @@ class Shape:
         return replace(self, layers=layers)
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a run's models. `teacher` and `judge` are None if they don't run in process; `others` are the other
+    teachers, `scorers` the reward models."""
+
+    student: Shape
+    teacher: Shape | None = None
+    others: tuple[Shape, ...] = ()
+    judge: Shape | None = None
+    scorers: tuple[Shape, ...] = ()
+
+
 def _used_share(layers: nn.ModuleList, config: Any, inside: int) -> float:
     """Experts lie in tensors of three dimensions, the first of which counts them; a token meets a few of them."""
     met = getattr(config, "num_experts_per_tok", None)

@@ -140,6 +140,8 @@ def _text_facts(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> Tex
         self_taught=isinstance(recipe.teacher, SelfTeacher),
         rewarded=rollout.rewards is not None,
         mixed_tag=None if recipe.train.mixup is None else MIXED,
+        scores=recipe.student.scores,
+        labels=frozenset(name for prompt in training for name, _ in prompt.labels) if recipe.elicit is None else None,
     )
 
 

@@ -16,7 +16,7 @@ from limbeck.config.machine import Machine
 from limbeck.config.sections import Train
 from limbeck.data.batches import FixedText, Row, Source, steps_of_epoch
 from limbeck.data.mixup import MixupSource
-from limbeck.models.model import head_of
+from limbeck.models.model import gives_scores, head_of
 from limbeck.models.taps import features
 from limbeck.models.teacher_interface import MovingAverage
 from limbeck.objectives.bound import BoundLoss
@@ -68,6 +68,7 @@ class Objective:
         with torch.autocast(self.net.device.type, dtype=self.rounded) if self.rounded is not None else nullcontext():
             hidden_BTD, states = features(self.net, batch.tokens_BT, *self.taps, mixed=batch.mixed)
         head = replace(head_of(self.net), rounded=self.rounded)
+        ends = (index.to(hidden_BTD.device) for index in batch.last_positions())
         return StudentForward(
             batch,
             hidden_ND=hidden_BTD[batch.response_positions()],
@@ -76,6 +77,7 @@ class Objective:
             teacher=view,
             step=step,
             bank_rows=self.bank_rows,
+            ended_BD=hidden_BTD[*ends] if gives_scores(self.net) else None,
         )
 
     def parameters(self) -> dict[str, Tensor]:

@@ -8,10 +8,9 @@ Shapes: G prompts of a step, K answers to each.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field, ValidationError
@@ -21,6 +20,7 @@ from limbeck.config.sections import Advantage, RewardEntry, Section
 from limbeck.elicit.prompt import Prompt
 from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.verify import parse_check, verify
+from limbeck.models.scores import Conversation, load_scorer
 from limbeck.objectives.rewards import advantages, equal_groups, length_weights
 from limbeck.training.rollout_stats import repeated
 from limbeck.types import RecipeError, UserError, nearest
@@ -44,14 +44,28 @@ class Judged:
     max_tokens: int
 
 
+class Scores(Protocol):
+    """A reward model."""
+
+    def score(self, conversations: Sequence[Conversation], /) -> list[float | None]:
+        """The score of each conversation; None for one that it can't read."""
+
+
+LoadScores = Callable[[str], Scores]  # a reward model by its name in the recipe
+
+
 class Reward(Section):
-    """A reward: implement `of`."""
+    """A reward: implement `of`, or where answers are best judged together `of_all`."""
 
     name: ClassVar[str] = ""
 
-    @abstractmethod
     def of(self, answer: Judged) -> float | None:
         """The reward of an answer; None if it can't be told."""
+        raise NotImplementedError
+
+    def of_all(self, answers: Sequence[Judged], load: LoadScores) -> list[float | None]:  # noqa: ARG002 (a model's)
+        """The reward of each answer of a step."""
+        return [self.of(answer) for answer in answers]
 
     def refuse(self, path: str, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts whose answers it can't judge. RecipeError with the remedy."""
@@ -132,8 +146,30 @@ class ThinkingReward(Reward):
         return float(bool(said and said.strip()) and said != answer.text)
 
 
+class ModelReward(Reward):
+    """What a reward model says of the conversation with the answer: the score of a run with `student.head: scalar`, or
+    of a folder that AutoModelForSequenceClassification loads with one label. What follows the thinking is scored;
+    thinking without an end, or text beyond its context, has no score."""
+
+    name = "model"
+    path: str
+
+    def of_all(self, answers: Sequence[Judged], load: LoadScores) -> list[float | None]:
+        said = [after_thinking(answer.text) for answer in answers]
+        told = load(self.path).score(
+            [
+                (answer.prompt.messages, text, not answer.finished)
+                for answer, text in zip(answers, said, strict=True)
+                if text is not None
+            ]
+        )
+        scores = iter(told)
+        return [None if text is None else next(scores) for text in said]
+
+
 REWARDS: dict[str, type[Reward]] = {
-    reward.name: reward for reward in (CheckReward, FinishedReward, LengthReward, RepetitionReward, ThinkingReward)
+    reward.name: reward
+    for reward in (CheckReward, FinishedReward, LengthReward, ModelReward, RepetitionReward, ThinkingReward)
 }
 
 
@@ -179,19 +215,30 @@ class Scored:
 
 @dataclass(frozen=True)
 class Rewards:
-    """All rewards of a recipe with their weights."""
+    """All rewards of a recipe with their weights; `load` gives the reward models among them."""
 
     weighted: Sequence[tuple[str, float, Reward]]  # (its name in the metrics, its weight, itself)
     settings: Advantage
+    load: LoadScores = load_scorer
+
+    @property
+    def models(self) -> list[str]:
+        """The reward models that it names, each once."""
+        return list(dict.fromkeys(reward.path for _, _, reward in self.weighted if isinstance(reward, ModelReward)))
 
     def score(self, groups: Sequence[Sequence[Judged]]) -> Scored:
         """The rewards of the answers to each prompt."""
         sums: dict[str, list[float]] = {label: [] for label, _, _ in self.weighted}
         total: list[list[float | None]] = []
+        answers = [answer for group in groups for answer in group]
+        values_of = [iter(reward.of_all(answers, self.load)) for _, _, reward in self.weighted]
         for group in groups:
             total.append([])
-            for answer in group:
-                parts = [(label, weight, reward.of(answer)) for label, weight, reward in self.weighted]
+            for _ in group:
+                parts = [
+                    (label, weight, next(values))
+                    for (label, weight, _), values in zip(self.weighted, values_of, strict=True)
+                ]
                 for label, _, value in parts:
                     if value is not None:
                         sums[label].append(value)

@@ -30,7 +30,7 @@ def test_the_recipes_of_the_field_are_there():
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
         "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd", "minillm-from-server",
-        "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher",
+        "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher", "reward-model",
         "star", "rft", "rest-em", "lmsi", "spin",
     }  # fmt: skip
 
@@ -56,6 +56,7 @@ OWN = {
         name: ["rollout.rewards=[repetition: {gram: 1}]", "rollout.prompts=2", "rollout.group=3"]
         for name in ("grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher")
     },
+    "reward-model": ["student.head=scalar", "evaluate={metrics: [preference], controls: []}"],
     "distillm": ["rollout.validation={prompts: 4, every: 1}", "rollout.replay.size=4"],
 }
 

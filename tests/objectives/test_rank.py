@@ -17,7 +17,7 @@ from limbeck.objectives.rank import (
     checked_ranking_params,
     clamped_baseline,
 )
-from limbeck.objectives.rewards import bradley_terry
+from limbeck.objectives.reference_free import plackett_luce
 
 CASES = [
     ("dpo", {}), ("dpo", {"beta": 0.7, "label_smoothing": 0.2}), ("robust_dpo", {}), ("robust_dpo", {"beta": 0.5, "noise": 0.3}),
@@ -285,7 +285,7 @@ def test_plackett_luce_of_equals_is_log_factorial():
 def test_plackett_luce_is_a_probability_over_orders():
     scores, present = [0.3, -1.2, 0.9], torch.ones(1, 3, dtype=torch.bool)
     losses = [
-        bradley_terry(torch.tensor([order], dtype=torch.float64), present).item() for order in permutations(scores)
+        plackett_luce(torch.tensor([order], dtype=torch.float64), present).item() for order in permutations(scores)
     ]
     assert sum(math.exp(-x) for x in losses) == pytest.approx(1, rel=1e-12) and max(losses) - min(losses) > 1
 
@@ -467,37 +467,6 @@ def test_kto_baseline_sums_before_it_clamps():
     (t1, n1), (t2, n2) = (kto_baseline(replace(c, reference_GK=c.log_prob_GK.detach() - s)) for s in (3.0, -1.0))
     assert clamped_baseline((t1 + t2).item(), (n1 + n2).item()) == pytest.approx(1.0)
     assert clamped_baseline(0.0, 0) == 0
-
-
-def test_reward_modelling_with_soft_and_hard_labels():
-    reward = torch.tensor([[1.0, -0.5], [-2.0, 0.3], [0.4, 9.0]], dtype=torch.float64, requires_grad=True)
-    present = torch.tensor([[True, True], [True, True], [True, False]])
-    soft = torch.tensor([0.8, 0.25, 0.5])
-    got = bradley_terry(reward, present, soft)
-    for g, c in enumerate((0.8, 0.25)):
-        gap = (reward[g, 0] - reward[g, 1]).item()
-        assert got[g].item() == pytest.approx(-c * math.log(sigmoid(gap)) - (1 - c) * math.log(sigmoid(-gap)))
-    (slope,) = torch.autograd.grad(got.sum(), reward)
-    assert slope[0, 0].item() == pytest.approx(sigmoid(1.5) - 0.8) and slope[0, 1].item() == pytest.approx(
-        0.8 - sigmoid(1.5)
-    )
-    hard = bradley_terry(reward, present)
-    torch.testing.assert_close(hard, bradley_terry(reward, present, torch.ones(3)), rtol=1e-12, atol=0)
-    assert got[2] == 0 and hard[2] == 0 and (slope[2] == 0).all()
-    torch.testing.assert_close(bradley_terry(reward + 4, present, soft), got, rtol=1e-12, atol=1e-14)
-    spoilt = reward.detach().masked_fill(~present, math.nan).requires_grad_()
-    for labels, want in ((soft, got), (None, hard)):
-        again = bradley_terry(spoilt, present, labels)
-        assert torch.equal(again, want) and torch.isfinite(torch.autograd.grad(again.sum(), spoilt)[0]).all()
-
-
-def test_reward_modelling_of_a_list_equals_the_definition():
-    rewards = [[0.5, 2.0, -1.0, 0.2], [1.0, 0.0, -3.0, 7.0]]
-    present = torch.tensor([[True] * 4, [True, True, True, False]])
-    got = bradley_terry(torch.tensor(rewards, dtype=torch.float64), present)
-    assert got.tolist() == pytest.approx([order_loss(rewards[0]), order_loss(rewards[1][:3])], rel=1e-12)
-    with pytest.raises(limbeck.UserError, match="two answers"):
-        bradley_terry(torch.zeros(2, 4), present, torch.ones(2))
 
 
 def test_parameters_are_checked():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -300,3 +302,96 @@ def test_a_reward_of_none_moves_nothing(recipe_data, tmp_path):
     trained = load_file(tmp_path / "still" / "student" / "model.safetensors")
     original = load_file(f"{recipe_data['teacher']}/model.safetensors")
     assert all(torch.equal(trained[name], original[name]) for name in trained.keys() & original.keys())
+
+
+# Reward models
+
+
+class Longer:
+    """Stands for a reward model: the score is the number of letters, and 'x' can't be read."""
+
+    def __init__(self):
+        self.asked = []
+
+    def score(self, conversations):
+        self.asked.append(conversations)
+        return [None if text == "x" else float(len(text)) for _, text, _ in conversations]
+
+
+def test_a_reward_model_judges_all_answers_of_a_step_at_once():
+    entries = [RewardEntry(name="model", params={"path": "rm"}), RewardEntry(name="finished", weight=0.5)]
+    model = Longer()
+    named = rewards_of(entries, Advantage(), prompts())
+    assert named.models == ["rm"]
+    rewards = replace(named, load=lambda name: {"rm": model}[name])
+    cut = judged("12", finished=False)
+    scored = rewards.score([[judged("123"), cut], [judged("<think>so</think>1"), judged("<think>so")], [judged("x")]])
+    assert scored.total == [[3.5, 2.0], [1.5, None], [None]] and scored.unread == 2
+    assert scored.parts == {"model": 2.0, "finished": 0.8}
+    (conversations,) = model.asked
+    assert [(text, is_cut) for _, text, is_cut in conversations] == [
+        ("123", False),
+        ("12", True),
+        ("1", False),
+        ("x", False),
+    ]
+    assert conversations[0][0] == judged().prompt.messages
+
+
+@pytest.fixture
+def reward_model(recipe_data, tmp_path):
+    """A run that trains a reward model that likes `a` and dislikes the rest."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(
+            json.dumps({"prompt": f"why {n}", "chosen": "a a a", "rejected": "the red house"}) + "\n" for n in range(8)
+        )
+    )
+    held_out = tmp_path / "held_pairs.jsonl"
+    held_out.write_text('{"prompt": "count", "chosen": "a a", "rejected": "red"}\n')
+    data = {
+        "name": "likes-a",
+        "teacher": recipe_data["teacher"],
+        "student": {"start": {"pretrained": recipe_data["teacher"]}, "head": "scalar"},
+        "prompts": {"from": str(pairs)},
+        "writer": [{"by": "corpus"}],
+        "loss": ["bradley_terry"],
+        "train": {"steps": 4, "tokens_per_step": 64, "lr": 3e-3},
+        "evaluate": {"prompts": str(held_out)},
+    }
+    return limbeck.run(parse(data), tmp_path / "rm", stages=("train",)).folder
+
+
+def test_a_run_is_rewarded_by_a_model_and_bound_to_it(recipe_data, reward_model, tmp_path):
+    rollout = ROLLOUT | {"rewards": [{"model": str(reward_model)}, {"finished": {"weight": 0.1}}]}
+    data = recipe(recipe_data, tmp_path, rollout=rollout)
+    data["train"] = data["train"] | {"steps": 2}
+    plan = limbeck.check(parse(data))
+    without = limbeck.check(parse(data | {"rollout": ROLLOUT}))
+    assert plan.judged == without.judged == (16, pytest.approx(16 * 8 * 0.65, abs=16))
+    assert plan.memory_bytes > without.memory_bytes and plan.trained_tokens == plan.judged[1]
+    out = tmp_path / "rewarded"
+    limbeck.run(parse(data), out, stages=("train",))
+    facts = [record["rollout"] for record in records(out)]
+    assert all(abs(of["reward"] - of["reward_model"] - 0.1 * of["reward_finished"]) < 1e-3 for of in facts)
+    assert all(of["reward_deviation"] > 0 for of in facts)
+    assert "likes-a" not in json.loads((out / "inputs.json").read_text())["reward models"]
+    weights = reward_model / "student" / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(bytes(changed))
+    with pytest.raises(UserError, match="reward models changed since"):
+        limbeck.run(parse(data), out, stages=("train",))
+
+
+def test_what_is_no_reward_model_is_refused(recipe_data, tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.yaml").write_text("name: x\n")
+    for name, words in (
+        (recipe_data["teacher"], "gives no score of a text"),
+        (str(tmp_path / "begun"), "has no student yet"),
+        (str(tmp_path / "none"), "no model"),
+    ):
+        data = recipe(recipe_data, tmp_path, rollout=ROLLOUT | {"rewards": [{"model": name}]})
+        with pytest.raises(RecipeError, match=rf"rollout\.rewards: .*{words}"):
+            limbeck.check(parse(data))
