@@ -379,11 +379,7 @@ def _limited(entry: dict[Any, Any], path: str) -> tuple[str, int]:
 
 
 def check_shares(writers: Sequence[Writer]) -> None:
-    """Refuse shares that don't fit together (see `Writer`).
-
-    Raises:
-        ValueError: says which and why.
-    """
+    """Raise a ValueError that says which shares don't fit together (see `Writer`), and why."""
     if any(isinstance(writer.share, dict) or writer.share == 0 for writer in writers if writer.by != "student"):
         raise ValueError("only the student's share may be a schedule or 0; give the others a number above 0")
     shares = [writer.fixed_share for writer in writers if writer.by != "student"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-from limbeck.config.named_models import NamedModel
+from limbeck.config.named_models import TEACHER, NamedModel
 from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import TeacherSettings
 from limbeck.models.context import PromptContext
@@ -67,6 +67,45 @@ class SharedText:
                 ) from error
             self.reporter.note(f"{error}: this run writes all of its text itself")
             return None
+
+
+@dataclass
+class SharedTexts:
+    """The shared answers of every model that a run asks.
+
+    Args:
+        identity: returns a model's name in request keys, by its name in the recipe.
+        context: what the teacher is shown in addition to the prompts.
+        is_taught_by_a_round: whether the teacher is the student of an earlier round, whose text no other run can use.
+        like: those of the run whose teacher this one shares.
+    """
+
+    recipe: Recipe
+    identity: Callable[[str], str]
+    context: PromptContext | None
+    reporter: Reporter
+    is_taught_by_a_round: bool = False
+    like: SharedTexts | None = None
+    _by_name: dict[str, SharedText] = field(default_factory=dict)
+
+    def open(self, by: str, store: Store) -> SharedAnswers | None:
+        """The shared answers of the model of this name; None where none are shared."""
+        if by == TEACHER and self.is_taught_by_a_round:
+            return None
+        return self._of(by).open(store)
+
+    def _of(self, by: str) -> SharedText:
+        if self.like is not None and by == TEACHER:
+            return self.like._of(by)
+        if by not in self._by_name:
+            self._by_name[by] = SharedText(
+                self.recipe.teacher if by == TEACHER else (self.recipe.models or {})[by],
+                answers_folder(self.recipe.machine.answers),
+                partial(self.identity, by),
+                self.context if by == TEACHER else None,
+                reporter=self.reporter,
+            )
+        return self._by_name[by]
 
 
 def origin_of(settings: TeacherSettings | NamedModel) -> str | None:

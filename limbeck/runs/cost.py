@@ -84,6 +84,7 @@ class Plan:
     def lines(self) -> list[tuple[str, str]]:
         all_minutes = self.rounds * sum(self.seconds.values()) / 60
         minutes = {stage: f"{value / 60:.1f} min" for stage, value in self.seconds.items()}
+        judged = "" if self.judged is None else "{:,}, of about {:,} tokens".format(*self.judged)
         return [
             *(("prompts", note) for note in self.notes),
             *([("rounds", f"{self.rounds}, and what follows is of each")] if self.rounds > 1 else []),
@@ -92,11 +93,7 @@ class Plan:
             *([("length of an answer", self.answers)] if self.answers else []),
             ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
             ("steps of each", f"about {self.steps:,}"),
-            *(
-                [("answers that rewards judge", "{:,}, of about {:,} tokens".format(*self.judged))]
-                if self.judged
-                else []
-            ),
+            *([("answers that rewards judge", judged)] if judged else []),
             ("trained tokens of each", f"about {self.trained_tokens:,}"),
             ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB{self._students()}"),
             ("device", self.device),

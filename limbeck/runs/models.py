@@ -15,7 +15,6 @@ from limbeck.config.teacher import BridgedTeacher, ServedTeacher
 from limbeck.elicit.engine import Answerer
 from limbeck.elicit.flow import Reader
 from limbeck.models.api import ApiTeacher
-from limbeck.models.batch import BatchTeacher
 from limbeck.models.bridge import has_other_tokens
 from limbeck.models.compatibility import have_other_tokens
 from limbeck.models.constrain import unheld
@@ -24,7 +23,7 @@ from limbeck.models.model import Model, header_of
 from limbeck.models.own_text import Aligner, OwnTextTeacher, probe
 from limbeck.models.placement import FULL, Devices, Precision
 from limbeck.models.prune import Calibration, LayerChoice
-from limbeck.models.score import TEST_CHAT, ServerScorer
+from limbeck.models.score import ServerScorer
 from limbeck.models.scores import Scorer, load_scorer
 from limbeck.models.start import adapters_told, begin, choose, merge_adapters, merge_into
 from limbeck.models.teacher import InProcessTeacher
@@ -34,6 +33,7 @@ from limbeck.progress import Reporter
 from limbeck.runs.cost import teacher_precision
 from limbeck.runs.named import NamedModels, reader_of
 from limbeck.runs.resolve import Method
+from limbeck.runs.served import scorer_of, served
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
 from limbeck.storage.store import Store
@@ -392,24 +392,3 @@ class RunModels:
 
     def unheld(self, form: AnswerForm) -> str:
         return unheld(form, self.method.recipe.teacher.server)
-
-
-def scorer_of(method: Method, server: ApiTeacher) -> ServerScorer | None:
-    """The server as a scorer of text, if the recipe's teacher is known from there alone and names tokens."""
-    settings = method.recipe.teacher
-    if not isinstance(settings, ServedTeacher) or settings.named_tokens is None:
-        return None
-    reads_log_prob = any(term.loss.reads_teacher_log_prob for term in method.terms)
-    tokenizer = load_tokenizer(method.recipe.speaker, method.recipe.speaker_template)
-    context = method.prompt_context
-    system = () if context is None or context.system is None else ({"role": "system", "content": "Be brief."},)
-    chat = (*system, *TEST_CHAT)
-    return ServerScorer(server, settings.named_tokens, tokenizer, written=reads_log_prob, chat=chat)
-
-
-def served(method: Method) -> ApiTeacher | None:
-    """The server that writes the teacher's text, if the recipe names one."""
-    server = method.recipe.teacher.server
-    if server is None:
-        return None
-    return BatchTeacher(server) if server.batch else ApiTeacher(server)

@@ -7,12 +7,11 @@ measurements by files that are written whole. `limbeck run` on a killed run goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
 from limbeck.elicit.run import TextSource
@@ -31,7 +30,7 @@ from limbeck.objectives.term import make_term
 from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
-from limbeck.runs.answers import SharedText
+from limbeck.runs.answers import SharedTexts
 from limbeck.runs.claim import run_folder, training_key
 from limbeck.runs.encoding import Encoding
 from limbeck.runs.fit import fitted
@@ -41,10 +40,8 @@ from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
-from limbeck.storage.answers import SharedAnswers, answers_folder
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import steps_made
-from limbeck.storage.store import Store
 from limbeck.training import loop
 from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
@@ -69,7 +66,6 @@ class Run:
     stop: Callable[[], bool] = lambda: False
     shared: Run | None = None
     store: Path | None = None
-    _shared_texts: dict[str, SharedText] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -105,34 +101,22 @@ class Run:
             models=self.models,
             reporter=self.reporter,
             stop=self.stop,
-            shared=self._open_shared,
+            shared=self.shared_texts.open,
         )
 
-    @property
-    def is_taught_by_a_round(self) -> bool:
-        """Whether the teacher is the student of an earlier round, whose text is of no use to other runs."""
+    @cached_property
+    def shared_texts(self) -> SharedTexts:
+        """The answers that the runs of this user share."""
         teacher = self.recipe.teacher.model
-        return self.store is not None and teacher is not None and Path(teacher).is_relative_to(self.store.resolve())
-
-    def _open_shared(self, by: str, store: Store) -> SharedAnswers | None:
-        if by == TEACHER and self.is_taught_by_a_round:
-            return None
-        return self.shared_text(by).open(store)
-
-    def shared_text(self, by: str) -> SharedText:
-        """The answers that the runs of this user share, as far as they are this model's."""
-        if self.shared is not None and by == TEACHER:
-            return self.shared.shared_text(by)
-        if by not in self._shared_texts:
-            recipe = self.recipe
-            self._shared_texts[by] = SharedText(
-                recipe.teacher if by == TEACHER else (recipe.models or {})[by],
-                answers_folder(recipe.machine.answers),
-                partial(self.models.writer_identity, by),
-                self.method.prompt_context if by == TEACHER else None,
-                reporter=self.reporter,
-            )
-        return self._shared_texts[by]
+        rounds = None if self.store is None else self.store.resolve()
+        return SharedTexts(
+            self.recipe,
+            self.models.writer_identity,
+            self.method.prompt_context,
+            self.reporter,
+            is_taught_by_a_round=rounds is not None and teacher is not None and Path(teacher).is_relative_to(rounds),
+            like=None if self.shared is None else self.shared.shared_texts,
+        )
 
     def claim(self) -> None:
         """Bind the folder to this run's recipe, prompts and teacher, or refuse that of another run."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from limbeck.config.recipe import Recipe
 from limbeck.models.api import ApiTeacher
 from limbeck.models.vllm import look
-from limbeck.runs.models import scorer_of, served
 from limbeck.runs.named import in_its_place
 from limbeck.runs.resolve import Method
+from limbeck.runs.served import scorer_of, served
 from limbeck.types import RecipeError, UserError
 
 

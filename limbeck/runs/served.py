@@ -1,0 +1,31 @@
+"""The server that writes a run's text, and that scores it where the teacher is known from there alone."""
+
+from __future__ import annotations
+
+from limbeck.config.teacher import ServedTeacher
+from limbeck.models.api import ApiTeacher
+from limbeck.models.batch import BatchTeacher
+from limbeck.models.load import load_tokenizer
+from limbeck.models.score import TEST_CHAT, ServerScorer
+from limbeck.runs.resolve import Method
+
+
+def scorer_of(method: Method, server: ApiTeacher) -> ServerScorer | None:
+    """The server as a scorer of text, if the recipe's teacher is known from there alone and names tokens."""
+    settings = method.recipe.teacher
+    if not isinstance(settings, ServedTeacher) or settings.named_tokens is None:
+        return None
+    reads_log_prob = any(term.loss.reads_teacher_log_prob for term in method.terms)
+    tokenizer = load_tokenizer(method.recipe.speaker, method.recipe.speaker_template)
+    context = method.prompt_context
+    system = () if context is None or context.system is None else ({"role": "system", "content": "Be brief."},)
+    chat = (*system, *TEST_CHAT)
+    return ServerScorer(server, settings.named_tokens, tokenizer, written=reads_log_prob, chat=chat)
+
+
+def served(method: Method) -> ApiTeacher | None:
+    """The server that writes the teacher's text, if the recipe names one."""
+    server = method.recipe.teacher.server
+    if server is None:
+        return None
+    return BatchTeacher(server) if server.batch else ApiTeacher(server)
