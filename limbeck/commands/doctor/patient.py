@@ -21,8 +21,8 @@ from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.fit import prepared
-from limbeck.runs.served import served
 from limbeck.runs.pipeline import Run
+from limbeck.runs.served import served
 from limbeck.signals.forms import form_of
 from limbeck.types import Batch, Message
 
