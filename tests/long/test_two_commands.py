@@ -41,7 +41,7 @@ def roomy(tmp_path, monkeypatch):
     monkeypatch.setitem(families.SIZES, "max_position_embeddings", 2048)
 
 
-@pytest.mark.parametrize("family", [*list(FAMILIES)[::5], "mamba2", "qwen3-vl"])  # each was tried once
+@pytest.mark.parametrize("family", [*list(FAMILIES)[::5], "lfm2", "qwen3-vl"])  # each was tried once
 def test_a_folder_of_a_family(family):
     make_model(family, Path("model"), 0, make_tokenizer())
     limbeck("new", "small", "--task", "compress", "--data", chats(), "--teacher", "model", "--yes")
