@@ -5,7 +5,7 @@ docs/evidence.
     .venv/bin/python docs/generate.py --check    # exit status 1 when they are stale
 
 A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; whatever is written there by hand is lost.
-What stands in them: blocks/code.py and blocks/evidence.py.
+What stands in them: blocks/code.py, blocks/evidence.py and blocks/cases.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from blocks import code, evidence
+from blocks import cases, code, evidence
 
 DOCS = Path(__file__).parent
 PAGES = (
@@ -29,6 +29,7 @@ PAGES = (
     DOCS / "precision.md",
     DOCS / "models.md",
     DOCS / "export.md",
+    DOCS / "cases.md",
     DOCS.parent / "README.md",
 )
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -59,6 +60,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
         evidence.precisions,
         evidence.methods,
         evidence.on_policy_methods,
+        cases.case_intents,
+        cases.case_names,
+        cases.case_maths,
     )
 }
 
