@@ -172,9 +172,9 @@ def test_a_recipe_makes_the_fine_tuned_student_that_its_ranking_starts_from(data
     assert list(facts) == ["0", "1"] and facts["0"]["start"] == model_identity(data["student"]["start"]["pretrained"])
     assert facts["1"]["start"] == facts["0"]["student"] == model_identity(str(round_folder(out, 0) / "student"))
     with closing(sqlite3.connect(out / "store.sqlite")) as db:
-        samples = [json.loads(body) for (body,) in db.execute("select body from samples")]
-    writers = {sample["writer"] for sample in samples if sample["meta"]["prompt_id"].startswith("p")}
-    assert writers == {facts["0"]["student"]}, "what the fine-tuned student writes is the rejected answer"
+        writers = {json.loads(body)["writer"] for (body,) in db.execute("select body from samples")}
+    assert writers == {facts["0"]["start"], facts["0"]["student"]}
+    assert len(answers_in(out)) == 2 + (6 + 2), "the start's held-out answers; the fine-tuned student's rejected ones"
     assert "dpo" in (round_folder(out, 1) / "metrics.jsonl").read_text()
 
 
