@@ -21,6 +21,7 @@ LABELS = {
     "sft_control": "Fine-tuning control",
     "gold_control": "Fine-tuning on gold",
     "shuffled_control": "Fine-tuning on shuffled answers",
+    "longer": "Always the longer answer",
     "student": "Student",
 }
 FIDELITY = "Fidelity on held-out text"
