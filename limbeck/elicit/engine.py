@@ -227,11 +227,13 @@ class Engine:
         identity = self.scorer_identity(model)
         by_key = self.store.scores(identity)
         waiting = list({request.key: request for request in requests if request.key not in by_key}.values())
+        scorer = self.scorer(model) if waiting else None
         for begin in range(0, len(waiting), SCORES_TOGETHER):
             if self.stop():
                 raise StoppedEarlyError(len(by_key), len(requests))
             part = waiting[begin : begin + SCORES_TOGETHER]
-            log_probs = self.scorer(model).log_probs(part)
+            assert scorer is not None, "something is waiting"
+            log_probs = scorer.log_probs(part)
             scores = dict(zip((request.key for request in part), log_probs, strict=True))
             self.store.write_scores(identity, scores)
             by_key |= scores

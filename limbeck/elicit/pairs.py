@@ -42,7 +42,7 @@ def placed(sample: Sample, place: int, margin: float) -> Sample:
 
 
 @register("pairs")
-class Pairs(LocalStep):
+class PreferencePairs(LocalStep):
     """Makes one preference of the answers to each prompt: chosen is the one with the highest `score` of that name,
     rejected the `worst`, the `next` best, or a `random` one (Zephyr) among those that lose to it by more than `margin`;
     so equal scores are a tie, and a prompt whose answers are all tied is dropped. Without a score (`score: null`) the
@@ -56,7 +56,7 @@ class Pairs(LocalStep):
     margin: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
-    def _order_has_no_margin(self) -> Pairs:
+    def _order_has_no_margin(self) -> PreferencePairs:
         if self.score is None and self.margin:
             raise ValueError("an order has no margins: name a score, or leave margin out")
         return self
@@ -94,7 +94,7 @@ class Pairs(LocalStep):
 
 
 @register("lists")
-class Lists(LocalStep):
+class RankedLists(LocalStep):
     """Ranks the answers to each prompt by the `score` of that name, the best first, for losses that read whole lists
     (`pro`, `rrhf`; pairwise ones take the first and the last). Each must lose to the one before it by more than
     `margin`: of tied answers the first stays. Keeps the best `most`; drops prompts with fewer than two. Without a score
@@ -107,7 +107,7 @@ class Lists(LocalStep):
     most: Annotated[int, Field(ge=2)] | None = None
 
     @model_validator(mode="after")
-    def _order_has_no_margin(self) -> Lists:
+    def _order_has_no_margin(self) -> RankedLists:
         if self.score is None and self.margin:
             raise ValueError("an order has no margins: name a score, or leave margin out")
         return self

@@ -46,6 +46,7 @@ class SoftPreference(AskingStep):
     kind = "feedback"
     paper = "Lee et al., arXiv:2309.00267"
     needs = frozenset({"text", "log_probs"})
+    scores = frozenset({"preference"})
     by: By = TEACHER
     prefer: str = PREFER
     reasons: bool = False

@@ -55,6 +55,9 @@ OWN = {
         name: ["rollout.rewards=[repetition: {gram: 1}]", "rollout.prompts=2", "rollout.group=3"]
         for name in ("grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher")
     },
+    **{
+        name: ["train.lr=0.001"] for name in ("ultrafeedback-dpo", "rlcd", "rlaif")
+    },  # so that the loss moves in 3 steps
     "distillm": ["rollout.validation={prompts: 4, every: 1}", "rollout.replay.size=4"],
 }
 
@@ -120,6 +123,7 @@ def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file,
         name
     ).elicit:  # a tiny model's answers would pass no filter: the writer is played, and long texts need room
         changes += elicited_from(tmp_path, monkeypatch)
+        changes += [f"models.{model}={tmp_path / 'roomy'}" for model in load_recipe(name).models or {}]
     elif load_recipe(name).teacher.model is None:
         names, logprobs = load_recipe(name).teacher.server.names, load_recipe(name).teacher.server.logprobs
         url = servers["llama.cpp" if names is None and logprobs is None else "vLLM"].url

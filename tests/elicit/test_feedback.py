@@ -16,8 +16,10 @@ from limbeck.elicit.compare import Compare
 from limbeck.elicit.correct import Correct
 from limbeck.elicit.critique import Critique, decision
 from limbeck.elicit.flow import Reader, by_conversation, with_scores
-from limbeck.elicit.pairs import Lists, Pairs
-from limbeck.elicit.rate import NOT_APPLICABLE, TOO_LONG, UNREADABLE, Rate, read_ratings
+from limbeck.elicit.pairs import PreferencePairs as Pairs
+from limbeck.elicit.pairs import RankedLists as Lists
+from limbeck.elicit.rate import Rate
+from limbeck.elicit.ratings import NOT_APPLICABLE, TOO_LONG, UNREADABLE, read_ratings
 from limbeck.elicit.refine import DraftsAsAnswer, Refine
 from limbeck.elicit.soft_preference import SoftPreference
 from limbeck.storage.files import read_jsonl
@@ -444,6 +446,7 @@ REFUSED = [  # change, the error
     (lambda d: d["models"].update(judge={"model": "x", "cache": {}}), r"models\.judge\.cache: only a teacher's distributions are kept"),
     (lambda d: d["models"].update(judge={"model": "x", "dtpe": "float16"}), r"models\.judge\.dtpe: unknown key; did you mean 'dtype'"),
     (lambda d: d["models"].update(judge="./nowhere"), r"models\.judge: no model './nowhere'"),
+    (lambda d: d["elicit"].__setitem__(2, {"pairs": {"score": "ratng"}}), r"elicit\[2\]\.pairs\.score: no step before it gives a score 'ratng'; did you mean 'rating'"),
     (lambda d: d["elicit"].pop(), r"dpo compares answers to one prompt"),
     (lambda d: d.update(loss=["cross_entropy"], models={}), r"models: must be a mapping"),
     (lambda d: (d.update(student={"start": {"prune": {"layers": 2}}}), d["elicit"][0]["answer"].update(by="untouched")), r"elicit\[0\]\.answer\.by: prune\.keep: importance"),
