@@ -147,6 +147,11 @@ class Speaker:
     place: str = TEACHERS_PLACE
 
 
+def in_its_place(error: UserError, place: str) -> UserError:
+    """An error about a server, with the place at which the recipe has that server."""
+    return error if place == TEACHERS_PLACE else UserError(str(error).replace(TEACHERS_PLACE, place))
+
+
 @dataclass
 class Engine:
     """Runs steps: answers their questions from the store, and asks the models for what is not there.
@@ -212,9 +217,7 @@ class Engine:
                 sharing=speaker.sharing,
             )
         except UserError as error:
-            if speaker.place == TEACHERS_PLACE:
-                raise
-            raise UserError(str(error).replace(TEACHERS_PLACE, speaker.place)) from error
+            raise in_its_place(error, speaker.place) from error
         if len(samples) < len(requests):
             raise StoppedEarlyError(len(samples), len(requests))
         self.finishes.update(str(sample.meta["finish"]) for sample in samples)

@@ -483,7 +483,9 @@ def test_a_served_judge_has_its_own_bill_and_a_named_one_judges_the_evaluation(j
         costs = summary["bills"]["judge"]
         assert costs["answers"] == asked and costs["money"] == asked * (5 + 2 * 3) and "bill" not in summary
         pairs = summary["judge"]["pairs"]
-        assert summary["judge"]["model"].startswith("toy@") and all(p["swap_consistency"] == 0 for p in pairs.values())
+        assert summary["judge"]["model"].startswith("served:toy-") and all(
+            p["swap_consistency"] == 0 for p in pairs.values()
+        )
         page = (out / "report.html").read_text()
         assert "Bill of the server of judge" in page and "Model judge" in page
         judged["models"]["judge"]["server"] |= {"price": None, "concurrency": 2}
