@@ -230,8 +230,8 @@ class Rate(AskingStep):
     def estimate(self, samples: int) -> Estimate:
         """At most: each answer is asked about alone, without further tries."""
         asked = samples * (self.draw or len(self.aspects))
-        if self.expected:
-            return Estimate(scores=asked * (self.scale[1] - self.scale[0] + 1), samples=samples)
+        if self.expected:  # all marks are read off one pass
+            return Estimate(scores=asked, samples=samples)
         return replace(Estimate.of_answers(asked, self.max_tokens), samples=samples)
 
     def answer_tokens(self) -> float | None:

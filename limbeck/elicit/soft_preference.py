@@ -139,7 +139,7 @@ class SoftPreference(AskingStep):
     def estimate_of(self, samples: int, prompts: int) -> Estimate:
         orders = round(samples * max(0.0, samples / max(1, prompts) - 1))
         written = Estimate.of_answers(orders, self.max_tokens) if self.reasons else Estimate()
-        return replace(written, scores=len(LABELS) * orders, samples=samples)
+        return replace(written, scores=orders, samples=samples)  # both labels are read off one pass
 
     def answer_tokens(self) -> float | None:
         return None
