@@ -30,6 +30,7 @@ def plausible(request):
         "Do these two prompts": "Not equal",
         "The right answer is": f"{said} as 2 + 2 = 4. The answer is 4.",
         "Think step by step, and end": f"{said} as 2 + 2 = 4. The answer is 4.",
+        "Mend the attempt:": f"{said}: 2 + 2 = 4, so it is 4.",
         "Let's think step by step.": f"{said} as 2 + 2 = 4.",
         "Therefore, the answer is": "Therefore, the answer is 4.",
         "In other words:": f"{said}: " + text.partition("Problem: ")[2].partition("\n")[0],

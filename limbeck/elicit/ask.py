@@ -117,6 +117,9 @@ class Ask(AskingStep):
         names = frozenset().union(*names_read(self._templates, place).values())
         return names - ALWAYS - SOMETIMES | (names & {"row"})
 
+    def gives_scores(self) -> frozenset[str]:
+        return frozenset({"agreement"} if self.vote else ())
+
     def writes(self) -> frozenset[str]:
         return frozenset({self.into}) - {"answer", "prompt"}
 

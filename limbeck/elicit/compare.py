@@ -63,6 +63,7 @@ class Compare(AskingStep):
 
     kind = "feedback"
     paper = "both orders: Zheng et al., arXiv:2306.05685"
+    scores = frozenset({"wins"})
     by: By = TEACHER
     prefer: str | Annotated[list[str], Field(min_length=1)] = PREFER
     reasons: bool = True

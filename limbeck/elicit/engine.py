@@ -147,6 +147,11 @@ class Speaker:
     place: str = TEACHERS_PLACE
 
 
+def in_its_place(error: UserError, place: str) -> UserError:
+    """An error about a server, with the place at which the recipe has that server."""
+    return error if place == TEACHERS_PLACE else UserError(str(error).replace(TEACHERS_PLACE, place))
+
+
 @dataclass
 class Engine:
     """Runs steps: answers their questions from the store, and asks the models for what is not there.
@@ -212,9 +217,7 @@ class Engine:
                 sharing=speaker.sharing,
             )
         except UserError as error:
-            if speaker.place == TEACHERS_PLACE:
-                raise
-            raise UserError(str(error).replace(TEACHERS_PLACE, speaker.place)) from error
+            raise in_its_place(error, speaker.place) from error
         if len(samples) < len(requests):
             raise StoppedEarlyError(len(samples), len(requests))
         self.finishes.update(str(sample.meta["finish"]) for sample in samples)
@@ -227,11 +230,13 @@ class Engine:
         identity = self.scorer_identity(model)
         by_key = self.store.scores(identity)
         waiting = list({request.key: request for request in requests if request.key not in by_key}.values())
+        scorer = self.scorer(model) if waiting else None
         for begin in range(0, len(waiting), SCORES_TOGETHER):
             if self.stop():
                 raise StoppedEarlyError(len(by_key), len(requests))
             part = waiting[begin : begin + SCORES_TOGETHER]
-            log_probs = self.scorer(model).log_probs(part)
+            assert scorer is not None, "something is waiting"
+            log_probs = scorer.log_probs(part)
             scores = dict(zip((request.key for request in part), log_probs, strict=True))
             self.store.write_scores(identity, scores)
             by_key |= scores

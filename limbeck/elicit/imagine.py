@@ -153,6 +153,7 @@ class Backtranslate(AskingStep):
 
     kind = "expand"
     paper = "Li et al., arXiv:2308.06259"
+    scores = frozenset({"fit"})
     least: Annotated[int, Field(ge=1, le=5)] = 5
     temperature: Temperature = 0.7
     top_p: TopP = 0.9

@@ -81,6 +81,7 @@ class Difficulty(AskingStep):
 
     kind = "select"
     needs = frozenset({"log_probs"})
+    scores = frozenset({"difficulty"})
 
     def run(self, pool: Pool, _: StepContext, tally: Tally) -> Questions[Pool]:
         samples = answered_only(pool, tally)
@@ -106,6 +107,7 @@ class InstructionFollowingDifficulty(AskingStep):
     kind = "select"
     paper = "Li et al., arXiv:2402.00530 and arXiv:2308.12032"
     needs = frozenset({"log_probs"})
+    scores = frozenset({"ifd"})
     share: Annotated[float, Field(gt=0, le=1)] = 0.1
 
     def run(self, pool: Pool, _: StepContext, tally: Tally) -> Questions[Pool]:
@@ -139,6 +141,7 @@ class DifferenceSampling(AskingStep):
     kind = "select"
     paper = "Gu et al., arXiv:2410.17215"
     needs = frozenset({"log_probs"})
+    scores = frozenset({"difference"})
     reference: str = "untouched"
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
 
@@ -169,6 +172,7 @@ class Deita(AskingStep):
     kind = "select"
     paper = "Liu et al., arXiv:2312.15685"
     needs = frozenset({"log_probs"})
+    scores = frozenset({"complexity", "deita", "quality"})
     count: Annotated[int, Field(ge=1)]
     similar: Annotated[float, Field(gt=0, le=1)] = 0.9
 

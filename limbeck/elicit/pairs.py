@@ -94,7 +94,7 @@ class PreferencePairs(LocalStep):
 
 
 @register("lists")
-class Lists(LocalStep):
+class RankedLists(LocalStep):
     """Ranks the answers to each prompt by the `score` of that name, the best first, for losses that read whole lists
     (`pro`, `rrhf`; pairwise ones take the first and the last). Each must lose to the one before it by more than
     `margin`: of tied answers the first stays. Keeps the best `most`; drops prompts with fewer than two. Without a score
@@ -107,7 +107,7 @@ class Lists(LocalStep):
     most: Annotated[int, Field(ge=2)] | None = None
 
     @model_validator(mode="after")
-    def _order_has_no_margin(self) -> Lists:
+    def _order_has_no_margin(self) -> RankedLists:
         if self.score is None and self.margin:
             raise ValueError("an order has no margins: name a score, or leave margin out")
         return self

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from limbeck.config.named_models import TEACHER
-from limbeck.elicit.aspects import ASPECTS, MAY_NOT_APPLY
-from limbeck.elicit.fence import DATA, conversation_text, fenced
+from limbeck.elicit.aspects import ASPECTS
 from limbeck.elicit.flow import (
     Pool,
     Questions,
@@ -25,31 +24,27 @@ from limbeck.elicit.flow import (
     ask,
     by_conversation,
     ending,
-    prompt_messages,
     said_by,
     score,
     user,
     with_scores,
 )
 from limbeck.elicit.merit import answered_only, expected
+from limbeck.elicit.ratings import NOT_APPLICABLE, TOO_LONG, UNREADABLE, AspectQuestion, Rating
 from limbeck.elicit.step import AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
-from limbeck.types import AnswerForm, Message, Sample, Sampling, nearest
+from limbeck.types import Message, Sample, Sampling, nearest
 
-UNREADABLE = "unreadable"
-NOT_APPLICABLE = "not applicable"
-TOO_LONG = "too long"
-Rating = int | str  # a number of the scale, or one of the three
-LINE = re.compile(r"rating[ \t]*(\d{1,3})?[ \t]*:[ \t]*(-?\d{1,3}|n/a)\.?", re.IGNORECASE)
+Found = dict[tuple[int, str], tuple[float | str, str]]  # by (place, aspect): the rating, and the id of its reply
 RETRIED = 1000  # what numbers of tries begin with: they tell requests of one question apart
 WARM = 0.7  # the temperature of another try where the first one was greedy
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question to the judge: some answers to one prompt, by one aspect. `places` are those of the answers in the
-    pool, in the order in which they are shown."""
+    """One question to the judge. `places` are those of the answers in the pool, in the order in which they are
+    shown."""
 
-    aspect: str
+    asked: AspectQuestion
     places: tuple[int, ...]
     messages: tuple[Message, ...]
 
@@ -104,13 +99,17 @@ class Rate(AskingStep):
             raise ValueError(f"{self.draw} of {len(self.aspects)} aspects can't be drawn")
         return self
 
+    @property
+    def _reply(self) -> Literal["reasons", "ratings", "none"]:
+        return "none" if self.expected else "reasons" if self.reasons else "ratings"
+
     def demands(self) -> frozenset[str]:
         return frozenset({"log_probs"}) if self.expected else self.needs
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         samples = answered_only(pool, tally)
         questions = self._questions(samples, context)
-        ratings: dict[tuple[int, str], tuple[float | str, str]] = {}  # by (place, aspect): with the reply's id
+        ratings: Found = {}
         if self.expected:
             yield from self._expect(questions, context, ratings)
         else:
@@ -134,45 +133,16 @@ class Rate(AskingStep):
             together = self.together and not self.expected
             for aspect in sorted(aspects, key=list(self.aspects).index):
                 for shown in [order] if together else [[place] for place in sorted(order)]:
-                    text = self._text(aspect, [samples[place] for place in shown], reader.control)
-                    questions.append(Question(aspect, tuple(shown), (user(text),)))
+                    asked = AspectQuestion(aspect, self.aspects[aspect], self.scale, self._reply)
+                    text = asked.text([samples[place] for place in shown], reader.control)
+                    questions.append(Question(asked, tuple(shown), (user(text),)))
         return questions
-
-    def _text(self, aspect: str, answers: Sequence[Sample], control: Any) -> str:
-        several = len(answers) > 1
-        low, high = self.scale
-        or_none = ', or "n/a" if it does not apply to this request' if aspect in MAY_NOT_APPLY else ""
-        head = (
-            f"You rate {'answers' if several else 'an answer'} to one request. Below stand the request and the"
-            f" {'answers' if several else 'answer'}. {DATA}\n\nRate {'each answer' if several else 'it'} by one aspect"
-            f" alone, {aspect.replace('_', ' ')}: {self.aspects[aspect]} The scale is from {low} (not at all) to {high}"
-            f" (fully){or_none}. Length is no merit.\n\nRequest:\n"
-        )
-        parts = [head + fenced(conversation_text(prompt_messages(answers[0])), control)]
-        for number, answer in enumerate(answers, 1):
-            parts.append(f"Answer{f' {number}' if several else ''}:\n{fenced(said_by(answer), control)}")
-        return "\n\n".join([*parts, self._ending(len(answers) if several else None)])
-
-    def _ending(self, count: int | None) -> str:
-        """How the judge is to reply: about one answer, or `count`."""
-        low, high = self.scale
-        if self.expected or (count is None and not self.reasons):
-            return f"Answer with the number alone, from {low} to {high}.\nRating:"
-        say = (
-            "Say what speaks for it and against it in one or two sentences, of each. Then end"
-            if self.reasons
-            else "End"
-        )
-        lines = "\n".join(f"RATING{f' {number}' if count else ''}: <number>" for number in range(1, (count or 1) + 1))
-        if not count:
-            return f"{say.replace(', of each', '')} with one line that holds nothing but your rating:\n{lines}"
-        return f"{say} with one line for every answer, that holds nothing but its rating:\n{lines}"
 
     def _expect(
         self,
         questions: Sequence[Question],
         context: StepContext,
-        ratings: dict[tuple[int, str], tuple[float | str, str]],
+        ratings: Found,
     ) -> Questions[None]:
         low, high = self.scale
         digits = [str(number) for number in range(low, high + 1)]
@@ -185,16 +155,16 @@ class Rate(AskingStep):
         nats = [log_prob.nats for log_prob in log_probs]
         for number, question in enumerate(fit):
             part = nats[number * len(digits) : (number + 1) * len(digits)]
-            ratings[question.places[0], question.aspect] = expected(part) - 1 + low, ""
+            ratings[question.places[0], question.asked.aspect] = expected(part) - 1 + low, ""
         for question in questions:
-            ratings.setdefault((question.places[0], question.aspect), (TOO_LONG, ""))
+            ratings.setdefault((question.places[0], question.asked.aspect), (TOO_LONG, ""))
 
     def _ask(
         self,
         questions: Sequence[Question],
         context: StepContext,
         tally: Tally,
-        ratings: dict[tuple[int, str], tuple[float | str, str]],
+        ratings: Found,
     ) -> Questions[None]:
         reader = context.reader(self.by)
         waiting = []
@@ -202,48 +172,34 @@ class Rate(AskingStep):
             if reader.fits(question.messages, self.max_tokens):
                 waiting.append(question)
             else:
-                ratings |= {(place, question.aspect): (TOO_LONG, "") for place in question.places}
+                ratings |= {(place, question.asked.aspect): (TOO_LONG, "") for place in question.places}
         for attempt in range(self.retries + 1):
             sampling = Sampling(self.temperature or (WARM if attempt else 0.0), self.top_p, self.max_tokens)
             requests = []
             for question in waiting:
-                form = self._form(question)
+                form = question.asked.form(len(question.places))
                 form = None if form is None or reader.unheld(form) else form
                 requests.append(context.request(question.messages, sampling, RETRIED * attempt, form=form, by=self.by))
             replies = yield from ask(requests)
             again = []
             for question, reply in zip(waiting, replies, strict=True):
                 for place, rating in zip(question.places, self._read(question, reply), strict=True):
-                    if ratings.get((place, question.aspect), (UNREADABLE, ""))[0] == UNREADABLE:
-                        ratings[place, question.aspect] = rating, reply.id
-                if any(ratings[place, question.aspect][0] == UNREADABLE for place in question.places):
+                    if ratings.get((place, question.asked.aspect), (UNREADABLE, ""))[0] == UNREADABLE:
+                        ratings[place, question.asked.aspect] = rating, reply.id
+                if any(ratings[place, question.asked.aspect][0] == UNREADABLE for place in question.places):
                     again.append(question)
             waiting = again
             if waiting and attempt < self.retries:
                 tally.add("asked_again", len(waiting))
-
-    def _form(self, question: Question) -> AnswerForm | None:
-        """What the reply is held to, where it has no reasons."""
-        if self.reasons:
-            return None
-        low, high = self.scale
-        numbers = [str(number) for number in range(low, high + 1)]
-        numbers += ["n/a"] if question.aspect in MAY_NOT_APPLY else []
-        if len(question.places) == 1:
-            return AnswerForm(labels=tuple(numbers))
-        lines = [f"RATING {number}: ({'|'.join(numbers)})" for number in range(1, len(question.places) + 1)]
-        return AnswerForm(pattern="\n".join(lines))
 
     def _read(self, question: Question, reply: Sample) -> list[Rating]:
         """The ratings of a reply, in the order in which the answers were shown."""
         count = len(question.places)
         if ending(reply) != "ok":
             return [UNREADABLE] * count
-        return read_ratings(
-            said_by(reply), count, self.scale, bare=not self.reasons, may_be_none=question.aspect in MAY_NOT_APPLY
-        )
+        return question.asked.read(said_by(reply), count)
 
-    def _rated(self, place: int, sample: Sample, ratings: dict[tuple[int, str], tuple[float | str, str]]) -> Sample:
+    def _rated(self, place: int, sample: Sample, ratings: Found) -> Sample:
         """The sample with its ratings, and the scores that follow from them."""
         own = {aspect: ratings[place, aspect][0] for aspect in self.aspects if (place, aspect) in ratings}
         replies = [reply for aspect in own if (reply := ratings[place, aspect][1])]
@@ -274,43 +230,15 @@ class Rate(AskingStep):
     def estimate(self, samples: int) -> Estimate:
         """At most: each answer is asked about alone, without further tries."""
         asked = samples * (self.draw or len(self.aspects))
-        if self.expected:
-            return Estimate(scores=asked * (self.scale[1] - self.scale[0] + 1), samples=samples)
+        if self.expected:  # all marks are read off one pass
+            return Estimate(scores=asked, samples=samples)
         return replace(Estimate.of_answers(asked, self.max_tokens), samples=samples)
 
     def answer_tokens(self) -> float | None:
         return None
 
+    def gives_scores(self) -> frozenset[str]:
+        return frozenset({*self.aspects, "rating"})
+
     def writes(self) -> frozenset[str]:
         return frozenset({"ratings", "rated_by"})
-
-
-def read_ratings(
-    said: str, count: int, scale: tuple[int, int], *, bare: bool = False, may_be_none: bool = False
-) -> list[Rating]:
-    """The ratings of `count` answers in a reply, each read strictly: one line that holds nothing but it, after
-    everything else, and no other line that says otherwise. With `bare`, the number may be all that is said."""
-    lines = [line.strip(" \t*_`") for line in said.splitlines() if line.strip(" \t*_`")]
-    if bare and count == 1 and len(lines) == 1:
-        alone = re.sub(r"^rating[ \t]*:[ \t]*", "", lines[0], flags=re.IGNORECASE).rstrip(". ")
-        return [_rating(alone, scale, may_be_none)]
-    matches = [LINE.fullmatch(line) for line in lines]
-    last = next((place for place in range(len(lines) - 1, -1, -1) if matches[place] is None), -1)
-    found: dict[int, set[Rating]] = {}
-    late: set[int] = set()
-    for place, match in enumerate(matches):
-        if match is not None:
-            number = int(match[1] or 1) if match[1] or count == 1 else 0
-            found.setdefault(number, set()).add(_rating(match[2], scale, may_be_none))
-            late |= {number} if place > last else set()
-    return [
-        next(iter(found[number])) if number in late and len(found[number]) == 1 else UNREADABLE
-        for number in range(1, count + 1)
-    ]
-
-
-def _rating(text: str, scale: tuple[int, int], may_be_none: bool) -> Rating:
-    if text.lower() == "n/a":
-        return NOT_APPLICABLE if may_be_none else UNREADABLE
-    value = int(text) if re.fullmatch(r"-?\d{1,3}", text) else scale[0] - 1
-    return value if scale[0] <= value <= scale[1] else UNREADABLE

@@ -70,6 +70,7 @@ class PassRate(LocalStep):
 
     kind = "verify"
     paper = "as a filter: Ye et al., arXiv:2502.03387"
+    scores = frozenset({"pass_rate"})
     against: AnswerType | None = None
     unchecked: Literal["drop", "keep"] = "drop"
 
@@ -105,6 +106,8 @@ class TraceLengths(LocalStep):
     """Scores the lengths of an answer in words: `thinking_length` (0 without thinking) and `answer_length` (of what
     follows it; 0 if it never ends). `best_of` then selects the shortest, longest or middle one per prompt, `top` and
     `draw` among all. Texts in scripts without spaces have few words: compare them only with each other."""
+
+    scores = frozenset({"answer_length", "thinking_length"})
 
     def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
         rated: Pool = []
@@ -166,6 +169,7 @@ class ReasoningQuality(LocalStep):
     only. `best_of` then keeps the best answer to each prompt, `top` the best of those."""
 
     paper = "Ye et al., arXiv:2502.03387 (the rules after others' descriptions of it)"
+    scores = frozenset({"reasoning_quality"})
 
     def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
         answered = [sample for sample in pool if (answer_of(sample) or "").strip()]

@@ -46,6 +46,7 @@ class SoftPreference(AskingStep):
     kind = "feedback"
     paper = "Lee et al., arXiv:2309.00267"
     needs = frozenset({"text", "log_probs"})
+    scores = frozenset({"preference"})
     by: By = TEACHER
     prefer: str = PREFER
     reasons: bool = False
@@ -138,7 +139,7 @@ class SoftPreference(AskingStep):
     def estimate_of(self, samples: int, prompts: int) -> Estimate:
         orders = round(samples * max(0.0, samples / max(1, prompts) - 1))
         written = Estimate.of_answers(orders, self.max_tokens) if self.reasons else Estimate()
-        return replace(written, scores=len(LABELS) * orders, samples=samples)
+        return replace(written, scores=orders, samples=samples)  # both labels are read off one pass
 
     def answer_tokens(self) -> float | None:
         return None

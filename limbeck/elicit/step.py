@@ -65,6 +65,7 @@ class AskingStep(Section):
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
     ranks: ClassVar[bool] = False  # the answers that it gives to a prompt are in order of preference, the best first
+    scores: ClassVar[frozenset[str]] = frozenset()  # the names of the scores that it gives, whatever its settings
 
     @abstractmethod
     def run(self, pool: Pool, context: StepContext, tally: Tally, /) -> Questions[Pool]:
@@ -106,6 +107,10 @@ class AskingStep(Section):
         a prompt that is there."""
         return None
 
+    def gives_scores(self) -> frozenset[str]:
+        """The names of the scores that it gives; steps that select by a score need it given before."""
+        return self.scores
+
     def writes(self) -> frozenset[str]:
         """The names of what it adds to the samples' meta, which the templates of later steps may read (see `ask`)."""
         return frozenset()
@@ -123,6 +128,7 @@ class LocalStep(Section):
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     ranks: ClassVar[bool] = False  # the answers that it gives to a prompt are in order of preference, the best first
+    scores: ClassVar[frozenset[str]] = frozenset()  # the names of the scores that it gives, whatever its settings
 
     @abstractmethod
     def apply(self, pool: Pool, context: StepContext, tally: Tally, /) -> Pool:
@@ -156,6 +162,10 @@ class LocalStep(Section):
         """Given its place in the recipe, the names that its templates read beside those that every sample has: fields,
         or columns of the prompt's row (as NAME or `row.NAME`; `row` for all of them)."""
         return frozenset()
+
+    def gives_scores(self) -> frozenset[str]:
+        """The names of the scores that it gives; steps that select by a score need it given before."""
+        return self.scores
 
     def writes(self) -> frozenset[str]:
         """The names of what it adds to the samples' meta, which the templates of later steps may read (see `ask`)."""

@@ -89,6 +89,13 @@ def check_steps(steps: Sequence[tuple[str, ElicitStep]], pool: Pool, columns: fr
         RecipeError: a step that can't, with its path.
     """
     known = columns | {f"row.{column}" for column in columns}
+    scores: frozenset[str] = frozenset()
     for index, (name, step) in enumerate(steps):
         step.refuse(f"elicit[{index}].{name}", known, None if index else pool)
+        wanted = getattr(step, "score", None)
+        ours = all(type(other).__module__.startswith("limbeck.") for _, other in steps[:index])
+        if isinstance(wanted, str) and wanted not in scores and ours:  # another's step may give any
+            cure = nearest(wanted, scores) or "; put a step before it that gives one, such as rate or pass_rate"
+            raise RecipeError(f"elicit[{index}].{name}.score", f"no step before it gives a score {wanted!r}{cure}")
         known |= step.writes()
+        scores |= step.gives_scores()

@@ -18,7 +18,16 @@ from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Writer
 from limbeck.config.server import Served
-from limbeck.elicit.engine import Answerer, Engine, LikelihoodScorer, Speaker, StoppedEarlyError, elicit
+from limbeck.elicit.engine import (
+    TEACHERS_PLACE,
+    Answerer,
+    Engine,
+    LikelihoodScorer,
+    Speaker,
+    StoppedEarlyError,
+    elicit,
+    in_its_place,
+)
 from limbeck.elicit.flow import Reader
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
@@ -36,6 +45,7 @@ from limbeck.types import (
     Request,
     Sample,
     Sampling,
+    UserError,
     content_hash,
 )
 
@@ -136,8 +146,8 @@ class TrainingText:
             partial(self.models.writer, by),
             on_progress=partial(self._report_progress, by, began),
             tolerate=self._tolerate(by),
-            sharing=None if by in STUDENTS else self._sharing(by, store),  # the student's text is its run's alone
-            place=f"models.{by}.server",
+            sharing=self._sharing(by, store),
+            place=self._place(by),
         )
 
     def _server(self, by: str) -> Served | None:
@@ -325,20 +335,30 @@ class TrainingText:
 
     def _ask(self, requests: Sequence[Request], by: str, measured: bool = False) -> list[Sample]:
         with Store(self.folder / "store.sqlite") as store:
-            answers = elicit(
-                requests,
-                store,
-                partial(self.models.writer, by),
-                on_progress=partial(self._report_progress, by, time.monotonic()),
-                stop=self.stop,
-                tolerate=None if measured else self._tolerate(by),
-                sharing=None if by in STUDENTS else self._sharing(by, store),  # the student's text is its run's alone
-            )
+            try:
+                answers = elicit(
+                    requests,
+                    store,
+                    partial(self.models.writer, by),
+                    on_progress=partial(self._report_progress, by, time.monotonic()),
+                    stop=self.stop,
+                    tolerate=None if measured else self._tolerate(by),
+                    sharing=self._sharing(by, store),
+                )
+            except UserError as error:
+                raise in_its_place(error, self._place(by)) from error
         if len(answers) < len(requests):
             raise self._stopped(len(answers), len(requests))
         return answers
 
-    def _sharing(self, by: str, store: Store) -> Sharing:
+    def _place(self, by: str) -> str:
+        """Where the recipe has the server of a model."""
+        return f"models.{by}.server" if by in (self.recipe.models or {}) else TEACHERS_PLACE
+
+    def _sharing(self, by: str, store: Store) -> Sharing | None:
+        if by in STUDENTS:  # the student's text is its run's alone
+            return None
+
         def wait(count: int) -> None:
             self.reporter.note(f"{count:,} answers are being asked for by another run: waiting for them")
 

@@ -68,6 +68,7 @@ class Verify(LocalStep):
     `unchecked: keep`."""
 
     kind = "verify"
+    scores = frozenset({"verified"})
     against: AnswerType | None = None
     unchecked: Literal["drop", "keep"] = "drop"
 
@@ -99,6 +100,7 @@ class Vote(LocalStep):
 
     kind = "verify"
     paper = "Wang et al., arXiv:2203.11171; as labels: Huang et al., arXiv:2210.11610"
+    scores = frozenset({"agreement"})
     by: AnswerType = "number"
     keep: Literal["all", "first"] = "all"
     least: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -231,7 +231,8 @@ def _judge(questions: Questions, bench: Bench) -> SummaryJudge:
 def _ask_named(text: TrainingText, name: str, conversations: list[tuple[Message, ...]]) -> list[str | None]:
     """The replies of a named model to pairs of conversations; None to both where either leaves no room for a reply, and
     nothing for a reply that did not come to its end."""
-    fits = [text.models.as_reader(name).fits(messages, MAX_TOKENS) for messages in conversations]
+    reader = text.models.as_reader(name)
+    fits = [reader.fits(messages, MAX_TOKENS) for messages in conversations]
     places = [place for place in range(len(conversations)) if fits[place] and fits[place ^ 1]]
     sampling = Sampling(0.0, 1.0, MAX_TOKENS)
     replies = text.asked_of(name, [conversations[place] for place in places], sampling)

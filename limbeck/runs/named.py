@@ -8,6 +8,7 @@ from pathlib import Path
 
 from limbeck.config.named_models import NamedLocal, NamedModel, NamedServed
 from limbeck.config.recipe import Recipe
+from limbeck.elicit.engine import in_its_place
 from limbeck.elicit.flow import Reader
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
@@ -26,11 +27,6 @@ from limbeck.types import Message, UserError
 def input_name(name: str) -> str:
     """What the identity of a named model is called among the inputs that a run folder is bound to."""
     return f"model {name}"
-
-
-def in_its_place(error: UserError, name: str) -> UserError:
-    """An error about a server, with the place of the server of this name."""
-    return UserError(str(error).replace("teacher.server", f"models.{name}.server"))
 
 
 @dataclass
@@ -102,7 +98,9 @@ class NamedModels:
                 server = BatchTeacher(settings.server) if settings.server.batch else ApiTeacher(settings.server)
                 identity = server.identity
             except UserError as error:
-                raise in_its_place(error, name) from error
+                place = f"models.{name}.server"
+                said = str(in_its_place(error, place))
+                raise UserError(said if place in said else f"{place}: {said}") from error
             kept = (read_json(self.folder / "inputs.json") or {}).get(input_name(name))
             if kept not in (None, identity):
                 raise UserError(

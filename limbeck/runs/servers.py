@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from limbeck.config.recipe import Recipe
+from limbeck.elicit.engine import in_its_place
 from limbeck.models.api import ApiTeacher
 from limbeck.models.vllm import look
-from limbeck.runs.named import in_its_place
 from limbeck.runs.resolve import Method
 from limbeck.runs.served import scorer_of, served
 from limbeck.types import RecipeError, UserError
@@ -42,7 +42,9 @@ def examine_servers(method: Method) -> list[ServerFinding]:
                 identity = ApiTeacher(model.server).identity
                 findings.append(ServerFinding(f"models.{name}.server", identity))
             except UserError as error:
-                findings.append(ServerFinding(f"models.{name}.server", "", str(in_its_place(error, name))))
+                findings.append(
+                    ServerFinding(f"models.{name}.server", "", str(in_its_place(error, f"models.{name}.server")))
+                )
     try:
         if (writer := look_at_writer(method.recipe)) is not None:
             findings.append(ServerFinding("rollout.through", f"{writer}, which takes weights"))

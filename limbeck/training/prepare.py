@@ -5,6 +5,7 @@ Shapes: B rows, T positions, N response positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -75,6 +76,29 @@ def response_log_probs(
         done += len(micro_batch)
         progress(done, len(rows))
     return log_probs
+
+
+@torch.no_grad()
+def next_token_log_probs(
+    net: PreTrainedModel, prompts: Sequence[tuple[int, ...]], tokens: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """log q(token | prompt) in nats of some next tokens of every prompt, each prompt read once.
+
+    Raises:
+        UserError: one of them is not finite.
+    """
+    found: list[list[float]] = [[] for _ in prompts]
+    rows = [Row(str(number), prompt, (tokens[number][0],)) for number, prompt in enumerate(prompts)]
+    head = head_of(net)
+    for micro_batch in even_batches(rows):
+        batch = make_batch(rows, micro_batch)
+        hidden_BTD, _ = features(net, batch.tokens_BT)
+        log_prob_BV = head.logits(hidden_BTD[batch.response_positions()]).float().log_softmax(-1)
+        for place, number in enumerate(micro_batch):
+            found[number] = log_prob_BV[place, list(tokens[number])].cpu().double().tolist()
+            if not all(map(math.isfinite, found[number])):
+                raise UserError("a model gives a token a log-probability that is not finite; look at that model")
+    return found
 
 
 @dataclass(frozen=True)

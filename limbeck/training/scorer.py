@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from limbeck.data.batches import Row
 from limbeck.elicit.flow import ScoreRequest
 from limbeck.models.model import Model
-from limbeck.training.prepare import response_log_probs
+from limbeck.training.prepare import next_token_log_probs, response_log_probs
 from limbeck.types import LogProb, UserError
 
 
@@ -27,8 +27,25 @@ class ModelScorer:
         """
         rows = [self._row(question) for question in questions]
         unique = {row.sample_id: row for row in rows if row.response_ids}
-        log_probs = response_log_probs(self.model.net, list(unique.values()))
+        log_probs = self._labels(list(unique.values()))
+        left = [row for name, row in unique.items() if name not in log_probs]
+        log_probs |= response_log_probs(self.model.net, left)
         return [LogProb(log_probs[row.sample_id] if row.response_ids else 0.0, len(row.response_ids)) for row in rows]
+
+    def _labels(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Those of answers of one token to the same prompt, such as the labels of a choice: the prompt is read once."""
+        by_prompt: dict[tuple[int, ...], list[Row]] = {}
+        for row in rows:
+            if len(row.response_ids) == 1:
+                by_prompt.setdefault(row.prompt_ids, []).append(row)
+        several = {prompt: alike for prompt, alike in by_prompt.items() if len(alike) > 1}
+        tokens = [[row.response_ids[0] for row in alike] for alike in several.values()]
+        found = next_token_log_probs(self.model.net, list(several), tokens)
+        return {
+            row.sample_id: nats
+            for alike, log_probs in zip(several.values(), found, strict=True)
+            for row, nats in zip(alike, log_probs, strict=True)
+        }
 
     def _row(self, question: ScoreRequest) -> Row:
         tokenizer = self.model.tokenizer

@@ -57,6 +57,9 @@ OWN = {
         for name in ("grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher")
     },
     "reward-model": ["student.head=scalar", "evaluate={metrics: [preference], controls: []}"],
+    **{
+        name: ["train.lr=0.001"] for name in ("ultrafeedback-dpo", "rlcd", "rlaif")
+    },  # so that the loss moves in 3 steps
     "distillm": ["rollout.validation={prompts: 4, every: 1}", "rollout.replay.size=4"],
 }
 
@@ -127,6 +130,7 @@ def test_a_recipe_trains_a_tiny_student(name, servers, tiny_folder, prompt_file,
         changes += elicited_from(tmp_path, monkeypatch)
         if load_recipe(name).rounds is not None:
             changes += ["teacher=previous", f"student.start={{pretrained: {tmp_path / 'roomy'}}}", "rounds.n=2"]
+        changes += [f"models.{model}={tmp_path / 'roomy'}" for model in load_recipe(name).models or {}]
     elif load_recipe(name).teacher.model is None:
         names, logprobs = load_recipe(name).teacher.server.names, load_recipe(name).teacher.server.logprobs
         url = servers["llama.cpp" if names is None and logprobs is None else "vLLM"].url

@@ -16,8 +16,9 @@ from limbeck.elicit.compare import Compare
 from limbeck.elicit.correct import Correct
 from limbeck.elicit.critique import Critique, decision
 from limbeck.elicit.flow import Reader, by_conversation, with_scores
-from limbeck.elicit.pairs import Lists, PreferencePairs
-from limbeck.elicit.rate import NOT_APPLICABLE, TOO_LONG, UNREADABLE, Rate, read_ratings
+from limbeck.elicit.pairs import RankedLists
+from limbeck.elicit.rate import Rate
+from limbeck.elicit.ratings import NOT_APPLICABLE, TOO_LONG, UNREADABLE, read_ratings
 from limbeck.elicit.refine import DraftsAsAnswer, Refine
 from limbeck.elicit.soft_preference import SoftPreference
 from limbeck.storage.files import read_jsonl
@@ -321,9 +322,9 @@ def test_pairs_and_lists_by_margin_and_ties():
         "no score rating": 1,
         "nothing to compare it with": 1,
     }
-    assert chosen(Lists(), scored(2, 5, 1, 5, 3))[0] == [(1, 0), (4, 1), (0, 2), (2, 3)]
-    assert chosen(Lists(margin=1, most=2), scored(2, 5, 1, 5, 3))[0] == [(1, 0), (4, 1)]
-    assert chosen(Lists(), scored(3, 3))[0] == []
+    assert chosen(RankedLists(), scored(2, 5, 1, 5, 3))[0] == [(1, 0), (4, 1), (0, 2), (2, 3)]
+    assert chosen(RankedLists(margin=1, most=2), scored(2, 5, 1, 5, 3))[0] == [(1, 0), (4, 1)]
+    assert chosen(RankedLists(), scored(3, 3))[0] == []
     same = [with_scores(s, rating=v) for s, v in zip(answers(("why", "twice"), ("why", "twice ")), (1, 2), strict=True)]
     assert chosen(PreferencePairs(), same)[1].dropped == {"the same answer again": 1, "nothing to compare it with": 1}
     with pytest.raises(ValueError, match="an order has no margins"):
@@ -450,6 +451,7 @@ REFUSED = [  # change, the error
     (lambda d: d["models"].update(judge={"model": "x", "cache": {}}), r"models\.judge\.cache: only a teacher's distributions are kept"),
     (lambda d: d["models"].update(judge={"model": "x", "dtpe": "float16"}), r"models\.judge\.dtpe: unknown key; did you mean 'dtype'"),
     (lambda d: d["models"].update(judge="./nowhere"), r"models\.judge: no model './nowhere'"),
+    (lambda d: d["elicit"].__setitem__(2, {"pairs": {"score": "ratng"}}), r"elicit\[2\]\.pairs\.score: no step before it gives a score 'ratng'; did you mean 'rating'"),
     (lambda d: d["elicit"].pop(), r"dpo compares answers to one prompt"),
     (lambda d: d.update(loss=["cross_entropy"], models={}), r"models: must be a mapping"),
     (lambda d: (d.update(student={"start": {"prune": {"layers": 2}}}), d["elicit"][0]["answer"].update(by="untouched")), r"elicit\[0\]\.answer\.by: prune\.keep: importance"),
@@ -486,7 +488,9 @@ def test_a_served_judge_has_its_own_bill_and_a_named_one_judges_the_evaluation(j
         costs = summary["bills"]["judge"]
         assert costs["answers"] == asked and costs["money"] == asked * (5 + 2 * 3) and "bill" not in summary
         pairs = summary["judge"]["pairs"]
-        assert "toy" in summary["judge"]["model"] and all(p["swap_consistency"] == 0 for p in pairs.values())
+        assert summary["judge"]["model"].startswith("served:toy-") and all(
+            p["swap_consistency"] == 0 for p in pairs.values()
+        )
         page = (out / "report.html").read_text()
         assert "Bill of the server of judge" in page and "Model judge" in page
         judged["models"]["judge"]["server"] |= {"price": None, "concurrency": 2}

@@ -103,6 +103,16 @@ def test_scores_are_the_sum_of_the_tokens_log_probabilities(tiny):
     assert found[-1].nats == pytest.approx(alone, abs=1e-4) and math.isfinite(alone)
 
 
+def test_labels_of_one_token_are_scored_as_if_alone(tiny):
+    """Labels after one prompt are read off its last position, for any mixture of prompts and longer answers."""
+    other = ({"role": "user", "content": "a dog ran"},)
+    asked = [ScoreRequest(prompt, text) for prompt in (WHY, other) for text in ("a", "b", "the cat sat", "c")]
+    together = ModelScorer(tiny).log_probs(asked)
+    alone = [ModelScorer(tiny).log_probs([one])[0] for one in asked]
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    assert [one.nats for one in together] == pytest.approx([one.nats for one in alone], abs=1e-5)
+
+
 def test_a_text_beyond_the_context_is_scored_as_far_as_it_fits(tiny):
     long = "the cat sat on the mat " * 100
     (one,) = ModelScorer(tiny).log_probs([ScoreRequest(WHY, long)])
