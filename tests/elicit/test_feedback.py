@@ -16,7 +16,7 @@ from limbeck.elicit.compare import Compare
 from limbeck.elicit.correct import Correct
 from limbeck.elicit.critique import Critique, decision
 from limbeck.elicit.flow import Reader, by_conversation, with_scores
-from limbeck.elicit.pairs import RankedLists
+from limbeck.elicit.pairs import PreferencePairs, RankedLists
 from limbeck.elicit.rate import Rate
 from limbeck.elicit.ratings import NOT_APPLICABLE, TOO_LONG, UNREADABLE, read_ratings
 from limbeck.elicit.refine import DraftsAsAnswer, Refine
