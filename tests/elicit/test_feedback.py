@@ -6,8 +6,10 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import limbeck
 from limbeck.config.recipe import parse
@@ -21,7 +23,9 @@ from limbeck.elicit.rate import Rate
 from limbeck.elicit.ratings import NOT_APPLICABLE, TOO_LONG, UNREADABLE, read_ratings
 from limbeck.elicit.refine import DraftsAsAnswer, Refine
 from limbeck.elicit.soft_preference import SoftPreference
+from limbeck.runs.encoding import Encoding
 from limbeck.storage.files import read_jsonl
+from limbeck.training.prepare import response_log_probs
 from limbeck.types import RecipeError, Sample, UserError
 from tests.flow_driver import answers, drive, prompts, texts
 from tests.scripted_server import Scripted, answer
@@ -440,6 +444,35 @@ def test_a_judge_by_name_rates_what_dpo_trains_on(judged, tmp_path):
     assert account["models"] == {"judge": inputs["model judge"]}
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3), "the student is its own reference at first"
+
+
+def test_what_another_model_wrote_is_scored_in_the_students_own_tokens(tiny):
+    """Ids of a named model mean nothing to the student: its text is encoded anew, and the reference's log-probability is
+    that of just these tokens; ids of teacher and student are used as they are."""
+    named = {"strong": "strong@1"}
+    models = SimpleNamespace(
+        named=type(
+            "Named", (), {"__contains__": lambda _, name: name in named, "identity": lambda _, name: named[name]}
+        )(),
+        writer_identity=lambda name: "teacher@1",
+        other_tokens=False,
+        initial_identity="start@1",
+    )
+    method = SimpleNamespace(steps=(("answer", AnswerPrompts(by=["teacher", "strong", "untouched"])),))
+    foreign = tuple(range(60, 66))
+    ask = ({"role": "user", "content": "why"}, {"role": "assistant", "content": "the cat sat"})
+    samples = [
+        Sample(ask, writer, foreign, meta={"place": n}) for n, writer in enumerate(("strong@1", "teacher@1", "start@1"))
+    ]
+    rows = Encoding(method, models, None)._rows(samples, tiny, None)
+    own = tuple(tiny.answer_ids("the cat sat"))
+    assert [row.response_ids for row in rows] == [own, foreign, foreign]
+    log_prob = response_log_probs(tiny.net, rows)[rows[0].sample_id]
+    ids = [*rows[0].prompt_ids, *own]
+    with torch.no_grad():
+        logits_TV = tiny.net(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    wanted = sum(float(logits_TV[at - 1, ids[at]]) for at in range(len(rows[0].prompt_ids), len(ids)))
+    assert log_prob == pytest.approx(wanted, abs=1e-4)
 
 
 REFUSED = [  # change, the error
