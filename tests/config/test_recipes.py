@@ -30,13 +30,9 @@ def test_the_recipes_of_the_field_are_there():
         "mcc-kd", "tinystories", "ultrachat", "metamath", "mosaic-it", "superfiltering", "deita", "equation-reasoner", "few-shot-mcqa",
         "bonito", "oss-instruct", "offline-hidden", "offline-top-k", "offline-sampled",
         "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd", "minillm-from-server",
-<<<<<<< HEAD
         "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher", "reward-model",
-        "star", "rft", "rest-em", "lmsi", "spin",
-=======
-        "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "ultrafeedback-dpo", "rlcd", "rlaif", "constitutional", "selfee",
-        "persdistill", "codeultrafeedback", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher",
->>>>>>> h-feedback-recipes
+        "star", "rft", "rest-em", "lmsi", "spin", "ultrafeedback-dpo", "rlcd", "rlaif", "constitutional", "selfee",
+        "persdistill", "codeultrafeedback",
     }  # fmt: skip
 
 
