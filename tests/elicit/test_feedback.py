@@ -458,7 +458,9 @@ def test_what_another_model_wrote_is_scored_in_the_students_own_tokens(tiny):
         other_tokens=False,
         initial_identity="start@1",
     )
-    method = SimpleNamespace(steps=(("answer", AnswerPrompts(by=["teacher", "strong", "untouched"])),))
+    recipe = SimpleNamespace(student=SimpleNamespace(scores=False))
+    steps = (("answer", AnswerPrompts(by=["teacher", "strong", "untouched"])),)
+    method = SimpleNamespace(recipe=recipe, steps=steps)
     foreign = tuple(range(60, 66))
     ask = ({"role": "user", "content": "why"}, {"role": "assistant", "content": "the cat sat"})
     samples = [
