@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.commands import console, printing
+from limbeck.storage.files import link_or_copy
 from limbeck.types import UserError
 
 TOKEN = "HF_TOKEN"  # noqa: S105 (the variable's name)
@@ -78,7 +79,7 @@ def upload(folder: Path, card: str, name: str, *, public: bool) -> dict[str, Any
             )
         with tempfile.TemporaryDirectory() as temporary:
             copy = Path(temporary) / "student"
-            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*LEFT_OUT), copy_function=_link)
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*LEFT_OUT), copy_function=_linked)
             (copy / "README.md").unlink()  # which is a link, too
             (copy / "README.md").write_text(card, encoding="utf-8")
             commit = api.upload_folder(
@@ -95,9 +96,6 @@ def upload(folder: Path, card: str, name: str, *, public: bool) -> dict[str, Any
     return {"repository": str(commit.repo_url), "private": not public, "commit": str(commit.oid)}
 
 
-def _link(source: str, target: str) -> None:
-    """A link to a large file rather than a copy of it, where the disk allows it."""
-    try:
-        Path(target).hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, target)
+def _linked(source: str, target: str) -> str:
+    link_or_copy(Path(source), Path(target))
+    return target

@@ -19,12 +19,13 @@ from limbeck.elicit.flow import (
     by_conversation,
     complete_replies,
     prompt_messages,
+    unjudged,
     with_answer,
     written_replies,
 )
 from limbeck.elicit.step import AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.step_prompt import PLAIN, VARIES, StepPrompt, with_system
-from limbeck.types import Sample, Sampling
+from limbeck.types import Sampling
 
 EXPLAINING = (
     "You are a patient teacher. Say what the question is about, then explain each part of your answer.",
@@ -81,7 +82,7 @@ class AnswerPrompts(AskingStep):
         for ((place, by, _), request), reply in written(asked, replies, tally):
             sample = groups[place][0]
             prompt = replace(sample, messages=request.messages) if self.keep_system else sample
-            new = with_answer(_unjudged(prompt) if self.add else prompt, reply, **self._told(by))
+            new = with_answer(unjudged(prompt, "by") if self.add else prompt, reply, **self._told(by))
             text = new.messages[-1]["content"]
             if not self.all and any(text == other.messages[-1]["content"] for other in answered[place]):
                 tally.drop("the same answer again", text)
@@ -106,11 +107,6 @@ class AnswerPrompts(AskingStep):
 
     def writes(self) -> frozenset[str]:
         return frozenset({"by"} if self._told(TEACHER) else ())
-
-
-def _unjudged(sample: Sample) -> Sample:
-    """The sample without what was said of its answer."""
-    return replace(sample, meta={name: value for name, value in sample.meta.items() if name not in ("scores", "by")})
 
 
 @register("explain")

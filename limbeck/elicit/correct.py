@@ -20,6 +20,7 @@ from limbeck.elicit.flow import (
     new_prompt,
     prompt_messages,
     said_by,
+    unjudged,
     user,
     with_answer,
 )
@@ -88,7 +89,7 @@ class Correct(AskingStep):
         for (place, sample, fault, _), reply in complete_replies(turns, replies, tally):
             text = said_by(reply).strip()
             whole = None if text == reply.messages[-1]["content"].strip() else text
-            mended = with_answer(replace(sample, meta=_unjudged(sample)), reply, whole)
+            mended = with_answer(unjudged(sample, "by"), reply, whole)
             if verdict_of(mended, self.against)[0] is False:
                 tally.drop("mended, and still wrong", text)
                 continue
@@ -123,7 +124,3 @@ def fault_of(sample: Sample, how: str) -> str:
         outcome = sandbox.run_tests(sandbox.program_in(said_by(sample)), check["tests"])
         return f"Its tests fail: {outcome.why}"
     return f"It is not right (checked by: {how})."
-
-
-def _unjudged(sample: Sample) -> dict[str, object]:
-    return {name: value for name, value in sample.meta.items() if name not in ("scores", "ratings", "compared", "by")}

@@ -27,6 +27,7 @@ T = TypeVar("T")
 MAX_EXAMPLES = 3
 EXAMPLE_CHARS = 160
 NO_ANSWER = "nothing but thinking"
+JUDGED = ("scores", "ratings", "rated_by", "compared", "compared_by")  # what steps say of an answer
 WRITTEN = ("ok", "length", "empty", NO_ANSWER)
 
 
@@ -214,6 +215,11 @@ def with_answer(prompt: Sample, reply: Sample, text: str | None = None, **meta: 
         parents=(prompt.id, reply.id),
         meta={**prompt.meta, "finish": reply.meta.get("finish", "ok"), **meta},
     )
+
+
+def unjudged(sample: Sample, *more: str) -> Sample:
+    """The sample without what was said of its answer, and without `more` of its meta; for an answer in its place."""
+    return replace(sample, meta={name: value for name, value in sample.meta.items() if name not in (*JUDGED, *more)})
 
 
 def with_new_answer(sample: Sample, answer: str, writer: str, **meta: Any) -> Sample:

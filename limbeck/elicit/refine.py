@@ -17,6 +17,7 @@ from limbeck.elicit.flow import (
     complete_replies,
     prompt_messages,
     said_by,
+    unjudged,
     user,
     with_answer,
     with_new_answer,
@@ -30,7 +31,7 @@ REVISE = (
     "Answer:\n{answer}\n\nCritique:\n{critique}\n\nWrite the answer anew, so that the critique no longer holds. Give"
     " the new answer alone, as whoever asked is to read it."
 )
-JUDGED = ("scores", "ratings", "compared")  # what was said of the answer before
+CRITIQUE = ("critique", "principle", "revise")  # what `critique` writes
 
 
 @register("refine")
@@ -58,7 +59,7 @@ class Refine(AskingStep):
             elif revise == "unreadable":
                 tally.drop("whether to revise it can't be read", answer_of(sample) or "")
             elif revise is False:
-                refined[place] = replace(sample, meta=_without_critique(sample))
+                refined[place] = unjudged(sample, *CRITIQUE)
             elif not reader.fits(messages, self.max_tokens):
                 tally.drop("too long to be shown", answer_of(sample) or "")
             else:
@@ -69,7 +70,7 @@ class Refine(AskingStep):
         for (place, _), reply in complete_replies(waiting, replies, tally):
             sample = pool[place]
             draft = {"answer": answer_of(sample), "critique": sample.meta["critique"]}
-            meta = _without_critique(sample) | {"drafts": [*sample.meta.get("drafts", []), draft]}
+            meta = unjudged(sample, *CRITIQUE).meta | {"drafts": [*sample.meta.get("drafts", []), draft]}
             text = said_by(reply).strip()
             whole = None if text == reply.messages[-1]["content"].strip() else text
             refined[place] = with_answer(replace(sample, meta=meta), reply, whole)
@@ -88,13 +89,6 @@ class Refine(AskingStep):
 
     def writes(self) -> frozenset[str]:
         return frozenset({"drafts"})
-
-
-def _without_critique(sample: Sample) -> dict[str, object]:
-    """The sample's meta without its critique, and without what was said of the old answer."""
-    return {
-        name: value for name, value in sample.meta.items() if name not in ("critique", "principle", "revise", *JUDGED)
-    }
 
 
 @register("drafts")

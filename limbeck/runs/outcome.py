@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import yaml
 
 from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.report.page import write_report
-from limbeck.storage.files import new_directory, sweep, write_json, write_text
+from limbeck.storage.files import link_or_copy, new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.storage.rounds import round_folder, rounds_in
 
@@ -58,15 +56,8 @@ def _is_same(source: Path, target: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy of it where the file system has no links."""
-    if target.exists() and _is_same(source, target):
-        return
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copy2(source, temporary)
-    temporary.replace(target)
+    if not target.exists() or not _is_same(source, target):
+        link_or_copy(source, target)
 
 
 def follow(folder: Path, before: str, now: str) -> None:
