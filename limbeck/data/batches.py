@@ -130,7 +130,8 @@ def steps_of_epoch(
 
     Units (rows, or with `together` all the answers to one prompt) are shuffled, sorted by length within windows of
     WINDOW_STEPS steps, and packed into micro-batches of at most MICRO_TOKENS (and at most a step's) padded tokens,
-    which are shuffled and dealt out to the steps.
+    which are shuffled and dealt out to the steps. Where answers are short and prompts are not, a step has many small
+    ones; they are joined.
     """
     rng = random.Random(f"{seed}/{epoch}")  # noqa: S311 (no secret)
     units = units_of(rows, together)
@@ -147,7 +148,8 @@ def steps_of_epoch(
             window = []
             tokens = 0
     micro_batches += _pack(rows, window, rng, tokens_per_step)
-    return _deal(rows, micro_batches, tokens_per_step)
+    steps = _deal(rows, micro_batches, tokens_per_step)
+    return steps if tokens_per_step >= MICRO_TOKENS else [_joined(rows, step, together) for step in steps]
 
 
 def _pack(rows: Sequence[Row], units: list[MicroBatch], rng: random.Random, tokens_per_step: int) -> list[MicroBatch]:
@@ -176,6 +178,14 @@ def resized(micro_batches: Sequence[Sequence[Row]], limit: int, together: bool =
     """
     rows = [row for micro_batch in micro_batches for row in micro_batch]
     return [[rows[index] for index in packed] for packed in _packed(rows, units_of(rows, together), limit)]
+
+
+def _joined(rows: Sequence[Row], step: StepPlan, together: bool) -> StepPlan:
+    """The rows of a step in micro-batches of at most MICRO_TOKENS padded tokens."""
+    places = [place for micro_batch in step for place in micro_batch]
+    chosen = [rows[place] for place in places]
+    packed = _packed(chosen, units_of(chosen, together), MICRO_TOKENS)
+    return tuple(tuple(places[index] for index in micro_batch) for micro_batch in packed)
 
 
 def _deal(rows: Sequence[Row], micro_batches: list[MicroBatch], tokens_per_step: int) -> list[StepPlan]:
@@ -253,10 +263,10 @@ class FixedText:
         pass
 
 
-def cut(rows: Sequence[Row], seed: str, tokens_per_step: int, together: bool = False) -> list[list[Row]]:
+def cut(rows: Sequence[Row], seed: str, together: bool = False) -> list[list[Row]]:
     """The rows of one step in micro-batches of similar length."""
     rng = random.Random(seed)  # noqa: S311 (no secret)
-    micro_batches = _pack(rows, units_of(rows, together), rng, tokens_per_step)
+    micro_batches = _pack(rows, units_of(rows, together), rng, MICRO_TOKENS)
     return [[rows[index] for index in micro_batch] for micro_batch in micro_batches]
 
 

@@ -182,7 +182,7 @@ def _weight_bytes(shape: Shape, precision: Precision) -> float:
 def _training_bytes(recipe: Recipe, student: Shape) -> float:
     """Weights, gradients and Adam's two moments in fp32, and the activations of a micro-batch."""
     settings = recipe.train
-    tokens = min(recipe.machine.micro_tokens or MICRO_TOKENS, settings.tokens_per_step)
+    tokens = recipe.machine.micro_tokens or MICRO_TOKENS
     activations = student.layers * ACTIVATION_BYTES * math.sqrt(student.layer_parameters)
     if recipe.machine.checkpointing:  # each layer's input, and the inside of one layer at a time
         activations = activations / student.layers + 4 * student.layers * student.width

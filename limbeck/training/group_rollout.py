@@ -56,7 +56,6 @@ class GroupRollouts:
         prompts: the prompt of each slot.
         text: the text of an answer to a slot, with the thinking that its prompt opened.
         columns: adds the columns that losses compute from frozen models; called with (rows, progress).
-        tokens_per_step: bounds the micro-batches.
     """
 
     asking: Asking
@@ -64,7 +63,6 @@ class GroupRollouts:
     text: Callable[[Row, Sequence[int]], str]
     rewards: Rewards
     settings: Rollout
-    tokens_per_step: int
     columns: Callable[[list[Row], float], list[Row]] = lambda rows, _: rows
     memory: GroupMemory = field(default_factory=GroupMemory)
     advice: Advice = field(default_factory=Advice)
@@ -88,7 +86,7 @@ class GroupRollouts:
         if use == 0:
             facts |= {"seconds": round(time.perf_counter() - began, 4)}
             facts |= self.advice.on(facts)
-        return StepBatch(cut(self._rows[1], f"{self.asking.seed}/{step}/rows", self.tokens_per_step), facts)
+        return StepBatch(cut(self._rows[1], f"{self.asking.seed}/{step}/rows"), facts)
 
     def _row(self, answer: Answer, advantage: float) -> Row:
         row = self.asking.row(answer)

@@ -128,7 +128,7 @@ class Rollouts:
         all_rows = [*fixed_rows, *own_rows]
         if self.beside:
             all_rows.sort(key=self._rank)
-        return StepBatch(cut(all_rows, f"{self.seed}/{step}/rows", self.tokens_per_step, self.beside), facts)
+        return StepBatch(cut(all_rows, f"{self.seed}/{step}/rows", self.beside), facts)
 
     def _rank(self, row: Row) -> int:
         """The place of a row's writer in the order of preference."""

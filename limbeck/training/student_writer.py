@@ -170,7 +170,6 @@ def _judged(
         text=lambda slot, ids: student.opens_thinking(slot.prompt_ids) + student.decode(ids),
         rewards=writing.rewards,
         settings=writing.settings,
-        tokens_per_step=job.settings.tokens_per_step,
         columns=columns,
     )
 

@@ -151,7 +151,7 @@ def source(
     slots = [Row(f"p{n}", (1, 2, n + 3), (), group=f"p{n}") for n in range(count)]
     asking = Asking(slots, write, Writer(by="student", max_tokens=16), seed=7, ends=frozenset({EOS}))
     judge = rewards_of(rollout.rewards, advantage, prompts(count))
-    made = GroupRollouts(asking, prompts(count), lambda slot, ids: "7", judge, rollout, tokens_per_step=64)
+    made = GroupRollouts(asking, prompts(count), lambda slot, ids: "7", judge, rollout)
     return made, write.asked
 
 
