@@ -127,6 +127,12 @@ def check_dtype(dtype: torch.dtype, device: torch.device, path: str) -> None:
             raise UserError(f"{path}: {describe(device)} has no bfloat16: leave it out there, or take another device")
 
 
+def multiplies_in_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16 (AVX-512 BF16 or AMX), which take half of float32's time."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
 def _devices_here() -> list[str]:
     names = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     return [*names, "mps"] if torch.backends.mps.is_available() else names

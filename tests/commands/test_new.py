@@ -24,6 +24,7 @@ from limbeck.commands.new.wishes import TASKS, slug
 from limbeck.config.recipe import _StrictLoader
 from limbeck.elicit.rendering import render
 from limbeck.evaluate.tasks import load_task
+from limbeck.models import placement
 from limbeck.runs.resolve import resolve
 from limbeck.types import RecipeError, UserError
 
@@ -319,6 +320,13 @@ def test_a_teacher_with_fewer_layers(tiny_folder):
     recipe = load_recipe("mine/recipe.yaml")
     assert recipe.student.start.prune.layers == 3 and recipe.loss[0].name == "forward_kl"
     resolve(recipe)
+
+
+@pytest.mark.parametrize(("has", "precision"), [(True, "bfloat16"), (False, None)])
+def test_a_processor_with_products_of_bfloat16_trains_in_it(monkeypatch, has, precision):
+    monkeypatch.setattr(placement, "multiplies_in_bfloat16", lambda: has)
+    quickly()
+    assert load_recipe("mine/recipe.yaml").train.precision == precision
 
 
 @pytest.mark.parametrize(

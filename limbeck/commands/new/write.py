@@ -94,7 +94,7 @@ def recipe_yaml(draft: Draft, wishes: Wishes, data: Path, folder: Path) -> str:
         f" {max(1, round(length.tokens_per_step / draft.answer_tokens)):,} answers",
         f"  lr: {draft.lr}   # halve it if the loss jumps; double it if the student learns too little",
         f"  seed: {SEED}",
-        *(["  precision: bfloat16   # of the student's passes; its weights stay in float32"] * _on_gpu(wishes)),
+        *_precision(wishes),
         *_evaluate(draft, wishes, folder),
         *_machine(wishes),
     ]
@@ -103,6 +103,18 @@ def recipe_yaml(draft: Draft, wishes: Wishes, data: Path, folder: Path) -> str:
 
 def _on_gpu(wishes: Wishes) -> bool:
     return wishes.run_on != "laptop"
+
+
+def _precision(wishes: Wishes) -> list[str]:
+    if _on_gpu(wishes):
+        return ["  precision: bfloat16   # of the student's passes; its weights stay in float32"]
+    from limbeck.models import placement  # imports torch
+
+    if placement.multiplies_in_bfloat16():
+        return [
+            "  precision: bfloat16   # of the student's passes; leave it out where the processor has no such products"
+        ]
+    return []
 
 
 def _teacher(wishes: Wishes) -> list[str]:
