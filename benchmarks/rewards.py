@@ -71,7 +71,7 @@ class Parts:
     def training(self) -> float:
         """Seconds of one update by cross-entropy on the rows of the last step."""
         rows = self.job.text._rows[1]  # type: ignore[attr-defined]
-        source = Again(cut(rows, "benchmark", self.job.settings.tokens_per_step))
+        source = Again(cut(rows, "benchmark"))
         return self._timed(replace(self.plain, source=source))
 
     def _timed(self, job: TrainingJob) -> float:

@@ -10,21 +10,26 @@ Shapes: B rows of a batch, N scored positions of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from limbeck.evaluate.items import TemplateSettings
 from limbeck.evaluate.records import Progress
 from limbeck.models.model import Model, head_of, hidden_states
+from limbeck.models.slots import takes_slots
 from limbeck.objectives.log_probs import token_log_probs
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import UserError
 
 TOKENS_TOGETHER = 1024
+CACHED_TOGETHER = 8 * 1024  # with the prompt's keys and values, which each row has
+LEAST_SAVED = 64  # tokens that reading a prompt once must spare: it takes a pass of its own
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def log_probs(
     """log q(continuation | prompt) in nats, summed over the continuation's tokens, in the order of `continuations`.
 
     Where the inputs of one continuation begin those of another (short choices after one prompt), the model runs the
-    longer one only: attention is causal, so its hidden states serve both.
+    longer one only: attention is causal, so its hidden states serve both. A prompt of several continuations is read
+    once, and its keys and values serve all, where the model keeps such.
 
     Raises:
         UserError: an item that does not fit the model's context, or a log-probability that is not finite.
@@ -93,8 +99,8 @@ def log_probs(
     training = system.net.training
     system.net.eval()
     try:
-        for rows in _batches([continuations[row].inputs for row in shared], list(shared)):
-            for index, value in _run(system, continuations, {row: shared[row] for row in rows}):
+        for prompt, rows in _batches(system, continuations, shared):
+            for index, value in _run(system, continuations, {row: shared[row] for row in rows}, prompt):
                 if not np.isfinite(value):
                     raise UserError(
                         f"{continuations[index].item}: the model gives it a log-probability that is not finite; its"
@@ -121,11 +127,30 @@ def _shared_rows(continuations: Sequence[Continuation]) -> dict[int, list[int]]:
     return shared
 
 
-def _batches(inputs: Sequence[tuple[int, ...]], rows: Sequence[int]) -> list[list[int]]:
-    """Rows of like length together, at most TOKENS_TOGETHER with their padding."""
+def _batches(
+    system: Model, continuations: Sequence[Continuation], shared: dict[int, list[int]]
+) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """(the prompt that is read once, or nothing; the rows that are run together)."""
+    together: dict[tuple[int, ...], list[int]] = {}
+    if takes_slots(system.net):
+        for row, indices in shared.items():
+            if {continuations[index].prompt_ids for index in indices} == {continuations[row].prompt_ids}:
+                together.setdefault(continuations[row].prompt_ids, []).append(row)
+    alone = set(shared)
+    for prompt, rows in together.items():
+        if len(prompt) * (len(rows) - 1) >= LEAST_SAVED:
+            alone -= set(rows)
+            for batch in _like_long({row: len(prompt) + len(continuations[row].ids) for row in rows}, CACHED_TOGETHER):
+                yield prompt, batch
+    for batch in _like_long({row: len(continuations[row].inputs) for row in shared if row in alone}, TOKENS_TOGETHER):
+        yield (), batch
+
+
+def _like_long(lengths: Mapping[int, int], limit: int) -> list[list[int]]:
+    """Rows of like length together, at most `limit` tokens with their padding."""
     batches: list[list[int]] = []
-    for ids, row in sorted(zip(inputs, rows, strict=True), key=lambda pair: len(pair[0])):
-        if batches and (len(batches[-1]) + 1) * len(ids) <= TOKENS_TOGETHER:
+    for row, length in sorted(lengths.items(), key=lambda item: item[1]):
+        if batches and (len(batches[-1]) + 1) * length <= limit:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -133,29 +158,46 @@ def _batches(inputs: Sequence[tuple[int, ...]], rows: Sequence[int]) -> list[lis
 
 
 @torch.no_grad()
-def _run(system: Model, continuations: Sequence[Continuation], shared: dict[int, list[int]]) -> list[tuple[int, float]]:
-    """(index, log-probability) of every continuation that the rows hold. Padded on the right, which causal attention
-    never sees."""
+def _run(
+    system: Model, continuations: Sequence[Continuation], shared: dict[int, list[int]], prompt: tuple[int, ...]
+) -> list[tuple[int, float]]:
+    """(index, log-probability) of every continuation that the rows hold. `prompt` is read once for all of them, if there
+    is one. Padded on the right, which causal attention never sees."""
     net = system.net
-    width = max(len(continuations[row].inputs) for row in shared)
-    tokens_BT = torch.zeros(len(shared), width, dtype=torch.long)
+    inputs = {row: continuations[row].inputs[len(prompt) :] for row in shared}
+    tokens_BT = torch.zeros(len(shared), max(map(len, inputs.values())), dtype=torch.long)
     rows: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
     for row, (longest, indices) in enumerate(shared.items()):
-        tokens_BT[row, : len(continuations[longest].inputs)] = torch.tensor(continuations[longest].inputs)
+        tokens_BT[row, : len(inputs[longest])] = torch.tensor(inputs[longest])
         for index in indices:
-            start = len(continuations[index].prompt_ids) - 1
+            start = 0 if prompt else len(continuations[index].prompt_ids) - 1
             ids = continuations[index].ids
             rows += [row] * len(ids)
             positions += range(start, start + len(ids))
             targets += ids
             owners += [index] * len(ids)
-    hidden_BTD = hidden_states(net, tokens_BT.to(net.device))
+    hidden_BTD = _after(net, prompt, tokens_BT) if prompt else hidden_states(net, tokens_BT.to(net.device))
     targets_N = torch.tensor(targets, device=net.device)
     values_N: Tensor = token_log_probs(hidden_BTD[rows, positions], head_of(net), targets_N).cpu().double()
     sums: dict[int, float] = {}
     for owner, value in zip(owners, values_N.tolist(), strict=True):
         sums[owner] = sums.get(owner, 0.0) + value
     return list(sums.items())
+
+
+def _after(net: PreTrainedModel, prompt: tuple[int, ...], tokens_BT: Tensor) -> Tensor:
+    """Last hidden states [B, 1 + T, D] of the prompt's last token and of the tokens after it."""
+    decoder: Any = net.get_decoder()
+    cache = DynamicCache()
+    prompt_1T = torch.tensor([prompt], device=net.device)
+    last_11D: Tensor = decoder(input_ids=prompt_1T, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+    last_B1D = last_11D.expand(len(tokens_BT), -1, -1)
+    if not tokens_BT.shape[1]:
+        return last_B1D
+    cache.batch_repeat_interleave(len(tokens_BT))
+    tokens_BT = tokens_BT.to(net.device)
+    after_BTD = decoder(input_ids=tokens_BT, past_key_values=cache, use_cache=True).last_hidden_state
+    return torch.cat([last_B1D, after_BTD], dim=1)

@@ -1,8 +1,9 @@
-"""The model card of an exported student: what it is, how it was made, how to load it."""
+"""The cards of what leaves a run: of its student, how it was made and is loaded; of its text, who wrote it and how."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from limbeck.config.recipe import Recipe
@@ -36,5 +37,32 @@ How it was made (recipe hash `{recipe.hash[:16]}`; file paths are left out):
 
 ```json
 {json.dumps(settings, indent=1, ensure_ascii=False)}
+```
+"""
+
+
+def data_card(recipe: Recipe, writers: Mapping[str, int]) -> str:
+    """Markdown for the text that a student was trained on. `writers`: how many conversations each writer wrote."""
+    resolved = recipe.resolved()
+    steps = ", ".join(step.name for step in recipe.elicit or ()) or "none"
+    count = sum(writers.values())
+    by = "\n".join(f"- `{writer}`: {number:,}" for writer, number in sorted(writers.items()))
+    return f"""---
+configs: [{{config_name: default, data_files: train.jsonl}}]
+tags: [distillation, limbeck]
+---
+# {recipe.name}: text that a Limbeck distillation trained on
+
+{count:,} conversations, one a line of `train.jsonl`: `messages` as chat templates take them, and the `writer` of the
+last. The licences of the prompts, and the licence and terms of the writers, apply to it.
+
+Writers of the answers:
+
+{by}
+
+Steps of elicitation: {steps}. Settings of the writing (recipe hash `{recipe.hash[:16]}`; file paths are left out):
+
+```json
+{json.dumps(resolved.get("writer", []), indent=1, ensure_ascii=False)}
 ```
 """

@@ -124,6 +124,36 @@ def test_a_public_repository_wants_to_be_named_so(hub, run_folder):
     assert json.loads(push(run_folder, "--to", "me/small", "--public", "--json"))["private"] is False and hub.files
 
 
+def test_the_training_text_is_uploaded_as_a_dataset(hub, tmp_path, tiny_folder):
+    with pytest.raises(UserError, match="is no run folder"):
+        push(tmp_path, "--to", "me/text", "--data")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Say {n}.", "answer": str(n)}) + "\n" for n in range(60))
+    )
+    recipe = {
+        "name": "digits",
+        "teacher": str(tiny_folder),
+        "student": {"start": {"pretrained": str(tiny_folder)}},
+        "prompts": {"from": str(tmp_path / "rows.jsonl")},
+        "writer": [{"by": "corpus"}],
+        "loss": ["cross_entropy"],
+        "train": {"steps": 1, "tokens_per_step": 8},
+        "evaluate": {"metrics": ["fidelity"], "limit": 2, "controls": []},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    run = tmp_path / "run"
+    shown = CliRunner().invoke(app, ["elicit", str(tmp_path / "recipe.yaml"), "--out", str(run)])
+    assert shown.exit_code == 0, shown.output
+    said = json.loads(push(run, "--data", "--to", "me/text", "--json"))
+    assert said["private"] and hub.created[0]["type"] == "dataset"
+    lines = [json.loads(line) for line in hub.files["train.jsonl"].splitlines()]
+    prompts = {line["messages"][0]["content"]: line["messages"][-1]["content"] for line in lines}
+    assert len(prompts) >= 30 and all(prompts[f"Say {n}."] == str(n) for n in range(60) if f"Say {n}." in prompts)
+    card = hub.files["README.md"].decode()
+    assert card.startswith("---\nconfigs:") and f"{len(lines)} conversations" in card
+    assert str(tmp_path) not in card + hub.files["train.jsonl"].decode() and "hf_secret" not in card
+
+
 def test_what_can_not_be_pushed_is_one_message(hub, run_folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not a name that a repository can have"):
         push(run_folder, "--to", "me/small/er")

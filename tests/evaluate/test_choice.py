@@ -22,8 +22,11 @@ from limbeck.evaluate.items import (
 from limbeck.evaluate.likelihood import Continuation, log_probs, prompt_ids, text_ids
 from limbeck.evaluate.ranking import score_rankings
 from limbeck.evaluate.rolling import perplexity, score_passages, windows
+from limbeck.models.load import load_model
 from limbeck.models.model import Model
+from limbeck.models.slots import takes_slots
 from limbeck.types import UserError
+from tests.families import FAMILIES, make_model
 
 
 def quiet(done, total):
@@ -107,6 +110,21 @@ def test_rows_that_begin_a_longer_row_are_not_run(tiny, monkeypatch):
     wanted = [Continuation(str(n), (5, 6, 7), (n,)) for n in range(10, 16)] + [Continuation("long", (5, 6), (7, 8, 9))]
     log_probs(tiny, wanted)
     assert sum(rows) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_several_continuations_is_read_once_in_every_family(family, tiny, tmp_path):
+    make_model(family, tmp_path / "model", 3, tiny.tokenizer)
+    model = load_model(str(tmp_path / "model"))
+    prompt = tuple(range(20, 50))  # longer than the windows of those that have some
+    wanted = [Continuation(str(n), prompt, tuple(range(n, n + n % 4 + 1))) for n in range(60, 67)]
+    wanted.append(Continuation("other", prompt[:20], (8, 9)))
+    read = []
+    model.net.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+    values = log_probs(model, wanted)
+    tokens = sum(read)
+    assert values == pytest.approx([slow(model.net, one.prompt_ids, one.ids) for one in wanted], abs=1e-4)
+    assert tokens < 100 if takes_slots(model.net) else tokens > 150
 
 
 def test_dropout_is_off_while_scoring_and_the_mode_comes_back(tiny):
