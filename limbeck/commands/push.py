@@ -30,8 +30,8 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it. Default: private.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Upload the trained student to the Hugging Face hub, or with --data the text that it was trained on; private unless
-    --public. The token is read from HF_TOKEN."""
+    """Upload the trained student to the Hugging Face hub, or its training text (--data); private unless --public. The
+    token is read from HF_TOKEN."""
     if not json_:
         console.out.print("the licence and terms of the teacher apply to what you upload", markup=False)
     with tempfile.TemporaryDirectory() as temporary:

@@ -11,6 +11,7 @@ from typing import Any
 from limbeck.commands.new.data import Example, Seen
 from limbeck.commands.new.draft import (
     FIDELITY_ITEMS,
+    HOW_ASKED,
     Draft,
     TaskDraft,
     block,
@@ -95,7 +96,7 @@ def _asked_draft(
 def _checked_tasks(
     held_out: Sequence[Example], check: Callable[[Example], dict[str, Any] | None], room: int, *, asked: str
 ) -> tuple[dict[str, TaskDraft], list[str]]:
-    """(`task`: the texts alone, and `task-asked`: with the teacher's question; what there is to say of them)"""
+    """(`task`: the texts alone, with its question for a teacher that is `asked`; what there is to say of it)"""
     compares = importlib.util.find_spec("rouge_score") is not None
     items: list[dict[str, Any]] = []
     for example in held_out:
@@ -110,25 +111,16 @@ def _checked_tasks(
         return {}, [f"no program can judge the answers: fidelity alone is measured{how}; see evaluate.judge"]
     metrics = ["pass_rate"] if any("check" in item for item in items) else []
     metrics += ["rouge_l"] if any("references" in item for item in items) else []
-    settings: dict[str, Any] = {"max_tokens": room}
+    plain = without_marks(asked)
+    own: dict[str, Any] = {"teacher_template": plain} if PLACEHOLDER.findall(plain) == ["prompt"] else {}
     task = TaskDraft(
         kind="generation",
-        description="Answers to held-out texts.",
+        description="Answers to held-out texts." + (f" {HOW_ASKED}" if own else ""),
         items=items,
         metrics=[*metrics, "finished", "tokens"],
-        settings=settings,
+        settings={"max_tokens": room} | own,
     )
-    plain = without_marks(asked)
-    if PLACEHOLDER.findall(plain) != ["prompt"]:
-        return {"task": task}, []
-    told = TaskDraft(
-        kind="generation",
-        description="The same texts with the question that the teacher is asked: how good its answers are.",
-        items=items,
-        metrics=task.metrics,
-        settings=settings | {"template": plain},
-    )
-    return {"task": task, "task-asked": told}, []
+    return {"task": task}, []
 
 
 def extract(wishes: Wishes, seen: Seen) -> Draft:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from limbeck.commands.new.data import Example, Seen, lengths, unique
 from limbeck.commands.new.draft import (
     FIDELITY_ITEMS,
+    HOW_ASKED,
     Draft,
     TaskDraft,
     block,
@@ -28,9 +29,8 @@ from limbeck.elicit.step import ANSWER_SHARE
 from limbeck.evaluate.items import PLACEHOLDER
 from limbeck.types import UserError
 
-MOST_SHOWN = 12  # examples in the question
+MOST_SHOWN = 40  # examples in the question
 LONGEST_SHOWN = 160  # characters of one
-MOST_SCORED = 20_000  # label by text, in one evaluation of a system
 BATCH = 32
 ENOUGH = 2  # held-out texts, without which nothing is measured
 
@@ -45,7 +45,7 @@ def classify(wishes: Wishes, seen: Seen) -> Draft:
     labels_of(seen.examples, str(seen.file))
     seen = unique(seen, by_label=True)
     labels = labels_of(seen.examples, str(seen.file))
-    parts = split(seen.examples, labels, most=max(len(labels), min(MOST_HELD_OUT, MOST_SCORED // len(labels))))
+    parts = split(seen.examples, labels, most=max(len(labels), MOST_HELD_OUT))
     trained = {example.answer for example in parts.training}
     if unknown := [example for example in parts.held_out if example.answer not in trained]:
         raise UserError(
@@ -62,13 +62,13 @@ def classify(wishes: Wishes, seen: Seen) -> Draft:
         about=_about(wishes),
         training=prompt_rows(parts.training, answers=with_gold),
         held_out=prompt_rows(parts.held_out, answers=False)[:FIDELITY_ITEMS],
-        tasks=_tasks(wishes, parts.held_out, order, question),
+        tasks={"task": _task(wishes, parts.held_out, order, question)},
         text=_text(wishes, order, question, int(longest)),
         answer_tokens=mean_tokens([example.answer for example in seen.examples]),
         max_tokens=_text_tokens(int(longest)),
         start=pretrained(wishes),
         batch=BATCH,
-        headline="task/pass_rate" if nested(labels) else "task/acc",
+        headline="task/pass_rate",
         notes=[
             *seen.notes,
             *label_notes(seen.examples, labels),
@@ -87,7 +87,7 @@ def _about(wishes: Wishes) -> list[str]:
     return [
         "A classifier: the teacher is asked for the label of every training text, with the question",
         "below; the student learns to give that label when it sees the text alone.",
-        "The data's own labels are not taught. They measure teacher and student (task/, task-asked/)"
+        "The data's own labels are not taught. They measure teacher and student (task/)"
         + (",\nand train the gold_control." if wishes.scale == "full" else "."),
     ]
 
@@ -139,38 +139,15 @@ def _shown(examples: Sequence[Example], labels: Sequence[str]) -> list[Example]:
     return [fit[label] for label in labels] if len(fit) == len(labels) <= MOST_SHOWN else []
 
 
-def _tasks(wishes: Wishes, held_out: Sequence[Example], labels: Sequence[str], question: str) -> dict[str, TaskDraft]:
-    """`task`: the text alone, as the student learns it. `task-asked`: with the teacher's question, for every system."""
-    choice = {"type": "choice", "labels": list(labels)}
-    if nested(labels):
-        task = TaskDraft(
-            kind="generation",
-            description=f"The label of a text, written and compared; {len(labels)} labels.",
-            items=[
-                {"prompt": example.text, "check": {"type": "exact", "answer": example.answer, "normalise": False}}
-                for example in held_out
-            ],
-            metrics=["pass_rate", "tokens"],
-            settings={"max_tokens": _room(max(map(len, labels)))},
-        )
-    else:
-        task = TaskDraft(
-            kind="classification",
-            description=f"The label of a text; {len(labels)} labels.",
-            items=[{"text": example.text, "label": example.answer} for example in held_out],
-            metrics=["acc", "macro_f1", "probability", "brier"],
-            settings={"format": "chat", "template": "{text}", "labels": list(labels)},
-        )
+def _task(wishes: Wishes, held_out: Sequence[Example], labels: Sequence[str], question: str) -> TaskDraft:
+    """The label that is written: by the student as it learns it, after the text alone; by the teacher to its question."""
+    check = {"type": "exact", "normalise": False} if nested(labels) else {"type": "choice", "labels": list(labels)}
     asked = without_marks(question).replace("{{ labels | join('\\n- ') }}", "\n- ".join(labels))
-    if corpus(wishes) or PLACEHOLDER.findall(asked) != ["prompt"]:
-        return {"task": task}
-    return {
-        "task": task,
-        "task-asked": TaskDraft(
-            kind="generation",
-            description="The same texts with the question that the teacher is asked: how good its labels are.",
-            items=[{"prompt": example.text, "check": choice | {"answer": example.answer}} for example in held_out],
-            metrics=["pass_rate", "tokens"],
-            settings={"template": asked, "max_tokens": _room(int(max(map(token_count, labels))))},
-        ),
-    }
+    own = {} if corpus(wishes) or PLACEHOLDER.findall(asked) != ["prompt"] else {"teacher_template": asked}
+    return TaskDraft(
+        kind="generation",
+        description=f"The label of a text; {len(labels)} labels." + (f" {HOW_ASKED}" if own else ""),
+        items=[{"prompt": example.text, "check": check | {"answer": example.answer}} for example in held_out],
+        metrics=["pass_rate", "tokens"],
+        settings=own | {"max_tokens": _room(int(max(map(token_count, labels))))},
+    )

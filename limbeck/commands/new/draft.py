@@ -15,6 +15,7 @@ from limbeck.commands.new.wishes import Wishes
 UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 MARK = re.compile(r"\{[{%#]")  # that begins something in a template
 FIDELITY_ITEMS = 64
+HOW_ASKED = "The teacher is asked with its question, the others with the text alone."
 MODEST, LARGE = 4096, 16384  # most tokens of an update, on a laptop and on a GPU
 
 
