@@ -45,7 +45,6 @@ def figures(run: Path) -> dict[str, Any]:
             for name, metrics in summary["systems"].items()
         },
         "efficiency": summary.get("efficiency", {}),
-        "sizes": summary["sizes"],
         "answers": json.loads((run / "answers.json").read_text()),
     }
 

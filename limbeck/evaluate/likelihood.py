@@ -161,8 +161,8 @@ def _like_long(lengths: Mapping[int, int], limit: int) -> list[list[int]]:
 def _run(
     system: Model, continuations: Sequence[Continuation], shared: dict[int, list[int]], prompt: tuple[int, ...]
 ) -> list[tuple[int, float]]:
-    """(index, log-probability) of every continuation that the rows hold. A `prompt` is read once for all of them. Padded
-    on the right, which causal attention never sees."""
+    """(index, log-probability) of every continuation that the rows hold. A `prompt` is read once for all of them.
+    Padded on the right, which causal attention never sees."""
     net = system.net
     inputs = {row: continuations[row].inputs[len(prompt) :] for row in shared}
     tokens_BT = torch.zeros(len(shared), max(map(len, inputs.values())), dtype=torch.long)

@@ -23,6 +23,7 @@ from limbeck.commands.new.split import split
 from limbeck.commands.new.wishes import TASKS, slug
 from limbeck.config.recipe import _StrictLoader
 from limbeck.elicit.rendering import render
+from limbeck.evaluate.by_label import labels_of
 from limbeck.evaluate.tasks import load_task
 from limbeck.models import placement
 from limbeck.runs.resolve import resolve
@@ -86,15 +87,15 @@ def test_a_table_becomes_a_classifier(here):
         "train.jsonl",
         "held-out.jsonl",
         "task",
-        "task-asked",
     }
     recipe = load_recipe("mine/recipe.yaml")
     method = resolve(recipe)
-    task, asked = method.tasks
-    assert (task.kind.name, asked.kind.name) == ("classification", "generation")
+    (task,) = method.tasks
+    assert task.kind.name == "generation" and "teacher is asked with its question" in task.description
     trained = {prompt.text for prompt in method.training_prompts}
     assert len(trained) == 16 and len(task.items) == 4 and trained.isdisjoint(item.text for item in task.items)
-    assert Counter(task.protocol.labels[item.answer] for item in task.items) == {"good": 2, "bad": 2}
+    assert Counter(item.check["answer"] for item in task.items) == {"good": 2, "bad": 2}
+    assert labels_of(task) == ["bad", "good"]
     assert recipe.elicit[0].params["parse"] == {"label": ["bad", "good"]}
     assert recipe.evaluate.controls == ["untouched", "gold_control"] and recipe.loss[0].name == "cross_entropy"
     assert "2 labels: good 10, bad 10" in said and "16 texts to train on, 4 held out" in said
@@ -111,7 +112,9 @@ def test_the_teacher_is_asked_with_all_labels_and_an_example_of_each():
     for part in row["prompt"].split("Text: ")[1:-1]:
         text, label = part.strip().split("\nLabel: ")
         assert trained[text] == label
-    assert load_task("mine/task-asked").protocol.fill({"prompt": "a {text}"}) == row["prompt"]
+    task = load_task("mine/task")
+    for system, question in (("teacher", row["prompt"]), ("student", "a {text}"), ("gold_control", "a {text}")):
+        assert task.asked_of(system).protocol.fill({"prompt": "a {text}"}) == question
 
 
 ODD = [
@@ -179,8 +182,9 @@ def test_other_encodings(encoding):
 def test_labels_of_the_data_are_learnt_without_a_teacher(here):
     new("--teacher", "none", "--scale", "quick")
     recipe = load_recipe("mine/recipe.yaml")
-    assert recipe.writer[0].by == "corpus" and recipe.elicit is None and not (here / "mine/task-asked").exists()
-    resolve(recipe)
+    assert recipe.writer[0].by == "corpus" and recipe.elicit is None
+    (task,) = resolve(recipe).tasks
+    assert task.protocol.teacher_template is None
     assert recipe.prompts.limit is None and recipe.evaluate.controls == ["untouched"]
 
 
@@ -189,7 +193,7 @@ def test_a_small_run_from_a_table_to_a_measured_student(tiny_folder, here):
     short = ["train.epochs=null", "train.steps=2", "evaluate.own_prompts=2"]
     folder = run(load_recipe("mine/recipe.yaml", short), here / "run").folder
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
-    assert summary["systems"]["student"]["mine-task/acc"]["n"] == 4
+    assert summary["systems"]["student"]["mine-task/pass_rate"]["n"] == 4
 
 
 # The other jobs

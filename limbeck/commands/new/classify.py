@@ -140,7 +140,7 @@ def _shown(examples: Sequence[Example], labels: Sequence[str]) -> list[Example]:
 
 
 def _task(wishes: Wishes, held_out: Sequence[Example], labels: Sequence[str], question: str) -> TaskDraft:
-    """The label that is written: by the student as it learns it, after the text alone; by the teacher to its question."""
+    """The label that is written: by the student after the text alone, by the teacher after its question."""
     check = {"type": "exact", "normalise": False} if nested(labels) else {"type": "choice", "labels": list(labels)}
     asked = without_marks(question).replace("{{ labels | join('\\n- ') }}", "\n- ".join(labels))
     own = {} if corpus(wishes) or PLACEHOLDER.findall(asked) != ["prompt"] else {"teacher_template": asked}
