@@ -76,10 +76,6 @@ class TaskSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def of_teacher(self) -> TaskSettings:
-        """How the teacher is asked, where that is another way."""
-        return self
-
 
 class TemplateSettings(TaskSettings):
     """What comes before the continuation that is scored or written.
@@ -115,13 +111,11 @@ class GenerationSettings(TemplateSettings):
     """Greedy (temperature 0) unless sampled: one answer for each of `seeds`, or `samples` of them (seeds 0, 1, ...).
 
     `pass_at` asks for pass@k over the samples. Without `max_tokens`, the run's own limit applies. `stemmer` is ROUGE's.
-    With `thinking`, `max_tokens` bounds what follows the thinking. `teacher_template` is the template for the teacher,
-    where its question is a longer one than the student's; a control that is shown what the teacher is has it, too.
+    With `thinking`, `max_tokens` bounds what follows the thinking.
     """
 
     format: Literal["plain", "chat"] = "chat"
     template: str = "{prompt}"
-    teacher_template: str | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
@@ -134,10 +128,6 @@ class GenerationSettings(TemplateSettings):
     @model_validator(mode="after")
     def _agree(self) -> GenerationSettings:
         self._require("prompt")
-        if self.teacher_template is not None and PLACEHOLDER.findall(self.teacher_template) != ["prompt"]:
-            raise ValueError(
-                f"teacher_template must name {{prompt}} once and nothing else; got {self.teacher_template!r}"
-            )
         if self.seeds is not None and self.samples is not None:
             raise ValueError("give seeds or samples, not both")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
@@ -153,10 +143,6 @@ class GenerationSettings(TemplateSettings):
         if self.thinking is not None and self.thinking.budgets is not None and self.pass_at:
             raise ValueError("pass_at can't be measured at several budgets of thinking; give thinking.most")
         return self
-
-    def of_teacher(self) -> TaskSettings:
-        template = self.teacher_template
-        return self if template is None else self.model_copy(update={"template": template, "teacher_template": None})
 
     @property
     def draws(self) -> tuple[int, ...]:

@@ -109,9 +109,7 @@ class Bench:
         write = partial(self._ask_server, ask)
         results = {}
         for task in protocol.tasks:
-            run = partial(
-                run_task_by_text, task.asked_of(name), write, answers=by_prompt, max_tokens=protocol.max_tokens
-            )
+            run = partial(run_task_by_text, task, write, answers=by_prompt, max_tokens=protocol.max_tokens)
             results[task.name] = self._cached(f"task-{task.name}+{name}.jsonl", ItemResult, run)
         return SystemRecords(
             name=name, fidelity=[], own=[], own_text=[], free=[], answers=answers, tasks=results, efficiency={}
@@ -251,7 +249,7 @@ class Bench:
         return self._cached(
             f"task-{task.name}+{name}.jsonl",
             ItemResult,
-            lambda: run_task(task.asked_of(name), model(), progress, by_prompt, max_tokens=self.protocol.max_tokens),
+            lambda: run_task(task, model(), progress, by_prompt, max_tokens=self.protocol.max_tokens),
         )
 
     def _report_progress(self, detail: str, done: int, total: int) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from limbeck.config.named_models import TEACHER
 from limbeck.elicit.prompts import Prompt
 from limbeck.evaluate.items import Item, TaskSettings
 from limbeck.evaluate.metrics import Better, TaskMetric
 from limbeck.evaluate.records import CheckedAnswer, ItemResult, Progress
 from limbeck.models.model import Model
-from limbeck.training.controls import PROMPTED
 from limbeck.types import Sampling
 
 PromptDraw = tuple[Prompt, int]  # a prompt and the seed of one answer to it
@@ -67,11 +65,6 @@ class Task:
         """True where `run_task` takes answers that are there already: plain greedy ones, of the length the run
         allows."""
         return self.kind.shares_answers(self.protocol)
-
-    def asked_of(self, system: str) -> Task:
-        """The task as a system of this name is asked: the teacher, and a control that is shown what the teacher is, may
-        have a question of their own."""
-        return replace(self, protocol=self.protocol.of_teacher()) if system in (TEACHER, PROMPTED) else self
 
     @property
     def texts(self) -> list[tuple[str, str]]:

@@ -112,9 +112,10 @@ def test_the_teacher_is_asked_with_all_labels_and_an_example_of_each():
     for part in row["prompt"].split("Text: ")[1:-1]:
         text, label = part.strip().split("\nLabel: ")
         assert trained[text] == label
-    task = load_task("mine/task")
-    for system, question in (("teacher", row["prompt"]), ("student", "a {text}"), ("gold_control", "a {text}")):
-        assert task.asked_of(system).protocol.fill({"prompt": "a {text}"}) == question
+    method = resolve(load_recipe("mine/recipe.yaml"))
+    assert method.tasks[0].protocol.fill({"prompt": "a {text}"}) == "a {text}"
+    (shown,) = method.measured_context.step(({"role": "user", "content": "a {text}"},))
+    assert shown["content"] == row["prompt"], "the teacher is measured with its question"
 
 
 ODD = [
@@ -184,7 +185,7 @@ def test_labels_of_the_data_are_learnt_without_a_teacher(here):
     recipe = load_recipe("mine/recipe.yaml")
     assert recipe.writer[0].by == "corpus" and recipe.elicit is None
     (task,) = resolve(recipe).tasks
-    assert task.protocol.teacher_template is None
+    assert "question" not in task.description
     assert recipe.prompts.limit is None and recipe.evaluate.controls == ["untouched"]
 
 

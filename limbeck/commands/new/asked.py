@@ -21,13 +21,11 @@ from limbeck.commands.new.draft import (
     literal,
     pretrained,
     prompt_rows,
-    without_marks,
 )
 from limbeck.commands.new.gold import check_of_answer, checks_of_results, object_of
 from limbeck.commands.new.parts import both_parts, mean_answer, refuse_conversations, room_for
 from limbeck.commands.new.wishes import Wishes
 from limbeck.elicit.schema import check_schema
-from limbeck.evaluate.items import PLACEHOLDER
 from limbeck.types import UserError
 
 REWRITE = "Summarise the text in one or two sentences."
@@ -69,7 +67,7 @@ def _asked_draft(
     parts, notes = both_parts(wishes, seen)
     room = room_for(wishes, seen.examples)
     gold = corpus(wishes) or (wishes.scale == "full" and all(example.answer for example in parts.training))
-    tasks, more = _checked_tasks(parts.held_out, check, room, asked="" if corpus(wishes) else question)
+    tasks, more = _checked_tasks(parts.held_out, check, room, asked=not corpus(wishes))
     about = (
         [f"{title}, trained on the data's own answers; no teacher is asked."]
         if corpus(wishes)
@@ -94,9 +92,9 @@ def _asked_draft(
 
 
 def _checked_tasks(
-    held_out: Sequence[Example], check: Callable[[Example], dict[str, Any] | None], room: int, *, asked: str
+    held_out: Sequence[Example], check: Callable[[Example], dict[str, Any] | None], room: int, *, asked: bool
 ) -> tuple[dict[str, TaskDraft], list[str]]:
-    """(`task`: the texts alone, with its question for a teacher that is `asked`; what there is to say of it)"""
+    """(`task`: the texts alone, which a teacher that is `asked` sees in its question; what there is to say of it)"""
     compares = importlib.util.find_spec("rouge_score") is not None
     items: list[dict[str, Any]] = []
     for example in held_out:
@@ -111,14 +109,12 @@ def _checked_tasks(
         return {}, [f"no program can judge the answers: fidelity alone is measured{how}; see evaluate.judge"]
     metrics = ["pass_rate"] if any("check" in item for item in items) else []
     metrics += ["rouge_l"] if any("references" in item for item in items) else []
-    plain = without_marks(asked)
-    own: dict[str, Any] = {"teacher_template": plain} if PLACEHOLDER.findall(plain) == ["prompt"] else {}
     task = TaskDraft(
         kind="generation",
-        description="Answers to held-out texts." + (f" {HOW_ASKED}" if own else ""),
+        description="Answers to held-out texts." + (f" {HOW_ASKED}" if asked else ""),
         items=items,
         metrics=[*metrics, "finished", "tokens"],
-        settings={"max_tokens": room} | own,
+        settings={"max_tokens": room},
     )
     return {"task": task}, []
 
@@ -217,7 +213,7 @@ def reason(wishes: Wishes, seen: Seen) -> Draft:
         f"writer: [{{by: elicited, max_tokens: {room}}}]\n"
         "loss: [cross_entropy]\n"
     )
-    tasks, more = _checked_tasks(parts.held_out, lambda example: checks[example.plain], room, asked="")
+    tasks, more = _checked_tasks(parts.held_out, lambda example: checks[example.plain], room, asked=False)
     kinds = sorted({str(row["check"]["type"]) for row in rows})
     return Draft(
         title="Solving problems step by step",

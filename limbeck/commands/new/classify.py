@@ -19,14 +19,12 @@ from limbeck.commands.new.draft import (
     pretrained,
     prompt_rows,
     token_count,
-    without_marks,
 )
 from limbeck.commands.new.labels import label_notes, labels_of, nested, with_labels
 from limbeck.commands.new.parts import split_notes
 from limbeck.commands.new.split import MOST_HELD_OUT, split
 from limbeck.commands.new.wishes import Wishes
 from limbeck.elicit.step import ANSWER_SHARE
-from limbeck.evaluate.items import PLACEHOLDER
 from limbeck.types import UserError
 
 MOST_SHOWN = 40  # examples in the question
@@ -62,7 +60,7 @@ def classify(wishes: Wishes, seen: Seen) -> Draft:
         about=_about(wishes),
         training=prompt_rows(parts.training, answers=with_gold),
         held_out=prompt_rows(parts.held_out, answers=False)[:FIDELITY_ITEMS],
-        tasks={"task": _task(wishes, parts.held_out, order, question)},
+        tasks={"task": _task(wishes, parts.held_out, order)},
         text=_text(wishes, order, question, int(longest)),
         answer_tokens=mean_tokens([example.answer for example in seen.examples]),
         max_tokens=_text_tokens(int(longest)),
@@ -139,15 +137,13 @@ def _shown(examples: Sequence[Example], labels: Sequence[str]) -> list[Example]:
     return [fit[label] for label in labels] if len(fit) == len(labels) <= MOST_SHOWN else []
 
 
-def _task(wishes: Wishes, held_out: Sequence[Example], labels: Sequence[str], question: str) -> TaskDraft:
+def _task(wishes: Wishes, held_out: Sequence[Example], labels: Sequence[str]) -> TaskDraft:
     """The label that is written: by the student after the text alone, by the teacher after its question."""
     check = {"type": "exact", "normalise": False} if nested(labels) else {"type": "choice", "labels": list(labels)}
-    asked = without_marks(question).replace("{{ labels | join('\\n- ') }}", "\n- ".join(labels))
-    own = {} if corpus(wishes) or PLACEHOLDER.findall(asked) != ["prompt"] else {"teacher_template": asked}
     return TaskDraft(
         kind="generation",
-        description=f"The label of a text; {len(labels)} labels." + (f" {HOW_ASKED}" if own else ""),
+        description=f"The label of a text; {len(labels)} labels." + ("" if corpus(wishes) else f" {HOW_ASKED}"),
         items=[{"prompt": example.text, "check": check | {"answer": example.answer}} for example in held_out],
         metrics=["pass_rate", "tokens"],
-        settings=own | {"max_tokens": _room(int(max(map(token_count, labels))))},
+        settings={"max_tokens": _room(int(max(map(token_count, labels))))},
     )
