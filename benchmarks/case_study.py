@@ -21,7 +21,14 @@ from limbeck.storage.files import write_json
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence"
 TEACHER = "qwen2.5-coder-1.5b-instruct"  # the strongest model known by name that answers on two cores
-STUDENTS = {"full": [], "adapters": ["--set=student.lora={rank: 16, alpha: 32}", "--set=train.lr=1.0e-3"]}
+STUDENTS = {  # the control that learns the data's own answers is trained once
+    "full": [],
+    "adapters": [
+        "--set=student.lora={rank: 16, alpha: 32}",
+        "--set=train.lr=1.0e-3",
+        "--set=evaluate.controls=[untouched]",
+    ],
+}
 
 
 def limbeck(*arguments: str) -> float:

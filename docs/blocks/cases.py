@@ -15,8 +15,8 @@ STUDENTS = {"full": "all weights", "adapters": "adapters"}
 
 
 def case_intents() -> str:
-    """Accuracy of the labels: the students see the text alone, the teacher its question."""
-    return _case("case-intents", {"acc": "accuracy"})
+    """Shares of right labels: the students see the text alone, the teacher its question."""
+    return _case("case-intents", {"pass_rate": "right labels"})
 
 
 def case_names() -> str:
@@ -28,7 +28,7 @@ def case_maths() -> str:
 
 
 def _case(name: str, metrics: Mapping[str, str]) -> str:
-    """A table of systems; the plain task, and the task as the teacher is asked."""
+    """A table of systems on the task."""
     file = EVIDENCE / f"{name}.json"
     if not file.is_file():
         return f"Not measured yet: `make {name} DATA=...`."
@@ -41,8 +41,8 @@ def _case(name: str, metrics: Mapping[str, str]) -> str:
                 continue
             title = label(system) if shared else f"{label(system)}, {STUDENTS[student]}"
             plain = [_cell(values.get(f"made-task/{metric}")) for metric in metrics]
-            rows.append([title, *plain, _cell(values.get("made-task-asked/pass_rate")), *_speed(of, system)])
-    titles = ["system", *metrics.values(), "with the teacher's question", "first token", "tokens a second"]
+            rows.append([title, *plain, *_speed(of, system)])
+    titles = ["system", *metrics.values(), "first token", "tokens a second"]
     verdicts = [f"{STUDENTS[student].capitalize()}: {of['verdict']}" for student, of in found["students"].items()]
     minutes = ", ".join(f"{STUDENTS[name]} {seconds / 60:.0f}" for name, seconds in found["seconds"].items())
     notes = (

@@ -117,12 +117,6 @@ def literal(text: str) -> str:
     return MARK.sub(lambda match: f"{{{{ '{match[0]}' }}}}", text)
 
 
-def without_marks(template: str) -> str:
-    """The template as that of a task, where {prompt} stands for the text and nothing else means anything."""
-    plain = template.replace("{{ prompt }}", "{prompt}")
-    return re.sub(r"\{\{ '(\{[{%#])' \}\}", r"\1", plain)
-
-
 def corpus(wishes: Wishes) -> bool:
     """Whether the student learns the data's own answers, and no teacher is asked."""
     return not wishes.has_teacher
