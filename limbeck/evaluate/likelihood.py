@@ -12,23 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from limbeck.evaluate.items import TemplateSettings
 from limbeck.evaluate.records import Progress
-from limbeck.models.model import Model, head_of, hidden_states
-from limbeck.models.slots import takes_slots
+from limbeck.models.model import Model, head_of
+from limbeck.models.states import shared_states, shares_prefixes
 from limbeck.objectives.log_probs import token_log_probs
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import UserError
 
 TOKENS_TOGETHER = 1024
-CACHED_TOGETHER = 8 * 1024  # with the prompt's keys and values, which each row has
+CACHED_TOGETHER = 8 * 1024  # where the prompt is read once, and its keys and values are there for each row
 LEAST_SAVED = 64  # tokens that reading a prompt once must spare: it takes a pass of its own
 
 
@@ -99,8 +97,8 @@ def log_probs(
     training = system.net.training
     system.net.eval()
     try:
-        for prompt, rows in _batches(system, continuations, shared):
-            for index, value in _run(system, continuations, {row: shared[row] for row in rows}, prompt):
+        for rows in _batches(system, continuations, shared):
+            for index, value in _run(system, continuations, {row: shared[row] for row in rows}):
                 if not np.isfinite(value):
                     raise UserError(
                         f"{continuations[index].item}: the model gives it a log-probability that is not finite; its"
@@ -127,23 +125,16 @@ def _shared_rows(continuations: Sequence[Continuation]) -> dict[int, list[int]]:
     return shared
 
 
-def _batches(
-    system: Model, continuations: Sequence[Continuation], shared: dict[int, list[int]]
-) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-    """(the prompt that is read once, or nothing; the rows that are run together)."""
-    together: dict[tuple[int, ...], list[int]] = {}
-    if takes_slots(system.net):
-        for row, indices in shared.items():
-            if {continuations[index].prompt_ids for index in indices} == {continuations[row].prompt_ids}:
-                together.setdefault(continuations[row].prompt_ids, []).append(row)
-    alone = set(shared)
-    for prompt, rows in together.items():
+def _batches(system: Model, continuations: Sequence[Continuation], shared: dict[int, list[int]]) -> Iterator[list[int]]:
+    """The rows that are run together: those after one prompt, which is read once, and the others by their lengths."""
+    lengths = {row: len(continuations[row].inputs) for row in shared}
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for row in shared if shares_prefixes(system.net) else ():
+        by_prompt.setdefault(continuations[row].prompt_ids, []).append(row)
+    for prompt, rows in by_prompt.items():
         if len(prompt) * (len(rows) - 1) >= LEAST_SAVED:
-            alone -= set(rows)
-            for batch in _like_long({row: len(prompt) + len(continuations[row].ids) for row in rows}, CACHED_TOGETHER):
-                yield prompt, batch
-    for batch in _like_long({row: len(continuations[row].inputs) for row in shared if row in alone}, TOKENS_TOGETHER):
-        yield (), batch
+            yield from _like_long({row: lengths.pop(row) for row in rows}, CACHED_TOGETHER)
+    yield from _like_long(lengths, TOKENS_TOGETHER)
 
 
 def _like_long(lengths: Mapping[int, int], limit: int) -> list[list[int]]:
@@ -158,46 +149,29 @@ def _like_long(lengths: Mapping[int, int], limit: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _run(
-    system: Model, continuations: Sequence[Continuation], shared: dict[int, list[int]], prompt: tuple[int, ...]
-) -> list[tuple[int, float]]:
-    """(index, log-probability) of every continuation that the rows hold. A `prompt` is read once for all of them.
-    Padded on the right, which causal attention never sees."""
+def _run(system: Model, continuations: Sequence[Continuation], shared: dict[int, list[int]]) -> list[tuple[int, float]]:
+    """(index, log-probability) of every continuation that the rows hold. Padded on the right, which causal attention
+    never sees."""
     net = system.net
-    inputs = {row: continuations[row].inputs[len(prompt) :] for row in shared}
-    tokens_BT = torch.zeros(len(shared), max(map(len, inputs.values())), dtype=torch.long)
+    width = max(len(continuations[row].inputs) for row in shared)
+    tokens_BT = torch.zeros(len(shared), width, dtype=torch.long)
     rows: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
     for row, (longest, indices) in enumerate(shared.items()):
-        tokens_BT[row, : len(inputs[longest])] = torch.tensor(inputs[longest])
+        tokens_BT[row, : len(continuations[longest].inputs)] = torch.tensor(continuations[longest].inputs)
         for index in indices:
-            start = 0 if prompt else len(continuations[index].prompt_ids) - 1
+            start = len(continuations[index].prompt_ids) - 1
             ids = continuations[index].ids
             rows += [row] * len(ids)
             positions += range(start, start + len(ids))
             targets += ids
             owners += [index] * len(ids)
-    hidden_BTD = _after(net, prompt, tokens_BT) if prompt else hidden_states(net, tokens_BT.to(net.device))
+    hidden_BTD = shared_states(net, tokens_BT)
     targets_N = torch.tensor(targets, device=net.device)
     values_N: Tensor = token_log_probs(hidden_BTD[rows, positions], head_of(net), targets_N).cpu().double()
     sums: dict[int, float] = {}
     for owner, value in zip(owners, values_N.tolist(), strict=True):
         sums[owner] = sums.get(owner, 0.0) + value
     return list(sums.items())
-
-
-def _after(net: PreTrainedModel, prompt: tuple[int, ...], tokens_BT: Tensor) -> Tensor:
-    """Last hidden states [B, 1 + T, D] of the prompt's last token and of the tokens after it."""
-    decoder: Any = net.get_decoder()
-    cache = DynamicCache()
-    prompt_1T = torch.tensor([prompt], device=net.device)
-    last_11D: Tensor = decoder(input_ids=prompt_1T, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
-    last_B1D = last_11D.expand(len(tokens_BT), -1, -1)
-    if not tokens_BT.shape[1]:
-        return last_B1D
-    cache.batch_repeat_interleave(len(tokens_BT))
-    tokens_BT = tokens_BT.to(net.device)
-    after_BTD = decoder(input_ids=tokens_BT, past_key_values=cache, use_cache=True).last_hidden_state
-    return torch.cat([last_B1D, after_BTD], dim=1)

@@ -56,6 +56,11 @@ def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     return torch.cat([first_1PD.expand(rows, -1, -1), rest_BTD], dim=1)
 
 
+def shares_prefixes(net: PreTrainedModel) -> bool:
+    """Whether `shared_states` computes a common prefix once."""
+    return _may_share(net.get_decoder())
+
+
 def common_prefix(tokens_BT: Tensor) -> int:
     """The length of the prefix that all rows share; less than the width, and 0 for a single row."""
     rows, width = tokens_BT.shape

@@ -24,7 +24,7 @@ from limbeck.evaluate.ranking import score_rankings
 from limbeck.evaluate.rolling import perplexity, score_passages, windows
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
-from limbeck.models.slots import takes_slots
+from limbeck.models.states import shares_prefixes
 from limbeck.types import UserError
 from tests.families import FAMILIES, make_model
 
@@ -103,9 +103,9 @@ def test_log_probs_do_not_depend_on_batch_padding_order_or_neighbours(tiny, monk
 
 def test_rows_that_begin_a_longer_row_are_not_run(tiny, monkeypatch):
     rows = []
-    hidden_states = likelihood.hidden_states
+    states = likelihood.shared_states
     monkeypatch.setattr(
-        likelihood, "hidden_states", lambda net, tokens_BT: rows.append(len(tokens_BT)) or hidden_states(net, tokens_BT)
+        likelihood, "shared_states", lambda net, tokens_BT: rows.append(len(tokens_BT)) or states(net, tokens_BT)
     )
     wanted = [Continuation(str(n), (5, 6, 7), (n,)) for n in range(10, 16)] + [Continuation("long", (5, 6), (7, 8, 9))]
     log_probs(tiny, wanted)
@@ -124,7 +124,7 @@ def test_a_prompt_of_several_continuations_is_read_once_in_every_family(family, 
     values = log_probs(model, wanted)
     tokens = sum(read)
     assert values == pytest.approx([slow(model.net, one.prompt_ids, one.ids) for one in wanted], abs=1e-4)
-    assert tokens < 100 if takes_slots(model.net) else tokens > 150
+    assert tokens < 100 if shares_prefixes(model.net) else tokens > 150
 
 
 def test_dropout_is_off_while_scoring_and_the_mode_comes_back(tiny):
