@@ -141,7 +141,8 @@ def stage_data(resolved: Mapping[str, Any], name: str, student: str | None) -> d
         RecipeError: the stage reads a previous student, and there is none yet.
     """
     stage = resolved["rounds"]["stages"][name]
-    data = {key: value for key, value in resolved.items() if key not in ("rounds", *TEXT)} | stage
+    data: dict[str, Any] = {key: value for key, value in resolved.items() if key not in ("rounds", *TEXT)}
+    data |= stage
     data["title"] = f"{data.get('title') or data['name']}, {name}"
     start = resolved["student"]["start"].get("pretrained") if student is None else student
     data["teacher"] = _taught_by(data["teacher"], start, None)
@@ -165,8 +166,8 @@ def with_stages(data: Mapping[str, Any], folders: Mapping[str, str]) -> dict[str
 
 
 def _with_folder(reward: dict[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
-    named = reward["params"].get("path") if reward["name"] == "model" else None
-    return reward | {"params": reward["params"] | {"path": folders[named]}} if named in folders else reward
+    folder = folders.get(reward["params"].get("path", "")) if reward["name"] == "model" else None
+    return reward if folder is None else reward | {"params": reward["params"] | {"path": folder}}
 
 
 def _taught_by(teacher: Any, previous: str | None, template: str | None) -> Any:

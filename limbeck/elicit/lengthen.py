@@ -120,7 +120,7 @@ class Lengthen(AskingStep):
         control = context.reader(self.by).control
         parts = [(growth, _expand(growth, control)) for growth in growths]
         begun = []
-        for growth, question, reply in (yield from self._ask(parts, context, number, "ok", "length")):
+        for growth, question, reply in (yield from self._ask(parts, context, number, ("ok", "length"))):
             if beginning := _beginning(said_by(reply), ending(reply) == "ok"):
                 begun.append((growth, question, reply, beginning))
             else:
@@ -128,7 +128,7 @@ class Lengthen(AskingStep):
         ends = [(growth, _go_on(growth, beginning, control)) for growth, _, _, beginning in begun]
         before = {id(growth): (question, reply, beginning) for growth, question, reply, beginning in begun}
         longer = []
-        for growth, question, reply in (yield from self._ask(ends, context, number, "ok")):
+        for growth, question, reply in (yield from self._ask(ends, context, number)):
             first_question, first_reply, beginning = before[id(growth)]
             text = _joined(beginning, said_by(reply).strip())
             growth.fault = self._fault(growth.text, text)
@@ -139,7 +139,7 @@ class Lengthen(AskingStep):
         return longer
 
     def _ask(
-        self, turns: Sequence[tuple[Growth, str]], context: StepContext, number: int, *endings: str
+        self, turns: Sequence[tuple[Growth, str]], context: StepContext, number: int, endings: Collection[str] = ("ok",)
     ) -> Questions[list[tuple[Growth, str, Sample]]]:
         """(growth, its question, the reply) of every question whose reply ends so; the others get a `fault`."""
         reader = context.reader(self.by)
