@@ -39,6 +39,9 @@ def plausible(request):
         "Task: (the task)": f"Task: Tell {said}\nAnswer: {text.partition(chr(10))[2].partition(chr(10))[0]}",
         "Problem: (everything": f"Problem: Print {said}\nSolution: so\n```python\nprint('{said}')\n```",
         "\nUser:": f"And {said}?",
+        "Write this part anew": f"So {said} it is. {said.upper()} too, and more of {said[:11]}. Then on.",
+        "Go on where the beginning ends": f"There is {' '.join(words_of(request, 9))} besides.",
+        "Answer with the number alone": str(int(request.key[0], 16) % 6),
         "Describe the text as JSON": f'{{"topic": "{said}", "kind": "story", "names": []}}',
         "Answer with one word, yes or no": "Yes." if "2 and 2" in text else "no",
     }.items():

@@ -9,12 +9,12 @@ from limbeck.config.server import LIMITS_ALONE
 
 PAGE = ("title", "paper")
 EVALUATION = "evaluate"
-HOW_MANY_ROUNDS = ("n", "stop")
+HOW_MANY_ROUNDS = ("n", "stop", "at_once")
 
 
 def training_part(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """What text and training depend on: not the evaluation, the page's words, how often to save, how many rounds there
-    are, or a server's limits. All that may change under a run."""
+    are, what they are compared with, or a server's limits. All that may change under a run."""
     data = {key: value for key, value in resolved.items() if key not in (*PAGE, EVALUATION)}
     if isinstance(data.get("train"), Mapping):
         data["train"] = _without(data["train"], ("save_seconds",))

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.machine import Machine
 from limbeck.config.named_models import NamedModel, named_models
-from limbeck.config.rounds import Rounds, check_previous, round_data
+from limbeck.config.rounds import Rounds, check_previous, round_data, stage_data, with_stages
 from limbeck.config.sections import (
     Elicit,
     Evaluate,
@@ -186,9 +186,16 @@ class Recipe(Section):
         """All settings that have a value, defaults included, as plain data."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
-    def of_round(self, number: int, student: str | None, base: str | None = None) -> Recipe:
-        """Round `number` as an ordinary recipe (see `rounds.round_data`)."""
-        return parse(round_data(self.resolved(), number, student, base)).model_copy(update={"machine": self.machine})
+    def of_round(
+        self, number: int, student: str | None, base: str | None = None, stages: Mapping[str, str] | None = None
+    ) -> Recipe:
+        """Round `number` as an ordinary recipe (see `rounds.round_data`); `stages` are the folders of its stages."""
+        data = with_stages(round_data(self.resolved(), number, student, base), stages or {})
+        return parse(data).model_copy(update={"machine": self.machine})
+
+    def of_stage(self, name: str, student: str | None) -> Recipe:
+        """A stage of the rounds as an ordinary recipe (see `rounds.stage_data`)."""
+        return parse(stage_data(self.resolved(), name, student)).model_copy(update={"machine": self.machine})
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | Path | None = None) -> Recipe:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from limbeck.config.named_models import MODEL_NAME, RESERVED
 from limbeck.config.sections import Section
 from limbeck.types import RecipeError, UserError, nearest
 
 PREVIOUS = "previous"  # the student of the round before; in the first round, the student's start
 TEXT = ("elicit", "writer", "rollout")  # how text is made: `first` replaces all of it or nothing
 IN_FIRST = (*TEXT, "loss", "train", "prompts")
+IN_STAGES = ("student", "prompts", "elicit", "writer", "loss", "train", "evaluate")
+OF_EVALUATION = ("prompts", "limit", "max_tokens")  # what a stage without `evaluate` has in common with the recipe
 
 
 class Rounds(Section):
@@ -21,13 +24,19 @@ class Rounds(Section):
     A round starts from the `base`, which is the first round's start, or from the `previous` student. With `stop`, a
     metric such as sums/pass_rate, no round follows one whose student is not better by it than the student before.
     `first` has sections of the recipe (loss, writer, ...) for a training before the rounds, round 0; its student is
-    then their base.
+    then their base. With `at_once`, one more run asks for as much text and takes as many steps as all rounds together,
+    in a single round: the control that says whether it is the rounds.
+
+    `stages` are trainings of other models before each round's own, by name: a reward model each (`student` with
+    `head: scalar`), made of sections in the place of the recipe's own. The round's rewards call it by its name.
     """
 
     n: Annotated[int, Field(ge=1, le=100)]
     restart: Literal["base", "previous"] = "base"
     stop: str | None = None
     first: Annotated[dict[str, Any], Field(min_length=1)] | None = None
+    at_once: Annotated[Literal[True] | None, BeforeValidator(lambda value: value or None)] = None
+    stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] | None = None
 
     @field_validator("first")
     @classmethod
@@ -36,6 +45,26 @@ class Rounds(Section):
             if key not in IN_FIRST:
                 raise ValueError(f"{key!r} can't be other than in the rounds{nearest(key, IN_FIRST)}")
         return first
+
+    @model_validator(mode="after")
+    def _stages_are_complete(self) -> Rounds:
+        for name, stage in (self.stages or {}).items():
+            path = f"rounds.stages.{name}"
+            if not MODEL_NAME.fullmatch(name) or name in RESERVED:
+                raise RecipeError(path, "a stage is called by its name: small letters and digits, such as judge")
+            for key in stage:
+                if key not in IN_STAGES:
+                    raise RecipeError(path, f"{key!r} is no section of a stage{nearest(key, IN_STAGES)}")
+            for key in ("student", "writer", "loss", "train"):
+                if key not in stage and not (key == "writer" and "elicit" in stage):
+                    raise RecipeError(path, f"{key} is missing: a stage has its own")
+            own = stage["student"]
+            start = own.get("start") if isinstance(own, Mapping) else None
+            if not isinstance(start, Mapping) or "pretrained" not in start or own.get("head") != "scalar":
+                raise RecipeError(path, "student must be a reward model: {start: {pretrained: ...}, head: scalar}")
+        if self.stages and self.at_once:
+            raise ValueError("at_once is one training, and stages are several; leave one of them out")
+        return self
 
     @property
     def numbers(self) -> range:
@@ -100,6 +129,45 @@ def round_data(
     if student not in (None, start) and any(writer["by"] == PREVIOUS for writer in data["writer"]):
         data["previous"] = student
     return data
+
+
+def stage_data(resolved: Mapping[str, Any], name: str, student: str | None) -> dict[str, Any]:
+    """A stage of a resolved recipe as the data of an ordinary one.
+
+    Args:
+        student: the folder of the student before the round; None where that is the recipe's start.
+
+    Raises:
+        RecipeError: the stage reads a previous student, and there is none yet.
+    """
+    stage = resolved["rounds"]["stages"][name]
+    data: dict[str, Any] = {key: value for key, value in resolved.items() if key not in ("rounds", *TEXT)}
+    data |= stage
+    data["title"] = f"{data.get('title') or data['name']}, {name}"
+    start = resolved["student"]["start"].get("pretrained") if student is None else student
+    data["teacher"] = _taught_by(data["teacher"], start, None)
+    writers = [writer["by"] for writer in data.get("writer", ()) if isinstance(writer, Mapping) and "by" in writer]
+    if PREVIOUS in writers:
+        if start is None:
+            raise RecipeError("rounds.first", "there is no student before round 1: give first, or start.pretrained")
+        data["previous"] = start
+    if "evaluate" not in stage:
+        data["evaluate"] = {key: data["evaluate"][key] for key in OF_EVALUATION if key in data["evaluate"]}
+    return data
+
+
+def with_stages(data: Mapping[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
+    """A round's data with the folders of its stages where rewards call them by their names."""
+    if not folders:
+        return dict(data)
+    rollout = dict(data.get("rollout") or {})
+    rewards = [_with_folder(entry, folders) for entry in rollout.get("rewards", ())]
+    return {**data, "rollout": rollout | {"rewards": rewards}} if rewards else dict(data)
+
+
+def _with_folder(reward: dict[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
+    folder = folders.get(reward["params"].get("path", "")) if reward["name"] == "model" else None
+    return reward if folder is None else reward | {"params": reward["params"] | {"path": folder}}
 
 
 def _taught_by(teacher: Any, previous: str | None, template: str | None) -> Any:

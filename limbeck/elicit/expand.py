@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from limbeck.config.named_models import TEACHER
 from limbeck.elicit.flow import (
     Pool,
     Questions,
@@ -22,7 +23,7 @@ from limbeck.elicit.flow import (
 )
 from limbeck.elicit.select import has_word
 from limbeck.elicit.similar import Novelty
-from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.elicit.step import ANSWER_SHARE, AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.wording import fill, items, numbered, parts
 from limbeck.types import Sample, Sampling
 
@@ -91,10 +92,12 @@ class SelfInstruct(AskingStep):
     `shown` tasks, `made` of them new ones and the rest seeds. New tasks must pass some filters, and their ROUGE-L with
     all others must be at most `threshold`. The model then says whether a task is a classification and writes instances:
     the label first if it is, the input first if not. The sampler is the paper's without the frequency penalty and stop
-    texts; the paper prompted GPT-3, the prompts here are ours. `instances` of each task are kept."""
+    texts; the paper prompted GPT-3, the prompts here are ours. `instances` of each task are kept; with 0 none are
+    written, and the tasks wait for an answer. `by` is the model that writes it all."""
 
     kind = "expand"
     paper = "Wang et al., arXiv:2212.10560"
+    by: By = TEACHER
     count: Annotated[int, Field(ge=1)] = 100
     requests: Annotated[int, Field(ge=1)] = 100
     together: Annotated[int, Field(ge=1)] = 5
@@ -106,12 +109,14 @@ class SelfInstruct(AskingStep):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 2.0
     max_tokens: TokenCount = 512
     instance_tokens: TokenCount = 300
-    instances: Annotated[int, Field(ge=1, le=5)] = 1
+    instances: Annotated[int, Field(ge=0, le=5)] = 1
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         tasks = yield from self._tasks(pool, context, tally)
+        if self.instances == 0:
+            return tasks
         replies = yield from ask(
-            [context.request((user(_is_classification(task)),), Sampling(0.0, 1.0, 3)) for task in tasks]
+            [context.request((user(_is_classification(task)),), Sampling(0.0, 1.0, 3), by=self.by) for task in tasks]
         )
         classification = [said_by(reply).strip().lower().startswith("yes") for reply in replies]
         tally.facts["classification"] = sum(classification) / max(1, len(classification))
@@ -119,7 +124,7 @@ class SelfInstruct(AskingStep):
         templates = [OUTPUT_FIRST if label_first else INPUT_FIRST for label_first in classification]
         replies = yield from ask(
             [
-                context.request((user(fill(template, task=prompt_of(task))),), sampling)
+                context.request((user(fill(template, task=prompt_of(task))),), sampling, by=self.by)
                 for task, template in zip(tasks, templates, strict=True)
             ]
         )
@@ -141,7 +146,7 @@ class SelfInstruct(AskingStep):
             groups = [self._demonstrations(pool, tasks, context.rng("shown", number)) for number in numbers]
             replies = yield from ask(
                 [
-                    context.request((user(_more(group)),), sampling, number)
+                    context.request((user(_more(group)),), sampling, number, by=self.by)
                     for number, group in zip(numbers, groups, strict=True)
                 ]
             )
@@ -197,8 +202,13 @@ class SelfInstruct(AskingStep):
         return samples
 
     def estimate(self, _: int) -> Estimate:
-        tokens = self.requests * self.max_tokens + self.count * (self.instance_tokens + 3)
-        return Estimate(self.requests + 2 * self.count, int(tokens * ANSWER_SHARE), samples=self.count * self.instances)
+        instances = self.count if self.instances else 0
+        tokens = self.requests * self.max_tokens + instances * (self.instance_tokens + 3)
+        samples = self.count * max(1, self.instances)
+        return Estimate(self.requests + 2 * instances, int(tokens * ANSWER_SHARE), samples=samples)
+
+    def answer_tokens(self) -> float | None:
+        return super().answer_tokens() if self.instances else None
 
 
 def _more(group: Pool) -> str:

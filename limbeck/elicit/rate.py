@@ -34,7 +34,8 @@ from limbeck.elicit.ratings import NOT_APPLICABLE, TOO_LONG, UNREADABLE, AspectQ
 from limbeck.elicit.step import AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.types import Message, Sample, Sampling, nearest
 
-Found = dict[tuple[int, str], tuple[float | str, str]]  # by (place, aspect): the rating, and the id of its reply
+# by (place, aspect, number of the time it was asked): the rating, and the id of its reply
+Found = dict[tuple[int, str, int], tuple[float | str, str]]
 RETRIED = 1000  # what numbers of tries begin with: they tell requests of one question apart
 WARM = 0.7  # the temperature of another try where the first one was greedy
 
@@ -55,13 +56,16 @@ class Rate(AskingStep):
     name that is known here, or has its question: `{brevity: Is it short?}`. All answers to a prompt are shown
     `together`, in a drawn order, or each alone. It gives `reasons` first, or the number alone, which a model here is
     held to. With `expected`, nothing is written: the score is the mean of the scale under the judge's probabilities
-    (G-Eval, d-RLAIF). With `draw`, so many of the aspects are drawn for each prompt (CodeUltraFeedback: 1). Each answer
-    gets a score of every aspect's name and `rating`, their mean; one without a readable rating has neither, after
-    `retries` further tries. UltraFeedback describes every level of every aspect; here the wording is ours."""
+    (G-Eval, d-RLAIF). With `draw`, so many of the aspects are drawn for each prompt (CodeUltraFeedback: 1). Asked
+    `times` times, a rating is the mean of those that can be read (self-rewarding). Each answer gets a score of every
+    aspect's name and `rating`, their mean; one without a readable rating has neither, after `retries` further tries.
+    UltraFeedback describes every level of every aspect; here the wording is ours, also of `additive`, the points of
+    self-rewarding (scale [0, 5])."""
 
     kind = "feedback"
     paper = (
-        "Cui et al., arXiv:2310.01377; code: Weyssow et al., arXiv:2403.09032; expected: Liu et al., arXiv:2303.16634"
+        "Cui et al., arXiv:2310.01377; code: Weyssow et al., arXiv:2403.09032; expected: Liu et al., arXiv:2303.16634;"
+        " additive, times: Yuan et al., arXiv:2401.10020"
     )
     by: By = TEACHER
     aspects: Annotated[dict[str, str], Field(min_length=1)] = Field(default={"helpfulness": ASPECTS["helpfulness"]})
@@ -70,6 +74,7 @@ class Rate(AskingStep):
     draw: Annotated[int, Field(ge=1)] | None = None
     reasons: bool = True
     expected: bool = False
+    times: Annotated[int, Field(ge=1, le=100)] = 1
     retries: Annotated[int, Field(ge=0, le=20)] = 2
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
@@ -97,6 +102,9 @@ class Rate(AskingStep):
             raise ValueError("expected compares single digits: give a scale up to 9, or leave it out")
         if self.draw is not None and self.draw > len(self.aspects):
             raise ValueError(f"{self.draw} of {len(self.aspects)} aspects can't be drawn")
+        if self.times > 1 and (self.expected or self.temperature == 0):
+            said = "expected is a mean already" if self.expected else "at temperature 0 they are all the same"
+            raise ValueError(f"times asks for {self.times} ratings, and {said}; change that, or leave times out")
         return self
 
     @property
@@ -117,7 +125,7 @@ class Rate(AskingStep):
         identity = context.identity(self.by)
         tally.facts["of_its_own_answers"] = sum(sample.writer == identity for sample in samples) / max(1, len(samples))
         rated = [self._rated(place, sample, ratings) for place, sample in enumerate(samples)]
-        self._account(rated, tally)
+        self._account(len(rated), ratings, tally)
         return rated
 
     def _questions(self, samples: Pool, context: StepContext) -> list[Question]:
@@ -155,9 +163,9 @@ class Rate(AskingStep):
         nats = [log_prob.nats for log_prob in log_probs]
         for number, question in enumerate(fit):
             part = nats[number * len(digits) : (number + 1) * len(digits)]
-            ratings[question.places[0], question.asked.aspect] = expected(part) - 1 + low, ""
+            ratings[question.places[0], question.asked.aspect, 0] = expected(part) - 1 + low, ""
         for question in questions:
-            ratings.setdefault((question.places[0], question.asked.aspect), (TOO_LONG, ""))
+            ratings.setdefault((question.places[0], question.asked.aspect, 0), (TOO_LONG, ""))
 
     def _ask(
         self,
@@ -170,24 +178,26 @@ class Rate(AskingStep):
         waiting = []
         for question in questions:
             if reader.fits(question.messages, self.max_tokens):
-                waiting.append(question)
+                waiting += [(question, time) for time in range(self.times)]
             else:
-                ratings |= {(place, question.asked.aspect): (TOO_LONG, "") for place in question.places}
+                ratings |= {(place, question.asked.aspect, 0): (TOO_LONG, "") for place in question.places}
         for attempt in range(self.retries + 1):
             sampling = Sampling(self.temperature or (WARM if attempt else 0.0), self.top_p, self.max_tokens)
             requests = []
-            for question in waiting:
+            for question, time in waiting:
                 form = question.asked.form(len(question.places))
                 form = None if form is None or reader.unheld(form) else form
-                requests.append(context.request(question.messages, sampling, RETRIED * attempt, form=form, by=self.by))
+                number = RETRIED * attempt + time
+                requests.append(context.request(question.messages, sampling, number, form=form, by=self.by))
             replies = yield from ask(requests)
             again = []
-            for question, reply in zip(waiting, replies, strict=True):
-                for place, rating in zip(question.places, self._read(question, reply), strict=True):
-                    if ratings.get((place, question.asked.aspect), (UNREADABLE, ""))[0] == UNREADABLE:
-                        ratings[place, question.asked.aspect] = rating, reply.id
-                if any(ratings[place, question.asked.aspect][0] == UNREADABLE for place in question.places):
-                    again.append(question)
+            for (question, time), reply in zip(waiting, replies, strict=True):
+                keys = [(place, question.asked.aspect, time) for place in question.places]
+                for key, rating in zip(keys, self._read(question, reply), strict=True):
+                    if ratings.get(key, (UNREADABLE, ""))[0] == UNREADABLE:
+                        ratings[key] = rating, reply.id
+                if any(ratings[key][0] == UNREADABLE for key in keys):
+                    again.append((question, time))
             waiting = again
             if waiting and attempt < self.retries:
                 tally.add("asked_again", len(waiting))
@@ -201,8 +211,9 @@ class Rate(AskingStep):
 
     def _rated(self, place: int, sample: Sample, ratings: Found) -> Sample:
         """The sample with its ratings, and the scores that follow from them."""
-        own = {aspect: ratings[place, aspect][0] for aspect in self.aspects if (place, aspect) in ratings}
-        replies = [reply for aspect in own if (reply := ratings[place, aspect][1])]
+        each = {aspect: self._each(place, aspect, ratings) for aspect in self.aspects}
+        own = {aspect: averaged([rating for rating, _ in found]) for aspect, found in each.items() if found}
+        replies = [reply for found in each.values() for _, reply in found if reply]
         numbers = {aspect: float(value) for aspect, value in own.items() if not isinstance(value, str)}
         unread = any(value in (UNREADABLE, TOO_LONG) for value in own.values())
         mean = {} if unread or not numbers else {"rating": sum(numbers.values()) / len(numbers)}
@@ -211,10 +222,20 @@ class Rate(AskingStep):
             replace(sample, parents=tuple(dict.fromkeys((*sample.parents, *replies))), meta=meta), **numbers, **mean
         )
 
-    def _account(self, rated: Pool, tally: Tally) -> None:
-        values = [value for sample in rated for value in sample.meta["ratings"].values()]
-        numbers = [value for value in values if not isinstance(value, str)]
+    def _each(self, place: int, aspect: str, ratings: Found) -> list[tuple[float | str, str]]:
+        """An answer's ratings by an aspect, one for each time that it was asked for, with the ids of their replies."""
+        keys = [(place, aspect, time) for time in range(self.times)]
+        return [ratings[key] for key in keys if key in ratings]
+
+    def _account(self, samples: int, ratings: Found, tally: Tally) -> None:
+        keys = [(place, aspect) for place in range(samples) for aspect in self.aspects]
+        each = [[rating for rating, _ in self._each(*key, ratings)] for key in keys]
+        values = [value for several in each for value in several]
+        if self.times > 1:
+            read = [of for several in each if len(of := [v for v in several if not isinstance(v, str)]) > 1]
+            tally.facts["same_each_time"] = sum(len(set(of)) == 1 for of in read) / max(1, len(read))
         tally.facts["ratings"] = len(values)
+        numbers = [value for value in values if not isinstance(value, str)]
         for kind in (UNREADABLE, TOO_LONG, NOT_APPLICABLE):
             if count := values.count(kind):
                 tally.facts[kind.replace(" ", "_")] = count
@@ -229,7 +250,7 @@ class Rate(AskingStep):
 
     def estimate(self, samples: int) -> Estimate:
         """At most: each answer is asked about alone, without further tries."""
-        asked = samples * (self.draw or len(self.aspects))
+        asked = samples * (self.draw or len(self.aspects)) * self.times
         if self.expected:  # all marks are read off one pass
             return Estimate(scores=asked, samples=samples)
         return replace(Estimate.of_answers(asked, self.max_tokens), samples=samples)
@@ -242,3 +263,11 @@ class Rate(AskingStep):
 
     def writes(self) -> frozenset[str]:
         return frozenset({"ratings", "rated_by"})
+
+
+def averaged(ratings: Sequence[float | str]) -> float | str:
+    """Several ratings of one answer as one: the mean of the numbers among them; without any, what they are instead."""
+    numbers = [rating for rating in ratings if not isinstance(rating, str)]
+    if len(ratings) > 1 and numbers:
+        return sum(numbers) / len(numbers)
+    return NOT_APPLICABLE if NOT_APPLICABLE in ratings else ratings[0]

@@ -35,6 +35,7 @@ By = Annotated[str, Field(min_length=1)]  # the name of a model: `teacher`, `unt
 Temperature = Annotated[float, Field(ge=0, le=10)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 TokenCount = Annotated[int, Field(ge=1)]
+AMOUNTS = ("count", "requests", "n", "each")  # settings that say how much a step asks for
 ANSWER_SHARE = 0.65  # how long answers are expected to be, as a share of max_tokens
 
 
@@ -87,6 +88,13 @@ class AskingStep(Section):
     def demands(self) -> frozenset[str]:
         """What the models that it asks must be able to do, with these settings."""
         return self.needs
+
+    def more(self, times: int) -> dict[str, int]:
+        """The settings with which it asks for `times` times as much text; empty where it asks once of every sample, or
+        for no text."""
+        if self.kind in ("feedback", "select"):
+            return {}
+        return {name: times * getattr(self, name) for name in AMOUNTS if name in type(self).model_fields}
 
     def asks(self) -> tuple[str, ...]:
         """The names of the models that it asks; by default what its setting `by` says, else the teacher."""

@@ -40,6 +40,7 @@ MEASURES = {
     "entropy": Measure("Student's entropy", "nats"),
     "age": Measure("Age", "steps", usual=0.0),
     "reward": Measure("Reward", "mean of the answers"),
+    "reward_deviation": Measure("Deviation of the reward", "over the answers"),
     "equal_groups": Measure("Equal groups", "% of prompts", share=True),
     "own": Measure("Student's own tokens", "% of tokens", share=True, usual=1.0),
     "validation_loss": Measure("Validation loss", ""),

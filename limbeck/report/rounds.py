@@ -13,9 +13,10 @@ from limbeck.report.metrics import Metric, metrics_of, number, task_headlines
 from limbeck.report.plots import Label, Series, curves
 from limbeck.storage.files import read_jsonl
 from limbeck.storage.metrics_log import read_json
-from limbeck.storage.rounds import rounds_in, rounds_record
+from limbeck.storage.rounds import at_once_folder, rounds_in, rounds_record, stage_folder, trained_rounds
 
 BEFORE = "Before training"
+AT_ONCE = "All at once"
 OWN_TEXT = ("own_tokens", "own_finished", "own_repetition")  # where a collapse shows
 OF_TEACHER = ("forward_kl", "top1_agreement")  # comparable only where all rounds have one teacher
 Summaries = dict[int, dict[str, Any]]
@@ -31,10 +32,11 @@ def rounds_content(folder: Path) -> dict[str, Any]:
         "recipe": recipe,
         "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         "verdict": rounds_verdict(folder),
-        "results": _results(metrics, summaries),
-        "links": {_name(key): f"rounds/{key}/report.html" for key in _with_pages(folder)},
+        "results": _results(metrics, summaries, _control(folder, recipe)),
+        "at_once": (_control_folder(folder, recipe) / "recipe.yaml").exists(),
+        "links": _links(folder, recipe),
         "figures": [figure for metric in metrics if (figure := _figure(metric, summaries))],
-        "spent": _spent(folder),
+        "spent": _spent(folder, recipe),
         "kept": record.get("kept"),
         "ended": record.get("ended") or "",
         "weights": [
@@ -61,6 +63,8 @@ def rounds_verdict(folder: Path) -> str:
         before = f" from {number(values[first]['value'])} before training" if first in values else ""
         after = ", ".join(number(value["value"]) for key, value in values.items() if key != first)
         text = f"Over {count}, {metrics[0].title.lower()}{_where(metrics[0])} went{before} to {after}."
+        if at_once := _control(folder, recipe).get(metrics[0].name):
+            text += f" One round with as much text and as many steps reached {number(at_once['value'])}."
     ended = f" The rounds ended early: {record['ended']}." if record.get("ended") else ""
     return text + ended
 
@@ -85,8 +89,34 @@ def _summaries(folder: Path) -> Summaries:
     return {key: summary for key, summary in found.items() if summary}
 
 
-def _with_pages(folder: Path) -> list[int]:
-    return [key for key, home in rounds_in(folder).items() if (home / "report.html").exists()]
+def _control_folder(folder: Path, recipe: dict[str, Any]) -> Path:
+    """Where the control is that stands for all rounds of the run, if it has one."""
+    return at_once_folder(folder, trained_rounds(folder, recipe["rounds"]["n"]))
+
+
+def _control(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of the control's student, by metric; empty without one."""
+    summary = read_json(_control_folder(folder, recipe) / "evaluation" / "summary.json") or {}
+    return dict(summary.get("systems", {}).get("student", {}))
+
+
+def _homes(folder: Path, recipe: dict[str, Any]) -> dict[str, Path]:
+    """The run folders of all rounds, of the stages before each, and of the control, by the names of their rows."""
+    homes: dict[str, Path] = {}
+    for key, home in rounds_in(folder).items():
+        for stage in recipe["rounds"].get("stages") or {}:
+            if key and (staged := stage_folder(folder, stage, key)).exists():
+                homes[f"{_name(key)}: {stage}"] = staged
+        homes[_name(key)] = home
+    if (control := _control_folder(folder, recipe)).exists():
+        homes[AT_ONCE] = control
+    return homes
+
+
+def _links(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
+    """The pages of the rounds and of their control, by the names of their rows."""
+    pages = {name: home / "report.html" for name, home in _homes(folder, recipe).items()}
+    return {name: page.relative_to(folder).as_posix() for name, page in pages.items() if page.exists()}
 
 
 def _name(key: int) -> str:
@@ -105,10 +135,12 @@ def _values(metric: Metric, summaries: Summaries) -> dict[int, dict[str, Any]]:
     return {key: value for key, value in {min(summaries) - 1: start, **students}.items() if value}
 
 
-def _results(metrics: list[Metric], summaries: Summaries) -> Grid:
+def _results(metrics: list[Metric], summaries: Summaries, control: dict[str, Any]) -> Grid:
     by_metric = [_values(metric, summaries) for metric in metrics]
     numbers = sorted({key for values in by_metric for key in values})
     rows = [(_name(key) if key in summaries else BEFORE, [values.get(key) for values in by_metric]) for key in numbers]
+    if control:
+        rows.append((AT_ONCE, [control.get(metric.name) for metric in metrics]))
     return Grid("Student", [(f"{metric.title}{_where(metric)}", _side(metric)) for metric in metrics], rows)
 
 
@@ -130,10 +162,10 @@ def _figure(metric: Metric, summaries: Summaries) -> Figure | None:
     return Figure(title, svg, about) if svg else None
 
 
-def _spent(folder: Path) -> Grid:
-    """What every round asked, kept and trained on."""
+def _spent(folder: Path, recipe: dict[str, Any]) -> Grid:
+    """What every round, its stages and the control asked, kept and trained on."""
     rows = []
-    for key, home in rounds_in(folder).items():
+    for name, home in _homes(folder, recipe).items():
         steps = (read_json(home / "elicitation.json") or {}).get("steps") or []
         records = read_jsonl(home / "metrics.jsonl")
         asked = sum(sum(step["answers"].values()) for step in steps)
@@ -144,7 +176,7 @@ def _spent(folder: Path) -> Grid:
             f"{sum(record['response_tokens'] for record in records):,}",
             f"{sum(record['seconds'] for record in records) / 60:,.1f}",
         ]
-        rows.append((_name(key), cells))
+        rows.append((name, cells))
     columns = [
         ("Answers", "asked for by steps"),
         ("Samples", "left by the steps"),

@@ -13,7 +13,7 @@ from typing import Any
 from limbeck.report.metrics import headline, metrics_of, task_headlines
 from limbeck.report.prices import Prices, prices_of
 from limbeck.storage.files import read_jsonl
-from limbeck.storage.rounds import rounds_in
+from limbeck.storage.rounds import rounds_in, stages_in
 
 Facts = dict[str, Any]
 THOUSAND = 1000
@@ -109,9 +109,9 @@ def _request(folder: Path, summary: Facts, *, name: str, facts: Facts, prices: P
 
 def _training(folder: Path, summary: Facts, prices: Prices) -> Facts:
     """What the student cost: the tokens of the teacher's server and of others', and the seconds of its training, in all
-    rounds."""
+    rounds and their stages."""
     bill = summary.get("bill") or {}
-    files = [home / "metrics.jsonl" for home in (folder, *rounds_in(folder).values())]
+    files = [home / "metrics.jsonl" for home in (folder, *rounds_in(folder).values(), *stages_in(folder))]
     seconds = sum(record.get("seconds", 0.0) for file in files for record in read_jsonl(file))
     facts: Facts = {key: bill[key] for key in ("answers", "tokens_read", "tokens_written") if key in bill}
     facts["hours"] = seconds / 3600

@@ -13,7 +13,7 @@ from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.report.page import write_report
 from limbeck.storage.files import link_or_copy, new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
-from limbeck.storage.rounds import round_folder, rounds_in
+from limbeck.storage.rounds import parts_of, round_folder
 
 
 def publish(folder: Path, recipe: Recipe, kept: int, *, page: bool) -> None:
@@ -62,7 +62,7 @@ def _link(source: Path, target: Path) -> None:
 
 def follow(folder: Path, before: str, now: str) -> None:
     """Correct the paths of students in the recipes of the rounds, after the run folder was moved."""
-    for home in rounds_in(folder).values():
+    for home in parts_of(folder):
         file = home / "recipe.yaml"
         data = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
         if isinstance(data, dict):  # else the round's own run says that it is damaged
@@ -74,7 +74,8 @@ def _moved(value: Any, before: str, now: str) -> Any:
         return {key: _moved(inner, before, now) for key, inner in value.items()}
     if isinstance(value, list):
         return [_moved(inner, before, now) for inner in value]
-    inside = isinstance(value, str) and value.startswith(f"{before}{os.sep}rounds{os.sep}")
+    places = tuple(f"{before}{os.sep}{part}{os.sep}" for part in ("rounds", "stages"))
+    inside = isinstance(value, str) and value.startswith(places)
     return now + value[len(before) :] if inside else value
 
 

@@ -100,7 +100,10 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
     bills = _bills(method)
     made = make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=bills)
-    return replace(made, rounds=method.rounds)
+    said = [f"what the stage {name} takes before each round is not counted" for name in method.stages]
+    if method.at_once:
+        said.append(f"of these rounds, {method.at_once} stand for the control that does all at once (rounds.at_once)")
+    return replace(made, rounds=method.rounds + method.at_once, cautions=(*made.cautions, *said))
 
 
 def _tokens(recipe: Recipe) -> TokenCounter:
@@ -266,7 +269,9 @@ def _scorer_shapes(method: Method) -> tuple[Shape, ...]:
     shapes = []
     for name in method.rewards.models if method.rewards is not None else ():
         try:
-            shapes.append(Shape.of(check_scorer(name)))
+            stage = method.stages.get(name)
+            start = None if stage is None else str(stage.student.start.pretrained)
+            shapes.append(Shape.of(check_scorer(name) if start is None else load_config(start)))
         except UserError as error:
             raise RecipeError("rollout.rewards", str(error)) from error
     return tuple(shapes)

@@ -5,8 +5,8 @@ Later stages are given the `Method`; none parses a recipe's parts or reads the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from limbeck.models.teachers import kind
 from limbeck.objectives.parameters import Range
 from limbeck.objectives.schedule import Schedule, make_schedule
 from limbeck.objectives.term import Term, make_term
+from limbeck.runs.at_once import at_once
 from limbeck.runs.cost import trained_controls
 from limbeck.runs.validate import check_parts
 from limbeck.runs.validate_scores import check_scores
@@ -51,6 +52,8 @@ class Method:
         rewards: what judges the student's answers.
         prompt_notes: what was read from each file of prompts.
         rounds: how many rounds its recipe has, of which this is the first.
+        at_once: how many of them a control stands for.
+        stages: the recipes of what is trained before each round, by name.
     """
 
     recipe: Recipe
@@ -66,6 +69,8 @@ class Method:
     rewards: Rewards | None = None
     prompt_notes: tuple[str, ...] = ()
     rounds: int = 1
+    at_once: int = 0
+    stages: Mapping[str, Recipe] = field(default_factory=dict)
 
     @property
     def measured_context(self) -> PromptContext | None:
@@ -188,7 +193,31 @@ def _resolve_rounds(recipe: Recipe, rounds: Rounds) -> Method:
         except RecipeError as error:
             words = str(error).removeprefix(f"{error.path}: ")
             raise RecipeError(error.path, f"{words} (in round 2, which the student of round 1 is part of)") from error
-    return replace(first, rounds=len(rounds.numbers))
+    if rounds.at_once:
+        before = None if rounds.first is None else str(round_folder(Path(), 0) / "student")
+        resolve(at_once(recipe, rounds.n, 1, before))
+    first = replace(first, stages=_stages(recipe, rounds, first))
+    return replace(first, rounds=len(rounds.numbers), at_once=rounds.n if rounds.at_once and rounds.n > 1 else 0)
+
+
+def _stages(recipe: Recipe, rounds: Rounds, first: Method) -> dict[str, Recipe]:
+    """The stages of the first round, resolved; each must be a reward of the rounds."""
+    stages = {}
+    for name in rounds.stages or {}:
+        if name not in (first.rewards.models if first.rewards is not None else ()):
+            raise RecipeError(
+                f"rounds.stages.{name}", f"no reward reads it: name it in rollout.rewards, as {{model: {name}}}"
+            )
+        before = None if rounds.first is None else str(round_folder(Path(), 0) / "student")
+        try:
+            stages[name] = resolve(recipe.of_stage(name, before)).recipe
+        except RecipeError as error:
+            if error.path.startswith("rounds."):
+                raise
+            raise RecipeError(
+                f"rounds.stages.{name}.{error.path}", str(error).removeprefix(f"{error.path}: ")
+            ) from error
+    return stages
 
 
 def _step_prompt(recipe: Recipe, steps: Sequence[tuple[str, ElicitStep]]) -> StepPrompt | None:

@@ -19,13 +19,21 @@ from limbeck.evaluate.collapse import collapse
 from limbeck.models.load import model_contents, model_identity
 from limbeck.progress import Reporter, Silent, StoppedError
 from limbeck.runs import pipeline
+from limbeck.runs.at_once import at_once
 from limbeck.runs.claim import claim, run_folder
 from limbeck.runs.outcome import follow, publish, started_from
 from limbeck.runs.resolve import resolve
 from limbeck.storage import checkpoint
-from limbeck.storage.files import exclusive, write_json, write_text
+from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
 from limbeck.storage.metrics_log import read_json
-from limbeck.storage.rounds import RECORD, round_folder, rounds_record
+from limbeck.storage.rounds import (
+    RECORD,
+    at_once_folder,
+    round_folder,
+    rounds_record,
+    stage_folder,
+    trained_rounds,
+)
 from limbeck.types import NothingLeftError, UserError
 
 ELICIT, TRAIN, EVALUATE, REPORT = pipeline.STAGES
@@ -98,8 +106,10 @@ class RoundsRun:
                 raise CollapsedError(f"{words}; train it for less, or at a lower train.lr, in a new --out; {stands}")
             if words := self.no_more(number):
                 kept = number if self.is_same(number) or not self.has(number - 1) else number - 1
+                self.control()
                 self.reporter.note(f"no round follows: {words}; {self.finish(kept, words)}")
                 return
+        self.control()
         self.finish(self.rounds.n, "")
 
     def claim(self) -> None:
@@ -156,7 +166,7 @@ class RoundsRun:
             first = round_folder(self.folder, 1) / "start.json"
             if first.exists() and not (home / "start.json").exists():  # the same layers, whatever this round's text
                 write_text(home / "start.json", first.read_text(encoding="utf-8"))
-        recipe = self.recipe.of_round(number, before, base)
+        recipe = self.recipe.of_round(number, before, base, self.staged(number, before))
         judged = self.rounds.stop is not None and TRAIN in self.stages and EVALUATE not in self.stages
         stages = (*self.stages, EVALUATE) if judged and 0 < number < self.rounds.n else self.stages
         try:
@@ -168,6 +178,44 @@ class RoundsRun:
                 raise
             raise UserError(f"round {number}: {error}") from error
         if self.student(number).is_dir():
+            checkpoint.prune(home / "checkpoints", 0)
+
+    def staged(self, number: int, before: str | None) -> dict[str, str]:
+        """Do what is left of the stages of a round, where it is to be trained. Returns their folders by name."""
+        folders: dict[str, str] = {}
+        if number == 0 or self.stages == (ELICIT,):
+            return folders
+        for name in self.rounds.stages or ():
+            home = stage_folder(self.folder, name, number)
+            self.reporter.stage(f"Round {number}: {name}")
+            try:
+                recipe = self.recipe.of_stage(name, before)
+                pipeline.run(recipe, home, self.reporter, self.stop, stages=self.stages, store=self.folder)
+            except StoppedError:
+                raise
+            except UserError as error:
+                raise UserError(f"round {number}, {name}: {error}") from error
+            if (home / "student").is_dir():
+                checkpoint.prune(home / "checkpoints", 0)
+            folders[name] = str(home.resolve())
+        return folders
+
+    def control(self) -> None:
+        """Run the control that stands for all rounds, where the recipe asks for it and there is more than one."""
+        count = trained_rounds(self.folder, self.rounds.n)
+        if self.rounds.at_once is None or count < 2:
+            return
+        self.reporter.stage(f"{count} rounds at once")
+        homes = [round_folder(self.folder, number) for number in range(1, count + 1)]
+        steps = sum(len(read_jsonl(home / "metrics.jsonl")) for home in homes)
+        base = None if self.rounds.first is None else str(self.student(0).resolve())
+        home = at_once_folder(self.folder, count)
+        if (homes[0] / "start.json").exists() and not (home / "start.json").exists():  # the rounds' layers
+            home.mkdir(parents=True, exist_ok=True)
+            write_text(home / "start.json", (homes[0] / "start.json").read_text(encoding="utf-8"))
+        recipe = at_once(self.recipe, count, steps, base)
+        pipeline.run(recipe, home, self.reporter, self.stop, stages=self.stages, store=self.folder)
+        if (home / "student").is_dir():
             checkpoint.prune(home / "checkpoints", 0)
 
     def note(self, number: int) -> None:

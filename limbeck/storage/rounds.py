@@ -1,4 +1,5 @@
-"""Where the rounds of a run are: `RUN/rounds/1`, ...; and `RUN/rounds.json`, which says how far they got."""
+"""Where the rounds of a run are: `RUN/rounds/1`, ..., their stages `RUN/stages/NAME/1`, ..., their control
+`RUN/at_once/3`; and `RUN/rounds.json`, which says how far they got."""
 
 from __future__ import annotations
 
@@ -24,6 +25,32 @@ def rounds_in(folder: Path) -> dict[int, Path]:
     """The folders of the rounds that have begun, by number."""
     numbers = sorted(int(path.name) for path in (folder / "rounds").glob("*") if path.name.isdecimal())
     return {number: round_folder(folder, number) for number in numbers}
+
+
+def at_once_folder(folder: Path, rounds: int) -> Path:
+    """The run folder of the control that stands for so many rounds."""
+    return folder / "at_once" / str(rounds)
+
+
+def stage_folder(folder: Path, name: str, number: int) -> Path:
+    """The run folder of a stage of a round."""
+    return folder / "stages" / name / str(number)
+
+
+def stages_in(folder: Path) -> list[Path]:
+    """The run folders of all stages that have begun."""
+    return sorted(path for path in folder.glob("stages/*/*") if path.name.isdecimal())
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The run folders of all rounds, stages and controls that have begun."""
+    controls = sorted(path for path in folder.glob("at_once/*") if path.name.isdecimal())
+    return [*rounds_in(folder).values(), *stages_in(folder), *controls]
+
+
+def trained_rounds(folder: Path, most: int) -> int:
+    """How many of the rounds 1 to `most` have been trained."""
+    return sum(0 < int(number) <= most for number in rounds_record(folder).get("rounds", {}))
 
 
 def rounds_record(folder: Path) -> dict[str, Any]:

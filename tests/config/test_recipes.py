@@ -32,7 +32,8 @@ def test_the_recipes_of_the_field_are_there():
         "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd", "minillm-from-server",
         "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher", "reward-model",
         "star", "rft", "rest-em", "lmsi", "spin", "ultrafeedback-dpo", "rlcd", "rlaif", "constitutional", "selfee",
-        "persdistill", "codeultrafeedback",
+        "persdistill", "codeultrafeedback", "self-rewarding", "self-lengthen", "multiagent", "self-instruct-alone",
+        "gad",
     }  # fmt: skip
 
 
@@ -57,9 +58,10 @@ OWN = {
         name: ["rollout.rewards=[repetition: {gram: 1}]", "rollout.prompts=2", "rollout.group=3"]
         for name in ("grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher")
     },
+    "gad": ["rollout.prompts=2", "rollout.group=3"],
     "reward-model": ["student.head=scalar", "evaluate={metrics: [preference], controls: []}"],
     **{
-        name: ["train.lr=0.001"] for name in ("ultrafeedback-dpo", "rlcd", "rlaif")
+        name: ["train.lr=0.001"] for name in ("ultrafeedback-dpo", "rlcd", "rlaif", "self-rewarding")
     },  # so that the loss moves in 3 steps
     "distillm": ["rollout.validation={prompts: 4, every: 1}", "rollout.replay.size=4"],
 }
@@ -69,7 +71,10 @@ def the_same_model(name, folder):
     """The teacher and the student's start; a student that teaches itself, or learns a context, starts as the teacher."""
     recipe = load_recipe(name)
     if recipe.rounds is not None:
-        return [f"student={{start: {{pretrained: {folder}}}}}", "rounds.n=2"]
+        changes = [f"student={{start: {{pretrained: {folder}}}}}", "rounds.n=2"]
+        changes += [] if recipe.teacher.model == "previous" else [f"teacher={folder}"]
+        stages = recipe.rounds.stages or {}
+        return [*changes, *(f"rounds.stages.{stage}.student.start.pretrained={folder}" for stage in stages)]
     if recipe.teacher.kind == "several":
         return [
             f"teacher.model={folder}",

@@ -82,6 +82,17 @@ def test_a_weak_writer_ends_when_the_requests_are_used_up():
     assert pool == [] and len(asked) == 7 and tally.facts["requests"] == 7
 
 
+def test_tasks_alone_wait_for_an_answer_and_any_named_model_makes_them():
+    step = SelfInstruct(by="strong", count=1, requests=1, instances=0)
+    pool, _, asked = drive(step, SEEDS, Writer(["Name every river that you know."]))
+    assert texts(pool) == [("Name every river that you know.", None)] and len(asked) == 1
+    estimate = step.estimate(9)
+    assert (estimate.requests, estimate.samples) == (1, 1) and step.answer_tokens() is None
+    whole = SelfInstruct(by="strong", count=1, requests=1)
+    _, _, asked = drive(whole, SEEDS, Writer(["Name every river that you know."]))
+    assert [request.model for request in asked] == ["strong@1"] * 3 and whole.asks() == ("strong",)
+
+
 def test_what_was_cut_off_loses_its_end():
     pool, tally, _ = drive(
         SelfInstruct(count=2, requests=1),

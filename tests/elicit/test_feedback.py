@@ -110,6 +110,36 @@ def test_an_unreadable_rating_gives_no_score_and_is_asked_again():
     assert drive(PreferencePairs(), mute)[1].dropped == {"no score rating": 2}
 
 
+def test_a_judge_that_is_asked_several_times_gives_the_mean_of_what_can_be_read():
+    """Self-rewarding: three judgements of each answer, alone."""
+    pool = candidates(("why", "good", "bad", "odd"))
+    said = {"good": ["5", "4", "3"], "bad": ["1", "1", "1"], "odd": ["2", "no", "n/a"]}
+
+    def judge(request, _):
+        return said[re.search(r"Answer:\n\| (\w+)", request.messages[-1]["content"])[1]].pop(0)
+
+    points = {"aspects": ["additive"], "scale": (0, 5), "together": False, "reasons": False, "temperature": 0.7}
+    rated, tally, asked = drive(Rate(**points, times=3, retries=0), pool, judge)
+    assert {text: sample.meta["scores"]["rating"] for sample in rated for _, text in texts([sample])} == {
+        "good": 4.0, "bad": 1.0, "odd": 2.0
+    }  # fmt: skip
+    assert len({request.key for request in asked}) == 9 and [len(sample.parents) for sample in rated] == [3, 1, 3]
+    assert tally.facts | {"mean_rating": None} == {
+        "same_each_time": 0.5, "ratings": 9, "unreadable": 2, "mean_rating": None, "of_its_own_answers": 1
+    }  # fmt: skip
+    assert tally.facts["mean_rating"] == pytest.approx(17 / 7)
+    assert "begin at 0 and add one point" in asked[0].messages[-1]["content"].lower()
+    mute, tally, asked = drive(Rate(**points, times=2, retries=1), pool, lambda *_: "no")
+    assert len(asked) == len({request.key for request in asked}) == 12 and tally.facts["unreadable"] == 6
+    assert all(sample.meta["ratings"] == {"additive": UNREADABLE} and not sample.meta["scores"] for sample in mute)
+    once = [drive(Rate(**points, times=times), pool[:1], lambda *_: "3")[2][0].key for times in (1, 2)]
+    assert once[0] == once[1], "the first time is the question that is asked once"
+    assert Rate(**points, times=3).estimate(10).requests == 30
+    for wrong, words in (({"temperature": 0.0}, "all the same"), ({"expected": True}, "a mean already")):
+        with pytest.raises(ValueError, match=words):
+            Rate(**(points | wrong), times=3)
+
+
 def test_a_mean_counts_what_applies_and_nothing_unread():
     pool = candidates(("why", "one"))
     replies = {"honesty": "RATING: n/a", "helpfulness": "RATING: 4", "truthfulness": "RATING: 2"}

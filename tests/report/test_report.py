@@ -35,7 +35,7 @@ from limbeck.report.plots import (
     spread,
     thinned,
 )
-from limbeck.report.rollouts import own_text_grid, own_texts
+from limbeck.report.rollouts import MEASURES, PLOTS, own_text_grid, own_texts
 from limbeck.report.table import compare_markdown, markdown, paired_table, systems_tables
 from limbeck.report.teacher import teacher_aside, teacher_facts, teacher_name
 from limbeck.types import UserError
@@ -571,6 +571,10 @@ def test_a_run_whose_student_wrote_nothing_has_no_such_section(tmp_path):
     grid = training_grid(folder)
     assert grid.columns[3] == ("Writing time", "% of training")
     assert {name: cells[3] for name, cells in grid.rows} == {"Student": "25.0", "Fine-tuning control": "0"}
+
+
+def test_every_line_of_a_plot_of_own_text_is_a_measure_with_a_title():
+    assert {line.fact for plot in PLOTS for line in plot.lines} <= MEASURES.keys()
 
 
 def test_what_only_some_trainings_tell_is_shown_where_it_says_something(tmp_path):

@@ -17,10 +17,11 @@ from limbeck.config.recipe import parse
 from limbeck.models.load import model_identity
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.report.data import as_data
+from limbeck.runs.at_once import at_once
 from limbeck.runs.resolve import resolve
 from limbeck.runs.rounds import CollapsedError, RoundsRun
 from limbeck.storage.files import write_json
-from limbeck.storage.rounds import kept_round, round_folder, rounds_record
+from limbeck.storage.rounds import at_once_folder, kept_round, round_folder, rounds_record, stage_folder
 from limbeck.types import NothingLeftError, UserError
 
 TRAIN = ("elicit", "train")
@@ -188,6 +189,170 @@ def test_a_round_of_a_pruned_student_keeps_the_first_ones_layers(recipe_data, tm
     record = rounds_record(out)
     assert record["rounds"]["1"]["start"] == record["rounds"]["2"]["start"]
     assert len(answers_in(out)) == 18 + 2, "one teacher, one text: nothing is asked twice"
+
+
+# The control
+
+
+def test_the_control_does_in_one_round_what_all_did(data, tmp_path, asked):
+    """As many answers of the start as all rounds asked for, as many steps; what was asked already is not asked again."""
+    out = tmp_path / "out"
+    limbeck.run(parse(data), out)
+    before, record = len(asked), rounds_record(out)
+    with_control = parse(data | {"rounds": {"n": 2, "at_once": True}})
+    result = limbeck.run(with_control, out)
+    home = at_once_folder(out, 2)
+    assert rounds_record(out) == record and len(result.rounds) == 2, "the rounds are as they were"
+    assert len(asked) - before == 18 and len(set(asked)) == len(asked), (
+        "the first round's answers are the control's, too"
+    )
+    steps = [len(losses(folder)) for folder in (round_folder(out, 1), round_folder(out, 2), home)]
+    assert steps == [2, 2, 4]
+    tokens = [
+        sum(json.loads(line)["response_tokens"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+        for folder in (round_folder(out, 1), round_folder(out, 2), home)
+    ]
+    assert tokens[2] == pytest.approx(tokens[0] + tokens[1], rel=0.25), "up to how rows fill a step"
+    assert not list(home.glob("checkpoints/step-*")) and (home / "student").is_dir()
+    value = json.loads((home / "evaluation" / "summary.json").read_text())["systems"]["student"]["own_tokens"]["value"]
+    page = (out / "report.html").read_text()
+    assert 'href="at_once/2/report.html"' in page and "All at once" in page and str(round(value, 1)) in page
+    moved = tmp_path / "moved"
+    out.rename(moved)
+    limbeck.run(with_control, moved)
+    assert len(asked) - before == 18, "it is done"
+
+
+def test_what_the_control_is_as_an_ordinary_recipe(data):
+    data["rounds"] = {"n": 3, "restart": "previous", "at_once": True}
+    data["train"] = {"epochs": 1.5, "tokens_per_step": 32, "lr": 1e-2}
+    recipe = parse(data)
+    control = at_once(recipe, 3, 17)
+    assert control.rounds is None and control.train.steps == 17 and control.train.epochs is None
+    assert control.teacher.model == control.student.start.pretrained == data["student"]["start"]["pretrained"]
+    assert control.elicit[0].params == data["elicit"][0]["answer"] | {"n": 3} and "3 rounds at once" in control.title
+    assert (resolve(recipe).rounds, resolve(recipe).at_once) == (3, 3)
+    made = [{"self_instruct": {"count": 5, "requests": 4, "instances": 0}}, {"answer": {"n": 4}}, "rate", "pairs"]
+    many = at_once(parse(data | {"elicit": made, "loss": ["dpo"]}), 3, 9)
+    assert many.elicit[0].params == {"count": 15, "requests": 12, "instances": 0} and many.elicit[1].params == {"n": 4}
+    judged = at_once(parse(data | {"elicit": ["given", "rate", {"best_of": {"score": "rating"}}]}), 3, 9)
+    assert [entry.params for entry in judged.elicit] == [{}, {}, {"score": "rating"}], "feedback is asked as it was"
+    first = {"writer": [{"by": "teacher"}], "train": data["train"]}
+    from_base = at_once(parse(data | {"rounds": {"n": 2, "first": first, "at_once": True}}), 2, 5, "/r/0/student")
+    assert from_base.student.start.pretrained == from_base.teacher.model == "/r/0/student"
+    without = parse(data | {"rounds": {"n": 3, "restart": "previous", "at_once": False}})
+    assert without.hash == parse(data | {"rounds": {"n": 3, "restart": "previous"}}).hash, "old hashes stay"
+    with pytest.raises(limbeck.RecipeError, match=r"elicit\[0\].answer.n"):
+        resolve(parse(data | {"elicit": [{"answer": {"n": 500}}]}))
+
+
+# Stages
+
+
+@pytest.fixture
+def adversarial(data, tiny_folder):
+    """GAD: a discriminator before each round, whose score is the round's reward."""
+    del data["elicit"]
+    text = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 6}
+    stage = {
+        "student": {"start": {"pretrained": str(tiny_folder)}, "head": "scalar"},
+        "writer": [{"by": "teacher", **text}, {"by": "previous", **text}],
+        "loss": ["bradley_terry"],
+        "train": {"steps": 2, "tokens_per_step": 64, "lr": 3e-3, "seed": 3},
+    }
+    first = {"writer": [{"by": "teacher", **text}], "loss": ["cross_entropy"]}
+    return data | {
+        "teacher": str(tiny_folder),
+        "writer": [{"by": "student", "max_tokens": 6}],
+        "rollout": {"prompts": 2, "group": 3, "rewards": [{"model": "discriminator"}]},
+        "loss": ["ppo_clip"],
+        "rounds": {"n": 2, "restart": "previous", "first": first, "stages": {"discriminator": stage}},
+    }
+
+
+def test_a_stage_trains_a_reward_model_before_each_round(adversarial, tmp_path, asked):
+    out = limbeck.run(parse(adversarial), tmp_path / "out").folder
+    stages = [stage_folder(out, "discriminator", number) for number in (1, 2)]
+    rounds = [round_folder(out, number) for number in (0, 1, 2)]
+    recipes = [yaml.safe_load((home / "recipe.yaml").read_text()) for home in (*stages, *rounds[1:])]
+    assert [recipe["previous"] for recipe in recipes[:2]] == [str(home / "student") for home in rounds[:2]]
+    paths = [recipe["rollout"]["rewards"][0]["params"]["path"] for recipe in recipes[2:]]
+    assert paths == [str(home) for home in stages], "a round is rewarded by the discriminator of its own"
+    identities = {model_identity(str(home / "student")) for home in stages}
+    assert len(identities) == 2, "each learnt another student's text"
+    accuracy = json.loads((stages[1] / "evaluation" / "summary.json").read_text())["systems"]["student"]
+    assert accuracy["preference/accuracy"]["n"] == 2, "measured on the held-out prompts"
+    assert all(
+        "reward" in json.loads(line)["rollout"] for line in (rounds[2] / "metrics.jsonl").read_text().splitlines()
+    )
+    with closing(sqlite3.connect(out / "store.sqlite")) as db:
+        writers = [json.loads(body)["writer"] for (body,) in db.execute("select body from samples")]
+    teacher = model_identity(adversarial["teacher"])
+    students = {model_identity(str(home / "student")) for home in rounds[:2]}
+    assert set(writers) == {teacher, *students}, (
+        "the teacher's answers are asked for once, each student's before it changes"
+    )
+    page = (out / "report.html").read_text()
+    assert 'href="stages/discriminator/2/report.html"' in page and "Round 2: discriminator" in page
+    assert not list(out.rglob("checkpoints/step-*"))
+    moved, before = tmp_path / "moved", len(asked)
+    out.rename(moved)
+    limbeck.run(parse(adversarial), moved)
+    assert len(asked) == before, "moved, it is done"
+
+
+def test_killed_in_a_stage_it_ends_as_its_twin(adversarial, tmp_path, monkeypatch):
+    homes = ["rounds/0", "stages/discriminator/1", "rounds/1", "stages/discriminator/2", "rounds/2"]
+    limbeck.run(parse(adversarial), tmp_path / "clean", stages=TRAIN)
+    for count in (4, 8):  # the second step of each stage
+        folder, seen = tmp_path / f"killed-{count}", []
+
+        def kill(name, count=count, seen=seen):
+            seen.append(name)
+            if seen.count("train.after_step") == count:
+                raise Killed
+
+        with monkeypatch.context() as patched:
+            patched.setattr("limbeck.training.loop.crash_point", kill)
+            with pytest.raises(Killed):
+                limbeck.run(parse(adversarial), folder, stages=TRAIN)
+        assert (folder / homes[2] / "student").exists() == (count == 8)
+        limbeck.run(parse(adversarial), folder, stages=TRAIN)
+        for home in homes:
+            assert losses(folder / home) == losses(tmp_path / "clean" / home), home
+        assert rounds_record(folder)["rounds"] == rounds_record(tmp_path / "clean")["rounds"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"student": {"start": {"pretrained": "x"}}}, r"rounds.stages.discriminator: .*head: scalar"),
+        ({"rollout": {}}, r"rounds.stages.discriminator: 'rollout' is no section of a stage"),
+        ({"loss": None}, r"rounds.stages.discriminator: loss is missing"),
+        ({"loss": ["bradley_tery"]}, r"rounds.stages.discriminator.loss\[0\].*did you mean 'bradley_terry'"),
+    ],
+)
+def test_a_stage_that_can_not_be_is_refused(adversarial, change, words):
+    stage = adversarial["rounds"]["stages"]["discriminator"] | change
+    stage = {key: value for key, value in stage.items() if value is not None}
+    adversarial["rounds"] |= {"stages": {"discriminator": stage}}
+    with pytest.raises(limbeck.RecipeError, match=words):
+        resolve(parse(adversarial))
+
+
+def test_a_stage_must_be_read_and_have_a_student_to_read(adversarial):
+    limbeck.check(parse(adversarial))
+    unread = adversarial | {"rollout": {"prompts": 2, "group": 3, "rewards": ["finished"]}}
+    with pytest.raises(limbeck.RecipeError, match="no reward reads it"):
+        resolve(parse(unread))
+    stages = adversarial["rounds"]["stages"]
+    with pytest.raises(limbeck.RecipeError, match="at_once is one training"):
+        parse(adversarial | {"rounds": {"n": 2, "at_once": True, "stages": stages}})
+    with pytest.raises(limbeck.RecipeError, match="there is no student before round 1"):
+        start = {"prune": {"layers": 3, "keep": "uniform"}}
+        resolve(parse(adversarial | {"rounds": {"n": 2, "stages": stages}, "student": {"start": start}}))
+    with pytest.raises(limbeck.RecipeError, match="is called by its name"):
+        parse(adversarial | {"rounds": {"n": 2, "stages": {"Judge 1": stages["discriminator"]}}})
 
 
 # Ends, with rounds that are played
