@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from limbeck.config import ranks
 from limbeck.types import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -144,6 +145,7 @@ def long_work(as_json: bool) -> Iterator[tuple[JsonLines | Terminal, StopRequest
 @contextlib.contextmanager
 def error_messages() -> Iterator[None]:
     """Turn errors that the user can fix into one message and exit status 2. Bugs keep their traceback and status 1."""
+    err.quiet = out.quiet = ranks.rank() > 0  # rank 0 speaks for all
     try:
         signal.signal(signal.SIGINT, _interrupted)
         yield
