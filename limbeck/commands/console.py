@@ -167,7 +167,8 @@ def error_messages() -> Iterator[None]:
             raise
         raise _exit_with(
             f"memory ran out ({str(error).splitlines()[0]}); finished work is kept: set teacher.dtype or"
-            " teacher.quantise, machine.checkpointing, machine.cache_gib or machine.head_mib, and run it again"
+            " teacher.quantise, machine.checkpointing, machine.micro_tokens, machine.cache_gib or machine.head_mib, and"
+            " run it again"
         ) from error
 
 

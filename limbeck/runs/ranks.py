@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck.config import ranks
 from limbeck.config.recipe import Recipe, load_recipe
-from limbeck.config.teacher import LocalTeacher
+from limbeck.config.teacher import LocalTeacher, ServedTeacher
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.progress import Reporter, Silent
 from limbeck.runs import pipeline, rounds
@@ -74,6 +74,13 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: with the place in the recipe and what to write instead.
     """
+    served = isinstance(recipe.teacher, ServedTeacher) and recipe.teacher.cache is None
+    if served and any(term.loss.spans_responses and term.reads & TEACHER_EVIDENCE for term in resolve(recipe).terms):
+        raise RecipeError(
+            "teacher.server",
+            "with several ranks each would ask the server about every answer: run it on one, or choose a loss that is"
+            " no policy gradient on the teacher",
+        )
     if recipe.machine.shard == "full":
         for path, what in _undivided(recipe):
             raise RecipeError(

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from limbeck.config import ranks
 from limbeck.types import UserError
 
-POLL_SECONDS = 0.1
+FIRST_PAUSE = 0.001  # seconds between two looks; they grow
+LONGEST_PAUSE = 0.1
 BEATS_IN_TIMEOUT = 5
 LONGEST_BEAT = 5.0  # seconds
 
@@ -116,6 +117,7 @@ class Company:
 
     def _wait(self, key: str, awaited: int) -> bytes:
         """The value of a key that another rank sets."""
+        pause = FIRST_PAUSE
         alive = _SignsOfLife(lambda: self.store.get(f"beat/{awaited}"), self.timeout)
         try:
             while not self.store.check([key]):
@@ -123,7 +125,8 @@ class Company:
                     raise LostRankError(lost("another rank has failed"), is_silent=False)
                 if not alive():
                     raise LostRankError(lost(f"rank {awaited} has not answered for {self.timeout:g} s"), is_silent=True)
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(LONGEST_PAUSE, pause * 1.5)
             return self.store.get(key)
         except RuntimeError as error:
             raise lost_rank(error, self.timeout) or error from error

@@ -8,9 +8,9 @@ exact sums over ranks, so the global division stays the loop's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -123,6 +123,14 @@ def gather(value: T) -> list[T]:
 def least(value: int | None) -> int | None:
     """The least of the ranks' values, without those that are None."""
     return min((other for other in gather(value) if other is not None), default=None)
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, which alone does it; the others wait for as long as it is alive."""
+    value = work() if rank() == 0 else None
+    wait()
+    result: Any = gather(value)[0]
+    return cast(T, result)
 
 
 def wait() -> None:

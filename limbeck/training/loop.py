@@ -147,7 +147,8 @@ def _gradients(
 ) -> tuple[dict[str, float], list[Batch], Sums]:
     """Every micro-batch forward and backward; returns (the terms' amounts, the batches, the terms' sums over ranks).
 
-    Where memory runs out, the step is replayed in smaller micro-batches; the sums are the same up to rounding.
+    Where memory runs out, the step is replayed in smaller micro-batches; the sums are the same up to rounding. With
+    divided weights it ends the run.
     """
     while True:
         # dropout, where the model has any: a step is replayed to the bit
@@ -166,7 +167,7 @@ def _gradients(
                 else:
                     sharded.empty_pass(job, batch, step)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or is_divided(job.net):  # the others are in the midst of their passes
                 raise
             shortage = str(error).splitlines()[0]
         parts, shortages = zip(*distributed.gather((sums, shortage is not None)), strict=True)
