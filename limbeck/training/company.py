@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from torch.distributed import DistError
+
 from limbeck.config import ranks
 from limbeck.types import UserError
 
@@ -165,7 +167,7 @@ OF_COLLECTIVES: Sequence[str] = ("gloo", "nccl", "store", "process group", "proc
 def lost_rank(error: RuntimeError, timeout: float) -> LostRankError | None:
     """The error for a collective or a store that failed since another rank is gone; None for any other error."""
     text = str(error).lower()
-    if not any(word in text for word in (*OF_COLLECTIVES, *CLOSED)):
+    if not isinstance(error, DistError) and not any(word in text for word in (*OF_COLLECTIVES, *CLOSED)):
         return None
     if any(word in text for word in SILENT):
         return LostRankError(lost(f"a rank has not answered for {timeout:g} s"), is_silent=True)

@@ -14,7 +14,7 @@ from torch import distributed, multiprocessing
 from limbeck.config.machine import Machine
 from limbeck.config.sections import Lora, Train
 from limbeck.data.batches import Row, make_batch
-from limbeck.models import sharding
+from limbeck.models import sharding, states
 from limbeck.models.model import Model
 from limbeck.models.start import add_adapters
 from limbeck.models.teacher import InProcessTeacher
@@ -69,12 +69,12 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_equal(folder: Path, other: Path, rel: float = 1e-6) -> None:
+def assert_equal(folder: Path, other: Path) -> None:
     ours, theirs = results(folder), results(other)
     assert len(ours) == len(theirs) > 0
     for one, two in zip(ours, theirs, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=rel), (ours, theirs)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=max(1e-5, rel))
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
         assert (two["response_tokens"], two["tokens"]) == (one["response_tokens"], one["tokens"])
     assert len({record["loss"] for record in ours}) == len(ours), "the student learns"
 
@@ -128,9 +128,11 @@ def check(size: int, tmp_path: Path, names: list[str]) -> None:
     facts = train_on(size, tmp_path / "together", names)
     for name in names:
         job = make_job(tmp_path / name, **alone(name))
-        loop.train(job)
-        # rounding to bfloat16 turns a difference in the last bit into one of 0.4 % here and there
-        assert_equal(tmp_path / name, tmp_path / "together" / name, rel=1e-3 if name == "bfloat16" else 1e-6)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "bfloat16":  # a prefix computed for all rows at once is rounded elsewhere
+                patch.setattr(states, "_may_share", lambda _: False)
+            loop.train(job)
+        assert_equal(tmp_path / name, tmp_path / "together" / name)
         weights = torch.load(tmp_path / "together" / name / "weights.pt")
         for key, p in job.net.named_parameters():
             # Adam moves a weight whose gradient is rounding error by up to lr a step
