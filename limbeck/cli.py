@@ -112,6 +112,7 @@ def train(
         stages = ("elicit", "train")
         run_stages(recipe, stages, overrides=set_, machine=machine, out=out, as_json=json_, tracker=track, count=ranks)
         return
+    one_process("train --profile", ranks)
     from limbeck.config.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_, machine)

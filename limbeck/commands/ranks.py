@@ -30,14 +30,14 @@ def told_once() -> Iterator[None]:
         raise
 
 
-def one_process(command: str) -> None:
+def one_process(command: str, asked: int | None = None) -> None:
     """Refuse a command that works on one process.
 
     Raises:
-        UserError: torchrun has started several.
+        UserError: torchrun has started several, or several are `asked` for.
     """
-    if ranks.world_size() > 1:
-        raise UserError(f"limbeck {command} works on one process: start it without torchrun")
+    if max(ranks.world_size(), asked or 1) > 1:
+        raise UserError(f"limbeck {command} works on one process: start it without torchrun and --ranks")
 
 
 def start(arguments: Sequence[str], count: int) -> NoReturn:
