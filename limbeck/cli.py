@@ -14,6 +14,7 @@ from limbeck.commands.answers import answers
 from limbeck.commands.export.command import export
 from limbeck.commands.new.command import new
 from limbeck.commands.push import push
+from limbeck.commands.ranks import one_process
 from limbeck.commands.report import report
 
 app = typer.Typer(
@@ -48,6 +49,9 @@ TrackOption = Annotated[
     str | None,
     typer.Option("--track", help="Also log to tensorboard, trackio, wandb or mlflow.", metavar="TRACKER"),
 ]
+RanksOption = Annotated[
+    int | None, typer.Option("--ranks", help="Share the training among this many processes.", min=1, metavar="N")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -65,12 +69,13 @@ def run(
     out: OutOption = None,
     json_: JsonOption = False,
     track: TrackOption = None,
+    ranks: RanksOption = None,
 ) -> None:
     """Run a whole recipe: elicit, train, evaluate, report. If it is stopped, run it again to continue."""
     from limbeck.commands.stages import run_stages
 
     stages = ("elicit", "train", "evaluate", "report")
-    run_stages(recipe, stages, overrides=set_, machine=machine, out=out, as_json=json_, tracker=track)
+    run_stages(recipe, stages, overrides=set_, machine=machine, out=out, as_json=json_, tracker=track, count=ranks)
 
 
 @app.command(epilog="Example: limbeck elicit recipes/quickstart.yaml")
@@ -98,13 +103,16 @@ def train(
         bool, typer.Option("--profile", help="Don't train: time a few steps and compare them with their FLOP floor.")
     ] = False,
     track: TrackOption = None,
+    ranks: RanksOption = None,
 ) -> None:
     """Train the student and its controls, after eliciting any text that is missing."""
     if not profile:
         from limbeck.commands.stages import run_stages
 
-        run_stages(recipe, ("elicit", "train"), overrides=set_, machine=machine, out=out, as_json=json_, tracker=track)
+        stages = ("elicit", "train")
+        run_stages(recipe, stages, overrides=set_, machine=machine, out=out, as_json=json_, tracker=track, count=ranks)
         return
+    one_process("train --profile", ranks)
     from limbeck.config.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_, machine)
@@ -157,6 +165,7 @@ def compare(
     json_: JsonOption = False,
 ) -> None:
     """Train several recipes under the same conditions and test their differences."""
+    one_process("compare")
     from limbeck.config.recipe import load_recipe
     from limbeck.types import UserError
 

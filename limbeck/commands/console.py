@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from limbeck.config import ranks
 from limbeck.types import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -144,6 +145,7 @@ def long_work(as_json: bool) -> Iterator[tuple[JsonLines | Terminal, StopRequest
 @contextlib.contextmanager
 def error_messages() -> Iterator[None]:
     """Turn errors that the user can fix into one message and exit status 2. Bugs keep their traceback and status 1."""
+    err.quiet = out.quiet = ranks.rank() > 0  # rank 0 speaks for all
     try:
         signal.signal(signal.SIGINT, _interrupted)
         yield
@@ -165,7 +167,8 @@ def error_messages() -> Iterator[None]:
             raise
         raise _exit_with(
             f"memory ran out ({str(error).splitlines()[0]}); finished work is kept: set teacher.dtype or"
-            " teacher.quantise, machine.checkpointing, machine.cache_gib or machine.head_mib, and run it again"
+            " teacher.quantise, machine.checkpointing, machine.micro_tokens, machine.cache_gib or machine.head_mib, and"
+            " run it again"
         ) from error
 
 

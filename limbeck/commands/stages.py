@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from limbeck.commands import console
 from limbeck.commands.printing import print_result
+from limbeck.commands.ranks import start as start_ranks
+from limbeck.commands.ranks import told_once
+from limbeck.config import ranks
 from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.progress import Reporter
 
@@ -23,13 +27,23 @@ def run_stages(
     out: Path | None,
     as_json: bool,
     tracker: str | None = None,
+    count: int | None = None,
 ) -> None:
-    """Do what these stages still have to do, then print where the results are."""
+    """Do what these stages still have to do, on `count` ranks if that is given, then print where the results are."""
     recipe = load_recipe(recipe_path, overrides, machine)
-    from limbeck.runs.rounds import run  # after the recipe: a mistake in it shows before torch is loaded
+    if count is not None and count > 1:
+        start_ranks(sys.argv[1:], count)
+    from limbeck.runs.ranks import run  # after the recipe: a mistake in it shows before torch is loaded
 
-    with console.long_work(as_json) as (reporter, stop), _with_tracker(reporter, recipe, out, tracker) as tracked:
+    tracker = tracker if ranks.rank() == 0 else None
+    with (
+        told_once(),
+        console.long_work(as_json) as (reporter, stop),
+        _with_tracker(reporter, recipe, out, tracker) as tracked,
+    ):
         folder = run(recipe, out, tracked, stop, stages=stages)
+    if folder is None:
+        return
     result: dict[str, Any] = {"run": str(folder)}
     if "report" in stages:
         from limbeck.report.page import verdict_of

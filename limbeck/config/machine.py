@@ -4,7 +4,7 @@ run goes on elsewhere, or with other sizes. What changes numbers (precision, qua
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,9 @@ class Machine(Section):
         threads: of torch on the CPU; by default one for each core. On a machine that others use, 1 is often fastest.
         answers: the folder in which runs share their teachers' answers, or `none`; by default $LIMBECK_STORE, else
             limbeck/answers in ~/.local/share.
+        shard: with several ranks (docs/ranks.md), `full` divides weights, gradients and moments among them while they
+            train (FSDP2); with `none` each rank holds the whole models.
+        timeout: seconds after which a rank that does not answer ends the run on all.
     """
 
     device: Device = "auto"
@@ -39,3 +42,5 @@ class Machine(Section):
     head_mib: Annotated[float, Field(ge=1)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     answers: Annotated[str, Field(min_length=1)] | None = None
+    shard: Literal["none", "full"] = "none"
+    timeout: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 600

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
+from limbeck.config import ranks
 from limbeck.config.machine import Machine
 from limbeck.types import UserError
 
@@ -96,13 +97,21 @@ class Devices:
 
 
 def find_device(name: str, path: str = "device") -> torch.device:
-    """The device of this name; `auto` is the first CUDA device where there is one, else the CPU.
+    """The device of this name; `auto` is the first CUDA device where there is one, else the CPU. Each of several ranks
+    gets the CUDA device of its own number.
 
     Raises:
-        UserError: it is not on this machine; the message says what is.
+        UserError: it is not on this machine; the message says what is. Or several ranks would share it.
     """
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+    if name == "auto" and not torch.cuda.is_available():
+        return CPU
+    if name == "auto" or (name == "cuda" and ranks.is_launched()):
+        name = f"cuda:{ranks.local_rank()}"
+    elif ranks.local_world_size() > 1 and name != "cpu":
+        raise UserError(
+            f"{path}: {ranks.local_world_size()} ranks can't share {name!r}: write auto or cuda, so that each takes the"
+            " CUDA device of its number, or cpu"
+        )
     try:
         device = torch.device(name)
         return torch.zeros(1, device=device).device

@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from limbeck.models.sharding import is_divided, run_decoder
+
 SHORTEST_PREFIX = 8  # a shorter one is not worth a second pass
 
 
 def decoded(net: PreTrainedModel, tokens_BT: Tensor, mixed: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Last hidden states [B, T, D] after the final norm, every row by itself. With `mixed` (other tokens [B, T], the
     weight of the row's own tokens [B, T]) the embeddings of both are mixed first."""
-    decoder: Any = net.get_decoder()
     tokens_BT = tokens_BT.to(net.device)
     if mixed is None:
-        states_BTD: Tensor = decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        states_BTD: Tensor = run_decoder(net, input_ids=tokens_BT, use_cache=False).last_hidden_state
         return states_BTD
     embed: Any = net.get_input_embeddings()
     own_BT1 = mixed[1].to(tokens_BT.device)[..., None]
     embedded_BTD = own_BT1 * embed(tokens_BT) + (1 - own_BT1) * embed(mixed[0].to(tokens_BT.device))
-    mixed_BTD: Tensor = decoder(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+    mixed_BTD: Tensor = run_decoder(net, inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
     return mixed_BTD
 
 
@@ -37,10 +38,11 @@ def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     """Last hidden states [B, T, D] after the final norm. Right padding needs no mask: attention is causal.
 
     Tokens are best given on the host: they are compared there, so that nobody waits for the device. Models with other
-    than full attention, with dropout or gradient checkpointing compute every row by itself.
+    than full attention, with dropout or gradient checkpointing compute every row by itself, as do those whose weights
+    are divided among ranks, where every rank must make as many passes.
     """
     decoder: Any = net.get_decoder()
-    shared = common_prefix(tokens_BT) if _may_share(decoder) else 0
+    shared = common_prefix(tokens_BT) if not is_divided(net) and _may_share(decoder) else 0
     if shared < SHORTEST_PREFIX:
         return decoded(net, tokens_BT)
     tokens_BT = tokens_BT.to(net.device)

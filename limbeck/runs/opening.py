@@ -92,16 +92,21 @@ def tell_answers(folder: Path, parts: Mapping[str, Sequence[Sample]], reporter: 
 
 def settle(folder: Path, machine: Machine, facts: Mapping[str, str], reporter: Reporter) -> None:
     """Take the devices and sizes of the recipe's `machine`, say so, and record them."""
-    SIZES.head_bytes = None if machine.head_mib is None else int(machine.head_mib * 2**20)
-    if machine.threads is not None:
-        torch.set_num_threads(machine.threads)
-    SIZES.cache_bytes = None if machine.cache_gib is None else int(machine.cache_gib * 2**30)
+    take_sizes(machine)
     if machine.device == "auto" or len(set(facts.values())) > 1:
         teacher = "" if facts["teacher_device"] == facts["device"] else f", teachers on {facts['teacher_device']}"
         reporter.note(f"running on {facts['device']}{teacher}")
     record = {**facts, "settings": machine.model_dump(exclude_none=True)}
     if read_json(folder / "machine.json") != record:
         write_json(folder / "machine.json", record)
+
+
+def take_sizes(machine: Machine) -> None:
+    """Take the sizes of the recipe's `machine`."""
+    SIZES.head_bytes = None if machine.head_mib is None else int(machine.head_mib * 2**20)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    SIZES.cache_bytes = None if machine.cache_gib is None else int(machine.cache_gib * 2**30)
 
 
 def crowd_advice(threads: int, running: float | None, cores: int) -> str:

@@ -33,6 +33,7 @@ from limbeck.report.page import write_report
 from limbeck.runs.answers import SharedTexts
 from limbeck.runs.claim import run_folder, training_key
 from limbeck.runs.encoding import Encoding
+from limbeck.runs.exporting import exported
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
 from limbeck.runs.opening import begin, bind, tell_answers, tell_prompts
@@ -42,7 +43,7 @@ from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import steps_made
-from limbeck.training import loop
+from limbeck.training import distributed, loop
 from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
 from limbeck.training.setup import TrainingPlan, make_job
@@ -166,11 +167,12 @@ class Run:
             return
         student = self.models.student_to_train()
         job = self.job(name, student)
+        distributed.call({"train": name, "folder": str(self.folder), "store": self.store and str(self.store)})
         if not loop.train(job, training_progress(self.reporter), self.stop):
             raise StoppedError(
                 f"stopped; the checkpoint of the last step is in {job.folder / 'checkpoints'}, run it again to go on"
             )
-        student = self.models.finished(student)
+        student = exported(self.models, student)
         with new_directory(job.folder / "student") as folder:
             use = write_student(student, folder)
             write_text(folder / "README.md", model_card(self.recipe, name, self.models.teacher_identity, use))
@@ -258,7 +260,8 @@ class Run:
         )
 
     def _report_teacher(self, file: str, facts: dict[str, Any], text: str) -> None:
-        write_json(self.path(file), facts)
+        if distributed.rank() == 0:
+            write_json(self.path(file), facts)
         self.reporter.note(text)
 
     def control_rows(self, name: str, rows: list[Row], student: Model) -> list[Row]:

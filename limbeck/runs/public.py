@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from limbeck.config import ranks
 from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.models import load
 from limbeck.progress import Reporter
@@ -38,6 +39,8 @@ def run(
     Raises:
         UserError: the recipe or the folder can't be used; finished work is kept.
     """
+    if ranks.world_size() > 1:
+        raise UserError("limbeck.run works on one process: start ranks with `torchrun -m limbeck run RECIPE`")
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = None if out is None else Path(out)
     return RunResult(rounds.run(loaded, folder, reporter, stop, stages=stages))

@@ -1,20 +1,27 @@
-"""One training on several processes (`torchrun`): each computes its share of a step's micro-batches, and gradients are
-summed.
+"""One training on several processes: each computes its share of a step's micro-batches, and gradients are summed.
 
-The caller starts the process group and calls `loop.train` in every rank (from Python; the commands run one process).
-With one process all functions here do nothing. Sums are exact sums over ranks, so the global division stays the loop's.
-Not covered: sharded weights (every rank holds the whole model).
+The commands start the processes by torch's launcher, and join them by `joined`; a caller from Python may start a
+process group of its own and call `loop.train` in every rank. With one process all functions here do nothing. Sums are
+exact sums over ranks, so the global division stays the loop's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
+from limbeck.config import ranks
+from limbeck.config.machine import Machine
+from limbeck.training.company import Company, lost_rank
+from limbeck.types import Batch
+
 T = TypeVar("T")
+_COMPANIES: list[Company] = []  # the one of this process, once it has joined
 
 
 def world_size() -> int:
@@ -25,19 +32,83 @@ def rank() -> int:
     return distributed.get_rank() if world_size() > 1 else 0
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """This rank's share of a step's micro-batches; it may be empty."""
-    return items[rank() :: world_size()]
+@contextlib.contextmanager
+def joined(machine: Machine) -> Iterator[Company]:
+    """Join the ranks that torch's launcher started, while the block runs.
+
+    Raises:
+        LostRankError: in the block, for a collective that failed since another rank is gone.
+    """
+    timeout = timedelta(seconds=machine.timeout)
+    on_cuda = machine.device != "cpu" and torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(ranks.local_rank())
+    store, number, size = next(distributed.rendezvous("env://", timeout=timeout))  # type: ignore[no-untyped-call]
+    company = Company(distributed.PrefixStore("company", store), number, size, machine.timeout)
+    _COMPANIES[:] = [company]
+    try:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=distributed.PrefixStore("collectives", store),
+            rank=number,
+            world_size=size,
+            timeout=timeout,
+        )
+        yield company
+    except RuntimeError as error:
+        if (lost := lost_rank(error, machine.timeout)) is None:
+            raise
+        raise lost from error
+    company.leave()
+    distributed.destroy_process_group()
+
+
+def fail(error: BaseException) -> bool:
+    """Tell the other ranks that this one ends with an error. Returns whether it should tell the user."""
+    return _COMPANIES[0].fail(error) if _COMPANIES else ranks.rank() == 0
+
+
+def call(turn: dict[str, Any]) -> None:
+    """On rank 0: call the other ranks to a turn, and wait until they are ready for it."""
+    if _COMPANIES:
+        _COMPANIES[0].tell(turn)
+        _COMPANIES[0].meet()
+
+
+def shares(batches: Sequence[Batch]) -> list[list[Batch]]:
+    """Every rank's share of a step's micro-batches; it may be empty.
+
+    The largest goes first, each to the rank with the fewest tokens so far, so that all have about the same work.
+    """
+    size = world_size()
+    tokens = [0] * size
+    dealt: list[list[int]] = [[] for _ in range(size)]
+    for index in sorted(range(len(batches)), key=lambda index: -batches[index].tokens_BT.numel()):
+        least = min(range(size), key=lambda number: (tokens[number], number))
+        tokens[least] += batches[index].tokens_BT.numel()
+        dealt[least].append(index)
+    return [[batches[index] for index in sorted(share)] for share in dealt]
 
 
 def add_gradients(parameters: Iterable[Tensor]) -> None:
     """Sum every parameter's gradient over the ranks, in place; a rank that saw no micro-batch adds zeros."""
     if world_size() == 1:
         return
+    pending = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
+        pending.append(distributed.all_reduce(parameter.grad, async_op=True))
+    for work in pending:
+        assert work is not None
+        work.wait()
+
+
+def same_everywhere(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the tensors of rank 0, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor.detach(), 0)
 
 
 def gather(value: T) -> list[T]:
@@ -49,7 +120,22 @@ def gather(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def least(value: int | None) -> int | None:
+    """The least of the ranks' values, without those that are None."""
+    return min((other for other in gather(value) if other is not None), default=None)
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, which alone does it; the others wait for as long as it is alive."""
+    value = work() if rank() == 0 else None
+    wait()
+    result: Any = gather(value)[0]
+    return cast(T, result)
+
+
 def wait() -> None:
-    """Wait until every rank is here."""
-    if world_size() > 1:
+    """Wait until every rank is here; in a command, for as long as they are alive."""
+    if _COMPANIES:
+        _COMPANIES[0].meet()
+    elif world_size() > 1:
         distributed.barrier()

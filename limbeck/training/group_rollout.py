@@ -16,6 +16,7 @@ from limbeck.data.batches import Row, StepBatch, cut
 from limbeck.elicit.prompt import Prompt
 from limbeck.objectives.loss import ADVANTAGE
 from limbeck.objectives.schedule import State
+from limbeck.training import distributed
 from limbeck.training.asking import Answer, Asking, answer_from
 from limbeck.training.rewards import Judged, Rewards, Scored
 from limbeck.training.rollout_stats import Advice, facts_of
@@ -139,7 +140,8 @@ class GroupRollouts:
         return [answers[at : at + size] for at in range(0, len(answers), size)]
 
     def _score(self, groups: Sequence[Sequence[Answer]]) -> Scored:
-        return self.rewards.score([[self._judged(answer) for answer in group] for group in groups])
+        judged = [[self._judged(answer) for answer in group] for group in groups]
+        return distributed.from_first(lambda: self.rewards.score(judged))  # a program's time limit is a verdict, too
 
     def _judged(self, answer: Answer) -> Judged:
         return Judged(

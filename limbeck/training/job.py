@@ -118,6 +118,7 @@ class TrainingJob:
         prepare: called before step 0, and again if the run was killed before its first checkpoint.
         average: the student's moving average, if that is the teacher.
         monitor: returns (sum, count) by metric of each micro-batch of the student's own text.
+        frozen: the models whose passes the losses read at every step, beside the student.
         machine: sizes that suit the device.
     """
 
@@ -130,6 +131,7 @@ class TrainingJob:
     prepare: Callable[[], None] = lambda: None
     average: MovingAverage | None = None
     monitor: Callable[[StudentForward], dict[str, tuple[float, float]]] | None = None
+    frozen: Sequence[PreTrainedModel] = ()
     machine: Machine = field(default_factory=Machine)
 
     @property

@@ -19,13 +19,14 @@ from torch import Tensor
 from limbeck.config.sections import Train
 from limbeck.data.batches import Row, make_batch, resized
 from limbeck.models.placement import is_out_of_memory
+from limbeck.models.sharding import is_divided, is_part, like
 from limbeck.objectives.forward import Sums
 from limbeck.objectives.term import TermAtStep
 from limbeck.objectives.total import total_loss
 from limbeck.progress import StoppedError
 from limbeck.storage import checkpoint
 from limbeck.storage.files import append_json, crash_point, read_jsonl, write_text
-from limbeck.training import distributed
+from limbeck.training import distributed, sharded
 from limbeck.training.job import Objective, TrainingJob
 from limbeck.training.memory import forget_peak, keep_freed_memory, peaks
 from limbeck.training.room import Room
@@ -53,13 +54,16 @@ def train(
         UserError: the loss or the gradient is not finite; no update was made from it.
     """
     keep_freed_memory()
+    sharded.begin(job)
     forget_peak(job.net.device)
     settings = job.settings
     room = Room.begin(job.folder, job.net, job.machine.micro_tokens)
+    room.tokens = distributed.least(room.tokens)  # all ranks split the text alike
     steps = job.steps
     parameters = job.objective.parameters()
     optimizer = _optimizer(job, parameters)
     start = _resume(job, parameters, optimizer)
+    distributed.same_everywhere(p for p in parameters.values() if not is_part(p))
     job.net.train()
     saved_at = time.monotonic()
     pause = settings.save_seconds
@@ -74,8 +78,9 @@ def train(
         progress(step + 1, steps, record)
         crash_point("train.after_step")
         last = step + 1 == steps
-        stopping = any(distributed.gather(stop()))
-        if last or stopping or max(distributed.gather(time.monotonic() - saved_at)) >= pause:
+        stops, waited = zip(*distributed.gather((stop(), time.monotonic() - saved_at)), strict=True)
+        stopping = any(stops)
+        if last or stopping or max(waited) >= pause:
             began = time.monotonic()
             _save(job, step + 1, parameters, optimizer)
             saved_at = time.monotonic()
@@ -101,11 +106,10 @@ def _step(
     text = job.text.step_batch(step, step / steps, states)
     terms = [term.at_step(step / steps, states) for term in job.terms]
     amounts, batches, sums = _gradients(job, text.micro_batches, terms, room, step=step)
-    distributed.add_gradients(parameters.values())
-    sums = _over_ranks(sums)
+    distributed.add_gradients(p for p in parameters.values() if not is_part(p))
     means = {t.label: sums.terms.get(t.label, 0.0) / amounts[t.label] if amounts[t.label] else 0.0 for t in terms}
     loss = sum(t.weight * means[t.label] for t in terms)
-    norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), job.settings.clip))
+    norm = sharded.clip(parameters.values(), job.settings.clip)
     _check_finite(step, loss, norm, means=means, batches=batches)
     rate = learning_rate(job.settings, step, steps)
     for group in optimizer.param_groups:
@@ -141,9 +145,10 @@ def _step(
 def _gradients(
     job: TrainingJob, micro_batches: Sequence[Sequence[Row]], terms: Sequence[TermAtStep], room: Room, *, step: int
 ) -> tuple[dict[str, float], list[Batch], Sums]:
-    """Every micro-batch forward and backward; returns (the terms' amounts, the batches, the terms' sums).
+    """Every micro-batch forward and backward; returns (the terms' amounts, the batches, the terms' sums over ranks).
 
-    Where memory runs out, the step is replayed in smaller micro-batches; the sums are the same up to rounding.
+    Where memory runs out, the step is replayed in smaller micro-batches; the sums are the same up to rounding. With
+    divided weights it ends the run.
     """
     while True:
         # dropout, where the model has any: a step is replayed to the bit
@@ -155,24 +160,29 @@ def _gradients(
         sums = Sums()
         shortage: str | None = None
         try:
-            for batch in distributed.share(batches):
-                sums.add(backward(job, batch, terms, amounts, step=step))
+            shares = distributed.shares(batches)
+            for batch, counts in sharded.passes(job, shares[distributed.rank()], batches, max(map(len, shares))):
+                if counts:
+                    sums.add(backward(job, batch, terms, amounts, step=step))
+                else:
+                    sharded.empty_pass(job, batch, step)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or is_divided(job.net):  # the others are in the midst of their passes
                 raise
             shortage = str(error).splitlines()[0]
-        if not any(distributed.gather(shortage is not None)):
-            return amounts, batches, sums
+        parts, shortages = zip(*distributed.gather((sums, shortage is not None)), strict=True)
+        if not any(shortages):
+            return amounts, batches, _added(parts)
         job.net.zero_grad(set_to_none=True)
         for learned in job.objective.learned.values():
             learned.zero_grad(set_to_none=True)
         room.shrink(batches, shortage or "on another rank", job.objective.keeps_groups)
 
 
-def _over_ranks(sums: Sums) -> Sums:
+def _added(parts: Sequence[Sums]) -> Sums:
     """The sums of all ranks together."""
     whole = Sums()
-    for part in distributed.gather(sums):
+    for part in parts:
         whole.add(part)
     return whole
 
@@ -225,9 +235,12 @@ def backward(
     job: TrainingJob, batch: Batch, terms: Sequence[TermAtStep], amounts: Mapping[str, float], *, step: int = 0
 ) -> Sums:
     """Forward and backward of one micro-batch; returns each term's sum."""
+    if is_divided(job.net) and sharded.is_empty(batch, terms):
+        return sharded.empty_pass(job, batch, step)
     forward = job.objective.forward(batch, step)
     loss, sums = total_loss(terms, amounts, job.objective.learned, forward)
     loss.backward()
+    sharded.settle(job)
     if job.monitor is not None:
         sums.monitored = job.monitor(forward)
     return sums
@@ -248,15 +261,16 @@ def _optimizer(job: TrainingJob, parameters: dict[str, Tensor]) -> torch.optim.A
 
 
 def _save(job: TrainingJob, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    tensors = {f"weight/{name}": p for name, p in parameters.items()} | {
+        f"frozen/{name}": t for name, t in job.objective.frozen().items()
+    }
+    for name, p in parameters.items():
+        for key, value in optimizer.state[p].items():
+            tensors[f"{key}/{name}"] = value
+    if job.average is not None:
+        tensors |= {f"average/{name}": tensor for name, tensor in job.average.tensors.items()}
+    tensors = sharded.gathered(tensors, keep=distributed.rank() == 0)
     if distributed.rank() == 0:
-        tensors = {f"weight/{name}": p for name, p in parameters.items()} | {
-            f"frozen/{name}": t for name, t in job.objective.frozen().items()
-        }
-        for name, p in parameters.items():
-            for key, value in optimizer.state[p].items():
-                tensors[f"{key}/{name}"] = value
-        if job.average is not None:
-            tensors |= {f"average/{name}": tensor for name, tensor in job.average.tensors.items()}
         state = {
             "job": job.key,
             "rows": _rows_key(job.rows),
@@ -295,10 +309,11 @@ def _restore(
     job: TrainingJob, tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
     for name, p in parameters.items():
-        p.copy_(tensors[f"weight/{name}"])
+        p.copy_(like(tensors[f"weight/{name}"], p))
         if f"step/{name}" in tensors:  # a parameter that no loss has reached yet has no state
             keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[p] = {key: tensors[f"{key}/{name}"].to(p.device) for key in keys}
+            step, *moments = (tensors[f"{key}/{name}"].to(p.device) for key in keys)
+            optimizer.state[p] = dict(zip(keys, (step, *(like(moment, p) for moment in moments)), strict=True))
     if job.average is not None:
         job.average.restore({name: tensors[f"average/{name}"] for name in job.average.tensors})
     for label, learned in job.objective.learned.items():

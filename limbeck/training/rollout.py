@@ -138,7 +138,8 @@ class Rollouts:
         """Update an adaptive share from the validation loss."""
         if self.watched is None or step == 0 or step % self.settings.validation.every:
             return {}
-        loss = distributed.gather(self.watched(progress))[0]  # one value for all ranks, equal to the last bit
+        watched = self.watched
+        loss = distributed.from_first(lambda: watched(progress))  # one value for all ranks, equal to the last bit
         states[SHARE] = self.share.after(states.get(SHARE), progress, loss)
         return {"validation_loss": loss, "share": self.share.value(progress, states[SHARE])}
 

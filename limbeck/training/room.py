@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from limbeck.models.placement import describe, free_bytes
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
+from limbeck.training import distributed
 from limbeck.types import Batch, UserError
 
 ACTIVATION_BYTES = 33  # for the backward pass, per token and layer, as a multiple of the width; measured on decoders
@@ -56,7 +57,8 @@ class Room:
         self.tokens = max(16, largest.tokens_BT.numel() // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        write_json(self.file, {"device": describe(self.device), "micro_tokens": self.tokens})
+        if distributed.rank() == 0:
+            write_json(self.file, {"device": describe(self.device), "micro_tokens": self.tokens})
 
 
 def _derived(net: PreTrainedModel) -> int | None:

@@ -133,12 +133,26 @@ def make_job(
         vocab_size=vocab_size,
         rounded=None if plan.settings.precision is None else getattr(torch, plan.settings.precision),
     )
-    job = TrainingJob(objective, rows, plan.settings, plan.folder, key=plan.key, average=average, machine=plan.machine)
+    job = TrainingJob(
+        objective,
+        rows,
+        plan.settings,
+        plan.folder,
+        key=plan.key,
+        average=average,
+        frozen=_passing(teacher()) if reads_teacher and plan.cache is None else (),
+        machine=plan.machine,
+    )
     if plan.writing is not None:
         job, watched, slots = watch_prompts(job, plan.writing)
         source = rollouts(plan.writing, job, student, slots, scores=scores, watched=watched, reference=reference)
         job = replace(job, source=source, monitor=teachers_view)
     return replace(job, prepare=partial(_prepare, job, teacher, progress)) if reads_teacher else job
+
+
+def _passing(teacher: Teacher) -> list[PreTrainedModel]:
+    """The model that passes over every micro-batch."""
+    return [] if teacher.model is None else [teacher.model.net]
 
 
 def _frozen_start(plan: TrainingPlan, net: PreTrainedModel, vocab_size: int | None) -> Frozen:

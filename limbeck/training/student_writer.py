@@ -260,6 +260,7 @@ class _InProcess:
         student.net.train(training)
         if len(completions) < len(own_jobs):
             raise StoppedError("stopped while the student wrote; the step has not begun")
+        distributed.wait()  # some texts are longer than others
         parts = [iter(part) for part in distributed.gather([completions[index] for index in range(len(own_jobs))])]
         return [next(parts[number % len(parts)]) for number in range(len(jobs))]
 
@@ -296,6 +297,7 @@ def _ask_server(student: Model, server: VllmWriter, stop: Stop, jobs: Sequence[G
                 f"the vLLM server {server.url} lost the student's weights {WRITINGS} times while it wrote: let no other"
                 " program give it weights, see its log, then run it again to go on"
             )
+    distributed.wait()
     completions = distributed.gather(completions)[0]
     if len(completions) < len(jobs):
         raise StoppedError("stopped while the student wrote; the step has not begun")

@@ -1,0 +1,30 @@
+"""The trained student as it is exported: whole, where its weights were divided among ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from limbeck.models.model import Model
+from limbeck.models.sharding import is_divided
+from limbeck.models.start import add_adapters
+from limbeck.runs.models import RunModels
+from limbeck.training import sharded
+
+
+def exported(models: RunModels, student: Model) -> Model:
+    """The trained student with its adapters folded in. Divided weights are gathered on rank 0 alone; the teacher, which
+    was divided with them, is loaded again where it is needed next."""
+    if not is_divided(student.net):
+        return models.finished(student)
+    models.release()
+    recipe = models.method.recipe
+
+    def fresh() -> PreTrainedModel:
+        net = models.student_to_train().net
+        if recipe.student.lora is not None:
+            add_adapters(net, recipe.student.lora, recipe.train.seed)
+        return net
+
+    return models.finished(replace(student, net=sharded.plain(student.net, fresh)))

@@ -1,0 +1,165 @@
+"""The command on several ranks: the run of one process, ranks that die or hang, and stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.runs.test_pipeline import ROOT, command, recipe_file  # noqa: F401 (a fixture)
+from tests.training import test_ranks
+from tests.training.test_ranks import assert_equal, results
+
+PATIENCE = 300  # seconds
+
+
+def start(*arguments: object, torchrun: bool = False) -> subprocess.Popen[str]:
+    """`limbeck ARGUMENTS --ranks 2`, or the same by torchrun; read its output with `communicate`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = (
+        ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "limbeck"] if torchrun else ["limbeck"]
+    )
+    ranks = [] if torchrun else ["--ranks", "2"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *program, *map(str, arguments), *ranks],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(what: Callable[[], object]) -> None:
+    ends = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def steps(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def rank(parent: subprocess.Popen[str], number: int) -> psutil.Process:
+    """The process of a rank."""
+    return next(p for p in psutil.Process(parent.pid).children() if p.environ().get("RANK") == str(number))
+
+
+@pytest.fixture
+def recipe(recipe_data, recipe_file):  # noqa: F811
+    def write(machine=None, **train):
+        recipe_data["train"] |= {"tokens_per_step": 150, **train}
+        recipe_data["loss"] = ["forward_kl", {"cross_entropy": {"weight": 0.5}}]
+        recipe_data["evaluate"]["metrics"] = ["fidelity"]
+        recipe_data["machine"] = {"micro_tokens": 64, "threads": 1} | (machine or {})
+        recipe_file.write_text(yaml.safe_dump(recipe_data))
+        return recipe_file
+
+    return write
+
+
+def assert_same_student(folder: Path, other: Path) -> None:
+    ours, theirs = (load_file(home / "student" / "model.safetensors") for home in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert (theirs[name] - weight).norm() <= 1e-3 * weight.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_whole_run_is_that_of_one_process(recipe, tmp_path, shard, torchrun):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert command("run", recipe(), "--out", alone).returncode == 0
+    run = start("run", recipe({"shard": shard}), "--out", together, "--json", torchrun=torchrun)
+    out, err = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 0, err
+    result = json.loads(out)
+    assert result["run"] == str(together) and out.count("verdict") == 1
+    assert err.count('"Training: student"') == 1, "one rank speaks"
+    assert_equal(alone, together)
+    assert_equal(alone / "controls" / "sft_control", together / "controls" / "sft_control")
+    assert_same_student(alone, together)
+    files = [{str(file.relative_to(home)) for file in home.rglob("*")} for home in (alone, together)]
+    assert {name for name in files[0] ^ files[1] if "lock" not in name} == set()
+    # it is done: nothing is trained again
+    before = (together / "metrics.jsonl").stat().st_mtime_ns
+    assert start("run", recipe({"shard": shard}), "--out", together).wait(PATIENCE) == 0
+    assert (together / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_rank_that_dies_ends_all_and_the_run_goes_on(recipe, tmp_path, number, shard):
+    file, out = recipe({"shard": shard}, steps=300, save_seconds=0), tmp_path / "run"
+    run = start("train", file, "--out", out)
+    until(lambda: steps(out) > 5)
+    rank(run, number).send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    _, err = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 2 and time.monotonic() - begun < 60
+    assert err.count("limbeck:") == 1 and f"rank {number} ended with signal SIGKILL" in err and "Traceback" not in err
+    kept = steps(out)
+    again = start("train", recipe({"shard": shard}, steps=300, save_seconds=0), "--out", out)
+    until(lambda: steps(out) > kept)
+    again.send_signal(signal.SIGINT)
+    _, err = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 2 and err.count("stopped") == 1, err
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_hangs_ends_all_within_the_timeout(recipe, tmp_path, number):
+    out = tmp_path / "run"
+    run = start("train", recipe({"timeout": 8}, steps=100000), "--out", out)
+    until(lambda: steps(out) > 2)
+    rank(run, number).send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    _, err = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 2 and time.monotonic() - begun < 60
+    assert err.count("limbeck:") == 1 and "has not answered for 8 s" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_after_the_step_with_a_checkpoint(recipe, tmp_path, number):
+    out = tmp_path / "run"
+    run = start("train", recipe(steps=100000), "--out", out)
+    until(lambda: steps(out) > 2)
+    run.send_signal(number)
+    _, err = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 2 and err.count("limbeck:") == 1 and "run it again to go on" in err, err
+    last = results(out)[-1]["step"]
+    assert (out / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
+
+
+def test_a_rank_that_dies_while_rank_0_elicits_ends_all(recipe, recipe_data, tmp_path):
+    lines = [json.dumps({"id": f"q{n}", "prompt": f"count {n} cats on the mat"}) for n in range(20_000)]
+    Path(recipe_data["prompts"]["from"]).write_text("\n".join(lines))
+    run = start("train", recipe(), "--out", tmp_path / "run")
+    until(lambda: (tmp_path / "run" / "store.sqlite").exists())
+    rank(run, 1).send_signal(signal.SIGKILL)
+    _, err = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 2 and "rank 1 ended with signal SIGKILL" in err, err
+
+
+def test_a_mistake_is_said_once(recipe, tmp_path):
+    run = start(
+        "run", recipe({"shard": "full"}), "--out", tmp_path / "run", "--set", "loss=[hidden_match]", torchrun=True
+    )
+    _, err = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 1 and err.count("limbeck:") == 1 and "machine.shard" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_case_on_more_ranks(tmp_path, size):
+    test_ranks.check(size, tmp_path, list(test_ranks.CASES))
