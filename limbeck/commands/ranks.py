@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from limbeck.config import ranks
 from limbeck.types import UserError
 
 GRACE_SECONDS = 10  # for the other ranks, once one has ended
+PATIENT = 2  # signals that leave it to the ranks to end
 IN_WORDS = (1, console.USER_ERROR)  # the rank itself has said why
 
 
@@ -98,12 +100,15 @@ def _status(codes: dict[int, int]) -> int:
 
 @contextlib.contextmanager
 def _passing_signals_on() -> Iterator[None]:
-    """Pass Ctrl-C and SIGTERM on to the ranks: they stop after the step, and the launcher waits for them."""
+    """Pass Ctrl-C and SIGTERM on to the ranks: they stop after the step, at the second one at once, and the launcher
+    waits for them. At the third they are killed: a rank that waits for another does not see a signal."""
+    received = itertools.count(1)
 
     def on_signal(number: int, _: object) -> None:
+        passed_on = signal.SIGKILL if next(received) > PATIENT else number
         for process in _children():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
+                os.kill(process, passed_on)
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
