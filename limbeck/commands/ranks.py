@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,10 @@ def _launch(arguments: Sequence[str], count: int) -> int:
     os.environ[ranks.BY_COMMAND] = str(count)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):  # one message, and it is ours
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.addHandler(logging.NullHandler())
     with _passing_signals_on():
         try:
             run.run(options)
