@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -13,6 +15,7 @@ from limbeck.config import ranks
 from limbeck.types import UserError
 
 GRACE_SECONDS = 10  # for the other ranks, once one has ended
+PATIENT = 2  # signals that leave it to the ranks to end
 IN_WORDS = (1, console.USER_ERROR)  # the rank itself has said why
 
 
@@ -75,6 +78,10 @@ def _launch(arguments: Sequence[str], count: int) -> int:
     os.environ[ranks.BY_COMMAND] = str(count)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):  # one message, and it is ours
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.addHandler(logging.NullHandler())
     with _passing_signals_on():
         try:
             run.run(options)
@@ -98,12 +105,15 @@ def _status(codes: dict[int, int]) -> int:
 
 @contextlib.contextmanager
 def _passing_signals_on() -> Iterator[None]:
-    """Pass Ctrl-C and SIGTERM on to the ranks: they stop after the step, and the launcher waits for them."""
+    """Pass Ctrl-C and SIGTERM on to the ranks: they stop after the step, at the second one at once, and the launcher
+    waits for them. At the third they are killed: a rank that waits for another does not see a signal."""
+    received = itertools.count(1)
 
     def on_signal(number: int, _: object) -> None:
+        passed_on = signal.SIGKILL if next(received) > PATIENT else number
         for process in _children():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
+                os.kill(process, passed_on)
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

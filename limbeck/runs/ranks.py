@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.config import ranks
+from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.config.teacher import LocalTeacher, ServedTeacher
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
@@ -42,24 +43,24 @@ def run(
     check(recipe)
     with distributed.joined(recipe.machine) as company:
         if company.rank > 0:
-            follow(company, stop)
+            follow(company, recipe.machine, stop)
             return None
         folder = rounds.run(recipe, out, reporter, stop, stages=stages)
         company.tell({})
         return folder
 
 
-def follow(company: Company, stop: Callable[[], bool]) -> None:
+def follow(company: Company, machine: Machine, stop: Callable[[], bool]) -> None:
     """Take part in every training that rank 0 calls to, until it says that there are no more."""
     while turn := company.hear():
-        take_part(turn, stop)
+        take_part(turn, machine, stop)
 
 
-def take_part(turn: dict[str, Any], stop: Callable[[], bool]) -> None:
-    """Share a training of a folder whose run rank 0 runs."""
+def take_part(turn: dict[str, Any], machine: Machine, stop: Callable[[], bool]) -> None:
+    """Share a training of a folder whose run rank 0 runs. Its recipe there says all but where it runs."""
     folder = Path(turn["folder"])
-    recipe = load_recipe(folder / "recipe.yaml")
-    take_sizes(recipe.machine)
+    recipe = load_recipe(folder / "recipe.yaml").model_copy(update={"machine": machine})
+    take_sizes(machine)
     store = None if turn["store"] is None else Path(turn["store"])
     run = pipeline.Run(fitted(resolve(recipe)), folder, Silent(), store=store)
     job = run.job(turn["train"], run.models.student_to_train())

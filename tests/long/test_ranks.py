@@ -120,13 +120,13 @@ def test_a_rank_that_dies_ends_all_and_the_run_goes_on(recipe, tmp_path, number,
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_rank_that_hangs_ends_all_within_the_timeout(recipe, tmp_path, number):
     out = tmp_path / "run"
-    run = start("train", recipe({"timeout": 8}, steps=100000), "--out", out)
+    run = start("train", recipe({"timeout": 20}, steps=100000), "--out", out)
     until(lambda: steps(out) > 2)
     rank(run, number).send_signal(signal.SIGSTOP)
     begun = time.monotonic()
     _, err = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 2 and time.monotonic() - begun < 60
-    assert err.count("limbeck:") == 1 and "has not answered for 8 s" in err and "Traceback" not in err
+    assert run.returncode == 2 and time.monotonic() - begun < 90
+    assert err.count("limbeck:") == 1 and "has not answered for 20 s" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
