@@ -138,7 +138,7 @@ def check_dtype(dtype: torch.dtype, device: torch.device, path: str) -> None:
 
 def multiplies_in_bfloat16() -> bool:
     """Whether the processor has products of bfloat16 (AVX-512 BF16 or AMX), which take half of float32's time."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 

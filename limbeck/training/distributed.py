@@ -43,13 +43,13 @@ def joined(machine: Machine) -> Iterator[Company]:
     on_cuda = machine.device != "cpu" and torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(ranks.local_rank())
-    store, number, size = next(distributed.rendezvous("env://", timeout=timeout))  # type: ignore[no-untyped-call]
-    company = Company(distributed.PrefixStore("company", store), number, size, machine.timeout)
+    store, number, size = next(distributed.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    company = Company(distributed.PrefixStore("company", store), number, size, machine.timeout)  # type: ignore[attr-defined]
     _COMPANIES[:] = [company]
     try:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-            store=distributed.PrefixStore("collectives", store),
+            store=distributed.PrefixStore("collectives", store),  # type: ignore[attr-defined]
             rank=number,
             world_size=size,
             timeout=timeout,
