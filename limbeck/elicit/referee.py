@@ -43,7 +43,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Read:
+class Points:
     """The points that a reply gives the teacher and the student, and its id."""
 
     teacher: float
@@ -51,7 +51,7 @@ class Read:
     reply: str
 
 
-Found = Mapping[tuple[int, int], Read]  # by (place of the match, its order)
+Found = Mapping[tuple[int, int], Points]  # by (place of the match, its order)
 
 
 @register("referee")
@@ -133,7 +133,7 @@ class Referee(AskingStep):
         return matches
 
     def _points(self, matches: Sequence[Match], context: StepContext, tally: Tally) -> Questions[Found]:
-        found: dict[tuple[int, int], Read] = {}
+        found: dict[tuple[int, int], Points] = {}
         reader = context.reader(self.by)
         form = self._asked.form(2)
         form = None if form is None or reader.unheld(form) else form
@@ -151,7 +151,7 @@ class Referee(AskingStep):
                 numbers = [float(value) for value in points if not isinstance(value, str)]
                 if len(numbers) == 2:
                     teacher, student = numbers if turn[1] == 0 else numbers[::-1]
-                    found[turn] = Read(teacher, student, reply.id)
+                    found[turn] = Points(teacher, student, reply.id)
             waiting = [turn for turn in waiting if turn not in found]
             if waiting and attempt < self.retries:
                 tally.add("asked_again", len(waiting))

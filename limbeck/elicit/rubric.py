@@ -55,7 +55,7 @@ WARM = 0.7  # the temperature of another try where the first one was greedy
 
 
 @dataclass
-class Question:
+class CriterionQuestion:
     """Whether the answer at `place` of the pool meets a criterion; `reply` is the id of the reply that says so."""
 
     place: int
@@ -107,7 +107,7 @@ class Rubric(AskingStep):
         yield from self._judge(questions, context, tally)
         identity = context.identity(self.by)
         tally.facts["of_its_own_answers"] = sum(sample.writer == identity for sample in samples) / max(1, len(samples))
-        of_place: dict[int, list[Question]] = {}
+        of_place: dict[int, list[CriterionQuestion]] = {}
         for question in questions:
             of_place.setdefault(question.place, []).append(question)
         judged = [self._judged(sample, of_place.get(place, [])) for place, sample in enumerate(samples)]
@@ -144,7 +144,7 @@ class Rubric(AskingStep):
         groups: Sequence[Pool],
         criteria: Sequence[tuple[list[str], str]],
         context: StepContext,
-    ) -> list[Question]:
+    ) -> list[CriterionQuestion]:
         """What is asked of the judge, answer by answer."""
         places = {id(sample): place for place, sample in enumerate(samples)}
         control = context.reader(self.by).control
@@ -157,7 +157,7 @@ class Rubric(AskingStep):
                     sample, parents=tuple(parents), meta=sample.meta | {"criteria": list(of_prompt)}
                 )
                 questions += [
-                    Question(place, criterion, (user(self._asked(sample, criterion, control)),))
+                    CriterionQuestion(place, criterion, (user(self._asked(sample, criterion, control)),))
                     for criterion in of_prompt
                 ]
         return questions
@@ -171,7 +171,7 @@ class Rubric(AskingStep):
             criterion=criterion,
         )
 
-    def _judge(self, questions: Sequence[Question], context: StepContext, tally: Tally) -> Questions[None]:
+    def _judge(self, questions: Sequence[CriterionQuestion], context: StepContext, tally: Tally) -> Questions[None]:
         """Ask, and write each verdict into its question."""
         reader = context.reader(self.by)
         waiting = []
@@ -188,12 +188,12 @@ class Rubric(AskingStep):
             if waiting and attempt < self.retries:
                 tally.add("asked_again", len(waiting))
 
-    def _request(self, question: Question, context: StepContext, reader: Reader, attempt: int) -> Request:
+    def _request(self, question: CriterionQuestion, context: StepContext, reader: Reader, attempt: int) -> Request:
         form = None if self.reasons or reader.unheld(VERDICT_ALONE) else VERDICT_ALONE
         sampling = Sampling(_warmed(0.0, attempt), 1.0, self.max_tokens)
         return context.request(question.messages, sampling, RETRIED * attempt, form=form, by=self.by)
 
-    def _judged(self, sample: Sample, questions: Sequence[Question]) -> Sample:
+    def _judged(self, sample: Sample, questions: Sequence[CriterionQuestion]) -> Sample:
         """The sample with the verdicts on it, and their share that says met if all can be read."""
         verdicts = {question.criterion: question.verdict for question in questions}
         replies = [question.reply for question in questions if question.reply]
@@ -248,7 +248,7 @@ def _warmed(temperature: float, attempt: int) -> float:
     return temperature or (WARM if attempt else 0.0)
 
 
-def _account(questions: Sequence[Question], judged: Pool, tally: Tally) -> None:
+def _account(questions: Sequence[CriterionQuestion], judged: Pool, tally: Tally) -> None:
     """Tell how the verdicts ended, and what shows that the rubric or its judge says nothing."""
     verdicts = [question.verdict for question in questions]
     shares = [sample.meta["scores"]["rubric"] for sample in judged if "rubric" in sample.meta["scores"]]

@@ -36,6 +36,7 @@ from limbeck.elicit import (  # noqa: F401 (imported for the steps that they reg
     select,
     soft_preference,
     transform,
+    verdicts,
     verified,
 )
 from limbeck.elicit.flow import Pool

@@ -41,6 +41,7 @@ MEASURES = {
     "age": Measure("Age", "steps", usual=0.0),
     "reward": Measure("Reward", "mean of the answers"),
     "equal_groups": Measure("Equal groups", "% of prompts", share=True),
+    "unread_rewards": Measure("Answers without a reward", "of a step"),
     "own": Measure("Student's own tokens", "% of tokens", share=True, usual=1.0),
     "validation_loss": Measure("Validation loss", ""),
     "share": Measure("Student's share", "% of the text", share=True),

@@ -1,17 +1,25 @@
-"""Rubrics and referees: criteria that are met or not, prompts that are hard or easy, and what can't be read of either."""
+"""Rubrics, referees, and a planted rule: criteria that are met or not, prompts that are hard or easy, what can't be read
+of either, and what both orders recover that one does not."""
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
+from itertools import combinations, permutations
 
 import pytest
 
+from limbeck.elicit.compare import Compare
 from limbeck.elicit.flow import Reader, unjudged, with_answer
 from limbeck.elicit.pairs import PreferencePairs, RankedLists
 from limbeck.elicit.ratings import TOO_LONG, UNREADABLE
 from limbeck.elicit.referee import Referee
 from limbeck.elicit.rubric import MET, NOT_MET, Rubric, read_criteria, read_met
+from limbeck.elicit.run import _facts
 from limbeck.elicit.select import Top
+from limbeck.elicit.verdicts import VerdictsAsText
+from limbeck.report.elicited import elicitation_section
 from limbeck.types import RecipeError, Sample
 from tests.elicit.test_feedback import candidates
 from tests.flow_driver import answers, drive, texts
@@ -199,3 +207,125 @@ def test_a_referee_that_divides_nothing_is_refused():
     for wrong in ({"threshold": 10}, {"scale": (5, 1)}, {"student": "teacher"}):
         with pytest.raises(ValueError):
             Referee(**wrong)
+
+
+# A planted rule
+
+
+LENGTHS, BIAS = range(1, 10), 3
+
+
+def planted(bias=BIAS, unreadable=()):
+    """A judge with a true preference, the shorter answer, that sees the first one as `bias` letters shorter than it is;
+    of some pairs of lengths it says nothing that can be read."""
+
+    def reply(request, _):
+        a, b = re.search(r"Answer A:\n\| (x+)\n\nAnswer B:\n\| (x+)\n", request.messages[-1]["content"]).groups()
+        if {len(a), len(b)} in unreadable:
+            return "Both are fine."
+        return f"VERDICT: {verdict_of(len(a), len(b), bias)}"
+
+    return reply
+
+
+def verdict_of(a, b, bias=BIAS):
+    return "A" if a - bias < b else "TIE" if a - bias == b else "B"
+
+
+def all_pairs():
+    """Every two lengths, each way round, as the two answers to a prompt of its own."""
+    return candidates(*((f"{one} {two}", "x" * one, "x" * two) for one in LENGTHS for two in LENGTHS if one != two))
+
+
+def outcomes(judged):
+    """(the first one's length, the second's, what the comparison said of the first one) of every pair."""
+    pairs = zip(judged[0::2], judged[1::2], strict=True)
+    return [(*map(int, one.meta["prompt_id"].split()), one.meta["compared"][0]["outcome"]) for one, _ in pairs]
+
+
+def with_ids(pool):
+    return [replace(sample, meta=sample.meta | {"prompt_id": sample.messages[0]["content"]}) for sample in pool]
+
+
+def test_a_planted_rule_is_recovered_in_both_orders_and_not_in_one():
+    """Of 72 pairs, one order gets the 15 wrong whose second answer is shorter by less than the bias; both orders get
+    none wrong, and leave open what the bias hides."""
+    judged, tally, asked = drive(Compare(by="judge"), with_ids(all_pairs()), planted())
+    found = outcomes(judged)
+    assert len(found) == 72 and len(asked) == 144
+    decided = [(one, two, outcome) for one, two, outcome in found if outcome != "tied"]
+    assert all((outcome == "won") == (one < two) for one, two, outcome in decided), "what is decided is right"
+    assert len(decided) == sum(abs(one - two) > BIAS for one, two, _ in found) == 30
+    one_order = [(one, two, verdict_of(one, two)) for one, two, _ in found]
+    wrong = [(one, two) for one, two, verdict in one_order if verdict == ("A" if one > two else "B")]
+    assert len(wrong) == 15 and all(0 < one - two < BIAS for one, two in wrong)
+    right = sum(verdict == ("A" if one < two else "B") for one, two, verdict in one_order)
+    assert right == 51, "in one order 51 of 66 verdicts are right, in both 30 of 30"
+
+    # What is told of the judge, counted here by hand
+    both = [(verdict_of(one, two), verdict_of(two, one)) for one, two, _ in found]  # forward, backward
+    same = sum((forward, backward) in (("A", "B"), ("B", "A"), ("TIE", "TIE")) for forward, backward in both)
+    said = [verdict for pair in both for verdict in pair if verdict != "TIE"]
+    assert tally.facts["swap_consistency"] == same / 72 == 30 / 72
+    assert tally.facts["first_position_share"] == pytest.approx(said.count("A") / len(said)) == pytest.approx(102 / 132)
+    assert tally.facts["tie"] == 42 and tally.facts["longer_wins"] == 0 and "unparsable" not in tally.facts
+    fair = drive(Compare(), with_ids(all_pairs()), planted(bias=0))[1].facts
+    assert (fair["swap_consistency"], fair["first_position_share"], fair.get("tie")) == (1, 0.5, None)
+
+
+def test_a_ranking_by_wins_follows_the_rule_whatever_the_order_of_the_answers():
+    """All 120 orders of five answers: the wins of both orders never rank a longer one before a shorter, and pairs made
+    of them are never reversed; one order ranks wrongly in most of them."""
+    lengths = (2, 4, 5, 7, 9)
+    reversed_in_one, wins_of = 0, set()
+    for order in permutations(lengths):
+        judged, _, _ = drive(Compare(), candidates(("why", *("x" * length for length in order))), planted())
+        wins = {len(s.messages[-1]["content"]): s.meta["scores"]["wins"] for s in judged}
+        wins_of.add(tuple(wins[length] for length in lengths))
+        assert all(wins[one] >= wins[two] for one, two in combinations(lengths, 2))
+        chosen, rejected = drive(PreferencePairs(score="wins"), judged)[0]
+        assert len(chosen.messages[-1]["content"]) < len(rejected.messages[-1]["content"])
+        points = dict.fromkeys(lengths, 0.0)
+        for one, two in combinations(order, 2):  # the verdicts of one order alone
+            verdict = verdict_of(one, two)
+            points[one] += {"A": 1, "TIE": 0.5, "B": 0}[verdict]
+            points[two] += {"A": 0, "TIE": 0.5, "B": 1}[verdict]
+        reversed_in_one += any(points[one] < points[two] for one, two in combinations(lengths, 2))
+    assert len(wins_of) == 1, "the order of the answers makes no difference"
+    assert reversed_in_one == 111
+
+
+def test_the_page_tells_what_could_not_be_read_and_how_far_the_judge_can_be_trusted(tmp_path):
+    blank = ({1, 9}, {4, 5})
+    _, tally, _ = drive(Compare(), with_ids(all_pairs()), planted(unreadable=blank))
+    assert tally.facts["unparsable"] == 4 and tally.facts["unparsable_share"] == pytest.approx(4 / 72)
+    assert tally.facts["swap_consistency"] == pytest.approx(28 / 68), "of the pairs that could be read"
+    account = {"steps": [{**_facts(tally), "kind": "feedback", "answers": {"ok": 144}}], "models": {"judge": "j@1"}}
+    (tmp_path / "elicitation.json").write_text(json.dumps(account))
+    ((name, facts),) = elicitation_section(tmp_path).facts
+    told = dict(facts)
+    assert name == "step" and told["unparsable"] == "4" and told["pairs"] == "72"
+    assert float(told["swap consistency"]) == pytest.approx(28 / 68, abs=5e-3)
+    said = [
+        verdict_of(one, two) for one in LENGTHS for two in LENGTHS if one != two and {one, two} not in blank
+    ]  # each pair stands both ways round, so each verdict is given twice
+    share = said.count("A") / (len(said) - said.count("TIE"))
+    assert float(told["first position share"]) == pytest.approx(share, abs=5e-3)
+
+
+# A judge's comparisons as text
+
+
+def test_comparisons_that_both_orders_agree_on_are_taught_in_both():
+    pool = candidates(("why", "x", "xxxxxx", "xx"))
+    taught, tally, _ = drive(VerdictsAsText(), pool, planted())
+    assert [s.messages[-1]["content"][-1] for s in taught] == ["A", "B", "B", "A"], (
+        "x and xx differ by less than the bias"
+    )
+    assert tally.dropped == {"the verdict changes with the order": 1} and tally.facts["pairs"] == 3
+    first = taught[0].messages[0]["content"]
+    assert "Answer A:\n| x\n" in first and first.endswith("VERDICT: TIE") and len(taught[0].messages) == 2
+    assert len({s.meta["prompt_id"] for s in taught}) == 4 and {s.writer for s in taught} == {"writer"}
+    assert [s.meta["outcome"] for s in taught] == ["first", "first", "second", "second"]
+    assert drive(VerdictsAsText(), pool, lambda *_: "no idea")[1].dropped == {"no verdict can be read": 3}
+    assert drive(VerdictsAsText(), pool, reader=Reader(fits=lambda *_: False))[1].dropped == {"too long": 3}
