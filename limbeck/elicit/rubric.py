@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
@@ -34,8 +34,7 @@ from limbeck.elicit.step import ANSWER_SHARE, AskingStep, By, Estimate, Temperat
 from limbeck.elicit.wording import items
 from limbeck.types import AnswerForm, Message, Request, Sample, Sampling
 
-MET, NOT_MET = "met", "not met"
-Verdict = Literal["met", "not met", "unreadable", "too long"]
+MET, NOT_MET = "met", "not met"  # verdicts; the others are UNREADABLE and TOO_LONG
 WRITE = (
     f"Below stands a request. {DATA} Write {{count}} criteria by which an answer to it can be judged. Each must be a"
     " statement that is either true of an answer or not, can be told from the answer alone, and asks for one thing;"
@@ -61,7 +60,7 @@ class CriterionQuestion:
     place: int
     criterion: str
     messages: tuple[Message, ...]
-    verdict: Verdict = "unreadable"
+    verdict: str = UNREADABLE
     reply: str = ""
 
 
@@ -221,14 +220,14 @@ class Rubric(AskingStep):
         return frozenset({"criteria", "rubric", "rubric_by"})
 
 
-def read_met(reply: Sample) -> Verdict:
+def read_met(reply: Sample) -> str:
     """What a reply says of a criterion. Without reasons, the word may be all that is said."""
     if ending(reply) != "ok":
-        return "unreadable"
+        return UNREADABLE
     said = said_by(reply)
     alone = said.strip(" \t\n*_`").rstrip(".").lower()
     met = alone == "yes" if alone in ("yes", "no") else decision(said, "met")[1]
-    return "unreadable" if met is None else "met" if met else "not met"
+    return UNREADABLE if met is None else MET if met else NOT_MET
 
 
 def read_criteria(reply: Sample, count: int) -> list[str]:

@@ -32,7 +32,7 @@ def test_the_recipes_of_the_field_are_there():
         "api-top-logprobs", "multi-teacher-average", "fusellm", "dynamic-kd", "miniplm", "uld", "gold", "mined", "dskd", "minillm-from-server",
         "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher", "reward-model",
         "star", "rft", "rest-em", "lmsi", "spin", "ultrafeedback-dpo", "rlcd", "rlaif", "constitutional", "selfee",
-        "persdistill", "codeultrafeedback",
+        "persdistill", "codeultrafeedback", "lion", "pandalm",
     }  # fmt: skip
 
 
@@ -59,7 +59,8 @@ OWN = {
     },
     "reward-model": ["student.head=scalar", "evaluate={metrics: [preference], controls: []}"],
     **{
-        name: ["train.lr=0.001"] for name in ("ultrafeedback-dpo", "rlcd", "rlaif")
+        name: ["train.lr=0.001"]
+        for name in ("ultrafeedback-dpo", "rlcd", "rlaif", "dpo", "ipo", "kto", "simpo", "orpo", "rrhf", "pro", "lion")
     },  # so that the loss moves in 3 steps
     "distillm": ["rollout.validation={prompts: 4, every: 1}", "rollout.replay.size=4"],
 }

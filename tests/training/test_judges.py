@@ -19,7 +19,7 @@ from limbeck.elicit.flow import Reader
 from limbeck.elicit.prompt import Prompt
 from limbeck.progress import StoppedError
 from limbeck.training.rewards import Judged, rewards_of
-from limbeck.types import RecipeError
+from limbeck.types import RecipeError, UserError
 from tests.flow_driver import drive
 from tests.scripted_server import Scripted, answer
 from tests.training.test_rewards import ROLLOUT, STUDENT, recipe, source
@@ -108,6 +108,17 @@ def test_the_metrics_count_verdicts_that_cannot_be_read():
     turn = made.step_batch(0, 0.0, {})
     assert turn.facts["judge_unreadable"] == turn.facts["unread_rewards"] == 2 and turn.facts["reward"] == 0.5
     assert sorted(made.memory.advantages) == pytest.approx([-1, -1, 0, 0, 1, 1], rel=1)
+
+
+def test_a_judge_of_which_nothing_can_be_read_ends_the_training_with_a_remedy():
+    made, _ = source(rewards=({"judge": {"rate": {"by": "judge", "together": False, "retries": 0}}},))
+    made.rewards = replace(made.rewards, judge=lambda step, pool: drive(step, pool, lambda *_: "no")[0])
+    for step in range(9):
+        made.step_batch(step, 0.0, {})
+    with pytest.raises(
+        UserError, match=r"no answer .* can be told; judge unreadable: 6 of the last step: name another"
+    ):
+        made.step_batch(9, 0.0, {})
 
 
 # In a run
