@@ -56,13 +56,14 @@ Found = Mapping[tuple[int, int], Points]  # by (place of the match, its order)
 
 @register("referee")
 class Referee(AskingStep):
-    """The model `by` gives points on a `scale` to the answers of `teacher` and `student` to each prompt, shown together
-    in both orders; the prompt is `hard` where the teacher leads by `threshold` or more on average, else `easy` (Lion).
-    Let both answer first: `answer: {by: [teacher, untouched]}`. Of each prompt the teacher's answer is left, with
-    `level` (hard or easy), the score `lead`, and the student's answer as `attempt`; a prompt without points in both
-    orders, after `retries` further tries, is neither, and is dropped (Lion's code calls it easy). `draw: {by: level}`
-    balances the two. Of the referee it tells how often both orders put the same one ahead, and by how many points the
-    one shown first leads. The wording of the question is ours."""
+    """The model `by` gives points on a `scale` to the answers of `teacher` and `student` to each prompt, shown
+    together in both orders; the prompt is `hard` where the teacher leads by `threshold` or more on average, else
+    `easy` (Lion). Let both answer first: `answer: {by: [teacher, untouched], all: true}`, where `all` keeps an answer
+    that both give. Of each prompt the teacher's answer is left, with `level` (hard or easy), the score `lead`, and
+    the student's answer as `attempt`; a prompt without points in both orders, after `retries` further tries, is
+    neither, and is dropped (Lion's code calls it easy). `draw: {by: level}` balances the two. Of the referee it tells
+    how often both orders put the same one ahead, and by how many points the one shown first leads. The wording of the
+    question is ours."""
 
     kind = "feedback"
     paper = "Jiang et al., arXiv:2305.12870"
@@ -195,7 +196,8 @@ class Referee(AskingStep):
         if "by" not in known:
             raise RecipeError(
                 place,
-                f"no step before it says who answered: put answer: {{by: [{self.teacher}, {self.student}]}} before it",
+                "no step before it says who answered: put"
+                f" answer: {{by: [{self.teacher}, {self.student}], all: true}} before it",
             )
 
     def estimate(self, samples: int) -> Estimate:
