@@ -33,6 +33,7 @@ def plausible(request):
         "Mend the attempt:": f"{said}: 2 + 2 = 4, so it is 4.",
         "Let's think step by step.": f"{said} as 2 + 2 = 4.",
         "Therefore, the answer is": "Therefore, the answer is 4.",
+        "\n\nNew request:": f"Tell {said} today.",
         "In other words:": f"{said}: " + text.partition("Problem: ")[2].partition("\n")[0],
         "\nStatement:": "It takes 2 and 2 to make 4.",
         "Write three wrong": "one\n2. two\n3. three",
@@ -47,6 +48,10 @@ def plausible(request):
     }.items():
         if mark in text:
             return answer
+    if "\nRATING 1: <number>" in text:
+        return f"RATING 1: {1 + int(request.key[0], 16) % 5}\nRATING 2: {1 + int(request.key[1], 16) % 5}"
+    if compared := re.search(r"\n\nAnswer A:\n(.*?)\n\nAnswer B:\n(.*?)\n\n", text, re.DOTALL):
+        return f"So.\nVERDICT: {'A' if compared[1] < compared[2] else 'B' if compared[2] < compared[1] else 'TIE'}"
     if story := re.search(r'verb "(.*?)", the noun "(.*?)" and the adjective "(.*?)"', text):
         return f"{' '.join(story.groups())} {said}."
     return f"So {said} it is."

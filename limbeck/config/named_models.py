@@ -15,7 +15,9 @@ from limbeck.types import RecipeError, nearest
 
 TEACHER = "teacher"
 UNTOUCHED = "untouched"  # the student before training
-RESERVED = (TEACHER, UNTOUCHED, "student", "corpus", "elicited", "previous")
+PREVIOUS = "previous"  # the student of the round before; in the first round, the student's start
+NO_ROUNDS = "previous is the student of the round before, and there are no rounds: add rounds: {n: 3}"
+RESERVED = (TEACHER, UNTOUCHED, "student", "corpus", "elicited", PREVIOUS)
 MODEL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 TEACHERS_ALONE = {
     "cache": "only a teacher's distributions are kept",
@@ -78,8 +80,13 @@ def named_model(name: str, data: Any) -> tuple[type[Section], Any]:
     return (NamedServed if "server" in data else NamedLocal), data
 
 
-def check_name(name: str, models: Mapping[str, NamedModel], path: str) -> None:
-    """Refuse a name that stands for no model of the recipe."""
+def check_name(name: str, models: Mapping[str, NamedModel], path: str, previous: str | None = None) -> None:
+    """Refuse a name that stands for no model of the recipe; `previous` is the folder of the student of the round
+    before."""
+    if name == PREVIOUS:
+        if previous is None:
+            raise RecipeError(path, NO_ROUNDS)
+        return
     if name not in (TEACHER, UNTOUCHED) and name not in models:
         legal = [TEACHER, UNTOUCHED, *models]
         raise RecipeError(path, f"no model is named {name!r} under `models`{nearest(name, legal)}")

@@ -81,7 +81,7 @@ class Recipe(Section):
             raise ValueError(
                 "rollout says how the student writes, but no writer is the student; add {by: student} or remove rollout"
             )
-        check_previous(self.rounds, self.teacher, self.student.start.pretrained)
+        check_previous(self.rounds, self.teacher, self.models or {}, self.student.start.pretrained)
         return self
 
     @field_validator("teacher", mode="plain")

@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from limbeck.config.named_models import MODEL_NAME, RESERVED
+from limbeck.config.named_models import MODEL_NAME, NO_ROUNDS, PREVIOUS, RESERVED, UNTOUCHED
 from limbeck.config.sections import Section
 from limbeck.types import RecipeError, UserError, nearest
 
-PREVIOUS = "previous"  # the student of the round before; in the first round, the student's start
 TEXT = ("elicit", "writer", "rollout")  # how text is made: `first` replaces all of it or nothing
 IN_FIRST = (*TEXT, "loss", "train", "prompts")
 IN_STAGES = ("student", "prompts", "elicit", "writer", "loss", "train", "evaluate")
 OF_EVALUATION = ("prompts", "limit", "max_tokens")  # what a stage without `evaluate` has in common with the recipe
+NAMING = ("by", "author", "teacher", "student", "reference")  # the settings by which steps name models
 
 
 class Rounds(Section):
@@ -72,25 +72,25 @@ class Rounds(Section):
         return range(1 if self.first is None else 0, self.n + 1)
 
 
-def check_previous(rounds: Rounds | None, teacher: Any, start: str | None) -> None:
+def check_previous(rounds: Rounds | None, teacher: Any, models: Mapping[str, Any], start: str | None) -> None:
     """Refuse a `previous` student that no round leaves.
+
+    Args:
+        models: those that the recipe names beside its teacher.
 
     Raises:
         RecipeError: with the place in the recipe and the cure.
     """
-    if PREVIOUS not in (teacher.model, *(other.model for other in getattr(teacher, "beside", ()))):
+    taught = PREVIOUS in (teacher.model, *(other.model for other in getattr(teacher, "beside", ())))
+    places = ["teacher.model"] if taught else []
+    places += [f"models.{name}.model" for name, model in models.items() if model.model == PREVIOUS]
+    if not places:
         return
     if rounds is None:
-        raise RecipeError(
-            "teacher.model",
-            "previous is the student of the round before, and there are no rounds: add rounds: {n: 3}; a folder of this"
-            " name is ./previous",
-        )
+        raise RecipeError(places[0], f"{NO_ROUNDS}; a folder of this name is ./previous")
     if start is None:
-        raise RecipeError(
-            "student.start",
-            "a student that is made of the teacher can't be taught by its previous round: give start.pretrained",
-        )
+        what = "be taught by its previous round" if taught else "be a model of that kind in the first round"
+        raise RecipeError("student.start", f"a student that is made of the teacher can't {what}: give start.pretrained")
 
 
 def without_rounds(rounds: Rounds | None, name: str, instead: str) -> None:
@@ -119,14 +119,20 @@ def round_data(
     if number == 0:
         first = resolved["rounds"]["first"]
         data = {key: value for key, value in data.items() if key not in TEXT or first.keys().isdisjoint(TEXT)} | first
+    start = student if resolved["rounds"]["restart"] == PREVIOUS else base
+    asked = PREVIOUS if student not in (None, start) else UNTOUCHED  # whom steps and writers ask as the previous one
+    names_it = any(writer["by"] == PREVIOUS for writer in data["writer"])
+    if "elicit" in data:
+        names_it = names_it or data["elicit"] != [_naming(entry, UNTOUCHED) for entry in data["elicit"]]
+        data["elicit"] = [_naming(entry, asked) for entry in data["elicit"]]
     previous = own["start"].get("pretrained") if student is None else student
     template = own.get("template") if student is None else None  # a trained student has its own
     data["teacher"] = _taught_by(data["teacher"], previous, template)
-    start = student if resolved["rounds"]["restart"] == PREVIOUS else base
+    data = _with_models(data, resolved, previous, template)
     if start is not None:
         rest = {key: value for key, value in own.items() if key != "template"}
         data["student"] = rest | {"start": {"pretrained": start}}
-    if student not in (None, start) and any(writer["by"] == PREVIOUS for writer in data["writer"]):
+    if names_it and asked == PREVIOUS:
         data["previous"] = student
     return data
 
@@ -146,8 +152,10 @@ def stage_data(resolved: Mapping[str, Any], name: str, student: str | None) -> d
     data["title"] = f"{data.get('title') or data['name']}, {name}"
     start = resolved["student"]["start"].get("pretrained") if student is None else student
     data["teacher"] = _taught_by(data["teacher"], start, None)
+    data = _with_models(data, resolved, start, None)
     writers = [writer["by"] for writer in data.get("writer", ()) if isinstance(writer, Mapping) and "by" in writer]
-    if PREVIOUS in writers:
+    asks = any(entry != _naming(entry, UNTOUCHED) for entry in data.get("elicit") or ())
+    if asks or PREVIOUS in writers:
         if start is None:
             raise RecipeError("rounds.first", "there is no student before round 1: give first, or start.pretrained")
         data["previous"] = start
@@ -170,17 +178,64 @@ def _with_folder(reward: dict[str, Any], folders: Mapping[str, str]) -> dict[str
     return reward if folder is None else reward | {"params": reward["params"] | {"path": folder}}
 
 
+def _with_models(
+    data: Mapping[str, Any], resolved: Mapping[str, Any], previous: str | None, template: str | None
+) -> dict[str, Any]:
+    """A part of the recipe without the `models` that other parts alone name. What no part names stays, to be refused."""
+    rounds = resolved["rounds"]
+    parts = (resolved, rounds.get("first") or {}, *(rounds.get("stages") or {}).values())
+    models = {
+        name: _as_previous(model, previous, template)
+        for name, model in (resolved.get("models") or {}).items()
+        if _names(data, name) or not any(_names(part, name) for part in parts)
+    }
+    return {key: value for key, value in data.items() if key != "models"} | ({"models": models} if models else {})
+
+
+def _names(data: Mapping[str, Any], name: str) -> bool:
+    """Whether a part of a recipe's data that names models names this one."""
+
+    def leaves(value: Any) -> list[Any]:
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
+        return [value] if inside is None else [leaf for each in inside for leaf in leaves(each)]
+
+    judge = data.get("evaluate", {}).get("judge")
+    return name in (judge, *leaves([data.get("elicit"), data.get("rollout")]))
+
+
 def _taught_by(teacher: Any, previous: str | None, template: str | None) -> Any:
     """The teacher with the previous student in the place of its name."""
     if teacher == PREVIOUS:
         teacher = {"model": PREVIOUS}
     if not isinstance(teacher, dict):
         return teacher
-    if teacher.get("model") == PREVIOUS:
-        framed = teacher.get("template") or template if template is not None else None
-        rest = {key: value for key, value in teacher.items() if key != "template"}
-        teacher = rest | {"model": previous} | ({} if framed is None else {"template": framed})
+    teacher = _as_previous(teacher, previous, template)
     if "beside" in teacher:
         beside = [other | {"model": previous} if other["model"] == PREVIOUS else other for other in teacher["beside"]]
         teacher = teacher | {"beside": beside}
     return teacher
+
+
+def _as_previous(model: dict[str, Any], previous: str | None, template: str | None) -> dict[str, Any]:
+    """The settings of a model with the previous student in the place of its name."""
+    if model.get("model") != PREVIOUS:
+        return model
+    framed = model.get("template") or template if template is not None else None
+    rest = {key: value for key, value in model.items() if key != "template"}
+    return rest | {"model": previous} | ({} if framed is None else {"template": framed})
+
+
+def _naming(entry: Any, name: str) -> Any:
+    """A step of elicitation that asks `name` where it asks the previous student, written long or short."""
+    if not isinstance(entry, dict):
+        return entry
+    return {key: _renamed(value, name) if isinstance(value, dict) else value for key, value in entry.items()}
+
+
+def _renamed(params: dict[str, Any], name: str) -> dict[str, Any]:
+    def told(value: Any) -> Any:
+        if isinstance(value, list):
+            return [told(each) for each in value]
+        return name if value == PREVIOUS else value
+
+    return {key: told(value) if key in NAMING else value for key, value in params.items()}

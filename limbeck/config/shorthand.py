@@ -44,6 +44,8 @@ def _loss(entry: Any, path: str) -> Any:
 def _reward(entry: Any, path: str) -> Any:
     if isinstance(entry, dict) and isinstance(entry.get("model"), str):
         entry = {"model": {"path": entry["model"]}} if len(entry) == 1 else entry
+    if isinstance(entry, dict) and isinstance(entry.get("judge"), str) and len(entry) == 1:
+        entry = {"judge": {"rate": {"by": entry["judge"]}}}
     named = _named(entry, path, "reward", "- length: {most: 200, weight: 0.5}")
     if named is not entry and "weight" in named["params"]:
         named["weight"] = named["params"].pop("weight")

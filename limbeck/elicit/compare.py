@@ -53,6 +53,16 @@ class Pair:
     backward: tuple[Message, ...]
 
 
+@dataclass(frozen=True)
+class Comparisons:
+    """Every two answers to a prompt, compared: the verdict on each pair, and the replies in both orders by the places
+    of its answers, where it was asked about."""
+
+    pairs: Sequence[Pair]
+    verdicts: Sequence[PairVerdict]
+    said: Mapping[tuple[int, int], Sequence[Sample]]
+
+
 @register("compare")
 class Compare(AskingStep):
     """The model `by` compares the answers to each prompt two by two, each pair in both orders; a verdict that changes
@@ -71,6 +81,12 @@ class Compare(AskingStep):
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         samples = answered_only(pool, tally)
+        compared = yield from self.comparisons(samples, context, tally)
+        judged = _judged(samples, compared.pairs, compared.verdicts, by=self.by)
+        return _with_parents(judged, compared.said)
+
+    def comparisons(self, samples: Pool, context: StepContext, tally: Tally) -> Questions[Comparisons]:
+        """Compare every two answers to a prompt in both orders, and tell how far the judge can be trusted."""
         reader = context.reader(self.by)
         pairs = self._pairs(samples, context, reader)
         fit = [pair for pair in pairs if self._fits(pair, reader)]
@@ -86,8 +102,7 @@ class Compare(AskingStep):
         said = {(pair.first, pair.second): both for pair, *both in zip(fit, replies[0::2], replies[1::2], strict=True)}
         verdicts = [_verdict(pair, samples, said.get((pair.first, pair.second))) for pair in pairs]
         account(verdicts, tally)
-        judged = _judged(samples, pairs, verdicts, by=self.by)
-        return _with_parents(judged, said)
+        return Comparisons(pairs, verdicts, said)
 
     def _pairs(self, samples: Pool, context: StepContext, reader: Reader) -> list[Pair]:
         places = {id(sample): place for place, sample in enumerate(samples)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from limbeck.config.named_models import TEACHER
+from limbeck.elicit.decision import decision
 from limbeck.elicit.fence import DATA, conversation_text, fill_fenced
 from limbeck.elicit.flow import (
     Pool,
@@ -48,17 +48,6 @@ DECIDE = (
     " Then end with one line that says whether the answer should be revised, and holds nothing else:\n"
     "REVISE: YES\nor\nREVISE: NO"
 )
-DECISION = re.compile(r"revise:[ \t]*(yes|no)\.?", re.IGNORECASE)
-
-
-def decision(said: str) -> tuple[str, bool | None]:
-    """(a critique without its last line, whether that asks for a revision): None where it can't be read."""
-    lines = [line for line in said.splitlines() if line.strip(" \t*_`")]
-    found = [DECISION.fullmatch(line.strip(" \t*_`")) for line in lines]
-    said_so = {match[1].lower() for match in found if match}
-    if not lines or found[-1] is None or len(said_so) != 1:
-        return said.strip(), None
-    return said.rstrip()[: said.rstrip().rindex(lines[-1].strip())].strip(), "yes" in said_so
 
 
 @register("critique")

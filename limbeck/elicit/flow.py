@@ -27,7 +27,15 @@ T = TypeVar("T")
 MAX_EXAMPLES = 3
 EXAMPLE_CHARS = 160
 NO_ANSWER = "nothing but thinking"
-JUDGED = ("scores", "ratings", "rated_by", "compared", "compared_by")  # what steps say of an answer
+JUDGED = (
+    "scores",
+    "ratings",
+    "rated_by",
+    "compared",
+    "compared_by",
+    "rubric",
+    "rubric_by",
+)  # what steps say of an answer
 WRITTEN = ("ok", "length", "empty", NO_ANSWER)
 
 

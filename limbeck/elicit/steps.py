@@ -31,11 +31,14 @@ from limbeck.elicit import (  # noqa: F401 (imported for the steps that they reg
     rationale,
     rationalise,
     reasoning,
+    referee,
     refine,
     rewrite,
+    rubric,
     select,
     soft_preference,
     transform,
+    verdicts,
     verified,
 )
 from limbeck.elicit.flow import Pool

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
@@ -20,19 +20,19 @@ from limbeck.config.sections import Writer
 from limbeck.config.server import Served
 from limbeck.elicit.engine import (
     TEACHERS_PLACE,
-    Answerer,
     Engine,
-    LikelihoodScorer,
     Speaker,
     StoppedEarlyError,
     elicit,
     in_its_place,
 )
-from limbeck.elicit.flow import Reader
+from limbeck.elicit.flow import Pool, StepContext, Tally
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.run import Elicitation, TextSource, prompts_of
 from limbeck.elicit.sharing import Reuse, Sharing
+from limbeck.elicit.step import AskingStep, ElicitStep
+from limbeck.elicit.text_models import TextModels
 from limbeck.progress import Reporter, StoppedError
 from limbeck.storage.answers import SharedAnswers
 from limbeck.storage.store import Store
@@ -40,7 +40,6 @@ from limbeck.types import (
     MARGIN,
     PROBABILITY,
     STUDENTS,
-    AnswerForm,
     Message,
     Request,
     Sample,
@@ -50,31 +49,6 @@ from limbeck.types import (
 )
 
 OWN_FACTS = ("kind", "task", "weight", "finish", PROBABILITY, MARGIN)  # of a sample that a step wrote
-
-
-class TextModels(Protocol):
-    """The models of a run, by their names in writers and steps; each is loaded when first needed."""
-
-    def writer(self, name: str, /) -> Answerer:
-        """The model that writes as `teacher`, `untouched` or `previous`, or by a name under `models`."""
-
-    def writer_identity(self, name: str, /) -> str:
-        """The writer's name in request keys."""
-
-    def as_reader(self, name: str, /) -> Reader:
-        """What is known of a model as a reader of others' texts."""
-
-    def scorer(self, by: str, /) -> LikelihoodScorer:
-        """Scores how likely a text is under the teacher (""), `untouched`, or a model by its name or source."""
-
-    def scorer_identity(self, by: str, /) -> str:
-        """The scorer's name in the store."""
-
-    def header(self) -> str | None:
-        """The text before a user's message in the teacher's own format."""
-
-    def unheld(self, form: AnswerForm, /) -> str:
-        """Why the teacher can't be held to a form of answers; nothing if it can."""
 
 
 @dataclass
@@ -118,36 +92,58 @@ class TrainingText:
             named=models.writer_identity,
             reader=models.as_reader,
         )
-        began = time.monotonic()
         with Store(self.folder / "store.sqlite") as store:
-            engine = Engine(
-                store,
-                answerer=partial(self.models.writer, TEACHER),
-                scorer=self.models.scorer,
-                scorer_identity=self.models.scorer_identity,
-                on_progress=partial(self._report_progress, TEACHER, began),
-                stop=self.stop,
-                tolerate=self._tolerate(TEACHER),
-                sharing=self._sharing(TEACHER, store),
-                other=partial(self._speaker, store, began),
-            )
+            engine = self._engine(store, [step for _, step in self.source.steps], self._report_progress)
             try:
                 return prompts_of(elicitation.run(engine, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:
                 raise self._stopped(error.done, error.total) from None
 
-    def _speaker(self, store: Store, began: float, identity: str) -> Speaker | None:
-        """The model that steps ask by this identity; None for the teacher."""
-        if identity == self.models.writer_identity(TEACHER):
-            return None
-        names = dict.fromkeys(name for _, step in self.source.steps for name in step.asks() if name != TEACHER)
-        by = next(name for name in names if self.models.writer_identity(name) == identity)
-        return Speaker(
-            partial(self.models.writer, by),
-            on_progress=partial(self._report_progress, by, began),
-            tolerate=self._tolerate(by),
-            sharing=self._sharing(by, store),
-            place=self._place(by),
+    def judge(self, step: AskingStep, pool: Pool) -> Pool:
+        """What a step of feedback makes of these samples, which the student wrote in its training; whom it asks is
+        stored and billed as under `elicit`."""
+        models = self.models
+        context = StepContext(
+            models.writer_identity(TEACHER),
+            self.recipe.text_seed,
+            "reward",
+            named=models.writer_identity,
+            reader=models.as_reader,
+        )
+        with Store(self.folder / "store.sqlite") as store:
+            engine = self._engine(store, [step], lambda *_: None)
+            try:
+                return engine.run(step.run(pool, context, Tally("reward", len(pool))))
+            except StoppedEarlyError as error:
+                raise self._stopped(error.done, error.total) from None
+
+    def _engine(self, store: Store, steps: Sequence[ElicitStep], report: Callable[..., None]) -> Engine:
+        """What answers the questions of these steps; `report` is called with whom it asks, since when, and progress."""
+        began = time.monotonic()
+
+        def other(identity: str) -> Speaker | None:
+            if identity == self.models.writer_identity(TEACHER):
+                return None
+            names = dict.fromkeys(name for step in steps for name in step.asks() if name != TEACHER)
+            by = next(name for name in names if self.models.writer_identity(name) == identity)
+            return Speaker(
+                partial(self.models.writer, by),
+                on_progress=partial(report, by, began),
+                tolerate=self._tolerate(by),
+                sharing=self._sharing(by, store),
+                place=self._place(by),
+            )
+
+        return Engine(
+            store,
+            answerer=partial(self.models.writer, TEACHER),
+            scorer=self.models.scorer,
+            scorer_identity=self.models.scorer_identity,
+            on_progress=partial(report, TEACHER, began),
+            stop=self.stop,
+            tolerate=self._tolerate(TEACHER),
+            sharing=self._sharing(TEACHER, store),
+            other=other,
         )
 
     def _server(self, by: str) -> Served | None:

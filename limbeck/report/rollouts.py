@@ -42,6 +42,7 @@ MEASURES = {
     "reward": Measure("Reward", "mean of the answers"),
     "reward_deviation": Measure("Deviation of the reward", "over the answers"),
     "equal_groups": Measure("Equal groups", "% of prompts", share=True),
+    "unread_rewards": Measure("Answers without a reward", "of a step"),
     "own": Measure("Student's own tokens", "% of tokens", share=True, usual=1.0),
     "validation_loss": Measure("Validation loss", ""),
     "share": Measure("Student's share", "% of the text", share=True),

@@ -76,7 +76,7 @@ class SharedTexts:
     Args:
         identity: returns a model's name in request keys, by its name in the recipe.
         context: what the teacher is shown in addition to the prompts.
-        is_taught_by_a_round: whether the teacher is the student of an earlier round, whose text no other run can use.
+        rounds: the folder of all rounds, whose students write text that no other run can use.
         like: those of the run whose teacher this one shares.
     """
 
@@ -84,22 +84,26 @@ class SharedTexts:
     identity: Callable[[str], str]
     context: PromptContext | None
     reporter: Reporter
-    is_taught_by_a_round: bool = False
+    rounds: Path | None = None
     like: SharedTexts | None = None
     _by_name: dict[str, SharedText] = field(default_factory=dict)
 
     def open(self, by: str, store: Store) -> SharedAnswers | None:
         """The shared answers of the model of this name; None where none are shared."""
-        if by == TEACHER and self.is_taught_by_a_round:
+        model = self._settings(by).model
+        if self.rounds is not None and model is not None and Path(model).is_relative_to(self.rounds):
             return None
         return self._of(by).open(store)
+
+    def _settings(self, by: str) -> TeacherSettings | NamedModel:
+        return self.recipe.teacher if by == TEACHER else (self.recipe.models or {})[by]
 
     def _of(self, by: str) -> SharedText:
         if self.like is not None and by == TEACHER:
             return self.like._of(by)
         if by not in self._by_name:
             self._by_name[by] = SharedText(
-                self.recipe.teacher if by == TEACHER else (self.recipe.models or {})[by],
+                self._settings(by),
                 answers_folder(self.recipe.machine.answers),
                 partial(self.identity, by),
                 self.context if by == TEACHER else None,

@@ -318,7 +318,7 @@ class RunModels:
             self.scorers[name] = load_scorer(name, self.devices.teacher)
         return self.scorers[name]
 
-    # By the names in writers and steps of elicitation: see `elicit.training_text.TextModels`
+    # By the names in writers and steps of elicitation: see `elicit.text_models`
 
     @cached_property
     def named(self) -> NamedModels:

@@ -43,7 +43,9 @@ def bind(folder: Path, method: Method, models: RunModels, reporter: Reporter) ->
             facts["reward models"] = " ".join(map(scorer_identity, method.rewards.models))
         if recipe.teacher.server is not None:
             facts["server"] = models.server_identity
-        asked = {name for _, step in method.steps for name in step.asks() if name in models.named}
+        judges = () if method.rewards is None else method.rewards.judges
+        steps = [step for _, step in (*method.steps, *judges)]
+        asked = {name for step in steps for name in step.asks() if name in models.named}
         return facts | {input_name(name): models.named.identity(name) for name in sorted(asked)}
 
     def older(earlier: Recipe) -> tuple[str, str]:

@@ -108,14 +108,12 @@ class Run:
     @cached_property
     def shared_texts(self) -> SharedTexts:
         """The answers that the runs of this user share."""
-        teacher = self.recipe.teacher.model
-        rounds = None if self.store is None else self.store.resolve()
         return SharedTexts(
             self.recipe,
             self.models.writer_identity,
             self.method.prompt_context,
             self.reporter,
-            is_taught_by_a_round=rounds is not None and teacher is not None and Path(teacher).is_relative_to(rounds),
+            rounds=None if self.store is None else self.store.resolve(),
             like=None if self.shared is None else self.shared.shared_texts,
         )
 
@@ -235,7 +233,7 @@ class Run:
             fresh=self.method.fresh,
             max_length=max_length,
             second_model=lambda: self.models.teacher.model,
-            rewards=rewards and replace(rewards, load=self.models.reward_model),
+            rewards=rewards and replace(rewards, load=self.models.reward_model, judge=self.text.judge),
             prompts={prompt.id: prompt for prompt in self.text.prompts[0]},
             stop=self.stop,
         )

@@ -96,7 +96,10 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     judging = recipe.evaluate.judge
     judge = named[judging] if judging in named else None if judging is None else _judge_shape(judging)
     prompts = (method.training_prompts, method.held_out_prompts)
-    shapes = Shapes(student, teacher, others, judge, scorers=_scorer_shapes(method))
+    judges = () if method.rewards is None else method.rewards.judges
+    judging_names = dict.fromkeys(name for _, step in judges for name in step.asks())
+    reading = tuple(shape for name in judging_names if (shape := named.get(name)) is not None)
+    shapes = Shapes(student, teacher, others, judge, scorers=(*_scorer_shapes(method), *reading))
     lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
     bills = _bills(method)
     made = make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=bills)

@@ -158,6 +158,7 @@ def resolve(recipe: Recipe) -> Method:
         steps=method.steps,
         tasks=method.tasks,
         share=share,
+        judges=() if method.rewards is None else method.rewards.judges,
     )
     if method.steps:
         check_steps(method.steps, [prompt_sample(prompt) for prompt in training], prompts.columns)

@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.named_models import PREVIOUS
 from limbeck.config.recipe import Recipe
-from limbeck.config.rounds import PREVIOUS, Rounds
+from limbeck.config.rounds import Rounds
 from limbeck.evaluate.collapse import collapse
 from limbeck.models.load import model_contents, model_identity
 from limbeck.progress import Reporter, Silent, StoppedError

@@ -22,15 +22,23 @@ from limbeck.objectives.schedule import Schedule
 from limbeck.objectives.term import Term
 from limbeck.signals.forms import form_of
 from limbeck.training.controls import check_controls
-from limbeck.types import STUDENTS, RecipeError
+from limbeck.types import STUDENTS, RecipeError, nearest
 
 JUDGED_ON_TEXT = ("importance", "block_influence")  # choices of layers that need text
 
 
 def check_parts(
-    use: TeacherUse, *, steps: Sequence[tuple[str, ElicitStep]], tasks: Sequence[Task], share: Schedule | None
+    use: TeacherUse,
+    *,
+    steps: Sequence[tuple[str, ElicitStep]],
+    tasks: Sequence[Task],
+    share: Schedule | None,
+    judges: Sequence[tuple[str, AskingStep]] = (),
 ) -> None:
     """Refuse parts of a recipe that can't work together.
+
+    Args:
+        judges: (its place in the recipe, the step that it judges by) of each reward by a judge.
 
     Raises:
         RecipeError: a loss that reads what no writer or teacher gives, a held-out item that is trained on, ...
@@ -43,7 +51,8 @@ def check_parts(
     _check_student_writer(recipe, use.terms, share)
     _check_teacher(use, steps)
     _check_mixup(recipe)
-    _check_models(recipe, steps)
+    _check_judges(recipe, judges)
+    _check_models(recipe, steps, judges)
     facts = _text_facts(use, steps)
     for term in use.terms:
         term.check_text(facts)
@@ -86,28 +95,49 @@ def _check_writers(recipe: Recipe) -> None:
         )
 
 
-def _check_models(recipe: Recipe, steps: Sequence[tuple[str, ElicitStep]]) -> None:
+def _check_models(
+    recipe: Recipe, steps: Sequence[tuple[str, ElicitStep]], judges: Sequence[tuple[str, AskingStep]] = ()
+) -> None:
     """Refuse names of no model, models that nothing asks, and what a model can't give."""
     models = recipe.models or {}
     prune = recipe.student.start.prune
     for index, (name, step) in enumerate(steps):
         path = f"elicit[{index}].{name}.by"
         for by in step.asks():
-            check_name(by, models, path)
+            check_name(by, models, path, recipe.previous)
             if by == UNTOUCHED and prune is not None and prune.keep in JUDGED_ON_TEXT:
                 raise RecipeError(
                     path, f"prune.keep: {prune.keep} is judged on the text that this step gives; set keep: uniform"
                 )
-            needs = step.demands() if isinstance(step, AskingStep) else frozenset()
-            if by in models and models[by].server is not None and needs - {"text", "raw"}:
-                what = ", ".join(sorted(needs - {"text", "raw"})).replace("_", " ")
-                raise RecipeError(
-                    path, f"it needs {what}, and {by} is behind a server: name weights in models.{by}.model"
-                )
-    asked = {by for _, step in steps for by in (*step.asks(), getattr(step, "reference", ""))}
+            if isinstance(step, AskingStep):
+                _check_gives(recipe, by, step, path)
+    asked = {by for _, step in (*steps, *judges) for by in (*step.asks(), getattr(step, "reference", ""))}
     asked.add(recipe.evaluate.judge or "")
     if idle := [name for name in models if name not in asked]:
         raise RecipeError(f"models.{idle[0]}", "no step and no judge names it: name it in `by`, or leave it out")
+
+
+def _check_gives(recipe: Recipe, by: str, step: AskingStep, path: str) -> None:
+    """Refuse to ask a named model behind a server for more than text."""
+    models = recipe.models or {}
+    needs = step.demands() - {"text", "raw"}
+    if by in models and models[by].server is not None and needs:
+        what = ", ".join(sorted(needs)).replace("_", " ")
+        raise RecipeError(path, f"it needs {what}, and {by} is behind a server: name weights in models.{by}.model")
+
+
+def _check_judges(recipe: Recipe, judges: Sequence[tuple[str, AskingStep]]) -> None:
+    """Refuse judges of the student's answers that are none of the recipe's `models`, or can't judge so."""
+    models = recipe.models or {}
+    for path, step in judges:
+        for by in step.asks():
+            if by not in models:
+                raise RecipeError(
+                    path,
+                    f"{by!r} can't judge while the student trains{nearest(by, models)}: give the judge a name under"
+                    " `models`, such as {judge: MODEL}, and name it in `by`",
+                )
+            _check_gives(recipe, by, step, path)
 
 
 def _text_facts(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> TextFacts:

@@ -119,11 +119,7 @@ class GroupRollouts:
         memory.advantages = [value for row in advantages for value in row]
         memory.varied = memory.varied or any(memory.advantages)
         if not memory.varied and step + 1 >= PATIENCE and size > 1:
-            raise UserError(
-                f"in {PATIENCE} steps the rewards of all answers to a prompt were equal ({scored.facts['reward']:g} on"
-                " average), so nothing can be learnt from them: give prompts that the student gets right now and then,"
-                " raise its temperature, or start from a student that has seen such answers"
-            )
+            raise UserError(_nothing_learnt(scored))
         ends = self.asking.ends
         memory.facts = {"written": memory.asked - first, **scored.facts}
         memory.facts |= facts_of([(answer.ids, answer.own, 0) for answer in memory.answers], ends)
@@ -162,3 +158,18 @@ class GroupRollouts:
         self.memory = GroupMemory(answers=[answer_from(record) for record in state["answers"]], **known)
         self.advice.restore(state["advice"])
         self._rows = None
+
+
+def _nothing_learnt(scored: Scored) -> str:
+    """That the rewards of the first steps teach nothing, and what to do; `scored` are those of the last of them."""
+    if scored.unread == sum(map(len, scored.total)):
+        why = "".join(f"; {kind.replace('_', ' ')}: {count:,} of the last step" for kind, count in scored.why.items())
+        return (
+            f"in {PATIENCE} steps nothing could be learnt, and no answer of the last one has a reward that can be told"
+            f"{why}: name another judge, or give its replies more room (max_tokens)"
+        )
+    return (
+        f"in {PATIENCE} steps the rewards of all answers to a prompt were equal ({scored.facts['reward']:g} on"
+        " average), so nothing can be learnt from them: give prompts that the student gets right now and then,"
+        " raise its temperature, or start from a student that has seen such answers"
+    )

@@ -1,27 +1,35 @@
 """Rewards: what the student's answers are worth, and the advantages that follow from the rewards of a step.
 
 A reward is declared in one place: its fields are its parameters in a recipe, its docstring is what the documentation
-says of it. A reward that can't be told is None, never a number; an answer with such a reward teaches nothing.
+says of it. A reward that can't be told is None, or the word that says why, never a number; an answer with such a reward
+teaches nothing.
 
 Shapes: G prompts of a step, K answers to each.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from limbeck.config.recipe import explain
 from limbeck.config.sections import Advantage, RewardEntry, Section
+from limbeck.elicit.compare import Compare
+from limbeck.elicit.flow import Pool
 from limbeck.elicit.prompt import Prompt
+from limbeck.elicit.rate import Rate
+from limbeck.elicit.rubric import Rubric
+from limbeck.elicit.soft_preference import SoftPreference
 from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.verify import parse_check, verify
 from limbeck.models.scores import Conversation, load_scorer
 from limbeck.objectives.rewards import advantages, equal_groups, length_weights
+from limbeck.training.judges import Feedback, JudgeBy, judged_by
 from limbeck.training.rollout_stats import repeated
 from limbeck.types import RecipeError, UserError, nearest
 
@@ -52,6 +60,20 @@ class Scores(Protocol):
 
 
 LoadScores = Callable[[str], Scores]  # a reward model by its name in the recipe
+Value = float | str | None  # a reward; one that can't be told is None, or says why
+
+
+def nobody(_: Feedback, __: Pool) -> Pool:
+    """Stands for the models of a run where there is none."""
+    raise UserError("a judge is one of a run's models, and there is no run here")
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads answers for rewards: reward models by their names, and judges through a step of feedback."""
+
+    load: LoadScores = load_scorer
+    judge: JudgeBy = nobody
 
 
 class Reward(Section):
@@ -63,7 +85,7 @@ class Reward(Section):
         """The reward of an answer; None if it can't be told."""
         raise NotImplementedError
 
-    def of_all(self, answers: Sequence[Judged], load: LoadScores) -> list[float | None]:  # noqa: ARG002 (a model's)
+    def of_all(self, answers: Sequence[Judged], readers: Readers) -> Sequence[Value]:  # noqa: ARG002 (a model's)
         """The reward of each answer of a step."""
         return [self.of(answer) for answer in answers]
 
@@ -154,9 +176,9 @@ class ModelReward(Reward):
     name = "model"
     path: str
 
-    def of_all(self, answers: Sequence[Judged], load: LoadScores) -> list[float | None]:
+    def of_all(self, answers: Sequence[Judged], readers: Readers) -> Sequence[Value]:
         said = [after_thinking(answer.text) for answer in answers]
-        told = load(self.path).score(
+        told = readers.load(self.path).score(
             [
                 (answer.prompt.messages, text, not answer.finished)
                 for answer, text in zip(answers, said, strict=True)
@@ -167,9 +189,51 @@ class ModelReward(Reward):
         return [None if text is None else next(scores) for text in said]
 
 
+class JudgeReward(Reward):
+    """What a model under the recipe's `models` says of the answers of a step, through one step of feedback with its
+    settings, as under `elicit`: {rate: {by: judge, expected: true}} (d-RLAIF, Lee et al., arXiv:2309.00267), {rubric:
+    {by: judge, criteria: [...]}} (Gunjal et al., arXiv:2507.17746), or compare or soft_preference, which hold the
+    answers to a prompt against each other. From 0 to 1: a rating's place on its scale, the share of criteria, wins or
+    preference. A verdict that can't be read is no reward, and is counted by its kind. What follows the thinking is
+    judged. `judge: NAME` is {rate: {by: NAME}}."""
+
+    name = "judge"
+    rate: Rate | None = None
+    rubric: Rubric | None = None
+    compare: Compare | None = None
+    soft_preference: SoftPreference | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> JudgeReward:
+        if len(self._steps) != 1:
+            raise ValueError("give exactly one of rate, rubric, compare, soft_preference, such as {rate: {by: judge}}")
+        return self
+
+    @property
+    def _steps(self) -> list[Feedback]:
+        steps = (self.rate, self.rubric, self.compare, self.soft_preference)
+        return [step for step in steps if step is not None]
+
+    @property
+    def step(self) -> Feedback:
+        """The step of feedback that it judges by."""
+        return self._steps[0]
+
+    def of_all(self, answers: Sequence[Judged], readers: Readers) -> Sequence[Value]:
+        return judged_by(self.step, answers, readers.judge)
+
+
 REWARDS: dict[str, type[Reward]] = {
     reward.name: reward
-    for reward in (CheckReward, FinishedReward, LengthReward, ModelReward, RepetitionReward, ThinkingReward)
+    for reward in (
+        CheckReward,
+        FinishedReward,
+        JudgeReward,
+        LengthReward,
+        ModelReward,
+        RepetitionReward,
+        ThinkingReward,
+    )
 }
 
 
@@ -181,11 +245,13 @@ class Scored:
         total: the weighted sum of an answer's rewards, None if one of them can't be told; one list for each prompt.
         parts: the mean of each reward alone, by its name.
         unread: how many answers have a reward that can't be told.
+        why: of the rewards that say why they can't be told, how many say what; by "REWARD_WORD".
     """
 
     total: list[list[float | None]]
     parts: Mapping[str, float]
     unread: int
+    why: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def equal(self) -> list[bool]:
@@ -210,28 +276,42 @@ class Scored:
             **{f"reward_{name}": round(value, 4) for name, value in parts},
             "equal_groups": round(sum(self.equal) / len(self.total), 4),
             **({"unread_rewards": self.unread} if self.unread else {}),
+            **self.why,
         }
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """All rewards of a recipe with their weights; `load` gives the reward models among them."""
+    """All rewards of a recipe with their weights; `load` gives the reward models among them, `judge` has a step's
+    models judge."""
 
     weighted: Sequence[tuple[str, float, Reward]]  # (its name in the metrics, its weight, itself)
     settings: Advantage
     load: LoadScores = load_scorer
+    judge: JudgeBy = nobody
 
     @property
     def models(self) -> list[str]:
         """The reward models that it names, each once."""
         return list(dict.fromkeys(reward.path for _, _, reward in self.weighted if isinstance(reward, ModelReward)))
 
+    @property
+    def judges(self) -> list[tuple[str, Feedback]]:
+        """(its place in the recipe, the step that it judges by) of each judge."""
+        return [
+            (f"rollout.rewards[{index}].judge", reward.step)
+            for index, (_, _, reward) in enumerate(self.weighted)
+            if isinstance(reward, JudgeReward)
+        ]
+
     def score(self, groups: Sequence[Sequence[Judged]]) -> Scored:
         """The rewards of the answers to each prompt."""
         sums: dict[str, list[float]] = {label: [] for label, _, _ in self.weighted}
         total: list[list[float | None]] = []
         answers = [answer for group in groups for answer in group]
-        values_of = [iter(reward.of_all(answers, self.load)) for _, _, reward in self.weighted]
+        readers = Readers(self.load, self.judge)
+        values_of = [iter(reward.of_all(answers, readers)) for _, _, reward in self.weighted]
+        why: Counter[str] = Counter()
         for group in groups:
             total.append([])
             for _ in group:
@@ -239,13 +319,16 @@ class Rewards:
                     (label, weight, next(values))
                     for (label, weight, _), values in zip(self.weighted, values_of, strict=True)
                 ]
-                for label, _, value in parts:
-                    if value is not None:
+                told = []
+                for label, weight, value in parts:
+                    if isinstance(value, str):
+                        why[f"{label}_{value.replace(' ', '_')}"] += 1
+                    elif value is not None:
                         sums[label].append(value)
-                told = [weight * value for _, weight, value in parts if value is not None]
+                        told.append(weight * value)
                 total[-1].append(sum(told) if len(told) == len(parts) else None)
         means = {name: sum(values) / len(values) for name, values in sums.items() if values}
-        return Scored(total, means, sum(reward is None for group in total for reward in group))
+        return Scored(total, means, sum(reward is None for group in total for reward in group), why)
 
     def advantages(self, scored: Scored, lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[float]]:
         """The advantage of each answer, times what makes answers, tokens or sums count alike (`length_weights`).

@@ -33,7 +33,7 @@ def test_the_recipes_of_the_field_are_there():
         "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher", "reward-model",
         "star", "rft", "rest-em", "lmsi", "spin", "ultrafeedback-dpo", "rlcd", "rlaif", "constitutional", "selfee",
         "persdistill", "codeultrafeedback", "self-rewarding", "self-lengthen", "multiagent", "self-instruct-alone",
-        "gad",
+        "gad", "lion", "pandalm",
     }  # fmt: skip
 
 
@@ -61,7 +61,21 @@ OWN = {
     "gad": ["rollout.prompts=2", "rollout.group=3"],
     "reward-model": ["student.head=scalar", "evaluate={metrics: [preference], controls: []}"],
     **{
-        name: ["train.lr=0.001"] for name in ("ultrafeedback-dpo", "rlcd", "rlaif", "self-rewarding")
+        name: ["train.lr=0.001"]
+        for name in (
+            "ultrafeedback-dpo",
+            "rlcd",
+            "rlaif",
+            "self-rewarding",
+            "dpo",
+            "ipo",
+            "kto",
+            "simpo",
+            "orpo",
+            "rrhf",
+            "pro",
+            "lion",
+        )
     },  # so that the loss moves in 3 steps
     "distillm": ["rollout.validation={prompts: 4, every: 1}", "rollout.replay.size=4"],
 }
