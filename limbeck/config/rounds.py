@@ -181,7 +181,7 @@ def _with_folder(reward: dict[str, Any], folders: Mapping[str, str]) -> dict[str
 def _with_models(
     data: Mapping[str, Any], resolved: Mapping[str, Any], previous: str | None, template: str | None
 ) -> dict[str, Any]:
-    """A part of the recipe without the `models` that other parts alone name. What no part names stays, to be refused."""
+    """A part of the recipe without the `models` that others alone name. What no part names stays, to be refused."""
     rounds = resolved["rounds"]
     parts = (resolved, rounds.get("first") or {}, *(rounds.get("stages") or {}).values())
     models = {
