@@ -125,6 +125,6 @@ def _passing_signals_on() -> Iterator[None]:
 
 def _children() -> list[int]:
     """The process ids of this process's children."""
-    import psutil  # comes with accelerate
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
     return [child.pid for child in psutil.Process(os.getpid()).children()]
