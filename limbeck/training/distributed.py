@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from limbeck.config import ranks
 from limbeck.config.machine import Machine
@@ -43,13 +44,13 @@ def joined(machine: Machine) -> Iterator[Company]:
     on_cuda = machine.device != "cpu" and torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(ranks.local_rank())
-    store, number, size = next(distributed.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-    company = Company(distributed.PrefixStore("company", store), number, size, machine.timeout)  # type: ignore[attr-defined]
+    store, number, size = next(rendezvous("env://", timeout=timeout))
+    company = Company(PrefixStore("company", store), number, size, machine.timeout)
     _COMPANIES[:] = [company]
     try:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-            store=distributed.PrefixStore("collectives", store),  # type: ignore[attr-defined]
+            store=PrefixStore("collectives", store),
             rank=number,
             world_size=size,
             timeout=timeout,
