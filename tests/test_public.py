@@ -33,9 +33,9 @@ RESULT = {
 }
 RUNS = {"recipe", "--set", "--machine", "--out", "--json"}
 COMMANDS = {
-    "run": RUNS | {"--track"},
+    "run": RUNS | {"--track", "--ranks"},
     "elicit": RUNS,
-    "train": RUNS | {"--profile", "--track"},
+    "train": RUNS | {"--profile", "--track", "--ranks"},
     "evaluate": RUNS,
     "doctor": RUNS,
     "cache": RUNS | {"--import", "--export"},
@@ -53,7 +53,7 @@ COMMANDS = {
         "--scale", "--schema", "--instruction", "--yes", "--json",
     },
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
-    "push": {"where", "--to", "--public", "--json"},
+    "push": {"--data", "where", "--to", "--public", "--json"},
     "answers": {"--forget", "--prune", "--add", "--json"},
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ class LostRankError(UserError):
         super().__init__(message)
 
 
-class Store(Protocol):
+class KeyValueStore(Protocol):
     """The part of torch's stores that is used here."""
 
     def set(self, key: str, value: str, /) -> None: ...
@@ -53,7 +53,7 @@ class Company:
         timeout: seconds without a sign of life after which a rank is given up.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, store: KeyValueStore, rank: int, size: int, timeout: float) -> None:
         self.store = store
         self.rank = rank
         self.size = size

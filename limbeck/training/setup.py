@@ -20,7 +20,7 @@ from limbeck.models.model import Model, head_of
 from limbeck.models.placement import check_dtype
 from limbeck.models.self_teacher import adapters_off
 from limbeck.models.start import add_adapters
-from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, Teacher
+from limbeck.models.teacher_interface import REFERENCE, TEACHER_EVIDENCE, MovingAverage, Teacher
 from limbeck.objectives.bound import BoundLoss, ModelPair, joined_taps
 from limbeck.objectives.forward import NO_TAPS, TeacherView
 from limbeck.objectives.loss import REFERENCE_LOG_PROB
@@ -112,16 +112,12 @@ def make_job(
         add_adapters(student.net, plan.lora, plan.settings.seed)
     if plan.machine.checkpointing:
         _recompute_activations(student.net)
-    average = teacher().average if reads_teacher else None
-    if average is not None:
-        average.start(student.net)
+    average = _started_average(teacher(), student) if reads_teacher else None
     student_taps, teacher_taps = (joined_taps(list(learned.values()), side) for side in (0, 1))
     view: View = no_teacher
     if reads_teacher:
-        view = partial(teacher().view, taps=teacher_taps, vocab_size=vocab_size)
-        view = partial(_on_device, view, student.net.device)
-        if plan.cache is not None:
-            view = _cached(plan, student, teacher(), view, rows=rows, progress=progress)
+        live = partial(teacher().view, taps=teacher_taps, vocab_size=vocab_size)
+        view = _view(plan, student, teacher(), live, rows=rows, progress=progress)
     scores = remember_scores(plan.terms, view)
     objective = Objective(
         student.net,
@@ -133,21 +129,29 @@ def make_job(
         vocab_size=vocab_size,
         rounded=None if plan.settings.precision is None else getattr(torch, plan.settings.precision),
     )
-    job = TrainingJob(
-        objective,
-        rows,
-        plan.settings,
-        plan.folder,
-        key=plan.key,
-        average=average,
-        frozen=_passing(teacher()) if reads_teacher and plan.cache is None else (),
-        machine=plan.machine,
-    )
+    passing = _passing(teacher()) if reads_teacher and plan.cache is None else ()
+    job = TrainingJob(objective, rows, plan.settings, plan.folder, key=plan.key, average=average, frozen=passing)
+    job = replace(job, machine=plan.machine)
     if plan.writing is not None:
         job, watched, slots = watch_prompts(job, plan.writing)
         source = rollouts(plan.writing, job, student, slots, scores=scores, watched=watched, reference=reference)
         job = replace(job, source=source, monitor=teachers_view)
     return replace(job, prepare=partial(_prepare, job, teacher, progress)) if reads_teacher else job
+
+
+def _view(
+    plan: TrainingPlan, student: Model, teacher: Teacher, live: View, *, rows: Sequence[Row], progress: Progress
+) -> View:
+    """The teacher's view of a micro-batch: live, or from the cache where the recipe keeps one."""
+    view: View = partial(_on_device, live, student.net.device)
+    return view if plan.cache is None else _cached(plan, student, teacher, view, rows=rows, progress=progress)
+
+
+def _started_average(teacher: Teacher, student: Model) -> MovingAverage | None:
+    """The student's moving average, from its weights of now, if that is the teacher."""
+    if teacher.average is not None:
+        teacher.average.start(student.net)
+    return teacher.average
 
 
 def _passing(teacher: Teacher) -> list[PreTrainedModel]:
