@@ -71,10 +71,14 @@ def study(name: str, folder: Path, arguments: Sequence[str], facts: dict[str, An
     made = folder / "made"
     if not made.exists():
         limbeck("new", str(made), *arguments, "--teacher", server.url, "--teacher-model", server.name, "--yes")
-    seconds, found = {}, {}
+    record = folder / "seconds.json"  # of all calls that came to their end
+    seconds: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
+    found = {}
     for student, overrides in STUDENTS.items():
         run = folder / student
-        seconds[student] = limbeck("run", str(made / "recipe.yaml"), *overrides, "--out", str(run))
+        spent = limbeck("run", str(made / "recipe.yaml"), *overrides, "--out", str(run))
+        seconds[student] = seconds.get(student, 0.0) + spent
+        write_json(record, seconds)
         found[student] = figures(run)
     shutil.copy(folder / "full" / "report.html", EVIDENCE / f"{name}.html")
     write_json(EVIDENCE / f"{name}.json", facts | {"teacher": TEACHER, "seconds": seconds, "students": found})
