@@ -60,6 +60,7 @@ def joined(machine: Machine) -> Iterator[Company]:
         if (lost := lost_rank(error, machine.timeout)) is None:
             raise
         raise lost from error
+    company.meet()  # nobody closes a connection that another still reads
     company.leave()
     distributed.destroy_process_group()
 

@@ -15,7 +15,11 @@ def test_auto_is_the_cpu_where_there_is_no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_device("auto") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert find_device("auto") == torch.device("cuda", 0)
+    asked = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: asked.append(device) or zeros(size))
+    find_device("auto")
+    assert asked == [torch.device("cuda", 0)]
 
 
 @pytest.mark.parametrize("name", ["cuda:97", "mps:9", "xpu:9", "teapot", "cpux"])

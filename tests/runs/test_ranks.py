@@ -52,7 +52,7 @@ def test_what_divided_weights_can_do_is_not(recipe_data):
     ranks.check(parse(recipe_data | {"machine": machine}))
     text = recipe_data | {"loss": ["cross_entropy"], "machine": machine}
     ranks.check(parse(text | {"teacher": {"model": recipe_data["teacher"], "quantise": "int8"}}))
-    cached = {"model": recipe_data["teacher"], "quantise": "int8", "cache": "dense"}
+    cached = {"model": recipe_data["teacher"], "quantise": "int8", "cache": {"top_k": {"k": 8}}}
     ranks.check(parse(recipe_data | {"teacher": cached, "machine": machine}))
 
 

@@ -74,7 +74,8 @@ def assert_equal(folder: Path, other: Path) -> None:
     assert len(ours) == len(theirs) > 0
     for one, two in zip(ours, theirs, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        # Adam moves a weight whose gradient is rounding error by up to lr a step, which later norms show
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5 if one["step"] == 1 else 1e-3)
         assert (two["response_tokens"], two["tokens"]) == (one["response_tokens"], one["tokens"])
     assert len({record["loss"] for record in ours}) == len(ours), "the student learns"
 
@@ -115,6 +116,7 @@ def run_rank(rank: int, size: int, folder: str, names: list[str]) -> None:
             assert sum(p.numel() for p in made.parameters()) == whole
             torch.save({key: p.detach() for key, p in made.named_parameters()}, where / name / "weights.pt")
     (where / f"facts-{rank}.json").write_text(json.dumps(facts))
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
@@ -152,6 +154,7 @@ def run_on(rank: int, size: int, folder: str, steps: int) -> None:
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     job, done = make_job(Path(folder) / "run", shard="full"), []
     loop.train(job, progress=lambda step, *_: done.append(step), stop=lambda: len(done) >= steps)
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
