@@ -86,7 +86,11 @@ def _launch(arguments: Sequence[str], count: int) -> int:
         try:
             run.run(options)
         except ChildFailedError as error:
-            return _status({rank: failure.exitcode for rank, failure in error.failures.items()})
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            spoken = error.get_first_failure()[1].exitcode in IN_WORDS  # torch ended the others after it
+            if not spoken:
+                return _status(codes)
+            return 1 if 1 in codes.values() else console.USER_ERROR
     return 0
 
 
