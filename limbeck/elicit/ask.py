@@ -22,6 +22,7 @@ from limbeck.elicit.flow import (
     prompt_of,
     said_by,
     user,
+    warmed,
     with_answer,
     with_scores,
 )
@@ -33,7 +34,6 @@ from limbeck.types import AnswerForm, Message, RecipeError, Request, Sample, Sam
 
 TEMPLATE_CHARS = 64 * 1024
 FINAL = ("refused", "filtered", "error")  # asking again would change nothing, or was done already
-WARM = 0.7  # the temperature of another try where the first one was greedy: it would come out the same
 MOST = 1000  # draws
 ALWAYS = frozenset({"prompt", "system", "messages", "kind", "task", "answers", "labels", "row"})
 SOMETIMES = frozenset({"answer", "check", "scores", "weight"})  # if the sample has them
@@ -237,7 +237,7 @@ class Ask(AskingStep):
         return form
 
     def _request(self, context: StepContext, draw: Draw, attempt: int, *, form: AnswerForm | None) -> Request:
-        temperature = self.temperature or (WARM if attempt else 0.0)
+        temperature = warmed(self.temperature, attempt)
         sampling = Sampling(temperature, self.top_p, self.max_tokens)
         return context.request(draw.messages, sampling, draw.number + MOST * attempt, form=form)
 

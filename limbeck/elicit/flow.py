@@ -36,6 +36,8 @@ JUDGED = (
     "rubric",
     "rubric_by",
 )  # what steps say of an answer
+RETRIED = 1000  # what numbers of tries begin with: they tell requests of one question apart
+WARM = 0.7  # the temperature of another try where the first one was greedy: it would come out the same
 WRITTEN = ("ok", "length", "empty", NO_ANSWER)
 
 
@@ -58,6 +60,11 @@ class ScoreRequest:
 
 
 Questions = Generator[Sequence[Request] | Sequence[ScoreRequest], Sequence[Any], T]
+
+
+def warmed(temperature: float, attempt: int) -> float:
+    """The temperature of a try, the first being number 0."""
+    return temperature or (WARM if attempt else 0.0)
 
 
 def ask(requests: Sequence[Request]) -> Questions[list[Sample]]:

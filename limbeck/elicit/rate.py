@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from limbeck.config.named_models import TEACHER
 from limbeck.elicit.aspects import ASPECTS
 from limbeck.elicit.flow import (
+    RETRIED,
     Pool,
     Questions,
     ScoreRequest,
@@ -27,6 +28,7 @@ from limbeck.elicit.flow import (
     said_by,
     score,
     user,
+    warmed,
     with_scores,
 )
 from limbeck.elicit.merit import answered_only, expected
@@ -36,8 +38,6 @@ from limbeck.types import Message, Sample, Sampling, nearest
 
 # by (place, aspect, number of the time it was asked): the rating, and the id of its reply
 Found = dict[tuple[int, str, int], tuple[float | str, str]]
-RETRIED = 1000  # what numbers of tries begin with: they tell requests of one question apart
-WARM = 0.7  # the temperature of another try where the first one was greedy
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Rate(AskingStep):
             else:
                 ratings |= {(place, question.asked.aspect, 0): (TOO_LONG, "") for place in question.places}
         for attempt in range(self.retries + 1):
-            sampling = Sampling(self.temperature or (WARM if attempt else 0.0), self.top_p, self.max_tokens)
+            sampling = Sampling(warmed(self.temperature, attempt), self.top_p, self.max_tokens)
             requests = []
             for question, time in waiting:
                 form = question.asked.form(len(question.places))

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from limbeck.config.named_models import TEACHER, UNTOUCHED
 from limbeck.elicit.flow import (
+    RETRIED,
     Pool,
     Questions,
     StepContext,
@@ -20,6 +21,7 @@ from limbeck.elicit.flow import (
     prompt_of,
     said_by,
     user,
+    warmed,
     with_scores,
 )
 from limbeck.elicit.merit import answered_only
@@ -30,7 +32,6 @@ from limbeck.types import Message, RecipeError, Sample, Sampling
 ASPECT = "overall quality"
 QUALITY = "Does it help whoever asked: is it to the point, right, and as detailed as the request needs?"
 HARD, EASY = "hard", "easy"
-RETRIED = 1000  # what numbers of tries begin with: they tell requests of one question apart
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Referee(AskingStep):
         form = None if form is None or reader.unheld(form) else form
         waiting = [(place, order) for place in range(len(matches)) for order in (0, 1)]
         for attempt in range(self.retries + 1):
-            sampling = Sampling(self.temperature or (0.7 if attempt else 0.0), self.top_p, self.max_tokens)
+            sampling = Sampling(warmed(self.temperature, attempt), self.top_p, self.max_tokens)
             replies = yield from ask(
                 [
                     context.request(matches[place].orders[order], sampling, RETRIED * attempt, form=form, by=self.by)

@@ -15,6 +15,7 @@ from limbeck.config.named_models import TEACHER
 from limbeck.elicit.decision import decision
 from limbeck.elicit.fence import DATA, conversation_text, fill_fenced
 from limbeck.elicit.flow import (
+    RETRIED,
     Pool,
     Questions,
     Reader,
@@ -26,6 +27,7 @@ from limbeck.elicit.flow import (
     prompt_messages,
     said_by,
     user,
+    warmed,
     with_scores,
 )
 from limbeck.elicit.merit import answered_only
@@ -49,8 +51,6 @@ JUDGE = (
 REASONED = "Say why in one or two sentences. Then end with one line that holds nothing but your verdict:"
 AT_ONCE = "Answer with one line that holds nothing but your verdict:"
 VERDICT_ALONE = AnswerForm(labels=("MET: YES", "MET: NO"))
-RETRIED = 1000  # what numbers of tries begin with: they tell requests of one question apart
-WARM = 0.7  # the temperature of another try where the first one was greedy
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Rubric(AskingStep):
         found: list[tuple[list[str], str]] = [([], "")] * len(groups)
         waiting = fit
         for attempt in range(self.retries + 1):
-            sampling = Sampling(_warmed(self.author_temperature, attempt), 1.0, self.max_tokens)
+            sampling = Sampling(warmed(self.author_temperature, attempt), 1.0, self.max_tokens)
             replies = yield from ask(
                 [context.request((user(texts[place]),), sampling, RETRIED * attempt, by=author) for place in waiting]
             )
@@ -189,7 +189,7 @@ class Rubric(AskingStep):
 
     def _request(self, question: CriterionQuestion, context: StepContext, reader: Reader, attempt: int) -> Request:
         form = None if self.reasons or reader.unheld(VERDICT_ALONE) else VERDICT_ALONE
-        sampling = Sampling(_warmed(0.0, attempt), 1.0, self.max_tokens)
+        sampling = Sampling(warmed(0.0, attempt), 1.0, self.max_tokens)
         return context.request(question.messages, sampling, RETRIED * attempt, form=form, by=self.by)
 
     def _judged(self, sample: Sample, questions: Sequence[CriterionQuestion]) -> Sample:
@@ -241,10 +241,6 @@ def read_criteria(reply: Sample, count: int) -> list[str]:
 def _asked_to_write(group: Pool, count: int, control: Collection[str]) -> str:
     prompt = conversation_text(prompt_messages(group[0]))
     return fill_fenced(WRITE.replace("{count}", str(count)), control, prompt=prompt)
-
-
-def _warmed(temperature: float, attempt: int) -> float:
-    return temperature or (WARM if attempt else 0.0)
 
 
 def _account(questions: Sequence[CriterionQuestion], judged: Pool, tally: Tally) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from limbeck.evaluate.items import TemplateSettings
 from limbeck.evaluate.records import Progress
 from limbeck.models.model import Model, head_of
-from limbeck.models.states import shared_states, shares_prefixes
+from limbeck.models.states import SHORTEST_PREFIX, shared_states, shares_prefixes
 from limbeck.objectives.log_probs import token_log_probs
 from limbeck.training.memory import keep_freed_memory
 from limbeck.types import UserError
@@ -132,7 +132,7 @@ def _batches(system: Model, continuations: Sequence[Continuation], shared: dict[
     for row in shared if shares_prefixes(system.net) else ():
         by_prompt.setdefault(continuations[row].prompt_ids, []).append(row)
     for prompt, rows in by_prompt.items():
-        if len(prompt) * (len(rows) - 1) >= LEAST_SAVED:
+        if len(prompt) >= SHORTEST_PREFIX and len(prompt) * (len(rows) - 1) >= LEAST_SAVED:
             yield from _like_long({row: lengths.pop(row) for row in rows}, CACHED_TOGETHER)
     yield from _like_long(lengths, TOKENS_TOGETHER)
 

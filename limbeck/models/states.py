@@ -42,7 +42,7 @@ def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     are divided among ranks, where every rank must make as many passes.
     """
     decoder: Any = net.get_decoder()
-    shared = common_prefix(tokens_BT) if not is_divided(net) and _may_share(decoder) else 0
+    shared = common_prefix(tokens_BT) if shares_prefixes(net) else 0
     if shared < SHORTEST_PREFIX:
         return decoded(net, tokens_BT)
     tokens_BT = tokens_BT.to(net.device)
@@ -60,7 +60,7 @@ def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
 
 def shares_prefixes(net: PreTrainedModel) -> bool:
     """Whether `shared_states` computes a common prefix once."""
-    return _may_share(net.get_decoder())
+    return not is_divided(net) and _may_share(net.get_decoder())
 
 
 def common_prefix(tokens_BT: Tensor) -> int:

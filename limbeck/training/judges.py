@@ -18,7 +18,6 @@ from limbeck.elicit.select import score_of
 from limbeck.elicit.soft_preference import SoftPreference
 from limbeck.elicit.thinking import after_thinking
 from limbeck.objectives.loss import STUDENT
-from limbeck.training import distributed
 from limbeck.types import Message, Sample
 
 Feedback = Rate | Rubric | Compare | SoftPreference
@@ -45,18 +44,16 @@ class Spoken(Protocol):
 def judged_by(step: Feedback, answers: Sequence[Spoken], judge: JudgeBy) -> list[float | str]:
     """For each answer its score by the step, from 0 to 1, or the word that says why there is none.
 
-    What follows the thinking is judged; an answer without it is not. One rank asks for all of them.
+    What follows the thinking is judged; an answer without it is not. With several ranks the caller has one of
+    them ask, so that nothing here may wait for the others.
     """
     pool = [
         Sample(_conversation(answer, said), STUDENT, meta=_meta(number, answer))
         for number, answer in enumerate(answers)
         if (said := (after_thinking(answer.text) or "").strip())
     ]
-    found: dict[int, float | str] = {}
-    if distributed.rank() == 0:
-        for sample in judge(step, pool) if pool else []:
-            found[int(sample.meta[TURN])] = _value(step, sample)
-    found = distributed.gather(found)[0]
+    judged = judge(step, pool) if pool else []
+    found = {int(sample.meta[TURN]): _value(step, sample) for sample in judged}
     return [found.get(number, EMPTY) for number in range(len(answers))]
 
 

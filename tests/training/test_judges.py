@@ -18,6 +18,7 @@ from limbeck.config.sections import Advantage, RewardEntry
 from limbeck.elicit.flow import Reader
 from limbeck.elicit.prompt import Prompt
 from limbeck.progress import StoppedError
+from limbeck.training import distributed
 from limbeck.training.rewards import Judged, rewards_of
 from limbeck.types import RecipeError, UserError
 from tests.flow_driver import drive
@@ -55,6 +56,17 @@ def test_a_rating_is_its_place_on_the_scale():
     _, found, asked = scored(params, groups, lambda request, _: ratings[shown(request)[0]], weight=2.0)
     assert found.total == [[2.0, 0.5], [0.0, 2.0]] and found.parts == {"judge": 0.5625} and not found.why
     assert {request.model for request in asked} == {"judge@1"} and len(asked) == 4
+
+
+def test_a_judge_waits_for_no_other_rank(monkeypatch):
+    """One rank judges for all, which wait for it outside of collectives (`distributed.from_first`)."""
+
+    def collective(*_):
+        raise AssertionError("the other ranks are not here")
+
+    for name in ("gather", "wait", "from_first"):
+        monkeypatch.setattr(distributed, name, collective)
+    test_a_rating_is_its_place_on_the_scale()
 
 
 def test_an_expected_rating_needs_no_words():
