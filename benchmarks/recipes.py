@@ -151,7 +151,7 @@ def measured(folder: Path) -> dict[str, Any]:
             for metric, value in summary["systems"]["student"].items()
             if any(metric.startswith(task) for task in summary.get("tasks", {}))
         },
-        "parameters": summary["sizes"]["student"]["parameters"],
+        "parameters": summary["efficiency"]["student"]["parameters"],
     }
 
 
@@ -173,7 +173,7 @@ def main() -> None:
         "held_out_answers": HELD_OUT,
         "made_prompts": COUNT,
     }
-    evidence["machine"] = f"{platform.machine()}, {cores} cores, a recipe on each"
+    evidence["machine"] = f"{platform.machine()}, {cores} cores, a recipe on each, beside other work"
     with ThreadPoolExecutor(cores) as pool:
         running = {pool.submit(run, name, *work[name]): name for name in due}
         for future in as_completed(running):
