@@ -47,7 +47,7 @@ class Recipe(Section):
     title: str = ""
     paper: str = ""
     teacher: TeacherSettings
-    previous: str | None = None  # in a round's recipe: the folder of the student before it, where that is no start
+    previous: str | None = None  # in a round's recipe: the folder of the student before it, or `untouched`
     models: dict[str, NamedModel] | None = None
     student: Student
     prompts: Prompts
@@ -81,7 +81,14 @@ class Recipe(Section):
             raise ValueError(
                 "rollout says how the student writes, but no writer is the student; add {by: student} or remove rollout"
             )
-        check_previous(self.rounds, self.teacher, self.models or {}, self.student.start.pretrained)
+        check_previous(
+            self.rounds,
+            self.teacher,
+            self.models or {},
+            start=self.student.start.pretrained,
+            writers=[writer.by for writer in self.writer],
+            previous=self.previous,
+        )
         return self
 
     @field_validator("teacher", mode="plain")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -72,15 +72,28 @@ class Rounds(Section):
         return range(1 if self.first is None else 0, self.n + 1)
 
 
-def check_previous(rounds: Rounds | None, teacher: Any, models: Mapping[str, Any], start: str | None) -> None:
+def check_previous(
+    rounds: Rounds | None,
+    teacher: Any,
+    models: Mapping[str, Any],
+    *,
+    start: str | None,
+    writers: Sequence[str] = (),
+    previous: str | None = None,
+) -> None:
     """Refuse a `previous` student that no round leaves.
 
     Args:
         models: those that the recipe names beside its teacher.
+        start: the student's pretrained start; None where it is made of the teacher.
+        writers: by whom the recipe's text is.
+        previous: whom a round's own recipe calls so.
 
     Raises:
         RecipeError: with the place in the recipe and the cure.
     """
+    if rounds is None and previous is None and PREVIOUS in writers:
+        raise RecipeError(f"writer[{list(writers).index(PREVIOUS)}].by", NO_ROUNDS)
     taught = PREVIOUS in (teacher.model, *(other.model for other in getattr(teacher, "beside", ())))
     places = ["teacher.model"] if taught else []
     places += [f"models.{name}.model" for name, model in models.items() if model.model == PREVIOUS]
@@ -121,7 +134,7 @@ def round_data(
         data = {key: value for key, value in data.items() if key not in TEXT or first.keys().isdisjoint(TEXT)} | first
     start = student if resolved["rounds"]["restart"] == PREVIOUS else base
     asked = PREVIOUS if student not in (None, start) else UNTOUCHED  # whom steps and writers ask as the previous one
-    names_it = any(writer["by"] == PREVIOUS for writer in data["writer"])
+    names_it = writes = any(writer["by"] == PREVIOUS for writer in data["writer"])
     if "elicit" in data:
         names_it = names_it or data["elicit"] != [_naming(entry, UNTOUCHED) for entry in data["elicit"]]
         data["elicit"] = [_naming(entry, asked) for entry in data["elicit"]]
@@ -134,6 +147,8 @@ def round_data(
         data["student"] = rest | {"start": {"pretrained": start}}
     if names_it and asked == PREVIOUS:
         data["previous"] = student
+    elif writes:  # a writer keeps its name, which losses read
+        data["previous"] = UNTOUCHED
     return data
 
 

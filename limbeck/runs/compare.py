@@ -63,7 +63,11 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
         UserError: the same name twice, a reserved name, fewer than two recipes, or recipes that can't be compared.
     """
     for recipe in (*recipes, like):
-        without_rounds(recipe.rounds, recipe.name, "a comparison trains every method once; run it by itself")
+        without_rounds(
+            recipe.rounds,
+            recipe.name,
+            "run it by itself, then compare its RUN/rounds/1/recipe.yaml, which is one round from where that began",
+        )
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{twice[0]!r} stands twice; a comparison needs recipes of different names")

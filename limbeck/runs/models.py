@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from limbeck.config.named_models import TEACHER
+from limbeck.config.named_models import PREVIOUS, TEACHER, UNTOUCHED
 from limbeck.config.teacher import BridgedTeacher, ServedTeacher
 from limbeck.elicit.engine import Answerer
 from limbeck.elicit.flow import Reader
@@ -346,8 +346,7 @@ class RunModels:
         return self.named.writer(name) if name in self.named else self.server or self.teacher
 
     def writer_identity(self, name: str) -> str:
-        previous = self.method.recipe.previous
-        if name == "previous" and previous is not None:
+        if (previous := self._before(name)) is not None:
             return model_identity(previous)
         if name in STUDENTS:
             return self.initial_identity
@@ -359,10 +358,14 @@ class RunModels:
 
     def _student(self, name: str) -> Model:
         """The student before training, or of the round before this one."""
-        previous = self.method.recipe.previous
-        if name == "previous" and previous is not None:
+        if (previous := self._before(name)) is not None:
             return load_model(previous, placement=self.devices.student)
         return self.initial_student()
+
+    def _before(self, name: str) -> str | None:
+        """The folder of the student of the round before this one, if that is whom the name means."""
+        previous = self.method.recipe.previous
+        return None if name != PREVIOUS or previous == UNTOUCHED else previous
 
     def as_reader(self, name: str) -> Reader:
         if name in self.named:

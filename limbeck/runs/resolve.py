@@ -179,7 +179,7 @@ def _resolve_rounds(recipe: Recipe, rounds: Rounds) -> Method:
             resolve(recipe.of_round(0, None))
         except RecipeError as error:
             raise RecipeError(f"rounds.first.{error.path}", str(error).removeprefix(f"{error.path}: ")) from error
-    first = resolve(recipe.of_round(1, None))
+    first = _first_round(recipe, rounds)
     if rounds.stop is not None:
         sided = {name for name, metric in METRICS.items() if metric.better != "none"}
         sided |= {f"{task.name}/{name}" for task in first.tasks for name in task.metrics if task.better(name) != "none"}
@@ -199,6 +199,15 @@ def _resolve_rounds(recipe: Recipe, rounds: Rounds) -> Method:
         resolve(at_once(recipe, rounds.n, 1, before))
     first = replace(first, stages=_stages(recipe, rounds, first))
     return replace(first, rounds=len(rounds.numbers), at_once=rounds.n if rounds.at_once and rounds.n > 1 else 0)
+
+
+def _first_round(recipe: Recipe, rounds: Rounds) -> Method:
+    """Round 1, resolved. Where a training before the rounds makes its start, it is refused or not as a round from
+    there; costs are told by the recipe's own start, whose sizes are known before."""
+    if rounds.first is None:
+        return resolve(recipe.of_round(1, None))
+    base = str(round_folder(Path(), 0) / "student")
+    return replace(resolve(recipe.of_round(1, base, base)), recipe=recipe.of_round(1, None))
 
 
 def _stages(recipe: Recipe, rounds: Rounds, first: Method) -> dict[str, Recipe]:

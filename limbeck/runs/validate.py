@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from limbeck.config.named_models import TEACHER, UNTOUCHED, check_name
+from limbeck.config.named_models import NO_ROUNDS, PREVIOUS, TEACHER, UNTOUCHED, check_name
 from limbeck.config.recipe import Recipe
+from limbeck.config.rounds import NAMING
 from limbeck.config.sections import Advantage, Rollout, Validation
 from limbeck.config.teacher import BridgedTeacher, CacheSettings, SelfTeacher, SeveralTeachers
 from limbeck.data.batches import CHOSEN, MIXED, REJECTED
@@ -103,6 +104,9 @@ def _check_models(
     prune = recipe.student.start.prune
     for index, (name, step) in enumerate(steps):
         path = f"elicit[{index}].{name}.by"
+        for setting in NAMING[1:]:  # of whom answers are, or by whom texts are scored
+            if recipe.previous is None and getattr(step, setting, None) == PREVIOUS:
+                raise RecipeError(f"elicit[{index}].{name}.{setting}", NO_ROUNDS)
         for by in step.asks():
             check_name(by, models, path, recipe.previous)
             if by == UNTOUCHED and prune is not None and prune.keep in JUDGED_ON_TEXT:

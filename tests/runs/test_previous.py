@@ -10,9 +10,10 @@ from contextlib import closing
 import pytest
 
 import limbeck
-from limbeck.config.recipe import parse
+from limbeck.config.recipe import load_recipe, parse
 from limbeck.runs.resolve import resolve
 from limbeck.storage.rounds import round_folder, rounds_record
+from limbeck.types import UserError
 from tests.runs.test_rounds import TRAIN, data  # noqa: F401 (a fixture)
 
 
@@ -77,3 +78,74 @@ def test_the_previous_student_answers_and_judges_in_a_run(data, tmp_path, roomy_
     with closing(sqlite3.connect(out / "store.sqlite")) as db:
         writers = {json.loads(body)["writer"] for (body,) in db.execute("select body from samples")}
     assert {facts["1"]["start"], facts["1"]["student"]} <= writers
+
+
+REFERRING = [
+    ("difference", {"reference": "previous"}, "reference"),
+    ("referee", {"student": "previous"}, "student"),
+    ("referee", {"teacher": "previous", "student": "teacher"}, "teacher"),
+    ("rubric", {"author": "previous"}, "author"),
+    ("rate", {"by": "previous"}, "by"),
+]
+
+
+@pytest.mark.parametrize(("step", "settings", "setting"), REFERRING)
+def test_no_step_means_the_previous_student_where_there_are_no_rounds(data, tiny_folder, step, settings, setting):  # noqa: F811
+    plain = {key: value for key, value in data.items() if key != "rounds"} | {"teacher": str(tiny_folder)}
+    elicit = [{"answer": {"by": ["teacher", "untouched"]}}, {step: settings}]
+    with pytest.raises(limbeck.RecipeError, match=rf"elicit\[1\].{step}.{setting}: .*add rounds: {{n: 3}}"):
+        resolve(parse(plain | {"elicit": elicit}))
+    resolve(parse(data | {"elicit": elicit, "teacher": str(tiny_folder)}))
+
+
+def test_a_writer_is_the_previous_student_only_in_rounds(data, tiny_folder):  # noqa: F811
+    writers = [{"by": "teacher"}, {"by": "previous"}]
+    changes = {"teacher": str(tiny_folder), "elicit": None, "writer": writers, "loss": ["dpo"]}
+    with pytest.raises(limbeck.RecipeError, match=r"writer\[1\].by: .*add rounds: {n: 3}"):
+        parse(data | changes | {"rounds": None})
+    for restart, previous in (("base", "/r/1/student"), ("previous", "untouched")):
+        recipe = parse(data | changes | {"rounds": {"n": 2, "restart": restart}})
+        assert (recipe.of_round(1, None).previous, recipe.of_round(2, "/r/1/student").previous) == (
+            "untouched",
+            previous,
+        )
+        assert parse(recipe.of_round(1, None).resolved()).hash == recipe.of_round(1, None).hash, "it is read back"
+
+
+def test_a_round_after_fine_tuning_is_not_held_to_the_start_of_that(data, tiny_folder):  # noqa: F811
+    """Layers are chosen by text before the rounds; what the rounds ask of the start has no part in it."""
+    first = {"writer": [{"by": "teacher"}], "loss": ["cross_entropy"]}
+    recipe = data | {
+        "teacher": str(tiny_folder),
+        "student": {"start": {"prune": {"layers": 3, "keep": "importance"}}},
+        "elicit": [
+            {"answer": {"by": ["teacher", "untouched"], "n": 2, "temperature": 1.0, "max_tokens": 6}},
+            {"pairs": {"score": None}},
+        ],
+        "loss": ["dpo"],
+        "rounds": {"n": 1, "first": first},
+    }
+    with pytest.raises(limbeck.RecipeError, match=r"elicit\[0\].answer.by: prune.keep: importance is judged"):
+        resolve(parse(recipe | {"rounds": {"n": 1}}))
+    method = resolve(parse(recipe))
+    assert method.recipe.student.start.prune is not None, "its size is known before the rounds"
+    assert limbeck.check(parse(recipe)).rounds == 2
+
+
+def test_what_a_comparison_advises_for_rounds_works(data, tmp_path, prompt_file):  # noqa: F811
+    lines = [json.loads(line) | {"answer": "the cat sat"} for line in prompt_file.read_text().splitlines()[:6]]
+    prompt_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data["train"]["steps"] = 1
+    writers = [{"by": "corpus"}, {"by": "previous", "temperature": 1.0, "top_p": 1.0, "max_tokens": 6}]
+    first = {"writer": [{"by": "corpus"}], "loss": ["cross_entropy"]}
+    common = data | {"teacher": data["student"]["start"]["pretrained"], "elicit": None, "writer": writers}
+    made = [common | {"name": name, "loss": [name], "rounds": {"n": 1, "first": first}} for name in ("dpo", "simpo")]
+    with pytest.raises(UserError, match=r"dpo has rounds.*then compare its RUN/rounds/1/recipe.yaml"):
+        limbeck.compare([parse(recipe) for recipe in made], tmp_path / "compared")
+    one = load_recipe(
+        round_folder(limbeck.run(parse(made[0]), tmp_path / "dpo", stages=TRAIN).folder, 1) / "recipe.yaml"
+    )
+    other = parse(one.resolved() | {"name": "simpo", "loss": ["simpo"]})  # as the other's round is, from the same start
+    result = limbeck.compare([one, other], tmp_path / "compared", seeds=1)
+    methods = json.loads((result.folder / "comparison.json").read_text())["methods"]
+    assert [methods[name]["loss"] for name in ("dpo", "simpo")] == [["dpo"], ["simpo"]]

@@ -54,14 +54,14 @@ class Finding:
 def examine(
     recipe: Recipe, out: str | Path | None = None, on_check: Callable[[str], None] = lambda name: None
 ) -> list[Finding]:
-    """Run all checks; of a recipe with rounds, on the first.
+    """Run all checks; of a recipe with rounds, on the first, or on the training before them.
 
     Args:
         out: the run folder, whose text and cache are checked if they are there; by default runs/NAME.
         on_check: called with each check's name before it starts.
     """
     with tempfile.TemporaryDirectory(prefix="limbeck-doctor-") as scratch:
-        first = recipe if recipe.rounds is None else recipe.of_round(1, None)
+        first = recipe if recipe.rounds is None else recipe.of_round(0 if recipe.rounds.first else 1, None)
         return _findings(Patient(first, run_folder(recipe, out), Path(scratch)), on_check)
 
 
