@@ -26,10 +26,12 @@ def answers(*pairs, **meta):
     ]
 
 
-def drive(step, pool, reply=None, score=None, seed=0, header="<|user|>", reader=Reader()):  # noqa: B008 (frozen)
+def drive(step, pool, reply=None, score=None, seed=0, header="<|user|>", reader=Reader(), given=()):  # noqa: B008 (frozen)
     """(pool, tally, requests asked). `reply(request, n)` is the n-th answer's text, or (text, finish); `score(question)` its nats."""
     tally, asked = Tally("step", taken=len(pool)), []
-    context = StepContext("writer", seed, "0/step", header, named=lambda name: f"{name}@1", reader=lambda name: reader)
+    context = StepContext(
+        "writer", seed, "0/step", header, named=lambda name: f"{name}@1", reader=lambda name: reader, given=given
+    )
     plan = step.run(pool, context, tally)
     sent = None
     while True:

@@ -23,7 +23,7 @@ def training_part(resolved: Mapping[str, Any]) -> dict[str, Any]:
     teacher = data.get("teacher")
     if isinstance(teacher, Mapping) and isinstance(teacher.get("server"), Mapping):
         data["teacher"] = {**teacher, "server": _without(teacher["server"], LIMITS_ALONE)}
-    asked = _texts(data.get("elicit"))
+    asked = _texts([data.get("elicit"), data.get("rounds")])
     models = {name: _unlimited(model) for name, model in (data.pop("models", None) or {}).items() if name in asked}
     return data | ({"models": models} if models else {})
 

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.machine import Machine
 from limbeck.config.named_models import NamedModel, named_models
-from limbeck.config.rounds import Rounds, check_previous, round_data, stage_data, with_stages
+from limbeck.config.rounds import Rounds, check_previous, check_stages, round_data, stage_data
 from limbeck.config.sections import (
     Elicit,
     Evaluate,
@@ -89,6 +89,7 @@ class Recipe(Section):
             writers=[writer.by for writer in self.writer],
             previous=self.previous,
         )
+        check_stages(self.rounds, self.models or {})
         return self
 
     @field_validator("teacher", mode="plain")
@@ -196,13 +197,13 @@ class Recipe(Section):
     def of_round(
         self, number: int, student: str | None, base: str | None = None, stages: Mapping[str, str] | None = None
     ) -> Recipe:
-        """Round `number` as an ordinary recipe (see `rounds.round_data`); `stages` are the folders of its stages."""
-        data = with_stages(round_data(self.resolved(), number, student, base), stages or {})
+        """Round `number` as an ordinary recipe (see `rounds.round_data`)."""
+        data = round_data(self.resolved(), number, student, base, stages=stages)
         return parse(data).model_copy(update={"machine": self.machine})
 
-    def of_stage(self, name: str, student: str | None) -> Recipe:
+    def of_stage(self, name: str, student: str | None, before: Mapping[str, str] | None = None) -> Recipe:
         """A stage of the rounds as an ordinary recipe (see `rounds.stage_data`)."""
-        return parse(stage_data(self.resolved(), name, student)).model_copy(update={"machine": self.machine})
+        return parse(stage_data(self.resolved(), name, student, before)).model_copy(update={"machine": self.machine})
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | Path | None = None) -> Recipe:

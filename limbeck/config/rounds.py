@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -15,6 +16,7 @@ TEXT = ("elicit", "writer", "rollout")  # how text is made: `first` replaces all
 IN_FIRST = (*TEXT, "loss", "train", "prompts")
 IN_STAGES = ("student", "prompts", "elicit", "writer", "loss", "train", "evaluate")
 OF_EVALUATION = ("prompts", "limit", "max_tokens")  # what a stage without `evaluate` has in common with the recipe
+WRITES = {"metrics": ["fidelity"], "controls": ["untouched"]}  # and what else is measured of a model that writes
 NAMING = ("by", "author", "teacher", "student", "reference")  # the settings by which steps name models
 
 
@@ -27,8 +29,10 @@ class Rounds(Section):
     then their base. With `at_once`, one more run asks for as much text and takes as many steps as all rounds together,
     in a single round: the control that says whether it is the rounds.
 
-    `stages` are trainings of other models before each round's own, by name: a reward model each (`student` with
-    `head: scalar`), made of sections in the place of the recipe's own. The round's rewards call it by its name.
+    `stages` are trainings of other models before each round's own, by name, made of sections in the place of the
+    recipe's own. A stage with the name of one of the recipe's `models` trains that model, which writes, and the round's
+    steps ask the trained one by the name. Any other trains a reward model (`student` with `head: scalar`), which the
+    round's rewards call by the stage's name.
     """
 
     n: Annotated[int, Field(ge=1, le=100)]
@@ -55,13 +59,9 @@ class Rounds(Section):
             for key in stage:
                 if key not in IN_STAGES:
                     raise RecipeError(path, f"{key!r} is no section of a stage{nearest(key, IN_STAGES)}")
-            for key in ("student", "writer", "loss", "train"):
+            for key in ("writer", "loss", "train"):
                 if key not in stage and not (key == "writer" and "elicit" in stage):
                     raise RecipeError(path, f"{key} is missing: a stage has its own")
-            own = stage["student"]
-            start = own.get("start") if isinstance(own, Mapping) else None
-            if not isinstance(start, Mapping) or "pretrained" not in start or own.get("head") != "scalar":
-                raise RecipeError(path, "student must be a reward model: {start: {pretrained: ...}, head: scalar}")
         if self.stages and self.at_once:
             raise ValueError("at_once is one training, and stages are several; leave one of them out")
         return self
@@ -70,6 +70,36 @@ class Rounds(Section):
     def numbers(self) -> range:
         """The numbers of the rounds; 0 is the training before them."""
         return range(1 if self.first is None else 0, self.n + 1)
+
+
+def check_stages(rounds: Rounds | None, models: Mapping[str, Any]) -> None:
+    """Refuse a stage that trains neither a reward model nor one of the `models` whose weights are here.
+
+    Raises:
+        RecipeError: with the place in the recipe and the cure.
+    """
+    for name, stage in (rounds.stages or {} if rounds is not None else {}).items():
+        path = f"rounds.stages.{name}"
+        own = stage.get("student", {})
+        start = own.get("start") if isinstance(own, Mapping) else None
+        if name not in models:
+            if "student" not in stage:
+                cure = f"give it, or name {name} under `models`, to train that model"
+                raise RecipeError(path, f"student is missing: {cure}")
+            if not isinstance(start, Mapping) or "pretrained" not in start or own.get("head") != "scalar":
+                raise RecipeError(
+                    path,
+                    "student must be a reward model: {start: {pretrained: ...}, head: scalar}; a stage that trains a"
+                    " model that writes has its name from `models`",
+                )
+            continue
+        source = models[name].model
+        if source is None or source == PREVIOUS:
+            who = "the student" if source == PREVIOUS else "behind a server"
+            raise RecipeError(path, f"{name} is {who}, and no stage can train it: name weights in models.{name}.model")
+        for key in ("start", "head", "template"):
+            if isinstance(own, Mapping) and key in own:
+                raise RecipeError(f"{path}.student", f"the stage trains models.{name}, as that is; leave {key} out")
 
 
 def check_previous(
@@ -117,7 +147,11 @@ def without_rounds(rounds: Rounds | None, name: str, instead: str) -> None:
 
 
 def round_data(
-    resolved: Mapping[str, Any], number: int, student: str | None, base: str | None = None
+    resolved: Mapping[str, Any],
+    number: int,
+    student: str | None,
+    base: str | None = None,
+    stages: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A round of a resolved recipe as the data of an ordinary one.
 
@@ -125,6 +159,7 @@ def round_data(
         number: of the round, from 1; 0 for the training before the rounds.
         student: the folder of the student before it; None where there is none.
         base: the folder of the student that the rounds start from, where it was trained before them.
+        stages: the run folders of its stages, by name.
     """
     data: dict[str, Any] = {key: value for key, value in resolved.items() if key != "rounds"}
     own = data["student"]
@@ -141,7 +176,10 @@ def round_data(
     previous = own["start"].get("pretrained") if student is None else student
     template = own.get("template") if student is None else None  # a trained student has its own
     data["teacher"] = _taught_by(data["teacher"], previous, template)
-    data = _with_models(data, resolved, previous, template)
+    data = _with_models(data, resolved, previous, template, trained=stages or {})
+    if stages and "rollout" in data and "rewards" in data["rollout"]:
+        rewards = [_with_folder(entry, stages) for entry in data["rollout"]["rewards"]]
+        data["rollout"] = data["rollout"] | {"rewards": rewards}
     if start is not None:
         rest = {key: value for key, value in own.items() if key != "template"}
         data["student"] = rest | {"start": {"pretrained": start}}
@@ -152,11 +190,15 @@ def round_data(
     return data
 
 
-def stage_data(resolved: Mapping[str, Any], name: str, student: str | None) -> dict[str, Any]:
+def stage_data(
+    resolved: Mapping[str, Any], name: str, student: str | None, before: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """A stage of a resolved recipe as the data of an ordinary one.
 
     Args:
         student: the folder of the student before the round; None where that is the recipe's start.
+        before: the run folders of the stages of the round before, by name: so are the models that its steps ask, and
+            where rounds go on from the previous student, so does the model that it trains.
 
     Raises:
         RecipeError: the stage reads a previous student, and there is none yet.
@@ -167,7 +209,10 @@ def stage_data(resolved: Mapping[str, Any], name: str, student: str | None) -> d
     data["title"] = f"{data.get('title') or data['name']}, {name}"
     start = resolved["student"]["start"].get("pretrained") if student is None else student
     data["teacher"] = _taught_by(data["teacher"], start, None)
-    data = _with_models(data, resolved, start, None)
+    data = _with_models(data, resolved, start, None, trained=before or {})
+    if name in (resolved.get("models") or {}):
+        goes_on = before if resolved["rounds"]["restart"] == PREVIOUS else None
+        data["student"] = stage.get("student", {}) | _start_of(resolved["models"][name], (goes_on or {}).get(name))
     writers = [writer["by"] for writer in data.get("writer", ()) if isinstance(writer, Mapping) and "by" in writer]
     asks = any(entry != _naming(entry, UNTOUCHED) for entry in data.get("elicit") or ())
     if asks or PREVIOUS in writers:
@@ -175,17 +220,28 @@ def stage_data(resolved: Mapping[str, Any], name: str, student: str | None) -> d
             raise RecipeError("rounds.first", "there is no student before round 1: give first, or start.pretrained")
         data["previous"] = start
     if "evaluate" not in stage:
-        data["evaluate"] = {key: data["evaluate"][key] for key in OF_EVALUATION if key in data["evaluate"]}
+        common = {key: resolved["evaluate"][key] for key in OF_EVALUATION if key in resolved["evaluate"]}
+        data["evaluate"] = common | (WRITES if name in (resolved.get("models") or {}) else {})
     return data
 
 
-def with_stages(data: Mapping[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
-    """A round's data with the folders of its stages where rewards call them by their names."""
-    if not folders:
-        return dict(data)
-    rollout = dict(data.get("rollout") or {})
-    rewards = [_with_folder(entry, folders) for entry in rollout.get("rewards", ())]
-    return {**data, "rollout": rollout | {"rewards": rewards}} if rewards else dict(data)
+def asked_for(resolved: Mapping[str, Any], name: str) -> bool:
+    """Whether the rounds, or a stage of another name, ask the model of `models` that the stage `name` trains."""
+    others = [stage for other, stage in resolved["rounds"]["stages"].items() if other != name]
+    return any(_names(part, name) for part in (resolved, *others))
+
+
+def _start_of(model: Mapping[str, Any], folder: str | None) -> dict[str, Any]:
+    """What a stage's student starts as: the model itself, or what an earlier stage made of it."""
+    if folder is not None:
+        return {"start": {"pretrained": _student_in(folder)}}
+    template = {key: model[key] for key in ("template",) if key in model}
+    return {"start": {"pretrained": model["model"]}, **template}
+
+
+def _student_in(folder: str) -> str:
+    """The student of a run folder."""
+    return str(Path(folder) / "student")
 
 
 def _with_folder(reward: dict[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
@@ -194,13 +250,19 @@ def _with_folder(reward: dict[str, Any], folders: Mapping[str, str]) -> dict[str
 
 
 def _with_models(
-    data: Mapping[str, Any], resolved: Mapping[str, Any], previous: str | None, template: str | None
+    data: Mapping[str, Any],
+    resolved: Mapping[str, Any],
+    previous: str | None,
+    template: str | None,
+    *,
+    trained: Mapping[str, str],
 ) -> dict[str, Any]:
-    """A part of the recipe without the `models` that others alone name. What no part names stays, to be refused."""
+    """A part of the recipe without the `models` that others alone name. What no part names stays, to be refused.
+    `trained` are the run folders of stages, by the names of the models that they trained."""
     rounds = resolved["rounds"]
     parts = (resolved, rounds.get("first") or {}, *(rounds.get("stages") or {}).values())
     models = {
-        name: _as_previous(model, previous, template)
+        name: _as_previous(_as_trained(model, trained.get(name)), previous, template)
         for name, model in (resolved.get("models") or {}).items()
         if _names(data, name) or not any(_names(part, name) for part in parts)
     }
@@ -238,6 +300,13 @@ def _as_previous(model: dict[str, Any], previous: str | None, template: str | No
     framed = model.get("template") or template if template is not None else None
     rest = {key: value for key, value in model.items() if key != "template"}
     return rest | {"model": previous} | ({} if framed is None else {"template": framed})
+
+
+def _as_trained(model: dict[str, Any], folder: str | None) -> dict[str, Any]:
+    """The settings of a model as the stage in this run folder made it."""
+    if folder is None:
+        return model
+    return {key: value for key, value in model.items() if key != "template"} | {"model": _student_in(folder)}
 
 
 def _naming(entry: Any, name: str) -> Any:

@@ -10,15 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from limbeck.config.named_models import TEACHER
 from limbeck.elicit import flow
 from limbeck.elicit.flow import (
     Pool,
     Questions,
     StepContext,
     Tally,
-    answer_of,
     ending,
-    prompt_messages,
     prompt_of,
     said_by,
     user,
@@ -27,20 +26,26 @@ from limbeck.elicit.flow import (
     with_scores,
 )
 from limbeck.elicit.parse import Parsing, UnparsedError
-from limbeck.elicit.rendering import names_read, render
-from limbeck.elicit.step import ANSWER_SHARE, AskingStep, Estimate, Temperature, TokenCount, TopP, register
+from limbeck.elicit.rendering import render
+from limbeck.elicit.step import ANSWER_SHARE, AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.step_prompt import StepPrompt, of_templates
-from limbeck.types import AnswerForm, Message, RecipeError, Request, Sample, Sampling, content_hash, nearest
+from limbeck.elicit.template_fields import (
+    ALWAYS,
+    SOMETIMES,
+    fault_of,
+    fields_of,
+    own_names,
+    refuse_templates,
+    with_prompt,
+)
+from limbeck.types import AnswerForm, Message, Request, Sample, Sampling
 
 TEMPLATE_CHARS = 64 * 1024
 FINAL = ("refused", "filtered", "error")  # asking again would change nothing, or was done already
 MOST = 1000  # draws
-ALWAYS = frozenset({"prompt", "system", "messages", "kind", "task", "answers", "labels", "row"})
-SOMETIMES = frozenset({"answer", "check", "scores", "weight"})  # if the sample has them
 OWN = (ALWAYS | SOMETIMES | {"prompt_id", "finish", "place"}) - {"kind", "task", "prompt", "answer"}
 TEXTS = ("kind", "task", "final", "rationale")  # fields that other steps and losses read as text
 TEXT: Any = "text"  # as a recipe writes it
-ROW = "row."  # before the name of a column of the prompt's file
 FIELD = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -64,13 +69,14 @@ class Read:
 
 @register("ask")
 class Ask(AskingStep):
-    """Asks what `prompt` says: a jinja template that sees the sample's `prompt` and `answer`, whatever earlier steps
-    wrote, and the columns of the prompt's file. Reads the reply (`parse`) as text, one of some labels, JSON of a
-    schema, or the groups of a pattern, and makes it the sample's answer, its prompt, or a field for later steps
-    (`into`). With `constrain`, the teacher can write nothing beside what `parse` reads. What can't be read is asked
-    again up to `retries` times, then dropped. With `vote`, the most frequent of `n` readings wins, and ties are
+    """Asks the model `by` what `prompt` says: a jinja template that sees the sample's `prompt` and `answer`, whatever
+    earlier steps wrote, and the columns of the prompt's file. Reads the reply (`parse`) as text, one of some labels,
+    JSON of a schema, or the groups of a pattern, and makes it the sample's answer, its prompt, or a field for later
+    steps (`into`). With `constrain`, the model can write nothing beside what `parse` reads. What can't be read is
+    asked again up to `retries` times, then dropped. With `vote`, the most frequent of `n` readings wins, and ties are
     dropped. The student sees neither template nor `system`."""
 
+    by: By = TEACHER
     prompt: Annotated[str, Field(min_length=1, max_length=TEMPLATE_CHARS)]
     system: Annotated[str, Field(min_length=1, max_length=TEMPLATE_CHARS)] | None = None
     parse: Annotated[Parsing, Field(validate_default=True)] = TEXT
@@ -114,8 +120,7 @@ class Ask(AskingStep):
         return self.parse.form if self.constrain is True else None
 
     def reads(self, place: str) -> frozenset[str]:
-        names = frozenset().union(*names_read(self._templates, place).values())
-        return names - ALWAYS - SOMETIMES | (names & {"row"})
+        return own_names(self._templates, place)
 
     def gives_scores(self) -> frozenset[str]:
         return frozenset({"agreement"} if self.vote else ())
@@ -124,17 +129,7 @@ class Ask(AskingStep):
         return frozenset({self.into}) - {"answer", "prompt"}
 
     def refuse(self, place: str, known: frozenset[str], pool: Pool | None) -> None:
-        """Render the templates for every sample that is there, and look at the names that they read."""
-        rendered = render(self._templates, [self._fields(sample) for sample in pool or ()], place)
-        names = ALWAYS | SOMETIMES | known
-        for template, read in rendered.names.items():
-            for name in sorted(read - names):
-                raise RecipeError(f"{place}.{template}", _unknown(name, names))
-        for sample, texts in zip(pool or (), rendered.rows, strict=True):
-            if fault := _fault(texts):
-                has = ", ".join(sorted(names.intersection(self._fields(sample))))
-                at = place if self.system else f"{place}.prompt"
-                raise RecipeError(at, f"{fault}, for the prompt {prompt_of(sample)[:60]!r}; its fields: {has}")
+        refuse_templates(self._templates, [self._fields(sample) for sample in pool or ()], place, known)
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         draws = self._draws(pool, context, tally)
@@ -186,7 +181,7 @@ class Ask(AskingStep):
         return min(usual, sum(len(label) / 4 + 1 for label in labels) / len(labels)) if labels else usual
 
     def shows(self) -> StepPrompt | None:
-        if self.into != "answer":
+        if self.into != "answer" or self.by != TEACHER:
             return None
         return of_templates(self.prompt, self.system, self.parse.label or (), self.parse)
 
@@ -198,29 +193,15 @@ class Ask(AskingStep):
 
     def _fields(self, sample: Sample) -> dict[str, Any]:
         """What the templates see of a sample."""
-        messages = prompt_messages(sample)
-        answer = {} if answer_of(sample) is None else {"answer": said_by(sample)}
-        return {
-            "kind": "",
-            "task": "",
-            "answers": [],
-            "row": {},
-            **{name: value for name, value in sample.meta.get("row", {}).items() if name not in ALWAYS | SOMETIMES},
-            **sample.meta,
-            "prompt": prompt_of(sample),
-            "system": messages[0]["content"] if messages[0]["role"] == "system" else "",
-            "messages": list(messages),
-            "labels": list(self.parse.label or ()),
-            **answer,
-        }
+        return fields_of(sample, self.parse.label or ())
 
     def _draws(self, pool: Pool, context: StepContext, tally: Tally) -> list[Draw]:
         """`n` for every sample for which the templates can be rendered; the other samples count as dropped."""
         rendered = render(self._templates, [self._fields(sample) for sample in pool], context.step)
         draws = []
         for sample, texts in zip(pool, rendered.rows, strict=True):
-            if isinstance(texts, str) or _fault(texts):
-                tally.drop(f"the template: {_fault(texts)}", prompt_of(sample))
+            if isinstance(texts, str) or fault_of(texts):
+                tally.drop(f"the template: {fault_of(texts)}", prompt_of(sample))
                 continue
             system = ({"role": "system", "content": texts["system"]},) if texts.get("system") else ()
             draws += [Draw(sample, (*system, user(texts["prompt"])), number) for number in range(self.n)]
@@ -231,7 +212,7 @@ class Ask(AskingStep):
         form = self.parse.form
         if form is None or self.constrain is False or (self.constrain is None and form.kind != "schema"):
             return None
-        if why := context.unheld(form):
+        if why := (context.unheld if self.by == TEACHER else context.reader(self.by).unheld)(form):
             tally.notes.append(f"answers are not held to their form: {why}")
             return None
         return form
@@ -239,7 +220,7 @@ class Ask(AskingStep):
     def _request(self, context: StepContext, draw: Draw, attempt: int, *, form: AnswerForm | None) -> Request:
         temperature = warmed(self.temperature, attempt)
         sampling = Sampling(temperature, self.top_p, self.max_tokens)
-        return context.request(draw.messages, sampling, draw.number + MOST * attempt, form=form)
+        return context.request(draw.messages, sampling, draw.number + MOST * attempt, form=form, by=self.by)
 
     # What the answers become
 
@@ -277,43 +258,9 @@ class Ask(AskingStep):
             asked = replace(sample, meta=_without(sample.meta, "scores"))
             return with_answer(asked, read.reply, None if whole else text, finish="ok")
         if self.into == "prompt":
-            return _with_prompt(sample, text, read.reply)
+            return with_prompt(sample, text, read.reply)
         value = text if self.into in TEXTS else read.value
         return replace(sample, parents=(*sample.parents, read.reply.id), meta=sample.meta | {self.into: value})
-
-
-def _fault(texts: Mapping[str, str] | str) -> str:
-    """Why a sample can't be asked about; empty if it can."""
-    if isinstance(texts, str):
-        return texts
-    return "" if texts["prompt"] else "it asks nothing"
-
-
-def _unknown(name: str, names: frozenset[str]) -> str:
-    """That there is no such field or column, and what there is."""
-    columns = sorted(other.removeprefix(ROW) for other in names if other.startswith(ROW))
-    fields = {other for other in names if not other.startswith(ROW)}
-    if not columns:
-        return f"there is no field {name!r}{nearest(name, fields)}"
-    if name.startswith(ROW):
-        hint, what = nearest(name.removeprefix(ROW), columns), f"column {name.removeprefix(ROW)!r}"
-    else:
-        hint, what = nearest(name, fields), f"field or column {name!r}"
-    hint = hint if hint.startswith("; did") else ""
-    more = "" if name.startswith(ROW) else f"; fields: {', '.join(sorted(fields - set(columns)))}"
-    return f"there is no {what}{hint}; the columns of the prompts: {', '.join(columns)}{more}"
-
-
-def _with_prompt(sample: Sample, text: str, reply: Sample) -> Sample:
-    """The sample with another text in its user's last message. An answer that it has stays."""
-    messages = list(sample.messages)
-    place = max(number for number, message in enumerate(messages) if message["role"] == "user")
-    messages[place] = user(text)
-    meta = _without(sample.meta, "scores", "check", "answers")
-    new = replace(sample, messages=tuple(messages), parents=(sample.id, reply.id), meta=meta)
-    prompt_id = content_hash(list(prompt_messages(new)))[:16]
-    writer = reply.writer if answer_of(sample) is None else sample.writer
-    return replace(new, writer=writer, meta=meta | {"prompt_id": prompt_id})
 
 
 def _without(meta: Mapping[str, Any], *names: str) -> dict[str, Any]:

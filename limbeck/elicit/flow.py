@@ -127,6 +127,7 @@ class StepContext:
     `unheld` says why the model can't be held to a form, and nothing if it can.
     `show` turns a conversation into the one that the teacher is shown, where that is another.
     `named` returns the identity of a model that the recipe names, `reader` what is known of a model as a reader.
+    `given` are the recipe's own prompts, as the first step gets them.
     """
 
     model: str
@@ -137,6 +138,7 @@ class StepContext:
     show: Show | None = None
     named: Callable[[str], str] = _none_named
     reader: Callable[[str], Reader] = lambda by: Reader()
+    given: Sequence[Sample] = ()
 
     def identity(self, by: str) -> str:
         """Of the teacher, or of another model by its name."""

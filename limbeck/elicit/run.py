@@ -123,7 +123,7 @@ class Elicitation:
             if not finished:
                 raise self._nothing_left(json.loads((self.folder / ACCOUNT).read_text())["steps"])
             return finished
-        pool = [prompt_sample(prompt) for prompt in self.source.training_prompts]
+        pool = given = [prompt_sample(prompt) for prompt in self.source.training_prompts]
         tallies = []
         for index, (name, step) in enumerate(self.source.steps):
             on_start(name)
@@ -139,6 +139,7 @@ class Elicitation:
                 show=self.source.show,
                 named=self.named,
                 reader=self.reader,
+                given=given,
             )
             pool = engine.run(step.run(pool, context, tally))
             tally.given = len(pool)

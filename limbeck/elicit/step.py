@@ -89,6 +89,10 @@ class AskingStep(Section):
         """What the models that it asks must be able to do, with these settings."""
         return self.needs
 
+    def demands_of(self, _: str, /) -> frozenset[str]:
+        """What one of them must be able to do, by its name; by default what all must."""
+        return self.demands()
+
     def more(self, times: int) -> dict[str, int]:
         """The settings with which it asks for `times` times as much text; empty where it asks once of every sample, or
         for no text."""
@@ -127,6 +131,9 @@ class AskingStep(Section):
         """Refuse settings that can't work, before anything is asked. `known` are the names that earlier steps write,
         and the columns of the prompts' file (as NAME and `row.NAME`); `pool` is what the step will get, None where
         earlier steps make it."""
+
+    def refuse_prompts(self, place: str, prompts: Pool, /) -> None:
+        """Refuse prompts of the recipe that it can't work with, wherever it stands."""
 
 
 class LocalStep(Section):
@@ -183,6 +190,9 @@ class LocalStep(Section):
         """Refuse settings that can't work, before anything is asked. `known` are the names that earlier steps write,
         and the columns of the prompts' file (as NAME and `row.NAME`); `pool` is what the step will get, None where
         earlier steps make it."""
+
+    def refuse_prompts(self, place: str, prompts: Pool, /) -> None:
+        """Refuse prompts of the recipe that it can't work with, wherever it stands."""
 
 
 ElicitStep = AskingStep | LocalStep

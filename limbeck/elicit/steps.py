@@ -21,8 +21,10 @@ from limbeck.elicit import (  # noqa: F401 (imported for the steps that they reg
     document,
     evolve,
     expand,
+    frame,
     given,
     imagine,
+    in_context,
     lengthen,
     merit,
     mosaic,
@@ -97,6 +99,7 @@ def check_steps(steps: Sequence[tuple[str, ElicitStep]], pool: Pool, columns: fr
     scores: frozenset[str] = frozenset()
     for index, (name, step) in enumerate(steps):
         step.refuse(f"elicit[{index}].{name}", known, None if index else pool)
+        step.refuse_prompts(f"elicit[{index}].{name}", pool)
         wanted = getattr(step, "score", None)
         ours = all(type(other).__module__.startswith("limbeck.") for _, other in steps[:index])
         if isinstance(wanted, str) and wanted not in scores and ours:  # another's step may give any

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from limbeck.config.recipe import Recipe
-from limbeck.config.rounds import Rounds
+from limbeck.config.rounds import Rounds, asked_for
 from limbeck.config.sections import Rollout
 from limbeck.elicit.prompts import Prompt, split_prompts
 from limbeck.elicit.run import prompt_sample
@@ -211,10 +211,14 @@ def _first_round(recipe: Recipe, rounds: Rounds) -> Method:
 
 
 def _stages(recipe: Recipe, rounds: Rounds, first: Method) -> dict[str, Recipe]:
-    """The stages of the first round, resolved; each must be a reward of the rounds."""
+    """The stages of the first round, resolved; each must be a reward of the rounds, or a model that they ask."""
     stages = {}
+    resolved = recipe.resolved()
     for name in rounds.stages or {}:
-        if name not in (first.rewards.models if first.rewards is not None else ()):
+        trains_a_named = name in (recipe.models or {})
+        if trains_a_named and not asked_for(resolved, name):
+            raise RecipeError(f"rounds.stages.{name}", "no step of the rounds asks it: name it in a step's `by`")
+        if not trains_a_named and name not in (first.rewards.models if first.rewards is not None else ()):
             raise RecipeError(
                 f"rounds.stages.{name}", f"no reward reads it: name it in rollout.rewards, as {{model: {name}}}"
             )

@@ -167,11 +167,15 @@ class RoundsRun:
             first = round_folder(self.folder, 1) / "start.json"
             if first.exists() and not (home / "start.json").exists():  # the same layers, whatever this round's text
                 write_text(home / "start.json", first.read_text(encoding="utf-8"))
-        recipe = self.recipe.of_round(number, before, base, self.staged(number, before))
+        stages = self.staged(number, before)
+        if waits := [name for name, folder in stages.items() if not (Path(folder) / "student").is_dir()]:
+            self.reporter.note(f"the text of round {number} waits for the training of {waits[0]}: run `limbeck train`")
+            return
+        recipe = self.recipe.of_round(number, before, base, stages)
         judged = self.rounds.stop is not None and TRAIN in self.stages and EVALUATE not in self.stages
-        stages = (*self.stages, EVALUATE) if judged and 0 < number < self.rounds.n else self.stages
+        to_do = (*self.stages, EVALUATE) if judged and 0 < number < self.rounds.n else self.stages
         try:
-            pipeline.run(recipe, home, self.reporter, self.stop, stages=stages, store=self.folder)
+            pipeline.run(recipe, home, self.reporter, self.stop, stages=to_do, store=self.folder)
         except (StoppedError, NothingLeftError):
             raise
         except UserError as error:
@@ -182,24 +186,29 @@ class RoundsRun:
             checkpoint.prune(home / "checkpoints", 0)
 
     def staged(self, number: int, before: str | None) -> dict[str, str]:
-        """Do what is left of the stages of a round, where it is to be trained. Returns their folders by name."""
-        folders: dict[str, str] = {}
-        if number == 0 or self.stages == (ELICIT,):
-            return folders
+        """Do what is left of the stages of a round. Returns their folders by name."""
+        if number == 0:
+            return {}
         for name in self.rounds.stages or ():
             home = stage_folder(self.folder, name, number)
             self.reporter.stage(f"Round {number}: {name}")
             try:
-                recipe = self.recipe.of_stage(name, before)
+                recipe = self.recipe.of_stage(name, before, self.stages_of(number - 1))
                 pipeline.run(recipe, home, self.reporter, self.stop, stages=self.stages, store=self.folder)
             except StoppedError:
                 raise
+            except NothingLeftError as error:
+                raise NothingLeftError(f"{name}: {error}") from error
             except UserError as error:
                 raise UserError(f"round {number}, {name}: {error}") from error
             if (home / "student").is_dir():
                 checkpoint.prune(home / "checkpoints", 0)
-            folders[name] = str(home.resolve())
-        return folders
+        return self.stages_of(number)
+
+    def stages_of(self, number: int) -> dict[str, str]:
+        """The run folders of a round's stages, by name; empty before the first round."""
+        names = self.rounds.stages or () if number > 0 else ()
+        return {name: str(stage_folder(self.folder, name, number).resolve()) for name in names}
 
     def control(self) -> None:
         """Run the control that stands for all rounds, where the recipe asks for it and there is more than one."""

@@ -8,6 +8,7 @@ from limbeck.config.named_models import NO_ROUNDS, PREVIOUS, TEACHER, UNTOUCHED,
 from limbeck.config.recipe import Recipe
 from limbeck.config.rounds import NAMING
 from limbeck.config.sections import Advantage, Rollout, Validation
+from limbeck.config.server import Served
 from limbeck.config.teacher import BridgedTeacher, CacheSettings, SelfTeacher, SeveralTeachers
 from limbeck.data.batches import CHOSEN, MIXED, REJECTED
 from limbeck.elicit.step import AskingStep, ElicitStep
@@ -124,7 +125,7 @@ def _check_models(
 def _check_gives(recipe: Recipe, by: str, step: AskingStep, path: str) -> None:
     """Refuse to ask a named model behind a server for more than text."""
     models = recipe.models or {}
-    needs = step.demands() - {"text", "raw"}
+    needs = step.demands_of(by) - {"text", "raw"}
     if by in models and models[by].server is not None and needs:
         what = ", ".join(sorted(needs)).replace("_", " ")
         raise RecipeError(path, f"it needs {what}, and {by} is behind a server: name weights in models.{by}.model")
@@ -298,10 +299,10 @@ def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> 
     prune = recipe.student.start.prune
     for index, (name, step) in enumerate(steps):
         path = f"elicit[{index}].{name}"
-        needs = step.demands() if isinstance(step, AskingStep) and TEACHER in step.asks() else frozenset()
+        needs = step.demands_of(TEACHER) if isinstance(step, AskingStep) and TEACHER in step.asks() else frozenset()
         for evidence in sorted(needs - available):
             raise RecipeError(path, teacher_kind.lacks(teacher, evidence))
-        if (form := step.must_hold()) is not None and (why := unheld(form, teacher.server)):
+        if (form := step.must_hold()) is not None and (why := unheld(form, _server_of(recipe, step.asks()[0]))):
             raise RecipeError(f"{path}.constrain", f"{why}; or leave constrain out")
         if getattr(step, "reference", "") == "untouched" and prune is not None and prune.keep in JUDGED_ON_TEXT:
             raise RecipeError(
@@ -323,6 +324,12 @@ def _check_teacher(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> 
                 f"{{{field}}} stands in it, and {len(lacking)} prompts have none, such as {lacking[0]!r}; "
                 "give prompts that all have one",
             )
+
+
+def _server_of(recipe: Recipe, by: str) -> Served | None:
+    """The server of the teacher, or of a model by its name; None where its weights are here."""
+    named = (recipe.models or {}).get(by)
+    return recipe.teacher.server if by == TEACHER else None if named is None else named.server
 
 
 def _check_cache(use: TeacherUse, cache: CacheSettings) -> None:

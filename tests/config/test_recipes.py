@@ -33,7 +33,7 @@ def test_the_recipes_of_the_field_are_there():
         "api-own-logprobs", "s1", "limo", "openthoughts", "r1-traces", "grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher", "reward-model",
         "star", "rft", "rest-em", "lmsi", "spin", "ultrafeedback-dpo", "rlcd", "rlaif", "constitutional", "selfee",
         "persdistill", "codeultrafeedback", "self-rewarding", "self-lengthen", "multiagent", "self-instruct-alone",
-        "gad", "lion", "pandalm",
+        "gad", "lion", "pandalm", "arte",
     }  # fmt: skip
 
 
@@ -59,6 +59,7 @@ OWN = {
         for name in ("grpo", "dr-grpo", "dapo", "rloo", "grpo-with-teacher")
     },
     "gad": ["rollout.prompts=2", "rollout.group=3"],
+    "arte": ["rounds.stages.tutor.train.lr=0.001"],
     "reward-model": ["student.head=scalar", "evaluate={metrics: [preference], controls: []}"],
     **{
         name: ["train.lr=0.001"]
