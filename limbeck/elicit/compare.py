@@ -24,7 +24,7 @@ from limbeck.elicit.flow import (
     said_by,
     with_scores,
 )
-from limbeck.elicit.merit import answered_only
+from limbeck.elicit.merit import answered_only, tell_own_answers
 from limbeck.elicit.step import AskingStep, By, Estimate, TokenCount, register
 from limbeck.elicit.two_orders import (
     AT_ONCE,
@@ -81,6 +81,7 @@ class Compare(AskingStep):
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         samples = answered_only(pool, tally)
+        tell_own_answers(samples, context.identity(self.by), tally)
         compared = yield from self.comparisons(samples, context, tally)
         judged = _judged(samples, compared.pairs, compared.verdicts, by=self.by)
         return _with_parents(judged, compared.said)

@@ -45,6 +45,12 @@ def answered_only(pool: Pool, tally: Tally) -> Pool:
     return [sample for sample in pool if (answer_of(sample) or "").strip()]
 
 
+def tell_own_answers(samples: Pool, identity: str, tally: Tally) -> None:
+    """Note which share of the answers a judge of this identity wrote itself: it may favour its own manner."""
+    own = sum(sample.writer == identity for sample in samples)
+    tally.facts["of_its_own_answers"] = own / max(1, len(samples))
+
+
 def nats_per_token(log_prob: LogProb) -> float:
     """Mean negative log-likelihood in nats per token."""
     return -log_prob.nats / max(1, log_prob.tokens)

@@ -31,7 +31,7 @@ from limbeck.elicit.flow import (
     warmed,
     with_scores,
 )
-from limbeck.elicit.merit import answered_only, expected
+from limbeck.elicit.merit import answered_only, expected, tell_own_answers
 from limbeck.elicit.ratings import NOT_APPLICABLE, TOO_LONG, UNREADABLE, AspectQuestion, Rating
 from limbeck.elicit.step import AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.types import Message, Sample, Sampling, nearest
@@ -122,8 +122,7 @@ class Rate(AskingStep):
             yield from self._expect(questions, context, ratings)
         else:
             yield from self._ask(questions, context, tally, ratings)
-        identity = context.identity(self.by)
-        tally.facts["of_its_own_answers"] = sum(sample.writer == identity for sample in samples) / max(1, len(samples))
+        tell_own_answers(samples, context.identity(self.by), tally)
         rated = [self._rated(place, sample, ratings) for place, sample in enumerate(samples)]
         self._account(len(rated), ratings, tally)
         return rated

@@ -24,7 +24,7 @@ from limbeck.elicit.flow import (
     warmed,
     with_scores,
 )
-from limbeck.elicit.merit import answered_only
+from limbeck.elicit.merit import answered_only, tell_own_answers
 from limbeck.elicit.ratings import TOO_LONG, UNREADABLE, AspectQuestion
 from limbeck.elicit.step import AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.types import Message, RecipeError, Sample, Sampling
@@ -176,10 +176,9 @@ class Referee(AskingStep):
     ) -> None:
         """Tell how the prompts divide, and how far the referee can be trusted."""
         levels = [sample.meta["level"] for sample in judged]
-        identity = context.identity(self.by)
         tally.facts |= {HARD: levels.count(HARD), EASY: levels.count(EASY), "unreadable": len(matches) - len(judged)}
         answers = [sample for match in matches for sample in (match.teacher, match.student)]
-        tally.facts["of_its_own_answers"] = sum(s.writer == identity for s in answers) / max(1, len(answers))
+        tell_own_answers(answers, context.identity(self.by), tally)
         if leads:
             tally.facts["mean_lead"] = sum(one + two for one, two in leads) / (2 * len(leads))
             tally.facts["swap_consistency"] = sum(_sign(one) == _sign(two) for one, two in leads) / len(leads)

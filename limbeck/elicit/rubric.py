@@ -30,7 +30,7 @@ from limbeck.elicit.flow import (
     warmed,
     with_scores,
 )
-from limbeck.elicit.merit import answered_only
+from limbeck.elicit.merit import answered_only, tell_own_answers
 from limbeck.elicit.ratings import TOO_LONG, UNREADABLE
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, By, Estimate, Temperature, TokenCount, register
 from limbeck.elicit.wording import items
@@ -104,8 +104,7 @@ class Rubric(AskingStep):
         criteria = yield from self._criteria(groups, context, tally)
         questions = self._questions(samples, groups, criteria, context)
         yield from self._judge(questions, context, tally)
-        identity = context.identity(self.by)
-        tally.facts["of_its_own_answers"] = sum(sample.writer == identity for sample in samples) / max(1, len(samples))
+        tell_own_answers(samples, context.identity(self.by), tally)
         of_place: dict[int, list[CriterionQuestion]] = {}
         for question in questions:
             of_place.setdefault(question.place, []).append(question)

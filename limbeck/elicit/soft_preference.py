@@ -22,7 +22,7 @@ from limbeck.elicit.flow import (
     user,
     with_scores,
 )
-from limbeck.elicit.merit import answered_only, normalised
+from limbeck.elicit.merit import answered_only, normalised, tell_own_answers
 from limbeck.elicit.step import AskingStep, By, Estimate, TokenCount, register
 from limbeck.elicit.two_orders import PREFER
 from limbeck.types import Message, Sampling
@@ -54,6 +54,7 @@ class SoftPreference(AskingStep):
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         samples = answered_only(pool, tally)
+        tell_own_answers(samples, context.identity(self.by), tally)
         reader = context.reader(self.by)
         places = {id(sample): place for place, sample in enumerate(samples)}
         pairs = [

@@ -1,13 +1,20 @@
-"""What `check` says beside its figures: a server's time, and what speaks against so short or so long a training."""
+"""What `check` says beside its figures: a server's time, a judge that is the student, and what speaks against so short
+or so long a training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
 from limbeck.config.significance import LEAST_STEPS
+from limbeck.elicit.step import AskingStep, ElicitStep
+from limbeck.types import STUDENTS
 
 LEAST_EPOCHS = 0.8  # the estimate of the text's length may be off by so much
 MOST_EPOCHS = 10
 LITTLE_TEXT = 100_000  # tokens
+JUDGING = ("compare", "rate", "referee", "rubric", "soft_preference")  # steps whose model says what answers are worth
 
 
 def served_time(recipe: Recipe, requests: int, tokens: int) -> dict[str, str]:
@@ -29,6 +36,37 @@ def served_time(recipe: Recipe, requests: int, tokens: int) -> dict[str, str]:
         "elicit": f"unknown: depends on the server ({requests:,} requests, {server.concurrency} at once: {each:,.0f}"
         " times what one takes there)"
     }
+
+
+def judge_cautions(
+    recipe: Recipe, steps: Sequence[tuple[str, ElicitStep]], judges: Sequence[tuple[str, AskingStep]]
+) -> tuple[str, ...]:
+    """That a judge is the student itself, with its place in the recipe.
+
+    Args:
+        steps: of the elicitation, by name.
+        judges: (its place, the step that it judges by) of each reward by a judge.
+    """
+    placed = [(f"elicit[{number}].{name}", step) for number, (name, step) in enumerate(steps) if name in JUDGING]
+    return tuple(
+        f"{place}: {by} is the student itself, and a judge favours its own manner of writing: look at the lengths on"
+        " the page, and at how many of the answers are its own, or name another model"
+        for place, step in (*placed, *judges)
+        for by in step.asks()
+        if _is_student(recipe, by)
+    )
+
+
+def _is_student(recipe: Recipe, by: str) -> bool:
+    """Whether a model, by its name in the recipe, has the weights that the student starts with or had before."""
+    model = (
+        recipe.teacher.model
+        if by == TEACHER
+        else (recipe.models or {})[by].model
+        if by in (recipe.models or {})
+        else None
+    )
+    return by in STUDENTS or (model is not None and model in (recipe.student.start.pretrained, recipe.previous))
 
 
 def training_cautions(recipe: Recipe, steps: int, epochs: float, tokens: int) -> tuple[str, ...]:

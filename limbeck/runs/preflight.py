@@ -23,6 +23,7 @@ from limbeck.models.sources import source_of
 from limbeck.models.start import scratch_config
 from limbeck.models.template import prompt_ids, text_ids
 from limbeck.models.weights import context_length, empty_model
+from limbeck.runs.advice import judge_cautions
 from limbeck.runs.cost import Plan, compute_dtype, make_plan
 from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured
@@ -103,7 +104,8 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
     bills = _bills(method)
     made = make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=bills)
-    said = [f"what the stage {name} takes before each round is not counted" for name in method.stages]
+    said = [*judge_cautions(recipe, method.steps, judges)]
+    said += [f"what the stage {name} takes before each round is not counted" for name in method.stages]
     if method.at_once:
         said.append(f"of these rounds, {method.at_once} stand for the control that does all at once (rounds.at_once)")
     return replace(made, rounds=method.rounds + method.at_once, cautions=(*made.cautions, *said))

@@ -16,6 +16,7 @@ from limbeck.data.batches import Row, StepBatch, cut
 from limbeck.elicit.prompt import Prompt
 from limbeck.objectives.loss import ADVANTAGE
 from limbeck.objectives.schedule import State
+from limbeck.storage.files import crash_point
 from limbeck.training import distributed
 from limbeck.training.asking import Answer, Asking, answer_from
 from limbeck.training.rewards import Judged, Rewards, Scored
@@ -118,8 +119,8 @@ class GroupRollouts:
         memory.answers = [answer for group in groups for answer in group]
         memory.advantages = [value for row in advantages for value in row]
         memory.varied = memory.varied or any(memory.advantages)
-        if not memory.varied and step + 1 >= PATIENCE and size > 1:
-            raise UserError(_nothing_learnt(scored))
+        if not memory.varied and step + 1 >= PATIENCE:
+            raise UserError(_nothing_learnt(scored, size))
         ends = self.asking.ends
         memory.facts = {"written": memory.asked - first, **scored.facts}
         memory.facts |= facts_of([(answer.ids, answer.own, 0) for answer in memory.answers], ends)
@@ -130,6 +131,7 @@ class GroupRollouts:
         size = self.settings.group or 1
         slots = [self.asking.slot(memory.drawn + number) for number in range(count) for _ in range(size)]
         answers = self.asking.answers(slots, memory.asked, step)
+        crash_point("rollout.after_write")
         memory.spoken = self.asking.not_empty(answers, memory.asked + len(answers), memory.spoken)
         memory.asked += len(answers)
         memory.drawn += count
@@ -160,7 +162,7 @@ class GroupRollouts:
         self._rows = None
 
 
-def _nothing_learnt(scored: Scored) -> str:
+def _nothing_learnt(scored: Scored, size: int) -> str:
     """That the rewards of the first steps teach nothing, and what to do; `scored` are those of the last of them."""
     if scored.unread == sum(map(len, scored.total)):
         why = "".join(f"; {kind.replace('_', ' ')}: {count:,} of the last step" for kind, count in scored.why.items())
@@ -168,8 +170,9 @@ def _nothing_learnt(scored: Scored) -> str:
             f"in {PATIENCE} steps nothing could be learnt, and no answer of the last one has a reward that can be told"
             f"{why}: name another judge, or give its replies more room (max_tokens)"
         )
+    which = "all answers to a prompt" if size > 1 else "all answers of a step"
     return (
-        f"in {PATIENCE} steps the rewards of all answers to a prompt were equal ({scored.facts['reward']:g} on"
+        f"in {PATIENCE} steps the rewards of {which} were equal ({scored.facts['reward']:g} on"
         " average), so nothing can be learnt from them: give prompts that the student gets right now and then,"
         " raise its temperature, or start from a student that has seen such answers"
     )

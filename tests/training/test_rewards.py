@@ -19,6 +19,7 @@ from limbeck.training.asking import Asking
 from limbeck.training.group_rollout import GroupRollouts
 from limbeck.training.rewards import Judged, rewards_of
 from limbeck.types import RecipeError, UserError
+from tests.flow_driver import drive
 from tests.runs.test_pipeline import command
 from tests.training.test_rollout import EOS, distance, losses, records, script
 
@@ -208,6 +209,34 @@ def test_rewards_that_never_differ_end_the_training_with_a_remedy():
     for step in range(9):
         assert made.step_batch(step, 0.0, {}).facts["equal_groups"] == 1.0
     with pytest.raises(UserError, match="nothing can be learnt"):
+        made.step_batch(9, 0.0, {})
+
+
+def test_nor_do_single_answers_whose_rewards_never_differ():
+    """Against the mean of the step as against none: a reward that is always 0 teaches nothing either."""
+    for advantage in (Advantage(baseline="step", scale="none"), Advantage(baseline="none", scale="none")):
+        made, _ = source(lambda number: 1 + (number > 9**9), advantage=advantage, group=1, rewards=({"check": {}},))
+        made.text = lambda slot, ids: "8"
+        made.asking.ends = frozenset()
+        for step in range(9):
+            made.step_batch(step, 0.0, {})
+        with pytest.raises(UserError, match="the rewards of all answers of a step were equal"):
+            made.step_batch(9, 0.0, {})
+    made, _ = source(
+        lambda number: 3, advantage=Advantage(baseline="none", scale="none"), group=1, rewards=({"finished": {}},)
+    )
+    for step in range(12):
+        made.step_batch(step, 0.0, {})  # always 1 is learnt from: it is not compared with anything
+
+
+def test_a_judge_that_calls_all_a_tie_teaches_nothing():
+    """Half of a comparison each: equal groups, and an end with a remedy."""
+    made, _ = source(rewards=({"judge": {"compare": {"by": "judge"}}},))
+    made.rewards = replace(made.rewards, judge=lambda step, pool: drive(step, pool, lambda *_: "VERDICT: TIE")[0])
+    for step in range(9):
+        facts = made.step_batch(step, 0.0, {}).facts
+        assert facts["equal_groups"] == 1.0 and facts["reward"] == 0.5 and "unread_rewards" not in facts
+    with pytest.raises(UserError, match=r"were equal \(0.5 on average\)"):
         made.step_batch(9, 0.0, {})
 
 
