@@ -7,11 +7,14 @@ import json
 import pytest
 import yaml
 
+from limbeck.models.load import model_contents
 from limbeck.storage.rounds import round_folder, rounds_record
-from tests.runs import test_pipeline
+from tests.runs import test_pipeline, test_stages
 from tests.runs.test_pipeline import recipe_file  # noqa: F401 (a fixture)
-from tests.runs.test_rounds import answers_in, data, losses  # noqa: F401 (a fixture)
-from tests.training import test_rewards, test_rollout
+from tests.runs.test_rounds import adversarial, answers_in, data, losses  # noqa: F401 (fixtures)
+from tests.runs.test_stages import aligned  # noqa: F401 (a fixture)
+from tests.scripted_server import Scripted
+from tests.training import test_judges, test_rewards, test_rollout
 from tests.training.test_rollout import STUDENT
 
 
@@ -62,3 +65,74 @@ def test_rounds_killed_anywhere_go_on_to_the_same_end(data, recipe_file, tmp_pat
 
 def test_rewards_killed_and_run_again_with_new_text_at_every_step(recipe_data, tmp_path):
     test_rewards.test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, 1)
+
+
+def twins(crash_at, file, tmp_path, homes):
+    """The folders of a training that was killed there and run again, and of its undisturbed twin; alike in `homes`."""
+    killed, clean = tmp_path / "killed", tmp_path / "clean"
+    assert test_pipeline.command("train", file, "--out", killed, crash_at=crash_at).returncode == 137
+    before = set(answers_in(killed))
+    for folder in (killed, clean):
+        done = test_pipeline.command("train", file, "--out", folder)
+        assert done.returncode == 0, done.stderr
+    assert before <= set(answers_in(killed)) == set(answers_in(clean))
+    for home in homes:
+        assert losses(killed / home) == losses(clean / home), home
+        assert model_contents(str(killed / home / "student")) == model_contents(str(clean / home / "student")), home
+    return killed, clean
+
+
+@pytest.mark.parametrize(
+    "crash_at",
+    [
+        "elicit.after_record:5",  # a draft of the first stage
+        "train.after_step:1",  # its training
+        "checkpoint.before_manifest:2",
+        "directory.before_rename:1",  # as its model is saved
+        "elicit.after_record:25",  # what that model writes for the round
+        "train.after_step:3",  # the round
+        "train.after_step:5",  # the second round's stage
+        "train.after_step:8",
+    ],
+)
+def test_a_stage_that_trains_a_named_model_is_killed_anywhere(aligned, tmp_path, crash_at):  # noqa: F811
+    aligned["rounds"]["stages"]["tutor"]["train"]["save_seconds"] = 0
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(aligned))
+    killed, clean = twins(crash_at, tmp_path / "recipe.yaml", tmp_path, test_stages.HOMES)
+    assert rounds_record(killed)["rounds"] == rounds_record(clean)["rounds"]
+
+
+@pytest.mark.parametrize(
+    "crash_at",
+    [
+        "train.after_step:1",  # the training before the rounds
+        "train.after_step:3",  # the first reward model
+        "rollout.after_write:1",  # the first round, its groups written and not judged
+        "rollout.after_write:2",
+        "directory.before_rename:3",
+        "train.after_step:7",  # the second reward model
+        "rollout.after_write:4",  # the second round
+        "checkpoint.before_prune:4",
+    ],
+)
+def test_rewards_by_a_stage_are_killed_in_every_round(adversarial, tmp_path, crash_at):  # noqa: F811
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(adversarial))
+    homes = ["rounds/0", "stages/discriminator/1", "rounds/1", "stages/discriminator/2", "rounds/2"]
+    killed, clean = twins(crash_at, tmp_path / "recipe.yaml", tmp_path, homes)
+    assert rounds_record(killed)["rounds"] == rounds_record(clean)["rounds"]
+
+
+@pytest.mark.parametrize("crash_at", ["elicit.after_record:5", "elicit.before_record:6", "rollout.after_write:3"])
+def test_a_judged_group_is_killed_between_its_verdicts(recipe_data, tmp_path, crash_at):
+    """Four steps of two prompts, each judged by one question: what was answered and kept is not asked again."""
+    rollout = test_rewards.ROLLOUT | {"rewards": [{"judge": "judge"}]}
+    recipe = test_rewards.recipe(recipe_data, tmp_path, rollout=rollout, writer=[test_rewards.STUDENT])
+    recipe["train"] |= {"steps": 4, "save_seconds": 0}
+    recipe["machine"] = {"answers": "none"}
+    with Scripted(test_judges.script) as server:
+        recipe["models"] = {"judge": {"server": {"url": server.url, "name": "toy"}}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        killed, clean = twins(crash_at, tmp_path / "recipe.yaml", tmp_path, ["."])
+        lost = 1 if "before" in crash_at else 0  # it was answered, and not kept yet
+        assert len(server.seen) == len(answers_in(killed)) + lost + len(answers_in(clean))
+    assert any(int(value != "0x0.0p+0") for value in losses(clean))
