@@ -18,9 +18,11 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -94,8 +96,10 @@ def server_for(recipe: str) -> Iterator[list[str]]:
     os.environ.setdefault(KEY, secrets.token_urlsafe(24))
     if kind == "llama.cpp":
         server = serve(MODEL, context=512, slots=2)
-        yield _address(server.url, kind)
-        server.server.stop()
+        try:
+            yield _address(server.url, kind)
+        finally:
+            server.server.stop()
         return
     log = RUNS / "vllm.log"
     with VllmServer(model_folder(MODEL), MODEL, log.resolve(), key=os.environ[KEY]) as running:
@@ -111,9 +115,12 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     """Run a recipe in a process of its own; its row of evidence."""
     loaded = load_recipe(recipe_files()[recipe])
     row: dict[str, Any] = {"recipe": recipe, "hash": loaded.hash}
+    print(f"{name} ...", flush=True)
     if SERVED.get(recipe) == "vllm" and not PYTHON.exists():
         return row | {"not_run": "needs vLLM: `make vllm`"}
     folder = RUNS / name.replace(", ", "-").replace(" ", "-")
+    if (folder / "report.html").exists():
+        shutil.rmtree(folder)
     with server_for(recipe) as address:
         command = [sys.executable, "-m", "limbeck", "run", recipe, *small(loaded), *overrides, *address]
         command += ["--set=machine.threads=1", "--out", str(folder)]
@@ -177,8 +184,14 @@ def main() -> None:
     with ThreadPoolExecutor(cores) as pool:
         running = {pool.submit(run, name, *work[name]): name for name in due}
         for future in as_completed(running):
-            evidence["rows"][running[future]] = future.result()
-            print(f"{running[future]}: {json.dumps(future.result())}", flush=True)
+            name = running[future]
+            try:
+                row = future.result()
+            except Exception:  # of one recipe: the others go on
+                traceback.print_exc()
+                continue
+            evidence["rows"][name] = row
+            print(f"{name}: {json.dumps(row)}", flush=True)
             evidence["rows"] = {key: evidence["rows"][key] for key in work if key in evidence["rows"]}
             write_json(file, evidence)
 
