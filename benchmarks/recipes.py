@@ -117,8 +117,8 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     if SERVED.get(recipe) == "vllm" and not PYTHON.exists():
         return row | {"not_run": "needs vLLM: `make vllm`"}
     folder = RUNS / name.replace(", ", "-").replace(" ", "-")
-    if (folder / "report.html").exists():
-        shutil.rmtree(folder)
+    if (folder / "report.html").exists() or recipe in SERVED:  # a server has another port, and so another recipe
+        shutil.rmtree(folder, ignore_errors=True)
     with server_for(recipe) as address:
         command = [sys.executable, "-m", "limbeck", "run", recipe, *small(loaded), *overrides, *address]
         command += ["--set=machine.threads=1", "--out", str(folder)]
