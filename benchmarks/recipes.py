@@ -6,7 +6,7 @@
 As many recipes run at once as there are cores, each with one thread; one that takes longer than LIMIT_S is ended.
 
 The size is the same for all: at most PROMPTS training prompts, STEPS steps of TOKENS response tokens, HELD_OUT held-out
-answers and items of a task (`small`). It shows that a recipe runs and that its loss falls, not how good its method is.
+answers and ITEMS items of a task (`small`). It shows that a recipe runs and that its loss falls, not how good its method is.
 A recipe that asks for a server gets one here: llama.cpp with SmolLM2-135M, or vLLM where one is set up by `make vllm`.
 What can't run here has its reason instead of figures.
 """
@@ -38,7 +38,7 @@ from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import Metrics, read_json
 from limbeck.storage.rounds import kept_round, rounds_in
 
-PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, COUNT = 16, 6, 128, 32, 6, 12
+PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, ITEMS, COUNT = 16, 6, 128, 32, 6, 3, 12
 LIMIT_S = 1200
 RUNS = Path("runs/evidence")
 MODEL = "smollm2-135m-instruct"
@@ -69,11 +69,11 @@ def small(recipe: Recipe) -> list[str]:
         "train.tokens_per_step": TOKENS,
         "evaluate.limit": HELD_OUT,
         "evaluate.max_tokens": ANSWER,
-        "evaluate.own_prompts": HELD_OUT // 2,
+        "evaluate.own_prompts": 1,
         "evaluate.controls": ["untouched"],
     }
     if tasks := [name for name in recipe.evaluate.metrics if name != "fidelity"]:
-        settings["evaluate.limits"] = dict.fromkeys(tasks, HELD_OUT)
+        settings["evaluate.limits"] = dict.fromkeys(tasks, ITEMS)
     if recipe.student.start.prune is not None and recipe.student.start.prune.keep in ("importance", "block_influence"):
         settings["student.start.prune.calibration"] = 1
     if all(writer.by != "elicited" for writer in recipe.writer):
@@ -176,6 +176,7 @@ def main() -> None:
         "tokens_per_step": TOKENS,
         "answer_tokens": ANSWER,
         "held_out_answers": HELD_OUT,
+        "task_items": ITEMS,
         "made_prompts": COUNT,
     }
     evidence["machine"] = f"{platform.machine()}, {cores} cores, a recipe on each, beside other work"
