@@ -6,9 +6,9 @@
 As many recipes run at once as there are cores, each with one thread; one that takes longer than LIMIT_S is ended.
 
 The size is the same for all: at most PROMPTS training prompts, STEPS steps of TOKENS response tokens, HELD_OUT held-out
-answers and ITEMS items of a task (`small`). It shows that a recipe runs and that its loss falls, not how good its method is.
-A recipe that asks for a server gets one here: llama.cpp with SmolLM2-135M, or vLLM where one is set up by `make vllm`.
-What can't run here has its reason instead of figures.
+answers and ITEMS items of a task (`small`). It shows that a recipe runs and that its loss falls, not how good its
+method is. A recipe that asks for a server gets one here: llama.cpp with SmolLM2-135M, or vLLM where one is set up by
+`make vllm`. What can't run here has its reason instead of figures.
 """
 
 from __future__ import annotations
