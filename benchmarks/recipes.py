@@ -5,10 +5,10 @@
 
 As many recipes run at once as there are cores, each with one thread; one that takes longer than LIMIT_S is ended.
 
-The size is the same for all: at most PROMPTS training prompts, STEPS steps of TOKENS response tokens, HELD_OUT held-out
-answers and ITEMS items of a task (`small`). It shows that a recipe runs and that its loss falls, not how good its
-method is. A recipe that asks for a server gets one here: llama.cpp with SmolLM2-135M, or vLLM where one is set up by
-`make vllm`. What can't run here has its reason instead of figures.
+The size is the same for all (`small`): at most PROMPTS training prompts (half of them where steps make text of them),
+STEPS steps of TOKENS response tokens, HELD_OUT held-out answers and ITEMS items of a task. It shows that a recipe runs
+and that its loss falls, not how good its method is. A recipe that asks for a server gets one here: llama.cpp with
+SmolLM2-135M, or vLLM where one is set up by `make vllm`. What can't run here has its reason instead of figures.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from limbeck.storage.metrics_log import Metrics, read_json
 from limbeck.storage.rounds import kept_round, rounds_in
 
 PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, ITEMS, COUNT = 16, 6, 128, 32, 6, 3, 12
+WRITTEN = 64  # tokens of an answer in the steps WRITING
+WRITING = ("answer", "critique", "debate", "lengthen", "rationale", "rationalise", "refine")
 LIMIT_S = 1200
 RUNS = Path("runs/evidence")
 MODEL = "smollm2-135m-instruct"
@@ -63,7 +65,7 @@ VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
 def small(recipe: Recipe) -> list[str]:
     """The overrides that bring a recipe to the size at which all are run."""
     settings: dict[str, Any] = {
-        "prompts.limit": min(recipe.prompts.limit or PROMPTS, PROMPTS),
+        "prompts.limit": min(recipe.prompts.limit or PROMPTS, PROMPTS // 2 if recipe.elicit else PROMPTS),
         "train.epochs": None,
         "train.steps": STEPS,
         "train.tokens_per_step": TOKENS,
@@ -81,8 +83,20 @@ def small(recipe: Recipe) -> list[str]:
         writers = [writer.model_dump(mode="json", exclude_unset=True) for writer in recipe.writer]
         settings["writer"] = [writer | {"max_tokens": tokens} for writer, tokens in zip(writers, most, strict=True)]
     for index, step in enumerate(recipe.elicit or []):
-        for key in sorted(step.params.keys() & {"count", "requests"}):
-            settings[f"elicit.{index}.params.{key}"] = min(step.params[key], COUNT)
+        for key, limit in {"count": COUNT, "requests": COUNT, "each": 1}.items():
+            if key in step.params:
+                settings[f"elicit.{index}.params.{key}"] = min(step.params[key], limit)
+        if step.name in WRITING:
+            settings[f"elicit.{index}.params.max_tokens"] = min(step.params.get("max_tokens", WRITTEN), WRITTEN)
+    if recipe.rounds is not None:
+        short = {"epochs": None, "steps": STEPS, "tokens_per_step": TOKENS}
+        settings["rounds.n"] = min(recipe.rounds.n, 2)
+        parts = {"first": recipe.rounds.first} | {
+            f"stages.{name}": part for name, part in (recipe.rounds.stages or {}).items()
+        }
+        for name, part in parts.items():
+            if part is not None:
+                settings[f"rounds.{name}"] = part | {"train": part.get("train", {}) | short}
     return [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
 
 
