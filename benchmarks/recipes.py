@@ -39,7 +39,7 @@ from limbeck.storage.metrics_log import Metrics, read_json
 from limbeck.storage.rounds import kept_round, rounds_in
 
 PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, ITEMS, COUNT = 16, 6, 128, 32, 6, 3, 12
-WRITTEN = 64  # tokens of an answer in the steps WRITING
+WRITTEN = 160  # tokens of an answer in the steps WRITING
 WRITING = ("answer", "critique", "debate", "lengthen", "rationale", "rationalise", "refine")
 LIMIT_S = 1200
 RUNS = Path("runs/evidence")
@@ -131,8 +131,7 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     if SERVED.get(recipe) == "vllm" and not PYTHON.exists():
         return row | {"not_run": "needs vLLM: `make vllm`"}
     folder = RUNS / name.replace(", ", "-").replace(" ", "-")
-    if (folder / "report.html").exists() or recipe in SERVED:  # a server has another port, and so another recipe
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     with server_for(recipe) as address:
         command = [sys.executable, "-m", "limbeck", "run", recipe, *small(loaded), *overrides, *address]
         command += ["--set=machine.threads=1", "--out", str(folder)]
