@@ -34,6 +34,7 @@ from limbeck.commands.serve import KEY, serve
 from limbeck.config.builtin import evidence_file, recipe_files
 from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.models.load import model_folder
+from limbeck.models.placement import multiplies_in_bfloat16
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import Metrics, read_json
 from limbeck.storage.rounds import kept_round, rounds_in
@@ -41,6 +42,7 @@ from limbeck.storage.rounds import kept_round, rounds_in
 PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, ITEMS, COUNT = 16, 6, 128, 32, 6, 3, 12
 WRITTEN = 160  # tokens of an answer in the steps WRITING
 WRITING = ("answer", "critique", "debate", "lengthen", "rationale", "rationalise", "refine")
+GROUPS, GROUP = 4, 4  # of a step with rewards
 LIMIT_S = 1200
 RUNS = Path("runs/evidence")
 MODEL = "smollm2-135m-instruct"
@@ -88,6 +90,10 @@ def small(recipe: Recipe) -> list[str]:
                 settings[f"elicit.{index}.params.{key}"] = min(step.params[key], limit)
         if step.name in WRITING:
             settings[f"elicit.{index}.params.max_tokens"] = min(step.params.get("max_tokens", WRITTEN), WRITTEN)
+    if recipe.rollout.rewards:
+        settings |= {"rollout.prompts": GROUPS, "rollout.group": min(recipe.rollout.group or GROUP, GROUP)}
+    if multiplies_in_bfloat16():
+        settings["train.precision"] = "bfloat16"
     if recipe.rounds is not None:
         short = {"epochs": None, "steps": STEPS, "tokens_per_step": TOKENS}
         settings["rounds.n"] = min(recipe.rounds.n, 2)
@@ -191,6 +197,8 @@ def main() -> None:
         "held_out_answers": HELD_OUT,
         "task_items": ITEMS,
         "made_prompts": COUNT,
+        "groups": [GROUPS, GROUP],
+        "precision": "bfloat16" if multiplies_in_bfloat16() else "float32",
     }
     evidence["machine"] = f"{platform.machine()}, {cores} cores, a recipe on each, beside other work"
     with ThreadPoolExecutor(cores) as pool:
