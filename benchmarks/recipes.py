@@ -90,7 +90,7 @@ def small(recipe: Recipe) -> list[str]:
                 settings[f"elicit.{index}.params.{key}"] = min(step.params[key], limit)
         if step.name in WRITING:
             settings[f"elicit.{index}.params.max_tokens"] = min(step.params.get("max_tokens", WRITTEN), WRITTEN)
-    if recipe.rollout.rewards:
+    if recipe.rollout is not None and recipe.rollout.rewards:
         settings |= {"rollout.prompts": GROUPS, "rollout.group": min(recipe.rollout.group or GROUP, GROUP)}
     if multiplies_in_bfloat16():
         settings["train.precision"] = "bfloat16"
