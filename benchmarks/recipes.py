@@ -48,6 +48,11 @@ RUNS = Path("runs/evidence")
 MODEL = "smollm2-135m-instruct"
 SERVED = {"api-own-logprobs": "llama.cpp", "api-top-logprobs": "llama.cpp", "minillm-from-server": "vllm"}
 QWEN = "qwen2.5-coder-0.5b-instruct"
+OWN = {  # what a recipe needs at this size
+    "distillm": ["--set=rollout.validation.prompts=4"],
+    "codeultrafeedback": [f"--set=teacher={QWEN}"],  # a teacher that writes such text at all
+    "distilling-step-by-step": [f"--set=teacher={QWEN}"],
+}
 VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
     "quickstart, robustness": (
         "quickstart",
@@ -75,6 +80,7 @@ def small(recipe: Recipe) -> list[str]:
         "evaluate.max_tokens": ANSWER,
         "evaluate.own_prompts": 1,
         "evaluate.controls": ["untouched"],
+        "evaluate.speeds": False,
     }
     if tasks := [name for name in recipe.evaluate.metrics if name != "fidelity"]:
         settings["evaluate.limits"] = dict.fromkeys(tasks, ITEMS)
@@ -133,13 +139,24 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     """Run a recipe in a process of its own; its row of evidence."""
     loaded = load_recipe(recipe_files()[recipe])
     row: dict[str, Any] = {"recipe": recipe, "hash": loaded.hash}
+    row |= {"also": [one.removeprefix("--set=") for one in OWN[recipe]]} if recipe in OWN else {}
     print(f"{name} ...", flush=True)
     if SERVED.get(recipe) == "vllm" and not PYTHON.exists():
         return row | {"not_run": "needs vLLM: `make vllm`"}
     folder = RUNS / name.replace(", ", "-").replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
     with server_for(recipe) as address:
-        command = [sys.executable, "-m", "limbeck", "run", recipe, *small(loaded), *overrides, *address]
+        command = [
+            sys.executable,
+            "-m",
+            "limbeck",
+            "run",
+            recipe,
+            *small(loaded),
+            *OWN.get(recipe, []),
+            *overrides,
+            *address,
+        ]
         command += ["--set=machine.threads=1", "--out", str(folder)]
         began = time.perf_counter()
         try:
