@@ -205,6 +205,7 @@ def main() -> None:
         raise SystemExit(f"no recipe or variant: {', '.join(unknown)}; there are {', '.join(work)}")
     RUNS.mkdir(parents=True, exist_ok=True)
     due = chosen or [name for name in work if not _current(evidence["rows"].get(name, {}), work[name][0])]
+    due.sort(key=lambda name: work[name][0] in OWN)  # what takes long, last
     cores = len(os.sched_getaffinity(0))
     evidence["size"] = {
         "prompts": PROMPTS,
