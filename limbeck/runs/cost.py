@@ -307,8 +307,7 @@ def make_plan(
         lengths: of prompts and answers, as far as they are known.
         bills: what the steps of elicitation will ask for.
     """
-    held_out = prompts[1]
-    text = TextAmounts.of(recipe, prompts, lengths, bills)
+    text, held_out = TextAmounts.of(recipe, prompts, lengths, bills), prompts[1]
     settings = recipe.train
     steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
     rewarded = rewarded_text(recipe, terms, steps)
