@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 
 import pytest
 import yaml
@@ -122,6 +124,12 @@ def test_rewards_by_a_stage_are_killed_in_every_round(adversarial, tmp_path, cra
     assert rounds_record(killed)["rounds"] == rounds_record(clean)["rounds"]
 
 
+def billed(folder):
+    """How many answers of servers a run's store has."""
+    with closing(sqlite3.connect(folder / "store.sqlite")) as db:
+        return db.execute("select count(*) from bills").fetchone()[0]
+
+
 @pytest.mark.parametrize("crash_at", ["elicit.after_record:5", "elicit.before_record:6", "rollout.after_write:3"])
 def test_a_judged_group_is_killed_between_its_verdicts(recipe_data, tmp_path, crash_at):
     """Four steps of two prompts, each judged by one question: what was answered and kept is not asked again."""
@@ -130,9 +138,9 @@ def test_a_judged_group_is_killed_between_its_verdicts(recipe_data, tmp_path, cr
     recipe["train"] |= {"steps": 4, "save_seconds": 0}
     recipe["machine"] = {"answers": "none"}
     with Scripted(test_judges.script) as server:
-        recipe["models"] = {"judge": {"server": {"url": server.url, "name": "toy"}}}
+        recipe["models"] = {"judge": {"server": {"url": server.url, "name": "toy", "concurrency": 1}}}
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         killed, clean = twins(crash_at, tmp_path / "recipe.yaml", tmp_path, ["."])
-        lost = 1 if "before" in crash_at else 0  # it was answered, and not kept yet
-        assert len(server.seen) == len(answers_in(killed)) + lost + len(answers_in(clean))
+        lost = len(server.seen) - billed(killed) - billed(clean)
+        assert 0 <= lost <= 1, "but for the answer that was under way"
     assert any(int(value != "0x0.0p+0") for value in losses(clean))
