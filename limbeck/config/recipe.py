@@ -36,7 +36,7 @@ from limbeck.config.teacher import TEACHER_KINDS, TeacherSettings, kind_of, teac
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
-EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+EXPONENT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
 NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic adds between the keys of a path
 
 
