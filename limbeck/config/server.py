@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, model_validator
 from limbeck.config.sections import Section
 
 ServerKind = Literal[
-    "openai-compatible", "openai", "vllm", "sglang", "ollama", "lm-studio", "llama.cpp", "anthropic", "gemini"
+    "openai-compatible", "openai", "vllm", "sglang", "ollama", "lm-studio", "llama.cpp", "states", "anthropic", "gemini"
 ]
 # keys of a request that are set from elsewhere, whatever the protocol; and where
 _NAME = "teacher.server.name says it"
@@ -61,7 +61,9 @@ class Served(Section):
     they are. Up to `concurrency` requests run at once; each may take `timeout` seconds and is retried `retries` times.
     With `batch`, requests use the server's batch interface: answers within a day, usually at half the price. With
     `names`, the server also gives this many top tokens at each position of every step's text, which the student may
-    write. With `logprobs`, it gives this many at each position of the text that it writes itself.
+    write. With `logprobs`, it gives this many at each position of the text that it writes itself. The kind `states`
+    gives its last hidden states and its head, so the whole distribution, in the `wire`'s type (the model's own if left
+    out, which is exact).
 
     `answers_as` is the model's name in its answers, where that is another. Reasoning that comes beside an answer is
     taught before it; `reasoning: drop` leaves it out. No more than the share `tolerate` of the answers may fail or be
@@ -81,6 +83,7 @@ class Served(Section):
     batch: bool = False
     names: Annotated[int, Field(ge=1, le=65535)] | None = None
     logprobs: Annotated[int, Field(ge=1, le=1024)] | None = None
+    wire: Literal["float32", "bfloat16"] | None = None
     answers_as: str | None = None
     reasoning: Literal["drop"] | None = None
     tolerate: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -96,6 +99,10 @@ class Served(Section):
             raise ValueError(f"{unkept} has no value, and would not be kept: leave it out")
         if self.batch and self.kind in ("anthropic", "gemini"):
             raise ValueError(f"batch speaks OpenAI's protocol, and {self.kind} has its own; leave batch out")
+        if self.kind == "states" and (self.batch or self.names is not None or self.logprobs is not None):
+            raise ValueError("a states server gives whole distributions: leave batch, names and logprobs out")
+        if self.wire is not None and self.kind != "states":
+            raise ValueError("wire is the type of hidden states: set kind: states, or leave it out")
         if self.names is not None and self.logprobs is not None:
             raise ValueError("names asks about any text, logprobs about the server's own; leave one of them out")
         return self

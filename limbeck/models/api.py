@@ -27,6 +27,7 @@ from limbeck.models.budget import Budget, Spending
 from limbeck.models.dialects import OPENAI, merged, put
 from limbeck.models.engines import ALL, ENGINES, form_words
 from limbeck.models.http import (
+    MAX_BYTES,
     Backoff,
     Call,
     Connection,
@@ -220,12 +221,13 @@ class ApiTeacher:
             raise UserError(f"{self.endpoint.url} refuses {refused}: change {where}. {reply.quote()}")
         return False
 
-    async def send(self, connection: Connection, call: Call, tokens: int) -> Reply:
+    async def send(self, connection: Connection, call: Call, tokens: int, max_bytes: int = MAX_BYTES) -> Reply:
         """The reply to one call, repeated as often as the settings allow and within the budget. The reply has an
         answer, or is the request's own fault (4xx), or is that of the last try.
 
         Args:
             tokens: what a try may cost.
+            max_bytes: no more of an answer is read.
 
         Raises:
             UserError: the server refuses every request, fails again and again, or a ceiling is reached.
@@ -236,7 +238,7 @@ class ApiTeacher:
             await self.budget.wait_for_turn(tokens)
             self.budget.begin(handle, tokens, repeated=attempt > 0)
             try:
-                reply = await connection.send(call)
+                reply = await connection.send(call, max_bytes)
                 await self._notice(connection, reply)
                 return reply
             finally:

@@ -77,6 +77,11 @@ class ServerScorer:
     def identity(self) -> str:
         return self.api.identity
 
+    @property
+    def told(self) -> str:
+        """What it says of given text, in words."""
+        return f"names {self.k} tokens at every position"
+
     def probe(self) -> None:
         """Find out how the server scores; check its tokens, its template and how many tokens it names.
 

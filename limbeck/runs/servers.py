@@ -32,7 +32,7 @@ def examine_servers(method: Method) -> list[ServerFinding]:
             seen = api.identity
             if scorer is not None:
                 scorer.probe()
-                seen += f", which names {scorer.k} tokens at every position"
+                seen += f", which {scorer.told}"
             findings.append(ServerFinding("teacher.server", seen))
         except UserError as error:
             findings.append(ServerFinding("teacher.server", "", str(error)))
