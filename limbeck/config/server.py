@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from limbeck.config.sections import Section
 
@@ -38,6 +38,16 @@ LIMITS_ALONE = (
 NESTED = ("generationConfig",)  # a part of a request in which keys of ours stand, too
 
 
+def _addresses(url: Any) -> Any:
+    """One address as a text, several as they are."""
+    if not isinstance(url, list | tuple):
+        return url
+    plain = [address.rstrip("/") for address in url if isinstance(address, str)]
+    if not plain or len(set(plain)) < len(url):
+        raise ValueError(f"give one address, or several different ones; got {url!r}")
+    return plain[0] if len(plain) == 1 else tuple(url)
+
+
 class Price(Section):
     """The price of a million tokens read (`input`) and written (`output`), in any currency."""
 
@@ -56,21 +66,22 @@ class Limits(Section):
 class Served(Section):
     """A server that writes the teacher's text.
 
-    `url` is its address up to `/v1`, `name` the model's name there, `key` the environment variable with its key. `kind`
-    is the program or the provider (`models/engines.py` has their table); `options` go into the body of every request as
-    they are. Up to `concurrency` requests run at once; each may take `timeout` seconds and is retried `retries` times.
-    With `batch`, requests use the server's batch interface: answers within a day, usually at half the price. With
-    `names`, the server also gives this many top tokens at each position of every step's text, which the student may
-    write. With `logprobs`, it gives this many at each position of the text that it writes itself. The kind `states`
-    gives its last hidden states and its head, so the whole distribution, in the `wire`'s type (the model's own if left
-    out, which is exact).
+    `url` is its address up to `/v1`, or a list of addresses that all serve the same model: each request goes to the one
+    with the fewest under way, and one that fails is left alone for a while. `name` is the model's name there, `key` the
+    environment variable with its key. `kind` is the program or the provider (`models/engines.py` has their table);
+    `options` go into the body of every request as they are. Up to `concurrency` requests run at once at each address;
+    each may take `timeout` seconds and is retried `retries` times. With `batch`, requests use the server's batch
+    interface: answers within a day, usually at half the price. With `names`, the server also gives this many top tokens
+    at each position of every step's text, which the student may write. With `logprobs`, it gives this many at each
+    position of the text that it writes itself. The kind `states` gives its last hidden states and its head, so the
+    whole distribution, in the `wire`'s type (the model's own if left out, which is exact).
 
     `answers_as` is the model's name in its answers, where that is another. Reasoning that comes beside an answer is
     taught before it; `reasoning: drop` leaves it out. No more than the share `tolerate` of the answers may fail or be
     malformed; those are not trained on. It is no part of the recipe's hash.
     """
 
-    url: str
+    url: Annotated[str | tuple[str, ...], BeforeValidator(_addresses)]
     name: str
     kind: ServerKind = "openai-compatible"
     options: dict[str, JsonValue] = Field(default_factory=dict)
@@ -90,6 +101,11 @@ class Served(Section):
     price: Price | None = None
     limits: Limits = Limits()
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Its addresses, one or several."""
+        return (self.url,) if isinstance(self.url, str) else self.url
+
     @model_validator(mode="after")
     def _agree(self) -> Served:
         for path, key in _keys(self.options):
@@ -97,6 +113,8 @@ class Served(Section):
                 raise ValueError(f"options.{path} can't be set here: {OURS[key]}")
         if (unkept := _unkept("options", self.options)) is not None:
             raise ValueError(f"{unkept} has no value, and would not be kept: leave it out")
+        if self.batch and len(self.urls) > 1:
+            raise ValueError("batches are files of one provider: give url one address, or leave batch out")
         if self.batch and self.kind in ("anthropic", "gemini"):
             raise ValueError(f"batch speaks OpenAI's protocol, and {self.kind} has its own; leave batch out")
         if self.kind == "states" and (self.batch or self.names is not None or self.logprobs is not None):

@@ -9,9 +9,9 @@ Shapes: N response positions, E width of the teacher, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class StatesTeacher:
         self.api = api
         self.tokenizer = tokenizer
         self.device = device
-        self._ahead = _Ahead(self._states)
+        self._ahead = _Ahead(self._states, len(api.endpoint.urls))
 
     @property
     def identity(self) -> str:
@@ -164,7 +164,7 @@ class StatesTeacher:
             return await self.api.send(connection, call, tokens, **limits)
 
         reply = self.api.endpoint.run(work)
-        url = self.api.endpoint.url
+        url = reply.url
         if reply.status == OTHER_MODEL:
             raise self._other_model(reply.error_text())
         if reply.status == 0:
@@ -191,27 +191,32 @@ class StatesTeacher:
 
 
 class _Ahead:
-    """Fetches the next of the expected batches while the one before it is worked on: never more than one ahead."""
+    """Fetches the next of the expected batches while one is worked on: as many ahead as there are addresses."""
 
-    def __init__(self, fetch: Any) -> None:
+    def __init__(self, fetch: Callable[[Batch], Tensor], most: int) -> None:
         self._fetch = fetch
+        self._most = most
         self._expected: deque[Batch] = deque()
-        self._next: tuple[Batch, Future[Tensor]] | None = None
+        self._under_way: deque[tuple[Batch, Future[Tensor]]] = deque()
         self._pool: ThreadPoolExecutor | None = None
 
     def expect(self, batches: Sequence[Batch]) -> None:
         self._expected = deque(batches)
-        self._next = None
+        self._under_way.clear()
 
     def take(self, batch: Batch) -> Tensor:
         """The states of a batch: those that were fetched ahead, else fetched now."""
-        ahead, self._next = self._next, None
-        was_asked = ahead is not None and ahead[0] is batch
-        hidden_NE: Tensor = ahead[1].result() if ahead is not None and was_asked else self._fetch(batch)
-        while self._expected and self._expected.popleft() is not batch:
-            pass
-        if self._expected:
-            self._pool = self._pool or ThreadPoolExecutor(1, "states")
-            following = self._expected[0]
-            self._next = following, self._pool.submit(partial(self._fetch, following))
-        return hidden_NE
+        if self._under_way and self._under_way[0][0] is batch:
+            _, future = self._under_way.popleft()
+        elif self._expected and self._expected[0] is batch:
+            future = self._begin(self._expected.popleft())
+        else:
+            return self._fetch(batch)
+        while self._expected and len(self._under_way) < self._most:
+            following = self._expected.popleft()
+            self._under_way.append((following, self._begin(following)))
+        return future.result()
+
+    def _begin(self, batch: Batch) -> Future[Tensor]:
+        self._pool = self._pool or ThreadPoolExecutor(self._most + 1, "states")
+        return self._pool.submit(self._fetch, batch)

@@ -159,6 +159,8 @@ class RunModels:
         if self.shared is not None:
             return self.shared.server
         server = served(self.method)
+        if server is not None:
+            server.tell(self.reporter.note)
         if server is not None and server.identity != self.server_identity:
             raise UserError(
                 f"the server's model is {server.identity}, and this run's text is {self.server_identity}'s: give"
