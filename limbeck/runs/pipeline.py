@@ -298,7 +298,8 @@ class Run:
                 systems[name] = [bench.measure(name, partial(self.models.untrained, name))]
         for name in (*self.method.controls, "student"):
             systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
-        evaluation.write_summary(self.questions, bench, bench.timed(systems), steps=steps_made(self.folder))
+        systems = bench.timed(systems, measure=self.recipe.evaluate.speeds is not False)
+        evaluation.write_summary(self.questions, bench, systems, steps=steps_made(self.folder))
 
     @cached_property
     def preferences(self) -> PreferenceBench:
