@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from socket import socket
+from socket import gethostname, socket
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ MAX_REQUEST_BYTES = 8 * 2**20
 MAX_ROWS = 4096
 READ_SECONDS = 60.0  # for one request's body
 LOOPBACK = ("127.0.0.1", "localhost")
+EVERYWHERE = "0.0.0.0"  # noqa: S104 (what the user asks for)
 OCTETS = "application/octet-stream"
 WRITING = frozenset(
     {"model", "messages", "prompt", "temperature", "top_p", "max_tokens", "seed", "stop", "presence_penalty", "stream"}
@@ -108,7 +109,8 @@ class StatesServer(ThreadingHTTPServer):
             "head_bytes": sum(tensor.nbytes for tensor in self.head_tensors.values()),
         }
         super().__init__(address, _Handler)
-        self.url = f"http://{address[0]}:{self.server_port}/v1"
+        host = gethostname() if address[0] == EVERYWHERE else address[0]
+        self.url = f"http://{host}:{self.server_port}/v1"
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._connections.acquire(blocking=False):

@@ -22,11 +22,12 @@ POLL_SECONDS = 0.01
 
 @dataclass
 class Address:
-    """One address and how it is doing. `failures` are in a row; `rests_until` is on the clock of `Addresses`."""
+    """One address and how it is doing. `failures` are in a row; times are on the clock of `Addresses`."""
 
     url: str
     under_way: int = 0
     failures: int = 0
+    failed_at: float = 0.0
     rests_until: float = 0.0
     told: bool = False
 
@@ -69,31 +70,40 @@ class Addresses:
             address.under_way += 1
             return address
 
-    def learn(self, address: Address, status: int, outcome: str, retry_after: float | None = None) -> None:
-        """What came of a request there: status 0 stands for no answer, and `outcome` says it in words."""
+    def learn(
+        self, address: Address, status: int, outcome: str, retry_after: float | None = None, began: float | None = None
+    ) -> None:
+        """What came of a request there: status 0 stands for no answer, and `outcome` says it in words.
+
+        Args:
+            began: when it was sent. One that was sent before the last failure says nothing new of the address.
+        """
         with self._lock:
-            note = self._learn(address, status, outcome, retry_after)
+            note = ""
+            if status in BUSY:
+                address.rests_until = self.clock() + min(LONGEST_REST, retry_after or BUSY_REST)
+            elif began is None or began >= address.failed_at:
+                note = self._answered(address) if 0 < status < 500 else self._failed(address, outcome)
         if note:
             self.note(note)
 
-    def _learn(self, address: Address, status: int, outcome: str, retry_after: float | None) -> str:
-        """The same, without the lock; returns what to say of it."""
-        now = self.clock()
-        if status in BUSY:
-            address.rests_until = now + min(LONGEST_REST, retry_after or BUSY_REST)
-            return ""
-        if 0 < status < 500:
-            address.failures, address.rests_until = 0, 0.0
-            was_told, address.told = address.told, False
-            return f"{address.url} answers again" if was_told else ""
+    def _answered(self, address: Address) -> str:
+        """Let it rest no longer; returns what to say of it."""
+        address.failures, address.rests_until = 0, 0.0
+        was_told, address.told = address.told, False
+        return f"{address.url} answers again" if was_told else ""
+
+    def _failed(self, address: Address, outcome: str) -> str:
+        """Let it rest, longer each time; returns what to say of it."""
         address.failures += 1
-        address.rests_until = now + min(LONGEST_REST, 2.0**address.failures)
+        address.failed_at = self.clock()
+        address.rests_until = address.failed_at + min(LONGEST_REST, 2.0**address.failures)
         was_told, address.told = address.told, True
         others = len(self.all) - 1
         return (
             ""
             if was_told
-            else f"{address.url} fails ({outcome}): {others} other addresses do its work, as far as they answer"
+            else f"{address.url} fails ({outcome}): its work is done at the other {others}, if they answer"
         )
 
     def begin_without(self, urls: Container[str]) -> None:

@@ -211,8 +211,9 @@ class Connection:
             reply = await self._exchange(self.endpoint.url, call, max_bytes, seconds)
             return replace(reply, url=self.endpoint.url)
         async with addresses.turn() as address:
+            began = addresses.clock()
             reply = await self._exchange(address.url, call, max_bytes, seconds)
-        addresses.learn(address, reply.status, reply.outcome(), reply.retry_after)
+        addresses.learn(address, reply.status, reply.outcome(), reply.retry_after, began=began)
         return replace(reply, url=address.url)
 
     async def _exchange(self, address: str, call: Call, max_bytes: int, seconds: float | None) -> Reply:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import threading
 import time
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from limbeck.cli import app
 from limbeck.commands import serve_states
+from limbeck.commands.doctor.run import examine
 from limbeck.commands.serve_states import StatesServer, _Handler
 from limbeck.config.recipe import parse
 from limbeck.config.server import Served
@@ -299,6 +302,17 @@ def test_a_wrong_key_is_refused_everywhere(tiny, monkeypatch):
             remote(serving.url, tiny).probe()
 
 
+def announced(port, length):
+    """The status of a request that says it will be so long, and sends nothing."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.putrequest("POST", "/v1/states")
+    connection.putheader("Authorization", f"Bearer {KEY}")
+    connection.putheader("Content-Length", str(length))
+    connection.endheaders()
+    with contextlib.closing(connection):
+        return connection.getresponse().status
+
+
 def test_requests_are_bounded(tiny):
     with Serving(tiny, context=64, slots=1) as serving:
         good = {"fingerprint": serving.server.facts["fingerprint"], "rows": [[1, 2, 3]], "from": [0]}
@@ -325,7 +339,7 @@ def test_requests_are_bounded(tiny):
         ):
             assert post(good | change).status_code == 400, change
         assert post(good | {"rows": [[1] * 60] * 2, "from": [0, 0]}).status_code == 413
-        assert post(None, content=b"x" * (serve_states.MAX_REQUEST_BYTES + 1), json=None).status_code == 413
+        assert announced(serving.port, serve_states.MAX_REQUEST_BYTES + 1) == 413
         assert post(None, content=b"[1]", json=None).status_code == 400
         chat = {"model": "toy", "messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
         assert post(chat, "chat/completions").status_code == 200
@@ -355,6 +369,20 @@ def test_other_tokens_and_templates_are_refused(tiny):
         for tokenizer, words in ((more, "vocabulary is not the student's"), (framed, "frames a conversation")):
             with pytest.raises(UserError, match=words):
                 StatesTeacher(api(serving.url), tokenizer).probe()
+
+
+def test_the_doctor_finds_the_served_model_to_be_the_one_here(tiny, tiny_folder, recipe_data, student, tmp_path):
+    with Serving(tiny) as serving:
+        server = {"url": serving.url, "name": "toy", "kind": "states"}
+        both = recipe_of(recipe_data, {"model": str(tiny_folder), "server": server}, student)
+        findings = {one.name: one for one in examine(parse(both), tmp_path / "run")}
+        served = findings["served weights"]
+        assert served.verdict == "fine" and "0.0000 nats apart" in served.detail and "20.0 of 20" in served.detail
+        assert findings["server"].verdict == "fine" and "gives its hidden states" in findings["server"].detail
+    with Serving(other(tiny), name="toy") as serving:
+        both["teacher"]["server"]["url"] = serving.url
+        findings = {one.name: one for one in examine(parse(both), tmp_path / "run")}
+        assert findings["served weights"].verdict == "fault"
 
 
 REFUSED = [

@@ -41,13 +41,20 @@ def expected(asked):
     return {request.key: request.messages[-1]["content"] for request in asked}
 
 
-def test_requests_are_balanced_and_concurrency_is_that_of_an_address():
-    asked = requests(48)
+def test_requests_are_balanced_and_concurrency_is_that_of_an_address(monkeypatch):
+    asked, under_way, take = requests(48), [], Addresses._take
+
+    def watched(self):
+        address = take(self)
+        under_way.append([one.under_way for one in self.all])
+        return address
+
+    monkeypatch.setattr(Addresses, "_take", watched)
     with Scripted(slow()) as a, Scripted(slow()) as b, Scripted(slow(0.2)) as c:
         assert texts(teacher(a, b, c), asked) == expected(asked)
         counts = [len(server.seen) for server in (a, b, c)]
         assert sum(counts) == 48 and min(counts[:2]) > counts[2] >= 2, counts  # the slow one gets less
-        assert max(server.most for server in (a, b, c)) <= 2
+    assert max(max(counts) for counts in under_way) == 2 and max(map(sum, under_way)) == 6
 
 
 def test_one_that_dies_costs_nothing_but_its_requests_in_flight():
@@ -153,6 +160,11 @@ def test_rests_grow_and_end():
     addresses.learn(a, 200, "200")
     assert addresses.lost() == [] and next_one() == "a"
     assert [note.split(" ")[1] for note in notes] == ["fails", "answers"]
+    addresses.learn(b, 500, "500")
+    failures, rest = b.failures, b.rests_until
+    for status in (500, 200):  # sent before that failure: no second one, and no recovery
+        addresses.learn(b, status, "late", began=now[0] - 1)
+        assert (b.failures, b.rests_until) == (failures, rest)
 
 
 def test_a_recipe_with_more_addresses_is_the_same_text_and_training(recipe_data, tiny_folder):
