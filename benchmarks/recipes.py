@@ -21,6 +21,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -52,7 +53,9 @@ OWN = {  # what a recipe needs at this size
     "distillm": ["--set=rollout.validation.prompts=4"],
     "codeultrafeedback": [f"--set=teacher={QWEN}"],  # a teacher that writes such text at all
     "distilling-step-by-step": [f"--set=teacher={QWEN}"],
+    "equation-reasoner": [f"--set=teacher={QWEN}"],
 }
+LARGE = threading.Lock()  # models of some gigabytes: one recipe of them at a time
 VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
     "quickstart, robustness": (
         "quickstart",
@@ -205,6 +208,7 @@ def main() -> None:
         raise SystemExit(f"no recipe or variant: {', '.join(unknown)}; there are {', '.join(work)}")
     RUNS.mkdir(parents=True, exist_ok=True)
     due = chosen or [name for name in work if not _current(evidence["rows"].get(name, {}), work[name][0])]
+    due.sort(key=lambda name: (work[name][0] in OWN, _is_large(work[name][0])))  # what takes long, last
     cores = len(os.sched_getaffinity(0))
     evidence["size"] = {
         "prompts": PROMPTS,
@@ -231,6 +235,10 @@ def main() -> None:
             print(f"{name}: {json.dumps(row)}", flush=True)
             evidence["rows"] = {key: evidence["rows"][key] for key in work if key in evidence["rows"]}
             write_json(file, evidence)
+
+
+def _is_large(recipe: str) -> bool:
+    return "qwen2.5-coder-1.5b-instruct" in recipe_files()[recipe].read_text()
 
 
 def _current(row: dict[str, Any], recipe: str) -> bool:

@@ -94,6 +94,7 @@ class Run:
             method.held_out_prompts,
             show=None if self.recipe.teacher.server is None else method.prompt_context,
             step_prompt=method.fixed_step_prompt,
+            holds_out_answers=method.holds_out_answers,
         )
         return TrainingText(
             source,
