@@ -20,7 +20,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from limbeck.models.addresses import Addresses
 from limbeck.types import UserError, printable
 
 MAX_BYTES = 16 * 2**20  # of one answer
@@ -91,7 +92,7 @@ class Reply:
 
     `body` and `json` are what the server sent, `text`, `error_text` and `quote` are without the `key`. `error` is the
     exception's name where there is no answer; `truncated` means that the body is longer than was read; `retry_after`
-    is in seconds.
+    is in seconds. `url` is the address that was asked.
     """
 
     status: int = 0
@@ -101,6 +102,7 @@ class Reply:
     failure: Failure = ""
     error: str = ""
     key: str = field(default="", repr=False)
+    url: str = ""
 
     def json(self) -> Any:
         """The body as JSON, None where it is not (see `read_json`) or not whole."""
@@ -132,7 +134,8 @@ class Reply:
 class Endpoint:
     """Where a server is and which environment variable holds its key. One exchange may take `timeout` seconds.
 
-    `key_header` is the header of the key and what stands before it there; `headers` go along with every request.
+    `key_header` is the header of the key and what stands before it there; `headers` go along with every request. With
+    `addresses`, of which `url` is the first, each request goes to one of them.
     """
 
     url: str
@@ -141,6 +144,12 @@ class Endpoint:
     connect_timeout: float = CONNECT_SECONDS
     key_header: tuple[str, str] = ("Authorization", "Bearer ")
     headers: Mapping[str, str] = field(default_factory=dict)
+    addresses: Addresses | None = None
+
+    @property
+    def urls(self) -> list[str]:
+        """All of its addresses."""
+        return [self.url] if self.addresses is None else [address.url for address in self.addresses.all]
 
     @contextlib.asynccontextmanager
     async def connect(self) -> AsyncIterator[Connection]:
@@ -154,7 +163,7 @@ class Endpoint:
         key = read_key(self.key_variable)
         header, prefix = self.key_header
         headers = {"Accept-Encoding": "identity", **self.headers} | ({header: f"{prefix}{key}"} if key else {})
-        verify: Any = certificates() if self.url.startswith("https") else False
+        verify: Any = certificates() if any(url.startswith("https") for url in self.urls) else False
         async with httpx2.AsyncClient(
             headers=headers,
             verify=verify,
@@ -180,12 +189,16 @@ class Endpoint:
 
 
 class Connection:
-    """An open pool of connections to one endpoint."""
+    """An open pool of connections to one endpoint, at all of its addresses."""
 
     def __init__(self, endpoint: Endpoint, client: httpx2.AsyncClient, key: str) -> None:
         self.endpoint = endpoint
         self._client = client
         self.key = key
+
+    def at(self, url: str) -> Connection:
+        """The same connections, to one of the endpoint's addresses alone."""
+        return Connection(replace(self.endpoint, url=url, addresses=None), self._client, self.key)
 
     async def send(self, call: Call, max_bytes: int = MAX_BYTES, seconds: float | None = None) -> Reply:
         """One try, in `seconds` (the endpoint's timeout if left out). A failed exchange is a reply, too.
@@ -193,7 +206,18 @@ class Connection:
         Args:
             max_bytes: no more of the answer is read.
         """
-        url = self.endpoint.url.removesuffix("/v1") if call.at_root else self.endpoint.url
+        addresses = self.endpoint.addresses
+        if addresses is None:
+            reply = await self._exchange(self.endpoint.url, call, max_bytes, seconds)
+            return replace(reply, url=self.endpoint.url)
+        async with addresses.turn() as address:
+            began = addresses.clock()
+            reply = await self._exchange(address.url, call, max_bytes, seconds)
+        addresses.learn(address, reply.status, reply.outcome(), reply.retry_after, began=began)
+        return replace(reply, url=address.url)
+
+    async def _exchange(self, address: str, call: Call, max_bytes: int, seconds: float | None) -> Reply:
+        url = address.removesuffix("/v1") if call.at_root else address
         upload = call.upload
         try:
             async with (

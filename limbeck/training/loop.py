@@ -161,6 +161,7 @@ def _gradients(
         shortage: str | None = None
         try:
             shares = distributed.shares(batches)
+            job.objective.expect(shares[distributed.rank()])
             for batch, counts in sharded.passes(job, shares[distributed.rank()], batches, max(map(len, shares))):
                 if counts:
                     sums.add(backward(job, batch, terms, amounts, step=step))
