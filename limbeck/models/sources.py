@@ -17,12 +17,13 @@ from transformers import LlamaConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.adapters import base_of, check_adapters, has_adapters, with_adapters
-from limbeck.models.folder import contents, convert_gguf, fingerprint, quiet, read_config, read_tokenizer, read_weights
+from limbeck.models.fingerprint import check_sealed, contents, fingerprint, known_sha256
+from limbeck.models.folder import convert_gguf, quiet, read_config, read_tokenizer, read_weights
 from limbeck.models.model import Model
 from limbeck.models.named import NAMED, fetch, home
 from limbeck.models.quantised import check_numbers, check_readable
 from limbeck.models.weights import check_folder
-from limbeck.storage.files import exclusive, file_sha256, sweep
+from limbeck.storage.files import exclusive, sweep
 from limbeck.types import UserError, nearest
 
 HUB_METADATA = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -67,7 +68,7 @@ class ModelSource(ABC):
         return self._identity(name, self.folder(name))
 
     def contents(self, name: str) -> str:
-        """A hash that tells models apart which the identity, made to be quick, may not."""
+        """A hash of the model's files alone, whatever it is called."""
         return contents(self.folder(name))
 
     def load(self, name: str, dtype: torch.dtype) -> Model:
@@ -128,7 +129,7 @@ class GgufSource(ModelSource):
         path = Path(name).expanduser()
         if not path.is_file():
             raise UserError(f"there is no GGUF file at {name}")
-        return home() / "converted" / file_sha256(path)[:16]
+        return home() / "converted" / known_sha256(path)[:16]
 
 
 class FolderSource(ModelSource):
@@ -143,8 +144,13 @@ class FolderSource(ModelSource):
             raise UserError(f"{name} has no config.json, so it is not a model in Hugging Face form")
         return path
 
+    def load(self, name: str, dtype: torch.dtype) -> Model:
+        check_sealed(self.folder(name), name)
+        return super().load(name, dtype)
+
     def check(self, name: str) -> None:
         folder = self.folder(name)
+        check_sealed(folder, name)
         config = read_config(folder, name)
         check_readable(config, name)
         with quiet():

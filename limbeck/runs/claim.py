@@ -12,6 +12,7 @@ import yaml
 
 from limbeck.config.binding import training_part
 from limbeck.config.recipe import Recipe, as_yaml, parse
+from limbeck.models.fingerprint import NAMING, names_by_edges
 from limbeck.storage.files import is_leftover, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import NAME, RecipeError, UserError, content_hash
@@ -19,10 +20,18 @@ from limbeck.types import NAME, RecipeError, UserError, content_hash
 INPUTS = "inputs.json"
 HELD_OUT = "held-out prompts"  # of the inputs the one that may change: what is asked of them is asked anew
 TRAINING = "training"  # what the folder's checkpoints are named by
+WHOLE = "weights"  # all bytes of the models, where the folder names them by the edges of their files
 BEFORE_THE_RECIPE = frozenset(
     {".lock", INPUTS, "machine.json", "plan.json", "prompts.json", "answers.json", "start.json"}
     | {f"store.sqlite{end}" for end in ("", "-wal", "-shm", "-journal")}
 )
+
+
+def follow_names(*folders: Path | None) -> None:
+    """Name models as these folders of a run do: those of older versions by the edges of their files."""
+    files = [folder / INPUTS for folder in folders if folder is not None]
+    there = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    NAMING.by_edges = any(map(names_by_edges, there))
 
 
 def run_folder(recipe: Recipe, out: str | Path | None) -> Path:
@@ -135,6 +144,7 @@ def _settled_inputs(
     if not (folder / INPUTS).exists():
         return {}
     settled = _settled(folder / INPUTS, json.loads)
+    settled |= {WHOLE: facts[WHOLE]} if WHOLE in facts and WHOLE not in settled else {}
     if HELD_OUT in facts and HELD_OUT not in settled and earlier is not None and older is not None:
         with contextlib.suppress(UserError):  # files that are gone: the prompts have changed
             together, training = older(earlier)

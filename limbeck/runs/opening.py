@@ -15,19 +15,21 @@ import torch
 from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe
 from limbeck.evaluate.efficiency import system_load
+from limbeck.models.fingerprint import NAMING
+from limbeck.models.load import model_contents
 from limbeck.models.scores import scorer_identity
 from limbeck.models.template_names import template_suffix
 from limbeck.objectives.sizes import SIZES
 from limbeck.progress import Reporter
 from limbeck.runs.answers import keep_for_others
-from limbeck.runs.claim import HELD_OUT, claim
+from limbeck.runs.claim import HELD_OUT, WHOLE, claim
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
 from limbeck.runs.named import input_name
 from limbeck.runs.resolve import Method, resolve
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
-from limbeck.types import ANSWER_ENDS, TAUGHT_FINISHES, NothingLeftError, Sample
+from limbeck.types import ANSWER_ENDS, TAUGHT_FINISHES, NothingLeftError, Sample, content_hash
 
 
 def bind(folder: Path, method: Method, models: RunModels, reporter: Reporter) -> None:
@@ -46,7 +48,12 @@ def bind(folder: Path, method: Method, models: RunModels, reporter: Reporter) ->
         judges = () if method.rewards is None else method.rewards.judges
         steps = [step for _, step in (*method.steps, *judges)]
         asked = {name for step in steps for name in step.asks() if name in models.named}
-        return facts | {input_name(name): models.named.identity(name) for name in sorted(asked)}
+        facts |= {input_name(name): models.named.identity(name) for name in sorted(asked)}
+        if NAMING.by_edges:
+            named = [models.named.settings(name).model for name in sorted(asked)]
+            sources = [recipe.teacher.model, *named]
+            facts[WHOLE] = content_hash([model_contents(str(source)) for source in sources if source is not None])
+        return facts
 
     def older(earlier: Recipe) -> tuple[str, str]:
         before = fitted(resolve(earlier))
