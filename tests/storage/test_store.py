@@ -118,3 +118,55 @@ def test_another_file_is_refused_and_left_alone(tmp_path):
     with pytest.raises(UserError, match="not a store"):
         Store(file)
     assert file.read_bytes().startswith(b"something else")
+
+
+def stored(folder):
+    """A store with one answer, and its request."""
+    asked = request(prompt_id="p1")
+    sample = Sample((*asked.messages, {"role": "assistant", "content": "yes"}), "model@1", (5, 6), ("a",), {"k": 1})
+    with Store(folder / "s.sqlite") as store:
+        store.record(asked, sample, "ok")
+    return asked, sample
+
+
+DAMAGES = {
+    "text": "update samples set body = replace(body, 'yes', 'yet')",
+    "ids": "update samples set body = replace(body, '[5,6]', '[5,7]')",
+    "what is not in its id": """update samples set body = replace(body, '"k":1', '"k":3')""",
+    "no JSON": "update samples set body = substr(body, 2)",
+    "end": "update answers set finish = 'length'",
+    "no end": "update answers set finish = 'og'",
+    "question": """update answers set request = replace(request, '"seed":0', '"seed":8')""",
+    "link": "update answers set sample_id = 'x'",
+    "gone": "delete from samples",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_row_that_is_not_what_was_stored_is_told(tmp_path, damage):
+    asked, sample = stored(tmp_path)
+    with Store(tmp_path / "s.sqlite") as store:
+        assert store.answered(asked) == sample
+        store._db.execute("pragma foreign_keys = off")
+        store._db.execute(DAMAGES[damage])
+        with pytest.raises(UserError, match=r"is not what was stored.*delete from answers") as refusal:
+            store.answered(asked)
+        if damage != "end":  # the text is what was stored
+            assert list(store.answers_of("model@1")) == []
+        store._db.executescript(str(refusal.value).rpartition("sqlite3")[2].split('"')[1])
+        assert store.answered(asked) is None
+        store.record(asked, sample, "ok")
+        assert store.answered(asked) == sample and len(list(store.answers_of("model@1"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["text", "ids", "no JSON", "no end", "link"])
+def test_a_store_of_an_older_version_is_read_and_its_texts_are_checked(tmp_path, damage):
+    asked, sample = stored(tmp_path)
+    with Store(tmp_path / "s.sqlite") as store:
+        store._db.execute("drop table sums")
+    with Store(tmp_path / "s.sqlite") as store:
+        assert store.answered(asked) == sample
+        store._db.execute("pragma foreign_keys = off")
+        store._db.execute(DAMAGES[damage])
+        with pytest.raises(UserError, match="is not what was stored"):
+            store.answered(asked)
