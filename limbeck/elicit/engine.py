@@ -72,7 +72,8 @@ def elicit(
         tolerate: with None, which is for measurements, none may fail, and malformed ones are what they are.
 
     Raises:
-        UserError: too many answers failed or are malformed. The others are stored.
+        UserError: too many answers failed or are malformed, or another version of the model answers. The answers before
+            are stored.
     """
     by_key = {request.key: sample for request in requests if (sample := store.answered(request))}
     total = len({request.key for request in requests})
@@ -87,6 +88,8 @@ def elicit(
     if waiting:
         on_progress(len(by_key), total, 0)
         for request, answer, reused in ask_once(waiting, answerer, stop, sharing):
+            if answer.answered_by is not None:
+                _check_name(store.name_of(request.model, answer.answered_by), answer.answered_by)
             message = {"role": "assistant", "content": answer.text}
             sample = Sample((*request.messages, message), request.model, answer.ids, meta=dict(request.meta))
             crash_point("elicit.before_record")
@@ -107,6 +110,16 @@ def elicit(
         for request, sample, answer in lost.values():
             store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage)
     return [by_key[request.key] for request in requests if request.key in by_key]
+
+
+def _check_name(before: str, now: str) -> None:
+    """Refuse another version of a model in the middle of a run."""
+    if now != before:
+        raise UserError(
+            f"{now!r} answers now, and {before!r} answered before in this run: name the version that you mean in"
+            " teacher.server.name, and give another --out; or, if both are one to you, set teacher.server.answers_as to"
+            " the name that they share"
+        )
 
 
 def _keep(store: Store, sample: Sample, answered: tuple[Request, Generated], reused: bool) -> None:

@@ -44,6 +44,7 @@ create table if not exists reused (
     key text primary key, writer text not null, read integer not null, written integer not null
 ) strict;
 create table if not exists sums (id text primary key, sha256 text not null) strict;
+create table if not exists names (writer text primary key, name text not null) strict;
 create table if not exists bodies (key text primary key, raw text not null) strict;
 create table if not exists scores (judge text not null, name text not null, nats real not null, tokens integer not null,
     primary key (judge, name)
@@ -202,6 +203,11 @@ class Store:
         """How likely this model finds answers, by the key of the `ScoreRequest`."""
         rows = self._db.execute("select name, nats, tokens from scores where judge = ?", (judge,))
         return {name: LogProb(nats, tokens) for name, nats, tokens in rows}
+
+    def name_of(self, writer: str, name: str) -> str:
+        """The name under which a server's model answered first, which is this one if it did not yet."""
+        self._db.execute("insert or ignore into names values (?, ?)", (writer, name))
+        return str(self._db.execute("select name from names where writer = ?", (writer,)).fetchone()[0])
 
     def body(self, key: str) -> str | None:
         """The stored body of the server's reply, None if there is none."""
