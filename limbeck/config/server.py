@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from limbeck.config.keys import check_key
 from limbeck.config.sections import Section
 
 ServerKind = Literal[
@@ -56,12 +57,13 @@ class Limits(Section):
 class Served(Section):
     """A server that writes the teacher's text.
 
-    `url` is its address up to `/v1`, `name` the model's name there, `key` the environment variable with its key. `kind`
-    is the program or the provider (`models/engines.py` has their table); `options` go into the body of every request as
-    they are. Up to `concurrency` requests run at once; each may take `timeout` seconds and is retried `retries` times.
-    With `batch`, requests use the server's batch interface: answers within a day, usually at half the price. With
-    `names`, the server also gives this many top tokens at each position of every step's text, which the student may
-    write. With `logprobs`, it gives this many at each position of the text that it writes itself.
+    `url` is its address up to `/v1`, `name` the model's name there, `key` the environment variable with its key:
+    `LIMBECK_...`, or a provider's own, which goes to that provider alone. `kind` is the program or the provider
+    (`models/engines.py` has their table); `options` go into the body of every request as they are. Up to `concurrency`
+    requests run at once; each may take `timeout` seconds and is retried `retries` times. With `batch`, requests use the
+    server's batch interface: answers within a day, usually at half the price. With `names`, the server also gives this
+    many top tokens at each position of every step's text, which the student may write. With `logprobs`, it gives this
+    many at each position of the text that it writes itself.
 
     `answers_as` is the model's name in its answers, where that is another. Reasoning that comes beside an answer is
     taught before it; `reasoning: drop` leaves it out. No more than the share `tolerate` of the answers may fail or be
@@ -89,6 +91,7 @@ class Served(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Served:
+        check_key(self.key, self.url)
         for path, key in _keys(self.options):
             if key in OURS:
                 raise ValueError(f"options.{path} can't be set here: {OURS[key]}")

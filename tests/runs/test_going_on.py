@@ -318,7 +318,7 @@ def test_records_of_a_version_that_did_not_say_whose_they_are(trained, data):
 def test_limits_of_the_server_may_change_and_the_server_may_not(served):
     plain = served("http://x/v1")
     limits = {
-        "key": "OTHER_KEY", "concurrency": 9, "requests_per_minute": 5, "tokens_per_minute": 7, "timeout": 3.0,
+        "key": "LIMBECK_OTHER_KEY", "concurrency": 9, "requests_per_minute": 5, "tokens_per_minute": 7, "timeout": 3.0,
         "retries": 1, "batch": True, "answers_as": "x", "tolerate": 0.1, "price": {"input": 1}, "limits": {"money": 3},
     }  # fmt: skip
     for name, value in limits.items():
