@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from limbeck.config.binding import training_part
+from limbeck.config.older import FORMAT, FORMAT_NAME, INPUTS, filled
 from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.models.fingerprint import NAMING, names_by_edges
 from limbeck.storage.files import is_leftover, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import NAME, RecipeError, UserError, content_hash
 
-INPUTS = "inputs.json"
 HELD_OUT = "held-out prompts"  # of the inputs the one that may change: what is asked of them is asked anew
 TRAINING = "training"  # what the folder's checkpoints are named by
 WHOLE = "weights"  # all bytes of the models, where the folder names them by the edges of their files
@@ -91,9 +91,10 @@ def claim(
     if file.exists() and not _is_empty(folder):
         sweep(folder)
         before = _settled(file, yaml.safe_load)
-        earlier = _read(before)
-        if recipe.training_hash not in (content_hash(training_part(before)), earlier and earlier.training_hash):
-            now, then = training_part(recipe.resolved()), training_part(before)
+        whole = filled(before, folder)
+        earlier = _read(whole)
+        if recipe.training_hash not in (content_hash(training_part(whole)), earlier and earlier.training_hash):
+            now, then = training_part(recipe.resolved()), training_part(whole)
             changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
             raise UserError(
                 f"{folder} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, or"
@@ -103,7 +104,7 @@ def claim(
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
     facts = inputs()
     settled = _settled_inputs(folder, facts, earlier, older)
-    bound = (settled.keys() | facts.keys() if settled else set[str]()) - {HELD_OUT, TRAINING}
+    bound = (settled.keys() | facts.keys() if settled else set[str]()) - {HELD_OUT, TRAINING, FORMAT_NAME}
     if changed := sorted(key for key in bound if settled.get(key) != facts.get(key)):
         raise UserError(
             f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out"
@@ -114,7 +115,7 @@ def claim(
         probe()
     if before != recipe.resolved():
         write_text(file, as_yaml(recipe))
-    facts = facts | {TRAINING: settled.get(TRAINING) or _training_key(before, recipe)}
+    facts = facts | {TRAINING: settled.get(TRAINING) or _training_key(before, recipe), FORMAT_NAME: str(FORMAT)}
     if read_json(folder / INPUTS) != facts:
         write_json(folder / INPUTS, facts)
 
