@@ -72,8 +72,7 @@ def elicit(
         tolerate: with None, which is for measurements, none may fail, and malformed ones are what they are.
 
     Raises:
-        UserError: too many answers failed or are malformed, or another version of the model answers. The answers before
-            are stored.
+        UserError: too many answers failed or are malformed, or another version answers. The answers before are stored.
     """
     by_key = {request.key: sample for request in requests if (sample := store.answered(request))}
     total = len({request.key for request in requests})
@@ -88,8 +87,6 @@ def elicit(
     if waiting:
         on_progress(len(by_key), total, 0)
         for request, answer, reused in ask_once(waiting, answerer, stop, sharing):
-            if answer.answered_by is not None:
-                _check_name(store.name_of(request.model, answer.answered_by), answer.answered_by)
             message = {"role": "assistant", "content": answer.text}
             sample = Sample((*request.messages, message), request.model, answer.ids, meta=dict(request.meta))
             crash_point("elicit.before_record")
@@ -123,8 +120,14 @@ def _check_name(before: str, now: str) -> None:
 
 
 def _keep(store: Store, sample: Sample, answered: tuple[Request, Generated], reused: bool) -> None:
-    """Store a request's answer with what its server said of it."""
+    """Store a request's answer with what its server said of it.
+
+    Raises:
+        UserError: another version of the model answers.
+    """
     request, answer = answered
+    if answer.answered_by is not None:
+        _check_name(store.name_of(request.model, answer.answered_by), answer.answered_by)
     told = [] if answer.told is None else [Evidence(sample.id, TOLD, request.model, answer.told)]
     store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage, evidence=told, reused=reused)
 
