@@ -261,6 +261,21 @@ class Store:
             return dict(db.execute("select finish, count(*) from answers group by finish order by finish"))
 
     @staticmethod
+    def questions(path: Path) -> dict[str, tuple[dict[str, Any], str]]:
+        """(what was asked, how its answer ended) by request key. Opens the file read-only.
+
+        Raises:
+            sqlite3.Error: the file is no store.
+            ValueError: a question is damaged.
+        """
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            rows = db.execute("select key, request, finish from answers order by key").fetchall()
+        return {
+            key: ({name: value for name, value in json.loads(asked).items() if name != "meta"}, finish)
+            for key, asked, finish in rows
+        }
+
+    @staticmethod
     def answer_lengths(path: Path) -> tuple[int, float]:
         """(how many answers are taught, their mean length in tokens); of text without tokens, four letters are one.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from limbeck.elicit.engine import elicit
 from limbeck.storage.store import Store
-from limbeck.types import Evidence, Generated, Request, Sample, Sampling, UserError
+from limbeck.types import AnswerForm, Evidence, Generated, Request, Sample, Sampling, UserError
 
 
 def request(text="q", seed=0, **meta):
@@ -82,6 +84,28 @@ def test_keys_are_golden():
         == request(anything="else").key
         == "be80e08660f79c5500d25ab0ddf4944c0d2416b5192025fe985f3eb06ea2438e"
     )
+
+
+USER = ({"role": "user", "content": "q"},)
+GOLDEN = {
+    "35f48917cab6a3b6e2e9086648fe6a8acf61d58cf4da794354cd81c828335f09": {"raw": "<|user|>"},
+    "8472157205a7ccef38fc5e5cb5c1aa43ca74c771e8161a052fca41106eae234c": {"against": USER, "contrast": 0.5},
+    "8d57229b06594e0a7d187d9f70fba69e83b1198fc7a5638615263f98477b9444": {"form": AnswerForm(labels=("a", "b"))},
+    "3f600c1ac8698a2a4634624ebd6c1e1277f18b937ed805ed14a7235d6cfe02ec": {"shown": USER},
+    "3891dfcda49ef2796340c842b5da76900450a9777fc28c6203321a8a63393f1a": {
+        "sampling": Sampling(0.5, 0.9, 10, stop=("\n",))
+    },
+}
+
+
+@pytest.mark.parametrize("key", GOLDEN)
+def test_keys_of_requests_with_more_fields_are_golden_too(key):
+    assert replace(request(), **GOLDEN[key]).key == key
+
+
+def test_ids_of_samples_are_golden():
+    sample = Sample((*USER, {"role": "assistant", "content": "x"}), "model@1", (1,), ("a",), {"k": 1})
+    assert sample.id == "18f12ea1457e62979611c01e407f928f8b06fbfa25b6f34cca5ede564d1eda46"
 
 
 def test_evidence_round_trip(tmp_path):
