@@ -5,10 +5,10 @@
 
 As many recipes run at once as there are cores, each with one thread; one that takes longer than LIMIT_S is ended.
 
-The size is the same for all: at most PROMPTS training prompts, STEPS steps of TOKENS response tokens, HELD_OUT held-out
-answers and items of a task (`small`). It shows that a recipe runs and that its loss falls, not how good its method is.
-A recipe that asks for a server gets one here: llama.cpp with SmolLM2-135M, or vLLM where one is set up by `make vllm`.
-What can't run here has its reason instead of figures.
+The size is the same for all (`small`): at most PROMPTS training prompts (half of them where steps make text of them),
+STEPS steps of TOKENS response tokens, HELD_OUT held-out answers and ITEMS items of a task. It shows that a recipe runs
+and that its loss falls, not how good its method is. A recipe that asks for a server gets one here: llama.cpp with
+SmolLM2-135M, or vLLM where one is set up by `make vllm`. What can't run here has its reason instead of figures.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -32,11 +34,15 @@ from limbeck.commands.serve import KEY, serve
 from limbeck.config.builtin import evidence_file, recipe_files
 from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.models.load import model_folder
+from limbeck.models.placement import multiplies_in_bfloat16
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import Metrics, read_json
 from limbeck.storage.rounds import kept_round, rounds_in
 
-PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, COUNT = 16, 6, 128, 32, 6, 12
+PROMPTS, STEPS, TOKENS, ANSWER, HELD_OUT, ITEMS, COUNT = 16, 6, 128, 32, 6, 3, 12
+WRITTEN = 160  # tokens of an answer in the steps WRITING
+WRITING = ("answer", "critique", "debate", "lengthen", "rationale", "rationalise", "refine")
+GROUPS, GROUP = 4, 4  # of a step with rewards
 LIMIT_S = 1200
 RUNS = Path("runs/evidence")
 MODEL = "smollm2-135m-instruct"
@@ -61,17 +67,17 @@ VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
 def small(recipe: Recipe) -> list[str]:
     """The overrides that bring a recipe to the size at which all are run."""
     settings: dict[str, Any] = {
-        "prompts.limit": min(recipe.prompts.limit or PROMPTS, PROMPTS),
+        "prompts.limit": min(recipe.prompts.limit or PROMPTS, PROMPTS // 2 if recipe.elicit else PROMPTS),
         "train.epochs": None,
         "train.steps": STEPS,
         "train.tokens_per_step": TOKENS,
         "evaluate.limit": HELD_OUT,
         "evaluate.max_tokens": ANSWER,
-        "evaluate.own_prompts": HELD_OUT // 2,
+        "evaluate.own_prompts": 1,
         "evaluate.controls": ["untouched"],
     }
     if tasks := [name for name in recipe.evaluate.metrics if name != "fidelity"]:
-        settings["evaluate.limits"] = dict.fromkeys(tasks, HELD_OUT)
+        settings["evaluate.limits"] = dict.fromkeys(tasks, ITEMS)
     if recipe.student.start.prune is not None and recipe.student.start.prune.keep in ("importance", "block_influence"):
         settings["student.start.prune.calibration"] = 1
     if all(writer.by != "elicited" for writer in recipe.writer):
@@ -79,8 +85,24 @@ def small(recipe: Recipe) -> list[str]:
         writers = [writer.model_dump(mode="json", exclude_unset=True) for writer in recipe.writer]
         settings["writer"] = [writer | {"max_tokens": tokens} for writer, tokens in zip(writers, most, strict=True)]
     for index, step in enumerate(recipe.elicit or []):
-        for key in sorted(step.params.keys() & {"count", "requests"}):
-            settings[f"elicit.{index}.params.{key}"] = min(step.params[key], COUNT)
+        for key, limit in {"count": COUNT, "requests": COUNT, "each": 1}.items():
+            if key in step.params:
+                settings[f"elicit.{index}.params.{key}"] = min(step.params[key], limit)
+        if step.name in WRITING:
+            settings[f"elicit.{index}.params.max_tokens"] = min(step.params.get("max_tokens", WRITTEN), WRITTEN)
+    if recipe.rollout is not None and recipe.rollout.rewards:
+        settings |= {"rollout.prompts": GROUPS, "rollout.group": min(recipe.rollout.group or GROUP, GROUP)}
+    if multiplies_in_bfloat16():
+        settings["train.precision"] = "bfloat16"
+    if recipe.rounds is not None:
+        short = {"epochs": None, "steps": STEPS, "tokens_per_step": TOKENS}
+        settings["rounds.n"] = min(recipe.rounds.n, 2)
+        parts = {"first": recipe.rounds.first} | {
+            f"stages.{name}": part for name, part in (recipe.rounds.stages or {}).items()
+        }
+        for name, part in parts.items():
+            if part is not None:
+                settings[f"rounds.{name}"] = part | {"train": part.get("train", {}) | short}
     return [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
 
 
@@ -95,7 +117,7 @@ def server_for(recipe: str) -> Iterator[list[str]]:
     if kind == "llama.cpp":
         server = serve(MODEL, context=512, slots=2)
         yield _address(server.url, kind)
-        server.server.stop()
+        del server  # which stops it
         return
     log = RUNS / "vllm.log"
     with VllmServer(model_folder(MODEL), MODEL, log.resolve(), key=os.environ[KEY]) as running:
@@ -111,9 +133,11 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     """Run a recipe in a process of its own; its row of evidence."""
     loaded = load_recipe(recipe_files()[recipe])
     row: dict[str, Any] = {"recipe": recipe, "hash": loaded.hash}
+    print(f"{name} ...", flush=True)
     if SERVED.get(recipe) == "vllm" and not PYTHON.exists():
         return row | {"not_run": "needs vLLM: `make vllm`"}
     folder = RUNS / name.replace(", ", "-").replace(" ", "-")
+    shutil.rmtree(folder, ignore_errors=True)
     with server_for(recipe) as address:
         command = [sys.executable, "-m", "limbeck", "run", recipe, *small(loaded), *overrides, *address]
         command += ["--set=machine.threads=1", "--out", str(folder)]
@@ -171,14 +195,23 @@ def main() -> None:
         "tokens_per_step": TOKENS,
         "answer_tokens": ANSWER,
         "held_out_answers": HELD_OUT,
+        "task_items": ITEMS,
         "made_prompts": COUNT,
+        "groups": [GROUPS, GROUP],
+        "precision": "bfloat16" if multiplies_in_bfloat16() else "float32",
     }
     evidence["machine"] = f"{platform.machine()}, {cores} cores, a recipe on each, beside other work"
     with ThreadPoolExecutor(cores) as pool:
         running = {pool.submit(run, name, *work[name]): name for name in due}
         for future in as_completed(running):
-            evidence["rows"][running[future]] = future.result()
-            print(f"{running[future]}: {json.dumps(future.result())}", flush=True)
+            name = running[future]
+            try:
+                row = future.result()
+            except Exception:  # noqa: BLE001 (of one recipe: the others go on)
+                traceback.print_exc()
+                continue
+            evidence["rows"][name] = row
+            print(f"{name}: {json.dumps(row)}", flush=True)
             evidence["rows"] = {key: evidence["rows"][key] for key in work if key in evidence["rows"]}
             write_json(file, evidence)
 

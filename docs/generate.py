@@ -60,6 +60,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         evidence.precisions,
         evidence.methods,
         evidence.on_policy_methods,
+        evidence.recipes_run,
         cases.case_intents,
         cases.case_names,
         cases.case_maths,
