@@ -74,6 +74,7 @@ class ModelSource(ABC):
     def load(self, name: str, dtype: torch.dtype) -> Model:
         """The model in evaluation mode."""
         folder = self.folder(name)
+        check_sealed(folder, name)
         with quiet():
             return Model(read_weights(folder, name, dtype), self.tokenizer(name), self._identity(name, folder))
 
@@ -144,10 +145,6 @@ class FolderSource(ModelSource):
             raise UserError(f"{name} has no config.json, so it is not a model in Hugging Face form")
         return path
 
-    def load(self, name: str, dtype: torch.dtype) -> Model:
-        check_sealed(self.folder(name), name)
-        return super().load(name, dtype)
-
     def check(self, name: str) -> None:
         folder = self.folder(name)
         check_sealed(folder, name)
@@ -214,10 +211,14 @@ class AdapterSource(ModelSource):
 
 
 class HubSource(ModelSource):
-    """A hub id `owner/name`: safetensors, configuration and tokenizer only."""
+    """A hub id `owner/name`, or `owner/name@REVISION` (a commit, so that it stays as it is): safetensors, configuration
+    and tokenizer only."""
 
     def matches(self, name: str) -> bool:
         return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+    def label(self, name: str) -> str:
+        return name.partition("@")[0]
 
     def folder(self, name: str) -> Path:
         return self._download(name, ["*.safetensors", *HUB_METADATA])
@@ -226,13 +227,14 @@ class HubSource(ModelSource):
         return self._download(name, HUB_METADATA)
 
     @staticmethod
-    def _download(repository: str, files: list[str]) -> Path:
+    def _download(name: str, files: list[str]) -> Path:
+        repository, _, revision = name.partition("@")
         try:
-            return Path(snapshot_download(repository, allow_patterns=files))
+            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"can't fetch {repository!r} from the hub: {reason}; give a directory or a .gguf file instead"
+                f"can't fetch {name!r} from the hub: {reason}; give a directory or a .gguf file instead"
             ) from error
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from limbeck.commands.export.student import find_student
-from limbeck.models import fingerprint
+from limbeck.models import fingerprint, sources
 from limbeck.models.fingerprint import NAMING, contents, known_sha256, names_by_edges, seal_export
 from limbeck.models.load import check_source, load_model, model_contents, model_identity
 from limbeck.storage.files import file_sha256
@@ -136,3 +136,17 @@ def test_a_file_that_was_put_into_an_export_or_taken_out_is_seen(sealed):
     (sealed / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not as it was exported"):
         load_model(str(sealed))
+
+
+def test_a_hub_model_can_be_pinned_and_is_told_by_its_contents(tiny_folder, monkeypatch):
+    asked = []
+
+    def snapshot(repository, revision, allow_patterns):
+        asked.append((repository, revision))
+        return str(tiny_folder)
+
+    monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    pinned, newest = model_identity(f"me/small@{commit}"), model_identity("me/small")
+    assert pinned == newest == load_model(f"me/small@{commit}").identity and pinned.startswith("me/small@")
+    assert asked[0] == ("me/small", commit) and ("me/small", None) in asked and not names_by_edges(pinned)
