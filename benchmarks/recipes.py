@@ -21,6 +21,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -48,6 +49,13 @@ RUNS = Path("runs/evidence")
 MODEL = "smollm2-135m-instruct"
 SERVED = {"api-own-logprobs": "llama.cpp", "api-top-logprobs": "llama.cpp", "minillm-from-server": "vllm"}
 QWEN = "qwen2.5-coder-0.5b-instruct"
+OWN = {  # what a recipe needs at this size
+    "distillm": ["--set=rollout.validation.prompts=4"],
+    "codeultrafeedback": [f"--set=teacher={QWEN}"],  # a teacher that writes such text at all
+    "distilling-step-by-step": [f"--set=teacher={QWEN}"],
+    "equation-reasoner": [f"--set=teacher={QWEN}"],
+}
+LARGE = threading.Lock()  # models of some gigabytes: one recipe of them at a time
 VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
     "quickstart, robustness": (
         "quickstart",
@@ -75,6 +83,7 @@ def small(recipe: Recipe) -> list[str]:
         "evaluate.max_tokens": ANSWER,
         "evaluate.own_prompts": 1,
         "evaluate.controls": ["untouched"],
+        "evaluate.speeds": False,
     }
     if tasks := [name for name in recipe.evaluate.metrics if name != "fidelity"]:
         settings["evaluate.limits"] = dict.fromkeys(tasks, ITEMS)
@@ -133,13 +142,24 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     """Run a recipe in a process of its own; its row of evidence."""
     loaded = load_recipe(recipe_files()[recipe])
     row: dict[str, Any] = {"recipe": recipe, "hash": loaded.hash}
+    row |= {"also": [one.removeprefix("--set=") for one in OWN[recipe]]} if recipe in OWN else {}
     print(f"{name} ...", flush=True)
     if SERVED.get(recipe) == "vllm" and not PYTHON.exists():
         return row | {"not_run": "needs vLLM: `make vllm`"}
     folder = RUNS / name.replace(", ", "-").replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
     with server_for(recipe) as address:
-        command = [sys.executable, "-m", "limbeck", "run", recipe, *small(loaded), *overrides, *address]
+        command = [
+            sys.executable,
+            "-m",
+            "limbeck",
+            "run",
+            recipe,
+            *small(loaded),
+            *OWN.get(recipe, []),
+            *overrides,
+            *address,
+        ]
         command += ["--set=machine.threads=1", "--out", str(folder)]
         began = time.perf_counter()
         try:
@@ -188,6 +208,7 @@ def main() -> None:
         raise SystemExit(f"no recipe or variant: {', '.join(unknown)}; there are {', '.join(work)}")
     RUNS.mkdir(parents=True, exist_ok=True)
     due = chosen or [name for name in work if not _current(evidence["rows"].get(name, {}), work[name][0])]
+    due.sort(key=lambda name: (work[name][0] in OWN, _is_large(work[name][0])))  # what takes long, last
     cores = len(os.sched_getaffinity(0))
     evidence["size"] = {
         "prompts": PROMPTS,
@@ -214,6 +235,10 @@ def main() -> None:
             print(f"{name}: {json.dumps(row)}", flush=True)
             evidence["rows"] = {key: evidence["rows"][key] for key in work if key in evidence["rows"]}
             write_json(file, evidence)
+
+
+def _is_large(recipe: str) -> bool:
+    return "qwen2.5-coder-1.5b-instruct" in recipe_files()[recipe].read_text()
 
 
 def _current(row: dict[str, Any], recipe: str) -> bool:

@@ -324,7 +324,8 @@ class Evaluate(Section):
     is the student before training, `prompted` the same with the prompt that only the teacher is shown. The other
     controls are trained for as many steps and tokens as the student: `sft_control` on the teacher's text,
     `gold_control` on the prompts' own answers, `shuffled_control` on the teacher's answers shuffled over the prompts.
-    `judge` is a model that compares the student's answers with every other system's.
+    `judge` is a model that compares the student's answers with every other system's. `speeds: false` measures no
+    speeds, as on a machine that is busy with other work.
     """
 
     metrics: list[str] = ["fidelity"]
@@ -334,6 +335,7 @@ class Evaluate(Section):
     own_prompts: Annotated[int, Field(ge=1)] | None = None
     controls: list[str] = ["untouched", "sft_control"]  # names in training.controls.CONTROLS
     judge: str | None = None
+    speeds: Annotated[Literal[False] | None, BeforeValidator(lambda value: None if value is True else value)] = None
     limits: Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
 
     @model_validator(mode="before")

@@ -36,6 +36,7 @@ class TextSource:
     Args:
         show: turns a conversation into the one that the teacher's server is sent, where that is another.
         step_prompt: what a step shows the teacher, and held-out text and measurements show it, too.
+        holds_out_answers: whether the held-out text is the prompts' own answers, and not the teacher's.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class TextSource:
     held_out_prompts: Sequence[Prompt]
     show: Show | None = None
     step_prompt: StepPrompt | None = None
+    holds_out_answers: bool = False
 
     def shown(self, messages: tuple[Message, ...], with_step: bool) -> tuple[Message, ...] | None:
         """What the teacher is sent for this conversation, `with_step` as the step shows it; None if it is the same."""

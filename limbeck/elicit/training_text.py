@@ -182,7 +182,10 @@ class TrainingText:
         return [self._described(sample, prompt, TEACHER, 0) for prompt, sample in zip(prompts, samples, strict=True)]
 
     def held_out(self) -> list[Sample]:
-        """The teacher's answers to the held-out prompts, asked and read as those of the training text are."""
+        """The teacher's answers to the held-out prompts, asked and read as those of the training text are; without a
+        teacher the data's own."""
+        if self.source.holds_out_answers:
+            return [corpus_sample(prompt, 0) for prompt in self.prompts[1]]
         requests = [self._shown(prompt, self.held_out_sampling()) for prompt in self.prompts[1]]
         step = self.source.step_prompt
         return [sample if step is None else step.reads(sample) for sample in self._ask(requests, TEACHER)]
@@ -248,12 +251,10 @@ class TrainingText:
         """Facts about the held-out text, for the evaluation."""
         samples = self.held_out()
         finishes = [str(sample.meta["finish"]) for sample in samples]
-        counts = {
-            "answers": sum(sample.teaches for sample in samples),
-            "writer": TEACHER,
-            "cut_off": finishes.count("length"),
-        }
-        return counts | asdict(self.held_out_sampling())
+        counts = {"answers": sum(sample.teaches for sample in samples), "cut_off": finishes.count("length")}
+        if self.source.holds_out_answers:
+            return counts | {"writer": "corpus"}
+        return counts | {"writer": TEACHER} | asdict(self.held_out_sampling())
 
     def _samples(self, writers: Sequence[Writer], prompts: Sequence[Prompt] | None = None) -> list[Sample]:
         """The answers of these writers to their prompts, by default those of the training; all requests to one model

@@ -261,8 +261,9 @@ class Bench:
             write_json(file, sizes(model()))
         return {key: value for key, value in json.loads(file.read_text()).items() if key in SIZES}
 
-    def timed(self, systems: dict[str, list[SystemRecords]]) -> dict[str, list[SystemRecords]]:
-        """The systems with their speeds, measured in turns once all else is measured.
+    def timed(self, systems: dict[str, list[SystemRecords]], *, measure: bool) -> dict[str, list[SystemRecords]]:
+        """The systems with their speeds, measured in turns once all else is measured; without `measure`, those that
+        were measured before.
 
         Speeds are measured once per shape: systems that differ in their weights alone run alike; timing each only adds
         noise.
@@ -273,7 +274,7 @@ class Bench:
         for name, shape in shapes.items():
             if name in self.loads:
                 first.setdefault(shape, name)
-        if not file.exists() and first:
+        if measure and first and not file.exists():
             prompts = sorted(self.protocol.prompts[:SHOWN], key=lambda prompt: len(prompt.spoken))
             middle = prompts[len(prompts) // 2].messages
             self.progress(0, 1, "speeds, in turns")

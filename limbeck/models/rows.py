@@ -9,7 +9,6 @@ Shapes: B slots, N of them, T columns, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from limbeck.models.cache_name import cache_name
 from limbeck.models.sample import upload
 from limbeck.models.weights import head_rows
-
-CACHES = ("past_key_values", "cache_params")
 
 
 @dataclass
@@ -38,8 +36,7 @@ class OwnCaches:
     def __init__(self, model: PreTrainedModel, size: int) -> None:
         self.model = model
         self.device = model.device
-        names = inspect.signature(model.forward).parameters
-        self.key = next(name for name in CACHES if name in names)
+        self.key = cache_name(model)
         self.groups: list[_Group] = []
         self.logits_BV = torch.zeros(size, head_rows(model), device=self.device)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from limbeck.models.cache_name import cache_name
 from limbeck.models.sample import upload
 from limbeck.models.weights import context_length, head_rows, text_config
 from limbeck.objectives.sizes import SIZES
@@ -96,6 +97,7 @@ class Slots:
         self.size = size
         self.columns = columns_of(longest, max_tokens)
         self.context = context_of(model)
+        self.key = cache_name(model)
         self.whole_mask = _takes_whole_masks(model)
         self.starts = [0] * size
         self.starts_B = torch.zeros(size, dtype=torch.long, device=self.device)
@@ -122,9 +124,9 @@ class Slots:
             input_ids=upload(tokens_UT, device),
             attention_mask=mask_UT,
             position_ids=upload(positions_UT, device),
-            past_key_values=Cache(layers=list(fresh)),
             use_cache=True,
             logits_to_keep=1,
+            **{self.key: Cache(layers=list(fresh))},
         ).logits
         left = self.at - width
         slots_N = index(slots, device)
@@ -147,8 +149,8 @@ class Slots:
                 input_ids=last_B.to(self.device)[:, None],
                 attention_mask=self._mask(),
                 position_ids=(self.at - self.starts_B).clamp(max=self.context - 1)[:, None],  # dead rows may pass it
-                past_key_values=self.cache,
                 use_cache=True,
+                **{self.key: self.cache},
             )
             .logits[:, -1]
             .float()
@@ -237,8 +239,7 @@ def row_bytes(model: PreTrainedModel, columns: int) -> int:
 @torch.inference_mode()
 def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     told = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True)
-    cache = getattr(told, "past_key_values", None) or told.cache_params
-    return sum(_tensor_bytes(vars(layer)) for layer in cache.layers)
+    return sum(_tensor_bytes(vars(layer)) for layer in getattr(told, cache_name(model)).layers)
 
 
 def _tensor_bytes(value: Any) -> int:

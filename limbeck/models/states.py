@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from limbeck.models.cache_name import cache_name
 from limbeck.models.sharding import is_divided, run_decoder
 
 SHORTEST_PREFIX = 8  # a shorter one is not worth a second pass
@@ -47,14 +48,13 @@ def shared_states(net: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
         return decoded(net, tokens_BT)
     tokens_BT = tokens_BT.to(net.device)
     cache = DynamicCache()
-    first_1PD: Tensor = decoder(
-        input_ids=tokens_BT[:1, :shared], past_key_values=cache, use_cache=True
-    ).last_hidden_state
+    cached: dict[str, Any] = {cache_name(decoder): cache, "use_cache": True}
+    first_1PD: Tensor = decoder(input_ids=tokens_BT[:1, :shared], **cached).last_hidden_state
     rows = len(tokens_BT)
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values))
-    rest_BTD: Tensor = decoder(input_ids=tokens_BT[:, shared:], past_key_values=cache, use_cache=True).last_hidden_state
+    rest_BTD: Tensor = decoder(input_ids=tokens_BT[:, shared:], **cached).last_hidden_state
     return torch.cat([first_1PD.expand(rows, -1, -1), rest_BTD], dim=1)
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from limbeck.report import figures, grids
 from limbeck.report.excerpt import read_excerpt
+from limbeck.report.glance import worth_grid
 from limbeck.report.metrics import LABELS, headline, label, metrics_of
 from limbeck.report.rollouts import own_text_grid
 from limbeck.report.table import paired_table, systems_tables
 from limbeck.report.teacher import teacher_facts
 from limbeck.report.verdict import against_base, compare_verdict
+from limbeck.report.worth import compared_worth
 
 MAX_COLUMNS = 6
 
@@ -50,6 +52,7 @@ def comparison_content(folder: Path, comparison: dict[str, Any]) -> dict[str, An
         "kinds": grids.kinds_grid(comparison, next(iter(rows), comparison["base"]), names),
         "seeds": grids.seeds_grid(comparison, metric, names),
         "spent": grids.spent_grid(comparison, names),
+        "worth": worth_grid(comparison, compared_worth(folder, comparison)),
         "own_text": own_text_grid(comparison, names),
         "efficiency": grids.efficiency_grid(comparison, names),
         "held_out": comparison.get("held_out") or {},

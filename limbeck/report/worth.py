@@ -29,23 +29,57 @@ def worth(folder: Path, summary: Facts, recipe: Facts) -> Facts:
         (tokens bought, bill, hours), and pays_after (requests, or why there is no such number).
     """
     prices = prices_of(folder, recipe)
-    measured = summary.get("efficiency") or summary.get("sizes") or {}
-    systems = {}
-    for name in summary["systems"]:
-        facts = measured.get(name) or {}
-        own = {key: value for key in (*SIZES, *SPEEDS) if (value := _interval(facts, key)) is not None}
-        home = folder if name == "student" else folder / "controls" / name
-        if on_disk := _bytes_on_disk(home / "student"):
-            own["bytes_on_disk"] = on_disk
-        systems[name] = own | {"request": _request(folder, summary, name=name, facts=own, prices=prices)}
+    systems = {
+        name: _system(folder, summary, name=name, trained=_trained(folder, name), answers=name, prices=prices)
+        for name in summary["systems"]
+    }
     training = _training(folder, summary, prices)
     return {
         "prices": vars(prices),
-        "quality": _quality(summary),
+        "quality": _quality(summary, "student"),
         "systems": systems,
         "training": training,
         "pays_after": _pays_after(systems, training),
     }
+
+
+def compared_worth(folder: Path, comparison: Facts) -> Facts:
+    """`quality` and `systems` as `worth` has them, of a comparison's systems: a method's answers and its student's
+    folder are those of its first seed. What trainings cost is the comparison's own `cost`."""
+    methods = comparison.get("methods") or comparison.get("by_seed") or {}
+    first = {method: f"{method}-s{seed}" for seed in comparison.get("seeds", [])[:1] for method in methods}
+    prices = prices_of(folder, comparison.get("settings") or {})
+    systems = {
+        name: _system(
+            folder,
+            comparison,
+            name=name,
+            trained=folder / "runs" / first.get(name, name) / "student",
+            answers=first.get(name, name),
+            prices=prices,
+        )
+        for name in comparison["systems"]
+    }
+    return {"quality": _quality(comparison, comparison["base"]), "systems": systems}
+
+
+def _trained(folder: Path, name: str) -> Path:
+    return (folder if name == "student" else folder / "controls" / name) / "student"
+
+
+def _system(folder: Path, summary: Facts, *, name: str, trained: Path, answers: str, prices: Prices) -> Facts:
+    """A system's sizes, speeds and `request`.
+
+    Args:
+        trained: its weights' folder, if it was trained here.
+        answers: the name of its answers' file.
+    """
+    facts = (summary.get("efficiency") or summary.get("sizes") or {}).get(name) or {}
+    own = {key: value for key in (*SIZES, *SPEEDS) if (value := _interval(facts, key)) is not None}
+    if on_disk := _bytes_on_disk(trained):
+        own["bytes_on_disk"] = on_disk
+    file = folder / "evaluation" / f"answers-{answers}.jsonl"
+    return own | {"request": _request(file, summary, name=name, facts=own, prices=prices)}
 
 
 def point(value: Any) -> float | None:
@@ -67,10 +101,10 @@ def _bytes_on_disk(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
 
 
-def _quality(summary: Facts) -> Facts | None:
-    """The headline metric of the page's first task, else of fidelity."""
+def _quality(summary: Facts, subject: str) -> Facts | None:
+    """The headline metric of the page's first task, else of fidelity; one that the `subject` has."""
     metrics = metrics_of(summary)
-    student = summary["systems"].get("student", {})
+    student = summary["systems"].get(subject, {})
     metric = next(iter(task_headlines(metrics, [student])), None) or headline(metrics, [student])
     if metric is None:
         return None
@@ -86,12 +120,12 @@ def _quality(summary: Facts) -> Facts | None:
     }
 
 
-def _request(folder: Path, summary: Facts, *, name: str, facts: Facts, prices: Prices) -> Facts:
-    """Tokens, seconds and cost of one request: a held-out prompt and the system's greedy answer to it."""
+def _request(file: Path, summary: Facts, *, name: str, facts: Facts, prices: Prices) -> Facts:
+    """Tokens, seconds and cost of one request: a held-out prompt and the system's greedy answer to it, in `file`."""
     lengths = summary.get("requests") or {}
     bill = summary.get("bill") or {}
     prompt = lengths.get("teacher_prompt_tokens" if name == "teacher" else "prompt_tokens")
-    answers = [record["tokens"] for record in read_jsonl(folder / "evaluation" / f"answers-{name}.jsonl")]
+    answers = [record["tokens"] for record in read_jsonl(file)]
     answer = sum(answers) / len(answers) if answers else None
     if name == "teacher" and bill.get("answers"):  # what its server counted
         prompt, answer = (bill[key] / bill["answers"] for key in ("tokens_read", "tokens_written"))

@@ -192,7 +192,7 @@ class Comparison:
             if not self.keep and seed != self.seeds[0]:  # half a gigabyte each; the first seed's student stays
                 write_text(run.path("measured"), "the student was measured and removed; `--keep` keeps it\n")
                 shutil.rmtree(run.path("student"), ignore_errors=True)
-        return bench.timed(systems)
+        return bench.timed(systems, measure=self.common.recipe.evaluate.speeds is not False)
 
     def write(self, systems: dict[str, list[SystemRecords]]) -> None:
         """Write `comparison.json` and `report.html`."""

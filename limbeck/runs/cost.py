@@ -231,7 +231,7 @@ class TextAmounts:
     Args:
         prompts: training prompts; `prompt_tokens` counts each once for every answer to it.
         response_tokens: of the training text.
-        answer_tokens: of one answer of the teacher to a held-out prompt.
+        answer_tokens: of one answer to a held-out prompt.
         held_out_tokens: of all held-out prompts with their answers.
         by_teacher, by_untouched: answers per prompt; `by_all` those of all writers.
     """
@@ -307,8 +307,7 @@ def make_plan(
         lengths: of prompts and answers, as far as they are known.
         bills: what the steps of elicitation will ask for.
     """
-    held_out = prompts[1]
-    text = TextAmounts.of(recipe, prompts, lengths, bills)
+    text, held_out = TextAmounts.of(recipe, prompts, lengths, bills), prompts[1]
     settings = recipe.train
     steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
     rewarded = rewarded_text(recipe, terms, steps)
@@ -321,12 +320,13 @@ def make_plan(
     # by a llama.cpp server; vLLM is asked once for each text
     scored = text.response_tokens if shapes.teacher is None and recipe.teacher.cache else 0
     judging = shapes.judge if recipe.evaluate.judge not in (None, recipe.teacher.model) else None
-    # scores are measured on pairs that are given, or written as those of the training are
-    asked = round(text.by_teacher * len(held_out)) if recipe.student.scores else len(held_out)
+    as_training = recipe.student.scores or lengths.held_out_given  # given, or written as the training text is
+    asked = round(text.by_teacher * len(held_out)) if as_training else len(held_out)
     requests = round(text.by_teacher * text.prompts) + asked + (text.prompts if controls_write else 0)
     teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * asked
     disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)
-    elicit = _elicit_flops(recipe, text, shapes, float(text.tokens) if controls_write else 0.0, bills=bills)
+    beside = (text.tokens if controls_write else 0) + (0 if as_training else text.held_out_tokens)
+    elicit = _elicit_flops(recipe, text, shapes, beside, bills=bills)
     requests += sum(bill.requests for bill in bills) + scored
     teacher_tokens += sum(bill.tokens for bill in bills)
     return Plan(
@@ -351,11 +351,11 @@ def make_plan(
 
 
 def _elicit_flops(
-    recipe: Recipe, text: TextAmounts, shapes: Shapes, for_controls: float, *, bills: Sequence[Estimate]
+    recipe: Recipe, text: TextAmounts, shapes: Shapes, beside: int, *, bills: Sequence[Estimate]
 ) -> float:
-    """What the writers' text costs here, which a server's does not; written tokens count half more than read ones."""
-    held_out = 0 if recipe.student.scores else text.held_out_tokens
-    by_teacher = text.by_teacher / text.by_all * text.tokens + for_controls + held_out + _elicited(bills)
+    """What the writers' text costs here, which a server's does not, with what the teacher writes beside the training
+    text; written tokens count half more than read ones."""
+    by_teacher = text.by_teacher / text.by_all * text.tokens + beside + _elicited(bills)
     by_untouched = int(text.by_untouched / text.by_all * text.tokens * 1.5)
     writer = shapes.teacher if recipe.teacher.server is None else None
     return _forward(writer, int(by_teacher * 1.5)) + forward_flops(shapes.student, by_untouched, by_untouched)

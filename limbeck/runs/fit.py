@@ -96,7 +96,7 @@ def fitted(method: Method) -> Method:
     )
     most = max(recipe.held_out_writer.max_tokens, recipe.evaluate.max_tokens)
     held_out, held_out_lost = _fit(
-        method.held_out_prompts, context, recipe.prompts.too_long, written=most, reads_answers=False
+        method.held_out_prompts, context, recipe.prompts.too_long, written=most, reads_answers=method.holds_out_answers
     )
     if not lost and not held_out_lost:
         return method

@@ -40,12 +40,14 @@ class TokenCounter:
 @dataclass(frozen=True)
 class Lengths:
     """Means in tokens: of a training prompt in its template, of the answers of each writer whose text exists before
-    training (in the recipe's order), and of a held-out answer. `source` says where the answers' lengths are from."""
+    training (in the recipe's order), and of a held-out answer. `source` says where the answers' lengths are from,
+    `held_out_given` that held-out answers are the data's, so that nobody writes them."""
 
     prompt: float
     answers: tuple[float, ...]
     held_out: float
     source: str
+    held_out_given: bool = False
 
 
 def lengths_of(
@@ -55,6 +57,7 @@ def lengths_of(
     *,
     tokens: TokenCounter,
     store: Path | None = None,
+    given: Sequence[Prompt] = (),
 ) -> Lengths:
     """What is known of the lengths before a run.
 
@@ -62,20 +65,32 @@ def lengths_of(
         steps: of elicitation.
         prompts: the training prompts.
         store: the run folder's, whose answers stand for those that are still to come.
+        given: the held-out prompts, where their own answers are the held-out text.
     """
-    some = prompts[:: max(1, len(prompts) // COUNTED)]
+    some = _some(prompts)
     stored = None if recipe.elicit or store is None else stored_answer(store)
-    own_answers = [tokens.of_text(prompt.answers[0]) + 1 for prompt in some if prompt.answers]
-    own = sum(own_answers) / len(own_answers) if own_answers else None
+    own = _own_answer(some, tokens)
     found = [_answer(writer, steps, own, stored) for writer in recipe.fixed_writers]
     held_out = recipe.held_out_writer
     by_teacher = [found[place][0] for place, writer in enumerate(recipe.fixed_writers) if writer == held_out]
+    written = by_teacher[0] if by_teacher and stored else max(1.0, held_out.max_tokens * ANSWER_SHARE)
     return Lengths(
         prompt=sum(tokens.of_conversation(prompt.messages) for prompt in some) / len(some),
         answers=tuple(length for length, _ in found),
-        held_out=by_teacher[0] if by_teacher and stored else max(1.0, held_out.max_tokens * ANSWER_SHARE),
+        held_out=_own_answer(_some(given), tokens) or written,
         source="; ".join(dict.fromkeys(source for _, source in found)) or ASSUMED,
+        held_out_given=bool(given),
     )
+
+
+def _some(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    return prompts[:: max(1, len(prompts) // COUNTED)]
+
+
+def _own_answer(prompts: Sequence[Prompt], tokens: TokenCounter) -> float | None:
+    """The mean length of the prompts' own answers, with the token that ends each; None if they have none."""
+    answers = [tokens.of_text(prompt.answers[0]) + 1 for prompt in prompts if prompt.answers]
+    return sum(answers) / len(answers) if answers else None
 
 
 def _answer(

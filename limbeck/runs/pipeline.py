@@ -96,6 +96,7 @@ class Run:
             method.held_out_prompts,
             show=None if self.recipe.teacher.server is None else method.prompt_context,
             step_prompt=method.fixed_step_prompt,
+            holds_out_answers=method.holds_out_answers,
         )
         return TrainingText(
             source,
@@ -299,7 +300,8 @@ class Run:
                 systems[name] = [bench.measure(name, partial(self.models.untrained, name))]
         for name in (*self.method.controls, "student"):
             systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
-        evaluation.write_summary(self.questions, bench, bench.timed(systems), steps=steps_made(self.folder))
+        systems = bench.timed(systems, measure=self.recipe.evaluate.speeds is not False)
+        evaluation.write_summary(self.questions, bench, systems, steps=steps_made(self.folder))
 
     @cached_property
     def preferences(self) -> PreferenceBench:

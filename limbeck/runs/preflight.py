@@ -100,7 +100,8 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     judging_names = dict.fromkeys(name for _, step in judges for name in step.asks())
     reading = tuple(shape for name in judging_names if (shape := named.get(name)) is not None)
     shapes = Shapes(student, teacher, others, judge, scorers=(*_scorer_shapes(method), *reading))
-    lengths = lengths_of(recipe, method.steps, method.training_prompts, tokens=_tokens(recipe), store=store)
+    given = method.held_out_prompts if method.holds_out_answers else ()
+    lengths = lengths_of(recipe, method.steps, prompts[0], tokens=_tokens(recipe), store=store, given=given)
     bills = _bills(method)
     made = make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=bills)
     said = [f"what the stage {name} takes before each round is not counted" for name in method.stages]

@@ -98,6 +98,14 @@ class Method:
         return self.teacher_use.needs_common_tokens
 
     @property
+    def holds_out_answers(self) -> bool:
+        """Whether the held-out text is the data's own answers: the training text is, and the student has nothing of a
+        teacher's."""
+        by_data = all(writer.by == "corpus" for writer in self.recipe.writer) and not self.teacher_reads_rows
+        made_of_teacher = self.recipe.student.start.pretrained is None
+        return by_data and not made_of_teacher and all(prompt.answers for prompt in self.held_out_prompts)
+
+    @property
     def is_prompted(self) -> bool:
         """Whether the untouched student is measured with what the teacher is shown."""
         return PROMPTED in self.recipe.evaluate.controls

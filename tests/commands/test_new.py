@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from limbeck import load_recipe, run
+from limbeck import check, load_recipe, run
 from limbeck.cli import app
 from limbeck.commands.new import command, write
 from limbeck.commands.new.data import Example
@@ -187,6 +187,8 @@ def test_labels_of_the_data_are_learnt_without_a_teacher(here):
     (task,) = resolve(recipe).tasks
     assert "question" not in task.description
     assert recipe.prompts.limit is None and recipe.evaluate.controls == ["untouched"]
+    assert {row["answer"] for row in read("mine/held-out.jsonl")} == {"good", "bad"}
+    assert check(recipe).requests == 0
 
 
 def test_a_small_run_from_a_table_to_a_measured_student(tiny_folder, here):
@@ -195,6 +197,7 @@ def test_a_small_run_from_a_table_to_a_measured_student(tiny_folder, here):
     folder = run(load_recipe("mine/recipe.yaml", short), here / "run").folder
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     assert summary["systems"]["student"]["mine-task/pass_rate"]["n"] == 4
+    assert summary["held_out"] == {"answers": 4, "cut_off": 0, "writer": "corpus"}
 
 
 # The other jobs

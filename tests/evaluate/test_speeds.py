@@ -110,7 +110,8 @@ def test_one_of_each_shape_is_timed_once_and_all_of_the_shape_get_it(tiny, tmp_p
     systems = {"served": [records("served", 9)]}  # was never loaded
     systems |= {name: [records(name, layers)] for name, layers in (("teacher", 4), ("untouched", 3), ("student", 3))}
     for _ in range(2):
-        found = bench.timed(systems)
+        assert bench.timed(systems, measure=False) == systems and not (bench.folder / "speeds.json").exists()
+    found = bench.timed(systems, measure=True)
     assert timed == [["teacher", "untouched"]]
     speeds = {name: seeds[0].efficiency.get("first_token_ms") for name, seeds in found.items()}
     assert speeds == {"served": None, "teacher": 0.0, "untouched": 1.0, "student": 1.0}

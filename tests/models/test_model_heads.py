@@ -76,7 +76,7 @@ def test_heads_padded_to_different_sizes_meet_on_the_shared_tokens(tmp_path, pro
     recipe = parse({
         "name": "padded", "teacher": str(tmp_path / "teacher"), "student": {"start": {"pretrained": str(tmp_path / "student")}},
         "prompts": {"from": str(prompt_file)}, "writer": [{"by": "teacher", "max_tokens": 8}], "loss": ["forward_kl"],
-        "train": {"steps": 3, "tokens_per_step": 60, "lr": 1e-3}, "evaluate": {"metrics": ["fidelity"], "limit": 2, "max_tokens": 6},
+        "train": {"steps": 12, "tokens_per_step": 60, "lr": 1e-3}, "evaluate": {"metrics": ["fidelity"], "limit": 2, "max_tokens": 6},
     })  # fmt: skip
     folder = run(recipe, tmp_path / "run").folder
     systems = json.loads((folder / "evaluation" / "summary.json").read_text())["systems"]

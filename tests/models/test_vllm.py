@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from copy import deepcopy
@@ -55,7 +56,7 @@ known = {}
 
 def drawn(net, job, ends):
     """What these weights write, and the log-probability of their likeliest first token; remembered, as most tests ask for the same."""
-    key = tuple(float(tensor.double().square().sum()) for tensor in net.parameters()), job, ends
+    key = tuple(float(tensor.detach().double().square().sum()) for tensor in net.parameters()), job, ends
     if key not in known:
         (text,) = write(net, [job], ends, decoding=Decoding(record=True))
         with torch.inference_mode():
@@ -65,7 +66,8 @@ def drawn(net, job, ends):
 
 
 class Vllm(ThreadingHTTPServer):
-    """`seen` logs the requests; `bend(path, body, answer)` may change an answer (status, content, headers...) or return None."""
+    """`seen` logs the requests; `bend(path, body, answer)` may change an answer (status, content, headers...) or return None;
+    `failures` are the handlers' own exceptions."""
 
     daemon_threads = True
 
@@ -73,12 +75,15 @@ class Vllm(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.net, self.seen, self.lock = net, [], threading.Lock()
         self.bend = lambda path, body, answer: answer
+        self.failures = []
         self.stale, self.version = False, "default"
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def handle_error(self, request, client_address):
-        """A client that hangs up is no news."""
+        """A client that hangs up is no news; anything else would look like a broken connection, and be asked for again."""
+        if not isinstance(error := sys.exception(), ConnectionError):
+            self.failures.append(error)
 
     def answer(self, path, body):
         if path == "/v1/models":
@@ -162,6 +167,7 @@ def server(tiny):
     yield made
     made.shutdown()
     made.server_close()
+    assert not made.failures
 
 
 @pytest.fixture

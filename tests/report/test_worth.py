@@ -15,9 +15,10 @@ from limbeck.report.data import COLUMNS, as_csv, as_data, rows
 from limbeck.report.glance import example, glance_grid, price_note, worth_facts, worth_figure, worth_grid
 from limbeck.report.item_files import all_items, item_files
 from limbeck.report.labels import label_sections
-from limbeck.report.page import read_summary, write_report
+from limbeck.report.page import read_comparison, read_summary, write_report
 from limbeck.report.prices import Prices, prices_of, state_prices, stated_prices
-from limbeck.report.worth import worth
+from limbeck.report.worth import compared_worth, worth
+from limbeck.storage.files import read_jsonl
 from limbeck.types import UserError
 from tests.report_folders import interval, labelled, make_comparison, make_run, write_lines
 
@@ -187,6 +188,30 @@ def test_json_and_csv_of_a_comparison(tmp_path):
     data = as_data(folder)
     assert data["kind"] == "comparison" and data["worth"] is None and data["base"] == "seq-kd"
     assert {row["system"] for row in rows(folder)} == set(data["systems"])
+
+
+def test_a_comparison_shows_what_each_method_is_worth_in_use(tmp_path):
+    folder = make_comparison(tmp_path / "comparison", prompts=4)
+    student = folder / "runs" / "jsd-s7" / "student"
+    student.mkdir(parents=True)
+    (student / "model.safetensors").write_bytes(b"12345")
+    comparison = read_comparison(folder)
+    comparison["efficiency"]["jsd"] = {"first_token_ms": 100.0, "decode_tokens_per_second": 10.0}
+    found = compared_worth(folder, comparison)
+    assert found["quality"]["metric"] == "everyday/pass_rate" and set(found["quality"]["values"]) == set(
+        comparison["systems"]
+    )
+    answers = [record["tokens"] for record in read_jsonl(folder / "evaluation" / "answers-jsd-s7.jsonl")]
+    mean = sum(answers) / len(answers)
+    of_jsd = found["systems"]["jsd"]
+    assert of_jsd["bytes_on_disk"] == 5 and "bytes_on_disk" not in found["systems"]["forward-kl"]
+    assert of_jsd["request"] == {"answer_tokens": mean, "seconds": pytest.approx(0.1 + (mean - 1) / 10)}
+    names = [name for name, _ in worth_grid(comparison, found).rows]
+    assert names == ["Teacher", "Student before training", *list(comparison["systems"])[2:]]
+    page = write_report(folder).read_text()
+    assert 'href="#worth"' in page and "Quality, size and speed" in page
+    comparison["efficiency"] = {}
+    assert worth_grid(comparison, compared_worth(tmp_path / "elsewhere", comparison)) is None
 
 
 def test_csv_is_rfc_4180_and_no_cell_is_a_formula(tmp_path):

@@ -80,7 +80,7 @@ def _asked_draft(
         title=title,
         about=about,
         training=prompt_rows(parts.training, answers=gold),
-        held_out=prompt_rows(parts.held_out, answers=False)[:FIDELITY_ITEMS],
+        held_out=prompt_rows(parts.held_out, answers=corpus(wishes))[:FIDELITY_ITEMS],
         tasks=tasks,
         text=from_corpus(room) if corpus(wishes) else _asking(question, parse, room),
         answer_tokens=mean_answer(seen.examples, room),
@@ -224,7 +224,7 @@ def reason(wishes: Wishes, seen: Seen) -> Draft:
         if not corpus(wishes)
         else ["Worked solutions, trained on the data's own answers; no teacher is asked."],
         training=rows,
-        held_out=prompt_rows(parts.held_out, answers=False)[:FIDELITY_ITEMS],
+        held_out=prompt_rows(parts.held_out, answers=corpus(wishes))[:FIDELITY_ITEMS],
         tasks=tasks,
         text=from_corpus(room) if corpus(wishes) else text,
         answer_tokens=mean_answer(seen.examples if corpus(wishes) else [], room),

@@ -59,7 +59,7 @@ def classify(wishes: Wishes, seen: Seen) -> Draft:
         title=f"A classifier of {len(labels)} labels",
         about=_about(wishes),
         training=prompt_rows(parts.training, answers=with_gold),
-        held_out=prompt_rows(parts.held_out, answers=False)[:FIDELITY_ITEMS],
+        held_out=prompt_rows(parts.held_out, answers=corpus(wishes))[:FIDELITY_ITEMS],
         tasks={"task": _task(wishes, parts.held_out, order)},
         text=_text(wishes, order, question, int(longest)),
         answer_tokens=mean_tokens([example.answer for example in seen.examples]),
