@@ -17,6 +17,7 @@ from limbeck.commands.push import push
 from limbeck.commands.ranks import one_process
 from limbeck.commands.report import report
 from limbeck.commands.serving import serve
+from limbeck.commands.why import why
 
 app = typer.Typer(
     help="Distil large language models: collect a teacher's knowledge, train a student on it, measure what was kept.",
@@ -329,6 +330,7 @@ def watch(
 app.command(epilog="Example: limbeck serve qwen2.5-coder-1.5b-instruct --port 8080")(serve)
 app.command(epilog="Example: limbeck answers --forget gpt-4o-mini")(answers)
 app.command(epilog="Example: limbeck export runs/quickstart --to gguf --type q8_0")(export)
+app.command(epilog="Example: limbeck why runs/quickstart --set train.lr=1e-4")(why)
 app.command(epilog="Example: limbeck push runs/quickstart --to me/tickets-135m")(push)
 app.command(epilog="Example: limbeck new tickets --task classify --data tickets.csv")(new)
 

@@ -54,6 +54,7 @@ COMMANDS = {
     },
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
     "push": {"--data", "where", "--to", "--public", "--json"},
+    "why": {"what", "--run", "--recipe", "--set", "--json"},
     "answers": {"--forget", "--prune", "--add", "--json"},
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
+from limbeck.config.keys import check_key
 from limbeck.config.sections import Section
 
 ServerKind = Literal[
@@ -68,12 +69,12 @@ class Served(Section):
 
     `url` is its address up to `/v1`, or a list of addresses that all serve the same model: each request goes to the one
     with the fewest under way, and one that fails is left alone for a while. `name` is the model's name there, `key` the
-    environment variable with its key. `kind` is the program or the provider (`models/engines.py` has their table);
-    `options` go into the body of every request as they are. Up to `concurrency` requests run at once at each address;
-    each may take `timeout` seconds and is retried `retries` times. With `batch`, requests use the server's batch
-    interface: answers within a day, usually at half the price. With `names`, the server also gives this many top tokens
-    at each position of every step's text, which the student may write. With `logprobs`, it gives this many at each
-    position of the text that it writes itself. The kind `states` gives its last hidden states and its head, so the
+    environment variable with its key: `LIMBECK_...`, or a provider's own, which goes to that provider alone. `kind` is
+    the program or the provider (`models/engines.py` has their table); `options` go into the body of every request as
+    they are. Up to `concurrency` requests run at once at each address; each may take `timeout` seconds and is retried
+    `retries` times. With `batch`, requests use the server's batch interface: answers within a day, usually at half the
+    price. With `names`, the server also gives this many top tokens at each position of every step's text, which the
+    student may write. With `logprobs`, it gives this many at each position of the text that it writes itself. The kind `states` gives its last hidden states and its head, so the
     whole distribution, in the `wire`'s type (the model's own if left out, which is exact).
 
     `answers_as` is the model's name in its answers, where that is another. Reasoning that comes beside an answer is
@@ -108,6 +109,8 @@ class Served(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Served:
+        for url in self.urls:
+            check_key(self.key, url)
         for path, key in _keys(self.options):
             if key in OURS:
                 raise ValueError(f"options.{path} can't be set here: {OURS[key]}")

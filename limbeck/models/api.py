@@ -26,7 +26,7 @@ from urllib.parse import quote
 from limbeck.config.server import Served
 from limbeck.models.addresses import Addresses
 from limbeck.models.budget import Budget, Spending
-from limbeck.models.dialects import OPENAI, merged, put
+from limbeck.models.dialects import OPENAI, get, merged, put
 from limbeck.models.engines import ALL, ENGINES, form_words
 from limbeck.models.http import (
     MAX_BYTES,
@@ -372,7 +372,11 @@ class ApiTeacher:
         whole = finish in ("ok", "length") and without_key(text, reply.key) == text  # what is cut out is kept nowhere
         if whole and self._names_tokens_of(request) and (said := self.dialect.read(as_dict(data), False)) is not None:
             told = keep(said.logprobs, self.settings.logprobs or 0)
-        return Generated(None, without_key(text, reply.key), finish, raw=raw, usage=usage or (0, 0), told=told)
+        name = get(data, self.dialect.answered_by)
+        named = isinstance(name, str) and self.settings.answers_as is None
+        pinned = without_key(str(name), reply.key) if named else None
+        shown = without_key(text, reply.key)
+        return Generated(None, shown, finish, raw=raw, usage=usage or (0, 0), told=told, answered_by=pinned)
 
 
 def _is_answer(status: int) -> bool:

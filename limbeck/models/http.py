@@ -22,12 +22,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
 
+from limbeck.config.keys import check_origin
 from limbeck.models.addresses import Addresses
 from limbeck.types import UserError, printable
 
@@ -35,6 +36,7 @@ MAX_BYTES = 16 * 2**20  # of one answer
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
 MOST_SHOWN = 1200  # characters of a server's words, before they are made printable
+LONGEST_SPELLING = 9  # characters of a key's character, where JSON within JSON escapes it
 LEAST_SECRET = 8  # characters; a shorter key could be a piece of any word, and keeps no secret
 KEY_CHARACTERS = re.compile(r"[!#-\[\]-~]*")  # a header can carry them, and JSON does not escape them
 Failure = Literal["", "no connection", "timeout", "broken connection"]
@@ -110,7 +112,7 @@ class Reply:
 
     def text(self, limit: int | None = None) -> str:
         """The body as text without the key, at most `limit` bytes of it."""
-        end = None if limit is None else limit + len(self.key)  # a key that the limit cuts is found, too
+        end = None if limit is None else limit + LONGEST_SPELLING * len(self.key)  # so that a key which is cut is found
         return without_key(self.body[:end].decode("utf-8", "replace"), self.key)[:limit]
 
     def outcome(self) -> str:
@@ -158,9 +160,12 @@ class Endpoint:
         A `UserError` that is raised within loses the key, if it has it from the server.
 
         Raises:
-            UserError: the key has characters that a header can't carry.
+            UserError: the key has characters that a header can't carry, or is for another address.
         """
         key = read_key(self.key_variable)
+        if key:
+            for url in self.urls:
+                check_origin(self.key_variable, url)
         header, prefix = self.key_header
         headers = {"Accept-Encoding": "identity", **self.headers} | ({header: f"{prefix}{key}"} if key else {})
         verify: Any = certificates() if any(url.startswith("https") for url in self.urls) else False
@@ -304,8 +309,20 @@ def read_key(variable: str) -> str:
 
 
 def without_key(text: str, key: str) -> str:
-    """The text with `[key]` in place of the key. A key of fewer than 8 characters is left where it is."""
-    return text.replace(key, "[key]") if len(key) >= LEAST_SECRET else text
+    """The text with `[key]` in place of the key, also where JSON or an address spells its characters otherwise. A key
+    of fewer than 8 characters is left where it is."""
+    return _spellings(key).sub("[key]", text) if len(key) >= LEAST_SECRET else text
+
+
+@lru_cache(maxsize=8)
+def _spellings(key: str) -> re.Pattern[str]:
+    """The key, each character as it is, as \\u0073 (JSON, also within JSON) or as %73."""
+    characters = []
+    for character in key:
+        plain = re.escape(character) if character != "/" else r"\\{0,4}/"
+        code = f"{ord(character):02x}"
+        characters.append(rf"(?:{plain}|(?i:\\{{1,4}}u00{code}|%{code}))")
+    return re.compile("".join(characters))
 
 
 def read_json(body: bytes, allow_nan: bool = False) -> Any:
