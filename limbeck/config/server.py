@@ -74,8 +74,9 @@ class Served(Section):
     they are. Up to `concurrency` requests run at once at each address; each may take `timeout` seconds and is retried
     `retries` times. With `batch`, requests use the server's batch interface: answers within a day, usually at half the
     price. With `names`, the server also gives this many top tokens at each position of every step's text, which the
-    student may write. With `logprobs`, it gives this many at each position of the text that it writes itself. The kind `states` gives its last hidden states and its head, so the
-    whole distribution, in the `wire`'s type (the model's own if left out, which is exact).
+    student may write. With `logprobs`, it gives this many at each position of the text that it writes itself. The kind
+    `states` gives its last hidden states and its head, so the whole distribution, in the `wire`'s type (the model's own
+    if left out, which is exact).
 
     `answers_as` is the model's name in its answers, where that is another. Reasoning that comes beside an answer is
     taught before it; `reasoning: drop` leaves it out. No more than the share `tolerate` of the answers may fail or be
