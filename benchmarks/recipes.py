@@ -54,6 +54,7 @@ OWN = {  # what a recipe needs at this size
     "codeultrafeedback": [f"--set=teacher={QWEN}"],  # a teacher that writes such text at all
     "distilling-step-by-step": [f"--set=teacher={QWEN}"],
     "equation-reasoner": [f"--set=teacher={QWEN}"],
+    "fine-tune-cot": [f"--set=teacher={QWEN}"],
 }
 LARGE = threading.Lock()  # models of some gigabytes: one recipe of them at a time
 VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
@@ -170,7 +171,9 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         return row | {"failed": words[-1][:400], "exit": done.returncode}
-    return row | measured(folder) | {"seconds": round(seconds)}
+    row |= measured(folder) | {"seconds": round(seconds)}
+    shutil.rmtree(folder)  # gigabytes
+    return row
 
 
 def measured(folder: Path) -> dict[str, Any]:

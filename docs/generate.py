@@ -51,6 +51,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         evidence.elicited,
         evidence.reasoning,
         evidence.kept,
+        evidence.wire,
         evidence.bridges,
         code.engines,
         code.server_ways,

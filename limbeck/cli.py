@@ -16,6 +16,8 @@ from limbeck.commands.new.command import new
 from limbeck.commands.push import push
 from limbeck.commands.ranks import one_process
 from limbeck.commands.report import report
+from limbeck.commands.serving import serve
+from limbeck.commands.why import why
 
 app = typer.Typer(
     help="Distil large language models: collect a teacher's knowledge, train a student on it, measure what was kept.",
@@ -325,28 +327,10 @@ def watch(
     watch_run(run_folder, console.out, once)
 
 
-@app.command(epilog="Example: limbeck serve qwen2.5-coder-1.5b-instruct --port 8080")
-def serve(
-    model: Annotated[
-        str, typer.Argument(help="A run folder, a model of `limbeck models`, or a GGUF file.", metavar="MODEL")
-    ],
-    port: Annotated[int, typer.Option("--port", help="0 picks a free port.", min=0, max=65535)] = 8080,
-    context: Annotated[
-        int, typer.Option("--context", help="Maximum tokens of a prompt with its answer.", min=64)
-    ] = 4096,
-    slots: Annotated[int, typer.Option("--slots", help="Requests answered at the same time.", min=1)] = 4,
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="Default: the number of cores minus one.", min=1)
-    ] = None,
-) -> None:
-    """Serve a model or a student here with llama.cpp. Set its key in LIMBECK_API_KEY, or get a new one printed."""
-    from limbeck.commands.serve import serve_until_stopped
-
-    serve_until_stopped(model, port=port, context=context, slots=slots, threads=threads)
-
-
+app.command(epilog="Example: limbeck serve qwen2.5-coder-1.5b-instruct --port 8080")(serve)
 app.command(epilog="Example: limbeck answers --forget gpt-4o-mini")(answers)
 app.command(epilog="Example: limbeck export runs/quickstart --to gguf --type q8_0")(export)
+app.command(epilog="Example: limbeck why runs/quickstart --set train.lr=1e-4")(why)
 app.command(epilog="Example: limbeck push runs/quickstart --to me/tickets-135m")(push)
 app.command(epilog="Example: limbeck new tickets --task classify --data tickets.csv")(new)
 

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +43,7 @@ SCORE = "score"  # the evidence that a scalar head gives of a whole conversation
 PROBABILITY = "probability"  # the label of a pair: that its first answer is the better one
 MARGIN = "margin"  # the label of a pair: by how much
 
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters by their category, which show nothing
 MOST_SHOWN = 300  # characters of another's words in a message of ours
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
@@ -60,6 +62,14 @@ class RecipeError(UserError):
     def __init__(self, path: str, message: str) -> None:
         self.path = path
         super().__init__(f"{path}: {message}" if path else message)
+
+
+def has_text(text: str) -> bool:
+    """Whether anything of a text can be seen: not blanks, controls and marks of no width alone."""
+    return any(
+        not (character.isspace() or character in BLANK or unicodedata.category(character) in ("Cc", "Cf"))
+        for character in text
+    )
 
 
 def canonical_json(value: Any) -> str:
@@ -174,7 +184,8 @@ class Generated:
     there is only text.
 
     `raw` is the body of a server's answer, kept for audit; `usage` the billed tokens, (read, written); `told` the
-    server's likeliest tokens at every position of the text, as `models/told.py` keeps them.
+    server's likeliest tokens at every position of the text, as `models/told.py` keeps them; `answered_by` the name of
+    the model that the server gives, where it has to stay the same.
     """
 
     ids: tuple[int, ...] | None
@@ -183,6 +194,7 @@ class Generated:
     raw: str | None = None
     usage: tuple[int, int] | None = None
     told: Any = field(default=None, hash=False)
+    answered_by: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -202,7 +214,7 @@ class Sample:
     @property
     def teaches(self) -> bool:
         """Whether the response is an answer of its writer: not empty, refused, filtered, malformed or missing."""
-        return self.meta.get("finish", "ok") in TAUGHT_FINISHES and bool(self.messages[-1]["content"].strip())
+        return self.meta.get("finish", "ok") in TAUGHT_FINISHES and has_text(self.messages[-1]["content"])
 
     @property
     def id(self) -> str:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from limbeck.evaluate import efficiency
+from limbeck.models import fingerprint
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
 
@@ -73,6 +74,12 @@ def tiny(tiny_folder: Path) -> Model:
 def own_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test's runs share answers among themselves alone, never with the user's."""
     monkeypatch.setenv("LIMBECK_STORE", "none")
+
+
+@pytest.fixture(autouse=True)
+def own_hashes(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Hashes of the files of tests are kept among themselves."""
+    monkeypatch.setattr(fingerprint, "home", lambda: tmp_path_factory.getbasetemp() / "home")
 
 
 @pytest.fixture(autouse=True)

@@ -74,8 +74,11 @@ WAYS = (
     Way("a control token left in the text", "bad", _once(said("fine<|im_end|>"))),
     Way("HTML such as `<s>old</s>` in the text", "answer", _always(said("<s>old</s> fine"))),
     Way("a call of a tool", "bad", _once(said(None, "tool_calls", tool_calls=[{"id": "1"}]))),
+    Way("text beside a call of a tool", "bad", _once(said("fine", tool_calls=[{"id": "1"}]))),
+    Way("nothing that can be seen (a space of no width)", "left out", _always(said("\u200b"))),
     Way("no `usage`", "answer", _always(_without_bill())),
     Way("answers as a version of the model, or without its owner", "answer", _always(said(model="org/toy-2026-01-01"))),
+    Way("answers as another version than before", "refused", lambda number, body: said(model=f"toy-00{number // 9}")),
     Way("answers under another name", "refused", _always(said(model="another"))),
     Way(
         "`max_tokens` refused in favour of `max_completion_tokens`",

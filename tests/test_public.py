@@ -46,7 +46,7 @@ COMMANDS = {
     "models": {"action", "name", "--json"},
     "watch": {"run_folder", "--once"},
     "harness": {"where", "--task", "--limit", "--out", "--chat", "--base-url", "--tokenizer", "--json"},
-    "serve": {"model", "--port", "--context", "--slots", "--threads"},
+    "serve": {"model", "--port", "--context", "--slots", "--threads", "--states", "--host", "--dtype"},
     "export": {"where", "--to", "--type", "--out", "--json"},
     "new": {
         "where", "--task", "--data", "--test", "--columns", "--teacher", "--teacher-model", "--student", "--learn-from", "--run-on",
@@ -54,6 +54,7 @@ COMMANDS = {
     },
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
     "push": {"--data", "where", "--to", "--public", "--json"},
+    "why": {"what", "--run", "--recipe", "--set", "--json"},
     "answers": {"--forget", "--prune", "--add", "--json"},
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ HEAD, ON_POLICY, KEPT, BRIDGES, MEASURED = (
     EVIDENCE / f"{name}.json" for name in ("head", "on-policy", "cache", "bridges", "engines")
 )
 LLAMA, PRECISION, EXPORTED = (EVIDENCE / f"{name}.json" for name in ("engines-llama", "precision", "export"))
+WIRE = EVIDENCE / "wire.json"
 SHOWN = {
     "forward_kl": "forward KL",
     "own_reverse_kl": "reverse KL on own text",
@@ -197,6 +198,35 @@ def kept() -> str:
     )
     lines.append(f"Forward and backward over {speed['tokens']:,} tokens, as fast as with the live teacher: {times}.")
     lines.append(f"Reading what was kept alone is faster than that training: {reading}.")
+    return "\n\n".join(lines)
+
+
+def wire() -> str:
+    """What each signal takes over a wire: bytes and seconds for a micro-batch."""
+    if not WIRE.is_file():
+        return "Not measured yet: run python benchmarks/wire.py"
+    found = json.loads(WIRE.read_text(encoding="utf-8"))
+    rows = [
+        [name, f"{facts['sent']:,.1f}", f"{facts['received']:,.0f}", f"{facts['seconds']:.2f}"]
+        for name, facts in found["signals"].items()
+    ]
+    lines = [table(["signal", "bytes sent a token", "bytes received a token", "seconds a micro-batch"], rows)]
+    sizes = []
+    for facts in found["forms"]:
+        ((form, settings),) = facts["form"].items()
+        about = ", ".join(f"{key} {value}" for key, value in settings.items())
+        sizes.append(f"`{form}`, {about}: {facts['bytes']:,.0f}")
+    lines.append(f"In a cache the same text takes, bytes a token: {'; '.join(sizes)}.")
+    killed, machine = found["killed"], found["machine"]
+    head = f"{found['head_bytes'] / 2**20:,.0f} MiB"
+    same = "the same states, to the bit" if killed["same_states_after"] else "OTHER states"
+    lines.append(
+        f"{found['model']}, {found['response_tokens']} response tokens of {found['tokens']} in a micro-batch, width"
+        f" {found['width']}; its head once, {head}. Largest difference from the states of the model in process:"
+        f" {found['largest_difference_from_local']:.2g}. The server was killed (SIGKILL) and started"
+        f" again while a micro-batch was asked for: {same}, after {killed['seconds_until_answered']:.0f} s. One"
+        f" thread of {machine['cores']} cores, torch {machine['torch']}, load {machine['load']:.1f}."
+    )
     return "\n\n".join(lines)
 
 

@@ -22,7 +22,7 @@ def training_part(resolved: Mapping[str, Any]) -> dict[str, Any]:
         data["rounds"] = _without(data["rounds"], HOW_MANY_ROUNDS)
     teacher = data.get("teacher")
     if isinstance(teacher, Mapping) and isinstance(teacher.get("server"), Mapping):
-        data["teacher"] = {**teacher, "server": _without(teacher["server"], LIMITS_ALONE)}
+        data["teacher"] = _unlimited(teacher)
     asked = _texts([data.get("elicit"), data.get("rounds")])
     models = {name: _unlimited(model) for name, model in (data.pop("models", None) or {}).items() if name in asked}
     return data | ({"models": models} if models else {})
@@ -44,10 +44,13 @@ def _price(model: Any) -> Any:
 
 
 def _unlimited(model: Any) -> Any:
-    """A named model without its server's limits."""
+    """A model without its server's limits, and of several addresses with the first."""
     if not isinstance(model, Mapping) or not isinstance(model.get("server"), Mapping):
         return model
-    return {**model, "server": _without(model["server"], LIMITS_ALONE)}
+    server = _without(model["server"], LIMITS_ALONE)
+    if isinstance(server.get("url"), list | tuple):
+        server["url"] = server["url"][0]
+    return {**model, "server": server}
 
 
 def _texts(value: Any) -> set[str]:

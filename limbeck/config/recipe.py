@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.machine import Machine
 from limbeck.config.named_models import NamedModel, named_models
+from limbeck.config.older import INPUTS, filled
 from limbeck.config.rounds import Rounds, check_previous, check_stages, round_data, stage_data
 from limbeck.config.sections import (
     Elicit,
@@ -36,7 +37,7 @@ from limbeck.config.teacher import TEACHER_KINDS, TeacherSettings, kind_of, teac
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
-EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+EXPONENT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
 NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic adds between the keys of a path
 
 
@@ -227,7 +228,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | 
                 "", f"there is no recipe file {str(path)!r} and no built-in one{nearest(str(path), built_in)}"
             )
         file = built_in[str(path)]
-    data = expand(_read(file, "start from a built-in recipe, such as recipes/quickstart.yaml"))
+    data = _read(file, "start from a built-in recipe, such as recipes/quickstart.yaml")
+    if file.name == "recipe.yaml" and (file.parent / INPUTS).is_file():  # of a run
+        data = filled(data, file.parent)
+    data = expand(data)
     if machine is not None:
         settings = _read(Path(machine), "give it settings, such as `device: cuda`")
         settings = settings["machine"] if settings.keys() == {"machine"} else settings

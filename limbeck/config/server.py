@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
+from limbeck.config.keys import check_key
 from limbeck.config.sections import Section
 
 ServerKind = Literal[
-    "openai-compatible", "openai", "vllm", "sglang", "ollama", "lm-studio", "llama.cpp", "anthropic", "gemini"
+    "openai-compatible", "openai", "vllm", "sglang", "ollama", "lm-studio", "llama.cpp", "states", "anthropic", "gemini"
 ]
 # keys of a request that are set from elsewhere, whatever the protocol; and where
 _NAME = "teacher.server.name says it"
@@ -38,6 +39,16 @@ LIMITS_ALONE = (
 NESTED = ("generationConfig",)  # a part of a request in which keys of ours stand, too
 
 
+def _addresses(url: Any) -> Any:
+    """One address as a text, several as they are."""
+    if not isinstance(url, list | tuple):
+        return url
+    plain = [address.rstrip("/") for address in url if isinstance(address, str)]
+    if not plain or len(set(plain)) < len(url):
+        raise ValueError(f"give one address, or several different ones; got {url!r}")
+    return plain[0] if len(plain) == 1 else tuple(url)
+
+
 class Price(Section):
     """The price of a million tokens read (`input`) and written (`output`), in any currency."""
 
@@ -56,19 +67,23 @@ class Limits(Section):
 class Served(Section):
     """A server that writes the teacher's text.
 
-    `url` is its address up to `/v1`, `name` the model's name there, `key` the environment variable with its key. `kind`
-    is the program or the provider (`models/engines.py` has their table); `options` go into the body of every request as
-    they are. Up to `concurrency` requests run at once; each may take `timeout` seconds and is retried `retries` times.
-    With `batch`, requests use the server's batch interface: answers within a day, usually at half the price. With
-    `names`, the server also gives this many top tokens at each position of every step's text, which the student may
-    write. With `logprobs`, it gives this many at each position of the text that it writes itself.
+    `url` is its address up to `/v1`, or a list of addresses that all serve the same model: each request goes to the one
+    with the fewest under way, and one that fails is left alone for a while. `name` is the model's name there, `key` the
+    environment variable with its key: `LIMBECK_...`, or a provider's own, which goes to that provider alone. `kind` is
+    the program or the provider (`models/engines.py` has their table); `options` go into the body of every request as
+    they are. Up to `concurrency` requests run at once at each address; each may take `timeout` seconds and is retried
+    `retries` times. With `batch`, requests use the server's batch interface: answers within a day, usually at half the
+    price. With `names`, the server also gives this many top tokens at each position of every step's text, which the
+    student may write. With `logprobs`, it gives this many at each position of the text that it writes itself. The kind
+    `states` gives its last hidden states and its head, so the whole distribution, in the `wire`'s type (the model's own
+    if left out, which is exact).
 
     `answers_as` is the model's name in its answers, where that is another. Reasoning that comes beside an answer is
     taught before it; `reasoning: drop` leaves it out. No more than the share `tolerate` of the answers may fail or be
     malformed; those are not trained on. It is no part of the recipe's hash.
     """
 
-    url: str
+    url: Annotated[str | tuple[str, ...], BeforeValidator(_addresses)]
     name: str
     kind: ServerKind = "openai-compatible"
     options: dict[str, JsonValue] = Field(default_factory=dict)
@@ -81,21 +96,35 @@ class Served(Section):
     batch: bool = False
     names: Annotated[int, Field(ge=1, le=65535)] | None = None
     logprobs: Annotated[int, Field(ge=1, le=1024)] | None = None
+    wire: Literal["float32", "bfloat16"] | None = None
     answers_as: str | None = None
     reasoning: Literal["drop"] | None = None
     tolerate: Annotated[float, Field(ge=0, lt=1)] | None = None
     price: Price | None = None
     limits: Limits = Limits()
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Its addresses, one or several."""
+        return (self.url,) if isinstance(self.url, str) else self.url
+
     @model_validator(mode="after")
     def _agree(self) -> Served:
+        for url in self.urls:
+            check_key(self.key, url)
         for path, key in _keys(self.options):
             if key in OURS:
                 raise ValueError(f"options.{path} can't be set here: {OURS[key]}")
         if (unkept := _unkept("options", self.options)) is not None:
             raise ValueError(f"{unkept} has no value, and would not be kept: leave it out")
+        if self.batch and len(self.urls) > 1:
+            raise ValueError("batches are files of one provider: give url one address, or leave batch out")
         if self.batch and self.kind in ("anthropic", "gemini"):
             raise ValueError(f"batch speaks OpenAI's protocol, and {self.kind} has its own; leave batch out")
+        if self.kind == "states" and (self.batch or self.names is not None or self.logprobs is not None):
+            raise ValueError("a states server gives whole distributions: leave batch, names and logprobs out")
+        if self.wire is not None and self.kind != "states":
+            raise ValueError("wire is the type of hidden states: set kind: states, or leave it out")
         if self.names is not None and self.logprobs is not None:
             raise ValueError("names asks about any text, logprobs about the server's own; leave one of them out")
         return self

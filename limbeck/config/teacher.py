@@ -252,7 +252,8 @@ class BridgedTeacher(InProcess):
 
 class ServedTeacher(Section):
     """A model behind a server alone: it gives text, and its likeliest tokens where a `cache` keeps them, the server
-    `names` them at every step, or gives them with its own text (`logprobs`)."""
+    `names` them at every step, or gives them with its own text (`logprobs`); or its whole distribution, if the server
+    gives hidden states (`limbeck serve --states`)."""
 
     kind: Literal["served"] = "served"
     model: None = None
@@ -272,8 +273,11 @@ class ServedTeacher(Section):
     @model_validator(mode="after")
     def _tokens(self) -> ServedTeacher:
         cure = "or name the same model's weights in teacher.model"
-        if self.cache is not None and self.cache.top_k is None:
-            raise ValueError(f"a server names its likeliest tokens at most: keep cache: {{top_k: {{k: 20}}}}, {cure}")
+        if self.cache is not None and self.cache.top_k is None and not self.gives_states:
+            raise ValueError(
+                "a server names its likeliest tokens at most: keep cache: {top_k: {k: 20}}, serve it with `limbeck"
+                f" serve --states` (kind: states), {cure}"
+            )
         if self.cache is not None and self.server.batch:
             raise ValueError(f"text is scored by requests of its own: leave server.batch or the cache out, {cure}")
         if self.cache is not None and self.server.names is not None:
@@ -283,8 +287,20 @@ class ServedTeacher(Section):
         return self
 
     @property
+    def gives_states(self) -> bool:
+        """Whether the server gives its hidden states, and so its whole distribution."""
+        return self.server.kind == "states"
+
+    @property
+    def reads_given_text(self) -> bool:
+        """Whether the server is asked what it says of given text."""
+        return self.gives_states or self.named_tokens is not None
+
+    @property
     def named_tokens(self) -> int | None:
         """How many likeliest tokens the server is asked for at each position of given text; None where it is not."""
+        if self.gives_states:
+            return None
         if self.cache is not None and self.cache.top_k is not None:
             return self.cache.top_k.k
         return self.server.names

@@ -53,7 +53,7 @@ INSPIRED = (
     " solve it; the piece of code is not shown)\nSolution: (a correct program in a fenced block, explained in a few"
     " words)"
 )
-FENCE = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)
+FENCE = re.compile(r"```[^\n`]*+\n(.*?)```", re.DOTALL)
 
 
 @register("document_tasks")

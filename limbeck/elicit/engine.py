@@ -72,7 +72,7 @@ def elicit(
         tolerate: with None, which is for measurements, none may fail, and malformed ones are what they are.
 
     Raises:
-        UserError: too many answers failed or are malformed. The others are stored.
+        UserError: too many answers failed or are malformed, or another version answers. The answers before are stored.
     """
     by_key = {request.key: sample for request in requests if (sample := store.answered(request))}
     total = len({request.key for request in requests})
@@ -109,9 +109,25 @@ def elicit(
     return [by_key[request.key] for request in requests if request.key in by_key]
 
 
+def _check_name(before: str, now: str) -> None:
+    """Refuse another version of a model in the middle of a run."""
+    if now != before:
+        raise UserError(
+            f"{now!r} answers now, and {before!r} answered before in this run: name the version that you mean in"
+            " teacher.server.name, and give another --out; or, if both are one to you, set teacher.server.answers_as to"
+            " the name that they share"
+        )
+
+
 def _keep(store: Store, sample: Sample, answered: tuple[Request, Generated], reused: bool) -> None:
-    """Store a request's answer with what its server said of it."""
+    """Store a request's answer with what its server said of it.
+
+    Raises:
+        UserError: another version of the model answers.
+    """
     request, answer = answered
+    if answer.answered_by is not None:
+        _check_name(store.name_of(request.model, answer.answered_by), answer.answered_by)
     told = [] if answer.told is None else [Evidence(sample.id, TOLD, request.model, answer.told)]
     store.record(request, sample, answer.finish, raw=answer.raw, usage=answer.usage, evidence=told, reused=reused)
 

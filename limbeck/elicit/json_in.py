@@ -11,8 +11,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-FENCE = re.compile(r"```[ \t]*([\w+.-]*)[^\n`]*\n(.*?)(?:\n[ \t]*```|```|\Z)", re.DOTALL)
-INLINE_FENCE = re.compile(r"```(?:json)?\s*([\[{].*?)\s*```", re.DOTALL | re.IGNORECASE)
+FENCE = re.compile(r"```[ \t]*+([\w+.-]*+)[^\n`]*+\n(.*?)(?:\n[ \t]{0,40}```|```|\Z)", re.DOTALL)
+INLINE_FENCE = re.compile(r"```(?:json)?\s*+([\[{].*?)```", re.DOTALL | re.IGNORECASE)
 BEGUN = re.compile(r"\{\s*\"|\[\s*[\[{\"]")  # unlike a stray brace of prose
 BRACKET = re.compile(r"[\[\]{}]")
 TRIES = 64  # places where a value may begin
@@ -37,7 +37,7 @@ def read_json(text: str) -> Any:
 def fenced(text: str) -> list[tuple[str, str]]:
     """(language, text) of every fenced block; a block that is not closed goes to the end."""
     blocks = [(match[1].lower(), match[2]) for match in FENCE.finditer(text)]
-    return blocks or [("json", match[1]) for match in INLINE_FENCE.finditer(text)]
+    return blocks or [("json", match[1].rstrip()) for match in INLINE_FENCE.finditer(text)]
 
 
 def values_in(text: str, opens: str = "{[") -> list[Any]:

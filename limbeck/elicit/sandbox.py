@@ -33,7 +33,7 @@ from limbeck.types import UserError
 
 ALLOW = "LIMBECK_RUN_CODE"
 NOBODY = 65534
-FENCE = re.compile(r"(?P<indent>[\s>]*)(?P<mark>`{3,}|~{3,})[ \t]*[{.]{0,2}(?P<language>[\w+#-]*)[^`]*$")
+FENCE = re.compile(r"(?P<indent>[\s>]*+)(?P<mark>`{3,}+|~{3,}+)[ \t]*+[{.]{0,2}+(?P<language>[\w+#-]*+)[^`]*+$")
 TAGGED = re.compile(r"\[(?:PYTHON|BEGIN)\](.*?)(?:\[/PYTHON\]|\[DONE\]|\Z)", re.DOTALL)  # Code Llama's
 # Runs inside the sandbox and executes the program and its tests. The limits are set here, where only the program's own
 # processes count, because its user or its user namespace is new. They are hard limits, which can't be raised again.

@@ -13,9 +13,11 @@ from limbeck.elicit.step import Estimate, LocalStep, register
 from limbeck.elicit.wording import fill
 from limbeck.types import Sample
 
-NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?%?"
+NUMBER = r"-?\$?\d[\d,]*+(?:\.\d++)?+%?+"
 SIGNS = str.maketrans({"x": "*", "×": "*", "÷": "/"})
-EQUATION = re.compile(rf"{NUMBER}(?:\s*[-+*/x×÷]\s*\(?\s*{NUMBER}\s*\)?)+\s*=\s*{NUMBER}")
+EQUATION = re.compile(
+    rf"(?<!\d)(?<!\d[.,]){NUMBER}(?:\s*+[-+*/x×÷]\s*+\(?\s*+{NUMBER}\s*+\)?+){{1,30}}+\s*+=\s*+{NUMBER}"
+)
 
 
 def with_new_question(sample: Sample, question: str, answer: str, task: str) -> Sample:

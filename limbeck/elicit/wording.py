@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 ITEM = re.compile(
-    r"^[ \t]*(?:[*#]{0,4}[ \t]*)?(?:task|question|example|problem)?[ \t]*(\d{1,3})[ \t]*[.):][ \t]*(?:\*\*)?",
+    r"^[ \t]*+(?:[*#]{1,4}+[ \t]*+)?+(?:task|question|example|problem)?[ \t]*+(\d{1,3})[ \t]*+[.):][ \t]*(?:\*\*)?",
     re.IGNORECASE | re.MULTILINE,
 )
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")

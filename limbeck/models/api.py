@@ -2,7 +2,8 @@
 
 A request that the server certainly did not process (429, 503, no connection) is repeated; one that it may have
 processed (timeout, broken connection, another 5xx) is repeated, too, and counted as possibly billed. A slot is freed
-only when its answer has been consumed, so no more than `concurrency` answers are ever under way.
+only when its answer has been consumed, so no more than `concurrency` answers are ever under way at an address. A server
+may have several addresses: a request that failed at one is repeated at another (`addresses.py`).
 
 A setting that this model does not take is named by the server in a reply of status 400. Where nothing is lost by it
 (the other name of the longest answer, no seed), the request is sent once more without; else the run ends and says so.
@@ -23,10 +24,12 @@ from typing import Any
 from urllib.parse import quote
 
 from limbeck.config.server import Served
+from limbeck.models.addresses import Addresses
 from limbeck.models.budget import Budget, Spending
-from limbeck.models.dialects import OPENAI, merged, put
+from limbeck.models.dialects import OPENAI, get, merged, put
 from limbeck.models.engines import ALL, ENGINES, form_words
 from limbeck.models.http import (
+    MAX_BYTES,
     Backoff,
     Call,
     Connection,
@@ -37,7 +40,7 @@ from limbeck.models.http import (
     send_with_retries,
     without_key,
 )
-from limbeck.models.identity import FATAL, identify, is_bad_key, what_to_check
+from limbeck.models.identity import FATAL, identify, identify_all, is_bad_key, what_to_check
 from limbeck.models.replies import is_filtered, lacks_money, read_answer, read_usage, refused_setting
 from limbeck.models.told import keep
 from limbeck.types import Finish, Generated, Request, UserError
@@ -66,17 +69,24 @@ class ApiTeacher:
         settings = self.settings
         self.engine = ENGINES[settings.kind]
         self.dialect = self.engine.dialect
-        url = check_address(settings.url, "teacher.server.url", self.engine.url, settings.key)
+        example = self.engine.url
+        urls = [check_address(url, "teacher.server.url", example, settings.key) for url in settings.urls]
         self.endpoint = Endpoint(
-            url, settings.key, settings.timeout, key_header=self.engine.key_header, headers=self.engine.headers
+            urls[0],
+            settings.key,
+            settings.timeout,
+            key_header=self.engine.key_header,
+            headers=self.engine.headers,
+            addresses=Addresses(urls, settings.concurrency) if len(urls) > 1 else None,
         )
+        self.at_once = settings.concurrency * len(urls)  # requests under way
         self.budget = Budget(settings, self.sleep, self.clock)
         self._limit = self.engine.limit or self.dialect.places["max_tokens"]
         self._seeded = "seed" in self.engine.takes
         self._failures = 0  # in a row
         self._useless = 0  # replies in a row that are no answers
         self._answered = False
-        self._was_away = False
+        self._away = set[str]()  # addresses that were not there when they were last asked
         self._identity: str | None = None
 
     @property
@@ -96,8 +106,21 @@ class ApiTeacher:
             UserError: no such server, another kind of server, or no such model.
         """
         if self._identity is None:
-            self._identity = self.endpoint.run(partial(identify, self.settings, self.engine))
+            self._identity, lost = self.endpoint.run(partial(identify_all, self.settings, self.engine))
+            self._away |= lost.keys()
+            if self.endpoint.addresses is not None:
+                self.endpoint.addresses.begin_without(lost)
         return self._identity
+
+    @property
+    def lost(self) -> list[str]:
+        """Those of several addresses that do not answer."""
+        return [] if self.endpoint.addresses is None else self.endpoint.addresses.lost()
+
+    def tell(self, note: Callable[[str], None]) -> None:
+        """Say by `note` when one of several addresses fails, and when it answers again."""
+        if self.endpoint.addresses is not None:
+            self.endpoint.addresses.note = note
 
     def answers(
         self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False
@@ -126,7 +149,7 @@ class ApiTeacher:
         async with self.endpoint.connect() as connection:
             try:
                 while (waiting or tasks) and not stop():
-                    while waiting and not error and len(tasks) < self.settings.concurrency:
+                    while waiting and not error and len(tasks) < self.at_once:
                         request = waiting.popleft()
                         tasks[asyncio.ensure_future(self._answer(connection, request))] = request
                     if not tasks:
@@ -173,9 +196,9 @@ class ApiTeacher:
         elif generated.finish != "error":
             self._useless = 0
             self._answered = True
-        most = FAILURES_IN_A_ROW + 2 * self.settings.concurrency
+        most = FAILURES_IN_A_ROW + 2 * self.at_once
         if not self._answered:
-            most = USELESS_AT_FIRST + self.settings.concurrency
+            most = USELESS_AT_FIRST + self.at_once
         if self._useless >= most:
             what = "malformed answer" if generated.finish == "malformed" else f"refusal, {reply.status}"
             raise UserError(
@@ -220,12 +243,13 @@ class ApiTeacher:
             raise UserError(f"{self.endpoint.url} refuses {refused}: change {where}. {reply.quote()}")
         return False
 
-    async def send(self, connection: Connection, call: Call, tokens: int) -> Reply:
+    async def send(self, connection: Connection, call: Call, tokens: int, max_bytes: int = MAX_BYTES) -> Reply:
         """The reply to one call, repeated as often as the settings allow and within the budget. The reply has an
         answer, or is the request's own fault (4xx), or is that of the last try.
 
         Args:
             tokens: what a try may cost.
+            max_bytes: no more of an answer is read.
 
         Raises:
             UserError: the server refuses every request, fails again and again, or a ceiling is reached.
@@ -236,7 +260,7 @@ class ApiTeacher:
             await self.budget.wait_for_turn(tokens)
             self.budget.begin(handle, tokens, repeated=attempt > 0)
             try:
-                reply = await connection.send(call)
+                reply = await connection.send(call, max_bytes)
                 await self._notice(connection, reply)
                 return reply
             finally:
@@ -248,19 +272,19 @@ class ApiTeacher:
         """Refuse another model where the server was gone for a while: what it says is not the text that is asked
         for."""
         if reply.failure == "no connection":
-            self._was_away = True
-        elif self._was_away and reply.status == 200 and self._identity is not None:
-            now = await identify(self.settings, self.engine, connection)
+            self._away.add(reply.url)
+        elif reply.url in self._away and reply.status == 200 and self._identity is not None:
+            now = await identify(self.settings, self.engine, connection.at(reply.url))
             if now != self._identity:
                 raise UserError(
-                    f"{self.endpoint.url} was away and came back with another model: {now}, not {self._identity}; serve"
+                    f"{reply.url} was away and came back with another model: {now}, not {self._identity}; serve"
                     " that one again and run it again to go on, or give another --out"
                 )
-            self._was_away = False
+            self._away.discard(reply.url)
 
     def _is_final(self, reply: Reply) -> bool:
         """Whether to keep this reply, rather than try again; counts failures."""
-        url = self.endpoint.url
+        url = reply.url
         if _is_answer(reply.status) or is_filtered(reply):
             self._failures = 0
             if not is_bad_key(reply, self.dialect):
@@ -271,7 +295,7 @@ class ApiTeacher:
         if reply.status not in NOT_PROCESSED and reply.failure != "no connection":
             self.budget.spending.maybe_billed += 1
         self._failures += 1
-        if self._failures >= FAILURES_IN_A_ROW + 2 * self.settings.concurrency:
+        if self._failures >= FAILURES_IN_A_ROW + 2 * self.at_once:
             raise UserError(
                 f"{url} failed {self._failures} times in a row (last: {reply.outcome()}): check the server, then run it"
                 f" again to go on. {reply.quote()}"
@@ -348,7 +372,11 @@ class ApiTeacher:
         whole = finish in ("ok", "length") and without_key(text, reply.key) == text  # what is cut out is kept nowhere
         if whole and self._names_tokens_of(request) and (said := self.dialect.read(as_dict(data), False)) is not None:
             told = keep(said.logprobs, self.settings.logprobs or 0)
-        return Generated(None, without_key(text, reply.key), finish, raw=raw, usage=usage or (0, 0), told=told)
+        name = get(data, self.dialect.answered_by)
+        named = isinstance(name, str) and self.settings.answers_as is None
+        pinned = without_key(str(name), reply.key) if named else None
+        shown = without_key(text, reply.key)
+        return Generated(None, shown, finish, raw=raw, usage=usage or (0, 0), told=told, answered_by=pinned)
 
 
 def _is_answer(status: int) -> bool:

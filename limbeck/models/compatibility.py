@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.template import end_of_turn, render
-from limbeck.types import UserError
+from limbeck.types import UserError, content_hash
 
 OTHER_TOKENS = (
     "Teacher and student have other tokens, so they are compared by their text: perplexity is how likely the student"
@@ -33,6 +33,16 @@ def check_same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
         f"teacher and student have different vocabularies: {len(different)} tokens differ, for example {different[:3]};"
         " use a student of the teacher's family, or read the teacher through a bridge (teacher.bridge: {})"
     )
+
+
+def tokens_key(tokenizer: Tokenizer) -> str:
+    """A hash of the vocabulary: equal for what `check_same_vocabulary` lets pass."""
+    return content_hash(tokenizer.get_vocab())
+
+
+def frame_key(tokenizer: Tokenizer) -> str:
+    """A hash of how a conversation is framed: equal for what `check_same_template` lets pass."""
+    return content_hash([render(tokenizer, PROBE), str(tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)))])
 
 
 def have_other_tokens(teacher: Tokenizer, student: Tokenizer) -> bool:

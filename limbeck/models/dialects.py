@@ -112,9 +112,10 @@ def _openai_said(data: dict[str, Any], raw: bool) -> Said | None:
     refusal = message.get("refusal")
     content = message.get("text" if raw else "content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": "" if content is None else content}]
+    calls = bool(message.get("tool_calls") or message.get("function_call"))
     beside = next((text for key in REASONING if isinstance(text := message.get(key), str) and text.strip()), "")
     return Said(
-        _text_of(parts),
+        None if calls else _text_of(parts),  # what stands beside a call is no answer
         choices[0].get("finish_reason"),
         refusal if isinstance(refusal, str) and refusal.strip() else "",
         reasoning=beside or _reasoning_of(parts),
@@ -178,8 +179,8 @@ def _anthropic_said(data: dict[str, Any], _: bool) -> Said | None:
     content = data.get("content")
     if data.get("type") != "message" or not isinstance(content, list):
         return None
-    text = _joined([block for block in as_dicts(content) if block.get("type") == "text"])
-    return Said(text, data.get("stop_reason"), reasoning=_reasoning_of(content))
+    blocks = [block for block in as_dicts(content) if block.get("type") not in (*THOUGHTS, "redacted_thinking")]
+    return Said(_joined(blocks), data.get("stop_reason"), reasoning=_reasoning_of(content))
 
 
 ANTHROPIC = Dialect(

@@ -104,6 +104,16 @@ ENGINES: dict[str, EndpointKind] = {
         effort={"chat_template_kwargs": {"enable_thinking": False}},
         probe=("/props", "default_generation_settings"),
     ),
+    "states": EndpointKind(
+        "`limbeck serve --states`",
+        "http://127.0.0.1:8090/v1",
+        most_logprobs=0,
+        forms={},
+        schema=None,
+        effort=None,
+        tools=False,
+        probe=("/v1/states", "fingerprint"),
+    ),
     "anthropic": EndpointKind(
         "Anthropic (/v1/messages)",
         "https://api.anthropic.com/v1",

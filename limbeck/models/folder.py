@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder: read, written, converted from GGUF, fingerprinted.
+"""A model as a Hugging Face folder: read, written, converted from GGUF.
 
 No remote code is run and no pickle is read: safetensors and JSON only.
 """
@@ -6,7 +6,6 @@ No remote code is run and no pickle is read: safetensors and JSON only.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -21,11 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from limbeck.models.quantised import as_read, drop_quantisation
 from limbeck.models.weights import check_files, check_loaded, first_line, model_class, refuse_scores, text_config
-from limbeck.storage.files import file_sha256, full_disk_as_os_error, new_directory, write_json
-from limbeck.types import UserError, content_hash
+from limbeck.storage.files import full_disk_as_os_error, new_directory, write_json
+from limbeck.types import UserError
 
-EDGE = 2**20  # bytes at both ends of a weight file that are hashed
-TENSOR_EDGE = 2**12  # bytes at the beginning of a tensor
 ANY_TEXT = "a, 1. Die Welt? Привет 你好 東京 안녕 سلام नमस्ते"  # some of which any tokenizer knows
 LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 
@@ -166,42 +163,6 @@ def save_model(net: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None
     for name in ("config.json", "tokenizer_config.json"):
         settings = json.loads((folder / name).read_text())
         write_json(folder / name, {key: value for key, value in settings.items() if key not in LOCAL_TRACES})
-
-
-def fingerprint(folder: Path) -> str:
-    """16 hex digits of a hash over the configuration, the tokenizer, and the size, first and last MiB of every weight
-    file.
-
-    It tells models apart cheaply; it does not detect tampering in the middle of a file.
-    """
-    parts: dict[str, Any] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors":
-            with file.open("rb") as weights:
-                head = weights.read(EDGE)
-                weights.seek(max(0, file.stat().st_size - EDGE))
-                parts[file.name] = [file.stat().st_size, content_hash([head.hex(), weights.read(EDGE).hex()])]
-        elif file.suffix in {".json", ".jinja", ".model"}:
-            parts[file.name] = file_sha256(file)
-    return content_hash(parts)[:16]
-
-
-def contents(folder: Path) -> str:
-    """A hash over the fingerprint and the beginning of every tensor, which tells apart models that were trained from
-    one another and kept the outermost layers of a file; reads a few MiB, no whole file."""
-    tensors: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as weights:
-            length = int.from_bytes(weights.read(8), "little")
-            entries = json.loads(weights.read(length))
-            for name, entry in sorted(entries.items()):
-                if name == "__metadata__":
-                    continue
-                begin, end = entry["data_offsets"]
-                weights.seek(8 + length + begin)
-                edge = weights.read(min(TENSOR_EDGE, end - begin))
-                tensors[f"{file.name}/{name}"] = hashlib.sha256(edge).hexdigest()
-    return content_hash([fingerprint(folder), tensors])
 
 
 @contextlib.contextmanager

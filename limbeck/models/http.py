@@ -20,20 +20,23 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
 
+from limbeck.config.keys import check_origin
+from limbeck.models.addresses import Addresses
 from limbeck.types import UserError, printable
 
 MAX_BYTES = 16 * 2**20  # of one answer
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
 MOST_SHOWN = 1200  # characters of a server's words, before they are made printable
+LONGEST_SPELLING = 9  # characters of a key's character, where JSON within JSON escapes it
 LEAST_SECRET = 8  # characters; a shorter key could be a piece of any word, and keeps no secret
 KEY_CHARACTERS = re.compile(r"[!#-\[\]-~]*")  # a header can carry them, and JSON does not escape them
 Failure = Literal["", "no connection", "timeout", "broken connection"]
@@ -91,7 +94,7 @@ class Reply:
 
     `body` and `json` are what the server sent, `text`, `error_text` and `quote` are without the `key`. `error` is the
     exception's name where there is no answer; `truncated` means that the body is longer than was read; `retry_after`
-    is in seconds.
+    is in seconds. `url` is the address that was asked.
     """
 
     status: int = 0
@@ -101,6 +104,7 @@ class Reply:
     failure: Failure = ""
     error: str = ""
     key: str = field(default="", repr=False)
+    url: str = ""
 
     def json(self) -> Any:
         """The body as JSON, None where it is not (see `read_json`) or not whole."""
@@ -108,7 +112,7 @@ class Reply:
 
     def text(self, limit: int | None = None) -> str:
         """The body as text without the key, at most `limit` bytes of it."""
-        end = None if limit is None else limit + len(self.key)  # a key that the limit cuts is found, too
+        end = None if limit is None else limit + LONGEST_SPELLING * len(self.key)  # so that a key which is cut is found
         return without_key(self.body[:end].decode("utf-8", "replace"), self.key)[:limit]
 
     def outcome(self) -> str:
@@ -132,7 +136,8 @@ class Reply:
 class Endpoint:
     """Where a server is and which environment variable holds its key. One exchange may take `timeout` seconds.
 
-    `key_header` is the header of the key and what stands before it there; `headers` go along with every request.
+    `key_header` is the header of the key and what stands before it there; `headers` go along with every request. With
+    `addresses`, of which `url` is the first, each request goes to one of them.
     """
 
     url: str
@@ -141,6 +146,12 @@ class Endpoint:
     connect_timeout: float = CONNECT_SECONDS
     key_header: tuple[str, str] = ("Authorization", "Bearer ")
     headers: Mapping[str, str] = field(default_factory=dict)
+    addresses: Addresses | None = None
+
+    @property
+    def urls(self) -> list[str]:
+        """All of its addresses."""
+        return [self.url] if self.addresses is None else [address.url for address in self.addresses.all]
 
     @contextlib.asynccontextmanager
     async def connect(self) -> AsyncIterator[Connection]:
@@ -149,12 +160,15 @@ class Endpoint:
         A `UserError` that is raised within loses the key, if it has it from the server.
 
         Raises:
-            UserError: the key has characters that a header can't carry.
+            UserError: the key has characters that a header can't carry, or is for another address.
         """
         key = read_key(self.key_variable)
+        if key:
+            for url in self.urls:
+                check_origin(self.key_variable, url)
         header, prefix = self.key_header
         headers = {"Accept-Encoding": "identity", **self.headers} | ({header: f"{prefix}{key}"} if key else {})
-        verify: Any = certificates() if self.url.startswith("https") else False
+        verify: Any = certificates() if any(url.startswith("https") for url in self.urls) else False
         async with httpx2.AsyncClient(
             headers=headers,
             verify=verify,
@@ -180,12 +194,16 @@ class Endpoint:
 
 
 class Connection:
-    """An open pool of connections to one endpoint."""
+    """An open pool of connections to one endpoint, at all of its addresses."""
 
     def __init__(self, endpoint: Endpoint, client: httpx2.AsyncClient, key: str) -> None:
         self.endpoint = endpoint
         self._client = client
         self.key = key
+
+    def at(self, url: str) -> Connection:
+        """The same connections, to one of the endpoint's addresses alone."""
+        return Connection(replace(self.endpoint, url=url, addresses=None), self._client, self.key)
 
     async def send(self, call: Call, max_bytes: int = MAX_BYTES, seconds: float | None = None) -> Reply:
         """One try, in `seconds` (the endpoint's timeout if left out). A failed exchange is a reply, too.
@@ -193,7 +211,18 @@ class Connection:
         Args:
             max_bytes: no more of the answer is read.
         """
-        url = self.endpoint.url.removesuffix("/v1") if call.at_root else self.endpoint.url
+        addresses = self.endpoint.addresses
+        if addresses is None:
+            reply = await self._exchange(self.endpoint.url, call, max_bytes, seconds)
+            return replace(reply, url=self.endpoint.url)
+        async with addresses.turn() as address:
+            began = addresses.clock()
+            reply = await self._exchange(address.url, call, max_bytes, seconds)
+        addresses.learn(address, reply.status, reply.outcome(), reply.retry_after, began=began)
+        return replace(reply, url=address.url)
+
+    async def _exchange(self, address: str, call: Call, max_bytes: int, seconds: float | None) -> Reply:
+        url = address.removesuffix("/v1") if call.at_root else address
         upload = call.upload
         try:
             async with (
@@ -280,8 +309,20 @@ def read_key(variable: str) -> str:
 
 
 def without_key(text: str, key: str) -> str:
-    """The text with `[key]` in place of the key. A key of fewer than 8 characters is left where it is."""
-    return text.replace(key, "[key]") if len(key) >= LEAST_SECRET else text
+    """The text with `[key]` in place of the key, also where JSON or an address spells its characters otherwise. A key
+    of fewer than 8 characters is left where it is."""
+    return _spellings(key).sub("[key]", text) if len(key) >= LEAST_SECRET else text
+
+
+@lru_cache(maxsize=8)
+def _spellings(key: str) -> re.Pattern[str]:
+    """The key, each character as it is, as \\u0073 (JSON, also within JSON) or as %73."""
+    characters = []
+    for character in key:
+        plain = re.escape(character) if character != "/" else r"\\{0,4}/"
+        code = f"{ord(character):02x}"
+        characters.append(rf"(?:{plain}|(?i:\\{{1,4}}u00{code}|%{code}))")
+    return re.compile("".join(characters))
 
 
 def read_json(body: bytes, allow_nan: bool = False) -> Any:

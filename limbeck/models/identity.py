@@ -22,6 +22,10 @@ KEYS = (401, 403)
 UNLISTED = (404, 405, 501)  # what a server without a list of models answers when it is asked for one
 
 
+class NoAnswerError(UserError):
+    """A server that is not there, or fails."""
+
+
 async def identify(settings: Served, engine: EndpointKind, connection: Connection) -> str:
     """The model's name with a hash of what the server says of it and of what is asked of it; the same on another port.
 
@@ -50,17 +54,43 @@ async def identify(settings: Served, engine: EndpointKind, connection: Connectio
     return f"served:{name}-{content_hash(facts)[:12]}"
 
 
+async def identify_all(settings: Served, engine: EndpointKind, connection: Connection) -> tuple[str, dict[str, str]]:
+    """What `identify` says of all of a server's addresses, and which of them did not answer, and how.
+
+    Raises:
+        UserError: none answers, or they serve different models.
+    """
+    found: dict[str, str] = {}
+    lost: dict[str, NoAnswerError] = {}
+    for url in connection.endpoint.urls:
+        try:
+            found[url] = await identify(settings, engine, connection.at(url))
+        except NoAnswerError as error:
+            lost[url] = error
+    if not found:
+        raise next(iter(lost.values()))
+    (first, name), *others = found.items()
+    for url, other in others:
+        if other != name:
+            raise UserError(
+                f"{first} serves {name} and {url} {other}: the addresses of one server must serve the same model under"
+                " one name, from one folder; start them alike, or leave one out of teacher.server.url"
+            )
+    return name, {url: str(error) for url, error in lost.items()}
+
+
 async def _models(settings: Served, engine: EndpointKind, connection: Connection) -> dict[str, dict[str, Any]]:
     """What the server says of its models, by their names; of one without a list, the name that the recipe gives."""
     url = connection.endpoint.url
     reply = await connection.send(Call("GET", engine.dialect.models))
     if reply.failure:
-        raise UserError(f"no answer from {url}: {reply.error}; is the server running?")
+        raise NoAnswerError(f"no answer from {url}: {reply.error}; is the server running?")
     if reply.status == 200:
         return engine.dialect.listed(reply.json())
     if reply.status in UNLISTED and await _takes_requests(settings, engine, connection):
         return {settings.name: {}}
-    raise UserError(f"{url}/models answers {reply.status}: check {what_to_check(reply, settings, engine.dialect)}")
+    kind = NoAnswerError if reply.status >= 500 else UserError
+    raise kind(f"{url}/models answers {reply.status}: check {what_to_check(reply, settings, engine.dialect)}")
 
 
 async def _takes_requests(settings: Served, engine: EndpointKind, connection: Connection) -> bool:

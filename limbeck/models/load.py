@@ -113,7 +113,7 @@ def model_identity(name: str, precision: Precision = FULL, template: str | None 
 
 
 def model_contents(name: str) -> str:
-    """A hash that tells models apart which `model_identity`, made to be quick, may not.
+    """A hash of a model's files alone: its identity has its label, precision and template, too.
 
     Raises:
         UserError: no such model, or one that is not available as a folder.

@@ -13,7 +13,7 @@ from typing import Any
 from limbeck.elicit.conversation import OPEN, answer_text
 from limbeck.models.dialects import OPENAI, Dialect, get
 from limbeck.models.http import Reply, as_dict, as_dicts
-from limbeck.types import Finish, UserError
+from limbeck.types import Finish, UserError, has_text
 
 CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|<(?:start|end)_of_turn>")
 MOST_TOKENS = 2**40  # that a bill may name
@@ -66,7 +66,7 @@ def read_answer(
         return text, "malformed"
     if finish == "length" or (usage is not None and usage[1] >= max_tokens):
         return text, "length"
-    return text, "ok" if answer.strip() else "empty"
+    return text, "ok" if has_text(answer) else "empty"
 
 
 def has_control_token(text: str) -> bool:

@@ -77,6 +77,11 @@ class ServerScorer:
     def identity(self) -> str:
         return self.api.identity
 
+    @property
+    def told(self) -> str:
+        """What it says of given text, in words."""
+        return f"names {self.k} tokens at every position"
+
     def probe(self) -> None:
         """Find out how the server scores; check its tokens, its template and how many tokens it names.
 
@@ -161,7 +166,7 @@ class ServerScorer:
         gaps = [abs(later[token] - log_prob) for token, log_prob in zip(*before[:2], strict=True) if token in later]
         if 2 * len(gaps) < self.k or sum(gaps) > SAME * len(gaps):
             raise UserError(
-                f"{self.api.settings.url} no longer gives the numbers that it gave at first, for one test text"
+                f"{self.api.endpoint.url} no longer gives the numbers that it gave at first, for one test text"
                 f" ({len(gaps)} of {self.k} likeliest tokens are the same): its weights changed; serve the first model"
                 " again and run it again to go on, or give another --out"
             )
@@ -170,7 +175,7 @@ class ServerScorer:
     async def _score_all(
         self, connection: Connection, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[list[NamedTokens]]:
-        slots = asyncio.Semaphore(self.api.settings.concurrency)
+        slots = asyncio.Semaphore(self.api.at_once)
         score = self._score_by_position if self._protocol == "llama.cpp" else self._score_at_once
 
         async def score_one(prompt: Sequence[int], response: Sequence[int]) -> list[NamedTokens]:
@@ -295,7 +300,7 @@ class ServerScorer:
             if reply.status == 200 and key in as_dict(reply.json()):
                 return protocol
         raise UserError(
-            f"{self.api.settings.url} can't score text: it is neither a llama.cpp nor a vLLM server; use losses on text"
+            f"{self.api.endpoint.url} can't score text: it is neither a llama.cpp nor a vLLM server; use losses on text"
             " (cross_entropy), or serve the model with one of them (`limbeck serve`)"
         )
 

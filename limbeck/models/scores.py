@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from limbeck.data.batches import MICRO_TOKENS
+from limbeck.models.fingerprint import check_sealed
 from limbeck.models.folder import quiet, read_config, read_tokenizer
 from limbeck.models.load import frame_tokenizer, load_config, model_folder, model_identity
 from limbeck.models.model import Model, gives_scores, head_of
@@ -153,6 +154,7 @@ def load_scorer(name: str, placement: Placement | None = None) -> Scorer:
     check_scorer(name)
     source = scorer_source(name)
     folder = model_folder(source)
+    check_sealed(folder, name)
     with quiet():
         net = read_scores(folder, name, torch.float32)
         tokenizer = read_tokenizer(folder, name)

@@ -13,11 +13,12 @@ REMEDY = "or name the same model's weights in teacher.model"
 
 
 class ServedKind:
-    """Gives text, and its likeliest tokens as a distribution if the recipe has them cached or named by the server."""
+    """Gives text, and its likeliest tokens as a distribution if the recipe has them cached or named by the server; or
+    the whole distribution, if the server gives hidden states."""
 
     def gives(self, settings: ServedTeacher) -> frozenset[str]:
-        named = settings.named_tokens or settings.server.logprobs
-        return frozenset({"text"} | ({"teacher_distribution"} if named is not None else set()))
+        says = settings.reads_given_text or settings.server.logprobs is not None
+        return frozenset({"text"} | ({"teacher_distribution"} if says else set()))
 
     def lacks(self, _: ServedTeacher, evidence: str) -> str:
         what = evidence.replace("_", " ")
@@ -27,7 +28,8 @@ class ServedKind:
         if evidence == "teacher_distribution":
             keep = (
                 "keep what it says of the text (teacher.cache: {top_k: {k: 20}}), ask it at every step"
-                " (teacher.server.names: 20), or with its own text (teacher.server.logprobs: 20), "
+                " (teacher.server.names: 20), or with its own text (teacher.server.logprobs: 20), serve it with"
+                " `limbeck serve --states` (teacher.server.kind: states), "
             )
         return f"it reads the {what}, and a server gives text: use cross_entropy, {keep}{REMEDY}"
 
@@ -35,6 +37,8 @@ class ServedKind:
         recipe = use.recipe
         if settings.server.logprobs is not None:
             _refuse_own_text(settings.server, use)
+        if settings.reads_given_text and recipe.train.mixup is not None and "teacher_distribution" in use.read:
+            raise RecipeError("train.mixup", f"a server reads no mixed text: leave it out, {REMEDY}")
         if recipe.student.start.pretrained is None:
             raise RecipeError(
                 "student.start",

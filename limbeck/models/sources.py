@@ -17,12 +17,13 @@ from transformers import LlamaConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.adapters import base_of, check_adapters, has_adapters, with_adapters
-from limbeck.models.folder import contents, convert_gguf, fingerprint, quiet, read_config, read_tokenizer, read_weights
+from limbeck.models.fingerprint import check_sealed, contents, fingerprint, known_sha256
+from limbeck.models.folder import convert_gguf, quiet, read_config, read_tokenizer, read_weights
 from limbeck.models.model import Model
 from limbeck.models.named import NAMED, fetch, home
 from limbeck.models.quantised import check_numbers, check_readable
 from limbeck.models.weights import check_folder
-from limbeck.storage.files import exclusive, file_sha256, sweep
+from limbeck.storage.files import exclusive, sweep
 from limbeck.types import UserError, nearest
 
 HUB_METADATA = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -67,12 +68,13 @@ class ModelSource(ABC):
         return self._identity(name, self.folder(name))
 
     def contents(self, name: str) -> str:
-        """A hash that tells models apart which the identity, made to be quick, may not."""
+        """A hash of the model's files alone, whatever it is called."""
         return contents(self.folder(name))
 
     def load(self, name: str, dtype: torch.dtype) -> Model:
         """The model in evaluation mode."""
         folder = self.folder(name)
+        check_sealed(folder, name)
         with quiet():
             return Model(read_weights(folder, name, dtype), self.tokenizer(name), self._identity(name, folder))
 
@@ -128,7 +130,7 @@ class GgufSource(ModelSource):
         path = Path(name).expanduser()
         if not path.is_file():
             raise UserError(f"there is no GGUF file at {name}")
-        return home() / "converted" / file_sha256(path)[:16]
+        return home() / "converted" / known_sha256(path)[:16]
 
 
 class FolderSource(ModelSource):
@@ -145,6 +147,7 @@ class FolderSource(ModelSource):
 
     def check(self, name: str) -> None:
         folder = self.folder(name)
+        check_sealed(folder, name)
         config = read_config(folder, name)
         check_readable(config, name)
         with quiet():
@@ -208,10 +211,14 @@ class AdapterSource(ModelSource):
 
 
 class HubSource(ModelSource):
-    """A hub id `owner/name`: safetensors, configuration and tokenizer only."""
+    """A hub id `owner/name`, or `owner/name@REVISION` (a commit, so that it stays as it is): safetensors, configuration
+    and tokenizer only."""
 
     def matches(self, name: str) -> bool:
         return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+    def label(self, name: str) -> str:
+        return name.partition("@")[0]
 
     def folder(self, name: str) -> Path:
         return self._download(name, ["*.safetensors", *HUB_METADATA])
@@ -220,13 +227,14 @@ class HubSource(ModelSource):
         return self._download(name, HUB_METADATA)
 
     @staticmethod
-    def _download(repository: str, files: list[str]) -> Path:
+    def _download(name: str, files: list[str]) -> Path:
+        repository, _, revision = name.partition("@")
         try:
-            return Path(snapshot_download(repository, allow_patterns=files))
+            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"can't fetch {repository!r} from the hub: {reason}; give a directory or a .gguf file instead"
+                f"can't fetch {name!r} from the hub: {reason}; give a directory or a .gguf file instead"
             ) from error
 
 

@@ -26,7 +26,9 @@ from limbeck.types import Message, UserError
 
 ASKED, SAID = "zqlimbeckaskedqz", "zqlimbecksaidqz"  # words that no template writes itself
 THINKING = re.compile(r"think|thought|reason", re.IGNORECASE)
-THINKING_BLOCK = re.compile(r"(?:\s*[<\[]/?[^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]])*\s*\Z", re.IGNORECASE)
+THINKING_BLOCK = re.compile(
+    r"(?<!\s)(?:\s*+[<\[]/?[^<>\[\]\s]{0,40}(?:think|thought|reason)[^<>\[\]\s]{0,40}[>\]])*+\s*+\Z", re.IGNORECASE
+)
 ANCHORS = ("", "\U000f0000", "\n")  # what a piece is encoded after: nothing, or what no text merges with
 GIVE_ONE = "give it one of Limbeck's or your own (template: chatml, alpaca, plain, or a .jinja file)"
 # `strftime_now` in a template would give another prompt, and other request keys, every day: 26 July 2024 for all days

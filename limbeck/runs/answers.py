@@ -113,10 +113,10 @@ class SharedTexts:
 
 
 def origin_of(settings: TeacherSettings | NamedModel) -> str | None:
-    """What tells a model from others of its name: a server's address, or what the weights contain. None for weights
-    that can't be looked at: their answers are not shared."""
+    """What tells a model from others of its name: a server's (first) address, or what the weights contain. None for
+    weights that can't be looked at: their answers are not shared."""
     if settings.server is not None:
-        return settings.server.url.rstrip("/")
+        return settings.server.urls[0].rstrip("/")
     try:
         return f"weights {model_contents(str(settings.model))[:16]}, writing {WRITING}"
     except UserError:
@@ -141,7 +141,7 @@ def keep_for_others(folder: Path, earlier: Recipe, now: Recipe) -> str:
 def _speaker(recipe: Recipe) -> tuple[object, ...]:
     """Who writes the teacher's text, as far as a recipe says it."""
     server = recipe.teacher.server
-    return (recipe.teacher,) if server is None else (server.url, server.name, server.kind, server.options)
+    return (recipe.teacher,) if server is None else (server.urls[0], server.name, server.kind, server.options)
 
 
 def add_run(folder: Path, recipe: Recipe, place: Path, library: Path | None = None) -> tuple[int, int]:

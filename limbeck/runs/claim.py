@@ -11,18 +11,27 @@ from typing import Any
 import yaml
 
 from limbeck.config.binding import training_part
+from limbeck.config.older import FORMAT, FORMAT_NAME, INPUTS, filled
 from limbeck.config.recipe import Recipe, as_yaml, parse
+from limbeck.models.fingerprint import NAMING, names_by_edges
 from limbeck.storage.files import is_leftover, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import NAME, RecipeError, UserError, content_hash
 
-INPUTS = "inputs.json"
 HELD_OUT = "held-out prompts"  # of the inputs the one that may change: what is asked of them is asked anew
 TRAINING = "training"  # what the folder's checkpoints are named by
+WHOLE = "weights"  # all bytes of the models, where the folder names them by the edges of their files
 BEFORE_THE_RECIPE = frozenset(
     {".lock", INPUTS, "machine.json", "plan.json", "prompts.json", "answers.json", "start.json"}
     | {f"store.sqlite{end}" for end in ("", "-wal", "-shm", "-journal")}
 )
+
+
+def follow_names(*folders: Path | None) -> None:
+    """Name models as these folders of a run do: those of older versions by the edges of their files."""
+    files = [folder / INPUTS for folder in folders if folder is not None]
+    there = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    NAMING.by_edges = any(map(names_by_edges, there))
 
 
 def run_folder(recipe: Recipe, out: str | Path | None) -> Path:
@@ -82,9 +91,10 @@ def claim(
     if file.exists() and not _is_empty(folder):
         sweep(folder)
         before = _settled(file, yaml.safe_load)
-        earlier = _read(before)
-        if recipe.training_hash not in (content_hash(training_part(before)), earlier and earlier.training_hash):
-            now, then = training_part(recipe.resolved()), training_part(before)
+        whole = filled(before, folder)
+        earlier = _read(whole)
+        if recipe.training_hash not in (content_hash(training_part(whole)), earlier and earlier.training_hash):
+            now, then = training_part(recipe.resolved()), training_part(whole)
             changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
             raise UserError(
                 f"{folder} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, or"
@@ -94,7 +104,7 @@ def claim(
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
     facts = inputs()
     settled = _settled_inputs(folder, facts, earlier, older)
-    bound = (settled.keys() | facts.keys() if settled else set[str]()) - {HELD_OUT, TRAINING}
+    bound = (settled.keys() | facts.keys() if settled else set[str]()) - {HELD_OUT, TRAINING, FORMAT_NAME}
     if changed := sorted(key for key in bound if settled.get(key) != facts.get(key)):
         raise UserError(
             f"{folder} was made from other contents ({' and '.join(changed)} changed since): give another --out"
@@ -105,7 +115,7 @@ def claim(
         probe()
     if before != recipe.resolved():
         write_text(file, as_yaml(recipe))
-    facts = facts | {TRAINING: settled.get(TRAINING) or _training_key(before, recipe)}
+    facts = facts | {TRAINING: settled.get(TRAINING) or _training_key(before, recipe), FORMAT_NAME: str(FORMAT)}
     if read_json(folder / INPUTS) != facts:
         write_json(folder / INPUTS, facts)
 
@@ -135,6 +145,7 @@ def _settled_inputs(
     if not (folder / INPUTS).exists():
         return {}
     settled = _settled(folder / INPUTS, json.loads)
+    settled |= {WHOLE: facts[WHOLE]} if WHOLE in facts and WHOLE not in settled else {}
     if HELD_OUT in facts and HELD_OUT not in settled and earlier is not None and older is not None:
         with contextlib.suppress(UserError):  # files that are gone: the prompts have changed
             together, training = older(earlier)

@@ -1,15 +1,20 @@
-"""The trained student as it is exported: whole, where its weights were divided among ranks."""
+"""The trained student as it is exported: whole, where its weights were divided among ranks, with card and manifest."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from limbeck.models.export_scores import write_student
+from limbeck.models.fingerprint import seal_export
 from limbeck.models.model import Model
 from limbeck.models.sharding import is_divided
 from limbeck.models.start import add_adapters
 from limbeck.runs.models import RunModels
+from limbeck.storage.files import write_text
 from limbeck.training import sharded
 
 
@@ -28,3 +33,10 @@ def exported(models: RunModels, student: Model) -> Model:
         return net
 
     return models.finished(replace(student, net=sharded.plain(student.net, fresh)))
+
+
+def write_export(student: Model, folder: Path, card: Callable[[str], str]) -> None:
+    """Write a trained student into `folder`, which must exist. `card` returns its card, given how it is loaded."""
+    use = write_student(student, folder)
+    write_text(folder / "README.md", card(use))
+    seal_export(folder)

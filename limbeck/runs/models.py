@@ -26,6 +26,7 @@ from limbeck.models.prune import Calibration, LayerChoice
 from limbeck.models.score import ServerScorer
 from limbeck.models.scores import Scorer, load_scorer
 from limbeck.models.start import adapters_told, begin, choose, merge_adapters, merge_into
+from limbeck.models.states_teacher import StatesTeacher
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
 from limbeck.models.told import Kept
@@ -158,6 +159,8 @@ class RunModels:
         if self.shared is not None:
             return self.shared.server
         server = served(self.method)
+        if server is not None:
+            server.tell(self.reporter.note)
         if server is not None and server.identity != self.server_identity:
             raise UserError(
                 f"the server's model is {server.identity}, and this run's text is {self.server_identity}'s: give"
@@ -181,12 +184,12 @@ class RunModels:
         return server.identity
 
     @cached_property
-    def server_scorer(self) -> ServerScorer | None:
+    def server_scorer(self) -> ServerScorer | StatesTeacher | None:
         """The server as a scorer of text, if the teacher's distribution is only known from there."""
         settings = self.method.recipe.teacher
-        if not isinstance(settings, ServedTeacher) or settings.named_tokens is None or self.server is None:
+        if not isinstance(settings, ServedTeacher) or not settings.reads_given_text or self.server is None:
             return None  # the server is not asked who it is
-        return scorer_of(self.method, self.server)
+        return scorer_of(self.method, self.server, self.devices.student.device)
 
     def scoring_server(self) -> Teacher:
         assert self.server_scorer is not None

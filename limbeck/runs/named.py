@@ -96,6 +96,7 @@ class NamedModels:
             assert isinstance(settings, NamedServed)
             try:
                 server = BatchTeacher(settings.server) if settings.server.batch else ApiTeacher(settings.server)
+                server.tell(self.reporter.note)
                 identity = server.identity
             except UserError as error:
                 place = f"models.{name}.server"

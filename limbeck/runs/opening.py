@@ -15,45 +15,55 @@ import torch
 from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe
 from limbeck.evaluate.efficiency import system_load
+from limbeck.models.fingerprint import NAMING
+from limbeck.models.load import model_contents
 from limbeck.models.scores import scorer_identity
 from limbeck.models.template_names import template_suffix
 from limbeck.objectives.sizes import SIZES
 from limbeck.progress import Reporter
 from limbeck.runs.answers import keep_for_others
-from limbeck.runs.claim import HELD_OUT, claim
+from limbeck.runs.claim import HELD_OUT, WHOLE, claim
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
 from limbeck.runs.named import input_name
 from limbeck.runs.resolve import Method, resolve
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
-from limbeck.types import ANSWER_ENDS, TAUGHT_FINISHES, NothingLeftError, Sample
+from limbeck.types import ANSWER_ENDS, TAUGHT_FINISHES, NothingLeftError, Sample, content_hash
+
+
+def inputs_of(method: Method, models: RunModels) -> dict[str, str]:
+    """What a run is made from beside its recipe, by name: identities of models and hashes of prompts."""
+    recipe = method.recipe
+    facts = {"teacher": models.teacher_identity, "prompts": method.training_prompts_key}
+    facts[HELD_OUT] = method.held_out_prompts_key
+    if recipe.student.template is not None:
+        facts["student's template"] = template_suffix(recipe.student.template)
+    if method.rewards is not None and method.rewards.models:
+        facts["reward models"] = " ".join(map(scorer_identity, method.rewards.models))
+    if recipe.teacher.server is not None:
+        facts["server"] = models.server_identity
+    judges = () if method.rewards is None else method.rewards.judges
+    steps = [step for _, step in (*method.steps, *judges)]
+    asked = {name for step in steps for name in step.asks() if name in models.named}
+    facts |= {input_name(name): models.named.identity(name) for name in sorted(asked)}
+    if NAMING.by_edges:
+        named = [models.named.settings(name).model for name in sorted(asked)]
+        sources = [recipe.teacher.model, *named]
+        facts[WHOLE] = content_hash([model_contents(str(source)) for source in sources if source is not None])
+    return facts
 
 
 def bind(folder: Path, method: Method, models: RunModels, reporter: Reporter) -> None:
     """Bind the folder of a run to its recipe, prompts and teacher, or refuse that of another run."""
     recipe = method.recipe
 
-    def inputs() -> dict[str, str]:
-        facts = {"teacher": models.teacher_identity, "prompts": method.training_prompts_key}
-        facts[HELD_OUT] = method.held_out_prompts_key
-        if recipe.student.template is not None:
-            facts["student's template"] = template_suffix(recipe.student.template)
-        if method.rewards is not None and method.rewards.models:
-            facts["reward models"] = " ".join(map(scorer_identity, method.rewards.models))
-        if recipe.teacher.server is not None:
-            facts["server"] = models.server_identity
-        judges = () if method.rewards is None else method.rewards.judges
-        steps = [step for _, step in (*method.steps, *judges)]
-        asked = {name for step in steps for name in step.asks() if name in models.named}
-        return facts | {input_name(name): models.named.identity(name) for name in sorted(asked)}
-
     def older(earlier: Recipe) -> tuple[str, str]:
         before = fitted(resolve(earlier))
         return before.prompts_key, before.training_prompts_key
 
     kept = partial(keep_for_others, folder, now=recipe)
-    claim(folder, recipe, inputs, models.probe_server, older=older, kept=kept)
+    claim(folder, recipe, partial(inputs_of, method, models), models.probe_server, older=older, kept=kept)
     settle(folder, recipe.machine, models.devices.facts(), reporter)
 
 

@@ -20,7 +20,6 @@ from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.preference import PreferenceBench
 from limbeck.evaluate.records import SystemRecords
-from limbeck.models.export_scores import write_student
 from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
@@ -31,9 +30,9 @@ from limbeck.progress import Reporter, Silent, StoppedError, training_progress
 from limbeck.report.card import model_card
 from limbeck.report.page import write_report
 from limbeck.runs.answers import SharedTexts
-from limbeck.runs.claim import run_folder, training_key
+from limbeck.runs.claim import follow_names, run_folder, training_key
 from limbeck.runs.encoding import Encoding
-from limbeck.runs.exporting import exported
+from limbeck.runs.exporting import exported, write_export
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
 from limbeck.runs.opening import begin, bind, tell_answers, tell_prompts
@@ -41,7 +40,7 @@ from limbeck.runs.preflight import plan
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
-from limbeck.storage.files import exclusive, new_directory, sweep, write_json, write_text
+from limbeck.storage.files import exclusive, new_directory, sweep, write_json
 from limbeck.storage.metrics_log import steps_made
 from limbeck.training import distributed, loop
 from limbeck.training.controls import CONTROLS, ControlData
@@ -67,6 +66,9 @@ class Run:
     stop: Callable[[], bool] = lambda: False
     shared: Run | None = None
     store: Path | None = None
+
+    def __post_init__(self) -> None:
+        follow_names(self.folder if self.shared is None else self.shared.folder, self.store)
 
     @property
     def recipe(self) -> Recipe:
@@ -173,8 +175,7 @@ class Run:
             )
         student = exported(self.models, student)
         with new_directory(job.folder / "student") as folder:
-            use = write_student(student, folder)
-            write_text(folder / "README.md", model_card(self.recipe, name, self.models.teacher_identity, use))
+            write_export(student, folder, partial(model_card, self.recipe, name, self.models.teacher_identity))
         checkpoint.prune(home / "checkpoints", checkpoints_left)
 
     def fill_cache(self) -> None:

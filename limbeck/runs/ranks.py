@@ -103,9 +103,9 @@ def _undivided(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"loss.{term.label}", "losses with parameters of their own or on inner layers can't be trained"
     reads = {evidence for term in terms for evidence in term.reads} & TEACHER_EVIDENCE
     teacher = recipe.teacher
-    if not reads or teacher.cache is not None:
+    if not reads or teacher.cache is not None or (isinstance(teacher, ServedTeacher) and teacher.gives_states):
         return
     if not isinstance(teacher, LocalTeacher):
-        yield "teacher", "only one teacher with weights of its own in process, or with a cache, can be asked"
+        yield "teacher", "only one teacher with weights of its own in process, hidden states or a cache can be asked"
     elif teacher.quantise is not None:
         yield "teacher.quantise", f"{teacher.quantise} weights can't be divided"

@@ -21,7 +21,7 @@ from limbeck.models.load import model_contents, model_identity
 from limbeck.progress import Reporter, Silent, StoppedError
 from limbeck.runs import pipeline
 from limbeck.runs.at_once import at_once
-from limbeck.runs.claim import claim, run_folder
+from limbeck.runs.claim import claim, follow_names, run_folder
 from limbeck.runs.outcome import follow, publish, started_from
 from limbeck.runs.resolve import resolve
 from limbeck.storage import checkpoint
@@ -115,6 +115,7 @@ class RoundsRun:
 
     def claim(self) -> None:
         """Bind the folder to the recipe and the student's start, or refuse that of another run."""
+        follow_names(self.folder)
         claim(self.folder, self.recipe, lambda: dict(self.start), lambda: None)
         self.record = rounds_record(self.folder)
         place = str(self.folder.resolve())

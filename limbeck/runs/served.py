@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import torch
+
 from limbeck.config.teacher import ServedTeacher
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
 from limbeck.models.load import load_tokenizer
 from limbeck.models.score import TEST_CHAT, ServerScorer
+from limbeck.models.states_teacher import StatesTeacher
 from limbeck.runs.resolve import Method
 
 
-def scorer_of(method: Method, server: ApiTeacher) -> ServerScorer | None:
-    """The server as a scorer of text, if the recipe's teacher is known from there alone and names tokens."""
+def scorer_of(
+    method: Method, server: ApiTeacher, device: torch.device | str = "cpu"
+) -> ServerScorer | StatesTeacher | None:
+    """The server as a scorer of text, if the recipe's teacher is known from there alone and gives a distribution, which
+    is put on this device."""
     settings = method.recipe.teacher
-    if not isinstance(settings, ServedTeacher) or settings.named_tokens is None:
+    if not isinstance(settings, ServedTeacher) or not settings.reads_given_text:
         return None
+    if settings.gives_states:
+        return StatesTeacher(server, load_tokenizer(method.recipe.speaker, method.recipe.speaker_template), device)
+    assert settings.named_tokens is not None
     reads_log_prob = any(term.loss.reads_teacher_log_prob for term in method.terms)
     tokenizer = load_tokenizer(method.recipe.speaker, method.recipe.speaker_template)
     context = method.prompt_context

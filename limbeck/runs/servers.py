@@ -32,15 +32,15 @@ def examine_servers(method: Method) -> list[ServerFinding]:
             seen = api.identity
             if scorer is not None:
                 scorer.probe()
-                seen += f", which names {scorer.k} tokens at every position"
-            findings.append(ServerFinding("teacher.server", seen))
+                seen += f", which {scorer.told}"
+            findings.append(ServerFinding("teacher.server", _seen(api, seen)))
         except UserError as error:
             findings.append(ServerFinding("teacher.server", "", str(error)))
     for name, model in (method.recipe.models or {}).items():
         if model.server is not None:
             try:
-                identity = ApiTeacher(model.server).identity
-                findings.append(ServerFinding(f"models.{name}.server", identity))
+                asked = ApiTeacher(model.server)
+                findings.append(ServerFinding(f"models.{name}.server", _seen(asked, asked.identity)))
             except UserError as error:
                 findings.append(
                     ServerFinding(f"models.{name}.server", "", str(in_its_place(error, f"models.{name}.server")))
@@ -51,6 +51,16 @@ def examine_servers(method: Method) -> list[ServerFinding]:
     except RecipeError as error:
         findings.append(ServerFinding(error.path, "", str(error).removeprefix(f"{error.path}: ")))
     return findings
+
+
+def _seen(api: ApiTeacher, seen: str) -> str:
+    """What was seen of a server, with how many of several addresses answer."""
+    urls, lost = api.endpoint.urls, api.lost
+    if len(urls) == 1:
+        return seen
+    return f"{seen}, at {len(urls) - len(lost)} of {len(urls)} addresses" + (
+        f" (not {', '.join(lost)})" if lost else ""
+    )
 
 
 def look_at_writer(recipe: Recipe) -> str | None:

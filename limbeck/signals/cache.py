@@ -25,6 +25,7 @@ from limbeck.config.teacher import CacheSettings
 from limbeck.objectives.forward import TeacherView
 from limbeck.objectives.head import Head, TeacherSignal
 from limbeck.signals.forms import Packed, form_of
+from limbeck.signals.wire import head_from, plain_head
 from limbeck.storage.files import file_sha256, full_disk_as_os_error, sweep, write_bytes, write_json
 from limbeck.types import Batch, UserError, content_hash
 
@@ -115,7 +116,7 @@ class SignalCache:
         """
         if self.form.keeps_head and not list(self.folder.glob("head-*.safetensors")):
             _, head = signal.hidden_states()
-            self._write("head", *_plain_head(head))
+            self._write("head", *plain_head(head))
         start = 0
         for key, length in zip(keys, lengths, strict=True):
             part = slice(start, start + length)
@@ -187,11 +188,8 @@ class SignalCache:
                     f"the teacher's head is missing in {self.folder}; remove the folder to compute its content again"
                 )
             opened = _open_checked(file, self.folder)
-            numbers = json.loads(opened.metadata()["head"])
-            names = opened.keys()  # of a file, which is no dictionary
-            bias_V = opened.get_tensor("bias").to(self.device) if "bias" in names else None
-            weight_VE = opened.get_tensor("weight").to(self.device)
-            self._head = Head(weight_VE, bias_V, scale=numbers["scale"], softcap=numbers["softcap"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dictionary)
+            self._head = head_from(tensors, opened.metadata(), self.device)
         return self._head
 
 
@@ -202,16 +200,6 @@ def _open_checked(file: Path, to_remove: Path) -> Any:
             f"{file} was cut short or has changed since it was written; remove {to_remove} to compute its content again"
         )
     return safe_open(str(file), framework="pt")
-
-
-def _plain_head(head: Head) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The head's tensors, with adapters folded in, and its numbers."""
-    weight_VE = head.weight_VD
-    if head.low_rank is not None:
-        a_RE, b_VR, scaling = head.low_rank
-        weight_VE = weight_VE + (b_VR @ a_RE * scaling).to(weight_VE.dtype)
-    tensors = {"weight": weight_VE.contiguous()} | ({} if head.bias_V is None else {"bias": head.bias_V.contiguous()})
-    return tensors, {"head": json.dumps({"scale": head.scale, "softcap": head.softcap})}
 
 
 def texts_of(batch: Batch) -> Iterator[tuple[str, int]]:

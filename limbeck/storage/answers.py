@@ -35,6 +35,7 @@ SCHEMA = (
     "create table reservations (key text primary key, asker text not null) strict",
     "insert into about values (1)",  # VERSION
 )
+SUMS = "create table if not exists sums (key text primary key, sha256 text not null) strict"  # files of old lack it
 TOGETHER = 500  # keys in one query
 PATIENCE = 30.0  # seconds to wait for another process's transaction
 Messages = tuple[Message, ...]
@@ -106,16 +107,30 @@ class SharedAnswers:
             UnreadableAnswersError: the file is damaged.
         """
         by_key = {self._key(request): request for request in requests}
+        sums = dict(self._rows("key, sha256", "sums", list(by_key))) if self._has_sums() else {}
+        damaged = []
         for key, text, ids, finish, read, written, told in self._rows(
             "key, text, ids, finish, read, written, told", "answers", list(by_key)
         ):
+            if sums.get(key) not in (None, content_hash([text, ids, finish, told])):
+                damaged.append((key,))
+                continue
             try:
                 token_ids = None if ids is None else tuple(map(int, json.loads(ids)))
                 evidence = None if told is None else json.loads(told)
             except (ValueError, TypeError):
-                continue  # asked again
+                damaged.append((key,))
+                continue
             usage = None if read is None or written is None else (read, written)
             yield by_key[key], Generated(token_ids, text, finish, usage=usage, told=evidence)
+        if damaged:  # asked again
+            self._write(lambda: self._execute_many("delete from answers where key = ?", damaged))
+
+    def _has_sums(self) -> bool:
+        with contextlib.suppress(sqlite3.DatabaseError):  # a damaged file is told of by what is read next
+            query = "select count(*) from sqlite_master where name = 'sums'"
+            return self._db is not None and self._db.execute(query).fetchone() == (1,)
+        return False
 
     def reserve(self, requests: Sequence[Request]) -> list[Request]:
         """Those of the requests that this process is to ask for: neither answered by now nor being asked for by
@@ -154,6 +169,8 @@ class SharedAnswers:
             there = {key for (key,) in self._rows("key", "answers", keys)}
             new = len(set(keys) - there)
             self._execute_many("insert or ignore into answers values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            sums = [(row[0], content_hash([row[4], row[5], row[6], row[9]])) for row in rows if row[0] not in there]
+            self._execute_many("insert or replace into sums values (?, ?)", sums)
             self._execute_many("delete from reservations where key = ?", [(key,) for key in keys])
 
         return new if rows and self._write(put) else 0
@@ -304,7 +321,8 @@ def open_answers(file: Path) -> sqlite3.Connection:
                     db.execute(statement)
             db.execute("commit")
         db.execute("begin immediate")  # refused here rather than after an answer was paid for
-        db.execute("rollback")
+        db.execute(SUMS)
+        db.execute("commit")
     except BaseException:
         db.close()
         raise

@@ -6,9 +6,8 @@ Tensors keep their shapes and types; nothing is pickled.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ from limbeck.storage.files import (
     new_directory,
     remove_directory,
     sweep,
-    write_json,
 )
+from limbeck.storage.manifest import damaged_file, read_manifest, seal
 from limbeck.types import UserError
 
-MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8})")
 KEEP = 2
 
@@ -52,48 +50,59 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
                 {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new / "tensors.safetensors"
             )
         crash_point("checkpoint.before_manifest")
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in new.iterdir()}
-        write_json(new / MANIFEST, {"step": step, "files": files, "state": dict(state)})
+        seal(new, {"step": step, "state": dict(state)}, sha256=_sha256)
     crash_point("checkpoint.before_prune")
     prune(folder, KEEP)
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    checkpoints = _complete(folder)
-    for _, old in checkpoints[: len(checkpoints) - keep]:
-        remove_directory(old)
+    """Remove all that is older than the newest `keep` checkpoints that are whole; what is damaged counts for none."""
+    whole = 0
+    for _, path in reversed(_all(folder)):
+        if whole >= keep:
+            remove_directory(path)
+        elif keep > 0 and _whole(path, _sha256) is not None:
+            whole += 1
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest intact checkpoint, None if there are no checkpoints. Damaged ones are skipped.
+    """The newest whole checkpoint, None if there are no checkpoints. Damaged ones are skipped.
 
     Raises:
         UserError: all checkpoints are damaged.
     """
-    checkpoints = _complete(folder)
+    checkpoints = _all(folder)
     for step, path in reversed(checkpoints):
-        manifest = json.loads((path / MANIFEST).read_text())
-        if all(_intact(path / name, facts) for name, facts in manifest["files"].items()):
+        if (manifest := _whole(path)) is not None:
             return Checkpoint(step, load_file(path / "tensors.safetensors"), manifest["state"])
     if checkpoints:
         raise UserError(f"every checkpoint in {folder} is damaged; remove the folder to train again from the start")
     return None
 
 
-def _intact(file: Path, facts: Mapping[str, Any]) -> bool:
-    return file.exists() and file.stat().st_size == facts["bytes"] and file_sha256(file) == facts["sha256"]
+def _whole(path: Path, sha256: Callable[[Path], str] = file_sha256) -> dict[str, Any] | None:
+    """The manifest of a checkpoint that is as it was written."""
+    manifest = read_manifest(path)
+    if manifest is None or manifest.get("step") != int(path.name.removeprefix("step-")) or "state" not in manifest:
+        return None
+    return manifest if damaged_file(path, manifest, sha256) is None else None
 
 
-def _complete(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint with a readable manifest, oldest first."""
-    checkpoints = []
-    for path in folder.glob("step-*") if folder.exists() else []:
-        match = FOLDER.fullmatch(path.name)
-        try:
-            readable = bool(match) and isinstance(json.loads((path / MANIFEST).read_text()), dict)
-        except (OSError, ValueError):
-            readable = False
-        if match and readable:
-            checkpoints.append((int(match[1]), path))
-    return sorted(checkpoints)
+_HASHES: dict[tuple[int, ...], str] = {}  # of files that this process has read
+
+
+def _sha256(file: Path) -> str:
+    """The hash of a file, which is read again only if it was written again, under whatever name."""
+    stat = file.stat()
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key not in _HASHES:
+        while len(_HASHES) >= 8 * KEEP:
+            del _HASHES[next(iter(_HASHES))]
+        _HASHES[key] = file_sha256(file)
+    return _HASHES[key]
+
+
+def _all(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every folder of a checkpoint, whole or not, oldest first."""
+    found = [(FOLDER.fullmatch(path.name), path) for path in (folder.glob("step-*") if folder.exists() else [])]
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())

@@ -2,6 +2,9 @@
 
 A request is identified by its key, so an answer in the store is never paid for again. After a crash at any moment, the
 file has exactly the acknowledged answers (write-ahead log, synchronous=FULL).
+
+What is read is held against the hash that is its id, and against one of the whole row in `sums`, which stores of older
+versions lack. Not covered: evidence and bills.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.types import (
+    ANSWER_ENDS,
     TOLD,
     Evidence,
     Finish,
@@ -24,6 +28,7 @@ from limbeck.types import (
     Sampling,
     UserError,
     canonical_json,
+    content_hash,
 )
 
 SCHEMA = """
@@ -38,6 +43,8 @@ create table if not exists bills (
 create table if not exists reused (
     key text primary key, writer text not null, read integer not null, written integer not null
 ) strict;
+create table if not exists sums (id text primary key, sha256 text not null) strict;
+create table if not exists names (writer text primary key, name text not null) strict;
 create table if not exists bodies (key text primary key, raw text not null) strict;
 create table if not exists scores (judge text not null, name text not null, nats real not null, tokens integer not null,
     primary key (judge, name)
@@ -106,11 +113,14 @@ class Store:
         }
         question = request.asked | {"meta": request.meta}
         with self._all_or_none():
-            self._db.execute("insert or ignore into samples values (?, ?)", (sample.id, canonical_json(body)))
+            text, asked = canonical_json(body), canonical_json(question)
+            if self._db.execute("insert or ignore into samples values (?, ?)", (sample.id, text)).rowcount:
+                self._db.execute("insert or replace into sums values (?, ?)", (sample.id, content_hash(text)))
             self._db.execute(
-                "insert or replace into answers values (?, ?, ?, ?)",
-                (request.key, canonical_json(question), finish, sample.id),
+                "insert or replace into answers values (?, ?, ?, ?)", (request.key, asked, finish, sample.id)
             )
+            row_sum = content_hash([asked, finish, sample.id])
+            self._db.execute("insert or replace into sums values (?, ?)", (request.key, row_sum))
             self._db.execute("delete from bodies where key = ?", (request.key,))
             if raw is not None:
                 self._db.execute("insert into bodies values (?, ?)", (request.key, raw))
@@ -139,11 +149,28 @@ class Store:
             raise
 
     def answered(self, request: Request) -> Sample | None:
-        """The stored answer to this request, None if there is none."""
+        """The stored answer to this request, None if there is none.
+
+        Raises:
+            UserError: it is not what was stored.
+        """
         row = self._db.execute(
-            "select body, finish from answers join samples on id = sample_id where key = ?", (request.key,)
+            "select request, finish, sample_id, body, a.sha256, b.sha256 from answers"
+            " left join samples on samples.id = sample_id left join sums a on a.id = key"
+            " left join sums b on b.id = sample_id where key = ?",
+            (request.key,),
         ).fetchone()
-        return None if row is None else _sample(row[0], row[1])
+        if row is None:
+            return None
+        asked, finish, sample_id, body, row_sum, body_sum = row
+        if row_sum in (None, content_hash([asked, finish, sample_id])):
+            sample = _sample_of(sample_id, body, finish, body_sum)
+            if sample is not None:
+                return sample
+        raise UserError(
+            f"{self.path}: the answer to request {request.key[:16]} is not what was stored, so the file was damaged:"
+            f" take a copy of it from before, or have this asked again: {_forget(self.path, request.key)}"
+        )
 
     def write_evidence(self, *evidence: Evidence) -> None:
         """Store evidence, all of it or none."""
@@ -177,6 +204,11 @@ class Store:
         rows = self._db.execute("select name, nats, tokens from scores where judge = ?", (judge,))
         return {name: LogProb(nats, tokens) for name, nats, tokens in rows}
 
+    def name_of(self, writer: str, name: str) -> str:
+        """The name under which a server's model answered first, which is this one if it did not yet."""
+        self._db.execute("insert or ignore into names values (?, ?)", (writer, name))
+        return str(self._db.execute("select name from names where writer = ?", (writer,)).fetchone()[0])
+
     def body(self, key: str) -> str | None:
         """The stored body of the server's reply, None if there is none."""
         row = self._db.execute("select raw from bodies where key = ?", (key,)).fetchone()
@@ -197,22 +229,26 @@ class Store:
         return int(answers), int(read), int(written)
 
     def answers_of(self, writer: str) -> Iterator[tuple[Request, Generated]]:
-        """All answers of this writer with their requests, without their bodies."""
+        """All answers of this writer with their requests, without their bodies; damaged ones are left out."""
         rows = self._db.execute(
-            "select answers.key, request, finish, body, read, written, value from answers"
-            " join samples on id = answers.sample_id left join bills on bills.key = answers.key"
-            " left join evidence on evidence.sample_id = id and kind = ? and judge = ?"
-            " where json_extract(request, '$.model') = ? order by answers.key",
+            "select answers.key, request, finish, samples.id, body, sha256, read, written, value from answers"
+            " join samples on samples.id = answers.sample_id left join bills on bills.key = answers.key"
+            " left join sums on sums.id = samples.id"
+            " left join evidence on evidence.sample_id = samples.id and kind = ? and judge = ?"
+            " where json_valid(request) and json_extract(request, '$.model') = ? order by answers.key",
             (TOLD, writer, writer),
         )
-        for key, question, finish, body, read, written, told in rows:
-            request = _request(json.loads(question))
-            if request.key == key:
-                sample = json.loads(body)
-                ids = None if sample["response_ids"] is None else tuple(sample["response_ids"])
+        for key, question, finish, sample_id, body, body_sum, read, written, told in rows:
+            try:
+                request = _request(json.loads(question))
+            except (ValueError, KeyError, TypeError):
+                continue
+            sample = _sample_of(sample_id, body, finish, body_sum)
+            if request.key == key and sample is not None:
+                text, ids = sample.messages[-1]["content"], sample.response_ids
                 usage = None if read is None else (read, written)
                 evidence = None if told is None else json.loads(told)
-                yield request, Generated(ids, sample["messages"][-1]["content"], finish, usage=usage, told=evidence)
+                yield request, Generated(ids, text, finish, usage=usage, told=evidence)
 
     @staticmethod
     def count(path: Path) -> dict[str, int]:
@@ -223,6 +259,21 @@ class Store:
         """
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             return dict(db.execute("select finish, count(*) from answers group by finish order by finish"))
+
+    @staticmethod
+    def questions(path: Path) -> dict[str, tuple[dict[str, Any], str]]:
+        """(what was asked, how its answer ended) by request key. Opens the file read-only.
+
+        Raises:
+            sqlite3.Error: the file is no store.
+            ValueError: a question is damaged.
+        """
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            rows = db.execute("select key, request, finish from answers order by key").fetchall()
+        return {
+            key: ({name: value for name, value in json.loads(asked).items() if name != "meta"}, finish)
+            for key, asked, finish in rows
+        }
 
     @staticmethod
     def answer_lengths(path: Path) -> tuple[int, float]:
@@ -240,6 +291,13 @@ class Store:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             count, mean = db.execute(query).fetchone()
         return int(count), float(mean)
+
+
+def _forget(path: Path, key: str) -> str:
+    """The command that forgets a stored answer."""
+    where = f"where key = '{key}'"
+    sample = "delete from samples where id = (select sample_id from answers"
+    return f"""sqlite3 {path} "{sample} {where}); delete from answers {where}\""""  # noqa: S608 (shown, not run)
 
 
 def _evidence_rows(evidence: Sequence[Evidence]) -> list[tuple[str, str, str, str, str | None]]:
@@ -263,13 +321,20 @@ def _request(question: dict[str, Any]) -> Request:
     )
 
 
-def _sample(body: str, finish: Finish) -> Sample:
-    data = json.loads(body)
-    ids = data["response_ids"]
-    return Sample(
-        messages=tuple(data["messages"]),
-        writer=data["writer"],
-        response_ids=None if ids is None else tuple(ids),
-        parents=tuple(data["parents"]),
-        meta=data["meta"] | {"finish": finish},
-    )
+def _sample_of(sample_id: str, body: str | None, finish: Finish, body_sum: str | None) -> Sample | None:
+    """A stored sample with how its answer ended; None for one that is not what was stored under this id."""
+    try:
+        if body is None or finish not in ANSWER_ENDS or body_sum not in (None, content_hash(body)):
+            return None
+        data = json.loads(body)
+        ids = data["response_ids"]
+        sample = Sample(
+            messages=tuple(data["messages"]),
+            writer=data["writer"],
+            response_ids=None if ids is None else tuple(ids),
+            parents=tuple(data["parents"]),
+            meta=data["meta"] | {"finish": finish},
+        )
+        return sample if sample.id == sample_id else None
+    except (ValueError, KeyError, TypeError):
+        return None

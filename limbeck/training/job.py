@@ -31,6 +31,10 @@ def no_teacher(_: Batch) -> TeacherView:
     return TeacherView()
 
 
+def expect_nothing(_: Sequence[Batch]) -> None:
+    """For teachers that are asked no sooner than their answer is needed."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """Computes what the losses of a micro-batch read.
@@ -45,6 +49,7 @@ class Objective:
         vocab_size: how many tokens are compared, if the student's head has more rows than the teacher's.
         states: of the adaptive schedules; kept in checkpoints.
         rounded: the type in which the student's passes compute; its weights stay in float32.
+        expect: told a step's micro-batches in their order, so that a teacher elsewhere can work ahead.
     """
 
     net: PreTrainedModel
@@ -56,6 +61,7 @@ class Objective:
     vocab_size: int | None = None
     states: dict[str, State] = field(default_factory=dict)
     rounded: torch.dtype | None = None
+    expect: Callable[[Sequence[Batch]], None] = expect_nothing
 
     @property
     def keeps_groups(self) -> bool:

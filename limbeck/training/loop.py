@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from limbeck.objectives.total import total_loss
 from limbeck.progress import StoppedError
 from limbeck.storage import checkpoint
 from limbeck.storage.files import append_json, crash_point, read_jsonl, write_text
-from limbeck.training import distributed, sharded
+from limbeck.training import distributed, guilty, sharded
 from limbeck.training.job import Objective, TrainingJob
 from limbeck.training.memory import forget_peak, keep_freed_memory, peaks
 from limbeck.training.room import Room
@@ -110,7 +111,11 @@ def _step(
     means = {t.label: sums.terms.get(t.label, 0.0) / amounts[t.label] if amounts[t.label] else 0.0 for t in terms}
     loss = sum(t.weight * means[t.label] for t in terms)
     norm = sharded.clip(parameters.values(), job.settings.clip)
-    _check_finite(step, loss, norm, means=means, batches=batches)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        facts = {"step": step + 1, "loss": loss, "grad_norm": norm, "terms": means, "seed": _seed(job, step)}
+        alone = None if is_divided(job.net) else partial(_alone, job, terms, step, parameters=parameters)
+        groups, keep = job.objective.keeps_groups, distributed.rank() == 0
+        guilty.refuse_step(job.folder, facts, text.micro_batches, alone, groups=groups, keep=keep)
     rate = learning_rate(job.settings, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["times"]
@@ -152,7 +157,7 @@ def _gradients(
     """
     while True:
         # dropout, where the model has any: a step is replayed to the bit
-        torch.manual_seed(job.settings.seed * 2**24 + step)
+        torch.manual_seed(_seed(job, step))
         if room.tokens is not None:
             micro_batches = resized(micro_batches, room.tokens, job.objective.keeps_groups)
         batches = [make_batch(micro_batch) for micro_batch in micro_batches]
@@ -161,6 +166,7 @@ def _gradients(
         shortage: str | None = None
         try:
             shares = distributed.shares(batches)
+            job.objective.expect(shares[distributed.rank()])
             for batch, counts in sharded.passes(job, shares[distributed.rank()], batches, max(map(len, shares))):
                 if counts:
                     sums.add(backward(job, batch, terms, amounts, step=step))
@@ -203,15 +209,24 @@ def _taught(batches: Sequence[Batch]) -> dict[str, int]:
     return {"taught_tokens": int(sum(float(column_BT.sum()) for column_BT in columns))} if columns else {}
 
 
-def _check_finite(step: int, loss: float, norm: float, *, means: Mapping[str, float], batches: Sequence[Batch]) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    bad = [label for label, value in means.items() if not math.isfinite(value)] or list(means)
-    samples = [sample_id[:12] for batch in batches for sample_id in batch.sample_ids]
-    raise UserError(
-        f"step {step + 1}: the loss is {loss} and the gradient norm {norm} (from {', '.join(bad)}), so no update was"
-        f" made; samples {', '.join(samples[:4])}...: lower train.lr, or look at those samples' logits"
-    )
+def _seed(job: TrainingJob, step: int) -> int:
+    """Of what a step draws, such as dropout."""
+    return job.settings.seed * 2**24 + step
+
+
+def _alone(
+    job: TrainingJob, terms: Sequence[TermAtStep], step: int, rows: Sequence[Row], *, parameters: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """(loss, gradient norm) of some rows of a step by themselves; no update follows."""
+    for p in parameters.values():
+        p.grad = None
+    torch.manual_seed(_seed(job, step))
+    batch = make_batch(rows)
+    amounts = _amounts(terms, [batch])
+    sums = backward(job, batch, terms, amounts, step=step)
+    loss = sum(t.weight * sums.terms.get(t.label, 0.0) / amounts[t.label] for t in terms if amounts[t.label])
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values() if p.grad is not None))
+    return loss, norm
 
 
 @torch.no_grad()

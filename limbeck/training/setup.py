@@ -29,7 +29,7 @@ from limbeck.signals.cache import SignalCache
 from limbeck.signals.dense import DenseSignal
 from limbeck.storage.files import exclusive
 from limbeck.storage.store import Store
-from limbeck.training.job import Objective, TrainingJob, no_teacher
+from limbeck.training.job import Objective, TrainingJob, expect_nothing, no_teacher
 from limbeck.training.prepare import (
     Frozen,
     TextBeforeTraining,
@@ -119,6 +119,7 @@ def make_job(
         live = partial(teacher().view, taps=teacher_taps, vocab_size=vocab_size)
         view = _view(plan, student, teacher(), live, rows=rows, progress=progress)
     scores = remember_scores(plan.terms, view)
+    asked_ahead = reads_teacher and plan.cache is None and scores is None
     objective = Objective(
         student.net,
         plan.terms,
@@ -128,6 +129,7 @@ def make_job(
         bank_rows=_numbered(rows) if reads_teacher else {},
         vocab_size=vocab_size,
         rounded=None if plan.settings.precision is None else getattr(torch, plan.settings.precision),
+        expect=getattr(teacher(), "expect", expect_nothing) if asked_ahead else expect_nothing,
     )
     passing = _passing(teacher()) if reads_teacher and plan.cache is None else ()
     job = TrainingJob(objective, rows, plan.settings, plan.folder, key=plan.key, average=average, frozen=passing)

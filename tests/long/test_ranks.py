@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.runs.test_pipeline import ROOT, command, recipe_file  # noqa: F401 (a fixture)
 from tests.training import test_ranks
-from tests.training.test_ranks import assert_equal, results
+from tests.training.test_ranks import assert_equal, results, states_server  # noqa: F401 (a fixture)
 
 PATIENCE = 300  # seconds
 
@@ -163,5 +163,5 @@ def test_a_mistake_is_said_once(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_every_case_on_more_ranks(tmp_path, size):
+def test_every_case_on_more_ranks(tmp_path, size, states_server):  # noqa: F811
     test_ranks.check(size, tmp_path, list(test_ranks.CASES))

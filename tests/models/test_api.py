@@ -240,7 +240,7 @@ BODIES = {
     "empty": (answer("  "), "empty"), "null": (answer(None), "empty"), "filtered": (answer("x", "content_filter"), "filtered"),
     "refused": (answer(None, refusal="I can't"), "refused"), 
     "a dated model": (answer(model=f"{MODEL}-2026-01-01"), "ok"), "number": (answer(7), "malformed"), "list": (answer(["a"]), "malformed"),
-    "tool call": (answer("x", "tool_calls"), "malformed"), "control token": (answer("a<|im_end|>b"), "malformed"),
+    "tool call": (answer("x", "tool_calls"), "malformed"), "beside a call": (answer(tool_calls=[{"id": "1"}]), "malformed"), "no width": (answer("\u200b \u2060"), "empty"), "control token": (answer("a<|im_end|>b"), "malformed"),
     "no choices": ({"model": MODEL, "choices": []}, "malformed"), "two": ({"choices": answer()["choices"] * 2}, "malformed"),
     "no message": ({"choices": [{"finish_reason": "stop"}]}, "malformed"), "a text": ({"choices": "x"}, "malformed"),
     "no JSON": (b"<html>", "malformed"), "half": (json.dumps(answer()).encode()[:-9], "malformed"), "nothing": (b"", "malformed"),

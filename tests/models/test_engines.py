@@ -27,6 +27,7 @@ SAYS = {  # what each program says of itself
     "sglang": {"/get_server_info": {"model_path": "m", "version": "0.5"}},
     "ollama": {"/api/version": {"version": "0.13.0"}},
     "llama.cpp": {"/props": {"default_generation_settings": {"n_ctx": 512}}},
+    "states": {"/v1/states": {"fingerprint": "f"}},
     "anthropic": {"/v1/models?limit=1000": {"data": [{"type": "model", "id": MODEL}], "has_more": False}},
     "gemini": {"/v1/models?pageSize=1000": {"models": [{"name": f"models/{MODEL}"}]}},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 
@@ -18,6 +19,7 @@ from limbeck.models.http import (
     read_json,
     read_key,
     send_with_retries,
+    without_key,
 )
 from limbeck.types import UserError
 from tests.scripted_server import Scripted, answer
@@ -75,6 +77,37 @@ def test_a_key_is_hidden_where_a_limit_cuts_it_and_a_short_one_leaves_words_whol
     escaped = json.dumps({"error": {"message": "no: sk/canary/4711"}}).replace("/", "\\/").encode()
     assert Reply(401, escaped, key="sk/canary/4711").error_text() == "no: [key]"
     assert Reply(400, b'{"error": "the token is asked for"}', key="k").error_text() == "the token is asked for"
+
+
+@pytest.mark.parametrize("key", [SECRET, "sk/canary+4711=", "a" * 12])
+def test_a_key_is_hidden_however_its_characters_are_spelt(key):
+    spellings = [
+        key,
+        "".join(f"\\u{ord(character):04x}" for character in key),
+        "".join(f"\\u{ord(character):04X}" for character in key),
+        "".join(f"\\\\u{ord(character):04x}" for character in key),
+        "".join(f"%{ord(character):02X}" for character in key),
+        key[:3] + "".join(f"\\u{ord(character):04x}" for character in key[3:]),
+        key.replace("/", "\\/"),
+    ]
+    for spelt in spellings:
+        assert without_key(f"<{spelt}>", key) == "<[key]>"
+        body = b"x" * 280 + spelt.encode() + b" and more"
+        for limit in range(270, 360, 7):
+            assert spelt[:9] not in Reply(500, body, key=key).text(limit), "a limit cuts no key"
+    began = time.perf_counter()
+    without_key("\\" * 64_000, key)
+    assert time.perf_counter() - began < 1
+
+
+def test_no_key_is_sent_elsewhere_than_it_is_bound_to(monkeypatch):
+    with Scripted() as server:
+        monkeypatch.setenv("SOME_KEY_ORIGIN", "https://api.example")
+        with pytest.raises(UserError, match=r"SOME_KEY is for https://api\.example"):
+            send(server, Call("POST", "/x", {}))
+        assert server.seen == []
+        monkeypatch.setenv("SOME_KEY_ORIGIN", server.url)
+        assert send(server, Call("POST", "/x", {})).status == 200
 
 
 def test_an_error_of_ours_that_quotes_what_was_parsed_has_no_key():

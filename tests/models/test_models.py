@@ -13,7 +13,8 @@ import torch
 
 from limbeck.models import named
 from limbeck.models.compatibility import check_same_vocabulary
-from limbeck.models.folder import convert_gguf, fingerprint, save_model
+from limbeck.models.fingerprint import fingerprint
+from limbeck.models.folder import convert_gguf, save_model
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import check_source, load_config, load_model, model_identity
 from limbeck.models.prune import drop_layers, layers_of

@@ -54,6 +54,9 @@ def test_what_divided_weights_can_do_is_not(recipe_data):
     ranks.check(parse(text | {"teacher": {"model": recipe_data["teacher"], "quantise": "int8"}}))
     cached = {"model": recipe_data["teacher"], "quantise": "int8", "cache": {"top_k": {"k": 8}}}
     ranks.check(parse(recipe_data | {"teacher": cached, "machine": machine}))
+    elsewhere = {"server": {"url": "http://127.0.0.1:1/v1", "name": "toy", "kind": "states"}}
+    student = {"start": {"pretrained": recipe_data["teacher"]}}
+    ranks.check(parse(recipe_data | {"teacher": elsewhere, "student": student, "machine": machine}))
 
 
 def test_where_the_machine_runs_changes_no_hash(recipe_data):

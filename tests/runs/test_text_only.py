@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import limbeck
-from limbeck.config.recipe import load_recipe, parse
+from limbeck.config.recipe import as_yaml, load_recipe, parse
 from limbeck.data.batches import Row
 from limbeck.elicit.prompts import split_prompts
 from limbeck.elicit.verify import verify
@@ -19,6 +19,7 @@ from limbeck.runs.advice import served_time
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
 from limbeck.types import RecipeError, UserError
+from tests.command_line import called
 from tests.scripted_server import Scripted, answer
 
 CHECKS = {prompt.text: prompt.check for prompt in load_task("everyday").prompts}
@@ -172,6 +173,33 @@ def test_answers_that_can_not_be_used_end_the_run_or_are_tolerated(served, tmp_p
             run(recipe, tmp_path / "again", stages=("elicit",))
         folder = run(recipe, tmp_path / "again", stages=("elicit",))
     assert json.loads((folder / "answers.json").read_text())["training text"] == {"ok": total}
+
+
+def test_a_command_that_only_elicits_ends_with_2_where_answers_are_missing(served, tmp_path):
+    with Scripted(poisoned(["error"])) as server:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(as_yaml(served(server.url, teacher=limited(server.url))))
+        command = ["elicit", str(recipe), "--out", str(tmp_path / "run")]
+        status, printed = called(*command)
+        assert status == 2 and "(1 failed)" in " ".join(printed.split())
+        assert called(*command)[0] == 0
+
+
+def test_a_run_keeps_to_the_version_that_answered_first_over_restarts(served, tmp_path):
+    version = ["toy-2025-01-01"]
+
+    def script(number, body):
+        return say(number, body) | {"model": version[0]} if number < 5 or version[1:] else ("status", 401)
+
+    with Scripted(script) as server:
+        recipe = served(server.url, teacher=limited(server.url))
+        with pytest.raises(UserError, match="401"):
+            run(recipe, tmp_path / "run", stages=("elicit",))
+        version[:] = ["toy-2026-01-01", "on"]
+        with pytest.raises(UserError, match="'toy-2026-01-01' answers now, and 'toy-2025-01-01' answered before"):
+            run(recipe, tmp_path / "run", stages=("elicit",))
+        allowed = served(server.url, teacher=limited(server.url, answers_as="toy"))
+        run(allowed, tmp_path / "run", stages=("elicit",))
 
 
 def test_ceilings_are_a_runs_and_not_a_processs(served, tmp_path):

@@ -9,6 +9,7 @@ Shapes: N response positions, V vocabulary, K tokens kept.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from limbeck.commands.serve import serve
+from limbeck.commands.serve_states import StatesServer
 from limbeck.config.server import Served
 from limbeck.config.teacher import BridgeSettings, CacheSettings
 from limbeck.data.batches import Row, make_batch
@@ -29,6 +31,7 @@ from limbeck.models.model import Model
 from limbeck.models.own_text import Aligner, OwnTextTeacher
 from limbeck.models.score import ServerScorer
 from limbeck.models.several import TeacherEnsemble
+from limbeck.models.states_teacher import StatesTeacher
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES, checked_params
@@ -124,6 +127,23 @@ def with_its_own_text(teacher, folder):
 
 
 @contextmanager
+def elsewhere(teacher, folder):
+    """Hidden states over a wire."""
+    address = ("127.0.0.1", 0)
+    with (
+        patch.dict(os.environ, {"LIMBECK_API_KEY": "sk-canary-4711"}),
+        StatesServer(
+            teacher.model, "toy", "contents", "sk-canary-4711", address=address, context=256, slots=4
+        ) as server,
+    ):
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        api = ApiTeacher(Served(url=server.url, name="toy", kind="states"))
+        far = StatesTeacher(api, teacher.model.tokenizer)
+        yield lambda batch: far.view(batch).signal
+        server.shutdown()
+
+
+@contextmanager
 def several(teacher, folder):
     yield lambda batch: TeacherEnsemble([teacher, teacher], [1.0, 2.0], [None, None], "mean").view(batch).signal
 
@@ -151,6 +171,7 @@ REAL = "the real llama.cpp server"
 BACK_ENDS = {
     "in process": BackEnd(live, 2e-6),
     "hidden, float32": BackEnd(cached(hidden={"dtype": "float32"}), 2e-6),
+    "hidden, over a wire": BackEnd(elsewhere, 2e-6),
     "hidden, bfloat16": BackEnd(cached(hidden={}), 0.02),
     "all tokens, 16 bits": BackEnd(cached(top_k={"k": 65535, "bits": 16}), 2e-3),
     "16 tokens, 16 bits": BackEnd(cached(top_k={"k": 16, "bits": 16}), 2e-3, 16),

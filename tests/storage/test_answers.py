@@ -330,3 +330,31 @@ def test_a_damaged_row_is_asked_for_again(tmp_path, shared):
         db.execute("update answers set ids = '[1,' where request like ?", ('%"content":"0"%',))
         db.commit()
     assert [asked for asked, _ in shared().take(ASKED)] == [ASKED[1]]
+
+
+@pytest.mark.parametrize("column", ["text", "finish", "told", "ids"])
+def test_an_answer_that_is_not_what_was_stored_is_asked_for_again(tmp_path, shared, column):
+    first, second, third = Counting(), Counting(), Counting()
+    run(tmp_path / "a", shared(), first)
+    values = {"text": "replace(text, 'to 2', 'no 2')", "finish": "'length'", "told": "replace(told, '2.5', '3.5')"}
+    with closing(sqlite3.connect(tmp_path / "answers" / FILE)) as db:
+        value = values.get(column, "'[1,'")
+        db.execute(f"update answers set {column} = {value} where text = 'to 2'")
+        db.commit()
+    samples, _ = run(tmp_path / "b", shared(), second)
+    assert [sample.messages[-1]["content"] for sample in samples] == [f"to {number}" for number in range(6)]
+    assert sum(second.bill.values()) == 1
+    run(tmp_path / "c", shared(), third)
+    assert third.bill == Counter()
+
+
+def test_a_file_of_an_older_version_gets_its_hashes_from_now_on(tmp_path, shared):
+    first, second = Counting(), Counting()
+    run(tmp_path / "a", shared(), first, ASKED[:3])
+    with closing(sqlite3.connect(tmp_path / "answers" / FILE)) as db:
+        db.execute("drop table sums")
+        db.commit()
+    run(tmp_path / "b", shared(), second)
+    assert sum(second.bill.values()) == 3
+    with closing(sqlite3.connect(tmp_path / "answers" / FILE)) as db:
+        assert db.execute("select count(*) from sums").fetchone() == (3,)

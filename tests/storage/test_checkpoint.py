@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,54 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         (tmp_path / "step-00000003").mkdir()
         tensors.unlink()
     assert checkpoint.load_newest(tmp_path).step == 1
+
+
+def test_every_flip_in_a_manifest_is_seen(tmp_path):
+    """A manifest that says something else gives the checkpoint before, or the same state; never another one."""
+    checkpoint.save(tmp_path, 1, {"w": torch.zeros(2)}, {"job": "j", "lr": 0.25, "left": [1, 2]})
+    checkpoint.save(tmp_path, 2, {"w": torch.ones(2)}, {"job": "j", "lr": 0.5, "left": [2]})
+    file = tmp_path / "step-00000002" / "manifest.json"
+    content = file.read_bytes()
+    skipped = 0
+    for place in range(len(content)):
+        for bit in (0, 2, 5):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            found = checkpoint.load_newest(tmp_path)
+            assert found.step == 1 or (found.step, found.state) == (2, {"job": "j", "lr": 0.5, "left": [2]})
+            skipped += found.step == 1
+    assert skipped > 2 * len(content)
+
+
+def test_a_manifest_of_an_older_version_is_read(tmp_path):
+    save(tmp_path, 1)
+    file = tmp_path / "step-00000001" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["sha256"]
+    file.write_text(json.dumps(manifest))
+    assert checkpoint.load_newest(tmp_path).state == {"job": "j", "step": 1}
+    file.write_text(json.dumps({**manifest, "sha25": "0" * 64}))
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load_newest(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["tensors", "manifest", "empty"])
+def test_what_is_damaged_does_not_count_among_those_that_are_kept(tmp_path, damage):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    both = {"tensors": "tensors.safetensors", "manifest": "manifest.json"}
+    for name in both.values() if damage == "empty" else [both[damage]]:
+        file = tmp_path / "step-00000002" / name
+        content = bytearray(file.read_bytes())
+        content[-4] ^= 1
+        file.write_bytes(b"" if damage == "empty" else content)
+        os.utime(file, (1, 1))
+    save(tmp_path, 3)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000001", "step-00000002", "step-00000003"]
+    save(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    checkpoint.prune(tmp_path, 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_when_none_is_whole_the_user_is_told(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from limbeck.elicit.engine import elicit
 from limbeck.storage.store import Store
-from limbeck.types import Evidence, Generated, Request, Sample, Sampling, UserError
+from limbeck.types import AnswerForm, Evidence, Generated, Request, Sample, Sampling, UserError
 
 
 def request(text="q", seed=0, **meta):
@@ -84,6 +86,28 @@ def test_keys_are_golden():
     )
 
 
+USER = ({"role": "user", "content": "q"},)
+GOLDEN = {
+    "35f48917cab6a3b6e2e9086648fe6a8acf61d58cf4da794354cd81c828335f09": {"raw": "<|user|>"},
+    "8472157205a7ccef38fc5e5cb5c1aa43ca74c771e8161a052fca41106eae234c": {"against": USER, "contrast": 0.5},
+    "8d57229b06594e0a7d187d9f70fba69e83b1198fc7a5638615263f98477b9444": {"form": AnswerForm(labels=("a", "b"))},
+    "3f600c1ac8698a2a4634624ebd6c1e1277f18b937ed805ed14a7235d6cfe02ec": {"shown": USER},
+    "3891dfcda49ef2796340c842b5da76900450a9777fc28c6203321a8a63393f1a": {
+        "sampling": Sampling(0.5, 0.9, 10, stop=("\n",))
+    },
+}
+
+
+@pytest.mark.parametrize("key", GOLDEN)
+def test_keys_of_requests_with_more_fields_are_golden_too(key):
+    assert replace(request(), **GOLDEN[key]).key == key
+
+
+def test_ids_of_samples_are_golden():
+    sample = Sample((*USER, {"role": "assistant", "content": "x"}), "model@1", (1,), ("a",), {"k": 1})
+    assert sample.id == "18f12ea1457e62979611c01e407f928f8b06fbfa25b6f34cca5ede564d1eda46"
+
+
 def test_evidence_round_trip(tmp_path):
     asked = request()
     sample = Sample((*asked.messages, {"role": "assistant", "content": "x"}), "model@1", (1,))
@@ -118,3 +142,55 @@ def test_another_file_is_refused_and_left_alone(tmp_path):
     with pytest.raises(UserError, match="not a store"):
         Store(file)
     assert file.read_bytes().startswith(b"something else")
+
+
+def stored(folder):
+    """A store with one answer, and its request."""
+    asked = request(prompt_id="p1")
+    sample = Sample((*asked.messages, {"role": "assistant", "content": "yes"}), "model@1", (5, 6), ("a",), {"k": 1})
+    with Store(folder / "s.sqlite") as store:
+        store.record(asked, sample, "ok")
+    return asked, sample
+
+
+DAMAGES = {
+    "text": "update samples set body = replace(body, 'yes', 'yet')",
+    "ids": "update samples set body = replace(body, '[5,6]', '[5,7]')",
+    "what is not in its id": """update samples set body = replace(body, '"k":1', '"k":3')""",
+    "no JSON": "update samples set body = substr(body, 2)",
+    "end": "update answers set finish = 'length'",
+    "no end": "update answers set finish = 'og'",
+    "question": """update answers set request = replace(request, '"seed":0', '"seed":8')""",
+    "link": "update answers set sample_id = 'x'",
+    "gone": "delete from samples",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_row_that_is_not_what_was_stored_is_told(tmp_path, damage):
+    asked, sample = stored(tmp_path)
+    with Store(tmp_path / "s.sqlite") as store:
+        assert store.answered(asked) == sample
+        store._db.execute("pragma foreign_keys = off")
+        store._db.execute(DAMAGES[damage])
+        with pytest.raises(UserError, match=r"is not what was stored.*delete from answers") as refusal:
+            store.answered(asked)
+        if damage != "end":  # the text is what was stored
+            assert list(store.answers_of("model@1")) == []
+        store._db.executescript(str(refusal.value).rpartition("sqlite3")[2].split('"')[1])
+        assert store.answered(asked) is None
+        store.record(asked, sample, "ok")
+        assert store.answered(asked) == sample and len(list(store.answers_of("model@1"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["text", "ids", "no JSON", "no end", "link"])
+def test_a_store_of_an_older_version_is_read_and_its_texts_are_checked(tmp_path, damage):
+    asked, sample = stored(tmp_path)
+    with Store(tmp_path / "s.sqlite") as store:
+        store._db.execute("drop table sums")
+    with Store(tmp_path / "s.sqlite") as store:
+        assert store.answered(asked) == sample
+        store._db.execute("pragma foreign_keys = off")
+        store._db.execute(DAMAGES[damage])
+        with pytest.raises(UserError, match="is not what was stored"):
+            store.answered(asked)

@@ -164,6 +164,37 @@ def test_no_update_is_made_from_a_loss_that_is_not_finite(make_job):
     assert not (job.folder / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_guilty_sample_of_a_step_is_named_whole_with_what_replays_it(make_job, backwards):
+    """A token that only s23 has makes the loss, or only its gradient, not finite."""
+    job = make_job()
+
+    def poison(module, inputs, output):
+        hit = (inputs[0] == 48)[..., None]
+        if backwards:
+            return output + Poison.apply(output, hit)
+        return output.masked_fill(hit, float("nan"))
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(context, output, hit):
+            context.save_for_backward(hit)
+            return torch.zeros_like(output)
+
+        @staticmethod
+        def backward(context, gradient):
+            (hit,) = context.saved_tensors
+            return gradient.masked_fill(hit, float("inf")), None
+
+    job.net.model.embed_tokens.register_forward_hook(poison)
+    with pytest.raises(UserError, match=r"samples s23: .*nonfinite\.json has them whole"):
+        train.train(job)
+    record = json.loads((job.folder / "nonfinite.json").read_text())
+    assert record["guilty"] == ["s23"] and len(record["samples"]) > 1
+    assert record["seed"] == job.settings.seed * 2**24 + record["step"] - 1
+    assert (record["loss"] != "nan") == backwards and record["grad_norm"] in ("nan", "inf")
+
+
 def test_a_checkpoint_of_other_text_or_settings_is_refused(make_job):
     job = make_job()
     train.train(job)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,16 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
+from limbeck.commands.serve_states import StatesServer
 from limbeck.config.machine import Machine
 from limbeck.config.sections import Lora, Train
+from limbeck.config.server import Served
 from limbeck.data.batches import Row, make_batch
 from limbeck.models import sharding, states
+from limbeck.models.api import ApiTeacher
 from limbeck.models.model import Model
 from limbeck.models.start import add_adapters
+from limbeck.models.states_teacher import StatesTeacher
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
 from limbeck.training import loop, sharded
@@ -25,6 +32,7 @@ from limbeck.training.job import Objective, TrainingJob
 from tests.conftest import make_net, make_tokenizer
 from tests.training.test_invariance import ROWS
 
+KEY = "sk-canary-4711"
 PREFIX = tuple(range(40, 50))  # of some prompts: one process computes it once for all rows of a micro-batch
 LONG = [replace(row, prompt_ids=PREFIX + row.prompt_ids, references=()) for row in ROWS]
 MIXES = {
@@ -46,7 +54,12 @@ def make_job(
     if lora:
         add_adapters(net, Lora(rank=4, alpha=8), 0)
     terms = [make_term(name, params, 0.5 + 0.2 * i) for i, (name, params) in enumerate(MIXES[mix])]
-    own = InProcessTeacher(Model(teacher, make_tokenizer(), "teacher"))
+    elsewhere = settings.pop("elsewhere", False)
+    if elsewhere:
+        served = Served(url=os.environ["STATES_URL"], name="toy", kind="states")
+        own: Any = StatesTeacher(ApiTeacher(served), make_tokenizer())
+    else:
+        own = InProcessTeacher(Model(teacher, make_tokenizer(), "teacher"))
     rounded = settings.pop("precision", None)
     machine = Machine(micro_tokens=90, shard=settings.pop("shard", "none"), checkpointing=settings.pop("again", False))
     values = {
@@ -60,7 +73,9 @@ def make_job(
     if machine.checkpointing:
         net.activation_checkpointing_enable({"use_reentrant": False})
     objective = Objective(net, terms, own.view, rounded=rounded) if mix != "text" else Objective(net, terms)
-    frozen = [teacher] if mix != "text" else []
+    if elsewhere:
+        objective = replace(objective, expect=own.expect)
+    frozen = [teacher] if mix != "text" and not elsewhere else []
     folder.mkdir(parents=True, exist_ok=True)
     return TrainingJob(objective, LONG, Train(**values), folder, "key", frozen=frozen, machine=machine)
 
@@ -91,11 +106,24 @@ CASES: dict[str, dict[str, Any]] = {
     "few micro-batches": {"shard": "full", "tokens_per_step": 20},
     "bfloat16": {"shard": "full", "precision": torch.bfloat16},
     "adapters": {"shard": "full", "lora": True},
+    "a teacher elsewhere": {"shard": "full", "tokens_per_step": 20, "elsewhere": True},
 }
 
 
 def alone(name: str) -> dict[str, Any]:
-    return {key: value for key, value in CASES[name].items() if key != "shard"}
+    return {key: value for key, value in CASES[name].items() if key not in ("shard", "elsewhere")}
+
+
+@pytest.fixture
+def states_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The teacher of all cases, as a server of its states."""
+    monkeypatch.setenv("LIMBECK_API_KEY", KEY)
+    model = Model(make_net(), make_tokenizer(), "teacher")
+    with StatesServer(model, "toy", "c", KEY, address=("127.0.0.1", 0), context=256, slots=4) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("STATES_URL", server.url)
+        yield
+        server.shutdown()
 
 
 def run_rank(rank: int, size: int, folder: str, names: list[str]) -> None:
@@ -145,8 +173,10 @@ def check(size: int, tmp_path: Path, names: list[str]) -> None:
                 assert all(part < 1 / size + 0.05 for part in divided), rank[name]
 
 
-def test_two_ranks_with_whole_and_divided_weights_train_the_student_of_one(tmp_path):
-    check(2, tmp_path, ["whole", "tied", "untied", "some rows for each term", "few micro-batches"])
+def test_two_ranks_with_whole_and_divided_weights_train_the_student_of_one(tmp_path, states_server):
+    check(
+        2, tmp_path, ["whole", "tied", "untied", "some rows for each term", "few micro-batches", "a teacher elsewhere"]
+    )
 
 
 def run_on(rank: int, size: int, folder: str, steps: int) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from limbeck.commands.doctor.patient import NothingToCheckError, Patient, response_targets, teacher_log_probs
 from limbeck.data.batches import Row, make_batch
-from limbeck.models.score import ServerScorer
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.models.teacher_interface import Teacher
 from limbeck.signals.cache import SignalCache, text_key
 from limbeck.training.setup import common_vocab_size
 from limbeck.types import Batch, UserError
@@ -29,9 +29,7 @@ def check_cache(patient: Patient) -> str:
     home = patient.folder / "signals" if form.folder is None else Path(form.folder).expanduser()
     if not (home / "about.json").exists():
         raise NothingToCheckError(f"{home} is still empty")
-    teacher: InProcessTeacher | ServerScorer = (
-        patient.scorer if patient.recipe.teacher.model is None else patient.teacher
-    )
+    teacher: Teacher = patient.scorer if patient.recipe.teacher.model is None else patient.teacher
     cache = SignalCache(home, teacher.identity, common_vocab_size(patient.run.models.initial_student(), teacher), form)
     rows = [row for row in patient.training_rows if _key(row) in cache]
     if not rows:
@@ -46,7 +44,7 @@ def _key(row: Row) -> str:
     return text_key(row.teacher_prompt_ids or row.prompt_ids, row.response_ids)
 
 
-def _compare(cache: SignalCache, teacher: InProcessTeacher | ServerScorer, row: Row, home: Path) -> None:
+def _compare(cache: SignalCache, teacher: Teacher, row: Row, home: Path) -> None:
     """Refuse a cached text that is not what the teacher says, and name a shift by one position."""
     remedy = f"; remove {home}, and it is computed again"
     cached_N = cache.text(_key(row))["target"].float()
@@ -72,11 +70,11 @@ def _distance(cached_N: Tensor, live_N: Tensor) -> float:
     return float((cached_N - live_N)[both_N].abs().mean()) if bool(both_N.any()) else 0.0
 
 
-def _target_log_probs(teacher: InProcessTeacher | ServerScorer, batch: Batch) -> Tensor:
+def _target_log_probs(teacher: Teacher, batch: Batch) -> Tensor:
     """The log-probabilities of the text's tokens [N]; NaN if a server does not name them."""
     targets_N = response_targets(batch.seen_by_teacher())
     if isinstance(teacher, InProcessTeacher):
         return teacher_log_probs(teacher, batch).gather(-1, targets_N[:, None])[:, 0]
     signal = teacher.view(batch).signal
     assert signal is not None
-    return signal.top_tokens().log_prob(targets_N)
+    return signal.log_prob(targets_N) if signal.whole else signal.top_tokens().log_prob(targets_N)

@@ -18,6 +18,7 @@ from limbeck.data.batches import Row, make_batch
 from limbeck.models.api import ApiTeacher
 from limbeck.models.model import Model
 from limbeck.models.score import ServerScorer
+from limbeck.models.states_teacher import StatesTeacher
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.fit import prepared
@@ -81,13 +82,15 @@ class Patient:
     def reads_given_text(self) -> bool:
         """Whether the recipe's server has to score text, or stands for weights that are here."""
         teacher = self.recipe.teacher
-        return not isinstance(teacher, ServedTeacher) or teacher.named_tokens is not None
+        return not isinstance(teacher, ServedTeacher) or teacher.reads_given_text
 
     @cached_property
-    def scorer(self) -> ServerScorer:
+    def scorer(self) -> ServerScorer | StatesTeacher:
         api = self.server
         if self.run.models.other_tokens:
             raise NothingToCheckError("the server has its own tokenizer")
+        if api.settings.kind == "states":
+            return StatesTeacher(api, self.model.tokenizer)
         cache = self.recipe.teacher.cache
         k = (form_of(cache).server_tokens if cache else None) or api.settings.names
         if self.recipe.teacher.model is not None or not k:

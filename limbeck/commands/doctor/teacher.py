@@ -11,16 +11,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from limbeck.commands.doctor.patient import NothingToCheckError, Patient, response_targets, teacher_log_probs
+from limbeck.commands.doctor.patient import (
+    TOKENS_PER_POSITION,
+    NothingToCheckError,
+    Patient,
+    response_targets,
+    teacher_log_probs,
+)
 from limbeck.models.api import ApiTeacher
 from limbeck.models.engines import ENGINES, find_engine
 from limbeck.models.load import load_model
 from limbeck.models.model import head_of
 from limbeck.models.own_text import PROBE, probe
+from limbeck.models.score import ServerScorer
 from limbeck.models.template import frame_of
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES
-from limbeck.objectives.head import Block
+from limbeck.objectives.head import Block, TeacherSignal, TopTokens
 from limbeck.signals.dense import DenseRows
 from limbeck.types import Request, Sampling, UserError, printable
 
@@ -79,17 +86,17 @@ def check_server(patient: Patient) -> str:
             f"the server's context is {room} tokens, and a prompt with its answer may need {needed}: start it with a"
             " larger context"
         )
-    same = f"{scorer.identity} has the same tokens and template and names {scorer.k} tokens at every position"
-    return same + _content_there(patient)
+    same = f"{scorer.identity} has the same tokens and template and {scorer.told}"
+    return same + _content_there(patient, scorer) if isinstance(scorer, ServerScorer) else same
 
 
-def _content_there(patient: Patient) -> str:
+def _content_there(patient: Patient, scorer: ServerScorer) -> str:
     """Whether the server takes what looks like a control token in a prompt as one; a fault where a prompt holds any."""
     tokenizer = patient.model.tokenizer
     end = patient.model.end_of_turn
     name = str(tokenizer.convert_ids_to_tokens(end))
     asked = ({"role": "user", "content": f"What does {name} mean?"},)
-    if patient.scorer.framed(asked).count(end) <= patient.model.with_context(None).prompt_ids(asked).count(end):
+    if scorer.framed(asked).count(end) <= patient.model.with_context(None).prompt_ids(asked).count(end):
         return "; it keeps control tokens in a prompt as text"
     pattern = frame_of(tokenizer).pattern
     prompts = [prompt for part in patient.run.text.given_prompts for prompt in part]
@@ -119,21 +126,20 @@ def check_served_weights(patient: Patient) -> str:
     """Check that the served model has the weights that are here, by its top tokens at every position."""
     if not patient.reads_given_text:
         raise NothingToCheckError("the teacher's weights are not here")
-    scorer = patient.scorer
     log_NV = patient.log_probs
-    signal = scorer.view(patient.texts).signal
+    signal = patient.scorer.view(patient.texts).signal
     assert signal is not None
-    served = signal.top_tokens()
+    served = _likeliest(signal) if signal.whole else signal.top_tokens()
+    k = served.ids_NK.shape[1]
     local_NK = log_NV.gather(-1, served.ids_NK)
     kl_N = _bucketed_kl(local_NK, served.log_prob_NK)
     shared = [
-        len(set(a) & set(b))
-        for a, b in zip(log_NV.topk(scorer.k).indices.tolist(), served.ids_NK.tolist(), strict=True)
+        len(set(a) & set(b)) for a, b in zip(log_NV.topk(k).indices.tolist(), served.ids_NK.tolist(), strict=True)
     ]
     mean_kl = max(0.0, float(kl_N.mean()))
     summary = (
         f"{mean_kl:.4f} nats apart on average over {len(kl_N)} positions, {sum(shared) / len(shared):.1f} of"
-        f" {scorer.k} top tokens shared"
+        f" {k} top tokens shared"
     )
     if mean_kl > MEAN_KL or float(kl_N.max()) > LARGEST_KL:
         worst = kl_N.topk(min(3, len(kl_N))).indices.tolist()
@@ -144,6 +150,13 @@ def check_served_weights(patient: Patient) -> str:
             " log-probabilities, or set teacher.model"
         )
     return summary
+
+
+def _likeliest(signal: TeacherSignal) -> TopTokens:
+    """The likeliest tokens of whole distributions, as many as a server is asked to name."""
+    log_NV = signal.chunk(slice(None)).rows(slice(None)).p.log
+    top = log_NV.topk(min(TOKENS_PER_POSITION, log_NV.shape[1]))
+    return TopTokens(top.indices, top.values, torch.full(top.indices.shape[:1], top.indices.shape[1]))
 
 
 def check_zero(patient: Patient) -> str:

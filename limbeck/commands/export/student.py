@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.storage.files import file_sha256, read_jsonl
+from limbeck.models.fingerprint import check_sealed, known_sha256
+from limbeck.storage.files import read_jsonl
 from limbeck.types import UserError, content_hash
 
 WEIGHTS, ADAPTERS = "*.safetensors", "adapter_config.json"
@@ -32,7 +33,7 @@ class Exportable:
     def content(self) -> str:
         """16 hex digits of a hash over all its files."""
         files = sorted(file for file in self.folder.iterdir() if file.suffix in {".safetensors", ".json", ".jinja"})
-        return content_hash({file.name: file_sha256(file) for file in files})[:16]
+        return content_hash({file.name: known_sha256(file) for file in files})[:16]
 
     @property
     def is_adapters(self) -> bool:
@@ -47,7 +48,8 @@ def find_student(where: str | Path) -> Exportable:
     """The student of a run folder, or the model in a folder.
 
     Raises:
-        UserError: there is no such folder, the run has no student yet, or the folder holds no model.
+        UserError: there is no such folder, the run has no student yet, or the folder holds no model, or another than
+            was exported.
     """
     place = Path(where).expanduser()
     if not place.is_dir():
@@ -62,6 +64,7 @@ def find_student(where: str | Path) -> Exportable:
         raise UserError(f"{folder} has no config.json, so it is not a model in Hugging Face form")
     if not any(folder.glob(WEIGHTS)):
         raise UserError(f"{folder} has no weights in safetensors: save the model as safetensors first")
+    check_sealed(folder, str(folder))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", (run or folder).resolve().name).strip("-.") or "student"
     return Exportable(folder, name, run, _held_out(run) or OWN_PROMPTS)
 
