@@ -71,7 +71,12 @@ OPENAI_SCHEMA = {
 ANTHROPIC_SCHEMA = {"output_config": {"format": {"type": "json_schema", "schema": STRICT}}}
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+def test_a_states_server_holds_answers_to_nothing():
+    server = Served(url="http://x/v1", name="m", kind="states")
+    assert all(isinstance(form_words(server, form), str) for form in (SCHEMA, LABELS, PATTERN))
+
+
+@pytest.mark.parametrize("kind", sorted(ENGINES.keys() - {"states"}))
 def test_every_kind_of_server_is_told_in_its_own_words(kind):
     server = Served(url="http://x/v1", name="m", kind=kind)
     labels, pattern = WORDS.get(kind, (None, None))

@@ -172,7 +172,7 @@ def test_a_whole_run_measures_against_the_teacher_with_its_context(recipe_data, 
         "loss": ["forward_kl"],
     }
     recipe_data["student"] = {"start": {"pretrained": str(tiny_folder)}, "lora": {"rank": 4, "alpha": 8}}
-    recipe_data["train"] |= {"steps": 20, "lr": 5e-3, "tokens_per_step": 80}
+    recipe_data["train"] |= {"steps": 60, "lr": 2e-3, "tokens_per_step": 80}
     out = tmp_path / "out"
     limbeck.run(parse(recipe_data), out)
     systems = json.loads((out / "evaluation" / "summary.json").read_text())["systems"]
