@@ -53,6 +53,7 @@ OWN = {  # what a recipe needs at this size
     "distillm": ["--set=rollout.validation.prompts=4"],
     "codeultrafeedback": [f"--set=teacher={QWEN}"],  # a teacher that writes such text at all
     "distilling-step-by-step": [f"--set=teacher={QWEN}"],
+    "extract-to-a-schema": ["--set=evaluate.max_tokens=96"],  # room for the JSON
     "equation-reasoner": [f"--set=teacher={QWEN}"],
     "fine-tune-cot": [f"--set=teacher={QWEN}"],
 }
