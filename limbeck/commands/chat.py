@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import yaml
 from rich.columns import Columns
 from rich.panel import Panel
 from rich.text import Text
 
 from limbeck.commands import console
+from limbeck.config.yaml_text import read_yaml
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
@@ -29,7 +29,7 @@ def converse(folder: Path, max_tokens: int, temperature: float, device: str = "a
         raise UserError(f"there is no run folder {folder}")
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} has no finished student: run `limbeck run RECIPE --out {folder}` first")
-    recipe = yaml.safe_load((kept_round(folder) / "recipe.yaml").read_text())
+    recipe = read_yaml(kept_round(folder) / "recipe.yaml")
     settings = {"model": recipe["teacher"]} if isinstance(recipe["teacher"], str) else recipe["teacher"]
     teacher = settings.get("model")
     template = settings.get("template")

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
+from limbeck.config.yaml_text import read_yaml
 from limbeck.progress import Reporter
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import Metrics, evaluation, is_number, read_json, trainings, values_of
@@ -285,7 +284,7 @@ class TrackingReporter:
     def _sink(self, name: str, state: dict[str, Any]) -> Sink:
         """The tracker's run for this training, opened when first needed."""
         if name not in self.sinks:
-            recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text())
+            recipe = read_yaml(self.folder / "recipe.yaml")
             settings = {key: value for key, value in recipe.get("train", {}).items() if is_number(value)}
             info = RunInfo(
                 folder=self.folder,

@@ -17,12 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table as ConsoleTable
 from rich.text import Text
 
+from limbeck.config.yaml_text import read_yaml
 from limbeck.storage.metrics_log import (
     Metrics,
     Record,
@@ -106,7 +106,7 @@ class Watcher:
             raise UserError(f"there is no run in {folder}: it has no recipe.yaml")
         self.run = folder
         self.folder = folder  # of the round that is under way, if there are rounds
-        self.recipe: dict[str, Any] = yaml.safe_load((folder / "recipe.yaml").read_text())
+        self.recipe: dict[str, Any] = read_yaml(folder / "recipe.yaml")
         self.metrics: dict[str, Metrics] = {}
 
     def look(self) -> RunView:

@@ -7,12 +7,10 @@ names and parameters of losses are checked later, by `limbeck.runs`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from limbeck.config.binding import evaluation_part, training_part
@@ -34,10 +32,10 @@ from limbeck.config.sections import (
 )
 from limbeck.config.shorthand import expand
 from limbeck.config.teacher import TEACHER_KINDS, TeacherSettings, kind_of, teacher_data
+from limbeck.config.yaml_text import dump_yaml, load_yaml, read_yaml
 from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
 
 MAX_BYTES = 256 * 1024
-EXPONENT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
 NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic adds between the keys of a path
 
 
@@ -250,9 +248,9 @@ def _read(file: Path, cure: str) -> dict[str, Any]:
     if file.stat().st_size > MAX_BYTES:
         raise RecipeError("", f"{file} is larger than {MAX_BYTES} bytes, too large for a recipe")
     try:
-        data = yaml.load(file.read_text(), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader underneath)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RecipeError("", f"{file} is not valid YAML: {error}") from error
+        data = read_yaml(file)
+    except UserError as error:
+        raise RecipeError("", str(error)) from error
     if data is None:
         raise RecipeError("", f"{file} is empty; {cure}")
     if not isinstance(data, dict):
@@ -260,34 +258,9 @@ def _read(file: Path, cure: str) -> dict[str, Any]:
     return data
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that reads 2e-4 as a number, and refuses a key that stands twice (YAML would keep the last)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
-            if key in keys:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} appears twice", key_node.start_mark
-                )
-            keys.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """A SafeDumper that quotes text which `_StrictLoader` would read as a number."""
-
-
-for _kind in (_StrictLoader, _Dumper):  # YAML 1.1 asks for a point and a sign beside an exponent
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
-
-
 def as_yaml(recipe: Recipe) -> str:
     """The resolved recipe as a file that `load_recipe` reads."""
-    return str(yaml.dump(recipe.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    return dump_yaml(recipe.resolved())
 
 
 def parse(data: Mapping[str, Any]) -> Recipe:
@@ -330,8 +303,8 @@ def _set(data: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise UserError(f"--set {override!r} is not of the form a.b=c, such as --set train.steps=20")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader underneath)
-    except yaml.YAMLError as error:
+        value = load_yaml(text)
+    except ValueError as error:
         raise UserError(f"--set {path}: {text!r} is not a YAML value: {error}") from error
     *parents, last = path.split(".")
     node: Any = data

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from limbeck.config.builtin import task_folders
+from limbeck.config.yaml_text import read_yaml
 from limbeck.evaluate.choice import CLASSIFICATION, MULTIPLE_CHOICE
 from limbeck.evaluate.generation import GenerationKind
 from limbeck.evaluate.items import read_items
@@ -125,10 +125,7 @@ def load_task(name_or_path: str, limit: int | None = None, path: str = "evaluate
 def _read_yaml(file: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_BYTES:
         raise UserError(f"{file} is larger than {MAX_BYTES} bytes; put the items into a JSONL file")
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {error}") from error
+    data = read_yaml(file)
     if not isinstance(data, dict):
         raise UserError(
             f"{file} must hold a mapping with name, version, kind, description and test; see tasks/choices/task.yaml"

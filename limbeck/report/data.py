@@ -8,8 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from limbeck.config.yaml_text import read_yaml
 from limbeck.report.metrics import label, metrics_of
 from limbeck.report.page import is_comparison, read_comparison, read_summary, verdict_of
 from limbeck.report.worth import worth
@@ -52,7 +51,7 @@ def as_data(folder: Path) -> dict[str, Any]:
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The resolved recipe of a run folder."""
-    return dict(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    return dict(read_yaml(folder / "recipe.yaml"))
 
 
 def paths(folder: Path) -> dict[str, str]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from limbeck.config.yaml_text import read_yaml
 from limbeck.report.metrics import Metric, is_clear, number, percent
 from limbeck.report.plots import Label, Series, Spot, Whisker, bars, curves, forest, scatter
 from limbeck.storage.files import read_jsonl
@@ -45,7 +44,7 @@ class Figure:
 def trainings_of(folder: Path) -> dict[str, str]:
     """The folders of the student's training and of those of its controls that the recipe names, inside the run's."""
     file = folder / "recipe.yaml"
-    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+    recipe = read_yaml(file) if file.exists() else None
     evaluate = recipe.get("evaluate") if isinstance(recipe, dict) else None
     named = evaluate.get("controls", TRAININGS) if isinstance(evaluate, dict) else TRAININGS
     return {name: place for name, place in TRAININGS.items() if name == "student" or name in named}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from limbeck.config.yaml_text import dump_yaml, read_yaml
 from limbeck.report.figures import Figure
 from limbeck.report.grids import Grid
 from limbeck.report.metrics import Metric, metrics_of, number, task_headlines
@@ -24,13 +23,13 @@ Summaries = dict[int, dict[str, Any]]
 
 def rounds_content(folder: Path) -> dict[str, Any]:
     """The variables of `rounds.html.jinja`."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(folder / "recipe.yaml")
     record = rounds_record(folder)
     summaries = _summaries(folder)
     metrics = round_metrics(recipe, summaries)
     return {
         "recipe": recipe,
-        "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        "recipe_text": dump_yaml(recipe),
         "verdict": rounds_verdict(folder),
         "results": _results(metrics, summaries, _control(folder, recipe)),
         "at_once": (_control_folder(folder, recipe) / "recipe.yaml").exists(),
@@ -50,7 +49,7 @@ def rounds_content(folder: Path) -> dict[str, Any]:
 
 def rounds_verdict(folder: Path) -> str:
     """How the students of the rounds do at the page's first task, or how far they are from a common teacher."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(folder / "recipe.yaml")
     record = rounds_record(folder)
     summaries = _summaries(folder)
     planned = recipe["rounds"]["n"]

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from limbeck.config.yaml_text import dump_yaml, read_yaml
 from limbeck.report import figures, grids
 from limbeck.report.budgets import budget_figures
 from limbeck.report.elicited import elicitation_section
@@ -31,7 +30,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         folder: the run folder, with `recipe.yaml`.
         summary: its `evaluation/summary.json`.
     """
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe = read_yaml(folder / "recipe.yaml")
     against, differences = paired_table(summary)
     curves = [make(summary) for make in (figures.calibration_figure, figures.exposure_figure)]
     curves.append(figures.preference_figure(summary))
@@ -42,7 +41,7 @@ def run_content(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     }
     return _worth(folder, summary, recipe) | {
         "recipe": recipe,
-        "recipe_text": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        "recipe_text": dump_yaml(recipe),
         "teacher": teacher_name(recipe.get("teacher")),
         "teacher_aside": teacher_aside(recipe.get("teacher")),
         "summary": summary,

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from limbeck.config.binding import training_part
 from limbeck.config.older import FORMAT, FORMAT_NAME, INPUTS, filled
 from limbeck.config.recipe import Recipe, as_yaml, parse
+from limbeck.config.yaml_text import load_yaml
 from limbeck.models.fingerprint import NAMING, names_by_edges
 from limbeck.storage.files import is_leftover, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
@@ -49,7 +48,7 @@ def _settled(file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """What a run folder was bound to."""
     try:
         before = read(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
+    except ValueError:
         before = None
     if not isinstance(before, dict):
         raise UserError(f"{file} is damaged, so what the folder holds can't be told: give another --out, or remove it")
@@ -90,7 +89,7 @@ def claim(
     earlier: Recipe | None = None
     if file.exists() and not _is_empty(folder):
         sweep(folder)
-        before = _settled(file, yaml.safe_load)
+        before = _settled(file, load_yaml)
         whole = filled(before, folder)
         earlier = _read(whole)
         if recipe.training_hash not in (content_hash(training_part(whole)), earlier and earlier.training_hash):

@@ -15,11 +15,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from limbeck.config.recipe import Recipe, load_recipe, parse
 from limbeck.config.rounds import without_rounds
 from limbeck.config.teacher import BridgedTeacher, SelfTeacher
+from limbeck.config.yaml_text import dump_yaml, read_yaml
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.records import SystemRecords
@@ -345,9 +344,9 @@ def _claim(comparison: Comparison) -> None:
             look_at_writer(entry.recipe)
     facts = {"methods": {entry.name: entry.recipe.hash for entry in comparison.entries}}
     file = comparison.folder / "comparison.yaml"
-    if file.exists() and yaml.safe_load(file.read_text()) != facts:
+    if file.exists() and read_yaml(file) != facts:
         raise UserError(
             f"{comparison.folder} holds another comparison (of other recipes): give another --out, or remove it"
         )
     comparison.common.claim()
-    write_text(file, yaml.safe_dump(facts, sort_keys=False))
+    write_text(file, dump_yaml(facts))

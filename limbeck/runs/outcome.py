@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from limbeck.config.recipe import Recipe, as_yaml, parse
+from limbeck.config.yaml_text import read_yaml
 from limbeck.report.page import write_report
 from limbeck.storage.files import link_or_copy, new_directory, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
@@ -64,7 +63,7 @@ def follow(folder: Path, before: str, now: str) -> None:
     """Correct the paths of students in the recipes of the rounds, after the run folder was moved."""
     for home in parts_of(folder):
         file = home / "recipe.yaml"
-        data = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        data = read_yaml(file) if file.exists() else None
         if isinstance(data, dict):  # else the round's own run says that it is damaged
             write_text(file, as_yaml(parse(_moved(data, before, now))))
 

@@ -190,3 +190,15 @@ def test_the_older_words_of_a_preference_are_still_read(recipe_data):
     old = parse(recipe_data | {"loss": [{"cross_entropy": {"only": "best"}}]})
     new = parse(recipe_data | {"loss": [{"cross_entropy": {"only": "chosen"}}]})
     assert old.hash == new.hash and old.loss[0].params == {"only": "chosen"}
+
+
+@pytest.mark.parametrize(
+    "setting", ["train.steps", "train.lr", "train.seed", "evaluate.limit", "student.start.prune.layers"]
+)
+def test_a_boolean_is_no_number(setting):
+    with pytest.raises(RecipeError, match="must be a number, not true"):
+        load_recipe("quickstart", [f"{setting}=true"])
+
+
+def test_a_boolean_is_a_boolean():
+    assert load_recipe("quickstart", ["evaluate.speeds=true"]).evaluate.speeds is None

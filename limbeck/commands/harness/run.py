@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from limbeck.commands.harness.tasks import TASK_NAME, as_harness_task, local_task
+from limbeck.config.yaml_text import read_yaml
 from limbeck.models.http import check_address
 from limbeck.models.load import load_model, load_tokenizer, model_folder
 from limbeck.models.placement import Placement, find_device
@@ -66,7 +66,7 @@ class TestedModel:
     @property
     def max_tokens(self) -> int:
         """The longest answer to Limbeck's own prompts: for a run, its own limit."""
-        recipe = yaml.safe_load((Path(self.where) / "recipe.yaml").read_text()) if self.is_run else {}
+        recipe = read_yaml(Path(self.where) / "recipe.yaml") if self.is_run else {}
         return int(recipe.get("evaluate", {}).get("max_tokens", MAX_TOKENS))
 
 
