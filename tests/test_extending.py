@@ -28,7 +28,7 @@ from torch import Tensor
 
 import limbeck
 from limbeck.config.recipe import parse
-from limbeck.config.sections import Section
+from limbeck.config.section import Section
 from limbeck.config.teacher import MORE_FORMS, TEACHER_KINDS, Cache
 from limbeck.elicit.flow import Pool, StepContext, Tally, prompt_of, with_new_answer
 from limbeck.elicit.step import REGISTRY, LocalStep

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from limbeck.config.sections import Section
+from limbeck.config.section import Section
 
 Device = Annotated[str, Field(pattern=r"^(auto|[a-z]+(:[0-9]+)?)$")]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from limbeck.config.sections import Section
+from limbeck.config.section import Section
 from limbeck.config.server import Served
 from limbeck.config.teacher import InProcess
 from limbeck.types import RecipeError, nearest

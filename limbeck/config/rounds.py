@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from limbeck.config.named_models import MODEL_NAME, NO_ROUNDS, PREVIOUS, RESERVED, UNTOUCHED
-from limbeck.config.sections import Section
+from limbeck.config.section import Section
 from limbeck.types import RecipeError, UserError, nearest
 
 TEXT = ("elicit", "writer", "rollout")  # how text is made: `first` replaces all of it or nothing

@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from limbeck.config.section import Section
 from limbeck.types import RecipeError
 
 REWARDED = ("prompts", "group", "passes", "resample", "advantage")  # what only rewards need
 Keep = Literal["importance", "block_influence", "uniform", "first"]
-
-
-class Section(BaseModel):
-    """A frozen part of a recipe; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name is not None:
-            kinds = set(_kinds(cls.model_fields[info.field_name].annotation))
-            if kinds & {int, float} and not kinds & {bool, Any, str}:
-                raise ValueError(f"must be a number, not {str(value).lower()}")
-        return value
-
-
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """The types that a value of the annotation may have; a literal stands for its values' types."""
-    parts = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        yield from map(type, parts)
-    elif get_origin(annotation) is Annotated:
-        yield from _kinds(parts[0])
-    elif get_origin(annotation) in (Union, UnionType):
-        for part in parts:
-            yield from _kinds(part)
-    else:
-        yield annotation
 
 
 class Prune(Section):
@@ -72,7 +43,7 @@ class Prune(Section):
 class Scratch(Section):
     """Start with random weights in the teacher's architecture, with these settings of its configuration replaced."""
 
-    config: dict[str, int | float | bool] = {}
+    config: dict[str, int | float | bool] = Field(default={})
 
 
 def _none_for_default(value: Any) -> Any:
@@ -157,7 +128,7 @@ class Elicit(Section):
     """One elicitation step: its name and its settings (see `limbeck methods`)."""
 
     name: str
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default={})
 
 
 class Writer(Section):
@@ -245,7 +216,7 @@ class RewardEntry(Section):
 
     name: str
     weight: float = 1.0
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default={})
 
 
 class Advantage(Section):
@@ -304,7 +275,7 @@ class LossEntry(Section):
 
     name: str
     weight: Annotated[float, Field(gt=0)] | dict[str, Any] = 1.0
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default={})
 
 
 class Train(Section):
@@ -352,12 +323,12 @@ class Evaluate(Section):
     speeds, as on a machine that is busy with other work.
     """
 
-    metrics: list[str] = ["fidelity"]
+    metrics: list[str] = Field(default=["fidelity"])
     prompts: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] = 96
     own_prompts: Annotated[int, Field(ge=1)] | None = None
-    controls: list[str] = ["untouched", "sft_control"]  # names in training.controls.CONTROLS
+    controls: list[str] = Field(default=["untouched", "sft_control"])  # names in training.controls.CONTROLS
     judge: str | None = None
     speeds: Annotated[Literal[False] | None, BeforeValidator(lambda value: None if value is True else value)] = None
     limits: Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None

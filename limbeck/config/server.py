@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from limbeck.config.keys import check_key
-from limbeck.config.sections import Section
+from limbeck.config.section import Section
 
 ServerKind = Literal[
     "openai-compatible", "openai", "vllm", "sglang", "ollama", "lm-studio", "llama.cpp", "states", "anthropic", "gemini"

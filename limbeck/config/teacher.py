@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
 
-from limbeck.config.sections import Dtype, Quantise, Section
+from limbeck.config.section import Section
+from limbeck.config.sections import Dtype, Quantise
 from limbeck.config.server import Served
 from limbeck.types import RecipeError, nearest
 

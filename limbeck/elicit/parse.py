@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import regex
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from limbeck.config.sections import Section
+from limbeck.config.section import Section
 from limbeck.elicit.checks import PATTERN_SECONDS, check_pattern
 from limbeck.elicit.json_in import NotJSONError, plain, read_json
 from limbeck.elicit.labels import claimed

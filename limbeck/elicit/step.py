@@ -25,7 +25,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import Field
 
 from limbeck.config.named_models import TEACHER
-from limbeck.config.sections import Section
+from limbeck.config.section import Section
 from limbeck.elicit.flow import Pool, Questions, StepContext, Tally
 from limbeck.elicit.step_prompt import StepPrompt
 from limbeck.types import AnswerForm

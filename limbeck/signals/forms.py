@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from limbeck.config.sections import Section
+from limbeck.config.section import Section
 from limbeck.config.teacher import MORE_FORMS, CachedHidden, CachedSamples, CachedTop, CacheSettings
 from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence import Divergence

@@ -18,7 +18,8 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from limbeck.config.recipe import explain
-from limbeck.config.sections import Advantage, RewardEntry, Section
+from limbeck.config.section import Section
+from limbeck.config.sections import Advantage, RewardEntry
 from limbeck.elicit.compare import Compare
 from limbeck.elicit.flow import Pool
 from limbeck.elicit.prompt import Prompt

@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from limbeck import check, load_recipe, run
@@ -21,7 +20,7 @@ from limbeck.commands.new.draft import block, inline, literal
 from limbeck.commands.new.gold import calls_of, checks_of_results, number_of
 from limbeck.commands.new.split import split
 from limbeck.commands.new.wishes import TASKS, slug
-from limbeck.config.recipe import _StrictLoader
+from limbeck.config.yaml_text import load_yaml
 from limbeck.elicit.rendering import render
 from limbeck.evaluate.by_label import labels_of
 from limbeck.evaluate.tasks import load_task
@@ -539,12 +538,9 @@ def test_near_duplicates_stay_together_or_are_counted():
 )
 def test_texts_survive_yaml(text):
     for form in (inline(text), block(text, 2), block(f"x\n{text}\ny", 2)):
-        value = yaml.load(
-            f"a:\n  b: {form if not form.startswith('|') else form.replace(chr(10), chr(10) + '  ')}\n",
-            Loader=_StrictLoader,
-        )
+        value = load_yaml(f"a:\n  b: {form if not form.startswith('|') else form.replace(chr(10), chr(10) + '  ')}\n")
         assert value["a"]["b"] in (text, f"x\n{text}\ny")
-    assert yaml.load(f"[{inline([text])}]", Loader=_StrictLoader) == [[text]]
+    assert load_yaml(f"[{inline([text])}]") == [[text]]
 
 
 @pytest.mark.parametrize("text", ["{{ a }}", "{% if %}", "{# c #}", "{% raw %}{{ a }}", "plain {a}"])

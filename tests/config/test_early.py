@@ -58,7 +58,8 @@ def test_what_is_meant_exists():
     import limbeck
     from limbeck.config.machine import Machine
     from limbeck.config.recipe import Recipe
-    from limbeck.config.sections import Evaluate, Lora, LossEntry, Prompts, Prune, Section, Train, Writer
+    from limbeck.config.section import Section
+    from limbeck.config.sections import Evaluate, Lora, LossEntry, Prompts, Prune, Train, Writer
     from limbeck.config.server import Served
     from limbeck.config.teacher import Context, LocalTeacher
 

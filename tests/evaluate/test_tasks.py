@@ -30,7 +30,9 @@ RANKING = {"query": "q", "documents": [{"text": "a", "relevance": 1}, {"text": "
 
 def write(folder, yaml, *lines, references=None):
     folder.mkdir(exist_ok=True)
-    (folder / "task.yaml").write_text(HEAD + yaml)
+    given = [line.partition(":")[0] for line in yaml.splitlines()]
+    head = [line for line in HEAD.splitlines(keepends=True) if line.partition(":")[0] not in given]
+    (folder / "task.yaml").write_text("".join(head) + yaml)
     (folder / "test.jsonl").write_text(
         "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     )
