@@ -18,13 +18,13 @@ from limbeck.config.machine import Machine
 from limbeck.config.named_models import NamedModel, named_models
 from limbeck.config.older import INPUTS, filled
 from limbeck.config.rounds import Rounds, check_previous, check_stages, round_data, stage_data
+from limbeck.config.section import Section
 from limbeck.config.sections import (
     Elicit,
     Evaluate,
     LossEntry,
     Prompts,
     Rollout,
-    Section,
     Student,
     Train,
     Writer,
