@@ -19,7 +19,7 @@ from typing import Any
 
 from limbeck.models.named import home
 from limbeck.storage.files import file_sha256
-from limbeck.storage.manifest import MANIFEST, damaged_file, read_manifest, seal
+from limbeck.storage.manifest import MANIFEST, damaged_file, is_foreign, read_manifest, seal
 from limbeck.types import UserError, content_hash
 
 NAMED_BY = (".json", ".jinja", ".model")  # files beside the weights that make the model what it is
@@ -62,12 +62,12 @@ def seal_export(folder: Path) -> None:
 
 
 def check_sealed(folder: Path, source: str) -> None:
-    """Refuse an exported student whose files are not those that were exported; a folder without a manifest passes.
+    """Refuse an exported student whose files are not those that were exported; a folder without a manifest of ours passes.
 
     Raises:
         UserError: the message names the file.
     """
-    if not (folder / MANIFEST).exists():
+    if not (folder / MANIFEST).exists() or is_foreign(folder):
         return
     manifest = read_manifest(folder)
     wrong: str | None = MANIFEST

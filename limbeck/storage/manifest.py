@@ -42,6 +42,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether the folder's `manifest.json` is another program's: JSON with neither our hash nor our list of files."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return not isinstance(manifest, dict) or (OWN not in manifest and not isinstance(manifest.get("files"), dict))
+
+
 def damaged_file(folder: Path, manifest: Mapping[str, Any], sha256: Callable[[Path], str] = file_sha256) -> str | None:
     """The first file that is not as the manifest says; None if all are."""
     for name, facts in manifest["files"].items():

@@ -138,6 +138,14 @@ def test_a_file_that_was_put_into_an_export_or_taken_out_is_seen(sealed):
         load_model(str(sealed))
 
 
+@pytest.mark.parametrize("text", ['{"manifest_version": 3, "name": "a page"}', '{"files": ["a.bin"]}', "[]"])
+def test_a_manifest_of_another_program_is_none_of_ours(tmp_path, tiny_folder, text):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "manifest.json").write_text(text)
+    assert load_model(str(folder)).identity == load_model(str(tiny_folder)).identity.replace(tiny_folder.name, "model")
+
+
 def test_a_hub_model_can_be_pinned_and_is_told_by_its_contents(tiny_folder, monkeypatch):
     asked = []
 
