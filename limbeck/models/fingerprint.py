@@ -62,7 +62,7 @@ def seal_export(folder: Path) -> None:
 
 
 def check_sealed(folder: Path, source: str) -> None:
-    """Refuse an exported student whose files are not those that were exported; a folder without a manifest of ours passes.
+    """Refuse an exported student whose files are not those that were exported; one without our manifest passes.
 
     Raises:
         UserError: the message names the file.
