@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from in_turns import in_turns
 
 from limbeck import load_recipe, run
 from limbeck.elicit.prompts import load_prompts
@@ -126,19 +126,7 @@ def main() -> None:
         student.mkdir()
         whole = load_model(MODEL)
         save_model(drop_layers(whole.net, tuple(range(LAYERS))), whole.tokenizer, student)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in SYSTEMS}
-        for turn in range(ROUNDS):
-            for number, name in enumerate(SYSTEMS):
-                work = Path(folder) / f"{turn}-{number}"
-                work.mkdir()
-                command = [sys.executable, __file__, name, str(student), str(work)]
-                done = subprocess.run(  # noqa: S603 (our own file)
-                    command, capture_output=True, text=True, check=False, cwd=work
-                )
-                if done.returncode:
-                    raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                print(turn, name, found[name][-1], flush=True)
+        found = in_turns(__file__, SYSTEMS, student, Path(folder), rounds=ROUNDS)
     about = {"layers": LAYERS, "prompts": PROMPTS, "group": GROUP, "tokens": TOKENS, "steps": STEPS - 1}
     write_json(OUT, {"about": about | {"threads": os.cpu_count(), "torch": torch.__version__}, "results": found})
 

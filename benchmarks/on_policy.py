@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from in_turns import in_turns
 
 from limbeck import load_recipe, run
 from limbeck.elicit.prompts import load_prompts
@@ -167,19 +167,7 @@ def main() -> None:
         keep = [round(number * (whole.net.config.num_hidden_layers - 1) / (LAYERS - 1)) for number in range(LAYERS)]
         save_model(drop_layers(whole.net, keep), whole.tokenizer, student)
         model_folder(TEACHER)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in (*OURS, *THEIRS)}
-        for turn in range(ROUNDS):
-            for name in found:
-                work = Path(folder) / f"{turn}-{[*found].index(name)}"
-                work.mkdir()
-                command = [sys.executable, __file__, name, str(student), str(work)]
-                done = subprocess.run(  # noqa: S603 (our own file)
-                    command, capture_output=True, text=True, check=False, cwd=work
-                )
-                if done.returncode:
-                    raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                print(turn, name, found[name][-1], flush=True)
+        found = in_turns(__file__, (*OURS, *THEIRS), student, Path(folder), rounds=ROUNDS)
         about = {
             "teacher": TEACHER,
             "layers": LAYERS,

@@ -5,7 +5,7 @@ docs/evidence.
     .venv/bin/python docs/generate.py --check    # exit status 1 when they are stale
 
 A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; whatever is written there by hand is lost.
-What stands in them: blocks/code.py, blocks/evidence.py and blocks/cases.py.
+What stands in them: blocks/code.py, blocks/evidence.py, blocks/recipe_rows.py and blocks/cases.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from blocks import cases, code, evidence
+from blocks import cases, code, evidence, recipe_rows
 
 DOCS = Path(__file__).parent
 PAGES = (
@@ -61,7 +61,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         evidence.precisions,
         evidence.methods,
         evidence.on_policy_methods,
-        evidence.recipes_run,
+        recipe_rows.recipes_run,
         cases.case_intents,
         cases.case_names,
         cases.case_maths,

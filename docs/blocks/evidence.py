@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from limbeck.config.builtin import evidence_file, recipe_files
 from limbeck.models.to_gguf.types import TYPES
 from limbeck.report.verdict import compare_verdict
 
@@ -373,39 +372,3 @@ def exports() -> str:
     tokens = sorted({facts["tokens"] for facts in found["types"].values()})
     measured = f"{found['model']} under {found['engine']}, {tokens[0]} to {tokens[-1]} tokens each."
     return f"{table(titles, rows)}\n\n{measured}"
-
-
-def recipes_run() -> str:
-    """What every recipe did on real weights, from what `make evidence-recipes` wrote."""
-    file = evidence_file()
-    if not file.is_file():
-        return "Not measured yet: run make evidence-recipes"
-    found = json.loads(file.read_text(encoding="utf-8"))
-    size = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["size"].items())
-    rows = [
-        [
-            f"`{name}`",
-            f"{row['trained_tokens']:,}",
-            _change(row["training_loss"]),
-            *(_change(row["held_out"].get(metric)) for metric in ("forward_kl", "perplexity")),
-            f"{row['seconds']:,}",
-        ]
-        for name, row in found["rows"].items()
-        if "steps" in row
-    ]
-    others = [
-        f"- `{name}`: {row.get('not_run') or row['failed']}"
-        for name, row in found["rows"].items()
-        if "steps" not in row
-    ]
-    missing = sorted(set(recipe_files()) - found["rows"].keys())
-    others += [f"- No row yet: {', '.join(f'`{name}`' for name in missing)}."] if missing else []
-    titles = ["recipe", "tokens", "training loss", "forward KL", "perplexity", "seconds"]
-    return "\n\n".join(
-        [f"Size: {size}. Machine: {found['machine']}.", table(titles, rows), *(["\n".join(others)] if others else [])]
-    )
-
-
-def _change(values: list[float] | None) -> str:
-    """From the start to the end."""
-    return " → ".join(f"{value:.3g}" for value in values) if values else ""
