@@ -84,9 +84,13 @@ evidence-on-policy: $(RUNTIME)
 	$(BIN)/python docs/generate.py
 
 # Every recipe once on real weights at a small size, and case studies; killed, all go on.
-.PHONY: evidence-recipes case-intents case-names case-maths
+.PHONY: evidence-recipes evidence-one-word case-intents case-names case-maths
 evidence-recipes: $(DEV)
 	$(BIN)/python benchmarks/recipes.py
+
+# Rewards by a program: GRPO beside RFT on an exact format, three seeds.
+evidence-one-word: $(DEV)
+	$(BIN)/python benchmarks/one_word.py
 
 case-intents: $(DEV)
 	$(if $(DATA),,$(error Say where BANKING77 is: make case-intents DATA=path/to/banking77))

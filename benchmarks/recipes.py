@@ -49,14 +49,26 @@ RUNS = Path("runs/evidence")
 MODEL = "smollm2-135m-instruct"
 SERVED = {"api-own-logprobs": "llama.cpp", "api-top-logprobs": "llama.cpp", "minillm-from-server": "vllm"}
 QWEN = "qwen2.5-coder-0.5b-instruct"
+SUMS = (  # these need a teacher that gets sums right
+    "distilling-step-by-step",
+    "equation-reasoner",
+    "fine-tune-cot",
+    "limo",
+    "mcc-kd",
+    "metamath",
+    "openthoughts",
+    "rft",
+    "s1",
+)
+OWN_SUMS = ("rest-em", "star")  # and these a student that does
 OWN = {  # what a recipe needs at this size
     "distillm": ["--set=rollout.validation.prompts=4"],
     "codeultrafeedback": [f"--set=teacher={QWEN}"],  # a teacher that writes such text at all
-    "distilling-step-by-step": [f"--set=teacher={QWEN}"],
     "extract-to-a-schema": ["--set=evaluate.max_tokens=96"],  # room for the JSON
-    "equation-reasoner": [f"--set=teacher={QWEN}"],
-    "fine-tune-cot": [f"--set=teacher={QWEN}"],
+    **{key: [f"--set=teacher={QWEN}"] for key in SUMS},
+    **{key: [f"--set=student.start.pretrained={QWEN}"] for key in OWN_SUMS},
 }
+MISSING = {"r1-traces": "needs a server of a model that thinks aloud, such as DeepSeek-R1's distilled ones"}
 LARGE = threading.Lock()  # models of some gigabytes: one recipe of them at a time
 VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
     "quickstart, robustness": (
@@ -145,6 +157,8 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     loaded = load_recipe(recipe_files()[recipe])
     row: dict[str, Any] = {"recipe": recipe, "hash": loaded.hash}
     row |= {"also": [one.removeprefix("--set=") for one in OWN[recipe]]} if recipe in OWN else {}
+    if recipe in MISSING:
+        return row | {"not_run": MISSING[recipe]}
     print(f"{name} ...", flush=True)
     if SERVED.get(recipe) == "vllm" and not PYTHON.exists():
         return row | {"not_run": "needs vLLM: `make vllm`"}
