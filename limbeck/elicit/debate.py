@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from limbeck.config.named_models import TEACHER
 from limbeck.elicit.fence import DATA, fenced
@@ -79,9 +80,12 @@ class Debate(AskingStep):
     is shown the others' answers and answers again. The last answers vote by what they end in (a `number`, a `choice` or
     `exact` text). A majority is more than half of all agents, one whose answer can't be read included; without one the
     prompt has no answer (`no majority`) and is dropped. Keeps of each agent that agrees with the majority the `last`
-    answer, or the `first` one, if that agrees already (multi-agent fine-tuning, without its critics), or of all of them
-    the one of the first agent (`one`). The student is shown the question alone. Scores: `agreement`, the share of
-    agents for the majority. The paper's code has 3 agents and 2 rounds; the wording is ours."""
+    answer, or the `first` one, if that agrees already (multi-agent fine-tuning's generators), or of all of them the one
+    of the first agent (`one`). The student is shown the question alone. `critics` (of multi-agent fine-tuning, too)
+    keeps the conversation of each agent that ends with the majority, and its last answer is learnt in sight of the
+    others': all that began with another answer, and every second, drawn at random, of those that did not. Scores:
+    `agreement`, the share of agents for the majority. The paper's code has 3 agents and 2 rounds; the wording is
+    ours."""
 
     kind = "verify"
     paper = "Du et al., arXiv:2305.14325; fine-tuning on it: Subramaniam et al., arXiv:2501.05707"
@@ -90,7 +94,7 @@ class Debate(AskingStep):
     n: Annotated[int, Field(ge=1, le=100)] = 3
     rounds: Annotated[int, Field(ge=1, le=20)] = 2
     vote: AnswerType = "number"
-    keep: Literal["last", "first", "one"] = "last"
+    keep: Literal["last", "first", "one", "critics"] = "last"
     question: str = IN_ONE
     temperature: Temperature = 1.0
     top_p: TopP = 0.9
@@ -102,6 +106,12 @@ class Debate(AskingStep):
         if PLACEHOLDER.findall(question) != ["prompt"]:
             raise ValueError("question must hold {prompt} once, and nothing else in braces")
         return question
+
+    @model_validator(mode="after")
+    def _criticises_something(self) -> Debate:
+        if self.keep == "critics" and self.rounds == 1:
+            raise ValueError("critics answer in sight of the others: that takes 2 rounds or more")
+        return self
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
         names = [by for by in self.asks() for _ in range(self.n)]
@@ -122,7 +132,7 @@ class Debate(AskingStep):
             if winner is None:
                 tally.drop(NO_MAJORITY, prompt_of(agents[0].sample))
             else:
-                kept += self._kept(agents, winner, share, tally)
+                kept += self._kept(agents, winner, share, tally, context.rng(agents[0].sample.id))
         self._account(debates, outcomes, tally)
         return kept
 
@@ -177,7 +187,7 @@ class Debate(AskingStep):
         winner, votes = Counter(finals).most_common(1)[0]
         return (winner if 2 * votes > len(agents) else None), votes / len(agents)
 
-    def _kept(self, agents: Sequence[Agent], winner: str, share: float, tally: Tally) -> Pool:
+    def _kept(self, agents: Sequence[Agent], winner: str, share: float, tally: Tally, draws: random.Random) -> Pool:
         """The answers to one prompt that the student learns."""
         kept: Pool = []
         for agent in agents:
@@ -188,11 +198,24 @@ class Debate(AskingStep):
                 tally.drop("not what the majority says", answer_of(answer) or "")
             elif self.keep == "one" and kept:
                 tally.drop("agrees with one that is kept", answer_of(answer) or "")
+            elif self.keep == "critics" and (reason := self._no_critic(agent, winner, draws)):
+                tally.drop(reason, answer_of(answer) or "")
             else:
-                whole = with_answer(unjudged(agent.sample), answer, by=agent.by, agent=agent.number)
+                asked = unjudged(agent.sample)
+                if self.keep == "critics":
+                    asked = replace(asked, messages=agent.talk[:-1])
+                whole = with_answer(asked, answer, by=agent.by, agent=agent.number)
                 parents = (whole.parents[0], *(reply.id for reply in agent.replies if reply is not None))
                 kept.append(with_scores(replace(whole, parents=tuple(dict.fromkeys(parents))), agreement=share))
         return kept
+
+    def _no_critic(self, agent: Agent, winner: str, draws: random.Random) -> str:
+        """Why an agent that ends with the majority teaches no critic; empty if it does."""
+        if agent.replies[0] is None or agent.answer() is agent.replies[0]:
+            return "did not answer in sight of the others"
+        return (
+            "was right at first, and not drawn" if agent.final(self.vote, 0) == winner and draws.random() < 0.5 else ""
+        )
 
     def _account(
         self, debates: Sequence[Sequence[Agent]], outcomes: Sequence[tuple[str | None, float]], tally: Tally

@@ -74,6 +74,39 @@ def test_what_is_kept_of_those_that_agree():
     assert Debate().estimate(10).requests == 60
 
 
+def test_critics_learn_to_change_their_mind_in_sight_of_the_others():
+    """Whoever began elsewhere and ends with the majority is kept with the conversation; of those that began with it,
+    every second."""
+    step = Debate(keep="critics")
+    rounds = ["It is 4.", "It is 5.", "It is 4!", CUT], ["4.", "now 4.", "5.", CUT]
+    pool, tally, asked = drive(step.model_copy(update={"n": 4}), prompts("how many"), by_turn(*rounds))
+    assert not pool and tally.dropped == {NO_MAJORITY: 1}, "two of four are no majority"
+    pool, tally, asked = drive(step, prompts("how many"), by_turn(rounds[0][:3], rounds[1][:3]))
+    changed = next(sample for sample in pool if sample.meta["agent"] == 1)
+    assert changed.messages == (*asked[4].messages, {"role": "assistant", "content": "now 4."})
+    assert (
+        changed.messages[1]["content"] == "It is 5."
+        and changed.meta["prompt_id"] == prompts("how many")[0].meta["prompt_id"]
+    )
+    assert tally.dropped["not what the majority says"] == 1
+
+    many = prompts(*(f"how many {number}" for number in range(200)))
+    pool, tally, _ = drive(step, many, lambda request, n: "4" if n % 3 else "5" if n < 600 else "4")
+    firsts = [sample.messages[1]["content"] for sample in pool]
+    assert firsts.count("5") == 200 and 150 < firsts.count("4") < 250
+    assert tally.dropped["was right at first, and not drawn"] == 400 - firsts.count("4")
+    again, _, _ = drive(step, many, lambda request, n: "4" if n % 3 else "5" if n < 600 else "4")
+    assert [sample.id for sample in again] == [sample.id for sample in pool]
+
+
+def test_who_says_nothing_in_sight_of_the_others_is_no_critic():
+    pool, tally, _ = drive(Debate(keep="critics"), prompts("how many"), by_turn(["4", "5", "4"], [CUT, "4", CUT]))
+    assert [sample.meta["agent"] for sample in pool] == [1]
+    assert tally.dropped == {"did not answer in sight of the others": 2}
+    with pytest.raises(ValueError, match="2 rounds or more"):
+        Debate(keep="critics", rounds=1)
+
+
 def test_several_models_debate_and_each_is_told_apart():
     step = Debate(by=["strong", "teacher"], n=1, rounds=3)
     pool, _, asked = drive(step, prompts("how many"), lambda request, n: f"{'So ' * n}it is 4.")
