@@ -60,12 +60,12 @@ SUMS = (  # these need a teacher that gets sums right
     "rft",
     "s1",
 )
+JUDGED = ("codeultrafeedback", "pandalm", "persdistill", "rlaif")  # a teacher that writes code and verdicts
 OWN_SUMS = ("rest-em", "star")  # and these a student that does
 OWN = {  # what a recipe needs at this size
     "distillm": ["--set=rollout.validation.prompts=4"],
-    "codeultrafeedback": [f"--set=teacher={QWEN}"],  # a teacher that writes such text at all
     "extract-to-a-schema": ["--set=evaluate.max_tokens=96"],  # room for the JSON
-    **{key: [f"--set=teacher={QWEN}"] for key in SUMS},
+    **{key: [f"--set=teacher={QWEN}"] for key in (*SUMS, *JUDGED)},
     **{key: [f"--set=student.start.pretrained={QWEN}"] for key in OWN_SUMS},
 }
 MISSING = {"r1-traces": "needs a server of a model that thinks aloud, such as DeepSeek-R1's distilled ones"}

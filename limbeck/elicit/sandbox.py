@@ -4,31 +4,38 @@ Off unless the environment has LIMBECK_RUN_CODE=1; a recipe can't turn it on. Re
 its self-test fails; there is no way to run without it.
 
 The program gets namespaces of its own (processes, mounts, users, a network without any interface), none of our
-environment variables, a read-only Python with only the standard library, and 16 MiB in /tmp. It has no /proc, and no
-devices but null, zero and urandom. Time, processor time, memory, processes, file size and output are limited. Started
-by root, it runs under a random user number that nobody else has; started by another user, it runs as that user in a
-user namespace where it is nobody.
+environment variables, a read-only Python with only the standard library and the system's libraries, and 16 MiB in /tmp.
+It has no /proc, and no devices but null, zero and urandom. Time, processor time, memory, processes, file size and
+output are limited, and so is the memory of all its processes together. A filter takes away the system calls that it
+has no use for (see `system_calls`). Started by root, it runs under a random user number that nobody else has; started
+by another user, it runs as that user in a user namespace where it is nobody.
 
-What this does not do: it does not filter system calls, so a hole in the kernel is open to the program (run hostile code
-in a virtual machine). And a malicious program can forge its verdict, since its tests run in its own process; but not by
-exiting early, printing or raising, because the word that reports success is printed only after the last test.
+What this does not do: a hole in a system call that is left is open to the program (run hostile code in a virtual
+machine); its memory is added up ten times a second, so for a tenth of a second several processes can have more. And a
+malicious program can forge its verdict, since its tests run in its own process; but not by exiting early, printing or
+raising, because the word that reports success is printed only after the last test.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
+import resource
 import secrets
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import textwrap
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from limbeck.elicit.system_calls import system_call_filter
 from limbeck.types import UserError
 
 ALLOW = "LIMBECK_RUN_CODE"
@@ -57,23 +64,23 @@ sys.stdout.flush()
 os.write(1, ("\\n" + job["word"]).encode())
 os._exit(0)
 """
-# Without a network the kernel has no route, so this fails at once and sends nothing.
 PROBE = """
 import os, socket
-try:
-    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("192.0.2.1", 9))
-except OSError:
-    pass
-else:
-    raise SystemError("there is a network")
+for family in socket.AF_INET, socket.AF_UNIX:
+    try:
+        socket.socket(family)
+    except PermissionError:
+        continue
+    raise SystemError("system calls are not filtered")
 """
+POLL_S = 0.1  # between two looks at the memory of all processes
 HOME = "/tmp"  # noqa: S108 (inside the sandbox, where nothing else is)
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """Limits of one program. `memory` (of each process), `file` (size of a file) and `room` (in /tmp) are in MiB;
-    `files` is the number of open ones."""
+    """Limits of one program. `memory` (the addresses of each process, and what all have in use together), `file` (size
+    of a file) and `room` (in /tmp) are in MiB; `files` is the number of open ones."""
 
     seconds: float = 20.0
     cpu_seconds: int = 10
@@ -97,7 +104,8 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether the tests ran to their end, and if not, `why`: "timeout", or the last line of output, shortened."""
+    """Whether the tests ran to their end, and if not, `why`: "timeout", "memory", or the last line of output,
+    shortened."""
 
     passed: bool
     why: str = ""
@@ -121,7 +129,10 @@ def _missing() -> str | None:
     """Why the sandbox doesn't work on this machine, None if it does; tried once."""
     if sys.platform != "linux" or shutil.which("bwrap") is None:
         return "the sandbox needs bubblewrap (Linux): install the package bubblewrap, version 0.8 or newer"
-    outcome = _run(PROBE, "assert not os.path.exists('/proc/1') and 'PATH' not in os.environ", SandboxLimits())
+    try:
+        outcome = _run(PROBE, "assert not os.path.exists('/proc/1') and 'PATH' not in os.environ", SandboxLimits())
+    except UserError as error:
+        return str(error)
     if outcome.passed:
         return None
     return (
@@ -182,16 +193,21 @@ def _run(program: str, tests: str, limits: SandboxLimits) -> Outcome:
     word = secrets.token_hex(16)
     user = 1 << 30 | secrets.randbits(29) if os.geteuid() == 0 else None
     job = json.dumps({"program": program, "tests": tests, "word": word, "limits": limits.as_rlimits(), "user": user})
-    with tempfile.TemporaryFile() as output:  # a file, so that the limit on file sizes holds
-        process = subprocess.Popen(  # noqa: S603 (the command is ours; the program goes in by a pipe)
-            _command(limits, user), stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env={}, cwd="/"
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as calls, tempfile.TemporaryFile() as output:
+        for file, content in ((given, job.encode()), (calls, system_call_filter())):
+            file.write(content)
+            file.seek(0)
+        process = subprocess.Popen(  # noqa: S603 (the command is ours; the program goes in as a file)
+            _command(limits, user, calls.fileno()),
+            stdin=given,
+            stdout=output,  # a file, so that the limit on file sizes holds
+            stderr=subprocess.STDOUT,
+            env={},
+            cwd="/",
+            pass_fds=[calls.fileno()],
         )
-        try:
-            process.communicate(job.encode(), timeout=limits.seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()  # kills its whole process namespace
-            process.wait()
-            return Outcome(False, "timeout")
+        if why := _wait(process, limits):
+            return Outcome(False, why)
         output.seek(max(0, output.seek(0, os.SEEK_END) - 4096))
         tail = output.read().decode(errors="replace")
     if process.returncode == 0 and tail.endswith("\n" + word):
@@ -200,16 +216,65 @@ def _run(program: str, tests: str, limits: SandboxLimits) -> Outcome:
     return Outcome(False, (lines[-1] if lines else f"ended early with status {process.returncode}")[:200])
 
 
-def _command(limits: SandboxLimits, user: int | None) -> list[str]:
-    """bubblewrap's command line: what is not named here does not exist inside."""
+def _wait(process: subprocess.Popen[bytes], limits: SandboxLimits) -> str:
+    """Wait for the program; why it was ended, empty if it ended by itself."""
+    ends = time.monotonic() + limits.seconds
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_S)
+            return ""
+        late = time.monotonic() > ends
+        if late or _memory_in_use(process.pid) > limits.memory * 1024 * 1024:
+            process.kill()  # kills its whole process namespace
+            process.wait()
+            return "timeout" if late else "memory"
+
+
+def _memory_in_use(root: int) -> int:
+    """Bytes in memory of all processes that come from `root`; pages that they share count for each."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                stat = (entry / "stat").read_bytes()
+                parents[int(entry.name)] = int(stat[stat.rindex(b")") + 2 :].split()[1])
+    family = {root}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    pages = 0
+    for pid in family:
+        with contextlib.suppress(OSError):
+            pages += int(Path(f"/proc/{pid}/statm").read_bytes().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _mounts(binary: Path) -> list[Path]:
+    """What Python needs: itself, its standard library, and the system's libraries."""
+    bases = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    library = [Path(sysconfig.get_path(name, vars=bases)) for name in ("stdlib", "platstdlib")]
+    library += Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib").glob("libpython*.so*")
+    machine = sysconfig.get_config_var("MULTIARCH")  # None where libraries lie in lib64
+    system = [Path(root, machine) for root in ("/lib", "/usr/lib") if machine]
+    system += map(Path, ("/lib64", "/usr/lib64", "/etc/ld.so.cache"))
+    return [place for place in dict.fromkeys((binary, *library, *system)) if place.exists()]
+
+
+def _command(limits: SandboxLimits, user: int | None, calls: int) -> list[str]:
+    """bubblewrap's command line: what is not named here does not exist inside.
+
+    Args:
+        calls: an open file of the filter of system calls.
+    """
     binary = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
-    places = [Path("/usr"), Path(sys.base_prefix).resolve(), *map(Path, ("/lib", "/lib64", "/etc/ld.so.cache"))]
-    mounts = [place for place in places if place.exists()]
+    mounts = _mounts(binary)
     parents = dict.fromkeys(
         parent for place in (*mounts, Path("/dev/null")) for parent in reversed(place.parents) if parent != Path("/")
     )
     folders = [part for parent in parents for part in ("--perms", "0755", "--dir", str(parent))]
     binds = [part for place in mounts for part in ("--ro-bind", str(place), str(place))]
+    for packages in (place / name for place in mounts for name in ("site-packages", "dist-packages")):
+        if packages.is_dir():
+            binds += ["--tmpfs", str(packages), "--remount-ro", str(packages)]
     devices = [part for name in ("null", "zero", "urandom") for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
     namespaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     if user is None:
@@ -229,6 +294,8 @@ def _command(limits: SandboxLimits, user: int | None) -> list[str]:
         shutil.which("bwrap") or "bwrap",
         *namespaces,
         *identity,
+        "--seccomp",
+        str(calls),
         "--die-with-parent",
         "--new-session",
         "--clearenv",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.elicit import sandbox
+from limbeck.elicit import sandbox, system_calls
 from limbeck.elicit.sandbox import Outcome, SandboxLimits, run_tests
 from limbeck.elicit.verify import parse_check, verify
 from limbeck.types import UserError
@@ -48,7 +48,7 @@ def test_without_bubblewrap_it_refuses(monkeypatch, allowed):
 
 def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch, allowed):
     """A bubblewrap that passes everything through fails the self-test."""
-    monkeypatch.setattr(sandbox, "_command", lambda limits, user: ["/bin/sh", "-c", "exit 0"])
+    monkeypatch.setattr(sandbox, "_command", lambda limits, user, calls: ["/bin/sh", "-c", "exit 0"])
     sandbox._missing.cache_clear()
     try:
         with pytest.raises(UserError, match="does not work here"):
@@ -117,6 +117,16 @@ ESCAPES = {
     "a large file": "try:\n    with open('/tmp/large', 'wb') as file:\n        for _ in range(10_000):\n            file.write(bytes(1 << 20))\nexcept OSError:\n    pass\nelse:\n    raise ValueError",
     "many files": "written = 0\ntry:\n    for number in range(1000):\n        with open(f'/tmp/{{number}}', 'wb') as file:\n            written += file.write(bytes(1 << 20))\nexcept OSError:\n    pass\n"
     "assert written <= 17 << 20, written",
+    "shared memory": "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.shmget(0, 1 << 20, 0o1600) == -1 and ctypes.get_errno() == 1\n"
+    "for make in lambda: os.memfd_create('x'), lambda: libc.memfd_create(b'x', 0) + 1 or 1 / 0:\n    try:\n        make()\n    except (OSError, ZeroDivisionError):\n        continue\n    raise ValueError",
+    "sockets of any kind": "import socket\nfor family in 1, 2, 10, 16, 17, 38, 40, 44:\n    for kind in socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW:\n        try:\n            socket.socket(family, kind)\n"
+    "        except PermissionError:\n            continue\n        raise ValueError(family)\nsocket.socketpair()[0].close()",
+    "namespaces": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfor flag in 0x10000000, 0x20000, 0x40000000, 0x20000000, 0x8000000, 0x4000000, 0x2000000, 0x80:\n"
+    "    assert libc.unshare(flag) == -1 and ctypes.get_errno() == 1, hex(flag)\n    assert libc.syscall({clone}, flag | 17, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 1, hex(flag)",
+    "the kernel's corners": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfor number in 425, 426, 427, 428, 430, 438, 447, {bpf}, {ptrace}:  # io_uring, mounts, pidfd_getfd, memfd_secret\n"
+    "    assert libc.syscall(number, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 1, number",
+    "packages": "import os, sys\nfor root in sys.base_prefix, '/usr', '/usr/local':\n    for folder, _, names in os.walk(root):\n        assert not names or 'packages' not in folder, folder\n"
+    "for path in '/usr/share', '/usr/bin', '/usr/sbin', '/usr/local/bin', '/usr/include', '/opt':\n    assert not os.path.isdir(path) or not os.listdir(path), path",
     "input": "import sys\nassert sys.stdin.read() == ''",
 }  # fmt: skip
 
@@ -136,7 +146,10 @@ def escape(tmp_path, monkeypatch):
         name = f"limbeck-test-{os.getpid()}"
         abstract.bind(f"\0{name}")
         abstract.listen()
-        facts = {"secret": secret, "port": server.getsockname()[1], "pid": os.getpid(), "name": name}
+        machine = os.uname().machine
+        clone, bpf, ptrace = {"x86_64": (56, 321, 101), "aarch64": (220, 280, 117)}[machine]
+        facts = {"clone": clone, "bpf": bpf, "ptrace": ptrace}
+        facts |= {"secret": secret, "port": server.getsockname()[1], "pid": os.getpid(), "name": name}
         yield lambda which: ESCAPES[which].format(
             **facts, home=str(Path.home()), repository=str(Path(__file__).parent.parent.parent)
         )
@@ -157,6 +170,9 @@ OUTSIDE = [
     "abstract sockets",
     "open files",
     "devices",
+    "shared memory",
+    "sockets of any kind",
+    "packages",
 ]
 
 
@@ -208,6 +224,39 @@ def test_it_ends(allowed, program):
 
 
 @needs_sandbox
+@pytest.mark.parametrize(
+    "memory", ["bytearray(300 << 20)", "mmap.mmap(-1, 300 << 20)"], ids=["of each", "shared with its children"]
+)
+def test_the_memory_of_all_processes_is_bounded(allowed, memory):
+    """Each process is within its bound, and together they are not; those that are stay."""
+    program = f"import mmap, os, time\nfor _ in range({{count}}):\n    if os.fork() == 0:\n        held = {memory}\n        held[::4096] = bytes(len(held) // 4096)\n        time.sleep(3)\n        os._exit(0)\ntime.sleep(1)"
+    limits = SandboxLimits(seconds=15)
+    assert run_tests(program.format(count=4), "", limits) == Outcome(False, "memory")
+    assert run_tests(program.format(count=1), "", limits) == Outcome(True)
+
+
+@needs_sandbox
+def test_threads_processes_and_pipes_work(allowed):
+    program = (
+        "import asyncio, concurrent.futures, subprocess, sys, threading\nasync def one(): return 1\nassert asyncio.run(one()) == 1\n"
+        "assert list(concurrent.futures.ThreadPoolExecutor(2).map(abs, [-1, 2])) == [1, 2]\n"
+        "assert subprocess.run([sys.executable, '-c', 'print(1)'], capture_output=True, check=True).stdout == b'1\\n'"
+    )
+    assert run_tests(program, "", QUICK) == Outcome(True)
+
+
+def test_without_libseccomp_it_refuses(monkeypatch, allowed):
+    monkeypatch.setattr(system_calls.ctypes.util, "find_library", lambda name: None)
+    system_calls.system_call_filter.cache_clear()
+    sandbox._missing.cache_clear()
+    try:
+        with pytest.raises(UserError, match="install the package"):
+            run_tests("", "")
+    finally:
+        sandbox._missing.cache_clear()
+
+
+@needs_sandbox
 def test_no_grandchild_outlives_it(allowed, tmp_path):
     """A grandchild in a session of its own is gone when the program has ended."""
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)"
@@ -224,7 +273,7 @@ def test_two_at_once_do_not_share_their_bounds(allowed):
     """A program's processes count for it alone."""
     found: list[Outcome] = []
     bomb = "import os, time\nfor _ in range(50):\n    try:\n        if os.fork() == 0:\n            time.sleep(3)\n            os._exit(0)\n    except OSError:\n        pass\ntime.sleep(2)"
-    other = "import subprocess\nsubprocess.run(['/usr/bin/true'], check=True)"
+    other = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', ''], check=True)"
     beside = threading.Thread(target=lambda: found.append(run_tests(bomb, "", SandboxLimits(seconds=10))))
     beside.start()
     time.sleep(0.7)
