@@ -64,6 +64,7 @@ JUDGED = ("codeultrafeedback", "pandalm", "persdistill", "rlaif")  # a teacher t
 OWN_SUMS = ("rest-em", "star")  # and these a student that does
 OWN = {  # what a recipe needs at this size
     "distillm": ["--set=rollout.validation.prompts=4"],
+    "tinystories": ["--set=prompts.limit=null"],  # its words, verbs after nouns
     "extract-to-a-schema": ["--set=evaluate.max_tokens=96"],  # room for the JSON
     **{key: [f"--set=teacher={QWEN}"] for key in (*SUMS, *JUDGED)},
     **{key: [f"--set=student.start.pretrained={QWEN}"] for key in OWN_SUMS},
@@ -164,7 +165,7 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
         return row | {"not_run": "needs vLLM: `make vllm`"}
     folder = RUNS / name.replace(", ", "-").replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
-    with server_for(recipe) as address:
+    with server_for(recipe) as address, LARGE if _is_large(recipe) else contextlib.nullcontext():
         command = [
             sys.executable,
             "-m",

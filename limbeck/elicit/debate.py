@@ -132,7 +132,7 @@ class Debate(AskingStep):
             if winner is None:
                 tally.drop(NO_MAJORITY, prompt_of(agents[0].sample))
             else:
-                kept += self._kept(agents, winner, share, tally, context.rng(agents[0].sample.id))
+                kept += self._kept(agents, winner, share, tally, draws=context.rng(agents[0].sample.id))
         self._account(debates, outcomes, tally)
         return kept
 

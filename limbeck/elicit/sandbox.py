@@ -277,23 +277,10 @@ def _command(limits: SandboxLimits, user: int | None, calls: int) -> list[str]:
             binds += ["--tmpfs", str(packages), "--remount-ro", str(packages)]
     devices = [part for name in ("null", "zero", "urandom") for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
     namespaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    if user is None:
-        identity = [
-            "--unshare-user",
-            "--disable-userns",
-            "--uid",
-            str(NOBODY),
-            "--gid",
-            str(NOBODY),
-            "--cap-drop",
-            "ALL",
-        ]
-    else:  # the interpreter may be readable by root only: root opens it, and then becomes the other user
-        identity = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     return [
         shutil.which("bwrap") or "bwrap",
         *namespaces,
-        *identity,
+        *_identity(user),
         "--seccomp",
         str(calls),
         "--die-with-parent",
@@ -325,3 +312,12 @@ def _command(limits: SandboxLimits, user: int | None, calls: int) -> list[str]:
         "-c",
         INSIDE,
     ]
+
+
+def _identity(user: int | None) -> list[str]:
+    """Who the program is: nobody in a user namespace, or, for root, another user."""
+    if user is None:
+        nobody = ["--uid", str(NOBODY), "--gid", str(NOBODY)]
+        return ["--unshare-user", "--disable-userns", *nobody, "--cap-drop", "ALL"]
+    # the interpreter may be readable by root only: root opens it, and then becomes the other user
+    return ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]

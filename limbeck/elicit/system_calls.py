@@ -63,7 +63,7 @@ def system_call_filter() -> bytes:
         _deny(library, context, "clone3", errno.ENOSYS)  # its flags lie in memory; who meets this takes clone
         for bit in range(32):
             if NAMESPACES >> bit & 1:
-                _deny(library, context, "clone", errno.EPERM, 1 << bit)
+                _deny(library, context, "clone", errno.EPERM, flag=1 << bit)
         with tempfile.TemporaryFile() as file:
             if library.seccomp_export_bpf(context, file.fileno()):
                 raise UserError("libseccomp can't write its filter, so no program is run")
@@ -78,8 +78,7 @@ def _deny(library: ctypes.CDLL, context: ctypes.c_void_p, call: str, error: int,
     number = library.seccomp_syscall_resolve_name(call.encode())
     if number < 0:
         return
-    conditions = (_Comparison * 1)(_Comparison(0, MASKED_EQUAL, flag, flag))
-    action = ctypes.c_uint32(ERRNO | error)
-    count = ctypes.c_uint(1 if flag else 0)
-    if library.seccomp_rule_add_array(context, action, ctypes.c_int(number), count, conditions):
+    conditions = (_Comparison * 1)(_Comparison(0, MASKED_EQUAL, mask=flag, value=flag))
+    rule = (ctypes.c_uint32(ERRNO | error), ctypes.c_int(number), ctypes.c_uint(1 if flag else 0), conditions)
+    if library.seccomp_rule_add_array(context, *rule):
         raise UserError(f"libseccomp can't filter {call}, so no program is run")
