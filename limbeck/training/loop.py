@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -284,7 +285,7 @@ def _save(job: TrainingJob, step: int, parameters: dict[str, Tensor], optimizer:
             tensors[f"{key}/{name}"] = value
     if job.average is not None:
         tensors |= {f"average/{name}": tensor for name, tensor in job.average.tensors.items()}
-    tensors = sharded.gathered(tensors, keep=distributed.rank() == 0)
+    whole, divided = sharded.apart(tensors)
     if distributed.rank() == 0:
         state = {
             "job": job.key,
@@ -292,8 +293,25 @@ def _save(job: TrainingJob, step: int, parameters: dict[str, Tensor], optimizer:
             "schedules": job.objective.states,
             "text": job.text.state(),
         }
-        checkpoint.save(job.folder / "checkpoints", step, tensors, state)
+        folder = job.folder / "checkpoints"
+        checkpoint.save(folder, step, whole, state, parts=lambda new: _save_parts(new, divided))
+    else:
+        _save_parts(None, divided)
     distributed.wait()
+
+
+def _save_parts(new: Path | None, divided: Mapping[str, Tensor]) -> Mapping[str, str]:
+    """Write every rank's rows of divided tensors; the hash of each file. A collective where there are any.
+
+    Args:
+        new: the folder of the new checkpoint, which rank 0 has begun.
+    """
+    if not divided:
+        return {}
+    folder = distributed.gather(new)[0]
+    assert folder is not None
+    own = checkpoint.save_part(folder, divided, distributed.rank(), of=distributed.world_size())
+    return dict(distributed.gather(own))
 
 
 def _resume(job: TrainingJob, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
@@ -333,7 +351,7 @@ def _restore(
         job.average.restore({name: tensors[f"average/{name}"] for name in job.average.tensors})
     for label, learned in job.objective.learned.items():
         prefix = f"frozen/{label}."
-        frozen = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        frozen = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
         learned.load_state_dict(frozen, strict=False)
 
 

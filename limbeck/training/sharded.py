@@ -1,6 +1,6 @@
 """A training whose weights, gradients and moments are divided among the ranks (`machine.shard: full`).
 
-What the loop does differently then: as many passes on every rank, norms over all parts, checkpoints of the whole.
+What the loop does differently then: as many passes on every rank, norms over all parts, checkpoints in parts.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ def _square(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     for tensor in tensors:
         total += torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square()
     return total
+
+
+def apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the tensors that every rank holds whole, this rank's rows of the others)"""
+    divided = {name: _local(tensor) for name, tensor in tensors.items() if is_part(tensor)}
+    return {name: tensor for name, tensor in tensors.items() if name not in divided}, divided
 
 
 @torch.no_grad()

@@ -110,6 +110,27 @@ def test_when_none_is_whole_the_user_is_told(tmp_path):
         checkpoint.load_newest(tmp_path)
 
 
+def test_parts_of_several_processes_are_read_whole(tmp_path):
+    """Rows in the order of the processes, of which one may have none; a part that is missing or changed is a damage."""
+    rows = torch.arange(15.0).reshape(5, 3)
+    shares = rows[:3], rows[3:], rows[5:]
+
+    def parts(new):
+        return dict(checkpoint.save_part(new, {"v": share}, number, of=3) for number, share in enumerate(shares))
+
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"w": torch.ones(2)}, {}, parts=parts)
+    newest = checkpoint.load_newest(tmp_path)
+    assert sorted(newest.tensors) == ["v", "w"] and len(newest.tensors) == 2 and torch.equal(newest.tensors["v"], rows)
+    with pytest.raises(KeyError):
+        newest.tensors["x"]
+    part = tmp_path / "step-00000002" / "part-00002-of-00003.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"\x01")
+    assert checkpoint.load_newest(tmp_path).step == 1
+    part.unlink()
+    assert checkpoint.load_newest(tmp_path).step == 1
+
+
 def crash_points() -> list[str]:
     """Every crash point named in the code, so that a new one can't escape the matrix."""
     found = set()
@@ -130,7 +151,8 @@ import sys, torch
 from pathlib import Path
 from limbeck.storage import checkpoint
 for step in (1, 2, 3):
-    checkpoint.save(Path(sys.argv[1]), step, {"w": torch.full((3,), float(step))}, {})
+    part = lambda new: dict([checkpoint.save_part(new, {"v": torch.ones(3)}, 0, of=1)])
+    checkpoint.save(Path(sys.argv[1]), step, {"w": torch.full((3,), float(step))}, {}, parts=part)
 """
 
 
@@ -150,6 +172,7 @@ def test_killed_at_every_point_the_previous_or_the_new_one_is_there(tmp_path, po
 def test_the_matrix_knows_its_points():
     assert {
         "checkpoint.before_tensors",
+        "checkpoint.before_part",
         "checkpoint.before_manifest",
         "checkpoint.before_prune",
         "directory.before_rename",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 
 from limbeck.commands.serve_states import StatesServer
@@ -190,11 +191,26 @@ def run_on(rank: int, size: int, folder: str, steps: int) -> None:
 
 
 def test_divided_weights_resume_on_any_number_of_ranks(tmp_path):
+    """Two ranks, then three, then one; each rank wrote its rows, and nobody gathered the whole."""
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     multiprocessing.spawn(run_on, (2, str(tmp_path), 2), nprocs=2)
-    assert [record["step"] for record in results(tmp_path / "run")] == [1, 2]
-    loop.train(make_job(tmp_path / "run"))
+    assert [record["step"] for record in results(run)] == [1, 2]
+    folder = checkpoints / "step-00000002"
+    parts = [folder / f"part-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert sorted(folder.glob("part-*")) == parts
+    whole, one, two = (load_file(file) for file in (folder / "tensors.safetensors", *parts))
+    weights = dict(make_job(tmp_path / "other").net.named_parameters())
+    for name, p in weights.items():
+        at = f"weight/{name}"
+        assert (at in whole) == (p.ndim < 2) and (p.ndim < 2 or len(one[at]) + len(two[at]) == len(p)), name
+    assert sum(file.stat().st_size for file in parts) > 5 * (folder / "tensors.safetensors").stat().st_size
+
+    multiprocessing.spawn(run_on, (3, str(tmp_path), 1), nprocs=3)
+    assert len(list((checkpoints / "step-00000003").glob("part-*-of-00003.safetensors"))) == 3
+    loop.train(make_job(run))
+    assert not list((checkpoints / "step-00000004").glob("part-*")), "one process holds all"
     loop.train(make_job(tmp_path / "alone"))
-    assert_equal(tmp_path / "alone", tmp_path / "run")
+    assert_equal(tmp_path / "alone", run)
 
 
 def test_micro_batches_are_dealt_by_their_tokens(monkeypatch):
