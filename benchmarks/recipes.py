@@ -3,7 +3,8 @@
     make evidence-recipes                                # all that has no row yet; killed, it goes on
     .venv/bin/python benchmarks/recipes.py dpo gkd       # these again
 
-As many recipes run at once as there are cores, each with one thread; one that takes longer than LIMIT_S is ended.
+As many recipes run at once as there are cores, and one of a large model, each with one thread; one that takes longer
+than LIMIT_S is ended.
 
 The size is the same for all (`small`): at most PROMPTS training prompts (half of them where steps make text of them),
 STEPS steps of TOKENS response tokens, HELD_OUT held-out answers and ITEMS items of a task. It shows that a recipe runs
@@ -21,7 +22,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -70,7 +70,6 @@ OWN = {  # what a recipe needs at this size
     **{key: [f"--set=student.start.pretrained={QWEN}"] for key in OWN_SUMS},
 }
 MISSING = {"r1-traces": "needs a server of a model that thinks aloud, such as DeepSeek-R1's distilled ones"}
-LARGE = threading.Lock()  # models of some gigabytes: one recipe of them at a time
 VARIANTS = {  # what no recipe of its own shows: (recipe, overrides)
     "quickstart, robustness": (
         "quickstart",
@@ -165,7 +164,7 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
         return row | {"not_run": "needs vLLM: `make vllm`"}
     folder = RUNS / name.replace(", ", "-").replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
-    with server_for(recipe) as address, LARGE if _is_large(recipe) else contextlib.nullcontext():
+    with server_for(recipe) as address:
         command = [
             sys.executable,
             "-m",
@@ -227,7 +226,7 @@ def main() -> None:
         raise SystemExit(f"no recipe or variant: {', '.join(unknown)}; there are {', '.join(work)}")
     RUNS.mkdir(parents=True, exist_ok=True)
     due = chosen or [name for name in work if not _current(evidence["rows"].get(name, {}), work[name][0])]
-    due.sort(key=lambda name: (work[name][0] in OWN, _is_large(work[name][0])))  # what takes long, last
+    due.sort(key=lambda name: work[name][0] in OWN)  # what takes long, last
     cores = len(os.sched_getaffinity(0))
     evidence["size"] = {
         "prompts": PROMPTS,
@@ -241,8 +240,9 @@ def main() -> None:
         "precision": "bfloat16" if multiplies_in_bfloat16() else "float32",
     }
     evidence["machine"] = f"{platform.machine()}, {cores} cores, a recipe on each, beside other work"
-    with ThreadPoolExecutor(cores) as pool:
-        running = {pool.submit(run, name, *work[name]): name for name in due}
+    # models of some gigabytes: one recipe of them at a time, beside the others
+    with ThreadPoolExecutor(cores) as pool, ThreadPoolExecutor(1) as alone:
+        running = {(alone if _is_large(work[name][0]) else pool).submit(run, name, *work[name]): name for name in due}
         for future in as_completed(running):
             name = running[future]
             try:
@@ -257,7 +257,7 @@ def main() -> None:
 
 
 def _is_large(recipe: str) -> bool:
-    return "qwen2.5-coder-1.5b-instruct" in recipe_files()[recipe].read_text()
+    return any("1.5b" in line.partition("#")[0] for line in recipe_files()[recipe].read_text().splitlines())
 
 
 def _current(row: dict[str, Any], recipe: str) -> bool:
