@@ -194,7 +194,9 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
 def measured(folder: Path) -> dict[str, Any]:
     """What a finished run's folder says of it."""
     homes = list(rounds_in(folder).values()) or [folder]
-    steps = [record for home in homes for record in Metrics(home / "metrics.jsonl").update()]
+    of_rounds = [Metrics(home / "metrics.jsonl").update() for home in homes]
+    steps = [record for records in of_rounds for record in records]
+    last = of_rounds[-1]  # the losses of other rounds may be others
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     answers = read_json(kept_round(folder) / "answers.json") or {}
     held_out = {}
@@ -206,7 +208,8 @@ def measured(folder: Path) -> dict[str, Any]:
         "answers": answers,
         "steps": len(steps),
         "trained_tokens": sum(step.get("tokens", 0) for step in steps),
-        "training_loss": [round(steps[0]["loss"], 4), round(steps[-1]["loss"], 4)],
+        "training_loss": [round(last[0]["loss"], 4), round(last[-1]["loss"], 4)],
+        **({"rounds": len(homes)} if len(homes) > 1 else {}),
         "held_out": held_out,
         "tasks": {
             metric: [round(value["value"], 4), value["n"]]

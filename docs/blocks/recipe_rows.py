@@ -20,7 +20,7 @@ def recipes_run() -> str:
         [
             f"`{name}`",
             f"{row['trained_tokens']:,}",
-            _change(row["training_loss"]),
+            _change(row.get("training_loss")),
             *(_change(row["held_out"].get(metric)) for metric in ("forward_kl", "perplexity")),
             f"{row['seconds']:,}",
         ]
