@@ -9,9 +9,12 @@ devices but null, zero and urandom. Time, processor time, memory, processes, fil
 by root, it runs under a random user number that nobody else has; started by another user, it runs as that user in a
 user namespace where it is nobody.
 
-What this does not do: it does not filter system calls, so a hole in the kernel is open to the program (run hostile code
-in a virtual machine). And a malicious program can forge its verdict, since its tests run in its own process; but not by
-exiting early, printing or raising, because the word that reports success is printed only after the last test.
+Calls of the kernel that lead around these limits are refused (`sandbox_calls.py`).
+
+What this does not do: a hole in the kernel is open to the program (run hostile code in a virtual machine), /usr can be
+read, and the memory of several processes adds up. And a malicious program can forge its verdict, since its tests run in
+its own process; but not by exiting early, printing or raising, because the word that reports success is printed only
+after the last test.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from limbeck.elicit.sandbox_calls import refusals
 from limbeck.types import UserError
 
 ALLOW = "LIMBECK_RUN_CODE"
@@ -182,10 +186,14 @@ def _run(program: str, tests: str, limits: SandboxLimits) -> Outcome:
     word = secrets.token_hex(16)
     user = 1 << 30 | secrets.randbits(29) if os.geteuid() == 0 else None
     job = json.dumps({"program": program, "tests": tests, "word": word, "limits": limits.as_rlimits(), "user": user})
-    with tempfile.TemporaryFile() as output:  # a file, so that the limit on file sizes holds
+    # the output goes into a file, so that the limit on file sizes holds
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as refused:
+        refused.write(refusals())
+        refused.seek(0)
         process = subprocess.Popen(  # noqa: S603 (the command is ours; the program goes in by a pipe)
-            _command(limits, user), stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env={}, cwd="/"
-        )
+            _command(limits, user, refused.fileno()), stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+            env={}, cwd="/", pass_fds=[refused.fileno()],
+        )  # fmt: skip
         try:
             process.communicate(job.encode(), timeout=limits.seconds)
         except subprocess.TimeoutExpired:
@@ -200,8 +208,9 @@ def _run(program: str, tests: str, limits: SandboxLimits) -> Outcome:
     return Outcome(False, (lines[-1] if lines else f"ended early with status {process.returncode}")[:200])
 
 
-def _command(limits: SandboxLimits, user: int | None) -> list[str]:
-    """bubblewrap's command line: what is not named here does not exist inside."""
+def _command(limits: SandboxLimits, user: int | None, refused: int) -> list[str]:
+    """bubblewrap's command line: what is not named here does not exist inside. `refused` is the number of the open file
+    that holds the filter of calls."""
     binary = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     places = [Path("/usr"), Path(sys.base_prefix).resolve(), *map(Path, ("/lib", "/lib64", "/etc/ld.so.cache"))]
     mounts = [place for place in places if place.exists()]
@@ -225,8 +234,10 @@ def _command(limits: SandboxLimits, user: int | None) -> list[str]:
         ]
     else:  # the interpreter may be readable by root only: root opens it, and then becomes the other user
         identity = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    calls = ["--seccomp", str(refused)] if refusals() else []
     return [
         shutil.which("bwrap") or "bwrap",
+        *calls,
         *namespaces,
         *identity,
         "--die-with-parent",
