@@ -27,6 +27,7 @@ def allowed(monkeypatch):
     monkeypatch.setenv(sandbox.ALLOW, "1")
 
 
+@pytest.mark.promise("S7")
 def test_no_program_runs_unless_allowed(monkeypatch, tmp_path):
     monkeypatch.delenv(sandbox.ALLOW, raising=False)
     with pytest.raises(UserError, match="LIMBECK_RUN_CODE=1"):
@@ -46,9 +47,10 @@ def test_without_bubblewrap_it_refuses(monkeypatch, allowed):
         sandbox._missing.cache_clear()
 
 
+@pytest.mark.promise("S7")
 def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch, allowed):
     """A bubblewrap that passes everything through fails the self-test."""
-    monkeypatch.setattr(sandbox, "_command", lambda limits, user: ["/bin/sh", "-c", "exit 0"])
+    monkeypatch.setattr(sandbox, "_command", lambda limits, user, refused: ["/bin/sh", "-c", "exit 0"])
     sandbox._missing.cache_clear()
     try:
         with pytest.raises(UserError, match="does not work here"):
@@ -117,6 +119,13 @@ ESCAPES = {
     "a large file": "try:\n    with open('/tmp/large', 'wb') as file:\n        for _ in range(10_000):\n            file.write(bytes(1 << 20))\nexcept OSError:\n    pass\nelse:\n    raise ValueError",
     "many files": "written = 0\ntry:\n    for number in range(1000):\n        with open(f'/tmp/{{number}}', 'wb') as file:\n            written += file.write(bytes(1 << 20))\nexcept OSError:\n    pass\n"
     "assert written <= 17 << 20, written",
+    "shared segments": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.shmget(0, 1 << 20, 0o1600) == -1 and ctypes.get_errno() == 1",
+    "memory files": "import os\ntry:\n    os.memfd_create('x')\nexcept PermissionError:\n    pass\nelse:\n    raise ValueError",
+    "other sockets": "import socket\nfor family in 40, 16, 17, 38:\n    try:\n        socket.socket(family, socket.SOCK_STREAM)\n    except OSError as error:\n        assert error.errno == 97, (family, error)\n"
+    "    else:\n        raise ValueError(family)",
+    "new namespaces": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfor flag in 0x10000000, 0x20000, 0x40000000:\n    assert libc.unshare(flag) == -1 and ctypes.get_errno() == 1, flag",
+    "other calls": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfor number in 425, 426, 427, 428, 430, 442:\n    assert libc.syscall(number, 8, 0) == -1 and ctypes.get_errno() == 1, number\n"
+    "assert libc.syscall(435, 0, 0) == -1 and ctypes.get_errno() == 38",
     "input": "import sys\nassert sys.stdin.read() == ''",
 }  # fmt: skip
 
@@ -144,6 +153,7 @@ def escape(tmp_path, monkeypatch):
 
 @needs_sandbox
 @pytest.mark.parametrize("name", ESCAPES)
+@pytest.mark.promise("S7")
 def test_it_stays_in(allowed, escape, name):
     assert run_tests(escape(name), "", SandboxLimits(seconds=20, cpu_seconds=10)) == Outcome(True)
 
@@ -197,6 +207,7 @@ def processes() -> set[str]:
     }.values(),
     ids=["fork bomb", "thread bomb", "loop", "sleep", "deaf", "talker", "pattern"],
 )
+@pytest.mark.promise("S7", "S14")
 def test_it_ends(allowed, program):
     before, started = processes(), time.monotonic()
     assert not run_tests(program, "", SandboxLimits(seconds=4, cpu_seconds=2)).passed
@@ -208,6 +219,21 @@ def test_it_ends(allowed, program):
 
 
 @needs_sandbox
+def test_what_small_programs_do_is_allowed(allowed):
+    """Threads, processes, pipes, files and sockets of their own, under the filter of calls."""
+    program = (
+        "import multiprocessing, os, socket, subprocess, sys, tempfile, threading\n"
+        "thread = threading.Thread(target=print)\nthread.start()\nthread.join()\n"
+        "assert subprocess.run([sys.executable, '-I', '-S', '-c', 'print(1)'], capture_output=True, check=True).stdout == b'1\\n'\n"
+        "process = multiprocessing.get_context('fork').Process(target=print)\nprocess.start()\nprocess.join()\n"
+        "assert process.exitcode == 0\none, other = socket.socketpair()\none.send(b'x')\nassert other.recv(1) == b'x'\n"
+        "with tempfile.TemporaryFile() as file:\n    file.write(b'x')\n"
+    )
+    assert run_tests(program, "assert 1 + 1 == 2", QUICK) == Outcome(True)
+
+
+@needs_sandbox
+@pytest.mark.promise("S7")
 def test_no_grandchild_outlives_it(allowed, tmp_path):
     """A grandchild in a session of its own is gone when the program has ended."""
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)"
@@ -248,6 +274,7 @@ def test_the_tests_of_a_check_must_be_text(allowed):
 
 @needs_sandbox
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+@pytest.mark.promise("S7")
 def test_root_is_not_who_runs_it(allowed):
     assert run_tests(
         "import os\nassert os.getuid() >= 1 << 30 and os.getgid() >= 1 << 30 and os.getgroups() == []", ""

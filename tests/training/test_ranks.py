@@ -173,6 +173,7 @@ def check(size: int, tmp_path: Path, names: list[str]) -> None:
                 assert all(part < 1 / size + 0.05 for part in divided), rank[name]
 
 
+@pytest.mark.promise("R4")
 def test_two_ranks_with_whole_and_divided_weights_train_the_student_of_one(tmp_path, states_server):
     check(
         2, tmp_path, ["whole", "tied", "untied", "some rows for each term", "few micro-batches", "a teacher elsewhere"]
@@ -189,6 +190,7 @@ def run_on(rank: int, size: int, folder: str, steps: int) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.promise("R4")
 def test_divided_weights_resume_on_any_number_of_ranks(tmp_path):
     multiprocessing.spawn(run_on, (2, str(tmp_path), 2), nprocs=2)
     assert [record["step"] for record in results(tmp_path / "run")] == [1, 2]
