@@ -222,16 +222,8 @@ def _command(limits: SandboxLimits, user: int | None, refused: int) -> list[str]
     devices = [part for name in ("null", "zero", "urandom") for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
     namespaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     if user is None:
-        identity = [
-            "--unshare-user",
-            "--disable-userns",
-            "--uid",
-            str(NOBODY),
-            "--gid",
-            str(NOBODY),
-            "--cap-drop",
-            "ALL",
-        ]
+        nobody = ["--uid", str(NOBODY), "--gid", str(NOBODY)]
+        identity = ["--unshare-user", "--disable-userns", *nobody, "--cap-drop", "ALL"]
     else:  # the interpreter may be readable by root only: root opens it, and then becomes the other user
         identity = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     calls = ["--seccomp", str(refused)] if refusals() else []
