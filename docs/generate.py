@@ -5,7 +5,8 @@ docs/evidence.
     .venv/bin/python docs/generate.py --check    # exit status 1 when they are stale
 
 A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; whatever is written there by hand is lost.
-What stands in them: blocks/code.py, blocks/evidence.py, blocks/recipe_rows.py and blocks/cases.py.
+What stands in them: blocks/code.py, blocks/evidence.py, blocks/recipe_rows.py, blocks/cases.py
+and blocks/promises.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from blocks import cases, code, evidence, recipe_rows
+from blocks import cases, code, evidence, promises, recipe_rows
 
 DOCS = Path(__file__).parent
 PAGES = (
@@ -30,6 +31,7 @@ PAGES = (
     DOCS / "models.md",
     DOCS / "export.md",
     DOCS / "cases.md",
+    DOCS / "reliability.md",
     DOCS.parent / "README.md",
 )
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -65,6 +67,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         cases.case_intents,
         cases.case_names,
         cases.case_maths,
+        promises.how_many,
+        promises.promises,
     )
 }
 

@@ -116,3 +116,10 @@ def test_lists_and_tables_become_those_of_the_builder(site):
 )
 def test_links_to_what_stands_beside_the_docs(site, target, here, there):
     assert site.moved(target, here) == there
+
+
+def test_a_test_is_named_where_the_site_has_no_page_of_it(site):
+    text = "Proved by: [it holds](../tests/models/test_api.py); [so it is](writers.md)."
+    assert site.site_text(text, "reliability.md") == (
+        "Proved by: it holds (`tests/models/test_api.py`); [so it is](writers.md)."
+    )

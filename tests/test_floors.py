@@ -129,6 +129,7 @@ def test_no_room_for_odds_and_ends():
 
 
 @pytest.mark.parametrize("file", FILES, ids=module)
+@pytest.mark.promise("S1", "S3", "S12")
 def test_nothing_that_runs_what_it_reads(file):
     """No pickle, no eval, one template engine in one file, subprocesses only where weights are fetched, and where verifiers, a
     user's chat template, an exported file and the templates of a recipe's prompts need a process of their own."""

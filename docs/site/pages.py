@@ -25,12 +25,13 @@ ALL_RECIPES = "all-recipes"
 ITEM = re.compile(r"( *)((?:[-*]|\d+\.) +)\S")
 FENCE = re.compile(r" *```")
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+TO_A_TEST = re.compile(r"\[([^\]]*)\]\((?:\.\./)*(tests/[^)\s]+)\)")  # the site has no tests
 
 
 def main(folder: Path) -> None:
     """Write every page of the site and the files that pages show into a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(DOCS, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md"))
+    shutil.copytree(DOCS, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md", "blocks"))
     for there, text in pages().items():
         page = folder / there
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,8 @@ def pages() -> dict[str, str]:
 
 def site_text(text: str, here: str) -> str:
     """A page's text with links that hold on the site, in the dialect that its builder reads."""
-    linked = outside_code(text, lambda line: LINK.sub(lambda found: found[1] + moved(found[2], here) + found[3], line))
+    named = outside_code(text, lambda line: TO_A_TEST.sub(r"\1 (`\2`)", line))
+    linked = outside_code(named, lambda line: LINK.sub(lambda found: found[1] + moved(found[2], here) + found[3], line))
     return python_markdown(linked)
 
 

@@ -32,7 +32,7 @@ from limbeck.runs.pipeline import Run
 from limbeck.signals.cache import SignalCache, ids_of, text_key
 from limbeck.signals.forms import form_of
 from limbeck.signals.sparse import TopK
-from limbeck.storage.files import exclusive, write_text
+from limbeck.storage.files import exclusive, user_path, write_text
 from limbeck.training.setup import common_vocab_size
 from limbeck.types import UserError, canonical_json
 
@@ -154,7 +154,7 @@ def _open(recipe: Recipe, folder: Path) -> tuple[list[Row], SignalCache]:
     except StoppedError:
         raise UserError(f"{folder} does not hold its text yet; run `limbeck elicit` first, or use a corpus") from None
     teacher = run.models.server_scorer or run.models.teacher
-    home = folder / "signals" if form.folder is None else Path(form.folder).expanduser()
+    home = folder / "signals" if form.folder is None else user_path(form.folder)
     home.mkdir(parents=True, exist_ok=True)
     return rows, SignalCache(home, teacher.identity, common_vocab_size(student, teacher), form)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.commands import console, printing
-from limbeck.storage.files import link_or_copy, write_text
+from limbeck.storage.files import link_or_copy, user_path, write_text
 from limbeck.types import UserError, canonical_json
 
 TOKEN = "HF_TOKEN"  # noqa: S105 (the variable's name)
@@ -37,7 +37,7 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         if data:
             folder = Path(temporary)
-            card = write_data(Path(where).expanduser(), folder)
+            card = write_data(user_path(where), folder)
         else:
             from limbeck.commands.export.student import find_student
 

@@ -12,6 +12,7 @@ from typing import Any
 from limbeck.commands import console
 from limbeck.models.named import NAMED, fetch
 from limbeck.progress import Reporter, Silent
+from limbeck.storage.files import user_path
 from limbeck.types import UserError
 
 KEY = "LIMBECK_API_KEY"
@@ -73,7 +74,7 @@ def serve(
 
 def _find(model: str, reporter: Reporter) -> tuple[str, Path]:
     """The name and the GGUF file of what is served."""
-    path = fetch(model) if model in NAMED else Path(model).expanduser()
+    path = fetch(model) if model in NAMED else user_path(model)
     if path.is_dir():
         from limbeck.commands.export.run import exported_once
 

@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from socket import gethostname, socket
 from typing import Any
 
@@ -42,6 +41,7 @@ from limbeck.models.states_teacher import DTYPES, HEAD, OTHER_MODEL, STATES
 from limbeck.models.taps import features
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.signals.wire import digest_of, plain_head, sealed
+from limbeck.storage.files import user_path
 from limbeck.types import Message, Request, Sampling, UserError, content_hash
 
 MAX_REQUEST_BYTES = 8 * 2**20
@@ -330,7 +330,7 @@ def serve_states(
     device = find_device("auto")
     model = load_model(source, Precision.named(dtype), Placement(device))
     key = read_key(KEY) or secrets.token_urlsafe(24)
-    name = Path(source).expanduser().name
+    name = user_path(source).name
     try:
         return StatesServer(model, name, model_contents(source), key, address=address, context=context, slots=slots)
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.commands import console, printing
+from limbeck.storage.files import user_path
 from limbeck.types import UserError, printable
 
 
@@ -33,7 +34,7 @@ def why(
     from limbeck.config.recipe import load_recipe
     from limbeck.runs.why import KEY, why_key, why_run
 
-    folder = Path(what).expanduser()
+    folder = user_path(what)
     if folder.is_dir():
         source = recipe or (str(folder / "recipe.yaml") if set_ else None)
         result = why_run(folder, None if source is None else load_recipe(source, set_ or ()))

@@ -18,6 +18,7 @@ from limbeck.elicit.conversation import FormError, LeftOutError, is_blank, plain
 from limbeck.elicit.prompt import Prompt
 from limbeck.elicit.prompt_row import PromptRow
 from limbeck.elicit.shapes import CONTENT, Form, UnclearError, form_of_row
+from limbeck.storage.files import user_path
 from limbeck.types import RecipeError, UserError
 
 MOST_NAMED = 6
@@ -64,7 +65,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def is_pattern(source: str) -> bool:
-    return any(mark in source for mark in "*?[") and not Path(source).expanduser().exists()
+    return any(mark in source for mark in "*?[") and not user_path(source).exists()
 
 
 def find_files(sources: str | Sequence[str], path: str) -> list[Path]:
@@ -77,7 +78,7 @@ def find_files(sources: str | Sequence[str], path: str) -> list[Path]:
     for source in [sources] if isinstance(sources, str) else sources:
         if source.startswith("builtin/"):
             raise RecipeError(path, f"{source} can't stand in a list; give it alone, or list files only")
-        place = Path(source).expanduser()
+        place = user_path(source)
         if is_pattern(source):
             found = sorted(Path(name) for name in glob.glob(str(place), recursive=True))  # noqa: PTH207 (no root)
             if not found:

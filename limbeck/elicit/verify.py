@@ -33,8 +33,8 @@ def parse_check(check: Any, place: str) -> Check:
     Raises:
         UserError: it is not; the message names the place and what is missing.
     """
-    if not isinstance(check, dict) or check.get("type") not in VERIFIERS:
-        kind = check.get("type") if isinstance(check, dict) else check
+    kind = check.get("type") if isinstance(check, dict) else check
+    if not isinstance(check, dict) or not isinstance(kind, str) or kind not in VERIFIERS:
         raise UserError(f"{place}: no verifier {kind!r}{nearest(str(kind), VERIFIERS)}")
     verifier = VERIFIERS[check["type"]]
     for name, types in verifier.needs.items():

@@ -24,6 +24,7 @@ from limbeck.evaluate.rolling import PerplexityKind
 from limbeck.evaluate.statistics import Interval, ratio_interval
 from limbeck.evaluate.task import GreedyAnswers, Task, TaskKind, WriteAnswers
 from limbeck.models.model import Model
+from limbeck.storage.files import user_path
 from limbeck.types import NAME, RecipeError, UserError, nearest
 
 KINDS: dict[str, TaskKind] = {
@@ -86,7 +87,7 @@ def load_task(name_or_path: str, limit: int | None = None, path: str = "evaluate
         UserError: a malformed one; the message names file, line and remedy.
     """
     folders = task_folders()
-    folder = folders.get(name_or_path) or Path(name_or_path).expanduser()
+    folder = folders.get(name_or_path) or user_path(name_or_path)
     if not (folder / "task.yaml").is_file():
         hint = "; or give a folder with a task.yaml" if "/" not in name_or_path else "; its folder holds no task.yaml"
         raise RecipeError(

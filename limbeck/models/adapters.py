@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from limbeck.models.quantised import quantisation
 from limbeck.models.weights import first_line
+from limbeck.storage.files import user_path
 from limbeck.types import UserError
 
 SETTINGS = "adapter_config.json"
@@ -36,7 +37,7 @@ def check_adapters(folder: Path, source: str) -> None:
         raise UserError(f"{source} has {SETTINGS} and no {WEIGHTS}: save the adapter as safetensors")
     seen = {folder.resolve()}
     base = base_of(folder, source)
-    while has_adapters(at := Path(base).expanduser()):
+    while has_adapters(at := user_path(base)):
         if at.resolve() in seen:
             raise UserError(
                 f"{source}: {SETTINGS} names {base} as base, which leads back to itself: write the model's folder as"

@@ -19,6 +19,7 @@ FATAL = {
     404: "the address and the model's name",
 }
 KEYS = (401, 403)
+LOOK_SECONDS = 20.0  # for a server's list of models, which it has ready
 UNLISTED = (404, 405, 501)  # what a server without a list of models answers when it is asked for one
 
 
@@ -82,7 +83,8 @@ async def identify_all(settings: Served, engine: EndpointKind, connection: Conne
 async def _models(settings: Served, engine: EndpointKind, connection: Connection) -> dict[str, dict[str, Any]]:
     """What the server says of its models, by their names; of one without a list, the name that the recipe gives."""
     url = connection.endpoint.url
-    reply = await connection.send(Call("GET", engine.dialect.models))
+    seconds = min(LOOK_SECONDS, connection.endpoint.timeout)
+    reply = await connection.send(Call("GET", engine.dialect.models), seconds=seconds)
     if reply.failure:
         raise NoAnswerError(f"no answer from {url}: {reply.error}; is the server running?")
     if reply.status == 200:

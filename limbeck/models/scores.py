@@ -25,6 +25,7 @@ from limbeck.models.model import Model, gives_scores, head_of
 from limbeck.models.placement import Placement
 from limbeck.models.states import decoded
 from limbeck.models.weights import check_files, check_loaded, first_line, scores_text
+from limbeck.storage.files import user_path
 from limbeck.types import Message, UserError
 
 Conversation = tuple[tuple[Message, ...], str, bool]  # what was asked, the answer, whether it was cut off
@@ -107,7 +108,7 @@ class Scorer:
 
 def scorer_source(name: str) -> str:
     """Where a reward model lies: the student's folder of a run that trained one, or the name as it is."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     return str(folder / "student") if (folder / "recipe.yaml").is_file() else name
 
 

@@ -23,7 +23,7 @@ from limbeck.models.model import Model
 from limbeck.models.named import NAMED, fetch, home
 from limbeck.models.quantised import check_numbers, check_readable
 from limbeck.models.weights import check_folder
-from limbeck.storage.files import exclusive, sweep
+from limbeck.storage.files import exclusive, sweep, user_path
 from limbeck.types import UserError, nearest
 
 HUB_METADATA = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -119,7 +119,7 @@ class GgufSource(ModelSource):
 
     def folder(self, name: str) -> Path:
         target = self._target(name)
-        _convert_once(lambda: Path(name).expanduser(), target)
+        _convert_once(lambda: user_path(name), target)
         return target
 
     def label(self, name: str) -> str:
@@ -127,7 +127,7 @@ class GgufSource(ModelSource):
 
     @staticmethod
     def _target(name: str) -> Path:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.is_file():
             raise UserError(f"there is no GGUF file at {name}")
         return home() / "converted" / known_sha256(path)[:16]
@@ -137,10 +137,10 @@ class FolderSource(ModelSource):
     """A directory in Hugging Face form."""
 
     def matches(self, name: str) -> bool:
-        return Path(name).expanduser().is_dir()
+        return user_path(name).is_dir()
 
     def folder(self, name: str) -> Path:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not (path / "config.json").exists():
             raise UserError(f"{name} has no config.json, so it is not a model in Hugging Face form")
         return path
@@ -154,14 +154,14 @@ class FolderSource(ModelSource):
             check_folder(folder, config, name)
 
     def label(self, name: str) -> str:
-        return Path(name).expanduser().resolve().name
+        return user_path(name).resolve().name
 
 
 class AdapterSource(ModelSource):
     """A directory of PEFT adapters, whose settings name their base: that model with the adapters folded in."""
 
     def matches(self, name: str) -> bool:
-        return has_adapters(Path(name).expanduser())
+        return has_adapters(user_path(name))
 
     def is_ready(self, name: str) -> bool:
         base, base_name = self._base(name)
@@ -173,7 +173,7 @@ class AdapterSource(ModelSource):
 
     def tokenizer(self, name: str) -> Tokenizer:
         """The adapters' own if their folder has one."""
-        folder = Path(name).expanduser()
+        folder = user_path(name)
         if (folder / "tokenizer_config.json").exists():
             return read_tokenizer(folder, name)
         base, base_name = self._base(name)
@@ -181,11 +181,11 @@ class AdapterSource(ModelSource):
 
     def identity(self, name: str) -> str:
         base, base_name = self._base(name)
-        return f"{self._identity(name, Path(name).expanduser())}/on-{base.identity(base_name)}"
+        return f"{self._identity(name, user_path(name))}/on-{base.identity(base_name)}"
 
     def contents(self, name: str) -> str:
         base, base_name = self._base(name)
-        return f"{contents(Path(name).expanduser())}/on-{base.contents(base_name)}"
+        return f"{contents(user_path(name))}/on-{base.contents(base_name)}"
 
     def check(self, name: str) -> None:
         base, base_name = self._base(name)
@@ -196,15 +196,15 @@ class AdapterSource(ModelSource):
         base, base_name = self._base(name)
         loaded = base.load(base_name, torch.float32)
         with quiet():
-            net: Any = with_adapters(loaded.net, Path(name).expanduser(), name)
+            net: Any = with_adapters(loaded.net, user_path(name), name)
         return Model(net.to(dtype), self.tokenizer(name), self.identity(name))
 
     def label(self, name: str) -> str:
-        return Path(name).expanduser().resolve().name
+        return user_path(name).resolve().name
 
     @staticmethod
     def _base(name: str) -> tuple[ModelSource, str]:
-        folder = Path(name).expanduser()
+        folder = user_path(name)
         check_adapters(folder, name)
         base = base_of(folder, name)
         return source_of(base), base

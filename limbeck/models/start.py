@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,12 +19,15 @@ from limbeck.models.copy import cast
 from limbeck.models.layers import is_per_layer
 from limbeck.models.load import load_model
 from limbeck.models.model import Model, gives_scores, head_of
-from limbeck.models.placement import FULL, Placement, Precision, check_dtype
+from limbeck.models.placement import FULL, Placement, Precision, check_dtype, is_out_of_memory
 from limbeck.models.prune import Calibration, LayerChoice, choose_layers, drop_layers
 from limbeck.models.quantise import quantise
 from limbeck.models.scores import with_score
 from limbeck.models.weights import first_line, model_class, text_config
 from limbeck.types import RecipeError, UserError, content_hash, nearest
+
+SIZE = re.compile(r"num_\w+|\w+_(?:size|dim|rank|embeddings)")  # settings that count something
+MOST_LAYERS = 1000
 
 
 def begin(
@@ -93,6 +97,15 @@ def _random(scratch: Scratch, like: PreTrainedModel, seed: int) -> PreTrainedMod
         torch.manual_seed(seed)
         net: PreTrainedModel = model_class(config).from_config(config, dtype=torch.float32)
     net.eval()
+    try:
+        with torch.no_grad():
+            net(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except (RuntimeError, ValueError, LookupError, ArithmeticError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise RecipeError(
+            "student.start.scratch.config", f"these sizes don't go together ({first_line(error)})"
+        ) from error
     return net
 
 
@@ -100,7 +113,8 @@ def scratch_config(scratch: Scratch, like: Any) -> Any:
     """The teacher's configuration with some settings replaced; lists with an entry per layer are left to the defaults.
 
     Raises:
-        RecipeError: a setting that the configuration does not have, or the vocabulary, which is the teacher's.
+        RecipeError: a setting that the configuration does not have, sizes that no model has, or the vocabulary, which
+            is the teacher's.
     """
     text = text_config(like)
     settings = text.to_dict()
@@ -112,6 +126,14 @@ def scratch_config(scratch: Scratch, like: Any) -> Any:
             raise RecipeError(
                 f"student.start.scratch.config.{key}", "the student speaks the teacher's vocabulary; leave it out"
             )
+        most = MOST_LAYERS if key == "num_hidden_layers" else float("inf")
+        if SIZE.fullmatch(key) and type(settings[key]) is int and settings[key] > 0:
+            value = scratch.config[key]
+            if type(value) is not int or not 1 <= value <= most:
+                between = f"from 1 to {most:,}" if most == MOST_LAYERS else "of at least 1"
+                raise RecipeError(
+                    f"student.start.scratch.config.{key}", f"must be a whole number {between}; got {value!r}"
+                )
     general = {key: value for key, value in settings.items() if not is_per_layer(key, value, text.num_hidden_layers)}
     try:
         made = type(text)(**(general | scratch.config))

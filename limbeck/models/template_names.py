@@ -7,13 +7,13 @@ process of its own with bounded time and memory.
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.data.render_alone import render_alone
 from limbeck.models.template import frame_of
+from limbeck.storage.files import user_path
 from limbeck.types import UserError, content_hash, nearest
 
 MAX_BYTES = 64 * 1024
@@ -83,7 +83,7 @@ def _is_file(template: str) -> bool:
 
 
 def _read(template: str) -> str:
-    file = Path(template).expanduser()
+    file = user_path(template)
     if not file.is_file():
         raise UserError(f"there is no chat template at {template}")
     if file.stat().st_size > MAX_BYTES:

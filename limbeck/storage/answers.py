@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from limbeck.storage.files import crash_point
+from limbeck.storage.files import crash_point, user_path
 from limbeck.storage.store import Store
 from limbeck.types import TAUGHT_FINISHES, Generated, Message, Request, UserError, canonical_json, content_hash
 
@@ -53,7 +53,7 @@ def answers_folder(setting: str | None = None) -> Path | None:
     if chosen == "none":
         return None
     data = os.environ.get("XDG_DATA_HOME")
-    return Path(chosen or Path(data or "~/.local/share") / "limbeck" / "answers").expanduser()
+    return user_path(chosen or Path(data or "~/.local/share") / "limbeck" / "answers")
 
 
 class SharedAnswers:

@@ -7,6 +7,7 @@ that report an fsync they did not do, and network file systems without atomic re
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,24 @@ def crash_point(name: str) -> None:
     if left == 0:
         os._exit(137)
     os.environ["LIMBECK_CRASH_AT"] = f"{label}:{left}"
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as a user wrote it, with `~` replaced.
+
+    Raises:
+        UserError: no file can have this name.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except RuntimeError as error:
+        raise UserError(f"{str(name)[:80]!r}: there is no such user's home here; write the folder itself") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{str(name)[:80]!r}...: this is longer than a file's name can be; shorten it") from error
+        return path
+    return path
 
 
 def fsync_directory(folder: Path) -> None:

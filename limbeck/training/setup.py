@@ -27,7 +27,7 @@ from limbeck.objectives.loss import REFERENCE_LOG_PROB
 from limbeck.objectives.term import Term
 from limbeck.signals.cache import SignalCache
 from limbeck.signals.dense import DenseSignal
-from limbeck.storage.files import exclusive
+from limbeck.storage.files import exclusive, user_path
 from limbeck.storage.store import Store
 from limbeck.training.job import Objective, TrainingJob, expect_nothing, no_teacher
 from limbeck.training.prepare import (
@@ -294,7 +294,7 @@ def _cached(
     """A view that reads the teacher's distributions from the cache; computes those that are missing first."""
     assert plan.cache is not None
     home = plan.store.parent
-    folder = home / "signals" if plan.cache.folder is None else Path(plan.cache.folder).expanduser()
+    folder = home / "signals" if plan.cache.folder is None else user_path(plan.cache.folder)
     with exclusive(folder / "lock", wait=True):  # runs that share it fill it one after another
         vocab_size = common_vocab_size(student, teacher)
         cache = SignalCache(folder, teacher.identity, vocab_size, plan.cache, device=student.net.device)

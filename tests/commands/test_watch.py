@@ -62,6 +62,7 @@ def test_a_growing_file_is_read_on_and_a_half_line_waits(folder):
 
 
 @pytest.mark.parametrize("cut", range(0, 400, 7))
+@pytest.mark.promise("R18")
 def test_cut_anywhere_only_whole_steps_count(folder, cut):
     content = "".join(json.dumps(step(n)) + "\n" for n in (1, 2, 3)).encode()[:cut]
     (folder / "metrics.jsonl").write_bytes(content)

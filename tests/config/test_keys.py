@@ -39,6 +39,7 @@ def test_a_key_of_ours_or_a_providers_own_may_be_sent(key, url):
         ("OPENAI_API_KEY", "nowhere", "alone, not to 'nowhere'"),
     ],
 )
+@pytest.mark.promise("S8", "S10")
 def test_any_other_is_refused_with_what_to_name(key, url, words):
     with pytest.raises(ValueError, match=words):
         Served(url=url, name="toy", key=key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ import yaml
 from limbeck import RecipeError, UserError, load_recipe
 from limbeck.config.builtin import recipe_files
 from limbeck.config.recipe import as_yaml, parse
+from limbeck.evaluate.tasks import load_task
 from limbeck.runs.preflight import check
 from limbeck.runs.resolve import resolve, terms_of
 
@@ -202,3 +204,21 @@ def test_a_boolean_is_no_number(setting):
 
 def test_a_boolean_is_a_boolean():
     assert load_recipe("quickstart", ["evaluate.speeds=true"]).evaluate.speeds is None
+
+
+@pytest.mark.promise("S9")
+@pytest.mark.parametrize(
+    "name", ["../up", "/etc", "a/b", "..", ".hidden", "C:\\x", "a\\b", "a\0b", "a\n", "\uff0e\uff0e", "x" * 65, ""]
+)
+def test_no_name_is_a_path(recipe_data, tmp_path, name):
+    """Of a recipe, of a model in it, and of a task; each stands for a folder or a file somewhere."""
+    with pytest.raises(UserError):
+        parse(recipe_data | {"name": name})
+    with pytest.raises(UserError, match="models"):
+        parse(recipe_data | {"models": {name: "elsewhere"}})
+    assert parse(recipe_data | {"name": "fine.1", "models": {"fine_1": "elsewhere"}}).name == "fine.1"
+    (tmp_path / "task.yaml").write_text(
+        json.dumps({"name": name, "version": "1", "description": "d", "test": "test.jsonl"})
+    )
+    with pytest.raises(UserError, match=r"name|special characters"):
+        load_task(str(tmp_path))

@@ -64,6 +64,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: [", "expected"),
     ],
 )
+@pytest.mark.promise("S12")
 def test_what_is_no_data_is_refused_at_once(text, why, tmp_path):
     began = time.thread_time()
     with pytest.raises(ValueError, match=why):

@@ -21,6 +21,7 @@ def make(count: int, seed: int) -> list[Row]:
 
 @settings(max_examples=50, deadline=None)
 @given(count=st.integers(1, 150), seed=st.integers(0, 99), epoch=st.integers(0, 3), tokens=st.integers(1, 3000))
+@pytest.mark.promise("R4")
 def test_every_row_comes_exactly_once_an_epoch(count, seed, epoch, tokens):
     rows = make(count, seed)
     steps = steps_of_epoch(rows, seed, epoch, tokens)
@@ -28,6 +29,7 @@ def test_every_row_comes_exactly_once_an_epoch(count, seed, epoch, tokens):
     assert all(step and all(step) for step in steps)
 
 
+@pytest.mark.promise("R4")
 def test_order_is_a_function_of_seed_and_epoch_and_of_nothing_else():
     rows = make(100, 0)
     random.seed(1)

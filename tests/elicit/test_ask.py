@@ -100,6 +100,7 @@ def test_templates_that_can_t_be_used_are_refused_before_anything_is_asked(templ
     assert message.startswith("elicit[0].ask") and words in message
 
 
+@pytest.mark.promise("S3")
 def test_a_template_that_never_ends_is_refused(monkeypatch):
     monkeypatch.setattr(rendering, "CPU_SECONDS", 1)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -334,6 +335,7 @@ def run(writer, folder):
         return engine.run(step.run(prompts("a", "b", "c"), StepContext("scripted@1", 7, "0/ask"), tally)), tally
 
 
+@pytest.mark.promise("R7")
 def test_answers_and_retries_are_kept_and_a_killed_run_goes_on(tmp_path):
     whole = Writer()
     (tmp_path / "whole").mkdir()

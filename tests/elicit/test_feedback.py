@@ -190,6 +190,7 @@ def prefers(word):
     return judge
 
 
+@pytest.mark.promise("S5")
 def test_both_orders_are_asked_and_an_inconsistent_verdict_is_a_tie():
     pool = candidates(("why", "a good one", "a bad one", "another bad one"), ("who", "only one"))
     judged, tally, asked = drive(Compare(by="judge"), pool, prefers("good"))
@@ -391,6 +392,7 @@ CANARIES = [
 @pytest.mark.parametrize(
     "step", [Rate(retries=0), Rate(together=False, retries=0), Compare(), SoftPreference(reasons=True), Critique(decides=True, principles=["Is it right?"]), Correct(unchecked="correct")], ids=lambda step: type(step).__name__
 )  # fmt: skip
+@pytest.mark.promise("S5")
 def test_no_answer_leaves_its_place_in_the_judges_prompt(step):
     """With every canary as an answer or a prompt, the judge's question has the same lines without a bar as with plain
     text, and no control token; a judge that repeats all it is shown says nothing that can be read."""

@@ -50,6 +50,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
+@pytest.mark.promise("S14")
 def test_reading_is_linear(name):
     for begin in BEGINS:
         for unit in UNITS:

@@ -128,6 +128,7 @@ def test_answers_come_in_the_order_of_the_questions_and_are_paid_once(tmp_path):
     assert first[0].parents[0] == pool[0].id and first[0].meta["prompt_id"] == "say one"
 
 
+@pytest.mark.promise("R7")
 def test_what_failed_is_asked_again_and_what_was_answered_is_not(tmp_path):
     writer = Backwards(broken=["two"])
     requests = [

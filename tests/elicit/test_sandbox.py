@@ -27,6 +27,7 @@ def allowed(monkeypatch):
     monkeypatch.setenv(sandbox.ALLOW, "1")
 
 
+@pytest.mark.promise("S7")
 def test_no_program_runs_unless_allowed(monkeypatch, tmp_path):
     monkeypatch.delenv(sandbox.ALLOW, raising=False)
     with pytest.raises(UserError, match="LIMBECK_RUN_CODE=1"):
@@ -46,6 +47,7 @@ def test_without_bubblewrap_it_refuses(monkeypatch, allowed):
         sandbox._missing.cache_clear()
 
 
+@pytest.mark.promise("S7")
 def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch, allowed):
     """A bubblewrap that passes everything through fails the self-test."""
     monkeypatch.setattr(sandbox, "_command", lambda limits, user, calls: ["/bin/sh", "-c", "exit 0"])
@@ -157,6 +159,7 @@ def escape(tmp_path, monkeypatch):
 
 @needs_sandbox
 @pytest.mark.parametrize("name", ESCAPES)
+@pytest.mark.promise("S7")
 def test_it_stays_in(allowed, escape, name):
     assert run_tests(escape(name), "", SandboxLimits(seconds=20, cpu_seconds=10)) == Outcome(True)
 
@@ -213,6 +216,7 @@ def processes() -> set[str]:
     }.values(),
     ids=["fork bomb", "thread bomb", "loop", "sleep", "deaf", "talker", "pattern"],
 )
+@pytest.mark.promise("S7", "S14")
 def test_it_ends(allowed, program):
     before, started = processes(), time.monotonic()
     assert not run_tests(program, "", SandboxLimits(seconds=4, cpu_seconds=2)).passed
@@ -224,6 +228,7 @@ def test_it_ends(allowed, program):
 
 
 @needs_sandbox
+@pytest.mark.promise("S7")
 @pytest.mark.parametrize(
     "memory", ["bytearray(300 << 20)", "mmap.mmap(-1, 300 << 20)"], ids=["of each", "shared with its children"]
 )
@@ -233,16 +238,6 @@ def test_the_memory_of_all_processes_is_bounded(allowed, memory):
     limits = SandboxLimits(seconds=15)
     assert run_tests(program.format(count=4), "", limits) == Outcome(False, "memory")
     assert run_tests(program.format(count=1), "", limits) == Outcome(True)
-
-
-@needs_sandbox
-def test_threads_processes_and_pipes_work(allowed):
-    program = (
-        "import asyncio, concurrent.futures, subprocess, sys, threading\nasync def one(): return 1\nassert asyncio.run(one()) == 1\n"
-        "assert list(concurrent.futures.ThreadPoolExecutor(2).map(abs, [-1, 2])) == [1, 2]\n"
-        "assert subprocess.run([sys.executable, '-c', 'print(1)'], capture_output=True, check=True).stdout == b'1\\n'"
-    )
-    assert run_tests(program, "", QUICK) == Outcome(True)
 
 
 def test_without_libseccomp_it_refuses(monkeypatch, allowed):
@@ -257,6 +252,23 @@ def test_without_libseccomp_it_refuses(monkeypatch, allowed):
 
 
 @needs_sandbox
+def test_what_small_programs_do_is_allowed(allowed):
+    """Threads, processes, pipes, files and pairs of sockets, under the filter of system calls."""
+    program = (
+        "import multiprocessing, os, socket, subprocess, sys, tempfile, threading\n"
+        "thread = threading.Thread(target=print)\nthread.start()\nthread.join()\n"
+        "assert subprocess.run([sys.executable, '-I', '-S', '-c', 'print(1)'], capture_output=True, check=True).stdout == b'1\\n'\n"
+        "process = multiprocessing.get_context('fork').Process(target=print)\nprocess.start()\nprocess.join()\n"
+        "assert process.exitcode == 0\none, other = socket.socketpair()\none.send(b'x')\nassert other.recv(1) == b'x'\n"
+        "with tempfile.TemporaryFile() as file:\n    file.write(b'x')\n"
+        "import asyncio, concurrent.futures\nassert asyncio.run(asyncio.sleep(0, 1)) == 1\n"
+        "assert list(concurrent.futures.ThreadPoolExecutor(2).map(abs, [-1, 2])) == [1, 2]\n"
+    )
+    assert run_tests(program, "assert 1 + 1 == 2", QUICK) == Outcome(True)
+
+
+@needs_sandbox
+@pytest.mark.promise("S7")
 def test_no_grandchild_outlives_it(allowed, tmp_path):
     """A grandchild in a session of its own is gone when the program has ended."""
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)"
@@ -297,6 +309,7 @@ def test_the_tests_of_a_check_must_be_text(allowed):
 
 @needs_sandbox
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+@pytest.mark.promise("S7")
 def test_root_is_not_who_runs_it(allowed):
     assert run_tests(
         "import os\nassert os.getuid() >= 1 << 30 and os.getgid() >= 1 << 30 and os.getgroups() == []", ""

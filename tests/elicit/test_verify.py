@@ -110,6 +110,7 @@ def test_a_loose_reading_forgives_first_and_last_lines_and_asterisks():
     assert verify(check | {"loose": True}, "Sure, no\nDear, x\nbye") is False
 
 
+@pytest.mark.promise("S14")
 def test_a_pattern_that_would_run_for_ever_has_not_passed():
     began = time.process_time()
     assert verify({"type": "pattern", "pattern": r"^(a+)+$"}, "a" * 60 + "b") is False
@@ -117,6 +118,7 @@ def test_a_pattern_that_would_run_for_ever_has_not_passed():
     assert time.process_time() - began < 3
 
 
+@pytest.mark.promise("S14")
 def test_a_schemas_pattern_that_would_run_for_ever_has_not_passed():
     check = {"type": "json_schema", "schema": {"type": "string", "pattern": "(a+)+$"}}
     began = time.monotonic()
@@ -124,6 +126,7 @@ def test_a_schemas_pattern_that_would_run_for_ever_has_not_passed():
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.promise("S14")
 def test_algebra_without_an_end_is_ended_and_the_next_question_answered(monkeypatch):
     """The process that does the algebra is replaced, and no part of an answer is run as a program."""
     monkeypatch.setattr(equivalence, "SECONDS", 3.0)
@@ -148,7 +151,7 @@ def test_without_its_library_a_mathematical_check_says_what_to_install(monkeypat
         ({"type": "instructions", "rules": {"with": "red"}}, "list of words"), ({"type": "instructions", "rules": {"case": "Upper"}}, "can't be 'Upper'"),
         ({"type": "json_schema", "schema": {"type": "thing"}}, "not a JSON Schema"), ({"type": "json_schema", "schema": {"pattern": "("}}, "is not a 'regex'"),
         ({"type": "json_schema", "schema": {"$ref": "https://example.org/schema"}}, "nothing is fetched"), ({"type": "math", "answer": "\\frac{"}, "can't be parsed"),
-        ({"type": "set", "items": [1]}, "must be text"), ({"type": "exact"}, "needs 'answer'"), ({"type": "citations", "passages": [1]}, "must be text"),
+        ({"type": "set", "items": [1]}, "must be text"), ({"type": "exact"}, "needs 'answer'"), ({"type": ["exact"]}, "no verifier \\['exact'\\]"), ({"type": {}}, "no verifier {}"), (["exact"], "no verifier"), ({"type": "citations", "passages": [1]}, "must be text"),
     ],
 )  # fmt: skip
 def test_a_malformed_check_is_refused_with_its_place(check, words):

@@ -89,6 +89,7 @@ def test_a_judge_that_follows_the_position_calls_ties_and_is_found_out():
     assert summary["longer_wins"] is None and summary["length_correlation"] is None
 
 
+@pytest.mark.promise("S5")
 def test_what_can_not_be_read_is_counted_apart_and_never_averaged_in():
     def judge(conversations):
         replies = prefers("good")(conversations)
@@ -147,6 +148,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.promise("S5")
 def test_no_text_closes_its_fence_or_ends_the_message(tiny, attack):
     control = tiny.tokenizer.get_added_vocab().keys()
     for place in range(3):

@@ -23,6 +23,7 @@ from tests.training.test_rollout import STUDENT
 @pytest.mark.parametrize(
     "crash_at", ["elicit.before_record:7", "elicit.after_record:7", "train.after_step:10", "directory.before_rename:2"]
 )
+@pytest.mark.promise("R3")
 def test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tmp_path, crash_at):  # noqa: F811
     test_pipeline.test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tmp_path, crash_at)
 
@@ -35,6 +36,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tm
         ({"joint": {"teacher_share": 0.2}}, ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}]),
     ],
 )
+@pytest.mark.promise("R3")
 def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, rollout, loss):
     test_rollout.test_killed_and_run_again_the_losses_are_the_same_to_the_bit(
         recipe_data, tmp_path, [STUDENT], rollout, loss
@@ -45,6 +47,7 @@ def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tm
     "crash_at",
     ["elicit.after_record:23", "train.after_step:1", "train.after_step:3", "directory.before_rename:3"],
 )
+@pytest.mark.promise("R3")
 def test_rounds_killed_anywhere_go_on_to_the_same_end(data, recipe_file, tmp_path, crash_at):  # noqa: F811
     recipe_file.write_text(yaml.safe_dump(data))
     out, clean = tmp_path / "killed", tmp_path / "clean"
@@ -97,6 +100,7 @@ def twins(crash_at, file, tmp_path, homes):
         "train.after_step:8",
     ],
 )
+@pytest.mark.promise("R3")
 def test_a_stage_that_trains_a_named_model_is_killed_anywhere(aligned, tmp_path, crash_at):  # noqa: F811
     aligned["rounds"]["stages"]["tutor"]["train"]["save_seconds"] = 0
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(aligned))
@@ -117,6 +121,7 @@ def test_a_stage_that_trains_a_named_model_is_killed_anywhere(aligned, tmp_path,
         "checkpoint.before_prune:4",
     ],
 )
+@pytest.mark.promise("R3")
 def test_rewards_by_a_stage_are_killed_in_every_round(adversarial, tmp_path, crash_at):  # noqa: F811
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(adversarial))
     homes = ["rounds/0", "stages/discriminator/1", "rounds/1", "stages/discriminator/2", "rounds/2"]
@@ -131,6 +136,7 @@ def billed(folder):
 
 
 @pytest.mark.parametrize("crash_at", ["elicit.after_record:5", "elicit.before_record:6", "rollout.after_write:3"])
+@pytest.mark.promise("R3", "R7")
 def test_a_judged_group_is_killed_between_its_verdicts(recipe_data, tmp_path, crash_at):
     """Four steps of two prompts, each judged by one question: what was answered and kept is not asked again."""
     rollout = test_rewards.ROLLOUT | {"rewards": [{"judge": "judge"}]}

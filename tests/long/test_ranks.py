@@ -102,6 +102,7 @@ def test_a_whole_run_is_that_of_one_process(recipe, tmp_path, shard, torchrun):
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.promise("R10")
 def test_a_rank_that_dies_ends_all_and_the_run_goes_on(recipe, tmp_path, number, shard):
     file, out = recipe({"shard": shard}, steps=300, save_seconds=0), tmp_path / "run"
     run = start("train", file, "--out", out)
@@ -120,6 +121,7 @@ def test_a_rank_that_dies_ends_all_and_the_run_goes_on(recipe, tmp_path, number,
 
 
 @pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.promise("R10")
 def test_a_rank_that_hangs_ends_all_within_the_timeout(recipe, tmp_path, number):
     out = tmp_path / "run"
     run = start("train", recipe({"timeout": 20}, steps=100000), "--out", out)
@@ -132,6 +134,7 @@ def test_a_rank_that_hangs_ends_all_within_the_timeout(recipe, tmp_path, number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.promise("R14")
 def test_a_stop_is_after_the_step_with_a_checkpoint(recipe, tmp_path, number):
     out = tmp_path / "run"
     run = start("train", recipe(steps=100000), "--out", out)

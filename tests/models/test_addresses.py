@@ -41,6 +41,7 @@ def expected(asked):
     return {request.key: request.messages[-1]["content"] for request in asked}
 
 
+@pytest.mark.promise("R17")
 def test_requests_are_balanced_and_concurrency_is_that_of_an_address(monkeypatch):
     asked, under_way, take = requests(48), [], Addresses._take
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from email.utils import formatdate
+from types import SimpleNamespace
 
 import pytest
 
 from limbeck.config.server import Served
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import StepContext, user
+from limbeck.models import identity
 from limbeck.models.api import ApiTeacher
 from limbeck.models.http import MAX_BYTES, Backoff, Reply, parse_retry_after
 from limbeck.models.replies import read_answer
@@ -104,6 +107,7 @@ def test_settings_of_a_draw_go_along_and_raw_texts_go_elsewhere():
         )
 
 
+@pytest.mark.promise("R17")
 def test_no_more_are_under_way_than_allowed_also_while_trying_again():
     with Scripted(lambda number, body: ("status", 503) if number % 3 == 0 else ("slow", 0.01)) as server:
         found, made = ask(server, 60, concurrency=4)
@@ -112,6 +116,7 @@ def test_no_more_are_under_way_than_allowed_also_while_trying_again():
         )
 
 
+@pytest.mark.promise("R9")
 def test_a_storm_of_429_is_weathered_as_the_server_asks():
     with Scripted(lambda number, body: ("status", 429, {"Retry-After": "7"}) if number < 4 else answer()) as server:
         made, waits = teacher(server, concurrency=1)
@@ -128,6 +133,7 @@ def test_a_storm_of_429_is_weathered_as_the_server_asks():
     assert Backoff(2).pause(0, Reply(retry_after=9999.0)) == 60.0
 
 
+@pytest.mark.promise("R8", "R9")
 def test_tries_end_and_grow_apart():
     with Scripted(lambda number, body: ("status", 500)) as server:
         made, waits = teacher(server, retries=3, concurrency=1)
@@ -151,6 +157,7 @@ def test_a_server_that_fails_on_and_on_is_given_up():
 @pytest.mark.parametrize(
     ("status", "words"), [(401, "the key"), (403, "rights"), (404, "model's name"), (302, "redirects elsewhere")]
 )
+@pytest.mark.promise("S10")
 def test_what_every_request_would_meet_ends_the_run_at_once(status, words):
     headers = {"Location": "http://169.254.169.254/"} if status == 302 else {}
     with Scripted(lambda number, body: ("status", status, headers, f"no: {SECRET}".encode())) as server:
@@ -159,6 +166,7 @@ def test_what_every_request_would_meet_ends_the_run_at_once(status, words):
         assert len(server.seen) == 1 and SECRET not in str(caught.value) and "[key]" in str(caught.value)
 
 
+@pytest.mark.promise("S8")
 def test_a_key_that_a_server_writes_into_its_answers_is_not_stored(tmp_path):
     bodies = [answer(f"it is {SECRET}"), answer(f"it is {SECRET}", "content_filter")]
     with Scripted(lambda number, body: bodies[number]) as server, Store(tmp_path / "s.sqlite") as store:
@@ -184,7 +192,19 @@ def test_a_server_that_wants_a_key_says_which_variable_to_set(set_, words, monke
     assert f"check the key, from the environment variable LIMBECK_API_KEY, {words}" in str(caught.value)
 
 
+@pytest.mark.promise("R10")
+def test_a_server_that_never_lists_its_models_is_left_before_the_timeout(monkeypatch):
+    monkeypatch.setattr(identity, "LOOK_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        began = time.monotonic()
+        made, _ = teacher(SimpleNamespace(url=f"http://127.0.0.1:{silent.getsockname()[1]}/v1"), timeout=300)
+        with pytest.raises(UserError, match="is the server running"):
+            made.identity  # noqa: B018
+        assert time.monotonic() - began < 10
+
+
 @pytest.mark.parametrize("returns", ["the same", "another"])
+@pytest.mark.promise("R12")
 def test_a_server_that_was_away_must_come_back_with_its_model(returns, tmp_path):
     """Nothing that another model says under the same name is stored."""
     facts = {"id": MODEL, "root": "/models/one"}
@@ -228,6 +248,7 @@ WAITING = {"hang": ("hang", 3), "drip": ("drip", 3), "cut": ("cut", 40)}
 
 
 @pytest.mark.parametrize("fault", WAITING)
+@pytest.mark.promise("R8", "R10")
 def test_every_wait_ends_and_may_have_been_billed(fault):
     with Scripted(lambda number, body: WAITING[fault] if number == 0 else answer()) as server:
         began = time.monotonic()
@@ -251,6 +272,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", BODIES)
+@pytest.mark.promise("R11")
 def test_what_became_of_an_answer_is_told_by_its_body(name):
     body, finish = BODIES[name]
     with Scripted(lambda number, _: ("bytes", body) if isinstance(body, bytes) else body) as server:
@@ -258,6 +280,7 @@ def test_what_became_of_an_answer_is_told_by_its_body(name):
         assert found.finish == finish and (found.raw is None) == (finish == "ok") and found.ids is None
 
 
+@pytest.mark.promise("R11")
 def test_every_cut_of_a_body_is_malformed_or_whole():
     whole = json.dumps(answer()).encode()
     with Scripted(lambda number, body: ("bytes", whole[: int(body["messages"][0]["content"].split()[1])])) as server:
@@ -270,6 +293,7 @@ def test_every_cut_of_a_body_is_malformed_or_whole():
     )
 
 
+@pytest.mark.promise("R11")
 def test_a_flood_is_not_read_to_its_end():
     from limbeck.training.memory import peak_mib
 
@@ -290,6 +314,7 @@ def test_a_flood_is_not_read_to_its_end():
         ({"limits": {"money": 1e-4}, "price": {"input": 1.0, "output": 2.0}}, 9, "money"),
     ],
 )  # fmt: skip
+@pytest.mark.promise("R9")
 def test_a_ceiling_is_never_passed_and_what_was_answered_is_kept(settings, most, words, tmp_path):
     with Scripted() as server, Store(tmp_path / "s.sqlite") as store:
         made, _ = teacher(server, concurrency=3, **settings)
@@ -303,6 +328,7 @@ def test_a_ceiling_is_never_passed_and_what_was_answered_is_kept(settings, most,
         assert spent.money <= limits.get("money", 1)
 
 
+@pytest.mark.promise("R9")
 def test_tries_count_against_the_ceiling():
     with (
         Scripted(lambda number, body: ("status", 503)) as server,
@@ -322,6 +348,7 @@ def test_rates_per_minute_are_kept():
         assert waits.now == pytest.approx(120)
 
 
+@pytest.mark.promise("R14")
 def test_a_stop_ends_it_between_two_answers():
     with Scripted(lambda number, body: ("slow", 0.02)) as server:
         made, _ = teacher(server, concurrency=2)
@@ -370,6 +397,7 @@ import sys
 from pathlib import Path
 from limbeck.elicit.engine import elicit
 from limbeck.elicit.flow import StepContext, user
+from limbeck.models import identity
 from limbeck.models.api import ApiTeacher
 from limbeck.config.server import Served
 from limbeck.storage.store import Store
@@ -387,6 +415,7 @@ with Store(Path(folder) / "s.sqlite") as store:
 
 
 @pytest.mark.long
+@pytest.mark.promise("R7", "R8")
 def test_killed_again_and_again_nothing_acknowledged_is_lost_or_paid_twice(tmp_path):
     kills, limit = 12, 4
     with Scripted(lambda number, body: ("slow", 0.01)) as server:

@@ -164,6 +164,7 @@ def test_all_requests_go_into_one_batch_and_are_answered(teacher):
     assert b"sk-canary" not in server.files["file-0"]
 
 
+@pytest.mark.promise("R7")
 def test_a_run_that_starts_again_finds_its_batches(teacher):
     """Stopped while it waits, killed after some answers were taken, or after all: nothing is billed twice."""
     asked = requests("a", "b", "c")

@@ -50,6 +50,7 @@ def refused(folder, words):
             attempt(str(folder))
 
 
+@pytest.mark.promise("S11")
 def test_a_missing_tensor_is_named(folder):
     edit_weights(folder, lambda weights: weights.pop(LOST))
     refused(folder, LOST)
@@ -60,6 +61,7 @@ def test_a_foreign_tensor_is_named(folder):
     refused(folder, "model.layers.9.odd")
 
 
+@pytest.mark.promise("S11")
 def test_a_tensor_of_another_size_is_named(folder):
     edit_weights(folder, lambda weights: weights.update({LOST: torch.ones(3, 3)}))
     refused(folder, LOST)
@@ -104,6 +106,7 @@ def test_a_cut_file_is_named(folder):
     refused(folder, "model.safetensors is damaged")
 
 
+@pytest.mark.promise("S1")
 def test_pickles_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused(folder, "can run code")
@@ -262,6 +265,7 @@ def broken(folder, rng):
     return f"{way} {file.name}"
 
 
+@pytest.mark.promise("S11")
 def test_mutated_folders_are_refused_in_words_or_work(tiny_folder, tmp_path):
     """Sixty of them: a UserError, or a model that computes what its files say; and `check` refuses no less by files
     than loading does."""

@@ -33,6 +33,7 @@ def reads(monkeypatch):
     return names
 
 
+@pytest.mark.promise("R12")
 def test_a_byte_in_the_middle_of_the_weights_is_another_model(tmp_path, tiny_folder):
     net = make_net(vocab_size=300)
     net.resize_token_embeddings(40000)  # a file of 5 MB
@@ -114,6 +115,7 @@ def sealed(tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "manifest.json"])
+@pytest.mark.promise("S13")
 def test_an_export_that_was_changed_is_refused_wherever_it_is_loaded(sealed, file):
     (sealed / "README.md").write_text("another card")
     for load in (load_model, check_source, find_student):
@@ -146,6 +148,7 @@ def test_a_manifest_of_another_program_is_none_of_ours(tmp_path, tiny_folder, te
     assert load_model(str(folder)).identity == load_model(str(tiny_folder)).identity.replace(tiny_folder.name, "model")
 
 
+@pytest.mark.promise("S13")
 def test_a_hub_model_can_be_pinned_and_is_told_by_its_contents(tiny_folder, monkeypatch):
     asked = []
 

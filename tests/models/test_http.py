@@ -51,6 +51,7 @@ def test_an_address_that_is_none_is_refused_with_an_example(url):
     assert check_address("https://host:8080/v1/", "a.b", "http://x/v1", "SOME_KEY") == "https://host:8080/v1"
 
 
+@pytest.mark.promise("S8")
 def test_the_key_is_sent_and_taken_out_of_what_comes_back():
     with Scripted(lambda number, body: ("status", 400, {}, f"no: {SECRET}".encode())) as server:
         reply = send(server, Call("POST", "/x", {"a": 1}, headers={"X-Other": "b"}))
@@ -80,6 +81,7 @@ def test_a_key_is_hidden_where_a_limit_cuts_it_and_a_short_one_leaves_words_whol
 
 
 @pytest.mark.parametrize("key", [SECRET, "sk/canary+4711=", "a" * 12])
+@pytest.mark.promise("S8")
 def test_a_key_is_hidden_however_its_characters_are_spelt(key):
     spellings = [
         key,
@@ -100,6 +102,7 @@ def test_a_key_is_hidden_however_its_characters_are_spelt(key):
     assert time.perf_counter() - began < 1
 
 
+@pytest.mark.promise("S10")
 def test_no_key_is_sent_elsewhere_than_it_is_bound_to(monkeypatch):
     with Scripted() as server:
         monkeypatch.setenv("SOME_KEY_ORIGIN", "https://api.example")
@@ -184,6 +187,7 @@ def test_what_a_server_says_went_wrong_is_one_printable_line(body, text):
     assert len(Reply(500, b"x" * 10**6).error_text()) == 300 and Reply(500).quote() == ""
 
 
+@pytest.mark.promise("R9")
 def test_pauses_double_and_follow_the_server():
     backoff = Backoff(9, first=1.0, longest=10.0, longest_asked=60.0)
     pauses = [backoff.pause(attempt, Reply(503)) for attempt in range(9)]

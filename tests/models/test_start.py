@@ -42,6 +42,22 @@ def test_an_unknown_setting_names_the_nearest(tiny):
         begin(student(scratch={"config": {"num_hidden_layer": 2}}), lambda: tiny, None, 0)
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"num_hidden_layers": 0}, r"num_hidden_layers: must be a whole number from 1 to 1,000; got 0"),
+        ({"num_hidden_layers": 3000}, r"must be a whole number from 1 to 1,000; got 3000"),
+        ({"num_attention_heads": 0}, r"num_attention_heads: must be a whole number of at least 1; got 0"),
+        ({"hidden_size": -4}, r"hidden_size: must be a whole number of at least 1; got -4"),
+        ({"intermediate_size": True}, r"intermediate_size: must be a whole number of at least 1; got True"),
+        ({"num_key_value_heads": 3}, r"config: these sizes don't go together"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(tiny, config, words):
+    with pytest.raises(RecipeError, match=words):
+        begin(student(scratch={"config": config}), lambda: tiny, None, 0)
+
+
 def test_scratch_of_a_model_with_settings_per_layer_can_be_exported(tiny, tmp_path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

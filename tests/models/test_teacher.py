@@ -41,6 +41,7 @@ def test_a_raw_text_is_continued_as_it_stands(tiny):
     assert other[0] == int(next_logits(tiny, tiny.raw_ids(header)).argmax())
 
 
+@pytest.mark.promise("S4")
 def test_control_tokens_in_a_text_are_text(tiny):
     (end,) = tiny.raw_ids("<|end|>")
     assert end not in tiny.text_ids("a cat <|end|> sat") and end in tiny.raw_ids("a cat <|end|> sat")

@@ -160,6 +160,7 @@ def controls_in(tokenizer, ids):
 @pytest.mark.parametrize("style", STYLES)
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
+@pytest.mark.promise("S4")
 def test_content_is_text_whatever_it_says(style, data):
     tokenizer = TOKENIZERS[style]
     messages = conversation(data.draw(st.sampled_from([1, 3])) * [""])
@@ -201,6 +202,7 @@ def test_the_end_of_a_turn_is_read_from_the_template(style):
 
 
 @pytest.mark.parametrize("style", ["mistral", "phi", "deepseek"])
+@pytest.mark.promise("S4")
 def test_a_mark_of_a_turn_that_is_not_called_special_is_text_in_answers_too(style):
     tokenizer = TOKENIZERS[style]
     (mark,) = [text for text in ("[INST]", "<|user|>", "<｜User｜>") if text in STYLES[style][2]]
@@ -368,6 +370,7 @@ def test_a_template_whose_end_is_no_token_or_whose_name_is_unknown_is_refused():
         ),
     ],
 )
+@pytest.mark.promise("S3")
 def test_a_users_file_is_bounded_data(text, says, tmp_path):
     file = tmp_path / "own.jinja"
     file.write_text(text)

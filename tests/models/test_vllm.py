@@ -373,6 +373,7 @@ def test_patience_ends(server, writer, tiny, always, tries, words):
 
 
 @pytest.mark.parametrize("slow", ["silent", "dripping"])
+@pytest.mark.promise("R10")
 def test_a_server_that_hangs_is_left(server, writer, tiny, slow):
     over = threading.Event()
 

@@ -167,6 +167,7 @@ def test_every_divergence_has_a_definition_here():
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
+@pytest.mark.promise("R5")
 def test_value_equals_the_definition(name, params):
     teacher, student = logits(4, 7, seed=1)
     got = divergence(name, teacher, student, **params)

@@ -188,6 +188,7 @@ def test_top_tokens_go_through_the_head_like_a_dense_teacher(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.promise("R5")
 def test_split_into_micro_batches_changes_nothing():
     hidden, weight, teacher, targets, weights = setting()
     head, leaves = make_head(weight, "lora bias")
@@ -206,6 +207,7 @@ def test_split_into_micro_batches_changes_nothing():
         torch.testing.assert_close(total, gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.promise("R5")
 def test_no_position_gives_exactly_zero_with_a_gradient_path():
     hidden, weight, _, targets, weights = setting()
     head, leaves = make_head(weight, "lora bias scale softcap")

@@ -292,6 +292,7 @@ def test_without_scripts_everything_but_the_tools_is_there(browser, run_page):
 
 
 @pytest.mark.parametrize("maker", [make_run, make_comparison])
+@pytest.mark.promise("S6")
 def test_hostile_records_stay_inert(browser, tmp_path, maker):
     """Every payload, one after the other and each in its own quotes, in every field of every record."""
     file = write_report(maker(tmp_path / "run", " ".join(PAYLOADS)))
@@ -319,6 +320,7 @@ def test_hostile_records_stay_inert(browser, tmp_path, maker):
 
 
 @pytest.mark.parametrize("payload", ["<img src=x onerror=alert(1)>", "</script><script>alert(1)</script>"])
+@pytest.mark.promise("S6")
 def test_the_policy_stops_what_would_get_through(browser, run_page, tmp_path, payload):
     """Even if escaping failed, nothing would run: the payload is written into the page as it is."""
     broken = tmp_path / "broken.html"

@@ -107,6 +107,7 @@ def parsed(file):
 
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("text", PAYLOADS)
+@pytest.mark.promise("S6")
 def test_everything_a_model_could_write_stays_text(tmp_path, text, maker):
     attacked = parsed(write_report(MAKERS[maker](tmp_path / "attacked", text, prompts=3, words=5)))
     plain = parsed(write_report(MAKERS[maker](tmp_path / "plain", "hello", prompts=3, words=5)))
@@ -120,6 +121,7 @@ def test_everything_a_model_could_write_stays_text(tmp_path, text, maker):
     assert text in data["items"][0]["prompt"] and text in data["items"][0]["answers"][0][0]
 
 
+@pytest.mark.promise("S6")
 def test_the_policy_allows_one_script_and_one_style_sheet_and_nothing_else(tmp_path):
     file = write_report(make_run(tmp_path / "run"))
     page = parsed(file)
@@ -372,6 +374,7 @@ def test_markdown_keeps_cells_apart_and_leaves_out_what_has_no_better_side(tmp_p
     assert "| Forward KL (on its own text) | -0.110 (-0.140 to -0.080), p = 0.003, better |" in table
 
 
+@pytest.mark.promise("S6")
 def test_embedded_json_has_no_sign_that_ends_a_script():
     value = {"a": PAYLOADS, "b": [1, None, True, 0.5]}
     text = embedded(value)
@@ -419,6 +422,7 @@ def test_choices_of_a_token_may_be_one_text_or_several_with_probabilities(tmp_pa
     ]
 
 
+@pytest.mark.promise("S9")
 def test_a_name_in_a_summary_is_never_a_path(tmp_path):
     folder = make_run(tmp_path / "run")
     (tmp_path / "run" / "secret.jsonl").write_text('{"prompt_id": "explain-00000", "text": "secret"}\n')

@@ -61,6 +61,7 @@ def everything(folder):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of unicode_escape, which meets all kinds of bytes here
+@pytest.mark.promise("S8")
 def test_a_canary_key_is_nowhere(recipe_data, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LIMBECK_API_KEY", CANARY)
     monkeypatch.setenv("LIMBECK_STORE", str(tmp_path / "shared"))

@@ -89,6 +89,7 @@ def test_no_default_has_changed_since_the_golden_folder():
     assert load_recipe(folder / "golden.yaml").resolved() == written
 
 
+@pytest.mark.promise("R19")
 def test_a_golden_run_is_finished_and_asks_and_trains_nothing_again(golden, asked, monkeypatch):
     before = {path.name: path.read_bytes() for path in golden.rglob("*.safetensors")}
     summary = (golden / "evaluation" / "summary.json").read_text()
@@ -101,6 +102,7 @@ def test_a_golden_run_is_finished_and_asks_and_trains_nothing_again(golden, aske
     run(load_recipe(golden / "recipe.yaml"), golden)
 
 
+@pytest.mark.promise("R19")
 def test_a_golden_checkpoint_is_continued_to_the_same_student(golden, asked):
     before = load_file(golden / "student" / "model.safetensors")
     shutil.rmtree(golden / "student")
@@ -126,6 +128,7 @@ def without(data, path):
     return data
 
 
+@pytest.mark.promise("R19")
 def test_a_folder_whose_recipe_lacks_any_one_default_goes_on(golden):
     recipe = load_recipe("golden.yaml")
     inputs = json.loads((golden / "inputs.json").read_text())
@@ -146,6 +149,7 @@ def _is_default(whole, path, recipe):
         return False
 
 
+@pytest.mark.promise("R19")
 def test_a_field_that_is_absent_means_what_it_meant_then(golden, monkeypatch):
     """A later version in which the gradient is clipped at 1 by default, where it was 9 before."""
     whole = yaml.safe_load((golden / "recipe.yaml").read_text())

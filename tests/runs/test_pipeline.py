@@ -89,6 +89,7 @@ def test_a_finished_run_loads_no_model_and_changes_nothing(recipe_data, tmp_path
 
 
 @pytest.mark.parametrize("crash_at", ["train.after_step:4"])  # more in tests/long/test_kills.py
+@pytest.mark.promise("R3")
 def test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tmp_path, crash_at):
     recipe_data["train"]["save_seconds"] = 0
     recipe_file.write_text(yaml.safe_dump(recipe_data))
@@ -111,6 +112,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tm
     assert ours == theirs
 
 
+@pytest.mark.promise("R14")
 def test_stopping_keeps_what_is_done(recipe_data, tmp_path):
     asked = []
 
@@ -228,6 +230,7 @@ def test_the_command_ends_with_2_for_the_users_mistakes_and_says_one_thing(recip
 
 
 @pytest.mark.long
+@pytest.mark.promise("R13")
 def test_a_full_disk_is_one_message(recipe_file, tmp_path):
     code = (
         "import errno, sys, limbeck.storage.files as d\n"
@@ -248,6 +251,7 @@ def test_a_full_disk_is_one_message(recipe_file, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.promise("R14")
 def test_ctrl_c_is_one_message(recipe_file, tmp_path):
     import signal
 
@@ -271,6 +275,7 @@ def test_ctrl_c_is_one_message(recipe_file, tmp_path):
     assert process.returncode == 2 and "stopped" in said and "Traceback" not in said
 
 
+@pytest.mark.promise("R16")
 def test_a_second_process_is_refused(recipe_data, tmp_path):
     from limbeck.storage.files import exclusive
 

@@ -137,6 +137,7 @@ def test_what_has_no_int4_is_refused_before_anything_is_spent(recipe_data, monke
 
 
 @pytest.mark.parametrize("precision", TEACHERS)
+@pytest.mark.promise("R12")
 def test_answers_of_another_precision_are_never_taken(recipe_data, tmp_path, precision):
     other = changed(recipe_data, **{f"teacher__{precision}": TEACHERS[precision]})
     plain, short = begun(recipe_data, tmp_path), begun(other, tmp_path)  # one store for both

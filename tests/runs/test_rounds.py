@@ -115,6 +115,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.promise("R3")
 def test_killed_in_any_round_it_ends_as_its_twin(data, tmp_path, monkeypatch, asked):
     """The real kill: tests/long/test_kills.py."""
     limbeck.run(parse(data), tmp_path / "clean", stages=TRAIN)
@@ -301,6 +302,7 @@ def test_a_stage_trains_a_reward_model_before_each_round(adversarial, tmp_path, 
     assert len(asked) == before, "moved, it is done"
 
 
+@pytest.mark.promise("R3")
 def test_killed_in_a_stage_it_ends_as_its_twin(adversarial, tmp_path, monkeypatch):
     homes = ["rounds/0", "stages/discriminator/1", "rounds/1", "stages/discriminator/2", "rounds/2"]
     limbeck.run(parse(adversarial), tmp_path / "clean", stages=TRAIN)

@@ -68,6 +68,7 @@ def test_a_stage_trains_a_model_of_the_recipe_which_then_teaches(aligned, tmp_pa
     assert len(asked) == before, "moved, it is done"
 
 
+@pytest.mark.promise("R3")
 def test_killed_in_a_stage_or_a_round_it_ends_as_its_twin(aligned, tmp_path, monkeypatch, asked):  # noqa: F811
     """In the training of a stage, and in the text that the trained model then writes. The real kill: tests/long/test_kills.py."""
     aligned["rounds"]["n"] = 1

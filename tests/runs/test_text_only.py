@@ -129,6 +129,7 @@ def limited(url, **settings):
     return {"server": {"url": url, "name": "toy", "concurrency": 1, **settings}}
 
 
+@pytest.mark.promise("R11")
 def test_refused_and_filtered_answers_are_left_out_and_counted(served, tmp_path):
     notes = []
 
@@ -149,6 +150,7 @@ def test_refused_and_filtered_answers_are_left_out_and_counted(served, tmp_path)
 
 
 @pytest.mark.parametrize("end", ["malformed", "error"])
+@pytest.mark.promise("R11")
 def test_answers_that_can_not_be_used_end_the_run_or_are_tolerated(served, tmp_path, end):
     ends = [end] * 3
     with Scripted(poisoned(ends)) as server:
@@ -185,6 +187,7 @@ def test_a_command_that_only_elicits_ends_with_2_where_answers_are_missing(serve
         assert called(*command)[0] == 0
 
 
+@pytest.mark.promise("R12")
 def test_a_run_keeps_to_the_version_that_answered_first_over_restarts(served, tmp_path):
     version = ["toy-2025-01-01"]
 
@@ -202,6 +205,7 @@ def test_a_run_keeps_to_the_version_that_answered_first_over_restarts(served, tm
         run(allowed, tmp_path / "run", stages=("elicit",))
 
 
+@pytest.mark.promise("R9")
 def test_ceilings_are_a_runs_and_not_a_processs(served, tmp_path):
     """Started again, a run counts what it paid for before; what it paid is told while it goes on."""
     told = []

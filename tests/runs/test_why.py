@@ -65,6 +65,7 @@ def test_nothing_differs_from_the_run_itself(made):
         ("train.seed=4", "train.seed", "the folder is refused", "seed"),
     ],
 )
+@pytest.mark.promise("R12")
 def test_a_changed_field_is_named_with_what_becomes_of_it(made, change, field, effect, reason):
     found = json.loads(why(made[0], "--set", change, "--json"))
     assert [(entry["field"], entry["effect"]) for entry in found["recipe"]] == [(field, effect)]

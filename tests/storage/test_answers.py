@@ -129,6 +129,7 @@ def test_every_kind_of_request_is_found_again_from_a_runs_own_store(tmp_path, sh
     assert found is asked and answer == Generated((1, 2), "yes", "ok", usage=(7, 2), told=[3])
 
 
+@pytest.mark.promise("R7")
 def test_two_runs_at_once_pay_for_each_answer_once(tmp_path):
     """Two threads with stores of their own, each answer slow: what one asks for, the other waits for."""
     barrier, waited, lock = threading.Barrier(2), [], threading.Lock()
@@ -214,6 +215,7 @@ with Store(Path(sys.argv[1])) as store:
 
 
 @pytest.mark.parametrize("place", ["elicit.before_record:3", "answers.before_put:3", "answers.after_put:3"])
+@pytest.mark.promise("R7")
 def test_killed_between_its_stores_a_run_loses_at_most_what_is_under_way(tmp_path, place):
     """The killed run itself pays again for nothing that it stored; another run for one answer at most."""
     bill = tmp_path / "bill"
@@ -233,6 +235,7 @@ def test_killed_between_its_stores_a_run_loses_at_most_what_is_under_way(tmp_pat
     assert len(bill.read_text().split()) == 3 + 6 - paid, "all of them are shared by now"
 
 
+@pytest.mark.promise("R13")
 def test_a_full_disk_costs_the_run_nothing(tmp_path, shared):
     told = []
     small = shared(tell=told.append)

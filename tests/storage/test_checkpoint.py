@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,7 @@ def test_nothing_there_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "folder"])
+@pytest.mark.promise("R1")
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     save(tmp_path, 1)
     save(tmp_path, 2)
@@ -55,6 +58,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     assert checkpoint.load_newest(tmp_path).step == 1
 
 
+@pytest.mark.promise("R1")
 def test_every_flip_in_a_manifest_is_seen(tmp_path):
     """A manifest that says something else gives the checkpoint before, or the same state; never another one."""
     checkpoint.save(tmp_path, 1, {"w": torch.zeros(2)}, {"job": "j", "lr": 0.25, "left": [1, 2]})
@@ -84,6 +88,7 @@ def test_a_manifest_of_an_older_version_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["tensors", "manifest", "empty"])
+@pytest.mark.promise("R2")
 def test_what_is_damaged_does_not_count_among_those_that_are_kept(tmp_path, damage):
     save(tmp_path, 1)
     save(tmp_path, 2)
@@ -101,6 +106,23 @@ def test_what_is_damaged_does_not_count_among_those_that_are_kept(tmp_path, dama
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
     checkpoint.prune(tmp_path, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.promise("R2")
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_damaged_in_between_the_newest_two_whole_ones_stay(tmp_path, seed):
+    rng, whole = random.Random(seed), []
+    for step in range(1, 25):
+        save(tmp_path, step)
+        whole = [*whole, step][-2:]
+        there = {int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()}
+        assert there.issuperset(whole), "what was whole when the newest was saved"
+        assert checkpoint.load_newest(tmp_path).step == step
+        if rng.random() < 0.5:
+            hit = rng.choice(whole)
+            file = tmp_path / f"step-{hit:08}" / rng.choice(["tensors.safetensors", "manifest.json"])
+            file.write_bytes(file.read_bytes()[:-2])
+            whole.remove(hit)
 
 
 def test_when_none_is_whole_the_user_is_told(tmp_path):
@@ -158,6 +180,7 @@ for step in (1, 2, 3):
 
 @pytest.mark.parametrize("point", SAVE_POINTS)
 @pytest.mark.parametrize("time", [1, 3])
+@pytest.mark.promise("R1")
 def test_killed_at_every_point_the_previous_or_the_new_one_is_there(tmp_path, point, time):
     environment = {**os.environ, "LIMBECK_CRASH_AT": f"{point}:{time}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, check=False)
@@ -177,3 +200,12 @@ def test_the_matrix_knows_its_points():
         "checkpoint.before_prune",
         "directory.before_rename",
     } <= set(SAVE_POINTS)
+
+
+def test_every_point_of_the_package_is_one_that_a_test_kills_at():
+    """Not only those of a save: a new one without a test fails here."""
+    texts = [file.read_text() for file in (ROOT / "tests").rglob("test_*.py") if file != Path(__file__)]
+    points = crash_points()
+    assert len(points) >= 10 and len(points) > len(SAVE_POINTS)
+    for point in set(points) - set(SAVE_POINTS):
+        assert any(re.search(rf'"{re.escape(point)}[:"]', text) for text in texts), point

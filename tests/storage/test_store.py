@@ -33,6 +33,7 @@ class Counting:
             yield asked, Generated((1, 2), f"to {asked.messages[0]['content']}", "ok")
 
 
+@pytest.mark.promise("R7")
 def test_answers_come_in_the_order_asked_and_are_asked_once(tmp_path):
     requests = [request(str(number), prompt_id=f"p{number}") for number in range(7)]
     answerer = Counting()
@@ -73,10 +74,12 @@ def test_stopping_returns_what_is_there(tmp_path):
         Request("model@1", request().messages, Sampling(0.5, 0.9, 11), 0),
     ],
 )
+@pytest.mark.promise("R12")
 def test_any_change_of_the_question_changes_its_key(other):
     assert other.key != request().key
 
 
+@pytest.mark.promise("R12")
 def test_keys_are_golden():
     """A changed key would make every stored answer unfindable."""
     assert (
@@ -103,6 +106,17 @@ def test_keys_of_requests_with_more_fields_are_golden_too(key):
     assert replace(request(), **GOLDEN[key]).key == key
 
 
+@pytest.mark.promise("S15")
+def test_a_stored_sample_names_its_writer_and_what_it_was_made_from(tmp_path):
+    messages = (*request().messages, {"role": "assistant", "content": "x"})
+    ours, theirs = (Sample(messages, writer, (1,), parents=("earlier",)) for writer in ("model@1", "model@2"))
+    assert ours.id != theirs.id, "the same words of another writer are another sample"
+    with Store(tmp_path / "s.sqlite") as store:
+        store.record(request(), ours, "ok")
+        found = store.answered(request())
+    assert (found.id, found.writer, found.parents) == (ours.id, "model@1", ("earlier",))
+
+
 def test_ids_of_samples_are_golden():
     sample = Sample((*USER, {"role": "assistant", "content": "x"}), "model@1", (1,), ("a",), {"k": 1})
     assert sample.id == "18f12ea1457e62979611c01e407f928f8b06fbfa25b6f34cca5ede564d1eda46"
@@ -119,6 +133,7 @@ def test_evidence_round_trip(tmp_path):
         assert list(store.evidence("score")) == []
 
 
+@pytest.mark.promise("R13")
 def test_a_full_disk_is_named_and_keeps_what_was_stored(tmp_path):
     import sqlite3
 
@@ -167,6 +182,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.promise("R12")
 def test_a_row_that_is_not_what_was_stored_is_told(tmp_path, damage):
     asked, sample = stored(tmp_path)
     with Store(tmp_path / "s.sqlite") as store:

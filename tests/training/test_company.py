@@ -61,6 +61,7 @@ def test_ranks_meet(pair):
         assert met() is None
 
 
+@pytest.mark.promise("R10")
 def test_a_rank_without_a_sign_of_life_is_given_up(pair):
     first, second = pair
     first.leave()

@@ -86,6 +86,7 @@ def assert_same(got, want) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.promise("R5")
 def test_no_split_into_micro_batches_changes_anything(tiny, mix):
     tiny.net.double()
     whole, sums = gradients(make_job(tiny, mix), [tuple(range(12))])
@@ -126,6 +127,7 @@ def test_weights_of_tokens_count(tiny):
     assert_same(heavy, repeated)
 
 
+@pytest.mark.promise("R5")
 def test_neither_left_padding_nor_packing_changes_anything(tiny):
     net = tiny.net.double()
     rows = [ROWS[0], ROWS[3]]
@@ -178,6 +180,7 @@ def test_answers_to_one_prompt_stay_together():
 
 
 @pytest.mark.parametrize("mix", ["ranking", "match", "adaptive"])
+@pytest.mark.promise("R3")
 def test_a_stopped_run_of_any_family_goes_on_bit_for_bit(tiny, tmp_path, mix):
     """Measured baselines, adaptive schedules, learned maps, frozen filters and banks all come back from the checkpoint."""
     MIXES["adaptive"] = [
@@ -214,6 +217,7 @@ def _train_rank(rank: int, size: int, model: str, folder: str, mix: str) -> None
 
 
 @pytest.mark.parametrize("mix", ["vocabulary", "ranking"])
+@pytest.mark.promise("R4")
 def test_two_ranks_train_the_same_student(tiny, tiny_folder, tmp_path, mix):
     alone, together = tmp_path / "alone", tmp_path / "together"
     alone.mkdir()

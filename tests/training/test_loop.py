@@ -65,6 +65,7 @@ def weights(job):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("stop_after", [1, 4, 8])
+@pytest.mark.promise("R3")
 def test_a_stopped_run_goes_on_to_the_same_losses_bit_for_bit(make_job, stop_after, lora):
     straight = make_job("straight", lora=lora)
     assert train.train(straight)
@@ -77,6 +78,7 @@ def test_a_stopped_run_goes_on_to_the_same_losses_bit_for_bit(make_job, stop_aft
         assert torch.equal(value, weights(second)[name]), name
 
 
+@pytest.mark.promise("R3")
 def test_dropout_is_replayed_to_the_bit_too(make_job):
     def run(name, stop_after=99):
         job, done = make_job(name), []
@@ -95,6 +97,7 @@ def test_dropout_is_replayed_to_the_bit_too(make_job):
     assert losses(plain) != losses(straight)
 
 
+@pytest.mark.promise("R18")
 def test_metrics_beyond_the_checkpoint_are_cut_and_written_again(make_job):
     straight, broken = make_job("straight"), make_job("broken", save_seconds=0.0)
     train.train(straight)
@@ -107,6 +110,7 @@ def test_metrics_beyond_the_checkpoint_are_cut_and_written_again(make_job):
     assert losses(again) == losses(straight)
 
 
+@pytest.mark.promise("R5")
 def test_gradient_does_not_depend_on_micro_batches_or_padding(make_job, tiny):
     tiny.net.double()  # the student is cut from it
 
@@ -153,6 +157,7 @@ def test_the_first_step_lowers_the_loss_by_the_squared_gradient_times_the_rate(m
     assert before - after == pytest.approx(rate * squared, rel=0.05)
 
 
+@pytest.mark.promise("R6")
 def test_no_update_is_made_from_a_loss_that_is_not_finite(make_job):
     job = make_job()
     with torch.no_grad():
@@ -165,6 +170,7 @@ def test_no_update_is_made_from_a_loss_that_is_not_finite(make_job):
 
 
 @pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.promise("R6")
 def test_the_guilty_sample_of_a_step_is_named_whole_with_what_replays_it(make_job, backwards):
     """A token that only s23 has makes the loss, or only its gradient, not finite."""
     job = make_job()

@@ -194,6 +194,7 @@ class Crowded(InProcessTeacher):
         return super().view(batch, *arguments, **named)
 
 
+@pytest.mark.promise("R15")
 def test_where_memory_runs_out_a_step_is_replayed_in_smaller_passes_and_the_size_is_kept(make_job, tiny):
     plain = run_to_the_end(make_job("plain"))
     teacher = Crowded(tiny, room=40)
@@ -207,6 +208,7 @@ def test_where_memory_runs_out_a_step_is_replayed_in_smaller_passes_and_the_size
     assert rested.refused == 0, "what was learned is used after a resume"
 
 
+@pytest.mark.promise("R15")
 def test_no_room_for_one_row_is_said_and_loses_nothing(make_job, tiny):
     plain = run_to_the_end(make_job("plain"))
     first, done = make_job("crowded"), []

@@ -174,6 +174,7 @@ def check(size: int, tmp_path: Path, names: list[str]) -> None:
                 assert all(part < 1 / size + 0.05 for part in divided), rank[name]
 
 
+@pytest.mark.promise("R4")
 def test_two_ranks_with_whole_and_divided_weights_train_the_student_of_one(tmp_path, states_server):
     check(
         2, tmp_path, ["whole", "tied", "untied", "some rows for each term", "few micro-batches", "a teacher elsewhere"]
@@ -190,6 +191,7 @@ def run_on(rank: int, size: int, folder: str, steps: int) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.promise("R4")
 def test_divided_weights_resume_on_any_number_of_ranks(tmp_path):
     """Two ranks, then three, then one; each rank wrote its rows, and nobody gathered the whole."""
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"

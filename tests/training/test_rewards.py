@@ -302,6 +302,7 @@ def test_distillation_stands_beside_the_reward(recipe_data, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("passes", [2])
+@pytest.mark.promise("R3")
 def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, passes):
     data = recipe(
         recipe_data,

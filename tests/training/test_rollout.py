@@ -150,6 +150,7 @@ def test_a_copy_in_another_precision_follows_the_student(tiny):
         ),
     ],  # more in tests/long/test_kills.py
 )
+@pytest.mark.promise("R3")
 def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, writer, rollout, loss):
     data = recipe_data | {"writer": writer, "rollout": rollout, "loss": loss}
     data["train"] |= {"save_seconds": 0, "steps": 7}

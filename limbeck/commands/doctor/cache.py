@@ -14,6 +14,7 @@ from limbeck.data.batches import Row, make_batch
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
 from limbeck.signals.cache import SignalCache, text_key
+from limbeck.storage.files import user_path
 from limbeck.training.setup import common_vocab_size
 from limbeck.types import Batch, UserError
 
@@ -26,7 +27,7 @@ def check_cache(patient: Patient) -> str:
     form = patient.recipe.teacher.cache
     if form is None:
         raise NothingToCheckError("the recipe has no cache")
-    home = patient.folder / "signals" if form.folder is None else Path(form.folder).expanduser()
+    home = patient.folder / "signals" if form.folder is None else user_path(form.folder)
     if not (home / "about.json").exists():
         raise NothingToCheckError(f"{home} is still empty")
     teacher: Teacher = patient.scorer if patient.recipe.teacher.model is None else patient.teacher

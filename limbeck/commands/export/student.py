@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.models.fingerprint import check_sealed, known_sha256
-from limbeck.storage.files import read_jsonl
+from limbeck.storage.files import read_jsonl, user_path
 from limbeck.types import UserError, content_hash
 
 WEIGHTS, ADAPTERS = "*.safetensors", "adapter_config.json"
@@ -51,7 +51,7 @@ def find_student(where: str | Path) -> Exportable:
         UserError: there is no such folder, the run has no student yet, or the folder holds no model, or another than
             was exported.
     """
-    place = Path(where).expanduser()
+    place = user_path(where)
     if not place.is_dir():
         raise UserError(f"there is no folder {where}: give a run folder, or a model's folder in Hugging Face form")
     run = place if is_run(place) and not (place / "config.json").exists() else None

@@ -28,7 +28,7 @@ from limbeck.config.yaml_text import read_yaml
 from limbeck.models.http import check_address
 from limbeck.models.load import load_model, load_tokenizer, model_folder
 from limbeck.models.placement import Placement, find_device
-from limbeck.storage.files import write_json, write_text
+from limbeck.storage.files import user_path, write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import UserError, canonical_json, content_hash, nearest
 
@@ -177,7 +177,7 @@ def _task_groups(names: Sequence[str], chat: bool, max_tokens: int, note: Callab
         raise UserError("give --task at least once, and each task only once")
     groups: list[TaskGroup] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = user_path(name)
         spec: str | dict[str, Any] = name
         apart = False
         in_chat = chat

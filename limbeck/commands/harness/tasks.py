@@ -16,6 +16,7 @@ import yaml
 
 from limbeck.evaluate.task import TaskKind
 from limbeck.evaluate.tasks import KINDS, load_task
+from limbeck.storage.files import user_path
 from limbeck.types import UserError, nearest
 
 KEYS = frozenset(
@@ -174,7 +175,7 @@ def _located(files: Any, task_file: Path) -> Any:
         return [_located(part, task_file) for part in files]
     if not isinstance(files, str) or "://" in files:
         raise UserError(f"{task_file}: data_files must be paths of local files; got {files!r}")
-    path = task_file.parent / Path(files).expanduser()
+    path = task_file.parent / user_path(files)
     if not path.is_file():
         raise UserError(f"{task_file}: there is no data file {path}")
     return str(path.resolve())
