@@ -69,7 +69,7 @@ def take_full(data: dict[str, Any], file: Path) -> dict[str, Any] | None:
     if FULL not in data:
         return None
     sizes = data.pop(FULL)
-    if not isinstance(sizes, dict) or not all(isinstance(key, str) for key in sizes):
+    if not isinstance(sizes, dict):
         raise RecipeError(
             FULL,
             f"of {file} must be a mapping of settings as --set takes them, such as {{train.lr: 1e-5}}; got {sizes!r}",
