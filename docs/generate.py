@@ -63,6 +63,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         evidence.precisions,
         evidence.methods,
         evidence.on_policy_methods,
+        recipe_rows.full_sizes,
         recipe_rows.recipes_run,
         cases.case_intents,
         cases.case_names,

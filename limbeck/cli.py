@@ -13,6 +13,7 @@ from limbeck.commands import console, printing
 from limbeck.commands.answers import answers
 from limbeck.commands.export.command import export
 from limbeck.commands.new.command import new
+from limbeck.commands.options import ScaleOption, SetOption
 from limbeck.commands.push import push
 from limbeck.commands.ranks import one_process
 from limbeck.commands.report import report
@@ -31,16 +32,6 @@ RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the name of a built-in recipe.", metavar="RECIPE")
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", metavar="RUN")]
-SetOption = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        help="Override a setting of the recipe, as in train.lr=1e-4. Can be repeated.",
-        metavar="A.B=C",
-        default_factory=list,
-        show_default=False,
-    ),
-]
 MachineOption = Annotated[
     Path | None,
     typer.Option("--machine", help="A file with the machine section: device, sizes.", metavar="FILE"),
@@ -67,6 +58,7 @@ def main() -> None:
 def run(
     recipe: RecipeArgument,
     set_: SetOption,
+    scale: ScaleOption = None,
     machine: MachineOption = None,
     out: OutOption = None,
     json_: JsonOption = False,
@@ -77,13 +69,16 @@ def run(
     from limbeck.commands.stages import run_stages
 
     stages = ("elicit", "train", "evaluate", "report")
-    run_stages(recipe, stages, overrides=set_, machine=machine, out=out, as_json=json_, tracker=track, count=ranks)
+    run_stages(
+        recipe, stages, overrides=set_, scale=scale, machine=machine, out=out, as_json=json_, tracker=track, count=ranks
+    )
 
 
 @app.command(epilog="Example: limbeck elicit recipes/quickstart.yaml")
 def elicit(
     recipe: RecipeArgument,
     set_: SetOption,
+    scale: ScaleOption = None,
     machine: MachineOption = None,
     out: OutOption = None,
     json_: JsonOption = False,
@@ -91,13 +86,14 @@ def elicit(
     """Collect the teacher's text, and its distributions if the recipe caches them."""
     from limbeck.commands.stages import run_stages
 
-    run_stages(recipe, ("elicit",), overrides=set_, machine=machine, out=out, as_json=json_)
+    run_stages(recipe, ("elicit",), overrides=set_, scale=scale, machine=machine, out=out, as_json=json_)
 
 
 @app.command(epilog="Example: limbeck train recipes/quickstart.yaml --profile")
 def train(
     recipe: RecipeArgument,
     set_: SetOption,
+    scale: ScaleOption = None,
     machine: MachineOption = None,
     out: OutOption = None,
     json_: JsonOption = False,
@@ -112,12 +108,22 @@ def train(
         from limbeck.commands.stages import run_stages
 
         stages = ("elicit", "train")
-        run_stages(recipe, stages, overrides=set_, machine=machine, out=out, as_json=json_, tracker=track, count=ranks)
+        run_stages(
+            recipe,
+            stages,
+            overrides=set_,
+            scale=scale,
+            machine=machine,
+            out=out,
+            as_json=json_,
+            tracker=track,
+            count=ranks,
+        )
         return
     one_process("train --profile", ranks)
     from limbeck.config.recipe import load_recipe
 
-    loaded = load_recipe(recipe, set_, machine)
+    loaded = load_recipe(recipe, set_, machine, scale=scale)
     from limbeck.commands.profile import profile as profile_steps
 
     printing.print_result(profile_steps(loaded, out, console.Terminal()), json_)
@@ -127,6 +133,7 @@ def train(
 def evaluate(
     recipe: RecipeArgument,
     set_: SetOption,
+    scale: ScaleOption = None,
     machine: MachineOption = None,
     out: OutOption = None,
     json_: JsonOption = False,
@@ -134,7 +141,7 @@ def evaluate(
     """Evaluate the teacher, the controls and the student of a trained run, and write its report."""
     from limbeck.commands.stages import run_stages
 
-    run_stages(recipe, ("evaluate", "report"), overrides=set_, machine=machine, out=out, as_json=json_)
+    run_stages(recipe, ("evaluate", "report"), overrides=set_, scale=scale, machine=machine, out=out, as_json=json_)
 
 
 app.command(epilog="Example: limbeck report runs/quickstart --csv")(report)
@@ -147,6 +154,7 @@ def compare(
         typer.Argument(help="The recipes. Each contributes only its writers and losses.", metavar="RECIPE..."),
     ],
     set_: SetOption,
+    scale: ScaleOption = None,
     like: Annotated[
         str | None,
         typer.Option(
@@ -171,9 +179,10 @@ def compare(
     from limbeck.config.recipe import load_recipe
     from limbeck.types import UserError
 
-    if set_ and like is None:
-        raise UserError("--set changes the common settings, so say whose they are: --like RECIPE")
-    common = None if like is None else load_recipe(like, set_)
+    if like is None and (set_ or scale is not None):
+        given = "--set" if set_ else "--scale"
+        raise UserError(f"{given} changes the common settings, so say whose they are: --like RECIPE")
+    common = None if like is None else load_recipe(like, set_, scale=scale)
     loaded = [load_recipe(recipe) for recipe in recipes]
     from limbeck.runs.compare import compare as compare_recipes
 
@@ -192,6 +201,7 @@ def compare(
 def check(
     recipe: RecipeArgument,
     set_: SetOption,
+    scale: ScaleOption = None,
     machine: MachineOption = None,
     device_like: Annotated[
         str | None,
@@ -204,7 +214,7 @@ def check(
     from limbeck.commands.check import check as check_recipe
     from limbeck.config.recipe import load_recipe
 
-    if not check_recipe(load_recipe(recipe, set_, machine), device_like, out, as_json=json_):
+    if not check_recipe(load_recipe(recipe, set_, machine, scale=scale), device_like, out, as_json=json_):
         raise typer.Exit(console.USER_ERROR)
 
 
@@ -212,6 +222,7 @@ def check(
 def doctor(
     recipe: RecipeArgument,
     set_: SetOption,
+    scale: ScaleOption = None,
     machine: MachineOption = None,
     out: OutOption = None,
     json_: JsonOption = False,
@@ -219,7 +230,7 @@ def doctor(
     """Look for faults that silently ruin a distillation, with a few texts. Exit status 2 if there is one."""
     from limbeck.config.recipe import load_recipe
 
-    loaded = load_recipe(recipe, set_, machine)
+    loaded = load_recipe(recipe, set_, machine, scale=scale)
     from limbeck.commands.doctor.run import as_data, examine
 
     findings = examine(loaded, out, lambda name: console.err.print(f"[dim]{name} ...[/dim]"))
@@ -236,6 +247,7 @@ def doctor(
 def cache(
     recipe: RecipeArgument,
     set_: SetOption,
+    scale: ScaleOption = None,
     machine: MachineOption = None,
     import_: Annotated[
         Path | None, typer.Option("--import", help="A file of another tool's log-probabilities, to put into the cache.")
@@ -247,7 +259,7 @@ def cache(
     """Import or export teacher log-probabilities as JSON lines, in vLLM's or axolotl's format."""
     from limbeck.config.recipe import load_recipe
 
-    loaded = load_recipe(recipe, set_, machine)
+    loaded = load_recipe(recipe, set_, machine, scale=scale)
     from limbeck.commands.exchange import export_cache, import_file
     from limbeck.runs.claim import run_folder
     from limbeck.types import UserError

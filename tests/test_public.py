@@ -31,7 +31,7 @@ RESULT = {
     "verdict",
     "worth",
 }
-RUNS = {"recipe", "--set", "--machine", "--out", "--json"}
+RUNS = {"recipe", "--set", "--scale", "--machine", "--out", "--json"}
 COMMANDS = {
     "run": RUNS | {"--track", "--ranks"},
     "elicit": RUNS,
@@ -40,8 +40,8 @@ COMMANDS = {
     "doctor": RUNS,
     "cache": RUNS | {"--import", "--export"},
     "report": {"run_folder", "--json", "--csv", "--table"} | PRICES,
-    "compare": {"recipes", "--like", "--seeds", "--base", "--set", "--out", "--keep", "--json"},
-    "check": {"recipe", "--set", "--machine", "--out", "--device-like", "--json"},
+    "compare": {"recipes", "--like", "--seeds", "--base", "--set", "--scale", "--out", "--keep", "--json"},
+    "check": {"recipe", "--set", "--scale", "--machine", "--out", "--device-like", "--json"},
     "methods": {"name", "--json"},
     "models": {"action", "name", "--json"},
     "watch": {"run_folder", "--once"},
@@ -54,7 +54,7 @@ COMMANDS = {
     },
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
     "push": {"--data", "where", "--to", "--public", "--json"},
-    "why": {"what", "--run", "--recipe", "--set", "--json"},
+    "why": {"what", "--run", "--recipe", "--set", "--scale", "--json"},
     "answers": {"--forget", "--prune", "--add", "--json"},
 }  # fmt: skip
 

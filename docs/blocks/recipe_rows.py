@@ -1,12 +1,25 @@
-"""What every recipe did on real weights, from what `make evidence-recipes` wrote."""
+"""Every recipe: the sizes of its paper, and what it did on real weights, from what `make evidence-recipes` wrote."""
 
 from __future__ import annotations
 
 import json
 
 from limbeck.config.builtin import evidence_file, recipe_files
+from limbeck.config.recipe_file import full_sizes as sizes_of
 
 from .table import table
+
+
+def full_sizes() -> str:
+    """What `--scale full` sets in each recipe, and the recipes that have none."""
+    found = {name: sizes_of(path) for name, path in recipe_files().items()}
+    rows = [
+        [f"`{name}`", ", ".join(f"`{path}={json.dumps(value)}`" for path, value in sizes.items())]
+        for name, sizes in found.items()
+        if sizes
+    ]
+    others = ", ".join(f"`{name}`" for name, sizes in found.items() if not sizes)
+    return f"{table(['recipe', 'what `--scale full` sets'], rows)}\n\nNot known: {others}."
 
 
 def recipes_run() -> str:

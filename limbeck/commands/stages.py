@@ -23,6 +23,7 @@ def run_stages(
     stages: tuple[str, ...],
     *,
     overrides: Sequence[str],
+    scale: str | None,
     machine: Path | None,
     out: Path | None,
     as_json: bool,
@@ -30,7 +31,7 @@ def run_stages(
     count: int | None = None,
 ) -> None:
     """Do what these stages still have to do, on `count` ranks if that is given, then print where the results are."""
-    recipe = load_recipe(recipe_path, overrides, machine)
+    recipe = load_recipe(recipe_path, overrides, machine, scale=scale)
     if count is not None and count > 1:
         start_ranks(sys.argv[1:], count)
     from limbeck.runs.ranks import run  # after the recipe: a mistake in it shows before torch is loaded

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.commands import console, printing
+from limbeck.commands.options import ScaleOption, SetOption
 from limbeck.storage.files import user_path
 from limbeck.types import UserError, printable
 
@@ -16,6 +17,7 @@ def why(
     what: Annotated[
         str, typer.Argument(help="A run folder, or (the beginning of) a request's key.", metavar="KEY|RUN")
     ],
+    set_: SetOption,
     run: Annotated[
         Path | None, typer.Option("--run", help="The run that has the key. Default: all in runs/.", metavar="RUN")
     ] = None,
@@ -23,10 +25,7 @@ def why(
         str | None,
         typer.Option("--recipe", help="What to hold the run against. Default: its own recipe.", metavar="RECIPE"),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a setting of that recipe, as in train.lr=1e-4.", metavar="A.B=C"),
-    ] = None,
+    scale: ScaleOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say why an answer is not found or a run folder refused: which field differs from what is stored. Asks for no
@@ -36,8 +35,8 @@ def why(
 
     folder = user_path(what)
     if folder.is_dir():
-        source = recipe or (str(folder / "recipe.yaml") if set_ else None)
-        result = why_run(folder, None if source is None else load_recipe(source, set_ or ()))
+        source = recipe or (str(folder / "recipe.yaml") if set_ or scale is not None else None)
+        result = why_run(folder, None if source is None else load_recipe(source, set_, scale=scale))
     elif KEY.fullmatch(what):
         result = why_key(what, [run] if run is not None else sorted(Path("runs").glob("*")))
     else:

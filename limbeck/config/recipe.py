@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
+from limbeck.config import recipe_file
 from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.machine import Machine
 from limbeck.config.named_models import NamedModel, named_models
@@ -32,10 +33,9 @@ from limbeck.config.sections import (
 )
 from limbeck.config.shorthand import expand
 from limbeck.config.teacher import TEACHER_KINDS, TeacherSettings, kind_of, teacher_data
-from limbeck.config.yaml_text import dump_yaml, load_yaml, read_yaml
-from limbeck.types import NAME, RecipeError, UserError, content_hash, nearest
+from limbeck.config.yaml_text import dump_yaml
+from limbeck.types import NAME, RecipeError, content_hash, nearest
 
-MAX_BYTES = 256 * 1024
 NOT_KEYS = ("literal[", "list[", "dict[", "constrained")  # what pydantic adds between the keys of a path
 
 
@@ -205,57 +205,43 @@ class Recipe(Section):
         return parse(stage_data(self.resolved(), name, student, before)).model_copy(update={"machine": self.machine})
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | Path | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), machine: str | Path | None = None, *, scale: str | None = None
+) -> Recipe:
     """Read a recipe file.
 
     Args:
         path: a YAML file, or the name of a built-in recipe.
         overrides: `a.b=c` pairs as given to `--set`; `c` is read as YAML.
         machine: a YAML file with the `machine` section, which replaces keys of the recipe's own.
+        scale: `full` puts in the sizes of the paper that the file states under `full`; overrides replace them.
 
     Raises:
         RecipeError: the file is missing, malformed or has an invalid setting; the message names the place.
     """
-    file = Path(path)
-    if not file.is_file():
-        from limbeck.config.builtin import recipe_files
-
-        built_in = recipe_files()
-        if str(path) not in built_in:
-            raise RecipeError(
-                "", f"there is no recipe file {str(path)!r} and no built-in one{nearest(str(path), built_in)}"
-            )
-        file = built_in[str(path)]
-    data = _read(file, "start from a built-in recipe, such as recipes/quickstart.yaml")
+    file = recipe_file.find(path)
+    data = recipe_file.read(file)
+    sizes = recipe_file.take_full(data, file)
     if file.name == "recipe.yaml" and (file.parent / INPUTS).is_file():  # of a run
         data = filled(data, file.parent)
     data = expand(data)
     if machine is not None:
-        settings = _read(Path(machine), "give it settings, such as `device: cuda`")
+        settings = recipe_file.read(Path(machine), "give it settings, such as `device: cuda`")
         settings = settings["machine"] if settings.keys() == {"machine"} else settings
         if not isinstance(settings, dict) or not isinstance(data.get("machine", {}), dict | None):
             raise RecipeError("machine", "must be a mapping, such as {device: cuda}")
         data["machine"] = (data.get("machine") or {}) | settings
+    if scale is not None:
+        recipe_file.scale_up(data, scale, sizes, file)
     for override in overrides:
-        _set(data, override)
-    return parse(data)
-
-
-def _read(file: Path, cure: str) -> dict[str, Any]:
-    """A YAML file of settings."""
-    if not file.is_file():
-        raise RecipeError("", f"there is no file {str(file)!r}")
-    if file.stat().st_size > MAX_BYTES:
-        raise RecipeError("", f"{file} is larger than {MAX_BYTES} bytes, too large for a recipe")
+        recipe_file.set_value(data, override)
     try:
-        data = read_yaml(file)
-    except UserError as error:
-        raise RecipeError("", str(error)) from error
-    if data is None:
-        raise RecipeError("", f"{file} is empty; {cure}")
-    if not isinstance(data, dict):
-        raise RecipeError("", f"{file} must be a mapping of settings, not {type(data).__name__}")
-    return data
+        return parse(data)
+    except RecipeError as error:
+        guilty = recipe_file.blamed(error, sizes or {}, overrides) if scale is not None else None
+        if guilty is None:
+            raise
+        raise RecipeError(f"{recipe_file.FULL}.{guilty}", f"of {file}: {error}") from error
 
 
 def as_yaml(recipe: Recipe) -> str:
@@ -295,32 +281,6 @@ def _place_of(value: Any, text: str, path: str = "") -> str | None:
         for key, entry in entries
     )
     return next((place for place in places if place is not None), None)
-
-
-def _set(data: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c`. List entries are given by number, as in `loss.0.weight=2`."""
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"--set {override!r} is not of the form a.b=c, such as --set train.steps=20")
-    try:
-        value = load_yaml(text)
-    except ValueError as error:
-        raise UserError(f"--set {path}: {text!r} is not a YAML value: {error}") from error
-    *parents, last = path.split(".")
-    node: Any = data
-    for key in parents:
-        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
-            node = node[int(key)]
-        elif isinstance(node, dict):
-            node = node.setdefault(key, {})
-        else:
-            raise UserError(f"--set {path}: nothing can be set under {key!r}")
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"--set {path}: {last!r} can't be set there")
 
 
 def explain(error: ValidationError, root: type[Section], path: str = "") -> RecipeError:
