@@ -211,7 +211,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | 
     Args:
         path: a YAML file, or the name of a built-in recipe.
         overrides: `a.b=c` pairs as given to `--set`; `c` is read as YAML.
-        machine: a YAML file with the `machine` section, which replaces keys of the recipe's own.
+        machine: a YAML file with the `machine` section, which replaces keys of the recipe's own, or the name of a
+            built-in one.
 
     Raises:
         RecipeError: the file is missing, malformed or has an invalid setting; the message names the place.
@@ -231,7 +232,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | 
         data = filled(data, file.parent)
     data = expand(data)
     if machine is not None:
-        settings = _read(Path(machine), "give it settings, such as `device: cuda`")
+        settings = _read(_machine_file(machine), "give it settings, such as `device: cuda`")
         settings = settings["machine"] if settings.keys() == {"machine"} else settings
         if not isinstance(settings, dict) or not isinstance(data.get("machine", {}), dict | None):
             raise RecipeError("machine", "must be a mapping, such as {device: cuda}")
@@ -239,6 +240,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), machine: str | 
     for override in overrides:
         _set(data, override)
     return parse(data)
+
+
+def _machine_file(machine: str | Path) -> Path:
+    """The file, or the built-in one of that name."""
+    from limbeck.config.builtin import machine_files
+
+    known = machine_files()
+    if Path(machine).is_file() or str(machine) in known:
+        return Path(machine) if Path(machine).is_file() else known[str(machine)]
+    raise RecipeError(
+        "", f"there is no file {str(machine)!r} and no built-in machine of that name{nearest(str(machine), known)}"
+    )
 
 
 def _read(file: Path, cure: str) -> dict[str, Any]:
