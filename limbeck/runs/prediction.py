@@ -111,7 +111,7 @@ class Prediction:
             lines.append(
                 (
                     "sent by each device",
-                    f"{self.sent / 1e9:.3g} GB a step, {self.all_sent / 1e9:,.3g} GB in all; a step took {hidden} if it"
+                    f"{_gigabytes(self.sent)} a step, {_gigabytes(self.all_sent)} in all; a step took {hidden} if it"
                     " were hidden behind passes",
                 )
             )
@@ -149,3 +149,7 @@ class Prediction:
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:,.0f} GB" if value >= 1e11 else f"{value / 1e9:.3g} GB"
