@@ -34,7 +34,7 @@ RecipeArgument = Annotated[
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", metavar="RUN")]
 MachineOption = Annotated[
     Path | None,
-    typer.Option("--machine", help="A file with the machine section: device, sizes.", metavar="FILE"),
+    typer.Option("--machine", help="A file with the machine section: device, sizes, cluster.", metavar="FILE"),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="DEVICE")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run folder. Default: runs/NAME.", metavar="DIR")]

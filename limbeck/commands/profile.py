@@ -14,9 +14,9 @@ from limbeck.data.batches import make_batch, steps_of_epoch
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.progress import Reporter
 from limbeck.runs.claim import run_folder
-from limbeck.runs.cost import compute_dtype
 from limbeck.runs.fit import prepared
 from limbeck.runs.hardware import matrix_rate, synchronize
+from limbeck.runs.memory import compute_dtype
 from limbeck.runs.pipeline import Run
 from limbeck.runs.shapes import Shape, step_flops
 from limbeck.storage.files import exclusive

@@ -1,4 +1,4 @@
-"""The files that ship with Limbeck: recipes, tasks and seeds, in a checkout or in the installed package."""
+"""The files that ship with Limbeck: recipes, tasks, seeds and machines, in a checkout or in the installed package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def folder(kind: str) -> Path:
-    """The folder of `recipes`, `tasks` or `seeds`: in the package when installed, else at the top of a checkout."""
+    """The folder of such files, named as they are: in the package when installed, else at the top of a checkout."""
     installed = PACKAGE / kind
     return installed if installed.is_dir() else PACKAGE.parent / kind
 
@@ -31,3 +31,8 @@ def task_folders() -> dict[str, Path]:
 def seed_files() -> dict[str, Path]:
     """The seeds for elicitation by name: instructions, documents, personas, topics, words, code."""
     return {file.stem: file for file in sorted(folder("seeds").glob("*.jsonl"))}
+
+
+def machine_files() -> dict[str, Path]:
+    """Machine files by name: hardware that `limbeck check --machine` predicts for."""
+    return {file.stem: file for file in sorted(folder("machines").glob("*.yaml"))}

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from limbeck.config.cluster import Cluster
 from limbeck.config.section import Section
 
 Device = Annotated[str, Field(pattern=r"^(auto|[a-z]+(:[0-9]+)?)$")]
@@ -31,6 +32,7 @@ class Machine(Section):
         shard: with several ranks (docs/ranks.md), `full` divides weights, gradients and moments among them while they
             train (FSDP2); with `none` each rank holds the whole models.
         timeout: seconds after which a rank that does not answer ends the run on all.
+        cluster: the numbers of machines that are not here, from which `limbeck check` predicts; a run reads none of it.
     """
 
     device: Device = "auto"
@@ -44,3 +46,4 @@ class Machine(Section):
     answers: Annotated[str, Field(min_length=1)] | None = None
     shard: Literal["none", "full"] = "none"
     timeout: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 600
+    cluster: Cluster | None = None

@@ -213,7 +213,8 @@ def load_recipe(
     Args:
         path: a YAML file, or the name of a built-in recipe.
         overrides: `a.b=c` pairs as given to `--set`; `c` is read as YAML.
-        machine: a YAML file with the `machine` section, which replaces keys of the recipe's own.
+        machine: a YAML file with the `machine` section, which replaces keys of the recipe's own, or the name of a
+            built-in one.
         scale: `full` puts in the sizes of the paper that the file states under `full`; overrides replace them.
 
     Raises:
@@ -226,7 +227,7 @@ def load_recipe(
         data = filled(data, file.parent)
     data = expand(data)
     if machine is not None:
-        settings = recipe_file.read(Path(machine), "give it settings, such as `device: cuda`")
+        settings = recipe_file.read(_machine_file(machine), "give it settings, such as `device: cuda`")
         settings = settings["machine"] if settings.keys() == {"machine"} else settings
         if not isinstance(settings, dict) or not isinstance(data.get("machine", {}), dict | None):
             raise RecipeError("machine", "must be a mapping, such as {device: cuda}")
@@ -242,6 +243,18 @@ def load_recipe(
         if guilty is None:
             raise
         raise RecipeError(f"{recipe_file.FULL}.{guilty}", f"of {file}: {error}") from error
+
+
+def _machine_file(machine: str | Path) -> Path:
+    """The file, or the built-in one of that name."""
+    from limbeck.config.builtin import machine_files
+
+    known = machine_files()
+    if Path(machine).is_file() or str(machine) in known:
+        return Path(machine) if Path(machine).is_file() else known[str(machine)]
+    raise RecipeError(
+        "", f"there is no file {str(machine)!r} and no built-in machine of that name{nearest(str(machine), known)}"
+    )
 
 
 def as_yaml(recipe: Recipe) -> str:

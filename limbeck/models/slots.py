@@ -252,8 +252,13 @@ def _tensor_bytes(value: Any) -> int:
 
 def cache_room(device: torch.device) -> int:
     """Bytes that keys and values may take on the device: as many as `SIZES` says, else a share of what is free."""
-    if SIZES.cache_bytes is not None:
-        return SIZES.cache_bytes
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] // CACHE_SHARE)
-    return CACHE_BYTES
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" and SIZES.cache_bytes is None else None
+    return room_within(free, SIZES.cache_bytes)
+
+
+def room_within(free: int | None, cache_bytes: int | None = None) -> int:
+    """Bytes that keys and values may take where so many are free (None: the device does not say), unless the user has
+    set `cache_bytes`."""
+    if cache_bytes is not None:
+        return cache_bytes
+    return CACHE_BYTES if free is None else free // CACHE_SHARE

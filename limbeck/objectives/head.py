@@ -233,13 +233,17 @@ class Total:
 
 
 def chunk_elements(device: torch.device) -> int:
-    """How many logits to project at once: on the CPU CHUNK_ELEMENTS, elsewhere 1/64 of the device's memory, unless
-    `SIZES` says otherwise."""
-    if SIZES.head_bytes is not None:
-        return max(1, SIZES.head_bytes // 4)
-    if device.type != "cuda":
-        return CHUNK_ELEMENTS
-    return max(CHUNK_ELEMENTS, torch.cuda.get_device_properties(device).total_memory // 256)
+    """How many logits to project at once; `SIZES` may say it."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return elements_within(memory, SIZES.head_bytes)
+
+
+def elements_within(memory: int | None, head_bytes: int | None = None) -> int:
+    """How many logits to project at once on a device of so many bytes: on the CPU (None) CHUNK_ELEMENTS, elsewhere 1/64
+    of the memory, unless the user has set `head_bytes`."""
+    if head_bytes is not None:
+        return max(1, head_bytes // 4)
+    return CHUNK_ELEMENTS if memory is None else max(CHUNK_ELEMENTS, memory // 256)
 
 
 def chunks(positions: int, vocab_size: int, elements: int) -> Iterator[slice]:

@@ -6,7 +6,6 @@ attention, norms and memory traffic come on top, so times are lower bounds stret
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,15 +14,16 @@ import torch
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.teacher import CacheSettings
-from limbeck.data.batches import MICRO_TOKENS
 from limbeck.elicit.prompts import Prompt
-from limbeck.elicit.step import ANSWER_SHARE, Estimate
-from limbeck.models.placement import Precision
-from limbeck.models.teacher_interface import TEACHER_EVIDENCE
+from limbeck.elicit.step import Estimate
 from limbeck.objectives.term import Term
 from limbeck.runs.advice import served_time, training_cautions
+from limbeck.runs.amounts import TextAmounts
+from limbeck.runs.cluster import passing_teacher, predict, writing_time
 from limbeck.runs.hardware import GIB, Hardware
 from limbeck.runs.lengths import Lengths
+from limbeck.runs.memory import LIBRARY_BYTES, compute_dtype, teacher_bytes, teacher_precision, training_bytes
+from limbeck.runs.prediction import Prediction, Work
 from limbeck.runs.rewarded import RewardedText, rewarded_bytes, rewarded_text
 from limbeck.runs.shapes import Shape, Shapes, forward_flops, step_flops
 from limbeck.signals.forms import form_of
@@ -34,10 +34,6 @@ QUESTION_TOKENS = 400  # what a judge reads beside two answers, about
 VERDICT_TOKENS = 100  # what a judge writes, about
 ASKED_TOKENS = 200  # length of a question of a step of elicitation, about
 SCORED_TOKENS = 200  # length of a text that is scored, about
-# activations for the backward pass, per token and layer, as a multiple of the root of the layer's weights
-ACTIVATION_BYTES = 33
-LORA_WIDTHS = 20  # inputs and outputs of a layer's matrices together, in widths, about
-BASE_BYTES = 0.9 * GIB  # the libraries, one chunk of logits and its gradients
 
 
 def _forward(shape: Shape | None, tokens: int) -> float:
@@ -61,6 +57,7 @@ class Plan:
         cautions: what speaks against training so.
         rounds: how many rounds there are, each of which costs so much.
         judged: (answers, tokens) that the student writes and rewards judge, if they do.
+        prediction: of the machines that it was made for, where their numbers are stated.
     """
 
     requests: int
@@ -80,6 +77,12 @@ class Plan:
     cautions: tuple[str, ...] = ()
     rounds: int = 1
     judged: tuple[int, int] | None = None
+    prediction: Prediction | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """Of all devices for all rounds, at the stated price; None without one."""
+        return None if self.prediction is None else self.prediction.cost(self.rounds * sum(self.seconds.values()))
 
     def lines(self) -> list[tuple[str, str]]:
         all_minutes = self.rounds * sum(self.seconds.values()) / 60
@@ -98,8 +101,10 @@ class Plan:
             ("disk, at its peak", f"{self.disk_bytes / GIB:.1f} GiB{self._students()}"),
             ("device", self.device),
             ("peak memory", self._memory()),
+            *(() if self.prediction is None else self.prediction.lines()),
             *((f"time, {stage}", text) for stage, text in {**minutes, **self._told()}.items()),
             ("time, all", f"{all_minutes:.0f} min {self._where()} (an estimate){self._beside()}"),
+            *([] if self.cost is None else [("cost of the machines", self._cost())]),
             *(("note", caution) for caution in self.cautions),
         ]
 
@@ -126,11 +131,22 @@ class Plan:
         needed = f"{self.memory_bytes / GIB:.1f} GiB"
         if self.device_memory is None:
             return needed
-        room = f"{needed} of {self.device_memory / GIB:.0f} GiB"
+        there = "" if self.prediction is None else f" on each device, while {self.prediction.fullest}"
+        room = f"{needed} of {self.device_memory / GIB:.0f} GiB{there}"
         cures = "teacher.dtype or teacher.quantise, student.lora, machine.checkpointing, machine.teacher_device"
+        if self.prediction is not None and self.prediction.could_divide:
+            cures = f"machine.shard: full, {cures}"
         return room if self.fits else f"{room}: TOO MUCH; it needs {cures}, or a larger device"
 
+    def _cost(self) -> str:
+        """In the currency of the stated price."""
+        alone = sum(self.seconds.values()) - self.seconds["train"]
+        share = alone / max(1e-9, sum(self.seconds.values()))
+        return f"{self.cost:,.2f}, of which {share:.0%} while one device elicits and evaluates"
+
     def _where(self) -> str:
+        if self.prediction is not None:
+            return "there by the stated numbers"
         return "on this machine under its present load" if self.measured else f"on a {self.device} by its data sheet"
 
     def on(self, hardware: Hardware, dtype: torch.dtype) -> Plan:
@@ -145,18 +161,9 @@ class Plan:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()}}
-
-
-def teacher_precision(recipe: Recipe) -> Precision:
-    """How the weights of the recipe's teachers are kept."""
-    settings = recipe.teacher
-    return Precision.named(getattr(settings, "dtype", None), getattr(settings, "quantise", None))
-
-
-def compute_dtype(recipe: Recipe) -> torch.dtype:
-    """The type that the student's passes compute in."""
-    return Precision.named(recipe.train.precision).dtype
+        facts = {key: value for key, value in vars(self).items() if key != "prediction"}
+        told = {} if self.prediction is None else {"prediction": self.prediction.as_dict(), "cost": self.cost}
+        return {**facts, **told, "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()}}
 
 
 def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
@@ -170,34 +177,6 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
 def _elicited(bills: Sequence[Estimate]) -> float:
     """Tokens that a model reads and writes in the steps of elicitation."""
     return sum(bill.tokens + ASKED_TOKENS * bill.requests + SCORED_TOKENS * bill.scores for bill in bills)
-
-
-def _weight_bytes(shape: Shape, precision: Precision) -> float:
-    """A frozen model's weights. Those of quantised layers have a scale for every 32 or so."""
-    dense = precision.dtype.itemsize
-    layer = {"int8": 1.05, "int4": 0.6}.get(precision.quantise or "", dense)
-    return layer * shape.layers * shape.layer_parameters + dense * (shape.embedded_parameters + shape.other_parameters)
-
-
-def _training_bytes(recipe: Recipe, student: Shape) -> float:
-    """Weights, gradients and Adam's two moments in fp32, and the activations of a micro-batch."""
-    settings = recipe.train
-    tokens = recipe.machine.micro_tokens or MICRO_TOKENS
-    activations = student.layers * ACTIVATION_BYTES * math.sqrt(student.layer_parameters)
-    if recipe.machine.checkpointing:  # each layer's input, and the inside of one layer at a time
-        activations = activations / student.layers + 4 * student.layers * student.width
-    if settings.precision is None:
-        activations_bytes = tokens * activations
-        copies = 0.0
-    else:  # the inside of the layers in half the bytes, and a copy of every matrix
-        activations_bytes = tokens * activations / 2
-        copies = 2.0 * student.parameters
-    lora = recipe.student.lora
-    if lora is None:
-        return 16.0 * student.parameters + copies + activations_bytes
-    base = Precision.of_base(lora.base)
-    adapters = lora.rank * student.layers * LORA_WIDTHS * student.width
-    return _weight_bytes(student, base) + 16.0 * adapters + copies + activations_bytes
 
 
 def _kept_bytes(cache: CacheSettings | None, teacher: Shape | None, tokens: int) -> float:
@@ -214,78 +193,9 @@ def _disk_bytes(student: Shape, trainings: int) -> int:
 
 def _memory_bytes(recipe: Recipe, shapes: Shapes, judge: Shape | None, hardware: Hardware) -> int:
     """The teachers, unless they are on a device of their own, and the larger of the training and a judge."""
-    teachers = [shape for shape in (shapes.teacher, *shapes.others) if shape is not None]
-    precision = teacher_precision(recipe)
-    frozen = sum(_weight_bytes(shape, precision) for shape in teachers)
-    if recipe.machine.teacher_device not in (None, recipe.machine.device):
-        frozen = 0.0
-    training_or_judge = max(_training_bytes(recipe, shapes.student), 4 * judge.parameters if judge else 0)
+    training_or_judge = max(training_bytes(recipe, shapes.student), 4 * judge.parameters if judge else 0)
     chunk = 0 if hardware.memory is None else 4 * hardware.memory // 64  # larger ones than on the CPU
-    return int(frozen + training_or_judge + BASE_BYTES + chunk)
-
-
-@dataclass(frozen=True)
-class TextAmounts:
-    """How much text a run has, estimated before it is written: tokens, and the writers' parts of them.
-
-    Args:
-        prompts: training prompts; `prompt_tokens` counts each once for every answer to it.
-        response_tokens: of the training text.
-        answer_tokens: of one answer to a held-out prompt.
-        held_out_tokens: of all held-out prompts with their answers.
-        by_teacher, by_untouched: answers per prompt; `by_all` those of all writers.
-    """
-
-    prompts: int
-    prompt_tokens: int
-    response_tokens: int
-    answer_tokens: int
-    held_out_tokens: int
-    by_teacher: float
-    by_untouched: float
-    by_all: float
-
-    @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
-        lengths: Lengths,
-        bills: Sequence[Estimate],
-    ) -> TextAmounts:
-        training, held_out = prompts
-        fixed = recipe.fixed_writers
-        own = recipe.student_writer
-        count = bills[-1].samples if bills else len(training)
-        answer_tokens = max(1, round(lengths.held_out))
-        answers = [w.fixed_share * (_given(training) if w.by == "corpus" else 1.0) for w in fixed]
-        of_prompt = sum(each * length for each, length in zip(answers, lengths.answers, strict=True))
-        if not fixed and own is not None:
-            of_prompt = own.max_tokens * ANSWER_SHARE
-        by_writer: dict[str, float] = {} if fixed else {"student": 1.0}
-        for writer, each in zip(fixed, answers, strict=True):
-            by_writer[writer.by] = by_writer.get(writer.by, 0.0) + each
-        by_all = sum(by_writer.values())
-        return cls(
-            prompts=count,
-            prompt_tokens=int(lengths.prompt * count * by_all),
-            response_tokens=max(1, int(of_prompt * count)),
-            answer_tokens=answer_tokens,
-            held_out_tokens=int(len(held_out) * (answer_tokens + lengths.prompt)),
-            by_teacher=by_writer.get("teacher", 0.0),
-            by_untouched=sum(by_writer.get(name, 0.0) for name in STUDENTS),
-            by_all=by_all,
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Prompts and responses of the training text."""
-        return self.prompt_tokens + self.response_tokens
-
-
-def _given(prompts: Sequence[Prompt]) -> float:
-    """A corpus's answers to a prompt, on average."""
-    return sum(len(prompt.answers) for prompt in prompts) / max(1, len(prompts)) or 1.0
+    return int(teacher_bytes(recipe, shapes) + training_or_judge + LIBRARY_BYTES + chunk)
 
 
 def make_plan(
@@ -329,7 +239,7 @@ def make_plan(
     elicit = _elicit_flops(recipe, text, shapes, beside, bills=bills)
     requests += sum(bill.requests for bill in bills) + scored
     teacher_tokens += sum(bill.tokens for bill in bills)
-    return Plan(
+    made = Plan(
         requests=requests,
         teacher_tokens=teacher_tokens,
         trained_tokens=int(text.response_tokens * epochs),
@@ -347,7 +257,68 @@ def make_plan(
         unknown=served_time(recipe, requests, teacher_tokens + int(text.prompt_tokens)),
         cautions=training_cautions(recipe, steps, epochs, text.response_tokens),
         judged=None if rewarded is None else rewarded.judged(text.response_tokens / text.prompts),
-    ).on(hardware, compute_dtype(recipe))
+    )
+    if hardware.cluster is None:
+        return made.on(hardware, compute_dtype(recipe))
+    work = _work(recipe, text, shapes, steps=steps, epochs=epochs, rewarded=rewarded)
+    prediction = predict(recipe, terms, shapes, work, hardware=hardware, steps=steps, controls=trainings - 1)
+    return _predicted(made, recipe, shapes, prediction, text=text, hardware=hardware, rewarded=rewarded)
+
+
+def _work(
+    recipe: Recipe, text: TextAmounts, shapes: Shapes, *, steps: int, epochs: float, rewarded: RewardedText | None
+) -> Work:
+    """A step of the student's training."""
+    answers = text.prompts * text.by_all
+    prompt, answer = text.prompt_tokens / answers, text.response_tokens / answers
+    tokens, responses = text.tokens * epochs / steps, text.response_tokens * epochs / steps
+    writer, settings = recipe.student_writer, recipe.rollout
+    if writer is None or (settings is not None and settings.through is not None):
+        return Work(tokens, responses)
+    written = recipe.written_share * responses / answer
+    read, further = written * prompt, 0.0
+    if rewarded is not None:
+        written, read = rewarded.written / steps, rewarded.asked * prompt / steps
+        further = rewarded.reference_flops(shapes.student, prompt, answer) / steps
+    return Work(tokens, responses, written, read, prompt, answer, writer.max_tokens, further)
+
+
+def _predicted(
+    made: Plan,
+    recipe: Recipe,
+    shapes: Shapes,
+    prediction: Prediction,
+    *,
+    text: TextAmounts,
+    hardware: Hardware,
+    rewarded: RewardedText | None,
+) -> Plan:
+    """A plan, whose seconds are still operations, on the machines of a prediction: rank 0 alone does all but train."""
+    own, settings = compute_dtype(recipe), teacher_precision(recipe)
+    seconds = made.on(hardware, own).seconds
+    answers = text.prompts * text.by_all
+    prompt, answer = text.prompt_tokens / answers, text.response_tokens / answers
+    if shapes.teacher is not None and "elicit" in seconds:
+        writing = writing_time(
+            hardware, shapes.teacher, settings, answers=made.teacher_tokens / answer, prompt=prompt, answer=answer
+        )
+        operations = made.seconds["elicit"] / hardware.rate(settings.dtype)
+        seconds["elicit"] = max(operations, writing.seconds)
+    alone = 0.0
+    if shapes.teacher is not None and recipe.teacher.cache is not None:
+        alone += _forward(shapes.teacher, text.tokens) / hardware.rate(settings.dtype)
+    if rewarded is not None:
+        alone += rewarded.judging_flops(shapes.scorers, prompt, answer) / hardware.rate(own)
+    seconds["train"] = prediction.seconds(made.steps, made.trainings - 1) + alone
+    return replace(
+        made,
+        seconds=seconds,
+        device=prediction.cluster.in_words + (", weights divided among all" if prediction.divided else ""),
+        device_memory=prediction.cluster.memory_bytes,
+        memory_bytes=prediction.memory_bytes,
+        measured=False,
+        prediction=prediction,
+    )
 
 
 def _elicit_flops(
@@ -371,17 +342,13 @@ def _train_flops(
     trainings: int,
     rewarded: RewardedText | None,
 ) -> float:
-    """The training of the student and of one control, with what the student writes and what a cache is filled with."""
+    """The training of the student and of its controls, with what the student writes and what a cache is filled with."""
     tokens = int(text.tokens * epochs)
     trained = int(text.response_tokens * epochs)
-    cached = shapes.teacher is not None and recipe.teacher.cache is not None
-    teacher = None
-    if shapes.teacher is not None and not cached and any(term.reads & TEACHER_EVIDENCE for term in terms):
-        teacher = shapes.teacher.joined(shapes.others)
+    teacher = passing_teacher(recipe, terms, shapes)
     flops = step_flops(shapes.student, teacher, tokens, trained)
-    if trainings > 1:
-        flops += step_flops(shapes.student, None, tokens, trained)
-    if cached:  # once, whatever the number of epochs
+    flops += (trainings - 1) * step_flops(shapes.student, None, tokens, trained)
+    if shapes.teacher is not None and recipe.teacher.cache is not None:  # once, whatever the number of epochs
         flops += _forward(shapes.teacher, text.tokens)
     if rewarded is not None:
         prompt, answer = (amount / text.prompts for amount in (text.prompt_tokens, text.response_tokens))

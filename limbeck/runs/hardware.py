@@ -1,4 +1,4 @@
-"""How fast and how large a device is: measured where it is here, from its data sheet where it is not."""
+"""How fast and how large a device is: measured where it is here, from a data sheet or as stated where not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from limbeck.config.cluster import Cluster
 from limbeck.models.placement import CPU, describe
 from limbeck.types import UserError, nearest
 
@@ -24,6 +25,7 @@ class Hardware:
         memory: bytes; None where the process's memory is what counts.
         overhead: how many times longer than its operations a step takes.
         measured: whether the rates are this machine's own.
+        cluster: the machines that it is a device of, where their numbers were stated.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Hardware:
     memory: int | None = None
     overhead: float = CPU_OVERHEAD
     measured: bool = True
+    cluster: Cluster | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
         """Operations a second that a training reaches in this type."""
@@ -70,6 +73,21 @@ def listed(name: str) -> Hardware:
     if name.lower() not in LISTED:
         raise UserError(f"--device-like: no data of {name!r}{nearest(name.lower(), LISTED)}")
     return LISTED[name.lower()]
+
+
+def stated(cluster: Cluster) -> Hardware:
+    """A device of machines by the numbers that are stated for them."""
+    rates = {torch.float32: cluster.tflops.float32 * 1e12}
+    if cluster.tflops.bfloat16 is not None:
+        rates[torch.bfloat16] = cluster.tflops.bfloat16 * 1e12
+    return Hardware(
+        cluster.name,
+        rates,
+        memory=cluster.memory_bytes,
+        overhead=1 / cluster.utilisation,
+        measured=False,
+        cluster=cluster,
+    )
 
 
 def measured(device: torch.device, dtype: torch.dtype = torch.float32) -> Hardware:

@@ -31,7 +31,7 @@ from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
 from limbeck.models.told import Kept
 from limbeck.progress import Reporter
-from limbeck.runs.cost import teacher_precision
+from limbeck.runs.memory import teacher_precision
 from limbeck.runs.named import NamedModels, reader_of
 from limbeck.runs.resolve import Method
 from limbeck.runs.served import scorer_of, served

@@ -24,12 +24,14 @@ from limbeck.models.start import scratch_config
 from limbeck.models.template import prompt_ids, text_ids
 from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.advice import judge_cautions
-from limbeck.runs.cost import Plan, compute_dtype, make_plan
+from limbeck.runs.cost import Plan, make_plan
 from limbeck.runs.fit import fitted
-from limbeck.runs.hardware import Hardware, listed, measured
+from limbeck.runs.hardware import Hardware, listed, measured, stated
 from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of
+from limbeck.runs.memory import compute_dtype
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.shapes import Shape, Shapes
+from limbeck.runs.sharing import check as check_sharing
 from limbeck.types import RecipeError, UserError
 
 
@@ -41,14 +43,15 @@ def check(recipe: Recipe, device_like: str | None = None) -> Plan:
 
     Raises:
         RecipeError: an impossible combination, with its place in the recipe.
-        UserError: a device that is not here, or prompts that fit no context and no template.
+        UserError: a device that is not here, hardware that is named twice, or prompts that fit no context and no
+            template.
     """
     return check_method(resolve(recipe), device_like)
 
 
 def check_method(method: Method, device_like: str | None = None, folder: Path | None = None) -> Plan:
     """`check` for a recipe that is resolved already; answers that the run's folder holds tell how long answers are."""
-    hardware = None if device_like is None else listed(device_like)
+    hardware = _hardware(method.recipe, device_like)
     store = None if folder is None else folder / "store.sqlite"
     estimate = plan(method, hardware, store)
     if is_ready(method.recipe.speaker):  # a model that isn't here yet is looked at by the run
@@ -56,6 +59,18 @@ def check_method(method: Method, device_like: str | None = None, folder: Path | 
         estimate = estimate if fitting is method else plan(fitting, hardware, store)
         method = fitting
     return replace(estimate, notes=method.prompt_notes)
+
+
+def _hardware(recipe: Recipe, device_like: str | None) -> Hardware | None:
+    """The hardware to estimate for, if it is named and need not be here."""
+    cluster = recipe.machine.cluster
+    if cluster is None:
+        return None if device_like is None else listed(device_like)
+    if device_like is not None:
+        raise UserError("--device-like and machine.cluster each name hardware to estimate for: leave one of them out")
+    if cluster.devices > 1:
+        check_sharing(recipe)
+    return stated(cluster)
 
 
 def plan(method: Method, hardware: Hardware | None = None, store: Path | None = None) -> Plan:

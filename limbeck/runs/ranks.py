@@ -6,23 +6,21 @@ the text, the start, the checkpoints), and share each step's work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from limbeck.config import ranks
 from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe, load_recipe
-from limbeck.config.teacher import LocalTeacher, ServedTeacher
-from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.progress import Reporter, Silent
 from limbeck.runs import pipeline, rounds
 from limbeck.runs.fit import fitted
 from limbeck.runs.opening import take_sizes
 from limbeck.runs.resolve import resolve
+from limbeck.runs.sharing import check
 from limbeck.training import distributed, loop, sharded
 from limbeck.training.company import Company
-from limbeck.types import RecipeError
 
 
 def run(
@@ -67,45 +65,3 @@ def take_part(turn: dict[str, Any], machine: Machine, stop: Callable[[], bool]) 
     distributed.wait()
     if loop.train(job, stop=stop):
         sharded.plain(job.net, lambda: job.net)
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse what several ranks can't do, before anything is spent.
-
-    Raises:
-        RecipeError: with the place in the recipe and what to write instead.
-    """
-    served = isinstance(recipe.teacher, ServedTeacher) and recipe.teacher.cache is None
-    if served and any(term.loss.spans_responses and term.reads & TEACHER_EVIDENCE for term in resolve(recipe).terms):
-        raise RecipeError(
-            "teacher.server",
-            "with several ranks each would ask the server about every answer: run it on one, or choose a loss that is"
-            " no policy gradient on the teacher",
-        )
-    if recipe.machine.shard == "full":
-        for path, what in _undivided(recipe):
-            raise RecipeError(
-                path, f"{what} under machine.shard: full; leave that out: each rank holds all weights then"
-            )
-
-
-def _undivided(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What needs whole weights: (place, words)."""
-    if recipe.student_writer is not None:
-        yield "writer", "the student can't write while it trains"
-    if recipe.student.scores:
-        yield "student.head", "reward models are not trained"
-    if recipe.student.lora is not None and recipe.student.lora.base in ("int8", "int4"):
-        yield "student.lora.base", f"{recipe.student.lora.base} weights can't be divided"
-    terms = resolve(recipe).terms
-    for term in terms:
-        if term.loss.binds:
-            yield f"loss.{term.label}", "losses with parameters of their own or on inner layers can't be trained"
-    reads = {evidence for term in terms for evidence in term.reads} & TEACHER_EVIDENCE
-    teacher = recipe.teacher
-    if not reads or teacher.cache is not None or (isinstance(teacher, ServedTeacher) and teacher.gives_states):
-        return
-    if not isinstance(teacher, LocalTeacher):
-        yield "teacher", "only one teacher with weights of its own in process, hidden states or a cache can be asked"
-    elif teacher.quantise is not None:
-        yield "teacher.quantise", f"{teacher.quantise} weights can't be divided"

@@ -39,10 +39,19 @@ class RewardedText:
             scorers: the reward models.
             prompt, answer: tokens of one, on average.
         """
-        read, said = int(self.written * (prompt + answer)), int(self.written * answer)
+        said = int(self.written * answer)
         flops = 1.5 * forward_flops(student, int(self.asked * prompt) + 2 * said, 2 * said)
-        flops += sum(forward_flops(scorer, read, 0) for scorer in scorers)
-        return flops + (forward_flops(student, read, said) if self.reference else 0.0)
+        return flops + self.judging_flops(scorers, prompt, answer) + self.reference_flops(student, prompt, answer)
+
+    def judging_flops(self, scorers: Sequence[Shape], prompt: float, answer: float) -> float:
+        """Of the reward models."""
+        read = int(self.written * (prompt + answer))
+        return sum(forward_flops(scorer, read, 0) for scorer in scorers)
+
+    def reference_flops(self, student: Shape, prompt: float, answer: float) -> float:
+        """Of the student before training."""
+        read, said = int(self.written * (prompt + answer)), int(self.written * answer)
+        return forward_flops(student, read, said) if self.reference else 0.0
 
 
 def rewarded_text(recipe: Recipe, terms: Sequence[Term], steps: int) -> RewardedText | None:

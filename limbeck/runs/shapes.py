@@ -15,7 +15,7 @@ from limbeck.models.weights import empty_model, layer_list, text_config
 class Shape:
     """The sizes of a decoder that determine its costs. `used_share` is the part of its layers' weights that a token
     passes through: less than 1 in a mixture of experts. `other_parameters` are outside of layers, embeddings and head,
-    such as what reads images."""
+    such as what reads images; `layer_vectors` are those of a layer's weights that are in no matrix (norms, biases)."""
 
     layers: int
     layer_parameters: int
@@ -27,6 +27,7 @@ class Shape:
     tied: bool = True
     used_share: float = 1.0
     other_parameters: int = 0
+    layer_vectors: int = 0
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -58,6 +59,7 @@ class Shape:
             tied=tied,
             used_share=_used_share(layers, text, inside),
             other_parameters=max(0, sum(parameter.numel() for parameter in net.parameters()) - inside - embedded),
+            layer_vectors=sum(p.numel() for p in layers.parameters() if p.dim() < 2) // len(layers),
         )
 
     @property

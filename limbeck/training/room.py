@@ -62,12 +62,17 @@ class Room:
 
 
 def _derived(net: PreTrainedModel) -> int | None:
-    """What should fit: half of what is free once gradients and moments are there. None on the CPU, and where the device
-    does not say what is free."""
+    """What should fit. None on the CPU, and where the device does not say what is free."""
     free = free_bytes(net.device)
     if free is None:
         return None
     config: Any = net.config.get_text_config()
     trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
-    per_token = ACTIVATION_BYTES * config.num_hidden_layers * config.hidden_size * 4
+    return tokens_within(free, trained, layers=config.num_hidden_layers, width=config.hidden_size)
+
+
+def tokens_within(free: int, trained: int, *, layers: int, width: int) -> int:
+    """How many tokens should fit where so many bytes are free: in half of them, once there are gradients and moments of
+    the trained parameters."""
+    per_token = ACTIVATION_BYTES * layers * width * 4
     return int(min(LARGEST, max(1024, (free - 12 * trained) / 2 / per_token)))

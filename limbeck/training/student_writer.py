@@ -211,17 +211,23 @@ def _writer_of(
             server.sync(student.net, student.tokenizer)
             server.probe(student.net, slots[0].prompt_ids)
         return partial(_ask_server, student, server, writing.stop)
-    dtype = settings.dtype
-    if dtype is None and not _spanning(job.terms):
-        dtype = writing.recipe.train.precision
+    dtype = writing_dtype(writing.recipe, job.terms)
     asker = _InProcess(
         student,
         rows=settings.rows,
         second=None if settings.joint is None else SecondModel(writing.second_model().net, joint(settings.joint)),
-        copy=None if dtype in (None, "float32") else Copy(student.net, getattr(torch, dtype)),
+        copy=None if dtype is None else Copy(student.net, dtype),
         stop=writing.stop,
     )
     return asker.ask
+
+
+def writing_dtype(recipe: Recipe, terms: Sequence[Term]) -> torch.dtype | None:
+    """The type of the copy of the student that writes; None where its own weights do."""
+    named = None if recipe.rollout is None else recipe.rollout.dtype
+    if named is None and not _spanning(terms):
+        named = recipe.train.precision
+    return None if named in (None, "float32") else getattr(torch, named)
 
 
 def joint(settings: JointSettings) -> Joint:

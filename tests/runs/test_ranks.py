@@ -10,7 +10,7 @@ from limbeck.commands.ranks import one_process, start, without_ranks
 from limbeck.config import ranks as environment
 from limbeck.config.recipe import parse
 from limbeck.models.placement import find_device
-from limbeck.runs import ranks
+from limbeck.runs import sharing
 from limbeck.types import RecipeError, UserError
 
 STUDENT = [{"by": "student", "max_tokens": 8}]
@@ -41,22 +41,22 @@ def test_what_divided_weights_can_not_do_is_refused(recipe_data, changes, place)
     if changes.get("student", {}).get("start") == "teacher":
         changes["student"]["start"] = {"pretrained": source}
     recipe_data |= changes
-    ranks.check(parse(recipe_data))
+    sharing.check(parse(recipe_data))
     with pytest.raises(RecipeError, match=r"machine\.shard: full") as refused:
-        ranks.check(parse(recipe_data | {"machine": {"shard": "full"}}))
+        sharing.check(parse(recipe_data | {"machine": {"shard": "full"}}))
     assert refused.value.path == place
 
 
 def test_what_divided_weights_can_do_is_not(recipe_data):
     machine = {"shard": "full", "checkpointing": True, "timeout": 60}
-    ranks.check(parse(recipe_data | {"machine": machine}))
+    sharing.check(parse(recipe_data | {"machine": machine}))
     text = recipe_data | {"loss": ["cross_entropy"], "machine": machine}
-    ranks.check(parse(text | {"teacher": {"model": recipe_data["teacher"], "quantise": "int8"}}))
+    sharing.check(parse(text | {"teacher": {"model": recipe_data["teacher"], "quantise": "int8"}}))
     cached = {"model": recipe_data["teacher"], "quantise": "int8", "cache": {"top_k": {"k": 8}}}
-    ranks.check(parse(recipe_data | {"teacher": cached, "machine": machine}))
+    sharing.check(parse(recipe_data | {"teacher": cached, "machine": machine}))
     elsewhere = {"server": {"url": "http://127.0.0.1:1/v1", "name": "toy", "kind": "states"}}
     student = {"start": {"pretrained": recipe_data["teacher"]}}
-    ranks.check(parse(recipe_data | {"teacher": elsewhere, "student": student, "machine": machine}))
+    sharing.check(parse(recipe_data | {"teacher": elsewhere, "student": student, "machine": machine}))
 
 
 def test_where_the_machine_runs_changes_no_hash(recipe_data):
