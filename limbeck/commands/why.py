@@ -32,11 +32,14 @@ def why(
     text."""
     from limbeck.config.recipe import load_recipe
     from limbeck.runs.why import KEY, why_key, why_run
+    from limbeck.storage.files import read_from
 
     folder = Path(what).expanduser()
     if folder.is_dir():
         source = recipe or (str(folder / "recipe.yaml") if set_ else None)
-        result = why_run(folder, None if source is None else load_recipe(source, set_ or ()))
+        now = None if source is None else load_recipe(source, set_ or ())
+        with read_from(folder):
+            result = why_run(folder, now)
     elif KEY.fullmatch(what):
         result = why_key(what, [run] if run is not None else sorted(Path("runs").glob("*")))
     else:
