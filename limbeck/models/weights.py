@@ -118,9 +118,6 @@ def check_config(config: Any, source: str) -> None:
                 f"{source}: its config.json has {name} {printable(repr(value))}, which must be a whole number from 1 to"
                 f" {most:,}: copy it again, or undo what was edited"
             )
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None and not isinstance(quantised, dict) and not hasattr(quantised, "to_dict"):
-        raise UserError(f"{source}: its config.json has a quantization_config that is no object: copy it again")
 
 
 def context_length(config: Any) -> int:

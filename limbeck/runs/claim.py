@@ -13,7 +13,7 @@ from limbeck.config.older import FORMAT, FORMAT_NAME, INPUTS, filled
 from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.config.yaml_text import load_yaml
 from limbeck.models.fingerprint import NAMING, names_by_edges
-from limbeck.storage.evaluation import write_summary
+from limbeck.storage.evaluation import check_records, write_summary
 from limbeck.storage.files import content_of, is_leftover, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import NAME, RecipeError, UserError, content_hash
@@ -175,4 +175,5 @@ def _forget_summary(folder: Path, recipe: Recipe, earlier: Recipe | None, same_q
     if earlier is None or earlier.evaluation_hash != recipe.evaluation_hash or not same_questions:
         file.unlink()
     else:
+        check_records(file.parent)
         write_summary(file.parent, summary | {"recipe": recipe.hash})

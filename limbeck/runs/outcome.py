@@ -10,7 +10,7 @@ from typing import Any
 from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.config.yaml_text import read_yaml
 from limbeck.report.page import write_report
-from limbeck.storage.evaluation import SUMMARY, write_summary
+from limbeck.storage.evaluation import SUMMARY, check_records, write_summary
 from limbeck.storage.files import link_or_copy, new_directory, sweep, write_text
 from limbeck.storage.manifest import MANIFEST
 from limbeck.storage.metrics_log import read_json
@@ -29,6 +29,7 @@ def publish(folder: Path, recipe: Recipe, kept: int, *, page: bool) -> None:
     summary = read_json(home / "evaluation" / "summary.json")
     if summary is None:
         return
+    check_records(home / "evaluation")
     (folder / "evaluation").mkdir(exist_ok=True)
     sweep(folder / "evaluation")
     for file in (home / "evaluation").iterdir():

@@ -196,7 +196,6 @@ def test_what_is_no_file_is_not_opened(make, name, folder):
         ("hidden_size", 0),
         ("vocab_size", -1),
         ("max_position_embeddings", 2**70),
-        ("quantization_config", 7),
     ],
 )
 def test_a_configuration_that_no_model_has_is_refused(name, value, folder):
