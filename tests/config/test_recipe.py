@@ -202,3 +202,9 @@ def test_a_boolean_is_no_number(setting):
 
 def test_a_boolean_is_a_boolean():
     assert load_recipe("quickstart", ["evaluate.speeds=true"]).evaluate.speeds is None
+
+
+def test_a_task_has_one_limit(recipe_data):
+    recipe_data["evaluate"] = [{"everyday": {"limit": 3}}, {"everyday": {"limit": 4}}]
+    with pytest.raises(RecipeError, match=r"evaluate\.metrics\[1\]: everyday has two limits"):
+        parse(recipe_data)

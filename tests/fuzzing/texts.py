@@ -87,8 +87,21 @@ class Recipes:
         whole["teacher"] = teacher_data(whole["teacher"])
         if recipe.models:
             whole["models"] = {name: teacher_data(model) for name, model in whole["models"].items()}
+        if "evaluate" in whole:
+            whole["evaluate"] = _short_forms(whole["evaluate"])
         again = parse(recipe.resolved()).hash == recipe.hash
         return _lost(whole, read, "") or (None if again else "its resolved form is another recipe")
+
+
+def _short_forms(evaluate):
+    """What `evaluate` says, with limits apart from the names of tasks, and without a default that is written out."""
+    names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in evaluate.get("metrics", [])]
+    limits = {
+        name: entry[name]["limit"] for entry in evaluate.get("metrics", []) if isinstance(entry, dict) for name in entry
+    }
+    said = {"metrics": names} if "metrics" in evaluate else {}
+    said |= {"limits": limits | (evaluate.get("limits") or {})} if limits else {}
+    return {key: value for key, value in (evaluate | said).items() if (key, value) != ("speeds", True)}
 
 
 def _misread(node, value, path):
