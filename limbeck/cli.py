@@ -3,7 +3,6 @@ recipe before anything heavy is imported, so that a mistake in it does."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -190,9 +189,9 @@ def compare(
         folder = compare_recipes(
             loaded, out, like=common, seeds=seeds, base=base, keep=keep, reporter=reporter, stop=stop
         )
-    from limbeck.report.verdict import compare_verdict
+    from limbeck.report.page import compare_verdict, read_comparison
 
-    verdict = compare_verdict(json.loads((folder / "comparison.json").read_text()))
+    verdict = compare_verdict(read_comparison(folder))
     result = {"comparison": str(folder), "verdict": verdict, "report": str(folder / "report.html")}
     printing.print_result(result, json_)
 

@@ -12,7 +12,8 @@ from limbeck.cli import main
 
 def called(*arguments: object) -> tuple[int, str]:
     """(exit status, what was printed)"""
-    printed = io.StringIO()
+    content = io.BytesIO()
+    printed = io.TextIOWrapper(content, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
     before, handler = sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = ["limbeck", *map(str, arguments)]
     try:
@@ -25,4 +26,4 @@ def called(*arguments: object) -> tuple[int, str]:
     finally:
         sys.argv = before
         signal.signal(signal.SIGINT, handler)
-    return status, printed.getvalue()
+    return status, content.getvalue().decode(errors="replace")

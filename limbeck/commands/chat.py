@@ -15,6 +15,7 @@ from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
 from limbeck.models.placement import Placement, find_device
+from limbeck.storage.files import read_from
 from limbeck.storage.rounds import kept_round
 from limbeck.types import Sampling, UserError
 
@@ -29,10 +30,12 @@ def converse(folder: Path, max_tokens: int, temperature: float, device: str = "a
         raise UserError(f"there is no run folder {folder}")
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} has no finished student: run `limbeck run RECIPE --out {folder}` first")
-    recipe = read_yaml(kept_round(folder) / "recipe.yaml")
-    settings = {"model": recipe["teacher"]} if isinstance(recipe["teacher"], str) else recipe["teacher"]
-    teacher = settings.get("model")
-    template = settings.get("template")
+    file = kept_round(folder) / "recipe.yaml"
+    with read_from(file):
+        named = read_yaml(file)["teacher"]
+        settings = {"model": named} if isinstance(named, str) else named
+        teacher = settings.get("model")
+        template = settings.get("template")
     place = Placement(find_device(device))
     speakers = {}
     if teacher:  # one behind a server is not asked

@@ -20,6 +20,7 @@ from limbeck.types import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
 USER_ERROR = 2
+LONGEST_MESSAGE = 4000  # characters
 STOPPED = "stopped; finished work is kept, run it again to go on"
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -151,15 +152,11 @@ def error_messages() -> Iterator[None]:
         yield
     except UserError as error:
         raise _exit_with(str(error)) from error
-    except (OSError, sqlite3.OperationalError) as error:
-        reason = _no_room(error)
-        if isinstance(error, PermissionError):
-            reason = f"no permission to write {error.filename}"
+    except (OSError, sqlite3.DatabaseError) as error:
+        reason = _unusable(error)
         if reason is None:
             raise
-        raise _exit_with(
-            f"{reason}; finished work is kept: make room and run it again, or choose another --out"
-        ) from error
+        raise _exit_with(reason) from error
     except (RuntimeError, MemoryError) as error:
         from limbeck.models.placement import is_out_of_memory
 
@@ -177,13 +174,36 @@ def _interrupted(*_: object) -> None:
     raise UserError(STOPPED)
 
 
+def _unusable(error: OSError | sqlite3.DatabaseError) -> str | None:
+    """Which file or store can't be used, and what helps; None where the error names none."""
+    if (reason := _no_room(error)) is not None:
+        return f"{reason}; finished work is kept: make room and run it again, or choose another --out"
+    if isinstance(error, sqlite3.DatabaseError):
+        return (
+            f"a store of answers (store.sqlite of a run folder, or the one that runs share) can't be used ({error}):"
+            " wait if another process holds it, else take a copy of it from before, or move it away"
+        )
+    if error.filename is None:
+        return None
+    words = "no permission to read or write it" if isinstance(error, PermissionError) else error.strerror
+    return f"{error.filename}: {words}; put it right, or name another file or --out; finished work is kept"
+
+
 def _no_room(error: Exception) -> str | None:
     if "disk is full" in str(error):  # SQLite's message, which comes without an errno
         return NO_ROOM[errno.ENOSPC]
     return NO_ROOM.get(getattr(error, "errno", 0) or 0)
 
 
+def one_line(message: str) -> str:
+    """A message as one line of bounded length that a terminal can show, whatever it quotes."""
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[: LONGEST_MESSAGE // 2]} [...] {message[-LONGEST_MESSAGE // 4 :]}"
+    lines = (line.strip() for line in message.splitlines())
+    return "".join(letter if letter.isprintable() else " " for letter in " ".join(filter(None, lines)))
+
+
 def _exit_with(message: str) -> SystemExit:
     err.print("[bold red]limbeck:[/bold red] ", end="")
-    err.print(message, markup=False)
+    err.print(one_line(message), markup=False)
     return SystemExit(USER_ERROR)

@@ -43,6 +43,7 @@ LEAST_TOKENS = 16
 TIMES_BETTER = 2
 LEAST_FIT = 0.1
 PADDING = -1e9  # the log-probability of an unused place: JSON has no infinity
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, StopIteration)
 Named = list[tuple[int, float]]  # (token id, log-probability) of the tokens named at one position
 Columns = dict[str, list[Any]]
 
@@ -163,14 +164,14 @@ def _read_lines(file: Path) -> Iterator[tuple[str, list[int], list[Named | None]
     """Yield (place for error messages, token ids, tokens named at each) for every line."""
     if not file.is_file():
         raise UserError(f"there is no file {file}")
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{file}, line {number}"
             try:
                 data = json.loads(line)
                 ids = [int(token) for token in data.get("input_ids") or data["prompt_token_ids"]]
                 named = next(read(data, len(ids)) for column, read in FORMATS.items() if column in data)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+            except MALFORMED as error:
                 raise UserError(
                     f"{place} has none of the known formats ({type(error).__name__}: {error}): give input_ids with"
                     " prompt_logprobs, with target_token_ids and target_logprobs, or with logprobs"

@@ -30,18 +30,20 @@ def report(
     from limbeck.report.page import is_comparison, verdict_of, write_report
     from limbeck.report.prices import Prices, state_prices
     from limbeck.report.table import compare_markdown, markdown
+    from limbeck.storage.files import read_from
     from limbeck.types import UserError
 
     if json_ + csv + table > 1:
         raise UserError("give one of --json, --csv and --table")
     results = read_results(run_folder)
     state_prices(run_folder, Prices(price_teacher_in, price_teacher_out, price_hour))
-    if csv:
-        typer.echo(as_csv(run_folder).encode(errors="replace"), nl=False)
-    elif table:
-        text = compare_markdown(results) if is_comparison(run_folder) else markdown(results)
-        console.out.print(text, markup=False, end="")
-    else:
-        file = write_report(run_folder)
-        found: dict[str, Any] = {"report": str(file), **as_data(run_folder)} if json_ else {}
-        printing.print_result(found or {"verdict": verdict_of(run_folder, results), "report": str(file)}, json_)
+    with read_from(run_folder):
+        if csv:
+            typer.echo(as_csv(run_folder).encode(errors="replace"), nl=False)
+        elif table:
+            text = compare_markdown(results) if is_comparison(run_folder) else markdown(results)
+            console.out.print(text, markup=False, end="")
+        else:
+            file = write_report(run_folder)
+            found: dict[str, Any] = {"report": str(file), **as_data(run_folder)} if json_ else {}
+            printing.print_result(found or {"verdict": verdict_of(run_folder, results), "report": str(file)}, json_)

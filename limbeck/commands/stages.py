@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,9 +46,9 @@ def run_stages(
         return
     result: dict[str, Any] = {"run": str(folder)}
     if "report" in stages:
-        from limbeck.report.page import verdict_of
+        from limbeck.report.page import read_summary, verdict_of
 
-        summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+        summary = read_summary(folder)
         result |= {"verdict": verdict_of(folder, summary), "report": str(folder / "report.html")}
     print_result(result, as_json)
 

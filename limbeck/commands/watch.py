@@ -23,6 +23,7 @@ from rich.table import Table as ConsoleTable
 from rich.text import Text
 
 from limbeck.config.yaml_text import read_yaml
+from limbeck.storage.files import read_from
 from limbeck.storage.metrics_log import (
     Metrics,
     Record,
@@ -312,12 +313,14 @@ def watch(folder: Path, screen: Console, once: bool = False) -> None:
         UserError: there is no such folder, or no run in it.
     """
     watcher = Watcher(folder)
-    if once or not screen.is_terminal:
-        screen.print(draw(watcher.look()))
-        return
-    with _interrupt() as interrupted, Live(draw(watcher.look()), console=screen, auto_refresh=False) as live:
-        while not interrupted.wait(SECONDS_BETWEEN):
-            live.update(draw(watcher.look()), refresh=True)
+    with read_from(folder):
+        first = draw(watcher.look())
+        if once or not screen.is_terminal:
+            screen.print(first)
+            return
+        with _interrupt() as interrupted, Live(first, console=screen, auto_refresh=False) as live:
+            while not interrupted.wait(SECONDS_BETWEEN):
+                live.update(draw(watcher.look()), refresh=True)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import typer
 
 from limbeck.commands import console, printing
 from limbeck.commands.options import ScaleOption, SetOption
-from limbeck.storage.files import user_path
+from limbeck.storage.files import read_from, user_path
 from limbeck.types import UserError, printable
 
 
@@ -36,7 +36,9 @@ def why(
     folder = user_path(what)
     if folder.is_dir():
         source = recipe or (str(folder / "recipe.yaml") if set_ or scale is not None else None)
-        result = why_run(folder, None if source is None else load_recipe(source, set_, scale=scale))
+        now = None if source is None else load_recipe(source, set_, scale=scale)
+        with read_from(folder):
+            result = why_run(folder, now)
     elif KEY.fullmatch(what):
         result = why_key(what, [run] if run is not None else sorted(Path("runs").glob("*")))
     else:

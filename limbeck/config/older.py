@@ -23,7 +23,7 @@ def format_of(folder: Path) -> int:
     """The format that a run folder names; 0 for one that names none."""
     try:
         return int(json.loads((folder / INPUTS).read_text(encoding="utf-8")).get(FORMAT_NAME, 0))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return 0
 
 

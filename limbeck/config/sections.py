@@ -344,6 +344,8 @@ class Evaluate(Section):
         for place, entry in enumerate(data["metrics"]):
             if isinstance(entry, dict):
                 entry, limit = _limited(entry, f"evaluate.metrics[{place}]")
+                if limits.get(entry, limit) != limit:
+                    raise RecipeError(f"evaluate.metrics[{place}]", f"{entry} has two limits; leave one out")
                 limits |= {entry: limit}
             names.append(entry)
         if not limits:

@@ -88,6 +88,8 @@ def read_yaml(file: Path) -> Any:
     Raises:
         UserError: it can't be read as one; the message names the file and the place.
     """
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is no file (but a folder, a pipe or a device): put it right")
     try:
         return load_yaml(file.read_text(encoding="utf-8"))
     except ValueError as error:  # bytes that are no UTF-8, too

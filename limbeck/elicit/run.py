@@ -7,7 +7,6 @@ elicitation is read back.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from limbeck.elicit.flow import Pool, Reader, Show, StepContext, Tally, answer_o
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import ElicitStep
 from limbeck.elicit.step_prompt import StepPrompt
-from limbeck.storage.files import read_jsonl, write_json, write_text
+from limbeck.storage.files import read_from, read_jsonl, read_object, write_json, write_text
 from limbeck.types import STUDENTS, AnswerForm, Message, NothingLeftError, Sample, canonical_json, content_hash
 
 POOL = "elicited.jsonl"
@@ -102,9 +101,10 @@ class Elicitation:
         if not account.exists():
             return None
         older = self._key([self.source.training_prompts, self.source.held_out_prompts])
-        if json.loads(account.read_text()).get("key") not in (self.key, older):
-            return None
-        return [_sample(record) for record in read_jsonl(self.folder / POOL)]
+        with read_from(self.folder):
+            if read_object(account).get("key") not in (self.key, older):
+                return None
+            return [_sample(record) for record in read_jsonl(self.folder / POOL)]
 
     def run(
         self,
@@ -123,7 +123,7 @@ class Elicitation:
         """
         if (finished := self.finished()) is not None:
             if not finished:
-                raise self._nothing_left(json.loads((self.folder / ACCOUNT).read_text())["steps"])
+                raise self._nothing_left(read_object(self.folder / ACCOUNT)["steps"])
             return finished
         pool = given = [prompt_sample(prompt) for prompt in self.source.training_prompts]
         tallies = []

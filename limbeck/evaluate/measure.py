@@ -9,7 +9,6 @@ way), `answers-SYSTEM.jsonl`, `task-TASK+SYSTEM.jsonl`, `efficiency-SYSTEM.json`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -39,11 +38,12 @@ from limbeck.evaluate.tasks import run_task, run_task_by_text
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.storage.files import read_jsonl, write_json, write_text
+from limbeck.storage.files import read_from, read_jsonl, read_object, write_json, write_text
 from limbeck.types import Sample, Sampling, canonical_json, content_hash
 
 SIZES = ("layers", "parameters", "bytes")
 OWN_FACTS = ("tokens", "text", "finished", "repetition")
+AGAIN = "remove it, and `limbeck evaluate` measures it again"
 # a server's answers to (prompt, seed), in their order
 AskServer = Callable[[Sequence[PromptDraw], Sampling], Sequence[Sample]]
 T = TypeVar("T")
@@ -137,7 +137,7 @@ class Bench:
         """The records of a file, which is written once."""
         if not (self.folder / name).exists():
             write_text(self.folder / name, _lines([vars(record) for record in make()]))
-        return [kind(**record) for record in read_jsonl(self.folder / name)]
+        return _read(self.folder / name, lambda record: kind(**record))
 
     def _fidelity(self, name: str, model: Callable[[], Model], lens: bool) -> list[ItemFidelity]:
         file = self.folder / f"fidelity-{name}.jsonl"
@@ -151,7 +151,7 @@ class Bench:
                 ]
                 write_text(self.folder / "lens.jsonl", _lines(records))
             write_text(file, _lines([_record(item) for item in items]))
-        return [_item(record) for record in read_jsonl(file)]
+        return _read(file, _item)
 
     def _own(
         self, name: str, model: Callable[[], Model], lens: bool
@@ -180,8 +180,7 @@ class Bench:
                 for row, (text, finished) in zip(rows, texts, strict=True)
             ]
             write_text(file, _lines([_record(item) | extra for item, extra in zip(items, facts, strict=True)]))
-        records = read_jsonl(file)
-        return [_item(record) for record in records], [{key: record[key] for key in OWN_FACTS} for record in records]
+        return _read(file, _item), _read(file, lambda record: {key: record[key] for key in OWN_FACTS})
 
     def _free(self, name: str, model: Callable[[], Model]) -> list[ItemFidelity]:
         """Distance from the teacher on the teacher's own text at temperature 1: what a system's own text is held
@@ -201,7 +200,7 @@ class Bench:
                 model(), self.free, (), partial(self._report_progress, f"{name} on the teacher's free text")
             )
             write_text(file, _lines([_record(item) for item in items]))
-        return [_item(record) for record in read_jsonl(file)]
+        return _read(file, _item)
 
     def _write(self, name: str, system: Model) -> list[Row]:
         """The system's own answers to the first held-out prompts, in the ids that were drawn."""
@@ -259,7 +258,7 @@ class Bench:
         file = self.folder / f"efficiency-{name}.json"
         if not file.exists():
             write_json(file, sizes(model()))
-        return {key: value for key, value in json.loads(file.read_text()).items() if key in SIZES}
+        return {key: value for key, value in read_object(file, AGAIN).items() if key in SIZES}
 
     def timed(self, systems: dict[str, list[SystemRecords]], *, measure: bool) -> dict[str, list[SystemRecords]]:
         """The systems with their speeds, measured in turns once all else is measured; without `measure`, those that
@@ -281,7 +280,7 @@ class Bench:
             by_name, seen = time_in_turns({name: self.loads[name] for name in first.values()}, middle)
             self.progress(1, 1, "speeds, in turns")
             write_json(file, {"shapes": {shapes[name]: speeds for name, speeds in by_name.items()}, "machine": seen})
-        measured = json.loads(file.read_text())["shapes"] if file.exists() else {}
+        measured = read_object(file, AGAIN)["shapes"] if file.exists() else {}
         return {
             name: [replace(one, efficiency=one.efficiency | measured.get(shapes[one.name], {})) for one in seeds]
             for name, seeds in systems.items()
@@ -290,7 +289,13 @@ class Bench:
     def speeds(self) -> dict[str, Any]:
         """How the speeds were measured, and how busy the machine was; empty if they were not."""
         file = self.folder / "speeds.json"
-        return dict(json.loads(file.read_text())["machine"]) if file.exists() else {}
+        return dict(read_object(file, AGAIN)["machine"]) if file.exists() else {}
+
+
+def _read(file: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
+    """What `make` makes of the records of a file."""
+    with read_from(file):
+        return [make(record) for record in read_jsonl(file)]
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:

@@ -9,7 +9,6 @@ Files: `task-preference+SYSTEM.jsonl`, every prompt with its scores; `preference
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,9 @@ from limbeck.evaluate.summary import summarise
 from limbeck.evaluate.task import GreedyAnswers, Task, TaskKind
 from limbeck.models.model import Model
 from limbeck.models.scores import Conversation, load_scorer, scores_of
-from limbeck.storage.files import read_jsonl, write_json, write_text
+from limbeck.storage.evaluation import open_records
+from limbeck.storage.evaluation import write_summary as write_sealed
+from limbeck.storage.files import read_from, read_jsonl, read_object, write_json, write_text
 from limbeck.types import PROBABILITY, UserError, canonical_json, content_hash
 
 PREFERENCE = "preference"
@@ -126,6 +127,7 @@ class PreferenceBench:
         """Measure the student's folder, its start and the rule of length, into `summary.json`."""
         task = self.task()
         devices = self.questions.devices
+        open_records(self.folder)
         self.claim(task)
         systems = {
             "untouched": self.measure("untouched", start, task),
@@ -170,7 +172,7 @@ class PreferenceBench:
         file = self.folder / f"efficiency-{name}.json"
         if not file.exists():
             write_json(file, sizes(model()))
-        return _records(name, results, json.loads(file.read_text()))
+        return _records(name, results, read_object(file))
 
     def longer(self, reader: Callable[[], Model], task: Task) -> SystemRecords:
         """The rule that prefers the answer of more tokens."""
@@ -185,7 +187,7 @@ class PreferenceBench:
         """Remove records of other questions."""
         file = self.folder / "preference.json"
         key = content_hash([prompt.facts for prompt in task.items])
-        if not file.exists() or json.loads(file.read_text()).get("questions") != key:
+        if not file.exists() or read_object(file).get("questions") != key:
             for old in (*self.folder.glob(f"task-{PREFERENCE}+*.jsonl"), *self.folder.glob("efficiency-*.json")):
                 old.unlink()
             write_json(file, {"questions": key})
@@ -194,7 +196,8 @@ class PreferenceBench:
         file = self.folder / f"task-{PREFERENCE}+{name}.jsonl"
         if not file.exists():
             write_text(file, "".join(canonical_json(vars(record)) + "\n" for record in make()))
-        return [ItemResult(**record) for record in read_jsonl(file)]
+        with read_from(file):
+            return [ItemResult(**record) for record in read_jsonl(file)]
 
     def write_summary(
         self, systems: Mapping[str, SystemRecords], task: Task, *, steps: int | None, machine: Mapping[str, Any]
@@ -222,7 +225,7 @@ class PreferenceBench:
             "worst": _worst(task, systems["student"]),
         }
         summary["warnings"] = _warnings(summary)
-        write_json(self.folder / "summary.json", summary)
+        write_sealed(self.folder, summary)
         return summary
 
 

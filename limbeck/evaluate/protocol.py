@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.verify import VERSION
 from limbeck.evaluate.items import Item
 from limbeck.evaluate.task import Task
-from limbeck.storage.files import write_json
+from limbeck.storage.files import read_object, write_json
 from limbeck.types import content_hash
 
 SHOWN = 24
@@ -81,7 +80,7 @@ def claim(folder: Path, protocol: EvaluationProtocol) -> list[str]:
     """Remove the folder's records that answer other questions, and return which parts of the evaluation they were of; a
     kill in between leaves the rest to the next call."""
     file = folder / "protocol.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = read_object(file, "remove it, and all is measured again") if file.exists() else {}
     parts = protocol.parts
     same = before.get("hash") == protocol.fingerprint
     kept = before.get("parts", parts if same else {})

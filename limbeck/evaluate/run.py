@@ -35,7 +35,8 @@ from limbeck.models.placement import Devices
 from limbeck.models.scores import Scorer, is_scorer, load_scorer, scorer_identity
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teachers import kind
-from limbeck.storage.files import write_json
+from limbeck.storage.evaluation import open_records
+from limbeck.storage.evaluation import write_summary as write_sealed
 from limbeck.training.controls import CONTROLS, PROMPTED
 from limbeck.types import Message, Sampling, UserError
 
@@ -115,6 +116,7 @@ def bench(
         own_prompts=recipe.evaluate.own_prompts or OWN_PROMPTS,
         seed=recipe.text_seed,
     )
+    open_records(folder)
     return Bench(folder, teacher, reader, protocol, progress=progress)
 
 
@@ -164,7 +166,7 @@ def write_summary(
         first_seeds = {name: seeds[0] for name, seeds in systems.items()}
         summary["judge"] = judge_systems(questions, bench, first_seeds)
         summary["warnings"] += judge_warnings(summary["judge"])
-    write_json(bench.folder / "summary.json", summary)
+    write_sealed(bench.folder, summary)
     return summary
 
 

@@ -56,7 +56,7 @@ def base_of(folder: Path, source: str) -> str:
     try:
         settings = json.loads((folder / SETTINGS).read_text())
         kind, base = settings["peft_type"], settings["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{source}: {SETTINGS} can't be read ({first_line(error)})") from error
     if not isinstance(base, str) or not base:
         raise UserError(f"{source}: {SETTINGS} names no base: write the model's folder as base_model_name_or_path")

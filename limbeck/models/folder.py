@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from limbeck.models.quantised import as_read, drop_quantisation
-from limbeck.models.weights import check_files, check_loaded, first_line, model_class, refuse_scores, text_config
+from limbeck.models.weights import (
+    check_config,
+    check_files,
+    check_loaded,
+    first_line,
+    model_class,
+    refuse_scores,
+    text_config,
+)
 from limbeck.storage.files import full_disk_as_os_error, new_directory, write_json
 from limbeck.types import UserError
 
@@ -123,11 +131,15 @@ def read_config(folder: Path, source: str) -> Any:
         UserError: there is none.
     """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_config(config, source)
+    except UserError:
+        raise
     except Exception as error:  # the library raises many kinds on settings that it can't use; the user needs one
         raise UserError(
             f"can't read the configuration of {source!r}: {_reason(folder / 'config.json', error)}"
         ) from error
+    return config
 
 
 def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:

@@ -15,7 +15,7 @@ from limbeck.models.placement import FULL, Placement, Precision, check_dtype, is
 from limbeck.models.quantise import quantise
 from limbeck.models.sources import source_of
 from limbeck.models.template import frame_of
-from limbeck.models.template_names import give_template, template_suffix
+from limbeck.models.template_names import check_own, give_template, template_suffix
 from limbeck.models.weights import first_line
 from limbeck.types import UserError
 
@@ -66,6 +66,7 @@ def frame_tokenizer(tokenizer: Tokenizer, name: str, template: str | None) -> No
     """Give a tokenizer its template, and refuse one that can't be used."""
     try:
         if template is None:
+            check_own(tokenizer, name)
             frame_of(tokenizer, f"the tokenizer of {name!r}")
         else:
             give_template(tokenizer, template, name)

@@ -23,9 +23,10 @@ from limbeck.models.model import Model
 from limbeck.models.named import NAMED, fetch, home
 from limbeck.models.quantised import check_numbers, check_readable
 from limbeck.models.weights import check_folder
-from limbeck.storage.files import exclusive, sweep, user_path
+from limbeck.storage.files import check_regular, exclusive, sweep, user_path
 from limbeck.types import UserError, nearest
 
+READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # kinds of files of a model's folder that are opened
 HUB_METADATA = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 
 
@@ -143,6 +144,9 @@ class FolderSource(ModelSource):
         path = user_path(name)
         if not (path / "config.json").exists():
             raise UserError(f"{name} has no config.json, so it is not a model in Hugging Face form")
+        for file in path.iterdir():
+            if file.suffix in READ:
+                check_regular(file)
         return path
 
     def check(self, name: str) -> None:

@@ -39,6 +39,8 @@ DATE = {
 SAME_DAY = "{%- macro strftime_now(format) -%}{{- format FILTERS -}}{%- endmacro +%}".replace(
     "FILTERS", " ".join(f"| replace('{code}', '{value}')" for code, value in DATE.items())
 )
+MOST_ADDED = 2**20  # characters that a template may add to a conversation, and how often it may repeat what was said
+MOST_TIMES = 8
 
 
 @dataclass(frozen=True)
@@ -210,11 +212,15 @@ def _render(tokenizer: Tokenizer, source: str, parts: bool, messages: Sequence[M
         shown = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in shown]
     offered: dict[str, Any] = {} if tools is None else {"tools": tools}
     try:
-        return str(
+        text = str(
             tokenizer.apply_chat_template(
                 shown, chat_template=source, add_generation_prompt=answer, tokenize=False, **offered
             )
         )
+        said = sum(len(part) for message in messages for part in message.values())
+        if len(text) > MOST_ADDED + MOST_TIMES * said:
+            raise ValueError(f"it makes {len(text):,} characters of {said:,}")
+        return text
     except Exception as error:  # a template may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         roles = ", ".join(message["role"] for message in messages) or "nobody"

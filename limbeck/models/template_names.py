@@ -18,6 +18,8 @@ from limbeck.types import UserError, content_hash, nearest
 
 MAX_BYTES = 64 * 1024
 CPU_SECONDS = 10
+OWN_CPU_SECONDS = 4  # for a model's own
+OWN_SECONDS = 120
 SECONDS = 20  # for the first rendering, its process's start included
 
 _CHATML = (
@@ -92,6 +94,27 @@ def _read(template: str) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{template} is no text in UTF-8") from error
+
+
+def check_own(tokenizer: Tokenizer, source: str) -> None:
+    """Refuse a model whose own chat template never ends, or takes gigabytes, before it is rendered in this process.
+
+    Raises:
+        UserError: it does; one that merely refuses a conversation is left to `frame_of`.
+    """
+    own: Any = tokenizer.chat_template
+    text = own.get("default") if isinstance(own, dict) else own
+    if isinstance(text, str) and not _ends(text):
+        raise UserError(
+            f"the tokenizer of {source!r} has a chat template that takes too much time or memory for a conversation of"
+            f" two turns; give a template of your own ({', '.join(TEMPLATES)}, or a .jinja file, as template)"
+        )
+
+
+@cache
+def _ends(text: str) -> bool:
+    done = render_alone({"chat": text}, OWN_CPU_SECONDS, OWN_SECONDS)
+    return done is not None and (done.ok or (bool(done.fault) and "MemoryError" not in done.fault))
 
 
 @cache

@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from limbeck.types import UserError
+from limbeck.types import UserError, printable
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 LFS = b"version https://git-lfs"
 NAMES_SHOWN = 3
+MOST = {"num_hidden_layers": 1000, "hidden_size": 2**20, "vocab_size": 2**24, "max_position_embeddings": 2**40}
 
 
 def model_class(config: Any) -> Any:
@@ -101,6 +102,22 @@ def _empty(key: _Hashed) -> PreTrainedModel:
 def text_config(config: Any) -> Any:
     """The part of a configuration that is about text: all of it, unless the model also reads images or sound."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def check_config(config: Any, source: str) -> None:
+    """Refuse a configuration whose sizes are no numbers, or of a model that nobody has: to build it without weights
+    would take minutes.
+
+    Raises:
+        UserError: the message names the setting and its value.
+    """
+    for name, most in MOST.items():
+        value = getattr(text_config(config), name, None)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise UserError(
+                f"{source}: its config.json has {name} {printable(repr(value))}, which must be a whole number from 1 to"
+                f" {most:,}: copy it again, or undo what was edited"
+            )
 
 
 def context_length(config: Any) -> int:
@@ -191,7 +208,7 @@ def _weight_files(folder: Path, source: str) -> list[Path]:
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
             return [folder / str(name) for name in sorted(names)]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{source}: {index.name} can't be read ({first_line(error)}): copy it again") from error
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if pickled:

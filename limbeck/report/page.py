@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import FileSystemLoader, StrictUndefined
+from jinja2 import FileSystemLoader, StrictUndefined, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from limbeck.report.compare import comparison_content
@@ -25,7 +24,8 @@ from limbeck.report.metrics import number, percent, signed
 from limbeck.report.rounds import rounds_content, rounds_verdict
 from limbeck.report.run import run_content
 from limbeck.report.verdict import compare_verdict, leaks_left_out, verdict
-from limbeck.storage.files import write_bytes
+from limbeck.storage.evaluation import check_records
+from limbeck.storage.files import read_from, read_object, write_bytes
 from limbeck.storage.rounds import has_rounds
 from limbeck.types import UserError
 
@@ -50,16 +50,23 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder has no evaluation.
     """
-    if is_comparison(folder):
-        comparison = read_comparison(folder)
-        page = _render("compare.html.jinja", comparison_content(folder, comparison), comparison)
-    elif has_rounds(folder):
-        page = _render("rounds.html.jinja", rounds_content(folder), read_summary(folder))
-    else:
-        summary = read_summary(folder)
-        page = _render("run.html.jinja", run_content(folder, summary), summary)
+    with read_from(folder):
+        try:
+            page = _page(folder)
+        except UndefinedError as error:
+            raise LookupError(str(error)) from error
     write_bytes(folder / "report.html", page.encode(errors="replace"))
     return folder / "report.html"
+
+
+def _page(folder: Path) -> str:
+    if is_comparison(folder):
+        comparison = read_comparison(folder)
+        return _render("compare.html.jinja", comparison_content(folder, comparison), comparison)
+    if has_rounds(folder):
+        return _render("rounds.html.jinja", rounds_content(folder), read_summary(folder))
+    summary = read_summary(folder)
+    return _render("run.html.jinja", run_content(folder, summary), summary)
 
 
 def is_comparison(folder: Path) -> bool:
@@ -85,7 +92,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     file = folder / "evaluation" / "summary.json"
     if not file.exists():
         raise UserError(f"{folder} has no evaluation/summary.json: run `limbeck evaluate` first")
-    return dict(json.loads(file.read_text()))
+    check_records(file.parent)
+    return read_object(file, "remove it, and `limbeck evaluate` writes it again")
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:
@@ -97,7 +105,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     file = folder / "comparison.json"
     if not file.exists():
         raise UserError(f"{folder} has no comparison.json: run `limbeck compare` first")
-    return dict(json.loads(file.read_text()))
+    return read_object(file, "remove it, and `limbeck compare` writes it again")
 
 
 def _render(template: str, content: dict[str, Any], summary: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ def stated_prices(folder: Path) -> Prices:
         return Prices(**data)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: remove it and state the prices again with {HINT}") from error
 
 

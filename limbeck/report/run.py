@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from limbeck.report.table import paired_table, systems_tables
 from limbeck.report.teacher import teacher_aside, teacher_facts, teacher_name
 from limbeck.report.verdict import verdict
 from limbeck.report.worth import worth
+from limbeck.storage.files import read_object
 from limbeck.types import ANSWER_ENDS
 
 
@@ -123,4 +123,4 @@ def _source(folder: Path, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    return read_object(file) if file.exists() else {}

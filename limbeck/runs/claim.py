@@ -13,7 +13,8 @@ from limbeck.config.older import FORMAT, FORMAT_NAME, INPUTS, filled
 from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.config.yaml_text import load_yaml
 from limbeck.models.fingerprint import NAMING, names_by_edges
-from limbeck.storage.files import is_leftover, sweep, write_json, write_text
+from limbeck.storage.evaluation import check_records, write_summary
+from limbeck.storage.files import content_of, is_leftover, sweep, write_json, write_text
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import NAME, RecipeError, UserError, content_hash
 
@@ -47,8 +48,8 @@ def run_folder(recipe: Recipe, out: str | Path | None) -> Path:
 def _settled(file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """What a run folder was bound to."""
     try:
-        before = read(file.read_text(encoding="utf-8"))
-    except ValueError:
+        before = read(content_of(file).decode())
+    except (ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise UserError(f"{file} is damaged, so what the folder holds can't be told: give another --out, or remove it")
@@ -174,4 +175,5 @@ def _forget_summary(folder: Path, recipe: Recipe, earlier: Recipe | None, same_q
     if earlier is None or earlier.evaluation_hash != recipe.evaluation_hash or not same_questions:
         file.unlink()
     else:
-        write_json(file, summary | {"recipe": recipe.hash})
+        check_records(file.parent)
+        write_summary(file.parent, summary | {"recipe": recipe.hash})

@@ -4,7 +4,6 @@ the runs of a comparison share the teacher.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -35,7 +34,7 @@ from limbeck.runs.memory import teacher_precision
 from limbeck.runs.named import NamedModels, reader_of
 from limbeck.runs.resolve import Method
 from limbeck.runs.served import scorer_of, served
-from limbeck.storage.files import write_json
+from limbeck.storage.files import read_from, read_object, write_json
 from limbeck.storage.metrics_log import read_json
 from limbeck.storage.store import Store
 from limbeck.training.controls import PROMPTED
@@ -223,10 +222,10 @@ class RunModels:
         """Which layers the student keeps: chosen once and stored in `start.json`."""
         file = self.folder / "start.json"
         if file.exists():
-            record = json.loads(file.read_text())
-            if not record:
-                return None
-            return LayerChoice(tuple(record["kept"]), tuple((layer, cost) for layer, cost in record["drops"]))
+            with read_from(file):
+                record = read_object(file)
+                drops = tuple((layer, cost) for layer, cost in record.get("drops", ()))
+                return LayerChoice(tuple(record["kept"]), drops) if record else None
 
         def calibration() -> Calibration:
             prune = self.method.recipe.student.start.prune

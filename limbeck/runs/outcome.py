@@ -10,7 +10,9 @@ from typing import Any
 from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.config.yaml_text import read_yaml
 from limbeck.report.page import write_report
-from limbeck.storage.files import link_or_copy, new_directory, sweep, write_json, write_text
+from limbeck.storage.evaluation import SUMMARY, check_records, write_summary
+from limbeck.storage.files import link_or_copy, new_directory, sweep, write_text
+from limbeck.storage.manifest import MANIFEST
 from limbeck.storage.metrics_log import read_json
 from limbeck.storage.rounds import parts_of, round_folder
 
@@ -27,14 +29,14 @@ def publish(folder: Path, recipe: Recipe, kept: int, *, page: bool) -> None:
     summary = read_json(home / "evaluation" / "summary.json")
     if summary is None:
         return
+    check_records(home / "evaluation")
     (folder / "evaluation").mkdir(exist_ok=True)
     sweep(folder / "evaluation")
     for file in (home / "evaluation").iterdir():
-        if file.is_file() and file.name != "summary.json":
+        if file.is_file() and file.name not in (SUMMARY, MANIFEST):
             _link(file, folder / "evaluation" / file.name)
     summary |= {"recipe": recipe.hash, "round": kept}
-    if read_json(folder / "evaluation" / "summary.json") != summary:
-        write_json(folder / "evaluation" / "summary.json", summary)
+    write_summary(folder / "evaluation", summary)
     if page:
         write_report(folder)
 

@@ -26,7 +26,7 @@ from limbeck.objectives.forward import TeacherView
 from limbeck.objectives.head import Head, TeacherSignal
 from limbeck.signals.forms import Packed, form_of
 from limbeck.signals.wire import head_from, plain_head
-from limbeck.storage.files import file_sha256, full_disk_as_os_error, sweep, write_bytes, write_json
+from limbeck.storage.files import file_sha256, full_disk_as_os_error, read_object, sweep, write_bytes, write_json
 from limbeck.types import Batch, UserError, content_hash
 
 VERSION = 1
@@ -70,14 +70,9 @@ class SignalCache:
         if not file.exists():
             write_json(file, self._about)
         sweep(self.folder)
-        try:
-            about = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(
-                f"{file} is damaged ({error}); remove {self.folder} to compute its content again"
-            ) from error
+        about = read_object(file, f"remove {self.folder} to compute its content again")
         for name, value in self._about.items():
-            there = about.get(name) if isinstance(about, dict) else None
+            there = about.get(name)
             if there != value:
                 raise UserError(
                     f"{self.folder} is a cache of another {name}: it holds {there!r}, and this run needs {value!r}; "

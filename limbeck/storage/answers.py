@@ -118,7 +118,7 @@ class SharedAnswers:
             try:
                 token_ids = None if ids is None else tuple(map(int, json.loads(ids)))
                 evidence = None if told is None else json.loads(told)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 damaged.append((key,))
                 continue
             usage = None if read is None or written is None else (read, written)

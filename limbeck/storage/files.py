@@ -154,24 +154,97 @@ def append_json(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is no file and no lack of one, before it is opened: a pipe would be waited for, a device read for
+    ever.
+
+    Raises:
+        UserError: a folder, a pipe, a device, or a link to one of them or to nothing.
+    """
+    if not path.is_file() and (path.exists() or path.is_symlink()):
+        raise UserError(f"{path} is no file (but a folder, a pipe, a device, or a link to nothing): put it right")
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        UserError: something else stands there (see `check_regular`).
+    """
+    check_regular(path)
+    return path.read_bytes()
+
+
+def read_object(path: Path, remedy: str = "take a copy of it from before") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file is damaged: no JSON, or no object in it. It names the file and the remedy.
+    """
+    try:
+        value = json.loads(content_of(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (it holds no object): {remedy}")
+    return value
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; a truncated last line is ignored."""
-    if not path.exists():
+    """The records of a JSONL file; a truncated last line is ignored.
+
+    Raises:
+        UserError: another line is damaged: no JSON, or no object.
+    """
+    if not path.exists() and not path.is_symlink():
         return []
     records = []
-    lines = path.read_bytes().split(b"\n")
+    lines = content_of(path).split(b"\n")
+    last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
     for number, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            if any(rest.strip() for rest in lines[number + 1 :]):
-                raise
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == last and number == len(lines) - 1:  # without its line feed
+                break
+            raise UserError(_damaged(path, number, error)) from error
+        if not isinstance(record, dict):
+            raise UserError(_damaged(path, number, "no object"))
+        records.append(record)
     return records
 
 
+def _damaged(path: Path, number: int, reason: object) -> str:
+    return (
+        f"{path}, line {number + 1} is damaged ({reason}): take a copy of the file from before; of an evaluation's, the"
+        " file can be removed, and `limbeck evaluate` measures it again"
+    )
+
+
+@contextlib.contextmanager
+def read_from(place: Path) -> Iterator[None]:
+    """Blame a file, or the files of a folder, for what the reader of their values trips over: text where a number
+    should be, a key that is missing.
+
+    Raises:
+        UserError: it did; the message names the place.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        what = "it is" if place.is_file() else "one of its files is"
+        raise UserError(
+            f"{place}: {what} not as Limbeck wrote it ({type(error).__name__}: {str(error)[:200]}): take a copy from"
+            " before; if nobody changed it, please report this"
+        ) from error
+
+
 def file_sha256(path: Path) -> str:
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

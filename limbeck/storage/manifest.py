@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.storage.files import file_sha256, write_json
+from limbeck.storage.files import content_of, file_sha256, write_json
 from limbeck.types import content_hash
 
 MANIFEST = "manifest.json"
@@ -21,11 +21,11 @@ def seal(
     leave_out: Sequence[str] = (),
     sha256: Callable[[Path], str] = file_sha256,
 ) -> None:
-    """Write the manifest of a folder, with `facts` (plain JSON). Files of these suffixes may change later."""
+    """Write the manifest of a folder, with `facts` (plain JSON). Files of these names or suffixes may change later."""
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.suffix not in leave_out and file.name != MANIFEST
+        if file.is_file() and not {file.suffix, file.name} & {*leave_out, MANIFEST}
     }
     body = json.loads(json.dumps({**(facts or {}), "files": files}, allow_nan=False))
     write_json(folder / MANIFEST, {**body, OWN: content_hash(body)})
@@ -34,7 +34,7 @@ def seal(
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The folder's manifest; None where there is none, or it is not what was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(content_of(folder / MANIFEST))
         own = manifest.pop(OWN, None)
         is_whole = set(manifest) == WITHOUT_OWN if own is None else own == content_hash(manifest)
         return manifest if is_whole and isinstance(manifest["files"], dict) else None
@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def is_foreign(folder: Path) -> bool:
     """Whether the folder's `manifest.json` is another program's: JSON with neither our hash nor our list of files."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(content_of(folder / MANIFEST))
     except (OSError, ValueError, RecursionError):
         return False
     return not isinstance(manifest, dict) or (OWN not in manifest and not isinstance(manifest.get("files"), dict))

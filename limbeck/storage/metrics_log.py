@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from limbeck.storage.files import check_regular, content_of
+
 Record = dict[str, Any]
 
 
@@ -23,6 +25,7 @@ class Metrics:
 
     def update(self) -> list[Record]:
         """All records in the file now. Only what is new is read, up to the last complete line."""
+        check_regular(self.path)
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -47,9 +50,9 @@ def _record(line: bytes) -> Record | None:
     """The record of a step, or None for a line that is none (damaged or truncated)."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def steps_made(folder: Path) -> int | None:
@@ -80,8 +83,8 @@ def evaluation(folder: Path) -> dict[str, dict[str, float]]:
 def read_json(file: Path) -> Record | None:
     """The object in a JSON file; None if there is no file, or no object in it."""
     try:
-        value = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        value = json.loads(content_of(file))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -107,8 +110,13 @@ def writing_share(records: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value read from a file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value read from a file is a finite number, as a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an int that no float can hold
+        return False
 
 
 def values_of(record: Mapping[str, Any]) -> dict[str, float]:

@@ -241,7 +241,7 @@ class Store:
         for key, question, finish, sample_id, body, body_sum, read, written, told in rows:
             try:
                 request = _request(json.loads(question))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
             sample = _sample_of(sample_id, body, finish, body_sum)
             if request.key == key and sample is not None:
@@ -336,5 +336,5 @@ def _sample_of(sample_id: str, body: str | None, finish: Finish, body_sum: str |
             meta=data["meta"] | {"finish": finish},
         )
         return sample if sample.id == sample_id else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -27,7 +27,7 @@ from limbeck.objectives.term import TermAtStep
 from limbeck.objectives.total import total_loss
 from limbeck.progress import StoppedError
 from limbeck.storage import checkpoint
-from limbeck.storage.files import append_json, crash_point, read_jsonl, write_text
+from limbeck.storage.files import append_json, crash_point, read_from, read_jsonl, write_text
 from limbeck.training import distributed, guilty, sharded
 from limbeck.training.job import Objective, TrainingJob
 from limbeck.training.memory import forget_peak, keep_freed_memory, peaks
@@ -331,7 +331,8 @@ def _resume(job: TrainingJob, parameters: dict[str, Tensor], optimizer: torch.op
         job.text.restore(newest.state.get("text", {}))
         _restore(job, newest.tensors, parameters, optimizer)
     if distributed.rank() == 0:
-        records = [record for record in read_jsonl(metrics) if record["step"] <= step]
+        with read_from(metrics):
+            records = [record for record in read_jsonl(metrics) if record["step"] <= step]
         write_text(metrics, "".join(canonical_json(record) + "\n" for record in records))
     distributed.wait()
     return step

@@ -1,12 +1,15 @@
-"""How the command line is stopped."""
+"""How the command line is stopped, and what it says of errors: one line that a terminal can show, about the file that is wrong."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import sqlite3
 
 import pytest
 
-from limbeck.commands.console import STOPPED, StopRequest
+from limbeck.commands.console import LONGEST_MESSAGE, STOPPED, StopRequest, error_messages, one_line
 from limbeck.types import UserError
 
 
@@ -22,3 +25,37 @@ def test_the_first_signal_asks_and_the_second_stops_at_once(first, second, capsy
         with pytest.raises(UserError, match=STOPPED):
             signal.raise_signal(second)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def said(error, capsys):
+    with pytest.raises(SystemExit) as end, error_messages():
+        raise error
+    assert end.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), "a/b.json"), "a/b.json: Is a directory"),
+        (PermissionError(errno.EACCES, "x", "a/b.json"), "a/b.json: no permission to read or write it"),
+        (OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "a" * 300), "File name too long"),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a"), "a: No such file"),
+        (OSError(errno.ENOSPC, "x", "a"), "the disk is full"),
+        (sqlite3.DatabaseError("database disk image is malformed"), "malformed"),
+        (sqlite3.OperationalError("database is locked"), "database is locked"),
+    ],
+)
+def test_errors_of_files_name_the_file(error, words, capsys):
+    assert words in said(error, capsys)
+
+
+def test_an_error_without_a_file_is_ours():
+    with pytest.raises(OSError, match="odd"), error_messages():
+        raise OSError("odd")
+
+
+def test_a_message_is_one_line_without_control_characters(capsys):
+    assert one_line("a\n  b\x1b[31m\x07\u202ec\n\n") == "a b [31m  c"
+    assert len(one_line("x" * 10**6)) <= LONGEST_MESSAGE
+    assert said(UserError("first\nsecond \x1b]0;x\x07"), capsys) == "limbeck: first second ]0;x"

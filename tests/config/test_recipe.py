@@ -222,3 +222,9 @@ def test_no_name_is_a_path(recipe_data, tmp_path, name):
     )
     with pytest.raises(UserError, match=r"name|special characters"):
         load_task(str(tmp_path))
+
+
+def test_a_task_has_one_limit(recipe_data):
+    recipe_data["evaluate"] = [{"everyday": {"limit": 3}}, {"everyday": {"limit": 4}}]
+    with pytest.raises(RecipeError, match=r"evaluate\.metrics\[1\]: everyday has two limits"):
+        parse(recipe_data)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from limbeck.config.recipe import parse
+from limbeck.models import template_names
 from limbeck.models.export import check_export, export
-from limbeck.models.load import check_source, load_model
+from limbeck.models.load import check_source, load_model, load_tokenizer
 from limbeck.models.model import Model
 from limbeck.models.prune import drop_layers
 from limbeck.runs.pipeline import run
@@ -180,6 +181,47 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError):
         load_model(str(tmp_path / "bert"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero"), lambda file: file.mkdir()])
+def test_what_is_no_file_is_not_opened(make, name, folder):
+    (folder / name).unlink()
+    make(folder / name)
+    refused(folder, f"{name} is no file")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 3000),
+        ("num_hidden_layers", "4"),
+        ("hidden_size", 0),
+        ("vocab_size", -1),
+        ("max_position_embeddings", 2**70),
+    ],
+)
+def test_a_configuration_that_no_model_has_is_refused(name, value, folder):
+    edit_json(folder / "config.json", **{name: value})
+    refused(folder, name)
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (ENDLESS, "too much time or memory"),
+        ("{{ 'x' * 10**10 }}", "too much time or memory"),
+        ("{{ messages[0]['content'] }}{{ 'x' * 10**7 }}", "characters"),
+    ],
+)
+def test_a_template_without_bounds_is_refused(template, words, folder, monkeypatch):
+    monkeypatch.setattr(template_names, "OWN_CPU_SECONDS", 1)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(str(folder))
 
 
 # What is exported

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 
@@ -13,6 +12,7 @@ from limbeck.elicit.flow import StepContext, user
 from limbeck.models.api import ApiTeacher
 from limbeck.models.replies import has_control_token
 from limbeck.types import ANSWER_ENDS, Sampling, UserError
+from tests.fuzzing.mutations import strange_bytes, strange_data
 from tests.models.test_engines import SAYS, claude, gemini
 from tests.scripted_server import MODEL, Handler, Scripted, answer
 
@@ -21,44 +21,12 @@ REPLIES = {
     "anthropic": claude(content=[{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "fine"}]),
     "gemini": gemini({"text": "hm", "thought": True}, {"text": "fine"}),
 }
-STRANGE = [
-    None, True, -1, 7, 2**70, 0.5, "", "x", "STOP", "stop", "a\ud800b", "<|im_end|>", "\x00", "é" * 5000, [], {}, [None], [[]], {"": {}},
-    [{"type": "text"}], [{"type": "text", "text": 7}], {"text": "x"}, [{"type": "thinking", "thinking": {"a": 1}}],
-]  # fmt: skip
-WORDS = {"fine", "hm"}
-
-
-def places(data, path=()):
-    """The paths of all values in plain data."""
-    yield path
-    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in inner:
-        yield from places(value, (*path, key))
 
 
 def mutated(data, rng):
-    """The data with one to three values replaced, removed or repeated, or its text cut or changed, as bytes."""
-    data = copy.deepcopy(data)
-    for _ in range(rng.randint(1, 3)):
-        path = rng.choice(list(places(data)))
-        if not path:
-            continue
-        *outer, last = path
-        holder = data
-        for key in outer:
-            holder = holder[key]
-        what = rng.random()
-        if what < 0.7:
-            holder[last] = copy.deepcopy(rng.choice(STRANGE))
-        elif what < 0.85:
-            del holder[last]
-        elif isinstance(holder, list):
-            holder.append(copy.deepcopy(holder[last]))
-    body = json.dumps(data).encode()
-    if rng.random() < 0.2:
-        place = rng.randrange(len(body))
-        body = rng.choice([body[:place], body[:place] + bytes([rng.randrange(256)]) + body[place + 1 :], body + body])
-    return body
+    """The data with some values changed, and sometimes some of its bytes."""
+    body = json.dumps(strange_data(data, rng)).encode()
+    return strange_bytes(body, rng) if rng.random() < 0.2 else body
 
 
 async def no_wait(seconds):
