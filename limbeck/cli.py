@@ -66,11 +66,11 @@ def run(
 ) -> None:
     """Run a whole recipe: elicit, train, evaluate, report. If it is stopped, run it again to continue."""
     from limbeck.commands.stages import run_stages
+    from limbeck.config.recipe import load_recipe
 
+    loaded = load_recipe(recipe, set_, machine, scale=scale)
     stages = ("elicit", "train", "evaluate", "report")
-    run_stages(
-        recipe, stages, overrides=set_, scale=scale, machine=machine, out=out, as_json=json_, tracker=track, count=ranks
-    )
+    run_stages(loaded, stages, out=out, as_json=json_, tracker=track, count=ranks)
 
 
 @app.command(epilog="Example: limbeck elicit recipes/quickstart.yaml")
@@ -84,8 +84,9 @@ def elicit(
 ) -> None:
     """Collect the teacher's text, and its distributions if the recipe caches them."""
     from limbeck.commands.stages import run_stages
+    from limbeck.config.recipe import load_recipe
 
-    run_stages(recipe, ("elicit",), overrides=set_, scale=scale, machine=machine, out=out, as_json=json_)
+    run_stages(load_recipe(recipe, set_, machine, scale=scale), ("elicit",), out=out, as_json=json_)
 
 
 @app.command(epilog="Example: limbeck train recipes/quickstart.yaml --profile")
@@ -103,26 +104,15 @@ def train(
     ranks: RanksOption = None,
 ) -> None:
     """Train the student and its controls, after eliciting any text that is missing."""
-    if not profile:
-        from limbeck.commands.stages import run_stages
-
-        stages = ("elicit", "train")
-        run_stages(
-            recipe,
-            stages,
-            overrides=set_,
-            scale=scale,
-            machine=machine,
-            out=out,
-            as_json=json_,
-            tracker=track,
-            count=ranks,
-        )
-        return
-    one_process("train --profile", ranks)
     from limbeck.config.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_, machine, scale=scale)
+    if not profile:
+        from limbeck.commands.stages import run_stages
+
+        run_stages(loaded, ("elicit", "train"), out=out, as_json=json_, tracker=track, count=ranks)
+        return
+    one_process("train --profile", ranks)
     from limbeck.commands.profile import profile as profile_steps
 
     printing.print_result(profile_steps(loaded, out, console.Terminal()), json_)
@@ -139,8 +129,9 @@ def evaluate(
 ) -> None:
     """Evaluate the teacher, the controls and the student of a trained run, and write its report."""
     from limbeck.commands.stages import run_stages
+    from limbeck.config.recipe import load_recipe
 
-    run_stages(recipe, ("evaluate", "report"), overrides=set_, scale=scale, machine=machine, out=out, as_json=json_)
+    run_stages(load_recipe(recipe, set_, machine, scale=scale), ("evaluate", "report"), out=out, as_json=json_)
 
 
 app.command(epilog="Example: limbeck report runs/quickstart --csv")(report)

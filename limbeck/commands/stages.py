@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,20 @@ from limbeck.commands.printing import print_result
 from limbeck.commands.ranks import start as start_ranks
 from limbeck.commands.ranks import told_once
 from limbeck.config import ranks
-from limbeck.config.recipe import Recipe, load_recipe
+from limbeck.config.recipe import Recipe
 from limbeck.progress import Reporter
 
 
 def run_stages(
-    recipe_path: str,
+    recipe: Recipe,
     stages: tuple[str, ...],
     *,
-    overrides: Sequence[str],
-    scale: str | None,
-    machine: Path | None,
     out: Path | None,
     as_json: bool,
     tracker: str | None = None,
     count: int | None = None,
 ) -> None:
     """Do what these stages still have to do, on `count` ranks if that is given, then print where the results are."""
-    recipe = load_recipe(recipe_path, overrides, machine, scale=scale)
     if count is not None and count > 1:
         start_ranks(sys.argv[1:], count)
     from limbeck.runs.ranks import run  # after the recipe: a mistake in it shows before torch is loaded

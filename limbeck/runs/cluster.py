@@ -70,7 +70,7 @@ def predict(
         controls: how many are trained, on as much text, without the teacher.
     """
     assert hardware.cluster is not None
-    setting = _Setting(recipe, terms, shapes, hardware, hardware.cluster)
+    setting = _Setting(recipe, terms, shapes, hardware=hardware, cluster=hardware.cluster)
     micro_tokens = setting.micro_tokens()
     control = Work(work.tokens, work.responses)
     batches = max(1, math.ceil(work.tokens / micro_tokens))

@@ -221,9 +221,7 @@ def make_plan(
     settings = recipe.train
     steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
     rewarded = rewarded_text(recipe, terms, steps)
-    epochs = steps * settings.tokens_per_step / text.response_tokens
-    if rewarded is not None:
-        epochs = rewarded.trained / text.prompts
+    epochs = rewarded.trained / text.prompts if rewarded else steps * settings.tokens_per_step / text.response_tokens
     trainings = 1 + len(trained_controls(recipe, terms))
     controls_write = trainings > 1 and not recipe.fixed_writers  # text of others that only the controls read
     cache = recipe.teacher.cache if shapes.teacher is not None else None
@@ -233,12 +231,16 @@ def make_plan(
     as_training = recipe.student.scores or lengths.held_out_given  # given, or written as the training text is
     asked = round(text.by_teacher * len(held_out)) if as_training else len(held_out)
     requests = round(text.by_teacher * text.prompts) + asked + (text.prompts if controls_write else 0)
+    requests += sum(bill.requests for bill in bills) + scored
     teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * asked
+    teacher_tokens += sum(bill.tokens for bill in bills)
     disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)
     beside = (text.tokens if controls_write else 0) + (0 if as_training else text.held_out_tokens)
     elicit = _elicit_flops(recipe, text, shapes, beside, bills=bills)
-    requests += sum(bill.requests for bill in bills) + scored
-    teacher_tokens += sum(bill.tokens for bill in bills)
+    training = _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings, rewarded=rewarded)
+    evaluation = _evaluate_flops(recipe, text, shapes, len(held_out))
+    memory = _memory_bytes(recipe, shapes, judging, hardware)
+    memory += int(rewarded_bytes(recipe, terms, shapes.student, shapes.scorers)) if rewarded else 0
     made = Plan(
         requests=requests,
         teacher_tokens=teacher_tokens,
@@ -246,13 +248,8 @@ def make_plan(
         steps=steps,
         trainings=trainings,
         disk_bytes=disk,
-        memory_bytes=_memory_bytes(recipe, shapes, judging, hardware)
-        + (int(rewarded_bytes(recipe, terms, shapes.student, shapes.scorers)) if rewarded else 0),
-        seconds=({} if elicit == 0 else {"elicit": elicit})
-        | {
-            "train": _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings, rewarded=rewarded),
-            **_evaluate_flops(recipe, text, shapes, len(held_out)),
-        },
+        memory_bytes=memory,
+        seconds={**({} if elicit == 0 else {"elicit": elicit}), "train": training, **evaluation},
         answers=f"about {text.response_tokens / (text.prompts * text.by_all):,.0f} tokens ({lengths.source})",
         unknown=served_time(recipe, requests, teacher_tokens + int(text.prompt_tokens)),
         cautions=training_cautions(recipe, steps, epochs, text.response_tokens),
@@ -260,9 +257,7 @@ def make_plan(
     )
     if hardware.cluster is None:
         return made.on(hardware, compute_dtype(recipe))
-    work = _work(recipe, text, shapes, steps=steps, epochs=epochs, rewarded=rewarded)
-    prediction = predict(recipe, terms, shapes, work, hardware=hardware, steps=steps, controls=trainings - 1)
-    return _predicted(made, recipe, shapes, prediction, text=text, hardware=hardware, rewarded=rewarded)
+    return _predicted(made, recipe, terms, shapes, text=text, hardware=hardware, epochs=epochs, rewarded=rewarded)
 
 
 def _work(
@@ -280,20 +275,33 @@ def _work(
     if rewarded is not None:
         written, read = rewarded.written / steps, rewarded.asked * prompt / steps
         further = rewarded.reference_flops(shapes.student, prompt, answer) / steps
-    return Work(tokens, responses, written, read, prompt, answer, writer.max_tokens, further)
+    return Work(
+        tokens,
+        responses,
+        written=written,
+        read=read,
+        prompt=prompt,
+        answer=answer,
+        most=writer.max_tokens,
+        further=further,
+    )
 
 
 def _predicted(
     made: Plan,
     recipe: Recipe,
+    terms: Sequence[Term],
     shapes: Shapes,
-    prediction: Prediction,
     *,
     text: TextAmounts,
     hardware: Hardware,
+    epochs: float,
     rewarded: RewardedText | None,
 ) -> Plan:
     """A plan, whose seconds are still operations, on the machines of a prediction: rank 0 alone does all but train."""
+    work = _work(recipe, text, shapes, steps=made.steps, epochs=epochs, rewarded=rewarded)
+    controls = made.trainings - 1
+    prediction = predict(recipe, terms, shapes, work, hardware=hardware, steps=made.steps, controls=controls)
     own, settings = compute_dtype(recipe), teacher_precision(recipe)
     seconds = made.on(hardware, own).seconds
     answers = text.prompts * text.by_all
@@ -309,7 +317,7 @@ def _predicted(
         alone += _forward(shapes.teacher, text.tokens) / hardware.rate(settings.dtype)
     if rewarded is not None:
         alone += rewarded.judging_flops(shapes.scorers, prompt, answer) / hardware.rate(own)
-    seconds["train"] = prediction.seconds(made.steps, made.trainings - 1) + alone
+    seconds["train"] = prediction.seconds(made.steps, controls) + alone
     return replace(
         made,
         seconds=seconds,

@@ -418,7 +418,7 @@ def test_the_command_says_how_a_recipe_names_it(tiny_folder, monkeypatch):
 def test_two_addresses_share_the_micro_batches_and_one_may_die(tiny):
     batches = [make_batch(rows_of(tiny)[n % 3 :]) for n in range(8)]
     with Serving(tiny) as a:
-        b = Serving(tiny, spoil=lambda path, body: None if path == "/v1/states" and b.asked() > 3 else body)
+        b = Serving(tiny, spoil=lambda path, body: None if path == "/v1/states" and b.asked() > 1 else body)
         notes = []
         teacher = remote([a.url, b.url], tiny, retries=3)
         teacher.api.tell(notes.append)
@@ -427,5 +427,5 @@ def test_two_addresses_share_the_micro_batches_and_one_may_die(tiny):
         for batch in batches:
             found = teacher.view(batch).signal.hidden_NE
             assert torch.equal(found, InProcessTeacher(tiny).signal(batch).hidden_NE)
-        assert a.asked() >= 4 and b.asked() >= 3 and len(notes) == 1 and b.url in notes[0]
+        assert a.asked() >= 4 and b.asked() >= 2 and len(notes) == 1 and b.url in notes[0]
         b.stop()

@@ -90,6 +90,7 @@ class Recipes:
         if "evaluate" in whole:
             whole["evaluate"] = _short_forms(whole["evaluate"])
         again = parse(recipe.resolved()).hash == recipe.hash
+        whole.pop("full", None)  # which `--scale full` alone reads
         return _lost(whole, read, "") or (None if again else "its resolved form is another recipe")
 
 
