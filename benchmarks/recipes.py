@@ -60,13 +60,16 @@ SUMS = (  # these need a teacher that gets sums right
     "rft",
     "s1",
 )
-JUDGED = ("codeultrafeedback", "pandalm", "persdistill", "rlaif")  # a teacher that writes code and verdicts
+STRONG = "qwen2.5-coder-1.5b-instruct"
+JUDGED = ("codeultrafeedback", "oss-instruct", "rlaif")  # a teacher that writes code and verdicts
+HARD = ("extract-to-a-schema", "pandalm", "persdistill")  # one whose verdicts hold in both orders, whose JSON is whole
 OWN_SUMS = ("rest-em", "star")  # and these a student that does
 OWN = {  # what a recipe needs at this size
     "distillm": ["--set=rollout.validation.prompts=4"],
     "tinystories": ["--set=prompts.limit=null"],  # its words, verbs after nouns
-    "extract-to-a-schema": ["--set=evaluate.max_tokens=96"],  # room for the JSON
     **{key: [f"--set=teacher={QWEN}"] for key in (*SUMS, *JUDGED)},
+    **{key: [f"--set=teacher={STRONG}", "--set=evaluate.max_tokens=96"] for key in HARD},
+    "codeultrafeedback": [f"--set=teacher={QWEN}", "--set=elicit.1.params.max_tokens=400"],  # room for programs
     **{key: [f"--set=student.start.pretrained={QWEN}"] for key in OWN_SUMS},
 }
 MISSING = {"r1-traces": "needs a server of a model that thinks aloud, such as DeepSeek-R1's distilled ones"}
@@ -260,6 +263,8 @@ def main() -> None:
 
 
 def _is_large(recipe: str) -> bool:
+    if recipe in HARD:
+        return True
     return any("1.5b" in line.partition("#")[0] for line in recipe_files()[recipe].read_text().splitlines())
 
 
