@@ -66,10 +66,10 @@ HARD = ("extract-to-a-schema", "pandalm", "persdistill")  # one whose verdicts h
 OWN_SUMS = ("rest-em", "star")  # and these a student that does
 OWN = {  # what a recipe needs at this size
     "distillm": ["--set=rollout.validation.prompts=4"],
-    "tinystories": ["--set=prompts.limit=null"],  # its words, verbs after nouns
     **{key: [f"--set=teacher={QWEN}"] for key in (*SUMS, *JUDGED)},
     **{key: [f"--set=teacher={STRONG}", "--set=evaluate.max_tokens=96"] for key in HARD},
     "codeultrafeedback": [f"--set=teacher={QWEN}", "--set=elicit.1.params.max_tokens=400"],  # room for programs
+    "tinystories": [f"--set=teacher={QWEN}", "--set=prompts.limit=null"],  # its words, verbs after nouns
     **{key: [f"--set=student.start.pretrained={QWEN}"] for key in OWN_SUMS},
 }
 MISSING = {"r1-traces": "needs a server of a model that thinks aloud, such as DeepSeek-R1's distilled ones"}
