@@ -218,12 +218,7 @@ def make_plan(
         bills: what the steps of elicitation will ask for.
     """
     text, held_out = TextAmounts.of(recipe, prompts, lengths, bills), prompts[1]
-    settings = recipe.train
-    steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
-    rewarded = rewarded_text(recipe, terms, steps)
-    epochs = steps * settings.tokens_per_step / text.response_tokens
-    if rewarded is not None:
-        epochs = rewarded.trained / text.prompts
+    steps, epochs, rewarded = _steps(recipe, terms, text)
     trainings = 1 + len(trained_controls(recipe, terms))
     controls_write = trainings > 1 and not recipe.fixed_writers  # text of others that only the controls read
     cache = recipe.teacher.cache if shapes.teacher is not None else None
@@ -260,9 +255,17 @@ def make_plan(
     )
     if hardware.cluster is None:
         return made.on(hardware, compute_dtype(recipe))
-    work = _work(recipe, text, shapes, steps=steps, epochs=epochs, rewarded=rewarded)
-    prediction = predict(recipe, terms, shapes, work, hardware=hardware, steps=steps, controls=trainings - 1)
-    return _predicted(made, recipe, shapes, prediction, text=text, hardware=hardware, rewarded=rewarded)
+    return _predicted(made, recipe, terms, shapes, text=text, hardware=hardware, rewarded=rewarded, epochs=epochs)
+
+
+def _steps(recipe: Recipe, terms: Sequence[Term], text: TextAmounts) -> tuple[int, float, RewardedText | None]:
+    """(steps of a training, how often they read the text, the answers that rewards judge)."""
+    settings = recipe.train
+    steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
+    rewarded = rewarded_text(recipe, terms, steps)
+    if rewarded is not None:
+        return steps, rewarded.trained / text.prompts, rewarded
+    return steps, steps * settings.tokens_per_step / text.response_tokens, None
 
 
 def _work(
@@ -280,20 +283,25 @@ def _work(
     if rewarded is not None:
         written, read = rewarded.written / steps, rewarded.asked * prompt / steps
         further = rewarded.reference_flops(shapes.student, prompt, answer) / steps
-    return Work(tokens, responses, written, read, prompt, answer, writer.max_tokens, further)
+    return Work(tokens, responses, written, read, prompt=prompt, answer=answer, most=writer.max_tokens, further=further)
 
 
 def _predicted(
     made: Plan,
     recipe: Recipe,
+    terms: Sequence[Term],
     shapes: Shapes,
-    prediction: Prediction,
     *,
     text: TextAmounts,
     hardware: Hardware,
     rewarded: RewardedText | None,
+    epochs: float,
 ) -> Plan:
-    """A plan, whose seconds are still operations, on the machines of a prediction: rank 0 alone does all but train."""
+    """A plan, whose seconds are still operations, on the machines that `hardware` is a device of: rank 0 alone does all
+    but train."""
+    work = _work(recipe, text, shapes, steps=made.steps, epochs=epochs, rewarded=rewarded)
+    controls = made.trainings - 1
+    prediction = predict(recipe, terms, shapes, work, hardware=hardware, steps=made.steps, controls=controls)
     own, settings = compute_dtype(recipe), teacher_precision(recipe)
     seconds = made.on(hardware, own).seconds
     answers = text.prompts * text.by_all
@@ -309,7 +317,7 @@ def _predicted(
         alone += _forward(shapes.teacher, text.tokens) / hardware.rate(settings.dtype)
     if rewarded is not None:
         alone += rewarded.judging_flops(shapes.scorers, prompt, answer) / hardware.rate(own)
-    seconds["train"] = prediction.seconds(made.steps, made.trainings - 1) + alone
+    seconds["train"] = prediction.seconds(made.steps, controls) + alone
     return replace(
         made,
         seconds=seconds,
