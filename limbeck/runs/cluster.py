@@ -69,8 +69,7 @@ def predict(
         steps: of each training.
         controls: how many are trained, on as much text, without the teacher.
     """
-    assert hardware.cluster is not None
-    setting = _Setting(recipe, terms, shapes, hardware=hardware, cluster=hardware.cluster)
+    setting = _Setting(recipe, terms, shapes, hardware)
     micro_tokens = setting.micro_tokens()
     control = Work(work.tokens, work.responses)
     batches = max(1, math.ceil(work.tokens / micro_tokens))
@@ -78,7 +77,7 @@ def predict(
     sent = setting.sent(setting.teacher, setting.passes(batches))
     control_sent = setting.sent(None, setting.passes(batches))
     return Prediction(
-        cluster=hardware.cluster,
+        cluster=setting.cluster,
         divided=setting.divided,
         memory=setting.memory(work, in_one),
         step=setting.step(work, setting.teacher, batches, sent),
@@ -98,7 +97,11 @@ class _Setting:
     terms: Sequence[Term]
     shapes: Shapes
     hardware: Hardware
-    cluster: Cluster
+
+    @property
+    def cluster(self) -> Cluster:
+        assert self.hardware.cluster is not None
+        return self.hardware.cluster
 
     @property
     def student(self) -> Shape:

@@ -218,10 +218,7 @@ def make_plan(
         bills: what the steps of elicitation will ask for.
     """
     text, held_out = TextAmounts.of(recipe, prompts, lengths, bills), prompts[1]
-    settings = recipe.train
-    steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
-    rewarded = rewarded_text(recipe, terms, steps)
-    epochs = rewarded.trained / text.prompts if rewarded else steps * settings.tokens_per_step / text.response_tokens
+    steps, epochs, rewarded = _steps(recipe, terms, text)
     trainings = 1 + len(trained_controls(recipe, terms))
     controls_write = trainings > 1 and not recipe.fixed_writers  # text of others that only the controls read
     cache = recipe.teacher.cache if shapes.teacher is not None else None
@@ -231,16 +228,12 @@ def make_plan(
     as_training = recipe.student.scores or lengths.held_out_given  # given, or written as the training text is
     asked = round(text.by_teacher * len(held_out)) if as_training else len(held_out)
     requests = round(text.by_teacher * text.prompts) + asked + (text.prompts if controls_write else 0)
-    requests += sum(bill.requests for bill in bills) + scored
     teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * asked
-    teacher_tokens += sum(bill.tokens for bill in bills)
     disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)
     beside = (text.tokens if controls_write else 0) + (0 if as_training else text.held_out_tokens)
     elicit = _elicit_flops(recipe, text, shapes, beside, bills=bills)
-    training = _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings, rewarded=rewarded)
-    evaluation = _evaluate_flops(recipe, text, shapes, len(held_out))
-    memory = _memory_bytes(recipe, shapes, judging, hardware)
-    memory += int(rewarded_bytes(recipe, terms, shapes.student, shapes.scorers)) if rewarded else 0
+    requests += sum(bill.requests for bill in bills) + scored
+    teacher_tokens += sum(bill.tokens for bill in bills)
     made = Plan(
         requests=requests,
         teacher_tokens=teacher_tokens,
@@ -248,8 +241,13 @@ def make_plan(
         steps=steps,
         trainings=trainings,
         disk_bytes=disk,
-        memory_bytes=memory,
-        seconds={**({} if elicit == 0 else {"elicit": elicit}), "train": training, **evaluation},
+        memory_bytes=_memory_bytes(recipe, shapes, judging, hardware)
+        + (int(rewarded_bytes(recipe, terms, shapes.student, shapes.scorers)) if rewarded else 0),
+        seconds=({} if elicit == 0 else {"elicit": elicit})
+        | {
+            "train": _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings, rewarded=rewarded),
+            **_evaluate_flops(recipe, text, shapes, len(held_out)),
+        },
         answers=f"about {text.response_tokens / (text.prompts * text.by_all):,.0f} tokens ({lengths.source})",
         unknown=served_time(recipe, requests, teacher_tokens + int(text.prompt_tokens)),
         cautions=training_cautions(recipe, steps, epochs, text.response_tokens),
@@ -257,7 +255,17 @@ def make_plan(
     )
     if hardware.cluster is None:
         return made.on(hardware, compute_dtype(recipe))
-    return _predicted(made, recipe, terms, shapes, text=text, hardware=hardware, epochs=epochs, rewarded=rewarded)
+    return _predicted(made, recipe, terms, shapes, text=text, hardware=hardware, rewarded=rewarded, epochs=epochs)
+
+
+def _steps(recipe: Recipe, terms: Sequence[Term], text: TextAmounts) -> tuple[int, float, RewardedText | None]:
+    """(steps of a training, how often they read the text, the answers that rewards judge)."""
+    settings = recipe.train
+    steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
+    rewarded = rewarded_text(recipe, terms, steps)
+    if rewarded is not None:
+        return steps, rewarded.trained / text.prompts, rewarded
+    return steps, steps * settings.tokens_per_step / text.response_tokens, None
 
 
 def _work(
@@ -275,16 +283,7 @@ def _work(
     if rewarded is not None:
         written, read = rewarded.written / steps, rewarded.asked * prompt / steps
         further = rewarded.reference_flops(shapes.student, prompt, answer) / steps
-    return Work(
-        tokens,
-        responses,
-        written=written,
-        read=read,
-        prompt=prompt,
-        answer=answer,
-        most=writer.max_tokens,
-        further=further,
-    )
+    return Work(tokens, responses, written, read, prompt=prompt, answer=answer, most=writer.max_tokens, further=further)
 
 
 def _predicted(
@@ -295,10 +294,11 @@ def _predicted(
     *,
     text: TextAmounts,
     hardware: Hardware,
-    epochs: float,
     rewarded: RewardedText | None,
+    epochs: float,
 ) -> Plan:
-    """A plan, whose seconds are still operations, on the machines of a prediction: rank 0 alone does all but train."""
+    """A plan, whose seconds are still operations, on the machines that `hardware` is a device of: rank 0 alone does all
+    but train."""
     work = _work(recipe, text, shapes, steps=made.steps, epochs=epochs, rewarded=rewarded)
     controls = made.trainings - 1
     prediction = predict(recipe, terms, shapes, work, hardware=hardware, steps=made.steps, controls=controls)

@@ -59,7 +59,7 @@ def setting(cluster: dict[str, Any], loss: str = "forward_kl", **sections: Any) 
     recipe = parse(RECIPE | sections | {"loss": [loss]})
     machines = Cluster.model_validate(cluster)
     shapes = Shapes(STUDENT, None if loss == "cross_entropy" else TEACHER)
-    return _Setting(recipe, [make_term(loss, {}, 1.0)], shapes, stated(machines), machines)
+    return _Setting(recipe, [make_term(loss, {}, 1.0)], shapes, stated(machines))
 
 
 def predicted(cluster: dict[str, Any], work: Work = WORK, controls: int = 0, **sections: Any) -> Prediction:
@@ -368,7 +368,7 @@ def test_ranks_hold_and_send_what_is_predicted(tmp_path, size):
     cluster = Cluster.model_validate(DEVICE | {"kind": "cpu", "devices_per_node": size, "link_gb_s": 1})
     for shard in ("none", "full"):
         recipe = parse(RECIPE | {"machine": {"micro_tokens": 90, "shard": shard}})
-        it = _Setting(recipe, [make_term("forward_kl", {}, 1.0)], shapes, stated(cluster), cluster)
+        it = _Setting(recipe, [make_term("forward_kl", {}, 1.0)], shapes, stated(cluster))
         parts = memory.student_bytes(recipe, shapes.student, it.parts) | {"teacher": it._teacher_bytes()}
         for rank in range(size):
             facts = json.loads((tmp_path / f"facts-{rank}.json").read_text())[shard]
