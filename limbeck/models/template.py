@@ -26,9 +26,8 @@ from limbeck.types import Message, UserError
 
 ASKED, SAID = "zqlimbeckaskedqz", "zqlimbecksaidqz"  # words that no template writes itself
 THINKING = re.compile(r"think|thought|reason", re.IGNORECASE)
-THINKING_BLOCK = re.compile(
-    r"(?<!\s)(?:\s*+[<\[]/?[^<>\[\]\s]{0,40}(?:think|thought|reason)[^<>\[\]\s]{0,40}[>\]])*+\s*+\Z", re.IGNORECASE
-)
+THINKING_MARK = re.compile(r"[<\[]/?[^<>\[\]\s]{0,40}(?:think|thought|reason)[^<>\[\]\s]{0,40}[>\]]\Z", re.IGNORECASE)
+LONGEST_MARK = 90
 ANCHORS = ("", "\U000f0000", "\n")  # what a piece is encoded after: nothing, or what no text merges with
 GIVE_ONE = "give it one of Limbeck's or your own (template: chatml, alpaca, plain, or a .jinja file)"
 # `strftime_now` in a template would give another prompt, and other request keys, every day: 26 July 2024 for all days
@@ -156,8 +155,19 @@ def _frame(tokenizer: Tokenizer, source: str, name: str) -> Frame:
 
 def _header(prompt: str, before: str) -> str:
     """What stands before an answer in a conversation and not at the end of a prompt, thinking left out."""
-    prompt, before = (THINKING_BLOCK.sub("", text) for text in (prompt, before))
+    prompt, before = (without_thinking_marks(text) for text in (prompt, before))
     return before[len(prompt) :].strip() if before.startswith(prompt) else ""
+
+
+def without_thinking_marks(text: str) -> str:
+    """The text without the marks of thinking, and the blanks, that it ends with."""
+    text = text.rstrip()
+    end = len(text)
+    while mark := THINKING_MARK.search(text, max(0, end - LONGEST_MARK), end):
+        end = mark.start()
+        while end and text[end - 1].isspace():
+            end -= 1
+    return text[:end]
 
 
 def _controls(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[dict[str, int], frozenset[str]]:

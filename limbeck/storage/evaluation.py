@@ -12,6 +12,7 @@ from typing import Any
 
 from limbeck.storage.files import write_json
 from limbeck.storage.manifest import MANIFEST, damaged_file, read_manifest, seal
+from limbeck.storage.metrics_log import read_json
 from limbeck.types import UserError
 
 SUMMARY = "summary.json"
@@ -19,7 +20,12 @@ LATER = ("harness.json",)
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write the summary of the records in `folder`, and seal both."""
+    """Write the summary of the records in `folder`, and seal both, unless they are as they should be."""
+    manifest = read_manifest(folder)
+    if manifest is not None and read_json(folder / SUMMARY) == summary:
+        names = {file.name for file in folder.iterdir() if file.is_file()} - {MANIFEST, *LATER}
+        if names == manifest["files"].keys() and damaged_file(folder, manifest) is None:
+            return
     (folder / MANIFEST).unlink(missing_ok=True)
     write_json(folder / SUMMARY, dict(summary))
     seal(folder, leave_out=LATER)

@@ -305,12 +305,14 @@ def test_records_of_a_version_that_did_not_say_whose_they_are(trained, data):
     file = trained / "evaluation" / "protocol.json"
     whole = json.loads(file.read_text())
     file.write_text(json.dumps({"hash": whole["hash"]}))
+    (trained / "evaluation" / "manifest.json").unlink()
     times = {path: path.stat().st_mtime_ns for path in (trained / "evaluation").glob("*-student.jsonl")}
     (trained / "evaluation" / "summary.json").unlink()
     limbeck.run(parse(data), trained)
     assert json.loads(file.read_text()) == whole and all(path.stat().st_mtime_ns == at for path, at in times.items())
     file.write_text(json.dumps({"hash": "another"}))
-    (trained / "evaluation" / "summary.json").unlink()
+    for name in ("manifest.json", "summary.json"):
+        (trained / "evaluation" / name).unlink()
     limbeck.run(parse(data), trained)
     assert all(path.stat().st_mtime_ns > at for path, at in times.items())
 
