@@ -12,6 +12,7 @@ a judge that sees one order only would have suffered. Ties that come of two orde
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,17 @@ def attacked(answer: str, attack: str) -> tuple[str, str]:
 
 
 def verdicts(
-    judge: Any, prompts: list[Prompt], right: dict[str, str], wrong: dict[str, str], attack: str
+    judge: Any, prompts: list[Prompt], right: dict[str, str], wrong: dict[str, str], *, attack: str
 ) -> list[PairVerdict]:
     """Each pair in both orders; an attack that names a letter names the attacker's in each."""
     as_b = {name: attacked(answer, attack)[0] for name, answer in wrong.items()}
-    found = judge_pairs(judge, prompts, right, as_b, TOKENS)
+    found = judge_pairs(judge, prompts, right, as_b, max_tokens=TOKENS)
     if "{letter}" not in ATTACKS[attack]:
         return found
     as_a = {name: attacked(answer, attack)[1] for name, answer in wrong.items()}
-    other = judge_pairs(judge, prompts, right, as_a, TOKENS)
+    other = judge_pairs(judge, prompts, right, as_a, max_tokens=TOKENS)
     return [
-        PairVerdict(b.prompt_id, b.forward, a.backward, b.first_length, b.second_length, (b.replies[0], a.replies[1]))
-        for b, a in zip(found, other, strict=True)
+        replace(b, backward=a.backward, replies=(b.replies[0], a.replies[1])) for b, a in zip(found, other, strict=True)
     ]
 
 
@@ -63,7 +63,7 @@ def of_judge(name: str, prompts: list[Prompt], right: dict[str, str], wrong: dic
     """What each attack did to a judge."""
     judge = load_model(name)
     began = time.perf_counter()
-    found = {attack: verdicts(judge, prompts, right, wrong, attack) for attack in ATTACKS}
+    found = {attack: verdicts(judge, prompts, right, wrong, attack=attack) for attack in ATTACKS}
     plain = found.pop("none")
     attacks = {}
     for attack, after in found.items():

@@ -27,6 +27,18 @@ def allowed(monkeypatch):
     monkeypatch.setenv(sandbox.ALLOW, "1")
 
 
+@pytest.fixture
+def untried(monkeypatch):
+    """As if neither the sandbox nor its filter had been tried yet; forgotten afterwards."""
+    forget = sandbox._missing.cache_clear, system_calls.system_call_filter.cache_clear
+    for each in forget:
+        each()
+    yield
+    monkeypatch.undo()
+    for each in forget:
+        each()
+
+
 @pytest.mark.promise("S7")
 def test_no_program_runs_unless_allowed(monkeypatch, tmp_path):
     monkeypatch.delenv(sandbox.ALLOW, raising=False)
@@ -37,26 +49,18 @@ def test_no_program_runs_unless_allowed(monkeypatch, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_without_bubblewrap_it_refuses(monkeypatch, allowed):
+def test_without_bubblewrap_it_refuses(monkeypatch, untried, allowed):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    sandbox._missing.cache_clear()
-    try:
-        with pytest.raises(UserError, match="install the package bubblewrap"):
-            run_tests("", "")
-    finally:
-        sandbox._missing.cache_clear()
+    with pytest.raises(UserError, match="install the package bubblewrap"):
+        run_tests("", "")
 
 
 @pytest.mark.promise("S7")
-def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch, allowed):
+def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch, untried, allowed):
     """A bubblewrap that passes everything through fails the self-test."""
     monkeypatch.setattr(sandbox, "_command", lambda limits, user, calls: ["/bin/sh", "-c", "exit 0"])
-    sandbox._missing.cache_clear()
-    try:
-        with pytest.raises(UserError, match="does not work here"):
-            run_tests("", "")
-    finally:
-        sandbox._missing.cache_clear()
+    with pytest.raises(UserError, match="does not work here"):
+        run_tests("", "")
 
 
 @needs_sandbox
@@ -240,15 +244,10 @@ def test_the_memory_of_all_processes_is_bounded(allowed, memory):
     assert run_tests(program.format(count=1), "", limits) == Outcome(True)
 
 
-def test_without_libseccomp_it_refuses(monkeypatch, allowed):
+def test_without_libseccomp_it_refuses(monkeypatch, untried, allowed):
     monkeypatch.setattr(system_calls.ctypes.util, "find_library", lambda name: None)
-    system_calls.system_call_filter.cache_clear()
-    sandbox._missing.cache_clear()
-    try:
-        with pytest.raises(UserError, match="install the package"):
-            run_tests("", "")
-    finally:
-        sandbox._missing.cache_clear()
+    with pytest.raises(UserError, match="install the package"):
+        run_tests("", "")
 
 
 @needs_sandbox

@@ -29,6 +29,7 @@ from limbeck.runs.shapes import Shape, Shapes
 from limbeck.training import loop, sharded
 from limbeck.types import RecipeError, UserError
 from tests.conftest import make_net
+from tests.runs.test_hardware import RECIPE
 from tests.training.test_ranks import make_job
 
 DEVICE = {
@@ -39,14 +40,6 @@ DEVICE = {
     "utilisation": 0.5,
 }
 EIGHT = DEVICE | {"devices_per_node": 8, "link_gb_s": 50, "price_per_hour": 2}
-RECIPE = {
-    "name": "tiny",
-    "teacher": {"model": "smollm2-135m-instruct"},
-    "student": {"start": {"prune": {"layers": 24, "keep": "first"}}},
-    "prompts": {"from": "builtin/everyday", "limit": 40},
-    "loss": ["forward_kl"],
-    "train": {"steps": 10, "tokens_per_step": 4096},
-}
 # 10 layers of a million numbers in matrices and a thousand in vectors, and a head of 2 million that is tied
 STUDENT = Shape(
     layers=10, layer_parameters=1_001_000, head_parameters=2_000_000, width=100, key_value_width=50, layer_vectors=1_000
