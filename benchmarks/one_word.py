@@ -1,6 +1,6 @@
 """GRPO with a verifier on an exact format, beside RFT at equal tokens, three seeds; writes docs/evidence/one-word.json.
 
-    make evidence-one-word        # about an hour on two cores; killed, it goes on
+    make evidence-one-word        # about half an hour on two cores; killed, it goes on
 
 The task: "Name a fruit. Answer with one word.", for things of many kinds; an answer passes that is one word and nothing
 else (a full stop is allowed), and not the kind itself. The kinds are split once into those to learn from and those to
@@ -12,11 +12,13 @@ updates with as many tokens in each. The check reads no meaning, so `distinct` c
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,8 @@ def overrides(method: str, seed: int, questions: int, tokens: int) -> list[str]:
         "train.seed": seed,
         "train.steps": STEPS,
         "train.lr": RATE,
+        "train.precision": "bfloat16",
+        "machine.threads": 1,
         "evaluate": {
             "metrics": ["fidelity", str(RUNS / "task")],
             "limit": 8,
@@ -138,13 +142,19 @@ def distinct(folder: Path) -> dict[str, int]:
 
 def main() -> None:
     questions = write_task(RUNS)
-    found: dict[str, dict[str, Any]] = {"grpo": {}, "rft": {}}
-    for seed in SEEDS:
-        first = found["grpo"][str(seed)] = result("grpo", seed, questions)
-        tokens = max(1, round(first["trained_tokens"] / STEPS))
-        found["rft"][str(seed)] = result("rft", seed, questions, tokens)
-        size = {"questions": questions, "steps": STEPS, "prompts": PROMPTS, "group": GROUP, "lr": RATE}
-        write_json(OUT, {"task": question("fruit"), "held_out": MEASURED, "size": size, "methods": found})
+    found: dict[str, dict[int, dict[str, Any]]] = {"grpo": {}, "rft": {}}
+    size = {"questions": questions, "steps": STEPS, "prompts": PROMPTS, "group": GROUP, "lr": RATE}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        running = {pool.submit(result, "grpo", seed, questions): ("grpo", seed) for seed in SEEDS}
+        while running:
+            done = next(as_completed(running))
+            method, seed = running.pop(done)
+            found[method][seed] = done.result()
+            print(f"{method}, seed {seed}: {json.dumps(found[method][seed])}", flush=True)
+            if method == "grpo":  # RFT has as many tokens in each update
+                tokens = max(1, round(found["grpo"][seed]["trained_tokens"] / STEPS))
+                running[pool.submit(result, "rft", seed, questions, tokens)] = ("rft", seed)
+    write_json(OUT, {"task": question("fruit"), "held_out": MEASURED, "size": size, "methods": found})
 
 
 if __name__ == "__main__":

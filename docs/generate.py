@@ -5,8 +5,8 @@ docs/evidence.
     .venv/bin/python docs/generate.py --check    # exit status 1 when they are stale
 
 A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; whatever is written there by hand is lost.
-What stands in them: blocks/code.py, blocks/evidence.py, blocks/recipe_rows.py, blocks/cases.py
-and blocks/promises.py.
+What stands in them: blocks/code.py, blocks/evidence.py, blocks/recipe_rows.py, blocks/cases.py,
+blocks/rewards.py and blocks/promises.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from blocks import cases, code, evidence, promises, recipe_rows
+from blocks import cases, code, evidence, promises, recipe_rows, rewards
 
 DOCS = Path(__file__).parent
 PAGES = (
@@ -28,9 +28,11 @@ PAGES = (
     DOCS / "signals.md",
     DOCS / "comparison.md",
     DOCS / "precision.md",
+    DOCS / "evaluation.md",
     DOCS / "models.md",
     DOCS / "export.md",
     DOCS / "cases.md",
+    DOCS / "launch.md",
     DOCS / "reliability.md",
     DOCS.parent / "README.md",
 )
@@ -68,6 +70,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
         cases.case_intents,
         cases.case_names,
         cases.case_maths,
+        rewards.one_word,
+        rewards.judges,
+        rewards.workers,
         promises.how_many,
         promises.promises,
     )

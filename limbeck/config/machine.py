@@ -14,6 +14,23 @@ from limbeck.config.section import Section
 Device = Annotated[str, Field(pattern=r"^(auto|[a-z]+(:[0-9]+)?)$")]
 
 
+class Workers(Section):
+    """Processes on a Ray cluster that write the teachers' text, each with a model of its own (docs/launch.md).
+
+    Args:
+        count: how many; each holds the model that it is asked for, beside the one in this process.
+        cluster: the address of a running cluster, `auto` for the one on this machine; by default one is started here
+            for the run.
+        cpus: of each, and so its torch threads on a CPU.
+        gpus: of each; with 0 the models are on the CPU.
+    """
+
+    count: Annotated[int, Field(ge=1, le=4096)]
+    cluster: Annotated[str, Field(pattern=r"^(auto|(ray://)?[A-Za-z0-9_.\[\]:-]+:[0-9]+)$")] | None = None
+    cpus: Annotated[int, Field(ge=1, le=1024)] = 1
+    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+
+
 class Machine(Section):
     """Devices and sizes. A size that is left out follows from the device's memory.
 
@@ -31,6 +48,7 @@ class Machine(Section):
             limbeck/answers in ~/.local/share.
         shard: with several ranks (docs/ranks.md), `full` divides weights, gradients and moments among them while they
             train (FSDP2); with `none` each rank holds the whole models.
+        workers: processes on a Ray cluster that write the text of the teachers whose weights are here.
         timeout: seconds after which a rank that does not answer ends the run on all.
         cluster: the numbers of machines that are not here, from which `limbeck check` predicts; a run reads none of it.
     """
@@ -45,5 +63,6 @@ class Machine(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     answers: Annotated[str, Field(min_length=1)] | None = None
     shard: Literal["none", "full"] = "none"
+    workers: Workers | None = None
     timeout: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 600
     cluster: Cluster | None = None

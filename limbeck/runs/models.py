@@ -1,10 +1,8 @@
-"""The models of a run by their role: teacher, server, initial student, scorers. Each is loaded once, when first needed;
-the runs of a comparison share the teacher.
-"""
+"""The models of a run by their role, each loaded once, when first needed; compared runs share the teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +17,7 @@ from limbeck.models.compatibility import have_other_tokens
 from limbeck.models.constrain import unheld
 from limbeck.models.load import is_ready, load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model, header_of
-from limbeck.models.own_text import Aligner, OwnTextTeacher, probe
+from limbeck.models.own_text import OwnTextTeacher, probe
 from limbeck.models.placement import FULL, Devices, Precision
 from limbeck.models.prune import Calibration, LayerChoice
 from limbeck.models.score import ServerScorer
@@ -28,18 +26,17 @@ from limbeck.models.start import adapters_told, begin, choose, merge_adapters, m
 from limbeck.models.states_teacher import StatesTeacher
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
-from limbeck.models.told import Kept
+from limbeck.models.workers import ModelOnWorker
 from limbeck.progress import Reporter
 from limbeck.runs.memory import teacher_precision
 from limbeck.runs.named import NamedModels, reader_of
 from limbeck.runs.resolve import Method
-from limbeck.runs.served import scorer_of, served
+from limbeck.runs.served import own_text_of, scorer_of, served
 from limbeck.storage.files import read_from, read_object, write_json
 from limbeck.storage.metrics_log import read_json
-from limbeck.storage.store import Store
 from limbeck.training.controls import PROMPTED
 from limbeck.training.scorer import ModelScorer
-from limbeck.types import STUDENTS, TOLD, AnswerForm, UserError
+from limbeck.types import STUDENTS, AnswerForm, UserError
 
 
 @dataclass
@@ -204,17 +201,7 @@ class RunModels:
     def own_text(self, student: Model, library: Path) -> OwnTextTeacher | None:
         """The server as a teacher of its own text, which `library` has with its log-probabilities; None if the recipe
         does not ask for them."""
-        settings = self.method.recipe.teacher
-        if not isinstance(settings, ServedTeacher) or settings.server.logprobs is None:
-            return None
-        identity = self.writer_identity(TEACHER)
-
-        def told(sample_ids: Sequence[str]) -> Iterator[Kept | None]:
-            with Store(library / "store.sqlite") as store:
-                yield from (store.evidence_of(sample_id, TOLD, identity) for sample_id in sample_ids)
-
-        aligner = Aligner(student.tokenizer, student.eos_ids)
-        return OwnTextTeacher(identity, told, aligner, student.vocab_size, device=student.net.device)
+        return own_text_of(self.method, self.writer_identity(TEACHER), library, student)
 
     # The student before training
 
@@ -345,7 +332,21 @@ class RunModels:
     def writer(self, name: str) -> Answerer:
         if name in STUDENTS:
             return InProcessTeacher(self._student(name))
-        return self.named.writer(name) if name in self.named else self.server or self.teacher
+        return self.named.writer(name) if name in self.named else self.server or self._writes_here()
+
+    def _writes_here(self) -> Answerer:
+        """The teacher in process, or as the workers that the recipe asks for have it."""
+        if self.shared is not None:
+            return self.shared._writes_here()
+        model = ModelOnWorker(
+            str(self.method.recipe.teacher.model),
+            self.teacher_precision,
+            self.template,
+            self.method.prompt_context,
+            identity=self.teacher_identity,
+            attention=self.devices.teacher.attention,
+        )
+        return self.named.by_workers(model) or self.teacher
 
     def writer_identity(self, name: str) -> str:
         if (previous := self._before(name)) is not None:

@@ -16,9 +16,11 @@ from limbeck.models.constrain import unheld
 from limbeck.models.load import load_config, load_model, load_tokenizer, model_identity
 from limbeck.models.model import Model
 from limbeck.models.placement import Placement, Precision
+from limbeck.models.ray_pool import RayPool
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.template import prompt_ids
 from limbeck.models.weights import context_length
+from limbeck.models.workers import ModelOnWorker, WorkerTeacher
 from limbeck.progress import Reporter
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import Message, UserError
@@ -46,6 +48,7 @@ class NamedModels:
     billed: Callable[[str], tuple[int, int, int]]
     teacher: Callable[[str], Model | None] = lambda identity: None
     _loaded: dict[str, InProcessTeacher] = field(default_factory=dict)
+    _by_workers: dict[str, WorkerTeacher] = field(default_factory=dict)
     _servers: dict[str, ApiTeacher] = field(default_factory=dict)
     _identities: dict[str, str] = field(default_factory=dict)
 
@@ -68,13 +71,35 @@ class NamedModels:
             self._identities[name] = identity
         return self._identities[name]
 
-    def writer(self, name: str) -> ApiTeacher | InProcessTeacher:
+    def writer(self, name: str) -> ApiTeacher | InProcessTeacher | WorkerTeacher:
         """The model as one that answers requests.
 
         Raises:
             UserError: it is not there, or is another than the run's text is from.
         """
-        return self.loaded(name) if isinstance(self.settings(name), NamedLocal) else self.server(name)
+        settings = self.settings(name)
+        if not isinstance(settings, NamedLocal):
+            return self.server(name)
+        model = ModelOnWorker(
+            settings.model,
+            _precision(settings),
+            settings.template,
+            context=None,
+            identity=self.identity(name),
+            attention=self.placement().attention,
+        )
+        return self.by_workers(model) or self.loaded(name)
+
+    def by_workers(self, model: ModelOnWorker) -> WorkerTeacher | None:
+        """A model as the workers have it that the recipe asks for; None if it asks for none."""
+        workers = self.recipe.machine.workers
+        if workers is None:
+            return None
+        if model.identity not in self._by_workers:
+            self.reporter.note(f"{model.source} writes on {workers.count} workers")
+            pool = RayPool(model, workers)
+            self._by_workers[model.identity] = WorkerTeacher(pool, model.identity, workers.count, self.reporter.note)
+        return self._by_workers[model.identity]
 
     def loaded(self, name: str) -> InProcessTeacher:
         """A model whose weights are here."""
@@ -121,8 +146,10 @@ class NamedModels:
         return Reader(unheld=lambda form: unheld(form, settings.server))
 
     def release(self) -> None:
-        """Drop the loaded weights."""
+        """Drop the loaded weights, and stop the workers."""
         self._loaded.clear()
+        while self._by_workers:
+            self._by_workers.popitem()[1].release()
 
 
 def reader_of(source: str, template: str | None) -> Reader:

@@ -18,6 +18,7 @@ from limbeck.models.placement import Devices
 from limbeck.models.prune import SPREADS, check_kept
 from limbeck.models.quantise import refuse
 from limbeck.models.quantised import check_numbers, quantisation
+from limbeck.models.ray_pool import check_ray
 from limbeck.models.scores import check_scorer, is_scorer
 from limbeck.models.sources import source_of
 from limbeck.models.start import scratch_config
@@ -88,6 +89,8 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
         devices = Devices(recipe.machine)
         hardware = measured(devices.student.device, compute_dtype(recipe))
         devices.teacher  # noqa: B018 (refused where it is missing)
+        if recipe.machine.workers is not None:
+            check_ray()
     _check_templates(recipe)
     _check_sources(recipe)
     config = load_config(recipe.speaker)
