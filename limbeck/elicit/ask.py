@@ -183,7 +183,7 @@ class Ask(AskingStep):
     def shows(self) -> StepPrompt | None:
         if self.into != "answer" or self.by != TEACHER:
             return None
-        return of_templates(self.prompt, self.system, self.parse.label or (), self.parse)
+        return of_templates(self.prompt, self.system, self.parse.label or (), self.parse, form=self._wanted_form)
 
     # What is asked
 
@@ -207,10 +207,18 @@ class Ask(AskingStep):
             draws += [Draw(sample, (*system, user(texts["prompt"])), number) for number in range(self.n)]
         return draws
 
-    def _form(self, context: StepContext, tally: Tally) -> AnswerForm | None:
-        """The form that the teacher is held to."""
+    @property
+    def _wanted_form(self) -> AnswerForm | None:
+        """The form that the model is held to if it can be."""
         form = self.parse.form
         if form is None or self.constrain is False or (self.constrain is None and form.kind != "schema"):
+            return None
+        return form
+
+    def _form(self, context: StepContext, tally: Tally) -> AnswerForm | None:
+        """The form that the model is held to."""
+        form = self._wanted_form
+        if form is None:
             return None
         if why := (context.unheld if self.by == TEACHER else context.reader(self.by).unheld)(form):
             tally.notes.append(f"answers are not held to their form: {why}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from limbeck.elicit.flow import said_by, user, with_answer
 from limbeck.elicit.parse import Parsing, UnparsedError
 from limbeck.elicit.rendering import render
-from limbeck.types import Message, Sample, content_hash
+from limbeck.types import AnswerForm, Message, Sample, content_hash
 
 STAND_IN = "\ue000limbeck-prompt\ue000"  # where the prompt stands in a template that is filled in once
 
@@ -22,6 +22,7 @@ class StepPrompt:
         system: a system message, in place of the conversation's own.
         pieces: the texts around the user's last message, which is then all that is left of the conversation.
         parse: how the reply is read before it is taught.
+        form: what the reply is held to, where the model can be.
         varies: every sample is shown something else (a drawn system message, its own fields), so that nothing can be
             said of other prompts.
     """
@@ -29,6 +30,7 @@ class StepPrompt:
     system: str | None = None
     pieces: tuple[str, ...] | None = None
     parse: Parsing | None = None
+    form: AnswerForm | None = None
     varies: bool = False
 
     @property
@@ -71,7 +73,9 @@ def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Mess
     return ({"role": "system", "content": system}, *rest)
 
 
-def of_templates(prompt: str, system: str | None, labels: Sequence[str], parse: Parsing) -> StepPrompt:
+def of_templates(
+    prompt: str, system: str | None, labels: Sequence[str], parse: Parsing, *, form: AnswerForm | None = None
+) -> StepPrompt:
     """What two jinja templates show. Where they read more than the prompt and the labels, or do more with the prompt
     than print it, they show every sample something else."""
     templates = {"prompt": prompt} | ({} if system is None else {"system": system})
@@ -81,4 +85,4 @@ def of_templates(prompt: str, system: str | None, labels: Sequence[str], parse: 
         return VARIES
     if "prompt" not in rendered.printing or "prompt" in rendered.names.get("system", ()):
         return VARIES
-    return StepPrompt(texts.get("system") or None, tuple(texts["prompt"].split(STAND_IN)), parse)
+    return StepPrompt(texts.get("system") or None, tuple(texts["prompt"].split(STAND_IN)), parse, form)

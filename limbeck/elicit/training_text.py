@@ -332,9 +332,13 @@ class TrainingText:
         return replace(request, shown=self.source.shown(request.messages, with_step=False))
 
     def _shown(self, prompt: Prompt, sampling: Sampling) -> Request:
-        """A request to the teacher outside the training text, which shows it what a step showed it there."""
+        """A request to the teacher outside the training text, which shows it what a step showed it there, and holds it
+        to the same form."""
         request = self._request(prompt, TEACHER, sampling)
-        return replace(request, shown=self.source.shown(request.messages, with_step=True))
+        form = None if self.source.step_prompt is None else self.source.step_prompt.form
+        if form is not None and self.models.unheld(form):
+            form = None
+        return replace(request, shown=self.source.shown(request.messages, with_step=True), form=form)
 
     def _ask(self, requests: Sequence[Request], by: str, measured: bool = False) -> list[Sample]:
         with Store(self.folder / "store.sqlite") as store:

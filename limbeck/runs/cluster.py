@@ -70,7 +70,8 @@ def predict(
         controls: how many are trained, on as much text, without the teacher.
     """
     setting = _Setting(recipe, terms, shapes, hardware)
-    micro_tokens = setting.micro_tokens()
+    row = work.prompt + work.answer
+    micro_tokens = min(setting.micro_tokens(), max(1, row, work.tokens / setting.ranks))  # as training.loop deals them
     control = Work(work.tokens, work.responses)
     batches = max(1, math.ceil(work.tokens / micro_tokens))
     in_one = math.ceil(work.tokens / batches)

@@ -122,7 +122,7 @@ class Prediction:
                     "idle in training",
                     f"{idle} of {self.cluster.devices} devices: a step is {self.micro_batches} micro-batch"
                     f"{'es' if self.micro_batches > 1 else ''} of {self.micro_tokens:,} tokens; give it more"
-                    " train.tokens_per_step, or a smaller machine.micro_tokens",
+                    " train.tokens_per_step",
                 )
             )
         return lines

@@ -159,8 +159,8 @@ def _gradients(
     while True:
         # dropout, where the model has any: a step is replayed to the bit
         torch.manual_seed(_seed(job, step))
-        if room.tokens is not None:
-            micro_batches = resized(micro_batches, room.tokens, job.objective.keeps_groups)
+        if (most := _micro_tokens(room, micro_batches)) is not None:
+            micro_batches = resized(micro_batches, most, job.objective.keeps_groups)
         batches = [make_batch(micro_batch) for micro_batch in micro_batches]
         amounts = _amounts(terms, batches)
         sums = Sums()
@@ -184,6 +184,14 @@ def _gradients(
         for learned in job.objective.learned.values():
             learned.zero_grad(set_to_none=True)
         room.shrink(batches, shortage or "on another rank", job.objective.keeps_groups)
+
+
+def _micro_tokens(room: Room, micro_batches: Sequence[Sequence[Row]]) -> int | None:
+    """The most tokens of a micro-batch: what fits, and of several ranks a rank's share, so that none is idle."""
+    if distributed.world_size() == 1:
+        return room.tokens
+    share = math.ceil(sum(len(row) for rows in micro_batches for row in rows) / distributed.world_size())
+    return share if room.tokens is None else min(room.tokens, share)
 
 
 def _added(parts: Sequence[Sums]) -> Sums:

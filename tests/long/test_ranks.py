@@ -23,15 +23,17 @@ from tests.training.test_ranks import assert_equal, results, states_server  # no
 PATIENCE = 300  # seconds
 
 
-def start(*arguments: object, torchrun: bool = False) -> subprocess.Popen[str]:
+def start(*arguments: object, torchrun: bool = False, ranks: int = 2) -> subprocess.Popen[str]:
     """`limbeck ARGUMENTS --ranks 2`, or the same by torchrun; read its output with `communicate`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     program = (
-        ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "limbeck"] if torchrun else ["limbeck"]
+        ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "limbeck"]
+        if torchrun
+        else ["limbeck"]
     )
-    ranks = [] if torchrun else ["--ranks", "2"]
+    launched = [] if torchrun else ["--ranks", str(ranks)]
     return subprocess.Popen(
-        [sys.executable, "-m", *program, *map(str, arguments), *ranks],
+        [sys.executable, "-m", *program, *map(str, arguments), *launched],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -98,6 +100,76 @@ def test_a_whole_run_is_that_of_one_process(recipe, tmp_path, shard, torchrun):
     again.communicate(timeout=PATIENCE)
     assert again.returncode == 0
     assert (together / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+KINDS = {  # of training, as the command runs them: what the recipe has instead, and whether weights can be divided
+    "groups with a reward": (
+        {
+            "writer": [{"by": "student", "max_tokens": 12}],
+            "rollout": {"prompts": 3, "group": 3, "rewards": ["check", {"length": {"free": 4, "weight": 0.5}}]},
+            "loss": ["ppo_clip", {"kl_penalty_k3": {"weight": 0.04}}],
+        },
+        False,
+    ),
+    "minillm": (
+        {
+            "writer": [
+                {"by": "teacher", "share": 0.5, "max_tokens": 12},
+                {"by": "student", "share": 0.5, "max_tokens": 12},
+            ],
+            "rollout": {"joint": {"teacher_share": 0.2}},
+            "loss": [
+                {"reverse_kl": {"only": "student", "by": "importance_weight"}},
+                "minillm_long",
+                {"cross_entropy": {"only": "teacher"}},
+            ],
+        },
+        False,
+    ),
+    "features": (
+        {"loss": ["forward_kl", {"hidden_match": {"layers": "uniform", "embeddings": True, "weight": 0.05}}]},
+        False,
+    ),
+    "top-k cache": ({"cache": {"top_k": {"k": 20}}, "loss": ["forward_kl"]}, True),
+    "hidden cache": ({"cache": {"hidden": {}}, "loss": ["reverse_kl"]}, True),
+    "adapters": ({"lora": {"rank": 4, "alpha": 8}, "loss": ["forward_kl"]}, True),
+}
+RUNS = [(kind, "none") for kind in KINDS] + [(kind, "full") for kind, (_, divides) in KINDS.items() if divides]
+
+
+@pytest.mark.parametrize(("kind", "shard"), RUNS)
+@pytest.mark.promise("R4")
+def test_every_kind_of_training_on_2_and_4_ranks_is_that_of_one_process(
+    recipe_data,
+    recipe_file,  # noqa: F811
+    tmp_path,
+    kind,
+    shard,
+):
+    changes = dict(KINDS[kind][0])
+    if "cache" in changes:
+        recipe_data["teacher"] = {"model": recipe_data["teacher"], "cache": changes.pop("cache")}
+    if "lora" in changes:
+        recipe_data["student"]["lora"] = changes.pop("lora")
+    recipe_data |= changes
+    recipe_data["train"] |= {"tokens_per_step": 150, "steps": 5}
+    recipe_data["evaluate"] = {"metrics": ["fidelity"], "max_tokens": 12, "controls": [], "speeds": False} | {
+        "prompts": recipe_data["evaluate"]["prompts"]
+    }
+    recipe_data["machine"] = {"micro_tokens": 48, "threads": 1}
+    recipe_file.write_text(yaml.safe_dump(recipe_data))
+    alone = tmp_path / "alone"
+    done = command("run", recipe_file, "--out", alone)
+    assert done.returncode == 0, done.stderr
+    recipe_data["machine"]["shard"] = shard
+    recipe_file.write_text(yaml.safe_dump(recipe_data))
+    for ranks in (2, 4):
+        together = tmp_path / str(ranks)
+        run = start("run", recipe_file, "--out", together, ranks=ranks)
+        _, err = run.communicate(timeout=PATIENCE)
+        assert run.returncode == 0, err
+        assert_equal(alone, together)
+        assert_same_student(alone, together)
 
 
 @pytest.mark.parametrize("number", [0, 1])

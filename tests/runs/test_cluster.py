@@ -183,9 +183,10 @@ def test_one_device_sends_nothing_and_two_nodes_send_over_the_network():
 
 
 def test_devices_without_a_micro_batch_are_idle():
-    made = predicted(EIGHT, replace(WORK, tokens=2000, responses=1000), **micro(1024))
+    few = replace(WORK, tokens=2000, responses=1000, prompt=600, answer=400)  # two rows
+    made = predicted(EIGHT, few, **micro(1024))
     assert made.micro_batches == 2 and "6 of 8 devices" in dict(made.lines())["idle in training"]
-    alone = predicted(DEVICE, replace(WORK, tokens=2000, responses=1000), **micro(1024))
+    alone = predicted(DEVICE, few, **micro(1024))
     assert made.step[PASSES].seconds == pytest.approx(alone.step[PASSES].seconds / 2)
     assert "idle in training" not in dict(alone.lines())
 

@@ -360,3 +360,20 @@ def test_answers_of_a_context_are_not_those_of_another(tmp_path):
         for request, text in zip(requests, ("one", "two"), strict=True):
             store.record(request, Sample((*request.messages, {"role": "assistant", "content": text}), "m"), "ok")
         assert [store.answered(request).messages[-1]["content"] for request in requests] == ["one", "two"]
+
+
+def test_held_out_text_is_held_to_the_form_of_the_step(small, tmp_path):
+    schema = {
+        "type": "object",
+        "required": ["kind"],
+        "additionalProperties": False,
+        "properties": {"kind": {"enum": ["yes", "no"]}},
+    }
+    ask = {"prompt": "{{ prompt }} JSON:", "parse": {"json": schema}, "retries": 0, "max_tokens": 48}
+    recipe = small(elicit=[{"ask": ask}], writer=[{"by": "elicited", "max_tokens": 48}])
+    (tmp_path / "run").mkdir()
+    held_out = Run(prepared(recipe), tmp_path / "run", Silent()).text.held_out()
+    assert {sample.meta["finish"] for sample in held_out} == {"ok"}, "a random model writes no JSON by itself"
+    assert all(json.loads(sample.messages[-1]["content"])["kind"] in ("yes", "no") for sample in held_out)
+    free = resolve(small(elicit=[{"ask": ask | {"constrain": False}}], writer=[{"by": "elicited"}]))
+    assert free.step_prompt.form is None
