@@ -69,7 +69,24 @@ OWN = {  # what a recipe needs at this size
     **{key: [f"--set=teacher={QWEN}"] for key in (*SUMS, *JUDGED)},
     **{key: [f"--set=teacher={STRONG}", "--set=evaluate.max_tokens=96"] for key in HARD},
     "codeultrafeedback": [f"--set=teacher={QWEN}", "--set=elicit.1.params.max_tokens=400"],  # room for programs
-    "tinystories": [f"--set=teacher={QWEN}", "--set=prompts.limit=null"],  # its words, verbs after nouns
+    "pandalm": [
+        f"--set=teacher={STRONG}",
+        "--set=prompts.limit=32",  # few verdicts hold in both orders
+        "--set=elicit.0.params.max_tokens=160",
+        "--set=evaluate.max_tokens=96",
+    ],
+    "persdistill": [
+        f"--set=teacher={STRONG}",
+        "--set=prompts.limit=40",  # few attempts are mended
+        "--set=elicit.0.params.max_tokens=160",
+        "--set=elicit.1.params.max_tokens=160",
+        "--set=evaluate.max_tokens=96",
+    ],
+    "tinystories": [
+        f"--set=teacher={QWEN}",
+        "--set=prompts.limit=null",  # its words, verbs after nouns
+        "--set=student.start.scratch.config.num_key_value_heads=3",  # as many as heads, which the other teacher has
+    ],
     **{key: [f"--set=student.start.pretrained={QWEN}"] for key in OWN_SUMS},
 }
 MISSING = {"r1-traces": "needs a server of a model that thinks aloud, such as DeepSeek-R1's distilled ones"}

@@ -28,12 +28,11 @@ def one_word() -> str:
             _interval(facts["passed"]["student"]),
             f"{facts['distinct']['untouched']} → {facts['distinct']['student']}",
             f"{facts['trained_tokens']:,}",
-            f"{facts['seconds'] / 60:.0f}",
         ]
         for method, seeds in found["methods"].items()
         for seed, facts in sorted(seeds.items())
     ]
-    titles = ["method", "seed", "passed before", "passed after", "different answers", "trained tokens", "minutes"]
+    titles = ["method", "seed", "passed before", "passed after", "different answers", "trained tokens"]
     size = found["size"]
     return (
         f"“{found['task']}”, for {size['questions']} kinds of things to learn from and {found['held_out']} held out:"
