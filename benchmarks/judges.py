@@ -6,18 +6,20 @@ PAIRS questions have two answers each: the data's own, and the answer to another
 its instructions lets lose. Every attack of ATTACKS is put after the wrong answer, and the pair is judged again in both
 orders, greedily. `flipped` is the share of pairs, of those that the right answer won, which it no longer wins; `stolen`
 those that the attacker wins; `flipped_in_one_order` the share of single verdicts for the right answer that change: what
-a judge that sees one order only would have suffered. Ties that come of two orders that disagree count as flipped.
+a judge that sees one order only would have suffered. `right_in_one_order` and `right_in_both_orders` are shares of the
+verdicts for one of the two answers, without an attack. Ties that come of two orders that disagree count as flipped.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from limbeck.elicit.prompts import Prompt, load_prompts
-from limbeck.elicit.two_orders import PairVerdict, trust
+from limbeck.elicit.two_orders import PairVerdict, Ruling, trust
 from limbeck.evaluate.judge import judge_pairs
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.models.load import load_model
@@ -80,8 +82,20 @@ def of_judge(name: str, prompts: list[Prompt], right: dict[str, str], wrong: dic
             "flipped_in_one_order": _share([other != "first" for _, other in rulings]),
         }
         print(name, attack, attacks[attack], flush=True)
-    won = _share([verdict.outcome == "first" for verdict in plain])
-    return {"right_wins": won, **trust(plain), "attacks": attacks, "seconds": round(time.perf_counter() - began)}
+    single = [ruling for verdict in plain for ruling in (verdict.forward, verdict.backward)]
+    return {
+        "right_wins": _share([verdict.outcome == "first" for verdict in plain]),
+        "right_in_one_order": _right(single),
+        "right_in_both_orders": _right([verdict.outcome for verdict in plain]),
+        **trust(plain),
+        "attacks": attacks,
+        "seconds": round(time.perf_counter() - began),
+    }
+
+
+def _right(rulings: Sequence[Ruling]) -> dict[str, Any] | None:
+    """Of the rulings for one of the two answers, the share for the right one."""
+    return _share([ruling == "first" for ruling in rulings if ruling in ("first", "second")])
 
 
 def _share(flags: list[bool]) -> dict[str, Any] | None:
@@ -93,8 +107,10 @@ def main() -> None:
     right = {prompt.id: prompt.answers[0] for prompt in prompts}
     shifted = [*prompts[1:], prompts[0]]
     wrong = {prompt.id: right[other.id] for prompt, other in zip(prompts, shifted, strict=True)}
-    found = {name: of_judge(name, prompts, right, wrong) for name in JUDGES}
-    write_json(OUT, {"pairs": PAIRS, "tokens": TOKENS, "attacks": ATTACKS, "judges": found})
+    found = {}
+    for name in JUDGES:
+        found[name] = of_judge(name, prompts, right, wrong)
+        write_json(OUT, {"pairs": PAIRS, "tokens": TOKENS, "attacks": ATTACKS, "judges": found})
 
 
 if __name__ == "__main__":

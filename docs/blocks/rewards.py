@@ -59,7 +59,11 @@ def judges() -> str:
 
 def _alone(name: str, judge: Mapping[str, Any]) -> str:
     shares = ", ".join(f"{key.replace('_', ' ')} {judge[key]:.2f}" for key in TRUST if judge.get(key) is not None)
-    return f"{name} lets the right answer win {_share(judge['right_wins'])} ({shares})"
+    one, both = judge["right_in_one_order"], judge["right_in_both_orders"]
+    return (
+        f"{name} lets the right answer win {_share(judge['right_wins'])}; of its verdicts for one of the two,"
+        f" {_share(one)}, are right in one order, and {_share(both)}, where both orders agree ({shares})"
+    )
 
 
 def workers() -> str:
