@@ -69,6 +69,11 @@ OWN = {  # what a recipe needs at this size
     **{key: [f"--set=teacher={QWEN}"] for key in (*SUMS, *JUDGED)},
     **{key: [f"--set=teacher={STRONG}", "--set=evaluate.max_tokens=96"] for key in HARD},
     "codeultrafeedback": [f"--set=teacher={QWEN}", "--set=elicit.1.params.max_tokens=400"],  # room for programs
+    "extract-to-a-schema": [
+        f"--set=teacher={STRONG}",
+        f"--set=student.start={{pretrained: {MODEL}}}",  # pruned, that teacher is too large to train here
+        "--set=evaluate.max_tokens=96",
+    ],
     "pandalm": [
         f"--set=teacher={STRONG}",
         "--set=prompts.limit=32",  # few verdicts hold in both orders
