@@ -74,6 +74,7 @@ OWN = {  # what a recipe needs at this size
         f"--set=student.start={{pretrained: {MODEL}}}",  # pruned, that teacher is too large to train here
         "--set=evaluate.max_tokens=96",
     ],
+    "multi-teacher-average": ["--set=student.start.prune.layers=6"],  # 20 take 26 GB to train
     "pandalm": [
         f"--set=teacher={STRONG}",
         "--set=prompts.limit=32",  # few verdicts hold in both orders
