@@ -22,13 +22,13 @@ class Workers(Section):
         cluster: the address of a running cluster, `auto` for the one on this machine; by default one is started here
             for the run.
         cpus: of each, and so its torch threads on a CPU.
-        gpus: of each; with 0 the models are on the CPU.
+        gpus: 1 puts each model on a device of its own, 0 on the CPU.
     """
 
     count: Annotated[int, Field(ge=1, le=4096)]
-    cluster: Annotated[str, Field(pattern=r"^(auto|(ray://)?[A-Za-z0-9_.\[\]:-]+:[0-9]+)$")] | None = None
+    cluster: Annotated[str, Field(pattern=r"^(auto|[A-Za-z0-9_.\[\]:-]+:[0-9]+)$")] | None = None
     cpus: Annotated[int, Field(ge=1, le=1024)] = 1
-    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    gpus: Literal[0, 1] = 0
 
 
 class Machine(Section):

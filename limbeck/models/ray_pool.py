@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,11 +16,13 @@ from typing import Any
 import torch
 
 from limbeck.config.machine import Workers
+from limbeck.models.placement import is_out_of_memory
 from limbeck.models.weights import first_line
 from limbeck.models.workers import Answer, LostWorkerError, ModelOnWorker, WorkerCall
 from limbeck.types import Request, UserError
 
-CONNECT_SECONDS = 10
+CONNECT_SECONDS, SETTLE_SECONDS = 10, 30
+HOMES = frozenset({"LIMBECK_HOME", "HF_HOME"})  # variables that say where models are
 
 
 def check_ray() -> None:
@@ -55,21 +59,29 @@ class _RayCall:
             answer: Answer = ray.get(next(self.stream))
         except StopIteration:
             return None
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from error
-            raise
         except ray.exceptions.RayError as error:
-            raise _lost(error) from error
+            raise _meaning(error) from error
         return answer
 
 
-def _lost(error: Exception) -> Exception:
-    """What an error of Ray's says: the model's own refusal, or that the worker died."""
-    text = str(error)
+def _meaning(error: Exception) -> Exception:
+    """What an error of Ray's says: the worker's own refusal, what it can't load or hold, or that it died."""
+    cause, text = getattr(error, "cause", None), str(error)
+    if isinstance(cause, UserError):
+        return UserError(str(cause))
+    if isinstance(cause, (RuntimeError, MemoryError)) and is_out_of_memory(cause):
+        return UserError(
+            f"machine.workers: memory ran out on a worker ({first_line(cause)}): give each more of it, or shorten"
+            " max_tokens"
+        )
     if "UserError: " in text:  # raised while the worker loaded its model
         return UserError(text.rpartition("UserError: ")[2].strip())
-    return LostWorkerError(first_line(error))
+    if getattr(error, "actor_init_failed", False) or "failed to import on the worker" in text:
+        last = text.strip().splitlines()[-1]
+        return UserError(
+            f"machine.workers: a worker can't start ({last}): install the same Limbeck on every machine of the cluster"
+        )
+    return LostWorkerError(first_line(error)) if cause is None else error
 
 
 class RayPool:
@@ -83,6 +95,7 @@ class RayPool:
         check_ray()
         self.model = model
         self.settings = settings
+        self._has_room = False
 
     def start(self) -> Any:
         import ray
@@ -90,14 +103,12 @@ class RayPool:
         if not ray.is_initialized():
             _join(self.settings)
         settings = self.settings
-        has, wants = ray.cluster_resources(), {"CPU": settings.cpus, "GPU": settings.gpus}
-        for kind, each in wants.items():
-            if has.get(kind, 0) < each * settings.count:
-                raise UserError(
-                    f"machine.workers: {settings.count} workers take {each * settings.count} of the cluster's"
-                    f" {kind}s, and it has {has.get(kind, 0):g}: lower count, cpus or gpus"
-                )
-        options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "max_restarts": 0}
+        if not self._has_room:  # those that take the place of others wait for it
+            _check_room(settings)
+            self._has_room = True
+        options: dict[str, Any] = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "max_restarts": 0}
+        if settings.cluster is not None and (variables := {name: os.environ[name] for name in HOMES & set(os.environ)}):
+            options["runtime_env"] = {"env_vars": variables}
         return ray.remote(ModelWorker).options(**options).remote(self.model, settings)
 
     def ask(self, worker: Any, requests: Sequence[Request]) -> _RayCall:
@@ -115,6 +126,33 @@ class RayPool:
 
         ray.kill(worker)
 
+    def settle(self) -> None:
+        import ray
+
+        ends = time.monotonic() + SETTLE_SECONDS
+        while self.settings.cluster is None and time.monotonic() < ends:  # there nobody else has workers
+            free = ray.available_resources()
+            if all(free.get(kind, 0) == ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")):
+                return
+            time.sleep(0.1)
+
+
+def _check_room(settings: Workers) -> None:
+    """Refuse more workers than the cluster could ever run at once."""
+    import ray
+
+    room = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            by_gpus = has.get("GPU", 0) // settings.gpus if settings.gpus else math.inf
+            room += int(min(has.get("CPU", 0) // settings.cpus, by_gpus))
+    if room < settings.count:
+        raise UserError(
+            f"machine.workers: the cluster has room for {room} workers of {settings.cpus} CPUs and {settings.gpus} GPUs"
+            f" each, and {settings.count} are asked for: lower count, cpus or gpus"
+        )
+
 
 def _join(settings: Workers) -> None:
     """Join the cluster that the settings name, or start one of this machine's processors and devices, for this process
@@ -131,23 +169,27 @@ def _join(settings: Workers) -> None:
 def _connect(settings: Workers) -> None:
     import ray
 
-    if settings.cluster is None:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, settings.count * settings.cpus),  # processes may share a processor
-            _node_ip_address="127.0.0.1",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-        )
-        return
     try:
+        if settings.cluster is None:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, settings.count * settings.cpus),  # processes may share a processor
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=False,
+            )
+            return
         if settings.cluster != "auto":  # Ray itself waits for minutes
-            host, _, port = settings.cluster.removeprefix("ray://").rpartition(":")
+            host, _, port = settings.cluster.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        elif "://" in os.environ.get("RAY_ADDRESS", ""):
+            raise UserError("RAY_ADDRESS names a client's port: name the cluster's own, such as head:6379")
         ray.init(address=settings.cluster, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # Ray raises many kinds
+        if settings.cluster is None:
+            raise UserError(f"machine.workers: Ray does not start on this machine ({first_line(error)})") from error
         raise UserError(
             f"machine.workers.cluster: {settings.cluster} can't be reached ({first_line(error)}): start Ray there"
             " (ray start --head), or leave cluster out for one on this machine"

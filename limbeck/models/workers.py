@@ -9,6 +9,7 @@ Not covered: servers, which answer many requests at once for one process (`teach
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from limbeck.models.context import PromptContext
 from limbeck.models.load import load_model
 from limbeck.models.placement import CPU, Placement, Precision, find_device
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.storage.files import user_path
 from limbeck.types import Generated, Request, UserError
 
 MOST_AT_ONCE, FEWEST_AT_ONCE = 256, 8  # requests that a worker is given
-DEATHS = 3  # of the workers that were asked one thing: then it is to blame
-POLL_SECONDS = 0.5
+DEATHS = 3  # of the workers that were asked one thing, or of those that begin: then it is to blame
+POLL_SECONDS, TELL_SECONDS = 0.5, 60.0
 Answer = tuple[int, Generated]  # the number of the request among those that were given together
 
 
@@ -54,6 +56,9 @@ class Pool(Protocol):
 
     def stop(self, worker: Any) -> None: ...
 
+    def settle(self) -> None:
+        """Wait until what stopped workers held is free."""
+
 
 @dataclass(frozen=True)
 class ModelOnWorker:
@@ -73,6 +78,8 @@ class ModelOnWorker:
             UserError: it is not there, or is another than here.
         """
         device = find_device("auto", "machine.workers.gpus") if gpus else CPU
+        if gpus and device.type == "cpu":
+            raise UserError("machine.workers.gpus: torch sees no device on a worker: install its CUDA build there")
         model = load_model(self.source, self.precision, Placement(device, self.attention), self.template)
         teacher = InProcessTeacher(model.with_context(self.context))
         if teacher.identity != self.identity:
@@ -85,10 +92,10 @@ class ModelOnWorker:
 
 @dataclass
 class _Share:
-    """Requests that one worker has: those that it has not answered yet, by their number."""
+    """Requests that one worker has: those that it has not answered yet, by their number. It gets none at first, and has
+    answered those once it has loaded its model."""
 
     worker: Any
-    requests: Sequence[Request]
     waiting: dict[int, Request]
 
 
@@ -107,6 +114,7 @@ class WorkerTeacher:
     count: int
     tell: Callable[[str], None] = lambda words: None
     _idle: list[Any] = field(default_factory=list)
+    _failed_starts: int = 0
     _deaths: Counter[str] = field(default_factory=Counter)
 
     def answers(
@@ -119,49 +127,76 @@ class WorkerTeacher:
         """
         left = deque(requests)
         shares: dict[WorkerCall, _Share] = {}
+        began: float | None = time.monotonic()  # of waiting for the first worker
         try:
-            while len(self._idle) < min(self.count, math.ceil(len(left) / FEWEST_AT_ONCE)):
-                self._idle.append(self.pool.start())
-            while (left or shares) and not stop():
+            for _ in range(min(self.count, math.ceil(len(left) / FEWEST_AT_ONCE)) - len(self._idle)):
+                self._start(shares)
+            while (left or any(share.waiting for share in shares.values())) and not stop():
                 while self._idle and left:
-                    share = self._share(self._idle.pop(), left)
-                    shares[self.pool.ask(share.worker, share.requests)] = share
-                for call in self.pool.ready(list(shares), POLL_SECONDS):
+                    self._give(self._idle.pop(), left, shares)
+                found = self.pool.ready(list(shares), POLL_SECONDS)
+                if found:
+                    began = None
+                elif began is not None and time.monotonic() - began > TELL_SECONDS:
+                    self.tell(f"waiting for the cluster to have room for {self.count} workers, or for them to load")
+                    began = None
+                for call in found:
                     try:
                         answer = call.next()
                     except LostWorkerError as error:
-                        lost = shares.pop(call)
-                        left.extendleft(reversed(lost.waiting.values()))
-                        self._idle.append(self._instead(lost, error))
+                        self._lost(call, shares, left, error)
                         continue
-                    if answer is None:
+                    share = shares[call]
+                    assert answer is not None or not share.waiting, "a worker answers all that it is asked"
+                    request = None if answer is None else share.waiting.pop(answer[0])
+                    if not share.waiting:
                         self._idle.append(shares.pop(call).worker)
-                    else:
-                        number, generated = answer
-                        yield shares[call].waiting.pop(number), generated
+                    if request is not None and answer is not None:
+                        yield request, answer[1]
         finally:
-            for share in shares.values():  # they were stopped in the middle
+            for share in shares.values():  # they were stopped in the middle, or have not begun
                 self.pool.stop(share.worker)
 
     def release(self) -> None:
         """Stop the workers, and free what they hold."""
+        some = bool(self._idle)
         while self._idle:
             self.pool.stop(self._idle.pop())
+        if some:
+            self.pool.settle()
 
-    def _share(self, worker: Any, left: deque[Request]) -> _Share:
-        """The next requests for a worker: fewer towards the end, so that all finish at about the same time."""
+    def _start(self, shares: dict[WorkerCall, _Share]) -> None:
+        worker = self.pool.start()
+        shares[self.pool.ask(worker, [])] = _Share(worker, {})
+
+    def _give(self, worker: Any, left: deque[Request], shares: dict[WorkerCall, _Share]) -> None:
+        """Ask a worker the next requests: fewer towards the end, so that all finish at about the same time."""
         size = min(MOST_AT_ONCE, max(FEWEST_AT_ONCE, math.ceil(len(left) / (2 * self.count))), len(left))
         requests = [left.popleft() for _ in range(size)]
-        return _Share(worker, requests, dict(enumerate(requests)))
+        shares[self.pool.ask(worker, requests)] = _Share(worker, dict(enumerate(requests)))
 
-    def _instead(self, lost: _Share, error: LostWorkerError) -> Any:
-        """A worker in the place of one that died."""
+    def _lost(
+        self, call: WorkerCall, shares: dict[WorkerCall, _Share], left: deque[Request], error: LostWorkerError
+    ) -> None:
+        """Take back what a worker that died was asked, and start another one for it."""
+        lost = shares.pop(call)
         self.pool.stop(lost.worker)
+        left.extendleft(reversed(lost.waiting.values()))
         self._deaths.update(request.key for request in lost.waiting.values())
-        if any(self._deaths[request.key] >= DEATHS for request in lost.waiting.values()):
+        self._failed_starts += not lost.waiting
+        over = any(self._deaths[request.key] >= DEATHS for request in lost.waiting.values())
+        if over or self._failed_starts >= DEATHS:
+            what = "over the same requests" if over else "before they answered"
             raise UserError(
-                f"machine.workers: {DEATHS} workers died over the same requests, the last with: {error}; where memory"
-                " ran out, start fewer workers"
+                f"machine.workers: {DEATHS} workers died {what}, the last with: {error}; where memory ran out, start"
+                " fewer workers"
             )
         self.tell(f"a worker died ({error}): its {len(lost.waiting):,} requests go to others")
-        return self.pool.start()
+        if left:
+            self._start(shares)
+
+
+def place_of(source: str) -> str:
+    """A model's name as a worker finds it, which runs in another folder."""
+    path = user_path(source)
+    return str(path.resolve()) if path.exists() else source

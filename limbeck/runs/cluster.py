@@ -71,7 +71,9 @@ def predict(
     """
     setting = _Setting(recipe, terms, shapes, hardware)
     row = work.prompt + work.answer
-    micro_tokens = min(setting.micro_tokens(), max(1, row, work.tokens / setting.ranks))  # as training.loop deals them
+    micro_tokens = min(
+        setting.micro_tokens(), max(1, row, math.ceil(work.tokens / setting.ranks))
+    )  # as training.loop deals them
     control = Work(work.tokens, work.responses)
     batches = max(1, math.ceil(work.tokens / micro_tokens))
     in_one = math.ceil(work.tokens / batches)

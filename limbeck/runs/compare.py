@@ -151,6 +151,7 @@ class Comparison:
         rows = (
             self.common.rows(self.common.text.training(), self.common.models.reader) if self.like.fixed_writers else []
         )
+        self.common.models.named.release()  # the text is written
         steps = total_steps(rows, self.like.train, False)
         train = self.like.train.model_copy(update={"steps": steps, "epochs": None})
         complete = []

@@ -26,7 +26,7 @@ from limbeck.models.start import adapters_told, begin, choose, merge_adapters, m
 from limbeck.models.states_teacher import StatesTeacher
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.teacher_interface import Teacher
-from limbeck.models.workers import ModelOnWorker
+from limbeck.models.workers import ModelOnWorker, place_of
 from limbeck.progress import Reporter
 from limbeck.runs.memory import teacher_precision
 from limbeck.runs.named import NamedModels, reader_of
@@ -336,10 +336,8 @@ class RunModels:
 
     def _writes_here(self) -> Answerer:
         """The teacher in process, or as the workers that the recipe asks for have it."""
-        if self.shared is not None:
-            return self.shared._writes_here()
         model = ModelOnWorker(
-            str(self.method.recipe.teacher.model),
+            place_of(str(self.method.recipe.teacher.model)),
             self.teacher_precision,
             self.template,
             self.method.prompt_context,

@@ -20,7 +20,7 @@ from limbeck.models.ray_pool import RayPool
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.models.template import prompt_ids
 from limbeck.models.weights import context_length
-from limbeck.models.workers import ModelOnWorker, WorkerTeacher
+from limbeck.models.workers import ModelOnWorker, WorkerTeacher, place_of
 from limbeck.progress import Reporter
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import Message, UserError
@@ -81,7 +81,7 @@ class NamedModels:
         if not isinstance(settings, NamedLocal):
             return self.server(name)
         model = ModelOnWorker(
-            settings.model,
+            place_of(settings.model),
             _precision(settings),
             settings.template,
             context=None,
@@ -95,6 +95,9 @@ class NamedModels:
         workers = self.recipe.machine.workers
         if workers is None:
             return None
+        for identity, other in self._by_workers.items():
+            if identity != model.identity:
+                other.release()  # they would hold what these need, and one model is asked at a time
         if model.identity not in self._by_workers:
             self.reporter.note(f"{model.source} writes on {workers.count} workers")
             pool = RayPool(model, workers)

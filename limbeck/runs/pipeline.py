@@ -7,6 +7,7 @@ measurements by files that are written whole. `limbeck run` on a killed run goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -310,10 +311,8 @@ class Run:
 
     @cached_property
     def questions(self) -> evaluation.Questions:
-        method = self.method
-        return evaluation.Questions(
-            self.recipe, method.tasks, self.text, self.models.devices, step_prompt=method.step_prompt
-        )
+        tasks, step = self.method.tasks, self.method.step_prompt
+        return evaluation.Questions(self.recipe, tasks, self.text, self.models.devices, step_prompt=step)
 
     def bench(self, folder: Path) -> Bench:
         """The bench that measures systems and keeps their records in `folder`."""
@@ -363,8 +362,9 @@ def run(
     method = fitted(method)
     reporter = reporter or Silent()
     folder = run_folder(recipe, out)
-    with exclusive(folder / ".lock"):
+    with exclusive(folder / ".lock"), ExitStack() as at_the_end:
         job = Run(method, folder, reporter, stop, store=store)
+        at_the_end.callback(job.models.named.release)
         if "train" in stages and not job.path("student").exists():
             look_at_writer(recipe)  # before the teacher's text is paid for
         job.claim()

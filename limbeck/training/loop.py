@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from limbeck.config.sections import Train
-from limbeck.data.batches import Row, make_batch, resized
+from limbeck.data.batches import MICRO_TOKENS, Row, make_batch, resized
 from limbeck.models.placement import is_out_of_memory
 from limbeck.models.sharding import is_divided, is_part, like
 from limbeck.objectives.forward import Sums
@@ -159,8 +159,9 @@ def _gradients(
     while True:
         # dropout, where the model has any: a step is replayed to the bit
         torch.manual_seed(_seed(job, step))
-        if (most := _micro_tokens(room, micro_batches)) is not None:
-            micro_batches = resized(micro_batches, most, job.objective.keeps_groups)
+        together = job.objective.keeps_groups
+        if (most := _micro_tokens(room, micro_batches, together)) is not None:
+            micro_batches = resized(micro_batches, most, together)
         batches = [make_batch(micro_batch) for micro_batch in micro_batches]
         amounts = _amounts(terms, batches)
         sums = Sums()
@@ -186,12 +187,17 @@ def _gradients(
         room.shrink(batches, shortage or "on another rank", job.objective.keeps_groups)
 
 
-def _micro_tokens(room: Room, micro_batches: Sequence[Sequence[Row]]) -> int | None:
-    """The most tokens of a micro-batch: what fits, and of several ranks a rank's share, so that none is idle."""
-    if distributed.world_size() == 1:
+def _micro_tokens(room: Room, micro_batches: Sequence[Sequence[Row]], together: bool) -> int | None:
+    """The most tokens of a micro-batch: what fits; of several ranks no more than lets each have one, so that none is
+    idle and none has two where one would do."""
+    ranks = distributed.world_size()
+    if ranks == 1:
         return room.tokens
-    share = math.ceil(sum(len(row) for rows in micro_batches for row in rows) / distributed.world_size())
-    return share if room.tokens is None else min(room.tokens, share)
+    most = MICRO_TOKENS if room.tokens is None else room.tokens
+    limit = math.ceil(sum(len(row) for rows in micro_batches for row in rows) / ranks)
+    while limit < most and len(resized(micro_batches, limit, together)) > ranks:  # rows are padded, and don't fill it
+        limit = math.ceil(limit * 1.05)
+    return min(limit, most)
 
 
 def _added(parts: Sequence[Sums]) -> Sums:

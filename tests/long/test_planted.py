@@ -25,11 +25,14 @@ class Fault:
     tests: str
 
 
+BEGIN = '        crash_point("checkpoint.before_tensors")\n'
+WEIGHTS = '        with full_disk_as_os_error():\n            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new / WHOLE)\n        hashes = parts(new)\n        crash_point("checkpoint.before_manifest")\n'
+SEAL = '        seal(new, {"step": step, "state": dict(state)}, sha256=lambda file: hashes.get(file.name) or _sha256(file))\n'
 FAULTS = {
     "the manifest is written before the weights": Fault(
         "storage/checkpoint.py",
-        '        crash_point("checkpoint.before_tensors")\n',
-        '        crash_point("checkpoint.before_tensors")\n        seal(new, {"step": step, "state": dict(state)})\n',
+        BEGIN + WEIGHTS + SEAL,
+        BEGIN + "        hashes: dict[str, str] = {}\n" + SEAL + WEIGHTS,
         "tests/storage/test_checkpoint.py",
     ),
     "a checkpoint is visible before it is whole": Fault(

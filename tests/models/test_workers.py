@@ -13,8 +13,12 @@ from limbeck.models.workers import DEATHS, FEWEST_AT_ONCE, LostWorkerError, Mode
 from limbeck.types import Generated, Request, Sampling, UserError
 
 
+def request_of(content, seed=0):
+    return Request("model", ({"role": "user", "content": content},), Sampling(), seed=seed)
+
+
 def requests(count):
-    return [Request("model", ({"role": "user", "content": str(n)},), Sampling(), seed=n) for n in range(count)]
+    return [request_of(str(n), n) for n in range(count)]
 
 
 def words(request):
@@ -50,6 +54,8 @@ class ScriptedPool:
     dead: set = field(default_factory=set)
     running: set = field(default_factory=set)
     asked: list = field(default_factory=list)
+    never: set = field(default_factory=set)  # workers for which the cluster has no room
+    settled: int = 0
     numbers: itertools.count = field(default_factory=itertools.count)
 
     def start(self):
@@ -59,16 +65,23 @@ class ScriptedPool:
 
     def ask(self, worker, given):
         assert worker in self.running and worker not in self.dead
-        self.asked.append((worker, len(given)))
+        if given:
+            self.asked.append((worker, len(given)))
+        if not given and self.kills["load"] > 0:
+            self.kills["load"] -= 1
+            return ScriptedCall(self, worker, [(0, request_of("load"))], "load")
         fatal = next((r.messages[0]["content"] for r in given if self.kills[r.messages[0]["content"]] > 0), None)
         self.kills[fatal] -= 1
         return ScriptedCall(self, worker, list(enumerate(given)), fatal)
 
     def ready(self, calls, seconds):
-        return calls[:1]
+        return [call for call in calls if call.worker not in self.never][:1]
 
     def stop(self, worker):
         self.running.remove(worker)
+
+    def settle(self):
+        self.settled += 1
 
 
 def test_every_request_is_answered_once_and_workers_share_them():
@@ -83,7 +96,7 @@ def test_every_request_is_answered_once_and_workers_share_them():
     assert sizes[0] > sizes[-1] <= FEWEST_AT_ONCE  # so that all finish together
     assert len(list(teacher.answers(requests(10)))) == 10 and len(pool.running) == 3  # the same workers
     teacher.release()
-    assert not pool.running
+    assert not pool.running and pool.settled == 1
 
 
 def test_no_more_workers_are_started_than_there_is_work_for():
@@ -109,9 +122,24 @@ def test_a_request_that_kills_its_workers_ends_the_run():
     assert not pool.running & pool.dead
 
 
+def test_workers_that_never_start_leave_the_work_to_the_others():
+    pool = ScriptedPool(never={1, 2})
+    assert len(list(WorkerTeacher(pool, "model", 3).answers(requests(100)))) == 100
+    assert {worker for worker, _ in pool.asked} == {0} and pool.running == {0}
+
+
+def test_workers_that_die_while_they_load_are_tried_again_and_not_for_ever():
+    pool, told = ScriptedPool(Counter({"load": DEATHS - 1})), []
+    assert len(list(WorkerTeacher(pool, "model", 2, told.append).answers(requests(40)))) == 40 and len(told) == 2
+    pool = ScriptedPool(Counter({"load": 99}))
+    with pytest.raises(UserError, match=f"{DEATHS} workers died before they answered"):
+        list(WorkerTeacher(pool, "model", 2).answers(requests(40)))
+    assert not pool.running
+
+
 def test_a_stop_drops_what_was_begun_and_stops_its_workers():
     pool = ScriptedPool()
-    stops = itertools.chain([False] * 5, itertools.repeat(True))
+    stops = itertools.chain([False] * 8, itertools.repeat(True))
     some = list(WorkerTeacher(pool, "model", 2).answers(requests(100), lambda: next(stops)))
     assert 0 < len(some) < 100 and not pool.running
 
