@@ -79,6 +79,7 @@ OWN = {  # what a recipe needs at this size
         f"--set=teacher={STRONG}",
         "--set=prompts.limit=32",  # few verdicts hold in both orders
         "--set=elicit.0.params.max_tokens=160",
+        "--set=elicit.1.params.reasons=false",  # after reasons it does not write its verdict on a line of its own
         "--set=evaluate.max_tokens=96",
     ],
     "persdistill": [
