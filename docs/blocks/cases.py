@@ -46,7 +46,7 @@ def _case(name: str, metrics: Mapping[str, str]) -> str:
     verdicts = [f"{STUDENTS[student].capitalize()}: {of['verdict']}" for student, of in found["students"].items()]
     minutes = ", ".join(f"{STUDENTS[name]} {seconds / 60:.0f}" for name, seconds in found["seconds"].items())
     notes = (
-        f"Teacher: {found['teacher']}. Minutes from data to page, of a killed study since it went on; the second"
+        f"Teacher: {found['teacher']}. Minutes from data to page (if it was killed, since it went on); the second"
         f" student took over the answers: {minutes}."
     )
     return "\n\n".join([table(titles, rows), *verdicts, notes])
