@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +20,7 @@ from limbeck.models.weights import first_line
 from limbeck.models.workers import Answer, LostWorkerError, ModelOnWorker, WorkerCall
 from limbeck.types import Request, UserError
 
-CONNECT_SECONDS, SETTLE_SECONDS = 10, 30
+CONNECT_SECONDS = 10
 HOMES = frozenset({"LIMBECK_HOME", "HF_HOME"})  # variables that say where models are
 
 
@@ -96,12 +95,14 @@ class RayPool:
         self.model = model
         self.settings = settings
         self._has_room = False
+        self._owns = False
 
     def start(self) -> Any:
         import ray
 
         if not ray.is_initialized():
             _join(self.settings)
+            self._owns = self.settings.cluster is None
         settings = self.settings
         if not self._has_room:  # those that take the place of others wait for it
             _check_room(settings)
@@ -129,12 +130,9 @@ class RayPool:
     def settle(self) -> None:
         import ray
 
-        ends = time.monotonic() + SETTLE_SECONDS
-        while self.settings.cluster is None and time.monotonic() < ends:  # there nobody else has workers
-            free = ray.available_resources()
-            if all(free.get(kind, 0) == ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")):
-                return
-            time.sleep(0.1)
+        if self._owns:  # a cluster of this process alone
+            ray.shutdown()
+            self._owns = False
 
 
 def _check_room(settings: Workers) -> None:

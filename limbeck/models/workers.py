@@ -57,7 +57,7 @@ class Pool(Protocol):
     def stop(self, worker: Any) -> None: ...
 
     def settle(self) -> None:
-        """Wait until what stopped workers held is free."""
+        """All workers are stopped: free what was made for them."""
 
 
 @dataclass(frozen=True)
