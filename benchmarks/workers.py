@@ -28,7 +28,7 @@ from limbeck.types import Request, Sampling
 
 OUT = Path(__file__).parents[1] / "docs" / "evidence" / "workers.json"
 MODEL = "smollm2-135m-instruct"
-REQUESTS, TOKENS, COUNTS = 384, 32, (1, 2, 3)
+REQUESTS, TOKENS, COUNTS = 192, 32, (1, 2, 3)
 
 
 def rate(answerer: Any, requests: list[Request]) -> tuple[float, set[tuple[str, tuple[int, ...] | None]]]:
