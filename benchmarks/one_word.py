@@ -153,7 +153,7 @@ def main() -> None:
             print(f"{method}, seed {seed}: {json.dumps(found[method][seed])}", flush=True)
             if method == "grpo":  # RFT has as many tokens in each update
                 tokens = max(1, round(found["grpo"][seed]["trained_tokens"] / STEPS))
-                running[pool.submit(result, "rft", seed, questions, tokens)] = ("rft", seed)
+                running[pool.submit(result, "rft", seed, questions, tokens=tokens)] = ("rft", seed)
     write_json(OUT, {"task": question("fruit"), "held_out": MEASURED, "size": size, "methods": found})
 
 

@@ -67,7 +67,6 @@ OWN_SUMS = ("rest-em", "star")  # and these a student that does
 OWN = {  # what a recipe needs at this size
     "distillm": ["--set=rollout.validation.prompts=4"],
     **{key: [f"--set=teacher={QWEN}"] for key in (*SUMS, *JUDGED)},
-    **{key: [f"--set=teacher={STRONG}", "--set=evaluate.max_tokens=96"] for key in HARD},
     "codeultrafeedback": [f"--set=teacher={QWEN}", "--set=elicit.1.params.max_tokens=400"],  # room for programs
     "extract-to-a-schema": [
         f"--set=teacher={STRONG}",

@@ -51,7 +51,7 @@ def main() -> None:
     del teacher
     found: dict[int, dict[str, float]] = {}
     for count in COUNTS:
-        pool = RayPool(ModelOnWorker(MODEL, FULL, None, None, identity), Workers(count=count))
+        pool = RayPool(ModelOnWorker(MODEL, FULL, template=None, context=None, identity=identity), Workers(count=count))
         workers = WorkerTeacher(pool, identity, count)
         rate(workers, requests[: count * FEWEST_AT_ONCE])  # they are started and load the model
         tokens_a_second, answers = rate(workers, requests)

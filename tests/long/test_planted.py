@@ -4,6 +4,7 @@ fails for, it does not prove."""
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -85,10 +86,8 @@ FAULTS = {
 
 def outcome(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    words = [word.strip("'") for word in tests.replace("'not browser'", "not_browser").split()]
-    words = ["not browser" if word == "not_browser" else word for word in words]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *words],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *shlex.split(tests)],
         cwd=folder,
         env=environment,
         capture_output=True,
