@@ -17,7 +17,11 @@ from pathlib import Path
 
 from case_study import study
 
-TRAINED, TESTED = 200, 300
+TRAINED, TESTED = 150, 300
+INSTRUCTION = (
+    "Solve the problem step by step in a few short lines, one calculation a line, without LaTeX. End with a line of the"
+    " form: The answer is ..."
+)
 
 
 def main() -> None:
@@ -32,7 +36,12 @@ def main() -> None:
         (given.out / f"{part}.jsonl").write_text("\n".join(rows) + "\n")
     train, test = str(given.out / "train.jsonl"), str(given.out / "test.jsonl")
     facts = {"trained": TRAINED, "tested": TESTED}
-    study("case-maths", given.out, ["--task", "reason", "--data", train, "--test", test], facts)
+    study(
+        "case-maths",
+        given.out,
+        ["--task", "reason", "--data", train, "--test", test, "--instruction", INSTRUCTION],
+        facts,
+    )
 
 
 if __name__ == "__main__":

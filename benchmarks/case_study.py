@@ -66,7 +66,9 @@ def study(name: str, folder: Path, arguments: Sequence[str], facts: dict[str, An
     """
     os.environ.setdefault(KEY, secrets.token_urlsafe(24))
     port = folder / "port"  # the same at every start, since it is part of the recipe
-    server = serve(TEACHER, port=int(port.read_text()) if port.exists() else 0, context=2048, slots=2)
+    server = serve(
+        TEACHER, port=int(port.read_text()) if port.exists() else 0, context=2048, slots=4, threads=os.cpu_count()
+    )
     port.write_text(server.url.rpartition(":")[2].partition("/")[0])
     made = folder / "made"
     if not made.exists():

@@ -197,9 +197,10 @@ def reason(wishes: Wishes, seen: Seen) -> Draft:
     parts, notes = both_parts(wishes, seen)
     room = room_for(wishes, seen.examples)
     checks = dict(zip((e.plain for e in seen.examples), checks_of_results(seen.examples), strict=True))
+    gold = corpus(wishes) or (wishes.scale == "full" and all(example.answer for example in parts.training))
     rows = [
         row | {"check": checks[example.plain]}
-        for row, example in zip(prompt_rows(parts.training, answers=corpus(wishes)), parts.training, strict=True)
+        for row, example in zip(prompt_rows(parts.training, answers=gold), parts.training, strict=True)
         if checks[example.plain] is not None
     ]
     if not rows:

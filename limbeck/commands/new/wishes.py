@@ -28,6 +28,7 @@ PROVIDERS = {
     "generativelanguage.googleapis.com": "gemini",
 }
 KEY = "LIMBECK_API_KEY"
+INSTRUCTED_APART = ("reason", "chat")  # the instruction is the teacher's system message
 Scale = Literal["quick", "full"]
 
 
@@ -40,7 +41,8 @@ class Wishes:
         learn_from: teacher, or labels: the data's own answers.
         teacher: a model, or a server's address.
         teacher_model: the model's name on that server.
-        instruction: what the teacher is told to do with each text, for rewrite, answer and extract.
+        instruction: what the teacher is told to do with each text: a part of its question for rewrite, answer and
+            extract; its system message, which the student doesn't see, for reason and chat.
         schema: of extract, a JSON schema as a file.
         run_on: laptop, gpu or hardware that is listed.
     """
@@ -131,12 +133,15 @@ def check_wishes(wishes: Wishes) -> None:
         raise UserError(f"--teacher: leave user and password out of the address; a key stands in {KEY}")
     if wishes.schema is not None and wishes.task != "extract":
         raise UserError("--schema belongs to --task extract; leave it out")
-    if wishes.instruction and wishes.task not in ("extract", "answer", "rewrite"):
-        raise UserError("--instruction belongs to --task extract, answer or rewrite; leave it out")
-    if wishes.task == "chat" and wishes.has_teacher and wishes.teacher == wishes.student:
+    if wishes.instruction and wishes.task not in ("extract", "answer", "rewrite", *INSTRUCTED_APART):
+        raise UserError("--instruction belongs to --task extract, answer, rewrite, reason or chat; leave it out")
+    if wishes.instruction and not wishes.has_teacher:
+        raise UserError("--instruction is for a teacher, and none is asked; leave it out")
+    same = wishes.has_teacher and wishes.teacher == wishes.student and not wishes.instruction
+    if wishes.task == "chat" and same:
         raise UserError(
             f"--task chat would ask {wishes.teacher} and train {wishes.student}: the student would learn to be itself."
-            " Name a larger --teacher or another --student; --teacher none learns the answers in the data; --task"
+            " Name a larger --teacher or another --student, or give the teacher an --instruction; --teacher none learns the answers in the data; --task"
             " compress drops layers"
         )
     if wishes.task == "compress" and (wishes.is_served or not wishes.has_teacher):

@@ -9,7 +9,7 @@ from typing import Any
 
 from limbeck.commands.new.draft import FIDELITY_ITEMS, Draft, TaskDraft, block, inline, sizes
 from limbeck.commands.new.split import SEED
-from limbeck.commands.new.wishes import KEY, Wishes
+from limbeck.commands.new.wishes import INSTRUCTED_APART, KEY, Wishes
 from limbeck.config.recipe import load_recipe
 from limbeck.storage.files import new_directory, write_text
 from limbeck.types import UserError
@@ -120,10 +120,16 @@ def _precision(wishes: Wishes) -> list[str]:
 def _teacher(wishes: Wishes) -> list[str]:
     if not wishes.has_teacher:
         return [f"teacher: {inline(wishes.student)}   # asked nothing: only what the student is measured against"]
+    apart = wishes.instruction if wishes.task in INSTRUCTED_APART else ""
+    context = [f"  context: {{system: {inline(apart)}}}   # the teacher alone sees it"] if apart else []
+    why = "a larger one answers better: a folder, a hub id, a server"
     if not wishes.is_served:
-        return [f"teacher: {inline(wishes.teacher)}   # a larger one answers better: a folder, a hub id, a server"]
+        if context:
+            return ["teacher:", f"  model: {inline(wishes.teacher)}   # {why}", *context]
+        return [f"teacher: {inline(wishes.teacher)}   # {why}"]
     return [
         "teacher:",
+        *context,
         "  server:",
         f"    url: {inline(wishes.teacher)}",
         f"    name: {inline(wishes.teacher_model)}",
