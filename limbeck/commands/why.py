@@ -46,8 +46,11 @@ def why(
     if json_:
         printing.print_result(result, json_)
         return
-    for line in _lines(result):
-        console.out.print(line, markup=False, soft_wrap=True)
+    for part in (result, *result.get("parts", ())):
+        if part is not result:
+            console.out.print(f"{part['run']}:", markup=False, soft_wrap=True)
+        for line in _lines(part):
+            console.out.print(line, markup=False, soft_wrap=True)
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -68,7 +71,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
         lines.append("recipe and inputs are those of the folder")
     requests = result.get("requests")
     if requests is not None:
-        lines.append(f"answers: {requests['answered']:,} are stored, {requests['would_be_asked']:,} would be asked for")
+        lines.append(_answers(requests))
         for name, reason in requests["because_of"].items():
             lines.append(f"  {reason['requests']:,} by {name}, such as {reason['example'][:16]}")
             lines += [f"  {_change(field)}" for field in reason["differs"]]
@@ -78,6 +81,19 @@ def _lines(result: dict[str, Any]) -> list[str]:
     if "not_looked_at" in result:
         lines.append(f"not looked at further: {printable(result['not_looked_at'])}")
     return lines
+
+
+def _answers(requests: dict[str, Any]) -> str:
+    """How many answers are there, and in which step the first is missing."""
+    step, missing = requests.get("step"), requests["would_be_asked"]
+    if missing is None:
+        return f"answers: none are stored; the first step, {step}, would ask for its own"
+    line = f"answers: {requests['answered']:,} are stored, {missing:,} would be asked for"
+    if step is None:
+        return line
+    line += f" by step {step}"
+    line += f", which would compute {requests['unscored']:,} likelihoods" if requests["unscored"] else ""
+    return f"{line}; what the steps after it ask follows from these"
 
 
 def _change(field: dict[str, Any]) -> str:

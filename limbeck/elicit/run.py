@@ -254,6 +254,13 @@ def prompt_sample(prompt: Prompt) -> Sample:
     )
 
 
+def corpus_sample(prompt: Prompt, rank: int) -> Sample:
+    """A prompt with its own answer of this rank."""
+    message = {"role": "assistant", "content": prompt.answers[rank]}
+    finish = "length" if rank in prompt.cut else "ok"
+    return Sample((*prompt.messages, message), "corpus", meta={"finish": finish, **dict(prompt.labels)})
+
+
 def _facts(tally: Tally) -> dict[str, Any]:
     facts = asdict(tally)
     if not tally.notes:

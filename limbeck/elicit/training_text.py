@@ -29,7 +29,7 @@ from limbeck.elicit.engine import (
 from limbeck.elicit.flow import Pool, StepContext, Tally
 from limbeck.elicit.label import label
 from limbeck.elicit.prompts import Prompt
-from limbeck.elicit.run import Elicitation, TextSource, prompts_of
+from limbeck.elicit.run import Elicitation, TextSource, corpus_sample, prompts_of
 from limbeck.elicit.sharing import Reuse, Sharing
 from limbeck.elicit.step import AskingStep, ElicitStep
 from limbeck.elicit.text_models import TextModels
@@ -79,11 +79,11 @@ class TrainingText:
         training = self._elicited[0] if self.source.steps else self.source.training_prompts
         return training, self.source.held_out_prompts
 
-    @cached_property
-    def _elicited(self) -> tuple[list[Prompt], dict[str, list[Sample]]]:
-        """The prompts that the steps under `elicit` left, and the answers to each by its id."""
+    @property
+    def elicitation(self) -> Elicitation:
+        """The steps under `elicit`, over the training prompts."""
         models = self.models
-        elicitation = Elicitation(
+        return Elicitation(
             self.source,
             self.home,
             models.writer_identity(TEACHER),
@@ -92,10 +92,14 @@ class TrainingText:
             named=models.writer_identity,
             reader=models.as_reader,
         )
+
+    @cached_property
+    def _elicited(self) -> tuple[list[Prompt], dict[str, list[Sample]]]:
+        """The prompts that the steps under `elicit` left, and the answers to each by its id."""
         with Store(self.folder / "store.sqlite") as store:
             engine = self._engine(store, [step for _, step in self.source.steps], self._report_progress)
             try:
-                return prompts_of(elicitation.run(engine, self.reporter.stage, self.reporter.note))
+                return prompts_of(self.elicitation.run(engine, self.reporter.stage, self.reporter.note))
             except StoppedEarlyError as error:
                 raise self._stopped(error.done, error.total) from None
 
@@ -166,7 +170,7 @@ class TrainingText:
         return self._samples(self.recipe.fixed_writers)
 
     def questions(self) -> list[Request]:
-        """What models beside the student are asked for this text, steps left out. Nothing is asked."""
+        """What models beside the student are asked for this text after the steps. Nothing is asked."""
         asked = [writer for writer in self.recipe.fixed_writers if writer.by not in ("corpus", "elicited", *STUDENTS)]
         turns = [(prompt, writer) for prompt in self.prompts[0] for _, writer in self._turns(prompt) if writer in asked]
         return [self._request(prompt, writer.by, _sampling(writer)) for prompt, writer in turns]
@@ -391,10 +395,3 @@ class TrainingText:
 
 def _sampling(writer: Writer) -> Sampling:
     return Sampling(writer.temperature, writer.top_p, writer.max_tokens)
-
-
-def corpus_sample(prompt: Prompt, rank: int) -> Sample:
-    """A prompt with its own answer of this rank."""
-    message = {"role": "assistant", "content": prompt.answers[rank]}
-    finish = "length" if rank in prompt.cut else "ok"
-    return Sample((*prompt.messages, message), "corpus", meta={"finish": finish, **dict(prompt.labels)})

@@ -11,6 +11,7 @@ from typing import Any
 from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.older import INPUTS
 from limbeck.config.recipe import Recipe, load_recipe
+from limbeck.elicit.stored import what_is_asked
 from limbeck.progress import Silent
 from limbeck.runs.claim import HELD_OUT, TRAINING
 from limbeck.runs.fit import fitted
@@ -18,7 +19,7 @@ from limbeck.runs.opening import inputs_of
 from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
 from limbeck.storage.metrics_log import read_json
-from limbeck.storage.rounds import has_rounds
+from limbeck.storage.rounds import has_rounds, parts_of
 from limbeck.storage.store import Store
 from limbeck.training.guilty import FILE as GUILTY
 from limbeck.types import Request, UserError, canonical_json
@@ -54,21 +55,26 @@ def why_key(prefix: str, runs: list[Path]) -> dict[str, Any]:
     return result
 
 
-def why_run(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
+def why_run(folder: Path, recipe: Recipe | None, store: Path | None = None) -> dict[str, Any]:
     """In what a recipe (by default the folder's own) differs from what the folder holds: fields, other inputs, and the
     requests that it would ask again, by the fields in which they differ from stored ones. Asks no server for text.
 
+    In a folder of rounds it says the former of the whole, and all of each round and stage by its own recipe.
+
+    Args:
+        store: the folder of its `store.sqlite`, by default the run's own.
+
     Raises:
-        UserError: no run folder, or one of rounds.
+        UserError: no run folder.
     """
-    if has_rounds(folder):
-        raise UserError(f"{folder} holds rounds: give the folder of one of them, such as {folder / 'rounds' / '1'}")
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run folder (it has no recipe.yaml)")
     stored = load_recipe(folder / "recipe.yaml")
     now = recipe or stored
     result: dict[str, Any] = {"run": str(folder), "recipe": _recipe_fields(stored, now)}
-    run = Run(fitted(resolve(now)), folder, Silent(), lambda: True)
+    if has_rounds(folder):
+        return result | {"parts": [why_run(part, None, store=folder) for part in parts_of(folder)]}
+    run = Run(fitted(resolve(now)), folder, Silent(), lambda: True, store=store)
     try:
         inputs = inputs_of(run.method, run.models)
         before = read_json(folder / INPUTS) or {}
@@ -78,8 +84,7 @@ def why_run(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
             for name in sorted(shared)
             if before[name] != inputs[name]
         ]
-        if not run.method.steps:
-            result["requests"] = _requests(run.text.questions(), _questions(folder))
+        result["requests"] = _asked_by(run)
     except UserError as error:  # such as a server that is away
         result["not_looked_at"] = str(error)
     guilty = [path for path in (folder, *sorted((folder / "controls").glob("*"))) if (path / GUILTY).is_file()]
@@ -100,6 +105,20 @@ def _recipe_fields(then: Recipe, now: Recipe) -> list[dict[str, Any]]:
             effect = "measured anew"
         fields.append({"field": name, "then": old, "now": new, "effect": effect})
     return fields
+
+
+def _asked_by(run: Run) -> dict[str, Any]:
+    """What the run would ask for its training text: the steps of elicitation, up to the first that lacks an answer,
+    and then its writers."""
+    text, file = run.text, run.text.folder / "store.sqlite"
+    stored = _questions(run.text.folder)
+    if not run.method.steps or text.elicitation.finished() is not None:
+        return _requests(text.questions(), stored)
+    if not file.is_file():
+        return {"answered": 0, "would_be_asked": None, "because_of": {}, "step": run.method.steps[0][0], "unscored": 0}
+    with Store(file) as store:
+        asked = what_is_asked(text.elicitation, store, text.models.scorer_identity)
+    return _requests(asked.asked, stored) | {"step": asked.step, "unscored": asked.unscored}
 
 
 def _requests(now: list[Request], stored: Mapping[str, tuple[Asked, str]]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import yaml
 
 from limbeck.config.recipe import parse
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.runs import rounds
 from limbeck.runs.pipeline import run
 from limbeck.runs.why import differences
 from limbeck.storage.store import Store
+from limbeck.types import Generated
 from tests.command_line import called
 from tests.conftest import make_recipe_data, write_prompts
 
@@ -85,6 +87,66 @@ def test_another_model_of_the_same_place_is_named(made, tiny_folder, tmp_path):
     found = json.loads(why(made[0], "--set", f"teacher={other}", "--json"))
     assert [entry["field"] for entry in found["inputs"]] == ["teacher"] and found["inputs"][0]["refused"]
     assert list(found["requests"]["because_of"]) == ["model"]
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory, tiny_folder):
+    """(a run folder whose text two steps made, its recipe's file)"""
+    folder = tmp_path_factory.mktemp("steps")
+    data = make_recipe_data(tiny_folder, write_prompts(folder), folder)
+    data["elicit"] = [{"answer": {"max_tokens": 6}}, {"rationale": {"n": 2, "calls": 1, "max_tokens": 6}}]
+    data["writer"] = [{"by": "teacher", "temperature": 1.0, "top_p": 1.0, "max_tokens": 5}]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(data))
+
+    def answers(self, requests, stop=None):
+        for request in requests:
+            text = f"{request.messages[-1]['content']} The answer is {request.seed % 97}."
+            yield request, Generated((5, 0), text, "ok")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMBECK_STORE", "none")
+        patch.setattr(InProcessTeacher, "answers", answers)
+        run(parse(data), folder / "run", stages=("elicit",))
+    return folder / "run", folder / "recipe.yaml"
+
+
+def test_steps_are_looked_at_up_to_the_first_that_lacks_an_answer(stepped):
+    folder, _ = stepped
+    finished = json.loads(why(folder, "--json"))["requests"]
+    assert finished["would_be_asked"] == 0 and "step" not in finished
+    account = (folder / "elicitation.json").rename(folder / "set-aside.json")
+    try:
+        all_there = json.loads(why(folder, "--json"))["requests"]
+        assert all_there["step"] is None and all_there["would_be_asked"] == 0
+        second = json.loads(why(folder, "--set", "elicit.1.params.temperature=0.5", "--json"))["requests"]
+        first = json.loads(why(folder, "--set", "elicit.0.params.temperature=0.5", "--json"))["requests"]
+    finally:
+        account.rename(folder / "elicitation.json")
+    assert second["step"] == "rationale" and list(second["because_of"]) == ["sampling.temperature"]
+    assert second["would_be_asked"] == 2 * second["answered"] > 0
+    assert first["step"] == "answer" and first["answered"] == 0 and first["would_be_asked"] == second["answered"]
+    assert "by step answer; what the steps after it ask follows" in why(
+        folder, "--set", "elicit.0.params.temperature=0.5"
+    )
+
+
+def test_steps_of_a_folder_without_answers(stepped, tmp_path):
+    (tmp_path / "recipe.yaml").write_text((stepped[0] / "recipe.yaml").read_text())
+    assert "none are stored; the first step, answer, would ask" in why(tmp_path)
+    assert not (tmp_path / "store.sqlite").exists()
+
+
+def test_rounds_are_told_one_by_one(tiny_folder, tmp_path, monkeypatch):
+    data = make_recipe_data(tiny_folder, write_prompts(tmp_path), tmp_path)
+    data["rounds"] = {"n": 2}
+    monkeypatch.undo()  # the rounds are asked; `why` is not
+    rounds.run(parse(data), tmp_path / "run", stages=("elicit",))
+    monkeypatch.setattr(InProcessTeacher, "answers", lambda *_: pytest.fail("nothing is asked"))
+    found = json.loads(why(tmp_path / "run", "--set", "train.lr=0.5", "--json"))
+    assert [field["effect"] for field in found["recipe"]] == ["the folder is refused"]
+    assert [part["run"] for part in found["parts"]] == [str(tmp_path / "run" / "rounds" / "1")]
+    assert found["parts"][0]["requests"] == {"answered": 18, "would_be_asked": 0, "because_of": {}}
+    assert f"{tmp_path / 'run' / 'rounds' / '1'}:" in why(tmp_path / "run")
 
 
 def test_a_key_is_told_with_the_most_similar_request(made):

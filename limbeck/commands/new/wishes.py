@@ -141,8 +141,8 @@ def check_wishes(wishes: Wishes) -> None:
     if wishes.task == "chat" and same:
         raise UserError(
             f"--task chat would ask {wishes.teacher} and train {wishes.student}: the student would learn to be itself."
-            " Name a larger --teacher or another --student, or give the teacher an --instruction; --teacher none learns the answers in the data; --task"
-            " compress drops layers"
+            " Name a larger --teacher or another --student, or give the teacher an --instruction; --teacher none learns"
+            " the answers in the data; --task compress drops layers"
         )
     if wishes.task == "compress" and (wishes.is_served or not wishes.has_teacher):
         raise UserError("--task compress drops layers of the teacher: --teacher must be a model whose weights are here")
