@@ -17,7 +17,7 @@ from typing import Any
 from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Writer
-from limbeck.config.server import Served
+from limbeck.elicit.bills import Bills
 from limbeck.elicit.engine import (
     TEACHERS_PLACE,
     Engine,
@@ -150,14 +150,9 @@ class TrainingText:
             other=other,
         )
 
-    def _server(self, by: str) -> Served | None:
-        """The server of the teacher, or of another model by its name."""
-        named = self.recipe.models or {}
-        return self.recipe.teacher.server if by == TEACHER else named[by].server if by in named else None
-
     def _tolerate(self, by: str) -> float:
         """The share of a model's answers that may fail or be malformed."""
-        server = self._server(by)
+        server = self.bills.server(by)
         return 0.0 if server is None else server.tolerate or 0.0
 
     def _without_untouched(self) -> list[Sample]:
@@ -229,27 +224,10 @@ class TrainingText:
         """The sampling of held-out text, that of the teacher's training text (see `Recipe.held_out_writer`)."""
         return _sampling(self.recipe.held_out_writer)
 
-    def bill(self, by: str = TEACHER) -> tuple[int, int, int]:
-        """(answers, tokens read, tokens written) that the server of the teacher, or of a model by its name, billed."""
-        with Store(self.folder / "store.sqlite") as store:
-            return store.bill(self.models.writer_identity(by))
-
-    def reused(self, by: str = TEACHER) -> tuple[int, int, int]:
-        """(answers, tokens read, tokens written) that earlier runs were billed for and this one took over."""
-        with Store(self.folder / "store.sqlite") as store:
-            return store.reused(self.models.writer_identity(by))
-
-    def money(self, by: str = TEACHER) -> float | None:
-        """The cost of the answers so far by the recipe's price; None without one."""
-        _, read, written = self.bill(by)
-        return self.price(read, written, by)
-
-    def price(self, read: int, written: int, by: str = TEACHER) -> float | None:
-        """What so many tokens cost by the recipe's price; None without one."""
-        server = self._server(by)
-        if server is None or server.price is None:
-            return None
-        return (read * server.price.input + written * server.price.output) / 1e6
+    @property
+    def bills(self) -> Bills:
+        """What servers were paid for so far."""
+        return Bills(self.recipe, self.folder, self.models.writer_identity)
 
     def facts(self) -> dict[str, Any]:
         """Facts about the held-out text, for the evaluation."""
@@ -377,8 +355,8 @@ class TrainingText:
 
     def _tell_reuse(self, by: str, reuse: Reuse) -> None:
         cost = "written then"
-        if self._server(by) is not None:
-            money = self.price(reuse.read, reuse.written, by)
+        if self.bills.server(by) is not None:
+            money = self.bills.price(reuse.read, reuse.written, by)
             cost = f"paid then: {reuse.read:,} tokens read, {reuse.written:,} written"
             cost += "" if money is None else f", {money:.4g} by today's price"
         self.reporter.note(f"{reuse.answers:,} of {reuse.needed:,} answers are taken from earlier runs ({cost})")
@@ -386,7 +364,7 @@ class TrainingText:
     def _report_progress(self, by: str, began: float, done: int, total: int, tokens: int) -> None:
         rate = tokens / max(1e-9, time.monotonic() - began)
         text = f"{by}: {tokens:,} tokens, {rate:.0f} a second" if tokens else ""
-        money = None if by in STUDENTS else self.money(by)
+        money = None if by in STUDENTS else self.bills.money(by)
         self.reporter.progress(done, total, text if money is None or not text else f"{text}, {money:.4g} spent")
 
     def _stopped(self, done: int, total: int) -> StoppedError:

@@ -338,15 +338,19 @@ def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
 
 
 def _costs(text: TrainingText, by: str) -> dict[str, Any]:
-    answers, read, written = text.bill(by)
+    bills = text.bills
+    answers, read, written = bills.paid(by)
     costs: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
-    if (money := text.money(by)) is not None:
+    if (money := bills.money(by)) is not None:
         costs["money"] = money
-    answers, read, written = text.reused(by)
+    answers, read, written = bills.reused(by)
     if answers:  # of earlier runs, paid then
         costs["reused"] = {"answers": answers, "tokens_read": read, "tokens_written": written}
-        if (money := text.price(read, written, by)) is not None:
+        if (money := bills.price(read, written, by)) is not None:
             costs["reused"]["money"] = money
+    tries, tokens = bills.unanswered(by)
+    if tries:
+        costs["maybe_billed"] = {"tries": tries, "tokens_at_most": tokens}
     return costs
 
 

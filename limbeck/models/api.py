@@ -24,8 +24,9 @@ from typing import Any
 from urllib.parse import quote
 
 from limbeck.config.server import Served
+from limbeck.models import replies
 from limbeck.models.addresses import Addresses
-from limbeck.models.budget import Budget, Spending
+from limbeck.models.budget import Billed, Budget, Spending, estimated_tokens
 from limbeck.models.dialects import OPENAI, get, merged, put
 from limbeck.models.engines import ALL, ENGINES, form_words
 from limbeck.models.http import (
@@ -40,17 +41,14 @@ from limbeck.models.http import (
     send_with_retries,
     without_key,
 )
-from limbeck.models.identity import FATAL, identify, identify_all, is_bad_key, what_to_check
-from limbeck.models.replies import is_filtered, lacks_money, read_answer, read_usage, refused_setting
+from limbeck.models.identity import identify, identify_all, is_answer, is_bad_key, what_to_check
 from limbeck.models.told import keep
+from limbeck.storage.tries import Tries
 from limbeck.types import Finish, Generated, Request, UserError
 
 STORED_BYTES = 64 * 2**10  # of an answer that is not whole
 POLL_SECONDS = 0.2
-NOT_PROCESSED = frozenset({429, 503, 529})  # 529: Anthropic's "overloaded"
-REPEATABLE = frozenset({408, 409})  # the request's own fault otherwise
 LIMITS = ("max_tokens", "max_completion_tokens")  # names of the longest answer in OpenAI's protocol
-CHARS_PER_TOKEN = 3
 FAILURES_IN_A_ROW = 10  # and two for each request under way, before the server is given up
 USELESS_AT_FIRST = 5  # replies, and one for each request under way, where it has not answered any
 
@@ -86,6 +84,8 @@ class ApiTeacher:
         self._failures = 0  # in a row
         self._useless = 0  # replies in a row that are no answers
         self._answered = False
+        self._stopping = False
+        self._sending = set[asyncio.Task[Any] | None]()
         self._away = set[str]()  # addresses that were not there when they were last asked
         self._identity: str | None = None
 
@@ -93,9 +93,9 @@ class ApiTeacher:
     def spending(self) -> Spending:
         return self.budget.spending
 
-    def begin_with(self, answers: int, read: int, written: int) -> None:
-        """Count what earlier processes got, so that ceilings hold for a run and not for a process."""
-        self.budget.count_earlier(answers, read, written)
+    def begin_with(self, answers: int, read: int, written: int, tries: Tries) -> None:
+        """Count what earlier processes got and tried, so that ceilings hold for a run and not for a process."""
+        self.budget.count_earlier(answers, read, written, tries)
 
     @property
     def identity(self) -> str:
@@ -125,7 +125,8 @@ class ApiTeacher:
     def answers(
         self, requests: Sequence[Request], stop: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[Request, Generated]]:
-        """Answer every request, each as it finishes.
+        """Answer every request, each as it finishes. Once `stop` is true nothing more is sent, and what is under way is
+        waited for, since it is paid for.
 
         Raises:
             UserError: the server refuses every request (key, name), fails again and again, or a ceiling is reached;
@@ -144,19 +145,27 @@ class ApiTeacher:
         self, requests: Sequence[Request], stop: Callable[[], bool]
     ) -> AsyncGenerator[tuple[Request, Generated]]:
         waiting = deque(requests)
+        self._stopping = False
         tasks = dict[asyncio.Task[Generated], Request]()
         error = None
         async with self.endpoint.connect() as connection:
             try:
-                while (waiting or tasks) and not stop():
+                while waiting or tasks:
+                    if stop():
+                        self._stopping = True
+                        waiting.clear()
+                        for task in tasks.keys() - self._sending:
+                            task.cancel()
                     while waiting and not error and len(tasks) < self.at_once:
                         request = waiting.popleft()
                         tasks[asyncio.ensure_future(self._answer(connection, request))] = request
                     if not tasks:
                         break
                     done, _ = await asyncio.wait(tasks, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                    for task in sorted(done, key=lambda task: task.exception() is not None):
+                    for task in sorted(done, key=lambda task: task.cancelled() or task.exception() is not None):
                         request = tasks.pop(task)
+                        if task.cancelled():
+                            continue
                         failure = task.exception()
                         if failure is None:
                             yield request, task.result()
@@ -177,10 +186,10 @@ class ApiTeacher:
     async def _answer(self, connection: Connection, request: Request) -> Generated:
         call = self._call(request)
         tokens = estimated_tokens(request)
-        reply = await self.send(connection, call, tokens)
-        refused = refused_setting(reply)
+        reply = await self.send(connection, call, tokens, key=request.key)
+        refused = replies.refused_setting(reply)
         if refused is not None and self._can_do_without(refused, reply, request):
-            reply = await self.send(connection, self._call(request, suffix="-2"), tokens)
+            reply = await self.send(connection, self._call(request, suffix="-2"), tokens, key=request.key)
         generated = self._generated(request, reply)
         self._count_useless(generated, reply)
         return generated
@@ -243,13 +252,16 @@ class ApiTeacher:
             raise UserError(f"{self.endpoint.url} refuses {refused}: change {where}. {reply.quote()}")
         return False
 
-    async def send(self, connection: Connection, call: Call, tokens: int, max_bytes: int = MAX_BYTES) -> Reply:
+    async def send(
+        self, connection: Connection, call: Call, tokens: int, max_bytes: int = MAX_BYTES, key: str = ""
+    ) -> Reply:
         """The reply to one call, repeated as often as the settings allow and within the budget. The reply has an
         answer, or is the request's own fault (4xx), or is that of the last try.
 
         Args:
             tokens: what a try may cost.
             max_bytes: no more of an answer is read.
+            key: of the request whose bill is stored with its answer.
 
         Raises:
             UserError: the server refuses every request, fails again and again, or a ceiling is reached.
@@ -257,14 +269,20 @@ class ApiTeacher:
         handle = object()
 
         async def send_once(attempt: int) -> Reply:
+            if attempt and self._stopping:
+                raise asyncio.CancelledError
             await self.budget.wait_for_turn(tokens)
-            self.budget.begin(handle, tokens, repeated=attempt > 0)
+            self.budget.begin(handle, tokens, repeated=attempt > 0, key=key)
+            outcome: Billed = "maybe"
+            self._sending.add(task := asyncio.current_task())
             try:
                 reply = await connection.send(call, max_bytes)
+                outcome = replies.was_billed(reply)
                 await self._notice(connection, reply)
                 return reply
             finally:
-                self.budget.end(handle)
+                self._sending.discard(task)
+                self.budget.end(handle, outcome)
 
         return await send_with_retries(send_once, self._is_final, Backoff(self.settings.retries + 1), self.sleep)
 
@@ -285,15 +303,13 @@ class ApiTeacher:
     def _is_final(self, reply: Reply) -> bool:
         """Whether to keep this reply, rather than try again; counts failures."""
         url = reply.url
-        if _is_answer(reply.status) or is_filtered(reply):
+        if is_answer(reply.status) or replies.is_filtered(reply):
             self._failures = 0
             if not is_bad_key(reply, self.dialect):
                 return True
-        if (300 <= reply.status < 500 and reply.status not in (*NOT_PROCESSED, *REPEATABLE)) or lacks_money(reply):
+        if replies.is_refused(reply.status) or replies.lacks_money(reply):
             where = what_to_check(reply, self.settings, self.dialect)
             raise UserError(f"{url} answers {reply.status}: check {where}. {reply.quote()}")
-        if reply.status not in NOT_PROCESSED and reply.failure != "no connection":
-            self.budget.spending.maybe_billed += 1
         self._failures += 1
         if self._failures >= FAILURES_IN_A_ROW + 2 * self.at_once:
             raise UserError(
@@ -352,13 +368,13 @@ class ApiTeacher:
     def _generated(self, request: Request, reply: Reply, count: bool = True) -> Generated:
         """The answer in a reply; `count` adds its tokens to the bill, where the server says how many they are."""
         if reply.status != 200:
-            finish: Finish = "filtered" if is_filtered(reply) else "error"
+            finish: Finish = "filtered" if replies.is_filtered(reply) else "error"
             return Generated(None, "", finish, reply.text(STORED_BYTES))
         data = reply.json()
-        usage = read_usage(data, self.dialect)
+        usage = replies.read_usage(data, self.dialect)
         if usage is not None and count:
             self.budget.count_tokens(*usage)
-        text, finish = read_answer(
+        text, finish = replies.read_answer(
             data,
             self.settings.answers_as or self.settings.name,
             raw=request.raw is not None,
@@ -379,16 +395,5 @@ class ApiTeacher:
         return Generated(None, shown, finish, raw=raw, usage=usage or (0, 0), told=told, answered_by=pinned)
 
 
-def _is_answer(status: int) -> bool:
-    """A whole answer, or the fault of this request alone, such as a prompt that is too long."""
-    return status == 200 or (400 <= status < 500 and status not in (*NOT_PROCESSED, *FATAL, *REPEATABLE))
-
-
 async def _next(stream: AsyncGenerator[tuple[Request, Generated]]) -> tuple[Request, Generated] | None:
     return await anext(stream, None)
-
-
-def estimated_tokens(request: Request) -> int:
-    """About how many tokens a request may cost."""
-    characters = len(request.raw or "") + sum(len(message["content"]) for message in request.conversation)
-    return characters // CHARS_PER_TOKEN + request.sampling.max_tokens

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from limbeck.models.api import NOT_PROCESSED, REPEATABLE, ApiTeacher, estimated_tokens
+from limbeck.models.api import ApiTeacher
+from limbeck.models.budget import estimated_tokens
 from limbeck.models.http import (
     Backoff,
     Call,
@@ -27,6 +28,7 @@ from limbeck.models.http import (
     send_with_retries,
 )
 from limbeck.models.identity import FATAL
+from limbeck.models.replies import NOT_PROCESSED, REPEATABLE
 from limbeck.types import Generated, Request, UserError
 
 MAX_REQUESTS = 20_000  # of one batch; the provider takes 50,000 and 200 MB
@@ -185,7 +187,7 @@ class BatchTeacher(ApiTeacher):
         """The answers of an ended batch, added to the bill."""
         answers = await self._read_answers(connection, record, by_key, count=True)
         for key in batch.keys:
-            self.budget.end(key)
+            self.budget.end(key, "yes")
         return answers
 
     async def _read_answers(

@@ -5,20 +5,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from limbeck.config.server import Served
-from limbeck.types import UserError
+from limbeck.storage.tries import Tries
+from limbeck.types import Request, UserError
+
+CHARS_PER_TOKEN = 3
+Billed = Literal["yes", "no", "maybe"]
 
 
 @dataclass
 class Spending:
-    """What was asked of the server: tries sent, those that were repeated, those possibly billed without an answer, and
-    the bill as far as the server reported it. Of earlier processes only the stored answers are counted."""
+    """What was asked of the server: tries sent, those that were repeated, those possibly billed without an answer with
+    the tokens that they cost at most, and the bill as far as the server reported it."""
 
     sent: int = 0
     repeated: int = 0
     maybe_billed: int = 0
+    maybe_tokens: int = 0
     read: int = 0
     written: int = 0
     money: float = 0.0
@@ -34,13 +40,17 @@ class Budget:
         self.sleep = sleep
         self.clock = clock
         self.spending = Spending()
-        self._under_way = dict[Hashable, int]()  # tokens of the requests that are not answered yet
+        self.tries: Tries | None = None
+        self._under_way = dict[Hashable, tuple[int, int | None]]()  # (tokens at most, number among the tries)
         self._next_begin = 0.0
         self._last_minute = deque[tuple[float, int]]()  # (when, tokens)
 
-    def count_earlier(self, answers: int, read: int, written: int) -> None:
-        """Count what earlier processes got, so that ceilings hold for a run and not for a process."""
-        self.spending = Spending(sent=answers, read=read, written=written, money=self.price(read, written))
+    def count_earlier(self, answers: int, read: int, written: int, tries: Tries) -> None:
+        """Count what earlier processes got and tried, so that ceilings hold for a run and not for a process."""
+        self.tries = tries
+        count, tokens = tries.unanswered()
+        spending = Spending(sent=answers + count, maybe_billed=count, maybe_tokens=tokens)
+        self.spending = replace(spending, read=read, written=written, money=self.price(read, written))
 
     def price(self, read: int, written: int) -> float:
         """The cost of these tokens, in the currency of the recipe's price."""
@@ -67,20 +77,28 @@ class Budget:
         if seconds > 0:
             await self.sleep(seconds)
 
-    def begin(self, request: Hashable, tokens: int, repeated: bool = False) -> None:
-        """Count a try that may cost so many tokens; it is under way until `end`.
+    def begin(self, request: Hashable, tokens: int, *, repeated: bool = False, key: str = "") -> None:
+        """Count a try that may cost so many tokens; it is under way until `end`. It is written down where its request
+        has a `key`.
 
         Raises:
             UserError: a ceiling could be passed if everything under way costs as much as it may.
         """
         self._check_ceilings(tokens)
-        self._under_way[request] = tokens
+        number = self.tries.begin(key, tokens) if self.tries is not None and key else None
+        self._under_way[request] = tokens, number
         self.spending.sent += 1
         self.spending.repeated += repeated
 
-    def end(self, request: Hashable) -> None:
+    def end(self, request: Hashable, billed: Billed) -> None:
         """The try is over; without effect where it is already."""
-        self._under_way.pop(request, None)
+        tokens, number = self._under_way.pop(request, (None, None))
+        if tokens is not None and billed == "maybe":
+            self.spending.maybe_billed += 1
+            self.spending.maybe_tokens += tokens
+        elif number is not None and billed == "no":
+            assert self.tries is not None
+            self.tries.strike(number)
 
     def count_tokens(self, read: int, written: int) -> None:
         """Add an answer's tokens to the bill."""
@@ -91,7 +109,7 @@ class Budget:
     def _check_ceilings(self, tokens: int) -> None:
         limits = self.settings.limits
         spending = self.spending
-        under_way = sum(self._under_way.values()) + tokens
+        under_way = sum(each for each, _ in self._under_way.values()) + spending.maybe_tokens + tokens
         highest_price = max(self.price(1, 0), self.price(0, 1))
         for ceiling, needed, unit in (
             (limits.requests, spending.sent + 1, "requests"),
@@ -103,3 +121,9 @@ class Budget:
                     f"the ceiling of {ceiling} {unit} is reached; the answers so far are kept: raise"
                     " teacher.server.limits and run it again"
                 )
+
+
+def estimated_tokens(request: Request) -> int:
+    """About how many tokens a request may cost."""
+    characters = len(request.raw or "") + sum(len(message["content"]) for message in request.conversation)
+    return characters // CHARS_PER_TOKEN + request.sampling.max_tokens

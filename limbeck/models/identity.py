@@ -8,7 +8,7 @@ from limbeck.config.server import Served
 from limbeck.models.dialects import OPENAI, Dialect
 from limbeck.models.engines import EndpointKind, is_engine
 from limbeck.models.http import Call, Connection, Reply, as_dict
-from limbeck.models.replies import lacks_money
+from limbeck.models.replies import NOT_PROCESSED, REPEATABLE, lacks_money
 from limbeck.types import UserError, content_hash, printable
 
 # every request would get these; where to look
@@ -121,3 +121,8 @@ def what_to_check(reply: Reply, settings: Served, dialect: Dialect) -> str:
 def is_bad_key(reply: Reply, dialect: Dialect) -> bool:
     """Whether the server refuses the key with a status that says less."""
     return reply.status == 400 and dialect.bad_key is not None and dialect.bad_key in reply.body
+
+
+def is_answer(status: int) -> bool:
+    """A whole answer, or the fault of this request alone, such as a prompt that is too long."""
+    return status == 200 or (400 <= status < 500 and status not in (*NOT_PROCESSED, *FATAL, *REPEATABLE))

@@ -11,10 +11,13 @@ import re
 from typing import Any
 
 from limbeck.elicit.conversation import OPEN, answer_text
+from limbeck.models.budget import Billed
 from limbeck.models.dialects import OPENAI, Dialect, get
 from limbeck.models.http import Reply, as_dict, as_dicts
 from limbeck.types import Finish, UserError, has_text
 
+NOT_PROCESSED = frozenset({429, 503, 529})  # 529: Anthropic's "overloaded"
+REPEATABLE = frozenset({408, 409})  # the request's own fault otherwise
 CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|<(?:start|end)_of_turn>")
 MOST_TOKENS = 2**40  # that a bill may name
 # what may follow a model's name where it stands for one version: a date, a number of three digits or more, "latest"
@@ -150,3 +153,16 @@ def is_filtered(reply: Reply) -> bool:
 def _codes(reply: Reply) -> set[str]:
     error = as_dict(as_dict(reply.json()).get("error"))
     return {value for key in ("code", "type") if isinstance(value := error.get(key), str)}
+
+
+def is_refused(status: int) -> bool:
+    """Whether the same request would be refused again."""
+    return 300 <= status < 500 and status not in (*NOT_PROCESSED, *REPEATABLE)
+
+
+def was_billed(reply: Reply) -> Billed:
+    """Whether the try that this reply ended is paid for."""
+    if reply.status == 200:
+        return "yes"
+    unprocessed = reply.status in NOT_PROCESSED or reply.failure == "no connection"
+    return "no" if unprocessed or is_refused(reply.status) else "maybe"

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.api import ApiTeacher
 from limbeck.models.compatibility import frame_key, tokens_key
-from limbeck.models.http import Call, Connection, Reply, as_dict
+from limbeck.models.http import MAX_BYTES, Call, Connection, Reply, as_dict
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.objectives.head import Head
 from limbeck.signals.cache import ids_of
@@ -153,7 +153,7 @@ class StatesTeacher:
             )
         return hidden_NE
 
-    def _ask(self, call: Call, tokens: int, **limits: int) -> Reply:
+    def _ask(self, call: Call, tokens: int, max_bytes: int = MAX_BYTES) -> Reply:
         """The server's reply to one call, repeated as often as the settings allow.
 
         Raises:
@@ -161,7 +161,7 @@ class StatesTeacher:
         """
 
         async def work(connection: Connection) -> Reply:
-            return await self.api.send(connection, call, tokens, **limits)
+            return await self.api.send(connection, call, tokens, max_bytes)
 
         reply = self.api.endpoint.run(work)
         url = reply.url

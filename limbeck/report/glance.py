@@ -147,6 +147,9 @@ def worth_facts(worth: dict[str, Any]) -> list[tuple[str, str]]:
     if "answers" in training:
         bought = f"{training['answers']:,} answers: {training['tokens_read']:,} tokens read"
         facts.append(("bought of the teacher", f"{bought}, {training['tokens_written']:,} written"))
+    if maybe := training.get("maybe_billed"):
+        tokens = f"at most {maybe['tokens_at_most']:,} tokens"
+        facts.append(("may have been billed without an answer", f"{maybe['tries']:,} requests, {tokens}"))
     if "bill" in training:
         facts.append(("the teacher's bill", _money(training["bill"])))
     facts += [(f"the bill of {name}", _money(money)) for name, money in training.get("bills", {}).items()]

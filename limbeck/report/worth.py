@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from limbeck.report.item_files import HELD_OUT, item_files
 from limbeck.report.metrics import headline, metrics_of, task_headlines
 from limbeck.report.prices import Prices, prices_of
 from limbeck.storage.files import read_jsonl
@@ -78,7 +79,7 @@ def _system(folder: Path, summary: Facts, *, name: str, trained: Path, answers: 
     own = {key: value for key in (*SIZES, *SPEEDS) if (value := _interval(facts, key)) is not None}
     if on_disk := _bytes_on_disk(trained):
         own["bytes_on_disk"] = on_disk
-    file = folder / "evaluation" / f"answers-{answers}.jsonl"
+    file = item_files(folder / "evaluation").get((HELD_OUT, answers))  # a name in a summary is never a path
     return own | {"request": _request(file, summary, name=name, facts=own, prices=prices)}
 
 
@@ -120,12 +121,12 @@ def _quality(summary: Facts, subject: str) -> Facts | None:
     }
 
 
-def _request(file: Path, summary: Facts, *, name: str, facts: Facts, prices: Prices) -> Facts:
+def _request(file: Path | None, summary: Facts, *, name: str, facts: Facts, prices: Prices) -> Facts:
     """Tokens, seconds and cost of one request: a held-out prompt and the system's greedy answer to it, in `file`."""
     lengths = summary.get("requests") or {}
     bill = summary.get("bill") or {}
     prompt = lengths.get("teacher_prompt_tokens" if name == "teacher" else "prompt_tokens")
-    answers = [record["tokens"] for record in read_jsonl(file)]
+    answers = [record["tokens"] for record in read_jsonl(file)] if file else []
     answer = sum(answers) / len(answers) if answers else None
     if name == "teacher" and bill.get("answers"):  # what its server counted
         prompt, answer = (bill[key] / bill["answers"] for key in ("tokens_read", "tokens_written"))
@@ -147,7 +148,8 @@ def _training(folder: Path, summary: Facts, prices: Prices) -> Facts:
     bill = summary.get("bill") or {}
     files = [home / "metrics.jsonl" for home in (folder, *rounds_in(folder).values(), *stages_in(folder))]
     seconds = sum(record.get("seconds", 0.0) for file in files for record in read_jsonl(file))
-    facts: Facts = {key: bill[key] for key in ("answers", "tokens_read", "tokens_written") if key in bill}
+    bought = ("answers", "tokens_read", "tokens_written", "maybe_billed")
+    facts: Facts = {key: bill[key] for key in bought if key in bill}
     facts["hours"] = seconds / 3600
     if bill:
         of_tokens = prices.of_tokens

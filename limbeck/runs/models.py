@@ -9,6 +9,7 @@ from pathlib import Path
 
 from limbeck.config.named_models import PREVIOUS, TEACHER, UNTOUCHED
 from limbeck.config.teacher import BridgedTeacher, ServedTeacher
+from limbeck.elicit.bills import Bills
 from limbeck.elicit.engine import Answerer
 from limbeck.elicit.flow import Reader
 from limbeck.models.api import ApiTeacher
@@ -46,7 +47,7 @@ class RunModels:
     Args:
         calibration: returns so many texts by which a pruned student's layers are chosen.
         progress: called with (done, total, what) during long work; may raise StoppedError.
-        billed: returns (answers, tokens read, tokens written) of the teacher's server so far, or of another's.
+        bills: returns what servers were paid for so far.
         shared: the models of the run whose teacher this one shares.
     """
 
@@ -55,7 +56,7 @@ class RunModels:
     reporter: Reporter
     calibration: Callable[[int], Calibration]
     progress: Callable[[int, int, str], None]
-    billed: Callable[[str], tuple[int, int, int]]
+    bills: Callable[[], Bills]
     shared: RunModels | None = None
     loaded: dict[str, InProcessTeacher] = field(default_factory=dict)
     scorers: dict[str, Scorer] = field(default_factory=dict)
@@ -163,7 +164,7 @@ class RunModels:
                 " another --out"
             )
         if server is not None:
-            server.begin_with(*self.billed(TEACHER))
+            server.begin_with(*self.bills().paid(TEACHER), tries=self.bills().tries(TEACHER))
         return server
 
     @cached_property
@@ -317,7 +318,7 @@ class RunModels:
             self.folder,
             self.reporter,
             placement=lambda: self.devices.teacher,
-            billed=self.billed,
+            bills=self.bills,
             teacher=self._teacher_itself,
         )
 

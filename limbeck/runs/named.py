@@ -8,6 +8,7 @@ from pathlib import Path
 
 from limbeck.config.named_models import NamedLocal, NamedModel, NamedServed
 from limbeck.config.recipe import Recipe
+from limbeck.elicit.bills import Bills
 from limbeck.elicit.engine import in_its_place
 from limbeck.elicit.flow import Reader
 from limbeck.models.api import ApiTeacher
@@ -37,7 +38,7 @@ class NamedModels:
 
     Args:
         placement: of those whose weights are here.
-        billed: returns (answers, tokens read, tokens written) of a named server so far.
+        bills: returns what servers were paid for so far.
         teacher: returns the loaded teacher where it is this very model, so that no second copy is loaded.
     """
 
@@ -45,7 +46,7 @@ class NamedModels:
     folder: Path
     reporter: Reporter
     placement: Callable[[], Placement]
-    billed: Callable[[str], tuple[int, int, int]]
+    bills: Callable[[], Bills]
     teacher: Callable[[str], Model | None] = lambda identity: None
     _loaded: dict[str, InProcessTeacher] = field(default_factory=dict)
     _by_workers: dict[str, WorkerTeacher] = field(default_factory=dict)
@@ -137,7 +138,7 @@ class NamedModels:
                     " --out"
                 )
             self._identities[name] = identity
-            server.begin_with(*self.billed(name))
+            server.begin_with(*self.bills().paid(name), tries=self.bills().tries(name))
             self._servers[name] = server
         return self._servers[name]
 

@@ -83,7 +83,7 @@ class Run:
             self.reporter,
             calibration=lambda texts: self.encoding.calibration(texts),
             progress=self.progress,
-            billed=lambda by: self.text.bill(by),
+            bills=lambda: self.text.bills,
             shared=None if self.shared is None else self.shared.models,
         )
 

@@ -44,6 +44,7 @@ def said(error, capsys):
         (OSError(errno.ENOSPC, "x", "a"), "the disk is full"),
         (sqlite3.DatabaseError("database disk image is malformed"), "malformed"),
         (sqlite3.OperationalError("database is locked"), "database is locked"),
+        (sqlite3.OperationalError("database or disk is full"), "the disk is full"),
     ],
 )
 def test_errors_of_files_name_the_file(error, words, capsys):

@@ -19,7 +19,7 @@ from limbeck.commands.new.data import Example
 from limbeck.commands.new.draft import block, inline, literal
 from limbeck.commands.new.gold import calls_of, checks_of_results, number_of
 from limbeck.commands.new.split import split
-from limbeck.commands.new.wishes import TASKS, slug
+from limbeck.commands.new.wishes import EMBEDDED, TASKS, slug
 from limbeck.config.yaml_text import load_yaml
 from limbeck.elicit.rendering import render
 from limbeck.evaluate.by_label import labels_of
@@ -308,10 +308,26 @@ def test_problems_are_checked_by_their_results():
     new(task="reason", data=lines(QUESTIONS))
     method = resolve(load_recipe("mine/recipe.yaml"))
     assert [name for name, _ in method.steps] == ["rationale", "verify", "deduplicate"]
-    assert {prompt.check["type"] for prompt in method.training_prompts} == {"number"} and not method.training_prompts[
-        0
-    ].answers
-    assert method.tasks[0].items[0].check["type"] == "number"
+    assert {prompt.check["type"] for prompt in method.training_prompts} == {"number"}
+    assert method.recipe.evaluate.controls == ["untouched", "gold_control"]  # which learns the data's own answers
+    assert all(prompt.answers == (str(prompt.check["answer"]),) for prompt in method.training_prompts)
+    assert method.recipe.writer[0].by == "elicited" and method.tasks[0].items[0].check["type"] == "number"
+
+
+def test_an_instruction_of_its_own_is_the_teachers_system_message(tiny_folder):
+    words = 'Think in "short" lines:\none # calculation each.'
+    for task, data, teacher in (("reason", QUESTIONS, "http://localhost:1/v1"), ("chat", TALKS, str(tiny_folder))):
+        named = ["--teacher-model", "big"] if teacher.startswith("http") else ["--student", str(tiny_folder)]
+        arguments = ["--instruction", words, "--teacher", teacher, *named]
+        new(*arguments, task=task, data=lines(data), where=task)
+        recipe = load_recipe(f"{task}/recipe.yaml")
+        assert recipe.teacher.context.system == words
+        (prompt, *_), student = resolve(recipe).training_prompts, recipe.student.start
+        assert words not in str(prompt.messages) and student.pretrained == (named[1] if task == "chat" else EMBEDDED)
+    with pytest.raises(UserError, match="leave it out"):
+        new("--instruction", words, task="classify", data=table(labelled()), where="no")
+    with pytest.raises(UserError, match="none is asked"):
+        new("--instruction", words, "--teacher", "none", task="reason", data=lines(QUESTIONS), where="no")
 
 
 def test_calls_of_tools_are_compared_with_the_datas():

@@ -82,6 +82,7 @@ def test_bad_set_is_refused(file, override):
         ("loss", [{"jsd": {}, "forward_kl": {}}], "loss[0]", "one loss per list entry"),
     ],
 )
+@pytest.mark.promise("S12")
 def test_errors_name_place_value_and_cure(recipe_data, path, value, place, words):
     at = recipe_data
     *parents, last = path.split(".")

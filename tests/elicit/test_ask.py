@@ -57,6 +57,7 @@ def said(*replies):
 # Templates
 
 
+@pytest.mark.promise("S3")
 def test_a_template_sees_the_sample_and_the_student_does_not_see_the_template():
     sample = Sample(
         ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "My {{ 7 * 7 }} cat {% raw %}"}),
@@ -95,6 +96,7 @@ def test_a_template_sees_the_sample_and_the_student_does_not_see_the_template():
         ("{{ answer }}", "'answer' is undefined, for the prompt 'a'; its fields: answers, kind, labels, messages, prompt"),
     ],
 )  # fmt: skip
+@pytest.mark.promise("S3")
 def test_templates_that_can_t_be_used_are_refused_before_anything_is_asked(template, words):
     message = refused(prompts("a", "b"), prompt=template)
     assert message.startswith("elicit[0].ask") and words in message

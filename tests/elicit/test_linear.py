@@ -1,5 +1,6 @@
 """What reads text that models wrote takes time in proportion to it, whatever it holds."""
 
+import contextlib
 import time
 
 import pytest
@@ -10,10 +11,13 @@ from limbeck.elicit.expand import _input_output_pairs, _instruction_blocks, unfi
 from limbeck.elicit.json_in import fenced, values_in
 from limbeck.elicit.lengthen import _pieces
 from limbeck.elicit.numbers import final_number, numbers_in
+from limbeck.elicit.parse import UnparsedError, _json, _label
+from limbeck.elicit.ratings import read_ratings
 from limbeck.elicit.rationale import final_of
 from limbeck.elicit.sandbox import program_in
 from limbeck.elicit.thinking import after_thinking, boxed
 from limbeck.elicit.transform import equations_of
+from limbeck.elicit.two_orders import read_verdict
 from limbeck.elicit.wording import ends_well, items, parts
 from limbeck.models.template import without_thinking_marks
 
@@ -25,6 +29,13 @@ UNITS = (
     "[1] ", "Input: ", "<tool_call>", "<think", "。", "Task 1: ", "```json {",
 )  # fmt: skip
 BEGINS = ("", "```json\n", "<think>", "```", "1")
+
+
+def or_unparsed(read, text, form):
+    with contextlib.suppress(UnparsedError):
+        read(text, form)
+
+
 READERS = {
     "tool_calls": tool_calls,
     "citations": lambda text: citations({"type": "citations", "passages": ["a"], "cited": [1], "quotes": []}, text),
@@ -44,6 +55,10 @@ READERS = {
     "ends_well": ends_well,
     "items": items,
     "parts": lambda text: parts(text, ("Input", "Output")),
+    "read_verdict": lambda text: read_verdict(text, "ab"),
+    "read_ratings": lambda text: read_ratings(text, 3, (1, 10)),
+    "read_label": lambda text: or_unparsed(_label, text, ("yes", "no")),
+    "read_json": lambda text: or_unparsed(_json, text, {"type": "object"}),
     "without_thinking_marks": lambda text: without_thinking_marks(text.removesuffix("\x00")),
 }
 

@@ -147,6 +147,7 @@ def test_what_failed_is_asked_again_and_what_was_answered_is_not(tmp_path):
     assert len(writer.asked) == 4
 
 
+@pytest.mark.promise("R14")
 def test_a_stop_keeps_what_was_answered(tmp_path):
     writer, pool = Backwards(), pool_of("say one", "say two", "say three")
     with Store(tmp_path / "s.sqlite") as store:

@@ -26,7 +26,6 @@ def test_reasons_and_label_become_two_tasks():
     assert texts(drive(LabelOnly(), pool)[0]) == [("2 + 2?", "The answer is 4.")]
 
 
-@pytest.mark.promise("S3")
 def test_a_model_s_text_is_never_a_template():
     pool = answers(("say {final} and {prompt}", "x"), rationale="{final} {prompt}", final="{prompt}")
     assert texts(drive(Multitask(), pool)[0]) == [

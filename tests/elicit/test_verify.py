@@ -95,6 +95,7 @@ def test_every_rule_is_followed_or_not(name):
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.promise("S14")
 def test_every_rule_reads_a_long_answer_in_seconds(name):
     check = {"type": "instructions", "rules": {name: FOLLOWED[name][0]}}
     for piece in ("\n", " ", "...", "a. ", "* ", "[a", "A", "<<", "1.\n", '"'):

@@ -23,6 +23,7 @@ from limbeck.models.api import ApiTeacher
 from limbeck.models.http import MAX_BYTES, Backoff, Reply, parse_retry_after
 from limbeck.models.replies import read_answer
 from limbeck.storage.store import Store
+from limbeck.storage.tries import Tries
 from limbeck.types import Sampling, UserError
 from tests.scripted_server import MODEL, Scripted, answer
 
@@ -349,13 +350,51 @@ def test_rates_per_minute_are_kept():
 
 
 @pytest.mark.promise("R14")
-def test_a_stop_ends_it_between_two_answers():
-    with Scripted(lambda number, body: ("slow", 0.02)) as server:
-        made, _ = teacher(server, concurrency=2)
+def test_after_a_stop_what_is_under_way_is_answered_and_nothing_more_is_sent():
+    with Scripted(lambda number, body: ("slow", 0.2 if number % 2 else 0.02)) as server:
+        made, _ = teacher(server, concurrency=4)
         taken = []
         for found in made.answers(requests(40), lambda: len(taken) >= 3):
             taken.append(found)
-        assert 3 <= len(taken) <= 5 and len(server.seen) <= 8
+        assert 3 <= len(taken) == len(server.seen) == sum(server.bills.values()) <= 7
+
+
+def test_after_a_stop_nothing_is_tried_again():
+    """Neither what failed while it was under way nor what waits for its next try."""
+    with Scripted(lambda number, body: ("status", 503, {"Retry-After": "30"}) if number else ("hang", 0.5)) as server:
+        api = ApiTeacher(Served(url=server.url, name=MODEL, concurrency=2, timeout=0.3))
+        began = time.monotonic()
+        assert not list(api.answers(requests(9), lambda: len(server.seen) >= 2))
+        assert len(server.seen) == 2 and time.monotonic() - began < 5
+        assert api.spending.maybe_billed == 1  # the one that hung
+
+
+PAID_FOR_NOTHING = {"hang": 1, "cut": 1, "reset": 1, "500": 1, "429": 0, "503": 0, "400": 0, "whole": 0}
+
+
+@pytest.mark.parametrize("fault", PAID_FOR_NOTHING)
+@pytest.mark.promise("R8", "R9")
+def test_what_may_be_billed_without_an_answer_is_kept_and_counts_against_ceilings(fault, tmp_path):
+    faults = {"hang": ("hang", 1), "cut": ("cut", 40), "reset": ("cut", 0), "whole": answer()}
+
+    def say(number, body):
+        return answer() if number else faults.get(fault) or ("status", int(fault), {}, b"no")
+
+    def again(**limits):
+        made = teacher(server, timeout=0.3, limits=limits)[0]
+        made.begin_with(*store.bill("served:toy"), tries=Tries(store.path, "served:toy"))
+        return made
+
+    with Scripted(say) as server, Store(tmp_path / "s.sqlite") as store:
+        made = again()
+        elicit(requests(1), store, lambda: made, tolerate=1.0)
+        tries, tokens = Tries(store.path, "served:toy").unanswered()
+        assert tries == PAID_FOR_NOTHING[fault] == made.spending.maybe_billed == again().spending.maybe_billed
+        assert tokens == tries * (16 + len("question 0") // 3) == made.spending.maybe_tokens
+        used = sum(store.bill("served:toy")[1:]) + tokens
+        with pytest.raises(UserError, match=f"ceiling of {used + 18} tokens"):
+            elicit(requests(2), store, lambda: again(tokens=used + 18), tolerate=1.0)
+        elicit(requests(2), store, lambda: again(tokens=used + 19), tolerate=1.0)
 
 
 def test_who_a_server_is_depends_on_what_it_serves():
@@ -401,6 +440,7 @@ from limbeck.models import identity
 from limbeck.models.api import ApiTeacher
 from limbeck.config.server import Served
 from limbeck.storage.store import Store
+from limbeck.storage.tries import Tries
 from limbeck.types import Sampling
 
 url, folder = sys.argv[1:]
@@ -410,7 +450,9 @@ with Store(Path(folder) / "s.sqlite") as store:
     def told(done, total, tokens):
         said.write(f"{done}\\n")
         said.flush()
-    elicit(requests, store, lambda: ApiTeacher(Served(url=url, name="toy", concurrency=4)), told)
+    made = ApiTeacher(Served(url=url, name="toy", concurrency=4))
+    made.begin_with(*store.bill("served:toy"), tries=Tries(store.path, "served:toy"))
+    elicit(requests, store, lambda: made, told)
 """
 
 
@@ -439,4 +481,6 @@ def test_killed_again_and_again_nothing_acknowledged_is_lost_or_paid_twice(tmp_p
         time.sleep(0.05)
         bills = sum(server.bills.values())
         assert len(server.bills) == 150 <= bills <= 150 + kills * limit
+        maybe = Tries(tmp_path / "s.sqlite", "served:toy").unanswered()[0]
+        assert bills - 150 <= maybe <= kills * limit  # a try that was killed before it was sent counts, too
     assert Store.count(tmp_path / "s.sqlite") == {"ok": 150}

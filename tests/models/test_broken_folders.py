@@ -217,6 +217,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         ("{{ messages[0]['content'] }}{{ 'x' * 10**7 }}", "characters"),
     ],
 )
+@pytest.mark.promise("S3")
 def test_a_template_without_bounds_is_refused(template, words, folder, monkeypatch):
     monkeypatch.setattr(template_names, "OWN_CPU_SECONDS", 1)
     (folder / "chat_template.jinja").write_text(template)

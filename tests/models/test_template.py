@@ -380,6 +380,7 @@ def test_a_users_file_is_bounded_data(text, says, tmp_path):
         give_template(base_model(tokenizer_of("chatml")), str(tmp_path / "none.jinja"), "m")
 
 
+@pytest.mark.promise("R12")
 def test_a_template_is_part_of_a_models_identity_and_of_what_is_saved(tiny_folder, tmp_path):
     from limbeck.models.folder import save_model
 

@@ -425,12 +425,16 @@ def test_choices_of_a_token_may_be_one_text_or_several_with_probabilities(tmp_pa
 @pytest.mark.promise("S9")
 def test_a_name_in_a_summary_is_never_a_path(tmp_path):
     folder = make_run(tmp_path / "run")
-    (tmp_path / "run" / "secret.jsonl").write_text('{"prompt_id": "explain-00000", "text": "secret"}\n')
+    secret = '{"prompt_id": "explain-00000", "text": "secret", "tokens": 4711}\n'
+    (folder / "secret.jsonl").write_text(secret)
+    (folder / "evaluation" / "answers-x").mkdir()  # so that the name would be a path to it
+    assert (folder / "evaluation" / "answers-x/../../secret.jsonl").read_text() == secret
     file = folder / "evaluation" / "summary.json"
     summary = json.loads(file.read_text())
     summary["systems"]["x/../../secret"] = summary["systems"]["student"]
     file.write_text(json.dumps(summary))
-    assert '"secret"' not in write_report(folder).read_text()
+    page = write_report(folder).read_text()
+    assert '"secret"' not in page and "4,711" not in page and "4711" not in page
 
 
 @pytest.mark.parametrize(

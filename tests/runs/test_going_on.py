@@ -132,6 +132,7 @@ def test_a_local_teachers_text_is_shared_and_the_students_is_not(
     assert asked == [18], "the untouched student writes its own"
 
 
+@pytest.mark.promise("R12")
 def test_what_the_teacher_is_shown_beside_the_prompt_is_part_of_the_question(
     recipe_data, answers, tmp_path, prompt_file
 ):

@@ -89,7 +89,7 @@ def test_no_default_has_changed_since_the_golden_folder():
     assert load_recipe(folder / "golden.yaml").resolved() == written
 
 
-@pytest.mark.promise("R19")
+@pytest.mark.promise("R19", "R18")
 def test_a_golden_run_is_finished_and_asks_and_trains_nothing_again(golden, asked, monkeypatch):
     before = {path.name: path.read_bytes() for path in golden.rglob("*.safetensors")}
     summary = (golden / "evaluation" / "summary.json").read_text()

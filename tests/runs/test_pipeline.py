@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ from limbeck.config.recipe import parse
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.runs.claim import claim
 from limbeck.runs.pipeline import StoppedError
+from limbeck.storage.store import Store
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -40,6 +45,12 @@ def command(*arguments, crash_at="", cwd=None):
         check=False,
         cwd=cwd,
     )
+
+
+def kept(folder):
+    """How many answers are stored."""
+    file = folder / "store.sqlite"
+    return sum(Store.count(file).values()) if file.exists() else 0
 
 
 def losses(folder):
@@ -112,17 +123,77 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tm
     assert ours == theirs
 
 
+class FewPages(sqlite3.Connection):
+    """A store on a disk that has room for a few pages more."""
+
+    most = 0
+
+    def execute(self, *arguments):
+        super().execute(f"pragma max_page_count={self.most}")
+        return super().execute(*arguments)
+
+
+@pytest.mark.parametrize("room", ["the store", 4, 12, 20])
+@pytest.mark.promise("R13")
+def test_after_a_full_disk_the_run_goes_on_to_the_same_end(recipe_data, tmp_path, monkeypatch, room):
+    recipe_data["train"]["save_seconds"] = 0
+    clean, out = tmp_path / "clean", tmp_path / "out"
+    limbeck.run(parse(recipe_data), clean)
+    with monkeypatch.context() as patch:
+        if room == "the store":
+            patch.setattr(FewPages, "most", 25)
+            patch.setattr("limbeck.storage.store.sqlite3.connect", partial(sqlite3.connect, factory=FewPages))
+        else:
+            sync, left = os.fsync, iter(range(room))
+
+            def full(number):
+                if next(left, None) is None:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                sync(number)
+
+            patch.setattr(os, "fsync", full)
+        with pytest.raises((OSError, sqlite3.OperationalError), match=r"(?i)no space left|disk is full"):
+            limbeck.run(parse(recipe_data), out)
+    assert (kept(out) > 0) == (room != 4)
+    limbeck.run(parse(recipe_data), out)
+    assert losses(out) == losses(clean)
+    ours, theirs = (json.loads((folder / "evaluation" / "summary.json").read_text()) for folder in (out, clean))
+    assert ours["systems"] == theirs["systems"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.promise("R14")
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_end(recipe_data, recipe_file, tmp_path, number):
+    recipe_data["train"] |= {"steps": 400, "save_seconds": 600}
+    recipe_data["evaluate"]["controls"] = []
+    recipe_file.write_text(yaml.safe_dump(recipe_data))
+    out, log = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "limbeck", "train", str(recipe_file), "--out", str(out)],
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2 and "run it again" in said and "Traceback" not in said, said
+    done = len(losses(out))
+    assert 2 < done < 400 and (out / "checkpoints" / f"step-{done:08d}" / "manifest.json").is_file()
+    assert command("train", recipe_file, "--out", out).returncode == 0
+    assert command("train", recipe_file, "--out", tmp_path / "clean").returncode == 0
+    assert len(losses(out)) == 400 and losses(out) == losses(tmp_path / "clean")
+
+
 def test_stopping_keeps_what_is_done(recipe_data, tmp_path):
-    asked = []
-
-    def stop():
-        asked.append(1)
-        return len(asked) > 6
-
+    out = tmp_path / "out"
     with pytest.raises(StoppedError, match="run it again"):
-        limbeck.run(parse(recipe_data), tmp_path / "out", stop=stop)
-    limbeck.run(parse(recipe_data), tmp_path / "out")
+        limbeck.run(parse(recipe_data), out, stop=lambda: kept(out) >= 3)
+    assert 3 <= kept(out) < 20
+    limbeck.run(parse(recipe_data), out)
+    assert kept(out) == 20
 
 
 def test_a_folder_of_another_recipe_is_refused_and_left_alone(recipe_data, tmp_path):
@@ -251,10 +322,7 @@ def test_a_full_disk_is_one_message(recipe_file, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.promise("R14")
 def test_ctrl_c_is_one_message(recipe_file, tmp_path):
-    import signal
-
     out = tmp_path / "out"
     assert command("run", recipe_file, "--out", out).returncode == 0
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

@@ -58,6 +58,7 @@ def served(recipe_data, tiny_folder):
     return made
 
 
+@pytest.mark.promise("S15", "R18")
 def test_a_run_without_the_teachers_weights(served, tmp_path):
     with Scripted(say) as server:
         folder = run(served(server.url), tmp_path / "run")

@@ -235,7 +235,6 @@ def test_killed_between_its_stores_a_run_loses_at_most_what_is_under_way(tmp_pat
     assert len(bill.read_text().split()) == 3 + 6 - paid, "all of them are shared by now"
 
 
-@pytest.mark.promise("R13")
 def test_a_full_disk_costs_the_run_nothing(tmp_path, shared):
     told = []
     small = shared(tell=told.append)

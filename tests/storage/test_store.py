@@ -79,7 +79,7 @@ def test_any_change_of_the_question_changes_its_key(other):
     assert other.key != request().key
 
 
-@pytest.mark.promise("R12")
+@pytest.mark.promise("R7", "R19")
 def test_keys_are_golden():
     """A changed key would make every stored answer unfindable."""
     assert (
@@ -117,6 +117,7 @@ def test_a_stored_sample_names_its_writer_and_what_it_was_made_from(tmp_path):
     assert (found.id, found.writer, found.parents) == (ours.id, "model@1", ("earlier",))
 
 
+@pytest.mark.promise("S15")
 def test_ids_of_samples_are_golden():
     sample = Sample((*USER, {"role": "assistant", "content": "x"}), "model@1", (1,), ("a",), {"k": 1})
     assert sample.id == "18f12ea1457e62979611c01e407f928f8b06fbfa25b6f34cca5ede564d1eda46"

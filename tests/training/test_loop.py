@@ -65,7 +65,7 @@ def weights(job):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("stop_after", [1, 4, 8])
-@pytest.mark.promise("R3")
+@pytest.mark.promise("R3", "R14")
 def test_a_stopped_run_goes_on_to_the_same_losses_bit_for_bit(make_job, stop_after, lora):
     straight = make_job("straight", lora=lora)
     assert train.train(straight)
