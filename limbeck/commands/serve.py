@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.commands import console
+from limbeck.models.gguf_file import check_gguf
 from limbeck.models.named import NAMED, fetch
 from limbeck.progress import Reporter, Silent
 from limbeck.storage.files import user_path
@@ -81,6 +82,7 @@ def _find(model: str, reporter: Reporter) -> tuple[str, Path]:
         return exported_once(path, reporter)
     if path.suffix != ".gguf" or not path.is_file():
         raise UserError(f"there is no GGUF file {model!r}: give one, a run folder, or a model of `limbeck models`")
+    check_gguf(path)  # llama.cpp would end this process
     return (model if model in NAMED else path.stem), path
 
 

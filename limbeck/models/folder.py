@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from limbeck.models.gguf_file import check_gguf
 from limbeck.models.quantised import as_read, drop_quantisation
 from limbeck.models.weights import (
     check_config,
@@ -147,18 +148,25 @@ def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
     none.
 
     Raises:
-        UserError: a file that is not a GGUF model of a known architecture.
+        UserError: a file that is not a whole GGUF model of a known architecture.
     """
+    check_gguf(path)
     with quiet():
         try:
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            check_config(config, str(path))
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-            net = AutoModelForCausalLM.from_pretrained(
+            net, info = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
+            check_loaded(info | {"unexpected_keys": ()}, str(path))  # such as rope_freqs, which follow from settings
+        except UserError:
+            raise
         except Exception as error:  # the reader raises many kinds on a broken file; the user needs one
             raise UserError(f"{path} can't be read as a GGUF model: {error}") from error
         tokenizer.chat_template = tokenizer.chat_template or template

@@ -13,6 +13,7 @@ Shapes: B rows, T positions, D hidden width.
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -98,6 +99,6 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(part.device), part.device_mesh, part.placements, src_data_rank=None)
 
 
-def held(net: nn.Module) -> int:
-    """How many weights this rank holds."""
-    return sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in net.parameters())
+def held(parameters: Iterable[Tensor]) -> int:
+    """How many numbers of these parameters this rank holds."""
+    return sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)

@@ -18,8 +18,7 @@ from limbeck.runs.shapes import Shape, Shapes
 
 Parts = dict[str, float]  # bytes, by what they hold
 
-# activations for the backward pass, per token and layer, as a multiple of the root of the layer's weights
-ACTIVATION_BYTES = 33
+BYTES_PER_ROOT = 33  # of activations for the backward pass, per token and layer, for the root of the layer's weights
 LORA_WIDTHS = 20  # inputs and outputs of a layer's matrices together, in widths, about
 LAYERS_AT_ONCE = 2  # gathered: the one that computes, and the next
 LIBRARY_BYTES = 0.9 * GIB  # the libraries, and on the CPU one chunk of logits and its gradients
@@ -85,7 +84,7 @@ def gathered_teacher_bytes(teacher: Shape, precision: Precision) -> float:
 
 def activation_bytes(recipe: Recipe, student: Shape, tokens: int) -> float:
     """What a micro-batch of so many tokens keeps for its backward pass."""
-    activations = student.layers * ACTIVATION_BYTES * math.sqrt(student.layer_parameters)
+    activations = student.layers * BYTES_PER_ROOT * math.sqrt(student.layer_parameters)
     if recipe.machine.checkpointing:  # each layer's input, and the inside of one layer at a time
         activations = activations / student.layers + FLOAT * student.layers * student.width
     return tokens * activations / (1 if recipe.train.precision is None else 2)  # half the bytes inside the layers

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,15 +28,18 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.(?:tmp|old)")
 
 
 def crash_point(name: str) -> None:
-    """For fault tests only: end the process here if LIMBECK_CRASH_AT is `name`, or `name:n` (the n-th time)."""
+    """For fault tests only: end the process here if LIMBECK_CRASH_AT is `name`, or `name:n` (the n-th time). With
+    LIMBECK_CRASH_RANK only that rank ends, with LIMBECK_CRASH_BY by the signal of that name (SIGSTOP: it hangs)."""
     crash_at = os.environ.get("LIMBECK_CRASH_AT")
     if not crash_at:
         return
     label, _, count = crash_at.partition(":")
-    if label != name:
+    if label != name or os.environ.get("LIMBECK_CRASH_RANK", (rank := os.environ.get("RANK"))) != rank:
         return
     left = int(count or 1) - 1
-    if left == 0:
+    if left == 0 and (number := os.environ.get("LIMBECK_CRASH_BY")):
+        os.kill(os.getpid(), signal.Signals[number])
+    elif left == 0:
         os._exit(137)
     os.environ["LIMBECK_CRASH_AT"] = f"{label}:{left}"
 
@@ -75,6 +79,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        crash_point(f"write {path.name}")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

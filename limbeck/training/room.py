@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck.models.placement import describe, free_bytes
+from limbeck.models.sharding import held
 from limbeck.storage.files import write_json
 from limbeck.storage.metrics_log import read_json
 from limbeck.training import distributed
@@ -67,7 +68,7 @@ def _derived(net: PreTrainedModel) -> int | None:
     if free is None:
         return None
     config: Any = net.config.get_text_config()
-    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    trained = held(parameter for parameter in net.parameters() if parameter.requires_grad)
     return tokens_within(free, trained, layers=config.num_hidden_layers, width=config.hidden_size)
 
 

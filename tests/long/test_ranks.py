@@ -23,9 +23,10 @@ from tests.training.test_ranks import assert_equal, results, states_server  # no
 PATIENCE = 300  # seconds
 
 
-def start(*arguments: object, torchrun: bool = False, ranks: int = 2) -> subprocess.Popen[str]:
-    """`limbeck ARGUMENTS --ranks 2`, or the same by torchrun; read its output with `communicate`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def start(*arguments: object, torchrun: bool = False, ranks: int = 2, **faults: str) -> subprocess.Popen[str]:
+    """`limbeck ARGUMENTS --ranks 2`, or the same by torchrun; read its output with `communicate`. `faults` are variables
+    of `storage.files.crash_point`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **faults}
     program = (
         ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "limbeck"]
         if torchrun
@@ -206,6 +207,83 @@ def test_a_rank_that_hangs_ends_all_within_the_timeout(recipe, tmp_path, number)
     assert err.count("limbeck:") == 1 and "has not answered for 20 s" in err and "Traceback" not in err
 
 
+STAGES = {  # (kind of training, whether weights are divided, where, the ranks that are lost there)
+    "eliciting": ("off-policy", False, "elicit.after_record:5", (0,)),
+    "caching the teacher": ("hidden cache", False, "directory.before_rename:2", (0,)),
+    "training": ("off-policy", False, "train.after_step:3", (0, 1)),
+    "training divided": ("off-policy", True, "train.after_step:3", (0, 1)),
+    "writing for the student": ("groups with a reward", False, "rollout.after_write:2", (0, 1)),
+    "saving": ("off-policy", False, "checkpoint.before_tensors:2", (0,)),
+    "saving parts": ("off-policy", True, "checkpoint.before_part:2", (0, 1)),
+    "exporting": ("off-policy", True, "directory.before_rename:5", (0,)),
+    "evaluating": ("off-policy", False, "write answers-student.jsonl", (0,)),
+    "reporting": ("off-policy", False, "write report.html", (0,)),
+}
+LOST = [(stage, lost, how) for stage, (*_, ranks) in STAGES.items() for lost in ranks for how in ("SIGKILL", "SIGSTOP")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run that nothing disturbs, by the kind of its training; made when it is first asked for."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.mark.parametrize(("stage", "lost", "how"), LOST)
+@pytest.mark.promise("R3", "R10")
+def test_a_rank_that_is_lost_in_any_stage_ends_all_and_the_run_goes_on(
+    recipe_data,
+    recipe_file,  # noqa: F811
+    tmp_path,
+    undisturbed,
+    stage,
+    lost,
+    how,
+):
+    kind, divided, place, _ = STAGES[stage]
+    changes = dict(KINDS[kind][0]) if kind in KINDS else {"loss": ["forward_kl"]}
+    if "cache" in changes:
+        recipe_data["teacher"] = {"model": recipe_data["teacher"], "cache": changes.pop("cache")}
+    recipe_data |= changes
+    recipe_data["train"] |= {"tokens_per_step": 150, "steps": 5, "lr": 1e-4, "save_seconds": 0}
+    recipe_data["evaluate"] |= {"metrics": ["fidelity"], "max_tokens": 12, "controls": [], "speeds": False}
+    recipe_data["machine"] = {"micro_tokens": 48, "threads": 1, "timeout": 20}
+    recipe_data["machine"] |= {"shard": "full"} if divided else {}
+    recipe_file.write_text(yaml.safe_dump(recipe_data))
+    faults = {"LIMBECK_CRASH_AT": place, "LIMBECK_CRASH_RANK": str(lost), "LIMBECK_CRASH_BY": how}
+    begun = time.monotonic()
+    run = start("run", recipe_file, "--out", tmp_path / "run", **faults)
+    _, err = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 2 and time.monotonic() - begun < 120, err
+    words = f"rank {lost} ended with signal SIGKILL" if how == "SIGKILL" else "has not answered for 20 s"
+    assert err.count("limbeck:") == 1 and words in err and "Traceback" not in err, err
+    again = start("run", recipe_file, "--out", tmp_path / "run")
+    _, err = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 0, err
+    clean = undisturbed / f"{kind} {divided}"
+    if not clean.exists():
+        whole = start("run", recipe_file, "--out", clean)
+        _, err = whole.communicate(timeout=PATIENCE)
+        assert whole.returncode == 0, err
+    assert [line["loss"] for line in results(tmp_path / "run")] == [line["loss"] for line in results(clean)]
+    assert_same_student(tmp_path / "run", clean)
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.promise("R10")
+def test_a_rank_that_is_lost_while_it_waits_ends_all(recipe_data, recipe_file, tmp_path, how):  # noqa: F811
+    """Rank 0 elicits, and finds at the training that rank 1 is gone."""
+    lines = [json.dumps({"id": f"q{n}", "prompt": f"count {n} cats on the mat"}) for n in range(400)]
+    Path(recipe_data["prompts"]["from"]).write_text("\n".join(lines))
+    recipe_data["machine"] = {"threads": 1, "timeout": 20}
+    recipe_file.write_text(yaml.safe_dump(recipe_data))
+    run = start("run", recipe_file, "--out", tmp_path / "run")
+    until(lambda: (tmp_path / "run" / "store.sqlite").exists())
+    rank(run, 1).send_signal(signal.Signals[how])
+    _, err = run.communicate(timeout=PATIENCE)
+    words = "rank 1 ended with signal SIGKILL" if how == "SIGKILL" else "rank 1 has not answered for 20 s"
+    assert run.returncode == 2 and words in err and err.count("limbeck:") == 1, err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.promise("R14")
 def test_a_stop_is_after_the_step_with_a_checkpoint(recipe, tmp_path, number):
@@ -217,16 +295,6 @@ def test_a_stop_is_after_the_step_with_a_checkpoint(recipe, tmp_path, number):
     assert run.returncode == 2 and err.count("limbeck:") == 1 and "run it again to go on" in err, err
     last = results(out)[-1]["step"]
     assert (out / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
-
-
-def test_a_rank_that_dies_while_rank_0_elicits_ends_all(recipe, recipe_data, tmp_path):
-    lines = [json.dumps({"id": f"q{n}", "prompt": f"count {n} cats on the mat"}) for n in range(20_000)]
-    Path(recipe_data["prompts"]["from"]).write_text("\n".join(lines))
-    run = start("train", recipe(), "--out", tmp_path / "run")
-    until(lambda: (tmp_path / "run" / "store.sqlite").exists())
-    rank(run, 1).send_signal(signal.SIGKILL)
-    _, err = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 2 and "rank 1 ended with signal SIGKILL" in err, err
 
 
 def test_a_mistake_is_said_once(recipe, tmp_path):

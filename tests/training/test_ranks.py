@@ -141,7 +141,9 @@ def run_rank(rank: int, size: int, folder: str, names: list[str]) -> None:
         whole = sum(p.numel() for p in job.net.parameters())
         if job.machine.shard == "full":
             job.net.reshard()
-        facts[name] = [sharding.held(net) / sum(p.numel() for p in net.parameters()) for net in (job.net, *job.frozen)]
+        facts[name] = [
+            sharding.held(net.parameters()) / sum(p.numel() for p in net.parameters()) for net in (job.net, *job.frozen)
+        ]
         made = sharded.plain(job.net, lambda name=name: make_job(where / "fresh", **alone(name)).net)
         if rank == 0:
             assert sum(p.numel() for p in made.parameters()) == whole
