@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +47,7 @@ class Bills:
 
     def unanswered(self, by: str) -> tuple[int, int]:
         """(tries that may have been billed and have no answer, the tokens that they cost at most)."""
-        with closing(self.tries(by)) as tries:
-            return tries.unanswered()
+        return self.tries(by).unanswered()
 
     def money(self, by: str) -> float | None:
         """The cost of the answers so far by the recipe's price; None without one."""

@@ -164,10 +164,10 @@ class TrainingText:
         self._without_untouched()  # first, since the initial student may depend on it
         return self._samples(self.recipe.fixed_writers)
 
-    def questions(self) -> list[Request]:
-        """What models beside the student are asked for this text after the steps. Nothing is asked."""
+    def questions(self, prompts: Sequence[Prompt]) -> list[Request]:
+        """What the recipe's writers beside the student are asked for these prompts. Nothing is asked."""
         asked = [writer for writer in self.recipe.fixed_writers if writer.by not in ("corpus", "elicited", *STUDENTS)]
-        turns = [(prompt, writer) for prompt in self.prompts[0] for _, writer in self._turns(prompt) if writer in asked]
+        turns = [(prompt, writer) for prompt in prompts for _, writer in self._turns(prompt) if writer in asked]
         return [self._request(prompt, writer.by, _sampling(writer)) for prompt, writer in turns]
 
     def by_others(self, limit: int | None = None) -> list[Sample]:

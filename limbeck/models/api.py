@@ -42,6 +42,7 @@ from limbeck.models.http import (
     without_key,
 )
 from limbeck.models.identity import identify, identify_all, is_answer, is_bad_key, what_to_check
+from limbeck.models.loops import iterated
 from limbeck.models.told import keep
 from limbeck.storage.tries import Tries
 from limbeck.types import Finish, Generated, Request, UserError
@@ -93,9 +94,9 @@ class ApiTeacher:
     def spending(self) -> Spending:
         return self.budget.spending
 
-    def begin_with(self, answers: int, read: int, written: int, tries: Tries) -> None:
+    def begin_with(self, read: int, written: int, tries: Tries) -> None:
         """Count what earlier processes got and tried, so that ceilings hold for a run and not for a process."""
-        self.budget.count_earlier(answers, read, written, tries)
+        self.budget.count_earlier(read, written, tries)
 
     @property
     def identity(self) -> str:
@@ -132,14 +133,7 @@ class ApiTeacher:
             UserError: the server refuses every request (key, name), fails again and again, or a ceiling is reached;
                 the answers received before are yielded first.
         """
-        loop = asyncio.new_event_loop()
-        stream = self._stream(requests, stop)
-        try:
-            while (answer := loop.run_until_complete(_next(stream))) is not None:
-                yield answer
-        finally:
-            loop.run_until_complete(stream.aclose())
-            loop.close()
+        yield from iterated(self._stream(requests, stop))
 
     async def _stream(
         self, requests: Sequence[Request], stop: Callable[[], bool]
@@ -269,14 +263,18 @@ class ApiTeacher:
         handle = object()
 
         async def send_once(attempt: int) -> Reply:
-            if attempt and self._stopping:
-                raise asyncio.CancelledError
-            await self.budget.wait_for_turn(tokens)
-            self.budget.begin(handle, tokens, repeated=attempt > 0, key=key)
             outcome: Billed = "maybe"
-            self._sending.add(task := asyncio.current_task())
+            task = asyncio.current_task()
+
+            def begin() -> None:
+                if key and self._stopping:
+                    raise asyncio.CancelledError
+                self.budget.begin(handle, tokens, repeated=attempt > 0, key=key)
+                self._sending.add(task)
+
+            await self.budget.wait_for_turn(tokens)
             try:
-                reply = await connection.send(call, max_bytes)
+                reply = await connection.send(call, max_bytes, begin=begin)
                 outcome = replies.was_billed(reply)
                 await self._notice(connection, reply)
                 return reply
@@ -393,7 +391,3 @@ class ApiTeacher:
         pinned = without_key(str(name), reply.key) if named else None
         shown = without_key(text, reply.key)
         return Generated(None, shown, finish, raw=raw, usage=usage or (0, 0), told=told, answered_by=pinned)
-
-
-async def _next(stream: AsyncGenerator[tuple[Request, Generated]]) -> tuple[Request, Generated] | None:
-    return await anext(stream, None)

@@ -24,10 +24,10 @@ from limbeck.models.http import (
     Upload,
     as_dicts,
     read_json,
-    run_async,
     send_with_retries,
 )
 from limbeck.models.identity import FATAL
+from limbeck.models.loops import run_async
 from limbeck.models.replies import NOT_PROCESSED, REPEATABLE
 from limbeck.types import Generated, Request, UserError
 

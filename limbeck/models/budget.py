@@ -45,12 +45,17 @@ class Budget:
         self._next_begin = 0.0
         self._last_minute = deque[tuple[float, int]]()  # (when, tokens)
 
-    def count_earlier(self, answers: int, read: int, written: int, tries: Tries) -> None:
+    def count_earlier(self, read: int, written: int, tries: Tries) -> None:
         """Count what earlier processes got and tried, so that ceilings hold for a run and not for a process."""
         self.tries = tries
         count, tokens = tries.unanswered()
-        spending = Spending(sent=answers + count, maybe_billed=count, maybe_tokens=tokens)
+        spending = Spending(sent=tries.all(), maybe_billed=count, maybe_tokens=tokens)
         self.spending = replace(spending, read=read, written=written, money=self.price(read, written))
+
+    def is_not_stored(self, key: str) -> None:
+        """The answer to this request is there, and won't be stored with its bill."""
+        if self.tries is not None:
+            self.tries.answered(key)
 
     def price(self, read: int, written: int) -> float:
         """The cost of these tokens, in the currency of the recipe's price."""
@@ -98,7 +103,7 @@ class Budget:
             self.spending.maybe_tokens += tokens
         elif number is not None and billed == "no":
             assert self.tries is not None
-            self.tries.strike(number)
+            self.tries.refused(number)
 
     def count_tokens(self, read: int, written: int) -> None:
         """Add an answer's tokens to the bill."""
@@ -117,8 +122,10 @@ class Budget:
             (limits.money, spending.money + under_way * highest_price, "(money), counting what is under way,"),
         ):
             if ceiling is not None and needed > ceiling:
+                maybe = f" ({spending.maybe_tokens:,} tokens of it at most may have been billed without an answer)"
+                maybe = maybe if spending.maybe_tokens else ""
                 raise UserError(
-                    f"the ceiling of {ceiling} {unit} is reached; the answers so far are kept: raise"
+                    f"the ceiling of {ceiling} {unit} is reached{maybe}; the answers so far are kept: raise"
                     " teacher.server.limits and run it again"
                 )
 

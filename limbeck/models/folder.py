@@ -156,7 +156,7 @@ def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
             check_config(config, str(path))
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-            net, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 quantization_config=GgufConfig(dequantize=True),
@@ -164,6 +164,7 @@ def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+            net, info = loaded
             check_loaded(info | {"unexpected_keys": ()}, str(path))  # such as rope_freqs, which follow from settings
         except UserError:
             raise

@@ -18,8 +18,7 @@ import random
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache
@@ -30,6 +29,7 @@ import httpx2
 
 from limbeck.config.keys import check_origin
 from limbeck.models.addresses import Addresses
+from limbeck.models.loops import run_async
 from limbeck.types import UserError, printable
 
 MAX_BYTES = 16 * 2**20  # of one answer
@@ -205,17 +205,26 @@ class Connection:
         """The same connections, to one of the endpoint's addresses alone."""
         return Connection(replace(self.endpoint, url=url, addresses=None), self._client, self.key)
 
-    async def send(self, call: Call, max_bytes: int = MAX_BYTES, seconds: float | None = None) -> Reply:
+    async def send(
+        self,
+        call: Call,
+        max_bytes: int = MAX_BYTES,
+        seconds: float | None = None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Reply:
         """One try, in `seconds` (the endpoint's timeout if left out). A failed exchange is a reply, too.
 
         Args:
             max_bytes: no more of the answer is read.
+            begin: called once an address is free, just before it is sent.
         """
         addresses = self.endpoint.addresses
         if addresses is None:
+            begin()
             reply = await self._exchange(self.endpoint.url, call, max_bytes, seconds)
             return replace(reply, url=self.endpoint.url)
         async with addresses.turn() as address:
+            begin()
             began = addresses.clock()
             reply = await self._exchange(address.url, call, max_bytes, seconds)
         addresses.learn(address, reply.status, reply.outcome(), reply.retry_after, began=began)
@@ -281,16 +290,6 @@ async def send_with_retries(
             return reply
         await sleep(backoff.pause(attempt, reply))
     raise ValueError("a request needs at least one try")
-
-
-def run_async(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """The coroutine's result, also in a thread that already runs a loop (a notebook's)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work())
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work()).result()
 
 
 def read_key(variable: str) -> str:

@@ -262,6 +262,7 @@ def probe(api: ApiTeacher) -> int:
     """
     request = Request(api.identity, PROBE, Sampling(1.0, 1.0, 8), seed=0)
     ((_, answer),) = api.answers([request])
+    api.budget.is_not_stored(request.key)
     if answer.finish == "error":
         raise UserError(
             f"{api.endpoint.url} does not answer with log-probabilities: {answer.raw or 'no reply'!r}"[:400]

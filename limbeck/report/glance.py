@@ -148,8 +148,10 @@ def worth_facts(worth: dict[str, Any]) -> list[tuple[str, str]]:
         bought = f"{training['answers']:,} answers: {training['tokens_read']:,} tokens read"
         facts.append(("bought of the teacher", f"{bought}, {training['tokens_written']:,} written"))
     if maybe := training.get("maybe_billed"):
-        tokens = f"at most {maybe['tokens_at_most']:,} tokens"
-        facts.append(("may have been billed without an answer", f"{maybe['tries']:,} requests, {tokens}"))
+        tokens = f"at most {sum(each['tokens_at_most'] for each in maybe):,} tokens"
+        facts.append(
+            ("may have been billed without an answer", f"{sum(each['tries'] for each in maybe):,} requests, {tokens}")
+        )
     if "bill" in training:
         facts.append(("the teacher's bill", _money(training["bill"])))
     facts += [(f"the bill of {name}", _money(money)) for name, money in training.get("bills", {}).items()]

@@ -148,8 +148,10 @@ def _training(folder: Path, summary: Facts, prices: Prices) -> Facts:
     bill = summary.get("bill") or {}
     files = [home / "metrics.jsonl" for home in (folder, *rounds_in(folder).values(), *stages_in(folder))]
     seconds = sum(record.get("seconds", 0.0) for file in files for record in read_jsonl(file))
-    bought = ("answers", "tokens_read", "tokens_written", "maybe_billed")
-    facts: Facts = {key: bill[key] for key in bought if key in bill}
+    facts: Facts = {key: bill[key] for key in ("answers", "tokens_read", "tokens_written") if key in bill}
+    bills = [bill, *(summary.get("bills") or {}).values()]
+    if maybe := [each["maybe_billed"] for each in bills if "maybe_billed" in each]:
+        facts["maybe_billed"] = maybe
     facts["hours"] = seconds / 3600
     if bill:
         of_tokens = prices.of_tokens

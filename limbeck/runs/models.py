@@ -164,7 +164,7 @@ class RunModels:
                 " another --out"
             )
         if server is not None:
-            server.begin_with(*self.bills().paid(TEACHER), tries=self.bills().tries(TEACHER))
+            server.begin_with(*self.bills().paid(TEACHER)[1:], tries=self.bills().tries(TEACHER))
         return server
 
     @cached_property

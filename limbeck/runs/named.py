@@ -138,7 +138,7 @@ class NamedModels:
                     " --out"
                 )
             self._identities[name] = identity
-            server.begin_with(*self.bills().paid(name), tries=self.bills().tries(name))
+            server.begin_with(*self.bills().paid(name)[1:], tries=self.bills().tries(name))
             self._servers[name] = server
         return self._servers[name]
 

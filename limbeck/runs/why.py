@@ -11,6 +11,7 @@ from typing import Any
 from limbeck.config.binding import evaluation_part, training_part
 from limbeck.config.older import INPUTS
 from limbeck.config.recipe import Recipe, load_recipe
+from limbeck.elicit.run import prompts_of
 from limbeck.elicit.stored import what_is_asked
 from limbeck.progress import Silent
 from limbeck.runs.claim import HELD_OUT, TRAINING
@@ -19,10 +20,10 @@ from limbeck.runs.opening import inputs_of
 from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
 from limbeck.storage.metrics_log import read_json
-from limbeck.storage.rounds import has_rounds, parts_of
+from limbeck.storage.rounds import has_rounds, parts_of, whole_of
 from limbeck.storage.store import Store
 from limbeck.training.guilty import FILE as GUILTY
-from limbeck.types import Request, UserError, canonical_json
+from limbeck.types import STUDENTS, Request, UserError, canonical_json
 
 KEY = re.compile(r"[0-9a-f]{6,64}")
 Asked = dict[str, Any]
@@ -73,8 +74,8 @@ def why_run(folder: Path, recipe: Recipe | None, store: Path | None = None) -> d
     now = recipe or stored
     result: dict[str, Any] = {"run": str(folder), "recipe": _recipe_fields(stored, now)}
     if has_rounds(folder):
-        return result | {"parts": [why_run(part, None, store=folder) for part in parts_of(folder)]}
-    run = Run(fitted(resolve(now)), folder, Silent(), lambda: True, store=store)
+        return result | {"parts": [_why_part(part, folder) for part in parts_of(folder)]}
+    run = Run(fitted(resolve(now)), folder, Silent(), lambda: True, store=store or whole_of(folder))
     try:
         inputs = inputs_of(run.method, run.models)
         before = read_json(folder / INPUTS) or {}
@@ -85,12 +86,20 @@ def why_run(folder: Path, recipe: Recipe | None, store: Path | None = None) -> d
             if before[name] != inputs[name]
         ]
         result["requests"] = _asked_by(run)
-    except UserError as error:  # such as a server that is away
+    except (UserError, sqlite3.Error) as error:  # such as a server that is away, or a store of an older version
         result["not_looked_at"] = str(error)
     guilty = [path for path in (folder, *sorted((folder / "controls").glob("*"))) if (path / GUILTY).is_file()]
     if guilty:
         result["not_finite"] = {str(path / GUILTY): read_json(path / GUILTY) for path in guilty}
     return result
+
+
+def _why_part(part: Path, whole: Path) -> dict[str, Any]:
+    """What there is to say of a round or a stage."""
+    try:
+        return why_run(part, None, store=whole)
+    except UserError as error:  # such as one that has only begun
+        return {"run": str(part), "recipe": [], "not_looked_at": str(error)}
 
 
 def _recipe_fields(then: Recipe, now: Recipe) -> list[dict[str, Any]]:
@@ -112,13 +121,23 @@ def _asked_by(run: Run) -> dict[str, Any]:
     and then its writers."""
     text, file = run.text, run.text.folder / "store.sqlite"
     stored = _questions(run.text.folder)
-    if not run.method.steps or text.elicitation.finished() is not None:
-        return _requests(text.questions(), stored)
+    if not run.method.steps:
+        return _requests(text.questions(text.prompts[0]), stored)
     if not file.is_file():
         return {"answered": 0, "would_be_asked": None, "because_of": {}, "step": run.method.steps[0][0], "unscored": 0}
-    with Store(file) as store:
-        asked = what_is_asked(text.elicitation, store, text.models.scorer_identity)
-    return _requests(asked.asked, stored) | {"step": asked.step, "unscored": asked.unscored}
+    by = {name for _, step in run.method.steps for name in step.asks()}
+    if by & set(STUDENTS) and not (run.folder / "start.json").is_file():
+        raise UserError("a step asks the student before training, whose start is not in the folder yet")
+    server = run.recipe.teacher.server
+    tolerates = (server.tolerate if server is not None else None) or 0.0
+    with Store(file, read_only=True) as store:
+        asked = what_is_asked(text.elicitation, store, text.models.scorer_identity, tolerates)
+    if (pool := text.elicitation.finished()) is not None:  # the run reads this back, and asks no step again
+        requests = [request for request in asked.asked if request.key in stored]
+        return _requests([*requests, *text.questions(prompts_of(pool)[0])], stored)
+    requests = [*asked.asked, *text.questions(prompts_of(asked.pool)[0])]
+    left = {key: entry for key, entry in stored.items() if key not in asked.again}
+    return _requests(requests, left) | {"step": asked.step, "unscored": asked.unscored}
 
 
 def _requests(now: list[Request], stored: Mapping[str, tuple[Asked, str]]) -> dict[str, Any]:

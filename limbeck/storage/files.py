@@ -37,11 +37,11 @@ def crash_point(name: str) -> None:
     if label != name or os.environ.get("LIMBECK_CRASH_RANK", (rank := os.environ.get("RANK"))) != rank:
         return
     left = int(count or 1) - 1
+    os.environ["LIMBECK_CRASH_AT"] = f"{label}:{left}" if left else ""
     if left == 0 and (number := os.environ.get("LIMBECK_CRASH_BY")):
         os.kill(os.getpid(), signal.Signals[number])
     elif left == 0:
         os._exit(137)
-    os.environ["LIMBECK_CRASH_AT"] = f"{label}:{left}"
 
 
 def user_path(name: str | Path) -> Path:

@@ -59,6 +59,12 @@ def rounds_record(folder: Path) -> dict[str, Any]:
     return read_json(folder / RECORD) or {}
 
 
+def whole_of(part: Path) -> Path | None:
+    """The folder of all rounds that a round, stage or control belongs to; None if it belongs to none."""
+    parents = list(part.absolute().parents)[1:3]  # RUN/rounds/1, RUN/stages/NAME/1
+    return next((parent for parent in parents if has_rounds(parent) and part.absolute() in parts_of(parent)), None)
+
+
 def kept_round(folder: Path) -> Path:
     """The folder of the round whose student is the run's; the folder itself where it has no rounds."""
     kept = rounds_record(folder).get("kept")

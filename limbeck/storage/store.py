@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from limbeck.storage import tries
 from limbeck.types import (
     ANSWER_ENDS,
     TOLD,
@@ -58,16 +59,19 @@ VERSION = 1
 
 
 class Store:
-    """The store in a file, which is created if it does not exist. Use it as a context manager."""
+    """The store in a file, created if it does not exist and is not `read_only`. Use it as a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, read_only: bool = False) -> None:
         self.path = path
+        if read_only:
+            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
             self._db.execute("pragma journal_mode=wal")
             self._db.execute("pragma synchronous=full")
-            self._db.executescript(SCHEMA)
+            self._db.executescript(SCHEMA + tries.SCHEMA)
             version = self._db.execute("select version from about").fetchone()
             if version is None:
                 self._db.execute("insert into about values (?)", (VERSION,))
@@ -135,6 +139,7 @@ class Store:
                     " set read = read + excluded.read, written = written + excluded.written",
                     (request.key, sample.writer, *usage),
                 )
+                self._db.execute(tries.ANSWERED, (request.key,))
             self._db.executemany("insert or replace into evidence values (?, ?, ?, ?, ?)", _evidence_rows(evidence))
 
     @contextmanager

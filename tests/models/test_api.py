@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -369,6 +370,50 @@ def test_after_a_stop_nothing_is_tried_again():
         assert api.spending.maybe_billed == 1  # the one that hung
 
 
+def test_a_second_signal_ends_at_once_what_the_first_waits_for():
+    """It is raised in the middle of the loop's waiting."""
+
+    def second(*_):
+        raise UserError("stopped at once")
+
+    with Scripted(lambda number, body: ("hang", 3)) as server:
+        api = ApiTeacher(Served(url=server.url, name=MODEL, concurrency=3, timeout=30))
+        before = signal.signal(signal.SIGALRM, second)
+        began = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        try:
+            with pytest.raises(UserError, match="stopped at once"):
+                list(api.answers(requests(9), lambda: len(server.seen) >= 3))
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert time.monotonic() - began < 2 and len(server.seen) == 3 == api.spending.maybe_billed
+
+
+@pytest.mark.promise("R8")
+def test_an_answer_that_is_asked_for_again_is_counted_as_the_two_that_it_cost(tmp_path):
+    said = (answer(7), answer())
+    with Scripted(lambda number, body: said[number]) as server, Store(tmp_path / "s.sqlite") as store:
+        tries = Tries(store.path, "served:toy")
+        for number in range(2):
+            made, _ = teacher(server)
+            made.begin_with(*store.bill("served:toy")[1:], tries=tries)
+            with pytest.raises(UserError, match="can't be used") if not number else contextlib.nullcontext():
+                elicit(requests(1), store, lambda made=made: made)
+        assert tries.unanswered() == (0, 0) and tries.all() == 2 == len(server.seen)
+        assert store.bill("served:toy")[1:] == (10, 6)  # of both
+
+
+@pytest.mark.promise("R9")
+def test_what_a_server_refused_counts_among_the_requests_of_a_run(tmp_path):
+    with Scripted(lambda number, body: ("status", 503, {}, b"busy")) as server, Store(tmp_path / "s.sqlite") as store:
+        for retries, words in ((3, "can't be used"), (9, "ceiling of 5 requests")):
+            made, _ = teacher(server, retries=retries, limits={"requests": 5})
+            made.begin_with(*store.bill("served:toy")[1:], tries=Tries(store.path, "served:toy"))
+            with pytest.raises(UserError, match=words):
+                elicit(requests(1), store, lambda made=made: made)
+        assert len(server.seen) == 5
+
+
 PAID_FOR_NOTHING = {"hang": 1, "cut": 1, "reset": 1, "500": 1, "429": 0, "503": 0, "400": 0, "whole": 0}
 
 
@@ -382,7 +427,7 @@ def test_what_may_be_billed_without_an_answer_is_kept_and_counts_against_ceiling
 
     def again(**limits):
         made = teacher(server, timeout=0.3, limits=limits)[0]
-        made.begin_with(*store.bill("served:toy"), tries=Tries(store.path, "served:toy"))
+        made.begin_with(*store.bill("served:toy")[1:], tries=Tries(store.path, "served:toy"))
         return made
 
     with Scripted(say) as server, Store(tmp_path / "s.sqlite") as store:
@@ -451,7 +496,7 @@ with Store(Path(folder) / "s.sqlite") as store:
         said.write(f"{done}\\n")
         said.flush()
     made = ApiTeacher(Served(url=url, name="toy", concurrency=4))
-    made.begin_with(*store.bill("served:toy"), tries=Tries(store.path, "served:toy"))
+    made.begin_with(*store.bill("served:toy")[1:], tries=Tries(store.path, "served:toy"))
     elicit(requests, store, lambda: made, told)
 """
 

@@ -39,6 +39,7 @@ from limbeck.runs.pipeline import run
 from limbeck.runs.resolve import resolve
 from limbeck.signals.gaps import GappedSignal
 from limbeck.storage.store import Store
+from limbeck.storage.tries import Tries
 from limbeck.types import TAUGHT, TOLD, RecipeError, Request, Sampling, UserError
 from tests.conftest import make_net
 from tests.scoring_server import ScoringServer
@@ -446,9 +447,11 @@ def test_a_key_that_a_server_says_is_not_kept_in_pieces(tiny, monkeypatch):
             assert (found.told is not None) == is_kept and "4711" not in found.text
 
 
-def test_a_server_without_them_is_found_at_the_start(tiny):
-    with ScoringServer(tiny, say=SAY) as server:
-        assert probe(ApiTeacher(Served(url=server.url, name="toy", logprobs=3))) == 3
+def test_a_server_without_them_is_found_at_the_start(tiny, tmp_path):
+    with ScoringServer(tiny, say=SAY) as server, Store(tmp_path / "s.sqlite") as store:
+        api = ApiTeacher(Served(url=server.url, name="toy", logprobs=3))
+        api.begin_with(0, 0, tries := Tries(store.path, "toy"))
+        assert probe(api) == 3 and tries.all() == 1 and tries.unanswered() == (0, 0)
     with Scripted() as server, pytest.raises(UserError, match="but without log-probabilities"):
         probe(ApiTeacher(Served(url=server.url, name="toy", logprobs=3)))
     refusal = ("status", 400, {}, b'{"error": {"message": "logprobs are not supported"}}')

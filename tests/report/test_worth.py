@@ -70,6 +70,10 @@ def test_costs_follow_the_formulas_of_the_docs(folder):
     assert found["pays_after"]["requests"] == pytest.approx(1000 * total / (1.65 - cost), abs=1)
     assert worth_figure(found).title == "Pass rate by cost"
     assert dict(worth_facts(found))["kept of the teacher's score"] == "80 % (70 % to 95 %)"
+    changed(folder, bills={"judge": {"maybe_billed": {"tries": 3, "tokens_at_most": 1200}}})
+    said = dict(worth_facts(worth_of(folder)))
+    assert said["may have been billed without an answer"] == "3 requests, at most 1,200 tokens"
+    changed(folder, bills={})
     page = write_report(folder).read_text()
     assert "a million tokens read by the teacher: 2.5" in page and "No price is stated" not in page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -130,6 +131,24 @@ def test_steps_are_looked_at_up_to_the_first_that_lacks_an_answer(stepped):
     )
 
 
+def test_writers_over_what_the_steps_leave_are_asked_too(stepped):
+    found = json.loads(why(stepped[0], "--set", "writer.0.temperature=0.5", "--json"))["requests"]
+    assert list(found["because_of"]) == ["sampling.temperature"] and "step" not in found
+    writers = found["would_be_asked"]
+    assert writers > 0 and found["answered"] > 0
+    whole = json.loads(why(stepped[0], "--json"))["requests"]
+    assert whole["answered"] == found["answered"] + writers
+
+
+def test_steps_that_ask_a_student_who_is_not_there_yet_write_nothing(stepped, tmp_path):
+    folder = shutil.copytree(stepped[0], tmp_path / "run")
+    (folder / "start.json").unlink(missing_ok=True)
+    files = {file: file.read_bytes() for file in folder.rglob("*")}
+    said = why(folder, "--set", "elicit.0.params.by=untouched", "--set", "student.start.prune.keep=uniform")
+    assert "not looked at further: a step asks the student before training" in said
+    assert {file: file.read_bytes() for file in folder.rglob("*")} == files
+
+
 def test_steps_of_a_folder_without_answers(stepped, tmp_path):
     (tmp_path / "recipe.yaml").write_text((stepped[0] / "recipe.yaml").read_text())
     assert "none are stored; the first step, answer, would ask" in why(tmp_path)
@@ -146,7 +165,11 @@ def test_rounds_are_told_one_by_one(tiny_folder, tmp_path, monkeypatch):
     assert [field["effect"] for field in found["recipe"]] == ["the folder is refused"]
     assert [part["run"] for part in found["parts"]] == [str(tmp_path / "run" / "rounds" / "1")]
     assert found["parts"][0]["requests"] == {"answered": 18, "would_be_asked": 0, "because_of": {}}
-    assert f"{tmp_path / 'run' / 'rounds' / '1'}:" in why(tmp_path / "run")
+    (tmp_path / "run" / "rounds" / "2").mkdir()
+    said = why(tmp_path / "run")
+    assert f"{tmp_path / 'run' / 'rounds' / '1'}:" in said and "not looked at further" in said
+    one = json.loads(why(tmp_path / "run" / "rounds" / "1", "--json"))
+    assert one["requests"] == found["parts"][0]["requests"]
 
 
 def test_a_key_is_told_with_the_most_similar_request(made):

@@ -1,4 +1,4 @@
-"""Jobs whose teacher answers as it is: calling tools, chatting, and being copied with fewer layers."""
+"""Jobs whose teacher answers prompts as they are: calling tools, chatting, and being copied with fewer layers."""
 
 from __future__ import annotations
 
