@@ -1,4 +1,4 @@
-"""Case study: grade-school maths, from worked solutions that come to the right result to two small students; writes
+"""Case study: grade-school maths, from worked solutions that come to the right result to a small student; writes
 docs/evidence/case-maths.json and .html.
 
     make case-maths DATA=path/to/gsm8k      # some hours on two cores; killed, it goes on
@@ -34,14 +34,9 @@ def main() -> None:
         with (given.data / f"{part}.jsonl").open(encoding="utf-8") as file:
             rows = [json.dumps(json.loads(line)) for line in islice(file, most)]
         (given.out / f"{part}.jsonl").write_text("\n".join(rows) + "\n")
-    train, test = str(given.out / "train.jsonl"), str(given.out / "test.jsonl")
-    facts = {"trained": TRAINED, "tested": TESTED}
-    study(
-        "case-maths",
-        given.out,
-        ["--task", "reason", "--data", train, "--test", test, "--instruction", INSTRUCTION],
-        facts,
-    )
+    data = ["--data", str(given.out / "train.jsonl"), "--test", str(given.out / "test.jsonl")]
+    arguments = ["--task", "reason", *data, "--instruction", INSTRUCTION]
+    study("case-maths", given.out, arguments, {"trained": TRAINED, "tested": TESTED}, students=["full"])
 
 
 if __name__ == "__main__":

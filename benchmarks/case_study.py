@@ -53,16 +53,23 @@ def figures(run: Path) -> dict[str, Any]:
         },
         "efficiency": summary.get("efficiency", {}),
         "answers": json.loads((run / "answers.json").read_text()),
+        "steps": [
+            {key: step[key] for key in ("step", "taken", "given")}
+            for step in json.loads((run / "elicitation.json").read_text())["steps"]
+        ],
     }
 
 
-def study(name: str, folder: Path, arguments: Sequence[str], facts: dict[str, Any]) -> None:
-    """From a file of data to both students; writes docs/evidence/NAME.json and the first student's page.
+def study(
+    name: str, folder: Path, arguments: Sequence[str], facts: dict[str, Any], students: Sequence[str] = tuple(STUDENTS)
+) -> None:
+    """From a file of data to the students; writes docs/evidence/NAME.json and the first student's page.
 
     Args:
         folder: where all that the study makes is kept.
         arguments: of `limbeck new`, without the teacher.
         facts: about the data, for the JSON file.
+        students: which of STUDENTS.
     """
     os.environ.setdefault(KEY, secrets.token_urlsafe(24))
     port = folder / "port"  # the same at every start, since it is part of the recipe
@@ -76,9 +83,9 @@ def study(name: str, folder: Path, arguments: Sequence[str], facts: dict[str, An
     record = folder / "seconds.json"  # of all calls that came to their end
     seconds: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
     found = {}
-    for student, overrides in STUDENTS.items():
+    for student in students:
         run = folder / student
-        spent = limbeck("run", str(made / "recipe.yaml"), *overrides, "--out", str(run))
+        spent = limbeck("run", str(made / "recipe.yaml"), *STUDENTS[student], "--out", str(run))
         seconds[student] = seconds.get(student, 0.0) + spent
         write_json(record, seconds)
         found[student] = figures(run)

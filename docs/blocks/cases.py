@@ -24,7 +24,8 @@ def case_names() -> str:
 
 
 def case_maths() -> str:
-    return _case("case-maths", {"pass_rate": "right results"})
+    """Shares of right results, and the tokens that they took."""
+    return _case("case-maths", {"pass_rate": "right results", "tokens": "tokens of an answer"})
 
 
 def _case(name: str, metrics: Mapping[str, str]) -> str:
@@ -45,10 +46,15 @@ def _case(name: str, metrics: Mapping[str, str]) -> str:
     titles = ["system", *metrics.values(), "first token", "tokens a second"]
     verdicts = [f"{STUDENTS[student].capitalize()}: {of['verdict']}" for student, of in found["students"].items()]
     minutes = ", ".join(f"{STUDENTS[name]} {seconds / 60:.0f}" for name, seconds in found["seconds"].items())
-    notes = (
-        f"Teacher: {found['teacher']}. Minutes from data to page (if it was killed, since it went on); the second"
-        f" student took over the answers: {minutes}."
+    notes = f"Teacher: {found['teacher']}. Minutes from data to page (if it was killed, since it went on)"
+    notes += (
+        f"; the second student took over the answers: {minutes}." if len(found["students"]) > 1 else f": {minutes}."
     )
+    steps = next(iter(found["students"].values())).get("steps")
+    if steps:
+        notes += (
+            " Steps: " + "; ".join(f"{step['step']} {step['taken']:,} to {step['given']:,}" for step in steps) + "."
+        )
     return "\n\n".join([table(titles, rows), *verdicts, notes])
 
 
