@@ -5,7 +5,7 @@ from __future__ import annotations
 CONFIDENCE = 0.95  # of every interval
 SIGNIFICANCE = 0.05  # p-values below this count
 # with fewer items the bootstrap finds a difference where there is none far too often: 15 % of the time with 5 items
-LEAST_ITEMS = 10
+LEAST_ITEMS = 10  # for a p value
 # Rule of thumb: under so many items nothing is called clear. The percentile bootstrap, meant to be wrong about a
 # difference of 0 in 5 % of the cases, is in 10 % with 10 items, 6 % with 30 (normal values; twice that if they are
 # skewed, as token sums are).

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from limbeck.config.builtin import task_folders
-from limbeck.config.significance import LEAST_ITEMS, SIGNIFICANCE
+from limbeck.config.significance import CLEAR_ITEMS, SIGNIFICANCE
 
 LABELS = {
     "teacher": "Teacher",
@@ -138,14 +138,14 @@ def _built_in_tasks() -> frozenset[str]:
 
 
 def is_clear(difference: dict[str, Any], comparisons: int = 1) -> bool:
-    """Is a difference clear: over LEAST_ITEMS items or more, its interval excludes 0, and its p value (if any) is below
+    """Is a difference clear: over CLEAR_ITEMS items or more, its interval excludes 0, and its p value (if any) is below
     LEVEL?
 
     Args:
         comparisons: how many differences are tested together. With more than one, only a difference with a
             Holm-adjusted p value can be clear.
     """
-    if difference["low"] <= 0 <= difference["high"] or difference.get("n", LEAST_ITEMS) < LEAST_ITEMS:
+    if difference["low"] <= 0 <= difference["high"] or difference.get("n", CLEAR_ITEMS) < CLEAR_ITEMS:
         return False
     p = difference.get("p_holm", difference.get("p") if comparisons == 1 else None)
     return bool(p < SIGNIFICANCE) if p is not None else comparisons == 1

@@ -14,7 +14,7 @@ from limbeck.elicit.similar import near_duplicates
 SEED = 7
 NEAR = 0.7  # Jaccard similarity of their runs of words, from which texts are called near-duplicates
 MOST_COMPARED = 20_000
-LEAST_HELD_OUT = 10  # below which no difference is ever called clear
+LEAST_HELD_OUT = 10  # fewer say nothing; 30 are the least for a difference to be called clear
 MOST_HELD_OUT = 1000
 
 
