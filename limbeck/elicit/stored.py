@@ -94,4 +94,4 @@ def what_is_asked(
             pool = list(replace(elicitation, folder=Path(folder)).run(engine, on_start=steps.append))
         except UnansweredError:
             step = steps[-1]
-    return StoredElicitation(engine.asked, engine.again, step, engine.unscored, pool)
+    return StoredElicitation(engine.asked, engine.again, step, unscored=engine.unscored, pool=pool)
