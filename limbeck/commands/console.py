@@ -122,7 +122,7 @@ class StopRequest:
             if self.received:
                 raise UserError(STOPPED)
             self.received = True
-            err.print("stopping after this step; press Ctrl-C again to stop now", markup=False)
+            err.print("stopping after this step, or the answers under way; Ctrl-C again stops now", markup=False)
 
         previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -21,7 +21,7 @@ def test_the_first_signal_asks_and_the_second_stops_at_once(first, second, capsy
     with StopRequest().listening() as stop:
         assert not stop()
         signal.raise_signal(first)
-        assert stop() and "stopping after this step" in capsys.readouterr().err
+        assert stop() and "stopping after this step, or the answers under way" in capsys.readouterr().err
         with pytest.raises(UserError, match=STOPPED):
             signal.raise_signal(second)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -12,6 +12,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from limbeck.commands.serve import serve
 from limbeck.models.folder import convert_gguf
 from limbeck.models.gguf_file import check_gguf
+from limbeck.models.to_gguf.types import TYPES
+from limbeck.models.to_gguf.write import write_gguf
 from limbeck.types import UserError
 
 LAYERS = "llama.block_count"
@@ -102,3 +104,15 @@ def test_more_layers_than_any_model_has_are_refused_before_they_are_built(whole,
     (tmp_path / "x.gguf").write_bytes(whole.replace(old, LAYERS.encode() + struct.pack("<II", 4, 2**31)))
     with pytest.raises(UserError, match="num_hidden_layers 2147483648"):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
+
+
+@pytest.mark.promise("S11")
+def test_weights_that_it_lacks_are_named_and_never_random(tiny_folder, tmp_path):
+    write_gguf(tiny_folder, tmp_path / "tiny.gguf", TYPES["f32"], "tiny")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "whole")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    assert content.count(b"blk.1.attn_q.weight") == 1
+    (tmp_path / "other.gguf").write_bytes(content.replace(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"))
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.weight are missing .* and would be random"):
+        convert_gguf(tmp_path / "other.gguf", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
