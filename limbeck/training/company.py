@@ -6,6 +6,7 @@ works for hours alone (rank 0 elicits) keeps nobody's timeout, and one that hang
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import psutil  # type: ignore[import-untyped]  # comes with accelerate
 from torch.distributed import DistError
 
 from limbeck.config import ranks
@@ -62,6 +64,7 @@ class Company:
         self._meetings = itertools.count()
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._beat, daemon=True)
+        store.set(f"process/{rank}", str(os.getpid()))
         store.set(f"beat/{rank}", "begun")
         self._beats.start()
 
@@ -97,7 +100,8 @@ class Company:
         """Say that this rank ends with an error. Returns whether it is the one that should tell the user."""
         try:
             self.store.set("fault", str(self.rank))
-            dead = isinstance(error, LostRankError) and not error.is_silent
+            others = (rank for rank in range(self.size) if rank != self.rank)
+            dead = (isinstance(error, LostRankError) and not error.is_silent) or any(map(self._has_died, others))
             if dead and ranks.BY_COMMAND in os.environ:
                 return False  # the launcher knows better who has died and of what
             return self.store.add("told", 1) == 1
@@ -105,8 +109,21 @@ class Company:
             return True
 
     def leave(self) -> None:
-        """Stop giving signs of life."""
+        """Stop giving signs of life: the work is done."""
         self._ended.set()
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"left/{self.rank}", "done")
+
+    def _has_died(self, rank: int) -> bool:
+        """Whether that rank's process has ended before its work. Only ranks that `--ranks` started are on this machine:
+        for others it is False."""
+        if ranks.BY_COMMAND not in os.environ or not self.store.check([f"process/{rank}"]):
+            return False
+        try:
+            ended = psutil.Process(int(self.store.get(f"process/{rank}"))).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            ended = True
+        return ended and not self.store.check([f"left/{rank}"])
 
     def _beat(self) -> None:
         for number in itertools.count():
@@ -125,6 +142,8 @@ class Company:
             while not self.store.check([key]):
                 if self.store.check(["fault"]):
                     raise LostRankError(lost("another rank has failed"), is_silent=False)
+                if self._has_died(awaited) and not self.store.check([key]):
+                    raise LostRankError(lost(f"rank {awaited} has died"), is_silent=False)
                 if not alive():
                     raise LostRankError(lost(f"rank {awaited} has not answered for {self.timeout:g} s"), is_silent=True)
                 time.sleep(pause)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -83,6 +85,51 @@ def test_a_rank_that_fails_ends_the_wait_of_all_and_one_tells_the_user(pair, mon
     assert not lonely.fail(error), "the launcher tells who died"
     assert lonely.fail(LostRankError("silent", is_silent=True))
     lonely.leave()
+
+
+@pytest.fixture
+def with_a_process():
+    """Rank 0 of two, and a process that runs for ever, which rank 1 names as its own."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    store = HashStore()
+    company = Company(store, 0, 2, timeout=60)
+    for key, value in {"process/1": process.pid, "beat/1": "begun"}.items():
+        store.set(key, str(value))
+    yield company, process
+    company.leave()
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("is_reaped", [False, True])
+@pytest.mark.promise("R10")
+def test_a_rank_of_this_machine_that_dies_ends_the_wait_at_once(with_a_process, monkeypatch, is_reaped):
+    company, process = with_a_process
+    monkeypatch.setenv(ranks.BY_COMMAND, "2")
+    waits = apart(company.meet)
+    process.kill()
+    if is_reaped:
+        process.wait()
+    begun = time.monotonic()
+    error = waits()
+    assert isinstance(error, LostRankError) and not error.is_silent and "rank 1 has died" in str(error)
+    assert time.monotonic() - begun < 10, "far less than the timeout"
+
+
+@pytest.mark.promise("R10")
+def test_a_rank_that_is_ended_since_another_died_says_nothing(with_a_process, monkeypatch):
+    """The launcher ends the others by a signal, which is a stop to them, and tells who has died."""
+    company, process = with_a_process
+    assert company.fail(ValueError("a bug while rank 1 lives"))
+    process.kill()
+    process.wait()
+    company.store.set("told", "0")
+    assert company.fail(ValueError("under torchrun a rank tells"))
+    monkeypatch.setenv(ranks.BY_COMMAND, "2")
+    company.store.set("told", "0")
+    assert not company.fail(ValueError("stopped"))
+    company.store.set("left/1", "done")
+    assert company.fail(ValueError("a bug after rank 1 has done its work"))
 
 
 @pytest.mark.parametrize(
