@@ -23,6 +23,7 @@ from limbeck.objectives.loss import REFERENCE_LOG_PROB, STUDENT
 from limbeck.objectives.schedule import Schedule
 from limbeck.objectives.term import Term
 from limbeck.progress import StoppedError
+from limbeck.storage.files import crash_point
 from limbeck.training import distributed
 from limbeck.training.asking import Asking
 from limbeck.training.group_rollout import GroupRollouts
@@ -262,7 +263,10 @@ class _InProcess:
             decoding=Decoding(batch_rows=self.rows, record=True, second=self.second),
             stop=self.stop if distributed.world_size() == 1 else lambda: False,
         )
-        completions = {completion.index: completion for completion in written}
+        completions = {}
+        for completion in written:
+            completions[completion.index] = completion
+            crash_point("rollout.after_text")
         student.net.train(training)
         if len(completions) < len(own_jobs):
             raise StoppedError("stopped while the student wrote; the step has not begun")

@@ -19,6 +19,8 @@ from tests.scripted_server import Scripted
 from tests.training import test_judges, test_rewards, test_rollout
 from tests.training.test_rollout import STUDENT
 
+JOINT = {"joint": {"teacher_share": 0.2}}
+
 
 @pytest.mark.parametrize(
     "crash_at", ["elicit.before_record:7", "elicit.after_record:7", "train.after_step:10", "directory.before_rename:2"]
@@ -29,17 +31,20 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(recipe_data, recipe_file, tm
 
 
 @pytest.mark.parametrize(
-    ("rollout", "loss"),
+    ("rollout", "loss", "crash_at"),
     [
-        ({"ahead": 3}, ["on_policy_distillation"]),
-        ({"ahead": 2, "dtype": "bfloat16"}, ["on_policy_distillation"]),
-        ({"joint": {"teacher_share": 0.2}}, ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}]),
+        ({"ahead": 3}, ["on_policy_distillation"], "train.after_step:4"),
+        ({"ahead": 3}, ["on_policy_distillation"], "rollout.after_text:9"),  # between two texts of the student
+        ({}, ["on_policy_distillation"], "rollout.after_text:6"),
+        ({"ahead": 2, "dtype": "bfloat16"}, ["on_policy_distillation"], "train.after_step:4"),
+        (JOINT, ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}], "train.after_step:4"),
+        (JOINT, ["minillm_long", {"reverse_kl": {"by": "importance_weight"}}], "rollout.after_text:6"),
     ],
 )
 @pytest.mark.promise("R3")
-def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, rollout, loss):
+def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, rollout, loss, crash_at):
     test_rollout.test_killed_and_run_again_the_losses_are_the_same_to_the_bit(
-        recipe_data, tmp_path, [STUDENT], rollout, loss
+        recipe_data, tmp_path, [STUDENT], rollout, loss, crash_at
     )
 
 

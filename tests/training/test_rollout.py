@@ -151,7 +151,9 @@ def test_a_copy_in_another_precision_follows_the_student(tiny):
     ],  # more in tests/long/test_kills.py
 )
 @pytest.mark.promise("R3")
-def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tmp_path, writer, rollout, loss):
+def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(
+    recipe_data, tmp_path, writer, rollout, loss, crash_at="train.after_step:4"
+):
     data = recipe_data | {"writer": writer, "rollout": rollout, "loss": loss}
     data["train"] |= {"save_seconds": 0, "steps": 7}
     data["student"], data["evaluate"] = (
@@ -161,7 +163,7 @@ def test_killed_and_run_again_the_losses_are_the_same_to_the_bit(recipe_data, tm
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(data))
     killed, clean = tmp_path / "killed", tmp_path / "clean"
-    assert command("train", file, "--out", killed, crash_at="train.after_step:4").returncode == 137
+    assert command("train", file, "--out", killed, crash_at=crash_at).returncode == 137
     done = command("train", file, "--out", killed)
     assert done.returncode == 0, done.stderr
     assert command("train", file, "--out", clean).returncode == 0
