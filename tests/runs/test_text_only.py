@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from limbeck.progress import Silent
 from limbeck.runs.advice import served_time
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
-from limbeck.types import RecipeError, UserError
+from limbeck.types import ANSWER_ENDS, RecipeError, UserError
 from tests.command_line import called
 from tests.scripted_server import Scripted, answer
 
@@ -166,6 +167,8 @@ def test_answers_that_can_not_be_used_end_the_run_or_are_tolerated(served, tmp_p
         folder = run(loose, tmp_path / "run")
         student = (folder / "student" / "model.safetensors").read_bytes()
         assert json.loads((folder / "answers.json").read_text())["training text"] == {"ok": total - 3, end: 3}
+        words = re.sub(r"(\s|<[^>]*>)+", " ", (folder / "report.html").read_text())
+        assert f"Answers: training text complete {total - 3} {ANSWER_ENDS[end]} 3 " in words
         assert load_recipe(folder / "recipe.yaml").teacher.server.tolerate == share
         asked = len(server.seen)
         run(loose, folder)
