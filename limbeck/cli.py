@@ -42,7 +42,7 @@ TrackOption = Annotated[
     typer.Option("--track", help="Also log to tensorboard, trackio, wandb or mlflow.", metavar="TRACKER"),
 ]
 RanksOption = Annotated[
-    int | None, typer.Option("--ranks", help="Share the training among this many processes.", min=1, metavar="N")
+    int | None, typer.Option("--ranks", help="Share training and evaluation among this many processes.", min=1, metavar="N")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -126,12 +126,14 @@ def evaluate(
     machine: MachineOption = None,
     out: OutOption = None,
     json_: JsonOption = False,
+    ranks: RanksOption = None,
 ) -> None:
     """Evaluate the teacher, the controls and the student of a trained run, and write its report."""
     from limbeck.commands.stages import run_stages
     from limbeck.config.recipe import load_recipe
 
-    run_stages(load_recipe(recipe, set_, machine, scale=scale), ("evaluate", "report"), out=out, as_json=json_)
+    loaded = load_recipe(recipe, set_, machine, scale=scale)
+    run_stages(loaded, ("evaluate", "report"), out=out, as_json=json_, count=ranks)
 
 
 app.command(epilog="Example: limbeck report runs/quickstart --csv")(report)

@@ -33,6 +33,7 @@ from limbeck.evaluate.records import (
     ItemResult,
     SystemRecords,
 )
+from limbeck.evaluate.shares import ALONE, Shares
 from limbeck.evaluate.task import PromptDraw, Task
 from limbeck.evaluate.tasks import run_task, run_task_by_text
 from limbeck.models.generate import GenerationJob, generate
@@ -54,7 +55,8 @@ class Bench:
     is not loaded. `outdated` are the parts whose records were of other questions.
 
     Without a `teacher` (its weights are not here) no distance from its distribution is measured. The held-out text is
-    in the tokens of `reader`: the teacher, or else the student.
+    in the tokens of `reader`: the teacher, or else the student. Where the ranks of a run share the items, each has a
+    bench, and all call `measure` in the same order.
     """
 
     def __init__(
@@ -64,19 +66,21 @@ class Bench:
         reader: Model,
         protocol: EvaluationProtocol,
         progress: DetailedProgress = lambda done, total, detail: None,
+        shares: Shares = ALONE,
     ) -> None:
         self.folder = folder
         self.teacher = teacher
         self.reader = reader
         self.protocol = protocol
         self.progress = progress
-        self.held_out = EvaluationText(protocol.rows, teacher)
+        self.shares = shares
+        self.held_out = EvaluationText(shares.part(protocol.rows), teacher)
         self.free: EvaluationText | None = None
         self.loads: dict[str, Callable[[], Model]] = {}  # of the systems that were measured
         self.shown = protocol.shown
-        self.outdated = claim(folder, protocol)
-        texts = [{"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.shown} for prompt in protocol.prompts]
-        write_text(folder / "prompts.jsonl", _lines(texts))
+        self.outdated = claim(folder, protocol) if shares.leads else []
+        if shares.leads:
+            write_text(folder / "prompts.jsonl", _lines([_shown(prompt) for prompt in protocol.prompts]))
 
     def measure(self, name: str, load: Callable[[], Model], lens: bool = False) -> SystemRecords:
         """All of one system's records but its speeds (see `timed`). With `lens` single tokens of the first answers are
@@ -104,13 +108,13 @@ class Bench:
         protocol = self.protocol
         greedy = Sampling(temperature=0.0, max_tokens=protocol.max_tokens)
         draws = [(prompt, 0) for prompt in protocol.prompts]
-        answers = self._cached(f"answers-{name}.jsonl", CheckedAnswer, lambda: self._ask_server(ask, draws, greedy))
+        answers = self._kept(f"answers-{name}.jsonl", CheckedAnswer, lambda: self._ask_server(ask, draws, greedy))
         by_prompt = {answer.prompt_id: answer for answer in answers}
         write = partial(self._ask_server, ask)
         results = {}
         for task in protocol.tasks:
             run = partial(run_task_by_text, task, write, answers=by_prompt, max_tokens=protocol.max_tokens)
-            results[task.name] = self._cached(f"task-{task.name}+{name}.jsonl", ItemResult, run)
+            results[task.name] = self._kept(f"task-{task.name}+{name}.jsonl", ItemResult, run)
         return SystemRecords(
             name=name, fidelity=[], own=[], own_text=[], free=[], answers=answers, tasks=results, efficiency={}
         )
@@ -133,53 +137,47 @@ class Bench:
             answered=after_thinking(text) is not None,
         )
 
-    def _cached(self, name: str, kind: type[T], make: Callable[[], Sequence[T]]) -> list[T]:
-        """The records of a file, which is written once."""
-        if not (self.folder / name).exists():
-            write_text(self.folder / name, _lines([vars(record) for record in make()]))
-        return _read(self.folder / name, lambda record: kind(**record))
+    def _kept(self, name: str, kind: type[T], make: Callable[[], Sequence[T]], shares: Shares = ALONE) -> list[T]:
+        """The records of a file, which is written once; `make` returns those of this rank's share."""
+        file = self.folder / name
+        if shares.is_missing(file):
+            shares.write(file, _lines([vars(record) for record in shares.all(make())]))
+        return _read(file, lambda record: kind(**record))
 
     def _fidelity(self, name: str, model: Callable[[], Model], lens: bool) -> list[ItemFidelity]:
         file = self.folder / f"fidelity-{name}.jsonl"
-        if not file.exists():
+        if self.shares.is_missing(file):
             shown = self.shown if lens else set()
-            items = fidelity(model(), self.held_out, shown, partial(self._report_progress, f"fidelity of {name}"))
+            progress = partial(self._report_progress, f"fidelity of {name}")
+            items = self.shares.all(fidelity(model(), self.held_out, shown, progress))
             if lens:
-                records = [_lens("teacher", item, model()) for item in items if item.lens]
-                records += [
-                    record for record in read_jsonl(self.folder / "lens.jsonl") if record["writer"] == "student"
-                ]
-                write_text(self.folder / "lens.jsonl", _lines(records))
-            write_text(file, _lines([_record(item) for item in items]))
+                self._write_lens("teacher", items, model())
+            self.shares.write(file, _lines([_record(item) for item in items]))
         return _read(file, _item)
+
+    def _write_lens(self, writer: str, items: Sequence[ItemFidelity], system: Model) -> None:
+        """Keep single tokens of what `writer` wrote beside those of the other."""
+        file = self.folder / "lens.jsonl"
+        records = [_lens(writer, item, system) for item in items if item.lens]
+        if self.shares.leads:
+            others = [record for record in read_jsonl(file) if record["writer"] != writer]
+            write_text(file, _lines(records + others if writer == "teacher" else others + records))
 
     def _own(
         self, name: str, model: Callable[[], Model], lens: bool
     ) -> tuple[list[ItemFidelity], list[dict[str, Any]]]:
         """Text that the system draws itself, and its distance from the teacher there."""
         file = self.folder / f"own-{name}.jsonl"
-        if not file.exists():
+        if self.shares.is_missing(file):
             system = model()
             rows = self._write(name, system)
-            shown = {row.sample_id for row in rows[:SHOWN]} if lens else set[str]()
-            items = fidelity(
-                system, EvaluationText(rows, self.teacher), shown, partial(self._report_progress, f"own text of {name}")
-            )
+            shown = {prompt.id for prompt in self.protocol.own[:SHOWN]} if lens else set[str]()
+            progress = partial(self._report_progress, f"own text of {name}")
+            measured = fidelity(system, EvaluationText(rows, self.teacher), shown, progress)
+            items = self.shares.all(list(zip(measured, rows, strict=True)))
             if lens:
-                records = [rec for rec in read_jsonl(self.folder / "lens.jsonl") if rec["writer"] != "student"]
-                records += [_lens("student", item, system) for item in items if item.lens]
-                write_text(self.folder / "lens.jsonl", _lines(records))
-            texts = [(system.decode(row.response_ids), row.response_ids[-1] in system.eos_ids) for row in rows]
-            facts = [
-                {
-                    "text": text,
-                    "finished": finished,
-                    "repetition": wording.repetition(text),
-                    "ids": row.response_ids,
-                }
-                for row, (text, finished) in zip(rows, texts, strict=True)
-            ]
-            write_text(file, _lines([_record(item) | extra for item, extra in zip(items, facts, strict=True)]))
+                self._write_lens("student", [item for item, _ in items], system)
+            self.shares.write(file, _lines([_record(item) | _own_text(row, system) for item, row in items]))
         return _read(file, _item), _read(file, lambda record: {key: record[key] for key in OWN_FACTS})
 
     def _free(self, name: str, model: Callable[[], Model]) -> list[ItemFidelity]:
@@ -189,22 +187,21 @@ class Bench:
             return []
         teacher = self.teacher.model
         file = self.folder / f"free-{name}.jsonl"
-        if not file.exists():
+        if self.shares.is_missing(file):
             if self.free is None:
                 self._own("teacher", lambda: teacher, False)
                 records = read_jsonl(self.folder / "own-teacher.jsonl")
                 prompts = {prompt.id: prompt for prompt in self.protocol.prompts}
                 rows = [self._row(prompts[record["prompt_id"]], record["ids"], teacher) for record in records]
-                self.free = EvaluationText(rows, self.teacher)
-            items = fidelity(
-                model(), self.free, (), partial(self._report_progress, f"{name} on the teacher's free text")
-            )
-            write_text(file, _lines([_record(item) for item in items]))
+                self.free = EvaluationText(self.shares.part(rows), self.teacher)
+            progress = partial(self._report_progress, f"{name} on the teacher's free text")
+            items = self.shares.all(fidelity(model(), self.free, (), progress))
+            self.shares.write(file, _lines([_record(item) for item in items]))
         return _read(file, _item)
 
     def _write(self, name: str, system: Model) -> list[Row]:
-        """The system's own answers to the first held-out prompts, in the ids that were drawn."""
-        prompts = list(self.protocol.prompts[: self.protocol.own_prompts])
+        """The system's own answers to this rank's share of the first held-out prompts, in the ids that were drawn."""
+        prompts = self.shares.part(self.protocol.own)
         sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=self.protocol.max_tokens)
         jobs = [
             GenerationJob(
@@ -234,10 +231,12 @@ class Bench:
     def _answers(self, name: str, model: Callable[[], Model]) -> list[CheckedAnswer]:
         protocol = self.protocol
         progress = partial(self._report_progress, f"answers of {name}")
-        return self._cached(
+        prompts = self.shares.part(protocol.prompts)
+        return self._kept(
             f"answers-{name}.jsonl",
             CheckedAnswer,
-            lambda: answer_all(model(), protocol.prompts, protocol.max_tokens, progress),
+            lambda: answer_all(model(), prompts, protocol.max_tokens, progress),
+            self.shares,
         )
 
     def _task(
@@ -245,16 +244,20 @@ class Bench:
     ) -> list[ItemResult]:
         by_prompt = {answer.prompt_id: answer for answer in answers}
         progress = partial(self._report_progress, f"{task.name}: {name}")
-        return self._cached(
+        part = replace(task, items=tuple(self.shares.part(task.items)))
+        return self._kept(
             f"task-{task.name}+{name}.jsonl",
             ItemResult,
-            lambda: run_task(task, model(), progress, by_prompt, max_tokens=self.protocol.max_tokens),
+            lambda: run_task(part, model(), progress, by_prompt, max_tokens=self.protocol.max_tokens),
+            self.shares,
         )
 
     def _report_progress(self, detail: str, done: int, total: int) -> None:
         self.progress(done, total, detail)
 
     def _sizes(self, name: str, model: Callable[[], Model]) -> dict[str, Any]:
+        if not self.shares.leads:
+            return {}
         file = self.folder / f"efficiency-{name}.json"
         if not file.exists():
             write_json(file, sizes(model()))
@@ -305,6 +308,21 @@ def _lines(records: Sequence[dict[str, Any]]) -> str:
 def _record(item: ItemFidelity) -> dict[str, Any]:
     sums = {key: value for key, value in vars(item).items() if key not in ("lens", "reliability", "sample_id")}
     return {"prompt_id": item.sample_id, **sums, "bins": item.reliability.rows() if item.reliability else []}
+
+
+def _shown(prompt: Prompt) -> dict[str, Any]:
+    return {"prompt_id": prompt.id, "kind": prompt.kind, "prompt": prompt.shown}
+
+
+def _own_text(row: Row, system: Model) -> dict[str, Any]:
+    """What is kept of an answer that a system drew."""
+    text = system.decode(row.response_ids)
+    return {
+        "text": text,
+        "finished": row.response_ids[-1] in system.eos_ids,
+        "repetition": wording.repetition(text),
+        "ids": row.response_ids,
+    }
 
 
 def _item(record: dict[str, Any]) -> ItemFidelity:

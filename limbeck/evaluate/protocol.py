@@ -46,6 +46,11 @@ class EvaluationProtocol:
         return frozenset(prompt.id for prompt in self.prompts[:SHOWN])
 
     @property
+    def own(self) -> Sequence[Prompt]:
+        """The prompts to which every system writes its own text."""
+        return self.prompts[: self.own_prompts]
+
+    @property
     def parts(self) -> dict[str, str]:
         """A hash of the questions behind each kind of record."""
         prompts = [prompt.facts for prompt in self.prompts]
@@ -53,7 +58,7 @@ class EvaluationProtocol:
         answering = [self.max_tokens, VERSION]
         parts = {
             "held-out text": [rows, sorted(self.shown)],
-            "own text": [prompts[: self.own_prompts], self.max_tokens, self.seed],
+            "own text": [[prompt.facts for prompt in self.own], self.max_tokens, self.seed],
             "answers": [prompts, answering],
             "efficiency": [prompts[:SHOWN]],
         }

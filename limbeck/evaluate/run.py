@@ -25,6 +25,7 @@ from limbeck.evaluate.leak import Leak, find_leaks
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.protocol import EvaluationProtocol
 from limbeck.evaluate.records import DetailedProgress, SystemRecords
+from limbeck.evaluate.shares import ALONE, Shares
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.worth import kept, requests
@@ -93,6 +94,7 @@ def bench(
     reader: Model,
     rows: Sequence[Row],
     progress: DetailedProgress,
+    shares: Shares = ALONE,
 ) -> Bench:
     """Where systems are measured: on the held-out prompts and tasks, without those that the training text gives away.
 
@@ -100,6 +102,7 @@ def bench(
         teacher: None where its weights are not here.
         reader: whose tokens the rows are in.
         rows: held-out teacher text, one row per answered prompt, named by its prompt's id.
+        shares: which of the items this rank measures, where a run has several.
     """
     recipe = questions.recipe
     prompt_ids = {prompt.id for prompt in questions.prompts}
@@ -116,8 +119,9 @@ def bench(
         own_prompts=recipe.evaluate.own_prompts or OWN_PROMPTS,
         seed=recipe.text_seed,
     )
-    open_records(folder)
-    return Bench(folder, teacher, reader, protocol, progress=progress)
+    if shares.leads:
+        open_records(folder)
+    return Bench(folder, teacher, reader, protocol, progress=progress, shares=shares)
 
 
 def _leaks(questions: Questions) -> list[Leak]:

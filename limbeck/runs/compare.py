@@ -27,6 +27,7 @@ from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_see
 from limbeck.progress import Reporter, Silent
 from limbeck.report.page import write_report
 from limbeck.runs.fit import prepared
+from limbeck.runs.measuring import measured_teacher
 from limbeck.runs.pipeline import Run
 from limbeck.runs.preflight import check
 from limbeck.runs.servers import look_at_writer
@@ -184,7 +185,7 @@ class Comparison:
         for _, _, run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
             run.claim()
-        systems = {"teacher": [self.common.measured_teacher(bench)]}
+        systems = {"teacher": [measured_teacher(self.common, bench)]}
         systems["untouched"] = [bench.measure("untouched", runs[0][2].models.initial_student)]
         for number, (method, seed, run) in enumerate(runs):
             self.reporter.stage(f"{method}, seed {seed} ({number + 1} of {len(runs)})")

@@ -20,7 +20,7 @@ from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.preference import PreferenceBench
-from limbeck.evaluate.records import SystemRecords
+from limbeck.evaluate.shares import ALONE, Shares
 from limbeck.models.load import load_config, load_model
 from limbeck.models.model import Model
 from limbeck.models.own_text import OwnTextTeacher
@@ -35,6 +35,7 @@ from limbeck.runs.claim import follow_names, run_folder, training_key
 from limbeck.runs.encoding import Encoding
 from limbeck.runs.exporting import exported, write_export
 from limbeck.runs.fit import fitted
+from limbeck.runs.measuring import evaluate
 from limbeck.runs.models import RunModels
 from limbeck.runs.opening import begin, bind, tell_answers, tell_prompts
 from limbeck.runs.preflight import plan
@@ -42,13 +43,12 @@ from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage import checkpoint
 from limbeck.storage.files import exclusive, new_directory, sweep, write_json
-from limbeck.storage.metrics_log import steps_made
 from limbeck.training import distributed, loop
 from limbeck.training.controls import CONTROLS, ControlData
 from limbeck.training.job import TrainingJob, total_steps
 from limbeck.training.setup import TrainingPlan, make_job
 from limbeck.training.student_writer import StudentWriting
-from limbeck.types import Sample, UserError
+from limbeck.types import Sample
 
 STAGES = ("elicit", "train", "evaluate", "report")
 
@@ -130,6 +130,11 @@ class Run:
         """The folder whose `store.sqlite` holds the text."""
         return (self.store or self.folder) if self.shared is None else self.shared.library
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where another rank finds this run."""
+        return {"folder": str(self.folder), "store": self.store and str(self.store)}
+
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
 
@@ -169,7 +174,7 @@ class Run:
             return
         student = self.models.student_to_train()
         job = self.job(name, student)
-        distributed.call({"train": name, "folder": str(self.folder), "store": self.store and str(self.store)})
+        distributed.call({"train": name, **self.place})
         if not loop.train(job, training_progress(self.reporter), self.stop):
             raise StoppedError(
                 f"stopped; the checkpoint of the last step is in {job.folder / 'checkpoints'}, run it again to go on"
@@ -282,28 +287,6 @@ class Run:
 
     # Measuring
 
-    def evaluate(self) -> None:
-        """Measure every system on the held-out prompts, into `evaluation/`."""
-        if self.path("evaluation", "summary.json").exists():
-            return
-        for name in ("student", *self.method.controls):
-            if not (self.home(name) / "student").exists():
-                raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
-        if self.recipe.student.scores:
-            self.preferences.evaluate(self.models.initial_student, self.path("student"), steps=steps_made(self.folder))
-            return
-        bench = self.bench(self.path("evaluation"))
-        if bench.outdated:
-            self.reporter.note(f"measured anew, since the questions changed: {', '.join(bench.outdated)}")
-        systems = {"teacher": [self.measured_teacher(bench)]}
-        for name in self.recipe.evaluate.controls:
-            if not CONTROLS[name].is_trained:
-                systems[name] = [bench.measure(name, partial(self.models.untrained, name))]
-        for name in (*self.method.controls, "student"):
-            systems[name] = [bench.measure(name, partial(self.trained, name), lens=name == "student")]
-        systems = bench.timed(systems, measure=self.recipe.evaluate.speeds is not False)
-        evaluation.write_summary(self.questions, bench, systems, steps=steps_made(self.folder))
-
     @cached_property
     def preferences(self) -> PreferenceBench:
         """The bench of a student that gives scores."""
@@ -314,8 +297,8 @@ class Run:
         tasks, step = self.method.tasks, self.method.step_prompt
         return evaluation.Questions(self.recipe, tasks, self.text, self.models.devices, step_prompt=step)
 
-    def bench(self, folder: Path) -> Bench:
-        """The bench that measures systems and keeps their records in `folder`."""
+    def bench(self, folder: Path, shares: Shares = ALONE) -> Bench:
+        """The bench that measures systems, or this rank's share of their items, and keeps their records in `folder`."""
         return evaluation.bench(
             self.questions,
             folder,
@@ -323,14 +306,8 @@ class Run:
             reader=self.models.reader,
             rows=self.encoding.held_out(),
             progress=self.progress,
+            shares=shares,
         )
-
-    def measured_teacher(self, bench: Bench) -> SystemRecords:
-        """The records of the teacher: in process, or by the text of its server."""
-        reference = self.models.reference
-        if reference is None:
-            return bench.by_text("teacher", self.text.said)
-        return bench.measure("teacher", lambda: reference.model)
 
     def trained(self, name: str) -> Model:
         """The exported student, or a trained control."""
@@ -392,7 +369,7 @@ def run(
                 job.train(name)
         if "evaluate" in stages:
             reporter.stage("Evaluation")
-            job.evaluate()
+            evaluate(job)
         if "report" in stages:
             reporter.stage("Report")
             write_report(folder)

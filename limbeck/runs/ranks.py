@@ -1,7 +1,7 @@
-"""One run on several ranks: rank 0 runs the recipe, and calls the others to its trainings.
+"""One run on several ranks: rank 0 runs the recipe, and calls the others to its trainings and its evaluation.
 
-Only rank 0 elicits, writes files, evaluates and reports. The others wait for a call, read the run folder (the recipe,
-the text, the start, the checkpoints), and share each step's work.
+Only rank 0 elicits, writes files and reports. The others wait for a call, read the run folder (the recipe, the text,
+the start, the checkpoints), and share each step's work, or the items that are measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from limbeck.config import ranks
 from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.progress import Reporter, Silent
-from limbeck.runs import pipeline, rounds
+from limbeck.runs import measuring, pipeline, rounds
 from limbeck.runs.fit import fitted
 from limbeck.runs.opening import take_sizes
 from limbeck.runs.resolve import resolve
@@ -49,18 +49,22 @@ def run(
 
 
 def follow(company: Company, machine: Machine, stop: Callable[[], bool]) -> None:
-    """Take part in every training that rank 0 calls to, until it says that there are no more."""
+    """Take part in all that rank 0 calls to, until it says that there is no more."""
     while turn := company.hear():
         take_part(turn, machine, stop)
 
 
 def take_part(turn: dict[str, Any], machine: Machine, stop: Callable[[], bool]) -> None:
-    """Share a training of a folder whose run rank 0 runs. Its recipe there says all but where it runs."""
+    """Share a training or the evaluation of a folder whose run rank 0 runs. Its recipe there says all but where it
+    runs."""
     folder = Path(turn["folder"])
     recipe = load_recipe(folder / "recipe.yaml").model_copy(update={"machine": machine})
     take_sizes(machine)
     store = None if turn["store"] is None else Path(turn["store"])
     run = pipeline.Run(fitted(resolve(recipe)), folder, Silent(), store=store)
+    if "evaluate" in turn:
+        measuring.take_part(run)
+        return
     job = run.job(turn["train"], run.models.student_to_train())
     distributed.wait()
     if loop.train(job, stop=stop):

@@ -122,6 +122,18 @@ def gather(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def in_turns(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of some items: item i is that of rank i modulo their number."""
+    return items[rank() :: world_size()]
+
+
+def gather_in_turns(part: Sequence[T]) -> list[T]:
+    """Results for all items from every rank's for its part, as `in_turns` dealt them. Waits for the slowest rank."""
+    wait()
+    parts = gather(list(part))
+    return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]
+
+
 def least(value: int | None) -> int | None:
     """The least of the ranks' values, without those that are None."""
     return min((other for other in gather(value) if other is not None), default=None)

@@ -252,7 +252,7 @@ class _InProcess:
     def ask(self, jobs: Sequence[GenerationJob]) -> list[Completion]:
         """The answers, in the order of the jobs; each rank writes its part."""
         student = self.student
-        own_jobs = jobs[distributed.rank() :: distributed.world_size()]
+        own_jobs = distributed.in_turns(jobs)
         training = student.net.training
         student.net.eval()
         written = write(
@@ -270,9 +270,7 @@ class _InProcess:
         student.net.train(training)
         if len(completions) < len(own_jobs):
             raise StoppedError("stopped while the student wrote; the step has not begun")
-        distributed.wait()  # some texts are longer than others
-        parts = [iter(part) for part in distributed.gather([completions[index] for index in range(len(own_jobs))])]
-        return [next(parts[number % len(parts)]) for number in range(len(jobs))]
+        return distributed.gather_in_turns([completions[index] for index in range(len(own_jobs))])
 
 
 def _server(through: Server, job: TrainingJob, student: Model, rows: int) -> VllmWriter:

@@ -79,6 +79,23 @@ def assert_same_student(folder: Path, other: Path) -> None:
         assert (theirs[name] - weight).norm() <= 1e-3 * weight.norm() + 1e-6, name
 
 
+def assert_same_evaluation(folder: Path, other: Path) -> None:
+    """The same items in the same order, whoever measured them, with figures of weights that differ by rounding."""
+    files = sorted(file.name for file in folder.glob("*.jsonl"))
+    assert files == sorted(file.name for file in other.glob("*.jsonl")) and len(files) > 10
+    for name in files:
+        ours, theirs = (
+            [json.loads(line) for line in (home / name).read_text().splitlines()] for home in (folder, other)
+        )
+        keys = [[record.get("prompt_id", record.get("item")) for record in records] for records in (ours, theirs)]
+        assert keys[0] == keys[1] and len(keys[0]) > 1, name
+        if name.startswith(("fidelity", "free")):
+            for one, two in zip(ours, theirs, strict=True):
+                assert two["sums"] == pytest.approx(one["sums"], rel=1e-3, abs=1e-3), name
+        elif "teacher" in name or "untouched" in name:  # the very same weights
+            assert [record.get("text") for record in ours] == [record.get("text") for record in theirs], name
+
+
 @pytest.mark.parametrize("shard", ["none", "full"])
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_a_whole_run_is_that_of_one_process(recipe, tmp_path, shard, torchrun):
@@ -93,6 +110,7 @@ def test_a_whole_run_is_that_of_one_process(recipe, tmp_path, shard, torchrun):
     assert_equal(alone, together)
     assert_equal(alone / "controls" / "sft_control", together / "controls" / "sft_control")
     assert_same_student(alone, together)
+    assert_same_evaluation(alone / "evaluation", together / "evaluation")
     files = [{str(file.relative_to(home)) for file in home.rglob("*")} for home in (alone, together)]
     assert {name for name in files[0] ^ files[1] if "lock" not in name} == set()
     # it is done: nothing is trained again
