@@ -5,8 +5,8 @@ docs/evidence.
     .venv/bin/python docs/generate.py --check    # exit status 1 when they are stale
 
 A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; whatever is written there by hand is lost.
-What stands in them: blocks/code.py, blocks/evidence.py, blocks/recipe_rows.py, blocks/cases.py,
-blocks/rewards.py and blocks/promises.py.
+What stands in them: blocks/code.py, blocks/commands.py, blocks/api.py, blocks/evidence.py, blocks/recipe_rows.py,
+blocks/cases.py, blocks/rewards.py and blocks/promises.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from blocks import cases, code, evidence, promises, recipe_rows, rewards
+from blocks import api, cases, code, commands, evidence, promises, recipe_rows, rewards
 
 DOCS = Path(__file__).parent
 PAGES = (
     DOCS / "architecture.md",
     DOCS / "objectives.md",
     DOCS / "recipes.md",
+    DOCS / "commands.md",
+    DOCS / "python.md",
     DOCS / "writers.md",
     DOCS / "elicitation.md",
     DOCS / "signals.md",
@@ -59,6 +61,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
         evidence.bridges,
         code.engines,
         code.server_ways,
+        commands.commands,
+        api.functions,
+        api.results,
         evidence.engines_llama,
         evidence.measured_engines,
         evidence.writing_engines,
@@ -71,6 +76,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         cases.case_names,
         cases.case_maths,
         rewards.one_word,
+        rewards.grpo_speed,
         rewards.judges,
         rewards.workers,
         promises.how_many,

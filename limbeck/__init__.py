@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from limbeck.config.recipe import Recipe, load_recipe
     from limbeck.objectives.on_logits import divergence
+    from limbeck.progress import PrintingReporter, StoppedError
     from limbeck.runs.catalogue import methods
     from limbeck.runs.preflight import check
     from limbeck.runs.public import compare, load_model, load_run, run
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ComparisonResult",
+    "PrintingReporter",
     "Recipe",
     "RecipeError",
     "RunResult",
+    "StoppedError",
     "UserError",
     "check",
     "compare",
@@ -33,9 +36,11 @@ __all__ = [
 
 _HOMES = {
     "ComparisonResult": "limbeck.runs.result",
+    "PrintingReporter": "limbeck.progress",
     "Recipe": "limbeck.config.recipe",
     "RecipeError": "limbeck.types",
     "RunResult": "limbeck.runs.result",
+    "StoppedError": "limbeck.progress",
     "UserError": "limbeck.types",
     "check": "limbeck.runs.preflight",
     "compare": "limbeck.runs.public",

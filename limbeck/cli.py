@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from limbeck import __version__
 from limbeck.commands import console, printing
 from limbeck.commands.answers import answers
 from limbeck.commands.export.command import export
@@ -42,7 +43,8 @@ TrackOption = Annotated[
     typer.Option("--track", help="Also log to tensorboard, trackio, wandb or mlflow.", metavar="TRACKER"),
 ]
 RanksOption = Annotated[
-    int | None, typer.Option("--ranks", help="Share training and evaluation among this many processes.", min=1, metavar="N")
+    int | None,
+    typer.Option("--ranks", help="Share training and evaluation among this many processes.", min=1, metavar="N"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -51,6 +53,21 @@ def main() -> None:
     """Run the command line."""
     with console.error_messages():
         app()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _limbeck(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command(epilog="Example: limbeck run recipes/quickstart.yaml --set train.lr=1e-4 --out runs/second")
@@ -202,7 +219,8 @@ def check(
     out: OutOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Check that a recipe can run, that its servers are there, and print what it will cost; no model is loaded."""
+    """Check that a recipe can run and fits the device, that its servers are there, and print what it will cost; no
+    model is loaded."""
     from limbeck.commands.check import check as check_recipe
     from limbeck.config.recipe import load_recipe
 

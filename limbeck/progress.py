@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from limbeck.types import UserError
 
 SPEED_STEPS = 10
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class Reporter(Protocol):
@@ -33,8 +36,40 @@ class Silent:
         pass
 
 
+class PrintingReporter:
+    """A `Reporter` that prints plain lines to standard error: titles of stages, notes, and progress every `every`
+    seconds: `limbeck.run("quickstart", reporter=limbeck.PrintingReporter())`."""
+
+    def __init__(self, every: float = SECONDS_BETWEEN_LINES) -> None:
+        self.every = every
+        self.began = 0.0
+        self.last = 0.0
+        self.first = -1
+
+    def stage(self, title: str) -> None:
+        self.first = -1
+        self.write(title)
+
+    def progress(self, done: int, total: int, detail: str = "") -> None:
+        now = time.monotonic()
+        if self.first < 0:
+            self.first, self.began, self.last = done, now, -self.every
+        if now - self.last >= self.every or done == total:
+            self.last = now
+            new = done - self.first
+            left = f", {(now - self.began) / new * (total - done):.0f} s left" if new > 1 and done < total else ""
+            self.write(f"  {done}/{total}{left}{'; ' + detail if detail else ''}")
+
+    def note(self, text: str) -> None:
+        self.write(f"  {text}")
+
+    def write(self, line: str) -> None:
+        """Print a line, without what could control a terminal."""
+        print("".join(letter if letter.isprintable() else " " for letter in line), file=sys.stderr, flush=True)
+
+
 class StoppedError(UserError):
-    """The user asked to stop. Finished work is kept."""
+    """The user asked to stop: `stop` returned true. Finished work is kept; the same call goes on."""
 
 
 def training_progress(reporter: Reporter) -> Callable[[int, int, dict[str, Any]], None]:

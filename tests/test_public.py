@@ -9,12 +9,14 @@ from pathlib import Path
 
 import limbeck
 from limbeck.cli import app
+from limbeck.config.recipe import as_yaml, parse
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.on_logits import DivergenceName, DivergenceParams
+from tests.command_line import called
 
 NAMES = [
-    "ComparisonResult", "Recipe", "RecipeError", "RunResult", "UserError", "check", "compare", "divergence", "load_model", "load_recipe",
-    "load_run", "methods", "run",
+    "ComparisonResult", "PrintingReporter", "Recipe", "RecipeError", "RunResult", "StoppedError", "UserError", "check", "compare",
+    "divergence", "load_model", "load_recipe", "load_run", "methods", "run",
 ]  # fmt: skip
 PRICES = {"--price-teacher-in", "--price-teacher-out", "--price-hour"}
 RESULT = {
@@ -36,7 +38,7 @@ COMMANDS = {
     "run": RUNS | {"--track", "--ranks"},
     "elicit": RUNS,
     "train": RUNS | {"--profile", "--track", "--ranks"},
-    "evaluate": RUNS,
+    "evaluate": RUNS | {"--ranks"},
     "doctor": RUNS,
     "cache": RUNS | {"--import", "--export"},
     "report": {"run_folder", "--json", "--csv", "--table"} | PRICES,
@@ -49,8 +51,8 @@ COMMANDS = {
     "serve": {"model", "--port", "--context", "--slots", "--threads", "--states", "--host", "--dtype"},
     "export": {"where", "--to", "--type", "--out", "--json"},
     "new": {
-        "where", "--task", "--data", "--test", "--columns", "--teacher", "--teacher-model", "--student", "--learn-from", "--run-on",
-        "--scale", "--schema", "--instruction", "--yes", "--json",
+        "where", "--task", "--data", "--test", "--columns", "--teacher", "--teacher-model", "--teacher-kind", "--thinking",
+        "--student", "--lora", "--learn-from", "--run-on", "--scale", "--schema", "--instruction", "--yes", "--json",
     },
     "chat": {"run_folder", "--max-tokens", "--temperature", "--device"},
     "push": {"--data", "where", "--to", "--public", "--json"},
@@ -63,6 +65,27 @@ def test_public_names():
     assert limbeck.__all__ == NAMES and len(NAMES) <= 15
     for name in NAMES:
         assert getattr(limbeck, name).__doc__
+
+
+def test_a_recipe_may_be_named_wherever_one_is_taken(recipe_data, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(as_yaml(parse(recipe_data)))
+    plans = [limbeck.check(recipe).requests for recipe in (file, str(file), limbeck.load_recipe(file))]
+    assert plans == [20, 20, 20]
+
+
+def test_a_reporter_prints_plain_lines_and_seldom(capsys):
+    reporter = limbeck.PrintingReporter(every=60)
+    reporter.stage("Training")
+    for step in range(1, 6):
+        reporter.progress(step, 5, "loss 1.0")
+    reporter.note("a \x1b[31mnote\n")
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines() == ["Training", "  1/5; loss 1.0", "  5/5; loss 1.0", "  a  [31mnote "]
+
+
+def test_the_command_says_its_version():
+    assert called("--version") == (0, f"{limbeck.__version__}\n")
 
 
 def test_results_have_these_names():

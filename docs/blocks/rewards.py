@@ -10,7 +10,9 @@ from typing import Any
 from .evidence import EVIDENCE
 from .table import table
 
-ONE_WORD, JUDGES, WORKERS = (EVIDENCE / f"{name}.json" for name in ("one-word", "judges", "workers"))
+ONE_WORD, JUDGES, WORKERS, REWARDS, GRPO = (
+    EVIDENCE / f"{name}.json" for name in ("one-word", "judges", "workers", "rewards", "grpo")
+)
 
 TRUST = ("swap_consistency", "first_position_share", "unparsable_share")
 
@@ -39,6 +41,34 @@ def one_word() -> str:
         f" {size['steps']} steps, {size['prompts']} questions with {size['group']} answers each, learning rate"
         f" {size['lr']:g}. Shares with 95 % bootstrap intervals over the held-out items"
         f" ({_link(ONE_WORD)}).\n\n{table(titles, rows)}"
+    )
+
+
+def grpo_speed() -> str:
+    """A step of GRPO beside its parts, and beside TRL's."""
+    if not (REWARDS.is_file() and GRPO.is_file()):
+        return "Not measured yet: python benchmarks/rewards.py, and python benchmarks/grpo.py"
+    parts, beside = (json.loads(file.read_text(encoding="utf-8")) for file in (REWARDS, GRPO))
+    median = {name: sorted(seconds)[len(seconds) // 2] for name, seconds in parts["seconds"].items()}
+    rows = [
+        [
+            name,
+            " ".join(f"{one['trained']:.0f}" for one in runs),
+            " ".join(f"{one['peak_mib'] / 1024:.1f}" for one in runs),
+        ]
+        for name, runs in beside["results"].items()
+    ]
+    ours, theirs = (
+        {key: sum(one[key] for one in runs) / len(runs) for key in ("trained", "peak_mib")}
+        for runs in beside["results"].values()
+    )
+    titles = ["system", "trained tokens a second, by run", "peak memory, GiB"]
+    return (
+        f"A step of {parts['prompts']} prompts with {parts['group']} answers of at most {parts['tokens']} tokens took"
+        f" {median['step']:.0f} s; writing as many answers {median['writing']:.0f} s and one training pass over the"
+        f" same rows {median['training']:.0f} s, so {parts['over_its_parts']:.2f} times its parts ({_link(REWARDS)})."
+        f" Beside TRL, in turns: {ours['trained'] / theirs['trained']:.1f} times its trained tokens a second at"
+        f" {ours['peak_mib'] / theirs['peak_mib']:.0%} of its memory ({_link(GRPO)}).\n\n{table(titles, rows)}"
     )
 
 

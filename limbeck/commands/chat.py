@@ -10,18 +10,22 @@ from rich.panel import Panel
 from rich.text import Text
 
 from limbeck.commands import console
-from limbeck.config.yaml_text import read_yaml
+from limbeck.config.machine import Machine
+from limbeck.config.recipe import load_recipe
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
-from limbeck.models.placement import Placement, find_device
-from limbeck.storage.files import read_from
+from limbeck.models.placement import Devices
+from limbeck.runs.memory import teacher_precision
+from limbeck.runs.resolve import context_of
+from limbeck.storage.metrics_log import read_json
 from limbeck.storage.rounds import kept_round
 from limbeck.types import Sampling, UserError
 
 
 def converse(folder: Path, max_tokens: int, temperature: float, device: str = "auto") -> None:
-    """Answer lines from standard input until an empty one. Each line is a conversation of its own.
+    """Answer lines from standard input until an empty one. Each line is a conversation of its own. The teacher has the
+    precision and the context of its run, and both the devices of its machine, unless `device` names another.
 
     Raises:
         UserError: the folder has no finished student.
@@ -30,17 +34,18 @@ def converse(folder: Path, max_tokens: int, temperature: float, device: str = "a
         raise UserError(f"there is no run folder {folder}")
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder} has no finished student: run `limbeck run RECIPE --out {folder}` first")
-    file = kept_round(folder) / "recipe.yaml"
-    with read_from(file):
-        named = read_yaml(file)["teacher"]
-        settings = {"model": named} if isinstance(named, str) else named
-        teacher = settings.get("model")
-        template = settings.get("template")
-    place = Placement(find_device(device))
+    home = kept_round(folder)
+    recipe = load_recipe(home / "recipe.yaml")
+    machine = (read_json(home / "machine.json") or {}).get("settings", {})
+    devices = Devices(Machine.model_validate(machine) if device == "auto" else Machine(device=device))
     speakers = {}
-    if teacher:  # one behind a server is not asked
-        speakers["teacher"] = load_model(teacher, placement=place, template=template)
-    speakers["student"] = load_model(str(folder / "student"), placement=place)
+    if recipe.teacher.model is None:
+        console.err.print("the teacher is behind a server and is not asked")
+    else:
+        template = getattr(recipe.teacher, "template", None)
+        teacher = load_model(recipe.teacher.model, teacher_precision(recipe), devices.teacher, template)
+        speakers["teacher"] = teacher.with_context(context_of(recipe, ()))
+    speakers["student"] = load_model(str(folder / "student"), placement=devices.student)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     while True:
         line = _ask()

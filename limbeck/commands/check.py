@@ -9,7 +9,7 @@ from limbeck.config.recipe import Recipe
 
 
 def check(recipe: Recipe, device_like: str | None, out: Path | None, *, as_json: bool) -> bool:
-    """Print the plan. Returns whether the recipe's servers are there.
+    """Print the plan. Returns whether the recipe's servers are there, and it fits the device.
 
     Args:
         device_like: hardware that is not here, to estimate for.
@@ -31,5 +31,5 @@ def check(recipe: Recipe, device_like: str | None, out: Path | None, *, as_json:
         facts = {"recipe": recipe.hash, "plan": plan.as_dict(), "servers": [vars(server) for server in servers]}
         print_result(facts, as_json)
     else:
-        print_plan(recipe.name, recipe.hash, plan.lines(), servers)
-    return not any(server.fault for server in servers)
+        print_plan(recipe, plan, servers)
+    return plan.fits and not any(server.fault for server in servers)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import signal
 import sqlite3
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from limbeck.config import ranks
+from limbeck.progress import PrintingReporter
 from limbeck.types import UserError
 
-SECONDS_BETWEEN_LINES = 10.0
 USER_ERROR = 2
 LONGEST_MESSAGE = 4000  # characters
 STOPPED = "stopped; finished work is kept, run it again to go on"
@@ -32,36 +32,25 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-class Terminal:
-    """A reporter with progress bars; without a terminal, it prints a line every SECONDS_BETWEEN_LINES."""
+class Terminal(PrintingReporter):
+    """A reporter with progress bars; without a terminal, it prints lines."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.live = err.is_terminal
         self.bar: Progress | None = None
         self.task: TaskID | None = None
-        self.began = 0.0
-        self.last = 0.0
-        self.first = 0
 
     def stage(self, title: str) -> None:
         self.close()
-        self.began = time.monotonic()
-        self.last = 0.0
         self.first = -1
         err.print(f"[bold]{title}[/bold]")
 
     def progress(self, done: int, total: int, detail: str = "") -> None:
-        now = time.monotonic()
-        if self.first < 0:
-            self.first = done
-            self.began = now
         if self.live:
             self._draw(done, total, detail)
-        elif now - self.last >= SECONDS_BETWEEN_LINES or done == total:
-            self.last = now
-            new = done - self.first
-            left = f", {(now - self.began) / new * (total - done):.0f} s left" if new > 1 and done < total else ""
-            err.print(f"  {done}/{total}{left}{'; ' + detail if detail else ''}", markup=False)
+        else:
+            super().progress(done, total, detail)
 
     def _draw(self, done: int, total: int, detail: str) -> None:
         if self.bar is None:
@@ -79,8 +68,8 @@ class Terminal:
         assert self.task is not None
         self.bar.update(self.task, completed=done, total=total, detail=detail)
 
-    def note(self, text: str) -> None:
-        err.print(f"  {text}", markup=False)
+    def write(self, line: str) -> None:
+        err.print(line, markup=False)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -118,10 +107,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        def on_signal(*_: object) -> None:
+        def on_signal(number: int, _: object) -> None:
             if self.received:
                 raise UserError(STOPPED)
             self.received = True
+            if number == signal.SIGTERM and ranks.BY_COMMAND in os.environ:
+                return  # another rank has died, of which the launcher tells
             err.print("stopping after this step, or the answers under way; Ctrl-C again stops now", markup=False)
 
         previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from limbeck.commands import console
@@ -11,6 +11,8 @@ from limbeck.types import UserError, nearest
 
 if TYPE_CHECKING:
     from limbeck.commands.doctor.run import Finding
+    from limbeck.config.recipe import Recipe
+    from limbeck.runs.cost import Plan
     from limbeck.runs.servers import ServerFinding
 
 METHOD_KINDS = ("divergences", "losses", "steps", "recipes")
@@ -26,10 +28,14 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         console.out.print(f"{name.replace('_', ' ')}: {value}", markup=False)
 
 
-def print_plan(name: str, recipe_hash: str, lines: Iterable[tuple[str, str]], servers: Sequence[ServerFinding]) -> None:
-    """Print what a checked recipe will cost, and what its servers say."""
+def print_plan(recipe: Recipe, plan: Plan, servers: Sequence[ServerFinding]) -> None:
+    """Print whether a checked recipe can run, what it will cost, and what its servers say."""
+    lines = plan.lines()
     verdict = "can't run yet: see its servers" if any(server.fault for server in servers) else "can run"
-    console.out.print(f"[bold]{name}[/bold] (hash {recipe_hash[:16]}) {verdict}.")
+    if not plan.fits:
+        verdict = f"will not fit: peak memory, {dict(lines)['peak memory']}"
+    console.out.print(f"[bold]{recipe.name}[/bold] (hash {recipe.hash[:16]}) ", end="")
+    console.out.print(f"{verdict}.", markup=False, soft_wrap=True)
     for title, value in [*lines, *((server.place, server.fault or server.seen) for server in servers)]:
         console.out.print(f"  {title:<26} {value}", markup=False, soft_wrap=True)
 

@@ -73,6 +73,8 @@ def _launch(arguments: Sequence[str], count: int) -> int:
 
     words = ["--standalone", f"--nproc_per_node={count}", "-m", "limbeck", *arguments]
     options: Any = run.parse_args(words)
+    if not hasattr(options, "signals_to_handle"):
+        raise UserError("--ranks needs a newer torch, whose launcher leaves signals to the ranks; use torchrun")
     options.signals_to_handle = "SIGUSR1"  # Ctrl-C and SIGTERM are passed on below, without torch's 30 s
     options.shutdown_timeout = GRACE_SECONDS
     os.environ[ranks.BY_COMMAND] = str(count)
@@ -109,12 +111,13 @@ def _status(codes: dict[int, int]) -> int:
 
 @contextlib.contextmanager
 def _passing_signals_on() -> Iterator[None]:
-    """Pass Ctrl-C and SIGTERM on to the ranks: they stop after the step, at the second one at once, and the launcher
-    waits for them. At the third they are killed: a rank that waits for another does not see a signal."""
+    """Pass Ctrl-C and SIGTERM on to the ranks, as Ctrl-C: they stop after the step, at the second one at once, and the
+    launcher waits for them. At the third they are killed: a rank that waits for another does not see a signal. SIGTERM
+    is what torch's launcher ends the ranks by where one has died."""
     received = itertools.count(1)
 
-    def on_signal(number: int, _: object) -> None:
-        passed_on = signal.SIGKILL if next(received) > PATIENT else number
+    def on_signal(*_: object) -> None:
+        passed_on = signal.SIGKILL if next(received) > PATIENT else signal.SIGINT
         for process in _children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, passed_on)

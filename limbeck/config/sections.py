@@ -113,12 +113,14 @@ class Prompts(Section):
 
     `columns` names the column of a prompt, an answer, ... where the names of columns don't tell. `seed` is for drawing
     the text; by default it is the training's. Set it to vary the training on the same text. `too_long` says what
-    happens to rows that are longer than the context, and `reasoning: drop` leaves out the thinking before answers.
+    happens to rows that are longer than the context or, in training, with their answer than `longest` tokens;
+    `reasoning: drop` leaves out the thinking before answers.
     """
 
     source: str | Annotated[list[str], Field(min_length=1)] = Field(alias="from")
     columns: dict[str, str | None] | None = None
     too_long: Literal["drop", "cut"] | None = None
+    longest: Annotated[int, Field(ge=1)] | None = None
     reasoning: Annotated[Literal["drop"] | None, BeforeValidator(_none_for_keep)] = None
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None

@@ -79,8 +79,8 @@ class Served(Section):
     if left out, which is exact).
 
     `answers_as` is the model's name in its answers, where that is another. Reasoning that comes beside an answer is
-    taught before it; `reasoning: drop` leaves it out. No more than the share `tolerate` of the answers may fail or be
-    malformed; those are not trained on. It is no part of the recipe's hash.
+    taught before it; `reasoning: drop` leaves it out. No more than the share `tolerate` of the answers (rounded up)
+    may fail or be malformed; those are not trained on. It is no part of the recipe's hash.
     """
 
     url: Annotated[str | tuple[str, ...], BeforeValidator(_addresses)]

@@ -41,7 +41,7 @@ from limbeck.elicit.template_fields import (
 from limbeck.types import AnswerForm, Message, Request, Sample, Sampling
 
 TEMPLATE_CHARS = 64 * 1024
-FINAL = ("refused", "filtered", "error")  # asking again would change nothing, or was done already
+FINAL = ("refused", "filtered", "error", "length")  # asking again would hardly change it, or was done already
 MOST = 1000  # draws
 OWN = (ALWAYS | SOMETIMES | {"prompt_id", "finish", "place"}) - {"kind", "task", "prompt", "answer"}
 TEXTS = ("kind", "task", "final", "rationale")  # fields that other steps and losses read as text
@@ -73,8 +73,8 @@ class Ask(AskingStep):
     earlier steps wrote, and the columns of the prompt's file. Reads the reply (`parse`) as text, one of some labels,
     JSON of a schema, or the groups of a pattern, and makes it the sample's answer, its prompt, or a field for later
     steps (`into`). With `constrain`, the model can write nothing beside what `parse` reads. What can't be read is
-    asked again up to `retries` times, then dropped. With `vote`, the most frequent of `n` readings wins, and ties are
-    dropped. The student sees neither template nor `system`."""
+    asked again up to `retries` times, then dropped; what was cut off is dropped at once. With `vote`, the most frequent
+    of `n` readings wins, and ties are dropped. The student sees neither template nor `system`."""
 
     by: By = TEACHER
     prompt: Annotated[str, Field(min_length=1, max_length=TEMPLATE_CHARS)]

@@ -61,9 +61,9 @@ def elicit(
     """Answer all requests, in their order. A request whose answer is in the store, or in the one that runs share, is
     not sent again.
 
-    Where more than the share `tolerate` of the answers failed or are malformed, those are asked for again by the next
-    call; where no more did, they stay as they are, so that the text is the same from then on. An answer that failed is
-    stored only then.
+    Where more than the share `tolerate` of the answers (rounded up) failed or are malformed, those are asked for again
+    by the next call; where no more did, they stay as they are, so that the text is the same from then on. An answer
+    that failed is stored only then.
 
     Args:
         answerer: called only if a request has to be sent, so that a finished stage loads no model.
@@ -77,7 +77,7 @@ def elicit(
     by_key = {request.key: sample for request in requests if (sample := store.answered(request))}
     total = len({request.key for request in requests})
     bad = FAILED if tolerate is not None else FAILED[:1]
-    allowed = int((tolerate or 0) * total)
+    allowed = math.ceil(round((tolerate or 0) * total, 9))  # so one of a small batch may fail
     failed = _failed(by_key, bad)
     if len(failed) > allowed:
         by_key = {key: sample for key, sample in by_key.items() if key not in failed}

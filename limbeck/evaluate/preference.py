@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.elicit.prompts import Prompt
+from limbeck.elicit.thinking import after_thinking
 from limbeck.evaluate import calibration
 from limbeck.evaluate.calibration import Reliability
 from limbeck.evaluate.cautions import basis
@@ -78,8 +79,11 @@ class PreferenceKind(TaskKind):
 
 
 def conversations(prompt: Prompt) -> list[Conversation]:
-    """A prompt with each of its answers."""
-    return [(prompt.messages, answer, rank in prompt.cut) for rank, answer in enumerate(prompt.answers)]
+    """A prompt with each of its answers, of which what follows the thinking is scored."""
+    return [
+        (prompt.messages, after_thinking(answer) or answer, rank in prompt.cut)
+        for rank, answer in enumerate(prompt.answers)
+    ]
 
 
 def judged(prompt: Prompt, scores: Sequence[float], probabilities: bool = True) -> ItemResult:

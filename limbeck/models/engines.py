@@ -25,6 +25,7 @@ SCHEMA: dict[str, Any] = {"type": "object", "properties": {"answer": {"type": "s
 OPENAI_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}
 WORDS = {"schema": "a JSON schema", "labels": "one of some labels", "pattern": "a pattern"}
 EFFORT = {"reasoning_effort": "low"}
+NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}  # of templates that have the switch, as Qwen3's
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,14 @@ ENGINES: dict[str, EndpointKind] = {
         "http://127.0.0.1:8000/v1",
         plain_logprobs=True,  # unless it was started with another --logprobs-mode than raw_logprobs
         forms={"schema": forms.response_format, "labels": forms.vllm_choice, "pattern": forms.vllm_regex},
+        effort=NO_THINKING,
         probe=("/version", "version"),
     ),
     "sglang": EndpointKind(
         "SGLang",
         "http://127.0.0.1:30000/v1",
         forms={"schema": forms.response_format, "labels": forms.sglang_regex, "pattern": forms.sglang_regex},
+        effort=NO_THINKING,
         probe=("/get_server_info", "model_path"),
     ),
     "ollama": EndpointKind("Ollama", "http://127.0.0.1:11434/v1", probe=("/api/version", "version")),
@@ -101,7 +104,7 @@ ENGINES: dict[str, EndpointKind] = {
         most_logprobs=1024,
         plain_logprobs=True,
         forms={"schema": forms.response_format, "labels": forms.gbnf},
-        effort={"chat_template_kwargs": {"enable_thinking": False}},
+        effort=NO_THINKING,
         probe=("/props", "default_generation_settings"),
     ),
     "states": EndpointKind(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from transformers import LlamaConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -235,6 +236,11 @@ class HubSource(ModelSource):
         repository, _, revision = name.partition("@")
         try:
             return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+        except GatedRepoError as error:
+            raise UserError(
+                f"{repository} is gated: accept its licence at https://huggingface.co/{repository} and set HF_TOKEN (or"
+                " run `hf auth login`)"
+            ) from error
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(

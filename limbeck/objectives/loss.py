@@ -128,6 +128,11 @@ class Loss:
         return False
 
     @property
+    def is_on_policy(self) -> bool:
+        """Whether it is right only for text of today's student itself, not of an older one or a rounded copy."""
+        return False
+
+    @property
     def writes_columns(self) -> frozenset[str]:
         """The columns that `columns` makes."""
         return frozenset()

@@ -77,6 +77,10 @@ class Policy(Loss):
         return self.prepare is not None
 
     @property
+    def is_on_policy(self) -> bool:
+        return self.spans_responses or (ADVANTAGE in self.reads and "old_log_prob" not in self.needed)
+
+    @property
     def writes_columns(self) -> frozenset[str]:
         return frozenset(self.needed) - {"teacher_log_prob"} if self.spans_responses else frozenset()
 
@@ -95,7 +99,7 @@ class Policy(Loss):
                 f"{self.name} reads what the student thought when it wrote, so its text must be new: leave ahead and"
                 " replay out",
             )
-        if self.spans_responses and facts.copy_writes:
+        if self.is_on_policy and facts.copy_writes:
             raise RecipeError(
                 settings.path,
                 f"{self.name} takes the student itself to be the one that wrote, and its copy is another: leave dtype"

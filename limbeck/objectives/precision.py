@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,11 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
 
 # Products of matrices in a shorter type with sums in fp32. CUDA has them; elsewhere the rounded numbers are multiplied
 # in fp32, which gives the same products.
+
+
+def passes_in(rounded: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which a model's passes compute in this type, by autocast; with None, in the type of its weights."""
+    return nullcontext() if rounded is None else torch.autocast(device.type, dtype=rounded)
 
 
 def to_multiply(values: Tensor, rounded: torch.dtype | None) -> Tensor:

@@ -127,7 +127,8 @@ def kto(
     """Kahneman-Tversky optimisation: the best answer of a group is desirable, all others undesirable; a sum over
     answers.
 
-    It needs no pair, so a lone answer counts as desirable. `baseline` z is the estimate of KL(student || reference)
+    Its formula needs no pair, and a lone answer counts as desirable (a recipe's text has a chosen answer and others to
+    every prompt all the same). `baseline` z is the estimate of KL(student || reference)
     from `kto_baseline` and `clamped_baseline`; at 0 it is KTO without a reference point. Units: the weights', not nats.
     Limits: half the weights at ratio = z; each answer's part lies between 0 and its weight and saturates at both ends.
     """

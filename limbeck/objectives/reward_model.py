@@ -54,6 +54,15 @@ def bradley_terry(
     return losses_GKK.masked_fill(~pairs_GKK, 0.0).sum((1, 2)) / pairs_GKK.sum((1, 2)).clamp(min=1)
 
 
+def squared_sums(score_GK: Tensor, present_GK: Tensor) -> Tensor:
+    """The mean of (r_i + r_j)^2 over the pairs of each group, [G]: it draws the level of the scores to 0 and leaves
+    their differences alone (Eisenstein et al., arXiv:2312.09244)."""
+    score_GK = full_precision(score_GK).masked_fill(~present_GK, 0.0)
+    count_G = present_GK.sum(1)
+    sums_G = (count_G - 2) * score_GK.square().sum(1) + score_GK.sum(1).square()  # over i < j
+    return sums_G / (count_G * (count_G - 1) / 2).clamp(min=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BradleyTerry(Loss):
     """The loss of a reward model. A pair's own probability and margin are read where its line gives them."""
@@ -98,15 +107,14 @@ class BradleyTerry(Loss):
         margin_G = labels[MARGIN].nan_to_num(0.0) * at_step.params["margin"] if MARGIN in labels else None
         values_G = bradley_terry(score_GK, present_GK, probability_G, margin_G)
         if at_step.params["centre"]:
-            squares_GK = full_precision(score_GK).masked_fill(~present_GK, 0.0).square()
-            values_G = values_G + at_step.params["centre"] * squares_GK.sum(1) / present_GK.sum(1)
+            values_G = values_G + at_step.params["centre"] * squared_sums(score_GK, present_GK)
         return TermSum(at_step.scale * values_G.sum(), float(values_G.detach().cpu().double().sum()))
 
 
 register(
     BradleyTerry(
         name="bradley_terry",
-        formula="-log s(r_best - r_worse), s = logistic, mean over a prompt's pairs; + c mean r^2",
+        formula="-log s(r_i - r_j) + c (r_i + r_j)^2, r_i the better, s = logistic; mean over a prompt's pairs",
         paper="Ouyang et al., arXiv:2203.02155; margin: arXiv:2307.09288; centre c: arXiv:2312.09244",
         reads=frozenset({"answers", SCORE}),
         unit="group",

@@ -15,6 +15,8 @@ from limbeck.objectives.policy import K1_REMEDY, LOG_CAP, Columns, probability_r
 from limbeck.objectives.precision import full_precision
 from limbeck.types import UserError
 
+LENGTH_WEIGHT = "length_weight"  # the column with what makes answers, tokens or sums count alike (`length_weights`)
+
 
 @register_policy("-A log q(y)", "Williams 1992, doi:10.1007/BF00992696", ("advantage",))
 def reinforce(log_prob_N: Tensor, columns: Columns) -> Tensor:
@@ -72,18 +74,35 @@ def kl_penalty(log_prob_N: Tensor, reference_log_prob_N: Tensor, estimator: str 
     return _k1_k2_k3(log_prob_N, reference_log_prob_N, estimator)
 
 
-@register_policy("(log q(y) - log p(y))^2 / 2", "Schulman 2020, Approximating KL divergence", ("reference_log_prob",))
+@register_policy(
+    "w (log q(y) - log p(y))^2 / 2",
+    "Schulman 2020, Approximating KL divergence",
+    ("reference_log_prob",),
+    optional=(LENGTH_WEIGHT,),
+)
 def kl_penalty_k2(log_prob_N: Tensor, columns: Columns) -> Tensor:
-    """Expected gradient over y ~ q: that of KL(q || reference). See `kl_penalty`."""
-    return kl_penalty(log_prob_N, columns["reference_log_prob"], "k2")
+    """Expected gradient over y ~ q: at every prefix that of KL(q || reference). See `kl_penalty`.
+
+    w is the weight by length that multiplies the advantages, too (`rollout.advantage.count`), so that both are sums
+    over the same thing; 1 without rewards.
+    """
+    return _weighted(kl_penalty(log_prob_N, columns["reference_log_prob"], "k2"), columns)
 
 
 @register_policy(
-    "p(y) / q(y) - 1 - log(p(y) / q(y))", "Shao et al., arXiv:2402.03300 (GRPO's penalty)", ("reference_log_prob",)
+    "w (p(y) / q(y) - 1 - log(p(y) / q(y)))",
+    "Shao et al., arXiv:2402.03300 (GRPO's penalty)",
+    ("reference_log_prob",),
+    optional=(LENGTH_WEIGHT,),
 )
 def kl_penalty_k3(log_prob_N: Tensor, columns: Columns) -> Tensor:
-    """Expected gradient over y ~ q: that of KL(reference || q), not of the KL(q || reference) it estimates."""
-    return kl_penalty(log_prob_N, columns["reference_log_prob"], "k3")
+    """Expected gradient over y ~ q: that of KL(reference || q), not of the KL(q || reference) it estimates. w as in
+    `kl_penalty_k2`: with `count: answers` each answer's mean, as in the paper."""
+    return _weighted(kl_penalty(log_prob_N, columns["reference_log_prob"], "k3"), columns)
+
+
+def _weighted(value_N: Tensor, columns: Columns) -> Tensor:
+    return value_N * columns[LENGTH_WEIGHT].detach() if LENGTH_WEIGHT in columns else value_N
 
 
 def _groups(reward_GK: Tensor, present_GK: Tensor | None, least: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +127,8 @@ def rloo(reward_GK: Tensor, present_GK: Tensor | None = None) -> Tensor:
     """
     reward_GK, present_GK, count_G1 = _groups(reward_GK, present_GK)
     others_GK = (reward_GK.sum(1, keepdim=True) - reward_GK) / (count_G1 - 1).clamp(min=1)
-    return torch.where(present_GK & (count_G1 > 1), reward_GK - others_GK, 0.0)
+    differ_G1 = ~_equal(reward_GK, present_GK)  # where all are equal, rounding must not make a difference
+    return torch.where(present_GK & differ_G1 & (count_G1 > 1), reward_GK - others_GK, 0.0)
 
 
 def grpo(
@@ -122,9 +142,7 @@ def grpo(
     UserError as for `rloo`.
     """
     reward_GK, present_GK, count_G1 = _groups(reward_GK, present_GK)
-    low_G1 = reward_GK.masked_fill(~present_GK, math.inf).amin(1, keepdim=True)
-    high_G1 = reward_GK.masked_fill(~present_GK, -math.inf).amax(1, keepdim=True)
-    equal_G1 = low_G1 >= high_G1
+    equal_G1 = _equal(reward_GK, present_GK)
     centred_GK = torch.where(
         present_GK & ~equal_G1, reward_GK - reward_GK.sum(1, keepdim=True) / count_G1.clamp(min=1), 0.0
     )
@@ -137,9 +155,22 @@ def grpo(
 def equal_groups(reward_GK: Tensor, present_GK: Tensor | None = None) -> Tensor:
     """Whether all present rewards of a group are equal, [G]; a group without any is not."""
     reward_GK, present_GK, count_G1 = _groups(reward_GK, present_GK, least=1)
-    low_G = reward_GK.masked_fill(~present_GK, math.inf).amin(1)
-    high_G = reward_GK.masked_fill(~present_GK, -math.inf).amax(1)
-    return (low_G >= high_G) & (count_G1[:, 0] > 0)
+    return (_equal(reward_GK, present_GK) & (count_G1 > 0))[:, 0]
+
+
+def _equal(reward_GK: Tensor, present_GK: Tensor) -> Tensor:
+    """Whether the present rewards of a group are all equal, [G, 1]; True for a group without any."""
+    low_G1 = reward_GK.masked_fill(~present_GK, math.inf).amin(1, keepdim=True)
+    high_G1 = reward_GK.masked_fill(~present_GK, -math.inf).amax(1, keepdim=True)
+    return low_G1 >= high_G1
+
+
+SCALES = {  # by the baseline: those that are 0 only where reward - baseline is
+    "group": ("group", "step", "none"),
+    "others": ("group", "step", "none"),
+    "step": ("step", "none"),
+    "none": ("none",),
+}
 
 
 def advantages(
@@ -154,10 +185,16 @@ def advantages(
 
     `baseline`: `group` and `scale` `group` are `grpo`, `group` with `none` is Dr. GRPO, `others` with `none` is `rloo`;
     `step` subtracts the mean of all present samples, `none` nothing (Williams 1992). `scale` `step` divides by the
-    sample deviation of all present samples. UserError as for `rloo`, but `step` and `none` take one sample a prompt.
+    sample deviation of all present samples. UserError as for `rloo`, but `step` and `none` take one sample a prompt;
+    and for a scale that can be 0 where reward - baseline is not (`SCALES`).
     """
     if baseline not in ("group", "others", "step", "none") or scale not in ("group", "step", "none"):
         raise UserError(f"no advantage has the baseline {baseline!r} and the scale {scale!r}")
+    if scale not in SCALES[baseline]:
+        raise UserError(
+            f"the baseline {baseline!r} with the scale {scale!r} divides by 0 where all rewards are equal, so that such"
+            f" groups would outweigh all others; take the scale {' or '.join(SCALES[baseline])}"
+        )
     compares = baseline in ("group", "others") or scale == "group"
     reward_GK, present_GK, count_G1 = _groups(reward_GK, present_GK, least=2 if compares else 1)
     if baseline == "group":

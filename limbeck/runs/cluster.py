@@ -1,9 +1,9 @@
 """Predicts what a run takes on machines that are not here, from the numbers stated for them (`config.cluster`).
 
-A rank is a device. Rank 0 alone elicits, fills caches, judges and evaluates while the others wait; trainings are
-shared. A step is its passes, what the student writes for it, what goes over the wire, and the update of the weights,
-one after another: nothing overlaps. Operations run at `tflops` times `utilisation`; writing reads all weights and the
-keys and values once a token.
+A rank is a device. Rank 0 alone elicits, fills caches and judges while the others wait; trainings are shared. The
+evaluation is counted as rank 0's alone, though its items are shared. A step is its passes, what the student writes for
+it, what goes over the wire, and the update of the weights, one after another: nothing overlaps. Operations run at
+`tflops` times `utilisation`; writing reads all weights and the keys and values once a token.
 
 Not counted: the start of kernels and of collectives (much where models or micro-batches are tiny), padding, loading,
 checkpoints, and a server's time.

@@ -22,7 +22,7 @@ from limbeck.runs.amounts import TextAmounts
 from limbeck.runs.cluster import passing_teacher, predict, writing_time
 from limbeck.runs.hardware import GIB, Hardware
 from limbeck.runs.lengths import Lengths
-from limbeck.runs.memory import LIBRARY_BYTES, compute_dtype, teacher_bytes, teacher_precision, training_bytes
+from limbeck.runs.memory import LIBRARY_BYTES, compute_dtype, models_bytes, teacher_precision
 from limbeck.runs.prediction import Prediction, Work
 from limbeck.runs.rewarded import RewardedText, rewarded_bytes, rewarded_text
 from limbeck.runs.shapes import Shape, Shapes, forward_flops, step_flops
@@ -58,6 +58,10 @@ class Plan:
         rounds: how many rounds there are, each of which costs so much.
         judged: (answers, tokens) that the student writes and rewards judge, if they do.
         prediction: of the machines that it was made for, where their numbers are stated.
+        texts: (prompts that are trained on, prompts that are held out); `limited` if prompts.limit allows no more.
+        again: (requests, tokens) beside those, if every answer that may be asked for again is.
+        text_cost: of the teacher's training and held-out text by its server's price, if it has one: `about`, `at_most`
+            with what is asked for again, and the `tokens_read` and `tokens_written` of the former.
     """
 
     requests: int
@@ -78,6 +82,10 @@ class Plan:
     rounds: int = 1
     judged: tuple[int, int] | None = None
     prediction: Prediction | None = None
+    texts: tuple[int, int] = (0, 0)
+    limited: bool = False
+    again: tuple[int, int] = (0, 0)
+    text_cost: Mapping[str, float] | None = None
 
     @property
     def cost(self) -> float | None:
@@ -87,12 +95,15 @@ class Plan:
     def lines(self) -> list[tuple[str, str]]:
         all_minutes = self.rounds * sum(self.seconds.values()) / 60
         minutes = {stage: f"{value / 60:.1f} min" for stage, value in self.seconds.items()}
+        limit = " (no more, by prompts.limit)" if self.limited else ""
         judged = "" if self.judged is None else "{:,}, of about {:,} tokens".format(*self.judged)
         return [
             *(("prompts", note) for note in self.notes),
             *([("rounds", f"{self.rounds}, and what follows is of each")] if self.rounds > 1 else []),
-            ("requests to the teacher", f"{self.requests:,}"),
-            ("tokens it will write", f"about {self.teacher_tokens:,}"),
+            ("texts", f"{self.texts[0]:,} trained{limit}, {self.texts[1]:,} held out"),
+            ("requests to the teacher", f"{self.requests:,}{self._again(self.requests, self.again[0])}"),
+            ("tokens it will write", f"about {self.teacher_tokens:,}{self._again(self.teacher_tokens, self.again[1])}"),
+            *([] if self.text_cost is None else [("cost of the teacher's text", self._text_cost(self.text_cost))]),
             *([("length of an answer", self.answers)] if self.answers else []),
             ("trainings", f"{self.trainings} (the student{' and its control' if self.trainings > 1 else ''})"),
             ("steps of each", f"about {self.steps:,}"),
@@ -107,6 +118,15 @@ class Plan:
             *([] if self.cost is None else [("cost of the machines", self._cost())]),
             *(("note", caution) for caution in self.cautions),
         ]
+
+    def _again(self, amount: int, more: int) -> str:
+        return f" (at most {amount + more:,}, if every answer is asked for again)" if more else ""
+
+    def _text_cost(self, cost: Mapping[str, float]) -> str:
+        """In the currency of the stated price."""
+        most = f" (at most {cost['at_most']:,.2f}, if every answer is asked for again)" if sum(self.again) else ""
+        tokens = f"{cost['tokens_read']:,} tokens read, {cost['tokens_written']:,} written"
+        return f"about {cost['about']:,.2f}{most}: about {tokens}"
 
     def _students(self) -> str:
         """What the students of the other rounds take."""
@@ -163,7 +183,12 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         facts = {key: value for key, value in vars(self).items() if key != "prediction"}
         told = {} if self.prediction is None else {"prediction": self.prediction.as_dict(), "cost": self.cost}
-        return {**facts, **told, "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()}}
+        return {
+            **facts,
+            **told,
+            "fits": self.fits,
+            "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
+        }
 
 
 def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
@@ -191,11 +216,12 @@ def _disk_bytes(student: Shape, trainings: int) -> int:
     return 4 * student.parameters * (3 * 3 + trainings)
 
 
-def _memory_bytes(recipe: Recipe, shapes: Shapes, judge: Shape | None, hardware: Hardware) -> int:
-    """The teachers, unless they are on a device of their own, and the larger of the training and a judge."""
-    training_or_judge = max(training_bytes(recipe, shapes.student), 4 * judge.parameters if judge else 0)
+def _memory_bytes(
+    recipe: Recipe, terms: Sequence[Term], shapes: Shapes, judge: Shape | None, *, hardware: Hardware
+) -> int:
+    """What the models take, the libraries, and a chunk of logits."""
     chunk = 0 if hardware.memory is None else 4 * hardware.memory // 64  # larger ones than on the CPU
-    return int(teacher_bytes(recipe, shapes) + training_or_judge + LIBRARY_BYTES + chunk)
+    return int(models_bytes(recipe, terms, shapes, judge) + LIBRARY_BYTES + chunk)
 
 
 def make_plan(
@@ -241,7 +267,7 @@ def make_plan(
         steps=steps,
         trainings=trainings,
         disk_bytes=disk,
-        memory_bytes=_memory_bytes(recipe, shapes, judging, hardware)
+        memory_bytes=_memory_bytes(recipe, terms, shapes, judging, hardware=hardware)
         + (int(rewarded_bytes(recipe, terms, shapes.student, shapes.scorers)) if rewarded else 0),
         seconds=({} if elicit == 0 else {"elicit": elicit})
         | {

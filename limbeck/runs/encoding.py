@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from limbeck.config.named_models import TEACHER
 from limbeck.data.batches import Row, make_batch, make_rows
+from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.training_text import TrainingText
 from limbeck.models.model import Model
 from limbeck.models.prune import Calibration
@@ -56,9 +57,11 @@ class Encoding:
             return alone.answer_ids(sample.messages[-1]["content"], sample.meta.get("finish") == "length")
 
         def scored_ids(sample: Sample) -> Sequence[int]:
-            """As the template ends a conversation, whoever wrote the answer: a score is of the text."""
+            """As the template ends a conversation, whoever wrote the answer: a score is of the text that follows the
+            thinking, as where the student's answers are rewarded by it."""
             is_cut = sample.meta.get("finish") == "length"
-            ids = alone.answer_ids(sample.messages[-1]["content"], is_cut)
+            text = sample.messages[-1]["content"]
+            ids = alone.answer_ids(after_thinking(text) or text, is_cut)
             return ids if is_cut else [*ids, *alone.closing_ids]
 
         alone = student.with_context(None)

@@ -30,12 +30,14 @@ class Window:
         max_length: of the conversation as the student sees it, with an answer.
         shown: turns it into the one that the teacher sees, where that is another that is read here.
         shown_length: of that one, with an answer.
+        limit: what `max_length` is, in words.
     """
 
     tokenizer: Tokenizer
     max_length: int
     shown: Callable[[tuple[Message, ...]], tuple[Message, ...]] | None
     shown_length: int
+    limit: str = "the context"
 
     @cached_property
     def around(self) -> int:
@@ -87,12 +89,14 @@ def fitted(method: Method) -> Method:
     recipe = method.recipe
     tokenizer = load_tokenizer(recipe.speaker, recipe.speaker_template)
     _check_templates(method, tokenizer)
-    context = _window(method, tokenizer)
+    context = trained = _window(method, tokenizer)
+    if recipe.prompts.longest is not None and recipe.prompts.longest < context.max_length:
+        trained = replace(context, max_length=recipe.prompts.longest, limit="prompts.longest")
     reads_answers = any(writer.by == "corpus" for writer in recipe.writer) or "gold_control" in recipe.evaluate.controls
     asked = [writer.max_tokens for writer in recipe.writer if writer.by not in ("corpus", "elicited")]
     written = 0 if recipe.elicit else max(asked, default=0)
     training, lost = _fit(
-        method.training_prompts, context, recipe.prompts.too_long, written=written, reads_answers=reads_answers
+        method.training_prompts, trained, recipe.prompts.too_long, written=written, reads_answers=reads_answers
     )
     most = max(recipe.held_out_writer.max_tokens, recipe.evaluate.max_tokens)
     held_out, held_out_lost = _fit(
@@ -100,13 +104,14 @@ def fitted(method: Method) -> Method:
     )
     if not lost and not held_out_lost:
         return method
-    for path, part in (("prompts.too_long", training), ("evaluate.prompts", held_out)):
+    for path, part, room in (("prompts.too_long", training, trained), ("evaluate.prompts", held_out, context)):
         if not part:
-            raise RecipeError(path, f"no prompt fits a context of {context.max_length} tokens; give shorter ones")
+            raise RecipeError(path, f"no prompt fits {room.limit} of {room.max_length} tokens; give shorter ones")
     did = "left out" if recipe.prompts.too_long == "drop" else "cut"
     count = len(lost) + len(held_out_lost)
     first = (*lost, *held_out_lost)[0]
-    note = f"{count:,} prompts longer than the context of {context.max_length:,} tokens {did} (first: {first.place})"
+    room = trained if lost else context
+    note = f"{count:,} prompts longer than {room.limit} of {room.max_length:,} tokens {did} (first: {first.place})"
     return replace(
         method,
         training_prompts=tuple(training),
@@ -173,8 +178,8 @@ def _fit(
         if too_long is None:
             raise UserError(
                 f"{prompt.place}: the prompt{' and its answer take' if answers else ', with an answer, may take'}"
-                f" {tokens:,} tokens, more than the context of {context.max_length:,}: shorten it, lower max_tokens, or"
-                " write prompts: {too_long: drop} (or cut)"
+                f" {tokens:,} tokens, more than {context.limit} of {context.max_length:,}: shorten it, lower"
+                " max_tokens, or write prompts: {too_long: drop} (or cut)"
             )
         if too_long == "cut" and (shorter := _cut(prompt, context, answers, written)) is not None:
             fit.append(shorter)

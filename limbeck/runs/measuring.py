@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.records import SystemRecords
 from limbeck.evaluate.shares import Shares
+from limbeck.models.load import load_config, load_tokenizer
+from limbeck.models.model import Model
+from limbeck.models.weights import empty_model
 from limbeck.storage.metrics_log import steps_made
 from limbeck.training import distributed
 from limbeck.training.controls import CONTROLS
@@ -41,9 +46,31 @@ def evaluate(run: Run) -> None:
     evaluation.write_summary(run.questions, bench, systems, steps=steps_made(run.folder))
 
 
+def ask_teacher(run: Run) -> None:
+    """Have a served teacher write what the evaluation will ask of it, so that its server may be gone by then.
+
+    Raises:
+        UserError: no held-out answer is left to measure on, or the server fails.
+    """
+    recipe, models = run.recipe, run.models
+    is_measured_here = not (models.teacher_is_away or models.other_tokens)
+    if recipe.teacher.server is None or recipe.student.scores or is_measured_here:
+        return
+    if run.path("evaluation", "summary.json").exists():
+        return
+    tokenizer = load_tokenizer(recipe.speaker, recipe.speaker_template)
+    reader = Model(empty_model(load_config(recipe.speaker)), tokenizer, "none")  # what it counts is not kept
+    with TemporaryDirectory() as folder:
+        where = Path(folder)
+        bench = evaluation.bench(run.questions, where, teacher=None, reader=reader, rows=(), progress=run.progress)
+        bench.by_text("teacher", run.text.said)
+
+
 def take_part(run: Run) -> None:
     """Measure this rank's share of what rank 0 evaluates."""
-    measured(run, run.bench(run.path("evaluation"), Shares(over_ranks=True)))
+    bench = run.bench(run.path("evaluation"), Shares(over_ranks=True))
+    distributed.wait()  # for rank 0's call
+    measured(run, bench)
 
 
 def measured(run: Run, bench: Bench) -> dict[str, list[SystemRecords]]:

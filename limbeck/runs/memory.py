@@ -7,12 +7,15 @@ then each holds 1/N of the weights, gradients and moments of matrices, and gathe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from limbeck.config.recipe import Recipe
 from limbeck.data.batches import MICRO_TOKENS
 from limbeck.models.placement import Precision
+from limbeck.models.teacher_interface import TeacherUse
+from limbeck.objectives.term import Term
 from limbeck.runs.hardware import GIB
 from limbeck.runs.shapes import Shape, Shapes
 
@@ -102,6 +105,21 @@ def teacher_bytes(recipe: Recipe, shapes: Shapes, ranks: int = 1) -> float:
         return 0.0
     teachers = [shape for shape in (shapes.teacher, *shapes.others) if shape is not None]
     return sum(weight_bytes(shape, teacher_precision(recipe), ranks) for shape in teachers)
+
+
+def models_bytes(recipe: Recipe, terms: Sequence[Term], shapes: Shapes, judge: Shape | None) -> float:
+    """The largest of the training, with the teachers in process if it needs them, and of the teachers with the student
+    that is measured, or with a judge."""
+    teachers = teacher_bytes(recipe, shapes)
+    training = training_bytes(recipe, shapes.student) + (teachers if keeps_teacher(recipe, terms) else 0.0)
+    measured = FLOAT * max(shapes.student.parameters, judge.parameters if judge else 0)
+    return max(training, teachers + measured)
+
+
+def keeps_teacher(recipe: Recipe, terms: Sequence[Term]) -> bool:
+    """Whether a training may need the teachers in process: for a loss, to write with the student, or for a reward."""
+    rewarded = recipe.rollout is not None and recipe.rollout.rewards is not None
+    return rewarded or TeacherUse(recipe, terms, ()).needs_common_tokens
 
 
 def adapter_parameters(recipe: Recipe, student: Shape) -> float:

@@ -35,7 +35,8 @@ from limbeck.runs.claim import follow_names, run_folder, training_key
 from limbeck.runs.encoding import Encoding
 from limbeck.runs.exporting import exported, write_export
 from limbeck.runs.fit import fitted
-from limbeck.runs.measuring import evaluate
+from limbeck.runs.measuring import ask_teacher, evaluate
+from limbeck.runs.memory import keeps_teacher
 from limbeck.runs.models import RunModels
 from limbeck.runs.opening import begin, bind, tell_answers, tell_prompts
 from limbeck.runs.preflight import plan
@@ -224,6 +225,8 @@ class Run:
         )
         parts = self._teacher_parts(student, own_text)
         teacher = cache(lambda: self.method.teacher_kind.prepare(recipe.teacher, parts))
+        if not keeps_teacher(recipe, self.method.terms):
+            self.models.release()
         job = make_job(training_plan, student, teacher, self.progress)
         self.models.tell_adapters(student)
         return job
@@ -352,6 +355,7 @@ def run(
             job.tell_answers(held_out=not recipe.student.scores)
             if not recipe.fixed_writers and method.controls:
                 job.text.by_others()
+            ask_teacher(job)
             if recipe.teacher.cache is not None and "train" not in stages:  # a training does it itself
                 reporter.stage("Teacher's distributions")
                 job.fill_cache()
@@ -359,9 +363,8 @@ def run(
             if "elicit" not in stages and not job.path("student").exists():
                 job.tell_answers(held_out=False)
             if "evaluate" in stages and not job.path("student").exists():
-                _ = (
-                    job.preferences.task() if recipe.student.scores else job.questions.prompts
-                )  # refused if none is left
+                # refused if none is left
+                _ = job.preferences.task() if recipe.student.scores else job.questions.prompts
             reporter.stage("Student's start")
             job.models.choice()
             for name in ("student", *method.controls):

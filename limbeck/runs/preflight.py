@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from limbeck.config.named_models import NamedLocal, NamedModel
-from limbeck.config.recipe import Recipe
+from limbeck.config.named_models import TEACHER, NamedLocal, NamedModel
+from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.config.teacher import BridgedTeacher, SeveralTeachers
+from limbeck.elicit.bills import Bills
 from limbeck.elicit.step import Estimate
 from limbeck.evaluate.thinking_settings import thinking_of
 from limbeck.models.compatibility import check_same_template, check_same_vocabulary, check_takes_system
@@ -25,7 +27,7 @@ from limbeck.models.start import scratch_config
 from limbeck.models.template import prompt_ids, text_ids
 from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.advice import judge_cautions
-from limbeck.runs.cost import Plan, make_plan
+from limbeck.runs.cost import ASKED_TOKENS, Plan, make_plan
 from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured, stated
 from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of
@@ -36,10 +38,11 @@ from limbeck.runs.sharing import check as check_sharing
 from limbeck.types import RecipeError, UserError
 
 
-def check(recipe: Recipe, device_like: str | None = None) -> Plan:
+def check(recipe: str | Path | Recipe, device_like: str | None = None) -> Plan:
     """Refuse a recipe that can't work, and estimate the cost of one that can; no weights are loaded.
 
     Args:
+        recipe: a recipe, a file, or the name of a built-in one.
         device_like: hardware of `runs.hardware` to estimate for, such as h100-80gb; by default the recipe's device.
 
     Raises:
@@ -47,7 +50,7 @@ def check(recipe: Recipe, device_like: str | None = None) -> Plan:
         UserError: a device that is not here, hardware that is named twice, or prompts that fit no context and no
             template.
     """
-    return check_method(resolve(recipe), device_like)
+    return check_method(resolve(recipe if isinstance(recipe, Recipe) else load_recipe(recipe)), device_like)
 
 
 def check_method(method: Method, device_like: str | None = None, folder: Path | None = None) -> Plan:
@@ -121,13 +124,45 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     shapes = Shapes(student, teacher, others, judge, scorers=(*_scorer_shapes(method), *reading))
     given = method.held_out_prompts if method.holds_out_answers else ()
     lengths = lengths_of(recipe, method.steps, prompts[0], tokens=_tokens(recipe), store=store, given=given)
-    bills = _bills(method)
+    bills = _bills(method, again=False)
     made = make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=bills)
     said = [*judge_cautions(recipe, method.steps, judges)]
     said += [f"what the stage {name} takes before each round is not counted" for name in method.stages]
     if method.at_once:
         said.append(f"of these rounds, {method.at_once} stand for the control that does all at once (rounds.at_once)")
+    made = _with_text(method, made, lengths.prompt, bills)
     return replace(made, rounds=method.rounds + method.at_once, cautions=(*made.cautions, *said))
+
+
+def _with_text(method: Method, made: Plan, prompt: float, bills: Sequence[Estimate]) -> Plan:
+    """The plan with how many texts there are, what asking again adds at most, and what the teacher's text costs.
+
+    Args:
+        prompt: the tokens of one.
+        bills: of the steps of elicitation if nothing is asked for again.
+    """
+    most, limit = _bills(method, again=True), method.recipe.prompts.limit
+    pairs = list(zip(bills, most, strict=True))
+    shares = [step.asks().count(TEACHER) / max(1, len(step.asks())) for _, step in method.steps]
+    plain = made.requests - sum(bill.requests for bill in bills), made.teacher_tokens - sum(b.tokens for b in bills)
+
+    def tokens(asked: Sequence[Estimate]) -> tuple[int, int]:
+        """(read, written) by the teacher, with its share of what the steps ask."""
+        own = list(zip(shares, asked, strict=True))
+        read = plain[0] * prompt + max(prompt, ASKED_TOKENS) * sum(share * bill.requests for share, bill in own)
+        return int(read), int(plain[1] + sum(share * bill.tokens for share, bill in own))
+
+    paid, (read, written) = Bills(method.recipe, Path(), str), tokens(bills)
+    about, at_most = paid.price(read, written, TEACHER), paid.price(*tokens(most), TEACHER)
+    return replace(
+        made,
+        texts=(len(method.training_prompts), len(method.held_out_prompts)),
+        limited=limit is not None and len(method.training_prompts) >= limit,
+        again=(sum(b.requests - a.requests for a, b in pairs), sum(b.tokens - a.tokens for a, b in pairs)),
+        text_cost=None
+        if about is None or at_most is None
+        else {"about": about, "at_most": at_most, "tokens_read": read, "tokens_written": written},
+    )
 
 
 def _tokens(recipe: Recipe) -> TokenCounter:
@@ -301,12 +336,14 @@ def _scorer_shapes(method: Method) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def _bills(method: Method) -> list[Estimate]:
-    """What each step of elicitation will ask for, given the samples that the step before it leaves."""
+def _bills(method: Method, *, again: bool) -> list[Estimate]:
+    """What each step of elicitation will ask for, given the samples that the step before it leaves; with `again`, where
+    every answer is asked for again as often as the step's `retries` allow."""
     bills: list[Estimate] = []
     prompts = len(method.training_prompts)
     for _, step in method.steps:
-        bills.append(step.estimate_of(bills[-1].samples if bills else prompts, prompts))
+        once = step if again else step.model_copy(update={"retries": 0} if hasattr(step, "retries") else {})
+        bills.append(once.estimate_of(bills[-1].samples if bills else prompts, prompts))
         prompts = bills[-1].samples if step.kind in ("expand", "curate") else min(prompts, bills[-1].samples)
     return bills
 

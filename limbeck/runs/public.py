@@ -33,6 +33,7 @@ def run(
     Args:
         recipe: a recipe, a file, or the name of a built-in one.
         out: the run folder; by default runs/NAME.
+        reporter: is told of stages and progress, such as `PrintingReporter()`; by default nothing is printed.
         stop: called between two steps; if it returns true, the state is saved and `StoppedError` raised.
         stages: which of elicit, train, evaluate, report; a stage also does what it needs of earlier ones.
 
@@ -66,6 +67,8 @@ def compare(
         seeds: how many (counted from the common recipe's own), or which. They vary the training, not the text.
         base: the method that the others are held against; by default the first recipe.
         keep: keep every trained student, not only each method's first.
+        reporter: is told of stages and progress, such as `PrintingReporter()`; by default nothing is printed.
+        stop: called between two steps; if it returns true, the state is saved and `StoppedError` raised.
 
     Raises:
         UserError: recipes that can't be compared, or a folder that holds something else.

@@ -146,7 +146,6 @@ def resolve(recipe: Recipe) -> Method:
     prompts = split_prompts(recipe.prompts, evaluate, recipe.train.turns, columns_read(steps))
     training, held_out = prompts.training, prompts.held_out
     share, fresh = _shares(recipe)
-    rollout = recipe.rollout or Rollout()
     method = Method(
         recipe=recipe,
         terms=tuple(terms_of(recipe)),
@@ -157,7 +156,7 @@ def resolve(recipe: Recipe) -> Method:
         prompt_context=context_of(recipe, [*training, *held_out]),
         share=share,
         fresh=fresh,
-        rewards=None if rollout.rewards is None else rewards_of(rollout.rewards, rollout.advantage, training),
+        rewards=_rewards(recipe, training),
         prompt_notes=tuple(prompts.notes),
     )
     check_scores(method.teacher_use, held_out)
@@ -180,6 +179,15 @@ def resolve(recipe: Recipe) -> Method:
     return method
 
 
+def _rewards(recipe: Recipe, training: Sequence[Prompt]) -> Rewards | None:
+    """The rewards of the student's answers, if there are any."""
+    rollout, writer = recipe.rollout, recipe.student_writer
+    if rollout is None or rollout.rewards is None:
+        return None
+    assert writer is not None
+    return rewards_of(rollout.rewards, rollout.advantage, training, writer.max_tokens)
+
+
 def _resolve_rounds(recipe: Recipe, rounds: Rounds) -> Method:
     """The first round of a recipe, once a later one is known to be possible, too."""
     if rounds.first is not None:
@@ -194,6 +202,10 @@ def _resolve_rounds(recipe: Recipe, rounds: Rounds) -> Method:
         if rounds.stop not in sided:
             raise RecipeError(
                 "rounds.stop", f"evaluate measures no {rounds.stop!r} that can be better{nearest(rounds.stop, sided)}"
+            )
+        if "untouched" not in recipe.evaluate.controls:
+            raise RecipeError(
+                "rounds.stop", "the first round is compared with its start: add untouched to evaluate.controls"
             )
     if rounds.n > 1:
         try:

@@ -108,7 +108,8 @@ class RoundsRun:
             if words := self.no_more(number):
                 kept = number if self.is_same(number) or not self.has(number - 1) else number - 1
                 self.control()
-                self.reporter.note(f"no round follows: {words}; {self.finish(kept, words)}")
+                end = "the last round" if number == self.rounds.n else "no round follows"
+                self.reporter.note(f"{end}: {words}; {self.finish(kept, words)}")
                 return
         self.control()
         self.finish(self.rounds.n, "")
@@ -174,7 +175,7 @@ class RoundsRun:
             return
         recipe = self.recipe.of_round(number, before, base, stages)
         judged = self.rounds.stop is not None and TRAIN in self.stages and EVALUATE not in self.stages
-        to_do = (*self.stages, EVALUATE) if judged and 0 < number < self.rounds.n else self.stages
+        to_do = (*self.stages, EVALUATE) if judged and number > 0 else self.stages
         try:
             pipeline.run(recipe, home, self.reporter, self.stop, stages=to_do, store=self.folder)
         except (StoppedError, NothingLeftError):
@@ -258,10 +259,11 @@ class RoundsRun:
         return before is not None and bool(now["contents"] == before["contents"])
 
     def no_more(self, number: int) -> str:
-        """Why no round should follow this one; empty if one should, or this is the last."""
-        if number in (0, self.rounds.n):
+        """Why the rounds end with this one, or with the one before it; empty if they don't, or this is the last and the
+        best."""
+        if number == 0:
             return ""
-        if self.is_same(number):
+        if number < self.rounds.n and self.is_same(number):
             return f"the student of round {number} is that of round {number - 1} to the bit, and so would all others be"
         metric = self.rounds.stop
         if metric is None or not (summary := self.summary(number)):

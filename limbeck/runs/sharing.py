@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from limbeck.config.recipe import Recipe
+from limbeck.config.server import Limits
 from limbeck.config.teacher import LocalTeacher, ServedTeacher
 from limbeck.models.teacher_interface import TEACHER_EVIDENCE
 from limbeck.runs.resolve import resolve
@@ -24,11 +25,24 @@ def check(recipe: Recipe) -> None:
             "with several ranks each would ask the server about every answer: run it on one, or choose a loss that is"
             " no policy gradient on the teacher",
         )
+    if served and _has_ceilings(recipe) and any(term.reads & TEACHER_EVIDENCE for term in resolve(recipe).terms):
+        raise RecipeError(
+            "teacher.server",
+            "with several ranks each asks the server for itself, and would have its limits and rates for itself, too:"
+            " leave limits, requests_per_minute and tokens_per_minute out, keep the answers in a teacher.cache first"
+            " (limbeck elicit), or run it on one rank",
+        )
     if recipe.machine.shard == "full":
         for path, what in _undivided(recipe):
             raise RecipeError(
                 path, f"{what} under machine.shard: full; leave that out: each rank holds all weights then"
             )
+
+
+def _has_ceilings(recipe: Recipe) -> bool:
+    server = recipe.teacher.server
+    assert server is not None
+    return bool(server.limits != Limits() or server.requests_per_minute or server.tokens_per_minute)
 
 
 def _undivided(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -39,6 +53,8 @@ def _undivided(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "student.head", "reward models are not trained"
     if recipe.student.lora is not None and recipe.student.lora.base in ("int8", "int4"):
         yield "student.lora.base", f"{recipe.student.lora.base} weights can't be divided"
+    if recipe.train.mixup is not None:
+        yield "train.mixup", "mixed texts can't be read"
     terms = resolve(recipe).terms
     for term in terms:
         if term.loss.binds:

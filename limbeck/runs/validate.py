@@ -20,6 +20,7 @@ from limbeck.models.teachers import kind
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.facts import TeacherFacts, TextFacts
 from limbeck.objectives.loss import ADVANTAGE, STUDENT
+from limbeck.objectives.rewards import SCALES
 from limbeck.objectives.schedule import Schedule
 from limbeck.objectives.term import Term
 from limbeck.signals.forms import form_of
@@ -222,6 +223,12 @@ def _check_rewards(recipe: Recipe, terms: Sequence[Term]) -> None:
     if not any(ADVANTAGE in term.reads for term in terms):
         raise RecipeError("loss", "no loss reads the rewards; add ppo_clip, or reinforce")
     advantage = settings.advantage or Advantage()
+    if advantage.scale not in (legal := SCALES[advantage.baseline]):
+        raise RecipeError(
+            "rollout.advantage",
+            f"baseline: {advantage.baseline} with scale: {advantage.scale} divides by 0 where all answers have the"
+            f" same reward; set scale: {' or '.join(legal)}",
+        )
     if settings.group == 1 and (advantage.baseline in ("group", "others") or advantage.scale == "group"):
         raise RecipeError(
             "rollout.group",
@@ -243,6 +250,13 @@ def _check_student_writer(recipe: Recipe, terms: Sequence[Term], share: Schedule
     assert share is not None
     at = f"writer[{recipe.writer.index(writer)}]"
     fixed = recipe.fixed_writers
+    torn = [term.label for term in terms if term.unit == "group"] if fixed and not recipe.all_answer else []
+    if torn:
+        raise RecipeError(
+            f"loss.{torn[0]}",
+            "it compares all answers to a prompt, and a student that writes a share of the text takes some away: let"
+            " every writer answer every prompt (leave share out), or leave the student out",
+        )
     if fixed and not recipe.all_answer and all(term.only == STUDENT for term in terms):
         raise RecipeError(
             "loss",

@@ -25,6 +25,7 @@ FIRST_PAUSE = 0.001  # seconds between two looks; they grow
 LONGEST_PAUSE = 0.1
 BEATS_IN_TIMEOUT = 5
 LONGEST_BEAT = 5.0  # seconds
+CONFIRM_SECONDS = 3.0  # in which it shows that a rank is gone whose connection is closed
 
 
 class LostRankError(UserError):
@@ -97,16 +98,27 @@ class Company:
     # Faults
 
     def fail(self, error: BaseException) -> bool:
-        """Say that this rank ends with an error. Returns whether it is the one that should tell the user."""
+        """Say that this rank ends with an error. Returns whether it is the one that should tell the user: not if
+        another has failed before it, or has died, of which the launcher tells."""
         try:
+            blamed = isinstance(error, LostRankError) and not error.is_silent
+            if self._another_ended(CONFIRM_SECONDS if blamed else 0.0):
+                return False
+            tells = self.store.add("told", 1) == 1
             self.store.set("fault", str(self.rank))
-            others = (rank for rank in range(self.size) if rank != self.rank)
-            dead = (isinstance(error, LostRankError) and not error.is_silent) or any(map(self._has_died, others))
-            if dead and ranks.BY_COMMAND in os.environ:
-                return False  # the launcher knows better who has died and of what
-            return self.store.add("told", 1) == 1
+            return tells
         except RuntimeError:  # the store is gone with the rank, or launcher, that kept it
             return True
+
+    def _another_ended(self, patience: float) -> bool:
+        """Whether another rank has said that it fails, or has died; looked for during so many seconds."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        ends = time.monotonic() + patience
+        while not (self.store.check(["fault"]) or any(map(self._has_died, others))):
+            if time.monotonic() >= ends:
+                return False
+            time.sleep(LONGEST_PAUSE)
+        return True
 
     def leave(self) -> None:
         """Stop giving signs of life: the work is done."""
@@ -178,7 +190,10 @@ def lost(what: str) -> str:
     )
 
 
-CLOSED = ("closed by peer", "connection reset", "broken pipe", "connection was closed", "failed to recv", "socket")
+CLOSED = (
+    *("closed by peer", "connection reset", "broken pipe", "connection was closed", "failed to recv"),
+    *("socket closed", "remote process exited"),
+)
 SILENT = ("timed out", "timeout")
 OF_COLLECTIVES: Sequence[str] = ("gloo", "nccl", "store", "process group", "processgroup")
 
@@ -191,5 +206,5 @@ def lost_rank(error: RuntimeError, timeout: float) -> LostRankError | None:
     if any(word in text for word in SILENT):
         return LostRankError(lost(f"a rank has not answered for {timeout:g} s"), is_silent=True)
     if any(word in text for word in CLOSED):
-        return LostRankError(lost("a rank has died"), is_silent=False)
+        return LostRankError(lost(f"a rank has died ({str(error).splitlines()[0][:200]})"), is_silent=False)
     return None

@@ -18,6 +18,7 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 
 from limbeck.config import ranks
 from limbeck.config.machine import Machine
+from limbeck.models.placement import find_device
 from limbeck.training.company import Company, lost_rank
 from limbeck.types import Batch
 
@@ -41,9 +42,10 @@ def joined(machine: Machine) -> Iterator[Company]:
         LostRankError: in the block, for a collective that failed since another rank is gone.
     """
     timeout = timedelta(seconds=machine.timeout)
-    on_cuda = machine.device != "cpu" and torch.cuda.is_available()
+    device = find_device(machine.device, "machine.device")
+    on_cuda = device.type == "cuda"
     if on_cuda:
-        torch.cuda.set_device(ranks.local_rank())
+        torch.cuda.set_device(device)
     store, number, size = next(rendezvous("env://", timeout=timeout))
     company = Company(PrefixStore("company", store), number, size, machine.timeout)
     _COMPANIES[:] = [company]

@@ -15,6 +15,7 @@ from limbeck.config.sections import Rollout
 from limbeck.data.batches import Row, StepBatch, cut
 from limbeck.elicit.prompt import Prompt
 from limbeck.objectives.loss import ADVANTAGE
+from limbeck.objectives.rewards import LENGTH_WEIGHT
 from limbeck.objectives.schedule import State
 from limbeck.storage.files import crash_point
 from limbeck.training import distributed
@@ -82,7 +83,7 @@ class GroupRollouts:
             self.memory = memory = self._new(step)
         written = memory.answers[0].born
         if self._rows is None or self._rows[0] != written:
-            rows = [self._row(answer, value) for answer, value in zip(memory.answers, memory.advantages, strict=True)]
+            rows = self._advantage_rows()
             self._rows = written, self.columns(rows, progress * written / step if step else progress)
         facts: dict[str, Any] = memory.facts | {"age": float(step - written)}
         if use == 0:
@@ -90,9 +91,20 @@ class GroupRollouts:
             facts |= self.advice.on(facts)
         return StepBatch(cut(self._rows[1], f"{self.asking.seed}/{step}/rows"), facts)
 
-    def _row(self, answer: Answer, advantage: float) -> Row:
+    def _advantage_rows(self) -> list[Row]:
+        """The answers as rows, with their advantages and weights by length at every token."""
+        memory = self.memory
+        lengths = [[len(answer.ids) for answer in memory.answers]]
+        (weights,) = self.rewards.length_weights(lengths, self.asking.writer.max_tokens)
+        return [
+            self._row(answer, {ADVANTAGE: advantage, LENGTH_WEIGHT: weight})
+            for answer, advantage, weight in zip(memory.answers, memory.advantages, weights, strict=True)
+        ]
+
+    def _row(self, answer: Answer, values: Mapping[str, float]) -> Row:
         row = self.asking.row(answer)
-        return replace(row, columns={**row.columns, ADVANTAGE: (advantage,) * len(answer.ids)})
+        columns = {name: (value,) * len(answer.ids) for name, value in values.items()}
+        return replace(row, columns={**row.columns, **columns})
 
     def _new(self, step: int) -> GroupMemory:
         """The memory after new groups have been written and judged.
@@ -103,14 +115,14 @@ class GroupRollouts:
         count, size = self.settings.prompts or 1, self.settings.group or 1
         memory = replace(self.memory)
         kept: list[list[Answer]] = []
-        spare: list[list[Answer]] = []  # equal groups, which fill the step up if there are too few others
+        spare: list[list[Answer]] = []  # groups that teach nothing, which fill the step up if there are too few others
         first = memory.asked
         tries = 0
         while len(kept) < count and tries <= (self.settings.resample or 0):
             groups = self._write(memory, count - len(kept), step)
-            equal = self._score(groups).equal if self.settings.resample else [False] * len(groups)
-            for group, same in zip(groups, equal, strict=True):
-                (spare if same else kept).append(group)
+            useless = self._score(groups).teaches_nothing if self.settings.resample else [False] * len(groups)
+            for group, is_useless in zip(groups, useless, strict=True):
+                (spare if is_useless else kept).append(group)
             tries += 1
         groups = [*kept, *spare[: count - len(kept)]]
         scored = self._score(groups)

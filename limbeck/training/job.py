@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from limbeck.models.taps import features
 from limbeck.models.teacher_interface import MovingAverage
 from limbeck.objectives.bound import BoundLoss
 from limbeck.objectives.forward import NO_TAPS, StudentForward, Taps, TeacherView
+from limbeck.objectives.precision import passes_in
 from limbeck.objectives.schedule import State
 from limbeck.objectives.term import Term
 from limbeck.types import Batch
@@ -71,7 +71,7 @@ class Objective:
     def forward(self, batch: Batch, step: int) -> StudentForward:
         """The teacher's side of a micro-batch, and the student's forward pass."""
         view = self.teacher(batch)
-        with torch.autocast(self.net.device.type, dtype=self.rounded) if self.rounded is not None else nullcontext():
+        with passes_in(self.rounded, self.net.device):
             hidden_BTD, states = features(self.net, batch.tokens_BT, *self.taps, mixed=batch.mixed)
         head = replace(head_of(self.net), rounded=self.rounded)
         ends = (index.to(hidden_BTD.device) for index in batch.last_positions())

@@ -23,7 +23,6 @@ from limbeck.types import Message, Sample
 Feedback = Rate | Rubric | Compare | SoftPreference
 JudgeBy = Callable[[Feedback, Pool], Pool]  # runs a step of feedback on a pool, whatever it asks
 SCORE: dict[type, str] = {Rate: "rating", Rubric: "rubric", Compare: "wins", SoftPreference: "preference"}
-EMPTY = "no answer"
 ALONE = "nothing to compare it with"
 TURN = "turn"  # in a sample's meta: the number of the answer
 
@@ -44,7 +43,8 @@ class Spoken(Protocol):
 def judged_by(step: Feedback, answers: Sequence[Spoken], judge: JudgeBy) -> list[float | str]:
     """For each answer its score by the step, from 0 to 1, or the word that says why there is none.
 
-    What follows the thinking is judged; an answer without it is not. With several ranks the caller has one of
+    What follows the thinking is judged; an answer that says nothing is not asked about and gets 0, so that saying
+    nothing is never better than a poor answer. With several ranks the caller has one of
     them ask, so that nothing here may wait for the others.
     """
     pool = [
@@ -54,7 +54,7 @@ def judged_by(step: Feedback, answers: Sequence[Spoken], judge: JudgeBy) -> list
     ]
     judged = judge(step, pool) if pool else []
     found = {int(sample.meta[TURN]): _value(step, sample) for sample in judged}
-    return [found.get(number, EMPTY) for number in range(len(answers))]
+    return [found.get(number, 0.0) for number in range(len(answers))]
 
 
 def _conversation(answer: Spoken, said: str) -> tuple[Message, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from limbeck.config.sections import Train
 from limbeck.data.batches import MICRO_TOKENS, Row, make_batch, resized
-from limbeck.models.placement import is_out_of_memory
+from limbeck.models.placement import describe, is_out_of_memory
 from limbeck.models.sharding import is_divided, is_part, like
 from limbeck.objectives.forward import Sums
 from limbeck.objectives.term import TermAtStep
@@ -35,6 +35,7 @@ from limbeck.training.room import Room
 from limbeck.types import TAUGHT, Batch, UserError, canonical_json, content_hash
 
 Progress = Callable[[int, int, dict[str, Any]], None]
+RANK_STRIDE = 2**56  # between the seeds of ranks
 SAVING_SHARE = 0.05  # checkpoints take at most about this share of the time
 
 
@@ -157,8 +158,8 @@ def _gradients(
     divided weights it ends the run.
     """
     while True:
-        # dropout, where the model has any: a step is replayed to the bit
-        torch.manual_seed(_seed(job, step))
+        # dropout, where the model has any: a step is replayed to the bit, and no two ranks draw the same
+        torch.manual_seed(_seed(job, step) + RANK_STRIDE * distributed.rank())
         together = job.objective.keeps_groups
         if (most := _micro_tokens(room, micro_batches, together)) is not None:
             micro_batches = resized(micro_batches, most, together)
@@ -178,13 +179,14 @@ def _gradients(
             if not is_out_of_memory(error) or is_divided(job.net):  # the others are in the midst of their passes
                 raise
             shortage = str(error).splitlines()[0]
-        parts, shortages = zip(*distributed.gather((sums, shortage is not None)), strict=True)
+        told = None if shortage is None else f"{describe(job.net.device)}: {shortage}"
+        parts, shortages = zip(*distributed.gather((sums, told)), strict=True)
         if not any(shortages):
             return amounts, batches, _added(parts)
         job.net.zero_grad(set_to_none=True)
         for learned in job.objective.learned.values():
             learned.zero_grad(set_to_none=True)
-        room.shrink(batches, shortage or "on another rank", job.objective.keeps_groups)
+        room.shrink(batches, next(filter(None, shortages)), job.objective.keeps_groups)
 
 
 def _micro_tokens(room: Room, micro_batches: Sequence[Sequence[Row]], together: bool) -> int | None:
@@ -349,6 +351,11 @@ def _resume(job: TrainingJob, parameters: dict[str, Tensor], optimizer: torch.op
             records = [record for record in read_jsonl(metrics) if record["step"] <= step]
         write_text(metrics, "".join(canonical_json(record) + "\n" for record in records))
     distributed.wait()
+    if len(set(distributed.gather((step, job.steps, _rows_key(job.rows))))) > 1:
+        raise UserError(
+            f"the ranks do not find the same checkpoints and text in {job.folder}: give --out on a file system that all"
+            " machines see, and run it again"
+        )
     return step
 
 

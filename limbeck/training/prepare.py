@@ -22,6 +22,7 @@ from limbeck.objectives.forward import Features, Taps, TeacherView
 from limbeck.objectives.head import Head, TeacherSignal
 from limbeck.objectives.log_probs import token_log_probs
 from limbeck.objectives.loss import Responses
+from limbeck.objectives.precision import passes_in
 from limbeck.objectives.term import TermAtStep
 from limbeck.signals.cache import SignalCache, text_key, texts_of
 from limbeck.types import Batch, UserError
@@ -47,8 +48,10 @@ def response_log_probs(
     rows: Sequence[Row],
     vocab_size: int | None = None,
     progress: Progress = lambda done, total: None,
+    rounded: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """log q(response | prompt) in nats of every row, by sample id. The head is cut to `vocab_size`, as in training.
+    """log q(response | prompt) in nats of every row, by sample id. The head is cut to `vocab_size`, and the passes are
+    `rounded`, as in training.
 
     Raises:
         UserError: the log-probability of a response is not finite.
@@ -58,9 +61,10 @@ def response_log_probs(
     for micro_batch in even_batches(rows):
         batch = make_batch(rows, micro_batch)
         row_N, position_N = batch.response_positions()
-        hidden_BTD, _ = features(net, batch.tokens_BT)
+        with passes_in(rounded, net.device):
+            hidden_BTD, _ = features(net, batch.tokens_BT)
         targets_N = batch.tokens_BT[row_N, position_N + 1].to(net.device)
-        head = head_of(net)
+        head = replace(head_of(net), rounded=rounded)
         log_prob_N = (
             token_log_probs(hidden_BTD[row_N, position_N], head.cut(vocab_size or head.vocab_size), targets_N)
             .cpu()
@@ -103,12 +107,13 @@ def next_token_log_probs(
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model as it was before the training. `inside` switches to its weights, where they are the student's without
-    adapters."""
+    """A model as it was before the training, whose passes are `rounded` as the student's are. `inside` switches to its
+    weights, where they are the student's without adapters."""
 
     net: PreTrainedModel
     vocab_size: int | None = None
     inside: Callable[[], AbstractContextManager[None]] = nullcontext
+    rounded: torch.dtype | None = None
 
     @torch.no_grad()
     def with_log_probs(self, rows: Sequence[Row], name: str) -> list[Row]:
@@ -116,9 +121,9 @@ class Frozen:
         values: dict[str, tuple[float, ...]] = {}
         training = self.net.training
         self.net.eval()
-        head = head_of(self.net)
+        head = replace(head_of(self.net), rounded=self.rounded)
         head = head.cut(self.vocab_size or head.vocab_size)
-        with self.inside():
+        with self.inside(), passes_in(self.rounded, self.net.device):
             for micro_batch in even_batches(rows):
                 batch = make_batch(rows, micro_batch)
                 row_N, position_N = batch.response_positions()

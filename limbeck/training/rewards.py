@@ -9,6 +9,7 @@ Shapes: G prompts of a step, K answers to each.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,23 +91,24 @@ class Reward(Section):
         """The reward of each answer of a step."""
         return [self.of(answer) for answer in answers]
 
-    def refuse(self, path: str, prompts: Sequence[Prompt]) -> None:
-        """Refuse prompts whose answers it can't judge. RecipeError with the remedy."""
+    def refuse(self, path: str, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        """Refuse prompts whose answers it can't judge, or a reward that is the same for all answers of at most
+        `max_tokens`. RecipeError with the remedy."""
 
 
 class CheckReward(Reward):
-    """1 if the answer passes its prompt's check, else 0. `by` is one check for all prompts in the place of theirs, such
-    as {type: pattern, pattern: "yes|no"} (the checks of docs/evaluation.md). What follows the thinking is judged, and
-    thinking without an end does not pass."""
+    """1 if the answer ended by itself and passes its prompt's check, else 0: a cut-off one is not right, whatever it
+    says. `by` is one check for all prompts in the place of theirs, such as {type: pattern, pattern: "yes|no"} (the
+    checks of docs/evaluation.md). What follows the thinking is judged, and thinking without an end does not pass."""
 
     name = "check"
     by: dict[str, Any] | None = None
 
     def of(self, answer: Judged) -> float | None:
         verdict = verify(self.by or answer.prompt.check, answer.text)
-        return None if verdict is None else float(verdict)
+        return None if verdict is None else float(verdict and answer.finished)
 
-    def refuse(self, path: str, prompts: Sequence[Prompt]) -> None:
+    def refuse(self, path: str, prompts: Sequence[Prompt], max_tokens: int) -> None:  # noqa: ARG002 (any length)
         if self.by is not None:
             try:
                 parse_check(self.by, f"{path}.by")
@@ -143,9 +145,14 @@ class LengthReward(Reward):
             return 0.0
         return -1.0 if len(answer.ids) >= most else -(len(answer.ids) - self.free) / (most - self.free)
 
-    def refuse(self, path: str, prompts: Sequence[Prompt]) -> None:  # noqa: ARG002 (it judges any answer)
+    def refuse(self, path: str, prompts: Sequence[Prompt], max_tokens: int) -> None:  # noqa: ARG002 (any prompt)
         if self.most is not None and self.most <= self.free:
             raise RecipeError(path, f"free is {self.free}, not below most, {self.most}")
+        if self.free >= max_tokens:
+            raise RecipeError(
+                path,
+                f"free is {self.free}, and no answer is longer than the writer's max_tokens, {max_tokens}: lower free",
+            )
 
 
 class RepetitionReward(Reward):
@@ -172,7 +179,7 @@ class ThinkingReward(Reward):
 class ModelReward(Reward):
     """What a reward model says of the conversation with the answer: the score of a run with `student.head: scalar`, or
     of a folder that AutoModelForSequenceClassification loads with one label. What follows the thinking is scored;
-    thinking without an end, or text beyond its context, has no score."""
+    thinking without an end gets the least score of the step, and text beyond its context has none."""
 
     name = "model"
     path: str
@@ -186,8 +193,9 @@ class ModelReward(Reward):
                 if text is not None
             ]
         )
+        least = min((score for score in told if score is not None), default=None)
         scores = iter(told)
-        return [None if text is None else next(scores) for text in said]
+        return [least if text is None else next(scores) for text in said]
 
 
 class JudgeReward(Reward):
@@ -196,7 +204,7 @@ class JudgeReward(Reward):
     {by: judge, criteria: [...]}} (Gunjal et al., arXiv:2507.17746), or compare or soft_preference, which hold the
     answers to a prompt against each other. From 0 to 1: a rating's place on its scale, the share of criteria, wins or
     preference. A verdict that can't be read is no reward, and is counted by its kind. What follows the thinking is
-    judged. `judge: NAME` is {rate: {by: NAME}}."""
+    judged; an answer that says nothing gets 0. `judge: NAME` is {rate: {by: NAME}}."""
 
     name = "judge"
     rate: Rate | None = None
@@ -253,6 +261,13 @@ class Scored:
     parts: Mapping[str, float]
     unread: int
     why: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def teaches_nothing(self) -> list[bool]:
+        """Whether no answer to a prompt can be told from the others, for each prompt: fewer than two have a reward, or
+        all have the same."""
+        told = [sum(reward is not None for reward in group) for group in self.total]
+        return [same or count < 2 for same, count in zip(self.equal, told, strict=True)]
 
     @property
     def equal(self) -> list[bool]:
@@ -325,6 +340,11 @@ class Rewards:
                     if isinstance(value, str):
                         why[f"{label}_{value.replace(' ', '_')}"] += 1
                     elif value is not None:
+                        if not math.isfinite(value):
+                            raise UserError(
+                                f"the reward {label} of an answer is {value}, which is no number to learn from: look at"
+                                " the model that gives it"
+                            )
                         sums[label].append(value)
                         told.append(weight * value)
                 total[-1].append(sum(told) if len(told) == len(parts) else None)
@@ -332,20 +352,28 @@ class Rewards:
         return Scored(total, means, sum(reward is None for group in total for reward in group), why)
 
     def advantages(self, scored: Scored, lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[float]]:
-        """The advantage of each answer, times what makes answers, tokens or sums count alike (`length_weights`).
+        """The advantage of each answer, times its weight by length.
 
         Args:
             lengths: tokens of each answer.
         """
         reward_GK, present_GK = scored.tensors()
         advantage_GK = advantages(reward_GK, present_GK, baseline=self.settings.baseline, scale=self.settings.scale)
+        weighted_GK = advantage_GK * torch.tensor(self.length_weights(lengths, max_tokens), dtype=torch.float64)
+        return [[float(value) for value in row] for row in weighted_GK]
+
+    def length_weights(self, lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[float]]:
+        """What makes answers, tokens or sums count alike, for each answer (see `objectives.rewards.length_weights`)."""
         mode = {"answers": "sequence", "tokens": "token", "constant": "constant"}[self.settings.count]
-        weight_GK = length_weights(torch.tensor(lengths), mode, constant=max_tokens).double()
-        return [[float(value) for value in row] for row in advantage_GK * weight_GK]
+        weight_GK: list[list[float]] = length_weights(torch.tensor(lengths), mode, constant=max_tokens).tolist()
+        return weight_GK
 
 
-def rewards_of(entries: Sequence[RewardEntry], settings: Advantage | None, prompts: Sequence[Prompt]) -> Rewards:
-    """The rewards that a recipe names, their parameters checked, for these training prompts.
+def rewards_of(
+    entries: Sequence[RewardEntry], settings: Advantage | None, prompts: Sequence[Prompt], max_tokens: int
+) -> Rewards:
+    """The rewards that a recipe names, their parameters checked, for answers of so many tokens at most to these
+    training prompts.
 
     Raises:
         RecipeError: an unknown reward, a wrong parameter, or prompts that it can't judge, with the place.
@@ -363,7 +391,7 @@ def rewards_of(entries: Sequence[RewardEntry], settings: Advantage | None, promp
             raise explain(error, kind, path) from None
         if entry.weight == 0:
             raise RecipeError(f"{path}.weight", "a reward of weight 0 says nothing; leave it out")
-        reward.refuse(path, prompts)
+        reward.refuse(path, prompts, max_tokens)
         before = sum(other.name == entry.name for other in entries[:index])
         weighted.append((f"{entry.name}_{before + 1}" if before else entry.name, entry.weight, reward))
     return Rewards(weighted, settings or Advantage())

@@ -41,7 +41,7 @@ class Room:
         return cls(folder / "room.json", device, tokens)
 
     def shrink(self, batches: Sequence[Batch], reason: str, together: bool) -> None:
-        """Halve the size after memory ran out in one of these micro-batches.
+        """Halve the size after memory ran out in one of these micro-batches; `reason` says where.
 
         Raises:
             UserError: they are as small as they can be.
@@ -51,7 +51,7 @@ class Room:
         if units == 1:
             what = "the answers to one prompt" if together else "one row"
             raise UserError(
-                f"{describe(self.device)} has no room for {what} of {largest.tokens_BT.numel()} tokens ({reason});"
+                f"there is no room for {what} of {largest.tokens_BT.numel()} tokens ({reason});"
                 " no step was taken: set machine.checkpointing=true, train.precision=bfloat16, student.lora or"
                 " teacher.quantise, or shorten the text"
             )

@@ -79,6 +79,11 @@ class TrainingPlan:
         tags = self.writing.tags if self.writing is not None else frozenset()
         return tags | ({MIXED} if self.settings.mixup is not None else set())
 
+    @property
+    def rounded(self) -> torch.dtype | None:
+        """The type in which the student's passes compute, if it is not that of its weights."""
+        return None if self.settings.precision is None else getattr(torch, self.settings.precision)
+
 
 def make_job(
     plan: TrainingPlan,
@@ -93,8 +98,8 @@ def make_job(
         UserError: no text for a term, evidence that this teacher does not give, or a prompt that leaves no room.
     """
     rows = _usable_rows(plan)
-    if plan.settings.precision is not None:
-        check_dtype(getattr(torch, plan.settings.precision), student.net.device, "train.precision")
+    if plan.rounded is not None:
+        check_dtype(plan.rounded, student.net.device, "train.precision")
     reads = {evidence for term in plan.terms for evidence in term.reads}
     reads_teacher = bool(reads & TEACHER_EVIDENCE)
     vocab_size = None
@@ -128,7 +133,7 @@ def make_job(
         taps=student_taps if reads_teacher else NO_TAPS,
         bank_rows=_numbered(rows) if reads_teacher else {},
         vocab_size=vocab_size,
-        rounded=None if plan.settings.precision is None else getattr(torch, plan.settings.precision),
+        rounded=plan.rounded,
         expect=getattr(teacher(), "expect", expect_nothing) if asked_ahead else expect_nothing,
     )
     passing = _passing(teacher()) if reads_teacher and plan.cache is None else ()
@@ -164,8 +169,8 @@ def _passing(teacher: Teacher) -> list[PreTrainedModel]:
 def _frozen_start(plan: TrainingPlan, net: PreTrainedModel, vocab_size: int | None) -> Frozen:
     """The student before training: a copy, or its own weights without the adapters that will be trained."""
     if plan.lora is not None:
-        return Frozen(net, vocab_size, partial(adapters_off, net))
-    return Frozen(copy.deepcopy(net).requires_grad_(False), vocab_size)
+        return Frozen(net, vocab_size, partial(adapters_off, net), rounded=plan.rounded)
+    return Frozen(copy.deepcopy(net).requires_grad_(False), vocab_size, rounded=plan.rounded)
 
 
 def _recompute_activations(net: PreTrainedModel) -> None:
@@ -227,9 +232,9 @@ def _whole_groups(rows: Sequence[Row], least: int = 2, without_chosen: bool = Fa
     Without its chosen answer a prompt's next one would pass for it; a single answer is compared with nothing.
     If the student will write the rejected answer, `least` is 1; if it will write the chosen one, `without_chosen`.
     """
-    groups: dict[str, dict[str, Row]] = {}
+    groups: dict[str, dict[tuple[int, ...], Row]] = {}
     for row in rows:
-        groups.setdefault(row.group, {}).setdefault(row.sample_id, row)
+        groups.setdefault(row.group, {}).setdefault(row.response_ids, row)
     whole = [
         group
         for group in groups.values()
@@ -260,7 +265,8 @@ def _with_references(
     for name in sorted(names):
         model = student if name == "start" else _weights(teacher)
         model_rows = rows if name == "start" else [_with_teacher_prompt(row) for row in rows]
-        log_probs = _reference_log_probs(plan.store, model, model_rows, vocab_size, progress=progress)
+        rounded = plan.rounded if name == "start" else None
+        log_probs = _reference_log_probs(plan.store, model, model_rows, vocab_size, rounded=rounded, progress=progress)
         rows = with_reference(rows, name, log_probs)
     return rows
 
@@ -272,15 +278,22 @@ def _with_teacher_prompt(row: Row) -> Row:
 
 
 def _reference_log_probs(
-    store: Path, model: Model, rows: Sequence[Row], vocab_size: int | None, progress: Progress
+    store: Path,
+    model: Model,
+    rows: Sequence[Row],
+    vocab_size: int | None,
+    *,
+    rounded: torch.dtype | None,
+    progress: Progress,
 ) -> dict[str, float]:
     """log p(response) under a frozen model by sample id, read from the store or computed and stored."""
     kind = "log_prob" if vocab_size is None else f"log_prob of {vocab_size} tokens"
+    kind += "" if rounded is None else f" in {str(rounded).removeprefix('torch.')}"
     with Store(store) as database:
         log_probs = {e.sample_id: float(e.value) for e in database.evidence(kind) if e.judge == model.identity}
         if missing := [row for row in rows if row.sample_id not in log_probs]:
             report = partial(_report, progress, "answers scored by the reference")
-            computed = response_log_probs(model.net, missing, vocab_size, report)
+            computed = response_log_probs(model.net, missing, vocab_size, report, rounded=rounded)
             database.write_evidence(
                 *(Evidence(sample_id, kind, model.identity, value) for sample_id, value in computed.items())
             )

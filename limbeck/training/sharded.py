@@ -21,9 +21,10 @@ from limbeck.types import Batch
 def begin(job: TrainingJob) -> None:
     """Divide the student and the models that its losses read, if the machine asks for it."""
     if job.machine.shard == "full" and distributed.is_initialized() and not is_divided(job.net):
+        passes_unrounded = any(net is job.net for net in job.frozen)  # as the teacher, without its adapters
         for net in (job.net, *job.frozen):
             if not is_divided(net):
-                divide(net, job.objective.rounded if net is job.net else None)
+                divide(net, job.objective.rounded if net is job.net and not passes_unrounded else None)
 
 
 def passes(job: TrainingJob, share: Sequence[Batch], batches: Sequence[Batch], most: int) -> list[tuple[Batch, bool]]:

@@ -226,7 +226,7 @@ def _writer_of(
 def writing_dtype(recipe: Recipe, terms: Sequence[Term]) -> torch.dtype | None:
     """The type of the copy of the student that writes; None where its own weights do."""
     named = None if recipe.rollout is None else recipe.rollout.dtype
-    if named is None and not _spanning(terms):
+    if named is None and not any(term.loss.is_on_policy for term in terms):
         named = recipe.train.precision
     return None if named in (None, "float32") else getattr(torch, named)
 

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from limbeck import check, load_recipe, run
 from limbeck.cli import app
-from limbeck.commands.new import command, write
+from limbeck.commands.new import asked, command, student, write
 from limbeck.commands.new.data import Example
 from limbeck.commands.new.draft import block, inline, literal
 from limbeck.commands.new.gold import calls_of, checks_of_results, number_of
-from limbeck.commands.new.split import split
-from limbeck.commands.new.wishes import EMBEDDED, TASKS, slug
+from limbeck.commands.new.parts import room_for, split_notes
+from limbeck.commands.new.split import Split, split
+from limbeck.commands.new.student import has_the_teachers_tokens, learning_rate
+from limbeck.commands.new.wishes import EMBEDDED, TASKS, Wishes, slug
 from limbeck.config.yaml_text import load_yaml
 from limbeck.elicit.rendering import render
 from limbeck.evaluate.by_label import labels_of
@@ -70,6 +72,17 @@ def new(*flags, task="classify", data=None, where="mine", answers=None):
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.output
+
+
+SERVED = ["--teacher", "http://localhost:1/v1", "--teacher-model", "big"]
+
+
+def written(*flags, **settings):
+    """The recipe that the flags make, resolved, and its text."""
+    new(*flags, **settings)
+    folder = settings.get("where", "mine")
+    recipe = load_recipe(f"{folder}/recipe.yaml")
+    return recipe, Path(f"{folder}/recipe.yaml").read_text(encoding="utf-8")
 
 
 def read(path):
@@ -282,7 +295,7 @@ def test_conversations():
     assert "no --teacher is named, so the student learns the data's own answers" in said
     new("--teacher", "http://localhost:1/v1", "--teacher-model", "big", task="chat", data=lines(TALKS), where="served")
     recipe = load_recipe("served/recipe.yaml")
-    assert recipe.loss[0].name == "cross_entropy" and recipe.writer[0].by == "teacher"
+    assert recipe.loss[0].name == "cross_entropy" and recipe.writer[0].by == "elicited"
 
 
 def test_a_chat_with_itself_is_refused():
@@ -371,7 +384,7 @@ def test_quick_takes_a_part_and_says_so():
         data=table(labelled(each=20) + [(text + " again", label) for text, label in labelled(each=20)]),
     )
     recipe = load_recipe("mine/recipe.yaml")
-    assert recipe.prompts.limit == 60 and recipe.evaluate.limit == 30
+    assert recipe.prompts.limit == 60 and recipe.evaluate.limit == 30 and recipe.evaluate.limits == {"mine/task": 30}
     assert "64 texts, of which 60 are used" in Path("mine/recipe.yaml").read_text()
 
 
@@ -379,6 +392,243 @@ def test_every_recipe_is_short_and_explains_itself():
     new()
     text = Path("mine/recipe.yaml").read_text()
     assert all(len(line) <= 120 for line in text.splitlines()) and text.count("#") > 15
+
+
+# Teachers behind servers
+
+
+@pytest.mark.parametrize(
+    ("kind", "concurrency"), [("vllm", 64), ("sglang", 64), ("llama.cpp", 4), ("openai", 8), ("states", 8)]
+)
+def test_a_server_is_asked_as_its_kind_can_answer(kind, concurrency):
+    recipe, text = written(*SERVED, "--teacher-kind", kind, task="chat", data=lines(TALKS))
+    server = recipe.teacher.server
+    assert (server.kind, server.concurrency, server.tolerate, server.price) == (kind, concurrency, 0.01, None)
+    assert "# price: {input: 0.10, output: 0.40}   # of a million tokens" in text and "    # limits: {" in text
+
+
+def test_a_served_chat_is_drawn_as_long_as_the_datas_answers_and_without_cut_off_ones():
+    talks = [{"prompt": f"Tell me of the {thing}.", "answer": thing * (20 + n)} for n, thing in enumerate(THINGS * 3)]
+    recipe, text = written(*SERVED, "--instruction", "Be kind.", task="chat", data=lines(talks))
+    drawn = {"temperature": 0.7, "top_p": 0.95, "max_tokens": 1024}
+    assert [(step.name, step.params) for step in recipe.elicit] == [("answer", drawn)]
+    assert recipe.writer[0].model_dump(include=set(drawn)) == drawn and recipe.evaluate.max_tokens == 1024
+    assert recipe.teacher.context.system == "Be kind." and "cut-off answers are left out" in text
+    assert "look at perplexity" in text and "  # judge: NAME " in text
+    (task,) = resolve(recipe).tasks
+    assert task.kind.name == "perplexity" and task.items[0].text and recipe.evaluate.limits is None
+
+
+def test_anthropic_is_given_a_temperature_alone():
+    recipe, _ = written(
+        "--teacher", "https://api.anthropic.com/v1", "--teacher-model", "big", task="chat", data=lines(TALKS)
+    )
+    assert recipe.teacher.server.kind == "anthropic" and recipe.writer[0].top_p == 1.0
+    assert recipe.elicit[0].params["top_p"] == 1.0 and recipe.elicit[0].params["temperature"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("vllm", {"chat_template_kwargs": {"enable_thinking": False}}),
+        ("gemini", {"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}}),
+    ],
+)
+def test_a_teacher_is_told_not_to_think(kind, options):
+    recipe, _ = written(*SERVED, "--teacher-kind", kind, "--thinking", "off", data=table(labelled()))
+    assert recipe.teacher.server.options == options and recipe.teacher.server.reasoning == "drop"
+    assert recipe.elicit[0].params["constrain"] == "auto"
+
+
+def test_thinking_has_room_of_its_own():
+    sizes = {}
+    for thinking in ("", "keep"):
+        for task, data in (("classify", table(labelled())), ("reason", lines(QUESTIONS, "questions.jsonl"))):
+            flags = ["--teacher-kind", "vllm", *(["--thinking", thinking] if thinking else [])]
+            recipe, _ = written(*SERVED, *flags, task=task, data=data, where=f"{task}{thinking}")
+            (task_settings,) = [one.protocol for one in resolve(recipe).tasks]
+            sizes[task, thinking] = [
+                recipe.elicit[0].params["max_tokens"],
+                recipe.writer[0].max_tokens,
+                recipe.evaluate.max_tokens,
+                task_settings.max_tokens,
+            ]
+            drops = "drop" if (task, thinking) == ("classify", "keep") else None
+            assert recipe.teacher.server.reasoning == drops and recipe.teacher.server.options == {}
+            held = (task, thinking) == ("classify", "")
+            assert recipe.elicit[0].params.get("constrain") == ("auto" if held else None)
+    for task in ("classify", "reason"):
+        assert [more - size for size, more in zip(sizes[task, ""], sizes[task, "keep"], strict=True)] == [4096] * 4
+
+
+def test_labels_are_held_where_the_server_can_hold_them():
+    recipe, _ = written(*SERVED)
+    assert "constrain" not in recipe.elicit[0].params
+    recipe, _ = written(*SERVED, "--teacher-kind", "llama.cpp", where="held")
+    assert recipe.elicit[0].params["constrain"] == "auto"
+
+
+def test_held_out_text_is_drawn_as_the_training_text():
+    for task, data, temperature in (
+        ("classify", table(labelled()), 0.0),
+        ("answer", lines(QUESTIONS, "questions.jsonl"), 0.0),
+        ("rewrite", lines(QUESTIONS, "questions.jsonl"), 0.0),
+        ("tools", lines(CALLS, "calls.jsonl"), 0.0),
+        ("reason", lines(QUESTIONS, "questions.jsonl"), 0.7),
+    ):
+        recipe, _ = written(*SERVED, task=task, data=data, where=task)
+        step, writer = recipe.elicit[0].params, recipe.writer[0]
+        assert (writer.temperature, writer.top_p) == (temperature, 1.0), task
+        assert step.get("temperature", 0.7) == temperature and writer.max_tokens == step["max_tokens"], task
+
+
+# The student, the machine
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate", "adapters"),
+    [
+        (135e6, "5.0e-5", "1.0e-3"),
+        (300e6, "2.0e-5", "2.0e-4"),
+        (1.2e9, "2.0e-5", "2.0e-4"),
+        (7e9, "1.0e-5", "2.0e-4"),
+        (None, "2.0e-5", "2.0e-4"),
+    ],
+)
+def test_the_learning_rate_follows_the_students_size(monkeypatch, parameters, rate, adapters):
+    monkeypatch.setattr(student, "_parameters", lambda model: parameters)
+    assert learning_rate(Wishes(Path("x"), "chat")) == rate
+    assert learning_rate(Wishes(Path("x"), "chat", lora=True)) == adapters
+
+
+def test_a_students_size_is_counted_without_its_weights(tiny_folder, here):
+    (here / "bare").mkdir()
+    (here / "bare" / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    assert student._parameters(str(here / "bare")) == student._parameters(str(tiny_folder)) < 1e6
+    assert 130e6 < student._parameters(EMBEDDED) < 140e6 and student._parameters("nobody/nothing") is None
+
+
+def test_adapters_are_trained_if_asked_for():
+    recipe, _ = written("--teacher", "none", "--lora", "--run-on", "gpu")
+    assert recipe.student.lora.model_dump() == {"rank": 16, "alpha": 32, "base": "bfloat16"}
+    assert recipe.train.lr == 1e-3
+    recipe, _ = written("--teacher", "none", "--lora", "--run-on", "laptop", where="small")
+    assert recipe.student.lora.base is None
+
+
+def test_a_model_of_the_same_family_learns_distributions(tiny_folder, here):
+    (here / "large").mkdir()
+    for file in tiny_folder.iterdir():
+        (here / "large" / file.name).write_bytes(file.read_bytes())
+    pair = ["--teacher", "large", "--student", str(tiny_folder)]
+    recipe, text = written(*pair, "--run-on", "gpu", task="chat", data=lines(TALKS))
+    assert recipe.loss[0].name == "forward_kl" and recipe.writer[0].by == "teacher" and recipe.elicit is None
+    assert recipe.teacher.dtype == "bfloat16" and "look at forward_kl" in text and "judge" not in text
+    assert not has_the_teachers_tokens(Wishes(here, "chat", teacher="nobody/nothing", student=str(tiny_folder)))
+    template = here / "large" / "chat_template.jinja"
+    settings = here / "large" / "tokenizer_config.json"
+    file = template if template.exists() else settings
+    file.write_text(file.read_text().replace("<|{{ message", "<| {{ message"))
+    other = Wishes(here, "chat", teacher=str(here / "large"), student=str(tiny_folder))
+    assert not has_the_teachers_tokens(other)
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
+    has = {"device": True, "bfloat16": True}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has["device"])
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: has["bfloat16"])
+    line = "machine: gpu, as there is one here; --run-on laptop says otherwise"
+    assert line in quickly() and load_recipe("mine/recipe.yaml").machine.device == "cuda"
+    assert line not in quickly("--json", where="quiet")
+    assert line not in quickly("--run-on", "laptop", where="asked")
+    has["bfloat16"] = False
+    assert line not in quickly(where="old") and load_recipe("old/recipe.yaml").machine.device == "auto"
+
+
+# What is measured, how long answers are
+
+
+def test_where_a_teacher_chats_300_texts_are_measured_and_the_others_trained():
+    talks = [{"prompt": f"{thing} number {n}"} for n in range(160) for thing in THINGS]
+    recipe, text = written(*SERVED, task="chat", data=lines(talks))
+    assert recipe.evaluate.limit == 300 == len(read("mine/held-out.jsonl"))
+    assert len(read("mine/train.jsonl")) == 2900 and recipe.evaluate.metrics == ["fidelity"]
+    assert "limit: 300   # of these prompts at most\n" in text
+
+
+def test_a_task_is_measured_whole_at_full_scale():
+    recipe, text = written("--teacher", "none", data=table(labelled(each=20)))
+    assert recipe.evaluate.limit == 64 and recipe.evaluate.limits is None
+    assert "# of these prompts at most; a task is measured whole" in text
+
+
+@pytest.mark.parametrize("task", ["chat", "tools"])
+def test_every_answer_of_a_conversation_is_learnt(task):
+    def said(thing):
+        turns = [
+            ("user", f"What is the {thing}?"),
+            ("assistant", f"A {thing}."),
+            ("user", "Is it?"),
+            ("assistant", "Yes."),
+        ]
+        return {"messages": [{"role": role, "content": content} for role, content in turns], "tools": [HEIGHT]}
+
+    data = [said(thing) for thing in THINGS]
+    new("--teacher", "none", task=task, data=lines(data))
+    recipe = load_recipe("mine/recipe.yaml")
+    assert recipe.train.turns == "all" and "turns: all   # every answer" in Path("mine/recipe.yaml").read_text()
+    trained = resolve(recipe).training_prompts
+    assert len(trained) == 2 * len(read("mine/train.jsonl")) and {"Yes."} < {prompt.answers[0] for prompt in trained}
+    assert "15 conversations hold 30 answers" in new("--teacher", "none", task=task, data=lines(data), where="again")
+    recipe, _ = written(*SERVED, task=task, data=lines(data), where="served")
+    assert recipe.train.turns is None and all("messages" in row for row in read("served/train.jsonl"))
+
+
+def test_a_held_out_text_that_begins_a_trained_conversation_is_left_out():
+    def said(*turns):
+        roles = ("user", "assistant") * len(turns)
+        return {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]}
+
+    alone = [said(f"Tell me of the {thing}.", f"A {thing}.") for thing in THINGS]
+    longer = [said(f"Tell me of the {thing}.", f"A {thing}.", "And more?", "No.") for thing in THINGS[:19]]
+    told = new("--teacher", "none", task="chat", data=lines([*alone, *longer]))
+    held = [row["messages"][0]["content"] for row in read("mine/held-out.jsonl") if len(row["messages"]) == 2]
+    begun = {row["messages"][0]["content"] for row in read("mine/train.jsonl") if len(row["messages"]) == 4}
+    assert begun.isdisjoint(held) and "begin trained conversations, left out" in told
+
+
+def test_single_answers_need_no_turns():
+    recipe, _ = written("--teacher", "none", task="chat", data=lines(TALKS))
+    assert recipe.train.turns is None
+
+
+def test_tools_behind_a_server_are_measured_by_perplexity():
+    recipe, text = written(*SERVED, task="tools", data=lines(CALLS))
+    assert [task.kind.name for task in resolve(recipe).tasks] == ["perplexity"]
+    assert "look at perplexity" in text and "# judge: NAME" in text
+
+
+def test_there_is_room_for_the_datas_answers():
+    wishes = Wishes(Path("x"), "chat")
+    assert room_for(wishes, []) == (384, [])
+    served = Wishes(Path("x"), "chat", teacher="http://localhost/v1")
+    assert room_for(served, [])[0] == room_for(Wishes(Path("x"), "chat", run_on="gpu"), [])[0] == 1024
+    assert room_for(served, examples(["x"] * 10, ["a" * 6000] * 10)) == (3000, [])
+    room, notes = room_for(served, examples(["x"] * 10, ["a" * 9000] * 10))
+    assert room == 4096 and notes == ["the longest 5 % of the answers may not fit in 4,096 tokens"]
+
+
+def test_an_answer_leaves_room_for_the_prompt(tiny_folder):
+    wishes = Wishes(Path("x"), "chat", student=str(tiny_folder))
+    assert room_for(wishes, [])[0] == 128  # of a context of 256 tokens
+
+
+def test_what_is_wanted_of_others_is_named_as_it_can_be_had(monkeypatch):
+    parts = Split([], examples(["x"] * 60, ["y"] * 60), near=0, untested=[], looked=False)
+    assert "more than 20,000 texts are not searched for near-duplicates" in " ".join(split_notes(parts))
+    monkeypatch.setattr(asked.importlib.util, "find_spec", lambda name: None)
+    said = new(*SERVED, task="rewrite", data=lines([{"prompt": f"A {thing}.", "answer": thing} for thing in THINGS]))
+    assert "pip install rouge-score to compare" in said and "export LIMBECK_API_KEY=...   # (if it wants a key)" in said
 
 
 # What is refused
@@ -426,6 +676,12 @@ def test_too_many_labels_are_refused():
         (["--teacher", "http://localhost/v1"], "--teacher-model"),
         (["--teacher", "http://me:secret@localhost/v1", "--teacher-model", "x"], "password"),
         (["--teacher-model", "x"], "--teacher URL"),
+        (["--teacher-kind", "vllm"], "--teacher URL"),
+        ([*SERVED, "--teacher-kind", "vlm"], "did you mean 'vllm'"),
+        (["--thinking", "off"], "behind a server"),
+        ([*SERVED, "--thinking", "less"], "--thinking"),
+        ([*SERVED, "--teacher-kind", "states", "--thinking", "off"], "nothing tells a server of kind states"),
+        (["--task", "compress", "--lora"], "leave --lora out"),
         (["--run-on", "h100-80g"], "did you mean 'h100-80gb'"),
         (["--scale", "huge"], "--scale"),
         (["--columns", "text"], "ROLE=COLUMN"),

@@ -292,7 +292,7 @@ def test_the_most_frequent_reading_wins_and_ties_are_dropped():
 
 
 def test_what_can_t_be_read_is_asked_again_with_another_seed():
-    replies = ["green", "blue", ("red", "length"), "purple", ("", "empty"), "pink", ("", "error")]
+    replies = ["green", "blue", "?", "purple", ("", "empty"), "pink", ("", "error")]
     step = asking(parse=COLOURS, retries=2)
     pool, tally, asked = drive(step, prompts("a", "b", "c"), said(*replies[:6], "?", "red"))
     assert [(request.messages[-1]["content"]) for request in asked] == ["a", "b", "c", "a", "c", "a", "c"]
@@ -306,8 +306,8 @@ def test_what_can_t_be_read_is_asked_again_with_another_seed():
     assert [request.sampling.temperature for request in warm] == [0.3] * 3
 
 
-@pytest.mark.parametrize("finish", ["refused", "filtered", "error"])
-def test_what_was_refused_is_not_asked_again(finish):
+@pytest.mark.parametrize("finish", ["refused", "filtered", "error", "length"])
+def test_what_was_refused_or_cut_off_is_not_asked_again(finish):
     pool, tally, asked = drive(asking(), prompts("a"), said(("blue", finish)))
     assert not pool and len(asked) == 1 and tally.dropped == {f"answer: {finish}": 1}
 

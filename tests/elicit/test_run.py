@@ -147,6 +147,18 @@ def test_what_failed_is_asked_again_and_what_was_answered_is_not(tmp_path):
     assert len(writer.asked) == 4
 
 
+def test_one_of_a_small_batch_may_fail(tmp_path):
+    requests = [StepContext("m", 7, "0/x").request(one.messages, Sampling()) for one in pool_of("say one", "say two")]
+    with Store(tmp_path / "s.sqlite") as store:
+        for tolerate in (None, 0.0):
+            with pytest.raises(UserError, match="1 of 2 answers"):
+                elicit(requests, store, lambda: Backwards(broken=["two"]), tolerate=tolerate)
+        samples = elicit(requests, store, lambda: Backwards(broken=["two"]), tolerate=0.01)
+        assert [sample.meta["finish"] for sample in samples] == ["ok", "error"]
+    with Store(tmp_path / "both.sqlite") as store, pytest.raises(UserError, match="2 of 2 answers"):
+        elicit(requests, store, lambda: Backwards(broken=["one", "two"]), tolerate=0.5)
+
+
 @pytest.mark.promise("R14")
 def test_a_stop_keeps_what_was_answered(tmp_path):
     writer, pool = Backwards(), pool_of("say one", "say two", "say three")

@@ -8,10 +8,12 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 
-from limbeck.models import named
+from limbeck.models import named, sources
 from limbeck.models.compatibility import check_same_vocabulary
 from limbeck.models.fingerprint import fingerprint
 from limbeck.models.folder import convert_gguf, save_model
@@ -39,6 +41,19 @@ def test_a_missing_model_is_one_clear_message(source, words):
 def test_a_hub_id_that_can_not_be_reached_is_refused():
     with pytest.raises(UserError, match="can't fetch 'nobody/nothing'"):
         load_model("nobody/nothing")
+
+
+def test_a_gated_model_says_where_its_licence_is_accepted(monkeypatch):
+    def refuse(*_, **__):
+        request = httpx2.Request("GET", "https://huggingface.co/api/models/some/gated")
+        raise GatedRepoError(
+            "403 Client Error.\n\nAccess is restricted", response=httpx2.Response(403, request=request)
+        )
+
+    monkeypatch.setattr(sources, "snapshot_download", refuse)
+    words = "some/gated is gated: accept its licence at https://huggingface.co/some/gated and set HF_TOKEN"
+    with pytest.raises(UserError, match=words):
+        load_model("some/gated@0123abc")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from limbeck.config.sections import Advantage
 from limbeck.objectives.policy import policy_loss
 from limbeck.objectives.rewards import advantages, equal_groups, grpo, length_weights, rloo
 from limbeck.training.rewards import Rewards, Scored
+from limbeck.types import UserError
 
 K = 3
 MOST = 4  # tokens that an answer may have
@@ -293,3 +294,15 @@ def test_advantages_have_the_named_methods_as_special_cases():
 def test_one_answer_a_prompt_has_the_steps_baseline():
     reward = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
     assert advantages(reward, baseline="step", scale="none")[:, 0].tolist() == [0.5, -0.5, 0.5, -0.5]
+
+
+@pytest.mark.parametrize(("baseline", "scale"), [("step", "group"), ("none", "group"), ("none", "step")])
+def test_a_scale_that_is_0_where_the_numerator_is_not_is_refused(baseline, scale):
+    """Else groups whose rewards are equal would have advantages of thousands."""
+    with pytest.raises(UserError, match="divides by 0"):
+        advantages(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), baseline=baseline, scale=scale)
+
+
+def test_equal_rewards_give_exactly_0_whatever_the_rounding():
+    for count in range(2, 40):
+        assert not rloo(torch.full((2, count), 0.1, dtype=torch.float64)).any()

@@ -13,7 +13,7 @@ from limbeck.data.batches import Row, make_batch
 from limbeck.objectives.facts import TextFacts
 from limbeck.objectives.forward import Features, StudentForward, TeacherView
 from limbeck.objectives.head import Head
-from limbeck.objectives.reward_model import bradley_terry
+from limbeck.objectives.reward_model import bradley_terry, squared_sums
 from limbeck.objectives.term import make_term
 from limbeck.types import RecipeError
 
@@ -103,7 +103,7 @@ def test_a_term_reads_the_labels_of_pairs_alone():
     at = term.at_step(0.0, {})
     found = at.evaluate(0.5, None, data)
     first = -0.8 * math.log(sigmoid(1.5 - 1)) - 0.2 * math.log(sigmoid(-1.5 - 1))
-    want = first - math.log(sigmoid(0.2)) + 0.1 * ((1 + 0.25) / 2 + (0.09 + 0.01) / 2)
+    want = first - math.log(sigmoid(0.2)) + 0.1 * ((1 - 0.5) ** 2 + (0.3 + 0.1) ** 2)
     assert found.total == pytest.approx(want) and found.loss.item() == pytest.approx(want / 2)
     assert data.batch.amount(term.unit) == 2
     found.loss.backward()
@@ -113,6 +113,17 @@ def test_a_term_reads_the_labels_of_pairs_alone():
     assert without.total == pytest.approx(
         -0.8 * math.log(sigmoid(1.5)) - 0.2 * math.log(sigmoid(-1.5)) - math.log(sigmoid(0.2))
     )
+
+
+def test_the_centre_moves_the_level_alone():
+    """The mean of (r_i + r_j)^2 over pairs, by its definition; scores around 0 have none, however far apart."""
+    score_GK = torch.tensor([[2.0, -2.0, 7.0], [1.0, -0.5, 0.25]], dtype=torch.float64, requires_grad=True)
+    present_GK = torch.tensor([[True, True, False], [True, True, True]])
+    found_G = squared_sums(score_GK, present_GK)
+    assert found_G.tolist() == pytest.approx([0.0, (0.5**2 + 1.25**2 + 0.25**2) / 3])
+    found_G[0].backward()
+    assert not score_GK.grad.any()
+    assert squared_sums(torch.tensor([[3.0, 0.0]]), torch.tensor([[True, False]])).tolist() == [0.0]
 
 
 def test_what_scores_and_distributions_refuse_of_each_other():

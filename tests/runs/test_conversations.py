@@ -162,6 +162,22 @@ def test_a_row_longer_than_the_context_is_refused_by_its_line_before_anything_is
         assert prompt.startswith("<|user|>Sum up: w0") and answer == "two<|end|>"
 
 
+def test_a_limit_shorter_than_the_context_leaves_out_what_is_longer(corpus):
+    data = [{"prompt": f"one {n}", "answer": "two"} for n in range(6)]
+    data[3]["answer"] = "two " * 90
+    assert not any("longer" in note for note in check(corpus(data)).notes)
+    with pytest.raises(UserError, match=r"rows.jsonl, line 4: .*tokens, more than prompts.longest of 60: "):
+        check(corpus(data, prompts={"longest": 60}))
+    short = {"longest": 60, "too_long": "drop"}
+    assert len(prepared(corpus(data, prompts=short)).training_prompts) == 5
+    assert any(
+        "longer than prompts.longest of 60 tokens left out" in note for note in check(corpus(data, prompts=short)).notes
+    )
+    assert corpus(data, prompts={"longest": 999}).prompts.longest == 999 and check(
+        corpus(data, prompts={"longest": 999})
+    )
+
+
 def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused_before_the_teacher_is_paid(corpus):
     data = [{"prompt": "one"}, {"prompt": f"Sum up: {LONG}"}]
     recipe = corpus(data, writer=[{"by": "teacher", "max_tokens": 40}], loss=["forward_kl"])

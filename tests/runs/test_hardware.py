@@ -71,6 +71,11 @@ def test_memory_follows_from_precision_and_placement(tokenizer, monkeypatch):
     assert kept.memory_bytes < full.memory_bytes
 
 
+def test_a_teacher_that_no_term_reads_takes_no_room_beside_the_training(tokenizer):
+    read, text = planned(), planned(loss=["cross_entropy"])
+    assert text.memory_bytes < read.memory_bytes
+
+
 def test_hardware_that_is_not_listed_is_refused_with_the_nearest():
     with pytest.raises(UserError, match="h100-80gb"):
         listed("h100-80")

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import limbeck
 from limbeck.config.recipe import parse
 from limbeck.models.teacher import InProcessTeacher
+from limbeck.progress import Silent
 from limbeck.runs.claim import claim
-from limbeck.runs.pipeline import StoppedError
+from limbeck.runs.fit import prepared
+from limbeck.runs.pipeline import Run, StoppedError
 from limbeck.storage.store import Store
 
 ROOT = Path(__file__).parent.parent.parent
@@ -365,3 +367,12 @@ def test_chat_answers_side_by_side(recipe_file, tmp_path):
         check=False,
     )
     assert done.returncode == 0 and "teacher" in done.stdout and "student" in done.stdout
+
+
+@pytest.mark.parametrize(("loss", "stays"), [("cross_entropy", False), ("forward_kl", True)])
+def test_a_teacher_that_no_term_reads_is_released_for_the_training(recipe_data, tiny_folder, tmp_path, loss, stays):
+    start = {"student": {"start": {"pretrained": str(tiny_folder)}}}
+    job = Run(prepared(parse(recipe_data | start | {"loss": [loss]})), tmp_path / "run", Silent())
+    assert job.text.training() and job.models.loaded
+    job.job("student", job.models.student_to_train())
+    assert bool(job.models.loaded) is stays

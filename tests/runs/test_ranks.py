@@ -30,6 +30,7 @@ def second_of_two(monkeypatch):
         ({"writer": STUDENT, "loss": ["on_policy_distillation"]}, "writer"),
         ({"loss": ["hidden_match"]}, "loss.hidden_match"),
         ({"teacher": {"quantise": "int8"}}, "teacher.quantise"),
+        ({"train": {"epochs": 1, "mixup": 1.0}}, "train.mixup"),
         ({"student": {"start": "teacher", "lora": {"rank": 2, "alpha": 4, "base": "int8"}}}, "student.lora.base"),
         ({"student": {"start": "teacher"}, "teacher": {"weights": "average"}}, "teacher"),
     ],
@@ -45,6 +46,17 @@ def test_what_divided_weights_can_not_do_is_refused(recipe_data, changes, place)
     with pytest.raises(RecipeError, match=r"machine\.shard: full") as refused:
         sharing.check(parse(recipe_data | {"machine": {"shard": "full"}}))
     assert refused.value.path == place
+
+
+def test_a_served_teachers_ceilings_are_refused_where_each_rank_asks(recipe_data):
+    server = {"url": "http://127.0.0.1:1/v1", "name": "toy", "names": 20}
+    student = {"start": {"pretrained": recipe_data["teacher"]}}
+    for more in ({"limits": {"requests": 10}}, {"requests_per_minute": 60}, {"tokens_per_minute": 600}):
+        data = recipe_data | {"student": student, "teacher": {"server": server | more}}
+        with pytest.raises(RecipeError, match="have its limits and rates for itself"):
+            sharing.check(parse(data))
+        sharing.check(parse(data | {"loss": ["cross_entropy"]}))  # rank 0 alone asks for text
+    sharing.check(parse(recipe_data | {"student": student, "teacher": {"server": server}}))
 
 
 def test_what_divided_weights_can_do_is_not(recipe_data):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +194,19 @@ def test_where_writers_make_the_pairs_they_make_the_held_out_ones_too(data, tmp_
     limbeck.run(recipe, out)
     summary = json.loads((out / "evaluation" / "summary.json").read_text())
     assert summary["tasks"]["preference"] == {"prompts": 5, "pairs": 5}
+
+
+def test_thinking_is_not_scored(data, tmp_path):
+    """As where a reward reads what follows the thinking: the same losses and scores with thoughts and without."""
+    plain = Path(data["prompts"]["from"]), Path(data["evaluate"]["prompts"])
+    data["train"] |= {"steps": 2}
+    limbeck.run(parse(data), tmp_path / "plain")
+    for file in plain:
+        file.write_text(file.read_text().replace(GOOD, f"<think>hm</think>{GOOD}"))
+    limbeck.run(parse(data), tmp_path / "thinks")
+    for name in ("metrics.jsonl", "evaluation/task-preference+student.jsonl"):
+        ours, theirs = (records(tmp_path / run / name) for run in ("plain", "thinks"))
+        keys = ("loss", "grad_norm") if name == "metrics.jsonl" else ("scores",)
+        assert [[record[key] for key in keys] for record in ours] == [
+            [record[key] for key in keys] for record in theirs
+        ]

@@ -396,6 +396,12 @@ STAGES = ("elicit", "train", "evaluate")
         ([summary(0.2), summary(0.1), summary(0.05)], "jsd", 3, ""),
         ([summary(0.2), summary(0.25)], "jsd", 1, "jsd of round 2 is 0.25, no better than 0.2 of round 1"),
         ([summary(0.4)], "jsd", 1, "jsd of round 1 is 0.4, no better than 0.3 before training"),
+        (
+            [summary(0.2), summary(0.1), summary(0.15)],
+            "jsd",
+            2,
+            "jsd of round 3 is 0.15, no better than 0.1 of round 2",
+        ),
         ([summary(0.4), summary(0.5), summary(0.6)], None, 3, ""),
     ],
 )
@@ -455,6 +461,10 @@ def test_an_empty_pool_stays_an_error_when_it_is_run_again(data, tmp_path):
         ({"rounds": {"n": 2, "restart": "sideways"}}, r"rounds.restart: 'sideways' is not allowed here"),
         ({"rounds": {"n": 2, "stopp": "jsd"}}, r"rounds.stopp: unknown key; did you mean 'stop'"),
         ({"rounds": {"n": 2, "stop": "forward_lk"}}, r"rounds.stop: .*did you mean 'forward_kl'"),
+        (
+            {"rounds": {"n": 2, "stop": "jsd"}, "evaluate": {"metrics": ["fidelity"], "controls": []}},
+            r"rounds.stop: .*add untouched to evaluate.controls",
+        ),
         ({"rounds": {"n": 2, "stop": "own_tokens"}}, r"rounds.stop: .*'own_tokens' that can be better"),
         ({"rounds": {"n": 2, "first": {"teacher": "x"}}}, r"rounds.first: 'teacher' can't be other"),
         ({"rounds": {"n": 2, "first": {"loss": ["jds"]}}}, r"rounds.first.loss\[0\].*did you mean 'jsd'"),

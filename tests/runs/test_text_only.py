@@ -93,6 +93,20 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     )  # held-out ones are asked as training ones, and greedily
 
 
+def test_what_the_evaluation_asks_is_asked_with_the_text(served, tmp_path):
+    """So a server may be gone when the training begins."""
+    with Scripted(say) as server:
+        recipe = served(server.url)
+        run(recipe, tmp_path / "run", stages=("elicit",))
+        asked = len(server.seen)
+        run(recipe, tmp_path / "run", stages=("elicit",))
+        assert len(server.seen) == asked and not (tmp_path / "run" / "evaluation").exists()
+    folder = run(recipe, tmp_path / "run")
+    assert (
+        "everyday/pass_rate" in json.loads((folder / "evaluation" / "summary.json").read_text())["systems"]["teacher"]
+    )
+
+
 def test_an_answer_that_failed_is_not_measured_as_one(served, tmp_path):
     """An evaluation waits for the server to answer."""
     broken = [True]

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import DistBackendError, HashStore
 
 from limbeck.config import ranks
 from limbeck.training.company import Company, LostRankError, lost_rank
@@ -73,18 +73,24 @@ def test_a_rank_without_a_sign_of_life_is_given_up(pair):
     assert "run it again" in str(error) and time.monotonic() - begun < 5
 
 
-def test_a_rank_that_fails_ends_the_wait_of_all_and_one_tells_the_user(pair, monkeypatch):
+def test_a_rank_that_fails_ends_the_wait_of_all_and_one_tells_the_user(pair):
     first, second = pair
     waits = apart(second.hear)
     assert first.fail(ValueError("a bug"))
     error = waits()
     assert isinstance(error, LostRankError) and not error.is_silent
     assert not second.fail(error), "rank 0 has told it"
+
+
+def test_a_lost_connection_is_told_where_no_rank_is_gone(pair, monkeypatch):
+    """A fault of the network that reads like a death must not end without a word."""
+    monkeypatch.setattr("limbeck.training.company.CONFIRM_SECONDS", 0.2)
+    first, second = pair
     monkeypatch.setenv(ranks.BY_COMMAND, "2")
-    lonely = Company(HashStore(), 0, 1, timeout=1)
-    assert not lonely.fail(error), "the launcher tells who died"
-    assert lonely.fail(LostRankError("silent", is_silent=True))
-    lonely.leave()
+    error = lost_rank(RuntimeError("[gloo] Connection closed by peer [10.0.0.7]"), 5)
+    assert "10.0.0.7" in str(error)
+    assert first.fail(error) and not second.fail(error)
+    assert lost_rank(DistBackendError("ncclSystemError: System call (e.g. socket, malloc) failed"), 5) is None
 
 
 @pytest.fixture
@@ -92,11 +98,11 @@ def with_a_process():
     """Rank 0 of two, and a process that runs for ever, which rank 1 names as its own."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     store = HashStore()
-    company = Company(store, 0, 2, timeout=60)
+    rank = Company(store, 0, 2, timeout=60)
     for key, value in {"process/1": process.pid, "beat/1": "begun"}.items():
         store.set(key, str(value))
-    yield company, process
-    company.leave()
+    yield rank, process
+    rank.leave()
     process.kill()
     process.communicate()
 
@@ -104,9 +110,9 @@ def with_a_process():
 @pytest.mark.parametrize("is_reaped", [False, True])
 @pytest.mark.promise("R10")
 def test_a_rank_of_this_machine_that_dies_ends_the_wait_at_once(with_a_process, monkeypatch, is_reaped):
-    company, process = with_a_process
+    rank, process = with_a_process
     monkeypatch.setenv(ranks.BY_COMMAND, "2")
-    waits = apart(company.meet)
+    waits = apart(rank.meet)
     process.kill()
     if is_reaped:
         process.wait()
@@ -119,17 +125,21 @@ def test_a_rank_of_this_machine_that_dies_ends_the_wait_at_once(with_a_process, 
 @pytest.mark.promise("R10")
 def test_a_rank_that_is_ended_since_another_died_says_nothing(with_a_process, monkeypatch):
     """The launcher ends the others by a signal, which is a stop to them, and tells who has died."""
-    company, process = with_a_process
-    assert company.fail(ValueError("a bug while rank 1 lives"))
+    rank, process = with_a_process
+
+    def fails() -> bool:
+        rank.store.set("told", "0")
+        rank.store.delete_key("fault")
+        return rank.fail(ValueError("a bug, or stopped"))
+
+    assert fails(), "rank 1 lives"
     process.kill()
     process.wait()
-    company.store.set("told", "0")
-    assert company.fail(ValueError("under torchrun a rank tells"))
+    assert fails(), "under torchrun a rank tells"
     monkeypatch.setenv(ranks.BY_COMMAND, "2")
-    company.store.set("told", "0")
-    assert not company.fail(ValueError("stopped"))
-    company.store.set("left/1", "done")
-    assert company.fail(ValueError("a bug after rank 1 has done its work"))
+    assert not fails()
+    rank.store.set("left/1", "done")
+    assert fails(), "rank 1 has done its work"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def said(text, prompt="why", finished=True):
 
 def scored(params, groups, reply=None, score=None, reader=Reader(), **settings):  # noqa: B008 (frozen)
     """What a judge that is played says of groups of answers, and what it was asked."""
-    rewards = rewards_of([RewardEntry(name="judge", params=params, **settings)], Advantage(scale="none"), [])
+    rewards = rewards_of([RewardEntry(name="judge", params=params, **settings)], Advantage(scale="none"), [], 10)
     asked = []
 
     def judge(step, pool):
@@ -93,16 +93,16 @@ def test_criteria_and_comparisons_are_rewards_too():
 
 
 def test_what_cannot_be_read_is_no_reward_and_is_counted_by_its_kind():
-    """Such an answer has no advantage and stands in no mean of its group."""
+    """Such an answer has no advantage and stands in no mean of its group. One that says nothing is worth nothing."""
     replies = {"good": "RATING: 5", "bad": "RATING: 1", "odd": "very good", "cut": ("RATING: 5", "length")}
     params = {"rate": {"by": "judge", "together": False, "retries": 0}}
     group = [said(text) for text in ("good", "odd", "bad", "cut", "", "<think>no end")]
     rewards, found, asked = scored(params, [group], lambda request, _: replies[shown(request)[0]])
-    assert found.total == [[1.0, None, 0.0, None, None, None]] and found.unread == 4 and len(asked) == 4
-    assert found.facts["judge_unreadable"] == 2 and found.facts["judge_no_answer"] == 2
-    assert found.facts["reward"] == 0.5 and found.facts["unread_rewards"] == 4
+    assert found.total == [[1.0, None, 0.0, None, 0.0, 0.0]] and found.unread == 2 and len(asked) == 4
+    assert found.facts["judge_unreadable"] == 2
+    assert found.facts["reward"] == 0.25 and found.facts["unread_rewards"] == 2
     (advantage,) = rewards.advantages(found, [[2] * 6], 10)
-    assert advantage == pytest.approx([0.5, 0, -0.5, 0, 0, 0])
+    assert advantage == pytest.approx([0.75, 0, -0.25, 0, -0.25, -0.25])
     long = scored(params, [group[:2]], reader=Reader(fits=lambda *_: False))[1]
     assert long.total == [[None, None]] and long.facts["judge_too_long"] == 2
     alone = scored({"compare": {"by": "judge"}}, [[said("a")]])[1]
@@ -186,7 +186,7 @@ def test_a_served_judge_rewards_and_is_billed_and_nothing_is_asked_twice(data, t
         steps = [record["rollout"] for record in records(tmp_path / "clean")]
         assert all(0 <= step["reward"] <= 1 for step in steps) and any(step["reward"] > 0 for step in steps)
         told = sum(step.get("unread_rewards", 0) for step in steps)
-        assert told == sum(step.get("judge_unreadable", 0) + step.get("judge_no_answer", 0) for step in steps)
+        assert told == sum(step.get("judge_unreadable", 0) for step in steps)
         inputs = json.loads((tmp_path / "clean" / "inputs.json").read_text())
         assert inputs["model judge"].startswith("served:toy-")
         with closing(sqlite3.connect(tmp_path / "clean" / "store.sqlite")) as db:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ import limbeck
 from limbeck.config.machine import Machine
 from limbeck.config.recipe import parse
 from limbeck.config.sections import Rollout, Train
-from limbeck.data.batches import Row
+from limbeck.data.batches import CHOSEN, REJECTED, Row
 from limbeck.models.copy import Copy
+from limbeck.models.model import Model
 from limbeck.models.prune import drop_layers
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives import head as chunked
@@ -27,6 +30,7 @@ from limbeck.training import loop, student_writer
 from limbeck.training.job import Objective, TrainingJob
 from limbeck.training.setup import TrainingPlan
 from limbeck.training.setup import make_job as set_up
+from limbeck.training.student_writer import writing_dtype
 from limbeck.types import RecipeError, UserError
 
 ROWS = [Row(f"s{i}", tuple(range(5, 9 + i % 4)), (*range(20 + i, 24 + i + i % 3), 0)) for i in range(24)]
@@ -275,6 +279,18 @@ def test_a_loss_that_takes_the_student_for_the_writer_gets_no_copy_and_refuses_o
         resolve(parse(writing_data))
 
 
+def test_so_does_one_on_rewards_without_the_writers_probabilities(recipe_data, tmp_path, monkeypatch):
+    data = recipe_data | {"writer": [{"by": "student", "max_tokens": 8}], "loss": ["reinforce"]}
+    data["rollout"] = {"prompts": 2, "group": 2, "rewards": [{"length": {"free": 1}}]}
+    data["train"]["precision"] = "bfloat16"
+    assert not any(term.loss.is_on_policy for term in resolve(parse(data | {"loss": ["ppo_clip"]})).terms)
+    assert writing_dtype(parse(data | {"loss": ["ppo_clip"]}), resolve(parse(data | {"loss": ["ppo_clip"]})).terms)
+    assert writing_dtype(parse(data), resolve(parse(data)).terms) is None
+    data["rollout"]["dtype"] = "bfloat16"
+    with pytest.raises(RecipeError, match="its copy is another"):
+        resolve(parse(data))
+
+
 def test_a_copy_follows_the_weights_that_train(tiny):
     net = drop_layers(tiny.net, [0, 1, 3])
     copy = Copy(net, torch.bfloat16)
@@ -285,3 +301,21 @@ def test_a_copy_follows_the_weights_that_train(tiny):
     assert copy.now() is first and torch.equal(first.model.norm.weight, net.model.norm.weight.bfloat16())
     assert isinstance(first.lm_head, nn.Linear) and first.lm_head.weight is first.model.embed_tokens.weight
     assert Rollout().dtype is None
+
+
+def test_a_frozen_start_is_scored_as_the_student_computes(tiny, tmp_path):
+    """So that a loss on their difference begins where it should: DPO at ln 2, whatever the lengths."""
+    rows = [
+        replace(row, group=f"g{n // 2}", tags=frozenset({CHOSEN if n % 2 == 0 else REJECTED}))
+        for n, row in enumerate(ROWS)
+    ]
+    for precision in (None, "bfloat16"):
+        folder = tmp_path / str(precision)
+        folder.mkdir()
+        student = Model(drop_layers(tiny.net, [0, 1, 3]), tiny.tokenizer, "student")
+        settings = Train(steps=1, tokens_per_step=4096, lr=1e-3, seed=1, precision=precision)
+        plan = TrainingPlan([make_term("dpo", {})], rows, settings, folder, "key", store=folder / "store.sqlite")
+        job = set_up(plan, student, lambda: InProcessTeacher(tiny))
+        loop.train(job)
+        (record,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert record["loss"] == pytest.approx(math.log(2), abs=2e-6), precision

@@ -15,6 +15,7 @@ from limbeck.config.recipe import parse
 from limbeck.config.sections import Advantage, RewardEntry, Rollout, Writer
 from limbeck.data.batches import Row
 from limbeck.elicit.prompt import Prompt
+from limbeck.objectives.policy import policy_loss
 from limbeck.training.asking import Asking
 from limbeck.training.group_rollout import GroupRollouts
 from limbeck.training.rewards import Judged, rewards_of
@@ -38,7 +39,7 @@ def judged(text="7", ids=(5, EOS), finished=True, check=NUMBER):
 
 def reward(name, **params):
     entry = RewardEntry(name=name, params=params)
-    return rewards_of([entry], None, prompts()).weighted[0][2]
+    return rewards_of([entry], None, prompts(), 64).weighted[0][2]
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,8 @@ def reward(name, **params):
     [
         ("check", {}, judged("it is 7"), 1.0),
         ("check", {}, judged("it is 8"), 0.0),
+        ("check", {}, judged("it is 7", finished=False), 0.0),
+        ("check", {}, judged("7", finished=False, check=None), None),
         ("check", {}, judged("<think>7"), 0.0),
         ("check", {}, judged("7", check=None), None),
         ("check", {"by": {"type": "pattern", "pattern": "[a-z]+"}}, judged("abc", check=None), 1.0),
@@ -71,7 +74,7 @@ def test_what_an_answer_is_worth(name, params, answer, value):
 def test_a_reward_that_cannot_be_told_is_no_number():
     """Half of a sum is not the sum: the answer gets no advantage, and is left out of its group's mean."""
     both = rewards_of(
-        [RewardEntry(name="check"), RewardEntry(name="finished", weight=0.5)], Advantage(scale="none"), prompts()
+        [RewardEntry(name="check"), RewardEntry(name="finished", weight=0.5)], Advantage(scale="none"), prompts(), 10
     )
     scored = both.score([[judged(), judged("8", finished=False), judged(check=None)]])
     assert scored.total == [[1.5, 0.0, None]] and scored.unread == 1
@@ -93,6 +96,7 @@ def test_a_reward_that_cannot_be_told_is_no_number():
         (["chek"], "rollout.rewards[0]: there is no reward 'chek'; did you mean 'check'"),
         ([{"length": {}}], "rollout.rewards[0].length.free: is required"),
         ([{"length": {"free": 9, "most": 4}}], "not below most"),
+        ([{"length": {"free": 8}}], "no answer is longer than the writer's max_tokens, 8: lower free"),
         ([{"check": {"weight": 0}}], "says nothing"),
         ([{"check": {"by": {"type": "nubmer"}}}], "no verifier 'nubmer'"),
         ([], "rollout.rewards"),
@@ -109,6 +113,9 @@ def test_rewards_that_say_nothing_are_refused_with_their_place(recipe_data, rewa
     ("change", "words"),
     [
         ({"rollout": ROLLOUT | {"group": 1}}, "rollout.group: one answer"),
+        ({"rollout": ROLLOUT | {"advantage": {"baseline": "step"}}}, "baseline: step with scale: group divides by 0"),
+        ({"rollout": ROLLOUT | {"advantage": {"baseline": "none"}}}, "the same reward; set scale: none"),
+        ({"rollout": ROLLOUT | {"advantage": {"baseline": "none", "scale": "step"}}}, "rollout.advantage: baseline"),
         ({"rollout": {"prompts": 2}}, "prompts is for answers that rewards judge"),
         ({"rollout": {"rewards": ["finished"]}}, "rewards need a size"),
         ({"rollout": ROLLOUT | {"replay": {"size": 8}}}, "rollout.replay"),
@@ -134,8 +141,19 @@ def test_prompts_that_cannot_be_checked_are_refused_unless_one_check_is_for_all(
     with pytest.raises(
         RecipeError, match=re.escape("1 of 3 prompts have no check, such as that at mine.jsonl, line 3")
     ):
-        rewards_of([RewardEntry(name="check")], None, unchecked)
-    rewards_of([RewardEntry(name="check", params={"by": NUMBER})], None, unchecked)
+        rewards_of([RewardEntry(name="check")], None, unchecked, 8)
+    rewards_of([RewardEntry(name="check", params={"by": NUMBER})], None, unchecked, 8)
+
+
+def test_a_reward_that_is_no_number_is_told_by_its_name():
+    named = rewards_of([RewardEntry(name="model", params={"path": "rm"})], None, prompts(), 8)
+
+    class Broken:
+        def score(self, conversations):
+            return [float("nan") for _ in conversations]
+
+    with pytest.raises(UserError, match="the reward model of an answer is nan"):
+        replace(named, load=lambda _: Broken()).score([[judged()]])
 
 
 # The source alone, with a scripted student
@@ -151,7 +169,7 @@ def source(
     )
     slots = [Row(f"p{n}", (1, 2, n + 3), (), group=f"p{n}") for n in range(count)]
     asking = Asking(slots, write, Writer(by="student", max_tokens=16), seed=7, ends=frozenset({EOS}))
-    judge = rewards_of(rollout.rewards, advantage, prompts(count))
+    judge = rewards_of(rollout.rewards, advantage, prompts(count), 16)
     made = GroupRollouts(asking, prompts(count), lambda slot, ids: "7", judge, rollout)
     return made, write.asked
 
@@ -183,6 +201,24 @@ def test_the_column_is_the_advantage_at_every_token():
         assert list(rewards) == pytest.approx([value - mean for value in rewards.values()], abs=1e-6)
 
 
+def test_the_penalty_has_the_weights_by_length_of_the_advantages():
+    """As GRPO has it: the mean over answers of the mean over an answer's tokens; or the sums over a constant."""
+    for count, want in (("answers", lambda n: 1 / (6 * n)), ("constant", lambda n: 1 / (6 * 16))):
+        made, _ = source(advantage=Advantage(scale="none", count=count))
+        rows = rows_of(made.step_batch(0, 0.0, {}))
+        total = sum(len(row.response_ids) for row in rows)
+        for row in rows:
+            length = len(row.response_ids)
+            assert row.columns["length_weight"] == pytest.approx((want(length) * total,) * length)
+        row = min(rows, key=lambda row: len(row.response_ids))
+        weights = torch.tensor(row.columns["length_weight"])
+        log_prob, reference = torch.full_like(weights, -1.5), torch.full_like(weights, -1.0)
+        for name in ("kl_penalty_k2", "kl_penalty_k3"):
+            plain = policy_loss(name, log_prob, {"reference_log_prob": reference})
+            found = policy_loss(name, log_prob, {"reference_log_prob": reference, "length_weight": weights})
+            assert torch.allclose(found, weights * plain) and not torch.allclose(found, plain)
+
+
 def test_passes_use_the_same_answers_again():
     made, asked = source(passes=3)
     first, again, third, new = (made.step_batch(step, step / 4, {}) for step in range(4))
@@ -202,6 +238,20 @@ def test_groups_that_teach_nothing_are_asked_again_and_fill_up_what_is_left():
     made, asked = source(lambda number: 3 if number != 6 else 5, resample=1)
     turn = made.step_batch(0, 0.0, {})
     assert len(rows_of(turn)) == 6 and turn.facts["equal_groups"] == 0.5
+
+
+def test_a_group_in_which_one_answer_has_a_reward_is_asked_again():
+    made, asked = source(rewards=({"model": {"path": "rm"}},), resample=1)
+
+    class Few:
+        """Scores one answer of the first six, then all."""
+
+        def score(self, conversations):
+            first = len(asked) == 6
+            return [None if first and n else float(n) for n in range(len(conversations))]
+
+    made.rewards = replace(made.rewards, load=lambda _: Few())
+    assert made.step_batch(0, 0.0, {}).facts["written"] == len(asked) == 12
 
 
 def test_rewards_that_never_differ_end_the_training_with_a_remedy():
@@ -351,13 +401,13 @@ class Longer:
 def test_a_reward_model_judges_all_answers_of_a_step_at_once():
     entries = [RewardEntry(name="model", params={"path": "rm"}), RewardEntry(name="finished", weight=0.5)]
     model = Longer()
-    named = rewards_of(entries, Advantage(), prompts())
+    named = rewards_of(entries, Advantage(), prompts(), 10)
     assert named.models == ["rm"]
     rewards = replace(named, load=lambda name: {"rm": model}[name])
     cut = judged("12", finished=False)
     scored = rewards.score([[judged("123"), cut], [judged("<think>so</think>1"), judged("<think>so")], [judged("x")]])
-    assert scored.total == [[3.5, 2.0], [1.5, None], [None]] and scored.unread == 2
-    assert scored.parts == {"model": 2.0, "finished": 0.8}
+    assert scored.total == [[3.5, 2.0], [1.5, 1.5], [None]] and scored.unread == 1
+    assert scored.parts == {"model": 1.75, "finished": 0.8}
     (conversations,) = model.asked
     assert [(text, is_cut) for _, text, is_cut in conversations] == [
         ("123", False),

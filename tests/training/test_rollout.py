@@ -437,6 +437,15 @@ def test_facts_of_text_count_what_they_say():
             "loss",
             "no loss reads the text of the teacher",
         ),
+        (
+            {
+                "elicit": [{"answer": {"n": 2, "max_tokens": 8}}, "rate", "pairs"],
+                "writer": [{"by": "elicited", "share": 0.5}, STUDENT | {"share": 0.5}],
+                "loss": ["simpo", {"reverse_kl": {"only": "student"}}],
+            },
+            "loss.simpo",
+            "it compares all answers to a prompt, and a student that writes a share of the text takes some away",
+        ),
         ({"writer": [STUDENT | {"temperature": 0}], "loss": ["on_policy_distillation"]}, "loss[0]", "draws none"),
         (
             {"writer": [STUDENT], "loss": ["minillm_long"], "rollout": {"ahead": 2}},

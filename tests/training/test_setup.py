@@ -61,6 +61,14 @@ def job(tiny, tmp_path):
     return make
 
 
+def test_of_two_writers_equal_answers_the_better_placed_one_stays(job):
+    """Against itself an answer teaches nothing, and would count in what the loss is divided by."""
+    given = rows(8)
+    given[1] = replace(given[1], response_ids=given[0].response_ids)
+    kept = job([("simpo", {})], given).rows
+    assert [row.sample_id for row in kept] == [f"s{n}" for n in range(2, 8)]
+
+
 @pytest.mark.parametrize(
     ("change", "path", "words"),
     [

@@ -16,11 +16,14 @@ from limbeck.commands.new.draft import (
     TaskDraft,
     block,
     corpus,
+    elicited,
     from_corpus,
     inline,
     literal,
+    of_a_reply,
     pretrained,
     prompt_rows,
+    sampling,
 )
 from limbeck.commands.new.gold import check_of_answer, checks_of_results, object_of
 from limbeck.commands.new.parts import both_parts, mean_answer, refuse_conversations, room_for
@@ -33,7 +36,7 @@ ANSWER = "Answer the question in one or two sentences. If passages are given, go
 EXTRACT = "Fill in a form from the text. Reply with JSON alone, of this schema:"
 
 
-def _asking(question: str, parse: str, max_tokens: int) -> str:
+def _asking(wishes: Wishes, question: str, parse: str, max_tokens: int) -> str:
     """The sections of a recipe whose teacher is asked about each text."""
     return (
         "elicit:\n"
@@ -42,8 +45,8 @@ def _asking(question: str, parse: str, max_tokens: int) -> str:
         f"      parse: {parse}\n"
         "      temperature: 0.0   # the likeliest answer\n"
         "      retries: 2   # where a reply can't be read\n"
-        f"      max_tokens: {max_tokens}   # of a reply; raise it for a teacher that thinks before it answers\n"
-        f"writer: [{{by: elicited, max_tokens: {max_tokens}}}]\n"
+        f"      max_tokens: {max_tokens}   # {of_a_reply(wishes)}\n"
+        f"{elicited(sampling(wishes, 0.0), max_tokens)}\n"
         "loss: [cross_entropy]\n"
     )
 
@@ -65,9 +68,10 @@ def _asked_draft(
     """
     refuse_conversations(wishes, seen)
     parts, notes = both_parts(wishes, seen)
-    room = room_for(wishes, seen.examples)
+    room, tight = room_for(wishes, seen.examples)
+    limit = room + wishes.thought
     gold = corpus(wishes) or (wishes.scale == "full" and all(example.answer for example in parts.training))
-    tasks, more = _checked_tasks(parts.held_out, check, room, asked=not corpus(wishes))
+    tasks, more = _checked_tasks(parts.held_out, check, limit, asked=not corpus(wishes))
     about = (
         [f"{title}, trained on the data's own answers; no teacher is asked."]
         if corpus(wishes)
@@ -82,17 +86,17 @@ def _asked_draft(
         training=prompt_rows(parts.training, answers=gold),
         held_out=prompt_rows(parts.held_out, answers=corpus(wishes))[:FIDELITY_ITEMS],
         tasks=tasks,
-        text=from_corpus(room) if corpus(wishes) else _asking(question, parse, room),
-        answer_tokens=mean_answer(seen.examples, room),
-        max_tokens=room,
+        text=from_corpus(limit) if corpus(wishes) else _asking(wishes, question, parse, limit),
+        answer_tokens=mean_answer(wishes, seen.examples, room),
+        max_tokens=limit,
         start=pretrained(wishes),
         headline=f"task/{tasks['task'].metrics[0]}" if tasks else "fidelity",
-        notes=[*notes, *more],
+        notes=[*notes, *tight, *more],
     )
 
 
 def _checked_tasks(
-    held_out: Sequence[Example], check: Callable[[Example], dict[str, Any] | None], room: int, *, asked: bool
+    held_out: Sequence[Example], check: Callable[[Example], dict[str, Any] | None], limit: int, *, asked: bool
 ) -> tuple[dict[str, TaskDraft], list[str]]:
     """(`task`: the texts alone, which a teacher that is `asked` sees in its question; what there is to say of it)"""
     compares = importlib.util.find_spec("rouge_score") is not None
@@ -105,7 +109,7 @@ def _checked_tasks(
         if len(item) > 1:
             items.append(item)
     if not items:
-        how = "; pip install 'limbeck[eval]' to compare with the data's (ROUGE-L)" if held_out[0].answer else ""
+        how = "; pip install rouge-score to compare with the data's (ROUGE-L)" if held_out[0].answer else ""
         return {}, [f"no program can judge the answers: fidelity alone is measured{how}; see evaluate.judge"]
     metrics = ["pass_rate"] if any("check" in item for item in items) else []
     metrics += ["rouge_l"] if any("references" in item for item in items) else []
@@ -114,7 +118,7 @@ def _checked_tasks(
         description="Answers to held-out texts." + (f" {HOW_ASKED}" if asked else ""),
         items=items,
         metrics=[*metrics, "finished", "tokens"],
-        settings={"max_tokens": room},
+        settings={"max_tokens": limit},
     )
     return {"task": task}, []
 
@@ -195,7 +199,8 @@ def reason(wishes: Wishes, seen: Seen) -> Draft:
             f"{seen.file}: --task reason needs the results: a column such as answer (--columns answer=COLUMN)"
         )
     parts, notes = both_parts(wishes, seen)
-    room = room_for(wishes, seen.examples)
+    room, tight = room_for(wishes, seen.examples)
+    limit = room + wishes.thought
     checks = dict(zip((e.plain for e in seen.examples), checks_of_results(seen.examples), strict=True))
     gold = corpus(wishes) or (wishes.scale == "full" and all(example.answer for example in parts.training))
     rows = [
@@ -208,13 +213,13 @@ def reason(wishes: Wishes, seen: Seen) -> Draft:
     draws = 2 if wishes.scale == "quick" else 4
     text = (
         "elicit:\n"
-        f"  - rationale: {{n: {draws}, calls: 1, max_tokens: {room}}}   # {draws} worked solutions of each\n"
+        f"  - rationale: {{n: {draws}, calls: 1, max_tokens: {limit}}}   # {draws} worked solutions of each\n"
         "  - verify   # those that come to the right result stay\n"
         "  - deduplicate: {of: answer}\n"
-        f"writer: [{{by: elicited, max_tokens: {room}}}]\n"
+        f"{elicited(sampling(wishes, 0.7), limit)}\n"
         "loss: [cross_entropy]\n"
     )
-    tasks, more = _checked_tasks(parts.held_out, lambda example: checks[example.plain], room, asked=False)
+    tasks, more = _checked_tasks(parts.held_out, lambda example: checks[example.plain], limit, asked=False)
     kinds = sorted({str(row["check"]["type"]) for row in rows})
     return Draft(
         title="Solving problems step by step",
@@ -227,10 +232,10 @@ def reason(wishes: Wishes, seen: Seen) -> Draft:
         training=rows,
         held_out=prompt_rows(parts.held_out, answers=corpus(wishes))[:FIDELITY_ITEMS],
         tasks=tasks,
-        text=from_corpus(room) if corpus(wishes) else text,
-        answer_tokens=mean_answer(seen.examples if corpus(wishes) else [], room),
-        max_tokens=room,
+        text=from_corpus(limit) if corpus(wishes) else text,
+        answer_tokens=mean_answer(wishes, seen.examples if corpus(wishes) else [], room),
+        max_tokens=limit,
         start=pretrained(wishes),
         headline="task/pass_rate" if tasks else "fidelity",
-        notes=[*notes, *more, f"results are checked as {' or '.join(kinds)}"],
+        notes=[*notes, *tight, *more, f"results are checked as {' or '.join(kinds)}"],
     )

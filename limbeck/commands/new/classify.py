@@ -13,15 +13,19 @@ from limbeck.commands.new.draft import (
     TaskDraft,
     block,
     corpus,
+    elicited,
     from_corpus,
     inline,
     mean_tokens,
+    of_a_reply,
     pretrained,
     prompt_rows,
+    sampling,
     token_count,
 )
 from limbeck.commands.new.labels import label_notes, labels_of, nested, with_labels
 from limbeck.commands.new.parts import split_notes
+from limbeck.commands.new.server import holds_labels
 from limbeck.commands.new.split import MOST_HELD_OUT, split
 from limbeck.commands.new.wishes import Wishes
 from limbeck.elicit.step import ANSWER_SHARE
@@ -63,7 +67,7 @@ def classify(wishes: Wishes, seen: Seen) -> Draft:
         tasks={"task": _task(wishes, parts.held_out, order)},
         text=_text(wishes, order, question, int(longest)),
         answer_tokens=mean_tokens([example.answer for example in seen.examples]),
-        max_tokens=_text_tokens(int(longest)),
+        max_tokens=_text_tokens(int(longest)) + wishes.thought,
         start=pretrained(wishes),
         batch=BATCH,
         headline="task/pass_rate",
@@ -93,15 +97,18 @@ def _about(wishes: Wishes) -> list[str]:
 def _text(wishes: Wishes, labels: Sequence[str], question: str, longest: int) -> str:
     if corpus(wishes):
         return from_corpus(_text_tokens(longest))
+    limit = _room(longest) + wishes.thought
+    held = "      constrain: auto   # the server writes a label and nothing else\n" if holds_labels(wishes) else ""
     return (
         "elicit:\n"
         "  - ask:\n"
         f"      prompt: {block(question, 8)}\n"
         f"      parse: {{label: {inline(labels)}}}   # a reply with none of them, or two, is asked for again\n"
-        "      temperature: 0.0   # n: 3, vote: true, temperature: 0.7 asks three times, and most votes win\n"
+        + held
+        + "      temperature: 0.0   # n: 3, vote: true, temperature: 0.7 asks three times, and most votes win\n"
         "      retries: 2\n"
-        f"      max_tokens: {_room(longest)}     # of a reply; raise it for a teacher that thinks before it answers\n"
-        f"writer: [{{by: elicited, max_tokens: {_text_tokens(longest)}}}]   # whoever answered above\n"
+        f"      max_tokens: {limit}   # {of_a_reply(wishes)}\n"
+        f"{elicited(sampling(wishes, 0.0), limit)}   # whoever answered above\n"
         "loss: [cross_entropy]\n"
     )
 
@@ -145,5 +152,5 @@ def _task(wishes: Wishes, held_out: Sequence[Example], labels: Sequence[str]) ->
         description=f"The label of a text; {len(labels)} labels." + ("" if corpus(wishes) else f" {HOW_ASKED}"),
         items=[{"prompt": example.text, "check": check | {"answer": example.answer}} for example in held_out],
         metrics=["pass_rate", "tokens"],
-        settings={"max_tokens": _room(int(max(map(token_count, labels))))},
+        settings={"max_tokens": _room(int(max(map(token_count, labels)))) + wishes.thought},
     )

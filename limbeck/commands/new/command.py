@@ -18,6 +18,7 @@ from limbeck.commands.new.wishes import (
     KEY,
     SCALES,
     TASKS,
+    THINKING,
     Wishes,
     check_folder,
     check_wishes,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from limbeck.commands.new.data import Seen
 
 LEARN_FROM = {"teacher": "what the teacher answers", "labels": "the answers in the data"}
-MACHINES = {"laptop": "this machine", "gpu": "a CUDA device"}
+MACHINES = {"auto": "gpu if there is one here, else laptop", "laptop": "this machine", "gpu": "a CUDA device"}
 
 
 def _option(flag: str, words: str, metavar: str | None = None, shown: bool = True) -> Any:
@@ -66,12 +67,34 @@ class Given:
         ),
     ] = None
     teacher_model: Annotated[str | None, _option("--teacher-model", "The model's name on that server.", "NAME")] = None
+    teacher_kind: Annotated[
+        str | None,
+        _option(
+            "--teacher-kind",
+            "What that server is: vllm, sglang, llama.cpp, ollama ... Default: as its address says.",
+            "KIND",
+        ),
+    ] = None
+    thinking: Annotated[
+        str | None,
+        _option(
+            "--thinking",
+            "Of a teacher behind a server. off: ask for answers without thinking. keep: leave room for it.",
+            "HOW",
+        ),
+    ] = None
     student: Annotated[str | None, _option("--student", f"The model to train. Default: {EMBEDDED}.", "MODEL")] = None
+    lora: Annotated[bool, _option("--lora", "Train adapters instead of all weights.")] = False
     learn_from: Annotated[
         str | None, _option("--learn-from", "teacher, or labels: the answers in the data.", "WHAT")
     ] = None
     run_on: Annotated[
-        str | None, _option("--run-on", "laptop, gpu, or hardware such as h100-80gb. Default: laptop.", "MACHINE")
+        str | None,
+        _option(
+            "--run-on",
+            "laptop, gpu, or hardware such as h100-80gb. Default: auto, which is gpu if there is one here.",
+            "MACHINE",
+        ),
     ] = None
     scale: Annotated[
         str | None, _option("--scale", "quick: a few texts, to see that all works. Default: full.", "SCALE")
@@ -264,30 +287,54 @@ def _wishes(given: Given, file: Path, task: str, seen: Seen) -> Wishes:
         student = _ask(given, None, "--student", "Which model shall be trained?", default=EMBEDDED)
     if student is not None and task == "compress":
         raise UserError("--task compress makes the student of the teacher; leave --student out")
-    run_on = _machine(
-        _ask_choice(given, given.run_on, "--run-on", MACHINES, default="laptop") if given.asks else given.run_on
-    )
+    run_on = _machine(given)
     return Wishes(
         folder=folder,
         task=task,
         learn_from=learn_from,
         teacher=teacher,
         teacher_model=teacher_model,
+        teacher_kind=_server_kind(given),
+        thinking="" if given.thinking is None else chosen("--thinking", given.thinking, THINKING),
         student=student or EMBEDDED,
         scale="quick" if _ask_choice(given, given.scale, "--scale", SCALES, default="full") == "quick" else "full",
         run_on=run_on,
         instruction=given.instruction or "",
         schema=given.schema,
+        lora=given.lora,
     )
 
 
-def _machine(run_on: str | None) -> str:
+def _server_kind(given: Given) -> str:
+    """The server's kind as the flag says; empty without one."""
+    if given.teacher_kind is None:
+        return ""
+    from limbeck.models.engines import ENGINES
+
+    return chosen("--teacher-kind", given.teacher_kind, dict.fromkeys(ENGINES, ""))
+
+
+def _machine(given: Given) -> str:
     """laptop, gpu, or a device that `limbeck check --device-like` knows."""
-    if run_on is None or run_on in MACHINES:
-        return run_on or "laptop"
+    run_on = (given.run_on or "auto").lower()
+    if given.run_on is None and given.asks:
+        run_on = _ask_choice(given, None, "--run-on", MACHINES, default="auto")
+    if run_on == "auto":
+        run_on = "gpu" if _has_gpu() else "laptop"
+        if run_on == "gpu" and not given.json_:
+            console.out.print("machine: gpu, as there is one here; --run-on laptop says otherwise", markup=False)
+    if run_on in MACHINES:
+        return run_on
     from limbeck.runs.hardware import LISTED
 
-    return chosen("--run-on", run_on.lower(), dict.fromkeys((*MACHINES, *LISTED), ""))
+    return chosen("--run-on", run_on, dict.fromkeys((*MACHINES, *LISTED), ""))
+
+
+def _has_gpu() -> bool:
+    """Whether there is a CUDA device that has bfloat16."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _next(wishes: Wishes) -> list[str]:
@@ -316,7 +363,7 @@ def _print_next(wishes: Wishes) -> None:
         )
     console.out.print(f"wrote {wishes.folder}/ (its recipe.yaml says what each setting does). Next:", markup=False)
     if wishes.is_served:
-        console.out.print(f"  export {KEY}=...", markup=False)
+        console.out.print(f"  export {KEY}=...   # (if it wants a key)", markup=False)
     width = max(map(len, _next(wishes)))
     for command, why in zip(_next(wishes), words, strict=True):
         console.out.print(f"  {command:<{width}}   # {why}", markup=False)

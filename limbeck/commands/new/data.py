@@ -10,6 +10,7 @@ from typing import Any
 
 from limbeck.data.records import records
 from limbeck.elicit.conversation import is_blank
+from limbeck.elicit.prompt import turns_of
 from limbeck.elicit.prompt_file import Account, PromptReader, find_files, is_pattern
 from limbeck.elicit.shapes import CONTENT, ROLES, form_of_row
 from limbeck.types import Message, RecipeError, UserError, nearest
@@ -23,7 +24,7 @@ UNREAD = ("id", "reasoning", "task", "weight", "kind", "feedback")
 class Example:
     """A row: its text (all that is said before the answer), its first answer, its place in the file, itself with roles
     as columns, as a recipe reads it without being told more, and the conversation up to the answer. `is_test` is one of
-    a file of tests, which is never trained."""
+    a file of tests, which is never trained; `earlier` are the texts before each earlier answer in the conversation."""
 
     text: str
     answer: str
@@ -32,6 +33,7 @@ class Example:
     is_conversation: bool = False
     messages: tuple[Message, ...] = ()
     is_test: bool = False
+    earlier: tuple[str, ...] = ()
 
     @property
     def plain(self) -> str:
@@ -140,8 +142,17 @@ def look(file: Path, columns: Mapping[str, str | None], task: str) -> Seen:
             row = {"instruction" if role == "prompt" else role: value for role, value in row.items()}
         is_conversation = bool(prompt.before or prompt.after)
         answer = prompt.answers[0] if prompt.answers else ""
-        example = Example(text, answer, prompt.place, row, is_conversation=is_conversation, messages=prompt.messages)
-        examples.append(example)
+        examples.append(
+            Example(
+                text,
+                answer,
+                prompt.place,
+                row,
+                is_conversation=is_conversation,
+                messages=prompt.messages,
+                earlier=tuple(turn.spoken for turn in list(turns_of(prompt))[:-1]),
+            )
+        )
     refuse_few(file, len({example.plain for example in examples}))
     seen = Seen(file, examples, [_what(reader.accounts[0], set(passages))])
     seen.notes += [f"{column} stands before the question, in one text" for column in passages]

@@ -41,7 +41,10 @@ class Draft:
         text: the sections `elicit`, `writer` and `loss` of the recipe.
         answer_tokens: of an answer in the training, about. max_tokens: of an answer, at most.
         start: the student's, in YAML.
-        lr: the learning rate. batch: answers of an update; None where tokens are counted.
+        answers_each: of a training text, on average; more than one where every turn of a conversation is learnt.
+        lr: the learning rate, where the student's size doesn't say it. batch: answers of an update; None where tokens
+            are counted.
+        measured: held-out texts on which fidelity is measured.
         headline: the figure to look at.
     """
 
@@ -54,8 +57,10 @@ class Draft:
     max_tokens: int
     start: str
     tasks: Mapping[str, TaskDraft] = field(default_factory=dict)
-    lr: str = "5.0e-5"
+    answers_each: float = 1.0
+    lr: str | None = None
     batch: int | None = None
+    measured: int = FIDELITY_ITEMS
     headline: str = "fidelity"
     notes: Sequence[str] = ()
 
@@ -72,13 +77,14 @@ class TrainingLength:
 def sizes(draft: Draft, wishes: Wishes, used: int) -> TrainingLength:
     """From the amount of text: some hundreds of updates where there is enough of it, and never fewer than ten a pass if
     they can be had."""
+    used = round(used * draft.answers_each)
     if draft.batch is not None:
         batch = max(4, min(draft.batch, used // 10))
         tokens = max(16, round(batch * draft.answer_tokens))
         epochs = max(2, min(10, math.ceil(2400 / used)))
     else:
         total = used * draft.answer_tokens
-        most = MODEST if wishes.run_on == "laptop" else LARGE
+        most = LARGE if wishes.on_gpu else MODEST
         tokens = 2 ** max(8, min(int(math.log2(most)), round(math.log2(max(1.0, total / 20)))))
         epochs = 3 if used < 5000 else 2
     if wishes.scale == "quick":
@@ -125,6 +131,21 @@ def corpus(wishes: Wishes) -> bool:
 def from_corpus(max_tokens: int) -> str:
     """The sections of a recipe that teaches the data's own answers."""
     return f"writer: [{{by: corpus, max_tokens: {max_tokens}}}]   # the data's own answers\nloss: [cross_entropy]\n"
+
+
+def sampling(wishes: Wishes, temperature: float, top_p: float = 1.0) -> str:
+    """How answers are drawn, in YAML. Anthropic's newer models take a temperature or `top_p`, and not both."""
+    return f"temperature: {temperature}, top_p: {1.0 if wishes.server_kind == 'anthropic' else top_p}"
+
+
+def elicited(drawn: str, max_tokens: int) -> str:
+    """The writer of a recipe whose steps ask the teacher; held-out text is drawn as `drawn` says."""
+    return f"writer: [{{by: elicited, {drawn}, max_tokens: {max_tokens}}}]"
+
+
+def of_a_reply(wishes: Wishes) -> str:
+    """What the limit of a reply is, for a comment."""
+    return "of a reply" + (" and its thinking" if wishes.thought else "; raise it for a teacher that thinks first")
 
 
 def prompt_rows(examples: Sequence[Example], *, answers: bool) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from limbeck.commands.new.data import Example, Seen, lengths, unique
 from limbeck.commands.new.draft import corpus, mean_tokens
-from limbeck.commands.new.split import Split, split
+from limbeck.commands.new.split import MOST_COMPARED, MOST_HELD_OUT, Split, split
+from limbeck.commands.new.student import context_of
 from limbeck.commands.new.wishes import Wishes
 from limbeck.types import UserError
 
@@ -19,6 +20,8 @@ USUAL_TOKENS = {
     "tools": 192,
     "compress": 256,
 }
+LONG_CHAT = 1024  # of a teacher that is no small model on a laptop
+MOST_TOKENS = 4096
 
 
 def split_notes(parts: Split) -> list[str]:
@@ -27,7 +30,9 @@ def split_notes(parts: Split) -> list[str]:
     if parts.near:
         notes.append(f"{parts.near:,} held-out texts resemble a trained one: what is measured on them may be too good")
     if not parts.looked:
-        notes.append("so many texts were not searched for near-duplicates; the evaluation looks for copies")
+        notes.append(
+            f"more than {MOST_COMPARED:,} texts are not searched for near-duplicates; the evaluation looks for copies"
+        )
     if parts.untested:
         named = ", ".join(parts.untested[:5])
         notes.append(f"{len(parts.untested)} labels with one text are trained and not measured: {named}")
@@ -36,13 +41,13 @@ def split_notes(parts: Split) -> list[str]:
     return notes
 
 
-def both_parts(wishes: Wishes, seen: Seen) -> tuple[Split, list[str]]:
-    """The two parts, and what was seen."""
+def both_parts(wishes: Wishes, seen: Seen, most: int = MOST_HELD_OUT) -> tuple[Split, list[str]]:
+    """The two parts, of which `most` texts are held out, and what was seen."""
     seen = unique(seen, by_label=False)
     if corpus(wishes) and seen.answered < len(seen.examples):
         bare = next(example for example in seen.examples if not example.answer)
         raise UserError(f"{bare.place}: no answer to learn from; give one to every row, or leave --learn-from out")
-    parts = split(seen.examples)
+    parts = split(seen.examples, most=most)
     texts = [f"texts: {lengths([example.text for example in seen.examples])}"]
     if seen.answered:
         answers = [example.answer for example in seen.examples if example.answer]
@@ -59,14 +64,25 @@ def refuse_conversations(wishes: Wishes, seen: Seen) -> None:
             )
 
 
-def room_for(wishes: Wishes, examples: Sequence[Example]) -> int:
-    """Tokens of an answer at most: half as many again as the longest of the data's, or what is usual."""
+def room_for(wishes: Wishes, examples: Sequence[Example]) -> tuple[int, list[str]]:
+    """Tokens of an answer at most, without thinking: half as many again as the longest of the data's, or what is usual,
+    and no more than half of what the student can read; and what there is to say of it."""
     given = sorted(len(example.answer) for example in examples if example.answer)
-    usual = USUAL_TOKENS[wishes.task]
-    return usual if not given else min(1024, max(usual, int(given[len(given) * 95 // 100] / 3 * 1.5)))
+    is_long = wishes.task == "chat" and (wishes.is_served or wishes.on_gpu)
+    usual = LONG_CHAT if is_long else USUAL_TOKENS[wishes.task]
+    longest = int(given[len(given) * 95 // 100] / 3 * 1.5) if given else 0
+    context = context_of(wishes)
+    most = min(MOST_TOKENS, max(1, context // 2))
+    room = min(most, max(usual, longest))
+    notes = [f"the longest 5 % of the answers may not fit in {most:,} tokens"] if longest > most else []
+    if wishes.thought and room + wishes.thought >= context:
+        notes.append(f"thinking and answer need more than the {context:,} tokens of the student: lower max_tokens")
+    return room, notes
 
 
-def mean_answer(examples: Sequence[Example], most: int) -> float:
-    """Tokens of an answer, about: as long as the data's, or half of what there is room for."""
+def mean_answer(wishes: Wishes, examples: Sequence[Example], most: int) -> float:
+    """Tokens of an answer, about: as long as the data's, or half of what there is room for; with the thinking before it
+    where that is learnt."""
     given = [example.answer for example in examples if example.answer]
-    return min(float(most), mean_tokens(given)) if given else most / 2
+    thinking = 0.0 if wishes.drops_thinking else wishes.thought / 2
+    return (min(float(most), mean_tokens(given)) if given else most / 2) + thinking

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from limbeck.commands.new.data import Example, Seen
 from limbeck.commands.new.draft import (
+    FIDELITY_ITEMS,
     Draft,
     TaskDraft,
     corpus,
+    elicited,
     from_corpus,
     pretrained,
+    sampling,
 )
 from limbeck.commands.new.gold import calls_of
 from limbeck.commands.new.parts import both_parts, mean_answer, room_for
+from limbeck.commands.new.split import MOST_HELD_OUT, Split
+from limbeck.commands.new.student import has_the_teachers_tokens
 from limbeck.commands.new.wishes import Wishes
 from limbeck.types import UserError
 
 GIVEN = ("answer", "answers")
 KEPT_LAYERS = 0.8  # of the teacher's, in `compress`
+MEASURED = 300  # held-out texts on which the distance from a teacher is measured
 
 
 def tools(wishes: Wishes, seen: Seen) -> Draft:
@@ -33,8 +40,9 @@ def tools(wishes: Wishes, seen: Seen) -> Draft:
         raise UserError(
             f"{seen.file}: --task tools needs a column `tools` (a JSON list); --columns tools=COLUMN names it"
         )
-    parts, notes = both_parts(wishes, seen)
-    room = room_for(wishes, seen.examples)
+    parts, each, notes = _parts(wishes, seen)
+    room, tight = room_for(wishes, seen.examples)
+    limit = room + wishes.thought
     checked = {example.plain: calls_of(example.answer) for example in seen.examples}
     found = sum(check is not None for check in checked.values())
 
@@ -48,20 +56,28 @@ def tools(wishes: Wishes, seen: Seen) -> Draft:
 
     text = (
         "elicit:\n"
-        f"  - answer: {{temperature: 0.0, top_p: 1.0, max_tokens: {room}}}   # its chat template shows the tools\n"
+        f"  - answer: {{{sampling(wishes, 0.0)}, max_tokens: {limit}}}   # its chat template shows the tools\n"
         + ("  - verify: {unchecked: keep}   # other calls than the data's are left out\n" if found else "")
-        + f"writer: [{{by: elicited, max_tokens: {room}}}]\nloss: [cross_entropy]\n"
+        + f"{elicited(sampling(wishes, 0.0), limit)}\nloss: [cross_entropy]\n"
     )
     return Draft(
         title="Calling tools",
         about=["Calls of tools: the teacher's, for the conversations and tools of the data."],
         training=rows(parts.training, "text"),
         held_out=rows(parts.held_out, "held-out"),
-        text=from_corpus(room) if corpus(wishes) else text,
-        answer_tokens=mean_answer(seen.examples, room),
-        max_tokens=room,
+        text=from_corpus(limit) if corpus(wishes) else text,
+        answer_tokens=mean_answer(wishes, seen.examples, room),
+        max_tokens=limit,
         start=pretrained(wishes),
-        notes=[*notes, f"{found:,} of {len(checked):,} answers hold calls that the teacher's are compared with"],
+        tasks=_given_answers(parts.held_out),
+        headline=_headline(wishes),
+        measured=_measured(wishes),
+        answers_each=each,
+        notes=[
+            *notes,
+            *tight,
+            f"{found:,} of {len(checked):,} answers hold calls that the teacher's are compared with",
+        ],
     )
 
 
@@ -69,17 +85,11 @@ def _row(example: Example, *, answers: bool) -> Mapping[str, Any]:
     return example.row if answers else {name: value for name, value in example.row.items() if name not in GIVEN}
 
 
-def _talk(wishes: Wishes, seen: Seen, *, title: str, about: list[str], start: str, lr: str) -> Draft:
+def _talk(wishes: Wishes, seen: Seen, *, title: str, about: list[str], start: str, lr: str | None = None) -> Draft:
     """The teacher's own answers; its distributions, where the student has its tokens."""
-    parts, notes = both_parts(wishes, seen)
-    room = room_for(wishes, [])
-    loss = (
-        "loss: [forward_kl]   # the teacher's distribution at every token; recipes/gkd: on the student's own text\n"
-        if wishes.has_the_teachers_tokens
-        else "loss: [cross_entropy]   # the teacher's text; where both have the same tokens: forward_kl\n"
-    )
-    writer = f"writer: [{{by: teacher, temperature: 0.7, top_p: 0.95, max_tokens: {room}}}]\n"
-    distance = "forward_kl; a task of your own says more (docs/evaluation.md)"
+    parts, each, notes = _parts(wishes, seen)
+    room, tight = room_for(wishes, seen.examples)
+    limit = room + wishes.thought
     rows = [
         [
             {"id": f"{part}-{number}", **_row(example, answers=corpus(wishes))}
@@ -92,26 +102,75 @@ def _talk(wishes: Wishes, seen: Seen, *, title: str, about: list[str], start: st
         about=about,
         training=rows[0],
         held_out=rows[1],
-        text=from_corpus(room) if corpus(wishes) else writer + loss,
-        answer_tokens=mean_answer(seen.examples if corpus(wishes) else [], room),
-        max_tokens=room,
+        text=from_corpus(limit) if corpus(wishes) else _of_teacher(wishes, limit),
+        answer_tokens=mean_answer(wishes, seen.examples, room),
+        max_tokens=limit,
         start=start,
         lr=lr,
-        tasks={"task": _given_answers(parts.held_out)} if corpus(wishes) else {},
-        headline="task/bits_per_byte" if corpus(wishes) else distance,
-        notes=notes,
+        tasks={} if wishes.task == "compress" else _given_answers(parts.held_out),
+        headline=_headline(wishes),
+        measured=_measured(wishes),
+        answers_each=each,
+        notes=[*notes, *tight],
     )
 
 
-def _given_answers(examples: Sequence[Example]) -> TaskDraft:
-    """How likely the held-out answers of the data are."""
-    return TaskDraft(
+def _of_teacher(wishes: Wishes, limit: int) -> str:
+    """The sections of a recipe that teaches what the teacher answers to the prompts as they are."""
+    drawn = sampling(wishes, 0.7, 0.95)
+    if has_the_teachers_tokens(wishes):
+        return (
+            f"writer: [{{by: teacher, {drawn}, max_tokens: {limit}}}]\n"
+            "loss: [forward_kl]   # the teacher's distribution at every token; recipes/gkd: on the student's own text\n"
+        )
+    return (
+        f"elicit: [{{answer: {{{drawn}, max_tokens: {limit}}}}}]   # cut-off answers are left out\n"
+        f"{elicited(drawn, limit)}\n"
+        "loss: [cross_entropy]   # the teacher's text; where both have the same tokens: forward_kl\n"
+    )
+
+
+def _parts(wishes: Wishes, seen: Seen) -> tuple[Split, float, list[str]]:
+    """(the two parts, how many answers a conversation teaches on average, what there is to say of both): all of the
+    data's own, or one of the teacher's."""
+    parts, notes = both_parts(wishes, seen, MEASURED if wishes.has_teacher else MOST_HELD_OUT)
+    conversations = len(parts.training)
+    answers = conversations + sum(len(example.earlier) for example in parts.training)
+    if wishes.has_teacher or answers == conversations:
+        return parts, 1.0, notes
+    notes.append(f"{conversations:,} conversations hold {answers:,} answers")
+    trained = {text for example in parts.training for text in example.earlier}
+    held_out = [example for example in parts.held_out if example.text not in trained]
+    if len(held_out) < len(parts.held_out):
+        notes.append(f"{len(parts.held_out) - len(held_out):,} held-out texts begin trained conversations, left out")
+    return replace(parts, held_out=held_out), answers / conversations, notes
+
+
+def _measured(wishes: Wishes) -> int:
+    return MEASURED if wishes.has_teacher else FIDELITY_ITEMS
+
+
+def _headline(wishes: Wishes) -> str:
+    if corpus(wishes):
+        return "task/bits_per_byte"
+    if has_the_teachers_tokens(wishes):
+        return "forward_kl; a task of your own says more (docs/evaluation.md)"
+    return "perplexity: how likely it finds the teacher's text"
+
+
+def _given_answers(examples: Sequence[Example]) -> dict[str, TaskDraft]:
+    """How likely the held-out answers of the data are, where they have any."""
+    items = [_answered(example) for example in examples if example.answer]
+    if not items:
+        return {}
+    task = TaskDraft(
         kind="perplexity",
         description="How likely the data's own answers are, in bits per byte: lower is better.",
-        items=[_answered(example) for example in examples],
+        items=items,
         metrics=["bits_per_byte", "word_perplexity"],
         settings={},
     )
+    return {"task": task}
 
 
 def _answered(example: Example) -> dict[str, Any]:
@@ -125,7 +184,7 @@ def chat(wishes: Wishes, seen: Seen) -> Draft:
     about = ["The teacher answers each prompt (of a conversation, its last turn); the student learns its answers."]
     if corpus(wishes):
         about = ["Conversations, trained on the data's own answers; no teacher is asked."]
-    return _talk(wishes, seen, title="Chat", about=about, start=pretrained(wishes), lr="5.0e-5")
+    return _talk(wishes, seen, title="Chat", about=about, start=pretrained(wishes))
 
 
 def compress(wishes: Wishes, seen: Seen) -> Draft:

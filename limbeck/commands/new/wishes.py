@@ -29,6 +29,8 @@ PROVIDERS = {
 }
 KEY = "LIMBECK_API_KEY"
 INSTRUCTED_APART = ("reason", "chat")  # the instruction is the teacher's system message
+THINKING = {"off": "ask for answers without thinking", "keep": "leave room for it"}
+THOUGHT = 4096  # tokens of the thinking before an answer, at most
 Scale = Literal["quick", "full"]
 
 
@@ -40,7 +42,9 @@ class Wishes:
         folder: the new folder, as commands will name it.
         learn_from: teacher, or labels: the data's own answers.
         teacher: a model, or a server's address.
-        teacher_model: the model's name on that server.
+        teacher_model: the model's name on that server. teacher_kind: what the server is; empty: as its address says.
+        thinking: of a served teacher, off or keep; empty where nothing is said.
+        lora: train adapters in place of all weights.
         instruction: what the teacher is told to do with each text: a part of its question for rewrite, answer and
             extract; its system message, which the student doesn't see, for reason and chat.
         schema: of extract, a JSON schema as a file.
@@ -52,11 +56,14 @@ class Wishes:
     learn_from: str = "teacher"
     teacher: str = EMBEDDED
     teacher_model: str = ""
+    teacher_kind: str = ""
+    thinking: str = ""
     student: str = EMBEDDED
     scale: Scale = "full"
     run_on: str = "laptop"
     instruction: str = ""
     schema: Path | None = None
+    lora: bool = False
 
     @property
     def is_served(self) -> bool:
@@ -73,12 +80,21 @@ class Wishes:
 
     @property
     def server_kind(self) -> str:
-        return PROVIDERS.get(urlsplit(self.teacher).hostname or "", "openai-compatible")
+        return self.teacher_kind or PROVIDERS.get(urlsplit(self.teacher).hostname or "", "openai-compatible")
 
     @property
-    def has_the_teachers_tokens(self) -> bool:
-        """Whether the student surely has the teacher's tokens, so that it can learn distributions."""
-        return not self.is_served and (self.student == self.teacher or self.task == "compress")
+    def on_gpu(self) -> bool:
+        return self.run_on != "laptop"
+
+    @property
+    def thought(self) -> int:
+        """Tokens that the teacher may think before its answer, beside those of the answer."""
+        return THOUGHT if self.thinking == "keep" else 0
+
+    @property
+    def drops_thinking(self) -> bool:
+        """Whether the student learns the teacher's answers without the thinking before them."""
+        return self.thinking == "off" or (self.thinking == "keep" and self.task not in ("reason", "chat"))
 
 
 def is_url(teacher: str) -> bool:
@@ -129,6 +145,12 @@ def check_wishes(wishes: Wishes) -> None:
         raise UserError("--teacher is a server: say which of its models with --teacher-model")
     if wishes.teacher_model and not wishes.is_served:
         raise UserError("--teacher-model names a model of a server: give the server's address with --teacher URL")
+    if wishes.teacher_kind and not wishes.is_served:
+        raise UserError("--teacher-kind says what a server is: give the server's address with --teacher URL")
+    if wishes.thinking and not wishes.is_served:
+        raise UserError("--thinking is for a teacher behind a server (--teacher URL); leave it out")
+    if wishes.lora and wishes.task == "compress":
+        raise UserError("--task compress trains all weights, since layers are missing; leave --lora out")
     if wishes.is_served and urlsplit(wishes.teacher).username:
         raise UserError(f"--teacher: leave user and password out of the address; a key stands in {KEY}")
     if wishes.schema is not None and wishes.task != "extract":

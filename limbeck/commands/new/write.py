@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.commands.new.draft import FIDELITY_ITEMS, Draft, TaskDraft, block, inline, sizes
+from limbeck.commands.new.draft import Draft, TaskDraft, block, inline, sizes
+from limbeck.commands.new.server import server_lines
 from limbeck.commands.new.split import SEED
-from limbeck.commands.new.wishes import INSTRUCTED_APART, KEY, Wishes
+from limbeck.commands.new.student import learning_rate
+from limbeck.commands.new.wishes import INSTRUCTED_APART, Wishes
 from limbeck.config.recipe import load_recipe
 from limbeck.storage.files import new_directory, write_text
 from limbeck.types import UserError
@@ -72,6 +74,7 @@ def recipe_yaml(draft: Draft, wishes: Wishes, data: Path, folder: Path) -> str:
     quick = wishes.scale == "quick"
     used = min(len(draft.training), QUICK) if quick else len(draft.training)
     length = sizes(draft, wishes, used)
+    rate = draft.lr or learning_rate(wishes)
     limit = f", limit: {QUICK}" if quick and used < len(draft.training) else ""
     head = [
         *(line for about in draft.about for line in about.split("\n")),
@@ -84,7 +87,7 @@ def recipe_yaml(draft: Draft, wishes: Wishes, data: Path, folder: Path) -> str:
         f"name: {inline(wishes.name)}",
         f"title: {inline(draft.title)}",
         *_teacher(wishes),
-        f"student: {{start: {draft.start}}}",
+        *_student(draft, wishes),
         f"prompts: {{from: {inline(str(folder / 'train.jsonl'))}{limit}}}   # {len(draft.training):,} texts"
         + (f", of which {used} are used" if limit else ""),
         draft.text.rstrip("\n"),
@@ -92,7 +95,8 @@ def recipe_yaml(draft: Draft, wishes: Wishes, data: Path, folder: Path) -> str:
         f"  epochs: {length.epochs}   # passes over the text: about {length.steps:,} updates",
         f"  tokens_per_step: {length.tokens_per_step}   # answers' tokens of one update: about"
         f" {max(1, round(length.tokens_per_step / draft.answer_tokens)):,} answers",
-        f"  lr: {draft.lr}   # halve it if the loss jumps; double it if the student learns too little",
+        f"  lr: {rate}   # halve it if the loss jumps; double it if the student learns too little",
+        *(["  turns: all   # every answer, not the last alone"] if draft.answers_each > 1 else []),
         f"  seed: {SEED}",
         *_precision(wishes),
         *_evaluate(draft, wishes, folder),
@@ -101,12 +105,19 @@ def recipe_yaml(draft: Draft, wishes: Wishes, data: Path, folder: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _on_gpu(wishes: Wishes) -> bool:
-    return wishes.run_on != "laptop"
+def _student(draft: Draft, wishes: Wishes) -> list[str]:
+    if not wishes.lora:
+        return [f"student: {{start: {draft.start}}}"]
+    base = ", base: bfloat16" if wishes.on_gpu else ""
+    return [
+        "student:",
+        f"  start: {draft.start}",
+        f"  lora: {{rank: 16, alpha: 32{base}}}   # adapters are trained, and merged on export",
+    ]
 
 
 def _precision(wishes: Wishes) -> list[str]:
-    if _on_gpu(wishes):
+    if wishes.on_gpu:
         return ["  precision: bfloat16   # of the student's passes; its weights stay in float32"]
     from limbeck.models import placement  # imports torch
 
@@ -123,40 +134,41 @@ def _teacher(wishes: Wishes) -> list[str]:
     apart = wishes.instruction if wishes.task in INSTRUCTED_APART else ""
     context = [f"  context: {{system: {inline(apart)}}}   # the teacher alone sees it"] if apart else []
     why = "a larger one answers better: a folder, a hub id, a server"
-    if not wishes.is_served:
-        if context:
-            return ["teacher:", f"  model: {inline(wishes.teacher)}   # {why}", *context]
-        return [f"teacher: {inline(wishes.teacher)}   # {why}"]
+    if wishes.is_served:
+        return ["teacher:", *context, *server_lines(wishes)]
+    dtype = "bfloat16" if wishes.on_gpu else ""
+    if not context:
+        name = inline(wishes.teacher)
+        return [f"teacher: {f'{{model: {name}, dtype: {dtype}}}' if dtype else name}   # {why}"]
     return [
         "teacher:",
+        f"  model: {inline(wishes.teacher)}   # {why}",
+        *([f"  dtype: {dtype}"] if dtype else []),
         *context,
-        "  server:",
-        f"    url: {inline(wishes.teacher)}",
-        f"    name: {inline(wishes.teacher_model)}",
-        f"    kind: {wishes.server_kind}",
-        f"    key: {KEY}   # the environment variable with the key; the key itself stands in no file",
-        "    concurrency: 4   # requests at once",
-        "    # limits: {requests: 1000}   # a ceiling, also in tokens and money",
     ]
 
 
 def _evaluate(draft: Draft, wishes: Wishes, folder: Path) -> list[str]:
     quick = wishes.scale == "quick"
-    metrics = ["fidelity", *(inline(str(folder / name)) for name in draft.tasks)]
+    tasks = [inline(str(folder / name)) for name in draft.tasks]
+    metrics = ["fidelity", *(f"{{{name}: {{limit: {QUICK_ITEMS}}}}}" if quick else name for name in tasks)]
     gold = wishes.has_teacher and not quick and all("answer" in row for row in draft.training)
     plain = "cross_entropy" in draft.text
     controls = ["untouched", *([] if plain else ["sft_control"]), *(["gold_control"] if gold else [])]
     why = "the student before training"
     why += "" if plain else "; fine-tuned on the same text"
     why += "; trained on the data's own answers" if gold else ""
-    limit = QUICK_ITEMS if quick else max(FIDELITY_ITEMS, *(len(task.items) for task in draft.tasks.values()), 1)
+    limit = QUICK_ITEMS if quick else draft.measured
+    whole = "; a task is measured whole" if tasks and not quick else ""
+    judged = wishes.is_served and wishes.task in ("chat", "tools")
     return [
         "evaluate:",
         f"  metrics: [{', '.join(metrics)}]   # look at {_headline(draft, wishes)}",
         f"  prompts: {inline(str(folder / 'held-out.jsonl'))}   # {_held_out(wishes)}",
-        f"  limit: {limit}   # items of each",
+        f"  limit: {limit}   # of these prompts at most{whole}",
         f"  max_tokens: {draft.max_tokens}",
         f"  controls: [{', '.join(controls)}]   # {why}",
+        *(["  # judge: NAME   # a strong model compares their answers (docs/evaluation.md)"] if judged else []),
     ]
 
 
@@ -165,11 +177,11 @@ def _held_out(wishes: Wishes) -> str:
 
 
 def _headline(draft: Draft, wishes: Wishes) -> str:
-    return f"{wishes.name}-{draft.headline}" if draft.tasks else draft.headline
+    return f"{wishes.name}-{draft.headline}" if draft.headline.startswith("task/") else draft.headline
 
 
 def _machine(wishes: Wishes) -> list[str]:
-    if not _on_gpu(wishes):
+    if not wishes.on_gpu:
         return ["machine: {device: auto}   # a CUDA device if there is one, else the CPU"]
     like = "" if wishes.run_on == "gpu" else f"; estimate with --device-like {wishes.run_on}"
     return [f"machine: {{device: cuda}}   # sizes follow from its memory{like}"]
