@@ -31,8 +31,8 @@ from limbeck.objectives.distribution import Distribution
 from limbeck.objectives.divergence_loss import DIVERGENCES
 from limbeck.objectives.head import PositionEvidence, chunks, fused_loss
 from limbeck.objectives.term import make_term
-from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.signals.cache import SignalCache
 from limbeck.signals.forms import form_of
 from limbeck.storage.files import write_json

@@ -28,8 +28,8 @@ from limbeck.models.load import load_model, model_folder
 from limbeck.models.prune import drop_layers
 from limbeck.objectives.term import make_term
 from limbeck.progress import Silent
-from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.storage.files import write_json
 from limbeck.training import loop
 from limbeck.training.job import Objective, TrainingJob

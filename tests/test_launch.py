@@ -47,7 +47,7 @@ def container():
 
 
 def test_scripts_are_bash():
-    assert len(scripts()) == 6
+    assert len(scripts()) == 7
     for script in scripts():
         done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
         assert done.returncode == 0 and not done.stderr, done.stderr

@@ -67,7 +67,7 @@ def argument(parameter: inspect.Parameter) -> str:
         return shown
     if callable(default):
         return f"{shown} = lambda: False"
-    return f"{shown} = {default!r}"
+    return f"{shown} = {default!r}".replace("'", '"')
 
 
 def members(kind: Any) -> list[tuple[str, str, str]]:

@@ -28,7 +28,7 @@ from limbeck.config.rounds import without_rounds
 from limbeck.data.batches import Row, make_batch
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.fit import prepared
-from limbeck.runs.pipeline import Run
+from limbeck.runs.run import Run
 from limbeck.signals.cache import SignalCache, ids_of, text_key
 from limbeck.signals.forms import form_of
 from limbeck.signals.sparse import TopK

@@ -17,7 +17,7 @@ from limbeck.runs.claim import run_folder
 from limbeck.runs.fit import prepared
 from limbeck.runs.hardware import matrix_rate, synchronize
 from limbeck.runs.memory import compute_dtype
-from limbeck.runs.pipeline import Run
+from limbeck.runs.run import Run
 from limbeck.runs.shapes import Shape, step_flops
 from limbeck.storage.files import exclusive
 from limbeck.training import loop as train

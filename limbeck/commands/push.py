@@ -56,8 +56,8 @@ def write_data(run: Path, folder: Path) -> str:
     from limbeck.config.rounds import without_rounds
     from limbeck.progress import Silent, StoppedError
     from limbeck.report.card import data_card
-    from limbeck.runs.pipeline import Run
     from limbeck.runs.resolve import resolve
+    from limbeck.runs.run import Run
 
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is no run folder (it has no recipe.yaml): --data uploads the training text of a run")

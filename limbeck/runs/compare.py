@@ -28,8 +28,8 @@ from limbeck.progress import Reporter, Silent
 from limbeck.report.page import write_report
 from limbeck.runs.fit import prepared
 from limbeck.runs.measuring import measured_teacher
-from limbeck.runs.pipeline import Run
 from limbeck.runs.preflight import check
+from limbeck.runs.run import Run
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
 from limbeck.storage.metrics_log import mean_of, steps_made, writing_share

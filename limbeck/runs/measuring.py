@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
@@ -14,13 +13,11 @@ from limbeck.evaluate.shares import Shares
 from limbeck.models.load import load_config, load_tokenizer
 from limbeck.models.model import Model
 from limbeck.models.weights import empty_model
+from limbeck.runs.run import Run
 from limbeck.storage.metrics_log import steps_made
 from limbeck.training import distributed
 from limbeck.training.controls import CONTROLS
 from limbeck.types import UserError
-
-if TYPE_CHECKING:
-    from limbeck.runs.pipeline import Run
 
 
 def evaluate(run: Run) -> None:

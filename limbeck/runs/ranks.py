@@ -14,10 +14,11 @@ from limbeck.config import ranks
 from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe, load_recipe
 from limbeck.progress import Reporter, Silent
-from limbeck.runs import measuring, pipeline, rounds
+from limbeck.runs import measuring, rounds
 from limbeck.runs.fit import fitted
 from limbeck.runs.opening import take_sizes
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.runs.sharing import check
 from limbeck.training import distributed, loop, sharded
 from limbeck.training.company import Company
@@ -61,7 +62,7 @@ def take_part(turn: dict[str, Any], machine: Machine, stop: Callable[[], bool]) 
     recipe = load_recipe(folder / "recipe.yaml").model_copy(update={"machine": machine})
     take_sizes(machine)
     store = None if turn["store"] is None else Path(turn["store"])
-    run = pipeline.Run(fitted(resolve(recipe)), folder, Silent(), store=store)
+    run = Run(fitted(resolve(recipe)), folder, Silent(), store=store)
     if "evaluate" in turn:
         measuring.take_part(run)
         return

@@ -17,8 +17,8 @@ from limbeck.progress import Silent
 from limbeck.runs.claim import HELD_OUT, TRAINING
 from limbeck.runs.fit import fitted
 from limbeck.runs.opening import inputs_of
-from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.storage.metrics_log import read_json
 from limbeck.storage.rounds import has_rounds, parts_of, whole_of
 from limbeck.storage.store import Store

@@ -23,8 +23,9 @@ from limbeck.models.folder import save_model
 from limbeck.models.load import load_model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.divergence_loss import DIVERGENCES
-from limbeck.runs.pipeline import Run, run
+from limbeck.runs.pipeline import run
 from limbeck.runs.resolve import terms_of
+from limbeck.runs.run import Run
 from limbeck.signals.cache import SignalCache
 from limbeck.types import UserError
 from tests.conftest import make_net, make_tokenizer

@@ -13,8 +13,9 @@ from limbeck.commands.exchange import export_cache, import_file
 from limbeck.config.recipe import parse
 from limbeck.data.batches import make_batch
 from limbeck.progress import Silent
-from limbeck.runs.pipeline import Run, run
+from limbeck.runs.pipeline import run
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.signals.cache import ids_of
 from limbeck.types import UserError
 

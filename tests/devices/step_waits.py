@@ -11,8 +11,8 @@ import torch
 
 from limbeck.config.recipe import parse
 from limbeck.progress import Silent
-from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.training import loop
 from tests.conftest import make_net, make_tokenizer
 from tests.devices.pretend_gpu import COUNTS, device, pretend_gpu

@@ -257,7 +257,7 @@ def test_a_stopped_evaluation_goes_on_and_loads_only_what_is_left(recipe_data, t
     assert {file: file.stat().st_mtime_ns for file in done} == done
     (out / "evaluation" / "summary.json").unlink()
     monkeypatch.setattr("limbeck.evaluate.measure.answer_all", lambda *_: pytest.fail("answered again"))
-    monkeypatch.setattr("limbeck.runs.pipeline.load_model", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setattr("limbeck.runs.run.load_model", lambda *_: pytest.fail("loaded again"))
     limbeck.run(recipe, out, stages=("evaluate",))
 
 

@@ -81,8 +81,8 @@ def assert_same_student(folder: Path, other: Path) -> None:
 
 def assert_same_evaluation(folder: Path, other: Path) -> None:
     """The same items in the same order, whoever measured them, with figures of weights that differ by rounding."""
-    files = sorted(file.name for file in folder.glob("*.jsonl"))
-    assert files == sorted(file.name for file in other.glob("*.jsonl")) and len(files) > 10
+    files = sorted(file.name for file in folder.glob("*.jsonl") if file.stat().st_size)
+    assert files == sorted(f.name for f in other.glob("*.jsonl") if f.stat().st_size) and len(files) > 10
     for name in files:
         ours, theirs = (
             [json.loads(line) for line in (home / name).read_text().splitlines()] for home in (folder, other)
@@ -112,7 +112,8 @@ def test_a_whole_run_is_that_of_one_process(recipe, tmp_path, shard, torchrun):
     assert_same_student(alone, together)
     assert_same_evaluation(alone / "evaluation", together / "evaluation")
     files = [{str(file.relative_to(home)) for file in home.rglob("*")} for home in (alone, together)]
-    assert {name for name in files[0] ^ files[1] if "lock" not in name} == set()
+    apart = ("lock", "checkpoints/")  # of divided weights each rank writes a part
+    assert not [name for name in files[0] ^ files[1] if not any(word in name for word in apart)]
     # it is done: nothing is trained again
     before = (together / "metrics.jsonl").stat().st_mtime_ns
     again = start("run", recipe({"shard": shard}), "--out", together)

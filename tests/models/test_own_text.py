@@ -499,9 +499,9 @@ def test_a_recipe_trains_on_them_goes_on_and_says_how_many_there_are(tiny, tiny_
 
 def test_too_many_gaps_are_refused_before_the_training(tiny, tiny_folder, recipe_data, tmp_path):
     def spoil(path, reply):
-        if path == "/v1/chat/completions" and isinstance(reply, dict):
-            reply["choices"][0]["logprobs"]["content"][1]["token"] = "?"
-            reply["choices"][0]["logprobs"]["content"][1]["bytes"] = [63]
+        told = reply["choices"][0].get("logprobs") if isinstance(reply, dict) and "chat" in path else None
+        if told:  # text to be trained on
+            told["content"][1] |= {"token": "?", "bytes": [63]}
         return reply
 
     with ScoringServer(tiny, "vLLM", say=SAY, spoil=spoil) as server:

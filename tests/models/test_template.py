@@ -19,8 +19,8 @@ from limbeck.models.model import Model, header_of
 from limbeck.models.template import continued, end_of_turn, frame_of, opened, prompt_ids, render, text_ids
 from limbeck.models.template_names import MAX_BYTES, give_template
 from limbeck.progress import Silent
-from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.types import RecipeError, UserError
 from tests.conftest import TEMPLATE
 

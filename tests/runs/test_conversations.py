@@ -15,8 +15,9 @@ from limbeck.models.load import load_model
 from limbeck.models.template import continued
 from limbeck.progress import Silent
 from limbeck.runs.fit import prepared
-from limbeck.runs.pipeline import Run, run
+from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
+from limbeck.runs.run import Run
 from limbeck.types import Request, Sampling, UserError
 
 from ..conftest import TEMPLATE

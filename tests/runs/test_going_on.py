@@ -65,19 +65,18 @@ def summary_of(folder):
 
 def test_another_recipe_pays_for_new_questions_alone(served, answers, tmp_path):
     with Scripted() as server:
-        run(served(server.url), tmp_path / "first", stages=("elicit",))
-        assert len(server.seen) == 20
+        with pytest.raises(UserError, match="ceiling of 20 requests"):
+            run(served(server.url, server={"limits": {"requests": 20}}), tmp_path / "first", stages=("elicit",))
+        run(served(server.url, server={"limits": {"requests": 22}}), tmp_path / "first")  # and goes on
+        assert len(server.seen) == 22, "two of them for the evaluation"
         reporter = Noting()
         other = served(server.url, name="other", train={"steps": 3, "seed": 3})
         folder = run(other, tmp_path / "second", reporter, stages=("elicit",))
-        assert len(server.seen) == 20, "the other training asks nothing"
+        assert len(server.seen) == 22, "the other training asks nothing"
         assert (
             "18 of 18 answers are taken from earlier runs (paid then: 90 tokens read, 54 written, 0.144 by today's price)"
             in (reporter.notes)
         )
-        with pytest.raises(UserError, match="ceiling of 20 requests"):
-            run(served(server.url, server={"limits": {"requests": 20}}), tmp_path / "first")
-        run(served(server.url, server={"limits": {"requests": 22}}), tmp_path / "first")  # and goes on
         bill = summary_of(run(other, folder))["bill"]
         assert len(server.seen) == 22
     spent = {"tokens_read": 110, "tokens_written": 66, "money": pytest.approx(0.176)}
@@ -93,10 +92,10 @@ def test_a_refused_folder_says_that_its_answers_are_kept(served, answers, tmp_pa
             tmp_path / "first", stages=("elicit",))  # fmt: skip
         assert not answers.exists()
         fewer = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"limit": 9})})
-        with pytest.raises(UserError, match=r"differs in prompts\).*its 20 answers are kept in .*shared for all runs"):
+        with pytest.raises(UserError, match=r"differs in prompts\).*its 22 answers are kept in .*shared for all runs"):
             run(fewer, tmp_path / "first", stages=("elicit",))
         run(fewer, tmp_path / "second", stages=("elicit",))
-        assert len(server.seen) == 20
+        assert len(server.seen) == 22
         elsewhere = served(server.url, server={"name": "other"})
         with pytest.raises(UserError) as refusal:
             run(elsewhere, tmp_path / "first", stages=("elicit",))
@@ -351,7 +350,7 @@ def test_a_start_that_was_killed_or_refused_binds_nothing(served, tmp_path):
         for name in ("recipe.yaml", "inputs.json"):
             (out / name).unlink()
         run(served(server.url), out, stages=("elicit",))
-        assert len(server.seen) == 20
+        assert len(server.seen) == 22
         other = tmp_path / "other"
         with pytest.raises(UserError, match="no answer from"):
             run(served("http://127.0.0.1:9/v1"), other, stages=("elicit",))

@@ -43,7 +43,7 @@ def test_a_folder_that_names_models_by_their_edges_goes_on(recipe_data, tiny_fol
     recipe = parse({**recipe_data, "teacher": str(teacher)})
     out = tmp_path / "run"
     with monkeypatch.context() as older:
-        older.setattr("limbeck.runs.pipeline.follow_names", lambda *_: None)
+        older.setattr("limbeck.runs.run.follow_names", lambda *_: None)
         older.setattr(NAMING, "by_edges", True)
         run(recipe, out, stages=("elicit",))
         inputs = json.loads((out / "inputs.json").read_text())

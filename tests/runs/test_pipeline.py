@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import limbeck
 from limbeck.config.recipe import parse
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.progress import Silent
+from limbeck.progress import Silent, StoppedError
 from limbeck.runs.claim import claim
 from limbeck.runs.fit import prepared
-from limbeck.runs.pipeline import Run, StoppedError
+from limbeck.runs.run import Run
 from limbeck.storage.store import Store
 
 ROOT = Path(__file__).parent.parent.parent

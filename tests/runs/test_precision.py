@@ -16,8 +16,8 @@ from limbeck.models.load import load_model
 from limbeck.models.placement import Precision
 from limbeck.models.quantise import QuantisedLinear
 from limbeck.progress import Silent
-from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.storage import checkpoint
 from limbeck.storage.store import Store
 from limbeck.types import RecipeError, UserError, content_hash

@@ -20,9 +20,10 @@ from limbeck.models.batch import BatchTeacher
 from limbeck.models.context import PromptContext
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.fit import prepared
-from limbeck.runs.pipeline import Run, run
+from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.storage.files import read_jsonl
 from limbeck.storage.store import Store
 from limbeck.types import RecipeError, Request, Sample, Sampling, UserError, content_hash

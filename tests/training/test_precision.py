@@ -23,8 +23,8 @@ from limbeck.objectives import head as chunked
 from limbeck.objectives.head import Head, PositionEvidence, fused_loss
 from limbeck.objectives.term import make_term
 from limbeck.progress import Silent, StoppedError
-from limbeck.runs.pipeline import Run
 from limbeck.runs.resolve import resolve
+from limbeck.runs.run import Run
 from limbeck.signals.dense import DenseSignal
 from limbeck.training import loop, student_writer
 from limbeck.training.job import Objective, TrainingJob
@@ -217,7 +217,7 @@ def test_no_room_for_one_row_is_said_and_loses_nothing(make_job, tiny):
     plain = run_to_the_end(make_job("plain"))
     first, done = make_job("crowded"), []
     assert not loop.train(first, progress=lambda step, *_: done.append(step), stop=lambda: len(done) >= 2)
-    with pytest.raises(UserError, match=r"cpu has no room for one row of \d+ tokens .*machine.checkpointing=true"):
+    with pytest.raises(UserError, match=r"no room for one row of \d+ tokens \(cpu: .*machine.checkpointing=true"):
         loop.train(make_job("crowded", teacher=Crowded(tiny, room=5)))
     assert losses(first.folder) == plain[:2]
     assert run_to_the_end(make_job("crowded")) == pytest.approx(plain, abs=1e-6)

@@ -22,7 +22,7 @@ from limbeck.models.states_teacher import StatesTeacher
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.fit import prepared
-from limbeck.runs.pipeline import Run
+from limbeck.runs.run import Run
 from limbeck.runs.served import served
 from limbeck.signals.forms import form_of
 from limbeck.types import Batch, Message
