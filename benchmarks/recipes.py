@@ -3,8 +3,8 @@
     make evidence-recipes                                # all that has no row yet; killed, it goes on
     .venv/bin/python benchmarks/recipes.py dpo gkd       # these again
 
-As many recipes run at once as there are cores, and one of a large model, each with one thread; one that takes longer
-than LIMIT_S is ended.
+As many recipes run at once as there are cores, and one of a large model, each with one thread; a recipe that is named
+alone has all threads. One that takes longer than LIMIT_S is ended.
 
 The size is the same for all (`small`): at most PROMPTS training prompts (half of them where steps make text of them),
 STEPS steps of TOKENS response tokens, HELD_OUT held-out answers and ITEMS items of a task. It shows that a recipe runs
@@ -178,7 +178,7 @@ def _address(url: str, kind: str) -> list[str]:
     return [f"--set=teacher.server.{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
-def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
+def run(name: str, recipe: str, overrides: list[str], threads: int = 1) -> dict[str, Any]:
     """Run a recipe in a process of its own; its row of evidence."""
     loaded = load_recipe(recipe_files()[recipe])
     row: dict[str, Any] = {"recipe": recipe, "hash": loaded.hash}
@@ -202,12 +202,12 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
             *overrides,
             *address,
         ]
-        command += ["--set=machine.threads=1", "--out", str(folder)]
+        command += [f"--set=machine.threads={threads}", "--out", str(folder)]
         began = time.perf_counter()
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)  # noqa: S603
         except subprocess.TimeoutExpired:
-            return row | {"failed": f"took longer than {LIMIT_S} s on one core"}
+            return row | {"failed": f"took longer than {LIMIT_S} s on {threads} cores"}
         seconds = time.perf_counter() - began
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
@@ -271,7 +271,10 @@ def main() -> None:
     evidence["machine"] = f"{platform.machine()}, {cores} cores, a recipe on each, beside other work"
     # models of some gigabytes: one recipe of them at a time, beside the others
     with ThreadPoolExecutor(cores) as pool, ThreadPoolExecutor(1) as alone:
-        running = {(alone if _is_large(work[name][0]) else pool).submit(run, name, *work[name]): name for name in due}
+        threads = cores if len(due) == 1 else 1
+        running = {
+            (alone if _is_large(work[name][0]) else pool).submit(run, name, *work[name], threads): name for name in due
+        }
         for future in as_completed(running):
             name = running[future]
             try:
