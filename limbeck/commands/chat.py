@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.columns import Columns
 from rich.panel import Panel
 from rich.text import Text
@@ -36,8 +37,7 @@ def converse(folder: Path, max_tokens: int, temperature: float, device: str = "a
         raise UserError(f"{folder} has no finished student: run `limbeck run RECIPE --out {folder}` first")
     home = kept_round(folder)
     recipe = load_recipe(home / "recipe.yaml")
-    machine = (read_json(home / "machine.json") or {}).get("settings", {})
-    devices = Devices(Machine.model_validate(machine) if device == "auto" else Machine(device=device))
+    devices = _devices(home, device)
     speakers = {}
     if recipe.teacher.model is None:
         console.err.print("the teacher is behind a server and is not asked")
@@ -65,6 +65,18 @@ def answer(model: Model, question: str, sampling: Sampling, seed: int = 0) -> st
         model.net, [GenerationJob(ids, sampling, seed)], model.eos_ids, vocab_size=model.vocab_size
     )
     return model.decode(sampled).strip()
+
+
+def _devices(home: Path, device: str) -> Devices:
+    """Those of the run's machine, where this is such a machine; else what is here, or what is asked for."""
+    if device != "auto":
+        return Devices(Machine(device=device))
+    settings = (read_json(home / "machine.json") or {}).get("settings", {})
+    try:
+        return Devices(Machine.model_validate(settings))
+    except (ValidationError, UserError):
+        console.err.print("this is not the machine of the run: models are where there is room here")
+        return Devices(Machine())
 
 
 def _ask() -> str:

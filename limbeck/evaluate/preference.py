@@ -79,11 +79,13 @@ class PreferenceKind(TaskKind):
 
 
 def conversations(prompt: Prompt) -> list[Conversation]:
-    """A prompt with each of its answers, of which what follows the thinking is scored."""
-    return [
-        (prompt.messages, after_thinking(answer) or answer, rank in prompt.cut)
-        for rank, answer in enumerate(prompt.answers)
-    ]
+    """A prompt with each of its answers, as they are scored."""
+    return [(prompt.messages, said(answer), rank in prompt.cut) for rank, answer in enumerate(prompt.answers)]
+
+
+def said(answer: str) -> str:
+    """What of an answer is scored: what follows its thinking."""
+    return after_thinking(answer) or answer
 
 
 def judged(prompt: Prompt, scores: Sequence[float], probabilities: bool = True) -> ItemResult:
@@ -111,6 +113,9 @@ def judged(prompt: Prompt, scores: Sequence[float], probabilities: bool = True) 
 
 def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+VERSION = 2  # of what is scored of an answer; 1 scored the thinking, too
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class PreferenceBench:
             UserError: none is left.
         """
         held_out = self.questions.text.held_out_pairs()
-        paired = [prompt for prompt in held_out if len(set(prompt.answers)) > 1]
+        paired = [prompt for prompt in held_out if len(set(map(said, prompt.answers))) > 1]
         left = [prompt for prompt in paired if prompt.id not in self.questions.leaked]
         if not left:
             raise UserError(
@@ -182,7 +187,7 @@ class PreferenceBench:
         """The rule that prefers the answer of more tokens."""
 
         def make() -> list[ItemResult]:
-            lengths = [[len(reader().text_ids(answer)) for answer in prompt.answers] for prompt in task.items]
+            lengths = [[len(reader().text_ids(said(a))) for a in prompt.answers] for prompt in task.items]
             return [judged(prompt, of, probabilities=False) for prompt, of in zip(task.items, lengths, strict=True)]
 
         return _records(LONGER, self._kept(LONGER, make), {})
@@ -190,7 +195,7 @@ class PreferenceBench:
     def claim(self, task: Task) -> None:
         """Remove records of other questions."""
         file = self.folder / "preference.json"
-        key = content_hash([prompt.facts for prompt in task.items])
+        key = content_hash([VERSION, [prompt.facts for prompt in task.items]])
         if not file.exists() or read_object(file).get("questions") != key:
             for old in (*self.folder.glob(f"task-{PREFERENCE}+*.jsonl"), *self.folder.glob("efficiency-*.json")):
                 old.unlink()

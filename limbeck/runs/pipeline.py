@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from limbeck.config.recipe import Recipe
-from limbeck.progress import Reporter, Silent
+from limbeck.progress import Reporter, Silent, StoppedError
 from limbeck.report.page import write_report
 from limbeck.runs.claim import run_folder
 from limbeck.runs.fit import fitted
@@ -22,6 +22,7 @@ from limbeck.runs.resolve import resolve
 from limbeck.runs.run import Run
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive
+from limbeck.types import UserError
 
 STAGES = ("elicit", "train", "evaluate", "report")
 
@@ -64,7 +65,7 @@ def run(
             job.tell_answers(held_out=not recipe.student.scores)
             if not recipe.fixed_writers and method.controls:
                 job.text.by_others()
-            ask_teacher(job)
+            _ask_early(job, stages)
             if recipe.teacher.cache is not None and "train" not in stages:  # a training does it itself
                 reporter.stage("Teacher's distributions")
                 job.fill_cache()
@@ -86,3 +87,16 @@ def run(
             reporter.stage("Report")
             write_report(folder)
     return folder
+
+
+def _ask_early(job: Run, stages: Sequence[str]) -> None:
+    """Have a served teacher answer what the evaluation will ask, while its server is there; where it can't and a
+    training follows, the evaluation asks again."""
+    try:
+        ask_teacher(job)
+    except StoppedError:
+        raise
+    except UserError as error:
+        if "train" not in stages:
+            raise
+        job.reporter.note(f"the evaluation will ask the teacher again: {error}")

@@ -39,7 +39,8 @@ def run(
         if recipe.machine.shard != "none":
             reporter.note("machine.shard: there is one rank, which holds all weights; --ranks N starts more")
         return rounds.run(recipe, out, reporter, stop, stages=stages)
-    check(recipe)
+    if "train" in stages:
+        check(recipe)
     with distributed.joined(recipe.machine) as company:
         if company.rank > 0:
             follow(company, recipe.machine, stop)
@@ -63,10 +64,13 @@ def take_part(turn: dict[str, Any], machine: Machine, stop: Callable[[], bool]) 
     take_sizes(machine)
     store = None if turn["store"] is None else Path(turn["store"])
     run = Run(fitted(resolve(recipe)), folder, Silent(), store=store)
-    if "evaluate" in turn:
-        measuring.take_part(run)
-        return
-    job = run.job(turn["train"], run.models.student_to_train())
-    distributed.wait()
-    if loop.train(job, stop=stop):
-        sharded.plain(job.net, lambda: job.net)
+    try:
+        if "evaluate" in turn:
+            measuring.take_part(run)
+            return
+        job = run.job(turn["train"], run.models.student_to_train())
+        distributed.wait()
+        if loop.train(job, stop=stop):
+            sharded.plain(job.net, lambda: job.net)
+    finally:
+        run.models.release()  # the next turn loads what it needs

@@ -20,8 +20,9 @@ from limbeck.objectives.schedule import State
 from limbeck.storage.files import crash_point
 from limbeck.training import distributed
 from limbeck.training.asking import Answer, Asking, answer_from
-from limbeck.training.rewards import Judged, Rewards, Scored
+from limbeck.training.rewards import Judged, Rewards
 from limbeck.training.rollout_stats import Advice, facts_of
+from limbeck.training.scored import Scored
 from limbeck.types import UserError
 
 PATIENCE = 10  # steps at the start in which all groups may be equal before the training is stopped

@@ -24,6 +24,7 @@ Feedback = Rate | Rubric | Compare | SoftPreference
 JudgeBy = Callable[[Feedback, Pool], Pool]  # runs a step of feedback on a pool, whatever it asks
 SCORE: dict[type, str] = {Rate: "rating", Rubric: "rubric", Compare: "wins", SoftPreference: "preference"}
 ALONE = "nothing to compare it with"
+SILENT = "no answer"  # it says nothing: the worst there is, which the weight of the reward decides
 TURN = "turn"  # in a sample's meta: the number of the answer
 
 
@@ -43,8 +44,8 @@ class Spoken(Protocol):
 def judged_by(step: Feedback, answers: Sequence[Spoken], judge: JudgeBy) -> list[float | str]:
     """For each answer its score by the step, from 0 to 1, or the word that says why there is none.
 
-    What follows the thinking is judged; an answer that says nothing is not asked about and gets 0, so that saying
-    nothing is never better than a poor answer. With several ranks the caller has one of
+    What follows the thinking is judged; an answer that says nothing is not asked about, and is `SILENT`. One that alone
+    speaks, where answers are compared, wins. With several ranks the caller has one of
     them ask, so that nothing here may wait for the others.
     """
     pool = [
@@ -54,7 +55,9 @@ def judged_by(step: Feedback, answers: Sequence[Spoken], judge: JudgeBy) -> list
     ]
     judged = judge(step, pool) if pool else []
     found = {int(sample.meta[TURN]): _value(step, sample) for sample in judged}
-    return [found.get(number, 0.0) for number in range(len(answers))]
+    outspoken = {answers[number].prompt.id for number in range(len(answers)) if number not in found}
+    found |= {n: 1.0 for n, value in found.items() if value == ALONE and answers[n].prompt.id in outspoken}
+    return [found.get(number, SILENT) for number in range(len(answers))]
 
 
 def _conversation(answer: Spoken, said: str) -> tuple[Message, ...]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
@@ -30,9 +30,10 @@ from limbeck.elicit.soft_preference import SoftPreference
 from limbeck.elicit.thinking import after_thinking
 from limbeck.elicit.verify import parse_check, verify
 from limbeck.models.scores import Conversation, load_scorer
-from limbeck.objectives.rewards import advantages, equal_groups, length_weights
-from limbeck.training.judges import Feedback, JudgeBy, judged_by
+from limbeck.objectives.rewards import advantages, length_weights
+from limbeck.training.judges import SILENT, Feedback, JudgeBy, judged_by
 from limbeck.training.rollout_stats import repeated
+from limbeck.training.scored import Scored
 from limbeck.types import RecipeError, UserError, nearest
 
 
@@ -82,6 +83,7 @@ class Reward(Section):
     """A reward: implement `of`, or where answers are best judged together `of_all`."""
 
     name: ClassVar[str] = ""
+    bounds: ClassVar[tuple[float, ...]] = ()  # the least and the largest, where they are known
 
     def of(self, answer: Judged) -> float | None:
         """The reward of an answer; None if it can't be told."""
@@ -179,23 +181,22 @@ class ThinkingReward(Reward):
 class ModelReward(Reward):
     """What a reward model says of the conversation with the answer: the score of a run with `student.head: scalar`, or
     of a folder that AutoModelForSequenceClassification loads with one label. What follows the thinking is scored;
-    thinking without an end gets the least score of the step, and text beyond its context has none."""
+    an answer that says nothing gets the worst score of the step, and text beyond its context has none."""
 
     name = "model"
     path: str
 
     def of_all(self, answers: Sequence[Judged], readers: Readers) -> Sequence[Value]:
-        said = [after_thinking(answer.text) for answer in answers]
+        said = [(after_thinking(answer.text) or "").strip() and after_thinking(answer.text) for answer in answers]
         told = readers.load(self.path).score(
             [
                 (answer.prompt.messages, text, not answer.finished)
                 for answer, text in zip(answers, said, strict=True)
-                if text is not None
+                if text
             ]
         )
-        least = min((score for score in told if score is not None), default=None)
         scores = iter(told)
-        return [least if text is None else next(scores) for text in said]
+        return [next(scores) if text else SILENT for text in said]
 
 
 class JudgeReward(Reward):
@@ -204,9 +205,10 @@ class JudgeReward(Reward):
     {by: judge, criteria: [...]}} (Gunjal et al., arXiv:2507.17746), or compare or soft_preference, which hold the
     answers to a prompt against each other. From 0 to 1: a rating's place on its scale, the share of criteria, wins or
     preference. A verdict that can't be read is no reward, and is counted by its kind. What follows the thinking is
-    judged; an answer that says nothing gets 0. `judge: NAME` is {rate: {by: NAME}}."""
+    judged; an answer that says nothing gets the worst there is. `judge: NAME` is {rate: {by: NAME}}."""
 
     name = "judge"
+    bounds: ClassVar[tuple[float, ...]] = (0.0, 1.0)
     rate: Rate | None = None
     rubric: Rubric | None = None
     compare: Compare | None = None
@@ -247,56 +249,6 @@ REWARDS: dict[str, type[Reward]] = {
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The rewards of a step's answers.
-
-    Args:
-        total: the weighted sum of an answer's rewards, None if one of them can't be told; one list for each prompt.
-        parts: the mean of each reward alone, by its name.
-        unread: how many answers have a reward that can't be told.
-        why: of the rewards that say why they can't be told, how many say what; by "REWARD_WORD".
-    """
-
-    total: list[list[float | None]]
-    parts: Mapping[str, float]
-    unread: int
-    why: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def teaches_nothing(self) -> list[bool]:
-        """Whether no answer to a prompt can be told from the others, for each prompt: fewer than two have a reward, or
-        all have the same."""
-        told = [sum(reward is not None for reward in group) for group in self.total]
-        return [same or count < 2 for same, count in zip(self.equal, told, strict=True)]
-
-    @property
-    def equal(self) -> list[bool]:
-        """Whether all answers to a prompt have the same reward, for each prompt."""
-        return [bool(same) for same in equal_groups(*self.tensors())]
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rewards [G, K], who has one [G, K])."""
-        reward_GK = torch.tensor([[reward or 0.0 for reward in group] for group in self.total], dtype=torch.float64)
-        return reward_GK, torch.tensor([[reward is not None for reward in group] for group in self.total])
-
-    @property
-    def facts(self) -> dict[str, float]:
-        """Mean and deviation of the rewards that can be told, each reward's mean, equal groups: for the metrics."""
-        told = [reward for group in self.total for reward in group if reward is not None]
-        mean = sum(told) / max(1, len(told))
-        spread = (sum((reward - mean) ** 2 for reward in told) / max(1, len(told))) ** 0.5
-        parts = self.parts.items() if len(self.parts) > 1 else ()
-        return {
-            "reward": round(mean, 4),
-            "reward_deviation": round(spread, 4),
-            **{f"reward_{name}": round(value, 4) for name, value in parts},
-            "equal_groups": round(sum(self.equal) / len(self.total), 4),
-            **({"unread_rewards": self.unread} if self.unread else {}),
-            **self.why,
-        }
-
-
-@dataclass(frozen=True)
 class Rewards:
     """All rewards of a recipe with their weights; `load` gives the reward models among them, `judge` has a step's
     models judge."""
@@ -326,8 +278,15 @@ class Rewards:
         total: list[list[float | None]] = []
         answers = [answer for group in groups for answer in group]
         readers = Readers(self.load, self.judge)
-        values_of = [iter(reward.of_all(answers, readers)) for _, _, reward in self.weighted]
         why: Counter[str] = Counter()
+        values_of = []
+        for label, weight, reward in self.weighted:
+            values = reward.of_all(answers, readers)
+            told = [*reward.bounds, *(value for value in values if isinstance(value, float))]
+            worst = (max if weight < 0 else min)(told, default=None)
+            if silent := sum(value == SILENT for value in values):
+                why[f"{label}_{SILENT.replace(' ', '_')}"] = silent
+            values_of.append(iter([worst if value == SILENT else value for value in values]))
         for group in groups:
             total.append([])
             for _ in group:

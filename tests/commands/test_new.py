@@ -708,6 +708,13 @@ def test_without_a_terminal_what_is_missing_is_named_by_its_flag():
         assert isinstance(result.exception, UserError) and str(result.exception).startswith(flag)
 
 
+def test_thinking_that_has_no_room_in_the_student_is_refused(here, tiny_folder):
+    flags = [*SERVED, "--teacher-kind", "vllm", "--thinking", "keep", "--student", str(tiny_folder)]
+    with pytest.raises(UserError, match=r"--thinking keep: .* tokens .* more than the .* take --thinking off"):
+        new(*flags, task="classify", data=table(labelled()))
+    assert not (here / "mine").exists()
+
+
 def test_nothing_is_overwritten(here):
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("all of it")

@@ -14,7 +14,8 @@ import torch
 from limbeck.config.sections import Advantage
 from limbeck.objectives.policy import policy_loss
 from limbeck.objectives.rewards import advantages, equal_groups, grpo, length_weights, rloo
-from limbeck.training.rewards import Rewards, Scored
+from limbeck.training.rewards import Rewards
+from limbeck.training.scored import Scored
 from limbeck.types import UserError
 
 K = 3

@@ -57,6 +57,8 @@ def test_a_served_teachers_ceilings_are_refused_where_each_rank_asks(recipe_data
             sharing.check(parse(data))
         sharing.check(parse(data | {"loss": ["cross_entropy"]}))  # rank 0 alone asks for text
     sharing.check(parse(recipe_data | {"student": student, "teacher": {"server": server}}))
+    own = {"url": server["url"], "name": "toy", "logprobs": 20, "limits": {"requests": 10}}
+    sharing.check(parse(recipe_data | {"student": student, "teacher": {"server": own}}))  # asked by rank 0 alone
 
 
 def test_what_divided_weights_can_do_is_not(recipe_data):

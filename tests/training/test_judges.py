@@ -99,7 +99,9 @@ def test_what_cannot_be_read_is_no_reward_and_is_counted_by_its_kind():
     group = [said(text) for text in ("good", "odd", "bad", "cut", "", "<think>no end")]
     rewards, found, asked = scored(params, [group], lambda request, _: replies[shown(request)[0]])
     assert found.total == [[1.0, None, 0.0, None, 0.0, 0.0]] and found.unread == 2 and len(asked) == 4
-    assert found.facts["judge_unreadable"] == 2
+    assert found.facts["judge_unreadable"] == 2 and found.facts["judge_no_answer"] == 2
+    worst = scored(params, [group[-2:] + group[:1]], lambda request, _: replies[shown(request)[0]], weight=-1.0)[1]
+    assert worst.total == [[-1.0, -1.0, -1.0]], "as a penalty it is the largest"
     assert found.facts["reward"] == 0.25 and found.facts["unread_rewards"] == 2
     (advantage,) = rewards.advantages(found, [[2] * 6], 10)
     assert advantage == pytest.approx([0.75, 0, -0.25, 0, -0.25, -0.25])
@@ -107,6 +109,7 @@ def test_what_cannot_be_read_is_no_reward_and_is_counted_by_its_kind():
     assert long.total == [[None, None]] and long.facts["judge_too_long"] == 2
     alone = scored({"compare": {"by": "judge"}}, [[said("a")]])[1]
     assert alone.facts["judge_nothing_to_compare_it_with"] == 1
+    assert scored({"compare": {"by": "judge"}}, [[said("a"), said(" ")]])[1].total == [[1.0, 0.0]]
     mute = scored({"compare": {"by": "judge"}}, [[said("a"), said("b")]], lambda *_: "I like both.")[1]
     assert mute.facts["judge_unreadable"] == 2
 

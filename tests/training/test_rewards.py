@@ -407,7 +407,7 @@ def test_a_reward_model_judges_all_answers_of_a_step_at_once():
     cut = judged("12", finished=False)
     scored = rewards.score([[judged("123"), cut], [judged("<think>so</think>1"), judged("<think>so")], [judged("x")]])
     assert scored.total == [[3.5, 2.0], [1.5, 1.5], [None]] and scored.unread == 1
-    assert scored.parts == {"model": 1.75, "finished": 0.8}
+    assert scored.parts == {"model": 1.75, "finished": 0.8} and scored.why["model_no_answer"] == 1
     (conversations,) = model.asked
     assert [(text, is_cut) for _, text, is_cut in conversations] == [
         ("123", False),
@@ -416,6 +416,8 @@ def test_a_reward_model_judges_all_answers_of_a_step_at_once():
         ("x", False),
     ]
     assert conversations[0][0] == judged().prompt.messages
+    penalty = replace(rewards, weighted=[("model", -1.0, rewards.weighted[0][2])])
+    assert penalty.score([[judged("123"), judged("1"), judged("<think>so</think> ")]]).total == [[-3.0, -1.0, -3.0]]
 
 
 @pytest.fixture

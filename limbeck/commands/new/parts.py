@@ -71,13 +71,9 @@ def room_for(wishes: Wishes, examples: Sequence[Example]) -> tuple[int, list[str
     is_long = wishes.task == "chat" and (wishes.is_served or wishes.on_gpu)
     usual = LONG_CHAT if is_long else USUAL_TOKENS[wishes.task]
     longest = int(given[len(given) * 95 // 100] / 3 * 1.5) if given else 0
-    context = context_of(wishes)
-    most = min(MOST_TOKENS, max(1, context // 2))
+    most = min(MOST_TOKENS, max(1, context_of(wishes) // 2))
     room = min(most, max(usual, longest))
-    notes = [f"the longest 5 % of the answers may not fit in {most:,} tokens"] if longest > most else []
-    if wishes.thought and room + wishes.thought >= context:
-        notes.append(f"thinking and answer need more than the {context:,} tokens of the student: lower max_tokens")
-    return room, notes
+    return room, [f"the longest 5 % of the answers may not fit in {most:,} tokens"] if longest > most else []
 
 
 def mean_answer(wishes: Wishes, examples: Sequence[Example], most: int) -> float:

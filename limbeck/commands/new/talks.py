@@ -141,6 +141,11 @@ def _parts(wishes: Wishes, seen: Seen) -> tuple[Split, float, list[str]]:
     notes.append(f"{conversations:,} conversations hold {answers:,} answers")
     trained = {text for example in parts.training for text in example.earlier}
     held_out = [example for example in parts.held_out if example.text not in trained]
+    if not held_out:
+        raise UserError(
+            f"{seen.file}: every text that could be held out begins a conversation that is trained on; give others to"
+            " measure on with --test FILE"
+        )
     if len(held_out) < len(parts.held_out):
         notes.append(f"{len(parts.held_out) - len(held_out):,} held-out texts begin trained conversations, left out")
     return replace(parts, held_out=held_out), answers / conversations, notes

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.commands.new.draft import Draft, TaskDraft, block, inline, sizes
+from limbeck.commands.new.draft import Draft, TaskDraft, block, inline, sizes, token_count
 from limbeck.commands.new.server import server_lines
 from limbeck.commands.new.split import SEED
-from limbeck.commands.new.student import learning_rate
+from limbeck.commands.new.student import context_of, learning_rate
 from limbeck.commands.new.wishes import INSTRUCTED_APART, Wishes
 from limbeck.config.recipe import load_recipe
 from limbeck.storage.files import new_directory, write_text
@@ -26,10 +26,11 @@ def write(draft: Draft, wishes: Wishes, data: Path) -> None:
     """Write the folder, after its recipe was resolved as `limbeck check` does.
 
     Raises:
-        UserError: the folder is there, or the recipe can't be run.
+        UserError: the folder is there, the recipe can't be run, or thinking has no room.
     """
     from limbeck.runs.resolve import resolve
 
+    _check_thinking(draft, wishes)
     if wishes.folder.exists():
         raise UserError(f"{wishes.folder} exists already, and nothing is overwritten; give another name")
     with new_directory(wishes.folder) as folder:
@@ -42,6 +43,18 @@ def write(draft: Draft, wishes: Wishes, data: Path) -> None:
         write_text(folder / "recipe.yaml", recipe_yaml(draft, wishes, data, folder))
         resolve(load_recipe(folder / "recipe.yaml"))
         write_text(folder / "recipe.yaml", recipe_yaml(draft, wishes, data, wishes.folder))
+
+
+def _check_thinking(draft: Draft, wishes: Wishes) -> None:
+    """Refuse thinking that has no room beside a prompt: the student's context bounds what both are asked."""
+    if not wishes.thought:
+        return
+    longest = max((token_count(_lines([row])) for row in (*draft.training, *draft.held_out)), default=0)
+    if draft.max_tokens + longest > (context := context_of(wishes)):
+        raise UserError(
+            f"--thinking keep: {draft.max_tokens:,} tokens of an answer and its thinking and {longest:,.0f} of a prompt"
+            f" are more than the {context:,} that {wishes.student} can read; take --thinking off, or another --student"
+        )
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
