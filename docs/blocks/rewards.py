@@ -78,7 +78,11 @@ def judges() -> str:
         return "Not measured yet: run python benchmarks/judges.py"
     found = json.loads(JUDGES.read_text(encoding="utf-8"))
     rows = [
-        [name, attack, *(_share(facts[key]) for key in ("flipped", "stolen", "flipped_in_one_order"))]
+        [
+            name,
+            attack,
+            *(_share(facts[key]) or "it had not won" for key in ("flipped", "stolen", "flipped_in_one_order")),
+        ]
         for name, judge in found["judges"].items()
         for attack, facts in judge["attacks"].items()
     ]
@@ -92,7 +96,8 @@ def _alone(name: str, judge: Mapping[str, Any]) -> str:
     one, both = judge["right_in_one_order"], judge["right_in_both_orders"]
     return (
         f"{name} lets the right answer win {_share(judge['right_wins'])}; of its verdicts for one of the two,"
-        f" {_share(one)}, are right in one order, and {_share(both)}, where both orders agree ({shares})"
+        f" {_share(one)}, are right in one order; {_share(both) or 'both orders never agree on one'}"
+        f"{', where both orders agree' if both else ''} ({shares})"
     )
 
 
