@@ -59,9 +59,9 @@ def split_prompts(
 ) -> PromptSet:
     """The training prompts and the held-out prompts, without a common text.
 
-    Built-in prompts come with a held-out part. Of a user's own file about a tenth is held out (by a hash of the text,
-    so that a prompt stays held out when lines are added), unless `evaluate.prompts` names another file. Memory holds
-    no more prompts than the limits let through.
+    Built-in prompts come with a held-out part. Of a user's own file about a tenth, and at least one, is held out (by a
+    hash of the text, so that a prompt stays held out when lines are added), unless `evaluate.prompts` names another
+    file. Memory holds no more prompts than the limits let through.
 
     Args:
         turns: `all` makes every turn of the assistant in a training conversation a prompt of its own.
@@ -116,6 +116,8 @@ def _divided(
         part, most = (held_out, held_out_limit) if _is_held_out(prompt) else (training, limit)
         if most is None or len(part) < most:
             part.append(prompt)
+    if not held_out and len(training) > 1:  # few prompts: the one that would be held out first
+        held_out.append(training.pop(training.index(min(training, key=_place))))
     return training, held_out
 
 
@@ -132,7 +134,12 @@ def _turns(training: list[Prompt], held_out: set[str], accounts: list[Account]) 
 
 
 def _is_held_out(prompt: Prompt) -> bool:
-    return int(content_hash(prompt.identity)[:8], 16) < HELD_OUT_SHARE * 16**8
+    return _place(prompt) < HELD_OUT_SHARE
+
+
+def _place(prompt: Prompt) -> float:
+    """Where the hash of its text puts it between 0 and 1; the first are held out."""
+    return int(content_hash(prompt.identity)[:8], 16) / 16**8
 
 
 def _built_in(source: str, part: str, path: str) -> Path:

@@ -301,6 +301,21 @@ def test_every_turn_of_the_assistant_can_be_a_prompt(tmp_path):
     assert len({turn.id for turn in every.training}) == len(every.training)
 
 
+def test_of_few_prompts_one_is_held_out_whatever_their_order(tmp_path):
+    """By chance none of nine may be in the tenth that is held out."""
+    rows = [{"prompt": f"What is {n} plus {n}?"} for n in range(1, 10)]
+    held_out = set()
+    for name, ordered in (("a", rows), ("b", rows[::-1])):
+        settings = Prompts.model_validate({"from": write(tmp_path, json_lines(ordered), f"{name}.jsonl")})
+        found = split_prompts(settings, Evaluate())
+        assert len(found.training) == 8 and len(found.held_out) == 1
+        held_out |= {prompt.text for prompt in found.held_out}
+    assert len(held_out) == 1
+    alone = Prompts.model_validate({"from": write(tmp_path, json_lines(rows[:1]), "alone.jsonl")})
+    with pytest.raises(UserError, match="no prompt is left for this part"):
+        split_prompts(alone, Evaluate())
+
+
 def test_old_files_keep_their_identity(tmp_path):
     """What older versions read gives the same facts, so that their run folders go on."""
     file = write(tmp_path, '{"prompt": "a", "id": 7, "answer": "b", "weight": 2}\n\n{"prompt": "c", "kind": "k"}\n')
