@@ -44,6 +44,11 @@ system:
 	$(if $(and $(BROWSER),$(SANDBOX)),,@[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium bubblewrap >/dev/null; } || true)
 
+# Half an hour of random faults over whole runs, each of which must end as its undisturbed twin.
+.PHONY: soak
+soak: $(DEV)
+	$(BIN)/python benchmarks/soak.py
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -76,7 +76,7 @@ OWN = {  # what a recipe needs at this size
     "multi-teacher-average": ["--set=student.start.prune.layers=6"],  # 20 take 26 GB to train
     "pandalm": [
         f"--set=teacher={STRONG}",
-        "--set=prompts.limit=32",  # few verdicts hold in both orders
+        "--set=prompts.limit=16",  # few verdicts hold in both orders
         "--set=elicit.0.params.max_tokens=160",
         "--set=elicit.1.params.reasons=false",  # after reasons it does not write its verdict on a line of its own
         "--set=evaluate.max_tokens=96",

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 MARK = "promise"
 KILLS = EVIDENCE / "kills.json"
+SOAK = EVIDENCE / "soak.json"
 
 
 def read_promises() -> list[dict[str, Any]]:
@@ -89,4 +90,18 @@ def kills() -> str:
     )
 
 
-MEASURED = {"kills": kills}
+def soak() -> str:
+    """What random faults did to whole runs, from what benchmarks/soak.py wrote."""
+    if not SOAK.is_file():
+        return "Not measured yet: run make soak"
+    found = json.loads(SOAK.read_text(encoding="utf-8"))
+    faults = ", ".join(f"{count} x {name}" for name, count in found["faults"].items())
+    return (
+        f"Measured (`make soak`, [soak.json](evidence/soak.json)): {found['minutes']:g} minutes of random faults over"
+        f" {found['episodes']} runs of {len(found['recipes'])} kinds of recipe ({faults}). Runs that did not end as"
+        f" their undisturbed twins, in losses and weights to the bit, in answers and in what was measured:"
+        f" {len(found['broken'])}."
+    )
+
+
+MEASURED = {"kills": kills, "soak": soak}

@@ -218,6 +218,28 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[int | None]:
     return twins
 
 
+def resembling(texts: Sequence[str], places: Sequence[int], among: Iterable[int], threshold: float) -> set[int]:
+    """Those of `places` whose text has shingles with a Jaccard similarity of at least `threshold` to the text at
+    another place of `among`. Exact, and fast for many texts in `among` and few in `places`.
+
+    Two sets that similar share at least `threshold` of either's members, so the other set has one of any of its
+    members but that share (prefix filtering, Chaudhuri et al. 2006): the rarest of them are looked up.
+    """
+    own = {place: shingles(texts[place]) for place in places}
+    frequency = Counter(shingle for found in own.values() for shingle in found)
+    index: dict[tuple[str, ...], set[int]] = {}
+    for place, found in own.items():
+        looked_up = len(found) - math.ceil(threshold * len(found) * (1 - 1e-12)) + 1
+        for shingle in sorted(found, key=lambda one: (frequency[one], one))[:looked_up]:
+            index.setdefault(shingle, set()).add(place)
+    alike: set[int] = set()
+    for other in among:
+        found = shingles(texts[other])
+        candidates = set().union(*(index[shingle] for shingle in found if shingle in index)) - alike - {other}
+        alike |= {place for place in candidates if jaccard(own[place], found) >= threshold}
+    return alike
+
+
 def jaccard(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
     shared = len(one & other)
     return shared / (len(one) + len(other) - shared) if shared else 0.0

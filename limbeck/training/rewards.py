@@ -187,16 +187,15 @@ class ModelReward(Reward):
     path: str
 
     def of_all(self, answers: Sequence[Judged], readers: Readers) -> Sequence[Value]:
-        said = [(after_thinking(answer.text) or "").strip() and after_thinking(answer.text) for answer in answers]
-        told = readers.load(self.path).score(
-            [
-                (answer.prompt.messages, text, not answer.finished)
-                for answer, text in zip(answers, said, strict=True)
-                if text
-            ]
-        )
-        scores = iter(told)
-        return [next(scores) if text else SILENT for text in said]
+        texts = [after_thinking(answer.text) or "" for answer in answers]
+        said = [bool(text.strip()) for text in texts]
+        conversations = [
+            (answer.prompt.messages, text, not answer.finished)
+            for answer, text, says in zip(answers, texts, said, strict=True)
+            if says
+        ]
+        scores = iter(readers.load(self.path).score(conversations))
+        return [next(scores) if says else SILENT for says in said]
 
 
 class JudgeReward(Reward):
@@ -274,40 +273,20 @@ class Rewards:
 
     def score(self, groups: Sequence[Sequence[Judged]]) -> Scored:
         """The rewards of the answers to each prompt."""
-        sums: dict[str, list[float]] = {label: [] for label, _, _ in self.weighted}
-        total: list[list[float | None]] = []
         answers = [answer for group in groups for answer in group]
         readers = Readers(self.load, self.judge)
         why: Counter[str] = Counter()
-        values_of = []
-        for label, weight, reward in self.weighted:
-            values = reward.of_all(answers, readers)
-            told = [*reward.bounds, *(value for value in values if isinstance(value, float))]
-            worst = (max if weight < 0 else min)(told, default=None)
-            if silent := sum(value == SILENT for value in values):
-                why[f"{label}_{SILENT.replace(' ', '_')}"] = silent
-            values_of.append(iter([worst if value == SILENT else value for value in values]))
-        for group in groups:
-            total.append([])
-            for _ in group:
-                parts = [
-                    (label, weight, next(values))
-                    for (label, weight, _), values in zip(self.weighted, values_of, strict=True)
-                ]
-                told = []
-                for label, weight, value in parts:
-                    if isinstance(value, str):
-                        why[f"{label}_{value.replace(' ', '_')}"] += 1
-                    elif value is not None:
-                        if not math.isfinite(value):
-                            raise UserError(
-                                f"the reward {label} of an answer is {value}, which is no number to learn from: look at"
-                                " the model that gives it"
-                            )
-                        sums[label].append(value)
-                        told.append(weight * value)
-                total[-1].append(sum(told) if len(told) == len(parts) else None)
-        means = {name: sum(values) / len(values) for name, values in sums.items() if values}
+        values_of = {
+            label: _silence_as_worst(
+                reward.of_all(answers, readers), label=label, weight=weight, reward=reward, why=why
+            )
+            for label, weight, reward in self.weighted
+        }
+        weights = [weight for _, weight, _ in self.weighted]
+        totals = (_weighted_sum(weights, parts) for parts in zip(*values_of.values(), strict=True))
+        total = [[next(totals) for _ in group] for group in groups]
+        numbers = {label: _numbers(values) for label, values in values_of.items()}
+        means = {label: sum(values) / len(values) for label, values in numbers.items() if values}
         return Scored(total, means, sum(reward is None for group in total for reward in group), why)
 
     def advantages(self, scored: Scored, lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[float]]:
@@ -326,6 +305,38 @@ class Rewards:
         mode = {"answers": "sequence", "tokens": "token", "constant": "constant"}[self.settings.count]
         weight_GK: list[list[float]] = length_weights(torch.tensor(lengths), mode, constant=max_tokens).tolist()
         return weight_GK
+
+
+def _silence_as_worst(
+    values: Sequence[Value], *, label: str, weight: float, reward: Reward, why: Counter[str]
+) -> list[Value]:
+    """The values of a reward, with the worst there is for answers that say nothing; `why` counts what is no number.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    numbers = _numbers(values)
+    if not all(map(math.isfinite, numbers)):
+        odd = next(value for value in numbers if not math.isfinite(value))
+        raise UserError(
+            f"the reward {label} of an answer is {odd}, which is no number to learn from: look at the model that gives"
+            " it"
+        )
+    why.update(f"{label}_{value.replace(' ', '_')}" for value in values if isinstance(value, str))
+    worst = (max if weight < 0 else min)([*reward.bounds, *numbers], default=None)
+    return [worst if value == SILENT else value for value in values]
+
+
+def _numbers(values: Sequence[Value]) -> list[float]:
+    return [value for value in values if value is not None and not isinstance(value, str)]
+
+
+def _weighted_sum(weights: Sequence[float], parts: Sequence[Value]) -> float | None:
+    """The reward of an answer by its parts; None where one of them is no number."""
+    numbers = _numbers(parts)
+    if len(numbers) < len(parts):
+        return None
+    return sum(weight * number for weight, number in zip(weights, numbers, strict=True))
 
 
 def rewards_of(

@@ -18,8 +18,8 @@ from limbeck.commands.new import asked, command, student, write
 from limbeck.commands.new.data import Example
 from limbeck.commands.new.draft import block, inline, literal
 from limbeck.commands.new.gold import calls_of, checks_of_results, number_of
-from limbeck.commands.new.parts import room_for, split_notes
-from limbeck.commands.new.split import Split, split
+from limbeck.commands.new.parts import room_for
+from limbeck.commands.new.split import split
 from limbeck.commands.new.student import has_the_teachers_tokens, learning_rate
 from limbeck.commands.new.wishes import EMBEDDED, TASKS, Wishes, slug
 from limbeck.config.yaml_text import load_yaml
@@ -624,8 +624,6 @@ def test_an_answer_leaves_room_for_the_prompt(tiny_folder):
 
 
 def test_what_is_wanted_of_others_is_named_as_it_can_be_had(monkeypatch):
-    parts = Split([], examples(["x"] * 60, ["y"] * 60), near=0, untested=[], looked=False)
-    assert "more than 20,000 texts are not searched for near-duplicates" in " ".join(split_notes(parts))
     monkeypatch.setattr(asked.importlib.util, "find_spec", lambda name: None)
     said = new(*SERVED, task="rewrite", data=lines([{"prompt": f"A {thing}.", "answer": thing} for thing in THINGS]))
     assert "pip install rouge-score to compare" in said and "export LIMBECK_API_KEY=...   # (if it wants a key)" in said
@@ -810,6 +808,15 @@ def test_near_duplicates_stay_together_or_are_counted():
     rng = random.Random(1)
     apart = examples([" ".join(str(rng.random()) for _ in range(8)) for _ in range(80)], ["a"] * 80)
     assert split([*alike, *apart], ["a"]).near == 0
+
+
+def test_near_duplicates_are_found_among_many_texts():
+    rng = random.Random(2)
+    apart = [" ".join(f"{rng.getrandbits(20)}" for _ in range(8)) for _ in range(21_000)]
+    twins = [f"{text} {end}" for text in apart[:3000] for end in ("then", "now")]
+    parts = split(examples(apart[3000:] + twins, ["a"] * 24_000), ["a"])
+    assert len(parts.held_out) == 1000 and parts.near == 0
+    assert not {example.text for example in parts.held_out} & set(twins)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from limbeck.elicit.similar import (
     k_center,
     minhash,
     near_duplicates,
+    resembling,
     rouge_l,
     shingles,
     tokens,
@@ -111,6 +112,23 @@ def test_near_duplicates_are_exact_where_found_and_mostly_found(threshold):
     above = [n for n in range(150, 300) if jaccard(shingles(texts[n]), shingles(texts[n - 150])) >= threshold]
     assert len(above) > 30 and sum(found[n] is not None for n in above) >= 0.85 * len(above)
     assert found[:150] == [None] * 150 and found == near_duplicates(texts, threshold)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 1.0])
+def test_texts_that_resemble_others_are_all_found(threshold):
+    noise, texts = random.Random(3), ["", "a b", *sentences(60)]
+    for text in texts[:60]:
+        words = text.split()
+        texts.append(" ".join("changed" if noise.random() < 0.06 else word for word in words))
+    places, among = range(0, len(texts), 2), range(0, len(texts), 3)
+    found = {
+        place
+        for place in places
+        if any(
+            jaccard(shingles(texts[place]), shingles(texts[other])) >= threshold for other in among if other != place
+        )
+    }
+    assert resembling(texts, places, among, threshold) == found and (threshold == 1.0 or 5 < len(found) < 55)
 
 
 def test_equal_and_empty_texts():

@@ -29,6 +29,10 @@ TRAIN = ("elicit", "train")
 
 @pytest.fixture
 def data(recipe_data, tiny_folder):
+    return rounds_recipe(recipe_data, tiny_folder)
+
+
+def rounds_recipe(recipe_data, tiny_folder):
     """Rounds of a student that is taught by its own answers."""
     return recipe_data | {
         "teacher": "previous",
@@ -252,6 +256,10 @@ def test_what_the_control_is_as_an_ordinary_recipe(data):
 
 @pytest.fixture
 def adversarial(data, tiny_folder):
+    return adversarial_recipe(data, tiny_folder)
+
+
+def adversarial_recipe(data, tiny_folder):
     """GAD: a discriminator before each round, whose score is the round's reward."""
     del data["elicit"]
     text = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 6}

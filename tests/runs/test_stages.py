@@ -19,6 +19,10 @@ SAMPLED = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 6}
 
 @pytest.fixture
 def aligned(data, tiny_folder, prompt_file):  # noqa: F811
+    return aligned_recipe(data, tiny_folder, prompt_file)
+
+
+def aligned_recipe(data, tiny_folder, prompt_file):  # noqa: F811
     """ARTE, small: a tutor's drafts are scored by how they help the student, and the tutor that learnt it teaches."""
     lines = [json.loads(line) | {"answer": "the cat sat"} for line in prompt_file.read_text().splitlines()[:6]]
     prompt_file.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from limbeck.commands.new.data import Example, Seen, lengths, unique
 from limbeck.commands.new.draft import corpus, mean_tokens
-from limbeck.commands.new.split import MOST_COMPARED, MOST_HELD_OUT, Split, split
+from limbeck.commands.new.split import MOST_HELD_OUT, Split, split
 from limbeck.commands.new.student import context_of
 from limbeck.commands.new.wishes import Wishes
 from limbeck.types import UserError
@@ -29,10 +29,6 @@ def split_notes(parts: Split) -> list[str]:
     notes = [f"{len(parts.training):,} texts to train on, {len(parts.held_out):,} held out to measure on"]
     if parts.near:
         notes.append(f"{parts.near:,} held-out texts resemble a trained one: what is measured on them may be too good")
-    if not parts.looked:
-        notes.append(
-            f"more than {MOST_COMPARED:,} texts are not searched for near-duplicates; the evaluation looks for copies"
-        )
     if parts.untested:
         named = ", ".join(parts.untested[:5])
         notes.append(f"{len(parts.untested)} labels with one text are trained and not measured: {named}")

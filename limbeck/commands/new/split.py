@@ -9,25 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from limbeck.commands.new.data import Example
-from limbeck.elicit.similar import near_duplicates
+from limbeck.elicit.similar import resembling
 
 SEED = 7
 NEAR = 0.7  # Jaccard similarity of their runs of words, from which texts are called near-duplicates
-MOST_COMPARED = 20_000
+COMPARED = 5  # of texts that may be held out, for each that will be, to find some that resemble no other
 LEAST_HELD_OUT = 10  # fewer say nothing; 30 are the least for a difference to be called clear
 MOST_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts; `near` held-out texts resemble a trained one, `untested` labels have no held-out text, and
-    `looked` says whether near-duplicates were looked for."""
+    """The two parts; `near` held-out texts resemble a trained one, `untested` labels have no held-out text."""
 
     training: list[Example]
     held_out: list[Example]
     near: int
     untested: list[str]
-    looked: bool
 
 
 def split(examples: Sequence[Example], labels: Sequence[str] = (), most: int = MOST_HELD_OUT) -> Split:
@@ -40,33 +38,32 @@ def split(examples: Sequence[Example], labels: Sequence[str] = (), most: int = M
     Args:
         labels: those by which to divide; without any, all texts are one group.
     """
-    looked = len(examples) <= MOST_COMPARED
-    twins = near_duplicates([example.text for example in examples], NEAR) if looked else [None] * len(examples)
-    alike = {place for pair in enumerate(twins) if pair[1] is not None for place in pair if place is not None}
+    texts = [example.text for example in examples]
     order = list(range(len(examples)))
     random.Random(f"{SEED}/held out").shuffle(order)  # noqa: S311 (an order, not a secret)
-    order.sort(key=lambda place: place in alike)  # stable: those without a twin come first
     groups: dict[str, list[int]] = {label: [] for label in labels or [""]}
     for place in order:
         groups[examples[place].answer if labels else ""].append(place)
-    tests = [place for place in order if examples[place].is_test]
+    tests = [place for place in order if examples[place].is_test][:most]
     if tests:
-        chosen = set(tests[:most])
+        chosen = set(tests)
         counts = Counter(examples[place].answer if labels else "" for place in chosen)
         order = [place for place in order if place in chosen or not examples[place].is_test]
     else:
         counts = Counter(_counts({label: len(places) for label, places in groups.items()}, most))
+        compared = [place for label, places in groups.items() for place in places[: COMPARED * counts[label]]]
+        alike = resembling(texts, compared, order, NEAR)
+        for places in groups.values():
+            places.sort(key=lambda place: place in alike)  # stable: those without a twin come first
         chosen = {place for label, places in groups.items() for place in places[: counts[label]]}
     held = [place for place in order if place in chosen]
     random.Random(f"{SEED}/order").shuffle(held)  # noqa: S311
-    family = [place if twin is None else twin for place, twin in enumerate(twins)]
-    trained = {family[place] for place in order if place not in chosen}
+    training = [place for place in sorted(order) if place not in chosen]
     return Split(
-        training=[examples[place] for place in sorted(order) if place not in chosen],
+        training=[examples[place] for place in training],
         held_out=[examples[place] for place in held],
-        near=sum(family[place] in trained for place in chosen),
+        near=len(resembling(texts, held, training, NEAR)),
         untested=[label for label in groups if counts[label] == 0],
-        looked=looked,
     )
 
 
