@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]  # comes with accelerate
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from limbeck.types import UserError
 
+NETWORKED = frozenset("9p afs beegfs ceph cifs glusterfs gpfs lustre nfs nfs4 smb3 smbfs".split())  # and fuse.*
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.(?:tmp|old)")
 
 
@@ -42,6 +44,14 @@ def crash_point(name: str) -> None:
         os.kill(os.getpid(), signal.Signals[number])
     elif left == 0:
         os._exit(137)
+
+
+def on_network(path: Path) -> bool:
+    """Whether the file is, or would be, on a file system that several machines may have mounted."""
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    resolved = path.resolve()
+    kind = next((mounts[folder] for folder in (resolved, *resolved.parents) if folder in mounts), "")
+    return kind in NETWORKED or kind.startswith("fuse.")
 
 
 def user_path(name: str | Path) -> Path:

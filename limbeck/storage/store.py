@@ -1,7 +1,8 @@
 """Samples and evidence of a run in one SQLite file, by content; every answer is committed before it is acknowledged.
 
 A request is identified by its key, so an answer in the store is never paid for again. After a crash at any moment, the
-file has exactly the acknowledged answers (write-ahead log, synchronous=FULL).
+file has exactly the acknowledged answers (write-ahead log, synchronous=FULL). On a network file system it has a
+rollback journal instead: a write-ahead log needs memory that all readers share, so it works on one machine only.
 
 What is read is held against the hash that is its id, and against one of the whole row in `sums`, which stores of older
 versions lack. Not covered: evidence and bills.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.storage import tries
+from limbeck.storage.files import on_network
 from limbeck.types import (
     ANSWER_ENDS,
     TOLD,
@@ -69,7 +71,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("pragma journal_mode=wal")
+            self._db.execute(f"pragma journal_mode={'delete' if on_network(path) else 'wal'}")
             self._db.execute("pragma synchronous=full")
             self._db.executescript(SCHEMA + tries.SCHEMA)
             version = self._db.execute("select version from about").fetchone()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from limbeck.elicit.engine import elicit
+from limbeck.storage.files import on_network
 from limbeck.storage.store import Store
 from limbeck.types import AnswerForm, Evidence, Generated, Request, Sample, Sampling, UserError
 
@@ -211,3 +213,28 @@ def test_a_store_of_an_older_version_is_read_and_its_texts_are_checked(tmp_path,
         store._db.execute(DAMAGES[damage])
         with pytest.raises(UserError, match="is not what was stored"):
             store.answered(asked)
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs"])
+def test_on_a_network_file_system_several_machines_read_one_store(tmp_path, monkeypatch, kind):
+    """A write-ahead log would need memory that they share."""
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr("limbeck.storage.files.psutil.disk_partitions", lambda all: mounts)
+    file = tmp_path / "run" / "store.sqlite"
+    assert on_network(file) and not on_network(tmp_path.parent / "other")
+    with Store(file) as ours, Store(file) as theirs, Store(file, read_only=True) as third:
+        for n in range(3):
+            elicit([request(f"q{n}")], ours if n % 2 else theirs, Counting)
+            assert Store.count(file) == {"ok": n + 1} and len(list(third.answers_of("model@1"))) == n + 1
+        assert {path.name for path in file.parent.iterdir()} == {"store.sqlite"}
+
+
+def test_a_store_that_moves_to_a_network_file_system_loses_its_log(tmp_path, monkeypatch):
+    file = tmp_path / "store.sqlite"
+    with Store(file) as store:
+        elicit([request()], store, Counting)
+        assert (tmp_path / "store.sqlite-wal").exists()
+    monkeypatch.setattr("limbeck.storage.store.on_network", lambda path: True)
+    with Store(file) as store:
+        assert elicit([request()], store, lambda: pytest.fail("asked again"))
+        assert not (tmp_path / "store.sqlite-wal").exists()
