@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from limbeck.config.significance import CONFIDENCE
-from limbeck.evaluate.statistics import CHUNK, RESAMPLES, Interval
+from limbeck.evaluate.statistics import CHUNK, RESAMPLES, Interval, draw_seeds
 from limbeck.types import UserError
 
 BINS = 10
@@ -90,27 +90,32 @@ def ece(table: Reliability) -> float:
     return float(_ece(np.array([table.rows()]))[0])
 
 
-def ece_interval(tables: Sequence[Reliability], seed: int = 0) -> Interval:
-    """ECE over items with its bootstrap interval; an item's predictions stay together.
+def ece_interval(*trainings: Sequence[Reliability], seed: int = 0) -> Interval:
+    """The mean of the trainings' ECEs, with its bootstrap interval over items and trainings; an item's predictions stay
+    together.
 
     A resample's ECE is larger on average than that of the data, since it contains chance twice. That surplus (the
     resamples' mean minus the value) is taken off both limits, which are cut off at 0.
 
     Args:
-        tables: one per item.
+        trainings: each one table per item, the same items in the same order.
 
     Raises:
         UserError: there is no prediction.
     """
-    table_IB3 = _stacked(tables)
-    items = len(table_IB3)
-    value = float(_ece(table_IB3.sum(0, keepdims=True))[0])
-    rng = np.random.default_rng(seed)
+    tables = [_stacked(tables) for tables in trainings]  # [I, B, 3] each
+    items = len(tables[0])
+    value = float(np.mean([_ece(table_IB3.sum(0, keepdims=True))[0] for table_IB3 in tables]))
+    item_rng, seed_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     chunks = []
     for start in range(0, RESAMPLES, size := max(1, CHUNK // items)):
-        times_RI = rng.multinomial(items, np.full(items, 1 / items), min(size, RESAMPLES - start))
-        table_RB3 = np.tensordot(times_RI.astype(float), table_IB3, 1)
-        chunks.append(_ece(table_RB3[table_RB3[:, :, 0].sum(1) > 0]))
+        times_RI = item_rng.multinomial(items, np.full(items, 1 / items), min(size, RESAMPLES - start)).astype(float)
+        drawn = [np.tensordot(times_RI, table_IB3, 1) for table_IB3 in tables]  # [R, B, 3] each
+        usable_R = np.min([table_RB3[:, :, 0].sum(1) for table_RB3 in drawn], axis=0) > 0
+        ece_RS = np.stack([_ece(table_RB3[usable_R]) for table_RB3 in drawn], 1)
+        times_RS, stretch_R = draw_seeds(len(tables), len(ece_RS), seed_rng)
+        every_R = ece_RS.mean(1)
+        chunks.append(every_R + stretch_R * ((times_RS * ece_RS).mean(1) - every_R))
     drawn_R = np.concatenate(chunks)
     low, high = np.quantile(drawn_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) - (drawn_R.mean() - value)
     return Interval(value, max(0.0, min(float(low), value)), max(float(high), value), items)

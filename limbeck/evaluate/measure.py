@@ -40,6 +40,7 @@ from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.model import Model
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.storage.files import read_from, read_jsonl, read_object, write_json, write_text
+from limbeck.training.controls import PROMPTED
 from limbeck.types import Sample, Sampling, canonical_json, content_hash
 
 SIZES = ("layers", "parameters", "bytes")
@@ -109,11 +110,12 @@ class Bench:
         greedy = Sampling(temperature=0.0, max_tokens=protocol.max_tokens)
         draws = [(prompt, 0) for prompt in protocol.prompts]
         answers = self._kept(f"answers-{name}.jsonl", CheckedAnswer, lambda: self._ask_server(ask, draws, greedy))
-        by_prompt = {answer.prompt_id: answer for answer in answers}
         write = partial(self._ask_server, ask)
         results = {}
         for task in protocol.tasks:
-            run = partial(run_task_by_text, task, write, answers=by_prompt, max_tokens=protocol.max_tokens)
+            run = partial(
+                run_task_by_text, task, write, answers=self._shared(task, answers), max_tokens=protocol.max_tokens
+            )
             results[task.name] = self._kept(f"task-{task.name}+{name}.jsonl", ItemResult, run)
         return SystemRecords(
             name=name, fidelity=[], own=[], own_text=[], free=[], answers=answers, tasks=results, efficiency={}
@@ -239,10 +241,16 @@ class Bench:
             self.shares,
         )
 
+    def _shared(self, task: Task, answers: Sequence[CheckedAnswer]) -> dict[str, CheckedAnswer]:
+        """The answers to held-out prompts that the task asks, too: the same text under the same check."""
+        asked = {prompt.id: (prompt.identity, prompt.check) for prompt in self.protocol.prompts}
+        same = {prompt.id for prompt in task.prompts if asked.get(prompt.id) == (prompt.identity, prompt.check)}
+        return {answer.prompt_id: answer for answer in answers if answer.prompt_id in same}
+
     def _task(
         self, task: Task, name: str, model: Callable[[], Model], answers: Sequence[CheckedAnswer]
     ) -> list[ItemResult]:
-        by_prompt = {answer.prompt_id: answer for answer in answers}
+        by_prompt = self._shared(task, answers)
         progress = partial(self._report_progress, f"{task.name}: {name}")
         part = replace(task, items=tuple(self.shares.part(task.items)))
         return self._kept(
@@ -271,23 +279,29 @@ class Bench:
         noise.
         """
         file = self.folder / "speeds.json"
-        shapes = {one.name: canonical_json(one.efficiency) for seeds in systems.values() for one in seeds}
+        shapes = {one.name: self._shape(one) for seeds in systems.values() for one in seeds}
         first: dict[str, str] = {}
         for name, shape in shapes.items():
             if name in self.loads:
                 first.setdefault(shape, name)
-        if measure and first and not file.exists():
+        measured = read_object(file, AGAIN)["shapes"] if file.exists() else {}
+        if measure and first.keys() - measured.keys():
             prompts = sorted(self.protocol.prompts[:SHOWN], key=lambda prompt: len(prompt.spoken))
             middle = prompts[len(prompts) // 2].messages
             self.progress(0, 1, "speeds, in turns")
             by_name, seen = time_in_turns({name: self.loads[name] for name in first.values()}, middle)
             self.progress(1, 1, "speeds, in turns")
-            write_json(file, {"shapes": {shapes[name]: speeds for name, speeds in by_name.items()}, "machine": seen})
-        measured = read_object(file, AGAIN)["shapes"] if file.exists() else {}
+            measured = {shapes[name]: speeds for name, speeds in by_name.items()}
+            write_json(file, {"shapes": measured, "machine": seen})
         return {
             name: [replace(one, efficiency=one.efficiency | measured.get(shapes[one.name], {})) for one in seeds]
             for name, seeds in systems.items()
         }
+
+    def _shape(self, records: SystemRecords) -> str:
+        """What a system's speeds depend on: its sizes, and whether it reads the teacher's own prompt."""
+        shown = self.reader.prompt_context is not None and records.name in ("teacher", PROMPTED)
+        return canonical_json(records.efficiency | ({"prompt": "the teacher's"} if shown else {}))
 
     def speeds(self) -> dict[str, Any]:
         """How the speeds were measured, and how busy the machine was; empty if they were not."""

@@ -102,17 +102,14 @@ class CalibrationError(MetricSource):
     """ECE over the reliability tables of held-out answers."""
 
     def interval(self, seeds: Sequence[SystemRecords]) -> Interval | None:
-        return calibration.ece_interval(reliability_by_item(seeds)) if seeds[0].fidelity else None
+        return calibration.ece_interval(*reliability_by_item(seeds)) if seeds[0].fidelity else None
 
 
-def reliability_by_item(seeds: Sequence[SystemRecords]) -> list[Reliability]:
-    """One reliability table per held-out answer, the seeds' added up."""
-    by_item: dict[str, list[Reliability]] = {}
-    for records in seeds:
-        for item in records.fidelity:
-            if item.reliability:
-                by_item.setdefault(item.sample_id, []).append(item.reliability)
-    return [calibration.merged(tables) for tables in by_item.values()]
+def reliability_by_item(seeds: Sequence[SystemRecords]) -> list[list[Reliability]]:
+    """Of each seed one reliability table per held-out answer that all of them have."""
+    tables = [{item.sample_id: item.reliability for item in records.fidelity if item.reliability} for records in seeds]
+    common = [ident for ident in tables[0] if all(ident in each for each in tables)]
+    return [[each[ident] for ident in common] for each in tables]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def perturbed(task: Task, how: str, path: str = "evaluate.metrics") -> Task:
             path,
             f"{task.name}@{how}: a task of kind {task.kind.name} asks no question that could be put in another way",
         )
-    return replace(task, name=f"{task.name}@{how}", items=tuple(items))
+    return replace(task, name=f"{task.name}@{how}", items=tuple(items), plain=task)
 
 
 def _changed(task: Task, item: Any, how: str) -> Any:

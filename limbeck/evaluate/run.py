@@ -42,6 +42,7 @@ from limbeck.training.controls import CONTROLS, PROMPTED
 from limbeck.types import Message, Sampling, UserError
 
 OWN_PROMPTS = 24
+OF_ORDER = ("swap_consistency", "first_position_share")  # what only a judge of pairs can be measured by
 LEAK_KINDS = ("exact", "contained", "overlap", "same_but_for_numbers")  # the strongest first
 
 
@@ -49,7 +50,8 @@ LEAK_KINDS = ("exact", "contained", "overlap", "same_but_for_numbers")  # the st
 class Questions:
     """What a run's systems are asked, and the text that they were made from.
 
-    `step_prompt` is what a step of elicitation showed the teacher.
+    `step_prompt` is what a step of elicitation showed the teacher; `others` are the texts of a comparison's methods
+    that have their own.
     """
 
     recipe: Recipe
@@ -57,6 +59,7 @@ class Questions:
     text: TrainingText
     devices: Devices
     step_prompt: StepPrompt | None = None
+    others: Sequence[TrainingText] = ()
 
     @cached_property
     def leaks(self) -> list[Leak]:
@@ -108,7 +111,7 @@ def bench(
     prompt_ids = {prompt.id for prompt in questions.prompts}
     rows = [row for row in rows if row.sample_id in prompt_ids]
     tasks = [
-        replace(task, items=tuple(item for item in task.items if item.id.partition("@")[0] not in questions.leaked))
+        replace(task, items=tuple(item for item in task.items if task.plain_id(item) not in questions.leaked))
         for task in questions.tasks
     ]
     protocol = EvaluationProtocol(
@@ -127,13 +130,13 @@ def bench(
 def _leaks(questions: Questions) -> list[Leak]:
     """Held-out prompts and task items that occur in the training text: per item the strongest leak, with one text that
     shows it."""
-    text = questions.text
-    prompts = [(prompt.id, prompt.spoken) for prompt in text.prompts[0]]
-    training = prompts + [(sample.id, sample.messages[-1]["content"]) for sample in text.training()]
+    texts = (questions.text, *questions.others)
+    prompts = [(prompt.id, prompt.spoken) for text in texts for prompt in text.prompts[0]]
+    training = prompts + [(sample.id, sample.messages[-1]["content"]) for text in texts for sample in text.training()]
     for name in questions.recipe.evaluate.controls:
-        training += CONTROLS[name].extra_text(text.given_prompts[0])
-    items = {(prompt.id, prompt.spoken) for prompt in text.prompts[1]}
-    items |= {pair for task in questions.tasks if "@" not in task.name for pair in task.texts}
+        training += CONTROLS[name].extra_text(questions.text.given_prompts[0])
+    items = {(prompt.id, prompt.spoken) for prompt in questions.text.prompts[1]}
+    items |= {pair for task in questions.tasks for pair in task.texts}
     strongest: dict[str, Leak] = {}
     for leak in find_leaks(training, sorted(items), prompts=prompts):
         other = strongest.get(leak.item)
@@ -195,17 +198,22 @@ def judge_systems(questions: Questions, bench: Bench, systems: Mapping[str, Syst
             control=judge.control,
         )
         pairs[f"student - {name}"] = summarise_verdicts(verdicts, judge.is_teacher)
-    return {"model": judge.identity, "max_tokens": MAX_TOKENS, "pairs": pairs}
+        if judge.scores:
+            pairs[f"student - {name}"] |= dict.fromkeys(OF_ORDER)
+    scores = {"scores": True} if judge.scores else {}
+    return {"model": judge.identity, "max_tokens": MAX_TOKENS, "pairs": pairs, **scores}
 
 
 @dataclass(frozen=True)
 class SummaryJudge:
-    """Who judges; `control` are its control tokens where `load` gives no model, but a function that asks it."""
+    """Who judges; `control` are its control tokens where `load` gives no model, but a function that asks it. One that
+    `scores` each answer by itself is shown no pair."""
 
     identity: str
     load: Callable[[], Model | Scorer | Ask]
     is_teacher: bool
     control: Collection[str] = ()
+    scores: bool = False
 
 
 def _judge(questions: Questions, bench: Bench) -> SummaryJudge:
@@ -231,7 +239,7 @@ def _judge(questions: Questions, bench: Bench) -> SummaryJudge:
             return load_scorer(source, placement)
         return teacher if is_teacher and teacher is not None else load_model(source, placement=placement)
 
-    return SummaryJudge(identity, load, is_teacher)
+    return SummaryJudge(identity, load, is_teacher, scores=scores)
 
 
 def _ask_named(text: TrainingText, name: str, conversations: list[tuple[Message, ...]]) -> list[str | None]:

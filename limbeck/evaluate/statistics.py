@@ -141,25 +141,29 @@ def nested_difference(
 
 
 def recovered(
-    student: tuple[Numbers, Numbers],
-    untouched: tuple[Numbers, Numbers],
-    teacher: tuple[Numbers, Numbers],
+    student: tuple[Rows, Rows],
+    untouched: tuple[Rows, Rows],
+    teacher: tuple[Rows, Rows],
+    *,
+    better: str,
     seed: int = 0,
 ) -> Interval | None:
     """The share of the teacher's lead that distillation won: (student - untouched) / (teacher - untouched).
 
-    None where the interval of the denominator holds 0: there may be nothing to recover, so the share is undefined and
-    must not enter a mean. The few resamples in which the lead changes its sign have no share and are left out.
+    None where the teacher does not clearly lead: where the interval of the denominator holds 0, or lies on the worse
+    side. There is nothing to recover then, so the share is undefined and must not enter a mean. The few resamples in
+    which the lead changes its sign have no share and are left out.
 
     Args:
-        student, untouched, teacher: (values, weights) over the same items; a system's metric is sum(values) /
-            sum(weights). Larger or smaller may be better.
+        student, untouched, teacher: (values, weights) of every seed over the same items, each [S, I]; a system's metric
+            is sum(values) / sum(weights).
+        better: `high` or `low`, the side of the metric that is.
     """
-    tables = [_Table.of([values], [weights]) for values, weights in (student, untouched, teacher)]
+    tables = [_Table.of(values, weights) for values, weights in (student, untouched, teacher)]
     student_R, untouched_R, teacher_R = _resampled(tables, seed, RESAMPLES)
     lead_R = teacher_R - untouched_R
     low, high = _limits(lead_R)
-    if low <= 0 <= high:
+    if (low <= 0) if better == "high" else (high >= 0):
         return None
     ours, base, theirs = (table.ratio for table in tables)
     usable_R = lead_R * (theirs - base) > 0
@@ -307,12 +311,12 @@ def _resampled(tables: Sequence[_Table], seed: int, resamples: int) -> np.ndarra
     for start in range(0, resamples, size := max(1, CHUNK // items)):
         count = min(size, resamples - start)
         picks_RI = item_rng.integers(0, items, (count, items))
-        drawn = {seeds: _draw_seeds(seeds, count, seed_rng) for seeds in sorted({table.seeds for table in tables})}
+        drawn = {seeds: draw_seeds(seeds, count, seed_rng) for seeds in sorted({table.seeds for table in tables})}
         chunks.append([table.ratios(picks_RI, *drawn[table.seeds]) for table in tables])
     return np.concatenate(chunks, axis=1)
 
 
-def _draw_seeds(seeds: int, resamples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_seeds(seeds: int, resamples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """times_RS, how often each seed is drawn, and stretch_R (see the top of this file; 1 for one seed)."""
     times_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
     return times_RS, np.sqrt(seeds / rng.chisquare(seeds - 1, resamples)) if seeds > 1 else np.ones(resamples)

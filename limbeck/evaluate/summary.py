@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from limbeck.config.significance import LEAST_ITEMS
@@ -78,7 +79,7 @@ def summarise(systems: Systems, task_list: Sequence[Task], pairs: Sequence[tuple
             for a, b in pairs
         },
         "calibration": {
-            name: calibration.curve(calibration.merged(reliability_by_item(seeds)))
+            name: calibration.curve(calibration.merged(list(chain.from_iterable(reliability_by_item(seeds)))))
             for name, seeds in systems.items()
             if seeds[0].fidelity
         },
@@ -179,8 +180,8 @@ def recovery(
     teacher: Sequence[SystemRecords],
     task_list: Sequence[Task],
 ) -> dict[str, dict[str, Any] | None]:
-    """(student - untouched) / (teacher - untouched) per metric that has a better side; None where teacher and untouched
-    may be equal."""
+    """(student - untouched) / (teacher - untouched) per metric that has a better side; None where the teacher does
+    not clearly lead."""
     sides = [_aligned([columns(one, task_list) for one in seeds]) for seeds in (student, untouched, teacher)]
     names = [name for name in sides[0] if all(name in side for side in sides)]
     shown_as = exponentials()
@@ -188,19 +189,15 @@ def recovery(
     for name, facts in describe(names, task_list).items():
         if facts["better"] == "none":
             continue
-        s, u, t = common = _common([_pooled(side[name]) for side in sides])
+        common = _common([column for side in sides for column in side[name]])
         interval = None
         if _measurable(common):
-            interval = recovered((s.values, s.weights), (u.values, u.weights), (t.values, t.weights))
+            left = iter(common)
+            rows = [[next(left) for _ in side[name]] for side in sides]
+            of = [([column.values for column in each], [column.weights for column in each]) for each in rows]
+            interval = recovered(*of, better=facts["better"])
         result[shown_as.get(name, name)] = interval.as_dict() if interval else None
     return result
-
-
-def _pooled(by_seed: Sequence[Column]) -> Column:
-    """Seeds added up, item by item."""
-    values = sum(column.values for column in by_seed)
-    weights = sum(column.weights for column in by_seed)
-    return Column(by_seed[0].ids, values, weights)  # type: ignore[arg-type]
 
 
 def values_by_seed(

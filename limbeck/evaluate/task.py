@@ -39,7 +39,8 @@ class HarnessForm:
 @dataclass(frozen=True)
 class Task:
     """One task, read and checked. The first of `metrics` is the headline; `protocol` says how it is asked; `available`
-    is how many items its file holds, of which `items` are asked."""
+    is how many items its file holds, of which `items` are asked; `plain` is the task that this one asks in another way.
+    """
 
     name: str
     version: str
@@ -49,6 +50,7 @@ class Task:
     protocol: Any
     items: tuple[Any, ...]
     available: int = 0
+    plain: Task | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -68,8 +70,15 @@ class Task:
 
     @property
     def texts(self) -> list[tuple[str, str]]:
-        """(id, text) of every item without its solution, to be looked for in training text."""
+        """(id, text) of every item without its solution, to be looked for in training text: as the plain task asks."""
+        if self.plain is not None:
+            return self.plain.texts
         return [(item.id, text) for item in self.items for text in self.kind.texts(item)]
+
+    def plain_id(self, item: Item) -> str:
+        """The item's id in `texts`."""
+        how = self.name.partition("@")[2] if self.plain is not None else ""
+        return item.id.removesuffix(f"@{how}") if how else item.id
 
     def better(self, metric: str) -> Better:
         declared = self.kind.metrics.get(metric.partition("@")[0])

@@ -12,6 +12,7 @@ from limbeck.report.metrics import label, percent
 
 MIN_CONSISTENCY = 0.6
 MAX_CORRELATION = 0.5
+MAX_LONGER_WINS = 0.9  # where the correlation is undefined
 MAX_UNPARSABLE = 0.5
 OUTCOMES = {
     "first": ("Wins", ""),
@@ -50,7 +51,12 @@ def judge_section(summary: dict[str, Any]) -> JudgeSection | None:
         f"{judge.get('model', 'A model')} compared the student's greedy answers with those of every other system, each"
         " pair in both orders. A verdict that changes with the order counts as a tie."
     )
-    return JudgeSection(intro, _trust(pairs), _grid(pairs))
+    if judge.get("scores"):
+        intro = (
+            f"{judge.get('model', 'A model')} scored the greedy answers of every system, each by itself; the student"
+            " wins a pair where its answer has the higher score."
+        )
+    return JudgeSection(intro, _trust(pairs, bool(judge.get("scores"))), _grid(pairs))
 
 
 def _grid(pairs: dict[str, Pair]) -> Grid:
@@ -76,8 +82,8 @@ def _correlation(value: float | None) -> str:
     return "" if value is None else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
-def _trust(pairs: dict[str, Pair]) -> str:
-    """How far the judge can be trusted, by the checks that were made of it."""
+def _trust(pairs: dict[str, Pair], scores: bool) -> str:
+    """How far the judge can be trusted, by the checks that were made of it. One that gives `scores` sees no order."""
     if not any(pair.get("win_rate") for pair in pairs.values()):
         return "The judge gave no readable verdict, so nothing follows from it."
     doubts = []
@@ -89,10 +95,13 @@ def _trust(pairs: dict[str, Pair]) -> str:
             doubts.append(f"{check.doubt} the {' and the '.join(doubtful)}")
     if doubts:
         return f"Trust the judge with care: {'; '.join(doubts)}."
-    return (
-        "The judge passed its checks: it is not the teacher, it mostly keeps its verdicts when the two answers are"
-        " swapped, and it does not just prefer the longer answer. Whether you share its taste is not measured."
-    )
+    passed = ["it is not the teacher"]
+    if not scores:
+        passed.append("it mostly keeps its verdicts when the two answers are swapped")
+    if all(pair.get("length_correlation") is not None for pair in pairs.values()):
+        passed.append("it does not just prefer the longer answer")
+    said = " and ".join([", ".join(passed[:-1]), passed[-1]] if len(passed) > 1 else passed)
+    return f"The judge passed its checks: {said}. Whether you share its taste is not measured."
 
 
 def _readable(pair: Pair) -> int:
@@ -128,5 +137,10 @@ _CHECKS = (
         "its verdicts correlate with length against",
         fails=lambda pair: abs(pair.get("length_correlation") or 0) > MAX_CORRELATION,
         value=lambda pair: f"correlation {_correlation(pair['length_correlation'])}",
+    ),
+    _Check(
+        "the longer answer wins nearly always against",
+        fails=lambda pair: pair.get("length_correlation") is None and (pair.get("longer_wins") or 0) > MAX_LONGER_WINS,
+        value=lambda pair: percent(pair["longer_wins"]),
     ),
 )

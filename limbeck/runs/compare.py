@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -175,16 +175,23 @@ class Comparison:
 
         return [(entry.name, seed, run(entry, seed)) for seed in self.seeds for entry in self.complete_entries]
 
+    @cached_property
+    def questions(self) -> evaluation.Questions:
+        """What all systems are asked: no method's text gives it away."""
+        first = self.runs[: len(self.entries)]  # other seeds train on the same text
+        others = [run.text for _, _, run in first if run.recipe.elicit]
+        return replace(self.common.questions, others=others)
+
     def bench(self) -> Bench:
-        return self.common.bench(self.folder / "evaluation")
+        return self.common.bench(self.folder / "evaluation", questions=self.questions)
 
     def train_and_measure(self) -> dict[str, list[SystemRecords]]:
         """Every system's records: teacher, untouched, then the methods with one per seed."""
-        bench = self.bench()
         runs = self.runs
         for _, _, run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)
             run.claim()
+        bench = self.bench()
         systems = {"teacher": [measured_teacher(self.common, bench)]}
         systems["untouched"] = [bench.measure("untouched", runs[0][2].models.initial_student)]
         for number, (method, seed, run) in enumerate(runs):
@@ -212,7 +219,7 @@ class Comparison:
             "name": self.folder.name,
             "base": self.base,
             **summary,
-            **evaluation.facts(self.common.questions, bench, seeds=self.seeds, steps=steps_made(runs[0][2].folder)),
+            **evaluation.facts(self.questions, bench, seeds=self.seeds, steps=steps_made(runs[0][2].folder)),
             "methods": {entry.name: _method(entry) for entry in self.complete_entries},
             "by_seed": {method: values_by_seed(self.seeds, systems[method], tasks) for method in methods},
             "recovered": {
@@ -223,7 +230,7 @@ class Comparison:
             "rollout": _rollout_facts({method: [run for name, _, run in runs if name == method] for method in methods}),
             "warnings": [
                 *warnings(systems, summary, methods),
-                *evaluation.teacher_warnings(self.common.questions, bench),
+                *evaluation.teacher_warnings(self.questions, bench),
             ],
             "settings": {key: self.complete_entries[0].recipe.resolved()[key] for key in COMMON},
         }

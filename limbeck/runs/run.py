@@ -288,10 +288,10 @@ class Run:
         tasks, step = self.method.tasks, self.method.step_prompt
         return evaluation.Questions(self.recipe, tasks, self.text, self.models.devices, step_prompt=step)
 
-    def bench(self, folder: Path, shares: Shares = ALONE) -> Bench:
+    def bench(self, folder: Path, shares: Shares = ALONE, questions: evaluation.Questions | None = None) -> Bench:
         """The bench that measures systems, or this rank's share of their items, and keeps their records in `folder`."""
         return evaluation.bench(
-            self.questions,
+            questions or self.questions,
             folder,
             teacher=self.models.reference,
             reader=self.models.reader,

@@ -139,3 +139,12 @@ def test_no_prediction_has_no_score():
     with pytest.raises(UserError, match="same number of bins"):
         merged([empty, Reliability.of(np.array([0.5]), np.array([1]), bins=15)])
     assert curve(empty) == []
+
+
+def test_errors_of_trainings_do_not_cancel():
+    """One too modest, one too sure: each is 0.2 off, and so is their mean."""
+    right = [np.arange(100) < count for count in (95, 55)]
+    trainings = [[Reliability.of(np.array([0.75]), np.array([hit])) for hit in hits] for hits in right]
+    assert ece_interval(*trainings).value == pytest.approx(0.2)
+    alone = ece_interval(trainings[0])
+    assert ece_interval(trainings[0], trainings[0]).value == alone.value

@@ -198,7 +198,8 @@ def test_recovered_share_and_its_coverage():
         hard, tokens = noise.normal(0, 1, 80), noise.integers(1, 20, 80).astype(float)
         untouched = hard + noise.normal(0, 0.8, 80)
         teacher, student = hard + sign + noise.normal(0, 0.8, 80), hard + 0.7 * sign + noise.normal(0, 0.8, 80)
-        got = recovered((tokens * student, tokens), (tokens * untouched, tokens), (tokens * teacher, tokens))
+        sides = [([tokens * values], [tokens]) for values in (student, untouched, teacher)]
+        got = recovered(*sides, better="high" if sign > 0 else "low")
         hits += got.low <= 0.7 <= got.high
         values.append(got.value)
     assert 0.90 <= hits / 200 <= 0.985
@@ -206,7 +207,9 @@ def test_recovered_share_and_its_coverage():
 
 
 def test_recovered_is_the_ratio_of_differences_of_ratios():
-    got = recovered(([6.0, 6.0], [2.0, 2.0]), ([2.0, 2.0], [1.0, 1.0]), ([5.0, 5.0], [1.0, 1.0]))
+    got = recovered(
+        ([[6.0, 6.0]], [[2.0, 2.0]]), ([[2.0, 2.0]], [[1.0, 1.0]]), ([[5.0, 5.0]], [[1.0, 1.0]]), better="high"
+    )
     assert got.value == got.low == got.high == pytest.approx((3 - 2) / (5 - 2))
 
 
@@ -218,15 +221,27 @@ def test_resamples_whose_lead_changes_its_sign_have_no_share():
     drawn = lead[np.random.default_rng(0).integers(0, 40, (RESAMPLES, 40))].mean(1)
     assert 0 < (drawn <= 0).sum() < 0.025 * RESAMPLES
     low, high = np.quantile(0.01 / drawn[drawn > 0], [0.025, 0.975])
-    got = recovered((zero + 0.01, ones), (zero, ones), (lead, ones))
+    got = recovered(([zero + 0.01], [ones]), ([zero], [ones]), ([lead], [ones]), better="high")
     assert (got.low, got.high) == (pytest.approx(low), pytest.approx(high))
 
 
 def test_recovered_is_undefined_without_a_clear_lead():
     noise, ones = np.random.default_rng(11), np.ones(50)
     teacher, untouched = noise.normal(0, 1, 50), noise.normal(0, 1, 50)
-    assert recovered((teacher, ones), (untouched, ones), (teacher - teacher.mean() + untouched.mean(), ones)) is None
-    assert recovered((teacher, ones), (untouched, ones), (untouched, ones)) is None
+    equal = teacher - teacher.mean() + untouched.mean()
+    worse = untouched - 1
+    for better, other in (("high", equal), ("high", untouched), ("high", worse), ("low", untouched + 1)):
+        sides = [([values], [ones]) for values in (teacher, untouched, other)]
+        assert recovered(*sides, better=better) is None
+
+
+def test_recovered_has_the_spread_of_its_seeds():
+    """Three trainings that end far apart on items that hardly differ."""
+    noise, ones = np.random.default_rng(12), np.ones(200)
+    untouched, teacher = noise.normal(0, 0.05, 200), 1 + noise.normal(0, 0.05, 200)
+    students = [level + noise.normal(0, 0.05, 200) for level in (0.95, 0.55, 0.75)]
+    got = recovered((students, [ones] * 3), ([untouched], [ones]), ([teacher], [ones]), better="high")
+    assert got.value == pytest.approx(0.75, abs=0.03) and got.low < 0.55 and got.high > 0.95
 
 
 def binomial_p(b: int, c: int) -> Fraction:
