@@ -18,7 +18,7 @@ def verdict(summary: dict[str, Any]) -> str:
     student = summary["systems"].get("student", {})
     tasks = task_headlines(metrics, [student])
     sentences = [_task_sentence(tasks[0], summary)] if tasks else []
-    if "forward_kl" in student:
+    if "forward_kl" in student and not (tasks and _has_no_teacher(summary)):
         sentences.append(_fidelity_sentence(summary))
     elif not tasks:
         metric = headline(metrics, [student])
@@ -50,7 +50,7 @@ def _task_sentence(metric: Metric, summary: dict[str, Any]) -> str:
     else:
         text += f" is {reached}"
     text += f" {_over(items)}{chance}"
-    if teacher := systems.get("teacher", {}).get(metric.name):
+    if (teacher := systems.get("teacher", {}).get(metric.name)) and not _has_no_teacher(summary):
         text += f"; the teacher reaches {_two(teacher['value'])}"
     if control := systems.get("sft_control", {}).get(metric.name):
         text += f"; fine-tuning on the teacher's text reaches {_two(control['value'])}"
@@ -58,6 +58,14 @@ def _task_sentence(metric: Metric, summary: dict[str, Any]) -> str:
         if difference and items >= CLEAR_ITEMS and not is_clear(difference):
             text += ", a difference that may be chance"
     return text + "."
+
+
+def _has_no_teacher(summary: dict[str, Any]) -> bool:
+    """Whether nobody teaches: the text is the data's own, and what stands as the teacher is the student before training
+    (`limbeck new --teacher none`)."""
+    before = summary["systems"].get("untouched", {}).get("forward_kl") or {}
+    of_data = (summary.get("held_out") or {}).get("writer") == "corpus"
+    return of_data and abs(before.get("value", 1.0)) < 1e-6
 
 
 def _fewest(*intervals: Interval | None) -> int:

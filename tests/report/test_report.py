@@ -267,6 +267,16 @@ def test_one_seed_of_a_comparison_is_never_clearly_better():
     assert "over only 12 items" in compare_verdict(few) and "no method is clearly better" in compare_verdict(few)
 
 
+def test_where_nobody_teaches_no_teacher_is_spoken_of():
+    """`limbeck new --teacher none`: the student before training stands as the teacher, and the text is the data's."""
+    summary = of_tasks()
+    summary["systems"]["untouched"]["forward_kl"] = interval(0.0, 0.0, 0.0)
+    assert "teacher" in verdict(summary), "its own text is not the data's"
+    assert verdict(summary | {"held_out": {"writer": "corpus"}}) == (
+        "Accuracy on intents rose from 0.00 to 0.89 (0.84 to 0.94) over 120 items."
+    )
+
+
 def test_the_verdict_tells_of_leaks():
     summary = {
         "systems": {"student": {"forward_kl": interval(0.5, 0.4, 0.6)}},
