@@ -25,6 +25,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -77,8 +78,14 @@ def main() -> None:
         for worker in range(cores):
             numbers = iter([int(number)]) if number else iter(range(worker, 10**9, cores))
             if (pid := os.fork()) == 0:
-                soak(Path(home), int(seed), numbers, Path(home) / f"episodes-{worker}.jsonl", deadline)
-                os._exit(0)
+                code = 1
+                try:
+                    soak(Path(home), int(seed), numbers, Path(home) / f"episodes-{worker}.jsonl", deadline)
+                    code = 0
+                except Exception:  # noqa: BLE001 (the folder is the parent's to remove)
+                    traceback.print_exc()
+                finally:
+                    os._exit(code)
             workers.append(pid)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers]
         lines = [line for file in Path(home).glob("episodes-*.jsonl") for line in file.read_text().splitlines()]

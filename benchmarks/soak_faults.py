@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -91,7 +92,7 @@ BETWEEN: dict[str, Callable[[Path, random.Random], bool]] = {"flipped bit": flip
 def fork(work: Callable[[], int], log: Path) -> int:
     """Do `work` in a fork that leads a group of its own and writes into `log`; its process number."""
     if (pid := os.fork()) == 0:
-        os.setsid()
+        os.setpgid(0, 0)
         with log.open("ab") as said:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
@@ -103,6 +104,8 @@ def fork(work: Callable[[], int], log: Path) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    with contextlib.suppress(OSError):  # it did so itself, or is gone
+        os.setpgid(pid, pid)
     return pid
 
 

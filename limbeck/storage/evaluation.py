@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from limbeck.storage.files import write_json
+from limbeck.storage.files import sweep, write_json
 from limbeck.storage.manifest import MANIFEST, damaged_file, read_manifest, seal
 from limbeck.storage.metrics_log import read_json
 from limbeck.types import UserError
@@ -56,10 +56,11 @@ def check_records(folder: Path, whole: bool = True) -> None:
 
 
 def open_records(folder: Path) -> None:
-    """Take the seal off the records, which are about to be added to.
+    """Take the seal off the records, which are about to be added to, and remove what a kill left half-written.
 
     Raises:
         UserError: as in `check_records`.
     """
     check_records(folder, whole=False)
+    sweep(folder)
     (folder / MANIFEST).unlink(missing_ok=True)

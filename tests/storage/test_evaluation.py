@@ -23,8 +23,9 @@ def folder(tmp_path):
 def test_what_was_written_is_read(folder):
     (folder / "harness.json").write_text("{}")  # comes later, and changes
     assert read_summary(folder.parent) == {"systems": {"student": {}}}
+    (folder / f".prompts.jsonl.{'0' * 32}.tmp").write_text("")  # what a kill left
     open_records(folder)
-    assert not (folder / "manifest.json").exists()
+    assert {file.name for file in folder.iterdir()} == {"answers-student.jsonl", "summary.json", "harness.json"}
 
 
 @pytest.mark.parametrize("name", ["answers-student.jsonl", "summary.json", "manifest.json"])
