@@ -40,7 +40,7 @@ from soak_faults import BETWEEN, Fault, draw, fork, limbeck, played  # noqa: E40
 from soak_recipes import AT_ONCE, KEY, Build, kinds, make_models  # noqa: E402
 
 from limbeck.models.load import model_contents  # noqa: E402
-from limbeck.storage.files import LEFTOVER, write_json  # noqa: E402
+from limbeck.storage.files import LEFTOVER, read_jsonl, write_json  # noqa: E402
 
 OUT = HERE / "docs" / "evidence" / "soak.json"
 BROKEN = HERE / "runs" / "soak"
@@ -249,7 +249,7 @@ def often_saved(recipe: Any) -> Any:
 def losses(out: Path) -> dict[str, list[str]]:
     """Of each training, by its folder."""
     return {
-        str(log.parent.relative_to(out)): [json.loads(line)["loss"].hex() for line in log.read_text().splitlines()]
+        str(log.parent.relative_to(out)): [record["loss"].hex() for record in read_jsonl(log)]
         for log in out.rglob("metrics.jsonl")
     }
 

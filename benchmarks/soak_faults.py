@@ -78,7 +78,11 @@ def flip(out: Path, noise: random.Random) -> bool:
 
 def tear(out: Path, noise: random.Random) -> bool:
     """Leave half a line at the end of the metrics of a training that is not finished, as a power cut does."""
-    logs = [log for log in out.rglob("metrics.jsonl") if list(log.parent.glob("checkpoints/step-*"))]
+    logs = [
+        log
+        for log in out.rglob("metrics.jsonl")
+        if list(log.parent.glob("checkpoints/step-*")) and not (log.parent / "student").exists()
+    ]
     if not logs:
         return False
     with noise.choice(sorted(logs)).open("a") as log:
@@ -107,12 +111,6 @@ def fork(work: Callable[[], int], log: Path) -> int:
     with contextlib.suppress(OSError):  # it did so itself, or is gone
         os.setpgid(pid, pid)
     return pid
-
-
-def in_a_fork(work: Callable[[], None]) -> int:
-    """The status of `work` in a fork: the processes that fork may have no threads of torch's."""
-    pid = fork(lambda: work() or 0, Path(os.devnull))
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def limbeck(arguments: list[str], fault: Fault | None) -> int:

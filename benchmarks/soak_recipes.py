@@ -90,7 +90,7 @@ def _asked(tiny: Path, folder: Path, url: str) -> dict[str, Any]:
         "elicit": [{"ask": again}, {"answer": {"max_tokens": 6, "n": 2, "temperature": 1.0}}],
         "writer": [{"by": "elicited"}],
         "loss": ["cross_entropy"],
-        "evaluate": data["evaluate"] | {"controls": ["untouched"], "metrics": [{"everyday": {"limit": 4}}]},
+        "evaluate": data["evaluate"] | {"controls": ["untouched"], "metrics": ["fidelity", {"everyday": {"limit": 4}}]},
     }
 
 
