@@ -64,11 +64,13 @@ def draw(noise: random.Random, took: float) -> Fault:
 
 
 def flip(out: Path, noise: random.Random) -> bool:
-    """Change a bit of a file of the newest checkpoint."""
-    steps = sorted(out.rglob("checkpoints/step-*"), key=lambda folder: folder.stat().st_mtime)
-    files = sorted(file for file in steps[-1].rglob("*") if file.is_file() and file.stat().st_size) if steps else []
-    if not files:
+    """Change a bit of a file of the newest checkpoint, once in a run, where the one before it is there."""
+    damaged = out.with_name("damaged")
+    both = [steps for place in out.rglob("checkpoints") if len(steps := sorted(place.glob("step-*"))) > 1]
+    files = sorted(file for file in both[-1][-1].rglob("*") if file.is_file() and file.stat().st_size) if both else []
+    if not files or damaged.exists():
         return False
+    damaged.touch()
     file = noise.choice(files)
     content = bytearray(file.read_bytes())
     content[noise.randrange(len(content))] ^= 1 << noise.randrange(8)

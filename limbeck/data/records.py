@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ TEXT_NAMES = (".txt", ".text", ".md")
 TABLE_NAMES = (".csv", ".tsv", ".tab")
 PACKED_NAMES = (".gz", ".zst", ".zstd")
 SPACE = " \t\r\n"
+IsRow = Callable[[Set[str]], bool]  # whether an object with these columns is a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,13 @@ class Record:
         return f"{self.unit} {self.number}" + (f" (line {self.line})" if self.line else "")
 
 
-def records(path: Path, content: frozenset[str] = frozenset()) -> Iterator[Record]:
+def records(path: Path, content: frozenset[str] = frozenset(), is_row: IsRow | None = None) -> Iterator[Record]:
     """The rows of a file, or of a folder that `datasets` saved, in order.
 
     Args:
-        content: columns that hold content. An object that has none of them but one list of objects is a wrapper.
+        content: columns that hold content. An object that has none of them but one list of objects is a wrapper, if it
+            is all that its file holds.
+        is_row: says of an object without content whether its columns make it a row all the same.
 
     Raises:
         UserError: the file can't be read, or a row is malformed; the message names the file and the line.
@@ -59,10 +62,14 @@ def records(path: Path, content: frozenset[str] = frozenset()) -> Iterator[Recor
         first = stream.read(6)
     if first.startswith(PARQUET) or first == ARROW_FILE:
         return _arrow(path, first)
-    return _text_rows(path, content)
+
+    def is_known(columns: Set[str]) -> bool:
+        return bool(content & columns) or (is_row is not None and is_row(columns))
+
+    return _text_rows(path, is_known)
 
 
-def _text_rows(file: Path, content: frozenset[str]) -> Iterator[Record]:
+def _text_rows(file: Path, is_row: IsRow) -> Iterator[Record]:
     lines = lines_of(file)
     blank: list[tuple[int, str]] = []
     for number, line in lines:
@@ -76,14 +83,14 @@ def _text_rows(file: Path, content: frozenset[str]) -> Iterator[Record]:
     suffix = _suffix(file)
     value = _json_or_none(first)
     if isinstance(value, dict):
-        return _json_lines(file, rest, content)
+        return _json_lines(file, rest, is_row)
     if suffix in TABLE_NAMES:
         return _table(file, rest, suffix)
     if suffix in TEXT_NAMES:
         return _plain(file, rest)
     if (value is None and first.lstrip()[0] in "[{") or isinstance(value, list):
-        return _json_values(file, rest, content)
-    return _json_lines(file, rest, content)
+        return _json_values(file, rest, is_row)
+    return _json_lines(file, rest, is_row)
 
 
 def _suffix(file: Path) -> str:
@@ -109,8 +116,22 @@ def _json_or_none(text: str) -> Any:
         return None
 
 
-def _json_lines(file: Path, lines: Iterator[tuple[int, str]], content: frozenset[str]) -> Iterator[Record]:
-    for count, (number, line) in enumerate(lines):
+def _json_lines(file: Path, lines: Iterator[tuple[int, str]], is_row: IsRow) -> Iterator[Record]:
+    objects = _objects(file, lines)
+    begun = [next(objects)]
+    wrapped = _wrapped(begun[0][1], is_row)
+    if wrapped is not None:
+        begun += islice(objects, 1)
+    if wrapped is not None and len(begun) == 1:
+        yield from _items(file, begun[0][0], wrapped)
+        return
+    for number, value in chain(begun, objects):
+        yield Record("line", number, value)
+
+
+def _objects(file: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the line, the object in it)"""
+    for number, line in lines:
         if not line.strip(SPACE):
             continue
         try:
@@ -119,17 +140,13 @@ def _json_lines(file: Path, lines: Iterator[tuple[int, str]], content: frozenset
             raise UserError(f"{file}, line {number}: not JSON ({error})") from error
         if not isinstance(value, dict):
             raise UserError(f'{file}, line {number}: not an object with columns, such as {{"prompt": ...}}')
-        wrapped = _wrapped(value, content) if count == 0 else None
-        if wrapped is None:
-            yield Record("line", number, value)
-        else:
-            yield from _items(file, number, wrapped)
+        yield number, value
 
 
-def _wrapped(value: dict[str, Any], content: frozenset[str]) -> list[Any] | None:
+def _wrapped(value: dict[str, Any], is_row: IsRow) -> list[Any] | None:
     """The rows in an object that is no row itself: its only list of objects."""
     lists = [entry for entry in value.values() if isinstance(entry, list) and entry and isinstance(entry[0], dict)]
-    return lists[0] if len(lists) == 1 and not content & value.keys() else None
+    return lists[0] if len(lists) == 1 and not is_row(value.keys()) else None
 
 
 def _items(file: Path, line: int, items: list[Any]) -> Iterator[Record]:
@@ -139,7 +156,7 @@ def _items(file: Path, line: int, items: list[Any]) -> Iterator[Record]:
         yield Record("item", number, item, line)
 
 
-def _json_values(file: Path, lines: Iterator[tuple[int, str]], content: frozenset[str]) -> Iterator[Record]:
+def _json_values(file: Path, lines: Iterator[tuple[int, str]], is_row: IsRow) -> Iterator[Record]:
     """The objects of an array over many lines, or those that stand one after another, each told by its first line."""
     parts = _Values(file, lines)
     is_array = parts.take("[")
@@ -148,7 +165,8 @@ def _json_values(file: Path, lines: Iterator[tuple[int, str]], content: frozense
         line, value = parts.value()
         if not isinstance(value, dict):
             raise UserError(f'{file}, line {line}: not an object with columns, such as {{"prompt": ...}}')
-        wrapped = None if is_array else _wrapped(value, content)
+        is_first = number == 0 and not is_array
+        wrapped = _wrapped(value, is_row) if is_first and parts.at_end() else None
         if wrapped is None:
             number += 1
             yield Record("item", number, value, line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,16 @@ class Bills:
         """(answers, tokens read, tokens written) that the model's server billed."""
         with Store(self.folder / "store.sqlite") as store:
             return store.bill(self.identity(by))
+
+    def unmetered(self, by: str) -> int:
+        """How many of those answers the server did not count the tokens of."""
+        with Store(self.folder / "store.sqlite") as store:
+            return store.unmetered(self.identity(by))
+
+    def usage_of(self, keys: Sequence[str]) -> tuple[int, int, int]:
+        """(answers, tokens read, tokens written) of the answers to these requests whose tokens a server counted."""
+        with Store(self.folder / "store.sqlite") as store:
+            return store.usage_of(keys)
 
     def reused(self, by: str) -> tuple[int, int, int]:
         """(answers, tokens read, tokens written) that earlier runs were billed for and this one took over."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from limbeck.elicit.thinking import without_thinking
 from limbeck.types import Message, canonical_json
 
 ROLES = {
@@ -91,7 +92,7 @@ def listed(value: Any, name: str) -> Any:
 
 
 def messages_of(value: Any, name: str) -> list[Message]:
-    """The messages of a list, each with its role and text.
+    """The messages of a list, each with its role and text, without a system message that says nothing.
 
     Raises:
         FormError: it is no list of messages, or has what isn't text (an image, ...).
@@ -101,6 +102,7 @@ def messages_of(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list | tuple):
         raise FormError(f'"{name}" must be a list of messages; got {_short(value)}')
     messages = [_message(entry, f"{name}[{number}]") for number, entry in enumerate(value)]
+    messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
     if not messages:
         raise LeftOutError("it has no message")
     return messages
@@ -205,9 +207,17 @@ def check_turns(messages: Sequence[Message]) -> None:
 
 
 def answer_text(message: Message, keep_reasoning: bool) -> str:
-    """The text of an assistant's turn, its reasoning first, between the marks that reasoning models write."""
+    """The text of an assistant's turn, its reasoning first, between the marks that reasoning models write; or without
+    any reasoning.
+
+    Raises:
+        LeftOutError: nothing is left without the reasoning.
+    """
     text = message["content"]
     thought = message.get("reasoning_content", "")
-    if not keep_reasoning:
-        return text.split(CLOSE, 1)[1].lstrip() if text.lstrip().startswith(OPEN) and CLOSE in text else text
-    return f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n{text}" if thought and CLOSE not in text else text
+    if keep_reasoning:
+        return f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n{text}" if thought and CLOSE not in text else text
+    answer = without_thinking(text)
+    if answer is None or (text.strip() and not answer.strip()):
+        raise LeftOutError("nothing follows its reasoning, which is dropped")
+    return answer

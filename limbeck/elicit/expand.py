@@ -15,6 +15,7 @@ from limbeck.elicit.flow import (
     StepContext,
     Tally,
     ask,
+    ending,
     new_prompt,
     prompt_of,
     said_by,
@@ -25,7 +26,7 @@ from limbeck.elicit.select import has_word
 from limbeck.elicit.similar import Novelty
 from limbeck.elicit.step import ANSWER_SHARE, AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.wording import fill, items, numbered, parts
-from limbeck.types import Sample, Sampling
+from limbeck.types import TAUGHT_FINISHES, Sample, Sampling
 
 MORE = (
     "Here is a list of tasks that people give to an assistant. Continue it with new tasks of other"
@@ -84,6 +85,15 @@ def unfit(text: str, barred: tuple[str, ...]) -> str | None:
     if not text[0].isascii() or not text[0].isalnum():
         return "begins with a sign"
     return None
+
+
+def _is_written(reply: Sample, tally: Tally) -> bool:
+    """Whether the model wrote what it was asked for, if only its beginning. A reply that was refused or filtered, or
+    that failed, counts as dropped."""
+    finish = ending(reply)
+    if finish not in TAUGHT_FINISHES:
+        tally.drop(f"answer: {finish}", reply.messages[-1]["content"])
+    return finish in TAUGHT_FINISHES
 
 
 @register("self_instruct")
@@ -167,9 +177,11 @@ class SelfInstruct(AskingStep):
     def _new_tasks(self, group: Pool, reply: Sample, novelty: Novelty, tally: Tally) -> Pool:
         """The fit and new instructions of one reply. A reply that was cut off loses its last one; the paper drops it
         whole."""
+        if not _is_written(reply, tally):
+            return []
         first = len(group) + 1
-        listed = [text for _, text in items(f"{first}. {_without_number(reply.messages[-1]['content'], first)}")]
-        if reply.meta.get("finish") == "length" and listed:
+        listed = [text for _, text in items(f"{first}. {_without_number(said_by(reply), first)}")]
+        if ending(reply) == "length" and listed:
             tally.drop("cut off", listed.pop())
         tasks: Pool = []
         for text in (" ".join(each.split()) for each in listed):
@@ -182,9 +194,13 @@ class SelfInstruct(AskingStep):
         return tasks
 
     def _instances(self, task: Sample, reply: Sample, label_first: bool, tally: Tally) -> Pool:
+        if not _is_written(reply, tally):
+            return []
         pairs = _input_output_pairs(said_by(reply), label_first)
-        if reply.meta.get("finish") == "length" and len(pairs) > 1:
+        if ending(reply) == "length" and pairs:
             tally.drop("instance cut off", pairs.pop()[1])
+            if not pairs:
+                return []
         outputs: dict[str, str] = {}  # by input
         for task_input, output in pairs:
             if not output or output.endswith(":") or output == task_input:
@@ -295,8 +311,10 @@ class Alpaca(AskingStep):
         return fill(ALL_AT_ONCE, count=str(self.tasks), tasks="\n\n".join(shown), next=str(len(group) + 1))
 
     def _new_tasks(self, group: Pool, reply: Sample, novelty: Novelty, tally: Tally) -> Pool:
+        if not _is_written(reply, tally):
+            return []
         blocks = _instruction_blocks(said_by(reply))
-        if reply.meta.get("finish") == "length" and blocks:
+        if ending(reply) == "length" and blocks:
             tally.drop("cut off", blocks.pop().get("instruction", ""))
         samples: Pool = []
         for block in blocks:

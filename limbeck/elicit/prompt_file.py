@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from limbeck.data.records import Record, records
 from limbeck.elicit.conversation import FormError, LeftOutError, is_blank, plain_json
 from limbeck.elicit.prompt import Prompt
 from limbeck.elicit.prompt_row import PromptRow
-from limbeck.elicit.shapes import CONTENT, Form, UnclearError, form_of_row
+from limbeck.elicit.shapes import CONTENT, LABELS, TEXTS, Form, UnclearError, form_of_row
 from limbeck.storage.files import user_path
 from limbeck.types import RecipeError, UserError
 
@@ -93,6 +93,41 @@ def find_files(sources: str | Sequence[str], path: str) -> list[Path]:
     return files
 
 
+def rows_of(file: Path, columns: Mapping[str, str | None] | None) -> Iterator[Record]:
+    """The rows of a file of which `prompts.columns` names these columns."""
+    return records(file, CONTENT | set(filter(None, (columns or {}).values())), _is_labelled)
+
+
+def _is_labelled(columns: Set[str]) -> bool:
+    """Whether there are a text and its label, as `shapes` knows them."""
+    return not columns.isdisjoint(TEXTS) and not columns.isdisjoint(LABELS)
+
+
+def columns_in(source: str, columns: Mapping[str, str | None], path: str) -> dict[str, str | None]:
+    """Those of the named columns in which some row of these files has a value, and the roles that have no column."""
+    missing = {column for column in columns.values() if column is not None}
+    for file in find_files(source, path):
+        for record in rows_of(file, columns) if missing else ():
+            missing -= {name for name, value in record.values.items() if not is_blank(value)}
+            if not missing:
+                break
+    return {role: column for role, column in columns.items() if column not in missing}
+
+
+def _numbered_prefixes(files: Sequence[Path]) -> dict[Path, str]:
+    """What goes before the numbers of the rows of each file: its name, after as many of its folders as tell it from
+    others of that name; nothing where there is one file."""
+    if len(files) == 1:
+        return {files[0]: ""}
+    prefixes: dict[Path, str] = {}
+    for count in range(1, max(len(file.parts) for file in files) + 1):
+        ends = Counter(file.parts[-count:] for file in files)
+        for file in files:
+            if ends[file.parts[-count:]] == 1:
+                prefixes.setdefault(file, "/".join(file.parts[-count:]) + "/")
+    return prefixes
+
+
 @dataclass
 class PromptReader:
     """Reads the prompts of files one by one.
@@ -120,13 +155,14 @@ class PromptReader:
         """
         ids: set[str] = set()
         valued: set[str] = set()
+        numbered = _numbered_prefixes(files)
         for file in files:
             account = Account(str(file))
             self.accounts.append(account)
             forms: dict[frozenset[str], Form] = {}
-            prefix = f"{self.prefix}{file.name}/" if len(files) > 1 else self.prefix
-            for record in records(file, CONTENT | set(filter(None, (self.columns or {}).values()))):
-                prompt = self._row(record, account, forms, prefix)
+            prefixes = self.prefix + (f"{file.name}/" if len(files) > 1 else ""), self.prefix + numbered[file]
+            for record in rows_of(file, self.columns):
+                prompt = self._row(record, account, forms, prefixes)
                 if prompt is None:
                     continue
                 if prompt.id in ids:
@@ -155,7 +191,10 @@ class PromptReader:
                 ' per line, such as {"prompt": "Why is the sky blue?"}'
             )
 
-    def _row(self, record: Record, account: Account, forms: dict[frozenset[str], Form], prefix: str) -> Prompt | None:
+    def _row(
+        self, record: Record, account: Account, forms: dict[frozenset[str], Form], prefixes: tuple[str, str]
+    ) -> Prompt | None:
+        """The prompt of a row; None if it is left out. The prefixes are that of its own id, and that of its number."""
         place = f"{account.source}, {record.place}"
         self.seen.update(record.values)
         try:
@@ -165,6 +204,8 @@ class PromptReader:
                 forms[columns] = self._form(columns, record)
             form = forms[columns]
             row = PromptRow({role: values[column] for role, column in form.roles.items()}, form.roles)
+            own, numbered = prefixes
+            prefix = own if "id" in row.values else numbered
             prompt = row.prompt(record, place, prefix=prefix, keep_reasoning=self.keep_reasoning)
             if self.keep:
                 prompt = replace(prompt, row=self._kept(record))

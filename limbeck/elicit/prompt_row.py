@@ -10,8 +10,6 @@ from typing import Any
 
 from limbeck.data.records import Record
 from limbeck.elicit.conversation import (
-    CLOSE,
-    OPEN,
     READ_KEYS,
     FormError,
     LeftOutError,
@@ -26,10 +24,13 @@ from limbeck.elicit.conversation import (
 )
 from limbeck.elicit.prompt import Prompt
 from limbeck.elicit.shapes import LABELS_OF_PAIRS
+from limbeck.elicit.thinking import without_thinking
 from limbeck.elicit.verify import parse_check
 from limbeck.types import PROBABILITY, Message
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
+
+EXACT = 2.0**53  # floats below it hold every whole number
 
 
 @dataclass
@@ -43,7 +44,7 @@ class PromptRow:
 
     def prompt(self, record: Record, place: str, *, prefix: str, keep_reasoning: bool) -> Prompt:
         asked, answers = self._preference() if "chosen" in self.values else self._conversation()
-        system = self._text("system")
+        system = self._text("system") if self._text("system").strip() else ""
         if system and asked[0]["role"] == "system":
             raise FormError(f'"{self.names["system"]}" and the conversation both have a system message; name one')
         if not keep_reasoning:
@@ -51,7 +52,7 @@ class PromptRow:
         asked = [{"role": "system", "content": system}, *asked] if system else asked
         tools = tools_message(self.values.get("tools"), self.names.get("tools", "tools"))
         asked = [*tools, *asked]
-        if len(asked) > 1 or asked[0]["role"] != "user":  # a text alone was looked at when it was read
+        if len(asked) > 1 or asked[0]["role"] != "user" or not asked[0]["content"].strip():
             for answer in answers:
                 check_turns([*asked, answer])
             check_turns(asked)
@@ -101,7 +102,7 @@ class PromptRow:
                 raise FormError(f'"{name}" speaks of two answers, and here are {answers}; leave it out')
             try:
                 number = float(value) if not isinstance(value, bool) else math.nan
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 number = math.nan
             most = 1.0 if role == PROBABILITY else math.inf
             if not (0 <= number <= most and number < math.inf):
@@ -111,7 +112,7 @@ class PromptRow:
         return tuple(labels)
 
     def _name(self, role: str, otherwise: str) -> str:
-        return text_of(str(self.values[role]), role) if role in self.values else otherwise
+        return text_of(_in_words(self.values[role]), role) if role in self.values else otherwise
 
     def _text(self, role: str) -> str:
         return text_of(self.values[role], self.names[role]) if role in self.values else ""
@@ -182,7 +183,7 @@ class PromptRow:
     def _answer(self, value: Any, role: str) -> Message:
         """One answer: text, a number, or the text of an object with `content`."""
         if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)
+            value = _in_words(value)
         if not isinstance(value, str):
             raise FormError(f'"{self.names[role]}" must be text or a number; got {ascii(value)[:60]}')
         text = text_of(value, self.names[role])
@@ -219,9 +220,15 @@ class PromptRow:
     def _drop_reasoning(self, messages: Sequence[Message]) -> None:
         self.dropped_reasoning = any(
             "reasoning_content" in message
-            or (message["role"] == "assistant" and message["content"].lstrip().startswith(OPEN))
+            or (message["role"] == "assistant" and without_thinking(message["content"]) != message["content"])
             for message in messages
         )
+
+
+def _in_words(value: Any) -> str:
+    """A value as text. Tables write whole numbers as 1.0 where a column has a cell without one."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < EXACT
+    return str(int(value)) if is_whole else str(value)
 
 
 def _last(messages: list[Message]) -> tuple[list[Message], Message]:
@@ -246,6 +253,6 @@ def _kept(message: Message, keep_reasoning: bool) -> Message:
     kept = {key: value for key, value in message.items() if key != "weight"}
     if not keep_reasoning and message["role"] == "assistant":
         kept.pop("reasoning_content", None)
-        if CLOSE in kept["content"]:
-            kept["content"] = answer_text(message, keep_reasoning=False)
+        is_call = "tool_calls" in message  # which may have nothing but reasoning beside it
+        kept["content"] = without_thinking(kept["content"]) or "" if is_call else answer_text(message, False)
     return kept

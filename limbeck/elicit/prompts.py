@@ -11,7 +11,7 @@ from limbeck.config.builtin import seed_files, task_folders
 from limbeck.config.sections import Evaluate, Prompts
 from limbeck.elicit.prompt import Prompt as Prompt
 from limbeck.elicit.prompt import turns_of
-from limbeck.elicit.prompt_file import Account, PromptReader, find_files
+from limbeck.elicit.prompt_file import Account, PromptReader, columns_in, find_files
 from limbeck.elicit.shapes import check_named
 from limbeck.types import RecipeError, content_hash, nearest
 
@@ -61,7 +61,8 @@ def split_prompts(
 
     Built-in prompts come with a held-out part. Of a user's own file about a tenth, and at least one, is held out (by a
     hash of the text, so that a prompt stays held out when lines are added), unless `evaluate.prompts` names another
-    file. Memory holds no more prompts than the limits let through.
+    file, which is read with those of the named columns that it has. Memory holds no more prompts than the limits let
+    through.
 
     Args:
         turns: `all` makes every turn of the assistant in a training conversation a prompt of its own.
@@ -76,7 +77,7 @@ def split_prompts(
         raise RecipeError("prompts.columns", str(error)) from error
     keep_reasoning = settings.reasoning != "drop"
     reader = PromptReader(settings.columns, keep_reasoning, keep=keep)
-    other = PromptReader(None, keep_reasoning)
+    other = PromptReader(_held_out_columns(settings, evaluate), keep_reasoning)
     prompts = _read(settings.source, reader, part="train", path="prompts.from")
     if evaluate.prompts is not None:
         held_out = _first(_read(evaluate.prompts, other, part="test", path="evaluate.prompts"), evaluate.limit)
@@ -100,6 +101,14 @@ def split_prompts(
     if turns == "all":
         training = _turns(training, held, accounts)
     return PromptSet(training, held_out, accounts, frozenset(reader.seen))
+
+
+def _held_out_columns(settings: Prompts, evaluate: Evaluate) -> dict[str, str | None] | None:
+    """The columns of `prompts.columns` that the user's file of held-out prompts has, too."""
+    source = evaluate.prompts
+    if source is None or source.startswith(BUILTIN) or not settings.columns:
+        return None
+    return columns_in(source, settings.columns, "evaluate.prompts")
 
 
 def _first(prompts: Iterable[Prompt], limit: int | None) -> list[Prompt]:

@@ -245,6 +245,8 @@ def prompt_sample(prompt: Prompt) -> Sample:
         "weight": prompt.weight,
         "check": prompt.check,
         "answers": list(prompt.answers),
+        "cut": list(prompt.cut),
+        "untrained": [prompt.messages[place]["content"] for place in prompt.untrained],
         "row": dict(prompt.row),
     }
     return Sample(

@@ -66,11 +66,12 @@ VARIES = StepPrompt(varies=True)
 
 
 def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """The conversation with this system message in place of its own, if any."""
+    """The conversation with this system message, in place of its own if it has one, before all else."""
     if system is None:
         return messages
-    rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    return ({"role": "system", "content": system}, *rest)
+    at = int(bool(messages) and messages[0]["role"] == "tools")
+    has_own = bool(messages[at:]) and messages[at]["role"] == "system"
+    return ({"role": "system", "content": system}, *messages[:at], *messages[at + has_own :])
 
 
 def of_templates(

@@ -24,12 +24,13 @@ CLOSERS = {
     "gemma": "<channel|>",
     "granite": "response:",
 }
-# the end of thinking that the prompt began; in quotes it is talked about
+CLOSE = r"(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>)"
+# the end of thinking that the prompt began; in quotes, or within a sentence, it is talked about
 CLOSES = re.compile(
-    r"(?<![`\"'“‘«])(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>)"
-    r"(?![`\"'”’»])",
-    re.IGNORECASE,
+    rf"(?<![`\"'“‘«(])(?!(?<=[\w,] ){CLOSE} (?-i:[a-z])){CLOSE}(?![`\"'”’»),;]|\.(?!\d))", re.IGNORECASE
 )
+GOES_ON = re.compile(" [a-z]")
+XML = ("<thought>", "<reasoning>")  # tags that answers have, too
 LATER = re.compile(r"^[ \t]*(?P<open><think(?:ing)?>|\[THINK\])", re.IGNORECASE | re.MULTILINE)
 FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
 WRAPPED = re.compile(
@@ -39,6 +40,7 @@ WRAPPED = re.compile(
 )
 CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)([^<]{0,200}(?:<\|constrain\|>[^<]{0,40})?)<\|message\|>")
 CHANNEL_ENDS = re.compile(r"<\|(?:end|return|start|call)\|>")
+UNMARKED = re.compile(r"analysis[^\W_]")  # no word: the channel's name, then its text
 FINAL_WITHOUT_MARKS = re.compile(r"(?:assistant)?final(?=\W|[A-Z0-9])|assistantfinal")
 
 # Tokens that say what a text is. A tokenizer may call them special; a text without them can't be read.
@@ -54,7 +56,7 @@ MARKERS = frozenset(
 CHANNEL_MARKERS = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>", "<|call|>"})
 
 STATED = re.compile(
-    r"####|\banswer\s*(?:is|would be|must be|:|=)|\bAntwort\s*(?:ist|lautet|:)|\brespuesta\s*(?:correcta\s*)?(?:es|:)"
+    r"####|\banswer\s*(?:is(?![a-z])|would be|must be|:|=)|\bAntwort\s*(?:ist|lautet|:)|\brespuesta\s*(?:correcta\s*)?(?:es|:)"
     r"|\bréponse\s*(?:correcte\s*)?(?:est|:)|\brisposta\s*(?:corretta\s*)?(?:è|:)|\bresposta\s*(?:correta\s*)?(?:é|:)"
     r"|\bодповідь\s*[:—-]|\bответ\s*[:—-]|答案\s*(?:是|为|為|:|：)|答えは|正解は|정답은|답은|답\s*:|उत्तर\s*(?:है|:)|الجواب\s*(?:هو|:)"
     r"|الإجابة\s*(?:هي|:)|\bodpowiedź\s*(?:to|:)|\bcevap\s*:|\bantwoord\s*(?:is|:)|\bsvaret?\s*(?:är|er|:)",
@@ -65,7 +67,16 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 def after_thinking(text: str) -> str | None:
     """The answer that follows the thinking, which is the whole text where there is none; None where the thinking never
-    ends, for then there is no answer."""
+    ends, for then there is no answer. A wrapping that says "answer" is taken off."""
+    answer = without_thinking(text)
+    if answer is None or answer == text:
+        return answer
+    wrapped = WRAPPED.match(answer)
+    return (wrapped[1] if wrapped else answer).strip()
+
+
+def without_thinking(text: str) -> str | None:
+    """The text without its thinking, as it is where it has none; None where the thinking never ends."""
     if CHANNEL.search(text):
         return _after_channels(text)
     at = 0
@@ -74,14 +85,28 @@ def after_thinking(text: str) -> str | None:
         if closed is None:
             return None
         at = closed.end()
-    if text.startswith("analysis") and (final := FINAL_WITHOUT_MARKS.search(text, len("analysis"))):
-        return text[final.end() :].strip()  # channels whose marks a server left out
-    if re.match(r"analysis[A-Z]", text):
-        return None
-    later = LATER.search(text, at)
-    while (closed := CLOSES.search(text, at)) and not (later and later.start() < closed.start()):
-        at = closed.end()
+    if text.startswith("analysis") and (UNMARKED.match(text) or "assistantfinal" in text):
+        final = FINAL_WITHOUT_MARKS.search(text, len("analysis"))
+        if final or re.match(r"analysis[A-Z]", text):
+            return text[final.end() :].strip() if final else None  # channels whose marks a server left out
+    at = _after_ends(text, at)
     return _without_later(text[at:], at > 0)
+
+
+def _after_ends(text: str, at: int) -> int:
+    """Where thinking ends that the prompt began. An end whose begin stands before it is talked about, where the
+    sentence goes on after it, or where the two are tags of XML."""
+    later = LATER.search(text, at)
+    since = at
+    for closed in CLOSES.finditer(text, at):
+        if later and later.start() < closed.start():
+            break
+        begin = closed[0].lower().replace("/", "", 1)
+        is_tag = begin in XML or GOES_ON.match(text, closed.end()) is not None
+        if not is_tag or begin not in text[since : closed.start()].lower():
+            at = closed.end()
+        since = closed.end()
+    return at
 
 
 def _closer(opened: re.Match[str]) -> re.Pattern[str]:
@@ -90,7 +115,7 @@ def _closer(opened: re.Match[str]) -> re.Pattern[str]:
 
 
 def _without_later(text: str, thought: bool) -> str | None:
-    """The answer without thinking between its lines, and without a wrapping that says "answer"."""
+    """The answer without thinking between its lines."""
     parts: list[str] = []
     at = 0
     fences = [match.start() for match in FENCE.finditer(text)]
@@ -104,8 +129,7 @@ def _without_later(text: str, thought: bool) -> str | None:
         parts.append(text[at : opened.start()])
         at, thought = closed.end(), True
     answer = "".join(parts) + text[at:]
-    wrapped = WRAPPED.match(answer) if thought else None
-    return (wrapped[1] if wrapped else answer).strip() if thought else answer
+    return answer.lstrip() if thought else answer
 
 
 def _after_channels(text: str) -> str | None:

@@ -210,10 +210,14 @@ class TrainingText:
     def said(self, prompts: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Sample]:
         """The teacher's answers to these (prompt, seed), in their order, for a measurement; the seed is added to the
         text's."""
-        requests = [
-            replace(request := self._shown(prompt, sampling), seed=request.seed + seed) for prompt, seed in prompts
-        ]
-        return self._ask(requests, TEACHER, measured=True)
+        return self._ask(self._measured(prompts, sampling), TEACHER, measured=True)
+
+    def usage_of_said(self, prompts: Sequence[tuple[Prompt, int]], sampling: Sampling) -> tuple[int, int, int]:
+        """(answers, tokens read, tokens written) of what `said` returned, as far as the teacher's server counted."""
+        return self.bills.usage_of([request.key for request in self._measured(prompts, sampling)])
+
+    def _measured(self, prompts: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Request]:
+        return [replace(request := self._shown(prompt, sampling), seed=request.seed + seed) for prompt, seed in prompts]
 
     def asked_of(self, by: str, conversations: Sequence[tuple[Message, ...]], sampling: Sampling) -> list[Sample]:
         """The replies of a named model to these conversations, in their order, for a measurement."""

@@ -8,16 +8,28 @@ from typing import Annotated
 
 from pydantic import Field
 
-from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_messages, prompt_of, user, with_new_answer
+from limbeck.elicit.flow import (
+    Pool,
+    StepContext,
+    Tally,
+    answer_of,
+    prompt_messages,
+    prompt_of,
+    unjudged,
+    user,
+    with_new_answer,
+)
 from limbeck.elicit.step import Estimate, LocalStep, register
 from limbeck.elicit.wording import fill
-from limbeck.types import Sample
+from limbeck.types import MARGIN, PROBABILITY, Sample
 
 NUMBER = r"-?\$?\d[\d,]*+(?:\.\d++)?+%?+"
 SIGNS = str.maketrans({"x": "*", "×": "*", "÷": "/"})
 EQUATION = re.compile(
     rf"(?<!\d)(?<!\d[.,]){NUMBER}(?:\s*+[-+*/x×÷]\s*+\(?\s*+{NUMBER}\s*+\)?+){{1,30}}+\s*+=\s*+{NUMBER}"
 )
+# what meta says of the last answer alone
+OF_THE_ANSWER = ("place", "answers", "check", "rationale", "final", PROBABILITY, MARGIN)
 
 
 def with_new_question(sample: Sample, question: str, answer: str, task: str) -> Sample:
@@ -204,30 +216,46 @@ class RemoveContext(LocalStep):
 @register("turns")
 class Turns(LocalStep):
     """Splits a conversation with several answers into one sample for each of them, with everything before it as the
-    prompt."""
+    prompt. Answers of weight 0 and calls of tools are left out. A conversation that waits for an answer stays, beside
+    the answers in it."""
 
     kind = "transform"
     expected: Annotated[int, Field(ge=1)] = 2
 
-    def apply(self, pool: Pool, _: StepContext, __: Tally) -> Pool:
+    def apply(self, pool: Pool, _: StepContext, tally: Tally) -> Pool:
         samples: Pool = []
         for sample in pool:
+            last = len(sample.messages) - 1
             places = [number for number, message in enumerate(sample.messages) if message["role"] == "assistant"]
-            if len(places) < 2:
-                samples.append(sample)
-                continue
+            untrained = sample.meta.get("untrained") or ()
             for turn, place in enumerate(places, 1):
-                is_last = place == len(sample.messages) - 1
-                prompt_id = f"{sample.meta.get('prompt_id', sample.id[:16])}/{turn}"
-                part = Sample(
-                    sample.messages[: place + 1],
-                    sample.writer,
-                    sample.response_ids if is_last else None,
-                    parents=(sample.id,),
-                    meta=sample.meta | {"prompt_id": prompt_id},
-                )
-                samples.append(part)
+                if place == last:
+                    continue
+                if "tool_calls" in sample.messages[place]:
+                    tally.add("calls_of_tools")
+                elif sample.messages[place]["content"] in untrained:
+                    tally.drop("an answer of weight 0", sample.messages[place]["content"])
+                else:
+                    samples.append(_earlier(sample, place, turn))
+            samples.append(_last_turn(sample, len(places)) if len(places) > 1 and last in places else sample)
         return samples
 
     def estimate(self, samples: int) -> Estimate:
         return Estimate(samples=samples * self.expected)
+
+
+def _earlier(sample: Sample, place: int, turn: int) -> Sample:
+    """A conversation up to an earlier answer, without what is known of its last one."""
+    whole = unjudged(sample, *OF_THE_ANSWER)
+    meta = whole.meta | {"prompt_id": _turn_id(sample, turn), "finish": "ok"}
+    return Sample(sample.messages[: place + 1], sample.writer, parents=(sample.id,), meta=meta)
+
+
+def _last_turn(sample: Sample, turn: int) -> Sample:
+    """The whole conversation as the last of its turns."""
+    meta = sample.meta | {"prompt_id": _turn_id(sample, turn)}
+    return replace(sample, parents=(sample.id,), meta=meta)
+
+
+def _turn_id(sample: Sample, turn: int) -> str:
+    return f"{sample.meta.get('prompt_id', sample.id[:16])}/{turn}"

@@ -25,6 +25,7 @@ from limbeck.evaluate.items import GenerationSettings, LabelSettings
 from limbeck.evaluate.records import ItemResult, SystemRecords
 from limbeck.evaluate.statistics import RESAMPLES, Interval, ratio_interval
 from limbeck.evaluate.task import Task
+from limbeck.evaluate.thinking_settings import thinking_of
 from limbeck.storage.files import write_text
 from limbeck.types import canonical_json
 
@@ -137,12 +138,18 @@ def _numbered(task: Task, labels: Sequence[str], results: Sequence[ItemResult]) 
         found = {prompt.id: prompt.check for prompt in task.prompts if prompt.check is not None}
         places = {label: number for number, label in enumerate(labels)}
         pairs = [
-            (places[check["answer"]], places.get(said_label(check, item.text, labels), len(labels)))
+            (places[check["answer"]], places.get(said_label(check, _said(task, item), labels), len(labels)))
             for item in results
             if (check := found.get(item.item)) is not None
         ]
     truth_I, chosen_I = (np.array([pair[side] for pair in pairs], int) for side in (0, 1))
     return truth_I, chosen_I
+
+
+def _said(task: Task, item: ItemResult) -> str:
+    """What is judged of an item's text: under a budget of thinking the part that follows it."""
+    thinking = thinking_of(task)
+    return item.text if thinking is None else thinking.said(item.text)
 
 
 def said_label(check: checks.Check, text: str, labels: Sequence[str]) -> str:
@@ -167,7 +174,7 @@ def by_field(systems: Systems, tasks: Sequence[Task]) -> dict[str, Any]:
         wanted = _wanted_fields(task)
         names = dict.fromkeys(field for fields in wanted.values() for field in fields)
         for name, seeds in systems.items() if names else ():
-            said = {item.item: _first_object(item.text) for item in seeds[0].tasks[task.name]}
+            said = {item.item: _first_object(_said(task, item)) for item in seeds[0].tasks[task.name]}
             for field in names:
                 right = [
                     float(field in said[item] and same(said[item][field], fields[field]))

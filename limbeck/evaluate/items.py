@@ -8,7 +8,6 @@ text of that name, once and literally: a template is no program.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -277,12 +276,7 @@ def parse_ranking(data: dict[str, Any], ident: str, place: str) -> RankingItem:
     for document in documents:
         _check_keys(document, ("text", "relevance"), place)
         grade = document.get("relevance")
-        if (
-            isinstance(grade, bool)
-            or not isinstance(grade, int | float)
-            or not math.isfinite(grade)
-            or not 0 <= grade <= 32
-        ):
+        if isinstance(grade, bool) or not isinstance(grade, int | float) or not 0 <= grade <= 32:
             raise UserError(f'{place}: "relevance" must be a number from 0 to 32; got {grade!r}')
         relevances.append(float(grade))
     if len(set(relevances)) < 2:

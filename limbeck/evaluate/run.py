@@ -28,7 +28,7 @@ from limbeck.evaluate.records import DetailedProgress, SystemRecords
 from limbeck.evaluate.shares import ALONE, Shares
 from limbeck.evaluate.summary import by_kind, recovery, summarise, warnings
 from limbeck.evaluate.task import Task
-from limbeck.evaluate.worth import kept, requests
+from limbeck.evaluate.worth import bill, kept, requests, teachers_requests
 from limbeck.models.compatibility import OTHER_TOKENS
 from limbeck.models.load import load_model, model_identity
 from limbeck.models.model import Model
@@ -165,7 +165,6 @@ def write_summary(
     summary["by_token_class"] = by_class(systems["student"][0].fidelity)
     summary |= {"by_label": by_label(systems, tasks), "by_field": by_field(systems, tasks)}
     summary["kept"] = kept(systems["student"][0], systems["teacher"][0], tasks)
-    summary["requests"] = requests(bench.protocol.rows)
     write_questions(bench.folder, tasks)
     summary["warnings"] = warnings(systems, summary, ["student"])
     summary["warnings"] += teacher_warnings(questions, bench)
@@ -338,34 +337,6 @@ def _shown_in_words(questions: Questions) -> list[str]:
     return words
 
 
-def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
-    """What servers were paid for, where there are any: answers, tokens, and by the recipe's prices money; the teacher's
-    as `bill`, and those of other models by their names as `bills`."""
-    served = [name for name, model in (recipe.models or {}).items() if model.server is not None]
-    teacher = text.models.writer_identity(TEACHER)  # a model that is the teacher's own is in its bill
-    others = {name: _costs(text, name) for name in served if text.models.writer_identity(name) != teacher}
-    return ({} if recipe.teacher.server is None else {"bill": _costs(text, TEACHER)}) | (
-        {"bills": others} if others else {}
-    )
-
-
-def _costs(text: TrainingText, by: str) -> dict[str, Any]:
-    bills = text.bills
-    answers, read, written = bills.paid(by)
-    costs: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
-    if (money := bills.money(by)) is not None:
-        costs["money"] = money
-    answers, read, written = bills.reused(by)
-    if answers:  # of earlier runs, paid then
-        costs["reused"] = {"answers": answers, "tokens_read": read, "tokens_written": written}
-        if (money := bills.price(read, written, by)) is not None:
-            costs["reused"]["money"] = money
-    tries, tokens = bills.unanswered(by)
-    if tries:
-        costs["maybe_billed"] = {"tries": tries, "tokens_at_most": tokens}
-    return costs
-
-
 def facts(questions: Questions, bench: Bench, *, seeds: Sequence[int], steps: int | None) -> dict[str, Any]:
     """How the figures were obtained and what they rest on: held-out text, tasks with their settings, leaks, machine,
     speeds, and the cautions that follow (see `cautions`)."""
@@ -375,6 +346,7 @@ def facts(questions: Questions, bench: Bench, *, seeds: Sequence[int], steps: in
     rows = bench.protocol.rows
     ends = bench.reader.eos_ids
     return bill(recipe, text) | {
+        "requests": requests(rows) | teachers_requests(text, bench.protocol),
         "held_out": (
             text.facts() | {"answers": len(rows), "cut_off": sum(row.response_ids[-1] not in ends for row in rows)}
         ),

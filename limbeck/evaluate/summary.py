@@ -17,6 +17,7 @@ from limbeck.evaluate import calibration, fidelity, tasks, wording
 from limbeck.evaluate.metrics import METRICS, Column, exponentials, reliability_by_item
 from limbeck.evaluate.records import SystemRecords
 from limbeck.evaluate.statistics import (
+    RESAMPLES,
     Interval,
     PairedDifference,
     mcnemar,
@@ -28,6 +29,7 @@ from limbeck.evaluate.task import Task
 
 Systems = Mapping[str, Sequence[SystemRecords]]
 Columns = dict[str, Column]
+RESAMPLES_A_PAIR = 200  # so that the smallest p value times the number of pairs (Holm) is 0.01 at most
 FEW_ITEMS = 30
 MUCH_REPETITION = 0.3
 
@@ -71,11 +73,12 @@ def summarise(systems: Systems, task_list: Sequence[Task], pairs: Sequence[tuple
     by_system = {name: [columns(records, task_list) for records in seeds] for name, seeds in systems.items()}
     values = {name: _values(systems[name], by_system[name], task_list) for name in systems}
     metrics = list(dict.fromkeys([*(metric for each in values.values() for metric in each), *exponentials()]))
+    resamples = max(RESAMPLES, RESAMPLES_A_PAIR * len(pairs))
     return {
         "systems": values,
         "metrics": describe(metrics, task_list),
         "paired": {
-            f"{a} - {b}": {m: d.as_dict() for m, d in _differences(by_system[a], by_system[b]).items()}
+            f"{a} - {b}": {m: d.as_dict() for m, d in _differences(by_system[a], by_system[b], resamples).items()}
             for a, b in pairs
         },
         "calibration": {
@@ -110,11 +113,25 @@ def _values(
     for name, metric in METRICS.items():
         if (whole := metric.source.interval(seeds)) is not None:
             values[name] = whole.as_dict()
-    if len(seeds) == 1:  # a task's own figures that are no means over items, such as macro F1
-        for task in task_list:
-            own = tasks.summarise(task, seeds[0].tasks[task.name])
-            values |= {name: value for name, value in own.items() if name not in values}
+    for task in task_list:  # its own figures that are no means over items, such as macro F1
+        each = [tasks.summarise(task, records.tasks[task.name]) for records in seeds]
+        for name in each[0]:
+            if name not in values and all(name in own for own in each):
+                values[name] = _over_seeds([own[name] for own in each])
     return values
+
+
+def _over_seeds(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of the seeds' values. A limit's distance from it is the root of the sum of two squares: how far the
+    limit of the items is from its value under the seed where that is farthest, and how far that of the seeds is."""
+    if len(each) == 1:
+        return dict(each[0])
+    over = nested_interval([[own["value"]] for own in each], [[1.0]] * len(each))
+    below = max(own["value"] - own["low"] for own in each)
+    above = max(own["high"] - own["value"] for own in each)
+    low = over.value - math.hypot(below, over.value - over.low)
+    high = over.value + math.hypot(above, over.high - over.value)
+    return Interval(over.value, low, high, min(own["n"] for own in each)).as_dict()
 
 
 def _exp(nats: float) -> float:
@@ -122,13 +139,24 @@ def _exp(nats: float) -> float:
 
 
 def _aligned(by_seed: Sequence[Columns]) -> dict[str, list[Column]]:
-    """Per metric the columns of all seeds, over the items that every seed has."""
+    """Per metric that all seeds have their columns, over the items that some seed has; one that a seed has no figure of
+    weighs nothing there."""
     result = {}
     for name in by_seed[0]:
         each = [columns[name] for columns in by_seed if name in columns]
-        common = _common(each) if len(each) == len(by_seed) else []
-        if common and _measurable(common):
-            result[name] = common
+        if len(each) == len(by_seed):
+            result[name] = _filled(each)
+    return result
+
+
+def _filled(by_seed: Sequence[Column]) -> list[Column]:
+    """The items of all columns in every column, in the same order, those that it lacked with weight 0."""
+    ids = list(dict.fromkeys(chain.from_iterable(column.ids for column in by_seed)))
+    result = []
+    for column in by_seed:
+        found = dict(zip(column.ids, zip(column.values, column.weights, strict=True), strict=True))
+        values, weights = zip(*(found.get(id_, (0.0, 0.0)) for id_ in ids), strict=True)
+        result.append(Column.of(ids, values, weights))
     return result
 
 
@@ -148,7 +176,7 @@ def _common(by_seed: Sequence[Column]) -> list[Column]:
     return result
 
 
-def _differences(first: Sequence[Columns], second: Sequence[Columns]) -> dict[str, PairedDifference]:
+def _differences(first: Sequence[Columns], second: Sequence[Columns], resamples: int) -> dict[str, PairedDifference]:
     """first - second on the items that both have, seed by seed.
 
     Of two single trainings on a task's metric that is right or wrong item by item (accuracy, a pass rate of one draw) p
@@ -165,7 +193,11 @@ def _differences(first: Sequence[Columns], second: Sequence[Columns]) -> dict[st
         a = both[: len(ours[name])]
         b = both[len(ours[name]) :]
         differences[name] = nested_difference(
-            [c.values for c in a], [c.weights for c in a], [c.values for c in b], [c.weights for c in b]
+            [c.values for c in a],
+            [c.weights for c in a],
+            [c.values for c in b],
+            [c.weights for c in b],
+            resamples=resamples,
         )
         single = len(a) == len(b) == 1 and len(both[0].ids) >= LEAST_ITEMS
         if single and "/" in name and all(column.is_binary for column in both):

@@ -1,4 +1,7 @@
-"""What a distillation is worth, as far as items tell: the share of the teacher's score, and how long a request is."""
+"""What a distillation is worth, as far as items tell: the share of the teacher's score, and how long a request is.
+
+Also what servers were paid for.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.config.named_models import TEACHER
+from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
+from limbeck.elicit.training_text import TrainingText
+from limbeck.evaluate.protocol import EvaluationProtocol
 from limbeck.evaluate.records import SystemRecords
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.evaluate.summary import columns, describe
 from limbeck.evaluate.task import Task
+from limbeck.types import Sampling
 
 
 def kept(student: SystemRecords, teacher: SystemRecords, tasks: Sequence[Task]) -> dict[str, dict[str, Any] | None]:
@@ -46,3 +54,44 @@ def requests(rows: Sequence[Row]) -> dict[str, float]:
         "teacher_prompt_tokens": sum(map(len, shown)) / len(rows),
         "answer_tokens": sum(len(row.response_ids) for row in rows) / len(rows),
     }
+
+
+def teachers_requests(text: TrainingText, protocol: EvaluationProtocol) -> dict[str, Any]:
+    """What the teacher's server counted of the greedy answers to the held-out prompts, as `counted`; empty where no
+    server counted any."""
+    if text.recipe.teacher.server is None:
+        return {}
+    greedy = Sampling(temperature=0.0, max_tokens=protocol.max_tokens)
+    answers, read, written = text.usage_of_said([(prompt, 0) for prompt in protocol.prompts], greedy)
+    return {"counted": {"answers": answers, "tokens_read": read, "tokens_written": written}} if answers else {}
+
+
+def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
+    """What servers were paid for, where there are any: answers, tokens, and by the recipe's prices money; the teacher's
+    as `bill`, and those of other models by their names as `bills`."""
+    served = [name for name, model in (recipe.models or {}).items() if model.server is not None]
+    teacher = text.models.writer_identity(TEACHER)  # a model that is the teacher's own is in its bill
+    others = {name: _costs(text, name) for name in served if text.models.writer_identity(name) != teacher}
+    return ({} if recipe.teacher.server is None else {"bill": _costs(text, TEACHER)}) | (
+        {"bills": others} if others else {}
+    )
+
+
+def _costs(text: TrainingText, by: str) -> dict[str, Any]:
+    """A bill. `unmetered` are answers whose tokens the server did not count; with any, there is no money."""
+    bills = text.bills
+    answers, read, written = bills.paid(by)
+    costs: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
+    if unmetered := bills.unmetered(by):
+        costs["unmetered"] = unmetered
+    elif (money := bills.money(by)) is not None:
+        costs["money"] = money
+    answers, read, written = bills.reused(by)
+    if answers:  # of earlier runs, paid then
+        costs["reused"] = {"answers": answers, "tokens_read": read, "tokens_written": written}
+        if read and (money := bills.price(read, written, by)) is not None:
+            costs["reused"]["money"] = money
+    tries, tokens = bills.unanswered(by)
+    if tries:
+        costs["maybe_billed"] = {"tries": tries, "tokens_at_most": tokens}
+    return costs

@@ -325,7 +325,8 @@ class ApiTeacher:
         return wanted and (plain or self.engine.plain_logprobs)
 
     def _body(self, request: Request) -> dict[str, Any]:
-        """The body of a request: the conversation, the settings that the server takes, and the recipe's options."""
+        """The body of a request: the conversation, the settings that the server takes, the recipe's options, and what
+        keeps the server's own defaults out of the text."""
         dialect = self.dialect
         sampling = request.sampling
         settings: dict[str, Any] = {
@@ -350,7 +351,8 @@ class ApiTeacher:
             place = self._limit if name == "max_tokens" else dialect.places.get(name)
             if place is not None:
                 put(body, place, value)
-        return merged(merged(self.settings.options, self._form_words(request)), body | dict(dialect.always))
+        options = merged(merged(self.engine.neutral, self.settings.options), self._form_words(request))
+        return merged(options, body | dict(dialect.always))
 
     def _form_words(self, request: Request) -> dict[str, Any]:
         """The keys of the body that say the form of the answer.

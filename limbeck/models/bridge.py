@@ -17,7 +17,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from limbeck.config.teacher import BridgedTeacher, BridgeSettings
-from limbeck.models.byte_alignment import Tokens, segments, tokens_of
+from limbeck.models.byte_alignment import SPACE, Tokens, segments, tokens_of
 from limbeck.models.compatibility import OTHER_TOKENS
 from limbeck.models.load import load_tokenizer
 from limbeck.models.local import served_text_caveat
@@ -77,6 +77,7 @@ class Vocabularies:
         self._tokens: tuple[Tokens, Tokens] | None = None if self.same else (tokens_of(ours), tokens_of(theirs))
         self._our_end = end_of_turn(ours)
         self._our_texts = {number: ours.convert_ids_to_tokens(number) for number in ours.all_special_ids}
+        self._spaced = _puts_a_space(ours), _puts_a_space(theirs)
         self.align = lru_cache(ALIGNMENT_CACHE_SIZE)(self._align)
 
     @cached_property
@@ -137,22 +138,28 @@ class Vocabularies:
         ended = bool(response) and response[-1] in self.our_ends
         body = response[:-1] if ended else response
         ours = [self._bytes(mine, token) for token in body]
+        we_space, they_space = self._spaced
+        if we_space and ours:
+            ours[0] = ours[0].removeprefix(b" ")  # which its text does not have
         text = b"".join(ours)
         ids = self._their_ids(text.decode("utf-8", errors="replace"))
         theirs = [other.bytes_of[token] or b"" for token in ids]
         joined = b"".join(theirs)
         prefix = text[:PREFIX_BYTES]
         if not joined.startswith(prefix) and joined.startswith(b" " + prefix):
-            theirs[0] = theirs[0].removeprefix(b" ")  # a tokenizer that puts a space before every text
+            theirs[0] = theirs[0].removeprefix(b" ")
         at = [-1] * len(response)
         cover = [0] * len(response)
         single = 0
         done = 0
         for segment in segments(ours, theirs):
-            done, single = segment.ours.stop, single + segment.single
+            done = segment.ours.stop
+            first = segment.ours.start
+            if first == 0 and we_space != they_space:
+                continue  # what could stand there has a space in one of them: other tokens have the same bytes
+            single += segment.single
             if equal_only and not segment.single:
                 continue
-            first = segment.ours.start
             size = 0
             count = 0
             while size < len(ours[first]):
@@ -172,6 +179,11 @@ class Vocabularies:
 
     def _their_ids(self, text: str) -> list[int]:
         return list(self.theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) if text else []
+
+
+def _puts_a_space(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a space before every text."""
+    return bool(tokenizer.tokenize("a", add_special_tokens=False)[0].startswith(SPACE))
 
 
 class TeacherOverBridge:

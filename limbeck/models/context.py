@@ -18,6 +18,10 @@ def conversation_key(messages: Sequence[Message]) -> str:
     return messages[0]["content"] if len(messages) == 1 else canonical_json(list(messages))
 
 
+def _last_asked(messages: Sequence[Message]) -> str:
+    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+
+
 @dataclass(frozen=True)
 class PromptContext:
     """Turns a conversation into the one that the teacher sees.
@@ -39,13 +43,14 @@ class PromptContext:
         return content_hash(shown if self.step is None else [*shown, self.step.name])[:12]
 
     def __call__(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        asked = messages
         if self.step is not None:
             messages = self.step(messages)
         last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=None)
         shown = [*messages]
         if self.user is not None and last is not None:
             text = messages[last]["content"]
-            own = self.fields.get(conversation_key(messages), self.fields.get(text, {}))
+            own = self.fields.get(conversation_key(asked), self.fields.get(_last_asked(asked), {}))
             values = {"prompt": text, **own}
             if all(name in values for name in PLACEHOLDER.findall(self.user)):
                 shown[last] = {"role": "user", "content": PLACEHOLDER.sub(lambda match: values[match[1]], self.user)}

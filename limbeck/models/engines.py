@@ -25,6 +25,28 @@ SCHEMA: dict[str, Any] = {"type": "object", "properties": {"answer": {"type": "s
 OPENAI_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}}
 WORDS = {"schema": "a JSON schema", "labels": "one of some labels", "pattern": "a pattern"}
 EFFORT = {"reasoning_effort": "low"}
+# what leaves a server's own cuts and penalties out: else text drawn at temperature and top_p 1 is not the model's
+NEUTRAL = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+}
+LLAMA_NEUTRAL = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "top_n_sigma": -1.0,
+    "xtc_probability": 0.0,
+    "dry_multiplier": 0.0,
+    "dynatemp_range": 0.0,
+    "mirostat": 0,
+    "repeat_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}  # of templates that have the switch, as Qwen3's
 
 
@@ -40,6 +62,7 @@ class EndpointKind:
             reasoning, too.
         takes: which of our settings it takes. A `seed` that it does not take is left out; another one is refused.
         defaults: settings that are left out at these values, since they are its own and some models refuse them.
+        neutral: what is sent beside our settings, under the recipe's options, so that nothing else shapes the text.
         key_header: the header of the key, and what stands before the key there.
         headers: what every request needs beside it.
         most_logprobs: the most likely tokens that it names with its text; 0 for none.
@@ -56,6 +79,7 @@ class EndpointKind:
     limit: str | None = None
     takes: frozenset[str] = ALL
     defaults: Mapping[str, float] = field(default_factory=dict)
+    neutral: Mapping[str, Any] = field(default_factory=dict)
     key_header: tuple[str, str] = ("Authorization", "Bearer ")
     headers: Mapping[str, str] = field(default_factory=dict)
     most_logprobs: int = 20
@@ -80,6 +104,7 @@ ENGINES: dict[str, EndpointKind] = {
     "vllm": EndpointKind(
         "vLLM",
         "http://127.0.0.1:8000/v1",
+        neutral=NEUTRAL,
         plain_logprobs=True,  # unless it was started with another --logprobs-mode than raw_logprobs
         forms={"schema": forms.response_format, "labels": forms.vllm_choice, "pattern": forms.vllm_regex},
         effort=NO_THINKING,
@@ -88,6 +113,7 @@ ENGINES: dict[str, EndpointKind] = {
     "sglang": EndpointKind(
         "SGLang",
         "http://127.0.0.1:30000/v1",
+        neutral=NEUTRAL,
         forms={"schema": forms.response_format, "labels": forms.sglang_regex, "pattern": forms.sglang_regex},
         effort=NO_THINKING,
         probe=("/get_server_info", "model_path"),
@@ -101,6 +127,7 @@ ENGINES: dict[str, EndpointKind] = {
     "llama.cpp": EndpointKind(
         "llama.cpp",
         "http://127.0.0.1:8080/v1",
+        neutral=LLAMA_NEUTRAL,
         most_logprobs=1024,
         plain_logprobs=True,
         forms={"schema": forms.response_format, "labels": forms.gbnf},

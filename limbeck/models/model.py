@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.elicit.thinking import markers_of, opened_by
-from limbeck.models import template
+from limbeck.models import given_answer, template
 from limbeck.models.context import PromptContext
 from limbeck.models.weights import context_length
 from limbeck.objectives.head import Head
@@ -93,8 +93,7 @@ class Model:
 
     def answer_ids(self, text: str, is_cut: bool = False) -> list[int]:
         """A given answer as token ids that go on from a prompt, with the end of its turn unless it was cut off."""
-        ids = self.text_ids(template.continued(self._opened, text, is_cut))
-        return ids if is_cut else [*ids, self.end_of_turn]
+        return given_answer.answer_ids(self.tokenizer, text, self._opened, is_cut)
 
     def whole_ids(self, messages: tuple[Message, ...], answer: str, is_cut: bool = False) -> list[int]:
         """A conversation with its answer, as the chat template ends it: what a score is given for."""
@@ -104,7 +103,7 @@ class Model:
     @cached_property
     def closing_ids(self) -> list[int]:
         """What the chat template puts after the token that ends an answer."""
-        return template.closing_ids(self.tokenizer)
+        return given_answer.closing_ids(self.tokenizer)
 
     def text_ids(self, text: str) -> list[int]:
         """A text as token ids, nothing added; what looks like a control token is treated as text."""
@@ -134,11 +133,15 @@ def vocab_size_of(tokenizer: Tokenizer) -> int:
     return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 
-def header_of(tokenizer: Tokenizer) -> str | None:
-    """The text before a user's first message in the chat template; None where there is none."""
+def header_of(tokenizer: Tokenizer, served: bool = False) -> str | None:
+    """The text before a user's first message in the chat template; None where there is none. A server that continues
+    text puts the token that begins it there by itself, where the tokenizer does: `served` leaves it out."""
     mark = "USER MESSAGE"
     text = template.render(tokenizer, ({"role": "user", "content": mark},), answer=False)
     before, separator, _ = text.partition(mark)
+    begin = tokenizer.bos_token_id
+    if served and begin is not None and list(tokenizer("a")["input_ids"])[:1] == [begin]:
+        before = before.removeprefix(tokenizer.bos_token)
     return before if separator and before else None
 
 

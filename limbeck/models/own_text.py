@@ -76,8 +76,9 @@ class Aligner:
         end = kept[-1] if theirs[-1] == b"" or theirs[-1] in self.specials else None
         if end is not None:
             theirs.pop()
-        if ours and ours[0].startswith(b" ") and theirs and not theirs[0].startswith(b" "):
-            ours[0] = ours[0].removeprefix(b" ")  # a tokenizer that puts a space before every text
+        spaced = bool(ours and ours[0].startswith(b" ") and theirs and not theirs[0].startswith(b" "))
+        if spaced:  # a tokenizer that puts a space before every text: what could begin it has that space here, too
+            ours[0] = ours[0].removeprefix(b" ")
         trusted = self._are_ours(kept)
         named: list[Named | None] = [None] * len(response)
         gaps = Counter[str]()
@@ -88,7 +89,8 @@ class Aligner:
                 gaps["split"] += len(segment.ours)
                 continue
             place = segment.ours.start
-            named[place], reason = self._named(kept[segment.theirs.start], response[place], trusted)
+            before = b" " if spaced and place == 0 else b""
+            named[place], reason = self._named(kept[segment.theirs.start], response[place], trusted, before)
             gaps[reason] += 1
         gaps["other text"] += len(ours) - done[0]
         if ended:
@@ -110,15 +112,16 @@ class Aligner:
             for number, value in checked
         )
 
-    def _named(self, entry: list[Any], written: int, trusted: bool) -> tuple[Named | None, str]:
-        """The student's tokens that are named at a position where it has written one token; or None with the reason."""
+    def _named(self, entry: list[Any], written: int, trusted: bool, before: bytes = b"") -> tuple[Named | None, str]:
+        """The student's tokens that are named at a position where it has written one token; or None with the reason.
+        They have the bytes `before` those that the server names."""
         value, number, log_prob, likely = entry
         named: Named = {}
         is_named = False
         for other, other_id, other_log_prob in likely:
             same = other == value and (other_id is None or number is None or other_id == number)
             is_named = is_named or same
-            token = written if same else self._ours(other.encode("latin-1"), other_id if trusted else None)
+            token = written if same else self._ours(other.encode("latin-1"), other_id if trusted else None, before)
             if token is not None:
                 named[token] = _add(named.get(token), other_log_prob)
         if not is_named:
@@ -132,10 +135,10 @@ class Aligner:
             return None, "no log-probabilities"
         return named, ""
 
-    def _ours(self, value: bytes, number: int | None) -> int | None:
+    def _ours(self, value: bytes, number: int | None, before: bytes) -> int | None:
         if number is not None:
             return number if number < len(self.tokens.bytes_of) else None
-        return self.specials.get(value, self.tokens.ids.get(value)) if value else None
+        return self.specials.get(value, self.tokens.ids.get(before + value)) if value else None
 
 
 def _add(one: float | None, other: float) -> float:

@@ -2,7 +2,7 @@
 
 Nothing that a server says is trusted: a shape that is not the protocol's is `malformed`, and so is text in which a
 control token was left. Reasoning that stands beside an answer is put before it between `<think>` and `</think>`, as the
-models write it themselves, unless the recipe drops it.
+models write it themselves. A recipe may drop it, wherever it stands.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from limbeck.elicit.conversation import OPEN, answer_text
+from limbeck.elicit.thinking import without_thinking
 from limbeck.models.budget import Billed
 from limbeck.models.dialects import OPENAI, Dialect, get
 from limbeck.models.http import Reply, as_dict, as_dicts
@@ -49,7 +50,7 @@ def read_answer(
     Args:
         raw: the reply is a completion's, not a chat's.
         usage: tokens read and written, where the server says them.
-        keep_reasoning: whether reasoning that stands beside the answer is part of the text.
+        keep_reasoning: whether reasoning, beside the answer or before it, is part of the text.
 
     Raises:
         UserError: another model answers.
@@ -64,6 +65,8 @@ def read_answer(
     answer = said.text if isinstance(said.text, str) else ""
     if finish in ("filtered", "refused"):
         return answer, finish
+    if not keep_reasoning:
+        answer = without_thinking(answer) or ""
     text = _with_reasoning(said.reasoning, answer) if keep_reasoning else answer
     if not isinstance(said.text, str) or finish == "malformed" or has_control_token(text):
         return text, "malformed"

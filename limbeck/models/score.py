@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from limbeck.models.api import ApiTeacher
 from limbeck.models.http import Call, Connection, as_dict, as_dicts
 from limbeck.models.model import vocab_size_of
+from limbeck.models.told import LEAST
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.signals.cache import ids_of
 from limbeck.signals.sparse import TopK
@@ -260,7 +261,7 @@ class ServerScorer:
         """The `k` likeliest tokens, refused if they are not tokens with probabilities; and log p of the written one,
         NaN where it is not named."""
         good = [
-            (token, log_prob)
+            (token, max(log_prob, LEAST))  # of an impossible one some servers say -inf, some the least of all numbers
             for token, log_prob in pairs
             if type(token) is int
             and 0 <= token < self.vocab_size

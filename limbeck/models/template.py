@@ -20,14 +20,13 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from limbeck.elicit.thinking import MARKERS, closed_by, opened_by
+from limbeck.elicit.thinking import MARKERS, closed_by, markers_of, opened_by
+from limbeck.models.around_answer import end_in, header_between
 from limbeck.models.chat import TOOLS, for_template
 from limbeck.types import Message, UserError
 
 ASKED, SAID = "zqlimbeckaskedqz", "zqlimbecksaidqz"  # words that no template writes itself
 THINKING = re.compile(r"think|thought|reason", re.IGNORECASE)
-THINKING_MARK = re.compile(r"[<\[]/?[^<>\[\]\s]{0,40}(?:think|thought|reason)[^<>\[\]\s]{0,40}[>\]]\Z", re.IGNORECASE)
-LONGEST_MARK = 90
 ANCHORS = ("", "\U000f0000", "\n")  # what a piece is encoded after: nothing, or what no text merges with
 GIVE_ONE = "give it one of Limbeck's or your own (template: chatml, alpaca, plain, or a .jinja file)"
 # `strftime_now` in a template would give another prompt, and other request keys, every day: 26 July 2024 for all days
@@ -53,6 +52,9 @@ class Frame:
         structural: those of `controls` that the tokenizer does not call special, and so does not split on request.
         end: the token that ends an answer; None if the template puts none there.
         rest: what stands after that token, such as a line's end.
+        before: what stands between a prompt and an answer, thinking left out, such as <|channel|>final<|message|>.
+        after: what stands between an answer and `end`: the mark that closes its part, such as <|END_RESPONSE|>.
+        marks: the tokens that set parts of an answer apart (thinking, channels, calls), by their strings.
     """
 
     source: str
@@ -61,6 +63,9 @@ class Frame:
     structural: frozenset[str] = frozenset()
     end: int | None = None
     rest: str = ""
+    before: str = ""
+    after: str = ""
+    marks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", _any_of(self.controls))
@@ -139,35 +144,21 @@ def _frame(tokenizer: Tokenizer, source: str, name: str) -> Frame:
     except TemplateRefusalError:  # it takes no answers: what it frames them with is not known
         asked = whole = prompt
     before, said, after = whole.partition(SAID)
-    if said and prompt == asked and (header := _header(prompt, before)):
+    header = header_between(prompt, before) if said else ""
+    if header and prompt == asked:
         raise UserError(
-            f"{name} has a chat template without a place for the answer: {header!r} stands before answers in a"
+            f"{name} has a chat template without a place for the answer: {header.strip()!r} stands before answers in a"
             f" conversation, and not at the end of a prompt (add_generation_prompt); {GIVE_ONE}"
         )
-    pieces = (*asked.split(ASKED), prompt.removeprefix(asked), after)
+    pieces = (*asked.split(ASKED), prompt.removeprefix(asked), header, after)
     controls, structural = _controls(tokenizer, pieces)
-    end = _any_of(controls).search(after) if said else None
-    ends = end is not None and not after[: end.start()].strip()
-    last = controls[end[0]] if end is not None and ends else None
-    rest = after[end.end() :] if end is not None and ends else ""
-    return Frame(source, parts, controls, structural=structural, end=last, rest=rest)
-
-
-def _header(prompt: str, before: str) -> str:
-    """What stands before an answer in a conversation and not at the end of a prompt, thinking left out."""
-    prompt, before = (without_thinking_marks(text) for text in (prompt, before))
-    return before[len(prompt) :].strip() if before.startswith(prompt) else ""
-
-
-def without_thinking_marks(text: str) -> str:
-    """The text without the marks of thinking, and the blanks, that it ends with."""
-    text = text.rstrip()
-    end = len(text)
-    while mark := THINKING_MARK.search(text, max(0, end - LONGEST_MARK), end):
-        end = mark.start()
-        while end and text[end - 1].isspace():
-            end -= 1
-    return text[:end]
+    end = end_in(after, _any_of(controls)) if said else None
+    last = None if end is None else controls[end[0]]
+    closes = "" if end is None or not after[: end.start()].strip() else after[: end.start()]
+    rest = "" if end is None else after[end.end() :]
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    marks = {text: added[text] for text in markers_of(added) if added[text] not in (last, tokenizer.eos_token_id)}
+    return Frame(source, parts, controls, structural, end=last, rest=rest, before=header, after=closes, marks=marks)
 
 
 def _controls(tokenizer: Tokenizer, pieces: Sequence[str]) -> tuple[dict[str, int], frozenset[str]]:
@@ -199,11 +190,6 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
     """The token that ends an answer: the one that the chat template puts there, else the tokenizer's own."""
     end = frame_of(tokenizer).end if tokenizer.chat_template else None
     return int(tokenizer.eos_token_id if end is None else end)
-
-
-def closing_ids(tokenizer: Tokenizer) -> list[int]:
-    """What the chat template puts after the token that ends an answer, where a conversation ends with it."""
-    return _read(tokenizer, frame_of(tokenizer).rest) if tokenizer.chat_template else []
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], answer: bool = True) -> str:
@@ -251,7 +237,7 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         raise UserError(_unsafe(messages, "they stand in a call, a tool or reasoning"))
     if any(frame.pattern.search(message["content"]) for message in messages):
         return _guarded_ids(tokenizer, frame, messages, text)
-    ids = _read(tokenizer, text)
+    ids = read(tokenizer, text)
     if _count(frame, ids) > len(frame.pattern.findall(text)):
         raise UserError(_unsafe(messages, "its tokenizer makes a control token of other text"))
     return ids
@@ -291,16 +277,16 @@ def _guarded_ids(tokenizer: Tokenizer, frame: Frame, messages: Sequence[Message]
     unmarked, taken = _unmarked(_render(tokenizer, frame.source, frame.parts, marked), opens, closes)
     if unmarked != text:
         raise UserError(_unsafe(messages, "its chat template changes such words"))
-    expected = _read(tokenizer, harmless)
+    expected = read(tokenizer, harmless)
     for anchor in ANCHORS:
-        if _encoded(tokenizer, frame, harmless, [], anchor=anchor) == expected:
+        if encoded(tokenizer, frame, harmless, [], anchor=anchor) == expected:
             break
     else:
         raise UserError(_unsafe(messages, "its tokenizer reads a text otherwise than its pieces"))
-    ids = _encoded(tokenizer, frame, text, taken, anchor=anchor)
+    ids = encoded(tokenizer, frame, text, taken, anchor=anchor)
     if _count(frame, ids) != _count(frame, expected):
         raise UserError(_unsafe(messages, "its tokenizer makes a control token of plain text"))
-    if tokenizer.unk_token_id not in ids and _letters(tokenizer, ids) != _letters(tokenizer, _read(tokenizer, text)):
+    if tokenizer.unk_token_id not in ids and _letters(tokenizer, ids) != _letters(tokenizer, read(tokenizer, text)):
         raise UserError(_unsafe(messages, "its tokenizer can't write them as text"))
     return ids
 
@@ -336,7 +322,7 @@ def _unmarked(text: str, opens: str, closes: str) -> tuple[str, list[tuple[int, 
     return plain, taken
 
 
-def _encoded(tokenizer: Tokenizer, frame: Frame, text: str, taken: Sequence[tuple[int, int]], anchor: str) -> list[int]:
+def encoded(tokenizer: Tokenizer, frame: Frame, text: str, taken: Sequence[tuple[int, int]], anchor: str) -> list[int]:
     """Token ids of a rendered conversation whose places `taken` are text. The pieces between control tokens are encoded
     one by one, after an `anchor` that is removed again where a tokenizer puts a space before a text."""
     ids: list[int] = []
@@ -385,7 +371,7 @@ def _plain(tokenizer: Tokenizer, text: str, anchor: str = "") -> list[int]:
     return encode(text)
 
 
-def _read(tokenizer: Tokenizer, text: str) -> list[int]:
+def read(tokenizer: Tokenizer, text: str) -> list[int]:
     """As `apply_chat_template` reads a rendered conversation."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -13,7 +13,7 @@ from limbeck.report.item_files import HELD_OUT, questions, task_records
 from limbeck.report.metrics import Metric, label, metrics_of, number, percent, task_headlines
 from limbeck.report.plots import Label, Spot, scatter
 from limbeck.report.prices import HINT
-from limbeck.report.worth import point
+from limbeck.report.worth import point, unmetered_words
 from limbeck.storage.files import read_jsonl
 
 MOST_TASKS = 2
@@ -147,6 +147,11 @@ def worth_facts(worth: dict[str, Any]) -> list[tuple[str, str]]:
     if "answers" in training:
         bought = f"{training['answers']:,} answers: {training['tokens_read']:,} tokens read"
         facts.append(("bought of the teacher", f"{bought}, {training['tokens_written']:,} written"))
+    if training.get("unmetered"):
+        facts.append(("not counted by its server", unmetered_words(training)))
+    if reused := training.get("reused"):
+        worth_of = f", worth {_money(reused['worth'])}" if "worth" in reused else ""
+        facts.append(("taken from earlier runs, not counted", f"{reused['answers']:,} answers{worth_of}"))
     if maybe := training.get("maybe_billed"):
         tokens = f"at most {sum(each['tokens_at_most'] for each in maybe):,} tokens"
         facts.append(

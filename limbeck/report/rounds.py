@@ -8,8 +8,10 @@ from typing import Any
 from limbeck.config.yaml_text import dump_yaml, read_yaml
 from limbeck.report.figures import Figure
 from limbeck.report.grids import Grid
+from limbeck.report.item_files import over_common_items
 from limbeck.report.metrics import Metric, metrics_of, number, task_headlines
 from limbeck.report.plots import Label, Series, curves
+from limbeck.report.verdict import LEFT_OUT, leaks_note
 from limbeck.storage.files import read_jsonl
 from limbeck.storage.metrics_log import read_json
 from limbeck.storage.rounds import at_once_folder, rounds_in, rounds_record, stage_folder, trained_rounds
@@ -18,7 +20,13 @@ BEFORE = "Before training"
 AT_ONCE = "All at once"
 OWN_TEXT = ("own_tokens", "own_finished", "own_repetition")  # where a collapse shows
 OF_TEACHER = ("forward_kl", "top1_agreement")  # comparable only where all rounds have one teacher
+CONTROL = 2**31  # stands for the control among the numbers of rounds, after all of them
+COMMON = (
+    "Rounds leave out the items that their own training text gives away: values without an interval are over the items"
+    " that all rounds were asked."
+)
 Summaries = dict[int, dict[str, Any]]
+Values = dict[int, dict[str, Any]]  # a metric by the number of the round
 
 
 def rounds_content(folder: Path) -> dict[str, Any]:
@@ -27,14 +35,15 @@ def rounds_content(folder: Path) -> dict[str, Any]:
     record = rounds_record(folder)
     summaries = _summaries(folder)
     metrics = round_metrics(recipe, summaries)
+    values = {metric: _values(folder, metric, summaries, recipe) for metric in metrics}
     return {
         "recipe": recipe,
         "recipe_text": dump_yaml(recipe),
         "verdict": rounds_verdict(folder),
-        "results": _results(metrics, summaries, _control(folder, recipe)),
+        "results": _results(values, summaries),
         "at_once": (_control_folder(folder, recipe) / "recipe.yaml").exists(),
         "links": _links(folder, recipe),
-        "figures": [figure for metric in metrics if (figure := _figure(metric, summaries))],
+        "figures": [figure for metric in metrics if (figure := _figure(metric, values[metric]))],
         "spent": _spent(folder, recipe),
         "kept": record.get("kept"),
         "ended": record.get("ended") or "",
@@ -57,15 +66,21 @@ def rounds_verdict(folder: Path) -> str:
     count = f"{done} of {planned} rounds" if done < planned else f"{planned} rounds" if planned > 1 else "1 round"
     text = f"{count}."
     if metrics := [metric for metric in round_metrics(recipe, summaries) if metric.better != "none"]:
-        values = _values(metrics[0], summaries)
+        values = _values(folder, metrics[0], summaries, recipe)
         first = min(summaries) - 1
         before = f" from {number(values[first]['value'])} before training" if first in values else ""
-        after = ", ".join(number(value["value"]) for key, value in values.items() if key != first)
+        after = ", ".join(number(values[key]["value"]) for key in summaries if key in values)
         text = f"Over {count}, {metrics[0].title.lower()}{_where(metrics[0])} went{before} to {after}."
-        if at_once := _control(folder, recipe).get(metrics[0].name):
+        if at_once := values.get(CONTROL):
             text += f" One round with as much text and as many steps reached {number(at_once['value'])}."
     ended = f" The rounds ended early: {record['ended']}." if record.get("ended") else ""
-    return text + ended
+    return text + ended + leaks_note(_leaks(summaries))
+
+
+def _leaks(summaries: Summaries) -> list[dict[str, str]]:
+    """Every item that a round's text gives away, once, as the round has it that left it out."""
+    every = [leak for summary in summaries.values() for leak in summary.get("leaks") or []]
+    return list({leak["item"]: leak for leak in sorted(every, key=lambda leak: leak["kind"] in LEFT_OUT)}.values())
 
 
 def round_metrics(recipe: dict[str, Any], summaries: Summaries) -> list[Metric]:
@@ -126,21 +141,34 @@ def _where(metric: Metric) -> str:
     return f" on {metric.task}" if metric.task else ""
 
 
-def _values(metric: Metric, summaries: Summaries) -> dict[int, dict[str, Any]]:
-    """The metric with its interval of the student before any training (under the number before the first), and of
-    every round's."""
-    start = next(iter(summaries.values()))["systems"].get("untouched", {}).get(metric.name)
-    students = {key: summary["systems"]["student"].get(metric.name) for key, summary in summaries.items()}
-    return {key: value for key, value in {min(summaries) - 1: start, **students}.items() if value}
+def _values(folder: Path, metric: Metric, summaries: Summaries, recipe: dict[str, Any]) -> Values:
+    """The metric with its interval of the student before any training (under the number before the first), of every
+    round's, and of the control's. Where these were not asked the same items, since each leaves out what its own text
+    gives away, over those that all were asked, without intervals."""
+    first, *_ = summaries
+    homes = rounds_in(folder) | {CONTROL: _control_folder(folder, recipe)}
+    found = {first - 1: summaries[first]["systems"].get("untouched", {}).get(metric.name)}
+    found |= {key: summary["systems"]["student"].get(metric.name) for key, summary in summaries.items()}
+    found |= {CONTROL: _control(folder, recipe).get(metric.name)}
+    values = {key: value for key, value in found.items() if value}
+    places = {key: (homes[key] / "evaluation", "student") for key in values if key in homes}
+    if first - 1 in values:
+        places[first - 1] = (homes[first] / "evaluation", "untouched")
+    common = over_common_items(places, metric.name)
+    return {key: {"value": common[key]} for key in values} if common else values
 
 
-def _results(metrics: list[Metric], summaries: Summaries, control: dict[str, Any]) -> Grid:
-    by_metric = [_values(metric, summaries) for metric in metrics]
-    numbers = sorted({key for values in by_metric for key in values})
-    rows = [(_name(key) if key in summaries else BEFORE, [values.get(key) for values in by_metric]) for key in numbers]
-    if control:
-        rows.append((AT_ONCE, [control.get(metric.name) for metric in metrics]))
-    return Grid("Student", [(f"{metric.title}{_where(metric)}", _side(metric)) for metric in metrics], rows)
+def _results(values: dict[Metric, Values], summaries: Summaries) -> Grid:
+    numbers = sorted({key for by_key in values.values() for key in by_key})
+    names = {key: AT_ONCE if key == CONTROL else _name(key) if key in summaries else BEFORE for key in numbers}
+    rows = [(names[key], [_cell(by_key.get(key)) for by_key in values.values()]) for key in numbers]
+    is_common = any("low" not in value for by_key in values.values() for value in by_key.values())
+    columns = [(f"{metric.title}{_where(metric)}", _side(metric)) for metric in values]
+    return Grid("Student", columns, rows, COMMON if is_common else "")
+
+
+def _cell(value: dict[str, Any] | None) -> Any:
+    return number(value["value"]) if value and "low" not in value else value
 
 
 def _side(metric: Metric) -> str:
@@ -148,15 +176,16 @@ def _side(metric: Metric) -> str:
     return ", ".join(part for part in (metric.unit, side) if part)
 
 
-def _figure(metric: Metric, summaries: Summaries) -> Figure | None:
-    values = _values(metric, summaries)
+def _figure(metric: Metric, by_key: Values) -> Figure | None:
+    values = {key: value for key, value in by_key.items() if key != CONTROL}
     if len(values) < 3:  # a line between two points shows nothing that the table doesn't
         return None
     title = f"{metric.title}{_where(metric)} by round"
-    about = "The first point is the student before training. Lines across are 95 % intervals over items."
+    spans = [(value["low"], value["high"]) for value in values.values() if "low" in value]
+    about = "The first point is the student before training."
+    about += " Lines across are 95 % intervals over items." if spans else f" {COMMON}"
     label = Label(f"rounds-{metric.name.replace('/', '-')}", title, about, x_title="round", y_title=metric.unit)
     points = [(float(key), value["value"]) for key, value in values.items()]
-    spans = [(value["low"], value["high"]) for value in values.values()]
     svg = curves(label, [Series("student", points, "accent", spans)])
     return Figure(title, svg, about) if svg else None
 

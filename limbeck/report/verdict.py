@@ -27,7 +27,7 @@ def verdict(summary: dict[str, Any]) -> str:
             if metric is None
             else _other_sentence(metric, summary)
         )
-    return " ".join(sentences) + _leaks(summary)
+    return " ".join(sentences) + leaks_note(summary.get("leaks") or [])
 
 
 def _task_sentence(metric: Metric, summary: dict[str, Any]) -> str:
@@ -129,7 +129,7 @@ def _other_sentence(metric: Metric, summary: dict[str, Any]) -> str:
 
 def compare_verdict(comparison: dict[str, Any]) -> str:
     """Which methods are clearly better or worse than the base, by intervals and Holm-adjusted p values."""
-    return _comparison_sentence(comparison) + _leaks(comparison)
+    return _comparison_sentence(comparison) + leaks_note(comparison.get("leaks") or [])
 
 
 def _comparison_sentence(comparison: dict[str, Any]) -> str:
@@ -192,9 +192,8 @@ def leaks_left_out(leaks: Sequence[dict[str, str]]) -> int:
     return sum(leak["kind"] in LEFT_OUT for leak in leaks)
 
 
-def _leaks(summary: dict[str, Any]) -> str:
+def leaks_note(leaks: Sequence[dict[str, str]]) -> str:
     """A sentence on evaluation items in the training text, which every verdict with such items includes."""
-    leaks = summary.get("leaks") or []
     if not leaks:
         return ""
     count = len(leaks)

@@ -19,6 +19,7 @@ from limbeck.storage.rounds import rounds_in, stages_in
 Facts = dict[str, Any]
 THOUSAND = 1000
 SIZES = ("layers", "parameters", "bytes")
+READ_MORE = ("teacher", "prompted")  # are shown the teacher's prompt
 SPEEDS = ("first_token_ms", "decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_mib")
 
 
@@ -124,17 +125,16 @@ def _quality(summary: Facts, subject: str) -> Facts | None:
 def _request(file: Path | None, summary: Facts, *, name: str, facts: Facts, prices: Prices) -> Facts:
     """Tokens, seconds and cost of one request: a held-out prompt and the system's greedy answer to it, in `file`."""
     lengths = summary.get("requests") or {}
-    bill = summary.get("bill") or {}
-    prompt = lengths.get("teacher_prompt_tokens" if name == "teacher" else "prompt_tokens")
+    prompt = lengths.get("teacher_prompt_tokens" if name in READ_MORE else "prompt_tokens")
     answers = [record["tokens"] for record in read_jsonl(file)] if file else []
     answer = sum(answers) / len(answers) if answers else None
-    if name == "teacher" and bill.get("answers"):  # what its server counted
-        prompt, answer = (bill[key] / bill["answers"] for key in ("tokens_read", "tokens_written"))
+    if name == "teacher" and (counted := lengths.get("counted")):  # by its server
+        prompt, answer = (counted[key] / counted["answers"] for key in ("tokens_read", "tokens_written"))
     first, rate = (point(facts.get(key)) for key in ("first_token_ms", "decode_tokens_per_second"))
     request: Facts = {"prompt_tokens": prompt, "answer_tokens": answer}
     if first is not None and rate and answer is not None:
         request["seconds"] = first / 1000 + max(0.0, answer - 1) / rate
-    of_tokens = prices.of_tokens if name == "teacher" else None
+    of_tokens = prices.of_tokens if name == "teacher" and not _unmetered(summary.get("bill")) else None
     if of_tokens is not None and prompt is not None and answer is not None:
         request |= {"cost_of_1000": THOUSAND * (prompt * of_tokens[0] + answer * of_tokens[1]) / 1e6, "by": "tokens"}
     elif prices.hour is not None and "seconds" in request:
@@ -142,32 +142,61 @@ def _request(file: Path | None, summary: Facts, *, name: str, facts: Facts, pric
     return {key: value for key, value in request.items() if value is not None}
 
 
+def _unmetered(bill: Facts | None) -> int:
+    """How many answers of a bill have unknown tokens. Older summaries do not say it: there, all where none has any."""
+    if not bill:
+        return 0
+    if "unmetered" in bill:
+        return int(bill["unmetered"])
+    return 0 if bill.get("tokens_read") or bill.get("tokens_written") else int(bill.get("answers", 0))
+
+
 def _training(folder: Path, summary: Facts, prices: Prices) -> Facts:
     """What the student cost: the tokens of the teacher's server and of others', and the seconds of its training, in all
-    rounds and their stages."""
+    rounds and their stages. With answers whose tokens no server counted (`unmetered`) there is no total."""
     bill = summary.get("bill") or {}
+    others = summary.get("bills") or {}
     files = [home / "metrics.jsonl" for home in (folder, *rounds_in(folder).values(), *stages_in(folder))]
     seconds = sum(record.get("seconds", 0.0) for file in files for record in read_jsonl(file))
     facts: Facts = {key: bill[key] for key in ("answers", "tokens_read", "tokens_written") if key in bill}
-    bills = [bill, *(summary.get("bills") or {}).values()]
+    bills = [bill, *others.values()]
+    if unmetered := sum(map(_unmetered, bills)):
+        facts["unmetered"] = unmetered
+    if reused := _reused(bills, prices):
+        facts["reused"] = reused
     if maybe := [each["maybe_billed"] for each in bills if "maybe_billed" in each]:
         facts["maybe_billed"] = maybe
     facts["hours"] = seconds / 3600
     if bill:
         of_tokens = prices.of_tokens
-        money = bill.get("money")
-        if of_tokens is not None:
-            money = (bill["tokens_read"] * of_tokens[0] + bill["tokens_written"] * of_tokens[1]) / 1e6
-        if money is not None:
+        money = bill.get("money") if of_tokens is None else _price(bill, of_tokens)
+        if money is not None and not _unmetered(bill):
             facts["bill"] = money
     if prices.hour is not None:
         facts["machine_cost"] = facts["hours"] * prices.hour
-    others = summary.get("bills") or {}
-    if priced := {name: costs["money"] for name, costs in others.items() if "money" in costs}:
+    if priced := {name: of["money"] for name, of in others.items() if "money" in of and not _unmetered(of)}:
         facts["bills"] = priced
     if "machine_cost" in facts and ("bill" in facts or not bill) and len(priced) == len(others):
         facts["total"] = facts["machine_cost"] + facts.get("bill", 0.0) + sum(priced.values())
     return facts
+
+
+def _reused(bills: list[Facts], prices: Prices) -> Facts:
+    """Answers that were taken from earlier runs: how many, and what they are worth where all have a price; empty where
+    there are none. The first bill is the teacher's."""
+    answers = 0
+    worths = []
+    for place, bill in enumerate(bills):
+        if reused := bill.get("reused"):
+            of_tokens = prices.of_tokens if place == 0 and reused["tokens_read"] else None
+            answers += reused["answers"]
+            worths.append(reused.get("money") if of_tokens is None else _price(reused, of_tokens))
+    known = [worth for worth in worths if worth is not None]
+    return {"answers": answers} | ({"worth": sum(known)} if len(known) == len(worths) else {}) if answers else {}
+
+
+def _price(bill: Facts, of_tokens: tuple[float, float]) -> float:
+    return float(bill["tokens_read"] * of_tokens[0] + bill["tokens_written"] * of_tokens[1]) / 1e6
 
 
 def _pays_after(systems: Mapping[str, Facts], training: Facts) -> Facts:
@@ -178,9 +207,16 @@ def _pays_after(systems: Mapping[str, Facts], training: Facts) -> Facts:
         *(["the cost of a request to the student"] if "cost_of_1000" not in student else []),
         *(["what the training cost"] if "total" not in training else []),
     ]
+    if unknown and training.get("unmetered"):
+        return {"requests": None, "why": f"unknown: {unmetered_words(training)}"}
     if unknown:
         return {"requests": None, "why": f"unknown: {' and '.join(unknown)} need stated prices"}
     saved = teacher["cost_of_1000"] - student["cost_of_1000"]
     if saved <= 0:
         return {"requests": None, "why": "never: at these prices a request to the student costs no less"}
     return {"requests": math.ceil(THOUSAND * training["total"] / saved), "why": ""}
+
+
+def unmetered_words(training: Facts) -> str:
+    """That the cost of some answers is unknown, and why."""
+    return f"servers did not say how many tokens {training['unmetered']:,} answers took, so their cost is unknown"

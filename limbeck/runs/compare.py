@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe, load_recipe, parse
 from limbeck.config.rounds import without_rounds
 from limbeck.config.teacher import BridgedTeacher, SelfTeacher
@@ -34,7 +35,7 @@ from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
 from limbeck.storage.metrics_log import mean_of, steps_made, writing_share
 from limbeck.training.job import total_steps
-from limbeck.types import UserError, content_hash
+from limbeck.types import Sample, UserError, content_hash
 
 SEEDS = 3
 ROLLOUT_FACTS = ("length", "finished", "repetition", "overlap", "entropy", "teacher_log_prob")
@@ -239,14 +240,15 @@ class Comparison:
 
     def _cost(self, runs: Sequence[Run]) -> dict[str, float]:
         """Tokens, steps and seconds of training as means over the seeds, peak memory, and the tokens that the teacher
-        wrote."""
+        wrote; those are left out of a method that has its text elicited, since steps ask for more than they keep."""
         records = [read_jsonl(run.path("metrics.jsonl")) for run in runs]
-        teacher_tokens = sum(
-            len(sample.response_ids or ()) for sample in runs[0].text.training() if sample.meta["writer"] == "teacher"
-        )
         all_records = [record for of_seed in records for record in of_seed]
-        cost = {
-            "teacher_tokens": teacher_tokens,
+        written = runs[0].text.training()
+        asked = any(sample.meta["writer"] == "elicited" for sample in written)
+        cost: dict[str, float] = (
+            {} if asked else {"teacher_tokens": _teacher_tokens(written, self.common.models.reader.text_ids)}
+        )
+        cost |= {
             "trained_tokens": sum(record["response_tokens"] for record in all_records) / len(runs),
             "steps": len(all_records) / len(runs),
             "seconds": sum(record["seconds"] for record in all_records) / len(runs),
@@ -255,6 +257,17 @@ class Comparison:
             cost["writing_share"] = writing
         peaks = [peak for record in all_records if (peak := record.get("device_memory_mib", record.get("memory_mib")))]
         return cost | ({"peak_memory_mib": max(peaks)} if peaks else {})
+
+
+def _teacher_tokens(samples: Sequence[Sample], text_ids: Callable[[str], list[int]]) -> int:
+    """The tokens of the teacher's answers, the one that ends an answer included; a server's text has those that
+    `text_ids` gives it."""
+    tokens = 0
+    for sample in (sample for sample in samples if sample.meta["writer"] == TEACHER):
+        ends = sample.meta.get("finish") != "length"
+        ids = sample.response_ids
+        tokens += len(text_ids(sample.messages[-1]["content"])) + ends if ids is None else len(ids)
+    return tokens
 
 
 def _rollout_facts(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:

@@ -393,7 +393,7 @@ class RunModels:
 
     def header(self) -> str | None:
         recipe = self.method.recipe
-        return header_of(load_tokenizer(recipe.speaker, recipe.speaker_template))
+        return header_of(load_tokenizer(recipe.speaker, recipe.speaker_template), served=bool(recipe.teacher.server))
 
     def unheld(self, form: AnswerForm) -> str:
         return unheld(form, self.method.recipe.teacher.server)

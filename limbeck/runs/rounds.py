@@ -19,6 +19,7 @@ from limbeck.config.rounds import Rounds
 from limbeck.evaluate.collapse import collapse
 from limbeck.models.load import model_contents, model_identity
 from limbeck.progress import Reporter, Silent, StoppedError
+from limbeck.report.item_files import over_common_items
 from limbeck.runs import pipeline
 from limbeck.runs.at_once import at_once
 from limbeck.runs.claim import claim, follow_names, run_folder
@@ -272,6 +273,10 @@ class RoundsRun:
         now, before = (_value(facts, system, metric) for system, facts in (("student", summary), earlier))
         if now is None or before is None:
             return ""
+        if number > 1:  # each round has left out what its own text gives away
+            places = {key: (round_folder(self.folder, key) / "evaluation", "student") for key in (number, number - 1)}
+            common = over_common_items(places, metric)
+            now, before = common.get(number, now), common.get(number - 1, before)
         is_better = now < before if summary["metrics"][metric]["better"] == "low" else now > before
         whose = "before training" if number == 1 else f"of round {number - 1}"
         return "" if is_better else f"{metric} of round {number} is {now:.4g}, no better than {before:.4g} {whose}"

@@ -31,6 +31,7 @@ from limbeck.signals.sparse import Sampled, TopK
 # All have `target` [N], log p of the written tokens, which shows rows that have moved.
 Packed = dict[str, Tensor]
 LEVELS = {8: torch.uint8, 16: torch.uint16}
+LEAST = -1000.0  # what servers say of an impossible token (-9999, -inf) would take all levels of its position
 MIN_REST = 1e-6  # least probability of the bucket beside a server's tokens, whose numbers are rounded
 
 
@@ -146,16 +147,16 @@ class TopKForm(KeptForm):
         return self._levels(chosen, chosen_NK, log_rest_N) | {"target": named.log_prob(targets_N).half()}
 
     def _enough(self, log_CK: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of the tokens [C], the likeliest first, are kept, and which [C, K]: all, or as few as have the
-        mass."""
-        count_C = torch.full((len(log_CK),), log_CK.shape[-1], device=log_CK.device)
+        """How many of the tokens [C], the likeliest first, are kept, and which [C, K]: all that are possible, or as few
+        as have the mass."""
+        count_C = (log_CK > LEAST).sum(-1).clamp_min(1)
         if self.settings.mass is not None:
-            count_C = ((log_CK.exp().cumsum(-1) < self.settings.mass).sum(-1) + 1).clamp_max(log_CK.shape[-1])
+            count_C = ((log_CK.exp().cumsum(-1) < self.settings.mass).sum(-1) + 1).minimum(count_C)
         return count_C, torch.arange(log_CK.shape[-1], device=log_CK.device) < count_C[:, None]
 
     def _levels(self, tokens: TopTokens, chosen_CK: Tensor, log_rest_C: Tensor) -> Packed:
         """Log-probabilities as whole levels between 0 and the smallest of their position."""
-        ids_CK, log_CK, count_C = tokens
+        ids_CK, log_CK, count_C = tokens.ids_NK, tokens.log_prob_NK.clamp_min(LEAST), tokens.count_N
         # a little below the smallest, so that no value exceeds the last level
         lowest_C1 = log_CK.gather(-1, count_C[:, None] - 1).mul(1 + 2**-10).half()
         last = 2**self.settings.bits - 1

@@ -114,7 +114,9 @@ def save(
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all that is older than the newest `keep` checkpoints that are whole; what is damaged counts for none."""
+    """Remove all that is older than the newest `keep` checkpoints that are whole, and what a kill left half-written or
+    half-removed; what is damaged counts for none."""
+    sweep(folder)
     whole = 0
     for _, path in reversed(_all(folder)):
         if whole >= keep:

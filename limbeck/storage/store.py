@@ -229,6 +229,20 @@ class Store:
         """What this writer's answers that were taken from earlier runs cost those: as in `bill`."""
         return self._sums("reused", writer)
 
+    def unmetered(self, writer: str) -> int:
+        """How many of the answers in `bill` came without a word on their tokens, so that their cost is unknown."""
+        query = "select count(*) from bills where writer = ? and read = 0 and written = 0"
+        return int(self._db.execute(query, (writer,)).fetchone()[0])
+
+    def usage_of(self, keys: Sequence[str]) -> tuple[int, int, int]:
+        """(answers, tokens read, tokens written) of the answers to these requests whose tokens the server counted, for
+        this run or for an earlier one."""
+        query = "select read, written from {} where key = ? and read + written > 0"
+        asked = " union all ".join(query.format(table) for table in ("bills", "reused"))
+        rows = [self._db.execute(asked, (key, key)).fetchone() for key in dict.fromkeys(keys)]
+        found = [row for row in rows if row is not None]
+        return len(found), sum(read for read, _ in found), sum(written for _, written in found)
+
     def _sums(self, table: str, writer: str) -> tuple[int, int, int]:
         sums = "count(*), coalesce(sum(read), 0), coalesce(sum(written), 0)"
         query = f"select {sums} from {table} where writer = ?"  # noqa: S608 (our own words)

@@ -103,6 +103,37 @@ def test_what_was_cut_off_loses_its_end():
 
 
 @pytest.mark.parametrize(
+    ("instance", "finish", "found", "reason"),
+    [
+        ("Input: <noinput>\nOutput: Once upon a time there was a sailor who", "length", [], "instance cut off"),
+        ("Once upon a time there was a sailor who", "length", [], "instance cut off"),
+        ("Input: a\nOutput: b\nInput: c\nOut", "length", ["b"], "instance cut off"),
+        ("Output: Once upon a time", "filtered", [], "answer: filtered"),
+        ("I'm sorry, but I can't help with that.", "refused", [], "answer: refused"),
+    ],
+)
+def test_an_instance_that_is_not_whole_is_not_taught(instance, finish, found, reason):
+    pool, tally, _ = drive(
+        SelfInstruct(count=1, requests=1), SEEDS, Writer(["Sort the things in the box."], (instance, finish))
+    )
+    assert [answer for _, answer in texts(pool)] == found and tally.dropped[reason] == 1
+
+
+@pytest.mark.parametrize("finish", ["refused", "filtered"])
+def test_a_reply_that_the_writer_did_not_write_lists_no_task(finish):
+    refusal = "I'm sorry, but I can't help with that.\nInput: <noinput>\nOutput: no"
+    for step in (SelfInstruct(count=1, requests=1), Alpaca(count=1, requests=1)):
+        pool, tally, _ = drive(step, SEEDS, lambda request, n: (refusal, finish))
+        assert pool == [] and tally.dropped == {f"answer: {finish}": 1}
+
+
+def test_thinking_before_a_list_is_no_task():
+    listed = "<think>\nThey want other kinds of tasks.\n</think>\n\nName every river that you know."
+    pool, _, _ = drive(SelfInstruct(count=1, requests=1, instances=0), SEEDS, Writer([listed]))
+    assert texts(pool) == [("Name every river that you know.", None)]
+
+
+@pytest.mark.parametrize(
     ("instance", "verdict", "found", "reason"),
     [
         ("Label: positive\nInput: so good\nLabel: negative\nInput: so bad", "Yes", [("so good", "positive")], None),

@@ -165,6 +165,13 @@ def test_numbers_are_answers(tmp_path):
     assert [p.answers for p in prompts] == [("3",), ("0.5", "x")]
 
 
+def test_whole_numbers_of_a_table_with_gaps_stay_whole(tmp_path):
+    rows = [{"id": 1.0, "text": "a", "label": 1.0}, {"id": 2.0, "text": "b", "label": None}]
+    rows += [{"id": 2.5, "text": "c", "label": 1e300}]
+    prompts, _ = read(str(write_parquet(tmp_path, rows)))
+    assert [(p.id, p.answers) for p in prompts] == [("1", ("1",)), ("2", ()), ("2.5", ("1e+300",))]
+
+
 def test_one_line_says_what_was_taken_ignored_and_left_out(tmp_path):
     rows = [{"question": f"q{n}?", "answer": "a" if n % 4 else " ", "source": "s", "output": "other"} for n in range(9)]
     _, (note,) = read(write(tmp_path, json_lines([*rows, {"question": None, "answer": "x"}])))
@@ -207,6 +214,61 @@ def test_several_files_and_patterns(tmp_path):
     settings = Prompts.model_validate({"from": [str(tmp_path / "a.jsonl")]})
     found = split_prompts(settings, Evaluate(prompts=str(tmp_path / "b.jsonl")))
     assert [p.text for p in found.held_out] == ["b0", "b1"] and len(found.notes) == 2
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for folder in ("x/a", "x/b", "y/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder, json_lines([{"prompt": folder}, {"prompt": "own", "id": folder}]), "train.jsonl")
+    write(tmp_path / "x", json_lines([{"prompt": "other"}]), "other.jsonl")
+    prompts, _ = read(str(tmp_path / "**" / "*.jsonl"))
+    numbered = {p.text: p.id for p in prompts if p.text != "own"}
+    assert numbered == {
+        "x/a": "a/train.jsonl/line-1", "x/b": "x/b/train.jsonl/line-1", "y/b": "y/b/train.jsonl/line-1",
+        "other": "other.jsonl/line-1",
+    }  # fmt: skip
+    assert {p.id for p in prompts if p.text == "own"} == {f"train.jsonl/{name}" for name in ("x/a", "x/b", "y/b")}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [
+            {"sentence": f"Paris {n}", "sentiment": "good", "entities": [{"text": "Paris"}, {"text": "x"}]}
+            for n in (1, 2)
+        ],
+        [{"sentence": "Paris 1", "sentiment": "good", "entities": [{"text": "Paris"}, {"text": "x"}]}],
+        [{"utterance": f"Paris {n}", "intent": "good", "slots": [{"name": "n", "value": "v"}]} for n in range(3)],
+        [{"frage": f"Paris {n}", "antwort": "good", "quellen": [{"prompt": "v"}]} for n in range(3)],
+    ],
+)
+def test_a_row_with_a_list_of_objects_is_no_wrapper(tmp_path, rows):
+    named = {"prompt": "frage", "answer": "antwort"} if "frage" in rows[0] else None
+    for text in (json_lines(rows), "\n".join(json.dumps(row, indent=1) for row in rows)):
+        prompts, _ = read(write(tmp_path, text), columns=named)
+        assert [p.answers for p in prompts] == [("good",)] * len(rows) and prompts[0].text.startswith("Paris")
+
+
+def test_an_object_among_others_is_no_wrapper(tmp_path):
+    rows = [{"name": "a", "data": [{"prompt": "q"}]}, {"name": "b", "data": []}]
+    for text in (json_lines(rows), "\n".join(json.dumps(row, indent=1) for row in rows)):
+        with pytest.raises(UserError, match=r"1.*needs a non-empty text.*its columns are data, name"):
+            read(write(tmp_path, text))
+
+
+def test_held_out_prompts_are_read_by_the_same_columns(tmp_path):
+    def rows(name):
+        return [{"doc": f"{name} {n}", "summary": "s", "question": f"{name} no {n}"} for n in range(3)]
+
+    source = write(tmp_path, json_lines(rows("train")), "a.jsonl")
+    settings = Prompts.model_validate({"from": source, "columns": {"prompt": "doc", "answer": "summary", "id": None}})
+    bare = [{key: row[key] for key in ("doc", "summary")} | {"id": 1} for row in rows("test")]
+    others = [{"question": "test 0", "summary": "s"}, {"question": "test 1"}]
+    for number, held in enumerate((rows("test"), bare, others)):
+        found = split_prompts(settings, Evaluate(prompts=write(tmp_path, json_lines(held), f"b{number}.jsonl")))
+        assert [(p.text, p.answers) for p in found.held_out][:1] == [("test 0", ("s",))]
+    found = split_prompts(settings, Evaluate(prompts="builtin/everyday"))
+    assert found.training[0].text == "train 0" and len(found.held_out) >= 60
 
 
 @pytest.mark.parametrize(
@@ -279,6 +341,42 @@ def test_reasoning_is_kept_or_dropped_but_never_lost(tmp_path):
     (dropped,), (note,) = read(file, keep_reasoning=False)
     assert dropped.before[1] == {"role": "assistant", "content": "b"} and dropped.answers == ("d",)
     assert "the reasoning of 1 rows was dropped" in note
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ("r\n</think>\n\nd", "d"), ("<thinking>\nr\n</thinking>\n\nd", "d"), ("[THINK]r[/THINK]d", "d"),
+        ("<think>r</think>\n<answer>d</answer>\n", "<answer>d</answer>\n"), ("<think>r", None), ("<think>r</think> ", None),
+        ("Models write <think> first.", "Models write <think> first."), (" d\n", " d\n"),
+    ],
+)  # fmt: skip
+def test_reasoning_in_any_marks_is_dropped(tmp_path, said, left):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}, {"role": "user", "content": "c"}]
+    rows = [{"prompt": "a", "answer": said}, {"messages": turns}, {"prompt": "a"}]
+    prompts, (note,) = read(write(tmp_path, json_lines(rows)), keep_reasoning=False)
+    if left is None:
+        assert len(prompts) == 1 and "2 left out: nothing follows its reasoning, which is dropped" in note
+    else:
+        assert prompts[0].answers == (left,) and prompts[1].before[1]["content"] == left
+        assert ("the reasoning of 2 rows was dropped" in note) == (left != said)
+
+
+def test_a_call_of_a_tool_may_have_reasoning_alone(tmp_path):
+    call = {"role": "assistant", "content": "<think>r</think>", "tool_calls": CALL}
+    messages = [full("a"), call, {"role": "tool", "content": "b"}, full(("assistant", "c"))]
+    (prompt,), _ = read(write(tmp_path, json_lines([{"messages": messages}])), keep_reasoning=False)
+    assert prompt.after[0]["content"] == "" and prompt.after[0]["tool_calls"] and prompt.answers == ("c",)
+
+
+def test_a_system_message_that_says_nothing_is_left_out_alone(tmp_path):
+    messages = [{"role": "system", "content": " "}, full("a"), full(("assistant", "b"))]
+    rows = [{"messages": messages}, {"system": "S", "messages": messages}, {"messages": [full(" "), messages[2]]}]
+    rows.append({"system": " ", "prompt": "a"})
+    (bare, own, blank), (note,) = read(write(tmp_path, json_lines(rows)))
+    assert blank.messages == (full("a"),)
+    assert bare.messages == (full("a"),) and own.messages == ({"role": "system", "content": "S"}, full("a"))
+    assert "1 left out: a turn of the user is empty" in note
 
 
 def test_every_turn_of_the_assistant_can_be_a_prompt(tmp_path):

@@ -19,7 +19,7 @@ from limbeck.elicit.thinking import after_thinking, boxed
 from limbeck.elicit.transform import equations_of
 from limbeck.elicit.two_orders import read_verdict
 from limbeck.elicit.wording import ends_well, items, parts
-from limbeck.models.template import without_thinking_marks
+from limbeck.models.around_answer import without_thinking_marks
 
 LENGTH = 30_000
 SECONDS = 3.0  # of the processor; what grows with the square takes from ten seconds to hours

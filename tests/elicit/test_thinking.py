@@ -7,7 +7,7 @@ import time
 import pytest
 
 from limbeck.elicit.flow import Tally, are_complete, said_by
-from limbeck.elicit.thinking import after_thinking, boxed, markers_of, opened_by, stated
+from limbeck.elicit.thinking import after_thinking, boxed, markers_of, opened_by, stated, without_thinking
 from limbeck.elicit.verify import parse_check, verify
 from limbeck.types import Sample
 
@@ -44,11 +44,18 @@ def test_thinking_without_an_end_is_no_answer(text):
     "text",
     [
         "", "7", "I think it is 7.", "Models write `</think>` when they are done. 7", 'It ends with "</think>", I think: 7', "Use <think> for thinking", "<b>7</b>", "analysis of 7", "Analysis: 7", "The final answer is 7", "<answer>7</answer>",
-        "```xml\n<think>\n```\n7", "thinking</ 7",
+        "```xml\n<think>\n```\n7", "thinking</ 7", "The tag </think> ends it. 7", "It ends with </think>.", "They write <think>so</think> before an answer.", "(</think> is the end)",
+        "<item>\n<reasoning>\nso\n</reasoning>\n<score>5</score>\n</item>", "analysis of the final result", "```\n<p><thought>x</thought></p>\n```",
     ],
 )  # fmt: skip
 def test_a_text_without_thinking_is_the_answer_itself(text):
     assert after_thinking(text) == text
+
+
+def test_without_its_thinking_an_answer_keeps_its_wrapping():
+    text = "<think>\n12\n</think>\n\n<answer>7</answer>\n"
+    assert without_thinking(text) == "<answer>7</answer>\n" and after_thinking(text) == "7"
+    assert without_thinking(" 7\n") == " 7\n" and without_thinking("<think>7") is None
 
 
 def test_a_check_may_ask_for_the_thinking():
@@ -108,6 +115,10 @@ def test_a_reply_of_nothing_but_thinking_is_dropped_and_counted():
         "answer is ",
         "\\boxed{",
         "`</think>",
+        "<reasoning></reasoning>",
+        "x<reasoning>",
+        "</reasoning> a",
+        "a </think> a",
     ],
 )
 def test_reading_is_linear(piece):

@@ -88,6 +88,39 @@ def test_a_conversation_is_a_sample_for_each_answer():
     assert found[0].response_ids is None and len({sample.meta["prompt_id"] for sample in found}) == 3
 
 
+def test_earlier_answers_are_whole_and_have_no_judgement_of_the_last():
+    messages = tuple({"role": role, "content": f"{role}{n}"} for n in range(2) for role in ("user", "assistant"))
+    judged = {
+        "scores": {"x": 1.0},
+        "place": 1,
+        "answers": ["a"],
+        "check": {"type": "number"},
+        "final": "1",
+        "margin": 2.0,
+    }
+    meta = {"prompt_id": "p", "kind": "k", "finish": "length"} | judged
+    (first, last), _, _ = drive(Turns(), [Sample(messages, "w", (1, 2), meta=meta)])
+    assert first.meta == {"prompt_id": "p/1", "kind": "k", "finish": "ok"}
+    assert last.meta == meta | {"prompt_id": "p/2"} and last.response_ids == (1, 2)
+
+
+def test_answers_of_weight_0_and_calls_of_tools_are_no_samples():
+    messages = [{"role": role, "content": f"{role}{n}"} for n in range(3) for role in ("user", "assistant")]
+    messages[3] |= {"tool_calls": "[]"}
+    sample = Sample(tuple(messages), "w", meta={"prompt_id": "p", "untrained": ["assistant0"]})
+    (found,), tally, _ = drive(Turns(), [sample])
+    assert found.messages == tuple(messages) and found.meta["prompt_id"] == "p/3"
+    assert tally.dropped == {"an answer of weight 0": 1} and tally.facts == {"calls_of_tools": 1}
+
+
+def test_a_conversation_that_waits_for_an_answer_stays():
+    messages = tuple({"role": role, "content": f"{role}{n}"} for n in range(2) for role in ("user", "assistant"))
+    waiting = Sample(messages[:3], "corpus", meta={"prompt_id": "p", "answers": ["a"]})
+    (first, found), _, _ = drive(Turns(), [waiting])
+    assert first.messages == messages[:2] and "answers" not in first.meta and found == waiting
+    assert found.meta["answers"] == ["a"]
+
+
 # Mosaics: reading the instruction anew must give the answer
 
 

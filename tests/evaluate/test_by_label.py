@@ -98,6 +98,21 @@ def test_written_labels_are_counted_and_others_are_none(tmp_path):
     assert found["mine"]["systems"]["student"]["confusions"] == [[0, 1, 1], [1, 2, 1]]
 
 
+def test_labels_and_fields_are_read_after_the_words_that_end_the_thinking(tmp_path):
+    thinking = {"settings": {"thinking": {"most": 64, "cue": "Answer:"}}}
+    check = {"type": "choice", "labels": ["cat", "dog"], "answer": "cat"}
+    pets = task_of(tmp_path / "a", [{"prompt": "p", "check": check}], **thinking)
+    said = [ItemResult("mine/0", {"pass_rate": 1.0}, text="It purrs, so it is no dog. Answer: cat")]
+    found = by_label({"student": [records("student", "mine", said)]}, [pets])["mine"]["systems"]["student"]
+    assert found["confusions"] == [[0, 0, 1]]
+    forms = task_of(
+        tmp_path / "b", [{"prompt": "p", "check": {"type": "json", "equals": {"city": "Rome"}}}], **thinking
+    )
+    said = [ItemResult("mine/0", {"pass_rate": 1.0}, text='Not {"city": "Oslo"}. Answer: {"city": "Rome"}')]
+    found = by_field({"student": [records("student", "mine", said)]}, [forms])["mine"]
+    assert found["city"]["student"]["value"] == 1
+
+
 def test_fields_are_exact_or_not(tmp_path):
     equals = [{"city": "Rome", "year": 1990}, {"city": "Oslo"}, {"city": "Bonn"}]
     task = task_of(tmp_path / "t", [{"prompt": "p", "check": {"type": "json", "equals": one}} for one in equals])

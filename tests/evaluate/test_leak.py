@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from limbeck.elicit.prompts import Prompt
+from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.leak import COMMON, WORDING_LEAST, WORDING_SHARE, Leak, find_leaks
-from limbeck.types import UserError
+from limbeck.evaluate.tasks import tasks_of
+from limbeck.types import Sample, UserError
 
 STORY = "A farmer sells 12 baskets of apples on Monday and 30 baskets on Tuesday, then gives away 5. How many baskets has the farmer handed out?"
 QUESTION = "Which planet of our solar system has the most moons today?"  # 11 words
@@ -254,3 +259,58 @@ def test_twenty_thousand_texts_take_seconds():
     leaks = find_leaks(training, items)
     assert time.perf_counter() - start < 20
     assert Leak("i77", "planted", "contained", 1.0, items[77][1]) in leaks
+
+
+# What a run leaves out
+
+
+def text_of(*said):
+    """A training text with these prompts, and a held-out prompt that has an answer."""
+    answer = Sample(
+        ({"role": "user", "content": "h"}, {"role": "assistant", "content": "h"}), "t", meta={"finish": "ok"}
+    )
+    prompts = (
+        [Prompt(f"t{number}", one) for number, one in enumerate(said)],
+        [Prompt("h1", "held out and asked of all")],
+    )
+    return SimpleNamespace(prompts=prompts, given_prompts=prompts, training=list, held_out=lambda: [answer])
+
+
+def asked(tmp_path, tiny, items, *texts, how=("",), limit=None):
+    """The ids of the items that are asked of each task, in the order of `how`, after these texts of a run."""
+    folder = tmp_path / "mail"
+    folder.mkdir()
+    (folder / "task.yaml").write_text("{name: mail, version: 1, kind: generation, description: d, test: test.jsonl}")
+    lines = [
+        {"id": ident, "prompt": prompt, "check": {"type": "exact", "answer": "a"}} for ident, prompt in items.items()
+    ]
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tasks = tasks_of(["fidelity", *(f"{folder}{way}" for way in how)], {} if limit is None else {str(folder): limit})
+    recipe = SimpleNamespace(evaluate=SimpleNamespace(controls=[], max_tokens=8, own_prompts=None), text_seed=0)
+    questions = evaluation.Questions(recipe, tasks, texts[0], None, others=texts[1:])
+    bench = evaluation.bench(questions, tmp_path / "out", teacher=None, reader=tiny, rows=(), progress=lambda *_: None)
+    return [[item.id.removeprefix("mail/") for item in task.items] for task in bench.protocol.tasks]
+
+
+ITEMS = {
+    f"i{n}": f"Which label has the message number {word} that came from the office?" for n, word in enumerate("abc")
+}
+
+
+def test_items_asked_in_another_way_are_left_out_where_the_plain_ones_are_given_away(tmp_path, tiny):
+    found = asked(tmp_path, tiny, ITEMS, text_of(ITEMS["i0"], ITEMS["i2"]), how=("", "@typos"), limit=1)
+    assert found == [[], ["i1@typos"]], "the plain task's limit is none of the other's"
+
+
+def test_an_id_with_an_at_is_its_own(tmp_path, tiny):
+    ids = ["user0@example.com", "user1@example.com", "a", "a@2"]
+    items = dict(zip(ids, [*ITEMS.values(), "Where is the letter of last week now?"], strict=True))
+    text = text_of(items["user0@example.com"], items["a"])
+    assert asked(tmp_path, tiny, items, text, how=("", "@typos")) == [
+        ["user1@example.com", "a@2"],
+        ["user1@example.com@typos", "a@2@typos"],
+    ]
+
+
+def test_the_text_of_every_method_is_searched(tmp_path, tiny):
+    assert asked(tmp_path, tiny, ITEMS, text_of("nothing of it"), text_of(ITEMS["i1"])) == [["i0", "i2"]]

@@ -12,10 +12,10 @@ import pytest
 import limbeck
 from limbeck.config.recipe import parse
 from limbeck.evaluate.calibration import Reliability
-from limbeck.evaluate.choice import MULTIPLE_CHOICE
-from limbeck.evaluate.items import ChoiceSettings
+from limbeck.evaluate.choice import CLASSIFICATION, MULTIPLE_CHOICE
+from limbeck.evaluate.items import ChoiceSettings, LabelSettings
 from limbeck.evaluate.records import ItemFidelity, ItemResult, SystemRecords
-from limbeck.evaluate.statistics import mcnemar
+from limbeck.evaluate.statistics import holm, mcnemar
 from limbeck.evaluate.summary import by_kind, columns, recovery, summarise, values_by_seed, warnings
 from limbeck.evaluate.task import Task
 from limbeck.models.model import Model
@@ -92,13 +92,16 @@ def test_differences_are_of_the_items_that_both_have():
     assert facts["value"] == pytest.approx((4 - 2) / 6) and facts["n"] == 2
 
 
-def test_a_metric_that_no_item_has_under_every_seed_is_left_out():
-    first, second = (
+def test_an_item_without_a_figure_under_one_seed_counts_under_the_others():
+    first, second, third = (
         measured("s1", [1.0], own=[("a text of words", True), ("x", True)]),
         measured("s2", [1.0], own=[("x", True), ("a text of words", True)]),
+        measured("s3", [1.0], own=[("x", True), ("x", True)]),
     )
-    found = summarise({"teacher": [measured("t", [0])], "m": [first, second]}, [], [])["systems"]["m"]
-    assert "own_repetition" not in found and "own_finished" in found
+    found = summarise({"m": [first, second], "some": [first, third]}, [], [("m", "m")])
+    assert found["systems"]["m"]["own_repetition"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 2}
+    assert found["paired"]["m - m"]["own_repetition"]["value"] == 0
+    assert "own_repetition" not in found["systems"]["some"] and "own_finished" in found["systems"]["some"]
 
 
 def test_few_items_prove_nothing():
@@ -153,6 +156,39 @@ def test_the_bootstrap_tests_what_mcnemar_cannot(a, b):
     acc = summarise({"a": a, "b": b}, [QUIZ], [("a", "b")])["paired"]["a - b"]["quiz/acc"]
     assert set(acc) == {"value", "low", "high", "n", "p"}
     assert acc["p"] == (1 if acc["n"] < 10 else pytest.approx(2 / 2001))
+
+
+MOODS = Task("moods", "1", "", CLASSIFICATION, ("macro_f1", "acc"), LabelSettings(labels=("a", "b")), ())
+
+
+def labelled(name, wrong):
+    """A system that is wrong on the first items of a classification."""
+    said = [
+        ItemResult(f"m{n}", {"acc": float(n >= wrong)}, facts={"answer": n % 2, "chosen": (n + (n < wrong)) % 2})
+        for n in range(40)
+    ]
+    return replace(measured(name, [1.0] * 40), tasks={"moods": said})
+
+
+def test_a_tasks_own_figure_is_the_mean_over_seeds():
+    trainings = [labelled(f"m-s{wrong}", wrong) for wrong in (2, 20, 8)]
+    of = {len(seeds): summarise({"m": seeds}, [MOODS], [])["systems"]["m"] for seeds in (trainings, trainings[:1])}
+    each = [summarise({"m": [one]}, [MOODS], [])["systems"]["m"]["moods/macro_f1"] for one in trainings]
+    assert of[1]["moods/macro_f1"] == each[0]
+    whole = of[3]["moods/macro_f1"]
+    assert whole["value"] == pytest.approx(sum(one["value"] for one in each) / 3) and whole["n"] == 40
+    assert whole["low"] < min(one["value"] for one in each) and whole["high"] > max(one["value"] for one in each)
+    same = summarise({"m": [trainings[0]] * 2}, [MOODS], [])["systems"]["m"]["moods/macro_f1"]
+    assert same == pytest.approx(each[0])
+
+
+def test_many_comparisons_can_still_tell():
+    """The smallest p value of 2,000 resamples times 51 is above 0.05."""
+    ours, theirs = [measured("a", [1.0] * 20)], [measured("b", [2.0] * 20)]
+    systems = {"base": theirs} | {f"m{n}": ours for n in range(51)}
+    paired = summarise(systems, [], [(f"m{n}", "base") for n in range(51)])["paired"]
+    p = {pair: differences["forward_kl"]["p"] for pair, differences in paired.items()}
+    assert len(p) == 51 and max(holm(p).values()) <= 0.01
 
 
 def test_what_was_recovered():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,9 @@ from limbeck.evaluate import efficiency
 from limbeck.evaluate.efficiency import SPEEDS, machine_facts, time_in_turns
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.protocol import EvaluationProtocol
-from limbeck.evaluate.records import SystemRecords
+from limbeck.evaluate.records import CheckedAnswer, SystemRecords
+from limbeck.evaluate.tasks import load_task
+from limbeck.models.context import PromptContext
 from limbeck.models.model import Model
 from limbeck.report.grids import efficiency_grid
 
@@ -94,6 +97,34 @@ def test_a_busy_machine_is_told(share, load, cores, busy):
 def test_old_summaries_without_speeds_still_have_their_table():
     grid = efficiency_grid({"efficiency": {"teacher": {"layers": 3, "first_token_ms": 2.0}}}, {})
     assert grid is not None and grid.note == "" and grid.rows[0][1] == ["3", "2.0"]
+
+
+def test_a_student_of_the_teachers_sizes_is_not_timed_with_the_teachers_prompt(tiny, tmp_path):
+    protocol = EvaluationProtocol(rows=(), prompts=(Prompt("a", "why", ""),), tasks=(), max_tokens=8, own_prompts=1)
+    names = ("teacher", "prompted", "untouched", "student")
+
+    def shapes(reader):
+        bench = Bench(tmp_path, None, reader, protocol)
+        return [bench._shape(records(name, 3)) for name in names]
+
+    assert len(set(shapes(tiny))) == 1
+    teacher, prompted, untouched, student = shapes(tiny.with_context(PromptContext("Be brief.")))
+    assert teacher == prompted != untouched == student
+
+
+def test_answers_are_shared_with_a_task_for_the_same_text_and_check_alone(tiny, tmp_path):
+    check = {"type": "exact", "answer": "blue"}
+    held_out = [Prompt(ident, "why", "", check=check) for ident in ("same", "other text", "other check", "not asked")]
+    items = (
+        Prompt("same", "why", "", check=check),
+        Prompt("other text", "why not", "", check=check),
+        Prompt("other check", "why", "", check={"type": "exact", "answer": "red"}),
+        Prompt("not held out", "why", "", check=check),
+    )
+    protocol = EvaluationProtocol(rows=(), prompts=held_out, tasks=(), max_tokens=8, own_prompts=1)
+    answers = [CheckedAnswer(prompt.id, "", "blue", 1, True, True) for prompt in held_out]
+    task = replace(load_task("everyday", 1), items=items)
+    assert Bench(tmp_path, None, tiny, protocol)._shared(task, answers) == {"same": answers[0]}
 
 
 def test_one_of_each_shape_is_timed_once_and_all_of_the_shape_get_it(tiny, tmp_path, monkeypatch):

@@ -170,7 +170,8 @@ def test_a_malformed_task_file_is_named_with_its_cure(tmp_path, yaml, message):
         ("ranking", RANKING | {"documents": ["a"]}, '"documents" must be a list'), ("ranking", RANKING | {"query": ""}, '"query"'),
         ("ranking", {"query": "q", "documents": [{"text": "a", "relevance": 1}, {"text": "b", "relevance": 1}]}, "two different relevances"),
         ("ranking", {"query": "q", "documents": [{"text": "a", "relevance": -1}, {"text": "b", "relevance": 1}]}, "got -1"),
-        ("ranking", '{"query": "q", "documents": [{"text": "a", "relevance": NaN}]}', "got nan"), ("perplexity", {"text": ""}, '"text"'),
+        ("ranking", '{"query": "q", "documents": [{"text": "a", "relevance": NaN}]}', "got nan"), ("ranking", '{"query": "q", "documents": [{"text": "a", "relevance": 1' + "0" * 400 + "}]}", "got 1000"),
+        ("perplexity", {"text": ""}, '"text"'),
     ],
 )  # fmt: skip
 def test_a_malformed_item_names_file_and_line(tmp_path, kind, line, message):

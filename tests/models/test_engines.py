@@ -17,7 +17,7 @@ from limbeck.models.api import ApiTeacher
 from limbeck.models.dialects import ANTHROPIC, GEMINI, OPENAI, merged
 from limbeck.models.engines import ENGINES, find_engine
 from limbeck.models.http import Reply
-from limbeck.models.replies import refused_setting
+from limbeck.models.replies import read_answer, refused_setting
 from limbeck.types import RecipeError, Sampling, UserError
 from tests.scripted_server import MODEL, Handler, Scripted, answer
 
@@ -183,6 +183,21 @@ def test_what_a_provider_does_anyway_is_left_out():
         assert server.seen[0][1]["temperature"] == 1.0
 
 
+def test_a_servers_own_cuts_and_penalties_are_left_out_of_the_text():
+    """llama.cpp draws from the 40 likeliest tokens unless it is told not to, vLLM as the model's files say."""
+    for kind, most in (("vllm", -1), ("sglang", -1), ("llama.cpp", 0)):
+        with Engine(kind) as server:
+            ask(server, kind, Sampling(1.0, 1.0, 16))
+            ask(server, kind, Sampling(1.0, 1.0, 16, presence_penalty=1.5), options={"min_p": 0.1})
+            plain, own = (body for _, body, _ in server.seen)
+            assert (plain["top_k"], plain["min_p"], plain["presence_penalty"]) == (most, 0.0, 0.0)
+            assert plain.get("repeat_penalty", plain.get("repetition_penalty")) == 1.0
+            assert (own["top_k"], own["min_p"], own["presence_penalty"]) == (most, 0.1, 1.5), "the recipe's own win"
+    with Engine("openai-compatible") as server:
+        ask(server, "openai-compatible", Sampling(1.0, 1.0, 16))
+        assert "top_k" not in server.seen[0][1]
+
+
 def test_options_are_merged_into_parts_that_limbeck_writes_too():
     options = {"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}}
     with Engine("gemini", lambda number, body: gemini()) as server:
@@ -273,6 +288,22 @@ def test_reasoning_is_dropped_where_the_recipe_says_so():
         assert (found.text, found.finish) == ("fine", "ok")
         kept = ApiTeacher(Served(url=server.url, name=MODEL, kind="openai"))
         assert made.identity != kept.identity, "an answer with its reasoning is another text"
+
+
+@pytest.mark.parametrize(
+    ("said", "finish", "found"),
+    [
+        ("<think>hm</think>\n\nfine", "stop", ("fine", "ok")),
+        ("hm\n</think>\n\nfine", "stop", ("fine", "ok")),
+        ("<think>hm", "stop", ("", "empty")),
+        ("<think>hm", "length", ("", "length")),
+        ("Write <think> first.", "stop", ("Write <think> first.", "ok")),
+    ],
+)
+def test_reasoning_within_the_text_is_dropped_too(said, finish, found):
+    asked = {"raw": False, "max_tokens": 9, "usage": None}
+    assert read_answer(answer(said, finish), MODEL, **asked, keep_reasoning=False) == found
+    assert read_answer(answer(said, finish), MODEL, **asked)[0] == said
 
 
 NAMES = {  # (name in the recipe, name in the answer): whether they are one model

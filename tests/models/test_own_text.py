@@ -42,6 +42,7 @@ from limbeck.storage.store import Store
 from limbeck.storage.tries import Tries
 from limbeck.types import TAUGHT, TOLD, RecipeError, Request, Sampling, UserError
 from tests.conftest import make_net
+from tests.models.test_bridge import spaced_tokenizer
 from tests.scoring_server import ScoringServer
 from tests.scripted_server import Scripted, answer
 
@@ -191,6 +192,17 @@ def test_named_tokens_are_the_students_by_their_bytes_and_others_go_to_the_bucke
     view = signal.view(make_batch([Row("s", (1,), (number,))])).signal
     rest = 1 - math.exp(-0.7) - math.exp(-1.5) - math.exp(-3.0)
     assert float(view.top.rest_N) == pytest.approx(rest, abs=1e-6)
+
+
+def test_likely_first_tokens_have_the_space_that_a_tokenizer_puts_before_every_text():
+    """The server's `a` at the beginning was taught as the student's `a`, which never stands there, and not as `▁a`."""
+    tokenizer = spaced_tokenizer()
+    ids = tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    likely = (token("the", -0.3), token("red", -2.0), token("a", -3.0))
+    kept = keep([written("the", -0.3, *likely), written(" cat", -0.1)], 5)
+    found = Aligner(tokenizer, frozenset({tokenizer.eos_token_id})).align(kept, ids)
+    named = [{tokenizer.convert_ids_to_tokens(number) for number in each} for each in found.named]
+    assert named == [{"▁the", "▁red"}, {"▁cat"}]
 
 
 def test_ids_are_believed_only_if_they_are_the_students(tiny, aligner):

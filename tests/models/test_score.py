@@ -46,6 +46,11 @@ def scorer(server, model, k=8, **settings):
     return ServerScorer(ApiTeacher(Served(url=server.url, name="toy", retries=0, **settings)), k, model.tokenizer)
 
 
+def test_an_impossible_token_has_a_number_that_can_be_counted_with(tiny):
+    told = ServerScorer(ApiTeacher(Served(url="http://127.0.0.1:1/v1", name="toy")), 3, tiny.tokenizer)
+    assert told._check([(1, -0.1), (2, -math.inf), (3, -3.4e38)], 2) == ([1, 2, 3], [-0.1, -1000.0, -1000.0], -1000.0)
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_servers_top_tokens_are_the_models_own(protocol, tiny):
     batch = batch_of(tiny)

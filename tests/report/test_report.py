@@ -7,12 +7,15 @@ import hashlib
 import html.parser
 import json
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from limbeck.config.recipe import parse
+from limbeck.elicit.two_orders import PairVerdict
+from limbeck.evaluate.judge import summarise_verdicts
 from limbeck.report import excerpt as excerpts
 from limbeck.report.card import model_card
 from limbeck.report.excerpt import embedded, read_excerpt
@@ -788,6 +791,30 @@ def test_every_reason_to_doubt_a_judge_is_named(more, words):
         sft_control=judged_pair((9, 1, 5, 0), **good | more), untouched=judged_pair((9, 1, 5, 0), **good | more)
     ).trust
     assert ") and the student before training (" in both or "teacher itself" in both
+
+
+def test_a_judge_whose_every_verdict_goes_to_the_longer_answer_is_doubted():
+    """All verdicts are alike, so that they correlate with nothing."""
+    verdicts = [PairVerdict(f"p{n}", "first", "first", 400 + n, 50 + n, ("", "")) for n in range(40)]
+    pair = summarise_verdicts(verdicts, judge_is_teacher=False)
+    assert pair["length_correlation"] is None and pair["longer_wins"] == 1
+    said = of_judge(untouched=pair).trust
+    assert said == (
+        "Trust the judge with care: the longer answer wins nearly always against the student before training (100 %)."
+    )
+    short = summarise_verdicts([replace(one, second_length=900) for one in verdicts], judge_is_teacher=False)
+    assert "longer" not in of_judge(untouched=short).trust
+
+
+def test_a_judge_that_scores_shows_no_order():
+    pair = judged_pair((9, 1, 5, 0), swap_consistency=None, first_position_share=None)
+    judge = {"model": "judge@1", "scores": True, "pairs": {"student - untouched": pair}}
+    section = judge_section({"judge": judge})
+    assert "each by itself" in section.intro and "order" not in section.intro + section.trust
+    assert "swapped" not in section.trust and "not the teacher and it does not just" in section.trust
+    titles = [title for title, _ in section.grid.columns]
+    cells = dict(zip(titles, section.grid.rows[0][1], strict=True))
+    assert cells.get("Consistency", "") == cells.get("First answer wins", "") == ""
 
 
 def test_a_judge_that_said_nothing_is_believed_nothing():

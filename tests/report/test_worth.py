@@ -56,8 +56,12 @@ def test_without_prices_there_are_tokens_and_seconds_and_no_money(folder):
 
 
 def test_costs_follow_the_formulas_of_the_docs(folder):
-    """Checked by hand: 1,000 x (500 x 2.5 + 40 x 10) / 10^6 = 1.65; seconds x 0.5 / 3600 x 1,000; total / saving."""
-    changed(folder, bill={"answers": 100, "tokens_read": 50_000, "tokens_written": 4_000, "money": 99.0})
+    """Checked by hand: 1,000 x (500 x 2.5 + 40 x 10) / 10^6 = 1.65; seconds x 0.5 / 3600 x 1,000; total / saving. What
+    the steps of elicitation asked is no request of a user's: only the held-out prompts are."""
+    counted = {"answers": 4, "tokens_read": 2000, "tokens_written": 160}
+    requests = read_summary(folder)["requests"] | {"counted": counted}
+    bill = {"answers": 100, "tokens_read": 50_000, "tokens_written": 4_000, "money": 99.0}
+    changed(folder, bill=bill | {"answers": 20}, requests=requests)
     state_prices(folder, Prices(2.5, 10.0, 0.5))
     found = worth_of(folder)
     teacher, student = (found["systems"][name]["request"] for name in ("teacher", "student"))
@@ -76,6 +80,45 @@ def test_costs_follow_the_formulas_of_the_docs(folder):
     changed(folder, bills={})
     page = write_report(folder).read_text()
     assert "a million tokens read by the teacher: 2.5" in page and "No price is stated" not in page
+
+
+def test_a_teacher_whose_server_counts_no_tokens_is_not_free(folder):
+    state_prices(folder, Prices(2.5, 10.0, 0.5))
+    nothing = {"answers": 420, "tokens_read": 0, "tokens_written": 0, "money": 0.0}  # of an older run
+    for bill in (nothing, nothing | {"tokens_read": 90, "tokens_written": 50, "unmetered": 20}):
+        changed(folder, bill=bill)
+        found = worth_of(folder)
+        assert found["systems"]["teacher"]["request"].get("by") != "tokens"
+        assert not {"bill", "total"} & set(found["training"])
+        count = bill.get("unmetered", 420)
+        said = f"servers did not say how many tokens {count} answers took"
+        assert found["pays_after"]["requests"] is None and said in found["pays_after"]["why"]
+        assert said in dict(worth_facts(found))["not counted by its server"]
+        assert said in write_report(folder).read_text()
+
+
+def test_without_its_servers_count_a_request_is_what_the_teacher_reads_and_writes_here(folder):
+    changed(folder, bill={"answers": 9, "tokens_read": 50_000, "tokens_written": 4_000})
+    request = worth_of(folder)["systems"]["teacher"]["request"]
+    assert (request["prompt_tokens"], request["answer_tokens"]) == (300.0, 20.0)
+    summary = read_summary(folder)
+    changed(folder, systems=summary["systems"] | {"prompted": summary["systems"]["untouched"]})
+    assert worth_of(folder)["systems"]["prompted"]["request"]["prompt_tokens"] == 300.0, (
+        "it reads what the teacher does"
+    )
+
+
+def test_answers_of_earlier_runs_are_told_with_their_worth(folder):
+    reused = {"answers": 1200, "tokens_read": 400_000, "tokens_written": 100_000}
+    bill = {"answers": 0, "tokens_read": 0, "tokens_written": 0, "reused": reused}
+    changed(folder, bill=bill)
+    assert dict(worth_facts(worth_of(folder)))["taken from earlier runs, not counted"] == "1,200 answers"
+    state_prices(folder, Prices(2.5, 10.0, 0.5))
+    found = worth_of(folder)
+    assert found["training"]["reused"] == {"answers": 1200, "worth": 2.0} and found["training"]["bill"] == 0
+    assert dict(worth_facts(found))["taken from earlier runs, not counted"] == "1,200 answers, worth 2.00"
+    changed(folder, bills={"judge": {"answers": 0, "reused": reused}})
+    assert worth_of(folder)["training"]["reused"] == {"answers": 2400}, "what the judge's would cost is not known"
 
 
 def test_a_student_that_costs_more_never_pays(folder):
@@ -156,6 +199,14 @@ def test_a_matrix_shows_every_confusion_and_the_worst_come_first(folder):
     assert (first, second) == ("intents/0", "intents/4")
     assert cells == ["message 0", "billing", "refund", "90 %", "billing"]
     assert fields.grids[0][2].rows[0][0] == "city" and fields.worst is None
+
+
+def test_an_answer_under_budgets_of_thinking_is_as_right_as_at_the_largest(folder):
+    facts = {"budgets": {"128": {"passed": True}, "64": {"passed": False}}}
+    write_lines(
+        folder / "evaluation" / "task-intents+student.jsonl", [{"item": "intents/0", "text": "x", "facts": facts}]
+    )
+    assert label_sections(folder, read_summary(folder))[0].worst is None
 
 
 def test_of_many_labels_the_commonest_confusions_are_listed(folder):

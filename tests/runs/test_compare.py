@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,11 +15,12 @@ from typer.testing import CliRunner
 import limbeck
 from limbeck.cli import app
 from limbeck.config.recipe import parse
+from limbeck.evaluate.run import Questions
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.progress import StoppedError
-from limbeck.runs.compare import _common, entries
+from limbeck.runs.compare import Comparison, _common, _teacher_tokens, entries
 from limbeck.storage.files import read_jsonl
-from limbeck.types import UserError
+from limbeck.types import Sample, UserError
 from tests.conftest import make_recipe_data, write_prompts
 
 
@@ -128,6 +130,42 @@ def test_a_stopped_comparison_goes_on_and_repeats_nothing(methods, compared, tmp
     monkeypatch.setattr(InProcessTeacher, "answers", lambda *_: pytest.fail("asked again"))
     monkeypatch.setattr("limbeck.training.loop.train", lambda *_: pytest.fail("trained again"))
     limbeck.compare(made, tmp_path / "stopped", like=common, seeds=2)
+
+
+def answer(writer, ids, finish="ok"):
+    messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a b c"})
+    return Sample(messages, writer, ids, meta={"writer": writer, "finish": finish})
+
+
+def test_tokens_of_the_teacher_are_counted_here_where_its_server_gave_text(tmp_path):
+    written = [
+        answer("teacher", (1, 2)),
+        answer("teacher", None),
+        answer("teacher", None, "length"),
+        answer("corpus", None),
+    ]
+    assert _teacher_tokens(written, str.split) == 2 + (3 + 1) + 3
+    (tmp_path / "metrics.jsonl").write_text('{"response_tokens": 4, "seconds": 1.0}\n')
+
+    def cost(samples):
+        made = Comparison(tmp_path, None, (), (), base="", reporter=None, stop=bool)
+        made.common = SimpleNamespace(models=SimpleNamespace(reader=SimpleNamespace(text_ids=str.split)))
+        run = SimpleNamespace(path=lambda name: tmp_path / name, text=SimpleNamespace(training=lambda: samples))
+        return made._cost([run])
+
+    assert cost(written) == {"teacher_tokens": 9, "trained_tokens": 4, "steps": 1, "seconds": 1}
+    assert "teacher_tokens" not in cost([answer("elicited", (1, 2))]), "what its steps asked for is not all there"
+
+
+def test_the_text_of_an_elicited_method_is_searched_for_what_is_asked():
+    made = Comparison(None, None, ("a", "b"), (1, 2), base="a", reporter=None, stop=bool)
+    made.common = SimpleNamespace(questions=Questions(None, (), "the common text", None))
+    runs = [
+        SimpleNamespace(text=text, recipe=SimpleNamespace(elicit=steps))
+        for text, steps in (("common", None), ("own", ["answer"]))
+    ]
+    made.runs = [(name, seed, run) for seed in (1, 2) for name, run in zip("ab", runs, strict=True)]
+    assert made.questions.text == "the common text" and made.questions.others == ["own"]
 
 
 def test_what_cannot_be_compared_is_refused(methods, tmp_path, recipe_data):

@@ -4,6 +4,7 @@ measured with it; the students are trained and measured without."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from limbeck.elicit.parse import Parsing
 from limbeck.elicit.step_prompt import PLAIN, VARIES, StepPrompt, of_templates
 from limbeck.models.api import ApiTeacher
 from limbeck.models.batch import BatchTeacher
-from limbeck.models.context import PromptContext
+from limbeck.models.context import PromptContext, conversation_key
 from limbeck.progress import Silent, StoppedError
 from limbeck.runs.fit import prepared
 from limbeck.runs.pipeline import run
@@ -244,6 +245,24 @@ def test_a_template_that_only_prints_the_prompt_holds_for_any(template, system, 
         assert step is VARIES
     else:
         assert step((user("before"), {"role": "assistant", "content": "x"}, user("a {{b}} q"))) == asked
+
+
+def test_a_steps_system_message_replaces_the_conversations_own_where_tools_are_offered_too():
+    """Tools stand first, so that the own one was left beside the step's."""
+    tools, own = {"role": "tools", "content": "[]"}, {"role": "system", "content": "own"}
+    shown = StepPrompt(system="S")((tools, own, user("q")))
+    assert shown == StepPrompt(system="S")((tools, user("q"))) == ({"role": "system", "content": "S"}, tools, user("q"))
+
+
+def test_what_the_teacher_is_shown_of_a_prompts_own_fields_holds_behind_a_step_too():
+    """The fields were looked up by the conversation that the step had changed, and the message was left as it was."""
+    talk = (user("q1"), {"role": "assistant", "content": "a1"}, user("q2"))
+    context = PromptContext(None, "{prompt} It is {answer}.", {conversation_key(talk): {"answer": "42"}})
+    for step, said in (
+        (StepPrompt(system="Be brief."), "q2 It is 42."),
+        (StepPrompt(pieces=("Say: ", "")), "Say: q2 It is 42."),
+    ):
+        assert replace(context, step=step)(talk)[-1] == user(said)
 
 
 def test_a_reply_is_read_as_the_step_reads_it():

@@ -19,6 +19,7 @@ from limbeck.progress import Silent
 from limbeck.runs.advice import served_time
 from limbeck.runs.pipeline import run
 from limbeck.runs.preflight import check
+from limbeck.storage.files import read_jsonl
 from limbeck.types import ANSWER_ENDS, RecipeError, UserError
 from tests.command_line import called
 from tests.scripted_server import Scripted, answer
@@ -30,6 +31,10 @@ def said(question):
     """Right where a number or a label is asked for; else the same words."""
     check = CHECKS.get(question) or {}
     return str(check["answer"]) if check.get("type") in ("number", "choice") else "the cat sat on the mat"
+
+
+def teacher_answers(folder):
+    return read_jsonl(folder / "evaluation" / "answers-teacher.jsonl")
 
 
 def say(number, body):
@@ -80,6 +85,9 @@ def test_a_run_without_the_teachers_weights(served, tmp_path):
     assert json.loads((folder / "inputs.json").read_text())["teacher"].startswith("served:toy-")
     assert "served:toy-" in (folder / "student" / "README.md").read_text()
     assert summary["bill"] == {"answers": asked, "tokens_read": 5 * asked, "tokens_written": 3 * asked}
+    counted = summary["requests"]["counted"]
+    assert counted["tokens_read"] / counted["answers"] == 5 and counted["tokens_written"] / counted["answers"] == 3
+    assert counted["answers"] == len(teacher_answers(folder)) < asked, "the held-out prompts alone"
     assert "Bill of the teacher" in page
     run(served(server.url), folder)  # the server is gone, and nothing is asked of it
     assert (folder / "report.html").read_text() == page

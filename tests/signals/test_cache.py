@@ -100,6 +100,17 @@ def test_a_kept_log_probability_is_wrong_by_at_most_a_level_and_sums_to_one(bits
     assert bool(((got.rest_N - rest_N).abs() <= 0.02 * rest_N + 1e-6).all())
 
 
+@pytest.mark.parametrize("impossible", [-9999.0, -3.4e38, -math.inf])
+def test_a_token_that_cannot_be_takes_no_level_of_its_position(impossible):
+    """One such number among a server's likeliest made the others NaN, or as likely as each other."""
+    some = torch.tensor([0.9, 0.09])
+    told = TopK(torch.tensor([[5, 6, 7]]), torch.cat([some.log(), torch.tensor([impossible])])[None])
+    form = form_of(CacheSettings(top_k={"k": 3}))
+    found = form.unpack([form.pack(told, torch.tensor([5]), 1, V)], V, None)
+    assert torch.allclose(found.log_prob_NK.exp(), some[None], atol=1e-2) and found.ids_NK.tolist() == [[5, 6]]
+    assert float(found.rest_N) == pytest.approx(0.01, abs=1e-3)
+
+
 def test_as_few_tokens_as_have_the_mass_are_kept():
     signal = dense(4)
     got, p = kept(signal, top_k={"mass": 0.8, "k": V}), log_p(signal).exp()

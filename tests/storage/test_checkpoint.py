@@ -125,6 +125,14 @@ def test_whatever_is_damaged_in_between_the_newest_two_whole_ones_stay(tmp_path,
             whole.remove(hit)
 
 
+def test_what_a_kill_left_half_removed_goes_when_a_training_is_done(tmp_path):
+    save(tmp_path, 1)
+    left = tmp_path / f".step-00000000.{'0' * 32}.old"
+    left.mkdir()
+    checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_when_none_is_whole_the_user_is_told(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "tensors.safetensors").write_bytes(b"")

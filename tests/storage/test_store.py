@@ -67,6 +67,17 @@ def test_stopping_returns_what_is_there(tmp_path):
     assert len(got) == 2
 
 
+def test_answers_whose_tokens_were_not_counted_are_told_from_the_others(tmp_path):
+    asked = [request(str(number)) for number in range(4)]
+    with Store(tmp_path / "s.sqlite") as store:
+        for one, usage, reused in zip(asked, ((5, 3), (0, 0), (7, 1), (0, 0)), (False, False, True, True), strict=True):
+            answer = Sample((*one.messages, {"role": "assistant", "content": one.key}), one.model)
+            store.record(one, answer, "ok", usage=usage, reused=reused)
+        assert store.bill("model@1") == (2, 5, 3) and store.unmetered("model@1") == 1
+        assert store.usage_of([one.key for one in (*asked, asked[0], request("not asked"))]) == (2, 12, 4)
+        assert store.usage_of([]) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     "other",
     [
