@@ -21,6 +21,7 @@ from limbeck.types import UserError
 
 USER_ERROR = 2
 LONGEST_MESSAGE = 4000  # characters
+STOPPING = b"stopping after this step, or the answers under way; Ctrl-C again stops now\n"
 STOPPED = "stopped; finished work is kept, run it again to go on"
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -113,7 +114,9 @@ class StopRequest:
             self.received = True
             if number == signal.SIGTERM and ranks.BY_COMMAND in os.environ:
                 return  # another rank has died, of which the launcher tells
-            err.print("stopping after this step, or the answers under way; Ctrl-C again stops now", markup=False)
+            if not err.quiet:
+                with contextlib.suppress(OSError):  # past `err`, which may be in the middle of a line itself
+                    os.write(2, STOPPING)
 
         previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from limbeck.models.gguf_file import check_gguf
 from limbeck.models.quantised import as_read, drop_quantisation
 from limbeck.models.weights import (
+    check_amount,
     check_config,
     check_files,
     check_loaded,
@@ -46,6 +47,7 @@ def read_weights(folder: Path, source: str, dtype: torch.dtype) -> PreTrainedMod
     refuse_scores(config, source)
     check_files(folder, source)
     try:
+        check_amount(folder, config, source)
         net: PreTrainedModel
         net, info = model_class(config).from_pretrained(
             folder,

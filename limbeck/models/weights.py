@@ -24,6 +24,7 @@ from limbeck.types import UserError, printable
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 LFS = b"version https://git-lfs"
 NAMES_SHOWN = 3
+NUMBERS_IN_A_BYTE = 2  # of the densest weights that are read, of 4 bits
 MOST = {"num_hidden_layers": 1000, "hidden_size": 2**20, "vocab_size": 2**24, "max_position_embeddings": 2**40}
 
 
@@ -45,7 +46,8 @@ def model_class(config: Any) -> Any:
 
 def scores_text(config: Any) -> bool:
     """Whether a configuration is of a model that gives scores or classes of a text, and writes none."""
-    return any(name.endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ())
+    names = getattr(config, "architectures", None)
+    return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
 
 
 def refuse_scores(config: Any, source: str) -> None:
@@ -174,6 +176,17 @@ def check_folder(folder: Path, config: Any, source: str) -> None:
     except Exception as error:  # each family's own code raises its own kinds
         raise UserError(f"can't load the model {source!r}: {first_line(error)}") from error
     check_loaded(info, source)
+
+
+def check_amount(folder: Path, config: Any, source: str) -> None:
+    """Refuse a configuration that asks for many more numbers than its files can hold, before memory is taken for them.
+
+    Raises:
+        UserError: the message names the tensors.
+    """
+    held = sum(file.stat().st_size for file in _weight_files(folder, source))
+    if sum(tensor.numel() for tensor in empty_model(config).parameters()) > NUMBERS_IN_A_BYTE * held:
+        check_folder(folder, config, source)
 
 
 def check_files(folder: Path, source: str) -> None:

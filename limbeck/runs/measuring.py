@@ -10,6 +10,7 @@ from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.measure import Bench
 from limbeck.evaluate.records import SystemRecords
 from limbeck.evaluate.shares import Shares
+from limbeck.models.fingerprint import check_sealed
 from limbeck.models.load import load_config, load_tokenizer
 from limbeck.models.model import Model
 from limbeck.models.weights import empty_model
@@ -31,6 +32,7 @@ def evaluate(run: Run) -> None:
     for name in ("student", *run.method.controls):
         if not (run.home(name) / "student").exists():
             raise UserError(f"{name} is not trained yet: run `limbeck train` (or `limbeck run`) first")
+        check_sealed(run.home(name) / "student", f"{run.home(name) / 'student'}")
     if run.recipe.student.scores:
         run.preferences.evaluate(run.models.initial_student, run.path("student"), steps=steps_made(run.folder))
         return

@@ -16,15 +16,27 @@ from limbeck.types import UserError
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.promise("R14")
-def test_the_first_signal_asks_and_the_second_stops_at_once(first, second, capsys):
+def test_the_first_signal_asks_and_the_second_stops_at_once(first, second, capfd):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with StopRequest().listening() as stop:
         assert not stop()
         signal.raise_signal(first)
-        assert stop() and "stopping after this step, or the answers under way" in capsys.readouterr().err
+        assert stop() and "stopping after this step, or the answers under way" in capfd.readouterr().err
         with pytest.raises(UserError, match=STOPPED):
             signal.raise_signal(second)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_in_the_middle_of_a_line_is_no_fault(monkeypatch):
+    """What a handler prints through the same stream is refused by Python: "reentrant call"."""
+    with StopRequest().listening() as stop:
+
+        def printed(*_, **__):
+            raise RuntimeError("reentrant call")
+
+        monkeypatch.setattr("limbeck.commands.console.err.print", printed)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop()
 
 
 def said(error, capsys):

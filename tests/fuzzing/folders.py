@@ -218,7 +218,7 @@ class Runs:
 
     def silent(self, run, command, file, name):
         base = self.run / name
-        same = name == "evaluation/manifest.json" or (file.is_file() and file.read_bytes() == base.read_bytes())
+        same = name == "evaluation/manifest.json" or _content(file) == base.read_bytes()
         if same or command.startswith(("why", "watch")):
             return None
         if command.startswith("report"):
@@ -232,6 +232,14 @@ class Runs:
         summary = json.loads((run / "evaluation" / "summary.json").read_text())
         differs = [key for key in ("systems", "paired", "recovered") if summary.get(key) != self.summary.get(key)]
         return f"{name} changed, and so did {differs}" if differs else None
+
+
+def _content(file):
+    """What is in the file; None where there is none, or it can't be read."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
 
 
 LIVE = ("*.json", "*.jsonl", "recipe.yaml")

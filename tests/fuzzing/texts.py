@@ -145,7 +145,8 @@ def _lost(data, read, path):
         )
     if isinstance(data, list) and isinstance(read, list) and len(data) == len(read):
         return next(filter(None, (_lost(*pair, f"{path}[]") for pair in zip(data, read, strict=True))), None)
-    is_same = (
+    is_quoted = isinstance(data, str) and type(read) is int and data == str(read)  # a number between quotes is one
+    is_same = is_quoted or (
         data == read
         and isinstance(data, bool) == isinstance(read, bool)
         and isinstance(data, str) == isinstance(read, str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -60,6 +61,20 @@ def test_a_missing_tensor_is_named(folder):
 def test_a_foreign_tensor_is_named(folder):
     edit_weights(folder, lambda weights: weights.update({"model.layers.9.odd": torch.ones(2)}))
     refused(folder, "model.layers.9.odd")
+
+
+def test_sizes_that_the_files_cant_hold_take_no_memory(folder, monkeypatch):
+    """Mismatched tensors are made before they are named: heads of 2**20 took 5 GiB."""
+    edit_json(folder / "config.json", head_dim=2**20)
+    monkeypatch.setattr("limbeck.models.folder.model_class", lambda config: pytest.fail("weights are made"))
+    refused(folder, "q_proj")
+
+
+@pytest.mark.parametrize("names", [7, "x", [7], None])
+def test_architectures_that_are_no_names_say_nothing(folder, names):
+    edit_json(folder / "config.json", architectures=names)
+    with contextlib.suppress(UserError):  # of transformers', which reads them, too
+        load_model(str(folder))
 
 
 @pytest.mark.promise("S11")

@@ -401,3 +401,14 @@ def test_the_folders_key_outlives_hashes(recipe_data, tmp_path):
     (tmp_path / "old" / "inputs.json").write_text('{"prompts": "x"}')
     claim(tmp_path / "old", recipe, lambda: {"prompts": "x"}, lambda: None)
     assert training_key(tmp_path / "old", recipe) == recipe.hash == content_hash(recipe.resolved())
+
+
+def test_a_student_that_changed_is_not_taken_for_the_one_that_was_measured(trained, data):
+    """Its records are there, so that it would not be loaded."""
+    (trained / "evaluation" / "summary.json").unlink()
+    file = trained / "student" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        limbeck.run(parse(data), trained)
