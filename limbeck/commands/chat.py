@@ -12,13 +12,14 @@ from rich.text import Text
 
 from limbeck.commands import console
 from limbeck.config.machine import Machine
-from limbeck.config.recipe import load_recipe
+from limbeck.config.recipe import Recipe, load_recipe
+from limbeck.models.context import PromptContext
 from limbeck.models.generate import GenerationJob, generate
 from limbeck.models.load import load_model
 from limbeck.models.model import Model
 from limbeck.models.placement import Devices
 from limbeck.runs.memory import teacher_precision
-from limbeck.runs.resolve import context_of
+from limbeck.runs.resolve import context_of, resolve
 from limbeck.storage.metrics_log import read_json
 from limbeck.storage.rounds import kept_round
 from limbeck.types import Sampling, UserError
@@ -44,7 +45,7 @@ def converse(folder: Path, max_tokens: int, temperature: float, device: str = "a
     else:
         template = getattr(recipe.teacher, "template", None)
         teacher = load_model(recipe.teacher.model, teacher_precision(recipe), devices.teacher, template)
-        speakers["teacher"] = teacher.with_context(context_of(recipe, ()))
+        speakers["teacher"] = teacher.with_context(_shown(recipe))
     speakers["student"] = load_model(str(folder / "student"), placement=devices.student)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     while True:
@@ -65,6 +66,21 @@ def answer(model: Model, question: str, sampling: Sampling, seed: int = 0) -> st
         model.net, [GenerationJob(ids, sampling, seed)], model.eos_ids, vocab_size=model.vocab_size
     )
     return model.decode(sampled).strip()
+
+
+def _shown(recipe: Recipe) -> PromptContext | None:
+    """What the teacher is shown beside a question, as in the evaluation: what it was shown when it taught."""
+    try:
+        method = resolve(recipe)
+    except UserError as error:
+        console.err.print(f"the teacher is asked without what a step under elicit shows it: {error}", markup=False)
+        return context_of(recipe, ())
+    if method.step_prompt is not None and method.step_prompt.varies:
+        console.err.print(
+            "the teacher is asked without what its step under elicit showed it, which was another thing for every"
+            " prompt"
+        )
+    return method.measured_context
 
 
 def _devices(home: Path, device: str) -> Devices:

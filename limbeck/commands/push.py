@@ -64,11 +64,14 @@ def write_data(run: Path, folder: Path) -> str:
     recipe = load_recipe(run / "recipe.yaml")
     without_rounds(recipe.rounds, recipe.name, "name the folder of one of its rounds")
     try:
-        samples = Run(resolve(recipe), run, Silent(), lambda: True).text.training()  # stops before it asks anything
+        text = Run(resolve(recipe), run, Silent(), lambda: True).text.training()  # stops before it asks anything
     except StoppedError:
         raise UserError(f"{run} does not hold its text yet: `limbeck elicit` writes it") from None
-    if not samples:
+    if not text:
         raise UserError(f"{run} holds no training text: its student wrote it while it trained")
+    samples = [sample for sample in text if sample.teaches]
+    if not samples:
+        raise UserError(f"{run}: none of its {len(text):,} answers can be used (they are empty, refused or filtered)")
     lines = [{"id": sample.id, "messages": list(sample.messages), "writer": sample.writer} for sample in samples]
     write_text(folder / "train.jsonl", "".join(canonical_json(line) + "\n" for line in lines))
     return data_card(recipe, Counter(sample.writer for sample in samples))

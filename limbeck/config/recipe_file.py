@@ -115,13 +115,13 @@ def _put(data: dict[str, Any], path: str, value: Any, named: str) -> None:
     *parents, last = path.split(".")
     node: Any = data
     for key in parents:
-        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+        if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
             node = node[int(key)]
         elif isinstance(node, dict):
             node = node.setdefault(key, {})
         else:
             raise UserError(f"{named}: nothing can be set under {key!r}")
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+    if isinstance(node, list) and last.isdecimal() and int(last) < len(node):
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value

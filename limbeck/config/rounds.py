@@ -169,15 +169,15 @@ def round_data(
         data = {key: value for key, value in data.items() if key not in TEXT or first.keys().isdisjoint(TEXT)} | first
     start = student if resolved["rounds"]["restart"] == PREVIOUS else base
     asked = PREVIOUS if student not in (None, start) else UNTOUCHED  # whom steps and writers ask as the previous one
-    names_it = writes = any(writer["by"] == PREVIOUS for writer in data["writer"])
-    if "elicit" in data:
+    names_it = writes = PREVIOUS in _writers(data)
+    if isinstance(data.get("elicit"), list):
         names_it = names_it or data["elicit"] != [_naming(entry, UNTOUCHED) for entry in data["elicit"]]
         data["elicit"] = [_naming(entry, asked) for entry in data["elicit"]]
     previous = own["start"].get("pretrained") if student is None else student
     template = own.get("template") if student is None else None  # a trained student has its own
     data["teacher"] = _taught_by(data["teacher"], previous, template)
     data = _with_models(data, resolved, previous, template, trained=stages or {})
-    if stages and "rollout" in data and "rewards" in data["rollout"]:
+    if stages and isinstance(data.get("rollout"), Mapping) and "rewards" in data["rollout"]:
         rewards = [_with_folder(entry, stages) for entry in data["rollout"]["rewards"]]
         data["rollout"] = data["rollout"] | {"rewards": rewards}
     if start is not None:
@@ -213,9 +213,9 @@ def stage_data(
     if name in (resolved.get("models") or {}):
         goes_on = before if resolved["rounds"]["restart"] == PREVIOUS else None
         data["student"] = stage.get("student", {}) | _start_of(resolved["models"][name], (goes_on or {}).get(name))
-    writers = [writer["by"] for writer in data.get("writer", ()) if isinstance(writer, Mapping) and "by" in writer]
-    asks = any(entry != _naming(entry, UNTOUCHED) for entry in data.get("elicit") or ())
-    if asks or PREVIOUS in writers:
+    steps = data.get("elicit")
+    asks = isinstance(steps, list) and any(entry != _naming(entry, UNTOUCHED) for entry in steps)
+    if asks or PREVIOUS in _writers(data):
         if start is None:
             raise RecipeError("rounds.first", "there is no student before round 1: give first, or start.pretrained")
         data["previous"] = start
@@ -223,6 +223,12 @@ def stage_data(
         common = {key: resolved["evaluate"][key] for key in OF_EVALUATION if key in resolved["evaluate"]}
         data["evaluate"] = common | (WRITES if name in (resolved.get("models") or {}) else {})
     return data
+
+
+def _writers(data: Mapping[str, Any]) -> list[Any]:
+    """By whom the text is, in a part of a recipe that is not checked yet."""
+    writers = data.get("writer")
+    return [writer.get("by") for writer in writers if isinstance(writer, Mapping)] if isinstance(writers, list) else []
 
 
 def asked_for(resolved: Mapping[str, Any], name: str) -> bool:
@@ -276,7 +282,8 @@ def _names(data: Mapping[str, Any], name: str) -> bool:
         inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
         return [value] if inside is None else [leaf for each in inside for leaf in leaves(each)]
 
-    judge = data.get("evaluate", {}).get("judge")
+    evaluate = data.get("evaluate")
+    judge = evaluate.get("judge") if isinstance(evaluate, Mapping) else None
     return name in (judge, *leaves([data.get("elicit"), data.get("rollout")]))
 
 

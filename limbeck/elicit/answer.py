@@ -21,11 +21,12 @@ from limbeck.elicit.flow import (
     prompt_messages,
     unjudged,
     with_answer,
+    with_scores,
     written_replies,
 )
 from limbeck.elicit.step import AskingStep, By, Estimate, Temperature, TokenCount, TopP, register
 from limbeck.elicit.step_prompt import PLAIN, VARIES, StepPrompt, with_system
-from limbeck.types import Sampling
+from limbeck.types import Sample, Sampling, content_hash
 
 EXPLAINING = (
     "You are a patient teacher. Say what the question is about, then explain each part of your answer.",
@@ -51,9 +52,9 @@ EXPLAINING = (
 class AnswerPrompts(AskingStep):
     """Answers every prompt `n` times; repeated answers to a prompt are dropped. The student doesn't see the `system`
     message that the writer gets (prompt erasure), unless `keep_system`. `by` is the teacher, a model under `models`,
-    `untouched` (the student before training), or several of them, each of which answers `n` times. With `add`, the
-    answers that the samples have already stay, and new ones to each prompt follow them. With `all`, repeated answers
-    stay, and so do those that were cut off, are empty or nothing but thinking, so that `pass_rate` counts them;
+    `untouched` (the student before training), or several of them, each of which answers `n` times. Answers that the
+    samples have already give way; with `add` they stay, and new ones to each prompt follow them. With `all`, repeated
+    answers stay, and so do those that were cut off, are empty or nothing but thinking, so that `pass_rate` counts them;
     `verify` drops them after it."""
 
     by: By | Annotated[list[By], Field(min_length=1)] = TEACHER
@@ -67,7 +68,7 @@ class AnswerPrompts(AskingStep):
     all: bool = False
 
     def run(self, pool: Pool, context: StepContext, tally: Tally) -> Questions[Pool]:
-        groups = by_conversation(pool) if self.add else [[sample] for sample in pool]
+        groups = by_conversation(pool) if self.add else _prompts(pool)
         turns = [(place, by, number) for place in range(len(groups)) for by in self.asks() for number in range(self.n)]
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
         requests = [
@@ -80,15 +81,25 @@ class AnswerPrompts(AskingStep):
         asked = list(zip(turns, requests, strict=True))
         written = written_replies if self.all else complete_replies
         for ((place, by, _), request), reply in written(asked, replies, tally):
-            sample = groups[place][0]
+            sample = self._unanswered(groups[place][0])
             prompt = replace(sample, messages=request.messages) if self.keep_system else sample
-            new = with_answer(unjudged(prompt, "by") if self.add else prompt, reply, **self._told(by))
+            new = with_answer(prompt, reply, **self._told(by))
             text = new.messages[-1]["content"]
             if not self.all and any(text == other.messages[-1]["content"] for other in answered[place]):
                 tally.drop("the same answer again", text)
             else:
                 answered[place].append(new)
         return [sample for group in answered for sample in group]
+
+    def _unanswered(self, sample: Sample) -> Sample:
+        """The sample without what was said of an answer that another takes the place of, or follows. How often a prompt
+        is solved is said of the prompt, and stays where its answers go."""
+        if self.add:
+            return unjudged(sample, "by")
+        if answer_of(sample) is None:
+            return sample
+        rate = {name: value for name, value in sample.meta.get("scores", {}).items() if name == "pass_rate"}
+        return with_scores(unjudged(sample, "by"), **rate) if rate else unjudged(sample, "by")
 
     def _told(self, by: str) -> dict[str, str]:
         """Who wrote an answer, where it is not the teacher alone."""
@@ -107,6 +118,15 @@ class AnswerPrompts(AskingStep):
 
     def writes(self) -> frozenset[str]:
         return frozenset({"by"} if self._told(TEACHER) else ())
+
+
+def _prompts(pool: Pool) -> list[Pool]:
+    """One group for every prompt. Answers that the pool has to the same conversation are of one."""
+    groups: dict[str, Pool] = {}
+    for place, sample in enumerate(pool):
+        waits = answer_of(sample) is None
+        groups.setdefault(str(place) if waits else content_hash(list(prompt_messages(sample))), []).append(sample)
+    return list(groups.values())
 
 
 @register("explain")

@@ -22,19 +22,24 @@ Check = dict[str, Any]
 PATTERN_SECONDS = 0.5
 PATTERN_CHARS = 500
 ARTICLES = re.compile(r"\b(?:a|an|the) (?=\S)")  # before another word: "vitamin A" keeps its last one
-MEANT = regex.compile(  # signs that change what is said: C++ and C#, -5, 1.5, 1/2, x < 3, pictures
-    r"(?<=\p{L})[+#]+(?![\p{L}\p{N}])|(?<![\p{L}\p{N}])-(?=\.?\p{N})|(?<=\p{N})[.,/:](?=\p{N})|[<>=]"
+MEANT = regex.compile(  # signs that change what is said: C++ and C#, -5, -$5, -x, x+1, 5%, 1.5, 1/2, x < 3, pictures
+    r"(?<=\p{L})[+#]+(?![\p{L}\p{N}])|(?<![\p{L}\p{N}])-(?=[$€£¥₹]?\.?\p{N}|\p{L}(?![\p{L}\p{M}\p{N}]))"
+    r"|(?<=[\p{L}\p{N})])\+(?=[\p{L}\p{N}(])|(?<=\p{N})(?:%|[.,/:](?=\p{N}))|[<>=]"
     r"|[[\p{S}]--[$€£¥₹^`~|+\p{Sk}]]",
     regex.VERSION1,
 )
+SPACED = regex.compile(r"(?<=[\p{L}\p{N})])\s+\+\s+(?=[\p{L}\p{N}(])|(?<=\p{N})\s+%")
 DROPPED = regex.compile(r"[^\p{L}\p{M}\p{N}\s\ue000]", regex.VERSION1)
+# digits that are no end of a number (a date has two points, a decimal one), and no beginning of one
+NO_NUMBER = r"(?<!\d)(?<!(?<![\d.])\d{1,15}\.)(?<!(?<![\p{L}\p{N}])[-\u2212][$€£¥₹]?)"
+NUMBER_ENDS = r"(?!\d)(?!\.\d++(?!\.\d)|,\d{3}(?!\d))"
 LISTED = re.compile(r"[,;\n、，；،؛・]|\b(?:and|und|et|y|e|и|og|och|en|ve)\b|(?<=[\u4e00-\u9fff])[和与及]|と(?=\S)")
 
 
 def normalised(text: str) -> str:
     """The text in lower case and one Unicode form, without punctuation, articles and repeated spaces, as SQuAD compares
     answers (Rajpurkar et al., arXiv:1606.05250). Unlike there, signs that change what is said stay ("C++", "-5", "1.5",
-    "x < 3"), and so do vowel signs of scripts that have them, and an article that is all there is."""
+    "5%", "x + 1", "x < 3"), and so do vowel signs of scripts that have them, and an article that is all there is."""
     folded = unicodedata.normalize(
         "NFKC", unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-").replace("\u2044", "/")
     )
@@ -45,7 +50,8 @@ def normalised(text: str) -> str:
         kept.append(match[0])
         return "\ue000" * len(match[0])
 
-    marked = MEANT.sub(keep, folded.replace("\ue000", " "))
+    folded = SPACED.sub(lambda match: match[0].strip(), folded.replace("\ue000", " "))
+    marked = MEANT.sub(keep, folded)
     signs = iter("".join(kept))
     plain = re.sub("\ue000", lambda _: next(signs), DROPPED.sub(" ", marked))
     return ARTICLES.sub("", " ".join(plain.split()))
@@ -73,21 +79,21 @@ def items(check: Check, answer: str) -> bool:
     listed: Counter[str] = Counter()
     for part in LISTED.split(answer):
         whole = re.sub("\ue001(\\d+)\ue001", lambda match: check["items"][int(match[1])], part)
-        if plain := normalised(re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", whole)):
+        if plain := normalised(re.sub(r"^\s*(?:[-*](?=\s)|•|\d+[.)](?!\d))\s*", "", whole)):
             listed[plain] += 1
     return set(listed) == wanted and max(listed.values(), default=1) == 1
 
 
 def contains(check: Check, answer: str) -> bool:
     """Whether all texts occur, ignoring case. One that begins with a letter has to begin a word ("paris" is not in
-    "comparison"), and digits are the whole of a number's digits."""
+    "comparison"), and digits are the whole of a number: "12" is not in "12.5" or "12,000", nor "5" in "-5"."""
     plain = unicodedata.normalize("NFC", answer).casefold()
     return all(_begins_a_word(unicodedata.normalize("NFC", text).casefold()).search(plain) for text in check["all"])
 
 
 def _begins_a_word(text: str) -> regex.Pattern[str]:
-    left = r"(?<!\d)" if text[:1].isdecimal() else rf"(?<!{LETTER})" if regex.match(LETTER, text, FLAGS) else ""
-    right = r"(?!\d)" if text[-1:].isdecimal() else ""
+    left = NO_NUMBER if text[:1].isdecimal() else rf"(?<!{LETTER})" if regex.match(LETTER, text, FLAGS) else ""
+    right = "" if not text[-1:].isdecimal() else r"(?!\d)" if "." in text else NUMBER_ENDS
     return regex.compile(left + regex.escape(text) + right, FLAGS)
 
 

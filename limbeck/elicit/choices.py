@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from limbeck.elicit.flow import (
     are_complete,
     ask,
     complete_replies,
+    ending,
     prompt_of,
     said_by,
     score,
@@ -42,6 +44,7 @@ WRONG = (
     " {question}\nRight answer: {answer}\n\nWrong answers:\n1."
 )
 LETTERS = "ABCD"
+FIRST = re.compile(r"\A\s*1[.)](?!\d)\s*")
 
 
 @dataclass(frozen=True)
@@ -123,14 +126,19 @@ class FewShotChoices(AskingStep):
         ]
         texts = [fill(RIGHT, question=question) for question, _ in drafts]
         right = yield from ask([context.request((user(text),), Sampling(0.0, 1.0, 24)) for text in texts])
-        answers = [said_by(reply).strip().rstrip(".") for reply in right]
+        answered = complete_replies(drafts, right, tally)
+        drafts = [draft for draft, _ in answered]
+        answers = [said_by(reply).strip().rstrip(".") for _, reply in answered]
         texts = [
             fill(WRONG, question=question, answer=answer) for (question, _), answer in zip(drafts, answers, strict=True)
         ]
         wrong = yield from ask([context.request((user(text),), self._sampling()) for text in texts])
         questions = []
         for (question, parents), answer, reply in zip(drafts, answers, wrong, strict=True):
-            others = _wrong_answers(said_by(reply), answer)
+            if (finish := ending(reply)) not in ("ok", "length"):
+                tally.drop(f"answer: {finish}", said_by(reply))
+                continue
+            others = _wrong_answers(said_by(reply), answer, finish == "length")
             if not answer or len(others) < 3:
                 tally.drop("fewer than three wrong answers", said_by(reply))
                 continue
@@ -153,9 +161,11 @@ def _examples(group: Pool) -> str:
     return numbered([prompt_of(sample) for sample in group])
 
 
-def _wrong_answers(text: str, right: str) -> list[str]:
-    """Up to three different entries of a numbered list that are not the right answer."""
-    listed = [entry.splitlines()[0].rstrip(".") for _, entry in items(f"1. {text.lstrip('1. ')}") if entry]
+def _wrong_answers(text: str, right: str, cut: bool) -> list[str]:
+    """Up to three different entries of a numbered list that are not the right answer, without the last of one that was
+    cut off."""
+    listed = [entry.splitlines()[0].rstrip(".") for _, entry in items(f"1. {FIRST.sub('', text, 1)}") if entry]
+    listed = listed[:-1] if cut else listed
     return [entry for entry in dict.fromkeys(listed) if entry.casefold() != right.casefold()][:3]
 
 

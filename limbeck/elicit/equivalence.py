@@ -28,21 +28,30 @@ def equivalent(check: dict[str, Any], answer: str) -> bool:
     """Whether the last mathematical expression in the answer (in a box, after "the answer is", in dollars, or a plain
     number) equals `check["answer"]`, which is LaTeX or a plain number. Decimals are compared to `digits` places (6).
     What is denied ("not 12") does not count, and neither does one of two numbers ("12 or 13")."""
-    from limbeck.elicit.written_math import readable, undecided  # not above: this file also runs by itself
+    from limbeck.elicit.written_math import (
+        readable,
+        readable_gold,
+        undecided,
+    )  # not above: this file also runs by itself
 
     end = answer[-MAX_CHARS:]
     if undecided(check["answer"], end):
         return False
-    return _WORKER.ask({"gold": check["answer"], "answer": readable(end), "digits": check.get("digits", 6)})
+    return _WORKER.ask(
+        {"gold": readable_gold(check["answer"]), "answer": readable(end), "digits": check.get("digits", 6)}
+    )
 
 
 def check_answer(check: dict[str, Any], place: str) -> None:
-    """Refuse a right answer that can't be parsed."""
+    """Refuse a right answer that can't be parsed, or that no answer would equal, not even itself."""
+    from limbeck.elicit.written_math import readable_gold
     from limbeck.types import UserError
 
     if importlib.util.find_spec("math_verify") is None:
         raise UserError(f"{place}: a check of type 'math' needs the extra: pip install limbeck[math]")
-    if not _WORKER.ask({"gold": check["answer"]}):
+    gold = readable_gold(check["answer"])
+    said = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
+    if not (_WORKER.ask({"gold": gold}) and _WORKER.ask({"gold": gold, "answer": said, "digits": 6})):
         raise UserError(f"{place}: {check['answer']!r} can't be parsed as mathematics; write LaTeX or a number")
 
 

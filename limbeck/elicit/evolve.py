@@ -13,6 +13,7 @@ from limbeck.elicit.flow import (
     StepContext,
     Tally,
     ask,
+    ending,
     inherited,
     new_prompt,
     prompt_of,
@@ -113,7 +114,7 @@ class EvolInstruct(AskingStep):
         for sample, name, reply in zip(current, operators, replies, strict=True):
             text = said_by(reply).strip().strip('"').strip()
             tally.add(f"{name}_tried")
-            if reason := _unusable(text, str(reply.meta.get("finish")), prompt_of(sample)):
+            if reason := _unusable(text, ending(reply), prompt_of(sample)):
                 tally.drop(reason, text)
                 evolved.append(None)
             else:
@@ -139,7 +140,7 @@ class EvolInstruct(AskingStep):
     def _failed(self, reply: Sample, tally: Tally) -> bool:
         """Whether the answer shows that the prompt can't be answered."""
         text = said_by(reply)
-        finish = str(reply.meta.get("finish"))
+        finish = ending(reply)
         reply_words = words(text)
         reason = None if finish == "ok" else f"answer: {finish}"
         if reason is None and "sorry" in reply_words and len(reply_words) < 80:
@@ -166,6 +167,8 @@ def _unusable(text: str, finish: str, old: str) -> str | None:
         return "prompt cut off"
     if not text:
         return "no prompt"
+    if finish != "ok":
+        return f"prompt: {finish}"
     if LEAKED.search(text):
         return "speaks of the prompt"
     return "adds nothing" if text.casefold() == old.casefold() else None

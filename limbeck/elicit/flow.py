@@ -36,6 +36,7 @@ JUDGED = (
     "rubric",
     "rubric_by",
 )  # what steps say of an answer
+OF_ITS_ANSWER = ("final", "rationale")  # what steps take from an answer
 RETRIED = 1000  # what numbers of tries begin with: they tell requests of one question apart
 WARM = 0.7  # the temperature of another try where the first one was greedy: it would come out the same
 WRITTEN = ("ok", "length", "empty", NO_ANSWER)
@@ -221,16 +222,18 @@ def with_answer(prompt: Sample, reply: Sample, text: str | None = None, **meta: 
     """The prompt with the answer of `reply` (text and token ids), or with `text` that was parsed from it.
 
     The answer follows the prompt's own messages, whatever else the model was shown (a system message, demonstrations).
-    The prompt's meta stays.
+    The prompt's meta stays, but for the `final` and `rationale` of an answer that it had.
     """
     content, ids = (reply.messages[-1]["content"], reply.response_ids) if text is None else (text, None)
     message = {"role": "assistant", "content": content}
+    stale = () if answer_of(prompt) is None else OF_ITS_ANSWER
+    kept = {name: value for name, value in prompt.meta.items() if name not in stale}
     return Sample(
         (*prompt_messages(prompt), message),
         reply.writer,
         ids,
         parents=(prompt.id, reply.id),
-        meta={**prompt.meta, "finish": reply.meta.get("finish", "ok"), **meta},
+        meta={**kept, "finish": reply.meta.get("finish", "ok"), **meta},
     )
 
 

@@ -24,5 +24,9 @@ class CorpusAnswers(LocalStep):
             answers = sample.meta.get("answers") or ()
             if not answers:
                 tally.drop("no answer is given", sample.messages[-1]["content"])
-            answered += [with_new_answer(sample, answer, "corpus", finish="ok") for answer in answers[: self.answers]]
+            cut = sample.meta.get("cut", ())
+            answered += [
+                with_new_answer(sample, answer, "corpus", finish="length" if rank in cut else "ok")
+                for rank, answer in enumerate(answers[: self.answers])
+            ]
         return answered

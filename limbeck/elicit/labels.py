@@ -9,11 +9,13 @@ it"), and denials in languages other than those below.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 
 import regex
+
+from limbeck.elicit.thinking import STATED, boxed
 
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"
 LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{UNSPACED}\p{{Hangul}}]]"  # of a script with spaces
@@ -22,6 +24,7 @@ JOINED = regex.compile(r"\s+|(?<=\w)[-_](?=\w)")
 WINDOW = 48  # characters beside a label in which it may be denied
 SENTENCE = 240  # characters after it in which its sentence may turn out to be a question
 MOST = 500  # labels that are looked at in one text
+STATEMENTS = 20  # times that it says "the answer is", from the last on
 
 BEFORE = regex.compile(
     r"(?:\b(?:not|never|nor|neither|no|non|hardly|barely|nicht|keine?[mnrs]?|pas|ni|не|ни|нет|nie|niet|geen"
@@ -60,6 +63,23 @@ OPENING = regex.compile(r"(?:^|[.!?:;,\n]\s*|\b(?:is|was|as|of|not|with|like|suc
 CUE = regex.compile(
     r"(?:answer|option|choice|label|letter|Antwort|réponse|respuesta)\s*(?:is|:|=|ist|est|es)?\s*$", FLAGS
 )
+DETERMINES = regex.compile(  # "no" before a noun is no answer
+    r"^\s+(?:idea|doubt|problem|way|reason|evidence|such|one|longer|more|need|sign|indication|question|matter|mention)\b",
+    FLAGS,
+)
+HAS = regex.compile(
+    r"\b(?:have|has|had|there\s+(?:is|are|was|were)|there['’]s|with|sees?|finds?|found|contains?|makes?|shows?|gives?)\s+$",
+    FLAGS,
+)
+A_WORD = regex.compile(r"^\s+\p{L}")
+WITHIN_NUMBER = regex.compile(r"(?:\d[.,]|(?<![\p{L}\p{N}])[-\u2212])$")
+NUMBER_GOES_ON = regex.compile(r"^[.,]\d")
+LONE = regex.compile(r"\W*(?:\\(?:text|mathrm|textbf|mathbf)\W*)?\p{L}\W*")
+LEADS_TO_IT = regex.compile(
+    r"\W*(?:(?:the|my|final|correct|right|best|answer|option|choice|label|letter|so|it|this|is|should\s+be|must\s+be)\W+)*",
+    FLAGS,
+)
+NONE_OF_THEM = regex.compile(r"^\W*(?:none|neither|unclear|unknown|uncertain)\b", FLAGS)
 ASKS = regex.compile(r"[.!?。！？؟;\n]")
 
 
@@ -67,14 +87,53 @@ def claimed(text: str, labels: Sequence[str]) -> list[str]:
     """The labels that the text claims, in the order in which it names them, as often as it does (of the
     first MOST mentions)."""
     plain = unicodedata.normalize("NFKC", text)
+    return [label for match, label in _mentions(plain, labels) if _is_claim(plain, match)]
+
+
+def decided(text: str, labels: Sequence[str]) -> list[str]:
+    """The labels that the text claims where it says its answer: in its last box, or else after its last "the answer is"
+    that speaks of a label. Where it says none so, those that it claims anywhere; but only one that it begins with, if
+    it states an answer that is no label or denies one. A box that holds another letter, and "none", decide on none."""
+    box = boxed(text)
+    if box and (_named(box, labels) or LONE.fullmatch(box)):
+        return claimed(box, labels)
+    stated = list(STATED.finditer(text))
+    if not (box or stated):
+        return claimed(text, labels)
+    denied: set[str] = set()
+    end = len(text)
+    for statement in reversed(stated[-STATEMENTS:]):
+        part = text[statement.end() : end]
+        if found := [label for label in claimed(part, labels) if label not in denied]:
+            return found
+        if NONE_OF_THEM.search(part):
+            return []
+        denied |= _named(part, labels)
+        end = statement.start()
+    return [label for label in _at_the_beginning(text, labels) if label not in denied]
+
+
+def _named(text: str, labels: Sequence[str]) -> set[str]:
+    """The labels that the text speaks of, be it to deny them."""
+    return {label for _, label in _mentions(unicodedata.normalize("NFKC", text), labels)}
+
+
+def _at_the_beginning(text: str, labels: Sequence[str]) -> list[str]:
+    plain = unicodedata.normalize("NFKC", text)
+    first = next(iter(_mentions(plain, labels)), None)
+    if first is None or not LEADS_TO_IT.fullmatch(plain[: first[0].start()]) or not _is_claim(plain, first[0]):
+        return []
+    return [first[1]]
+
+
+def _mentions(plain: str, labels: Sequence[str]) -> Iterator[tuple[regex.Match[str], str]]:
+    """Where a normalised text has a label, whatever it says of it."""
     by_form = {_form(label): label for label in labels}
     exact = {unicodedata.normalize("NFKC", label): label for label in labels}
-    found = []
     for match in islice(_pattern(tuple(labels)).finditer(plain), MOST):
         label = exact.get(match[0]) or by_form.get(_form(match[0]))
-        if label is not None and _is_claim(plain, match, label):
-            found.append(label)
-    return found
+        if label is not None and _is_label(plain, match, label):
+            yield match, label
 
 
 def mention(text: str) -> str:
@@ -128,16 +187,24 @@ def _form(label: str) -> str:
     return " ".join(regex.split(r"[\s_\-]+", unicodedata.normalize("NFC", plain).strip()))
 
 
-def _is_claim(text: str, match: regex.Match[str], label: str) -> bool:
-    before = text[max(0, match.start() - WINDOW) : match.start()]
-    after = text[match.end() : match.end() + WINDOW]
-    if (
-        len(label) == 1
-        and label.isascii()
-        and label.isalpha()
-        and not _is_letter_of_choice(match[0], label, before, after)
-    ):
-        return False
+def _beside(text: str, match: regex.Match[str]) -> tuple[str, str]:
+    return text[max(0, match.start() - WINDOW) : match.start()], text[match.end() : match.end() + WINDOW]
+
+
+def _is_label(text: str, match: regex.Match[str], label: str) -> bool:
+    """Whether what is written like a label is one: no part of a number, no article, no "no" before a noun."""
+    before, after = _beside(text, match)
+    if len(label) == 1 and label.isascii() and label.isalpha():
+        return _is_letter_of_choice(match[0], label, before, after)
+    if label.isdecimal():
+        return WITHIN_NUMBER.search(before) is None and NUMBER_GOES_ON.search(after) is None
+    if label.casefold() == "no":
+        return not (DETERMINES.search(after) or (HAS.search(before) and A_WORD.search(after)))
+    return True
+
+
+def _is_claim(text: str, match: regex.Match[str]) -> bool:
+    before, after = _beside(text, match)
     if BEFORE.search(before) or THOUGHT.search(before) or UNSPACED_BEFORE.search(before):
         return False
     if AFTER.search(after) or UNSPACED_AFTER.search(after):
@@ -151,6 +218,8 @@ def _is_letter_of_choice(written: str, label: str, before: str, after: str) -> b
     if written != label:  # in the other case it has to stand alone
         alone = not before.strip(" \t(\"'*[") or bool(CUE.search(before.rstrip("(\"'*[ ") + " "))
         return alone and regex.match(r"[)\]\"'*]*(?:[.):\]]|\s*$)", after) is not None
-    if written not in "AI" or CUE.search(before):
-        return True
-    return ARTICLE.search(after) is None or (written == "A" and OPENING.search(before) is None)
+    if written == "I":
+        stands_first = not before.strip(" \t(\"'*[") and regex.match(r"[)\]\"'*]*[.,;:)\]]", after) is not None
+        is_named = CUE.search(before.rstrip("(\"'*[ ") + " ") is not None and ARTICLE.search(after) is None
+        return is_named or stands_first or regex.match(r"[)\]}\"'*.]*[ \t]*(?:\n|$)", after) is not None
+    return written != "A" or CUE.search(before) is not None or not (ARTICLE.search(after) and OPENING.search(before))

@@ -97,6 +97,8 @@ class Mosaic(LocalStep):
         for sample in pool:
             if answer_of(sample) is None or len(sample.messages) != 2:
                 tally.drop("not one question with its answer", prompt_of(sample))
+            elif sample.meta.get("finish") == "length":
+                tally.drop("answer: length", answer_of(sample) or "")
             else:
                 single_turn.append(sample)
         mosaics: Pool = []

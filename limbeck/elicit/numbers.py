@@ -24,10 +24,15 @@ SAME = {
     "\ufe6a": "%", "\uff0f": "/", "\u2044": "/", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\uff04": "$",
 }  # fmt: skip
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-COMMAND = regex.compile(r"\\(?:[dt]?frac|times|cdot)(?![A-Za-z])(*SKIP)(*FAIL)|\\[A-Za-z]+|\\[,;:! ]")
+GROUPS = r"\\[,;:!]"  # LaTeX's narrow spaces, between thousands too
+COMMAND = regex.compile(
+    rf"\\(?:[dt]?frac|times|cdot)(?![A-Za-z])(*SKIP)(*FAIL)|(?<=\d,?){GROUPS}(?=\d{{3}}(?!\d))(*SKIP)(*FAIL)"
+    r"|\\[A-Za-z]+|\\[,;:! ]"
+)
 CODES = "USD|EUR|GBP|CHF|CAD|AUD|JPY|CNY|INR|SEK|NOK|DKK|US|Rs|RM|R"
 PLAIN = (
     r"\d{1,3}(?:(?:,\d{3})++|(?:\.\d{3}){2,}+|(?:'\d{3})++|(?:\u2009\d{3})++)(?:[.,]\d++)?(?!\d)"
+    rf"|[1-9]\d{{0,2}}(?:(?:(?:\{{,\}}|,\\!)\d{{3}})++|(?:{GROUPS}\d{{3}})++)(?:[.,]\d++)?(?!\d)"
     r"|\d{1,2}(?:,\d{2}(?=,)){1,8}+,\d{3}(?:\.\d++)?(?!\d)|\d{1,3}(?:\.\d{3})++,\d++"
     r"|\d{1,3}(?:[ ]\d{3})++(?:[.,]\d++)?(?![ ]?\d)|\d++(?:[.,]\d++)?|\.\d++"
 )
@@ -36,7 +41,7 @@ NUMBER = regex.compile(
     (?<![\p{{Latin}}\p{{Greek}}\p{{Cyrillic}}_^\d]|\d[.,'/]|[\^_]\{{|\^-|\^\{{-)  # of no name, unit or exponent
     (?:(?:{CODES})(?=[\d.$-]))?
     (?P<sign>(?<==[ ])-[ ]|(?<![\p{{L}}\p{{N}})\]}}%])-|\+)?
-    [$€£¥₹]?(?P<inner>-)?
+    (?P<money>[$€£¥₹])?(?P<inner>-)?
     (?:
       \\[dt]?frac[ ]?(?:\{{[ ]?(?P<top>-?\d{{1,15}})[ ]?\}}[ ]?\{{[ ]?(?P<bottom>\d{{1,15}})[ ]?\}}
         |(?P<top>\d)(?P<bottom>\d))
@@ -51,7 +56,8 @@ NUMBER = regex.compile(
     (?:[ ]?(?:\\?(?P<percent>%|percent\b|per[ ]cent\b|Prozent\b|pour[ ]cent\b|por[ ]ciento\b|procent\b|процент)
       |(?P<scale>thousand|million|billion|trillion|Millionen|Milliarden
         |millions|millones|milliards|lakh|crore|万|萬|億|亿|만|억)
-      (?!\p{{Latin}})))?
+      (?!\p{{Latin}}))
+     |(?:[ ](?=bn))?(?P<short>k|K|M|bn)(?![\p{{Latin}}\d_^]))?
     """,
     regex.VERBOSE,
 )  # fmt: skip
@@ -60,6 +66,8 @@ SCALES = {
     "milliarden": 1e9, "milliards": 1e9, "trillion": 1e12, "lakh": 1e5, "crore": 1e7, "万": 1e4, "萬": 1e4, "만": 1e4,
     "億": 1e8, "亿": 1e8, "억": 1e8,
 }  # fmt: skip
+SHORT_SCALES = {"k": 1e3, "K": 1e3, "M": 1e6, "bn": 1e9}
+UNITS = ("K", "M")  # may also be kelvin and mol per litre, of what is no money
 # before a number, by its own text up to it: it is negative, or denied
 MINUS = regex.compile(
     r"(?<![\d]\s?)(?:\b(?:minus|negative|moins|menos|meno|минус)\s|负|負|マイナス)\s?$", regex.IGNORECASE
@@ -165,6 +173,9 @@ def _readings(match: regex.Match[str], decimal: Decimal) -> tuple[float, ...]:
     if part["scale"]:
         factor = SCALES[part["scale"].lower()]
         return (*(value * factor for value in values), *values)
+    if part["short"]:
+        scaled = tuple(value * SHORT_SCALES[part["short"]] for value in values)
+        return (*scaled, *values) if part["short"] in UNITS and not part["money"] else scaled
     return values
 
 
@@ -184,7 +195,7 @@ def _plain(digits: str, decimal: Decimal) -> tuple[float, ...]:
     spaced = digits.split(" ")
     if len(spaced) > 1:  # 12 345: thousands, or two numbers
         return (*_plain("".join(spaced), decimal), *_plain(spaced[-1], decimal))
-    digits = digits.replace("\u2009", "").replace("'", "")
+    digits = regex.sub(GROUPS, "", digits).replace("{,}", ",").replace("\u2009", "").replace("'", "")
     points, commas = digits.count("."), digits.count(",")
     if points and commas:  # the last separator is the decimal one
         last = max(digits.rfind("."), digits.rfind(","))

@@ -12,9 +12,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from limbeck.config.section import Section
 from limbeck.elicit.checks import PATTERN_SECONDS, check_pattern
 from limbeck.elicit.json_in import NotJSONError, plain, read_json
-from limbeck.elicit.labels import claimed
+from limbeck.elicit.labels import decided
 from limbeck.elicit.schema import check_schema, in_order, is_valid, value_in
-from limbeck.elicit.thinking import boxed, stated
 from limbeck.elicit.verify import MAX_CHARS
 from limbeck.types import AnswerForm
 
@@ -125,12 +124,12 @@ class Parsing(Section):
 
 
 def _label(said: str, labels: tuple[str, ...]) -> str:
-    """The one label that the answer claims: in its last box, or else after its last "the answer is", or else
-    anywhere."""
+    """The one label that the answer claims: in its last box, or else after its last "the answer is", or else,
+    where it says neither, anywhere."""
     alone = [label for label in labels if plain(label) == plain(said.strip().rstrip("."))]
     if alone:
         return alone[0]
-    found = set(claimed(boxed(said) or stated(said) or said, labels) or claimed(said, labels))
+    found = set(decided(said, labels))
     if len(found) != 1:
         raise UnparsedError("several labels" if found else "no label")
     return found.pop()

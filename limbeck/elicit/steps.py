@@ -43,8 +43,10 @@ from limbeck.elicit import (  # noqa: F401 (imported for the steps that they reg
     verdicts,
     verified,
 )
+from limbeck.elicit.answer import AnswerPrompts
 from limbeck.elicit.flow import Pool
 from limbeck.elicit.step import REGISTRY, ElicitStep
+from limbeck.elicit.verified import Vote
 from limbeck.types import RecipeError, nearest
 
 STEPS = REGISTRY
@@ -100,6 +102,12 @@ def check_steps(steps: Sequence[tuple[str, ElicitStep]], pool: Pool, columns: fr
     for index, (name, step) in enumerate(steps):
         step.refuse(f"elicit[{index}].{name}", known, None if index else pool)
         step.refuse_prompts(f"elicit[{index}].{name}", pool)
+        if isinstance(step, Vote) and index and _drops_repeats(steps[index - 1][1]):
+            raise RecipeError(
+                f"elicit[{index}].{name}",
+                "the step before it leaves out an answer that is given again, and so the majority: write all: true"
+                " there",
+            )
         wanted = getattr(step, "score", None)
         ours = all(type(other).__module__.startswith("limbeck.") for _, other in steps[:index])
         if isinstance(wanted, str) and wanted not in scores and ours:  # another's step may give any
@@ -107,3 +115,8 @@ def check_steps(steps: Sequence[tuple[str, ElicitStep]], pool: Pool, columns: fr
             raise RecipeError(f"elicit[{index}].{name}.score", f"no step before it gives a score {wanted!r}{cure}")
         known |= step.writes()
         scores |= step.gives_scores()
+
+
+def _drops_repeats(step: ElicitStep) -> bool:
+    """Whether it asks several times, and keeps equal answers once."""
+    return isinstance(step, AnswerPrompts) and not step.all and step.n * len(step.asks()) > 1

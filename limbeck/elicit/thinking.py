@@ -56,7 +56,8 @@ MARKERS = frozenset(
 CHANNEL_MARKERS = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>", "<|call|>"})
 
 STATED = re.compile(
-    r"####|\banswer\s*(?:is(?![a-z])|would be|must be|:|=)|\bAntwort\s*(?:ist|lautet|:)|\brespuesta\s*(?:correcta\s*)?(?:es|:)"
+    r"####|\banswer\s*(?:is(?![a-z])|would be|must be|:|=)"
+    r"|\bAntwort\s*(?:ist|lautet|:)|\brespuesta\s*(?:correcta\s*)?(?:es|:)"
     r"|\bréponse\s*(?:correcte\s*)?(?:est|:)|\brisposta\s*(?:corretta\s*)?(?:è|:)|\bresposta\s*(?:correta\s*)?(?:é|:)"
     r"|\bодповідь\s*[:—-]|\bответ\s*[:—-]|答案\s*(?:是|为|為|:|：)|答えは|正解は|정답은|답은|답\s*:|उत्तर\s*(?:है|:)|الجواب\s*(?:هو|:)"
     r"|الإجابة\s*(?:هي|:)|\bodpowiedź\s*(?:to|:)|\bcevap\s*:|\bantwoord\s*(?:is|:)|\bsvaret?\s*(?:är|er|:)",

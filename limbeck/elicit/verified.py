@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 
 from limbeck.elicit.checks import normalised
 from limbeck.elicit.flow import Pool, StepContext, Tally, answer_of, prompt_of, said_by, with_scores
-from limbeck.elicit.labels import claimed
+from limbeck.elicit.labels import decided
 from limbeck.elicit.numbers import final_number
 from limbeck.elicit.step import LocalStep, register
-from limbeck.elicit.thinking import after_thinking, boxed
+from limbeck.elicit.thinking import after_thinking, boxed, stated
 from limbeck.elicit.verify import verify
 from limbeck.types import Sample
 
@@ -21,16 +21,19 @@ LETTERS = tuple("ABCDEFGHIJ")
 
 
 def final_answer(sample: Sample, answer_type: AnswerType) -> str | None:
-    """The answer that a sample ends in, after its thinking: its last number (in plain form), the last letter of a
-    choice, or its text without case and punctuation. Reads `final` in the meta if it is there, else the whole
-    answer."""
+    """The answer that a sample ends in, after its thinking: its last number (in plain form), the letter of a choice
+    (the first in a box or after "the answer is", else the last), or its text without case and punctuation. Reads
+    `final` in the meta if it is there, else the whole answer. One that was cut off ends in none."""
+    if sample.meta.get("finish") == "length":
+        return None
     text = str(sample.meta.get("final") or said_by(sample))
     if answer_type == "number":
         number = final_number(boxed(text) or text)
         return number.plain if number else None
     if answer_type == "choice":
-        letters = claimed(boxed(text) or text, LETTERS)
-        return letters[-1] if letters else None
+        letters = decided(text, LETTERS)
+        says_it = boxed(text) or stated(text)
+        return letters[0 if says_it else -1] if letters else None
     return normalised(text) or None
 
 
@@ -95,8 +98,9 @@ class Verify(LocalStep):
 @register("vote")
 class Vote(LocalStep):
     """Self-consistency: among the answers to one prompt, keeps those that agree with the most frequent final answer (of
-    equally frequent ones, the one that came first), `all` of them or only the `first`. Needs no right answer. Drops
-    prompts on which fewer than a share `least` agree."""
+    equally frequent ones, the one that came first), `all` of them or only the `first`. Needs no right answer. One that
+    was cut off has no final answer. Put `all: true` into an `answer` before it: else answers in the same words count
+    once. Drops prompts on which fewer than a share `least` agree."""
 
     kind = "verify"
     paper = "Wang et al., arXiv:2203.11171; as labels: Huang et al., arXiv:2210.11610"

@@ -9,12 +9,12 @@ from typing import Any
 from limbeck.elicit import checks, citing, equivalence, instructions, sandbox, schema
 from limbeck.elicit.checks import Check
 from limbeck.elicit.json_in import objects_in, same
-from limbeck.elicit.labels import claimed
+from limbeck.elicit.labels import decided
 from limbeck.elicit.numbers import denied, final_number, numbers_in
 from limbeck.elicit.thinking import after_thinking, boxed, stated
 from limbeck.types import UserError, nearest
 
-VERSION = 3  # of the verdicts: records of another version are not mixed with ours
+VERSION = 4  # of the verdicts: records of another version are not mixed with ours
 MAX_CHARS = 100_000
 
 
@@ -81,15 +81,18 @@ def _number(check: Check, answer: str) -> bool:
 def _check_number(check: Check, place: str) -> None:
     if isinstance(check["answer"], bool):
         raise UserError(f"{place}: the answer of a number check must be a number")
+    try:
+        float(check["answer"])
+    except OverflowError:
+        raise UserError(f"{place}: the answer of a number check is too large: at most 1.8e308") from None
     if check.get("decimal", ".") not in (".", ","):
         raise UserError(f"{place}: decimal {check['decimal']!r} must be '.' or ','")
 
 
 def _choice(check: Check, answer: str) -> bool:
     """Whether the answer claims the right label and no other: in its last box, or else after its last "the answer is",
-    or else anywhere."""
-    said = boxed(answer) or stated(answer) or answer
-    return set(claimed(said, check["labels"]) or claimed(answer, check["labels"])) == {check["answer"]}
+    or else, where it says neither, anywhere."""
+    return set(decided(answer, check["labels"])) == {check["answer"]}
 
 
 def _check_choice(check: Check, place: str) -> None:

@@ -19,8 +19,10 @@ TOUCHING = regex.compile(
 )
 VULGAR = regex.compile(r"(?P<whole>\d++)?[ ]?(?P<part>[¼½¾⅐-⅞])")
 RAISED = regex.compile(r"(?<=[\d\p{L})}])[⁰¹²³⁴-⁹⁻]++")
+MIXED = regex.compile(r"(?<![\p{L}\d/^_.,}])(?P<whole>\d{1,9}) (?P<part>\d{1,6}/\d{1,6})(?![\d/])")
+BARE_MINUS = regex.compile(r"(?<=[\p{L}\d)}])\^(-\d{1,3})(?![\d.])")
 ROOT = regex.compile(r"√\s?(?:\{([^{}]{1,40})\}|\(([^()]{1,40})\)|(\d++|\p{L}))")
-THOUSANDS = regex.compile(r"(?<=[1-9]\d{0,2})\{,\}(?=\d{3}(?!\d))|(?<=\d)(?:\\[,;:!]|~|\u2009)(?=\d{3}(?!\d))")
+THOUSANDS = regex.compile(r"(?<=[1-9]\d{0,2})\{,\}(?=\d{3}(?!\d))|(?<=\d)(?:,?\\!|\\[,;:]|~|\u2009)(?=\d{3}(?!\d))")
 POWER_OF_TEN = regex.compile(r"(?<=\d)[eE]([+-]?\d{1,3})(?![\p{L}\d])")
 IS_LATEX = regex.compile(r"\$|\\[(\[]|\\(?:boxed|fbox|d?frac|sqrt)")
 MARKS = regex.compile(r"</?\w{1,20}>|`+|\*\*")
@@ -37,10 +39,18 @@ def readable(text: str) -> str:
             plain = plain[: number.start] + " " * (number.end - number.start) + plain[number.end :]
     plain = POWER_OF_TEN.sub(r"*10^\1", THOUSANDS.sub("", plain).replace("{,}", ".").replace("\\$", " "))
     plain = RAISED.sub(lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", VULGAR.sub(_fraction, plain))
+    plain = BARE_MINUS.sub(r"^{\1}", MIXED.sub(_improper, plain))
     plain = TOUCHING.sub(" ", plain)
     if not IS_LATEX.search(plain):
         plain = RUN.sub(_as_latex, MARKS.sub(" ", PYTHONS_POWER.sub("^", plain)))
     return str(ROOT.sub(_root, plain))
+
+
+def readable_gold(right: str) -> str:
+    """A right answer, LaTeX or plain, in the form that `readable` gives to an answer in a box."""
+    if IS_LATEX.search(right):
+        return readable(right if "$" in right or boxed(right) is not None else f"${right}$")
+    return readable(f"${PYTHONS_POWER.sub('^', right)}$")
 
 
 def undecided(right: str, answer: str) -> bool:
@@ -53,7 +63,12 @@ def undecided(right: str, answer: str) -> bool:
 
 def _fraction(match: regex.Match[str]) -> str:
     part = Fraction(unicodedata.numeric(match["part"])).limit_denominator(10)
-    return f"({match['whole']}+{part})" if match["whole"] else str(part)
+    return str(int(match["whole"] or 0) + part)
+
+
+def _improper(match: regex.Match[str]) -> str:
+    top, bottom = map(int, match["part"].split("/"))
+    return f"{int(match['whole']) * bottom + top}/{bottom}"
 
 
 def _root(match: regex.Match[str]) -> str:

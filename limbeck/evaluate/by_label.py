@@ -18,9 +18,9 @@ import numpy as np
 from limbeck.config.significance import CONFIDENCE
 from limbeck.elicit import checks
 from limbeck.elicit.json_in import objects_in, same
-from limbeck.elicit.labels import claimed
+from limbeck.elicit.labels import decided
 from limbeck.elicit.prompts import Prompt
-from limbeck.elicit.thinking import after_thinking, boxed, stated
+from limbeck.elicit.thinking import after_thinking
 from limbeck.evaluate.items import GenerationSettings, LabelSettings
 from limbeck.evaluate.records import ItemResult, SystemRecords
 from limbeck.evaluate.statistics import RESAMPLES, Interval, ratio_interval
@@ -158,8 +158,7 @@ def said_label(check: checks.Check, text: str, labels: Sequence[str]) -> str:
     if answer is None:
         return OTHER
     if check["type"] == "choice":
-        said = boxed(answer) or stated(answer) or answer
-        found = set(claimed(said, labels) or claimed(answer, labels))
+        found = set(decided(answer, labels))
     elif checks.exact(check, answer):
         return str(check["answer"])
     else:

@@ -21,6 +21,7 @@ from limbeck.types import NAME, RecipeError, UserError, content_hash
 HELD_OUT = "held-out prompts"  # of the inputs the one that may change: what is asked of them is asked anew
 TRAINING = "training"  # what the folder's checkpoints are named by
 WHOLE = "weights"  # all bytes of the models, where the folder names them by the edges of their files
+START = "start"  # the weights that the student starts from, where they are here
 BEFORE_THE_RECIPE = frozenset(
     {".lock", INPUTS, "machine.json", "plan.json", "prompts.json", "answers.json", "start.json"}
     | {f"store.sqlite{end}" for end in ("", "-wal", "-shm", "-journal")}
@@ -104,6 +105,8 @@ def claim(
         raise UserError(f"{folder} is not empty and holds no run (there is {strangers[0]!r}): give another --out")
     facts = inputs()
     settled = _settled_inputs(folder, facts, earlier, older)
+    if START in settled:  # weights that are not here any more are fetched where they are read
+        facts = {START: settled[START]} | facts
     bound = (settled.keys() | facts.keys() if settled else set[str]()) - {HELD_OUT, TRAINING, FORMAT_NAME}
     if changed := sorted(key for key in bound if settled.get(key) != facts.get(key)):
         raise UserError(
@@ -145,7 +148,7 @@ def _settled_inputs(
     if not (folder / INPUTS).exists():
         return {}
     settled = _settled(folder / INPUTS, json.loads)
-    settled |= {WHOLE: facts[WHOLE]} if WHOLE in facts and WHOLE not in settled else {}
+    settled = {name: facts[name] for name in (WHOLE, START) if name in facts} | settled
     if HELD_OUT in facts and HELD_OUT not in settled and earlier is not None and older is not None:
         with contextlib.suppress(UserError):  # files that are gone: the prompts have changed
             together, training = older(earlier)

@@ -13,8 +13,9 @@ from limbeck.config.recipe import Recipe
 from limbeck.elicit.prompt import Prompt
 from limbeck.models.compatibility import have_other_tokens
 from limbeck.models.conversation import check_conversation
+from limbeck.models.given_answer import answer_ids
 from limbeck.models.load import load_config, load_tokenizer
-from limbeck.models.template import continued, opened, prompt_ids, text_ids
+from limbeck.models.template import opened, prompt_ids
 from limbeck.models.weights import context_length
 from limbeck.runs.resolve import Method, context_of, resolve
 from limbeck.types import Message, RecipeError, UserError
@@ -70,13 +71,13 @@ class Window:
             len(prompt_ids(self.tokenizer, messages)) + self.max_length - room for messages, room in self.views(prompt)
         )
 
-    def answer(self, text: str) -> list[int]:
-        """An answer's tokens, without its end."""
-        return text_ids(self.tokenizer, continued(self.opened, text))
+    def answer(self, text: str, is_cut: bool = False) -> list[int]:
+        """An answer's tokens as they are trained on, with its end unless it is cut off."""
+        return answer_ids(self.tokenizer, text, self.opened, is_cut)
 
     def tokens(self, prompt: Prompt, answers: Sequence[str], written: int) -> int:
         """The tokens of a conversation with its longest answer, which may be one that is still to be written."""
-        return self.asked(prompt) + max([written, *(len(self.answer(answer)) + 1 for answer in answers)])
+        return self.asked(prompt) + max([written, *(len(self.answer(answer)) for answer in answers)])
 
 
 def fitted(method: Method) -> Method:
@@ -210,10 +211,10 @@ def _cut(prompt: Prompt, context: Window, answers: Sequence[str], written: int) 
 
 
 def _cut_answer(text: str, context: Window, left: int) -> str:
-    if len(context.answer(text)) + 1 <= left:
+    if len(context.answer(text)) <= left:
         return text
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(context.answer(text[:middle])) <= left else (low, middle - 1)
+        low, high = (middle, high) if len(context.answer(text[:middle], is_cut=True)) <= left else (low, middle - 1)
     return text[:low]

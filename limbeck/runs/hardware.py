@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from limbeck.config.cluster import Cluster
-from limbeck.models.placement import CPU, describe
+from limbeck.models.placement import CPU, describe, multiplies_in_bfloat16
 from limbeck.types import UserError, nearest
 
 GIB = 2**30
@@ -93,7 +93,9 @@ def stated(cluster: Cluster) -> Hardware:
 def measured(device: torch.device, dtype: torch.dtype = torch.float32) -> Hardware:
     """This machine's device, with the rate of its matrix products in this type."""
     if device.type != "cuda":
-        return Hardware(describe(device), {torch.float32: matrix_rate(device)})
+        is_fast = dtype == torch.bfloat16 and device.type == "cpu" and multiplies_in_bfloat16()
+        types = {torch.float32, dtype} if is_fast else {torch.float32}
+        return Hardware(describe(device), {kind: matrix_rate(device, kind) for kind in types})
     rates = {kind: matrix_rate(device, kind, shape=(4096, 4096, 4096)) for kind in {torch.float32, dtype}}
     memory = torch.cuda.get_device_properties(device).total_memory
     return Hardware(describe(device), rates, memory, overhead=GPU_OVERHEAD)

@@ -16,13 +16,13 @@ from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe
 from limbeck.evaluate.efficiency import system_load
 from limbeck.models.fingerprint import NAMING
-from limbeck.models.load import model_contents
+from limbeck.models.load import is_ready, model_contents, model_identity
 from limbeck.models.scores import scorer_identity
 from limbeck.models.template_names import template_suffix
 from limbeck.objectives.sizes import SIZES
 from limbeck.progress import Reporter
 from limbeck.runs.answers import keep_for_others
-from limbeck.runs.claim import HELD_OUT, WHOLE, claim
+from limbeck.runs.claim import HELD_OUT, START, WHOLE, claim
 from limbeck.runs.fit import fitted
 from limbeck.runs.models import RunModels
 from limbeck.runs.named import input_name
@@ -39,6 +39,9 @@ def inputs_of(method: Method, models: RunModels) -> dict[str, str]:
     facts[HELD_OUT] = method.held_out_prompts_key
     if recipe.student.template is not None:
         facts["student's template"] = template_suffix(recipe.student.template)
+    start = recipe.student.start.pretrained
+    if start is not None and is_ready(start):
+        facts[START] = model_identity(start, template=recipe.student.template)
     if method.rewards is not None and method.rewards.models:
         facts["reward models"] = " ".join(map(scorer_identity, method.rewards.models))
     if recipe.teacher.server is not None:

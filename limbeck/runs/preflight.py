@@ -28,6 +28,7 @@ from limbeck.models.template import prompt_ids, text_ids
 from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.advice import judge_cautions
 from limbeck.runs.cost import ASKED_TOKENS, Plan, make_plan
+from limbeck.runs.evaluation_requests import asked_to_measure
 from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured, stated
 from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of
@@ -126,6 +127,8 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     lengths = lengths_of(recipe, method.steps, prompts[0], tokens=_tokens(recipe), store=store, given=given)
     bills = _bills(method, again=False)
     made = make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=bills)
+    own = asked_to_measure(method, round(lengths.held_out))
+    made = replace(made, requests=made.requests + own.requests, teacher_tokens=made.teacher_tokens + own.tokens)
     said = [*judge_cautions(recipe, method.steps, judges)]
     said += [f"what the stage {name} takes before each round is not counted" for name in method.stages]
     if method.at_once:

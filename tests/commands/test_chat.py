@@ -40,6 +40,31 @@ def test_the_teacher_is_the_runs(run_of, tiny_folder, monkeypatch):
     assert str(student.net.dtype) == "torch.float32" and student.prompt_context is None
 
 
+ASK = {"ask": {"prompt": "Is it good? {{ prompt }}", "parse": {"label": ["yes", "no"]}}}
+
+
+@pytest.mark.parametrize(
+    ("step", "asked"),
+    [(ASK, "Is it good? why?"), ({"ask": {"prompt": "{{ prompt | upper }}", "parse": "text"}}, "why?")],
+)
+def test_the_teacher_is_asked_with_the_question_that_it_taught_with(
+    run_of, tiny_folder, monkeypatch, capsys, step, asked
+):
+    spoke = {}
+    monkeypatch.setattr(chat, "answer", lambda model, *_: spoke.setdefault(model.identity, model) and "fine")
+    monkeypatch.setattr("sys.stdin", io.StringIO("why?\n\n"))
+    chat.converse(
+        run_of(teacher={"model": str(tiny_folder)}, elicit=[step], writer=[{"by": "elicited"}], loss=["cross_entropy"]),
+        4,
+        0.0,
+    )
+    teacher = next(iter(spoke.values()))
+    question = ({"role": "user", "content": "why?"},)
+    shown = question if teacher.prompt_context is None else teacher.prompt_context(question)
+    assert shown[-1]["content"] == asked
+    assert ("another thing for every prompt" in " ".join(capsys.readouterr().err.split())) == (asked == "why?")
+
+
 def test_the_device_is_the_machines_unless_it_is_named(run_of, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     folder = run_of(machine={"device": "cuda:97"})

@@ -154,6 +154,9 @@ def test_a_run_folders_student_is_asked_and_the_file_lies_in_it(tmp_path, tiny_f
     kept = json.loads((run / "evaluation" / "harness.json").read_text())["tasks"]
     assert list(kept) == ["pick", "say"], "what was measured before stays"
     assert kept["say"]["settings"]["generation"]["max_gen_toks"] == 7
+    (run / "recipe.yaml").write_text("- name: tiny\n")
+    with pytest.raises(UserError, match="is no recipe of a run"):
+        harness(str(run), [str(tmp_path / "say")])
     for entry in kept.values():
         assert entry["model"].startswith("student@") or entry["model"].startswith("model@")
         assert {"lm_eval", "torch", "transformers", "limbeck", "python"} == set(entry["versions"])

@@ -17,13 +17,14 @@ from limbeck.cli import app
 from limbeck.commands.new import asked, command, student, write
 from limbeck.commands.new.data import Example
 from limbeck.commands.new.draft import block, inline, literal
-from limbeck.commands.new.gold import calls_of, checks_of_results, number_of
+from limbeck.commands.new.gold import calls_of, checks_of_answers, checks_of_results, number_of
 from limbeck.commands.new.parts import room_for
 from limbeck.commands.new.split import split
 from limbeck.commands.new.student import has_the_teachers_tokens, learning_rate
 from limbeck.commands.new.wishes import EMBEDDED, TASKS, Wishes, slug
 from limbeck.config.yaml_text import load_yaml
 from limbeck.elicit.rendering import render
+from limbeck.elicit.verify import verify
 from limbeck.evaluate.by_label import labels_of
 from limbeck.evaluate.tasks import load_task
 from limbeck.models import placement
@@ -270,7 +271,7 @@ def test_questions_with_passages():
     assert "context stands before the question" in said and "NOT USED" not in said
     method = resolve(load_recipe("mine/recipe.yaml"))
     assert all("m high.\n\nQuestion: How high" in prompt.text for prompt in method.training_prompts)
-    assert method.tasks[0].items[0].check["type"] == "contains"
+    assert method.tasks[0].items[0].check["type"] == "pattern"
 
 
 def test_rewriting_by_an_instruction():
@@ -778,7 +779,7 @@ def test_rare_and_lopsided_labels_are_told():
     )
     said = quickly(data=table(rows))
     assert "fewer than 5 texts: few, rare" in said and "96% of the texts are many" in said
-    assert "1 labels with one text are trained and not measured: rare" in said
+    assert "1 labels have no held-out text, so they are trained and not measured: rare" in said
 
 
 def test_rows_without_a_label_are_left_out_and_counted():
@@ -842,9 +843,65 @@ def test_results_of_worked_solutions():
     assert kinds(["2 + 2 = 4\n#### 4", "$1,200", "7 %", ""]) == ["number", "number", "number", None]
     assert kinds(["A", "B", "A", "B", "The answer is A.", "B"]) == ["choice"] * 6
     assert kinds(["Paris", "Rome", "Oslo"]) == ["contains"] * 3
+    assert number_of(".5") == 0.5 and number_of("$.5") == 0.5 and number_of("5 €.") == 5 and number_of(". 5") is None
     assert number_of("1,234.5") == 1234.5 and number_of("12 apples") is None and number_of("1,2") is None
     assert calls_of('[{"name": "f", "arguments": {"x": 1}}]')["calls"] == [{"name": "f", "arguments": {"x": [1]}}]
     assert calls_of("just text") is None
+
+
+def test_short_answers_are_checked_as_a_whole():
+    def checks(*answers):
+        return checks_of_answers(examples(["x"] * len(answers), answers))
+
+    yes, no = checks("Yes.", "No", "yes", "No.", "Yes", "No")[:2]
+    assert verify(no, "No, it is not.") and not verify(no, "I do not know.") and not verify(no, "Yes, as noted.")
+    assert verify(yes, "yes") and yes["labels"] == ["No", "Yes"]
+    a, dots, paris, height = checks("A", "...", "Paris.", "3 m")
+    assert dots is None and not verify(a, "B. Apples") and verify(a, "a: apples")
+    assert verify(paris, "It is PARIS!") and not verify(paris, "The Parisian") and not verify(height, "13 m")
+    assert checks("x" * 61) == [None] and checks("7 %")[0] == {"type": "number", "answer": 7}
+
+
+def test_conversations_that_differ_in_what_stands_before_them_are_no_repeats():
+    rows = [
+        {"messages": [{"role": "system", "content": system}, *row["messages"]]}
+        for row in TALKS
+        for system in ("Speak as a pirate.", "Speak as a poet.", "speak as  a Poet.")
+    ]
+    said = new(task="chat", data=lines(rows))
+    assert len(read("mine/train.jsonl")) + len(read("mine/held-out.jsonl")) == 2 * len(TALKS)
+    assert f"{len(TALKS)} rows repeat" in said
+    said = [{row["messages"][-2]["content"] for row in read(f"mine/{part}.jsonl")} for part in ("train", "held-out")]
+    assert said[1] and not said[0] & said[1]
+    tools = [[{"type": "function", "function": {"name": name, "parameters": {}}}] for name in ("add", "take")]
+    new("--teacher", "none", task="tools", data=lines([row | {"tools": t} for row in TALKS for t in tools]), where="t")
+    assert len(read("t/train.jsonl")) + len(read("t/held-out.jsonl")) == 2 * len(TALKS)
+    systems = [{"role": "system", "content": f"Speak as {thing}."} for thing in THINGS]
+    with pytest.raises(UserError, match="say the same after another system message"):
+        new(task="chat", data=lines([{"messages": [s, *TALKS[0]["messages"]]} for s in systems]), where="same")
+
+
+def test_a_repeated_text_keeps_the_check_of_the_row_that_is_kept():
+    new("--teacher", "none", task="reason", data=lines([*QUESTIONS, *(row | {"answer": "77777"} for row in QUESTIONS)]))
+    assert all(row["check"]["answer"] != 77777 for row in read("mine/train.jsonl"))
+
+
+def test_an_answer_that_its_schema_refuses_is_named(here):
+    (here / "form.json").write_text(json.dumps(SCHEMA))
+    rows = [*FORMS[:-1], FORMS[-1] | {"answer": '{"other": 1}'}]
+    with pytest.raises(UserError, match=rf"line {len(rows)}: --schema form.json refuses its answer"):
+        new("--schema", "form.json", "--columns", "text=text", task=None, data=lines(rows))
+
+
+@pytest.mark.parametrize("usable", [0, 12])
+def test_calls_in_a_field_of_the_last_message_are_named(usable):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    end = {"role": "assistant", "content": "", "tool_calls": [call]}
+    rows = [{"messages": [{"role": "user", "content": f"Add {n}."}, end], "tools": tools} for n in range(30)]
+    rows += [{"messages": [{"role": "user", "content": f"Take {n}."}], "tools": tools} for n in range(usable)]
+    with pytest.raises(UserError, match=r"30 conversations end with a message that has `tool_calls` \(first: line 1\)"):
+        new(task="tools", data=lines(rows))
 
 
 def test_names():

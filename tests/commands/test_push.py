@@ -6,13 +6,16 @@ import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
 from limbeck.cli import app
-from limbeck.types import UserError
+from limbeck.commands.push import write_data
+from limbeck.config.recipe import as_yaml, parse
+from limbeck.types import Sample, UserError
 
 
 class Hub(ThreadingHTTPServer):
@@ -152,6 +155,24 @@ def test_the_training_text_is_uploaded_as_a_dataset(hub, tmp_path, tiny_folder):
     card = hub.files["README.md"].decode()
     assert card.startswith("---\nconfigs:") and f"{len(lines)} conversations" in card
     assert str(tmp_path) not in card + hub.files["train.jsonl"].decode() and "hf_secret" not in card
+
+
+def test_answers_that_teach_nothing_are_not_uploaded(recipe_data, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(as_yaml(parse(recipe_data)))
+    said = ({"role": "user", "content": "why?"},)
+    good, refused, empty = (
+        Sample((*said, {"role": "assistant", "content": text}), "teacher", meta={"finish": finish})
+        for text, finish in (("So.", "ok"), ("No.", "refused"), ("", "empty"))
+    )
+    samples = [good, refused, empty]
+    stored = SimpleNamespace(text=SimpleNamespace(training=lambda: samples))
+    monkeypatch.setattr("limbeck.runs.run.Run", lambda *_: stored)
+    card = write_data(tmp_path, tmp_path)
+    assert [json.loads(line)["id"] for line in (tmp_path / "train.jsonl").read_text().splitlines()] == [good.id]
+    assert "1 conversations" in card
+    samples.remove(good)
+    with pytest.raises(UserError, match="none of its 2 answers can be used"):
+        write_data(tmp_path, tmp_path)
 
 
 def test_what_can_not_be_pushed_is_one_message(hub, run_folder, tmp_path, monkeypatch):

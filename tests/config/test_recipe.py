@@ -41,6 +41,8 @@ def test_set_replaces_nested_values(file):
     recipe = load_recipe(file, ["train.lr=0.5", "student.lora.rank=4", "train.betas=[0.8, 0.9]"])
     assert load_recipe(file, ["loss.0.weight=0.5"]).loss[0].weight == 0.5, "short forms can be set into too"
     assert (recipe.train.lr, recipe.student.lora.rank, recipe.train.betas) == (0.5, 4, (0.8, 0.9))
+    with pytest.raises(UserError, match="'²' can't be set there"):
+        load_recipe(file, ["loss.²=1"])
 
 
 def test_a_number_with_an_exponent_needs_no_point(file, recipe_data, tmp_path):

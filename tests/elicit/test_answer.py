@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from limbeck.elicit.answer import EXPLAINING, AnswerPrompts, Explain
+from limbeck.elicit.flow import with_scores
 from limbeck.elicit.given import CorpusAnswers
 from limbeck.elicit.rationale import CONCLUDE, Contrastive, DiverseRationales, Rationale, final_of
-from tests.flow_driver import drive, prompts, texts
+from tests.flow_driver import answers, drive, prompts, texts
 
 
 def test_every_prompt_is_asked_n_times_and_equal_answers_are_kept_once():
@@ -124,3 +125,20 @@ def test_given_answers_are_the_corpus_own():
         ("a", "x"),
         ("a", "y"),
     ]
+
+
+def test_new_answers_take_the_place_of_the_old_ones_and_of_what_was_said_of_them():
+    pool = [
+        with_scores(sample, rating=5.0, pass_rate=0.5)
+        for sample in answers(("a", "old"), ("a", "older"), final="4", rationale="so 4")
+    ]
+    found, tally, asked = drive(AnswerPrompts(), pool, lambda *_: "new")
+    assert texts(found) == [("a", "new")] and len(asked) == 1 and not tally.dropped
+    assert found[0].meta == {"prompt_id": "p0", "finish": "ok", "scores": {"pass_rate": 0.5}}
+    (waiting,), _, _ = drive(AnswerPrompts(), prompts("a", final="4"), lambda *_: "new")
+    assert waiting.meta["final"] == "4"
+
+
+def test_given_answers_that_were_cut_off_say_so():
+    pool = prompts("a", answers=["x", "y"], cut=[1])
+    assert [sample.meta["finish"] for sample in drive(CorpusAnswers(answers=2), pool)[0]] == ["ok", "length"]

@@ -205,3 +205,19 @@ def test_quiz_questions_by_steps():
         "dog",
         "pig",
     ]
+
+
+def test_choices_keep_their_numbers_and_no_text_that_was_cut_off():
+    def reply(request, n):
+        text = said(request)
+        if "Write three wrong" in text:
+            return ("1. 1914\n2. 1915\n3. 1916\n4. 19", "length")
+        return (
+            ("1918" if "Q0" in text else "in the", "ok" if "Q0" in text else "length") if "Answer:" in text else f"Q{n}"
+        )
+
+    found, tally, _ = drive(FewShotChoices(count=2), prompts(*"abcdef"), reply, lambda q: LogProb(-1.0, 1))
+    assert tally.dropped == {"answer: length": 1} and len(found) == 1
+    assert {line[3:] for line in found[0].messages[0]["content"].splitlines() if line[1:3] == ". "} == {
+        "1914", "1915", "1916", "1918",
+    }  # fmt: skip

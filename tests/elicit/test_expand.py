@@ -218,6 +218,7 @@ def test_each_round_evolves_the_last_and_gives_all_generations():
         (Evolving(answers={1: "Sorry, I can't."}), "the answer says sorry"), (Evolving(answers={1: "It is, and. The!"}), "the answer says nothing"),
         (Evolving(prompts={1: "The rewritten prompt: do it"}), "speaks of the prompt"), (Evolving(answers={1: ("x", "length")}), "answer: length"),
         (Evolving(prompts={1: ("x y", "length")}), "prompt cut off"), (Evolving(prompts={1: " "}), "no prompt"),
+        (Evolving(prompts={1: ("I can't.", "refused")}), "prompt: refused"),
     ],
 )  # fmt: skip
 def test_what_failed_goes_and_the_old_prompt_tries_again(writer, reason):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
+from limbeck.elicit.answer import AnswerPrompts
 from limbeck.elicit.flow import with_scores
 from limbeck.elicit.merit import DIGITS, Deita, DifferenceSampling, Difficulty, InstructionFollowingDifficulty, expected
 from limbeck.elicit.select import (
@@ -22,9 +25,14 @@ from limbeck.elicit.select import (
     Top,
     Without,
 )
+from limbeck.elicit.steps import check_steps
 from limbeck.elicit.verified import BestOf, Verify, Vote, final_answer
-from limbeck.types import LogProb
+from limbeck.types import LogProb, RecipeError
 from tests.flow_driver import answers, drive, prompts, texts
+
+
+def with_meta(sample, **meta):
+    return replace(sample, meta=sample.meta | meta)
 
 
 def kept(step, pool):
@@ -121,6 +129,13 @@ def test_verdicts_of_checks_and_of_given_answers():
     assert kept(Verify(unchecked="keep"), bare) == (["x"], {"no answer": 1})
 
 
+@pytest.mark.parametrize(("settings", "refused"), [({"n": 5}, True), ({"n": 5, "all": True}, False), ({}, False)])
+def test_a_vote_over_answers_of_which_equal_ones_are_one_is_refused(settings, refused):
+    steps = [("answer", AnswerPrompts(**settings)), ("vote", Vote())]
+    with pytest.raises(RecipeError, match="all: true") if refused else nullcontext():
+        check_steps(steps, prompts("a"))
+
+
 def test_the_majority_needs_no_gold():
     pool = answers(("p", "so 4"), ("p", "it's 4.0"), ("p", "5"), ("p", "none"))
     pool = [type(sample)(sample.messages, sample.writer, meta={"prompt_id": "q"}) for sample in pool]
@@ -130,6 +145,7 @@ def test_the_majority_needs_no_gold():
     }
     assert tally.dropped == {"outvoted": 1, "no final answer": 1}
     assert kept(Vote(keep="first"), pool)[0] == ["so 4"] and kept(Vote(least=0.6), pool)[1]["too little agreement"] == 2
+    assert final_answer(with_meta(pool[0], finish="length"), "number") is None
     tied = [
         type(sample)(sample.messages, sample.writer, meta={"prompt_id": "q"})
         for sample in answers(("p", "2"), ("p", "1"))
@@ -141,7 +157,8 @@ def test_the_majority_needs_no_gold():
     ("text", "rule", "final"),
     [
         ("7 then 1,234.50", "number", "1234.5"), ("nothing", "number", None), ("A or B? The answer is (C).", "choice", "C"),
-        ("I think it's B", "choice", "B"), ("a long way", "choice", None), (" Blue, sky! ", "exact", "blue sky"), ("...", "exact", None),
+        ("I think it's B", "choice", "B"), ("The answer is B, since A is too small and C is too large.", "choice", "B"), ("The answer is B. I would go with that", "choice", "B"),
+        ("a long way", "choice", None), (" Blue, sky! ", "exact", "blue sky"), ("...", "exact", None),
     ],
 )  # fmt: skip
 def test_what_an_answer_comes_to(text, rule, final):

@@ -188,3 +188,8 @@ def test_every_pass_holds_every_sample_once_and_mosaics_stay_short():
     assert all(len(sample.parents) <= 3 for sample in found)
     assert drive(Mosaic(), [*prompts("no answer")])[1].dropped == {"not one question with its answer": 1}
     assert drive(Mosaic(), pool)[0] == drive(Mosaic(), pool)[0] != drive(Mosaic(), pool, seed=1)[0]
+
+
+def test_a_mosaic_has_no_answer_that_was_cut_off():
+    found, tally, _ = drive(Mosaic(passes=1), [*answers(("a", "x")), *answers(("b", "y"), finish="length")])
+    assert texts(found) == [("a", "x")] and tally.dropped == {"answer: length": 1}

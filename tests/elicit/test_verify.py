@@ -152,7 +152,7 @@ def test_without_its_library_a_mathematical_check_says_what_to_install(monkeypat
         ({"type": "instructions", "rules": {"with": "red"}}, "list of words"), ({"type": "instructions", "rules": {"case": "Upper"}}, "can't be 'Upper'"),
         ({"type": "json_schema", "schema": {"type": "thing"}}, "not a JSON Schema"), ({"type": "json_schema", "schema": {"pattern": "("}}, "is not a 'regex'"),
         ({"type": "json_schema", "schema": {"$ref": "https://example.org/schema"}}, "nothing is fetched"), ({"type": "math", "answer": "\\frac{"}, "can't be parsed"),
-        ({"type": "set", "items": [1]}, "must be text"), ({"type": "exact"}, "needs 'answer'"), ({"type": ["exact"]}, "no verifier \\['exact'\\]"), ({"type": {}}, "no verifier {}"), (["exact"], "no verifier"), ({"type": "citations", "passages": [1]}, "must be text"),
+        ({"type": "number", "answer": 10**400}, "too large"), ({"type": "set", "items": [1]}, "must be text"), ({"type": "exact"}, "needs 'answer'"), ({"type": ["exact"]}, "no verifier \\['exact'\\]"), ({"type": {}}, "no verifier {}"), (["exact"], "no verifier"), ({"type": "citations", "passages": [1]}, "must be text"),
     ],
 )  # fmt: skip
 def test_a_malformed_check_is_refused_with_its_place(check, words):

@@ -179,6 +179,16 @@ def test_a_limit_shorter_than_the_context_leaves_out_what_is_longer(corpus):
     )
 
 
+def test_what_the_template_puts_before_an_answer_takes_room_too(corpus):
+    data = [{"prompt": f"one {n}", "answer": "two"} for n in range(6)]
+    message = "message['content']"
+    headed = TEMPLATE.replace(message, f"('so ' * 30 if message['role'] == 'assistant' else '') + {message}")
+    short = {"longest": 60, "too_long": "drop"}
+    assert len(prepared(corpus(data, prompts=short)).training_prompts) == 6
+    with pytest.raises(UserError, match=r"no prompt fits prompts\.longest"):
+        prepared(corpus(data, headed, prompts=short))
+
+
 def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused_before_the_teacher_is_paid(corpus):
     data = [{"prompt": "one"}, {"prompt": f"Sum up: {LONG}"}]
     recipe = corpus(data, writer=[{"by": "teacher", "max_tokens": 40}], loss=["forward_kl"])

@@ -87,3 +87,11 @@ def test_the_rate_of_this_machine_is_measured():
     here = measured(torch.device("cpu"))
     assert here.measured and here.memory is None and here.rate(torch.bfloat16) == here.rate(torch.float32) > 1e6
     assert matrix_rate(seconds=0.05, shape=(64, 64, 64)) > 1e6
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_the_rate_in_bfloat16_is_measured_where_the_processor_has_its_products(monkeypatch, has):
+    monkeypatch.setattr("limbeck.runs.hardware.multiplies_in_bfloat16", lambda: has)
+    monkeypatch.setattr("limbeck.runs.hardware.matrix_rate", lambda device, dtype: 2.0 * (4 - dtype.itemsize) + 1.0)
+    here = measured(torch.device("cpu"), torch.bfloat16)
+    assert here.rate(torch.bfloat16) / here.rate(torch.float32) == (5.0 if has else 1.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import limbeck
 from limbeck.config import older
@@ -19,7 +19,7 @@ from limbeck.config.recipe import load_recipe, parse
 from limbeck.models.fingerprint import NAMING
 from limbeck.models.load import model_identity
 from limbeck.models.teacher import InProcessTeacher
-from limbeck.runs.claim import WHOLE, claim
+from limbeck.runs.claim import START, WHOLE, claim
 from limbeck.runs.pipeline import run
 from limbeck.storage.files import read_jsonl
 from limbeck.types import UserError
@@ -64,6 +64,36 @@ def test_a_folder_that_names_models_by_their_edges_goes_on(recipe_data, tiny_fol
     run(recipe, tmp_path / "new", stages=("elicit",))
     inputs = json.loads((tmp_path / "new" / "inputs.json").read_text())
     assert not NAMING.by_edges and inputs["teacher"] == model_identity(str(teacher)) and WHOLE not in inputs
+
+
+def test_a_folder_that_lacks_the_start_adopts_it_and_refuses_another(recipe_data, tiny_folder, tmp_path, asked):
+    start = shutil.copytree(tiny_folder, tmp_path / "start")
+    recipe = parse({**recipe_data, "student": {"start": {"pretrained": str(start)}}})
+    out = tmp_path / "run"
+    run(recipe, out, stages=("elicit",))
+    count = sum(asked)
+    inputs = json.loads((out / "inputs.json").read_text())
+    assert inputs["start"] == model_identity(str(start))
+    (out / "inputs.json").write_text(json.dumps({key: inputs[key] for key in inputs if key != START}))
+    run(recipe, out, stages=("elicit",))
+    assert sum(asked) == count and json.loads((out / "inputs.json").read_text()) == inputs
+    weights = load_file(start / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, start / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"made from other contents \(start changed since\)"):
+        run(recipe, out, stages=("elicit",))
+
+
+def test_a_start_that_is_not_here_any_more_is_not_fetched_to_be_compared(
+    recipe_data, tiny_folder, tmp_path, monkeypatch
+):
+    start = shutil.copytree(tiny_folder, tmp_path / "start")
+    recipe = parse({**recipe_data, "student": {"start": {"pretrained": str(start)}}})
+    out = tmp_path / "run"
+    run(recipe, out, stages=("elicit",))
+    inputs = (out / "inputs.json").read_text()
+    monkeypatch.setattr("limbeck.runs.opening.is_ready", lambda _: False)
+    run(recipe, out, stages=("elicit",))
+    assert (out / "inputs.json").read_text() == inputs
 
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -103,7 +103,7 @@ class Patient:
         rows = []
         for number, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS, strict=True)):
             message: Message = {"role": "user", "content": question}
-            response_ids = (*self.model.text_ids(answer), self.model.end_of_turn)
+            response_ids = tuple(self.model.answer_ids(answer))
             rows.append(Row(str(number), tuple(self.model.prompt_ids((message,))), response_ids, frozenset()))
         return make_batch(rows, tuple(range(len(rows))))
 

@@ -66,8 +66,14 @@ class TestedModel:
     @property
     def max_tokens(self) -> int:
         """The longest answer to Limbeck's own prompts: for a run, its own limit."""
-        recipe = read_yaml(Path(self.where) / "recipe.yaml") if self.is_run else {}
-        return int(recipe.get("evaluate", {}).get("max_tokens", MAX_TOKENS))
+        if not self.is_run:
+            return MAX_TOKENS
+        file = Path(self.where) / "recipe.yaml"
+        recipe = read_yaml(file)
+        evaluate = recipe.get("evaluate", {}) if isinstance(recipe, dict) else None
+        if not isinstance(evaluate, dict):
+            raise UserError(f"{file} is no recipe of a run: give a run folder, or a model's")
+        return int(evaluate.get("max_tokens", MAX_TOKENS))
 
 
 @dataclass(frozen=True)

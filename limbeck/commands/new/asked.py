@@ -25,10 +25,10 @@ from limbeck.commands.new.draft import (
     prompt_rows,
     sampling,
 )
-from limbeck.commands.new.gold import check_of_answer, checks_of_results, object_of
+from limbeck.commands.new.gold import checks_of_answers, checks_of_results, object_of
 from limbeck.commands.new.parts import both_parts, mean_answer, refuse_conversations, room_for
 from limbeck.commands.new.wishes import Wishes
-from limbeck.elicit.schema import check_schema
+from limbeck.elicit.schema import check_schema, is_valid
 from limbeck.types import UserError
 
 REWRITE = "Summarise the text in one or two sentences."
@@ -123,6 +123,14 @@ def _checked_tasks(
     return {"task": task}, []
 
 
+def _by_text(examples: Sequence[Example], checks: Sequence[dict[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
+    """The check of each text: of one that stands twice that of the first, which is kept."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for example, check in zip(examples, checks, strict=True):
+        found.setdefault(example.plain, check)
+    return found
+
+
 def extract(wishes: Wishes, seen: Seen) -> Draft:
     """Texts to JSON of a schema.
 
@@ -139,11 +147,13 @@ def extract(wishes: Wishes, seen: Seen) -> Draft:
         right = object_of(example.answer) if example.answer else None
         return {"type": "json_schema", "schema": schema} if right is None else {"type": "json", "equals": right}
 
-    if any(example.answer and object_of(example.answer) is None for example in seen.examples):
-        wrong = next(e for e in seen.examples if e.answer and object_of(e.answer) is None)
-        raise UserError(
-            f"{wrong.place}: its answer is no JSON object; mend it, or leave it out (--columns answer=null)"
-        )
+    for example in seen.examples:
+        right = object_of(example.answer) if example.answer else {}
+        cure = "mend it, or leave the answers out (--columns answer=null)"
+        if right is None:
+            raise UserError(f"{example.place}: its answer is no JSON object; {cure}")
+        if example.answer and not is_valid(schema, right):
+            raise UserError(f"{example.place}: --schema {wishes.schema} refuses its answer; {cure}")
     parse = f"{{json: {inline(schema)}}}"
     return _asked_draft(wishes, seen, title="Extraction to JSON", question=question, parse=parse, check=check)
 
@@ -177,13 +187,14 @@ def rewrite(wishes: Wishes, seen: Seen) -> Draft:
 def answer(wishes: Wishes, seen: Seen) -> Draft:
     """Questions, with passages or without."""
     question = f"{literal(wishes.instruction or ANSWER)}\n\n{{{{ prompt }}}}"
+    checks = _by_text(seen.examples, checks_of_answers(seen.examples))
     return _asked_draft(
         wishes,
         seen,
         title="Answering questions",
         question=question,
         parse="text",
-        check=lambda example: check_of_answer(example.answer),
+        check=lambda example: checks[example.plain],
     )
 
 
@@ -201,7 +212,7 @@ def reason(wishes: Wishes, seen: Seen) -> Draft:
     parts, notes = both_parts(wishes, seen)
     room, tight = room_for(wishes, seen.examples)
     limit = room + wishes.thought
-    checks = dict(zip((e.plain for e in seen.examples), checks_of_results(seen.examples), strict=True))
+    checks = _by_text(seen.examples, checks_of_results(seen.examples))
     gold = corpus(wishes) or (wishes.scale == "full" and all(example.answer for example in parts.training))
     rows = [
         row | {"check": checks[example.plain]}

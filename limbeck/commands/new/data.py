@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from limbeck.data.records import records
 from limbeck.elicit.conversation import is_blank
-from limbeck.elicit.prompt import turns_of
-from limbeck.elicit.prompt_file import Account, PromptReader, find_files, is_pattern
-from limbeck.elicit.shapes import CONTENT, ROLES, form_of_row
+from limbeck.elicit.prompt import Prompt, turns_of
+from limbeck.elicit.prompt_file import Account, PromptReader, find_files, is_pattern, rows_of
+from limbeck.elicit.shapes import ROLES, form_of_row
 from limbeck.types import Message, RecipeError, UserError, nearest
 
 LEAST = 10  # texts, below which nothing is left to learn from and to measure on
 PASSAGES = ("context", "passage", "passages", "document", "documents")
+ENDS_WITH_CALLS = "it ends with a call of a tool, without the tool's answer"  # why `elicit.prompt_row` leaves a row out
 UNREAD = ("id", "reasoning", "task", "weight", "kind", "feedback")
 
 
@@ -36,9 +36,15 @@ class Example:
     earlier: tuple[str, ...] = ()
 
     @property
+    def said(self) -> str:
+        """The text up to case and spaces."""
+        return _folded(self.text)
+
+    @property
     def plain(self) -> str:
-        """The text up to case and spaces: two rows with one are the same question."""
-        return " ".join(self.text.casefold().split())
+        """`said`, after the system message and the tools: two rows with one are the same question."""
+        before = [message["content"] for message in self.messages if message["role"] in ("system", "tools")]
+        return "\n".join([*map(_folded, before), self.said])
 
 
 @dataclass
@@ -57,7 +63,7 @@ class Seen:
 def columns_of(file: Path) -> list[str]:
     """The names of the columns that have a value somewhere in the first rows."""
     names: dict[str, None] = {}
-    for number, record in enumerate(records(file, CONTENT)):
+    for number, record in enumerate(rows_of(file, None)):
         names |= dict.fromkeys(record.values)
         if number >= 100:
             break
@@ -106,8 +112,8 @@ def with_tests(seen: Seen, tests: Seen) -> Seen:
         UserError: too few texts are left to learn from.
     """
     held = [replace(example, is_test=True) for example in tests.examples]
-    plain = {example.plain for example in held}
-    left = [example for example in seen.examples if example.plain not in plain]
+    said = {example.said for example in held}
+    left = [example for example in seen.examples if example.said not in said]
     refuse_few(seen.file, len({example.plain for example in left}))
     notes = [*seen.notes, *tests.notes]
     if len(left) < len(seen.examples):
@@ -122,13 +128,13 @@ def look(file: Path, columns: Mapping[str, str | None], task: str) -> Seen:
     Raises:
         UserError: a row is malformed, or too few can be used.
     """
-    raw = {record.number: record.values for record in records(file, CONTENT)}
+    raw = {record.number: record.values for record in rows_of(file, columns)}
     if not raw:
         raise UserError(f"{file} holds no rows; give one with at least {LEAST}")
     reader = PromptReader(columns, keep_reasoning=False)
     examples: list[Example] = []
     passages: Counter[str] = Counter()
-    for prompt in reader.read([file]):
+    for prompt in _prompts(reader, file, task):
         values = {name: value for name, value in raw[prompt.line].items() if not is_blank(value)}
         form = form_of_row(frozenset(values), frozenset(raw[prompt.line]), columns)
         roles = {role: values[column] for role, column in form.roles.items()}
@@ -157,6 +163,29 @@ def look(file: Path, columns: Mapping[str, str | None], task: str) -> Seen:
     seen = Seen(file, examples, [_what(reader.accounts[0], set(passages))])
     seen.notes += [f"{column} stands before the question, in one text" for column in passages]
     return seen
+
+
+def _prompts(reader: PromptReader, file: Path, task: str) -> Iterator[Prompt]:
+    """The prompts of a file.
+
+    Raises:
+        UserError: a row is malformed, or most conversations for `tools` end with the calls of a message's own field.
+    """
+    error = None
+    try:
+        yield from reader.read([file])
+    except UserError as raised:
+        error = raised
+    account = reader.accounts[0]
+    calls, first = account.left_out.get(ENDS_WITH_CALLS, (0, ""))
+    if task == "tools" and calls > account.taken.total():
+        raise UserError(
+            f"{file}: {calls:,} conversations end with a message that has `tool_calls` (first: {first}), which can't be"
+            " read as an answer; write the calls as its content, such as"
+            ' {"name": "add", "arguments": {"a": 1}}, or leave that message out, and the teacher makes the calls'
+        ) from error
+    if error is not None:
+        raise error
 
 
 def _what(account: Account, passages: set[str]) -> str:
@@ -214,6 +243,10 @@ def shown(text: str, most: int = 60) -> str:
     """The beginning of a text on one line."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _many(count: int, one: str, several: str) -> str:

@@ -6,16 +6,17 @@ import importlib.util
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from limbeck.commands.new.data import Example
 from limbeck.elicit.calls import tool_calls
 from limbeck.elicit.json_in import NotJSONError
+from limbeck.elicit.labels import whole
 from limbeck.elicit.rationale import final_of
 from limbeck.elicit.schema import value_in
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 MARKED = "####"  # before the result, as in GSM8K
 MOST_CHOICES = 10
 SHORT = 60  # characters of an answer that another text can hold word by word
@@ -32,7 +33,7 @@ def result_of(answer: str) -> str:
 
 def number_of(text: str) -> float | int | None:
     """The number that a text is, but for a currency or a percent sign."""
-    plain = text.strip().strip("$€£%. ")
+    plain = text.strip().lstrip("$€£ ").rstrip("$€£%. ")
     if not NUMBER.fullmatch(plain):
         return None
     value = float(plain.replace(",", ""))
@@ -42,33 +43,49 @@ def number_of(text: str) -> float | int | None:
 def checks_of_results(examples: Sequence[Example]) -> list[Check | None]:
     """Of every problem: its number, its choice (where few results return again and again), or its formula."""
     results = [result_of(example.answer) if example.answer else "" for example in examples]
-    counts = Counter(result for result in results if result)
+    return _checks(results, _formula)
+
+
+def checks_of_answers(examples: Sequence[Example]) -> list[Check | None]:
+    """Of every question: its number, its choice (where few answers return again and again), or a short text that has to
+    occur in whole words; None for a longer one."""
+    return _checks([example.answer.strip().rstrip(".").strip() for example in examples], _short)
+
+
+def _checks(results: Sequence[str], other: Callable[[str], Check | None]) -> list[Check | None]:
+    """The check of every result; `other` makes that of one that is neither a number nor a choice."""
     numbers = [number_of(result) for result in results]
-    is_choice = 2 <= len(counts) <= MOST_CHOICES and sum(counts.values()) >= 3 * len(counts)
-    is_choice &= not any(number is not None for number in numbers)
-    labels = sorted(counts)
+    labels = {} if any(number is not None for number in numbers) else _labels(results)
+    listed = sorted(set(labels.values()))
     checks: list[Check | None] = []
     for result, number in zip(results, numbers, strict=True):
         if not result:
             checks.append(None)
         elif number is not None:
             checks.append({"type": "number", "answer": number})
-        elif is_choice:
-            checks.append({"type": "choice", "labels": labels, "answer": result})
-        elif importlib.util.find_spec("math_verify") is not None and re.search(r"[\d\\^=]", result):
-            checks.append({"type": "math", "answer": result})
+        elif labels:
+            checks.append({"type": "choice", "labels": listed, "answer": labels[result.casefold()]})
         else:
-            checks.append({"type": "contains", "all": [result]})
+            checks.append(other(result))
     return checks
 
 
-def check_of_answer(answer: str) -> Check | None:
-    """A number, or a short text that has to occur; None for a longer one."""
-    if not answer.strip():
-        return None
-    if (number := number_of(answer)) is not None:
-        return {"type": "number", "answer": number}
-    return {"type": "contains", "all": [answer.strip().rstrip(".")]} if len(answer.strip()) <= SHORT else None
+def _labels(results: Sequence[str]) -> dict[str, str]:
+    """The results by how they read without case, where they are few and return again and again; else none."""
+    counts = Counter(result.casefold() for result in results if result)
+    if not 2 <= len(counts) <= MOST_CHOICES or sum(counts.values()) < 3 * len(counts):
+        return {}
+    return {result.casefold(): result for result in reversed(results) if result}
+
+
+def _formula(result: str) -> Check:
+    if importlib.util.find_spec("math_verify") is not None and re.search(r"[\d\\^=]", result):
+        return {"type": "math", "answer": result}
+    return {"type": "contains", "all": [result]}
+
+
+def _short(answer: str) -> Check | None:
+    return {"type": "pattern", "pattern": f"(?V1if){whole(answer).pattern}"} if len(answer) <= SHORT else None
 
 
 def object_of(answer: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from limbeck.commands.new.data import Example, Seen, lengths, unique
+from limbeck.commands.new.data import Example, Seen, lengths, shown, unique
 from limbeck.commands.new.draft import corpus, mean_tokens
 from limbeck.commands.new.split import MOST_HELD_OUT, Split, split
 from limbeck.commands.new.student import context_of
@@ -31,7 +31,9 @@ def split_notes(parts: Split) -> list[str]:
         notes.append(f"{parts.near:,} held-out texts resemble a trained one: what is measured on them may be too good")
     if parts.untested:
         named = ", ".join(parts.untested[:5])
-        notes.append(f"{len(parts.untested)} labels with one text are trained and not measured: {named}")
+        notes.append(
+            f"{len(parts.untested)} labels have no held-out text, so they are trained and not measured: {named}"
+        )
     if len(parts.held_out) < 50:
         notes.append("few texts are held out, so the intervals will be wide")
     return notes
@@ -44,6 +46,11 @@ def both_parts(wishes: Wishes, seen: Seen, most: int = MOST_HELD_OUT) -> tuple[S
         bare = next(example for example in seen.examples if not example.answer)
         raise UserError(f"{bare.place}: no answer to learn from; give one to every row, or leave --learn-from out")
     parts = split(seen.examples, most=most)
+    if not parts.held_out:
+        raise UserError(
+            f"{seen.file}: too many conversations say the same after another system message (such as"
+            f" {shown(seen.examples[0].text)!r}), so none can be held out; give others to measure on with --test FILE"
+        )
     texts = [f"texts: {lengths([example.text for example in seen.examples])}"]
     if seen.answered:
         answers = [example.answer for example in seen.examples if example.answer]

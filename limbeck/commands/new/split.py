@@ -33,7 +33,7 @@ def split(examples: Sequence[Example], labels: Sequence[str] = (), most: int = M
     about a fifth (of many texts a tenth), at least LEAST_HELD_OUT of 40 and more, at most `most`.
 
     Of every label with two texts or more one at least is held out and one trained, whatever its share. Texts that
-    resemble no other are held out first.
+    resemble no other are held out first. A text that stands after several system messages is in one part.
 
     Args:
         labels: those by which to divide; without any, all texts are one group.
@@ -56,6 +56,7 @@ def split(examples: Sequence[Example], labels: Sequence[str] = (), most: int = M
         for places in groups.values():
             places.sort(key=lambda place: place in alike)  # stable: those without a twin come first
         chosen = {place for label, places in groups.items() for place in places[: counts[label]]}
+        chosen = _whole(examples, order, chosen)
     held = [place for place in order if place in chosen]
     random.Random(f"{SEED}/order").shuffle(held)  # noqa: S311
     training = [place for place in sorted(order) if place not in chosen]
@@ -65,6 +66,19 @@ def split(examples: Sequence[Example], labels: Sequence[str] = (), most: int = M
         near=len(resembling(texts, held, training, NEAR)),
         untested=[label for label in groups if counts[label] == 0],
     )
+
+
+def _whole(examples: Sequence[Example], order: Sequence[int], chosen: set[int]) -> set[int]:
+    """Of the chosen places those, and at most as many, with all others of the same text: it may stand after several
+    system messages, and is either trained or measured."""
+    alike: dict[str, list[int]] = {}
+    for place in order:
+        alike.setdefault(examples[place].said, []).append(place)
+    whole: set[int] = set()
+    for places in alike.values():
+        if not chosen.isdisjoint(places) and len(whole) + len(places) <= len(chosen):
+            whole.update(places)
+    return whole
 
 
 def _counts(sizes: Mapping[str, int], most: int) -> dict[str, int]:

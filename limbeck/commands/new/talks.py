@@ -43,7 +43,7 @@ def tools(wishes: Wishes, seen: Seen) -> Draft:
     parts, each, notes = _parts(wishes, seen)
     room, tight = room_for(wishes, seen.examples)
     limit = room + wishes.thought
-    checked = {example.plain: calls_of(example.answer) for example in seen.examples}
+    checked = {example.plain: calls_of(example.answer) for example in reversed(seen.examples)}  # the first is kept
     found = sum(check is not None for check in checked.values())
 
     def rows(examples: Sequence[Example], number: str) -> list[dict[str, Any]]:

@@ -26,6 +26,11 @@ TABLE = [
     (choice("हाँ", "हाँ", "नहीं"), ["हाँ", "हाँ।", "उत्तर: हाँ"], ["नहीं", "हा", "हाँ नहीं", "हाँ?"]),
     (choice("نعم", "نعم", "لا"), ["نعم", "نعم.", "الجواب: نعم"], ["لا", "نعم ولا، لا", "ليس نعم", "نعم؟"]),
     (choice("very positive", "positive", "very positive", "negative"), ["very positive", "Very  Positive", "It's very positive!", "very-positive"], ["positive", "very negative", "not very positive", "positive, very positive"]),
+    (choice("B", "A", "B", "C", "D"), ["Answer: B\n\nThis answer is right because it barks.", "B. The answer is clear.", "The correct option is B. The answer is the one that barks.", "Answer: B. The answer is not A.", "B\n\n\\boxed{\\text{Lyon}}"], [
+        "At first B seems right. But the answer is not B.", "B seems right. The answer is none of them.", "It was B. \\boxed{E}", "I thought of B. The answer is Lyon.", "It could be B; the answer is unclear"]),
+    (choice("I", *"ABCDEFGHI"), ["I", "The answer is I.", "Option I", "(I)", "\\boxed{I}", "So it is option I"], ["Since no option fits, I can only guess.", "I think", "The answer I gave", "The answer is B. I would go with that."]),
+    (choice("1", "1", "2"), ["1", "1.", "Rating: 1", "1/5"], ["1.5", "-1", "2.1", "1,5", "2"]),
+    (choice("no", "yes", "no"), ["no, I have no doubt", "The answer is no."], ["I have no idea.", "There is no answer.", "no idea"]),
     (choice("café", "café", "bar"), ["cafe\u0301", "Café", "un café"], ["cafe", "bar", "cafés", "pas un café"]),
     (choice("yes", "yes", "no"), ["yes", "Yes.", "Yes, it is", "**Yes**"], ["no", "No.", "yes and no", "yes?", "not yes", "yesterday", "no, not yes"]),
     (choice("no", "yes", "no"), ["no", "No.", "No, it is not.", "no!"], ["yes", "yes or no", "none", "know", "not no"]),

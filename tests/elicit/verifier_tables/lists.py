@@ -20,5 +20,9 @@ TABLE = [
     (DATES, ["2019-11-20, 2020-02-14", "first 2019-11-20 and last 2020-02-14"], ["2020-02-14, 2019-11-20", "2019-11-201, 2020-02-14"]),
     (PARIS, ["Paris has 12 gates", "12 in PARIS.", "Parisian 12", "(paris) 12x", "«Paris», 12", "<think>no</think>Paris 12"], ["comparison of 12", "Paris 112", "Paris 120", "Paris", "12", "<think>Paris 12</think>London", "<think>Is it Paris? 12?</think>It is London.", "<think>Paris 12", "unparis 12"]),
     (CODE, ["print(x[0])", "```python\nprint(a[0])\n```", "PRINT( y[0]", "sys.print(x[0])"], ["sprint(x[0])", "print x[0]", "print(x[1])", "print(x[10])"]),
+    ({"type": "set", "items": ["3", "-7"]}, ["3, -7", "- 3\n- -7", "• 3\n• -7"], ["3, 7", "-3, -7"]),
+    ({"type": "set", "items": ["1.5", "2"]}, ["1.5, 2", "1. 1.5\n2. 2"], ["5, 2"]),
+    ({"type": "contains", "all": ["12"]}, ["it is 12.", "12, 13", "1,12", "12.05.2024", "- 12", "10-12"], ["12.5", "1.12", "12,000", "-12", "-$12"]),
+    ({"type": "contains", "all": ["2024", "3.11"]}, ["12.05.2024 with 3.11.4"], ["2024"]),
     (CAFE, ["un café", "cafe\u0301 noir", "CAFÉ", "cafés", "le «café»"], ["cafe", "décafé", "caf\u00e8"]),
 ]  # fmt: skip

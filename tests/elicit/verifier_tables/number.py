@@ -37,5 +37,10 @@ TABLE = [
     ({"type": "number", "answer": 2}, ["The roots are 1,2", "10-8 is 2"], ["The roots are 2,1", "2,1"]),
     ({"type": "number", "answer": 3.5}, ["3 1/2", "3½", "3,5", "7/2", "3.50"], ["3 1/4", "31/2", "3", "35"]),
     (STRICT, ["so #### 12", "The answer is 12 of 30", "Antwort: 12", "答案是12", "La respuesta es 12."], ["it is 12", "The answer is 30, not 12", "12", "#### 13", "The answer is not 12"]),
+    (STRICT, ["The answer isn't 13. The answer is 12", "The answer is 12kg"], ["The answer isn't 12", "The answer is $12M", "The answer is 12k"]),
+    ({"type": "number", "answer": 1200}, ["\\boxed{1{,}200}", "\\(1\\,200\\)", "1\\;200", "1{,}200.0", "1.2k", "1200 m"], ["1{,}201", "1\\,200\\,000", "200"]),
+    ({"type": "number", "answer": 12_000_000}, ["12,\\!000,\\!000", "$12M", "12\\,000\\,000", "0.012 bn"], ["$12", "\\boxed{12,\\!000}", "12m"]),
+    ({"type": "number", "answer": 300}, ["300K", "300 km", "300m"], ["$300K", "300k"]),
+    ({"type": "number", "answer": 200}, ["1, 200"], ["\\boxed{1{,}200}", "1\\,200"]),
     (COMMA, ["1.500", "1.500,00", "1500"], ["1,500", "1,5", "15"]),
 ]  # fmt: skip
