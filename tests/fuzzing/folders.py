@@ -235,9 +235,9 @@ class Runs:
 
 
 def _content(file):
-    """What is in the file; None where there is none, or it can't be read."""
+    """What is in the file; None where there is none (a pipe or a device is none), or it can't be read."""
     try:
-        return file.read_bytes()
+        return file.read_bytes() if file.is_file() else None
     except OSError:
         return None
 
