@@ -44,7 +44,7 @@ FAULTS = {
     ),
     "random numbers are not restored in training": Fault(
         "training/loop.py",
-        "        torch.manual_seed(_seed(job, step))\n",
+        "        torch.manual_seed(_seed(job, step) + RANK_STRIDE * distributed.rank())\n",
         "",
         "tests/training/test_loop.py -k dropout",
     ),
