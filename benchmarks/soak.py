@@ -80,7 +80,7 @@ def main() -> None:
             if (pid := os.fork()) == 0:
                 code = 1
                 try:
-                    soak(Path(home), int(seed), numbers, Path(home) / f"episodes-{worker}.jsonl", deadline)
+                    soak(Path(home), int(seed), numbers, log=Path(home) / f"episodes-{worker}.jsonl", deadline=deadline)
                     code = 0
                 except Exception:  # noqa: BLE001 (the folder is the parent's to remove)
                     traceback.print_exc()

@@ -28,11 +28,7 @@ def equivalent(check: dict[str, Any], answer: str) -> bool:
     """Whether the last mathematical expression in the answer (in a box, after "the answer is", in dollars, or a plain
     number) equals `check["answer"]`, which is LaTeX or a plain number. Decimals are compared to `digits` places (6).
     What is denied ("not 12") does not count, and neither does one of two numbers ("12 or 13")."""
-    from limbeck.elicit.written_math import (
-        readable,
-        readable_gold,
-        undecided,
-    )  # not above: this file also runs by itself
+    from limbeck.elicit.written_math import readable, readable_gold, undecided  # not above: this runs by itself, too
 
     end = answer[-MAX_CHARS:]
     if undecided(check["answer"], end):

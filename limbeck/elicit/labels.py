@@ -64,11 +64,13 @@ CUE = regex.compile(
     r"(?:answer|option|choice|label|letter|Antwort|réponse|respuesta)\s*(?:is|:|=|ist|est|es)?\s*$", FLAGS
 )
 DETERMINES = regex.compile(  # "no" before a noun is no answer
-    r"^\s+(?:idea|doubt|problem|way|reason|evidence|such|one|longer|more|need|sign|indication|question|matter|mention)\b",
+    r"^\s+(?:idea|doubt|problem|way|reason|evidence|such|one|longer|more|need|sign|indication|question|matter"
+    r"|mention)\b",
     FLAGS,
 )
 HAS = regex.compile(
-    r"\b(?:have|has|had|there\s+(?:is|are|was|were)|there['’]s|with|sees?|finds?|found|contains?|makes?|shows?|gives?)\s+$",
+    r"\b(?:have|has|had|there\s+(?:is|are|was|were)|there['’]s|with|sees?|finds?|found|contains?|makes?|shows?"
+    r"|gives?)\s+$",
     FLAGS,
 )
 A_WORD = regex.compile(r"^\s+\p{L}")
@@ -76,7 +78,8 @@ WITHIN_NUMBER = regex.compile(r"(?:\d[.,]|(?<![\p{L}\p{N}])[-\u2212])$")
 NUMBER_GOES_ON = regex.compile(r"^[.,]\d")
 LONE = regex.compile(r"\W*(?:\\(?:text|mathrm|textbf|mathbf)\W*)?\p{L}\W*")
 LEADS_TO_IT = regex.compile(
-    r"\W*(?:(?:the|my|final|correct|right|best|answer|option|choice|label|letter|so|it|this|is|should\s+be|must\s+be)\W+)*",
+    r"\W*(?:(?:the|my|final|correct|right|best|answer|option|choice|label|letter|so|it|this|is|should\s+be"
+    r"|must\s+be)\W+)*",
     FLAGS,
 )
 NONE_OF_THEM = regex.compile(r"^\W*(?:none|neither|unclear|unknown|uncertain)\b", FLAGS)
