@@ -17,7 +17,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ from limbeck.models.http import (
     send_with_retries,
     without_key,
 )
-from limbeck.models.identity import identify, identify_all, is_answer, is_bad_key, what_to_check
+from limbeck.models.identity import Identity, identify, identify_all, is_answer, is_bad_key, what_to_check
 from limbeck.models.loops import iterated
 from limbeck.models.told import keep
 from limbeck.storage.tries import Tries
@@ -88,7 +88,7 @@ class ApiTeacher:
         self._stopping = False
         self._sending = set[asyncio.Task[Any] | None]()
         self._away = set[str]()  # addresses that were not there when they were last asked
-        self._identity: str | None = None
+        self._identity: Identity | None = None
 
     @property
     def spending(self) -> Spending:
@@ -111,7 +111,7 @@ class ApiTeacher:
             self._away |= lost.keys()
             if self.endpoint.addresses is not None:
                 self.endpoint.addresses.begin_without(lost)
-        return self._identity
+        return self._identity.name
 
     @property
     def lost(self) -> list[str]:
@@ -293,7 +293,7 @@ class ApiTeacher:
             now = await identify(self.settings, self.engine, connection.at(reply.url))
             if now != self._identity:
                 raise UserError(
-                    f"{reply.url} was away and came back with another model: {now}, not {self._identity}; serve"
+                    f"{reply.url} was away and came back with another model: {now.name}, not {self.identity}; serve"
                     " that one again and run it again to go on, or give another --out"
                 )
             self._away.discard(reply.url)
@@ -351,8 +351,12 @@ class ApiTeacher:
             place = self._limit if name == "max_tokens" else dialect.places.get(name)
             if place is not None:
                 put(body, place, value)
-        options = merged(merged(self.engine.neutral, self.settings.options), self._form_words(request))
+        options = merged(merged(self._neutral, self.settings.options), self._form_words(request))
         return merged(options, body | dict(dialect.always))
+
+    @property
+    def _neutral(self) -> Mapping[str, Any]:
+        return self.engine.neutral if self._identity is None else self._identity.neutral
 
     def _form_words(self, request: Request) -> dict[str, Any]:
         """The keys of the body that say the form of the answer.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from limbeck.config.server import Served
 from limbeck.models.dialects import OPENAI, Dialect
-from limbeck.models.engines import EndpointKind, is_engine
+from limbeck.models.engines import ENGINES, EndpointKind, is_engine
 from limbeck.models.http import Call, Connection, Reply, as_dict
 from limbeck.models.replies import NOT_PROCESSED, REPEATABLE, lacks_money
 from limbeck.types import UserError, content_hash, printable
@@ -20,6 +21,8 @@ FATAL = {
 }
 KEYS = (401, 403)
 LOOK_SECONDS = 20.0  # for a server's list of models, which it has ready
+# programs that name themselves in their list of models, by that name
+OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}
 UNLISTED = (404, 405, 501)  # what a server without a list of models answers when it is asked for one
 
 
@@ -27,8 +30,16 @@ class NoAnswerError(UserError):
     """A server that is not there, or fails."""
 
 
-async def identify(settings: Served, engine: EndpointKind, connection: Connection) -> str:
-    """The model's name with a hash of what the server says of it and of what is asked of it; the same on another port.
+class Identity(NamedTuple):
+    """Which model a server serves: its name with a hash of what the server says of it and of what is asked of it; the
+    same on another port. `neutral` is sent with every request, as `EndpointKind` has it."""
+
+    name: str
+    neutral: Mapping[str, Any]
+
+
+async def identify(settings: Served, engine: EndpointKind, connection: Connection) -> Identity:
+    """Ask a server which model it serves.
 
     Raises:
         UserError: no such server, another kind of server, or no such model.
@@ -52,16 +63,22 @@ async def identify(settings: Served, engine: EndpointKind, connection: Connectio
     defaults = {key: Served.model_fields[key].get_default(call_default_factory=True) for key in chosen}
     if chosen != defaults:  # left out before, so that old answers keep their keys
         facts.append(chosen)
-    return f"served:{name}-{content_hash(facts)[:12]}"
+    neutral = engine.neutral
+    if settings.kind == "openai-compatible" and (owner := OWNERS.get(str(models[name].get("owned_by")))) is not None:
+        neutral = ENGINES[owner].neutral
+        facts.append({"neutral": owner})
+    return Identity(f"served:{name}-{content_hash(facts)[:12]}", neutral)
 
 
-async def identify_all(settings: Served, engine: EndpointKind, connection: Connection) -> tuple[str, dict[str, str]]:
+async def identify_all(
+    settings: Served, engine: EndpointKind, connection: Connection
+) -> tuple[Identity, dict[str, str]]:
     """What `identify` says of all of a server's addresses, and which of them did not answer, and how.
 
     Raises:
         UserError: none answers, or they serve different models.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Identity] = {}
     lost: dict[str, NoAnswerError] = {}
     for url in connection.endpoint.urls:
         try:
@@ -70,14 +87,14 @@ async def identify_all(settings: Served, engine: EndpointKind, connection: Conne
             lost[url] = error
     if not found:
         raise next(iter(lost.values()))
-    (first, name), *others = found.items()
+    (first, identity), *others = found.items()
     for url, other in others:
-        if other != name:
+        if other != identity:
             raise UserError(
-                f"{first} serves {name} and {url} {other}: the addresses of one server must serve the same model under"
+                f"{first} serves {identity.name} and {url} {other.name}: the addresses of one server must serve the same model under"
                 " one name, from one folder; start them alike, or leave one out of teacher.server.url"
             )
-    return name, {url: str(error) for url, error in lost.items()}
+    return identity, {url: str(error) for url, error in lost.items()}
 
 
 async def _models(settings: Served, engine: EndpointKind, connection: Connection) -> dict[str, dict[str, Any]]:

@@ -246,6 +246,17 @@ def test_one_request_s_own_fault_is_its_own():
         assert "too long" in next(one.raw for one in found if one.finish == "error")
 
 
+@pytest.mark.parametrize(("owner", "key"), [("vllm", "repetition_penalty"), ("llamacpp", "repeat_penalty"), ("me", None)])
+def test_a_program_that_names_itself_draws_the_model_s_own_text(owner, key):
+    """Without `kind`, too: its own cuts and penalties stay out of the text, and the answers are others than with them."""
+    with Scripted(models=[{"id": MODEL, "owned_by": owner}]) as server, Scripted(models=[{"id": MODEL}]) as plain:
+        made, _ = teacher(server)
+        assert (made.identity == teacher(plain)[0].identity) == (key is None)
+        list(made.answers(requests(1)))
+        _, body, _ = server.seen[-1]
+        assert body.get(key or "top_k") == (1.0 if key else None) and ("min_p" in body) == (key is not None)
+
+
 WAITING = {"hang": ("hang", 3), "drip": ("drip", 3), "cut": ("cut", 40)}
 
 
