@@ -23,6 +23,8 @@ from limbeck.storage.manifest import MANIFEST, damaged_file, is_foreign, read_ma
 from limbeck.types import UserError, content_hash
 
 NAMED_BY = (".json", ".jinja", ".model")  # files beside the weights that make the model what it is
+VOCABULARIES = ("merges.txt", "vocab.txt")  # read where there is no tokenizer.json
+TEMPLATES = "additional_chat_templates"  # a folder of further .jinja files, as transformers saves them
 CACHE = "hashes.sqlite"
 SETTLED = 2.0  # seconds without a change, after which a file's times tell the next one
 EDGE = 2**20  # bytes at both ends of a weight file, for names of old
@@ -47,13 +49,19 @@ def fingerprint(folder: Path) -> str:
 
 def contents(folder: Path) -> str:
     """A hash over all bytes of the weights, the configuration and the tokenizer."""
-    return content_hash({file.name: known_sha256(file) for file in _files(folder)})
+    return content_hash({file.relative_to(folder).as_posix(): known_sha256(file) for file in _files(folder)})
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What a tokenizer is read from beside the folder's own .json, .jinja and .model files."""
+    vocabularies = [] if (folder / "tokenizer.json").exists() else [folder / name for name in VOCABULARIES]
+    return [file for file in vocabularies if file.is_file()] + sorted((folder / TEMPLATES).glob("*.jinja"))
 
 
 def _files(folder: Path) -> list[Path]:
     """What makes the model; the manifest of an export says nothing that these don't."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", *NAMED_BY)]
-    return [file for file in files if file.name != MANIFEST]
+    return [file for file in files if file.name != MANIFEST] + tokenizer_files(folder)
 
 
 def seal_export(folder: Path) -> None:
@@ -72,7 +80,8 @@ def check_sealed(folder: Path, source: str) -> None:
     manifest = read_manifest(folder)
     wrong: str | None = MANIFEST
     if manifest is not None:
-        strangers = [file.name for file in _files(folder) if file.name not in manifest["files"]]
+        own = [file for file in _files(folder) if file.parent == folder]  # a manifest has no files of folders inside
+        strangers = [file.name for file in own if file.name not in manifest["files"]]
         wrong = damaged_file(folder, manifest, known_sha256) or next(iter(strangers), None)
     if wrong is not None:
         raise UserError(

@@ -14,12 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from gguf import GGUFReader, TokenType
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from limbeck.models.gguf_file import check_gguf
 from limbeck.models.quantised import as_read, drop_quantisation
+from limbeck.models.to_gguf.families import read_settings
 from limbeck.models.weights import (
     check_amount,
     check_config,
@@ -34,6 +45,12 @@ from limbeck.storage.files import full_disk_as_os_error, new_directory, write_js
 from limbeck.types import UserError
 
 ANY_TEXT = "a, 1. Die Welt? Привет 你好 東京 안녕 سلام नमस्ते"  # some of which any tokenizer knows
+SPECIAL = {  # tokens with a meaning, and llama.cpp's keys for them
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 LOCAL_TRACES = ("is_local", "local_files_only", "_name_or_path", "name_or_path")
 
 
@@ -157,9 +174,13 @@ def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
         try:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
             check_config(config, str(path))
+            reader = GGUFReader(path)
+            _read_settings(config, reader, str(path))
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            tokenizer = _with_own_tokens(tokenizer, reader)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
+                config=config,
                 gguf_file=path.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
@@ -167,7 +188,7 @@ def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
                 output_loading_info=True,
             )
             net, info = loaded
-            check_loaded(info | {"unexpected_keys": ()}, str(path))  # such as rope_freqs, which follow from settings
+            check_loaded(info | {"unexpected_keys": ()}, str(path))  # such as rope_freqs, which became settings
         except UserError:
             raise
         except Exception as error:  # the reader raises many kinds on a broken file; the user needs one
@@ -175,6 +196,51 @@ def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
         tokenizer.chat_template = tokenizer.chat_template or template
         with new_directory(target) as folder:
             save_model(net, tokenizer, folder)
+
+
+def _read_settings(config: Any, reader: GGUFReader, source: str) -> None:
+    """Add to a configuration the settings of its file that the library doesn't read."""
+    arch = reader.fields["general.architecture"].contents()
+    fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith(f"{arch}.")}
+    factors = {
+        tensor.name: torch.from_numpy(tensor.data.astype("float32"))
+        for tensor in reader.tensors
+        if tensor.name.startswith(("rope_freqs.", "rope_factors_"))
+    }
+    read_settings(config, fields | {"general.architecture": arch}, factors, source)
+
+
+def _with_own_tokens(tokenizer: Any, reader: GGUFReader) -> Any:
+    """A tokenizer with the special tokens of its file alone, where the library's classes add some that the model has no
+    rows for, or spell those of the file otherwise."""
+    wanted = ("model", "tokens", "token_type", *SPECIAL.values())
+    found = {key: reader.fields.get(f"tokenizer.ggml.{key}") for key in wanted}
+    fields = {key: field.contents() for key, field in found.items() if field is not None}
+    texts, kinds, end = fields.get("tokens"), fields.get("token_type"), fields.get("eos_token_id")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if not texts or not kinds or state["model"]["type"] != "BPE":
+        return tokenizer
+    if all(one["id"] < len(texts) for one in state["added_tokens"]) and end in (None, tokenizer.eos_token_id):
+        return tokenizer
+    whole = (TokenType.CONTROL, TokenType.USER_DEFINED) if fields.get("model") == "gpt2" else (TokenType.CONTROL,)
+    special = {number: texts[number] for number, kind in enumerate(kinds) if kind in whole}
+    spelled = {number: text for text, number in state["model"]["vocab"].items() if number < len(texts)} | special
+    state["model"]["vocab"] = {text: number for number, text in spelled.items()}
+    if state["model"].get("unk_token") not in state["model"]["vocab"]:
+        state["model"]["unk_token"] = None
+    state["added_tokens"] = [
+        one
+        for one in state["added_tokens"]
+        if not one["special"] and one["id"] < len(texts) and one["id"] not in special
+    ]
+    backend = Backend.from_str(json.dumps(state))
+    for number, text in sorted(special.items()):
+        token = AddedToken(text, normalized=False, special=kinds[number] == TokenType.CONTROL)
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    names = {name: texts[fields[key]] for name, key in SPECIAL.items() if key in fields}
+    begins = {key: bool(getattr(tokenizer, key, False)) for key in ("add_bos_token", "add_eos_token")}
+    template = tokenizer.chat_template
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names, **begins)
 
 
 def save_model(net: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:

@@ -96,6 +96,26 @@ def test_the_manifest_of_an_export_does_not_make_it_another_model(tmp_path, tiny
     assert contents(copy) != contents(tiny_folder)
 
 
+def both(folder):
+    """A folder's identity, and the name of what is exported from it."""
+    return contents(folder), find_student(folder).content
+
+
+def test_a_changed_file_of_the_tokenizer_is_another_model(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    before = both(folder)
+    (folder / "merges.txt").write_text("a b")
+    assert both(folder) == before == both(tiny_folder), "tokenizer.json is read in its place"
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    seen = {both(folder)}
+    for name in ("merges.txt", "vocab.txt", "additional_chat_templates/tool_use.jinja"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        for text in ("one", "two"):
+            (folder / name).write_text(text)
+            seen.add(both(folder))
+    assert len(seen) == len({identity for identity, _ in seen}) == len({name for _, name in seen}) == 7
+
+
 def test_names_of_older_versions_are_told_by_their_form(tiny_folder, monkeypatch):
     monkeypatch.setattr(NAMING, "by_edges", True)
     old = model_identity(str(tiny_folder))
@@ -138,6 +158,13 @@ def test_a_file_that_was_put_into_an_export_or_taken_out_is_seen(sealed):
     (sealed / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not as it was exported"):
         load_model(str(sealed))
+
+
+def test_an_export_with_further_templates_can_be_loaded(sealed):
+    (sealed / "additional_chat_templates").mkdir()
+    (sealed / "additional_chat_templates" / "tool_use.jinja").write_text("one")
+    seal_export(sealed)
+    find_student(sealed)
 
 
 @pytest.mark.parametrize("text", ['{"manifest_version": 3, "name": "a page"}', '{"files": ["a.bin"]}', "[]"])

@@ -37,6 +37,7 @@ KEY, OUR_KEY = "LIMBECK_API_KEY", "LIMBECK_EXPORT_KEY"
 NAMED = 64  # tokens that the server names at a position
 MAX_TOKENS = 24
 MOST_TOKENS = 1024  # of a prompt with its answer
+TIE = 0.05  # nats between two tokens that rounding may exchange
 LEAST = 1e-9  # of a bucket's probability: the rest of two distributions that both name nearly everything
 INSTALL = "not checked against the student: pip install 'limbeck[serve]' and export it again to have it checked"
 
@@ -95,8 +96,8 @@ def compare_file(model: Model, file: Path, prompts: Sequence[str], most_kl: floa
         The numbers of the comparison, by name.
 
     Raises:
-        UserError: llama.cpp can't open it, it reads text as other tokens, or its distributions are further from the
-            student's than `most_kl` (nats a token).
+        UserError: llama.cpp can't open it, it reads text as other tokens, goes on after a token that ends an answer of
+            the student, or its distributions are further from the student's than `most_kl` (nats a token).
     """
     with _serving(file, context=MOST_TOKENS) as settings:
         api = ApiTeacher(settings)
@@ -107,7 +108,7 @@ def compare_file(model: Model, file: Path, prompts: Sequence[str], most_kl: floa
         scorer.vocab_size = asked[0].log_p_NV.shape[-1]  # rows of the head without a token have a probability, too
         differs = _framing(scorer, model, asked)
         scores = scorer.score([(one.prompt_ids, one.answer_ids) for one in asked])
-        differs = differs or _chat_differs(api, asked[0])
+        differs = differs or _chat_differs(api, model, asked[0], scores[0])
     found = measured(asked, [_from_server(one, named) for one, named in zip(asked, scores, strict=True)])
     found |= {
         "same_greedy_answers": sum(_is_greedy(one) for one in asked),
@@ -186,6 +187,13 @@ def _answer(api: ApiTeacher, model: Model, prompt: list[int]) -> list[int]:
     tokens = data.get("tokens")
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise UserError("llama.cpp opens the export and gives no answer: nothing was written")
+    if passed := [token for token in tokens[:-1] if token in model.eos_ids]:
+        raise UserError(
+            "the export does not end where the student ends: llama.cpp goes on after"
+            f" {str(model.tokenizer.convert_ids_to_tokens(passed[0]))!r}, so nothing was written; leave in eos_token_id"
+            " of the student's generation_config.json only tokens that it writes, or serve the folder with transformers"
+            " or vLLM"
+        )
     ended = data.get("stop_type") == "eos" and tokens[-1:] not in [[number] for number in model.eos_ids]
     return [*tokens, model.end_of_turn] if ended or not tokens else tokens
 
@@ -205,14 +213,38 @@ def _framing(scorer: ServerScorer, model: Model, asked: Sequence[Asked]) -> str:
     return differs
 
 
-def _chat_differs(api: ApiTeacher, one: Asked) -> str:
+def _chat_differs(api: ApiTeacher, model: Model, one: Asked, named: Sequence[NamedTokens]) -> str:
     """How the chat endpoint reads a prompt, or answers it, otherwise than the file does by token ids; empty if not."""
-    request = Request(api.identity, one.messages, Sampling(0.0, 1.0, max(1, len(one.answer_ids))), 0)
+    request = Request(api.identity, one.messages, Sampling(0.0, 1.0, MAX_TOKENS), 0)
     ((_, answer),) = api.answers([request])
-    read = answer.usage[0] if answer.usage else len(one.prompt_ids)
-    if read != len(one.prompt_ids):
-        return f"the chat endpoint reads {read} tokens where the student's template gives {len(one.prompt_ids)}"
+    if answer.usage and answer.usage[0] != len(one.prompt_ids):
+        return (
+            f"the chat endpoint reads {answer.usage[0]} tokens where the student's template gives {len(one.prompt_ids)}"
+        )
+    mark = model.opens_thinking(one.prompt_ids)  # in the prompt here, and in the answer there
+    there = _plain(answer.text.removeprefix(mark))
+    if there != _plain(model.decode(one.answer_ids)):
+        again = _plain(model.decode(_answer(api, model, one.prompt_ids)))  # what its cache holds moves its sums
+        said = f"the chat endpoint answers {answer.text[:120]!r}, not {model.decode(one.answer_ids)[:120]!r}"
+        return "" if there == again or _is_tie(model, one, named, there) else said
+    ended = one.answer_ids[-1] in model.eos_ids
+    if len(one.answer_ids) < MAX_TOKENS and ended != (answer.finish in ("ok", "empty")):
+        return f"the chat endpoint's answer finishes as {answer.finish!r} where the file's own ends by its end token"
     return ""
+
+
+def _plain(text: str) -> str:
+    """A text without white space, which servers strip at some places, and without the halves of letters."""
+    return "".join(text.replace("\ufffd", "").split())
+
+
+def _is_tie(model: Model, one: Asked, named: Sequence[NamedTokens], there: str) -> bool:
+    """Whether another answer parts from the file's own at a token that is hardly likelier than the next: then which is
+    written is a matter of rounding."""
+    same = (there.startswith(_plain(model.decode(one.answer_ids[:end]))) for end in range(1, len(one.answer_ids)))
+    parted = next((number for number, is_same in enumerate(same) if not is_same), len(one.answer_ids) - 1)
+    _, logs, _ = named[parted]
+    return len(logs) > 1 and logs[0] - logs[1] < TIE
 
 
 @contextlib.contextmanager

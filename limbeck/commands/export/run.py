@@ -36,11 +36,12 @@ from limbeck.models.to_gguf.types import FileType, file_type
 from limbeck.models.to_gguf.write import check_room, write_gguf
 from limbeck.progress import Reporter
 from limbeck.storage.files import exclusive, file_sha256, new_directory, remove_directory, sweep, write_json, write_text
-from limbeck.types import UserError, nearest
+from limbeck.types import UserError, content_hash, nearest
 
 FORMS = ("gguf", "ollama", "hf")
 FOLDER_TYPES = {"f32": (torch.float32, 0.001), "f16": (torch.float16, 0.01), "bf16": (torch.bfloat16, 0.05)}
 RECORD = "export.json"
+WRITTEN = 2  # raised where a GGUF file is written otherwise, so that one that was kept is not served for it
 BESIDE = ("README.md", "LICENSE", "NOTICE")
 
 
@@ -123,7 +124,7 @@ def exported_once(run: Path, reporter: Reporter) -> tuple[str, Path]:
     student = find_student(run)
     if student.run is None:
         raise UserError(f"{run} is not a run folder: `limbeck export {run} --to gguf` makes a file to serve")
-    target = student.run / "exports" / f"served-{student.content}"
+    target = student.run / "exports" / f"served-{content_hash([WRITTEN, student.content])[:16]}"
     with _alone(student):
         if not target.is_dir():
             for old in target.parent.glob("served-*"):
@@ -183,7 +184,7 @@ def _check(job: Job, file: Path, kind: FileType) -> dict[str, Any]:
     model = load_model(str(job.student.folder))
     found = compare_file(model, file, job.student.prompts, kind.most_kl)
     if not found["same_prompt_tokens"]:
-        job.reporter.note(f"llama.cpp's chat endpoint frames prompts otherwise: {found['prompt_tokens_differ']}")
+        job.reporter.note(f"llama.cpp's chat endpoint is not the student's: {found['prompt_tokens_differ']}")
     return found
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.models.fingerprint import check_sealed, known_sha256
+from limbeck.models.fingerprint import check_sealed, known_sha256, tokenizer_files
 from limbeck.storage.files import read_jsonl, user_path
 from limbeck.types import UserError, content_hash
 
@@ -32,8 +32,11 @@ class Exportable:
     @property
     def content(self) -> str:
         """16 hex digits of a hash over all its files."""
-        files = sorted(file for file in self.folder.iterdir() if file.suffix in {".safetensors", ".json", ".jinja"})
-        return content_hash({file.name: known_sha256(file) for file in files})[:16]
+        kinds = {".safetensors", ".json", ".jinja"}
+        if not (self.folder / "tokenizer.json").exists():
+            kinds.add(".model")
+        files = sorted(file for file in self.folder.iterdir() if file.suffix in kinds) + tokenizer_files(self.folder)
+        return content_hash({file.relative_to(self.folder).as_posix(): known_sha256(file) for file in files})[:16]
 
     @property
     def is_adapters(self) -> bool:

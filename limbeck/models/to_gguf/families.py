@@ -1,5 +1,5 @@
 """The families of models that are written as GGUF: the sizes that llama.cpp reads, and the tensors that it has in
-another order or scale.
+another order or scale. `read_settings` is the way back, for what `transformers` leaves out of a file.
 
 A family is one entry of `FAMILIES`. That an entry is right is seen by the comparison that follows every export, and by
 the tests, which send a tiny model of each family through the packaged llama.cpp. Not covered: mixtures of experts,
@@ -8,7 +8,7 @@ state-space and hybrid models, models that read images, which llama.cpp's own co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,13 @@ from torch import Tensor
 from limbeck.types import UserError
 
 USELESS = "llama.cpp's own convert_hf_to_gguf.py may know it, or serve the folder with transformers or vLLM"
+BY_HIDDEN_SIZE = {"gemma2": 46, "gemma3_text": 62}  # layers of the 27B, whose attention llama.cpp scales otherwise
+HEADS_OF_ANY_SIZE = ("llama", "mistral", "qwen2", "qwen3")
+STRETCHED_BY_LIBRARY = ("gemma4", "gpt_oss", "gpt-oss")  # transformers sets the rotary embedding of these itself
+PUBLISHED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PUBLISHED |= {"original_max_position_embeddings": 8192}  # Llama 3.1 to 3.3
+PUBLISHED_FACTORS = (8.0, 32.0)
+HARMLESS = ("type", "factor", "finetuned", "original_context_length")  # of rope.scaling, without a stretch or linear
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,27 @@ def _period(period: int, skipped: Callable[[Any, int], bool], what: str) -> Call
     return refuse
 
 
+def attention_scalar(config: Any) -> int:
+    """The number by whose root llama.cpp divides the attention scores of Gemma 2 and 3; a file doesn't hold it."""
+    if config.num_hidden_layers == BY_HIDDEN_SIZE[config.model_type]:
+        return int(config.hidden_size // config.num_attention_heads)
+    return head_size(config)
+
+
+def _gemma(period: int) -> Callable[[Any], str]:
+    full = _period(period, lambda config, layer: config.layer_types[layer] == "full_attention", "full attention")
+
+    def refuse(config: Any) -> str:
+        if config.query_pre_attn_scalar != attention_scalar(config):
+            return (
+                f"its query_pre_attn_scalar is {config.query_pre_attn_scalar}, and llama.cpp takes"
+                f" {attention_scalar(config)} for a model of these sizes"
+            )
+        return full(config)
+
+    return refuse
+
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(MODEL_ARCH.LLAMA, interleaved=True),
     "mistral": Family(MODEL_ARCH.LLAMA, interleaved=True),
@@ -95,14 +123,14 @@ FAMILIES: dict[str, Family] = {
         _gemma2,
         norm_offset=1.0,
         windows=True,
-        refuse=_period(2, lambda config, layer: config.layer_types[layer] == "full_attention", "full attention"),
+        refuse=_gemma(2),
     ),
     "gemma3_text": Family(
         MODEL_ARCH.GEMMA3,
         _gemma3,
         norm_offset=1.0,
         windows=True,
-        refuse=_period(6, lambda config, layer: config.layer_types[layer] == "full_attention", "full attention"),
+        refuse=_gemma(6),
     ),
 }
 
@@ -195,3 +223,77 @@ def arranged(family: Family, config: Any, name: str, weight: Tensor) -> Tensor:
     if family.norm_offset and name.endswith("norm.weight"):
         return weight + family.norm_offset
     return weight
+
+
+def read_settings(config: Any, fields: Mapping[str, Any], factors: Mapping[str, Tensor], name: str) -> None:
+    """Set in a configuration what `transformers` leaves out of a GGUF file: head size, caps and scale of attention,
+    rotary embedding.
+
+    Args:
+        config: as `transformers` read it; changed in place.
+        fields: the file's settings by their keys.
+        factors: the file's tensors that stretch the rotary embedding, by their names.
+        name: stands for the file in messages.
+
+    Raises:
+        UserError: a rotary embedding that is stretched in a way that can't be rebuilt.
+    """
+    arch = f"{fields['general.architecture']}."
+    own = {key.removeprefix(arch): value for key, value in fields.items() if key.startswith(arch)}
+    size = own.get("attention.key_length")
+    whole = own.get("rope.dimension_count", size) == size
+    if size and whole and config.model_type in HEADS_OF_ANY_SIZE and head_size(config) != size:
+        config.head_dim = int(size)
+    if config.model_type == "gemma2":
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if own.get(cap, getattr(config, cap)) != getattr(config, cap):
+                setattr(config, cap, float(own[cap]) or None)
+    if config.model_type in BY_HIDDEN_SIZE and config.query_pre_attn_scalar != attention_scalar(config):
+        config.query_pre_attn_scalar = attention_scalar(config)
+    if arch.rstrip(".") not in STRETCHED_BY_LIBRARY:
+        reason = _stretch(config, own) or _stretch_by_factors(config, factors)
+        if reason:
+            raise UserError(
+                f"{name}: its rotary embedding is stretched in a way that can't be read from a GGUF file ({reason}):"
+                " take the same model as a folder in Hugging Face form, or serve the file (`limbeck serve`) and use it"
+                " as a served model"
+            )
+
+
+def _stretch(config: Any, own: Mapping[str, Any]) -> str:
+    """Set a linear stretch of the rotary embedding, as llama.cpp reads it; returns what can't be set, or nothing."""
+    factor = float(own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))) or 1.0
+    kind = own.get("rope.scaling.type", "linear")
+    unknown = [key for key in own if key.startswith("rope.scaling.") and key.split(".", 2)[2] not in HARMLESS]
+    if kind not in ("none", "linear"):
+        return f"rope.scaling.type {kind}"
+    if unknown:
+        return unknown[0]
+    settings: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    local = settings.get("sliding_attention")
+    if local and own.get("rope.freq_base_swa", local["rope_theta"]) != local["rope_theta"]:
+        local["rope_theta"] = float(own["rope.freq_base_swa"])
+    if kind == "linear" and factor != 1.0:
+        if not settings:
+            return f"rope.scaling.factor {factor:g}"
+        _turns(config).update(rope_type="linear", factor=factor)
+    return ""
+
+
+def _stretch_by_factors(config: Any, factors: Mapping[str, Tensor]) -> str:
+    """Set Llama 3's stretch of the rotary embedding where the file's factors are those of its published settings;
+    returns what can't be set, or nothing."""
+    for name, found in factors.items():
+        if bool((found == 1).all()):
+            continue
+        settings = getattr(config, "rope_parameters", None)
+        if name != "rope_freqs.weight" or not settings or settings.get("rope_type", "default") != "default":
+            return f"the tensor {name}"
+        for factor in PUBLISHED_FACTORS:
+            config.rope_parameters = {**settings, **PUBLISHED, "factor": factor}
+            expected = extra_tensors(config)[name]
+            if expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-3):
+                break
+        else:
+            return f"the tensor {name}, whose factors are not those of Llama 3.1 to 3.3"
+    return ""

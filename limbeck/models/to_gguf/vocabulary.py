@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any
 
@@ -46,15 +47,26 @@ TEST_TEXT = (
     " a/b//c"
     "   def f(x):\n        return x == 10  # ok?\n ٣٤٥ (Привет, мир) \u00a0end  "
 )
+KNOWN_ENDS = {  # tokens that end an answer in llama.cpp wherever a vocabulary has them
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"),
+    *("<EOT>", "_<EOT>"),
+}
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 USELESS = "convert it with llama.cpp's own convert_hf_to_gguf.py, or serve the folder with transformers or vLLM"
 
 
-def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, name: str) -> None:
+def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, name: str, ends: Collection[int] = ()) -> None:
     """Write a tokenizer into a GGUF file whose embedding has `rows` rows.
 
+    Args:
+        writer: of the file.
+        tokenizer: the model's.
+        rows: of the embedding.
+        name: stands for the model in messages.
+        ends: tokens that end an answer beside the template's and the tokenizer's own.
+
     Raises:
-        UserError: llama.cpp has no tokenizer that reads text in this way. `name` stands for the model.
+        UserError: llama.cpp has no tokenizer that reads text in this way, or doesn't end answers with all these tokens.
     """
     settings = _settings(tokenizer, name)
     if vocab_size_of(tokenizer) > rows:
@@ -71,9 +83,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, name: st
     texts, kinds = _tokens(tokenizer, rows, bool(settings["model"].get("byte_fallback")))
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    end = end_of_turn(tokenizer)
-    writer.add_eos_token_id(end)
-    writer.add_eot_token_id(end)
+    _add_ends(writer, tokenizer, ends, name)
     for number, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
         (tokenizer.pad_token_id, writer.add_pad_token_id),
@@ -85,6 +95,26 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, name: st
     writer.add_add_eos_token(False)
     template: Any = tokenizer.chat_template
     writer.add_chat_template(template["default"] if isinstance(template, dict) else template)
+
+
+def _add_ends(writer: GGUFWriter, tokenizer: Tokenizer, ends: Collection[int], name: str) -> None:
+    """Write the tokens that end an answer: llama.cpp has three places for them, and knows some more by their text. The
+    first place is that of the tokenizer's own end, which llama.cpp puts where a template says `eos_token`."""
+    turn, own = end_of_turn(tokenizer), tokenizer.eos_token_id
+    size = vocab_size_of(tokenizer)
+    named = {end: tokenizer.convert_ids_to_tokens(end) for end in {*ends, turn} if 0 <= end < size}
+    known = {end for end, text in named.items() if text in KNOWN_ENDS}
+    others = sorted(named.keys() - {own}, key=lambda end: (end != turn, end in known, end))
+    if unwritten := [end for end in others[2:] if end not in known]:
+        texts = ", ".join(repr(named[end]) for end in unwritten)
+        raise UserError(
+            f"{name}: its answers end with {len(others) + 1} tokens, and llama.cpp would go on after {texts}: leave in"
+            " eos_token_id of generation_config.json only those that the model writes, three at most"
+        )
+    writer.add_eos_token_id(own)
+    writer.add_eot_token_id(others[0] if others else own)
+    if len(others) > 1:
+        writer.add_eom_token_id(others[1])
 
 
 def pre_tokenizer(tokenizer: Tokenizer, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from gguf import GGUFWriter, get_tensor_name_map
 from safetensors import safe_open
+from transformers import GenerationConfig
 
 from limbeck.models.folder import read_config
 from limbeck.models.load import load_tokenizer
@@ -58,7 +60,7 @@ def write_gguf(folder: Path, path: Path, kind: FileType, name: str, progress: Pr
     writer.add_file_type(kind.number)
     writer.add_quantization_version(2)
     add_sizes(writer, family, config, rows=rows, name=name)
-    add_vocabulary(writer, load_tokenizer(str(folder)), rows, name)
+    add_vocabulary(writer, load_tokenizer(str(folder)), rows, name, ends=_configured_ends(folder, config))
     for tensor, code, size in zip(tensors, codes, sizes, strict=True):
         writer.add_tensor_info(tensor.target, tensor.shape, np.dtype(np.float32), size, raw_dtype=code)
     writer.write_header_to_file()
@@ -70,6 +72,15 @@ def write_gguf(folder: Path, path: Path, kind: FileType, name: str, progress: Pr
         writer.write_tensor_data(encode(weights, code))
         progress(number, len(tensors))
     writer.close()
+
+
+def _configured_ends(folder: Path, config: Any) -> set[int]:
+    """Tokens that end an answer according to the settings of generation, else to the configuration."""
+    settings: Any = config
+    with contextlib.suppress(OSError):  # there are none: as transformers, take the configuration
+        settings = GenerationConfig.from_pretrained(folder)
+    found = settings.eos_token_id
+    return {end for end in (found if isinstance(found, list) else [found]) if isinstance(end, int)}
 
 
 def check_room(folder: Path, wanted: int) -> None:
