@@ -115,7 +115,8 @@ def upload(folder: Path, card: str, name: str, *, public: bool, kind: str = "mod
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         repository = api.create_repo(name, private=not public, exist_ok=True, repo_type=kind).repo_id
-        if not public and not api.repo_info(repository, repo_type=kind).private:
+        private = bool(api.repo_info(repository, repo_type=kind).private)
+        if not public and not private:
             raise UserError(
                 f"{repository} is there already and everybody can see it: add --public, or give another name"
             )
@@ -136,7 +137,7 @@ def upload(folder: Path, card: str, name: str, *, public: bool, kind: str = "mod
         raise UserError(f"the hub refused: {error} (does the token in {TOKEN} have write access to {name}?)") from error
     except HTTPError as error:
         raise UserError(f"the hub can't be reached: {error}") from error
-    return {"repository": str(commit.repo_url), "private": not public, "commit": str(commit.oid)}
+    return {"repository": str(commit.repo_url), "private": private, "commit": str(commit.oid)}
 
 
 def _linked(source: str, target: str) -> str:

@@ -209,20 +209,21 @@ class StatesServer(ThreadingHTTPServer):
             raise RefusedError(400, f"{key[:40]} is not known here; leave it out")
         if body.get("model") != self.name:
             raise RefusedError(404, f"the model here is {self.name}")
-        stop = body.get("stop") or ()
         try:
             sampling = Sampling(
                 _number(body, "temperature", 1.0, most=100.0),
                 _number(body, "top_p", 1.0, most=1.0),
-                int(_number(body, "max_tokens", 128, least=1, most=self.context)),
-                stop=tuple([stop] if isinstance(stop, str) else [str(word) for word in stop]),
+                _whole(body, "max_tokens", 128, least=1, most=self.context),
+                stop=_stops(body.get("stop")),
                 presence_penalty=_number(body, "presence_penalty", 0.0, least=-2.0, most=2.0),
             )
-            seed = int(_number(body, "seed", 0, most=2**63))
+            seed = _whole(body, "seed", 0, most=2**63)
             if body.get("stream"):
                 raise ValueError("stream must be false")
             messages = tuple(_message(entry) for entry in body["messages"]) if chat else ()
-            raw = None if chat else str(body["prompt"])
+            raw = None if chat else body["prompt"]
+            if not chat and not isinstance(raw, str):
+                raise ValueError("prompt must be a text; token ids are not taken")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RefusedError(400, str(error)[:200]) from error
         return Request(self.name, messages, sampling, seed, raw=raw)
@@ -358,6 +359,20 @@ def _number(body: Mapping[str, Any], key: str, default: float, *, most: float, l
     if type(value) not in (int, float) or not least <= value <= most:
         raise ValueError(f"{key} must be a number from {least} to {most}")
     return value
+
+
+def _whole(body: Mapping[str, Any], key: str, default: int, *, most: int, least: int = 0) -> int:
+    value = _number(body, key, default, most=most, least=least)
+    if not isinstance(value, int):
+        raise ValueError(f"{key} must be a whole number from {least} to {most}")
+    return value
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    words = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+        raise ValueError("stop must be a text or a list of texts, none of them empty")
+    return tuple(words)
 
 
 def _message(entry: Any) -> Message:

@@ -6,7 +6,7 @@ only when its answer has been consumed, so no more than `concurrency` answers ar
 may have several addresses: a request that failed at one is repeated at another (`addresses.py`).
 
 A setting that this model does not take is named by the server in a reply of status 400. Where nothing is lost by it
-(the other name of the longest answer, no seed), the request is sent once more without; else the run ends and says so.
+(the other name of the longest answer, no seed), the request is sent again without; else the run ends and says so.
 
 Not covered: streaming, several answers to one request.
 """
@@ -27,30 +27,28 @@ from limbeck.config.server import Served
 from limbeck.models import replies
 from limbeck.models.addresses import Addresses
 from limbeck.models.budget import Billed, Budget, Spending, estimated_tokens
-from limbeck.models.dialects import OPENAI, get, merged, put
+from limbeck.models.dialects import OPENAI, merged, put
 from limbeck.models.engines import ALL, ENGINES, form_words
 from limbeck.models.http import (
     MAX_BYTES,
+    NAMED_BYTES,
     Backoff,
     Call,
     Connection,
     Endpoint,
     Reply,
-    as_dict,
     check_address,
     send_with_retries,
-    without_key,
 )
 from limbeck.models.identity import Identity, identify, identify_all, is_answer, is_bad_key, what_to_check
 from limbeck.models.loops import iterated
-from limbeck.models.told import keep
 from limbeck.storage.tries import Tries
-from limbeck.types import Finish, Generated, Request, UserError
+from limbeck.types import Generated, Request, UserError
 
-STORED_BYTES = 64 * 2**10  # of an answer that is not whole
 POLL_SECONDS = 0.2
 LIMITS = ("max_tokens", "max_completion_tokens")  # names of the longest answer in OpenAI's protocol
 FAILURES_IN_A_ROW = 10  # and two for each request under way, before the server is given up
+MOST_WORDINGS = 4  # of one request, the first included
 USELESS_AT_FIRST = 5  # replies, and one for each request under way, where it has not answered any
 
 
@@ -178,13 +176,22 @@ class ApiTeacher:
     # One request
 
     async def _answer(self, connection: Connection, request: Request) -> Generated:
+        tokens, most = estimated_tokens(request), MAX_BYTES + self._named_bytes(request)
         call = self._call(request)
-        tokens = estimated_tokens(request)
-        reply = await self.send(connection, call, tokens, key=request.key)
-        refused = replies.refused_setting(reply)
-        if refused is not None and self._can_do_without(refused, reply, request):
-            reply = await self.send(connection, self._call(request, suffix="-2"), tokens, key=request.key)
+        wordings = list[Any]()
+        while len(wordings) < MOST_WORDINGS and call.body not in wordings:
+            wordings.append(call.body)
+            reply = await self.send(connection, call, tokens, max_bytes=most, key=request.key)
+            refused = replies.refused_setting(reply)
+            if refused is None or not self._can_do_without(refused, reply, request):
+                break
+            call = self._call(request, suffix=f"-{len(wordings) + 1}")
         generated = self._generated(request, reply)
+        if reply.status == 200 and reply.truncated:
+            raise UserError(
+                f"{reply.url} answers with more than {most:,} bytes, of which no more are read: lower the writer's"
+                " max_tokens, or teacher.server.logprobs where it is set, or check the server"
+            )
         self._count_useless(generated, reply)
         return generated
 
@@ -324,6 +331,11 @@ class ApiTeacher:
         wanted = self.settings.logprobs is not None and request.raw is None
         return wanted and (plain or self.engine.plain_logprobs)
 
+    def _named_bytes(self, request: Request) -> int:
+        """The most bytes that the log-probabilities may take in the reply to this request."""
+        named = 1 + (self.settings.logprobs or 0) if self._names_tokens_of(request) else 0
+        return NAMED_BYTES * named * request.sampling.max_tokens
+
     def _body(self, request: Request) -> dict[str, Any]:
         """The body of a request: the conversation, the settings that the server takes, the recipe's options, and what
         keeps the server's own defaults out of the text."""
@@ -370,30 +382,9 @@ class ApiTeacher:
         return words
 
     def _generated(self, request: Request, reply: Reply, count: bool = True) -> Generated:
-        """The answer in a reply; `count` adds its tokens to the bill, where the server says how many they are."""
-        if reply.status != 200:
-            finish: Finish = "filtered" if replies.is_filtered(reply) else "error"
-            return Generated(None, "", finish, reply.text(STORED_BYTES))
-        data = reply.json()
-        usage = replies.read_usage(data, self.dialect)
-        if usage is not None and count:
-            self.budget.count_tokens(*usage)
-        text, finish = replies.read_answer(
-            data,
-            self.settings.answers_as or self.settings.name,
-            raw=request.raw is not None,
-            max_tokens=request.sampling.max_tokens,
-            usage=usage,
-            dialect=self.dialect,
-            keep_reasoning=self.settings.reasoning != "drop",
-        )
-        raw = None if finish == "ok" else reply.text(STORED_BYTES)
-        told = None
-        whole = finish in ("ok", "length") and without_key(text, reply.key) == text  # what is cut out is kept nowhere
-        if whole and self._names_tokens_of(request) and (said := self.dialect.read(as_dict(data), False)) is not None:
-            told = keep(said.logprobs, self.settings.logprobs or 0)
-        name = get(data, self.dialect.answered_by)
-        named = isinstance(name, str) and self.settings.answers_as is None
-        pinned = without_key(str(name), reply.key) if named else None
-        shown = without_key(text, reply.key)
-        return Generated(None, shown, finish, raw=raw, usage=usage or (0, 0), told=told, answered_by=pinned)
+        """The answer in a reply; `count` counts its tokens, or about how many they are where the server says none."""
+        named = self.settings.logprobs if self._names_tokens_of(request) else None
+        generated = replies.read_generated(reply, request, self.settings, self.dialect, named=named)
+        if reply.status == 200 and count:
+            self.budget.count(generated.usage, self.budget.estimate(request, generated.text, generated.finish))
+        return generated

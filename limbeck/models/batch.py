@@ -59,15 +59,15 @@ class BatchTeacher(ApiTeacher):
         next call finds them.
 
         Raises:
-            UserError: the provider refuses the batch, the key or the model; a ceiling could be passed; requests remain
-                unanswered.
+            UserError: the provider refuses the batch, the key or the model; a ceiling could be passed; somebody
+                cancelled a batch; requests remain unanswered. The answers that there are come first.
         """
         waiting = {request.key: request for request in requests}
-        for attempt in range(self.settings.retries + 1):
-            if not waiting or stop():
-                return
+        adopt, attempts, cancelled = True, 0, ""
+        while waiting and attempts <= self.settings.retries and not stop():
             missing = list(waiting.values())
-            for batch in self.endpoint.run(partial(self._submit, requests=missing, adopt=attempt == 0)):
+            batches, is_all = self.endpoint.run(partial(self._submit, requests=missing, adopt=adopt))
+            for batch in batches:
                 record = self._wait_until_ended(batch, stop)
                 if record is None:
                     return
@@ -75,6 +75,13 @@ class BatchTeacher(ApiTeacher):
                     partial(self._harvest, batch=batch, record=record, by_key=waiting)
                 ):
                     yield waiting.pop(key), answer
+                left = batch.keys & waiting.keys()
+                if record.get("status") == "cancelled" and left:
+                    cancelled = f"{batch.id} at {self.endpoint.url} was cancelled with {len(left)} requests unanswered"
+            if cancelled:
+                raise UserError(f"the batch {cancelled}; the other answers are kept: run it again to ask for the rest")
+            adopt = False
+            attempts += is_all
         if waiting and not stop():
             raise UserError(
                 f"{len(waiting)} requests were left unanswered by {self.settings.retries + 1} batches at"
@@ -86,18 +93,36 @@ class BatchTeacher(ApiTeacher):
         """What distinguishes our batches from others'."""
         return {"made_by": "limbeck", "model": self.settings.name}
 
-    async def _submit(self, connection: Connection, requests: Sequence[Request], adopt: bool) -> list[ProviderBatch]:
-        """Batches that hold all these requests: new ones, and with `adopt` those that are there already."""
+    async def _submit(
+        self, connection: Connection, requests: Sequence[Request], adopt: bool
+    ) -> tuple[list[ProviderBatch], bool]:
+        """Batches that hold these requests, new ones and with `adopt` those that are there already; and whether they
+        hold all. While what is there could cost so much that new ones could pass a ceiling, none are made.
+
+        Raises:
+            UserError: a ceiling could be passed, whatever becomes of those that are there.
+        """
         batches: list[ProviderBatch] = []
+        by_key = {request.key: request for request in requests}
         if adopt:
-            by_key = {request.key: request for request in requests}
             batches = [batch async for batch in self._earlier_batches(connection, by_key)]
         submitted = {key for batch in batches for key in batch.keys}
+        for key in submitted:  # an earlier process has spent this
+            self.budget.begin(key, estimated_tokens(by_key[key]), checked=True)
         missing = [request for request in requests if request.key not in submitted]
+        try:
+            if missing:
+                self.budget.check(sum(map(estimated_tokens, missing)), len(missing))
+        except UserError:
+            if not batches:
+                raise
+            return batches, False
+        for request in missing:
+            self.budget.begin(request.key, estimated_tokens(request), checked=True)
         for raw in (False, True):
             for part in self._split([request for request in missing if (request.raw is not None) == raw]):
                 batches.append(await self._new_batch(connection, part, raw))
-        return batches
+        return batches, True
 
     async def _earlier_batches(
         self, connection: Connection, by_key: dict[str, Request]
@@ -129,17 +154,18 @@ class BatchTeacher(ApiTeacher):
     def _split(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, bytes]]]:
         """Requests with their lines, as many as one batch may hold."""
         part = list[tuple[Request, bytes]]()
-        size = 0
+        size = named = 0
         for request in requests:
             path = "/v1/completions" if request.raw is not None else "/v1/chat/completions"
             record = {"custom_id": request.key, "method": "POST", "url": path, "body": self._body(request)}
             line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"  # a schema has an order
-            if part and (len(part) >= MAX_REQUESTS or size + len(line) > MAX_INPUT_BYTES):
+            size += len(line)
+            named += self._named_bytes(request)
+            if part and (len(part) >= MAX_REQUESTS or size > MAX_INPUT_BYTES or named > MAX_OUTPUT_BYTES):
                 yield part
                 part = []
-                size = 0
+                size, named = len(line), self._named_bytes(request)
             part.append((request, line))
-            size += len(line)
         if part:
             yield part
 
@@ -148,8 +174,6 @@ class BatchTeacher(ApiTeacher):
     ) -> ProviderBatch:
         """Upload the requests and have them answered. A file without a batch costs nothing, so a kill between the two
         is harmless."""
-        for request, _ in part:
-            self.budget.begin(request.key, estimated_tokens(request))
         upload = Upload("requests.jsonl", b"".join(line for _, line in part), {"purpose": "batch"})
         file = await self._post(connection, Call("POST", "/files", upload=upload))
         order = {

@@ -32,7 +32,8 @@ from limbeck.models.addresses import Addresses
 from limbeck.models.loops import run_async
 from limbeck.types import UserError, printable
 
-MAX_BYTES = 16 * 2**20  # of one answer
+MAX_BYTES = 16 * 2**20  # of one answer, beside the log-probabilities of its tokens
+NAMED_BYTES = 256  # of one token with its log-probability at the most, also where JSON is indented
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0
 MOST_SHOWN = 1200  # characters of a server's words, before they are made printable

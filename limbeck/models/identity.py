@@ -91,8 +91,8 @@ async def identify_all(
     for url, other in others:
         if other != identity:
             raise UserError(
-                f"{first} serves {identity.name} and {url} {other.name}: the addresses of one server must serve the same model under"
-                " one name, from one folder; start them alike, or leave one out of teacher.server.url"
+                f"{first} serves {identity.name} and {url} {other.name}: the addresses of one server must serve the"
+                " same model under one name, from one folder; start them alike, or leave one out of teacher.server.url"
             )
     return identity, {url: str(error) for url, error in lost.items()}
 

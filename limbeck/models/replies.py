@@ -10,17 +10,20 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from limbeck.config.server import Served
 from limbeck.elicit.conversation import OPEN, answer_text
 from limbeck.elicit.thinking import without_thinking
 from limbeck.models.budget import Billed
 from limbeck.models.dialects import OPENAI, Dialect, get
-from limbeck.models.http import Reply, as_dict, as_dicts
-from limbeck.types import Finish, UserError, has_text
+from limbeck.models.http import Reply, as_dict, as_dicts, without_key
+from limbeck.models.told import keep
+from limbeck.types import Finish, Generated, Request, UserError, has_text
 
 NOT_PROCESSED = frozenset({429, 503, 529})  # 529: Anthropic's "overloaded"
 REPEATABLE = frozenset({408, 409})  # the request's own fault otherwise
 CONTROL_TOKEN = re.compile(r"<\|[a-z_]{2,32}\|>|<(?:start|end)_of_turn>")
 MOST_TOKENS = 2**40  # that a bill may name
+STORED_BYTES = 64 * 2**10  # of an answer that is not whole
 # what may follow a model's name where it stands for one version: a date, a number of three digits or more, "latest"
 VERSION = re.compile(r"[-@:](?:\d{3,}|\d{2,4}-\d{2}(?:-\d{2,4})?|latest)")
 # how servers name a setting that they don't take, where the reply has no field for it
@@ -30,6 +33,42 @@ REFUSALS = (
 )
 BROKE = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_balance")
 FILTERED = ("content_filter", "content_policy_violation")
+
+
+def read_generated(
+    reply: Reply, request: Request, served: Served, dialect: Dialect, *, named: int | None = None
+) -> Generated:
+    """The answer in a reply. Its `usage` is (0, 0) where the server does not say it.
+
+    Args:
+        named: how many tokens of each position are kept; None where none were asked for.
+
+    Raises:
+        UserError: another model answers.
+    """
+    if reply.status != 200:
+        finish: Finish = "filtered" if is_filtered(reply) else "error"
+        return Generated(None, "", finish, reply.text(STORED_BYTES))
+    data = reply.json()
+    usage = read_usage(data, dialect)
+    text, finish = read_answer(
+        data,
+        served.answers_as or served.name,
+        raw=request.raw is not None,
+        max_tokens=request.sampling.max_tokens,
+        usage=usage,
+        dialect=dialect,
+        keep_reasoning=served.reasoning != "drop",
+    )
+    raw = None if finish == "ok" else reply.text(STORED_BYTES)
+    told = None
+    whole = finish in ("ok", "length") and without_key(text, reply.key) == text  # what is cut out is kept nowhere
+    if whole and named is not None and (said := dialect.read(as_dict(data), False)) is not None:
+        told = keep(said.logprobs, named)
+    name = get(data, dialect.answered_by)
+    pinned = without_key(name, reply.key) if isinstance(name, str) and served.answers_as is None else None
+    shown = without_key(text, reply.key)
+    return Generated(None, shown, finish, raw=raw, usage=usage or (0, 0), told=told, answered_by=pinned)
 
 
 def read_answer(

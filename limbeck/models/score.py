@@ -24,8 +24,9 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from limbeck.models.api import ApiTeacher
-from limbeck.models.http import Call, Connection, as_dict, as_dicts
+from limbeck.models.http import MAX_BYTES, NAMED_BYTES, Call, Connection, as_dict, as_dicts
 from limbeck.models.model import vocab_size_of
+from limbeck.models.replies import read_usage
 from limbeck.models.told import LEAST
 from limbeck.objectives.forward import NO_TAPS, Taps, TeacherView
 from limbeck.signals.cache import ids_of
@@ -209,7 +210,9 @@ class ServerScorer:
                 "temperature": 0.0,
                 "logit_bias": bias,
             }
-            data = await self._send(connection, Call("POST", "/completion", body, at_root=True), len(ids) + 1)
+            read = 1 if place else len(ids)  # its cache holds what it has read before
+            call = Call("POST", "/completion", body, at_root=True)
+            data = await self._send(connection, call, len(ids), named=self.k, read=read)
             if data.get("truncated") or data.get("tokens_evaluated", len(ids)) != len(ids):
                 raise UserError(
                     f"the server read {data.get('tokens_evaluated')} of {len(ids)} tokens: give it a larger context"
@@ -232,7 +235,8 @@ class ServerScorer:
             "temperature": 0.0,
             "prompt_logprobs": self.k,
         }
-        data = await self._send(connection, Call("POST", "/completions", body), len(ids) + 1)
+        named = (self.k + 1) * len(ids)
+        data = await self._send(connection, Call("POST", "/completions", body), len(ids), named=named, read=len(ids))
         choices = data.get("choices")
         rows = as_dict(choices[0]).get("prompt_logprobs") if isinstance(choices, list) and choices else None
         if not isinstance(rows, list) or len(rows) != len(ids):
@@ -243,13 +247,22 @@ class ServerScorer:
             )
         return [self._check(_vllm_pairs(rows[at], ids[at]), ids[at]) for at in range(len(prompt), len(ids))]
 
-    async def _send(self, connection: Connection, call: Call, tokens: int) -> dict[str, Any]:
-        reply = await self.api.send(connection, call, tokens)
+    async def _send(self, connection: Connection, call: Call, size: int, *, named: int, read: int) -> dict[str, Any]:
+        """The reply to a call about a text of `size` tokens, of which the server has to read `read`. It names so many
+        tokens."""
+        most = MAX_BYTES + NAMED_BYTES * named
+        reply = await self.api.send(connection, call, size + 1, max_bytes=most)
         data = reply.json()
+        if reply.status == 200:
+            self.api.budget.count(read_usage(data), read + 1)
+        if reply.status == 200 and reply.truncated:
+            raise UserError(
+                f"the server answers with more than {most:,} bytes about a text of {size} tokens: lower"
+                " teacher.cache.top_k.k, or check the server"
+            )
         if reply.status != 200 or not isinstance(data, dict):
             raise UserError(
-                f"the server does not score a text of {tokens - 1} tokens (status {reply.status or 'none'})."
-                f" {reply.quote()}"
+                f"the server does not score a text of {size} tokens (status {reply.status or 'none'}). {reply.quote()}"
             )
         model = data.get("model")
         name = self.api.settings.name

@@ -132,7 +132,7 @@ class GgufSource(ModelSource):
         path = user_path(name)
         if not path.is_file():
             raise UserError(f"there is no GGUF file at {name}")
-        return home() / "converted" / known_sha256(path)[:16]
+        return home() / "converted" / f"{known_sha256(path)[:16]}-2"  # the number: of how a file is read
 
 
 class FolderSource(ModelSource):
@@ -267,7 +267,8 @@ def source_of(name: str) -> ModelSource:
             return source
     raise UserError(
         f"no model {name!r}: not a directory, not a .gguf file, not a hub id (owner/name), and not a known"
-        f" name{nearest(name, NAMED)}"
+        f" name{nearest(name, NAMED)} "
+        f" (a teacher behind a server is written teacher: {{server: {{url: ADDRESS, name: {name}}}}})"
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from limbeck.storage.files import on_network
 from limbeck.types import (
     ANSWER_ENDS,
     TOLD,
+    AnswerForm,
     Evidence,
     Finish,
     Generated,
@@ -234,6 +235,18 @@ class Store:
         query = "select count(*) from bills where writer = ? and read = 0 and written = 0"
         return int(self._db.execute(query, (writer,)).fetchone()[0])
 
+    def uncounted(self, writer: str) -> Iterator[tuple[Request, str, Finish, int]]:
+        """(request, answer, how it ended, how often it was asked) of the answers that are `unmetered`."""
+        rows = self._db.execute(
+            "select request, body, finish, (select count(*) from tries where tries.key = bills.key"
+            " and tries.state = 'answered') from bills join answers on answers.key = bills.key"
+            " join samples on samples.id = sample_id where writer = ? and read = 0 and written = 0",
+            (writer,),
+        )
+        for question, body, finish, times in rows:
+            with suppress(ValueError, KeyError, TypeError, RecursionError):  # damaged
+                yield _request(json.loads(question)), json.loads(body)["messages"][-1]["content"], finish, times or 1
+
     def usage_of(self, keys: Sequence[str]) -> tuple[int, int, int]:
         """(answers, tokens read, tokens written) of the answers to these requests whose tokens the server counted, for
         this run or for an earlier one."""
@@ -329,7 +342,7 @@ def _request(question: dict[str, Any]) -> Request:
     """A request from what `record` keeps of it."""
     sampling = question["sampling"]
     sampling = Sampling(**sampling | {"stop": tuple(sampling.get("stop", ()))})
-    against = question.get("against")
+    against, form, shown = (question.get(name) for name in ("against", "form", "shown"))
     return Request(
         question["model"],
         tuple(question["messages"]),
@@ -339,7 +352,14 @@ def _request(question: dict[str, Any]) -> Request:
         raw=question.get("raw"),
         against=None if against is None else tuple(against),
         contrast=question.get("contrast", 0.0),
+        form=None if form is None else _form(form),
+        shown=None if shown is None else tuple(shown),
     )
+
+
+def _form(kept: Mapping[str, Any]) -> AnswerForm:
+    labels = kept.get("labels")
+    return AnswerForm(kept.get("schema"), None if labels is None else tuple(labels), kept.get("pattern"))
 
 
 def _sample_of(sample_id: str, body: str | None, finish: Finish, body_sum: str | None) -> Sample | None:

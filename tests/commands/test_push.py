@@ -127,6 +127,11 @@ def test_a_public_repository_wants_to_be_named_so(hub, run_folder):
     assert json.loads(push(run_folder, "--to", "me/small", "--public", "--json"))["private"] is False and hub.files
 
 
+def test_a_repository_that_is_there_and_private_stays_so_and_is_told_so(hub, run_folder):
+    """--public makes a new repository public, and no other."""
+    assert json.loads(push(run_folder, "--to", "me/small", "--public", "--json"))["private"] is True and hub.files
+
+
 def test_the_training_text_is_uploaded_as_a_dataset(hub, tmp_path, tiny_folder):
     with pytest.raises(UserError, match="is no run folder"):
         push(tmp_path, "--to", "me/text", "--data")

@@ -345,6 +345,22 @@ def test_requests_are_bounded(tiny):
         assert post(chat, "chat/completions").status_code == 200
         for change in ({"logprobs": True}, {"max_tokens": 999}, {"temperature": "hot"}, {"messages": [{"role": 1}]}):
             assert post(chat | change, "chat/completions").status_code == 400, change
+        for change in (
+            {"max_tokens": 3.7},
+            {"seed": 1.5},
+            {"stop": [""]},
+            {"stop": ""},
+            {"stop": [1, None]},
+            {"stop": {"\n": 1}},
+        ):
+            assert post(chat | change, "chat/completions").status_code == 400, change
+        for stop in (None, [], "\n", ["\n"]):
+            assert post(chat | {"stop": stop}, "chat/completions").status_code == 200, stop
+        plain = {"model": "toy", "prompt": "the cat", "max_tokens": 4}
+        assert post(plain, "completions").status_code == 200
+        for prompt in ([464, 11], ["the cat"], None, 7):
+            told = post(plain | {"prompt": prompt}, "completions")
+            assert told.status_code == 400 and "prompt must be a text" in told.text, prompt
         assert post(chat | {"model": "x"}, "chat/completions").status_code == 404
         assert serving.server.slots.acquire(blocking=False)  # somebody else waits
         assert post(good).status_code == 503 and post(good).headers["retry-after"] == "1"

@@ -246,7 +246,9 @@ def test_one_request_s_own_fault_is_its_own():
         assert "too long" in next(one.raw for one in found if one.finish == "error")
 
 
-@pytest.mark.parametrize(("owner", "key"), [("vllm", "repetition_penalty"), ("llamacpp", "repeat_penalty"), ("me", None)])
+@pytest.mark.parametrize(
+    ("owner", "key"), [("vllm", "repetition_penalty"), ("llamacpp", "repeat_penalty"), ("me", None)]
+)
 def test_a_program_that_names_itself_draws_the_model_s_own_text(owner, key):
     """Without `kind`, too: its own cuts and penalties stay out of the text, and the answers are others than with them."""
     with Scripted(models=[{"id": MODEL, "owned_by": owner}]) as server, Scripted(models=[{"id": MODEL}]) as plain:
@@ -312,12 +314,26 @@ def test_a_flood_is_not_read_to_its_end():
 
     with Scripted(lambda number, body: ("flood", 100 * 2**20)) as server:
         before = peak_mib() or 0
-        (found,), _ = ask(server)
-        assert (
-            found.finish == "malformed"
-            and len(found.raw) <= 2**16
-            and (peak_mib() or 0) - before < 4 * MAX_BYTES / 2**20
-        )
+        with pytest.raises(UserError, match=r"more than 16,777,216 bytes.*check the server"):
+            ask(server)
+        assert len(server.seen) == 1 and (peak_mib() or 0) - before < 4 * MAX_BYTES / 2**20
+
+
+def test_a_long_answer_with_its_log_probabilities_is_read_to_its_end():
+    """What is asked for is read: the bound is that of the tokens that the server is to name."""
+    likely = [{"token": f"{n:03}" + "x" * 60, "logprob": -9.0, "bytes": [120] * 63} for n in range(20)]
+    said = answer("a" * 4096)
+    said["choices"][0]["logprobs"] = {
+        "content": [{"token": "a", "logprob": -0.1, "bytes": [97], "top_logprobs": likely}] * 2048
+    }
+    body = json.dumps(said)
+    assert len(body) > 1.1 * MAX_BYTES
+    long = requests(1, Sampling(1.0, 1.0, 4096))
+    with Scripted(lambda number, _: ("bytes", body.encode())) as server:
+        ((_, found),) = teacher(server, logprobs=20)[0].answers(long)
+        assert found.finish == "ok" and len(found.told) == 2048 and found.usage == (5, 3)
+        with pytest.raises(UserError, match="more than 16,777,216 bytes"):
+            list(teacher(server)[0].answers(long))
 
 
 @pytest.mark.parametrize(
@@ -339,6 +355,71 @@ def test_a_ceiling_is_never_passed_and_what_was_answered_is_kept(settings, most,
         limits = settings["limits"]
         assert spent.sent <= limits.get("requests", 99) and spent.read + spent.written <= limits.get("tokens", 9999)
         assert spent.money <= limits.get("money", 1)
+
+
+def unmetered(text="", finish="stop"):
+    return {key: value for key, value in answer(text, finish).items() if key != "usage"}
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [({"tokens": 6000}, 5), ({"money": 0.012}, 5)],  # some 1,300 tokens an answer, where 2,000 could be
+)
+@pytest.mark.promise("R9")
+def test_ceilings_hold_where_a_server_counts_no_tokens(limits, most, tmp_path):
+    """In one process and in several; an answer that was not whole counts as the most that it can be."""
+    settings = {"limits": limits, "price": {"input": 1.0, "output": 2.0}, "concurrency": 1}
+    with Scripted(lambda number, body: unmetered("word " * 800)) as server, Store(tmp_path / "s.sqlite") as store:
+        spent = []
+        for count in (2, 50, 50):
+            made, _ = teacher(server, **settings)
+            made.begin_with(*store.bill("served:toy")[1:], tries=Tries(store.path, "served:toy"))
+            spent.append(made.spending.estimated)
+            with pytest.raises(UserError, match="are estimated") if count > 2 else contextlib.nullcontext():
+                elicit(requests(count, Sampling(max_tokens=2000)), store, lambda made=made: made)
+            assert made.spending.estimated == sum(
+                1334 + len(f"question {n}") // 3 for n in range(len(server.seen))
+            ) and (made.spending.read, made.spending.written, made.spending.money) == (0, 0, 0)
+        assert spent[:2] == [0, 2 * (1334 + 10 // 3)] and spent[2] == made.spending.estimated
+        assert 3 <= len(server.seen) <= most and store.unmetered("served:toy") == len(server.seen)
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "tokens"),
+    [
+        (unmetered("fine"), {}, 2), (unmetered("fine", "length"), {}, 16), (unmetered("x" * 999), {}, 16),
+        (unmetered(7), {}, 16), (unmetered("fine"), {"reasoning": "drop"}, 16), (answer(), {}, None),
+    ],
+)  # fmt: skip
+def test_an_answer_is_estimated_by_its_text_where_it_is_whole(said, settings, tokens, tmp_path):
+    with Scripted(lambda number, body: said) as server, Store(tmp_path / "s.sqlite") as store:
+        made, _ = teacher(server, **settings)
+        elicit(requests(1), store, lambda: made, tolerate=0.9)
+        estimated = 0 if tokens is None else tokens + len("question 0") // 3
+        again, _ = teacher(server, **settings)
+        again.begin_with(*store.bill("served:toy")[1:], tries=Tries(store.path, "served:toy"))
+        assert made.spending.estimated == estimated == again.spending.estimated
+
+
+def test_a_server_that_refuses_several_settings_loses_no_request():
+    """Each is found out by a reply of its own, of the requests that are under way at the same time, too."""
+
+    def say(number, body):
+        for name in ("max_tokens", "seed"):
+            if name in body:
+                return (
+                    "status",
+                    400,
+                    {},
+                    json.dumps({"error": {"message": f"Unsupported parameter: '{name}'"}}).encode(),
+                )
+        return answer()
+
+    with Scripted(say) as server:
+        found, made = ask(server, 9, concurrency=4)
+        assert [one.finish for one in found] == ["ok"] * 9 and len(server.seen) <= 9 + 2 * 4
+        keys = [headers["Idempotency-Key"] for _, _, headers in server.seen]
+        assert len(set(keys)) == len(keys), "another body is another request"
 
 
 @pytest.mark.promise("R9")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -177,7 +178,7 @@ def test_a_run_that_starts_again_finds_its_batches(teacher):
         rest = [request for request in asked if request.key != first[0].key]
         again = teacher(server)
         assert {request.key for request, _ in again.answers(rest)} == {request.key for request in rest}
-        assert again.spending.sent == 0 and again.spending.read == 10 and len(server.batches) == 1
+        assert again.spending.sent == 2 and again.spending.read == 10 and len(server.batches) == 1
         new = requests("d")
         assert len(list(teacher(server).answers([*rest, *new]))) == 3
     assert sorted(server.billed) == sorted(request.key for request in [*asked, *new]) and len(server.batches) == 2
@@ -192,6 +193,48 @@ def test_what_a_batch_left_is_asked_anew(teacher):
         pytest.raises(UserError, match="2 requests were left unanswered by 3"),
     ):
         list(teacher(server, retries=2).answers(requests("a", "b")))
+
+
+def test_batches_found_again_count_under_the_ceilings(teacher):
+    """Those that an earlier process submitted; nothing new is submitted beyond, and what they answer is kept."""
+    asked = requests("a", "b", "c")
+    with Provider(ends=(2, "completed")) as server:
+        looks = iter([False] * 3 + [True] * 9)
+        assert list(teacher(server).answers(asked, lambda: next(looks))) == []
+        found = []
+        with pytest.raises(UserError, match="ceiling of 3 requests"):
+            found.extend(teacher(server, limits={"requests": 3}).answers([*asked, *requests("d")]))
+        assert {request.key for request, _ in found} == {request.key for request in asked} == set(server.billed)
+        assert len(server.batches) == 1 and len(list(teacher(server, limits={"requests": 3}).answers(asked))) == 3
+        again = teacher(server, limits={"tokens": 34})  # answers of 8 tokens, where 8 more were feared for each
+        assert len(list(again.answers([*asked, *requests("d")]))) == 4 and len(server.batches) == 2
+
+
+def test_nothing_is_uploaded_before_all_of_it_is_held_against_the_ceilings(teacher, monkeypatch):
+    monkeypatch.setattr("limbeck.models.batch.MAX_REQUESTS", 2)
+    with Provider() as server, pytest.raises(UserError, match="ceiling of 3 requests"):
+        list(teacher(server, limits={"requests": 3}).answers(requests("a", "b", "c", "d")))
+    assert not server.files and not server.batches
+
+
+def test_a_batch_that_somebody_cancelled_is_not_submitted_again_at_once(teacher):
+    asked = requests("a", "b", "c", "d")
+    with Provider(ends=(1, "cancelled"), expire=2) as server:
+        found = []
+        with pytest.raises(UserError, match=r"was cancelled with 2 requests unanswered.*run it again"):
+            found.extend(teacher(server).answers(asked))
+        assert len(found) == 2 and len(server.batches) == 1
+        server.ends = (1, "completed")
+        assert len(list(teacher(server).answers(asked))) == 4 and len(server.batches) == 2, "a later run goes on"
+        assert len(server.billed) == len(set(server.billed)) == 4
+
+
+def test_a_batch_is_no_larger_than_what_is_read_of_it(teacher, monkeypatch):
+    monkeypatch.setattr("limbeck.models.batch.MAX_OUTPUT_BYTES", 2 * 256 * 21 * 8)
+    with Provider() as server:
+        plain = Request("m", ({"role": "user", "content": "plain"},), Sampling(1.0, 1.0, 8), 1)
+        asked = [replace(plain, seed=number) for number in range(5)]
+        assert len(list(teacher(server, logprobs=20).answers(asked))) == 5 and len(server.batches) == 3
 
 
 def test_faults_are_told(teacher):

@@ -127,6 +127,29 @@ def test_a_run_reads_what_a_server_says_of_its_text(protocol, tiny, tiny_folder,
     assert (again / "student" / "config.json").exists() and list((tmp_path / "kept").glob("shard-*"))
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_a_server_reads_to_score_counts_against_the_ceilings(protocol, tiny):
+    with ScoringServer(tiny, protocol) as server:
+        made = scorer(server, tiny)
+        made.score([([5, 6, 7], [8, 9])])
+        spent = made.api.spending
+        assert (spent.estimated > 0, spent.read > 0) == (protocol == "llama.cpp", protocol == "vLLM")
+        with pytest.raises(UserError, match="ceiling of 8 tokens"):
+            scorer(server, tiny, limits={"tokens": 8}).score([([5, 6, 7], [8, 9])] * 9)
+
+
+def test_a_long_text_s_log_probabilities_are_read_to_their_end(tiny, monkeypatch):
+    """The bound grows with what is asked for."""
+    monkeypatch.setattr("limbeck.models.score.MAX_BYTES", 100)
+    with ScoringServer(tiny, "vLLM") as server:
+        made = scorer(server, tiny, 40)
+        ((*_, last),) = made.score([(list(range(5, 40)), [8, 9])])
+        assert len(last[0]) == 40
+        monkeypatch.setattr("limbeck.models.score.NAMED_BYTES", 1)
+        with pytest.raises(UserError, match=r"bytes about a text of .* lower teacher\.cache\.top_k\.k"):
+            made.score([(list(range(5, 40)), [8, 9])])
+
+
 def first_of(reply):
     return reply["completion_probabilities"][0]["top_logprobs"] if "completion_probabilities" in reply else None
 

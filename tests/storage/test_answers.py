@@ -20,7 +20,7 @@ from limbeck.elicit.engine import elicit
 from limbeck.elicit.sharing import Sharing
 from limbeck.storage.answers import FILE, SharedAnswers, UnreadableAnswersError, answers_folder
 from limbeck.storage.store import Store
-from limbeck.types import TOLD, Evidence, Generated, Request, Sample, Sampling, UserError
+from limbeck.types import TOLD, AnswerForm, Evidence, Generated, Request, Sample, Sampling, UserError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -114,7 +114,15 @@ def test_another_teacher_of_the_same_name_is_asked_itself(tmp_path, shared):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"raw": "x"}, {"against": ({"role": "user", "content": "y"},), "contrast": 0.5}, {"contrast": 0.0, "seed": 4}],
+    [
+        {"raw": "x"},
+        {"against": ({"role": "user", "content": "y"},), "contrast": 0.5},
+        {"contrast": 0.0, "seed": 4},
+        {"form": AnswerForm(labels=("a", "b"))},
+        {"form": AnswerForm(schema='{"type": "object"}')},
+        {"form": AnswerForm(pattern="a+")},
+        {"shown": ({"role": "user", "content": "a hint"},)},
+    ],
 )
 def test_every_kind_of_request_is_found_again_from_a_runs_own_store(tmp_path, shared, changes):
     """A run of an older version, or one that was killed between its own store and the shared one, is added as it is."""
