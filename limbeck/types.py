@@ -248,7 +248,7 @@ class Batch:
     Position t is predicted from position t - 1: `response_positions` are the hidden states that are projected.
 
     Args:
-        weight_BT: the weight of each response token.
+        weight_BT: the weight of each response token, the same for all of a row.
         tags: each row's writer, task and rank.
         groups: the rows that answer one prompt, the chosen one first.
         references: by name of a frozen model, log-probabilities [B] of the responses.
@@ -289,6 +289,14 @@ class Batch:
         has_tag = [tag in tags for tags in self.tags] if tag is not None else [True] * len(self.sample_ids)
         return self.mask_BT.new_tensor(has_tag)
 
+    def row_weights(self) -> Tensor:
+        """[B] the weight of each row, which is that of each of its tokens."""
+        return (self.weight_BT * self.mask_BT).amax(1)
+
+    def group_weights(self) -> Tensor:
+        """[G] the weight of each group: that of its first row."""
+        return self.row_weights()[[group[0] for group in self.groups]]
+
     def token_weights(self, column: str | None = None) -> Tensor:
         """[B, T] weights of the response tokens, times the named column if the batch has it."""
         weight_BT = self.weight_BT * self.mask_BT
@@ -296,11 +304,11 @@ class Batch:
 
     def amount(self, unit: str, tag: str | None = None, column: str | None = None) -> float:
         """The denominator of a term with this unit: the sum of token weights (times the named column, if the batch has
-        it), the number of rows, or of groups."""
+        it), of row weights, or of group weights."""
         if unit == "group":
-            return float(len(self.groups))
-        on_B = self.rows_on(tag)
-        return float(on_B.sum()) if unit == "row" else float(self.token_weights(column).sum(1)[on_B].sum())
+            return float(self.group_weights().sum())
+        weight_B = self.row_weights() if unit == "row" else self.token_weights(column).sum(1)
+        return float(weight_B[self.rows_on(tag)].sum())
 
 
 def printable(value: object) -> str:

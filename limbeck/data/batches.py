@@ -76,7 +76,7 @@ def make_rows(
         teacher_prompt_ids: tokenizes the prompt for a teacher that sees another one.
 
     Raises:
-        UserError: a row is longer than `max_length`, or there is no row at all.
+        UserError: a row is longer than `max_length` or has an empty prompt, or there is no row at all.
     """
     taught = [sample for sample in samples if sample.teaches]
     if not taught:
@@ -108,6 +108,11 @@ def make_rows(
             raise UserError(
                 f"the prompt {sample.messages[0]['content'][:60]!r}... and its answer take {len(row)} tokens, more than"
                 f" the student's context of {max_length}: shorten it, or lower writer.max_tokens"
+            )
+        if not row.prompt_ids or teacher_ids == ():
+            raise UserError(
+                f"the prompt of the answer {sample.messages[-1]['content'][:60]!r}... has no token, so nothing predicts"
+                " the answer's first one: give it a prompt, or take a model whose chat template begins with a token"
             )
         rows.append(row)
     return rows
@@ -319,6 +324,8 @@ def _mixed(rows: Sequence[Row], tokens_BT: Tensor) -> tuple[Tensor, Tensor] | No
 
 def _padded(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
     """(tokens [B, T], mask of response tokens [B, T]) of (prompt, response) pairs."""
+    if not all(prompt for prompt, _ in pairs):
+        raise UserError("a row has an empty prompt, so nothing predicts its first token: give it one token at least")
     width = max(len(prompt) + len(response) for prompt, response in pairs)
     tokens_BT = torch.full((len(pairs), width), pad_id, dtype=torch.long)
     mask_BT = torch.zeros(len(pairs), width, dtype=torch.bool)

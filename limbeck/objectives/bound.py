@@ -135,7 +135,8 @@ class BoundLoss(nn.Module):
     def evaluate(self, data: StudentForward, only: str | None, scale: float) -> TermSum:
         """The weighted sum of its values over the text with the tag `only`."""
         values = full_precision(self(data.features, data.teacher.features, data.positions))
-        weight = data.batch.rows_on(only) if self.unit == "row" else data.token_weights(only)
+        batch = data.batch
+        weight = batch.row_weights() * batch.rows_on(only) if self.unit == "row" else data.token_weights(only)
         total = (values * weight.to(values.device, values.dtype)).sum()
         return TermSum(scale * total, float(total.detach()))
 

@@ -9,19 +9,21 @@ Shapes: N response positions, G groups, S tokens of a common end, U positions in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from limbeck.objectives.facts import TextFacts
 from limbeck.objectives.forward import StudentForward, TermSum
-from limbeck.objectives.head import Head, project
+from limbeck.objectives.head import Head, chunk_elements, project
 from limbeck.objectives.loss import Loss, LossAtStep, LossSettings
 from limbeck.objectives.parameters import Range, defaults_of
+from limbeck.objectives.precision import full_precision
 from limbeck.objectives.registry import register
 from limbeck.types import Batch, RecipeError
 
@@ -52,15 +54,46 @@ def common_ends(batch: Batch) -> Ends:
 def consistency(hidden_ND: Tensor, head: Head, ends: Ends, *, temperature: float = 1.0) -> Tensor:
     """How differently each group's responses predict their common ends: nats [G], differentiable, in fp32 or better.
 
-    0 for a group without a pair.
+    0 for a group without a pair. Logits are held for the groups of one chunk at a time, and computed again in the
+    backward pass.
 
     Args:
         hidden_ND: the student's hidden states at the response positions.
         ends: see `common_ends`.
     """
-    places = sorted({place for pairs in ends for pair in pairs for part in pair for place in part})
+    values = []
+    for chunk in _chunks(ends, max(1, chunk_elements(hidden_ND.device) // head.vocab_size)):
+        part_G = checkpoint(
+            _values, hidden_ND, head, chunk, temperature=temperature, use_reentrant=False, preserve_rng_state=False
+        )
+        values.append(part_G)
+    return torch.cat(values)
+
+
+def _chunks(ends: Ends, most: int) -> Iterator[Ends]:
+    """Consecutive groups with at most so many positions together, but one group at least."""
+    chunk: list[Sequence[tuple[range, range]]] = []
+    positions = 0
+    for pairs in ends:
+        size = len(_places([pairs]))
+        if chunk and positions + size > most:
+            yield chunk
+            chunk, positions = [], 0
+        chunk.append(pairs)
+        positions += size
+    yield chunk
+
+
+def _places(ends: Ends) -> list[int]:
+    """The positions that are in some common end."""
+    return sorted({place for pairs in ends for pair in pairs for part in pair for place in part})
+
+
+def _values(hidden_ND: Tensor, head: Head, ends: Ends, *, temperature: float) -> Tensor:
+    """`consistency` of the groups of one chunk."""
+    places = _places(ends)
     if not places:
-        return (hidden_ND * 0).sum().expand(len(ends))
+        return full_precision((hidden_ND * 0).sum()).expand(len(ends))
     logits_UV = project(head.products(hidden_ND[torch.tensor(places, device=hidden_ND.device)]), None)
     if head.softcap is not None:  # not in place as in the chunked head: here the gradient flows through it
         logits_UV = head.softcap * torch.tanh(logits_UV / head.softcap)
@@ -98,7 +131,8 @@ class Consistency(Loss):
 
     def evaluate(self, at_step: LossAtStep, data: StudentForward) -> TermSum:
         ends = common_ends(data.batch)
-        total = consistency(data.hidden_ND, data.head, ends, temperature=at_step.params["temperature"]).sum()
+        values_G = consistency(data.hidden_ND, data.head, ends, temperature=at_step.params["temperature"])
+        total = (values_G * data.batch.group_weights().to(values_G)).sum()
         return TermSum(at_step.scale * total, float(total.detach()))
 
 

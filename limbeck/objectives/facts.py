@@ -21,7 +21,8 @@ class TextFacts:
         several_answers: prompts have, or may get, more than one answer.
         ranked_answers: the answers to a prompt have an order, the preferred one first.
         columns: columns that the recipe's losses write for each token, such as importance_weight.
-        temperature: that of the student's own text, if it writes.
+        temperature, top_p: those of the student's own text, if it writes.
+        writes_jointly: another model writes the student's text with it.
         reuses_rollouts: the student's text may be older than the step that trains on it.
         copy_writes: the student's text is written by a copy of it in another precision.
         teacher_prompts: the teacher is shown other prompts than the student.
@@ -41,6 +42,8 @@ class TextFacts:
     ranked_answers: bool = False
     columns: frozenset[str] = frozenset()
     temperature: float | None = None
+    top_p: float = 1.0
+    writes_jointly: bool = False
     reuses_rollouts: bool = False
     copy_writes: bool = False
     teacher_prompts: bool = False

@@ -112,12 +112,19 @@ def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None, buffe
     """cap(sum x W^T) in fp32 or better. With a `buffer` there is no graph, and the result is valid until its next
     use."""
     (x_CD, weight_VD), *others = parts
-    logits_CV = full_precision(buffer.product(x_CD, weight_VD) if buffer else x_CD.to(weight_VD.dtype) @ weight_VD.T)
+    if buffer is None and not (torch.is_grad_enabled() and (x_CD.requires_grad or weight_VD.requires_grad)):
+        buffer = Buffer()  # without a graph no whole copy of W is needed where its type is shorter
+    logits_CV = buffer.product(x_CD, weight_VD) if buffer else _product(x_CD, weight_VD)
     for x, weight in others:
-        logits_CV += x.to(weight.dtype) @ weight.T
+        logits_CV += _product(x, weight)
     if others:
         logits_CV.clamp_min_(IMPOSSIBLE)  # a bias may mask tokens with -inf
     return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
+
+
+def _product(x_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """x W^T in fp32 or better, of numbers in the type of W."""
+    return full_precision(x_CD.to(weight_VD.dtype)) @ full_precision(weight_VD).T
 
 
 class TeacherRows(Protocol):

@@ -111,6 +111,33 @@ class Policy(Loss):
                 f"{self.name} is right in expectation over drawn text, and this student draws none; give it a"
                 " temperature",
             )
+        if facts.top_p < 1:
+            raise RecipeError(
+                settings.path,
+                f"{self.name} is right in expectation over all that the student could write, and top_p {facts.top_p:g}"
+                " cuts some of it off: set the student's top_p to 1",
+            )
+        if not self.corrects:
+            self._check_own_draws(settings, facts)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it reads how likely each token was when it was drawn, so that another writer's draws are weighed."""
+        return bool({"old_log_prob", "importance_weight"} & {*self.needed, *self.optional})
+
+    def _check_own_draws(self, settings: LossSettings, facts: TextFacts) -> None:
+        """Refuse draws from another distribution than today's student's own."""
+        for is_other, what, remedy in (
+            (facts.temperature not in (None, 1), f"drawn at temperature {facts.temperature}", "set temperature: 1"),
+            (facts.writes_jointly, "written with another model", "leave rollout.joint out"),
+            (facts.reuses_rollouts, "of an older student", "leave ahead, replay and passes out"),
+        ):
+            if is_other:
+                raise RecipeError(
+                    settings.path,
+                    f"{self.name} is right for what today's student draws from its own distribution, and this text is"
+                    f" {what}: {remedy}, or use a loss that reads old_log_prob (on_policy_distillation, ppo_clip)",
+                )
 
     def columns(self, responses: Responses, params: Mapping[str, float]) -> dict[str, Tensor]:
         if self.prepare is None:

@@ -19,6 +19,9 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+COPIED = 2**22  # numbers of a matrix that are in fp32 at once, to be multiplied: 16 MiB
+
+
 # Products of matrices in a shorter type with sums in fp32. CUDA has them; elsewhere the rounded numbers are multiplied
 # in fp32, which gives the same products.
 
@@ -38,14 +41,22 @@ def to_multiply(values: Tensor, rounded: torch.dtype | None) -> Tensor:
 
 def product_dtype(matrix: Tensor) -> torch.dtype:
     """The type of `multiply`'s result."""
-    return torch.float32 if matrix.device.type == "cuda" and matrix.dtype.itemsize < 4 else matrix.dtype
+    return torch.promote_types(matrix.dtype, torch.float32)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b, written into `out`, which is in fp32 where the device can sum products of shorter numbers so."""
+    """a b, written into `out`, which is of `product_dtype`. CUDA sums products of shorter numbers so; elsewhere they
+    are multiplied in fp32, some columns of b at a time."""
     if out.dtype == a.dtype:
         return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if out.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    longer = a.to(out.dtype)
+    width = max(1, COPIED // len(b))
+    for start in range(0, b.shape[1], width):
+        columns = slice(start, start + width)
+        out[:, columns] = longer @ b[:, columns].to(out.dtype)
+    return out
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

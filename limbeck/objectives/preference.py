@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid, relu
 
 from limbeck.objectives.parameters import Range
 from limbeck.objectives.rank import NOT_NEGATIVE, POSITIVE, Candidates, register_ranking
+from limbeck.types import PROBABILITY
 
 FLIPPED_SHARE = Range(0, 0.5, open_high=True)
 
@@ -21,6 +22,7 @@ FLIPPED_SHARE = Range(0, 0.5, open_high=True)
     "-(1-e) log s(b h) - e log s(-b h), h = ratio_best - ratio_worst",
     "Rafailov et al., arXiv:2305.18290; e: Mitchell's cDPO note",
     "start",
+    labels=(PROBABILITY,),
     beta=POSITIVE,
     label_smoothing=FLIPPED_SHARE,
 )
@@ -29,12 +31,15 @@ def dpo(candidates: Candidates, *, beta: float = 0.1, label_smoothing: float = 0
     flipped.
 
     Limits: ln 2 where the student equals the reference. For e > 0 the minimum is at b h = log((1-e) / e), so the
-    margin stops growing. Only the difference is pushed: the best answer's own log-probability may fall.
+    margin stops growing. Only the difference is pushed: the best answer's own log-probability may fall. For a pair with
+    a probability p of its own, e is 1 - p.
     """
     scaled_G = beta * candidates.margin(candidates.log_ratio_GK)
-    return candidates.where_paired(
-        -(1 - label_smoothing) * logsigmoid(scaled_G) - label_smoothing * logsigmoid(-scaled_G)
-    )
+    flipped_G = torch.full_like(scaled_G, label_smoothing)
+    if candidates.probability_G is not None:
+        probability_G = candidates.probability_G.to(scaled_G)
+        flipped_G = torch.where(probability_G.isnan(), flipped_G, 1 - probability_G)
+    return candidates.where_paired(-(1 - flipped_G) * logsigmoid(scaled_G) - flipped_G * logsigmoid(-scaled_G))
 
 
 @register_ranking(

@@ -28,7 +28,7 @@ from limbeck.objectives.parameters import Range, check_numbers, defaults_of
 from limbeck.objectives.precision import full_precision
 from limbeck.objectives.registry import LossesOf, register
 from limbeck.objectives.schedule import Schedule
-from limbeck.types import RecipeError, UserError, nearest
+from limbeck.types import PROBABILITY, RecipeError, UserError, nearest
 
 RankingFn = Callable[..., Tensor]
 Reference = Literal["none", "start", "teacher"]
@@ -43,13 +43,14 @@ class Candidates:
 
     `log_prob_GK` is the sum over the answer's `length_GK` tokens of log q(token), in nats, differentiable.
     `reference_GK` is the same sum under the frozen reference: the student before training, or the teacher for `dpkd`;
-    no gradient flows into it.
+    no gradient flows into it. `probability_G` is that of the first answer being the better one, NaN where nobody says.
     """
 
     log_prob_GK: Tensor
     length_GK: Tensor
     present_GK: Tensor
     reference_GK: Tensor | None = None
+    probability_G: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.log_prob_GK.shape
@@ -57,6 +58,8 @@ class Candidates:
         if len(shape) != 2 or any(other.shape != shape for other in others) or self.present_GK.dtype != torch.bool:
             shapes = [tuple(shape), *(tuple(other.shape) for other in others)]
             raise UserError(f"candidates must all be [groups, answers], and present must be boolean; got {shapes}")
+        if self.probability_G is not None and self.probability_G.shape != shape[:1]:
+            raise UserError(f"{shape[0]} groups need one probability each; got {tuple(self.probability_G.shape)}")
         if (self.present_GK & (self.length_GK < 1)).any():
             raise UserError(
                 "an answer without tokens can't be ranked; count its end-of-sequence token or mark it absent"
@@ -115,7 +118,11 @@ def candidates_of(data: StudentForward, reference: str) -> Candidates:
     present_GK = torch.tensor([[k < len(group) for k in range(most)] for group in batch.groups], device=device)
     length_B = batch.mask_BT.sum(1).to(device)
     reference_GK = None if reference == "none" else batch.references[reference].to(device)[row_GK]
-    return Candidates(data.answer_log_prob_B[row_GK], length_B[row_GK], present_GK, reference_GK)
+    probability_B = batch.labels.get(PROBABILITY)
+    probability_G = None if probability_B is None else probability_B.to(device)[row_GK[:, 0]]
+    return Candidates(
+        data.answer_log_prob_B[row_GK], length_B[row_GK], present_GK, reference_GK, probability_G=probability_G
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +130,13 @@ class Ranking(Loss):
     """A ranking loss `fn(candidates, **params) -> values_G`. `reference` says which frozen model is the reference.
 
     `measures` gives the (sum, count) of what the loss measures at each step: their ratio, at least 0, is its parameter
-    `baseline` a step later.
+    `baseline` a step later. `labels` are those of a pair's labels that it reads.
     """
 
     fn: RankingFn
     reference: Reference
     measures: Measure | None = None
+    labels: frozenset[str] = frozenset()
 
     ranks: ClassVar[bool] = True
     unlimited: ClassVar[str] = "compares the answers of all writers, so it can't be limited to one"
@@ -157,6 +165,14 @@ class Ranking(Loss):
                 " every prompt (leave their shares out, the preferred writer first), end `elicit` with pairs or lists,"
                 " or give a corpus with `answers` or `chosen` and `rejected`",
             )
+        if unread := sorted((facts.labels or frozenset()) - self.labels):
+            readers = "bradley_terry, or for a probability dpo"
+            raise RecipeError(
+                settings.path,
+                f"{self.name} does not read the {' and '.join(unread)} that lines give their pairs, so all would count"
+                f" alike: leave the column unread (prompts.columns: {{{unread[0]}: null}}), or use a loss that reads it"
+                f" ({readers})",
+            )
 
     def values(self, candidates: Candidates, params: Mapping[str, float]) -> Tensor:
         """Values [G] in nats, unless the function's docstring says otherwise."""
@@ -169,6 +185,7 @@ class Ranking(Loss):
         if self.measures is not None:
             total, count = self.measures(candidates)
             measured = (float(total), float(count))
+        values_G = values_G * data.batch.group_weights().to(values_G)
         return TermSum(at_step.scale * values_G.sum(), float(values_G.detach().cpu().double().sum()), measured)
 
     def measurement(self, total: float, count: float) -> float:
@@ -179,11 +196,18 @@ RANKINGS = LossesOf(Ranking)
 
 
 def register_ranking(
-    formula: str, paper: str, reference: Reference, *, measures: Measure | None = None, **ranges: Range
+    formula: str,
+    paper: str,
+    reference: Reference,
+    *,
+    measures: Measure | None = None,
+    labels: tuple[str, ...] = (),
+    **ranges: Range,
 ) -> Callable[[RankingFn], RankingFn]:
     """Register the function below as a ranking loss under its own name.
 
-    `ranges` are the legal values of its parameters, whose defaults are those of its signature.
+    `ranges` are the legal values of its parameters, whose defaults are those of its signature; `labels` what it reads
+    of what lines say of their pairs.
     """
 
     def add(fn: RankingFn) -> RankingFn:
@@ -199,6 +223,7 @@ def register_ranking(
                 fn=fn,
                 reference=reference,
                 measures=measures,
+                labels=frozenset(labels),
             )
         )
         return fn

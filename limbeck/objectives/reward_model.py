@@ -108,6 +108,7 @@ class BradleyTerry(Loss):
         values_G = bradley_terry(score_GK, present_GK, probability_G, margin_G)
         if at_step.params["centre"]:
             values_G = values_G + at_step.params["centre"] * squared_sums(score_GK, present_GK)
+        values_G = values_G * batch.group_weights().to(values_G)
         return TermSum(at_step.scale * values_G.sum(), float(values_G.detach().cpu().double().sum()))
 
 

@@ -204,6 +204,8 @@ def advantages(
     else:
         mean = reward_GK.sum() / present_GK.sum().clamp(min=1) if baseline == "step" else 0.0
         centred_GK = torch.where(present_GK, reward_GK - mean, 0.0)
+        if baseline == "step" and bool(_equal(reward_GK.flatten()[None], present_GK.flatten()[None])):
+            centred_GK = torch.zeros_like(centred_GK)  # rounding must not make a difference
     if scale == "none":
         return centred_GK
     if scale == "step":

@@ -95,11 +95,17 @@ def shares(batches: Sequence[Batch]) -> list[list[Batch]]:
 
 
 def add_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum every parameter's gradient over the ranks, in place; a rank that saw no micro-batch adds zeros."""
-    if world_size() == 1:
+    """Sum every parameter's gradient over the ranks, in place; a rank without one adds zeros. A parameter that no rank
+    has a gradient of keeps none: with zeros the optimiser would move it, as on one rank it does not."""
+    parameters = list(parameters)
+    if world_size() == 1 or not parameters:
         return
+    reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    distributed.all_reduce(reached, op=distributed.ReduceOp.MAX)
     pending = []
-    for parameter in parameters:
+    for parameter, is_reached in zip(parameters, reached.tolist(), strict=True):
+        if not is_reached:
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         pending.append(distributed.all_reduce(parameter.grad, async_op=True))

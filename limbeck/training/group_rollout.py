@@ -25,7 +25,7 @@ from limbeck.training.rollout_stats import Advice, facts_of
 from limbeck.training.scored import Scored
 from limbeck.types import UserError
 
-PATIENCE = 10  # steps at the start in which all groups may be equal before the training is stopped
+PATIENCE = 10  # writings at the start in which all groups may be equal before the training is stopped
 
 
 @dataclass
@@ -132,7 +132,7 @@ class GroupRollouts:
         memory.answers = [answer for group in groups for answer in group]
         memory.advantages = [value for row in advantages for value in row]
         memory.varied = memory.varied or any(memory.advantages)
-        if not memory.varied and step + 1 >= PATIENCE:
+        if not memory.varied and step // (self.settings.passes or 1) + 1 >= PATIENCE:
             raise UserError(_nothing_learnt(scored, size))
         ends = self.asking.ends
         memory.facts = {"written": memory.asked - first, **scored.facts}
@@ -176,16 +176,16 @@ class GroupRollouts:
 
 
 def _nothing_learnt(scored: Scored, size: int) -> str:
-    """That the rewards of the first steps teach nothing, and what to do; `scored` are those of the last of them."""
+    """That the rewards of the first writings teach nothing, and what to do; `scored` are those of the last of them."""
     if scored.unread == sum(map(len, scored.total)):
-        why = "".join(f"; {kind.replace('_', ' ')}: {count:,} of the last step" for kind, count in scored.why.items())
+        why = "".join(f"; {kind.replace('_', ' ')}: {count:,} of the last" for kind, count in scored.why.items())
         return (
-            f"in {PATIENCE} steps nothing could be learnt, and no answer of the last one has a reward that can be told"
-            f"{why}: name another judge, or give its replies more room (max_tokens)"
+            f"in {PATIENCE} writings nothing could be learnt, and no answer of the last has a reward that can be"
+            f" told{why}: name another judge, or give its replies more room (max_tokens)"
         )
     which = "all answers to a prompt" if size > 1 else "all answers of a step"
     return (
-        f"in {PATIENCE} steps the rewards of {which} were equal ({scored.facts['reward']:g} on"
+        f"in {PATIENCE} writings the rewards of {which} were equal ({scored.facts['reward']:g} on"
         " average), so nothing can be learnt from them: give prompts that the student gets right now and then,"
         " raise its temperature, or start from a student that has seen such answers"
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.config.machine import Machine
+from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Train
 from limbeck.data.batches import FixedText, Row, Source, steps_of_epoch
 from limbeck.data.mixup import MixupSource
@@ -126,6 +127,8 @@ class TrainingJob:
         monitor: returns (sum, count) by metric of each micro-batch of the student's own text.
         frozen: the models whose passes the losses read at every step, beside the student.
         machine: sizes that suit the device.
+        row_tokens: how many of a step's response tokens are of the rows, if the student answers beside them
+            (`tokens_beside`).
     """
 
     objective: Objective
@@ -139,6 +142,7 @@ class TrainingJob:
     monitor: Callable[[StudentForward], dict[str, tuple[float, float]]] | None = None
     frozen: Sequence[PreTrainedModel] = ()
     machine: Machine = field(default_factory=Machine)
+    row_tokens: int | None = None
 
     @property
     def net(self) -> PreTrainedModel:
@@ -159,13 +163,27 @@ class TrainingJob:
     @property
     def steps(self) -> int:
         """The number of updates."""
-        return total_steps(self.rows, self.settings, self.objective.keeps_groups)
+        return total_steps(self.rows, self.settings, self.objective.keeps_groups, self.row_tokens)
 
 
-def total_steps(rows: Sequence[Row], settings: Train, together: bool = False) -> int:
-    """The number of updates that the settings ask for."""
+def tokens_beside(recipe: Recipe) -> int | None:
+    """How many of a step's response tokens are of text that is there before the training, if the student answers the
+    same prompts beside it; None where it does not, so that all of them are."""
+    if recipe.student_writer is None or not recipe.all_answer:
+        return None
+    return max(1, round(len(recipe.fixed_writers) / len(recipe.writer) * recipe.train.tokens_per_step))
+
+
+def total_steps(rows: Sequence[Row], settings: Train, together: bool = False, row_tokens: int | None = None) -> int:
+    """The number of updates that the settings ask for; an epoch is every row once.
+
+    Args:
+        together: the answers to one prompt share a step.
+        row_tokens: see `TrainingJob`.
+    """
     if settings.steps is not None:
         return settings.steps
     assert settings.epochs is not None
-    per_epoch = len(steps_of_epoch(rows, settings.seed, 0, settings.tokens_per_step, together=together))
-    return max(1, round(settings.epochs * per_epoch))
+    tokens = settings.tokens_per_step if row_tokens is None else row_tokens
+    together = together or row_tokens is not None
+    return max(1, round(settings.epochs * len(steps_of_epoch(rows, settings.seed, 0, tokens, together=together))))

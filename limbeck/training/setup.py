@@ -29,7 +29,7 @@ from limbeck.signals.cache import SignalCache
 from limbeck.signals.dense import DenseSignal
 from limbeck.storage.files import exclusive, user_path
 from limbeck.storage.store import Store
-from limbeck.training.job import Objective, TrainingJob, expect_nothing, no_teacher
+from limbeck.training.job import Objective, TrainingJob, expect_nothing, no_teacher, tokens_beside
 from limbeck.training.prepare import (
     Frozen,
     TextBeforeTraining,
@@ -140,6 +140,7 @@ def make_job(
     job = TrainingJob(objective, rows, plan.settings, plan.folder, key=plan.key, average=average, frozen=passing)
     job = replace(job, machine=plan.machine)
     if plan.writing is not None:
+        job = replace(job, row_tokens=tokens_beside(plan.writing.recipe))
         job, watched, slots = watch_prompts(job, plan.writing)
         source = rollouts(plan.writing, job, student, slots, scores=scores, watched=watched, reference=reference)
         job = replace(job, source=source, monitor=teachers_view)

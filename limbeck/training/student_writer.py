@@ -130,10 +130,7 @@ def rollouts(
         return _judged(writing, job, student, slots, columns=_columns(job, scores, reference))
     fixed = None
     if job.rows:
-        share = (
-            len(recipe.fixed_writers) / len(recipe.writer) if recipe.all_answer else 1.0
-        )  # the rest is the student's
-        tokens = max(1, round(share * job.settings.tokens_per_step))
+        tokens = job.settings.tokens_per_step if job.row_tokens is None else job.row_tokens
         fixed = FixedText(job.rows, job.settings.seed, tokens, recipe.all_answer)
     return Rollouts(
         slots=slots,

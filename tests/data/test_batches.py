@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limbeck.config.sections import Train
 from limbeck.data.batches import FixedText, Row, make_batch, make_rows, steps_of_epoch
+from limbeck.training.job import total_steps
 from limbeck.types import Finish, Sample, UserError
 
 
@@ -75,6 +77,24 @@ def test_empty_answers_are_left_out_and_nothing_left_is_an_error():
     assert len(rows) == 3, "those that ended, and those that were cut off"
     with pytest.raises(UserError, match=r"of 1 answers none can be used \(1 empty\)"):
         make_rows([sample("")], lambda _: [1], lambda s: [2], 100)
+
+
+def test_an_answer_to_nothing_is_refused():
+    with pytest.raises(UserError, match="has no token, so nothing predicts"):
+        make_rows([sample("x")], lambda _: [], lambda s: [2, 3], 9)
+    with pytest.raises(UserError, match="empty prompt"):
+        make_batch([Row("a", (), (5, 6))])
+
+
+def test_beside_the_student_s_answers_an_epoch_is_every_prompt_once():
+    rows = make(60, 3)
+    rows = [replace(row, prompt_ids=(1,), response_ids=row.response_ids[:20], group=row.sample_id) for row in rows]
+    settings = Train(epochs=1, tokens_per_step=120, seed=3)
+    text = FixedText(rows, 3, 60, together=True)
+    steps = total_steps(rows, settings, row_tokens=60)
+    read = [row.sample_id for step in range(steps) for micro in text.step(step) for row in micro]
+    assert sorted(read) == sorted(row.sample_id for row in rows)
+    assert steps > 1.5 * total_steps(rows, settings)
 
 
 def test_a_row_longer_than_the_context_is_refused():

@@ -100,6 +100,21 @@ def test_the_order_of_the_answers_does_not_matter():
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
+def test_a_chunk_at_a_time_it_is_the_same(monkeypatch):
+    torch.manual_seed(2)
+    batch, found = make_batch(ROWS), []
+    hidden = torch.randn(int(batch.mask_BT.sum()), 6, dtype=torch.float64)
+    weight = torch.randn(11, 6, dtype=torch.float64)
+    for most in (10**6, 1):
+        monkeypatch.setattr("limbeck.objectives.consistency.chunk_elements", lambda _, most=most: most)
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        values = consistency(x, Head(w), common_ends(batch))
+        found.append((values.detach(), *torch.autograd.grad(values.sum(), (x, w))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert found[0][0].shape == (3,) and found[0][0][0] > 0
+
+
 @pytest.fixture
 def several(recipe_data, tmp_path):
     """Three answers to every prompt, all with one end."""

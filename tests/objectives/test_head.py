@@ -281,6 +281,20 @@ def head_in_fp32(head: Head) -> Head:
     )
 
 
+def test_logits_of_weights_in_a_shorter_type_are_the_products_of_the_rounded_numbers_in_fp32(monkeypatch):
+    """On every device as CUDA sums them: of logits of 40 bfloat16 would keep two digits."""
+    monkeypatch.setattr("limbeck.objectives.precision.COPIED", 64 * 7)  # several chunks, the last one smaller
+    noise = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=noise).bfloat16() for n in (9, 40))
+    exact = 4 * hidden.double() @ weight.double().T
+    assert exact.abs().max() > 40
+    head, targets = Head(weight, scale=4.0), torch.arange(9)  # a power of two: hidden states are rounded no further
+    log_probs = token_log_probs(hidden, head, targets)
+    want = exact.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(log_probs.double(), want, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(head.logits(hidden).double(), exact, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_losses_stay_fp32_and_close(hidden_dtype):
     hidden, weight, teacher, targets, weights = setting(dtype=torch.float32)

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import limbeck
+from limbeck.data.batches import Row, make_batch
+from limbeck.objectives.facts import TextFacts
 from limbeck.objectives.preference import kto_baseline
 from limbeck.objectives.rank import (
     RANKINGS,
@@ -18,6 +20,8 @@ from limbeck.objectives.rank import (
     clamped_baseline,
 )
 from limbeck.objectives.reference_free import plackett_luce
+from limbeck.objectives.term import make_term
+from limbeck.types import RecipeError
 
 CASES = [
     ("dpo", {}), ("dpo", {"beta": 0.7, "label_smoothing": 0.2}), ("robust_dpo", {}), ("robust_dpo", {"beta": 0.5, "noise": 0.3}),
@@ -243,6 +247,34 @@ def test_conservative_dpo_rests_at_the_log_odds_of_its_labels():
     c = pair(math.log(0.8 / 0.2) / 0.5, 0.0)
     assert gradient("dpo", c, beta=0.5, label_smoothing=0.2).abs().max() < 1e-12
     assert gradient("dpo", c, beta=0.5).abs().max() > 1e-2
+
+
+def test_a_pair_s_own_probability_is_its_smoothing_and_a_pair_without_has_the_recipe_s():
+    c = make(2)
+    told = torch.tensor([1.0, 0.9, 0.5, float("nan")], dtype=torch.float64)
+    got = value("dpo", replace(c, probability_G=told), beta=0.4, label_smoothing=0.2)
+    for group, smoothing in enumerate((0.0, 0.1, 0.5, 0.2)):
+        assert got[group] == value("dpo", c, beta=0.4, label_smoothing=smoothing)[group]
+    even = replace(pair(-3.0, -3.0), probability_G=torch.tensor([0.5]))
+    assert gradient("dpo", even, beta=0.4).abs().max() == 0 < gradient("dpo", pair(-3.0, -3.0)).abs().max()
+
+
+@pytest.mark.parametrize("name", sorted(set(RANKINGS) - {"dpo"}))
+def test_what_lines_say_of_pairs_is_read_or_refused(name):
+    term = make_term(name, {})
+    facts = TextFacts(several_answers=True, ranked_answers=True, labels=frozenset({"probability"}))
+    with pytest.raises(RecipeError, match=r"does not read the probability.*bradley_terry, or for a probability dpo"):
+        term.loss.check_text(term.settings, facts)
+    make_term("dpo", {}).loss.check_text(make_term("dpo", {}).settings, facts)
+
+
+def test_a_group_counts_by_its_weight():
+    """Weights 1 and 3 are a group once and a group three times, in the sum and in what it is divided by."""
+    rows = {name: Row(name, (1,), (2, 3), group=name[0]) for name in ("a1", "a2", "b1", "b2")}
+    heavy = [replace(row, weight=3.0) if row.group == "b" else row for row in rows.values()]
+    batch = make_batch(heavy)
+    assert batch.amount("group") == 4 and batch.amount("row") == 8 and batch.amount("token") == 16
+    assert batch.group_weights().tolist() == [1, 3] and make_batch(list(rows.values())).amount("group") == 2
 
 
 def test_ipo_rests_at_its_target():

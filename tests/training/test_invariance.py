@@ -19,6 +19,7 @@ from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.bound import ModelPair, joined_taps
 from limbeck.objectives.forward import Sums
 from limbeck.objectives.head import PositionEvidence, fused_loss
+from limbeck.objectives.rank import RANKINGS
 from limbeck.objectives.term import make_term
 from limbeck.signals.dense import DenseSignal
 from limbeck.training import loop as train
@@ -106,7 +107,8 @@ def test_terms_on_some_rows_are_divided_by_those_rows_alone(tiny):
     job = make_job(tiny, "vocabulary")
     batch = make_batch(ROWS, (0, 1, 2, 3))
     assert batch.amount("token", "teacher") == sum(len(ROWS[i].response_ids) * ROWS[i].weight for i in (0, 2))
-    assert batch.amount("row", "untouched") == 2 and batch.amount("group") == 2
+    assert batch.amount("row", "untouched") == ROWS[1].weight + ROWS[3].weight == 3
+    assert batch.amount("group") == ROWS[0].weight + ROWS[2].weight == 4
     job = with_terms(job, [make_term("forward_kl", {"only": "teacher"})])
     both, _ = gradients(job, [(0, 1, 2, 3)])
     alone_job = make_job(tiny, "vocabulary")
@@ -125,6 +127,25 @@ def test_weights_of_tokens_count(tiny):
     again = with_terms(again, terms, [replace(ROWS[0], weight=1.0)] * 3 + [replace(ROWS[2], weight=1.0)])
     repeated, _ = gradients(again, [(0, 1, 2, 3)])
     assert_same(heavy, repeated)
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "kto", "relations", "cka"])
+def test_weights_of_pairs_and_rows_count(tiny, name):
+    """A pair of weight 3 beside one of weight 1 is that pair three times; so is a row where rows are the unit."""
+    tiny.net.double()
+    mix = "ranking" if name in RANKINGS else "match"
+    pairs = [[replace(ROWS[n], weight=1.0), replace(ROWS[n + 1], weight=1.0)] for n in (0, 2)]
+    heavy = [replace(row, weight=3.0) for row in pairs[0]]
+    copies = [[replace(row, group=f"{row.group}-{n}") for row in pairs[0]] for n in range(3)]
+    got = []
+    for parts in ([heavy, pairs[1]], [*copies, pairs[1]], [*pairs]):
+        job = make_job(tiny, mix)
+        rows = [row for part in parts for row in part]
+        job = with_terms(job, [term for term in job.terms if term.name == name], rows)
+        got.append(gradients(job, [tuple(range(len(rows)))])[0])
+    if job.terms[0].unit != "row" or name == "relations":
+        assert_same(got[0], got[1])
+    assert any((got[0][key] - got[2][key]).norm() > 1e-4 * got[2][key].norm() for key in got[2])
 
 
 @pytest.mark.promise("R5")

@@ -28,7 +28,7 @@ from limbeck.models.states_teacher import StatesTeacher
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.objectives.term import make_term
 from limbeck.training import loop, sharded
-from limbeck.training.distributed import shares
+from limbeck.training.distributed import add_gradients, shares
 from limbeck.training.job import Objective, TrainingJob
 from tests.conftest import make_net, make_tokenizer
 from tests.training.test_invariance import ROWS
@@ -217,6 +217,26 @@ def test_divided_weights_resume_on_any_number_of_ranks(tmp_path):
     assert not list((checkpoints / "step-00000004").glob("part-*")), "one process holds all"
     loop.train(make_job(tmp_path / "alone"))
     assert_equal(tmp_path / "alone", run)
+
+
+def add_on(rank: int, size: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    both, one, none = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    both.grad = torch.tensor([1.0, 2.0])
+    if rank == 1:
+        one.grad = torch.tensor([3.0, 4.0])
+    add_gradients([both, one, none])
+    found = [None if p.grad is None else p.grad.tolist() for p in (both, one, none)]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.promise("R4")
+def test_a_parameter_that_no_rank_has_a_gradient_of_keeps_none(tmp_path):
+    """Zeros would have the optimiser move it by its momentum and decay, as it does not on one rank."""
+    multiprocessing.spawn(add_on, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[2.0, 4.0], [3.0, 4.0], None]
 
 
 def test_micro_batches_are_dealt_by_their_tokens(monkeypatch):

@@ -16,6 +16,7 @@ from limbeck.config.sections import Advantage, RewardEntry, Rollout, Writer
 from limbeck.data.batches import Row
 from limbeck.elicit.prompt import Prompt
 from limbeck.objectives.policy import policy_loss
+from limbeck.objectives.rewards import advantages
 from limbeck.training.asking import Asking
 from limbeck.training.group_rollout import GroupRollouts
 from limbeck.training.rewards import Judged, rewards_of
@@ -118,6 +119,10 @@ def test_rewards_that_say_nothing_are_refused_with_their_place(recipe_data, rewa
         ({"rollout": ROLLOUT | {"advantage": {"baseline": "none", "scale": "step"}}}, "rollout.advantage: baseline"),
         ({"rollout": {"prompts": 2}}, "prompts is for answers that rewards judge"),
         ({"rollout": {"rewards": ["finished"]}}, "rewards need a size"),
+        (
+            {"rollout": ROLLOUT | {"resample": 2, "advantage": {"baseline": "step", "scale": "step"}}},
+            "rollout.resample: with baseline: step",
+        ),
         ({"rollout": ROLLOUT | {"replay": {"size": 8}}}, "rollout.replay"),
         ({"rollout": ROLLOUT | {"joint": {"teacher_share": 0.2}}}, "rollout.joint"),
         ({"rollout": ROLLOUT | {"passes": 2}, "loss": ["reinforce"]}, "rollout.passes: reinforce is right for"),
@@ -252,6 +257,26 @@ def test_a_group_in_which_one_answer_has_a_reward_is_asked_again():
 
     made.rewards = replace(made.rewards, load=lambda _: Few())
     assert made.step_batch(0, 0.0, {}).facts["written"] == len(asked) == 12
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, -0.2, 1 / 3])
+def test_equal_rewards_teach_nothing_against_the_mean_of_a_step(value):
+    """Whatever the mean's rounding says."""
+    reward = torch.full((2, 5), value, dtype=torch.float64)
+    present = torch.ones(2, 5, dtype=torch.bool)
+    for scale in ("none", "step"):
+        assert advantages(reward, present, baseline="step", scale=scale).abs().max() == 0
+    present[1, 2:] = False
+    assert advantages(reward, present, baseline="step", scale="none").abs().max() == 0
+
+
+def test_patience_counts_writings_and_not_the_steps_that_read_them():
+    made, asked = source(lambda number: 3, passes=4)
+    for step in range(36):
+        made.step_batch(step, 0.0, {})
+    assert len(asked) == 9 * 6
+    with pytest.raises(UserError, match="in 10 writings"):
+        made.step_batch(36, 0.0, {})
 
 
 def test_rewards_that_never_differ_end_the_training_with_a_remedy():

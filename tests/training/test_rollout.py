@@ -501,6 +501,21 @@ def test_facts_of_text_count_what_they_say():
             "writer[1].share.shape",
             "not possible",
         ),
+        (
+            {"writer": [STUDENT | {"top_p": 0.9}], "loss": ["on_policy_distillation"]},
+            "loss[0]",
+            "set the student's top_p to 1",
+        ),
+        (
+            {"writer": [STUDENT | {"temperature": 0.5}], "loss": ["kl_penalty_k2", "on_policy_distillation"]},
+            "loss[0]",
+            "set temperature: 1",
+        ),
+        (
+            {"writer": [STUDENT], "rollout": {"replay": {"size": 6}}, "loss": ["kl_penalty_k2", "jsd"]},
+            "loss[0]",
+            "leave ahead, replay and passes out",
+        ),
         ({"teacher": {"model": "TINY", "weights": "live"}}, "teacher.weights", "student.start.pretrained"),
         ({"teacher": {"model": "TINY", "context": {"user": "{prompt} {answer}"}}}, "teacher.context.user", "have none"),
         (
