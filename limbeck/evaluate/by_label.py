@@ -23,7 +23,7 @@ from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.thinking import after_thinking
 from limbeck.evaluate.items import GenerationSettings, LabelSettings
 from limbeck.evaluate.records import ItemResult, SystemRecords
-from limbeck.evaluate.statistics import RESAMPLES, Interval, ratio_interval
+from limbeck.evaluate.statistics import RESAMPLES, Interval, ratio_interval, share_limits
 from limbeck.evaluate.task import Task
 from limbeck.evaluate.thinking_settings import thinking_of
 from limbeck.storage.files import write_text
@@ -93,8 +93,13 @@ def label_figures(truth_I: np.ndarray, chosen_I: np.ndarray, labels: Sequence[st
     drawn = {name: np.concatenate([part[name] for part in parts]) for name in whole}
     support_L, named_L = truth_IL.sum(0), chosen_IL.sum(0)
     items = {"precision": named_L, "recall": support_L, "f1": support_L}
+    either_L = support_L + named_L - tables[0].sum(0)  # the items that F1 is over
+    over = items | {"f1": either_L}
     of_labels = [
-        {name: _interval(whole[name][0, n], drawn[name][:, n], int(items[name][n])) for name in items}
+        {
+            name: _interval(whole[name][0, n], drawn[name][:, n], int(items[name][n]), over=int(over[name][n]))
+            for name in items
+        }
         | {"items": int(support_L[n]), "chosen": int(named_L[n])}
         for n in range(size)
     ]
@@ -123,11 +128,13 @@ def _ratios(hits_RL: np.ndarray, true_RL: np.ndarray, named_RL: np.ndarray) -> d
     }
 
 
-def _interval(value: float, drawn_R: np.ndarray, items: int) -> dict[str, Any] | None:
+def _interval(value: float, drawn_R: np.ndarray, items: int, *, over: int | None = None) -> dict[str, Any] | None:
+    """A share with its limits; `over` so many items, where that is not the number that is shown."""
     if not np.isfinite(value):
         return None
     low, high = np.quantile(drawn_R[np.isfinite(drawn_R)], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(value), float(low), float(high), items).as_dict()
+    limits = share_limits(value, (float(low), float(high)), items if over is None else over)
+    return Interval(float(value), *limits, items).as_dict()
 
 
 def _numbered(task: Task, labels: Sequence[str], results: Sequence[ItemResult]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +188,7 @@ def by_field(systems: Systems, tasks: Sequence[Task]) -> dict[str, Any]:
                     if field in fields and item in said
                 ]
                 if right:
-                    interval = ratio_interval(right, np.ones(len(right))).as_dict()
+                    interval = ratio_interval(right, np.ones(len(right)), of_share=True).as_dict()
                     result.setdefault(task.name, {}).setdefault(field, {})[name] = interval
     return result
 

@@ -24,7 +24,7 @@ from limbeck.evaluate.items import (
 from limbeck.evaluate.likelihood import Continuation, log_probs, prompt_ids, text_ids
 from limbeck.evaluate.metrics import TaskMetric
 from limbeck.evaluate.records import ItemResult, Progress
-from limbeck.evaluate.statistics import RESAMPLES, Interval
+from limbeck.evaluate.statistics import RESAMPLES, Interval, share_limits
 from limbeck.evaluate.task import GreedyAnswers, HarnessForm, Task, TaskKind
 from limbeck.models.model import Model
 from limbeck.types import UserError
@@ -100,7 +100,8 @@ def macro_f1(truth_I: np.ndarray, chosen_I: np.ndarray, labels: int, seed: int =
         mean_f1(rng.multinomial(count, shares_I, min(size, RESAMPLES - start))) for start in range(0, RESAMPLES, size)
     ]
     low, high = np.quantile(np.concatenate(resampled), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(mean_f1(np.ones((1, count)))[0]), float(low), float(high), count)
+    value = float(mean_f1(np.ones((1, count)))[0])
+    return Interval(value, *share_limits(value, (float(low), float(high)), count), count)
 
 
 def _macro_f1_of(settings: LabelSettings, results: Sequence[ItemResult]) -> Interval:

@@ -180,7 +180,8 @@ def summarise_verdicts(verdicts: Sequence[PairVerdict], judge_is_teacher: bool) 
     readable = [verdict for verdict in verdicts if verdict.parsed]
     value_I = np.array([{"first": 1.0, "second": -1.0}.get(verdict.outcome, 0.0) for verdict in readable])
     margin_I = np.array([np.log1p(verdict.first_length) - np.log1p(verdict.second_length) for verdict in readable])
-    wins = ratio_interval(((value_I + 1) / 2).tolist(), [1.0] * len(readable)) if readable else None
+    points = ((value_I + 1) / 2).tolist()
+    wins = ratio_interval(points, [1.0] * len(readable), of_share=True) if readable else None
     defined = len(readable) > 2 and value_I.std() > 0 and margin_I.std() > 0
     was_asked = len(verdicts) > found["outcomes"]["too_long"]
     unread = "no verdict of the judge could be read" if was_asked else _not_asked(verdicts)

@@ -345,7 +345,7 @@ def facts(questions: Questions, bench: Bench, *, seeds: Sequence[int], steps: in
     tasks = bench.protocol.tasks
     rows = bench.protocol.rows
     ends = bench.reader.eos_ids
-    return bill(recipe, text) | {
+    return bill(text.bills) | {
         "requests": requests(rows) | teachers_requests(text, bench.protocol),
         "held_out": (
             text.facts() | {"answers": len(rows), "cut_off": sum(row.response_ids[-1] not in ends for row in rows)}

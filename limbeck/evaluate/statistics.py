@@ -75,17 +75,26 @@ class McNemar:
     p: float
 
 
-def ratio_interval(values: Numbers, weights: Numbers, seed: int = 0) -> Interval:
+def ratio_interval(values: Numbers, weights: Numbers, seed: int = 0, *, of_share: bool = False) -> Interval:
     """sum(values) / sum(weights) over items, with its bootstrap interval.
 
     Args:
         values: one sum per item (nats of an answer, say).
         weights: one weight per item (its tokens).
+        of_share: no value is below 0 or above its weight (see `share_limits`).
 
     Raises:
         UserError: no item has a weight, a number is not finite, or the lengths differ.
     """
-    return nested_interval([values], [weights], seed)
+    return nested_interval([values], [weights], seed, of_share=of_share)
+
+
+def share_limits(share: float, limits: tuple[float, float], items: int) -> tuple[float, float]:
+    """The 95 % limits of a share of items. Where it is 0 or 1 no resample differs, so the far limit is the exact one
+    (Clopper and Pearson 1934): 1 - 0.025^(1/items), or 0.025^(1/items)."""
+    far = ((1 - CONFIDENCE) / 2) ** (1 / max(1, items))
+    low, high = limits
+    return (min(low, far) if share == 1 else low, max(high, 1 - far) if share == 0 else high)
 
 
 def paired_difference(first: Numbers, second: Numbers, weights: Numbers, seed: int = 0) -> Interval:
@@ -97,19 +106,24 @@ def paired_difference(first: Numbers, second: Numbers, weights: Numbers, seed: i
     return ratio_interval(np.asarray(first, float) - np.asarray(second, float), weights, seed)
 
 
-def nested_interval(values_by_seed: Rows, weights_by_seed: Rows, seed: int = 0) -> Interval:
+def nested_interval(values_by_seed: Rows, weights_by_seed: Rows, seed: int = 0, *, of_share: bool = False) -> Interval:
     """sum(values) / sum(weights) over all seeds and items, with its interval over both. One seed: `ratio_interval`.
 
     Args:
         values_by_seed: [S, I], one row per training seed, the same items in the same order in each.
         weights_by_seed: [S, I].
+        of_share: no value is below 0 or above its weight. Where all weights are 1 and all values 0, or all 1, the
+            interval is that of `share_limits` over the items, whatever the number of seeds.
 
     Raises:
         UserError: as `ratio_interval`, or seeds with different numbers of items.
     """
     table = _Table.of(values_by_seed, weights_by_seed)
     (ratios_R,) = _resampled([table], seed, RESAMPLES)
-    return Interval(table.ratio, *_limits(ratios_R), table.items)
+    limits = _limits(ratios_R)
+    if of_share and (table.weights_SI == 1).all():
+        limits = share_limits(table.ratio, limits, table.items)
+    return Interval(table.ratio, *limits, table.items)
 
 
 def nested_difference(

@@ -106,7 +106,8 @@ def _values(
     values = {}
     shown_as = exponentials()
     for name, aligned in _aligned(by_seed).items():
-        interval = nested_interval([column.values for column in aligned], [column.weights for column in aligned])
+        rows = [column.values for column in aligned], [column.weights for column in aligned]
+        interval = nested_interval(*rows, of_share=_is_share(name, task_list))
         if name in shown_as:
             interval = interval.exponential()
         values[shown_as.get(name, name)] = interval.as_dict()
@@ -119,6 +120,14 @@ def _values(
             if name not in values and all(name in own for own in each):
                 values[name] = _over_seeds([own[name] for own in each])
     return values
+
+
+def _is_share(name: str, task_list: Sequence[Task]) -> bool:
+    """Whether a metric of the items lies between 0 and 1."""
+    if metric := METRICS.get(name):
+        return metric.unit.startswith("share")
+    task_name, _, own_name = name.rpartition("/")
+    return any(task.name == task_name and task.is_share(own_name) for task in task_list)
 
 
 def _over_seeds(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -305,9 +314,8 @@ def by_kind(
             for kind in dict.fromkeys(kinds.values()) if metric in metrics else ():
                 places = [index for index, id_ in enumerate(by_seed[0].ids) if kinds.get(id_) == kind]
                 if places and sum(column.weights[places].sum() for column in by_seed) > 0:
-                    interval = nested_interval(
-                        [c.values[places] for c in by_seed], [c.weights[places] for c in by_seed]
-                    )
+                    rows = [c.values[places] for c in by_seed], [c.weights[places] for c in by_seed]
+                    interval = nested_interval(*rows, of_share=_is_share(metric, task_list))
                     result.setdefault(kind, {}).setdefault(name, {})[metric] = interval.as_dict()
     return result if len(result) > 1 else {}
 

@@ -84,6 +84,10 @@ class Task:
         declared = self.kind.metrics.get(metric.partition("@")[0])
         return declared.better if declared else "none"
 
+    def is_share(self, metric: str) -> bool:
+        """Whether it is taken to lie between 0 and 1, as every built-in metric does of which more is better."""
+        return self.better(metric) == "high"
+
     def title(self, metric: str) -> str:
         name, at, k = metric.partition("@")
         declared = self.kind.metrics.get(name)

@@ -208,14 +208,15 @@ def summarise(task: Task, results: Sequence[ItemResult]) -> dict[str, dict[str, 
     for metric in task.metrics if results else ():
         declared = task.kind.metrics.get(metric.partition("@")[0])
         whole = declared.interval if declared else None
-        interval = _ratio(metric, results) if whole is None else whole(task.protocol, results)
+        interval = _ratio(task, metric, results) if whole is None else whole(task.protocol, results)
         if interval is not None:
             intervals[f"{task.name}/{metric}"] = interval
     return {name: interval.as_dict() for name, interval in intervals.items()}
 
 
-def _ratio(metric: str, results: Sequence[ItemResult]) -> Interval | None:
+def _ratio(task: Task, metric: str, results: Sequence[ItemResult]) -> Interval | None:
     scored = [item for item in results if metric in item.scores]
     if not scored:
         return None
-    return ratio_interval([item.scores[metric] for item in scored], [item.weights.get(metric, 1.0) for item in scored])
+    values, weights = zip(*((item.scores[metric], item.weights.get(metric, 1.0)) for item in scored), strict=True)
+    return ratio_interval(values, weights, of_share=task.is_share(metric))

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from limbeck.config.named_models import TEACHER
-from limbeck.config.recipe import Recipe
 from limbeck.data.batches import Row
+from limbeck.elicit.bills import Bills
 from limbeck.elicit.training_text import TrainingText
 from limbeck.evaluate.protocol import EvaluationProtocol
 from limbeck.evaluate.records import SystemRecords
@@ -66,20 +66,20 @@ def teachers_requests(text: TrainingText, protocol: EvaluationProtocol) -> dict[
     return {"counted": {"answers": answers, "tokens_read": read, "tokens_written": written}} if answers else {}
 
 
-def bill(recipe: Recipe, text: TrainingText) -> dict[str, Any]:
+def bill(bills: Bills) -> dict[str, Any]:
     """What servers were paid for, where there are any: answers, tokens, and by the recipe's prices money; the teacher's
     as `bill`, and those of other models by their names as `bills`."""
+    recipe = bills.recipe
     served = [name for name, model in (recipe.models or {}).items() if model.server is not None]
-    teacher = text.models.writer_identity(TEACHER)  # a model that is the teacher's own is in its bill
-    others = {name: _costs(text, name) for name in served if text.models.writer_identity(name) != teacher}
-    return ({} if recipe.teacher.server is None else {"bill": _costs(text, TEACHER)}) | (
+    teacher = bills.identity(TEACHER)  # a model that is the teacher's own is in its bill
+    others = {name: _costs(bills, name) for name in served if bills.identity(name) != teacher}
+    return ({} if recipe.teacher.server is None else {"bill": _costs(bills, TEACHER)}) | (
         {"bills": others} if others else {}
     )
 
 
-def _costs(text: TrainingText, by: str) -> dict[str, Any]:
+def _costs(bills: Bills, by: str) -> dict[str, Any]:
     """A bill. `unmetered` are answers whose tokens the server did not count; with any, there is no money."""
-    bills = text.bills
     answers, read, written = bills.paid(by)
     costs: dict[str, Any] = {"answers": answers, "tokens_read": read, "tokens_written": written}
     if unmetered := bills.unmetered(by):

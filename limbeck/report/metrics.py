@@ -164,13 +164,21 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
+def fixed(value: float, decimals: int, sign: str = "") -> str:
+    """Write a number with so many decimals, a small one with two significant digits at least, so that it never reads as
+    0; what is below a millionth is noise. With the sign "+" every number has one."""
+    if 1e-6 <= abs(value) < 0.1:
+        decimals = max(decimals, 1 - math.floor(math.log10(abs(value))))
+    return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
+
+
 def number(value: float) -> str:
-    """Write a number with three decimals if it is small, none if it is large."""
+    """Write a number with three decimals or more if it is small, none if it is large."""
     if not math.isfinite(value):
         return "not finite"
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 20 else f"{round(value, 3) + 0.0:.3f}"
+    return f"{value:.1f}" if abs(value) >= 20 else fixed(value, 3)
 
 
 def signed(value: float) -> str:
@@ -179,7 +187,14 @@ def signed(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:,.0f} %"
+    """With one decimal near 0 and 100: 99.6 % is not all."""
+    is_near = 1e-6 < min(abs(share), abs(1 - share)) < 0.02
+    return f"{tenths(share)} %" if is_near else f"{100 * share:,.0f} %"
+
+
+def tenths(share: float) -> str:
+    """Percent with one decimal, without the sign: 0.4 % of repetition is not none."""
+    return f"{100 * share:.1f}"
 
 
 def p_text(p: float | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck.report.figures import Figure, trainings_of
 from limbeck.report.grids import Grid
-from limbeck.report.metrics import label, number, percent
+from limbeck.report.metrics import label, number, percent, tenths
 from limbeck.report.plots import Label, Point, Series, curves
 from limbeck.storage.files import read_jsonl
 from limbeck.storage.metrics_log import Record, is_number, mean_of, rollout_of, writing_share
@@ -285,7 +285,7 @@ def _grid(records: Sequence[Record]) -> Grid | None:
         if _is_shown(fact, records)
     ]
     shares = [writing_share(part) for part in parts]
-    rows.append(("Writing time, % of training", ["" if share is None else _percent(share) for share in shares]))
+    rows.append(("Writing time, % of training", ["" if share is None else tenths(share) for share in shares]))
     columns = [
         (title, f"steps {part[0]['step']:,} to {part[-1]['step']:,}")
         for title, part in zip(("First third", "Last third"), parts, strict=True)
@@ -306,9 +306,4 @@ def _thirds(records: Sequence[Record]) -> tuple[Sequence[Record], Sequence[Recor
 def _cell(fact: str, value: float | None) -> str:
     if not is_number(value):
         return ""
-    return _percent(value) if MEASURES[fact].share else number(float(value)).replace("-", "−")
-
-
-def _percent(share: float) -> str:
-    """With one decimal, unlike `percent`: 0.4 % of repetition is not none."""
-    return f"{100 * share:.1f}"
+    return tenths(value) if MEASURES[fact].share else number(float(value)).replace("-", "−")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.report.metrics import Metric, grouped, label, mark, metrics_of, p_text
+from limbeck.report.metrics import Metric, fixed, grouped, label, mark, metrics_of, p_text
 from limbeck.report.verdict import against_base
 
 Interval = dict[str, Any]
@@ -144,9 +144,13 @@ def _cell(interval: Interval | None) -> str:
         return ""
     if abs(interval["value"]) >= 1000:
         return f"{interval['value']:,.0f} ({interval['low']:,.0f} to {interval['high']:,.0f})"
-    value, low, high = (round(interval[key], 2) + 0.0 for key in ("value", "low", "high"))
-    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+    return _spread(interval, 2)
 
 
 def _signed(x: Interval) -> str:
-    return f"{x['value']:+.3f} ({x['low']:+.3f} to {x['high']:+.3f})"
+    return _spread(x, 3, "+")
+
+
+def _spread(x: Interval, decimals: int, sign: str = "") -> str:
+    value, low, high = (fixed(x[key], decimals, sign) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from limbeck.config.significance import CLEAR_ITEMS
-from limbeck.report.metrics import Metric, headline, is_clear, label, mark, metrics_of, number, p_text, task_headlines
+from limbeck.report.metrics import (
+    Metric,
+    fixed,
+    headline,
+    is_clear,
+    label,
+    mark,
+    metrics_of,
+    number,
+    p_text,
+    task_headlines,
+)
 
 Interval = dict[str, Any]
 LEFT_OUT = ("exact", "contained", "overlap")
@@ -55,8 +66,9 @@ def _task_sentence(metric: Metric, summary: dict[str, Any]) -> str:
     if control := systems.get("sft_control", {}).get(metric.name):
         text += f"; fine-tuning on the teacher's text reaches {_two(control['value'])}"
         difference = paired.get("student - sft_control", {}).get(metric.name)
-        if difference and items >= CLEAR_ITEMS and not is_clear(difference):
-            text += ", a difference that may be chance"
+        if difference and items >= CLEAR_ITEMS:
+            more = "more" if difference["high"] < 0 else "less"
+            text += f", clearly {more}" if is_clear(difference) else ", a difference that may be chance"
     return text + "."
 
 
@@ -78,18 +90,25 @@ def _over(items: int, what: str = "items") -> str:
 
 
 def _two(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 1000 else number(value)
+    return fixed(value, 2) if abs(value) < 1000 else number(value)
+
+
+def _nats(*values: float, sign: str = "") -> str:
+    """A difference in nats with its limits."""
+    value, low, high = (fixed(each, 3, sign) for each in values)
+    return f"{value} nats ({low} to {high})"
 
 
 def _fidelity_sentence(summary: dict[str, Any]) -> str:
     systems, paired = summary["systems"], summary.get("paired", {})
     kl = systems["student"]["forward_kl"]
-    text = f"The student is {kl['value']:.2f} nats per token ({kl['low']:.2f} to {kl['high']:.2f}) from its teacher"
+    reached, low, high = (_two(kl[key]) for key in ("value", "low", "high"))
+    text = f"The student is {reached} nats per token ({low} to {high}) from its teacher"
     change = paired.get("student - untouched", {}).get("forward_kl")
     items = _fewest(kl, change)
     few = items < CLEAR_ITEMS
     if change and "forward_kl" in systems.get("untouched", {}):
-        before = f"{systems['untouched']['forward_kl']['value']:.2f}"
+        before = _two(systems["untouched"]["forward_kl"]["value"])
         if few:
             text += f", {before} before training"
         elif is_clear(change):
@@ -102,15 +121,12 @@ def _fidelity_sentence(summary: dict[str, Any]) -> str:
         return text + "."
     value, low, high = (difference[key] for key in ("value", "low", "high"))
     if few or not is_clear(difference):
-        signed = f"{value:+.3f} nats ({low:+.3f} to {high:+.3f})"
+        signed = _nats(value, low, high, sign="+")
         against = f"{text}; the difference from fine-tuning on the teacher's text"
         return f"{against} is {signed}." if few else f"{against}, {signed}, may be chance."
     if high < 0:
-        return (
-            f"{text}; it is closer than fine-tuning on the teacher's text by {-value:.3f} nats ({-high:.3f} to"
-            f" {-low:.3f})."
-        )
-    return f"{text}; fine-tuning on the teacher's text came closer, by {value:.3f} nats ({low:.3f} to {high:.3f})."
+        return f"{text}; it is closer than fine-tuning on the teacher's text by {_nats(-value, -high, -low)}."
+    return f"{text}; fine-tuning on the teacher's text came closer, by {_nats(value, low, high)}."
 
 
 def _other_sentence(metric: Metric, summary: dict[str, Any]) -> str:
@@ -184,7 +200,8 @@ def _spread(interval: Interval) -> str:
 
 
 def _signed_spread(interval: Interval) -> str:
-    return f"{interval['value']:+.3f}, {interval['low']:+.3f} to {interval['high']:+.3f}"
+    value, low, high = (fixed(interval[key], 3, "+") for key in ("value", "low", "high"))
+    return f"{value}, {low} to {high}"
 
 
 def leaks_left_out(leaks: Sequence[dict[str, str]]) -> int:

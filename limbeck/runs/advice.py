@@ -1,9 +1,10 @@
 """What `check` says beside its figures: a server's time, a judge that is the student, and what speaks against so short
-or so long a training."""
+or so long a training. And what a comparison says of settings that it does not use."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe
@@ -91,3 +92,25 @@ def training_cautions(recipe: Recipe, steps: int, epochs: float, tokens: int) ->
             f" prompts, or {'fewer train.steps' if settings.steps else 'fewer train.epochs'}"
         )
     return tuple(found)
+
+
+def replaced_settings(recipe: Recipe, like: Recipe) -> list[str]:
+    """A recipe's own settings of student and training that a comparison does not use, and what of `like` it uses."""
+    own, common = (
+        {name: part for name, part in of.resolved().items() if name in ("student", "train")} for of in (recipe, like)
+    )
+    used = dict(_leaves(common))
+    return [
+        f"{recipe.name}: {place} {value} is not used" + (f", {used[place]} of {like.name} is" if place in used else "")
+        for place, value in _leaves(own)
+        if used.get(place) != value
+    ]
+
+
+def _leaves(settings: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """(place, value) of every setting that has no settings of its own."""
+    if not isinstance(settings, dict):
+        yield place, settings
+        return
+    for key, part in settings.items():
+        yield from _leaves(part, f"{place}.{key}" if place else key)

@@ -173,7 +173,8 @@ class _Setting:
             **self._frozen(),
         }
         phases = {
-            LOADING: {"weights": whole, "teacher": memory.teacher_bytes(self.recipe, self.shapes)} | base,
+            LOADING: {"weights": whole, "teacher": memory.teacher_bytes(self.recipe, self.shapes, self.hardware)}
+            | base,
             TRAINING: training | base,
         }
         judge = self.recipe.evaluate.judge
@@ -194,7 +195,7 @@ class _Setting:
         return {"teacher": self._teacher_bytes(), "other models": self._other_bytes()}
 
     def _teacher_bytes(self) -> float:
-        return memory.teacher_bytes(self.recipe, self.shapes, self.teacher_parts)
+        return memory.teacher_bytes(self.recipe, self.shapes, self.hardware, self.teacher_parts)
 
     def _other_bytes(self) -> float:
         """The copy that writes, what judges, and the student before training."""
@@ -202,7 +203,8 @@ class _Setting:
         copied = self.recipe.student_writer is not None and self.writing_dtype is not None
         total = 2.0 * self.student.parameters if copied and (settings is None or settings.through is None) else 0.0
         if settings is not None and settings.rewards is not None:
-            total += rewarded_bytes(self.recipe, self.terms, self.student, self.shapes.scorers)
+            scorers = self.shapes.scorers
+            total += rewarded_bytes(self.recipe, self.terms, self.student, scorers, hardware=self.hardware)
         return total
 
     def _gathered_bytes(self) -> float:

@@ -27,6 +27,7 @@ from limbeck.evaluate.statistics import holm
 from limbeck.evaluate.summary import by_kind, recovery, summarise, values_by_seed, warnings
 from limbeck.progress import Reporter, Silent
 from limbeck.report.page import write_report
+from limbeck.runs.advice import replaced_settings
 from limbeck.runs.fit import prepared
 from limbeck.runs.measuring import measured_teacher
 from limbeck.runs.preflight import check
@@ -34,12 +35,13 @@ from limbeck.runs.run import Run
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
 from limbeck.storage.metrics_log import mean_of, steps_made, writing_share
-from limbeck.training.job import total_steps
+from limbeck.training.job import tokens_beside, total_steps
 from limbeck.types import Sample, UserError, content_hash
 
 SEEDS = 3
 ROLLOUT_FACTS = ("length", "finished", "repetition", "overlap", "entropy", "teacher_log_prob")
 COMMON = ("teacher", "student", "prompts", "train", "evaluate")
+NAMES = ("name", "title", "paper")  # what tells nothing of a method
 # a comparison trains no controls and uses no judge
 UNJUDGED: dict[str, Any] = {"controls": ["untouched"], "judge": None}
 
@@ -108,7 +110,22 @@ def entries(recipes: Sequence[Recipe], like: Recipe) -> list[Entry]:
         writers = [writer | _sampling(writer, sampling) for writer in own["writer"]]
         method = parse({**own, **common, "writer": writers})
         methods.append(Entry(recipe.name, method.model_copy(update={"machine": like.machine})))
+    _refuse_alike(methods)
     return methods
+
+
+def _refuse_alike(methods: Sequence[Entry]) -> None:
+    """Refuse two methods that would be the same training under two names."""
+    seen: dict[str, str] = {}
+    for entry in methods:
+        same = content_hash({key: part for key, part in entry.recipe.resolved().items() if key not in NAMES})
+        if same in seen:
+            raise UserError(
+                f"{seen[same]} and {entry.name} differ in nothing but settings that all methods take from --like"
+                f" ({', '.join(COMMON)}), so they would be one training twice: to compare settings, run each recipe by"
+                " itself, under several values of train.seed"
+            )
+        seen[same] = entry.name
 
 
 def _teacher_traits(recipe: Recipe) -> tuple[Any, ...]:
@@ -154,7 +171,7 @@ class Comparison:
             self.common.rows(self.common.text.training(), self.common.models.reader) if self.like.fixed_writers else []
         )
         self.common.models.named.release()  # the text is written
-        steps = total_steps(rows, self.like.train, False)
+        steps = total_steps(rows, self.like.train, False, tokens_beside(self.like))
         train = self.like.train.model_copy(update={"steps": steps, "epochs": None})
         complete = []
         for entry in self.entries:
@@ -346,6 +363,8 @@ def compare(
             keep=keep,
         )
         _claim(comparison)
+        for note in (note for recipe in loaded for note in replaced_settings(recipe, common)):
+            comparison.reporter.note(note)
         comparison.reporter.stage("Teacher's text and student's start")
         comparison.write(comparison.train_and_measure())
     return folder

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from limbeck.config.recipe import Recipe
-from limbeck.config.teacher import CacheSettings
 from limbeck.elicit.prompts import Prompt
 from limbeck.elicit.step import Estimate
 from limbeck.objectives.term import Term
@@ -22,17 +21,22 @@ from limbeck.runs.amounts import TextAmounts
 from limbeck.runs.cluster import passing_teacher, predict, writing_time
 from limbeck.runs.hardware import GIB, Hardware
 from limbeck.runs.lengths import Lengths
-from limbeck.runs.memory import LIBRARY_BYTES, compute_dtype, models_bytes, teacher_precision
+from limbeck.runs.memory import (
+    LIBRARY_BYTES,
+    compute_dtype,
+    disk_bytes,
+    kept_bytes,
+    models_bytes,
+    teacher_precision,
+)
 from limbeck.runs.prediction import Prediction, Work
 from limbeck.runs.rewarded import RewardedText, rewarded_bytes, rewarded_text
 from limbeck.runs.shapes import Shape, Shapes, forward_flops, step_flops
-from limbeck.signals.forms import form_of
 from limbeck.training import controls
 from limbeck.types import STUDENTS
 
 QUESTION_TOKENS = 400  # what a judge reads beside two answers, about
 VERDICT_TOKENS = 100  # what a judge writes, about
-ASKED_TOKENS = 200  # length of a question of a step of elicitation, about
 SCORED_TOKENS = 200  # length of a text that is scored, about
 
 
@@ -199,21 +203,10 @@ def trained_controls(recipe: Recipe, terms: Sequence[Term]) -> list[str]:
     return controls.trained_controls(recipe, is_fine_tuning)
 
 
-def _elicited(bills: Sequence[Estimate]) -> float:
+def _elicited(bills: Sequence[Estimate], lengths: Lengths) -> float:
     """Tokens that a model reads and writes in the steps of elicitation."""
-    return sum(bill.tokens + ASKED_TOKENS * bill.requests + SCORED_TOKENS * bill.scores for bill in bills)
-
-
-def _kept_bytes(cache: CacheSettings | None, teacher: Shape | None, tokens: int) -> float:
-    """An upper bound of the cache of the teacher's distributions."""
-    if cache is None or teacher is None:
-        return 0.0
-    return form_of(cache).disk_bytes(tokens, width=teacher.width, head_parameters=teacher.head_parameters)
-
-
-def _disk_bytes(student: Shape, trainings: int) -> int:
-    """Two checkpoints and one being written, each three times the weights; and the exports."""
-    return 4 * student.parameters * (3 * 3 + trainings)
+    read = zip(lengths.questions, bills, strict=True)
+    return sum(question * bill.requests + bill.tokens + SCORED_TOKENS * bill.scores for question, bill in read)
 
 
 def _memory_bytes(
@@ -221,7 +214,7 @@ def _memory_bytes(
 ) -> int:
     """What the models take, the libraries, and a chunk of logits."""
     chunk = 0 if hardware.memory is None else 4 * hardware.memory // 64  # larger ones than on the CPU
-    return int(models_bytes(recipe, terms, shapes, judge) + LIBRARY_BYTES + chunk)
+    return int(models_bytes(recipe, terms, shapes, judge, hardware=hardware) + LIBRARY_BYTES + chunk)
 
 
 def make_plan(
@@ -255,9 +248,11 @@ def make_plan(
     asked = round(text.by_teacher * len(held_out)) if as_training else len(held_out)
     requests = round(text.by_teacher * text.prompts) + asked + (text.prompts if controls_write else 0)
     teacher_tokens = int(text.by_teacher / text.by_all * text.response_tokens) + text.answer_tokens * asked
-    disk = int(_kept_bytes(cache, shapes.teacher, text.response_tokens)) + _disk_bytes(shapes.student, trainings)
+    disk = int(kept_bytes(cache, shapes.teacher, text.response_tokens)) + disk_bytes(recipe, shapes.student, trainings)
     beside = (text.tokens if controls_write else 0) + (0 if as_training else text.held_out_tokens)
-    elicit = _elicit_flops(recipe, text, shapes, beside, bills=bills)
+    elicit = _elicit_flops(recipe, text, shapes, beside, elicited=_elicited(bills, lengths))
+    read = requests * lengths.shown
+    read += sum(each * bill.requests for each, bill in zip(lengths.questions, bills, strict=True))
     requests += sum(bill.requests for bill in bills) + scored
     teacher_tokens += sum(bill.tokens for bill in bills)
     made = Plan(
@@ -268,14 +263,14 @@ def make_plan(
         trainings=trainings,
         disk_bytes=disk,
         memory_bytes=_memory_bytes(recipe, terms, shapes, judging, hardware=hardware)
-        + (int(rewarded_bytes(recipe, terms, shapes.student, shapes.scorers)) if rewarded else 0),
+        + (int(rewarded_bytes(recipe, terms, shapes.student, shapes.scorers, hardware=hardware)) if rewarded else 0),
         seconds=({} if elicit == 0 else {"elicit": elicit})
         | {
             "train": _train_flops(recipe, terms, text, shapes, epochs=epochs, trainings=trainings, rewarded=rewarded),
             **_evaluate_flops(recipe, text, shapes, len(held_out)),
         },
         answers=f"about {text.response_tokens / (text.prompts * text.by_all):,.0f} tokens ({lengths.source})",
-        unknown=served_time(recipe, requests, teacher_tokens + int(text.prompt_tokens)),
+        unknown=served_time(recipe, requests, teacher_tokens + int(read)),
         cautions=training_cautions(recipe, steps, epochs, text.response_tokens),
         judged=None if rewarded is None else rewarded.judged(text.response_tokens / text.prompts),
     )
@@ -355,12 +350,10 @@ def _predicted(
     )
 
 
-def _elicit_flops(
-    recipe: Recipe, text: TextAmounts, shapes: Shapes, beside: int, *, bills: Sequence[Estimate]
-) -> float:
+def _elicit_flops(recipe: Recipe, text: TextAmounts, shapes: Shapes, beside: int, *, elicited: float) -> float:
     """What the writers' text costs here, which a server's does not, with what the teacher writes beside the training
     text; written tokens count half more than read ones."""
-    by_teacher = text.by_teacher / text.by_all * text.tokens + beside + _elicited(bills)
+    by_teacher = text.by_teacher / text.by_all * text.tokens + beside + elicited
     by_untouched = int(text.by_untouched / text.by_all * text.tokens * 1.5)
     writer = shapes.teacher if recipe.teacher.server is None else None
     return _forward(writer, int(by_teacher * 1.5)) + forward_flops(shapes.student, by_untouched, by_untouched)
@@ -382,6 +375,8 @@ def _train_flops(
     teacher = passing_teacher(recipe, terms, shapes)
     flops = step_flops(shapes.student, teacher, tokens, trained)
     flops += (trainings - 1) * step_flops(shapes.student, None, tokens, trained)
+    if recipe.machine.checkpointing:  # the backward pass computes the activations again
+        flops += trainings * forward_flops(shapes.student, tokens, 0)
     if shapes.teacher is not None and recipe.teacher.cache is not None:  # once, whatever the number of epochs
         flops += _forward(shapes.teacher, text.tokens)
     if rewarded is not None:

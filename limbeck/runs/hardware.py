@@ -39,6 +39,13 @@ class Hardware:
         """Operations a second that a training reaches in this type."""
         return self.rates.get(dtype, self.rates[torch.float32]) / self.overhead
 
+    @property
+    def auto(self) -> str:
+        """What `auto` stands for in a recipe that runs there: cuda or cpu."""
+        if self.cluster is not None:
+            return "cpu" if self.cluster.kind == "cpu" else "cuda"
+        return "cuda" if not self.measured or torch.cuda.is_available() else "cpu"
+
 
 def _listed(name: str, gib: int, *, fp32: float, bf16: float) -> Hardware:
     rates = {torch.float32: fp32 * 1e12, torch.bfloat16: bf16 * 1e12, torch.float16: bf16 * 1e12}

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from limbeck.config.recipe import Recipe
 from limbeck.config.sections import Writer
+from limbeck.elicit.ask import Ask
+from limbeck.elicit.flow import StepContext, Tally
 from limbeck.elicit.prompt import Prompt
-from limbeck.elicit.step import ANSWER_SHARE, ElicitStep
+from limbeck.elicit.run import prompt_sample
+from limbeck.elicit.step import ANSWER_SHARE, AskingStep, ElicitStep
+from limbeck.models.context import PromptContext
 from limbeck.storage.store import Store
-from limbeck.types import Message, UserError
+from limbeck.types import Message, Request, UserError
 
 CHARS_PER_TOKEN = 4
 TEMPLATE_TOKENS = 30
 COUNTED = 64  # prompts whose tokens are counted
+RENDERED = 8  # prompts that a step's question is written for
+ASKED_TOKENS = 200  # length of a question of a step of elicitation, where it is not known
 LEAST_STORED = 8  # answers of the store that stand for those to come
 ASSUMED = f"assumed, {ANSWER_SHARE:.0%} of max_tokens"
 
@@ -41,13 +47,54 @@ class TokenCounter:
 class Lengths:
     """Means in tokens: of a training prompt in its template, of the answers of each writer whose text exists before
     training (in the recipe's order), and of a held-out answer. `source` says where the answers' lengths are from,
-    `held_out_given` that held-out answers are the data's, so that nobody writes them."""
+    `held_out_given` that held-out answers are the data's, so that nobody writes them. `shown` is the length of a prompt
+    as the teacher is shown it when nobody elicits, `questions` that of a question of each step of elicitation."""
 
     prompt: float
     answers: tuple[float, ...]
     held_out: float
     source: str
     held_out_given: bool = False
+    shown: float = 0.0
+    questions: tuple[float, ...] = ()
+
+
+def shown_length(prompts: Sequence[Prompt], show: PromptContext | None, tokens: TokenCounter) -> float:
+    """The mean length of a prompt as the teacher is shown it."""
+    some = [prompt.messages for prompt in _some(prompts)]
+    lengths = [tokens.of_conversation(messages if show is None else show(messages)) for messages in some]
+    return sum(lengths) / len(lengths)
+
+
+def question_lengths(
+    steps: Sequence[tuple[str, ElicitStep]],
+    prompts: Sequence[Prompt],
+    *,
+    show: PromptContext | None,
+    tokens: TokenCounter,
+) -> tuple[float, ...]:
+    """The mean length of each step's question. Those of `ask` are written for some prompts; of other steps, and of
+    templates that read what earlier steps write, no more is known than what they show of a prompt.
+
+    Args:
+        show: what the teacher is shown beside every conversation.
+    """
+    some = prompts[:: -(-len(prompts) // RENDERED)]
+    plain = shown_length(some, show, tokens)
+
+    def length(step: ElicitStep) -> float:
+        if isinstance(step, Ask):
+            context = StepContext("", 0, "elicit", show=show, named=lambda name: name)
+            pool = [prompt_sample(prompt) for prompt in some]
+            asked = [each for each in next(step.run(pool, context, Tally("")), ()) if isinstance(each, Request)]
+            if asked:
+                return sum(tokens.of_conversation(each.shown or each.messages) for each in asked) / len(asked)
+        own = step.shows() if isinstance(step, AskingStep) else None
+        fixed = own is not None and not own.varies
+        shown = shown_length(some, replace(show or PromptContext(), step=own), tokens) if fixed else plain
+        return max(shown, ASKED_TOKENS)
+
+    return tuple(length(step) for _, step in steps)
 
 
 def lengths_of(

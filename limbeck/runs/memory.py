@@ -1,4 +1,4 @@
-"""How many bytes of a device's memory a training takes, by what they hold, from the sizes of its models alone.
+"""How many bytes of a device's memory, and of the disk, a training takes, from the sizes of its models alone.
 
 On several ranks either each holds all of it, or matrices are divided among them (`machine.shard: full`, docs/ranks.md):
 then each holds 1/N of the weights, gradients and moments of matrices, and gathers what it computes with.
@@ -11,13 +11,16 @@ from collections.abc import Sequence
 
 import torch
 
+from limbeck.config.machine import Machine
 from limbeck.config.recipe import Recipe
+from limbeck.config.teacher import CacheSettings
 from limbeck.data.batches import MICRO_TOKENS
 from limbeck.models.placement import Precision
 from limbeck.models.teacher_interface import TeacherUse
 from limbeck.objectives.term import Term
-from limbeck.runs.hardware import GIB
+from limbeck.runs.hardware import GIB, Hardware
 from limbeck.runs.shapes import Shape, Shapes
+from limbeck.signals.forms import form_of
 
 Parts = dict[str, float]  # bytes, by what they hold
 
@@ -99,18 +102,27 @@ def training_bytes(recipe: Recipe, student: Shape) -> float:
     return sum(student_bytes(recipe, student).values()) + activation_bytes(recipe, student, tokens)
 
 
-def teacher_bytes(recipe: Recipe, shapes: Shapes, ranks: int = 1) -> float:
+def teacher_shares_device(machine: Machine, hardware: Hardware) -> bool:
+    """Whether the teachers are on the student's device, under whichever name."""
+    names = (machine.device, machine.teacher_device or machine.device)
+    first, second = ((hardware.auto if name == "auto" else name).removesuffix(":0") for name in names)
+    return first == second
+
+
+def teacher_bytes(recipe: Recipe, shapes: Shapes, hardware: Hardware, ranks: int = 1) -> float:
     """The teachers in process, unless they are on a device of their own."""
-    if recipe.machine.teacher_device not in (None, recipe.machine.device):
+    if not teacher_shares_device(recipe.machine, hardware):
         return 0.0
     teachers = [shape for shape in (shapes.teacher, *shapes.others) if shape is not None]
     return sum(weight_bytes(shape, teacher_precision(recipe), ranks) for shape in teachers)
 
 
-def models_bytes(recipe: Recipe, terms: Sequence[Term], shapes: Shapes, judge: Shape | None) -> float:
+def models_bytes(
+    recipe: Recipe, terms: Sequence[Term], shapes: Shapes, judge: Shape | None, *, hardware: Hardware
+) -> float:
     """The largest of the training, with the teachers in process if it needs them, and of the teachers with the student
     that is measured, or with a judge."""
-    teachers = teacher_bytes(recipe, shapes)
+    teachers = teacher_bytes(recipe, shapes, hardware)
     training = training_bytes(recipe, shapes.student) + (teachers if keeps_teacher(recipe, terms) else 0.0)
     measured = FLOAT * max(shapes.student.parameters, judge.parameters if judge else 0)
     return max(training, teachers + measured)
@@ -131,6 +143,20 @@ def adapter_parameters(recipe: Recipe, student: Shape) -> float:
 def cache_bytes(shape: Shape, columns: float, itemsize: int) -> float:
     """Keys and values of one row of so many tokens."""
     return 2.0 * itemsize * shape.layers * shape.key_value_width * columns
+
+
+def disk_bytes(recipe: Recipe, student: Shape, trainings: int) -> int:
+    """Two checkpoints and one being written, each with the trained numbers and Adam's two moments of them; and the
+    exports, which are whole models."""
+    trained = student.parameters if recipe.student.lora is None else adapter_parameters(recipe, student)
+    return int(FLOAT * (3 * 3 * trained + trainings * student.parameters))
+
+
+def kept_bytes(cache: CacheSettings | None, teacher: Shape | None, tokens: int) -> float:
+    """An upper bound of the cache of the teacher's distributions."""
+    if cache is None or teacher is None:
+        return 0.0
+    return form_of(cache).disk_bytes(tokens, width=teacher.width, head_parameters=teacher.head_parameters)
 
 
 def _outside(shape: Shape) -> int:

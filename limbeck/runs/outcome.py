@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.named_models import TEACHER
 from limbeck.config.recipe import Recipe, as_yaml, parse
 from limbeck.config.yaml_text import read_yaml
+from limbeck.elicit.bills import Bills
+from limbeck.evaluate.worth import bill
 from limbeck.report.page import write_report
+from limbeck.runs.named import input_name
 from limbeck.storage.evaluation import SUMMARY, check_records, write_summary
 from limbeck.storage.files import link_or_copy, new_directory, sweep, write_text
 from limbeck.storage.manifest import MANIFEST
 from limbeck.storage.metrics_log import read_json
-from limbeck.storage.rounds import parts_of, round_folder
+from limbeck.storage.rounds import parts_of, round_folder, rounds_in
 
 
 def publish(folder: Path, recipe: Recipe, kept: int, *, page: bool) -> None:
@@ -35,10 +39,23 @@ def publish(folder: Path, recipe: Recipe, kept: int, *, page: bool) -> None:
     for file in (home / "evaluation").iterdir():
         if file.is_file() and file.name not in (SUMMARY, MANIFEST):
             _link(file, folder / "evaluation" / file.name)
-    summary |= {"recipe": recipe.hash, "round": kept}
+    summary |= {"recipe": recipe.hash, "round": kept, **_bills(folder, recipe)}
     write_summary(folder / "evaluation", summary)
     if page:
         write_report(folder)
+
+
+def _bills(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What the servers of all rounds were paid until now, also for a round that is not kept; empty where no round says
+    which models they have."""
+    inputs: dict[str, Any] = {}
+    for home in rounds_in(folder).values():
+        inputs |= read_json(home / "inputs.json") or {}
+    names = {name: input_name(name) for name, model in (recipe.models or {}).items() if model.server is not None}
+    names |= {TEACHER: "teacher"}
+    if not all(isinstance(inputs.get(name), str) for name in names.values()):
+        return {}
+    return bill(Bills(recipe, folder, lambda by: str(inputs[names[by]])))
 
 
 def _is_linked(source: Path, target: Path) -> bool:

@@ -27,11 +27,11 @@ from limbeck.models.start import scratch_config
 from limbeck.models.template import prompt_ids, text_ids
 from limbeck.models.weights import context_length, empty_model
 from limbeck.runs.advice import judge_cautions
-from limbeck.runs.cost import ASKED_TOKENS, Plan, make_plan
+from limbeck.runs.cost import Plan, make_plan
 from limbeck.runs.evaluation_requests import asked_to_measure
 from limbeck.runs.fit import fitted
 from limbeck.runs.hardware import Hardware, listed, measured, stated
-from limbeck.runs.lengths import TokenCounter, counted_by, lengths_of
+from limbeck.runs.lengths import Lengths, TokenCounter, counted_by, lengths_of, question_lengths, shown_length
 from limbeck.runs.memory import compute_dtype
 from limbeck.runs.resolve import Method, resolve
 from limbeck.runs.shapes import Shape, Shapes
@@ -123,8 +123,7 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     judging_names = dict.fromkeys(name for _, step in judges for name in step.asks())
     reading = tuple(shape for name in judging_names if (shape := named.get(name)) is not None)
     shapes = Shapes(student, teacher, others, judge, scorers=(*_scorer_shapes(method), *reading))
-    given = method.held_out_prompts if method.holds_out_answers else ()
-    lengths = lengths_of(recipe, method.steps, prompts[0], tokens=_tokens(recipe), store=store, given=given)
+    lengths = _lengths(method, store)
     bills = _bills(method, again=False)
     made = make_plan(recipe, method.terms, prompts, shapes, hardware=hardware, lengths=lengths, bills=bills)
     own = asked_to_measure(method, round(lengths.held_out))
@@ -133,15 +132,25 @@ def plan(method: Method, hardware: Hardware | None = None, store: Path | None = 
     said += [f"what the stage {name} takes before each round is not counted" for name in method.stages]
     if method.at_once:
         said.append(f"of these rounds, {method.at_once} stand for the control that does all at once (rounds.at_once)")
-    made = _with_text(method, made, lengths.prompt, bills)
+    made = _with_text(method, made, lengths, bills)
     return replace(made, rounds=method.rounds + method.at_once, cautions=(*made.cautions, *said))
 
 
-def _with_text(method: Method, made: Plan, prompt: float, bills: Sequence[Estimate]) -> Plan:
+def _lengths(method: Method, store: Path | None) -> Lengths:
+    """How long the method's prompts, questions and answers are."""
+    prompts, tokens = method.training_prompts, _tokens(method.recipe)
+    given = method.held_out_prompts if method.holds_out_answers else ()
+    return replace(
+        lengths_of(method.recipe, method.steps, prompts, tokens=tokens, store=store, given=given),
+        shown=shown_length(prompts, method.measured_context, tokens),
+        questions=question_lengths(method.steps, prompts, show=method.prompt_context, tokens=tokens),
+    )
+
+
+def _with_text(method: Method, made: Plan, lengths: Lengths, bills: Sequence[Estimate]) -> Plan:
     """The plan with how many texts there are, what asking again adds at most, and what the teacher's text costs.
 
     Args:
-        prompt: the tokens of one.
         bills: of the steps of elicitation if nothing is asked for again.
     """
     most, limit = _bills(method, again=True), method.recipe.prompts.limit
@@ -151,9 +160,9 @@ def _with_text(method: Method, made: Plan, prompt: float, bills: Sequence[Estima
 
     def tokens(asked: Sequence[Estimate]) -> tuple[int, int]:
         """(read, written) by the teacher, with its share of what the steps ask."""
-        own = list(zip(shares, asked, strict=True))
-        read = plain[0] * prompt + max(prompt, ASKED_TOKENS) * sum(share * bill.requests for share, bill in own)
-        return int(read), int(plain[1] + sum(share * bill.tokens for share, bill in own))
+        own = list(zip(shares, asked, lengths.questions, strict=True))
+        read = plain[0] * lengths.shown + sum(share * bill.requests * question for share, bill, question in own)
+        return int(read), int(plain[1] + sum(share * bill.tokens for share, bill, _ in own))
 
     paid, (read, written) = Bills(method.recipe, Path(), str), tokens(bills)
     about, at_most = paid.price(read, written, TEACHER), paid.price(*tokens(most), TEACHER)

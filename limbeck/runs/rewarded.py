@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from limbeck.config.recipe import Recipe
 from limbeck.objectives.loss import REFERENCE_LOG_PROB
 from limbeck.objectives.term import Term
+from limbeck.runs.hardware import Hardware
+from limbeck.runs.memory import teacher_shares_device
 from limbeck.runs.shapes import Shape, forward_flops
 
 
@@ -69,11 +71,13 @@ def rewarded_text(recipe: Recipe, terms: Sequence[Term], steps: int) -> Rewarded
     )
 
 
-def rewarded_bytes(recipe: Recipe, terms: Sequence[Term], student: Shape, scorers: Sequence[Shape]) -> float:
+def rewarded_bytes(
+    recipe: Recipe, terms: Sequence[Term], student: Shape, scorers: Sequence[Shape], *, hardware: Hardware
+) -> float:
     """The reward models in float32, where they share the student's device, and the copy of the student before
     training."""
     models = sum(4.0 * scorer.parameters for scorer in scorers)
-    if recipe.machine.teacher_device not in (None, recipe.machine.device):
+    if not teacher_shares_device(recipe.machine, hardware):
         models = 0.0
     copied = recipe.student.lora is None and any(REFERENCE_LOG_PROB in term.reads for term in terms)
     return models + (4.0 * student.parameters if copied else 0.0)

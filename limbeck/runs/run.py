@@ -36,7 +36,7 @@ from limbeck.storage import checkpoint
 from limbeck.storage.files import new_directory, sweep, write_json
 from limbeck.training import distributed, loop
 from limbeck.training.controls import CONTROLS, ControlData
-from limbeck.training.job import TrainingJob, total_steps
+from limbeck.training.job import TrainingJob, tokens_beside, total_steps
 from limbeck.training.setup import TrainingPlan, make_job
 from limbeck.training.student_writer import StudentWriting
 from limbeck.types import Sample
@@ -193,10 +193,13 @@ class Run:
                 self.control_rows(control, rows, student)
             rows = rows if own_text is None else own_text.mark(rows, self._report_teacher)
         else:  # plain fine-tuning for as many steps
-            steps = total_steps(rows, settings, any(term.unit == "group" for term in terms))
+            steps = total_steps(rows, settings, any(term.unit == "group" for term in terms), tokens_beside(recipe))
             settings = settings.model_copy(update={"steps": steps, "epochs": None, "mixup": None})
             terms = (make_term("cross_entropy", {}),)
             rows = self.control_rows(name, rows, student)
+        key = f"{training_key(self.folder, recipe)}/{name}"
+        if tokens_beside(recipe) is not None and recipe.train.steps is None:
+            key += "/every prompt"  # not the checkpoints of versions that counted fewer steps
         folder = self.home(name)
         folder.mkdir(parents=True, exist_ok=True)
         training_plan = TrainingPlan(
@@ -204,7 +207,7 @@ class Run:
             rows,
             settings,
             folder=folder,
-            key=f"{training_key(self.folder, recipe)}/{name}",
+            key=key,
             store=self.library / "store.sqlite",
             lora=recipe.student.lora,
             cache=recipe.teacher.cache,

@@ -170,6 +170,8 @@ def _text_facts(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> Tex
         or (writers == {"corpus"} and all(len(prompt.answers) > 1 for prompt in training)),
         columns=frozenset(column for term in use.terms for column in term.loss.writes),
         temperature=None if recipe.student_writer is None else recipe.student_writer.temperature,
+        top_p=1.0 if recipe.student_writer is None else recipe.student_writer.top_p,
+        writes_jointly=rollout.joint is not None,
         reuses_rollouts=rollout.ahead > 1 or bool(rollout.replay) or (rollout.passes or 1) > 1,
         copy_writes=rollout.dtype == "bfloat16",
         teacher_prompts=recipe.teacher.context is not None,
@@ -234,6 +236,12 @@ def _check_rewards(recipe: Recipe, terms: Sequence[Term]) -> None:
             "rollout.group",
             "one answer to a prompt can't be compared with others; ask for more, or set"
             " rollout.advantage: {baseline: step, scale: step}",
+        )
+    if settings.resample and advantage.baseline not in ("group", "others"):
+        raise RecipeError(
+            "rollout.resample",
+            f"with baseline: {advantage.baseline} answers of equal reward to one prompt teach something, too, so there"
+            " is nothing to ask again: leave it out, or set rollout.advantage.baseline: group or others",
         )
     if (settings.passes or 1) > 1 and any(term.name == "reinforce" for term in terms):
         raise RecipeError(

@@ -10,6 +10,7 @@ import pytest
 from limbeck.evaluate.by_label import OTHER, by_field, by_label, label_figures, labels_of, said_label, write_questions
 from limbeck.evaluate.choice import macro_f1
 from limbeck.evaluate.records import ItemResult, SystemRecords
+from limbeck.evaluate.summary import summarise
 from limbeck.evaluate.tasks import load_task
 from limbeck.evaluate.worth import kept
 from limbeck.storage.files import read_jsonl
@@ -48,6 +49,26 @@ def test_a_label_that_is_never_said_has_no_precision_and_one_that_is_nowhere_no_
     a, b, c = figures["by_label"]
     assert a["precision"] is None and a["recall"]["value"] == 0 and b["recall"] is None and c["f1"] is None
     assert figures["macro_f1"]["value"] == 0.0
+
+
+def test_what_is_always_right_or_always_wrong_has_a_width():
+    """Twenty of twenty right is no proof of all: by chance alone a share of 0.83 gives as many."""
+    figures = label_figures(np.array([0] * 20 + [1] * 5), np.array([0] * 20 + [2] * 5), ["a", "b"])
+    a, b = figures["by_label"]
+    for name in ("precision", "recall", "f1"):
+        assert (a[name]["value"], a[name]["high"]) == (1, 1) and a[name]["low"] == pytest.approx(0.025 ** (1 / 20))
+    assert (b["recall"]["value"], b["recall"]["low"]) == (0, 0)
+    assert b["recall"]["high"] == pytest.approx(1 - 0.025 ** (1 / 5)) == b["f1"]["high"]
+    assert label_figures(np.array([0, 1] * 10), np.array([0, 1] * 10), ["a", "b"])["macro_f1"]["low"] < 0.84
+
+
+def test_a_task_that_is_always_right_has_a_width_in_the_summary(tmp_path):
+    task = task_of(tmp_path / "t", [{"prompt": "p", "check": {"type": "exact", "answer": "x"}}] * 20)
+    scores = [ItemResult(f"mine/{n}", {"pass_rate": 1.0, "tokens": 1.0}, text="x") for n in range(20)]
+    found = summarise({name: [records(name, "mine", scores)] for name in ("teacher", "student")}, [task], [])
+    passed, tokens = (found["systems"]["student"][f"mine/{name}"] for name in ("pass_rate", "tokens"))
+    assert passed == {"value": 1.0, "low": pytest.approx(0.025 ** (1 / 20)), "high": 1.0, "n": 20}
+    assert tokens["low"] == tokens["high"] == 1, "a length is no share"
 
 
 def test_macro_f1_is_the_tasks_own_to_the_bit():
@@ -120,7 +141,7 @@ def test_fields_are_exact_or_not(tmp_path):
     results = [ItemResult(f"mine/{n}", {"pass_rate": 0.0}, text=text) for n, text in enumerate(texts)]
     found = by_field({"student": [records("student", "mine", results)]}, [task])["mine"]
     assert found["city"]["student"]["value"] == pytest.approx(2 / 3) and found["city"]["student"]["n"] == 3
-    assert found["year"]["student"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 1}
+    assert found["year"]["student"] == {"value": 0.0, "low": 0.0, "high": 0.975, "n": 1}
 
 
 def test_questions_keep_the_text_and_the_right_answer(tmp_path):

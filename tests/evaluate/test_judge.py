@@ -65,9 +65,8 @@ def test_a_consistent_judge_is_followed_in_both_orders():
     assert [v.outcome for v in judge_pairs(prefers("good"), PROMPTS, BAD, GOOD)] == ["second"] * 4
     assert [v.outcome for v in judge_pairs(prefers("neither"), PROMPTS, BAD, GOOD)] == ["tie"] * 4
     summary = summarise_verdicts(verdicts, judge_is_teacher=True)
-    assert (
-        summary["win_rate"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 4} and summary["judge_is_teacher"] is True
-    )
+    assert summary["win_rate"] == {"value": 1.0, "low": pytest.approx(0.025**0.25), "high": 1.0, "n": 4}
+    assert summary["judge_is_teacher"] is True
     assert (
         summary["swap_consistency"] == 1 and summary["first_position_share"] == 0.5 and summary["unparsable_share"] == 0
     )

@@ -87,6 +87,24 @@ def test_undefined_is_an_error_and_never_a_number(values, weights):
         ratio_interval(values, weights)
 
 
+@pytest.mark.parametrize("n", [1, 20, 200])
+def test_a_share_of_all_or_of_none_has_a_width(n):
+    """The exact limits: with a share there, all of n items are the same in 2.5 % of the cases."""
+    every, none = (ratio_interval(np.full(n, value), np.ones(n), of_share=True) for value in (1.0, 0.0))
+    assert (every.value, every.high, none.value, none.low) == (1, 1, 0, 0)
+    assert every.low**n == pytest.approx(0.025) and none.high == pytest.approx(1 - every.low)
+    seeds = nested_interval(np.ones((3, n)), np.ones((3, n)), of_share=True)
+    assert seeds == every  # the seeds answer the same items
+
+
+def test_only_a_share_of_all_or_of_none_is_widened():
+    rest, ones = np.array([1.0] * 19 + [0.0]), np.ones(20)
+    assert ratio_interval(rest, ones, of_share=True) == ratio_interval(rest, ones)
+    for got in (ratio_interval(ones, ones), paired_difference(ones, ones, ones)):
+        assert got.low == got.value == got.high
+    assert ratio_interval(np.full(20, 3.0), np.full(20, 3.0), of_share=True).low == 1  # no weights of one
+
+
 def test_an_item_without_tokens_does_not_poison_the_resamples():
     got = ratio_interval([0.0, 1.0], [0.0, 1.0])
     assert got.value == got.low == got.high == 1.0

@@ -22,7 +22,7 @@ from limbeck.report.excerpt import embedded, read_excerpt
 from limbeck.report.figures import pareto_figures
 from limbeck.report.grids import facts, kinds_grid, seeds_grid, spent_grid, training_grid
 from limbeck.report.judge import judge_section
-from limbeck.report.metrics import Metric, is_clear, mark, metrics_of, task_headlines
+from limbeck.report.metrics import Metric, fixed, is_clear, mark, metrics_of, number, percent, task_headlines
 from limbeck.report.page import compare_verdict, read_comparison, read_summary, verdict, write_report
 from limbeck.report.plots import (
     MAX_POINTS,
@@ -307,6 +307,33 @@ def test_a_run_without_divergences_is_judged_by_its_task():
     assert "Nothing was measured" in verdict({"systems": {"student": {}}})
 
 
+@pytest.mark.parametrize(("difference", "more"), [((-0.2, -0.3, -0.1), "more"), ((0.2, 0.1, 0.3), "less")])
+def test_a_clear_difference_from_fine_tuning_is_called_one(difference, more):
+    summary = of_tasks()
+    summary["systems"]["sft_control"] = {"intents/acc": interval(0.8, 0.7, 0.9, 120)}
+    summary["paired"]["student - sft_control"] = {"intents/acc": interval(*difference, 120, p=0.001)}
+    assert f"; fine-tuning on the teacher's text reaches 0.80, clearly {more}." in verdict(summary)
+
+
+def test_small_numbers_are_not_rounded_to_nothing():
+    """'0.00 nats (0.00 to 0.00), down from 0.00' says that nothing changed, and that something did."""
+    systems = {
+        "student": {"forward_kl": interval(0.0012, 0.0011, 0.0013)},
+        "untouched": {"forward_kl": interval(0.0047, 0.0046, 0.0048)},
+    }
+    paired = {
+        "student - untouched": {"forward_kl": interval(-0.0035, -0.0036, -0.0034)},
+        "student - sft_control": {"forward_kl": interval(-0.0003, -0.0004, -0.0002)},
+    }
+    assert verdict({"systems": systems, "paired": paired}) == (
+        "The student is 0.0012 nats per token (0.0011 to 0.0013) from its teacher, down from 0.0047 before training; it"
+        " is closer than fine-tuning on the teacher's text by 0.00030 nats (0.00020 to 0.00040)."
+    )
+    assert [percent(share) for share in (0, 0.004, 0.5, 0.996, 1, 1 - 1e-12)] == ["0 %", "0.4 %", "50 %", "99.6 %", "100 %", "100 %"]  # fmt: skip
+    assert [number(value) for value in (0.0, 1e-9, -1e-9, 0.00042, -0.00042, 0.5)] == ["0.000", "0.000", "0.000", "0.00042", "-0.00042", "0.500"]  # fmt: skip
+    assert fixed(0.0004, 3, "+") == "+0.00040" and fixed(-1e-9, 3, "+") == "+0.000"
+
+
 @pytest.mark.parametrize(
     ("difference", "comparisons", "clear"),
     [
@@ -529,7 +556,7 @@ def test_where_the_student_loses_most_comes_first(tmp_path):
         "0.698",
         "0.699",
         "0.700",
-        "0.002",
+        "0.0022",
     ]
 
 

@@ -18,6 +18,7 @@ from limbeck.config.recipe import parse
 from limbeck.evaluate.run import Questions
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.progress import StoppedError
+from limbeck.runs.advice import replaced_settings
 from limbeck.runs.compare import Comparison, _common, _teacher_tokens, entries
 from limbeck.storage.files import read_jsonl
 from limbeck.types import Sample, UserError
@@ -196,6 +197,21 @@ def test_a_judge_is_left_out_of_a_comparison(methods, recipe_data):
     assert [entry.recipe.hash for entry in found] == [entry.recipe.hash for entry in entries(made, common)]
     for entry in found:
         limbeck.check(entry.recipe)
+
+
+def test_recipes_that_would_be_one_training_are_refused(methods, data):
+    """They differ in settings that all methods take from the common recipe, so the page would tell of nothing."""
+    common, made = methods
+    high, low = (
+        parse(data | {"name": name, "train": data["train"] | {"lr": lr}}) for name, lr in (("high", 0.5), ("low", 0.1))
+    )
+    with pytest.raises(UserError, match=r"high and low differ in nothing but .*: to compare settings, run each recipe"):
+        entries([made[0], high, low], common)
+    assert [entry.name for entry in entries([made[0], high], common)] == ["seq-kd", "high"]
+    assert replaced_settings(high, low) == ["high: train.lr 0.5 is not used, 0.1 of low is"]
+    lora = parse(data | {"name": "lora", "student": data["student"] | {"lora": {"rank": 4}}})
+    assert "lora: student.lora.rank 4 is not used" in replaced_settings(lora, common)
+    assert not replaced_settings(common, common)
 
 
 def test_a_folder_of_another_comparison_is_refused(methods, compared):

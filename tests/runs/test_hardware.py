@@ -7,11 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from limbeck.config.machine import Machine
 from limbeck.config.recipe import parse
 from limbeck.models import named
+from limbeck.models.load import load_config
 from limbeck.runs.cost import Plan
 from limbeck.runs.hardware import GIB, LISTED, listed, matrix_rate, measured
+from limbeck.runs.memory import teacher_shares_device
 from limbeck.runs.preflight import check
+from limbeck.runs.rewarded import rewarded_bytes
+from limbeck.runs.shapes import Shape
 from limbeck.types import UserError
 
 RECIPE = {
@@ -69,6 +74,43 @@ def test_memory_follows_from_precision_and_placement(tokenizer, monkeypatch):
     assert needed == sorted(needed, reverse=True) and len(set(needed)) == 5
     kept = planned(train={"tokens_per_step": 1024}, machine={"checkpointing": True})
     assert kept.memory_bytes < full.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [(("auto", "cuda"), True), (("cuda:0", "cuda"), True), (("auto", "cuda:1"), False), (("auto", "cpu"), False)],
+)
+def test_a_teacher_on_the_same_device_takes_room_under_each_of_its_names(tokenizer, names, shared):
+    device, teacher_device = names
+    alone = planned()
+    named_apart = planned(machine={"device": device, "teacher_device": teacher_device})
+    assert (named_apart.memory_bytes == alone.memory_bytes) is shared
+
+
+def test_auto_is_the_processor_where_there_is_no_other_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here, machine = measured(torch.device("cpu")), Machine(device="auto", teacher_device="cpu")
+    assert teacher_shares_device(machine, here) and not teacher_shares_device(machine, listed("l4-24gb"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not teacher_shares_device(Machine(device="cpu", teacher_device="auto"), here)
+
+
+def test_reward_models_on_the_same_device_take_room_under_each_of_its_names():
+    scorer = Shape.of(load_config("smollm2-135m-instruct"))
+    for teacher_device, count in (("cuda:0", 1), ("cuda:1", 0)):
+        recipe = parse(RECIPE | {"machine": {"teacher_device": teacher_device}})
+        taken = rewarded_bytes(recipe, (), scorer, (scorer,), hardware=listed("l4-24gb"))
+        assert taken == count * 4 * scorer.parameters
+
+
+def test_checkpoints_of_adapters_hold_no_other_weights(tokenizer):
+    whole, adapters = planned(), planned(student={"lora": {"rank": 8}})
+    assert adapters.trainings == whole.trainings and adapters.disk_bytes < whole.disk_bytes / 3
+
+
+def test_computing_activations_again_takes_time(tokenizer):
+    plain, again = planned(), planned(machine={"checkpointing": True})
+    assert 1.05 < again.seconds["train"] / plain.seconds["train"] < 4 / 3
 
 
 def test_a_teacher_that_no_term_reads_takes_no_room_beside_the_training(tokenizer):

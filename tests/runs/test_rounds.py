@@ -18,11 +18,13 @@ from limbeck.models.load import model_identity
 from limbeck.models.teacher import InProcessTeacher
 from limbeck.report.data import as_data
 from limbeck.runs.at_once import at_once
+from limbeck.runs.outcome import publish
 from limbeck.runs.resolve import resolve
 from limbeck.runs.rounds import CollapsedError, RoundsRun
 from limbeck.storage.files import write_json
 from limbeck.storage.rounds import at_once_folder, kept_round, round_folder, rounds_record, stage_folder
-from limbeck.types import NothingLeftError, UserError
+from limbeck.storage.store import Store
+from limbeck.types import NothingLeftError, Request, Sample, Sampling, UserError
 
 TRAIN = ("elicit", "train")
 
@@ -527,3 +529,24 @@ def test_what_a_round_is_as_an_ordinary_recipe(data):
     assert one.elicit and one.student.start.pretrained == one.teacher.model == "/r/0/student" and one.previous is None
     plain = {key: value for key, value in data.items() if key != "rounds"} | {"teacher": "x"}
     assert "rounds" not in parse(plain).resolved() and "previous" not in parse(plain).resolved(), "old hashes stay"
+
+
+def test_the_bill_is_of_all_rounds_whichever_is_kept(data, tmp_path):
+    """The hours of the page are those of all rounds, so its bill has to be."""
+    server = {"url": "http://localhost:1/v1", "name": "toy", "price": {"input": 1, "output": 2}}
+    recipe = parse(data | {"teacher": {"server": server}, "rounds": {"n": 2, "restart": "previous"}})
+    for number, answers in ((1, 1), (2, 3)):
+        home = round_folder(tmp_path, number)
+        (home / "evaluation").mkdir(parents=True)
+        write_json(home / "inputs.json", {"teacher": "served:toy-1"})
+        write_json(home / "evaluation" / "summary.json", {"systems": {}, "bill": {"answers": answers}})
+    with Store(tmp_path / "store.sqlite") as store:
+        for seed in range(3):  # two of the second round
+            request = Request("served:toy-1", ({"role": "user", "content": "q"},), Sampling(), seed)
+            sample = Sample((*request.messages, {"role": "assistant", "content": "a"}), request.model)
+            store.record(request, sample, "ok", usage=(5, 3))
+    publish(tmp_path, recipe, kept=1, page=False)
+    summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())
+    paid = {"answers": 3, "tokens_read": 15, "tokens_written": 9, "money": pytest.approx(33e-6)}
+    assert summary["bill"] == paid and summary["round"] == 1
+    assert json.loads((home / "evaluation" / "summary.json").read_text())["bill"] == {"answers": 3}
