@@ -24,9 +24,10 @@ TOOLS = ("tools", "functions")
 LABELS_OF_PAIRS = (PROBABILITY, MARGIN)
 FACTS = ("id", "kind", "task", "weight", "check", "feedback", *LABELS_OF_PAIRS)
 ROLES = ("prompt", "input", "answer", "answers", *PREFERENCES, "messages", "system", "tools", "reasoning", *FACTS)
-ALSO_CONTENT = ("text", "input", "context", "reasoning", "reasoning_content", "thinking", "target", "label")
+PASSAGES = ("context", "contexts", "passage", "passages", "document", "documents")
+ALSO_CONTENT = ("text", "input", "reasoning", "reasoning_content", "thinking", "target", "label")
 CONTENT = frozenset(
-    (*CONVERSATIONS, *QUESTIONS, *ANSWERS, *PREFERENCES, *SYSTEMS, *TOOLS, *ALSO_CONTENT)
+    (*CONVERSATIONS, *QUESTIONS, *ANSWERS, *PREFERENCES, *SYSTEMS, *TOOLS, *PASSAGES, *ALSO_CONTENT)
 )  # columns that look like content
 OURS = ("answers", "references", "answer")
 

@@ -255,6 +255,37 @@ def test_extraction_by_a_schema(here):
         assert {item.check["type"] for item in task.items} == {"json"} and len(task.items) == 5
 
 
+def test_passages_that_can_not_be_read_are_not_left_out_silently():
+    rows = [{"context": [{"n": n}], "question": f"How high is tower {n}?", "answer": f"{n} m"} for n in range(20)]
+    with pytest.raises(UserError, match='line 1: "context" must be a text or a list of texts'):
+        new(task="answer", data=lines(rows))
+
+
+def test_columns_are_named_by_what_stands_between_the_spaces_and_a_misspelt_one_is_told():
+    file = Path("rows.csv")
+    body = "".join(f"message {n} here,{'ab'[n % 2]}\n" for n in range(40))
+    file.write_text("Nachricht ,Art\n" + body)
+    with pytest.raises(UserError, match="no column 'nachrichten'; did you mean 'Nachricht'"):
+        new("--columns", "text=nachrichten,label=Art", task="classify", data=file)
+    with pytest.raises(UserError, match="such as --columns text=Nachricht,label=Art"):
+        new(task="classify", data=file)
+    new("--columns", "text=Nachricht,label=Art", task="classify", data=file)
+    assert load_task("mine/task").items
+    with pytest.raises(UserError, match="did you mean 'label'"):
+        new("--columns", "text=Nachricht,lable=Art", task="classify", data=file, where="other")
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_written(here):
+    for flags, words in (
+        (["--student", "qwen2.5-coder-0.5b"], "did you mean 'qwen2.5-coder-0.5b-instruct'"),
+        (["--teacher", "gpt-4o-mini"], r"teacher: \{server: \{url: .*, name: .*\}\}"),
+        (["--teacher", "api.example.com/v1", "--teacher-model", "big"], "write https://api.example.com/v1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            new(*flags)
+        assert not (here / "mine").exists()
+
+
 def test_extraction_without_answers_checks_the_form(here):
     (here / "form.json").write_text(json.dumps(SCHEMA))
     rows = [{"prompt": row["text"]} for row in FORMS]
@@ -262,13 +293,17 @@ def test_extraction_without_answers_checks_the_form(here):
     assert {item.check["type"] for item in load_task("mine/task").items} == {"json_schema"}
 
 
-def test_questions_with_passages():
-    rows = [
-        {"context": f"The {thing} is {n} m high.", "question": f"How high is the {thing}?", "answer": f"{n} m"}
-        for n, thing in enumerate(THINGS)
-    ]
+@pytest.mark.parametrize("column", ["context", "passages"])
+@pytest.mark.parametrize("several", [False, True])
+def test_questions_with_passages(column, several):
+    rows = []
+    for n, thing in enumerate(THINGS):
+        passage = f"The {thing} is {n} m high."
+        passages = ["All towers are old.", passage] if several else passage
+        rows.append({column: passages, "question": f"How high is the {thing}?", "answer": f"{n} m"})
     said = new(task="answer", data=lines(rows))
-    assert "context stands before the question" in said and "NOT USED" not in said
+    assert f"{column} stands before the question" in said and "NOT USED" not in said
+    assert "ignored" not in said and ("All towers" in Path("mine/train.jsonl").read_text()) == several
     method = resolve(load_recipe("mine/recipe.yaml"))
     assert all("m high.\n\nQuestion: How high" in prompt.text for prompt in method.training_prompts)
     assert method.tasks[0].items[0].check["type"] == "pattern"
@@ -614,9 +649,20 @@ def test_there_is_room_for_the_datas_answers():
     assert room_for(wishes, []) == (384, [])
     served = Wishes(Path("x"), "chat", teacher="http://localhost/v1")
     assert room_for(served, [])[0] == room_for(Wishes(Path("x"), "chat", run_on="gpu"), [])[0] == 1024
-    assert room_for(served, examples(["x"] * 10, ["a" * 6000] * 10)) == (3000, [])
-    room, notes = room_for(served, examples(["x"] * 10, ["a" * 9000] * 10))
+    assert room_for(served, examples(["x"] * 10, ["a" * 6000] * 10)) == (2251, [])
+    assert room_for(served, examples(["x"] * 10, ["答" * 1000] * 10)) == (2251, [])  # a token or two a letter
+    room, notes = room_for(served, examples(["x"] * 10, ["a" * 12000] * 10))
     assert room == 4096 and notes == ["the longest 5 % of the answers may not fit in 4,096 tokens"]
+
+
+def test_there_is_room_for_labels_of_digits():
+    """A digit or a mark is a token of its own."""
+    labels = ("8471.30.0100", "8517.62.0090")
+    for flags in ([], ["--teacher", "none"]):
+        where = f"mine-{len(flags)}"
+        recipe, _ = written(*flags, data=table(labelled(labels)), where=where)
+        (task,) = resolve(recipe).tasks
+        assert recipe.evaluate.max_tokens == task.protocol.max_tokens > 24
 
 
 def test_an_answer_leaves_room_for_the_prompt(tiny_folder):

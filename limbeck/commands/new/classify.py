@@ -67,7 +67,7 @@ def classify(wishes: Wishes, seen: Seen) -> Draft:
         tasks={"task": _task(wishes, parts.held_out, order)},
         text=_text(wishes, order, question, int(longest)),
         answer_tokens=mean_tokens([example.answer for example in seen.examples]),
-        max_tokens=_text_tokens(int(longest)) + wishes.thought,
+        max_tokens=_room(int(longest)) + wishes.thought,
         start=pretrained(wishes),
         batch=BATCH,
         headline="task/pass_rate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from limbeck.commands.new.wishes import (
     is_url,
     slug,
 )
-from limbeck.types import UserError
+from limbeck.types import UserError, nearest
 
 if TYPE_CHECKING:
     from limbeck.commands.new.data import Seen
@@ -203,8 +204,9 @@ def _columns(given: Given, file: Path) -> Mapping[str, str | None]:
     from limbeck.commands.new.data import columns_of, named_columns
     from limbeck.elicit.shapes import UnclearError, form_of
 
-    named = named_columns(given.columns)
     there = columns_of(file)
+    stripped = {column.strip(): column for column in there}
+    named = {role: stripped.get(column or "", column) for role, column in named_columns(given.columns).items()}
     try:
         form_of(frozenset(there), named)
         return named
@@ -212,8 +214,13 @@ def _columns(given: Given, file: Path) -> Mapping[str, str | None]:
         if not there:
             raise UserError(f"{file} holds no rows; give a table of texts, better some hundreds") from error
         if not given.asks:
+            if absent := [column for column in named.values() if column and column not in there]:
+                raise UserError(
+                    f"--columns: {file} has no column {absent[0]!r}{nearest(absent[0], stripped)}"
+                ) from error
             shown = ", ".join(there)
-            example = f"text={there[0]}" + (f",label={there[1]}" if len(there) > 1 else "")
+            example = f"text={there[0].strip()}" + (f",label={there[1].strip()}" if len(there) > 1 else "")
+            example = shlex.quote(example)
             raise UserError(
                 f"{file}: its columns ({shown}) don't tell which holds the text: say so with --columns, such as"
                 f" --columns {example}"

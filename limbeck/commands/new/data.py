@@ -11,11 +11,10 @@ from typing import Any
 from limbeck.elicit.conversation import is_blank
 from limbeck.elicit.prompt import Prompt, turns_of
 from limbeck.elicit.prompt_file import Account, PromptReader, find_files, is_pattern, rows_of
-from limbeck.elicit.shapes import ROLES, form_of_row
+from limbeck.elicit.shapes import PASSAGES, ROLES, form_of_row
 from limbeck.types import Message, RecipeError, UserError, nearest
 
 LEAST = 10  # texts, below which nothing is left to learn from and to measure on
-PASSAGES = ("context", "passage", "passages", "document", "documents")
 ENDS_WITH_CALLS = "it ends with a call of a tool, without the tool's answer"  # why `elicit.prompt_row` leaves a row out
 UNREAD = ("id", "reasoning", "task", "weight", "kind", "feedback")
 
@@ -100,7 +99,9 @@ def named_columns(pairs: Sequence[str]) -> dict[str, str | None]:
         if not equals or not column:
             raise UserError(f"--columns {pair!r} is not of the form ROLE=COLUMN, such as text=message,label=category")
         if role not in ROLES:
-            raise UserError(f"--columns: {role!r} is nothing that a column can be{nearest(role, ROLES)}")
+            raise UserError(
+                f"--columns: {role!r} is nothing that a column can be{nearest(role, ('text', 'label', *ROLES))}"
+            )
         named[role] = None if column == "null" else column
     return named
 
@@ -140,10 +141,12 @@ def look(file: Path, columns: Mapping[str, str | None], task: str) -> Seen:
         roles = {role: values[column] for role, column in form.roles.items()}
         row = {role: value for role, value in roles.items() if role not in UNREAD}
         text = prompt.spoken
-        passage = next((name for name in PASSAGES if isinstance(values.get(name), str)), None)
-        if task == "answer" and passage is not None and passage not in (columns or {}).values() and "prompt" in row:
-            text = row["prompt"] = f"{values[passage]}\n\nQuestion: {text}"
-            passages[passage] += 1
+        if task == "answer" and "prompt" in row:
+            free = {name: value for name, value in values.items() if name not in form.roles.values()}
+            column, passage = _passage(free, prompt.place)
+            if column:
+                text = row["prompt"] = f"{passage}\n\nQuestion: {text}"
+                passages[column] += 1
         if "input" in row:
             row = {"instruction" if role == "prompt" else role: value for role, value in row.items()}
         is_conversation = bool(prompt.before or prompt.after)
@@ -163,6 +166,25 @@ def look(file: Path, columns: Mapping[str, str | None], task: str) -> Seen:
     seen = Seen(file, examples, [_what(reader.accounts[0], set(passages))])
     seen.notes += [f"{column} stands before the question, in one text" for column in passages]
     return seen
+
+
+def _passage(values: Mapping[str, Any], place: str) -> tuple[str, str]:
+    """(column, text) of the passages that a question is about, several of them one after the other; empty where there
+    are none.
+
+    Raises:
+        UserError: they are neither a text nor a list of texts.
+    """
+    for column in PASSAGES:
+        if column in values:
+            parts = values[column] if isinstance(values[column], list) else [values[column]]
+            if not all(isinstance(part, str) and part.strip() for part in parts):
+                raise UserError(
+                    f'{place}: "{column}" must be a text or a list of texts for --task answer: write the passages so,'
+                    " or give the column another name, and it is not used"
+                )
+            return column, "\n\n".join(parts)
+    return "", ""
 
 
 def _prompts(reader: PromptReader, file: Path, task: str) -> Iterator[Prompt]:

@@ -93,11 +93,12 @@ def sizes(draft: Draft, wishes: Wishes, used: int) -> TrainingLength:
 
 
 def token_count(text: str) -> float:
-    """About how many tokens a text has, with the one that ends it: a quarter of its plain letters, and half of the
-    bytes of all others."""
+    """About how many tokens a text has, with the one that ends it: a quarter of its plain letters and spaces, one for
+    each digit and mark, and half of the bytes of all others."""
     others = sum(len(letter.encode()) for letter in text if not letter.isascii())
-    plain = sum(letter.isascii() for letter in text)
-    return plain / 4 + others / 2 + 1
+    plain = sum(letter.isascii() and (letter.isalpha() or letter.isspace()) for letter in text)
+    marks = sum(letter.isascii() for letter in text) - plain
+    return plain / 4 + marks + others / 2 + 1
 
 
 def mean_tokens(texts: Sequence[str]) -> float:

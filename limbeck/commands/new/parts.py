@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from limbeck.commands.new.data import Example, Seen, lengths, shown, unique
-from limbeck.commands.new.draft import corpus, mean_tokens
+from limbeck.commands.new.draft import corpus, mean_tokens, token_count
 from limbeck.commands.new.split import MOST_HELD_OUT, Split, split
 from limbeck.commands.new.student import context_of
 from limbeck.commands.new.wishes import Wishes
@@ -70,10 +70,10 @@ def refuse_conversations(wishes: Wishes, seen: Seen) -> None:
 def room_for(wishes: Wishes, examples: Sequence[Example]) -> tuple[int, list[str]]:
     """Tokens of an answer at most, without thinking: half as many again as the longest of the data's, or what is usual,
     and no more than half of what the student can read; and what there is to say of it."""
-    given = sorted(len(example.answer) for example in examples if example.answer)
+    given = sorted(token_count(example.answer) for example in examples if example.answer)
     is_long = wishes.task == "chat" and (wishes.is_served or wishes.on_gpu)
     usual = LONG_CHAT if is_long else USUAL_TOKENS[wishes.task]
-    longest = int(given[len(given) * 95 // 100] / 3 * 1.5) if given else 0
+    longest = int(1.5 * given[len(given) * 95 // 100]) if given else 0
     most = min(MOST_TOKENS, max(1, context_of(wishes) // 2))
     room = min(most, max(usual, longest))
     return room, [f"the longest 5 % of the answers may not fit in {most:,} tokens"] if longest > most else []

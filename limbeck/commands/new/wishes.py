@@ -144,7 +144,9 @@ def check_wishes(wishes: Wishes) -> None:
     if wishes.is_served and not wishes.teacher_model:
         raise UserError("--teacher is a server: say which of its models with --teacher-model")
     if wishes.teacher_model and not wishes.is_served:
-        raise UserError("--teacher-model names a model of a server: give the server's address with --teacher URL")
+        address = re.match(r"[\w-]+(\.[\w-]+)+(:\d+)?(/|$)|[\w-]+:\d+", wishes.teacher)
+        cure = f": write https://{wishes.teacher}" if address else ": give the server's address with --teacher URL"
+        raise UserError(f"--teacher-model names a model of a server, and --teacher has no address{cure}")
     if wishes.teacher_kind and not wishes.is_served:
         raise UserError("--teacher-kind says what a server is: give the server's address with --teacher URL")
     if wishes.thinking and not wishes.is_served:
@@ -168,3 +170,8 @@ def check_wishes(wishes: Wishes) -> None:
         )
     if wishes.task == "compress" and (wishes.is_served or not wishes.has_teacher):
         raise UserError("--task compress drops layers of the teacher: --teacher must be a model whose weights are here")
+    for name in {wishes.student, *([wishes.teacher] if wishes.has_teacher and not wishes.is_served else [])}:
+        if name != EMBEDDED:
+            from limbeck.models.sources import source_of  # imports torch
+
+            source_of(name)
