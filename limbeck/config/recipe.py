@@ -307,7 +307,16 @@ def explain(error: ValidationError, root: type[Section], path: str = "") -> Reci
     kind = first["type"]
     value = first.get("input")
     if kind == "extra_forbidden":
-        return RecipeError(path, f"unknown key{nearest(str(location[-1]), _legal_keys(root, location[:-1]))}")
+        key, legal = str(location[-1]), _legal_keys(root, location[:-1])
+        place = path.removesuffix(key).replace("[", ".").replace("]", "")
+        inside = f"; parameters stand under {place}params.{key}" if "params" in legal else ""
+        return RecipeError(path, f"unknown key{nearest(key, legal)}{inside}")
+    if kind == "list_type" and value is not None:
+        text = f"{{by: {value}}}" if path.endswith("writer") else value
+        cure = f"such as [{text}]" if isinstance(value, str) else "with its entries in [ ]"
+        return RecipeError(path, f"must be a list, {cure}; got {value!r}")
+    if kind == "too_short" and value == []:
+        return RecipeError(path, f"is an empty list; {'write null for none' if path == 'elicit' else 'give an entry'}")
     if kind == "missing":
         return RecipeError(path, "is required")
     if kind == "literal_error":

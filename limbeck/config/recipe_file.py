@@ -29,11 +29,14 @@ def find(path: str | Path) -> Path:
     if file.is_file():
         return file
     built_in = recipe_files()
-    if str(path) not in built_in:
-        raise RecipeError(
-            "", f"there is no recipe file {str(path)!r} and no built-in one{nearest(str(path), built_in)}"
-        )
-    return built_in[str(path)]
+    if str(path) in built_in:
+        return built_in[str(path)]
+    inside = sorted(file.glob("*.yaml")) if file.is_dir() else []
+    if inside:
+        raise RecipeError("", f"{str(path)!r} is a folder; did you mean {str(inside[0])!r}?")
+    if file.suffix in {".yaml", ".yml"} or file.parent != Path():
+        raise RecipeError("", f"there is no recipe file {str(path)!r} in {Path.cwd()}")
+    raise RecipeError("", f"there is no recipe file {str(path)!r} and no built-in one{nearest(str(path), built_in)}")
 
 
 def read(file: Path, cure: str = "start from a built-in recipe, such as recipes/quickstart.yaml") -> dict[str, Any]:
@@ -112,21 +115,30 @@ def set_value(data: dict[str, Any], override: str) -> None:
 
 def _put(data: dict[str, Any], path: str, value: Any, named: str) -> None:
     """Set the value at a dotted path; errors begin with `named`."""
-    *parents, last = path.split(".")
+    keys = path.split(".")
     node: Any = data
-    for key in parents:
+    for index, key in enumerate(keys):
+        last = index == len(keys) - 1
         if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+            if last:
+                node[int(key)] = value
             node = node[int(key)]
         elif isinstance(node, dict):
+            if last:
+                node[key] = value
             node = node.setdefault(key, {})
         else:
-            raise UserError(f"{named}: nothing can be set under {key!r}")
-    if isinstance(node, list) and last.isdecimal() and int(last) < len(node):
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"{named}: {last!r} can't be set there")
+            raise UserError(f"{named}: {_no_such_part(node, key, keys[:index])}")
+
+
+def _no_such_part(node: Any, key: str, parents: Sequence[str]) -> str:
+    """Why nothing can be set under `key` of the value at `parents`, and what to write."""
+    place = ".".join(parents)
+    if isinstance(node, list) and node:
+        return f"{place} has no entry {key!r}: its {len(node)} are counted from 0"
+    if isinstance(node, list):
+        return f"{place} is empty; replace it whole, as in --set '{place}=[...]'"
+    return f"{place} is {node!r}, which has no {key!r}; replace it whole, as in --set '{place}={{{key}: ...}}'"
 
 
 def blamed(error: RecipeError, sizes: Mapping[str, Any], overrides: Sequence[str]) -> str | None:

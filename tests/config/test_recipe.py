@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import yaml
@@ -41,8 +42,36 @@ def test_set_replaces_nested_values(file):
     recipe = load_recipe(file, ["train.lr=0.5", "student.lora.rank=4", "train.betas=[0.8, 0.9]"])
     assert load_recipe(file, ["loss.0.weight=0.5"]).loss[0].weight == 0.5, "short forms can be set into too"
     assert (recipe.train.lr, recipe.student.lora.rank, recipe.train.betas) == (0.5, 4, (0.8, 0.9))
-    with pytest.raises(UserError, match="'²' can't be set there"):
-        load_recipe(file, ["loss.²=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("loss.²=1", "--set loss.²: loss has no entry '²': its 1 are counted from 0"),
+        ("loss.7.weight=2", "loss has no entry '7'"),
+        ("teacher.server.url=http://x", "replace it whole, as in --set 'teacher={server: ...}'"),
+        ("train.lr.x=3", "train.lr is 0.001, which has no 'x'"),
+        ("loss.0.teacher_share=0.5", "parameters stand under loss.0.params.teacher_share"),
+        ("loss=forward_kl", "loss: must be a list, such as [forward_kl]; got 'forward_kl'"),
+        ("writer=teacher", "writer: must be a list, such as [{by: teacher}]"),
+        ("writer={by: teacher}", "must be a list, with its entries in [ ]"),
+        ("elicit=[]", "elicit: is an empty list; write null for none"),
+        ("loss=[]", "loss: is an empty list; give an entry"),
+    ],
+)
+def test_what_set_refuses_comes_with_what_to_write(file, override, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_recipe(file, [override])
+
+
+def test_a_file_that_is_not_there_is_named_with_the_folder_looked_in(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"no recipe file 'none.yaml' in {tmp_path}") + "$"):
+        load_recipe("none.yaml")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(file.read_text())
+    with pytest.raises(UserError, match=re.escape("'run' is a folder; did you mean 'run/recipe.yaml'?")):
+        load_recipe("run")
 
 
 def test_a_number_with_an_exponent_needs_no_point(file, recipe_data, tmp_path):
@@ -79,7 +108,7 @@ def test_bad_set_is_refused(file, override):
         ("writer", [{"by": "teacher", "share": 0.5}], "", "add up to 0.5"),
         ("writer", [{"by": "techer"}], "writer[0].by", "teacher"),
         ("evaluate.stop", ["x", "a \ud83d"], "evaluate.stop[1]", "half a character"),
-        ("loss", [], "loss", "at least 1"),
+        ("loss", [], "loss", "give an entry"),
         ("loss", [{"jsd": 3}], "loss[0].jsd", "mapping"),
         ("loss", [{"jsd": {}, "forward_kl": {}}], "loss[0]", "one loss per list entry"),
     ],
