@@ -87,7 +87,8 @@ def find_files(sources: str | Sequence[str], path: str) -> list[Path]:
         elif place.is_file() or place.is_dir():
             files.append(place)
         else:
-            raise RecipeError(path, f"there is no file {source!r}; give a file of prompts or builtin/everyday")
+            folder = "" if place.is_absolute() else f" in {Path.cwd()}, where limbeck was called"
+            raise RecipeError(path, f"there is no file {source!r}{folder}; give a file of prompts or builtin/everyday")
     if repeated := [file for file, count in Counter(files).items() if count > 1]:
         raise RecipeError(path, f"{repeated[0]} is named twice; leave one out")
     return files

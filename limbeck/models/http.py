@@ -93,9 +93,9 @@ class Call:
 class Reply:
     """The outcome of one request: an answer, or (with `status` 0) why there is none.
 
-    `body` and `json` are what the server sent, `text`, `error_text` and `quote` are without the `key`. `error` is the
-    exception's name where there is no answer; `truncated` means that the body is longer than was read; `retry_after`
-    is in seconds. `url` is the address that was asked.
+    `body` and `json` are what the server sent, `text`, `error_text` and `quote` are without the `key`. Where there is
+    no answer, `error` is the exception's name, with the reason of a failed connection; `truncated` means that the body
+    is longer than was read; `retry_after` is in seconds. `url` is the address that was asked.
     """
 
     status: int = 0
@@ -255,7 +255,8 @@ class Connection:
                 truncated = len(body) > max_bytes
                 return Reply(response.status_code, bytes(body), truncated, retry_after, key=self.key)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
-            return Reply(failure="no connection", error=type(error).__name__)
+            reason = re.sub(r"^\[.*?\] ", "", str(error).partition("\n")[0])  # without the number of the error
+            return Reply(failure="no connection", error=f"{type(error).__name__}: {reason}".removesuffix(": "))
         except TimeoutError as error:
             return Reply(failure="timeout", error=type(error).__name__)
         except httpx2.HTTPError as error:

@@ -103,7 +103,8 @@ async def _models(settings: Served, engine: EndpointKind, connection: Connection
     seconds = min(LOOK_SECONDS, connection.endpoint.timeout)
     reply = await connection.send(Call("GET", engine.dialect.models), seconds=seconds)
     if reply.failure:
-        raise NoAnswerError(f"no answer from {url}: {reply.error}; is the server running?")
+        cure = "is there a network, and is the address right?" if url.startswith("https:") else "is the server running?"
+        raise NoAnswerError(f"no answer from {url}: {reply.error}; {cure}")
     if reply.status == 200:
         return engine.dialect.listed(reply.json())
     if reply.status in UNLISTED and await _takes_requests(settings, engine, connection):

@@ -75,8 +75,9 @@ def training_cautions(recipe: Recipe, steps: int, epochs: float, tokens: int) ->
     settings = recipe.train
     found = []
     if steps < LEAST_STEPS:
+        counted = f"{steps} step" if steps == 1 else f"{steps} steps"
         found.append(
-            f"about {steps} steps: in fewer than {LEAST_STEPS} a student hardly leaves its start; give more prompts,"
+            f"about {counted}: in fewer than {LEAST_STEPS} a student hardly leaves its start; give more prompts,"
             f" more train.epochs, or less train.tokens_per_step than {settings.tokens_per_step:,}"
         )
     if recipe.written_share >= 0.5:  # the student writes anew at every step, so no text is read again

@@ -275,6 +275,12 @@ def test_columns_are_named_by_what_stands_between_the_spaces_and_a_misspelt_one_
         new("--columns", "text=Nachricht,lable=Art", task="classify", data=file, where="other")
 
 
+def test_the_only_column_of_a_file_is_its_text(here):
+    Path("lines.csv").write_text("beschwerde\n" + "".join(f"The {thing} is broken.\n" for thing in THINGS))
+    said = new("--instruction", "Rewrite it politely.", task="rewrite", data="lines.csv")
+    assert "beschwerde as the prompt" in said and "is broken" in Path("mine/train.jsonl").read_text()
+
+
 def test_a_model_that_is_not_there_is_refused_before_anything_is_written(here):
     for flags, words in (
         (["--student", "qwen2.5-coder-0.5b"], "did you mean 'qwen2.5-coder-0.5b-instruct'"),

@@ -8,6 +8,8 @@ import io
 import json
 import os
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -427,8 +429,10 @@ def test_old_files_keep_their_identity(tmp_path):
 
 def test_what_is_no_plain_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match=r"there is no file '[^']*'; give"):
         read(str(tmp_path / "pipe"))
+    with pytest.raises(UserError, match=re.escape(f"in {Path.cwd()}, where limbeck was called")):
+        read("none.jsonl")
     with pytest.raises(UserError, match="is a folder; give its files"):
         read(str(tmp_path))
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9])

@@ -309,7 +309,7 @@ def test_killed_for_good_while_the_student_writes(server, writer, recipe_data, o
     monkeypatch.setattr(student_writer, "_server", impatient)
     recipe = through(recipe_data, server, other_folder)
     folder = tmp_path / "run"
-    with pytest.raises(UserError, match=r"the vLLM server .* failed \d+ times \(ConnectError\)"):
+    with pytest.raises(UserError, match=r"the vLLM server .* failed \d+ times \(ConnectError"):
         run(recipe, folder, Killing(server, 2, "tokens per second"), stages=("elicit", "train"))
     before = metrics(folder)
     assert len(before) == 2

@@ -548,8 +548,10 @@ def test_who_a_server_is_depends_on_what_it_serves():
         pytest.raises(UserError, match="serves a, b, not 'toy'"),
     ):
         _ = teacher(server)[0].identity
-    with pytest.raises(UserError, match="is the server running"):
+    with pytest.raises(UserError, match=r"ConnectError: .*; is the server running"):
         _ = teacher(server)[0].identity
+    with pytest.raises(UserError, match=r"ConnectError: .*; is there a network, and is the address right"):
+        _ = ApiTeacher(Served(url="https://limbeck.invalid/v1", name="x")).identity
     with pytest.raises(UserError, match="without a password"):
         ApiTeacher(Served(url="http://me:secret@host/v1", name="x"))
 

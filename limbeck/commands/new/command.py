@@ -213,6 +213,8 @@ def _columns(given: Given, file: Path) -> Mapping[str, str | None]:
     except UnclearError as error:
         if not there:
             raise UserError(f"{file} holds no rows; give a table of texts, better some hundreds") from error
+        if len(there) == 1 and not named:
+            return {"prompt": there[0]}
         if not given.asks:
             if absent := [column for column in named.values() if column and column not in there]:
                 raise UserError(
