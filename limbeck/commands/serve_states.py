@@ -363,13 +363,13 @@ def _number(body: Mapping[str, Any], key: str, default: float, *, most: float, l
 
 def _whole(body: Mapping[str, Any], key: str, default: int, *, most: int, least: int = 0) -> int:
     value = _number(body, key, default, most=most, least=least)
-    if not isinstance(value, int):
+    if int(value) != value:
         raise ValueError(f"{key} must be a whole number from {least} to {most}")
-    return value
+    return int(value)
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
-    words = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    words = [] if stop in (None, "") else [stop] if isinstance(stop, str) else stop
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
         raise ValueError("stop must be a text or a list of texts, none of them empty")
     return tuple(words)

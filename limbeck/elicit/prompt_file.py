@@ -17,7 +17,7 @@ from limbeck.data.records import Record, records
 from limbeck.elicit.conversation import FormError, LeftOutError, is_blank, plain_json
 from limbeck.elicit.prompt import Prompt
 from limbeck.elicit.prompt_row import PromptRow
-from limbeck.elicit.shapes import CONTENT, LABELS, TEXTS, Form, UnclearError, form_of_row
+from limbeck.elicit.shapes import CONTENT, LABELS, OF_ROWS, TEXTS, Form, UnclearError, form_of_row
 from limbeck.storage.files import user_path
 from limbeck.types import RecipeError, UserError
 
@@ -96,7 +96,7 @@ def find_files(sources: str | Sequence[str], path: str) -> list[Path]:
 
 def rows_of(file: Path, columns: Mapping[str, str | None] | None) -> Iterator[Record]:
     """The rows of a file of which `prompts.columns` names these columns."""
-    return records(file, CONTENT | set(filter(None, (columns or {}).values())), _is_labelled)
+    return records(file, OF_ROWS | set(filter(None, (columns or {}).values())), _is_labelled)
 
 
 def _is_labelled(columns: Set[str]) -> bool:

@@ -26,9 +26,10 @@ FACTS = ("id", "kind", "task", "weight", "check", "feedback", *LABELS_OF_PAIRS)
 ROLES = ("prompt", "input", "answer", "answers", *PREFERENCES, "messages", "system", "tools", "reasoning", *FACTS)
 PASSAGES = ("context", "contexts", "passage", "passages", "document", "documents")
 ALSO_CONTENT = ("text", "input", "reasoning", "reasoning_content", "thinking", "target", "label")
-CONTENT = frozenset(
-    (*CONVERSATIONS, *QUESTIONS, *ANSWERS, *PREFERENCES, *SYSTEMS, *TOOLS, *PASSAGES, *ALSO_CONTENT)
-)  # columns that look like content
+OF_ROWS = frozenset(
+    (*CONVERSATIONS, *QUESTIONS, *ANSWERS, *PREFERENCES, *SYSTEMS, *TOOLS, "context", *ALSO_CONTENT)
+)  # an object with one of these is a row, and not the frame of a file's rows
+CONTENT = OF_ROWS | frozenset(PASSAGES)  # columns that look like content
 OURS = ("answers", "references", "answer")
 
 

@@ -136,11 +136,12 @@ def _without_later(text: str, thought: bool) -> str | None:
 def _after_channels(text: str) -> str | None:
     """What gpt-oss wrote to channels other than its analysis: the final one, or else calls of tools."""
     found = list(CHANNEL.finditer(text))
+    limits = [*(message.start() for message in found[1:]), len(text)]  # the next message ends one without a mark
     finals: list[str] = []
     calls: list[str] = []
-    for message in found:
-        end = CHANNEL_ENDS.search(text, message.end())
-        body = text[message.end() : end.start() if end else len(text)]
+    for message, limit in zip(found, limits, strict=True):
+        end = CHANNEL_ENDS.search(text, message.end(), limit)
+        body = text[message.end() : end.start() if end else limit]
         if message[1].lower() == "final":
             finals.append(body)
         elif "to=" in message[2]:

@@ -194,6 +194,7 @@ def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
         except Exception as error:  # the reader raises many kinds on a broken file; the user needs one
             raise UserError(f"{path} can't be read as a GGUF model: {error}") from error
         tokenizer.chat_template = tokenizer.chat_template or template
+        net.generation_config.eos_token_id = _ends(reader, tokenizer)
         with new_directory(target) as folder:
             save_model(net, tokenizer, folder)
 
@@ -208,6 +209,14 @@ def _read_settings(config: Any, reader: GGUFReader, source: str) -> None:
         if tensor.name.startswith(("rope_freqs.", "rope_factors_"))
     }
     read_settings(config, fields | {"general.architecture": arch}, factors, source)
+
+
+def _ends(reader: GGUFReader, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's own, and those that the file names besides."""
+    found = (reader.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
+    named = {field.contents() for field in found if field is not None}
+    further = {int(end) for end in named if isinstance(end, int) and 0 <= end < len(tokenizer)}
+    return [tokenizer.eos_token_id, *sorted(further - {tokenizer.eos_token_id})]
 
 
 def _with_own_tokens(tokenizer: Any, reader: GGUFReader) -> Any:

@@ -164,8 +164,6 @@ class StatesTeacher:
             return await self.api.send(connection, call, tokens, max_bytes)
 
         reply = self.api.endpoint.run(work)
-        if reply.status == 200 and tokens:
-            self.api.budget.count(None, tokens)
         url = reply.url
         if reply.status == OTHER_MODEL:
             raise self._other_model(reply.error_text())

@@ -24,6 +24,7 @@ class TextFacts:
         temperature, top_p: those of the student's own text, if it writes.
         writes_jointly: another model writes the student's text with it.
         reuses_rollouts: the student's text may be older than the step that trains on it.
+        repeats_rollouts: it is older only by the updates that its own step makes with it.
         copy_writes: the student's text is written by a copy of it in another precision.
         teacher_prompts: the teacher is shown other prompts than the student.
         self_taught: the teacher has the student's own weights.
@@ -45,6 +46,7 @@ class TextFacts:
     top_p: float = 1.0
     writes_jointly: bool = False
     reuses_rollouts: bool = False
+    repeats_rollouts: bool = False
     copy_writes: bool = False
     teacher_prompts: bool = False
     self_taught: bool = False

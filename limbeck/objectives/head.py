@@ -112,7 +112,7 @@ def project(parts: Sequence[tuple[Tensor, Tensor]], softcap: float | None, buffe
     """cap(sum x W^T) in fp32 or better. With a `buffer` there is no graph, and the result is valid until its next
     use."""
     (x_CD, weight_VD), *others = parts
-    if buffer is None and not (torch.is_grad_enabled() and (x_CD.requires_grad or weight_VD.requires_grad)):
+    if buffer is None and not (torch.is_grad_enabled() and any(one.requires_grad for part in parts for one in part)):
         buffer = Buffer()  # without a graph no whole copy of W is needed where its type is shorter
     logits_CV = buffer.product(x_CD, weight_VD) if buffer else _product(x_CD, weight_VD)
     for x, weight in others:

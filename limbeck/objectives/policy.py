@@ -126,11 +126,13 @@ class Policy(Loss):
         return bool({"old_log_prob", "importance_weight"} & {*self.needed, *self.optional})
 
     def _check_own_draws(self, settings: LossSettings, facts: TextFacts) -> None:
-        """Refuse draws from another distribution than today's student's own."""
+        """Refuse draws from another distribution than today's student's own. A penalty may be a few updates behind,
+        within the passes of a step, as in the papers of PPO and GRPO."""
+        is_behind = facts.repeats_rollouts and "reference_log_prob" in self.needed
         for is_other, what, remedy in (
             (facts.temperature not in (None, 1), f"drawn at temperature {facts.temperature}", "set temperature: 1"),
             (facts.writes_jointly, "written with another model", "leave rollout.joint out"),
-            (facts.reuses_rollouts, "of an older student", "leave ahead, replay and passes out"),
+            (facts.reuses_rollouts and not is_behind, "of an older student", "leave ahead, replay and passes out"),
         ):
             if is_other:
                 raise RecipeError(

@@ -187,9 +187,11 @@ def signed(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """With one decimal near 0 and 100: 99.6 % is not all."""
-    is_near = 1e-6 < min(abs(share), abs(1 - share)) < 0.02
-    return f"{tenths(share)} %" if is_near else f"{100 * share:,.0f} %"
+    """With decimals near 0 and 100: 99.6 % is not all, nor is 99.96 %."""
+    gap = min(abs(share), abs(1 - share))
+    if not 1e-6 < gap < 0.02:
+        return f"{100 * share:,.0f} %"
+    return f"{100 * share:.{max(1, -math.floor(math.log10(100 * gap)))}f} %"
 
 
 def tenths(share: float) -> str:

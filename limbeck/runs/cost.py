@@ -33,6 +33,7 @@ from limbeck.runs.prediction import Prediction, Work
 from limbeck.runs.rewarded import RewardedText, rewarded_bytes, rewarded_text
 from limbeck.runs.shapes import Shape, Shapes, forward_flops, step_flops
 from limbeck.training import controls
+from limbeck.training.job import tokens_beside
 from limbeck.types import STUDENTS
 
 QUESTION_TOKENS = 400  # what a judge reads beside two answers, about
@@ -282,7 +283,8 @@ def make_plan(
 def _steps(recipe: Recipe, terms: Sequence[Term], text: TextAmounts) -> tuple[int, float, RewardedText | None]:
     """(steps of a training, how often they read the text, the answers that rewards judge)."""
     settings = recipe.train
-    steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / settings.tokens_per_step))
+    row_tokens = tokens_beside(recipe) or settings.tokens_per_step
+    steps = settings.steps or max(1, round((settings.epochs or 1) * text.response_tokens / row_tokens))
     rewarded = rewarded_text(recipe, terms, steps)
     if rewarded is not None:
         return steps, rewarded.trained / text.prompts, rewarded

@@ -173,6 +173,7 @@ def _text_facts(use: TeacherUse, steps: Sequence[tuple[str, ElicitStep]]) -> Tex
         top_p=1.0 if recipe.student_writer is None else recipe.student_writer.top_p,
         writes_jointly=rollout.joint is not None,
         reuses_rollouts=rollout.ahead > 1 or bool(rollout.replay) or (rollout.passes or 1) > 1,
+        repeats_rollouts=rollout.ahead <= 1 and not rollout.replay,
         copy_writes=rollout.dtype == "bfloat16",
         teacher_prompts=recipe.teacher.context is not None,
         self_taught=isinstance(recipe.teacher, SelfTeacher),

@@ -14,6 +14,7 @@ from limbeck.commands.export import check, run
 from limbeck.commands.export.check import MAX_TOKENS, _chat_differs, ask_student
 from limbeck.commands.export.run import export, exported_once
 from limbeck.commands.export.student import OWN_PROMPTS, find_student
+from limbeck.models.folder import convert_gguf
 from limbeck.models.load import load_model
 from limbeck.models.to_gguf import vocabulary
 from limbeck.models.to_gguf.types import TYPES
@@ -48,7 +49,7 @@ def test_llama_cpp_stops_at_every_end_of_the_student(tiny_folder, tmp_path, in_t
     answer = check._answer
     monkeypatch.setattr(check, "_answer", lambda *some: answers.append(answer(*some)) or answers[-1])
     record = export(model, "gguf", None, tmp_path / "out", Silent())
-    assert written(tmp_path / "out" / record["file"]) == [0, in_the_middle, None]
+    assert written(tmp_path / "out" / record["file"]) == [0, 0, in_the_middle]
     (asked,) = ask_student(load_model(str(model)), OWN_PROMPTS[:1])
     assert answers[0] == asked.answer_ids and answers[0][-1] == in_the_middle
 
@@ -71,6 +72,43 @@ def test_three_ends_have_a_place_and_more_are_refused(tiny_folder, tmp_path):
         UserError, match=r"five: its answers end with 5 tokens, and llama.cpp would go on after '.*', '"
     ):
         write_gguf(ending_with(tiny_folder, tmp_path / "5", 9, 7, 8, 6), tmp_path / "5.gguf", TYPES["f32"], "five")
+
+
+def test_the_ends_of_a_file_come_back(tiny_folder, tmp_path):
+    write_gguf(ending_with(tiny_folder, tmp_path / "3", 9, 7), tmp_path / "3.gguf", TYPES["f32"], "three")
+    convert_gguf(tmp_path / "3.gguf", tmp_path / "again")
+    assert load_model(str(tmp_path / "again")).eos_ids == {0, 7, 9} == load_model(str(tmp_path / "3")).eos_ids
+
+
+def test_a_known_end_takes_no_place_that_an_unknown_one_needs(tiny_folder, tmp_path, monkeypatch):
+    model = ending_with(tiny_folder, tmp_path / "m", 9, 7, 8)
+    known = load_model(str(model)).tokenizer.convert_ids_to_tokens(7)
+    monkeypatch.setattr(vocabulary, "KNOWN_ENDS", frozenset({known}))
+    write_gguf(model, tmp_path / "m.gguf", TYPES["f32"], "m")
+    assert written(tmp_path / "m.gguf") == [0, 8, 9]
+    monkeypatch.setattr(vocabulary, "KNOWN_ENDS", frozenset(load_model(str(model)).tokenizer.get_vocab()))
+    write_gguf(model, tmp_path / "n.gguf", TYPES["f32"], "n")
+    assert written(tmp_path / "n.gguf") == [0, 0, 7], "the turn's end keeps its place"
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"), [(None, [0, 0, None]), ("[]", None), ('{"cache_implementation": "x"}', None)]
+)
+def test_settings_of_generation_that_are_absent_or_malformed(tiny_folder, tmp_path, settings, ends):
+    """Without them the defaults of the configuration's class are no ends: Llama's is token 2."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("eos_token_id", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if settings is not None:
+        (folder / "generation_config.json").write_text(settings)
+    if ends is None:
+        with pytest.raises(UserError, match=r"generation_config.json can't be read"):
+            write_gguf(folder, tmp_path / "m.gguf", TYPES["f32"], "m")
+    else:
+        write_gguf(folder, tmp_path / "m.gguf", TYPES["f32"], "m")
+        assert written(tmp_path / "m.gguf") == ends
 
 
 def test_the_tokenizers_own_end_keeps_its_name_where_the_template_has_another(tiny_folder, tmp_path):

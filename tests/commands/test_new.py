@@ -284,6 +284,7 @@ def test_the_only_column_of_a_file_is_its_text(here):
 def test_a_model_that_is_not_there_is_refused_before_anything_is_written(here):
     for flags, words in (
         (["--student", "qwen2.5-coder-0.5b"], "did you mean 'qwen2.5-coder-0.5b-instruct'"),
+        (["--student", "absent.gguf"], "there is no file 'absent.gguf'"),
         (["--teacher", "gpt-4o-mini"], r"teacher: \{server: \{url: .*, name: .*\}\}"),
         (["--teacher", "api.example.com/v1", "--teacher-model", "big"], "write https://api.example.com/v1"),
     ):
@@ -313,6 +314,25 @@ def test_questions_with_passages(column, several):
     method = resolve(load_recipe("mine/recipe.yaml"))
     assert all("m high.\n\nQuestion: How high" in prompt.text for prompt in method.training_prompts)
     assert method.tasks[0].items[0].check["type"] == "pattern"
+
+
+def test_passages_may_be_absent_and_other_columns_none():
+    rows = [
+        {"context": 17, "passages": [f"The {thing} is {n} m high.", "", None], "question": f"How high is the {thing}?"}
+        for n, thing in enumerate(THINGS)
+    ]
+    rows[3]["passages"] = []
+    rows[4]["passages"] = [" "]
+    with pytest.raises(UserError, match='"context" must be a text or a list of texts'):
+        new(*SERVED, task="answer", data=lines(rows))
+    for row in rows[3:5]:
+        row["context"] = None
+    new(*SERVED, task="answer", data=lines(rows))
+    method = resolve(load_recipe("mine/recipe.yaml"))
+    read = [prompt.text for prompt in (*method.training_prompts, *method.held_out_prompts)]
+    bare = sorted(text for text in read if "Question:" not in text)
+    assert bare == sorted(row["question"] for row in rows[3:5]) and len(read) == len(rows)
+    assert all("m high.\n\nQuestion: How high" in text for text in read if text not in bare)
 
 
 def test_rewriting_by_an_instruction():

@@ -251,6 +251,13 @@ def test_a_row_with_a_list_of_objects_is_no_wrapper(tmp_path, rows):
         assert [p.answers for p in prompts] == [("good",)] * len(rows) and prompts[0].text.startswith("Paris")
 
 
+@pytest.mark.parametrize("frame", ["data", "documents", "passages", "contexts"])
+def test_rows_in_a_frame_are_read(tmp_path, frame):
+    rows = [{"prompt": f"q{n}", "answer": "a"} for n in range(3)]
+    prompts, _ = read(write(tmp_path, json.dumps({frame: rows})))
+    assert [prompt.text for prompt in prompts] == ["q0", "q1", "q2"]
+
+
 def test_an_object_among_others_is_no_wrapper(tmp_path):
     rows = [{"name": "a", "data": [{"prompt": "q"}]}, {"name": "b", "data": []}]
     for text in (json_lines(rows), "\n".join(json.dumps(row, indent=1) for row in rows)):

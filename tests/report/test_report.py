@@ -329,7 +329,7 @@ def test_small_numbers_are_not_rounded_to_nothing():
         "The student is 0.0012 nats per token (0.0011 to 0.0013) from its teacher, down from 0.0047 before training; it"
         " is closer than fine-tuning on the teacher's text by 0.00030 nats (0.00020 to 0.00040)."
     )
-    assert [percent(share) for share in (0, 0.004, 0.5, 0.996, 1, 1 - 1e-12)] == ["0 %", "0.4 %", "50 %", "99.6 %", "100 %", "100 %"]  # fmt: skip
+    assert [percent(share) for share in (0, 0.004, 0.0003, 0.5, 0.996, 0.9996, 1, 1 - 1e-12)] == ["0 %", "0.4 %", "0.03 %", "50 %", "99.6 %", "99.96 %", "100 %", "100 %"]  # fmt: skip
     assert [number(value) for value in (0.0, 1e-9, -1e-9, 0.00042, -0.00042, 0.5)] == ["0.000", "0.000", "0.000", "0.00042", "-0.00042", "0.500"]  # fmt: skip
     assert fixed(0.0004, 3, "+") == "+0.00040" and fixed(-1e-9, 3, "+") == "+0.000"
 

@@ -87,6 +87,15 @@ def test_prompts_are_counted_by_the_tokenizer_else_by_letters(recipe_data):
     assert by_letters == refused and counted == 500
 
 
+def test_epochs_are_of_the_text_that_stands_beside_the_students(recipe_data):
+    """Half of each step is the student's, so that reading all of the teacher's takes twice the steps."""
+    teacher = {"by": "teacher", "max_tokens": 16}
+    train = {"epochs": 8, "tokens_per_step": 64, "lr": 0.001, "seed": 3}
+    alone = check(parse(recipe_data | {"writer": [teacher], "train": train})).steps
+    beside = check(parse(recipe_data | {"writer": [teacher, teacher | {"by": "student"}], "train": train})).steps
+    assert beside == pytest.approx(2 * alone, abs=1) and alone > 2
+
+
 def test_trainings_that_are_too_short_or_too_long_are_said(recipe_data):
     recipe = parse({**recipe_data, "train": {"steps": 9, "tokens_per_step": 64}})
     (short,) = training_cautions(recipe, 9, 1.0, 600)

@@ -66,7 +66,7 @@ def run_to_the_end(job):
 def test_bfloat16_learns_as_float32_does(make_job):
     plain, short = (run_to_the_end(make_job(str(p), precision=p, steps=20)) for p in (None, "bfloat16"))
     assert short != plain and plain[-1] < 0.7 * plain[0]
-    assert sum(short[-3:]) == pytest.approx(sum(plain[-3:]), rel=0.01)
+    assert sum(short[-3:]) == pytest.approx(sum(plain[-3:]), rel=0.02)
 
 
 def test_the_matrices_are_multiplied_in_bfloat16(make_job):

@@ -141,6 +141,14 @@ def test_what_does_not_go_with_rewards_is_refused(recipe_data, change, words):
         limbeck.check(parse(data))
 
 
+@pytest.mark.parametrize("penalty", ["kl_penalty_k2", "kl_penalty_k3"])
+def test_a_penalty_goes_with_passes_and_not_with_older_text(recipe_data, penalty):
+    data = recipe_data | {"writer": [STUDENT], "loss": ["ppo_clip", penalty]}
+    limbeck.check(parse(data | {"rollout": ROLLOUT | {"passes": 2}}))
+    with pytest.raises(RecipeError, match="ahead"):
+        limbeck.check(parse(data | {"rollout": ROLLOUT | {"ahead": 2}}))
+
+
 def test_prompts_that_cannot_be_checked_are_refused_unless_one_check_is_for_all():
     unchecked = [*prompts(2), Prompt("x", "why?", file="mine.jsonl", line=3)]
     with pytest.raises(

@@ -175,15 +175,19 @@ def _passage(values: Mapping[str, Any], place: str) -> tuple[str, str]:
     Raises:
         UserError: they are neither a text nor a list of texts.
     """
+    unread = ""
     for column in PASSAGES:
-        if column in values:
-            parts = values[column] if isinstance(values[column], list) else [values[column]]
-            if not all(isinstance(part, str) and part.strip() for part in parts):
-                raise UserError(
-                    f'{place}: "{column}" must be a text or a list of texts for --task answer: write the passages so,'
-                    " or give the column another name, and it is not used"
-                )
-            return column, "\n\n".join(parts)
+        parts = values[column] if isinstance(values.get(column), list) else [values.get(column)]
+        texts = [part for part in parts if isinstance(part, str) and part.strip()]
+        if any(not isinstance(part, str) and not is_blank(part) for part in parts):
+            unread = unread or column
+        elif texts:
+            return column, "\n\n".join(texts)
+    if unread:
+        raise UserError(
+            f'{place}: "{unread}" must be a text or a list of texts for --task answer: write the passages so, or give'
+            " the column another name, and it is not used"
+        )
     return "", ""
 
 

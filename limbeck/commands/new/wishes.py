@@ -172,6 +172,7 @@ def check_wishes(wishes: Wishes) -> None:
         raise UserError("--task compress drops layers of the teacher: --teacher must be a model whose weights are here")
     for name in {wishes.student, *([wishes.teacher] if wishes.has_teacher and not wishes.is_served else [])}:
         if name != EMBEDDED:
-            from limbeck.models.sources import source_of  # imports torch
+            from limbeck.models.sources import GgufSource, source_of  # imports torch
 
-            source_of(name)
+            if isinstance(source_of(name), GgufSource) and not Path(name).expanduser().is_file():
+                raise UserError(f"there is no file {name!r} in {Path.cwd()}")

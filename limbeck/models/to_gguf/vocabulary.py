@@ -104,17 +104,20 @@ def _add_ends(writer: GGUFWriter, tokenizer: Tokenizer, ends: Collection[int], n
     size = vocab_size_of(tokenizer)
     named = {end: tokenizer.convert_ids_to_tokens(end) for end in {*ends, turn} if 0 <= end < size}
     known = {end for end, text in named.items() if text in KNOWN_ENDS}
-    others = sorted(named.keys() - {own}, key=lambda end: (end != turn, end in known, end))
-    if unwritten := [end for end in others[2:] if end not in known]:
-        texts = ", ".join(repr(named[end]) for end in unwritten)
+    unknown = sorted(named.keys() - known - {own}, key=lambda end: (end != turn, end))
+    if len(unknown) > 2:
+        texts = ", ".join(repr(named[end]) for end in unknown[2:])
         raise UserError(
-            f"{name}: its answers end with {len(others) + 1} tokens, and llama.cpp would go on after {texts}: leave in"
-            " eos_token_id of generation_config.json only those that the model writes, three at most"
+            f"{name}: its answers end with {len(named.keys() | {own})} tokens, and llama.cpp would go on after {texts}:"
+            " leave in eos_token_id of generation_config.json only those that the model writes, three at most"
         )
+    places = [*unknown, *sorted(named.keys() & known - {own, turn})]  # a known one for readers that know it not
+    if turn not in places and len(unknown) < 2:
+        places.insert(0, turn)  # the place of a turn's end
     writer.add_eos_token_id(own)
-    writer.add_eot_token_id(others[0] if others else own)
-    if len(others) > 1:
-        writer.add_eom_token_id(others[1])
+    writer.add_eot_token_id(places[0])
+    if len(places) > 1:
+        writer.add_eom_token_id(places[1])
 
 
 def pre_tokenizer(tokenizer: Tokenizer, name: str) -> str:

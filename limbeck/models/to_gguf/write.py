@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from limbeck.models.quantised import quantisation
 from limbeck.models.to_gguf.families import Family, add_sizes, arranged, extra_tensors, family_of
 from limbeck.models.to_gguf.types import FileType, encode, stored_bytes
 from limbeck.models.to_gguf.vocabulary import add_vocabulary
+from limbeck.models.weights import first_line
 from limbeck.types import UserError
 
 ROOM = 64 * 2**20  # bytes that must stay free: the vocabulary, and what else is written
@@ -60,7 +61,7 @@ def write_gguf(folder: Path, path: Path, kind: FileType, name: str, progress: Pr
     writer.add_file_type(kind.number)
     writer.add_quantization_version(2)
     add_sizes(writer, family, config, rows=rows, name=name)
-    add_vocabulary(writer, load_tokenizer(str(folder)), rows, name, ends=_configured_ends(folder, config))
+    add_vocabulary(writer, load_tokenizer(str(folder)), rows, name, ends=_configured_ends(folder))
     for tensor, code, size in zip(tensors, codes, sizes, strict=True):
         writer.add_tensor_info(tensor.target, tensor.shape, np.dtype(np.float32), size, raw_dtype=code)
     writer.write_header_to_file()
@@ -74,12 +75,22 @@ def write_gguf(folder: Path, path: Path, kind: FileType, name: str, progress: Pr
     writer.close()
 
 
-def _configured_ends(folder: Path, config: Any) -> set[int]:
-    """Tokens that end an answer according to the settings of generation, else to the configuration."""
-    settings: Any = config
-    with contextlib.suppress(OSError):  # there are none: as transformers, take the configuration
-        settings = GenerationConfig.from_pretrained(folder)
-    found = settings.eos_token_id
+def _configured_ends(folder: Path) -> set[int]:
+    """Tokens that end an answer according to the settings of generation, or without them to the configuration's file,
+    since the defaults of its class are no tokens of this model.
+
+    Raises:
+        UserError: the settings can't be read.
+    """
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            found: Any = GenerationConfig.from_pretrained(folder).eos_token_id
+        except Exception as error:  # the library raises many kinds on settings that it can't use
+            raise UserError(f"{file} can't be read ({first_line(error)}): mend it, or take it away") from error
+    else:
+        settings = json.loads((folder / "config.json").read_text())
+        found = settings.get("eos_token_id", settings.get("text_config", {}).get("eos_token_id"))
     return {end for end in (found if isinstance(found, list) else [found]) if isinstance(end, int)}
 
 
