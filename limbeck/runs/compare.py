@@ -31,6 +31,7 @@ from limbeck.runs.advice import replaced_settings
 from limbeck.runs.fit import prepared
 from limbeck.runs.measuring import measured_teacher
 from limbeck.runs.preflight import check
+from limbeck.runs.resolve import terms_of
 from limbeck.runs.run import Run
 from limbeck.runs.servers import look_at_writer
 from limbeck.storage.files import exclusive, read_jsonl, write_json, write_text
@@ -118,7 +119,9 @@ def _refuse_alike(methods: Sequence[Entry]) -> None:
     """Refuse two methods that would be the same training under two names."""
     seen: dict[str, str] = {}
     for entry in methods:
-        same = content_hash({key: part for key, part in entry.recipe.resolved().items() if key not in NAMES})
+        settings = {key: part for key, part in entry.recipe.resolved().items() if key not in NAMES}
+        losses = [repr((term.label, term.weight, term.settings)) for term in terms_of(entry.recipe)]  # with defaults
+        same = content_hash(settings | {"loss": losses})
         if same in seen:
             raise UserError(
                 f"{seen[same]} and {entry.name} differ in nothing but settings that all methods take from --like"

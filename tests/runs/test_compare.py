@@ -207,6 +207,10 @@ def test_recipes_that_would_be_one_training_are_refused(methods, data):
     )
     with pytest.raises(UserError, match=r"high and low differ in nothing but .*: to compare settings, run each recipe"):
         entries([made[0], high, low], common)
+    (name,) = (name for loss in data["loss"] for name in ([loss] if isinstance(loss, str) else loss))
+    written = parse(data | {"name": "written", "loss": [{name: {"temperature": 1.0, "weight": 1}}]})
+    with pytest.raises(UserError, match=r"high and written differ in nothing"):
+        entries([high, written], common)
     assert [entry.name for entry in entries([made[0], high], common)] == ["seq-kd", "high"]
     assert replaced_settings(high, low) == ["high: train.lr 0.5 is not used, 0.1 of low is"]
     lora = parse(data | {"name": "lora", "student": data["student"] | {"lora": {"rank": 4}}})
