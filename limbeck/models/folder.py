@@ -189,6 +189,7 @@ def convert_gguf(path: Path, target: Path, template: str | None = None) -> None:
             )
             net, info = loaded
             check_loaded(info | {"unexpected_keys": ()}, str(path))  # such as rope_freqs, which became settings
+            _check_biases(net, reader, str(path))
         except UserError:
             raise
         except Exception as error:  # the reader raises many kinds on a broken file; the user needs one
@@ -209,6 +210,20 @@ def _read_settings(config: Any, reader: GGUFReader, source: str) -> None:
         if tensor.name.startswith(("rope_freqs.", "rope_factors_"))
     }
     read_settings(config, fields | {"general.architecture": arch}, factors, source)
+
+
+def _check_biases(net: PreTrainedModel, reader: GGUFReader, source: str) -> None:
+    """Refuse a file with more biases than the library's model has places for; it would drop them silently.
+
+    Raises:
+        UserError: the message names the first of them.
+    """
+    given = [tensor.name for tensor in reader.tensors if tensor.name.endswith(".bias")]
+    if len(given) > sum(name.endswith("bias") for name in net.state_dict()):
+        raise UserError(
+            f"{source}: its biases, such as {given[0]}, have no place in the {net.config.model_type} model that is read"
+            " from such a file: take the Hugging Face folder of the model"
+        )
 
 
 def _ends(reader: GGUFReader, tokenizer: Any) -> list[int]:

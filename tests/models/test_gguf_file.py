@@ -126,6 +126,14 @@ def test_weights_that_it_lacks_are_named_and_never_random(tiny_folder, tmp_path)
     assert not (tmp_path / "other").exists()
 
 
+def test_biases_that_would_be_dropped_are_refused(tmp_path, monkeypatch):
+    """The library reads Llama's files without them, though the model has them."""
+    _, file = written("biased", lambda d: LlamaConfig(**d, attention_bias=True), tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"its biases, such as blk.0.attn_k.bias, have no place in the llama model"):
+        convert_gguf(file, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 LLAMA_31 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
 LLAMA_31 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
 WINDOWS = {"head_dim": 16, "sliding_window": 8}
