@@ -24,6 +24,13 @@ def test_the_result_table_is_the_measured_one():
     assert summary["recipe"] == now, "measure again: the recipe is not the one that was measured"
 
 
+def test_the_tutorial_quotes_the_measured_differences():
+    printed = markdown(json.loads((ROOT / "docs" / "evidence" / "quickstart.json").read_text()))
+    page = (ROOT / "docs" / "tutorial" / "5-prove-and-ship.md").read_text()
+    quoted = [line.split(" ", 3)[3] for line in page.splitlines() if line.startswith("> ") and " KL " in line]
+    assert len(quoted) == 2 and all(figures in printed for figures in quoted)
+
+
 def test_every_page_of_the_docs_is_on_the_map():
     readme = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):

@@ -267,7 +267,7 @@ def source_of(name: str) -> ModelSource:
             return source
     raise UserError(
         f"no model {name!r}: not a directory, not a .gguf file, not a hub id (owner/name), and not a known"
-        f" name{nearest(name, NAMED)} "
+        f" name{nearest(name, NAMED)}"
         f" (a teacher behind a server is written teacher: {{server: {{url: ADDRESS, name: {name}}}}})"
     )
 
